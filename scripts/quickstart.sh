@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up, aligns the shipped model with Flow-GRPO, says where the report lies. Arguments are overrides: key=value.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+.venv/bin/flowalign align configs/shapes/flow_grpo.yaml "$@"
+
+report=$(ls -t runs/*/report.html 2>/dev/null | head -n 1 || true)
+[[ -z $report ]] || echo "report: $PWD/$report"
