@@ -1,0 +1,144 @@
+"""Densities of the training timestep ``t`` in (0, 1): a sampler and a pdf for each (arXiv:2403.03206, sec. 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# The nearest float32 neighbours of 0 and 1 on the grid that the uniform generator uses.
+_LOWEST, _HIGHEST = 2.0**-24, 1 - 2.0**-24
+
+
+class Density(Protocol):
+    """A map from a uniform variable to ``t``, and the pdf that this map gives; both keep the shape of their input."""
+
+    def from_uniform(self, u: Tensor) -> Tensor: ...
+
+    def pdf(self, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every ``t`` alike, as in plain rectified flow. (arXiv:2209.03003)"""
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return u
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """``logit t ~ N(m, s²)``, ``s > 0``; m < 0 favours data, m > 0 noise. (arXiv:2403.03206, eq. 19)"""
+
+    m: float = 0.0
+    s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.s <= 0:
+            raise ValueError(f"logit_normal needs s > 0, got {self.s}")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.m + self.s * torch.special.ndtri(u))
+
+    def pdf(self, t: Tensor) -> Tensor:
+        z = (torch.logit(t) - self.m) / self.s
+        return torch.exp(-z * z / 2) / (self.s * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Mode sampling with heavy tails, ``s`` in [-1, 2 / (pi - 2)]; s = 0 is uniform. (arXiv:2403.03206, eq. 20)"""
+
+    s: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.s <= 2 / (math.pi - 2):
+            raise ValueError(f"mode needs s in [-1, {2 / (math.pi - 2):.4f}], where its map is monotonic, got {self.s}")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return 1 - u - self.s * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        # The map falls from 1 to 0 and has no closed inverse; 60 halvings exhaust float64.
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.from_uniform(middle) > t
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        u = (low + high) / 2
+        return 1 / (1 - self.s * (math.pi / 2 * torch.sin(math.pi * u) - 1))
+
+
+@dataclass(frozen=True)
+class CosMap:
+    """The log-SNR density of the cosine schedule, carried over to the straight path. (arXiv:2403.03206, eqs. 21-22)"""
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        sine, cosine = torch.sin(math.pi / 2 * u), torch.cos(math.pi / 2 * u)
+        return sine / (sine + cosine)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return 2 / (math.pi - 2 * math.pi * t * (1 - t))
+
+
+@dataclass(frozen=True)
+class UShaped:
+    """``p(t) ~ exp(a t) + exp(a (1 - t))``, ``a > 0``: both ends favoured, for reflow. (arXiv:2405.20320)"""
+
+    a: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.a <= 0:
+            raise ValueError(f"u_shaped needs a > 0, got {self.a}; use uniform for the limit a = 0")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a
+
+    def pdf(self, t: Tensor) -> Tensor:
+        return self.a * torch.cosh(self.a * (t - 0.5)) / (2 * math.sinh(self.a / 2))
+
+
+DENSITIES: dict[str, type[Density]] = {
+    "uniform": Uniform,
+    "logit_normal": LogitNormal,
+    "mode": Mode,
+    "cosmap": CosMap,
+    "u_shaped": UShaped,
+}
+
+
+def density(kind: str, **params: float) -> Density:
+    """Build the density ``kind`` with its parameters.
+
+    ``kind``: uniform | logit_normal(m, s) | mode(s) | cosmap | u_shaped(a).
+    Raises ValueError for an unknown kind or a parameter out of range, TypeError for a parameter that the kind lacks.
+    """
+    if kind not in DENSITIES:
+        raise ValueError(f"unknown timestep density {kind!r}; known: {', '.join(DENSITIES)}")
+    return DENSITIES[kind](**params)
+
+
+def sample(kind: str, shape: Sequence[int], generator: torch.Generator, **params: float) -> Tensor:
+    """Draw timesteps from the density ``kind``, on the generator's device.
+
+    Returns a float32 tensor of ``shape``, every element strictly inside (0, 1). One uniform number is drawn for each
+    element, whatever the kind. Raises as `density` does.
+    """
+    chosen = density(kind, **params)
+    u = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
+    return chosen.from_uniform(u).clamp(_LOWEST, _HIGHEST).float()
+
+
+def pdf(kind: str, t: Tensor, **params: float) -> Tensor:
+    """Probability density of ``kind`` at ``t``.
+
+    ``t`` strictly inside (0, 1), any shape. Returns the same shape and dtype. Raises as `density` does.
+    """
+    return density(kind, **params).pdf(t)

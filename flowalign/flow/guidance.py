@@ -1,0 +1,63 @@
+"""Classifier-free guidance and its norm-preserving form.
+
+Shapes: ``velocity`` (N, C, H, W), or (N, L, D) for latents that are already tokens; ``scale`` a float or (N,).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.flow.path import Scalar, per_sample
+
+Axis = Literal["token", "sample"]
+
+
+def cfg(v_cond: Tensor, v_uncond: Tensor, scale: Scalar) -> Tensor:
+    """Guided velocity ``v_uncond + scale (v_cond - v_uncond)``.
+
+    ``v_cond``, ``v_uncond`` (N, ...); ``scale`` a float or (N,): 1 returns ``v_cond`` unchanged, bit for bit, also
+    for single samples of a batch. Returns (N, ...) in the dtype of ``v_cond``.
+    (arXiv:2207.12598, eq. 6, where scale = 1 + w)
+    """
+    if not isinstance(scale, Tensor) and scale == 1:
+        return v_cond
+    scale = per_sample(scale, v_cond)
+    guided = v_uncond + scale * (v_cond - v_uncond)
+    return torch.where(scale == 1, v_cond, guided.to(v_cond.dtype))
+
+
+def cfg_norm_preserving(
+    v_cond: Tensor, v_uncond: Tensor, scale: Scalar, axis: Axis = "token", patch_size: int = 2
+) -> Tensor:
+    """Guided velocity with the conditional one's length, ``v ||v_cond|| / ||v||``.
+
+    ``axis="token"`` takes the norm over each token: patch x patch x channels of (N, C, H, W), or D of (N, L, D), where
+    ``patch_size`` is not used; ``axis="sample"`` takes it over all non-batch dimensions. ``scale`` as in `cfg`.
+    Returns the shape and dtype of ``v_cond``. Raises ValueError for an unknown axis, or where H or W is not a multiple
+    of ``patch_size``. (public Qwen-Image pipeline, arXiv:2508.02324, norm over a token)
+    """
+    if axis not in ("token", "sample"):
+        raise ValueError(f"unknown norm axis {axis!r}; known: token, sample")
+    guided = cfg(v_cond, v_uncond, scale)
+    if not isinstance(scale, Tensor) and scale == 1:
+        return guided
+    ratio = _norm(v_cond, axis, patch_size) / _norm(guided, axis, patch_size).clamp_min(1e-12)
+    return (guided * ratio).to(v_cond.dtype)
+
+
+def _norm(v: Tensor, axis: Axis, patch_size: int) -> Tensor:
+    """Norm of each token or sample in float32, in a shape that broadcasts against ``v``."""
+    v = v.float()
+    if axis == "sample":
+        return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
+    if v.ndim == 3:
+        return torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    height, width = v.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"a latent of {height}x{width} does not divide into patches of {patch_size}")
+    patches = v.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # N C h p w q
+    norm = torch.linalg.vector_norm(patches, dim=(1, 3, 5)).unsqueeze(1)
+    return norm.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)

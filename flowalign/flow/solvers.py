@@ -1,0 +1,48 @@
+"""ODE solvers over ``velocity_fn(x, t)``, after the style of k-diffusion.
+
+Shapes: N samples, K steps; ``x`` (N, ...), ``t`` (N,), ``sigmas`` (K + 1,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]  # (N, ...), (N,) -> (N, ...)
+Callback = Callable[[int, Tensor], None]  # index of the step just taken, the state (N, ...) it led to
+
+
+def euler(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Integrate ``dx/dt = v`` along ``sigmas`` with Euler steps (order 1).
+
+    ``velocity_fn(x, t)`` takes (N, ...) and (N,); ``x`` (N, ...) the state at ``sigmas[0]``, float32 or float64;
+    ``sigmas`` (K + 1,), in either direction. Returns the state (N, ...) at ``sigmas[-1]``.
+    """
+    grid = sigmas.to(device=x.device, dtype=x.dtype)
+    for k in range(len(grid) - 1):
+        velocity = velocity_fn(x, grid[k].expand(x.shape[0])).to(x.dtype)
+        x = x + velocity * (grid[k + 1] - grid[k])
+        if callback is not None:
+            callback(k, x)
+    return x
+
+
+def heun(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """Integrate ``dx/dt = v`` along ``sigmas`` with Heun steps (order 2); a step that ends at t = 0 is Euler.
+
+    Shapes as in `euler`; two evaluations a step, ``2 K - 1`` in all when the last sigma is 0.
+    (arXiv:2206.00364, algorithm 1, in this convention)
+    """
+    grid = sigmas.to(device=x.device, dtype=x.dtype)
+    ends_at_data = (sigmas == 0).tolist()
+    for k in range(len(grid) - 1):
+        delta = grid[k + 1] - grid[k]
+        slope = velocity_fn(x, grid[k].expand(x.shape[0])).to(x.dtype)
+        if not ends_at_data[k + 1]:
+            ahead = velocity_fn(x + slope * delta, grid[k + 1].expand(x.shape[0])).to(x.dtype)
+            slope = (slope + ahead) / 2
+        x = x + slope * delta
+        if callback is not None:
+            callback(k, x)
+    return x

@@ -1,0 +1,218 @@
+"""Frozen dataclasses that cross modules.
+
+Shapes: N samples, P distinct prompts, S stored SDE steps, K schedule steps, C H W latents, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+SdeKind = Literal["ode", "flow", "dance", "cps"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Embeddings of P distinct prompts, and which of them each of N samples uses.
+
+    ``tokens_PLD`` and ``pooled_PE`` hold one row a prompt; ``index_N`` maps samples to rows;
+    ``null_LD`` and ``null_E`` are the unconditional embeddings that guidance needs.
+    """
+
+    tokens_PLD: Tensor
+    pooled_PE: Tensor
+    index_N: Tensor
+    null_LD: Tensor
+    null_E: Tensor
+
+    def __len__(self) -> int:
+        return int(self.index_N.shape[0])
+
+    def take(self, index: Tensor | slice) -> Condition:
+        """The same prompts for a selection of the samples."""
+        return replace(self, index_N=self.index_N[index])
+
+    def expand(self) -> tuple[Tensor, Tensor]:
+        """Tokens (N, L, D) and pooled embeddings (N, E), a row a sample."""
+        return self.tokens_PLD[self.index_N], self.pooled_PE[self.index_N]
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """N samples to make: prompt, group and sample id of each; groups are keyed by id, never by text."""
+
+    prompts: tuple[str, ...]
+    group_ids: tuple[int, ...]
+    sample_ids: tuple[int, ...]
+    metadata: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.prompts), len(self.group_ids), len(self.sample_ids), len(self.metadata)}
+        if len(lengths) != 1:
+            raise ValueError(f"PromptBatch fields differ in length: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def chunks(self, size: int) -> list[PromptBatch]:
+        """Consecutive pieces of ``size`` samples: the fixed geometry of a rollout."""
+        return [self.take(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+
+    def take(self, index: Sequence[int]) -> PromptBatch:
+        return PromptBatch(*(tuple(getattr(self, name)[i] for i in index) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """How one iteration's trajectories are made; everything a replay needs besides the weights.
+
+    ``window`` is the half-open range of steps that are stochastic (of ``kind``); all others are ODE
+    steps. ``sigmas`` are the K+1 noise levels, 1 to 0.
+    """
+
+    kind: SdeKind
+    sigmas: tuple[float, ...]
+    window: tuple[int, int]
+    noise_level: float
+    guidance_scale: float = 1.0
+    norm_preserving: bool = False
+    keep_means: bool = False
+    log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def sigma_max(self) -> float:
+        """The second sigma: what replaces t = 1 in the flow kind's denominator."""
+        return self.sigmas[1]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of N samples, complete enough to recompute their log-probs exactly.
+
+    ``states_NSCHW`` has S+1 states: before each step of the window and after its last (S may be 0).
+    ``log_prob_NS`` is a mean over dimensions; ``means_NSCHW`` are the rollout's own step means, if
+    the spec kept them; ``final_NCHW`` is the latent at t = 0; ``images`` is uint8 (N, H, W, 3).
+    """
+
+    batch: PromptBatch
+    condition: Condition
+    spec: RolloutSpec
+    states_NSCHW: Tensor
+    log_prob_NS: Tensor
+    final_NCHW: Tensor
+    images: Tensor
+    seed: int
+    policy_version: int
+    means_NSCHW: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N samples: float32 (N,) by name, their weighted total, and which samples are valid.
+
+    Where ``valid`` is False the total is NaN and must never be used; ``causes`` counts why.
+    """
+
+    by_reward: Mapping[str, Tensor]
+    total: Tensor
+    valid: Tensor
+    causes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Clean latents (N, C, H, W) and their condition: what the pretraining losses consume."""
+
+    latents_NCHW: Tensor
+    condition: Condition
+    seed: int
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """Winner and loser latents (N, C, H, W) of N prompts."""
+
+    winner_NCHW: Tensor
+    loser_NCHW: Tensor
+    condition: Condition
+    seed: int
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """M items to learn from: tensors with leading dimension M, a condition of M samples, shared constants.
+
+    ``total`` is the number of items a mean is taken over; it exceeds M where items that contribute
+    nothing were dropped, so that dropping them changes no gradient.
+    """
+
+    tensors: Mapping[str, Tensor]
+    condition: Condition
+    total: int
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    def take(self, index: Tensor) -> TrainBatch:
+        """A minibatch; its ``total`` is its own length."""
+        return TrainBatch(
+            {k: v[index] for k, v in self.tensors.items()}, self.condition.take(index), int(index.numel()), self.shared
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """The learner's answer to one batch: the new policy version and its metrics."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+def cat_conditions(parts: Sequence[Condition]) -> Condition:
+    """Join conditions sample-wise; prompt rows are concatenated, not merged."""
+    offsets, total = [], 0
+    for part in parts:
+        offsets.append(total)
+        total += part.tokens_PLD.shape[0]
+    return replace(
+        parts[0],
+        tokens_PLD=torch.cat([p.tokens_PLD for p in parts]),
+        pooled_PE=torch.cat([p.pooled_PE for p in parts]),
+        index_N=torch.cat([p.index_N + o for p, o in zip(parts, offsets, strict=True)]),
+    )
+
+
+def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Join chunks of one iteration, in the order given; they must share spec, seed and policy version."""
+    keys = {(p.spec, p.seed, p.policy_version) for p in parts}
+    if len(keys) != 1:
+        raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
+    names = ("prompts", "group_ids", "sample_ids", "metadata")
+    batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
+    means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
+    return replace(
+        parts[0],
+        batch=batch,
+        condition=cat_conditions([p.condition for p in parts]),
+        states_NSCHW=torch.cat([p.states_NSCHW for p in parts]),
+        log_prob_NS=torch.cat([p.log_prob_NS for p in parts]),
+        final_NCHW=torch.cat([p.final_NCHW for p in parts]),
+        images=torch.cat([p.images for p in parts]),
+        means_NSCHW=torch.cat(means) if means else None,
+    )

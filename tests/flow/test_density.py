@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from flowalign.flow import density
+
+CASES = [
+    ("uniform", {}),
+    ("logit_normal", {}),
+    ("logit_normal", {"m": -0.5, "s": 0.6}),
+    ("mode", {}),
+    ("mode", {"s": -0.8}),
+    ("cosmap", {}),
+    ("u_shaped", {}),
+    ("u_shaped", {"a": 1.5}),
+]
+IDS = [kind + "".join(f"-{k}{v}" for k, v in params.items()) for kind, params in CASES]
+
+
+def cumulative(kind: str, params: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grid of edges in [0, 1] and the integral of the pdf up to each, by the midpoint rule."""
+    edges = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    middles = (edges[1:] + edges[:-1]) / 2
+    mass = density.pdf(kind, middles, **params) / len(middles)
+    return edges, torch.cat([torch.zeros(1, dtype=torch.float64), mass.cumsum(0)])
+
+
+@pytest.mark.parametrize(("kind", "params"), CASES, ids=IDS)
+def test_pdf_integrates_to_one(kind, params):
+    assert cumulative(kind, params)[1][-1].item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "params"), CASES, ids=IDS)
+def test_samples_follow_the_pdf(kind, params, generator):
+    edges, cdf = (part.numpy() for part in cumulative(kind, params))
+    t = density.sample(kind, (20_000,), generator, **params).double().numpy()
+    assert stats.kstest(t, lambda x: stats.rv_histogram((cdf[1:] - cdf[:-1], edges)).cdf(x)).pvalue > 0.01
+
+
+def test_closed_forms_match_values_by_hand():
+    t = torch.tensor([0.5], dtype=torch.float64)
+    assert density.pdf("logit_normal", t).item() == pytest.approx(4 / math.sqrt(2 * math.pi))
+    assert density.pdf("cosmap", t).item() == pytest.approx(4 / math.pi)
+    assert density.pdf("mode", t, s=1.0).item() == pytest.approx(1 / (2 - math.pi / 2))
+    assert density.pdf("u_shaped", t).item() == pytest.approx(4 * math.exp(2) / (math.exp(4) - 1))
+
+
+def test_positive_location_of_logit_normal_favours_noise(generator):
+    assert density.sample("logit_normal", (1000,), generator, m=1.0).mean() > 0.6
+
+
+@pytest.mark.parametrize(("kind", "params"), CASES, ids=IDS)
+def test_samples_are_float32_strictly_inside_the_interval(kind, params):
+    ends = density.density(kind, **params).from_uniform(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert sorted(ends.tolist()) == pytest.approx([0, 1], abs=1e-12)
+    t = density.sample(kind, (50, 4), torch.Generator().manual_seed(1), **params)
+    assert t.shape == (50, 4) and t.dtype == torch.float32
+    assert ((t > 0) & (t < 1)).all()
+
+
+def test_extreme_parameters_stay_strictly_inside_the_interval(generator):
+    t = density.sample("logit_normal", (1000,), generator, m=0.0, s=100.0)
+    assert ((t > 0) & (t < 1)).all()
+
+
+def test_same_seed_gives_same_samples():
+    first, second = (density.sample("mode", (8,), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [("triangle", {}), ("logit_normal", {"s": 0.0}), ("mode", {"s": 1.8}), ("u_shaped", {"a": 0.0})],
+)
+def test_unknown_kind_and_bad_parameters_are_refused(kind, params, generator):
+    with pytest.raises(ValueError):
+        density.sample(kind, (1,), generator, **params)

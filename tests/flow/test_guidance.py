@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowalign.flow.guidance import cfg, cfg_norm_preserving
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def pair(generator) -> Pair:
+    return torch.randn(3, 4, 6, 8, generator=generator), torch.randn(3, 4, 6, 8, generator=generator)
+
+
+def token_norms(v: torch.Tensor, patch: int) -> torch.Tensor:
+    return torch.nn.functional.unfold(v, patch, stride=patch).norm(dim=1)
+
+
+def test_guidance_extrapolates_from_unconditional_to_conditional():
+    assert cfg(torch.tensor([[2.0]]), torch.tensor([[1.0]]), 4.5).item() == 5.5
+
+
+def test_scale_zero_is_unconditional(pair: Pair):
+    assert torch.equal(cfg(*pair, 0.0), pair[1])
+
+
+@pytest.mark.parametrize("guide", [cfg, cfg_norm_preserving])
+def test_scale_one_returns_the_conditional_velocity_unchanged(guide, pair: Pair):
+    assert guide(*pair, 1.0) is pair[0]
+    assert torch.equal(guide(*pair, torch.tensor([1.0, 3.0, 1.0]))[::2], pair[0][::2])
+
+
+@pytest.mark.parametrize("guide", [cfg, cfg_norm_preserving])
+def test_each_sample_may_have_its_own_scale(guide, pair: Pair):
+    mixed = guide(*pair, torch.tensor([1.0, 3.0, 4.5]))
+    for n, scale in enumerate((1.0, 3.0, 4.5)):
+        assert torch.equal(mixed[n], guide(*pair, scale)[n])
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_token_axis_keeps_the_norm_of_each_token_and_the_direction(pair: Pair, patch):
+    kept, guided = cfg_norm_preserving(*pair, 4.0, patch_size=patch), cfg(*pair, 4.0)
+    torch.testing.assert_close(token_norms(kept, patch), token_norms(pair[0], patch))
+    ratio = (kept / guided).unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
+    torch.testing.assert_close(ratio, ratio[:, :1, :, :1, :, :1].expand_as(ratio))
+
+
+def test_sample_axis_keeps_the_norm_of_each_sample_only(pair: Pair):
+    kept = cfg_norm_preserving(*pair, 4.0, axis="sample")
+    torch.testing.assert_close(kept.flatten(1).norm(dim=1), pair[0].flatten(1).norm(dim=1))
+    assert not torch.allclose(token_norms(kept, 2), token_norms(pair[0], 2))
+
+
+def test_sequences_have_one_token_a_row(generator):
+    cond, uncond = (torch.randn(2, 5, 16, generator=generator) for _ in range(2))
+    torch.testing.assert_close(cfg_norm_preserving(cond, uncond, 3.0).norm(dim=-1), cond.norm(dim=-1))
+
+
+def test_vanishing_guided_velocity_stays_finite():
+    cond = torch.ones(1, 1, 2, 2)
+    assert torch.equal(cfg_norm_preserving(cond, 2 * cond, 2.0), torch.zeros(1, 1, 2, 2))
+
+
+def test_guidance_keeps_the_dtype_of_the_model(pair: Pair):
+    cond, uncond = (part.bfloat16() for part in pair)
+    for scale in (2.0, torch.tensor([1.0, 2.0, 3.0])):
+        assert cfg(cond, uncond, scale).dtype == torch.bfloat16
+        assert cfg_norm_preserving(cond, uncond, scale).dtype == torch.bfloat16
+
+
+def test_unknown_axis_and_odd_latents_are_refused(pair: Pair):
+    with pytest.raises(ValueError, match="axis"):
+        cfg_norm_preserving(*pair, 2.0, axis="channel")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="6x8"):
+        cfg_norm_preserving(*pair, 2.0, patch_size=4)
