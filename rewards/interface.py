@@ -1,0 +1,175 @@
+"""What a scorer is, the errors it may end in, and the check every score passes before it is used.
+
+Shapes: N images, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Metadata = dict[str, Any]
+
+MAX_MAGNITUDE = 1e6
+_SHOWN = 200
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores images; may also have ``setup(device: str)``, called once before the first batch."""
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
+        """One float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
+        ...
+
+
+class ScorerError(Exception):
+    """Base of every error of this package: one sentence that says what, where and what to do."""
+
+    kind = "scorer_error"
+
+
+class SpecError(ScorerError):
+    """A reward specification that names nothing usable."""
+
+    kind = "bad_spec"
+
+
+class InputError(ScorerError):
+    """Images, prompts or metadata that do not fit together or that a scorer cannot judge."""
+
+    kind = "bad_input"
+
+
+class ScorerFailed(ScorerError):
+    """The scorer raised."""
+
+    kind = "scorer_failed"
+
+
+class InvalidScores(ScorerError):
+    """The scorer returned something that is not one float a sample."""
+
+    kind = "invalid_scores"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Scores that may be used where ``valid`` says so.
+
+    Every dictionary is keyed by reward name. ``scores`` float64 (N,), NaN where invalid; ``valid`` bool
+    (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``).
+    """
+
+    scores: dict[str, NDArray[np.float64]]
+    valid: dict[str, NDArray[np.bool_]]
+    causes: dict[str, dict[str, int]]
+
+
+def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
+    """``scores`` as float64 arrays (N,), values untouched; raises ``InvalidScores`` naming the scorer."""
+    if not isinstance(scores, Mapping) or not scores:
+        got = "an empty dict" if isinstance(scores, Mapping) else type(scores).__name__
+        raise InvalidScores(f"reward {name!r} returned {got}; return a dict of one float array of length {n} a reward")
+    return {_key(name, key): _array(name, key, value, n) for key, value in scores.items()}
+
+
+def _key(name: str, key: Any) -> str:
+    if not isinstance(key, str) or not key:
+        raise InvalidScores(f"reward {name!r} returned the key {key!r}; reward names are non-empty strings")
+    return key
+
+
+def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
+    where = f"reward {name!r}, score {key!r}"
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidScores(f"{where}: not an array of numbers ({one_line(error)}); return {n} floats") from error
+    if array.dtype.kind not in "fiub":
+        sample = array.reshape(-1)[:1].tolist()
+        example = f", such as {sample[0]!r:.40}" if sample else ""
+        raise InvalidScores(f"{where}: values of type {array.dtype}{example}; return {n} floats")
+    if array.shape != (n,):
+        raise InvalidScores(f"{where}: shape {array.shape} for {n} images; return one float an image, shape ({n},)")
+    return array.astype(np.float64)
+
+
+def validate_scores(name: str, scores: Any, n: int) -> Checked:
+    """Refuse what cannot be used: a wrong type or length as a whole, NaN, ±Inf and > 1e6 sample by sample.
+
+    Raises ``InvalidScores`` for a wrong type or length. A refused sample is never 0: its score becomes
+    NaN, its ``valid`` False, and its cause is counted.
+    """
+    arrays = as_arrays(name, scores, n)
+    valid: dict[str, NDArray[np.bool_]] = {}
+    causes: dict[str, dict[str, int]] = {}
+    for key, array in arrays.items():
+        nan, inf = np.isnan(array), np.isinf(array)
+        large = ~nan & ~inf & (np.abs(array) > MAX_MAGNITUDE)
+        valid[key] = ~(nan | inf | large)
+        counts = {"nan": int(nan.sum()), "inf": int(inf.sum()), "magnitude": int(large.sum())}
+        causes[key] = {cause: count for cause, count in counts.items() if count}
+        arrays[key] = np.where(valid[key], array, np.nan)
+    return Checked(arrays, valid, causes)
+
+
+def check_inputs(images: Any, prompts: list[str], metadata: list[Metadata]) -> None:
+    """Raises ``InputError`` unless images are uint8 (N, H, W, 3) with N prompts and N metadata."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise InputError(f"images are {got}; pass a uint8 array (N, H, W, 3)")
+    if len(images) == 0:
+        raise InputError("no images; pass at least one")
+    if not len(images) == len(prompts) == len(metadata):
+        raise InputError(
+            f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata; pass as many of each"
+        )
+
+
+def set_up(scorer: Scorer, device: str) -> None:
+    """Call the scorer's optional ``setup(device)``."""
+    setup = getattr(scorer, "setup", None)
+    if setup is not None:
+        setup(device)
+
+
+def call(
+    name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]
+) -> dict[str, NDArray[np.float64]]:
+    """Score a batch; the arrays are unmasked, pass them to ``validate_scores``.
+
+    Raises ``InputError``, ``InvalidScores`` or, when the scorer itself raises, ``ScorerFailed``.
+    """
+    check_inputs(images, prompts, metadata)
+    try:
+        scores = scorer.score(images, prompts, metadata)
+    except ScorerError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ScorerFailed(f"reward {name!r} raised {type(error).__name__}: {one_line(error)}{_line(error)}") from error
+    return as_arrays(name, scores, len(images))
+
+
+def score_batch(name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]) -> Checked:
+    """``call`` followed by ``validate_scores``: what a reward actor runs."""
+    return validate_scores(name, call(name, scorer, images, prompts, metadata), len(images))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks, at most 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _line(error: BaseException) -> str:
+    """Where the error was raised: ``(file.py, line 3)``."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})"

@@ -1,0 +1,221 @@
+"""From what a configuration names to a scorer.
+
+A spec is one of
+    ``geneval``                    a scorer of ``rewards/scorers``
+    ``path/to/file.py:reward``     a function or class in the user's own file
+    ``package.module:reward``      the same in an installed package
+    ``brightness``                 an entry point of the group ``flowalign.rewards``
+    ``url:http://host:port``       a running reward server
+or a dict ``{"type": <one of these>, **options}``, the options passed by keyword.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import rewards.scorers
+from rewards import source
+from rewards.interface import Images, Metadata, Scorer, ScorerError, SpecError, one_line
+
+ENTRY_POINTS = "flowalign.rewards"
+_log = logging.getLogger("rewards")
+
+
+@dataclass(frozen=True)
+class FunctionScorer:
+    """A plain ``reward(images, prompts, metadata)`` as a scorer; a bare array takes the function's name."""
+
+    name: str
+    function: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
+        scores = self.function(images, prompts, metadata, **self.options)
+        return scores if isinstance(scores, Mapping) else {self.name: scores}
+
+
+def resolve(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Scorer:
+    """The scorer that ``spec`` names, not yet set up; relative files are looked for under ``base_dir``.
+
+    Runs user code where the spec names it, and says so in the log. Raises ``SpecError``.
+    """
+    kind, options = _split(spec)
+    if kind.startswith("url:"):
+        return _http(kind, options)
+    if ":" in kind:
+        return _from_code(kind, options, Path(base_dir))
+    if kind in builtin_names():
+        return _builtin(kind, options)
+    return _from_code(_entry_point(kind).value, options, Path(base_dir))
+
+
+def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> None:
+    """Raise ``SpecError`` where ``resolve`` would for what can be known without loading models.
+
+    Takes milliseconds: user code is parsed, not run; a URL is parsed, not called.
+    """
+    kind, options = _split(spec)
+    if kind.startswith("url:"):
+        _http(kind, options)
+    elif ":" not in kind and kind in builtin_names():
+        _builtin(kind, options)
+    else:
+        target = kind if ":" in kind else _entry_point(kind).value
+        location, attribute = _halves(target)
+        file = _file(location, Path(base_dir)) if _is_file(location) else source.find_module(location)
+        if file is not None:
+            source.check_definition(file, attribute, set(options))
+
+
+def builtin_names() -> list[str]:
+    """Names of the scorers in ``rewards/scorers``."""
+    return sorted(module.name for module in pkgutil.iter_modules(rewards.scorers.__path__))
+
+
+def _split(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    kind = options.pop("type", None)
+    if not isinstance(kind, str) or not kind:
+        raise SpecError(f"reward {spec!r} has no `type`; write a name, path/to/file.py:reward or url:http://…")
+    return kind, options
+
+
+def _http(kind: str, options: dict[str, Any]) -> Scorer:
+    from rewards.client import HttpScorer
+
+    return _construct(kind, HttpScorer, {"url": kind.removeprefix("url:"), **options})
+
+
+def _builtin(name: str, options: dict[str, Any]) -> Scorer:
+    module = importlib.import_module(f"rewards.scorers.{name}")
+    cls = next(
+        value
+        for key, value in vars(module).items()
+        if key.endswith("Scorer") and getattr(value, "__module__", "") == module.__name__
+    )
+    return _construct(name, cls, options)
+
+
+def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> Scorer:
+    """Build a scorer of ours: options are checked against its signature first, so that a typo gets a hint."""
+    parameters = inspect.signature(cls).parameters
+    for key in options:
+        if key not in parameters:
+            known = [p for p in parameters if p != "url"]
+            raise SpecError(f"reward {name!r} has no option {key!r}; {_nearest(key, known)}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise SpecError(f"reward {name!r}: {error}; its options are {', '.join(parameters)}") from error
+
+
+def _entry_point(name: str) -> EntryPoint:
+    found = entry_points(group=ENTRY_POINTS)
+    if name in found.names:
+        return found[name]
+    if name.endswith(".py"):
+        raise SpecError(f"reward {name!r} names a file but nothing in it; write {name}:reward")
+    if "://" in name:
+        raise SpecError(f"reward {name!r} looks like an address; write url:{name}")
+    known = sorted({*builtin_names(), *found.names})
+    raise SpecError(f"reward {name!r} is unknown; {_nearest(name, known)}, or write path/to/file.py:function")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _halves(target: str) -> tuple[str, str]:
+    if "://" in target:
+        raise SpecError(f"reward {target!r} looks like an address; write url:{target}")
+    location, _, attribute = target.rpartition(":")
+    if not location or not attribute.isidentifier():
+        raise SpecError(f"reward {target!r} is not path/to/file.py:reward or package.module:reward")
+    return location, attribute
+
+
+def _is_file(location: str) -> bool:
+    return location.endswith(".py") or "/" in location
+
+
+def _file(location: str, base_dir: Path) -> Path:
+    path = (base_dir / Path(location).expanduser()).resolve()
+    if not path.is_file():
+        raise SpecError(f"reward file {path} does not exist; write its path relative to {base_dir.resolve()}")
+    return path
+
+
+def _from_code(target: str, options: dict[str, Any], base_dir: Path) -> Scorer:
+    """The function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
+    location, attribute = _halves(target)
+    module = _load_file(_file(location, base_dir)) if _is_file(location) else _load_module(location)
+    if not hasattr(module, attribute):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise SpecError(f"{location} has no {attribute!r}; {_nearest(attribute, known)}")
+    return _as_scorer(target, attribute, getattr(module, attribute), options)
+
+
+def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> Scorer:
+    if inspect.isclass(value):
+        try:
+            value = value(**options)
+        except ScorerError:
+            raise
+        except Exception as error:
+            raise SpecError(f"reward {target} could not be built: {type(error).__name__}: {one_line(error)}") from error
+        options = {}
+    if callable(getattr(value, "score", None)) and not options:
+        return cast(Scorer, value)
+    if not callable(value) or hasattr(value, "score"):
+        what = type(value).__name__
+        raise SpecError(
+            f"reward {target} is a {what}, not a function (images, prompts, metadata) or a class with a `score` method"
+        )
+    try:
+        inspect.signature(value).bind(None, None, None, **options)
+    except TypeError as error:
+        raise SpecError(
+            f"reward {target}: {error}; it is called as {name}(images, prompts, metadata, **options)"
+        ) from error
+    function = functools.partial(value) if not hasattr(value, "__name__") else value
+    return FunctionScorer(name, function, options)
+
+
+def _load_module(name: str) -> ModuleType:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise SpecError(f"reward module {name} did not import: {type(error).__name__}: {one_line(error)}") from error
+    _log.warning("runs user code from %s", module.__file__ or name)
+    return module
+
+
+def _load_file(path: Path) -> ModuleType:
+    _log.warning("runs user code from %s", path)
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise SpecError(f"reward file {path} is not Python source; write path/to/file.py:reward")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise SpecError(f"reward file {path} did not run: {type(error).__name__}: {one_line(error)}") from error
+    return module

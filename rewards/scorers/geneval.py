@@ -1,0 +1,102 @@
+"""GenEval as a reward: a detector finds objects, ``rewards.geneval_judge`` compares them with the prompt.
+
+``python -m rewards.scorers.geneval --judge-only`` judges detections made elsewhere: JSON lines
+``{"metadata": …, "detections": {class: [{"box", "score", "color"}]}}`` in, ``{"correct", "score", …}`` out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from rewards.detectors import load_detector
+from rewards.geneval_judge import Rules, Verdict, judge
+from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
+
+Mode = Literal["official", "strict", "partial"]
+
+
+class GenevalScorer:
+    """``geneval`` in [0, 1], from GenEval metadata (``tag``, ``include``, ``exclude``).
+
+    Modes: ``official`` (the public benchmark's verdict, 0 or 1), ``strict`` (also exact counts, 0 or 1) and
+    ``partial`` (mean of the clause scores).
+    """
+
+    name = "geneval"
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        *,
+        detector: str | dict[str, Any] = "palette",
+        mode: Mode = "partial",
+        threshold: float = Rules.threshold,
+        counting_threshold: float = Rules.counting_threshold,
+        max_objects: int = Rules.max_objects,
+        position_threshold: float = Rules.position_threshold,
+        device: str = "cpu",
+        batch_size: int = 32,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise SpecError(f"geneval: mode {mode!r} is unknown; write one of {', '.join(get_args(Mode))}")
+        self.mode = mode
+        self.rules = Rules(threshold, counting_threshold, max_objects, position_threshold)
+        self.detector = load_detector(detector)
+        self.device = device
+        self.batch_size = batch_size
+
+    def setup(self, device: str | None = None) -> None:
+        self.device = device or self.device
+        if (setup := getattr(self.detector, "setup", None)) is not None:
+            setup(self.device)
+
+    def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
+        """The full verdict on each image (N, H, W, 3)."""
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            found += self.detector.detect(images[rows], metadata[rows])
+        return [judge(row, objects, self.rules) for row, objects in zip(metadata, found, strict=True)]
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+        """``{"geneval": (N,)}`` in the configured mode."""
+        field = {"official": "correct", "strict": "strict", "partial": "score"}[self.mode]
+        return {"geneval": np.array([getattr(v, field) for v in self.verdicts(images, metadata)], np.float64)}
+
+
+def judge_lines(lines: Iterable[str]) -> Iterator[str]:
+    """One JSON verdict a non-empty JSON line; raises ``InputError`` naming the line."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            case = json.loads(line)
+            verdict = judge(case["metadata"], case["detections"])
+        except (ValueError, KeyError, TypeError, InputError) as error:
+            what = f"no key {error}" if isinstance(error, KeyError) else error
+            raise InputError(f'line {number}: {what}; write {{"metadata": …, "detections": …}}') from error
+        yield json.dumps(asdict(verdict))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rewards.scorers.geneval", description=__doc__)
+    parser.add_argument("--judge-only", action="store_true", required=True, help="judge JSON lines from stdin")
+    parser.parse_args()
+    try:
+        for verdict in judge_lines(sys.stdin):
+            print(verdict, flush=True)
+    except ScorerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

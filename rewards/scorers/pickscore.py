@@ -1,0 +1,119 @@
+"""PickScore (Kirstain et al. 2023, arXiv:2305.01569): a CLIP model tuned on human preferences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from rewards.interface import Images, Metadata, SpecError, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+Scale = Literal["raw", "/26"]
+
+
+class PickscoreScorer:
+    """``pickscore``: logit scale × cosine similarity, about 15 to 26 with the published weights.
+
+    ``path`` is the directory of a transformers ``CLIPModel``; ``processor``, if its tokenizer and image
+    processor lie elsewhere, theirs. ``scale: /26`` divides by 26, as Flow-GRPO does.
+    """
+
+    name = "pickscore"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        processor: str | None = None,
+        scale: Scale = "raw",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        if scale not in get_args(Scale):
+            raise SpecError(f"pickscore: scale {scale!r} is unknown; write raw or /26")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise SpecError(f"pickscore: dtype {dtype!r} is unknown; write float32, bfloat16 or float16")
+        self.path = path
+        self.processor = processor or path
+        for directory, file in ((path, "config.json"), (self.processor, "preprocessor_config.json")):
+            if not (Path(directory) / file).is_file():
+                raise SpecError(
+                    f"pickscore: {directory} holds no {file}; give the directory of a transformers CLIPModel"
+                    " (`path`) and of its tokenizer and image processor (`processor`)"
+                )
+        self.factor = 1.0 if scale == "raw" else 1 / 26
+        self.dtype = dtype
+        self.device = device
+        self.batch_size = batch_size
+        self._model: Any = None
+
+    def setup(self, device: str | None = None) -> None:
+        """Load the model from its directory; nothing is downloaded."""
+        import torch
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        self.device = device or self.device
+        try:
+            loaded: Any = CLIPModel.from_pretrained(
+                self.path,
+                dtype=getattr(torch, self.dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            self._images = AutoImageProcessor.from_pretrained(self.processor, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SpecError(f"pickscore: {self.path} did not load as a CLIPModel ({one_line(error)})") from error
+        model, report = loaded
+        # transformers only warns here, and would score with random weights.
+        if report["missing_keys"] or report["mismatched_keys"]:
+            missing = sorted(report["missing_keys"]) or sorted(report["mismatched_keys"])
+            raise SpecError(f"pickscore: {self.path} lacks the weights {missing[0]} …; give a whole CLIPModel")
+        self._model = model.to(self.device).eval()
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            self.setup()
+        return self._model
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+        """``{"pickscore": (N,)}``; images (N, H, W, 3) of any size."""
+        import torch
+
+        model = self._loaded()
+        values = []
+        with torch.inference_mode():
+            scale = model.logit_scale.exp().float() * self.factor
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                cosine = (self._image(images[rows]) * self._text(prompts[rows])).sum(-1)
+                values.append((scale * cosine).cpu().numpy())
+        return {"pickscore": np.concatenate(values)}
+
+    def _image(self, images: Images) -> torch.Tensor:
+        """Unit embeddings (N, D)."""
+        import torch
+
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        inputs = self._images(images=list(pixels), return_tensors="pt").pixel_values
+        pooled = self._model.vision_model(inputs.to(self.device, self._model.dtype)).pooler_output
+        return torch.nn.functional.normalize(self._model.visual_projection(pooled).float(), dim=-1)
+
+    def _text(self, prompts: list[str]) -> torch.Tensor:
+        """Unit embeddings (N, D), each distinct prompt encoded once."""
+        import torch
+
+        unique = list(dict.fromkeys(prompts))
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            unique, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
+        pooled = self._model.text_model(**tokens).pooler_output
+        text = torch.nn.functional.normalize(self._model.text_projection(pooled).float(), dim=-1)
+        return text[torch.tensor([unique.index(prompt) for prompt in prompts], device=text.device)]

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import http.client
+import json
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from rewards.client import HttpScorer, ServerRefused
+from rewards.interface import SpecError, score_batch
+from rewards.serve import PortInUse, serve
+from rewards.wire import encode_request
+
+
+def raw(server, method: str, path: str, body: bytes | None = None, headers: dict | None = None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def assert_alive(server, batch):
+    assert HttpScorer(server.url, retries=0).score(*batch)
+
+
+def test_scores_over_http_equal_the_direct_call_bit_for_bit_in_any_batch_size(shared_server, batch):
+    server = shared_server("brightness")
+    direct = batch[0].mean(axis=(1, 2, 3))
+    for size in (1, 2, 5, 64):
+        scores = HttpScorer(server.url, batch_size=size).score(*batch)
+        assert scores["brightness"].tobytes() == direct.tobytes()
+
+
+def test_prompts_and_metadata_arrive_in_order(shared_server, batch):
+    scores = HttpScorer(shared_server("echo").url, batch_size=2).score(*batch)
+    np.testing.assert_array_equal(scores["index"], range(5))
+    np.testing.assert_array_equal(scores["length"], [len(p) for p in batch[1]])
+
+
+def test_concurrent_clients_each_get_their_own_answer(shared_server, batch):
+    server = shared_server("echo")
+    images, prompts, _ = batch
+    wrong: list[int] = []
+
+    def ask(offset: int) -> None:
+        metadata = [{"i": offset + i} for i in range(5)]
+        if HttpScorer(server.url).score(images, prompts, metadata)["index"].tolist() != [offset + i for i in range(5)]:
+            wrong.append(offset)
+
+    threads = [threading.Thread(target=ask, args=(100 * k,)) for k in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_health_and_info_say_what_runs(shared_server):
+    server = shared_server("brightness")
+    assert raw(server, "GET", "/health") == (200, {"status": "ok"})
+    info = HttpScorer(server.url).info()
+    assert info["name"].endswith("user_rewards.py:brightness")
+    assert info["limits"]["max_count"] == 1024
+
+
+def test_a_builtin_scorer_is_served_with_its_options(start_server, batch):
+    server = start_server("jpeg", "goal=incompressible", "quality=50")
+    assert (HttpScorer(server.url).score(*batch)["jpeg"] > 0).all()
+
+
+def test_nan_inf_and_huge_scores_pass_the_wire_and_are_masked_at_the_caller(shared_server, batch):
+    checked = score_batch("remote", HttpScorer(shared_server("odd").url), *batch)
+    assert checked.valid["odd"].tolist() == [False] * 4 + [True]
+    assert checked.causes["odd"] == {"nan": 1, "inf": 2, "magnitude": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("broken", "scorer_failed", "RuntimeError: secret of line one"),
+        ("short", "invalid_scores", r"shape \(1,\) for 5 images"),
+        ("text", "invalid_scores", "'good'"),
+    ],
+)
+def test_a_broken_reward_is_a_typed_error_without_a_trace_and_is_not_retried(shared_server, batch, name, kind, said):
+    server = shared_server(name)
+    start = time.monotonic()
+    with pytest.raises(ServerRefused, match=said) as caught:
+        HttpScorer(server.url).score(*batch)
+    assert (caught.value.status, caught.value.kind) == (500, kind)
+    assert time.monotonic() - start < 0.5 + 5
+    assert "Traceback" not in str(caught.value)
+    status, answer = raw(server, "POST", "/score", encode_request(*batch))
+    assert status == 500 and set(answer) == {"error"} and "Traceback" not in json.dumps(answer)
+
+
+def message(header: dict, payload: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<4sI", b"FAQ1", len(text)) + text + payload
+
+
+def test_hostile_bodies_get_a_typed_4xx_and_the_server_lives_on(shared_server, batch):
+    server = shared_server("brightness")
+    for body, status, kind in [
+        (pickle.dumps({"images": [1, 2, 3]}), 400, "malformed"),
+        (b"", 400, "malformed"),
+        (b"FAQ1\x05\x00\x00\x00\xff\xfe\xff\xfe\xff", 400, "malformed"),
+        (message({"shape": [1, 2, 2, 3], "prompts": ["p"], "metadata": [{}]}, bytes(11)), 400, "malformed"),
+        (message({"shape": [0, 2, 2, 3], "prompts": [], "metadata": []}), 400, "malformed"),
+        (message({"shape": [1, 50_000, 50_000, 3], "prompts": ["p"], "metadata": [{}]}), 413, "too_large"),
+        (message({"shape": [10_000, 1, 1, 3], "prompts": ["p"] * 10_000, "metadata": []}), 413, "too_large"),
+    ]:
+        start = time.monotonic()
+        answer = raw(server, "POST", "/score", body)
+        assert (answer[0], answer[1]["error"]["type"]) == (status, kind)
+        assert time.monotonic() - start < 1
+    assert_alive(server, batch)
+
+
+def test_a_declared_body_of_two_gigabytes_is_refused_at_once(shared_server, batch):
+    server = shared_server("brightness")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        start = time.monotonic()
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 2147483648\r\n\r\nFAQ1")
+        answer = connection.recv(4096)
+    assert b" 413 " in answer.splitlines()[0]
+    assert time.monotonic() - start < 1
+    assert_alive(server, batch)
+
+
+def test_unknown_paths_and_methods_get_json_errors(shared_server):
+    server = shared_server("brightness")
+    assert raw(server, "GET", "/nothing")[0] == 404
+    status, answer = raw(server, "GET", "/score")
+    assert (status, answer["error"]["type"]) == (405, "method_not_allowed")
+
+
+def test_a_wrong_or_missing_token_is_refused_and_the_right_one_works(serve_reward, batch, monkeypatch):
+    server = serve_reward("brightness", "--token-env", "REWARD_TOKEN", env={"REWARD_TOKEN": "right"})
+    monkeypatch.setenv("MY_TOKEN", "right")
+    monkeypatch.setenv("OLD_TOKEN", "wrong")
+    assert HttpScorer(server.url, token_env="MY_TOKEN").score(*batch)
+    for token in ("OLD_TOKEN", None):
+        with pytest.raises(ServerRefused, match="token") as caught:
+            HttpScorer(server.url, token_env=token).score(*batch)
+        assert caught.value.status == 401
+    with pytest.raises(SpecError, match="EMPTY_TOKEN"):
+        HttpScorer(server.url, token_env="EMPTY_TOKEN").score(*batch)
+
+
+def test_an_address_beyond_this_machine_needs_a_token():
+    with pytest.raises(SpecError, match="token"):
+        serve("jpeg", host="0.0.0.0", port=0)
+
+
+def test_a_port_in_use_is_one_sentence_and_exit_code_2(shared_server):
+    server = shared_server("brightness")
+    with pytest.raises(PortInUse, match=f"127.0.0.1:{server.port}.*--port"):
+        serve("jpeg", port=server.port)
+    command = [sys.executable, "-m", "rewards.serve", "jpeg", "--port", str(server.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot listen") and done.stderr.count("\n") == 1
+
+
+def test_an_unknown_reward_ends_the_server_with_exit_code_2():
+    command = [sys.executable, "-m", "rewards.serve", "genevall", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "did you mean 'geneval'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_the_server_quietly(serve_reward):
+    server = serve_reward("brightness")
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=10) in (0, 130)
+    assert "Traceback" not in server.process.stderr.read()
