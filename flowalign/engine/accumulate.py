@@ -1,0 +1,103 @@
+"""What every engine does alike: trainable parameters, weighted losses, metrics summed over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flowalign.algorithm import LossOutput
+from flowalign.engine.base import EngineSettings, NonFiniteUpdate
+
+
+def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name; they become float32 in place, frozen ones stay as loaded."""
+    found = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("the network has no trainable parameter: every requires_grad is False")
+    for parameter in found.values():
+        parameter.data = parameter.data.float()
+    return found
+
+
+def checked_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """``weights``, if names and shapes are exactly those of the trainable parameters; else ValueError."""
+    missing, foreign = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+    if missing or foreign:
+        raise ValueError(
+            f"weights do not fit the trainable parameters: {len(missing)} missing (first: {missing[:1]}), "
+            f"{len(foreign)} unknown (first: {foreign[:1]})"
+        )
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"weight {name} has shape {tuple(weights[name].shape)}, the network has {shape}")
+    return weights
+
+
+def autocast(device: torch.device, settings: EngineSettings) -> AbstractContextManager[Any]:
+    """bf16 autocast on ``device``, or nothing for float32."""
+    return nullcontext() if settings.dtype == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """``weight * loss``, whose gradient is NaN where the loss is not finite.
+
+    The gradient norm is the one number every rank agrees on before an update, so a loss that is
+    infinite with a finite gradient, on one rank alone, must show in it.
+    """
+    finite = torch.isfinite(loss.detach())
+    return loss * torch.where(finite, weight, math.nan).to(loss.dtype)
+
+
+def is_maximum(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("max_")
+
+
+class MetricSum:
+    """Loss and metrics of one update, on the device until ``reduce``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, output: LossOutput, weight: float) -> None:
+        for name, value in {**output.metrics, "loss": output.loss}.items():
+            value = torch.as_tensor(value).detach().to(self.device, torch.float64)
+            if not is_maximum(name):
+                zero = torch.zeros((), device=self.device, dtype=torch.float64)
+                self.values[name] = self.values.get(name, zero) + value * weight
+            else:
+                none = torch.full((), -math.inf, device=self.device, dtype=torch.float64)
+                self.values[name] = torch.maximum(self.values.get(name, none), value if weight else none)
+
+    def reduce(self, world_size: int) -> dict[str, float]:
+        """Sums (maxima) over micro-batches and ranks; a collective call."""
+        sums = sorted(name for name in self.values if not is_maximum(name))
+        maxima = sorted(name for name in self.values if is_maximum(name))
+        result: dict[str, float] = {}
+        for names, how in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
+            if names:
+                stacked = torch.stack([self.values[name] for name in names])
+                if world_size > 1:
+                    dist.all_reduce(stacked, op=how)
+                result.update(zip(names, stacked.tolist(), strict=True))
+        return result
+
+
+def check_share(micro_batches: Sequence[Any], weights: Sequence[float]) -> None:
+    if not micro_batches or len(micro_batches) != len(weights):
+        raise ValueError(f"an update needs one weight per micro-batch: {len(micro_batches)} and {len(weights)}")
+
+
+def refuse_non_finite(metrics: dict[str, float], grad_norm: float, step: int) -> None:
+    """Raises NonFiniteUpdate unless loss and gradient norm, both over all ranks, are finite."""
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+        raise NonFiniteUpdate(
+            f"update {step}: loss {metrics['loss']} and gradient norm {grad_norm} must be finite; the weights are "
+            "unchanged (a lower learning rate, a smaller max_grad_norm or float32 may help)"
+        )

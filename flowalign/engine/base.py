@@ -1,0 +1,113 @@
+"""The contract of an engine: gradients, their reduction over ranks, clipping, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from flowalign.algorithm import LossOutput
+from flowalign.types import TrainBatch
+
+LossFn = Callable[[TrainBatch], LossOutput]
+
+
+class NonFiniteUpdate(RuntimeError):
+    """Loss or gradient norm was NaN or Inf; the weights are as they were before the update."""
+
+
+class ResumeRefused(ValueError):
+    """A checkpoint's optimizer state does not fit this engine (world size, ZeRO stage, shapes)."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Optimizer and engine of one run.
+
+    ``dtype`` is the dtype of computation: trainable parameters, gradients and optimizer state are
+    always float32, and bfloat16 means torch autocast around the loss. The learning rate rises
+    linearly over the first ``warmup_steps`` updates and is constant after them.
+    ``max_grad_norm`` 0 does not clip. ``compile`` runs torch.compile on the network.
+    """
+
+    type: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update ``step``, counted from 0."""
+        if step >= self.warmup_steps:
+            return self.learning_rate
+        return self.learning_rate * (step + 1) / self.warmup_steps
+
+
+class Engine(Protocol):
+    """Owns the optimizer of one policy network on one rank.
+
+    ``step`` accumulates the gradient of ``sum_over_all_ranks(weight_i * loss_i)``, where
+    ``weight_i = len(micro_batch_i) / total``, clips it and applies it once. Every rank passes the same
+    number of micro-batches (an empty share is padded by the learner with weight 0).
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far, those before a resume included."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision ``step`` computes its loss in, for forward passes made outside of it."""
+        ...
+
+    def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
+        """One optimizer update.
+
+        Returns loss, grad_norm, learning_rate and the weighted metrics, each summed over micro-batches
+        and ranks. A metric whose last name part starts with ``max_`` is their maximum instead,
+        micro-batches of weight 0 left out.
+
+        Raises:
+            NonFiniteUpdate: before the weights were touched.
+        """
+        ...
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The learning rate of the updates to come, in place of the settings' own schedule."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full (gathered) trainable parameters by name, float32 on the CPU; a collective call."""
+        ...
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """This rank's optimizer tensors and JSON-able facts (world size, ZeRO stage, step count)."""
+        ...
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Bitwise restore for the same world size and stage.
+
+        Raises:
+            ResumeRefused: with what differs, and what to do.
+        """
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the trainable parameters (and their master copies) before training goes on."""
+        ...
+
+    def close(self) -> None: ...

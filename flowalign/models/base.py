@@ -1,0 +1,65 @@
+"""The contract of a policy: a pretrained flow-matching image model that can be rolled out and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.types import Condition
+
+
+class ModelError(ValueError):
+    """A model directory that is missing, incomplete or of the wrong kind."""
+
+
+class Policy(Protocol):
+    """A transformer with its text encoders, autoencoder and schedule.
+
+    ``network`` is the module that learns; everything else is frozen.
+    """
+
+    network: nn.Module
+    shift: float
+
+    @classmethod
+    def load(cls, directory: Path, *, max_sequence_length: int, device: str, dtype: torch.dtype) -> Policy:
+        """Raises ModelError when the directory holds no such model."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """One row for each distinct prompt, mapped back to all of them, plus the empty prompt's embeddings."""
+        ...
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        guidance: float | None = None,
+        norm_preserving: bool = False,
+    ) -> Tensor:
+        """dx/dt at x (N, C, H, W), t (N,); with ``guidance`` other than 1 or None, one batched guided call."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, uint8 (N, H, W, 3), of latents (N, C, h, w)."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (N, C, h, w) of images, uint8 (N, H, W, 3): the posterior's mean."""
+        ...
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, h, w) of an image size in pixels; None: the model's own size."""
+        ...
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """Module names that a LoRA adapts unless the configuration says otherwise."""
+        ...

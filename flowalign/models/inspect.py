@@ -1,0 +1,178 @@
+"""Sizes of a model from its configuration files alone: nothing is loaded, everything lives on the meta device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowalign.models.base import ModelError
+from flowalign.models.build import policy_class
+
+CLIP_TOKENS = 77
+FALLBACK_NAME = "Stable Diffusion 3.5 medium"
+# stabilityai/stable-diffusion-3.5-medium, transformer/config.json.
+SD35_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD35_SHIFT = 3.0
+SD35_FROZEN = {
+    "vae": 83_819_683,
+    "text_encoder": 123_650_304,
+    "text_encoder_2": 694_659_840,
+    "text_encoder_3": 4_762_310_656,
+}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two)."""
+
+    source: str
+    transformer: int
+    trainable: int
+    frozen: dict[str, int]
+    flops: int
+    latent_shape: tuple[int, int, int]
+    image_tokens: int
+    text_tokens: int
+    width: int
+    num_layers: int
+
+
+def inspect_model(
+    directory: Path,
+    *,
+    max_sequence_length: int,
+    height: int | None = None,
+    width: int | None = None,
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] = (),
+) -> ModelSizes:
+    """Count a Stable Diffusion 3 pipeline from its folders' ``config.json``; weights may be absent.
+
+    Where ``directory`` does not exist the built-in configuration of Stable Diffusion 3.5 medium stands in,
+    and ``source`` says so.
+
+    Raises:
+        ModelError: a configuration file is missing or unreadable, or the image size does not fit.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    fallback = not directory.exists()
+    config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    shape = latent_shape(directory, height, width)
+    clip = CLIP_TOKENS if fallback else _clip_tokens(directory)
+    total = sum(p.numel() for p in network.parameters())
+    trainable = total if lora_rank is None else lora_parameters(network, lora_rank, lora_targets)
+    return ModelSizes(
+        source=f"built-in configuration of {FALLBACK_NAME}" if fallback else str(directory),
+        transformer=total,
+        trainable=trainable,
+        frozen=dict(SD35_FROZEN) if fallback else _frozen(directory),
+        flops=_forward_flops(network, config, shape, clip + max_sequence_length),
+        latent_shape=shape,
+        image_tokens=shape[1] * shape[2] // int(config["patch_size"]) ** 2,
+        text_tokens=clip + max_sequence_length,
+        width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
+        num_layers=int(config["num_layers"]),
+    )
+
+
+def latent_shape(directory: Path, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """(C, h, w) of an image size in pixels, None being the model's own; reads two small files, without diffusers.
+
+    Raises:
+        ModelError: the size is not a multiple of what autoencoder and patches need.
+    """
+    fallback = not directory.exists()
+    config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
+    factor = 8
+    if not fallback:
+        factor = 2 ** (len(_read(directory / "vae" / "config.json").get("block_out_channels", [0] * 4)) - 1)
+    multiple = factor * int(config["patch_size"])
+    size = [int(config["sample_size"]) * factor if pixels is None else pixels for pixels in (height, width)]
+    if any(pixels % multiple for pixels in size):
+        raise ModelError(f"image size {size[0]}x{size[1]}: both sides must be multiples of {multiple}")
+    return int(config["in_channels"]), size[0] // factor, size[1] // factor
+
+
+def default_lora_targets(family: str) -> tuple[str, ...]:
+    """What a LoRA of this model family adapts unless the configuration says otherwise."""
+    return tuple(getattr(sys.modules[policy_class(family).__module__], "LORA_TARGETS", ()))
+
+
+def lora_parameters(network: nn.Module, rank: int, targets: Sequence[str]) -> int:
+    """Parameters of a LoRA on the linear layers whose names end in one of ``targets``."""
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and any(name == t or name.endswith(f".{t}") for t in targets)
+    )
+
+
+def _forward_flops(network: nn.Module, config: Mapping[str, Any], shape: tuple[int, int, int], tokens: int) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        network(
+            hidden_states=torch.empty(1, *shape),
+            encoder_hidden_states=torch.empty(1, tokens, int(config["joint_attention_dim"])),
+            pooled_projections=torch.empty(1, int(config["pooled_projection_dim"])),
+            timestep=torch.empty(1),
+        )
+    return int(counter.get_total_flops())
+
+
+def _frozen(directory: Path) -> dict[str, int]:
+    """Parameters of the autoencoder and of each text encoder whose configuration is there."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    counts: dict[str, int] = {}
+    with torch.device("meta"):
+        for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+            path = directory / part / "config.json"
+            if not path.is_file():
+                continue
+            config = {k: v for k, v in _read(path).items() if not k.startswith("_")}
+            if part == "vae":
+                module: nn.Module = AutoencoderKL(**config)
+            elif part == "text_encoder_3":
+                module = T5EncoderModel(T5Config(**config))
+            else:
+                module = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+            counts[part] = sum(p.numel() for p in module.parameters())
+    return counts
+
+
+def _clip_tokens(directory: Path) -> int:
+    path = directory / "text_encoder" / "config.json"
+    return int(_read(path).get("max_position_embeddings", CLIP_TOKENS)) if path.is_file() else CLIP_TOKENS
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path: {path} cannot be read: {error}") from error

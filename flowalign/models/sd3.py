@@ -1,0 +1,181 @@
+"""Stable Diffusion 3 / 3.5 as a policy, over the diffusers classes.
+
+Shapes: N samples, P prompts, C H W latents, L text tokens, D joint width, E pooled width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.flow.guidance import cfg, cfg_norm_preserving
+from flowalign.models.base import ModelError
+from flowalign.types import Condition
+
+LORA_TARGETS = [
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+]
+
+
+def check_directory(directory: Path) -> None:
+    """Raise ModelError, in milliseconds, unless ``directory`` looks like a StableDiffusion3Pipeline on disk."""
+    if not directory.is_dir():
+        raise ModelError(f"model.path: {directory} is not a directory; give a StableDiffusion3Pipeline directory")
+    index = directory / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"model.path: {directory} has no model_index.json; give a StableDiffusion3Pipeline directory")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name != "StableDiffusion3Pipeline":
+        raise ModelError(f"model.path: {directory} holds a {name}; models of type sd3 need a StableDiffusion3Pipeline")
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+        if not (directory / part).is_dir():
+            raise ModelError(f"model.path: {directory} has no folder {part}; the download or export is incomplete")
+
+
+class SD3Policy:
+    """A ``StableDiffusion3Pipeline`` taken apart: ``network`` learns, the rest is frozen and in eval mode.
+
+    ``max_sequence_length`` is the length of the T5 part of the text; without a T5 encoder diffusers
+    appends as many zero tokens, unmasked, so the number is part of the model's configuration.
+    """
+
+    def __init__(self, pipeline: object, *, max_sequence_length: int, device: str = "cpu") -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        if not isinstance(pipeline, StableDiffusion3Pipeline):
+            raise ModelError(f"expected a StableDiffusion3Pipeline, got {type(pipeline).__name__}")
+        self.pipeline = pipeline.to(device)
+        self.network: nn.Module = pipeline.transformer
+        self.vae = pipeline.vae
+        self.device = device
+        self.max_sequence_length = max_sequence_length
+        self.shift = float(pipeline.scheduler.config["shift"])
+        for part in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        self.network.eval()
+
+    @classmethod
+    def load(
+        cls, directory: Path, *, max_sequence_length: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SD3Policy:
+        """Load a pipeline directory; text encoders and autoencoder share ``dtype`` with the transformer.
+
+        Raises:
+            ModelError: the directory is missing, incomplete or holds another pipeline.
+        """
+        from diffusers import StableDiffusion3Pipeline
+
+        check_directory(Path(directory))
+        index = json.loads((Path(directory) / "model_index.json").read_text())
+        # diffusers wants a dropped T5 to be named: text_encoder_3 is not an optional component.
+        absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
+        try:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                str(directory), torch_dtype=dtype, local_files_only=True, **absent
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
+        return cls(pipeline, max_sequence_length=max_sequence_length, device=device)
+
+    @property
+    def lora_targets(self) -> list[str]:
+        return list(LORA_TARGETS)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Each distinct prompt is encoded once, alone, so that its embedding never depends on its batch."""
+        rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        encoded = [self._encode(prompt) for prompt in [*rows, ""]]
+        return Condition(
+            tokens_PLD=torch.cat([tokens for tokens, _ in encoded[:-1]]),
+            pooled_PE=torch.cat([pooled for _, pooled in encoded[:-1]]),
+            index_N=torch.tensor([rows[prompt] for prompt in prompts], device=self.device),
+            null_LD=encoded[-1][0][0],
+            null_E=encoded[-1][1][0],
+        )
+
+    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompt,
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=torch.device(self.device),
+        )
+        return tokens, pooled
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        guidance: float | None = None,
+        norm_preserving: bool = False,
+    ) -> Tensor:
+        """Velocity (N, C, H, W), float32; guided where ``guidance`` is neither None nor 1, in one batched call."""
+        if r is not None:
+            raise ModelError("models of type sd3 take no second time r; use a model with an r input")
+        tokens, pooled = condition.expand()
+        if guidance is None or guidance == 1:
+            return self._forward(x, t, tokens, pooled)
+        count = x.shape[0]
+        both = self._forward(
+            torch.cat([x, x]),
+            torch.cat([t, t]),
+            torch.cat([condition.null_LD.expand(count, -1, -1), tokens]),
+            torch.cat([condition.null_E.expand(count, -1), pooled]),
+        )
+        null, conditional = both.chunk(2)
+        if not norm_preserving:
+            return cfg(conditional, null, guidance)
+        patch = int(self.network.config["patch_size"])  # type: ignore[index]
+        return cfg_norm_preserving(conditional, null, guidance, patch_size=patch)
+
+    def _forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        out = self.network(
+            hidden_states=x.to(dtype),
+            encoder_hidden_states=tokens.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            timestep=t * 1000,
+            return_dict=False,
+        )[0]
+        return out.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        z = latents / config["scaling_factor"] + config["shift_factor"]
+        pixels = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        pixels = images.permute(0, 3, 1, 2).to(self.vae.dtype).div(127.5).sub(1)
+        mean = self.vae.encode(pixels).latent_dist.mean.float()
+        return (mean - config["shift_factor"]) * config["scaling_factor"]
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of an image size in pixels.
+
+        Raises:
+            ModelError: the size is not a multiple of what autoencoder and patches need.
+        """
+        config = self.network.config
+        factor = self.pipeline.vae_scale_factor
+        default = int(config["sample_size"]) * factor  # type: ignore[index]
+        multiple = factor * int(config["patch_size"])  # type: ignore[index]
+        size = [default if pixels is None else pixels for pixels in (height, width)]
+        if any(pixels % multiple for pixels in size):
+            raise ModelError(f"image size {size[0]}x{size[1]}: both sides must be multiples of {multiple}")
+        return int(config["in_channels"]), size[0] // factor, size[1] // factor  # type: ignore[index]

@@ -1,0 +1,151 @@
+"""One rank of the engine tests: runs every scenario for every ZeRO stage and writes what happened.
+
+``python -m tests.engine.worker DIR RANK WORLD PORT STAGES PHASE``, STAGES as in 0123; PHASE is ``train``, in a new
+process ``resume``, or ``both``, with new engines in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import flowalign.engine.deepspeed
+from flowalign.checkpoint import content_hash
+from flowalign.engine import Engine, NonFiniteUpdate, ResumeRefused, build_engine
+from tests.engine.toy import Network, settings, update
+
+
+class Rank:
+    def __init__(self, folder: Path, rank: int, world: int, port: int) -> None:
+        self.folder, self.rank, self.world, self.port = folder, rank, world, port
+
+    def engine(self, stage: int, frozen: torch.dtype = torch.float32, **changes: Any) -> tuple[Engine, Network]:
+        network = Network(frozen)
+        built = build_engine(
+            network,
+            settings(zero_stage=stage, **changes),
+            rank=self.rank,
+            world_size=self.world,
+            master_port=self.port,
+        )
+        return built, network
+
+    def path(self, stage: int, name: str) -> Path:
+        return self.folder / f"{name}_stage{stage}_rank{self.rank}.safetensors"
+
+    def run(self, stage: int, steps: int, num_micro: int = 2, **changes: Any) -> dict[str, Any]:
+        engine, network = self.engine(stage, **changes)
+        metrics = [update(engine, network, step, num_micro) for step in range(steps)]
+        weights, (tensors, _) = engine.weights(), engine.optimizer_state()
+        engine.close()
+        return {"metrics": metrics, "weights": weights, "hash": content_hash(weights), "state": content_hash(tensors)}
+
+
+def state(engine: Engine) -> tuple[str, str]:
+    return content_hash(engine.weights()), content_hash(engine.optimizer_state()[0])
+
+
+def poisoned(rank: Rank, stage: int) -> dict[str, Any]:
+    """Two updates, two refused ones (bad on the last rank only), one more update."""
+    engine, network = rank.engine(stage)
+    for step in range(2):
+        update(engine, network, step)
+    before, raised = state(engine), []
+    for poison in (float("nan"), float("inf")):
+        try:
+            update(engine, network, 2, poison=poison if rank.rank == rank.world - 1 else 0.0)
+        except NonFiniteUpdate as error:
+            raised.append(str(error))
+    after = state(engine)
+    update(engine, network, 2)
+    result = {"before": before, "after": after, "raised": raised, "final": state(engine), "steps": engine.steps}
+    engine.close()
+    return result
+
+
+def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
+    """Weights from outside replace those of a trained engine, also for its next update and without its hooks."""
+    engine, network = rank.engine(stage)
+    update(engine, network, 0)
+    wanted = {name: tensor * 0.5 + 0.1 for name, tensor in engine.weights().items()}
+    engine.load_weights(wanted)
+    same = content_hash(engine.weights()) == content_hash(wanted)
+    with torch.no_grad():
+        outside = network(torch.ones(1, 6), True).tolist()
+    update(engine, network, 1)
+    result = {"same": same, "outside": outside, "moved": engine.weights()["first.bias"].tolist()}
+    engine.close()
+    return result
+
+
+def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
+    results: dict[str, Any] = {"torch": rank.run(0, 5, type="torch")["metrics"]}
+    for stage in stages:
+        whole = rank.run(stage, 10)
+        save_file(rank.run(stage, 5)["weights"], rank.path(stage, "weights5"))
+        split = rank.run(stage, 5, num_micro=3)
+        save_file(split["weights"], rank.path(stage, "split"))
+        mixed = rank.run(stage, 3, dtype="bfloat16", frozen=torch.bfloat16)
+        engine, network = rank.engine(stage)
+        for step in range(5):
+            update(engine, network, step)
+        tensors, facts = engine.optimizer_state()
+        save_file(tensors, rank.path(stage, "optimizer"))
+        save_file(engine.weights(), rank.path(stage, "model"))
+        rank.path(stage, "facts").with_suffix(".json").write_text(json.dumps(facts))
+        engine.close()
+        results[str(stage)] = {
+            "metrics": whole["metrics"],
+            "ten_steps": (whole["hash"], whole["state"]),
+            "three_steps": [rank.run(stage, 3)[key] for key in ("hash", "state")],
+            "mixed": mixed["metrics"],
+            "poisoned": poisoned(rank, stage),
+            "reloaded": reloaded(rank, stage),
+        }
+    return results
+
+
+def resume(rank: Rank, stages: list[int]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for stage in stages:
+        facts = json.loads(rank.path(stage, "facts").with_suffix(".json").read_text())
+        tensors = load_file(rank.path(stage, "optimizer"))
+        engine, network = rank.engine(stage)
+        refused = ""
+        try:
+            engine.load_optimizer_state(tensors, {**facts, "zero_stage": 2 if stage == 1 else 1})
+        except ResumeRefused as error:
+            refused = str(error)
+        engine.load_weights(load_file(rank.path(stage, "model")))
+        engine.load_optimizer_state(tensors, facts)
+        metrics = [update(engine, network, step) for step in range(5, 10)]
+        results[str(stage)] = {"ten_steps": state(engine), "refused": refused, "metrics": metrics}
+        engine.close()
+    return results
+
+
+def main(folder: str, rank: str, world: str, port: str, stages: str, phase: str) -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+
+    def no_compiler(*command: object, **_: object) -> None:
+        raise AssertionError(f"DeepSpeed started a program: {command}")
+
+    flowalign.engine.deepspeed.PERSISTENT = 50  # so that ZeRO-3 partitions matrices and keeps biases whole
+    subprocess.Popen.__init__ = no_compiler  # type: ignore[method-assign]
+    member = Rank(Path(folder), int(rank), int(world), int(port))
+    for name, run in (("train", train), ("resume", resume)):
+        if phase in (name, "both"):
+            results = run(member, [int(stage) for stage in stages])
+            (Path(folder) / f"{name}_rank{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
