@@ -1,0 +1,49 @@
+"""Group-relative credit: rewards of N samples to advantages, groups keyed by id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Advantages (N,), and the share of groups that can teach nothing (equal rewards or fewer than two valid)."""
+
+    advantages: Tensor
+    zero_std_fraction: float
+
+
+def group_advantages(
+    rewards: Tensor,
+    valid: Tensor,
+    group_ids: Sequence[int],
+    *,
+    std: Literal["group", "batch", "none"] = "group",
+    clip: float = 5.0,
+    eps: float = 1e-4,
+) -> Credit:
+    """``A_i = (R_i - mean_group) / (std + eps)``, clipped to ±``clip``; population std over valid samples.
+
+    A group with fewer than two valid samples, or whose valid rewards are all equal, gets exactly 0,
+    as does every invalid sample. (Flow-GRPO, arXiv:2505.05470, eq. 4)
+    """
+    values = rewards.double()
+    result = torch.zeros_like(values)
+    ids = torch.tensor(list(group_ids))
+    batch_std = values[valid].std(correction=0) if bool(valid.any()) else values.new_zeros(())
+    groups = ids.unique()
+    silent = 0
+    for group in groups:
+        member = (ids == group) & valid
+        own = values[member]
+        if own.numel() < 2 or bool(own.max() == own.min()):
+            silent += 1
+            continue
+        scale = {"group": own.std(correction=0) + eps, "batch": batch_std + eps, "none": 1.0}[std]
+        result[member] = (own - own.mean()) / scale
+    return Credit(result.clamp(-clip, clip).float(), silent / max(1, len(groups)))

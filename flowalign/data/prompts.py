@@ -1,0 +1,92 @@
+"""Prompts and groups: which samples an iteration makes, as a function of (seed, iteration)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowalign.algorithm import seeded
+from flowalign.shapes import prompts as shapes
+from flowalign.types import PromptBatch
+
+Row = dict[str, Any]
+
+
+class PromptsError(ValueError):
+    """A prompt file that is missing, empty or malformed."""
+
+
+def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
+    """Rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a jsonl file.
+
+    Raises:
+        PromptsError: names the file and line.
+    """
+    if source in ("shapes:train", "shapes:eval"):
+        return shapes.prompts("train" if source == "shapes:train" else "eval")
+    path = base_dir / source
+    if not path.is_file():
+        raise PromptsError(f"data.prompts: {path} does not exist; give shapes:train, shapes:eval or a jsonl file")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise PromptsError(f"data.prompts: {path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise PromptsError(f'data.prompts: {path}, line {number} has no "prompt" string')
+        rows.append(row)
+    if not rows:
+        raise PromptsError(f"data.prompts: {path} holds no prompt")
+    return rows
+
+
+class GroupSampler:
+    """Draws the groups of an iteration: tasks (``tag``) evenly, then a prompt of the task.
+
+    The order is a shuffle within each task, walked without replacement and reshuffled each pass.
+    """
+
+    def __init__(self, rows: list[Row], *, groups: int, group_size: int, seed: int) -> None:
+        self._by_task: dict[str, list[Row]] = {}
+        for row in rows:
+            self._by_task.setdefault(str(row.get("tag", "")), []).append(row)
+        self.groups, self.group_size, self.seed = groups, group_size, seed
+
+    def batch(self, iteration: int) -> PromptBatch:
+        """``groups * group_size`` samples of an iteration, group after group."""
+        tasks = list(self._by_task)
+        chosen = []
+        for g in range(self.groups):
+            turn = iteration * self.groups + g
+            task = tasks[turn % len(tasks)]
+            chosen.append(self._pick(task, tasks.index(task), turn // len(tasks)))
+        count = self.groups * self.group_size
+        first = iteration * count
+        return PromptBatch(
+            prompts=tuple(row["prompt"] for row in chosen for _ in range(self.group_size)),
+            group_ids=tuple(iteration * self.groups + g for g in range(self.groups) for _ in range(self.group_size)),
+            sample_ids=tuple(range(first, first + count)),
+            metadata=tuple(row for row in chosen for _ in range(self.group_size)),
+        )
+
+    def _pick(self, task: str, task_index: int, turn: int) -> Row:
+        pool = self._by_task[task]
+        order = torch.randperm(len(pool), generator=seeded(self.seed, 7, task_index, turn // len(pool)))
+        return pool[int(order[turn % len(pool)])]
+
+
+def evaluation_batch(source: str, num_samples: int, base_dir: Path = Path(".")) -> PromptBatch:
+    """The fixed samples of an evaluation; sample ids count from 0 under the evaluation's own seed."""
+    if source == "shapes:eval":
+        rows = shapes.evaluation_set(num_samples)
+    else:
+        pool = load_prompts(source, base_dir)
+        rows = [pool[i % len(pool)] for i in range(num_samples)]
+    ids = tuple(range(num_samples))
+    return PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))

@@ -1,0 +1,60 @@
+"""Puts the trained parts together as a real StableDiffusion3Pipeline directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+MAX_SEQUENCE_LENGTH = 16
+
+
+def new_transformer(joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3) -> SD3Transformer2DModel:
+    """A randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=num_layers,
+        attention_head_dim=64,
+        num_attention_heads=num_heads,
+        joint_attention_dim=joint_dim,
+        caption_projection_dim=64 * num_heads,
+        pooled_projection_dim=pooled_dim,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+def assemble(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    encoders: list[CLIPTextModelWithProjection],
+    *,
+    seed: int = 0,
+    shift: float = 1.0,
+) -> StableDiffusion3Pipeline:
+    """A pipeline with a fresh transformer; pretraining replaces its weights."""
+    torch.manual_seed(seed)
+    joint = sum(int(e.config.hidden_size) for e in encoders)
+    pooled = sum(int(e.config.projection_dim) for e in encoders)
+    return StableDiffusion3Pipeline(
+        transformer=new_transformer(joint, pooled),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,  # type: ignore[arg-type]
+        tokenizer_3=None,  # type: ignore[arg-type]
+    )
+
+
+def save(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
+    """Half-precision weights; a plain ``from_pretrained`` reads them back."""
+    pipeline.to(torch.float16).save_pretrained(str(directory), safe_serialization=True)
+    pipeline.to(torch.float32)

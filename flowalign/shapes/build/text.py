@@ -1,0 +1,158 @@
+"""Tokenizer, text encoders and the open_clip model of the embedded world, trained contrastively together.
+
+One image tower (open_clip's) is contrasted with three text towers: open_clip's own and the two CLIP
+text encoders that condition the MM-DiT (as CLIP-L and CLIP-G do in SD3, arXiv:2403.03206, sec. 4).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from flowalign.shapes.build.autoencoder import to_pixels
+from flowalign.shapes.build.progress import train
+from flowalign.shapes.prompts import prompts, sample_prompt, scene
+from flowalign.shapes.render import render
+
+CONTEXT_LENGTH = 16
+_EMBED = 96
+_WIDTHS = (128, 192)
+
+
+def new_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE reduced to the merges that spell this world's words; any text still tokenizes."""
+    full = SimpleTokenizer()
+    words = {w for split in ("train", "eval") for row in prompts(split) for w in row["prompt"].split()}
+    used: set[tuple[str, str]] = set()
+    ranks = {pair: rank for pair, rank in full.bpe_ranks.items()}
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            if best not in ranks:
+                break
+            used.add(best)
+            at = pairs.index(best)
+            parts[at : at + 2] = ["".join(best)]
+    merges = sorted(used, key=ranks.__getitem__)
+    base = list(full.byte_encoder.values())
+    names = [*base, *(b + "</w>" for b in base), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(names)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT_LENGTH)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids, int64 (N, 16), padded with the end token."""
+    return tokenizer(
+        texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 64,
+        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def open_clip_config(vocab_size: int) -> dict[str, Any]:
+    """The ``open_clip_config.json`` of the tiny model, loadable as ``local-dir:``."""
+    return {
+        "model_cfg": {
+            "embed_dim": _EMBED,
+            "vision_cfg": {"image_size": 64, "layers": 3, "width": 96, "head_width": 32, "patch_size": 8},
+            "text_cfg": {
+                "context_length": CONTEXT_LENGTH,
+                "vocab_size": vocab_size,
+                "width": 96,
+                "heads": 3,
+                "layers": 2,
+                "hf_tokenizer_name": "shapes",
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+    }
+
+
+class Towers(nn.Module):
+    """An image tower and three text towers in one embedding space."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        config = open_clip_config(len(tokenizer))["model_cfg"]
+        config["text_cfg"].pop("hf_tokenizer_name")
+        self.clip = open_clip.CLIP(**config)
+        self.encoders = nn.ModuleList(
+            new_text_encoder(tokenizer, width, activation)
+            for width, activation in zip(_WIDTHS, ("quick_gelu", "gelu"), strict=True)
+        )
+        self.heads = nn.ModuleList(nn.Linear(width, _EMBED, bias=False) for width in _WIDTHS)
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Unit image embeddings (N, 96) and the text embeddings (N, 96) of each tower."""
+        image = self.clip.encode_image(pixels, normalize=True)
+        texts = [self.clip.encode_text(ids, normalize=True)]
+        for encoder, head in zip(self.encoders, self.heads, strict=True):
+            texts.append(F.normalize(head(encoder(ids).text_embeds), dim=-1))
+        return image, texts
+
+
+def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE in which every copy of a caption counts as positive; ``same`` is (N, N) bool."""
+    logits = scale * image @ text.T
+    target = same.float() / same.float().sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int = 1200, batch: int = 128, seed: int = 0) -> Towers:
+    torch.manual_seed(seed)
+    towers = Towers(tokenizer)
+
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rng = np.random.default_rng([seed, 1, step])
+        rows = [sample_prompt("train", rng) for _ in range(batch)]
+        pixels = to_pixels(np.stack([render(scene(row, rng), rng) for row in rows]))
+        ids = tokenize(tokenizer, [row["prompt"] for row in rows])
+        same = (ids[:, None] == ids[None]).all(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            image, texts = towers(pixels, ids)
+        scale = towers.clip.logit_scale.exp().clamp(max=100)
+        losses = [contrastive_loss(image.float(), text.float(), scale, same) for text in texts]
+        accuracy = (image.float() @ texts[0].float().T).argmax(1)
+        right = same[torch.arange(batch), accuracy].float().mean().item()
+        return torch.stack(losses).mean(), {"top1": round(right, 3)}
+
+    train("towers", towers, loss_at, work_dir=work_dir, steps=steps, learning_rate=1e-3)
+    return towers
+
+
+def save_open_clip(clip: nn.Module, tokenizer: CLIPTokenizer, directory: Path) -> None:
+    """Write ``open_clip_config.json``, half-precision weights and the tokenizer."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "open_clip_config.json").write_text(json.dumps(open_clip_config(len(tokenizer)), indent=2) + "\n")
+    half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
+    save_file(half, str(directory / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,134 @@
+"""GenEval-format prompts of the embedded world, and scenes that satisfy them.
+
+Six tasks as in GenEval (Ghosh et al. 2023, arXiv:2310.11513). Where a task has at least 40 distinct
+prompts, training and evaluation prompts are disjoint; elsewhere both splits hold the same prompts
+(``"held_out": "seeds"``) and evaluation differs in its seeds only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from itertools import permutations
+from typing import Any, Literal
+
+import numpy as np
+
+from flowalign.shapes.render import Thing
+from rewards.detectors.palette import COLORS, SHAPES
+
+Split = Literal["train", "eval"]
+Metadata = dict[str, Any]
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+_DISJOINT_FROM = 40
+_CELLS = [(r, c) for r in range(2) for c in range(2)]
+
+
+def _article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("ss") else "s")
+
+
+def _all(task: str) -> list[Metadata]:
+    rows: list[Metadata] = []
+    if task == "single_object":
+        for shape in SHAPES:
+            rows.append({"include": [{"class": shape, "count": 1}], "prompt": f"a photo of {_article(shape)}"})
+    elif task == "two_object":
+        for a, b in permutations(SHAPES, 2):
+            include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
+            rows.append({"include": include, "prompt": f"a photo of {_article(a)} and {_article(b)}"})
+    elif task == "counting":
+        for shape in SHAPES:
+            for n, word in NUMBERS.items():
+                rows.append(
+                    {
+                        "include": [{"class": shape, "count": n}],
+                        "exclude": [{"class": shape, "count": n + 1}],
+                        "prompt": f"a photo of {word} {_plural(shape)}",
+                    }
+                )
+    elif task == "colors":
+        for color in COLORS:
+            for shape in SHAPES:
+                include = [{"class": shape, "count": 1, "color": color}]
+                rows.append({"include": include, "prompt": f"a photo of {_article(color)} {shape}"})
+    elif task == "position":
+        for a, b in permutations(SHAPES, 2):
+            for relation in RELATIONS:
+                include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
+                rows.append({"include": include, "prompt": f"a photo of {_article(a)} {relation} {_article(b)}"})
+    elif task == "color_attr":
+        for a, b in permutations(SHAPES, 2):
+            for ca, cb in permutations(COLORS, 2):
+                include = [{"class": a, "count": 1, "color": ca}, {"class": b, "count": 1, "color": cb}]
+                prompt = f"a photo of {_article(ca)} {a} and {_article(cb)} {b}"
+                rows.append({"include": include, "prompt": prompt})
+    else:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    return [{"tag": task, **row} for row in rows]
+
+
+def _is_eval(prompt: str) -> bool:
+    """One prompt in four is held out, by a hash of its text."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 4 == 0
+
+
+@cache
+def _split(task: str, split: Split) -> tuple[Metadata, ...]:
+    rows = _all(task)
+    if len(rows) < _DISJOINT_FROM:
+        return tuple({**row, "held_out": "seeds"} for row in rows)
+    kept = [row for row in rows if _is_eval(row["prompt"]) == (split == "eval")]
+    return tuple({**row, "held_out": "prompts"} for row in kept)
+
+
+def prompts(split: Split, task: str | None = None) -> list[Metadata]:
+    """GenEval rows (``tag, include, exclude?, prompt`` and ``held_out``) of one split, one task or all six."""
+    return [dict(row) for name in (TASKS if task is None else (task,)) for row in _split(name, split)]
+
+
+def sample_prompt(split: Split, rng: np.random.Generator) -> Metadata:
+    """A task uniformly, then one of its prompts uniformly: every task weighs the same."""
+    rows = _split(TASKS[int(rng.integers(len(TASKS)))], split)
+    return dict(rows[int(rng.integers(len(rows)))])
+
+
+def evaluation_set(num_samples: int) -> list[Metadata]:
+    """``num_samples`` evaluation rows, tasks in turn, each task walking a fixed shuffle of its prompts."""
+    order = {t: np.random.default_rng(7).permutation(len(_split(t, "eval"))) for t in TASKS}
+    rows = []
+    for i in range(num_samples):
+        task, turn = TASKS[i % len(TASKS)], i // len(TASKS)
+        pool = _split(task, "eval")
+        rows.append(dict(pool[int(order[task][turn % len(pool)])]))
+    return rows
+
+
+def scene(metadata: Metadata, rng: np.random.Generator) -> list[Thing]:
+    """Objects that satisfy a row exactly; what the prompt leaves open is drawn from ``rng``."""
+    wanted = [(c["class"], c.get("color")) for c in metadata["include"] for _ in range(c["count"])]
+    cells = [_CELLS[i] for i in rng.permutation(4)[: len(wanted)]]
+    relation = metadata["include"][-1].get("position")
+    if relation is not None:
+        cells = _related_cells(relation[0], rng)
+    names = list(COLORS)
+    return [
+        Thing(shape, color or names[int(rng.integers(len(names)))], cell)
+        for (shape, color), cell in zip(wanted, cells, strict=True)
+    ]
+
+
+def _related_cells(relation: str, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Cells (target, subject) with subject ``relation`` target: side by side on the named axis."""
+    lane = int(rng.integers(2))
+    near, far = {"left of": (1, 0), "right of": (0, 1), "above": (1, 0), "below": (0, 1)}[relation]
+    if relation in ("left of", "right of"):
+        return [(lane, near), (lane, far)]
+    return [(near, lane), (far, lane)]
