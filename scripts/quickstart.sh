@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh
+unset PYTHONDONTWRITEBYTECODE  # importing torch and diffusers without bytecode takes three times as long
 .venv/bin/flowalign align configs/shapes/flow_grpo.yaml "$@"
 
 report=$(ls -t runs/*/report.html 2>/dev/null | head -n 1 || true)

@@ -26,3 +26,25 @@ def make_bank(policy: Policy, directory: Path, *, num_images: int = 80_000, batc
             latents.append(policy.encode_images(torch.from_numpy(images)).half())
         index += [rows.setdefault(row["prompt"], len(rows)) for row in chosen]
     save_bank(directory, LatentBank(torch.cat(latents), torch.tensor(index), list(rows)))
+
+
+def main() -> None:
+    """``python -m flowalign.data.shapes_latents PIPELINE OUT``."""
+    import argparse
+
+    from flowalign.config import ModelConfig
+    from flowalign.models.build import load_policy
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("pipeline")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--num-images", type=int, default=80_000)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    policy = load_policy(ModelConfig(path=arguments.pipeline, max_sequence_length=16))
+    make_bank(policy, arguments.out, num_images=arguments.num_images)
+
+
+if __name__ == "__main__":
+    main()

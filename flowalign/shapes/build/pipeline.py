@@ -8,8 +8,6 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-MAX_SEQUENCE_LENGTH = 16
-
 
 def new_transformer(joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3) -> SD3Transformer2DModel:
     """A randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
@@ -54,7 +52,19 @@ def assemble(
     )
 
 
-def save(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
-    """Half-precision weights; a plain ``from_pretrained`` reads them back."""
-    pipeline.to(torch.float16).save_pretrained(str(directory), safe_serialization=True)
-    pipeline.to(torch.float32)
+def load(directory: Path) -> StableDiffusion3Pipeline:
+    """A pipeline directory in float32; its T5 encoder is absent, which diffusers wants to be told."""
+    return StableDiffusion3Pipeline.from_pretrained(
+        str(directory), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
+
+
+def save_half(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
+    """Transformer and autoencoder in half precision; the text encoders stay float32.
+
+    diffusers reads half weights into float32 modules, transformers keeps the dtype it finds: so a
+    plain ``from_pretrained`` gives one float32 pipeline.
+    """
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(str(directory), safe_serialization=True)

@@ -1,0 +1,244 @@
+"""``flowalign <command>``. Heavy modules are imported inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flowalign.cli.options import ConfigFile, Guidance, Json, Kind, Like, Overrides, Source, Steps, Weights
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import print_json, print_rows, progress, say_error, sentence
+
+
+class Commands(TyperGroup):
+    """Ends in one sentence and exit code 2 where the project itself says what is wrong."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            said = sentence(error)
+            if said is None or os.environ.get("FLOWALIGN_DEBUG") == "1":
+                raise
+            say_error(said)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Aligns flow-matching image models with reinforcement learning on Ray clusters.",
+)
+
+
+@app.command()
+def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Align a model with reinforcement learning; the same command continues an interrupted run."""
+    from flowalign.cli.runs import begin_run, report_of
+    from flowalign.configfile import load_align
+
+    loaded = load_align(config, overrides or ())
+    begin_run(loaded.config)
+    from flowalign.cluster.run import run_align
+
+    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json))
+    _finish(run_dir, as_json, report=report_of(run_dir))
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a base model on precomputed latents; the same command continues an interrupted run."""
+    from flowalign.cli.runs import begin_run
+    from flowalign.configfile import load_pretrain
+
+    loaded = load_pretrain(config, overrides or ())
+    begin_run(loaded.config)
+    from flowalign.cluster.run import run_pretrain
+
+    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json))
+    _finish(run_dir, as_json)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Source,
+    num_samples: Annotated[int | None, typer.Option(min=1)] = None,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    weights: Annotated[Weights | None, typer.Option(help="default: as the run evaluates")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Sample the evaluation prompts and score them, as the run itself does."""
+    from flowalign.cli.runs import config_of, write_evaluation
+
+    own = config_of(checkpoint, config)
+    from flowalign.evaluate import evaluate_checkpoint
+
+    console = make_console(as_json)
+    result = evaluate_checkpoint(
+        checkpoint,
+        config=own,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        prompts=prompts,
+        seed=seed,
+        which=None if weights is None else weights.value,
+        progress=progress(console, "samples"),
+    )
+    print_rows(console, [(key, f"{value:.4f}") for key, value in result.metrics.items()])
+    summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
+    if out is not None:
+        write_evaluation(result, out, summary)
+        console.print(f"written to {out}", highlight=False)
+    print_json(as_json, summary)
+
+
+@app.command()
+def sample(
+    checkpoint: Source,
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    num_images: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = Weights.model,
+    latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
+    out: Path = Path("samples"),
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images from a checkpoint."""
+    from flowalign.cli.runs import config_of
+
+    own = config_of(checkpoint, config)
+    from flowalign.sample import sample_checkpoint
+
+    console = make_console(as_json)
+    files = sample_checkpoint(
+        checkpoint,
+        prompt,
+        config=own,
+        out_dir=out,
+        num_images=num_images,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        which=weights.value,
+        save_latents=latents,
+        progress=progress(console, "images"),
+    )
+    console.print(f"{len(files)} images in {out}", highlight=False)
+    print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
+    to: Annotated[Path, typer.Option("--to", help="directory to write")],
+    kind: Annotated[Kind, typer.Option("--as", help="full, LoRA or averaged full weights")] = Kind.pipeline,
+    as_json: Json = False,
+) -> None:
+    """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
+    from dataclasses import asdict
+
+    from flowalign.cli.runs import config_of
+
+    own = config_of(run, None)
+    from flowalign.export import export as write_export
+
+    result = write_export(run, to, kind=kind.value, config=own)
+    make_console(as_json).print(f"exported to {to} ({kind.value})", highlight=False)
+    print_json(as_json, asdict(result))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Write report.html, one self-contained file: curves, tables, images before and after."""
+    from flowalign.cli.runs import report_of
+
+    make_console().print(f"report: {report_of(run)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Geometry, parameters, FLOPs and memory of a run; starts nothing, needs no weights."""
+    from flowalign.configfile import load_align
+
+    loaded = load_align(config, overrides or (), require_files=False)
+    from flowalign.plan import make_plan, plan_rows
+
+    made = make_plan(loaded.config, loaded.missing)
+    console = make_console(as_json)
+    print_rows(console, plan_rows(made))
+    for note in made.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    print_json(as_json, made.as_dict())
+
+
+@app.command("serve-reward")
+def serve_reward(
+    scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, package.module:reward, …")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="options of the scorer")] = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    device: str = "cpu",
+    token_env: Annotated[str | None, typer.Option(help="variable that holds the token clients must send")] = None,
+) -> None:
+    """Serve one reward over HTTP until interrupted."""
+    from flowalign.config import ConfigError, RewardConfig
+    from flowalign.configpaths import resolve_reward, scalar_options
+    from rewards.serve import serve
+
+    token = os.environ.get(token_env) if token_env else None
+    if token_env and not token:
+        raise ConfigError("--token-env", f"the variable {token_env} is empty; set it to the token")
+    reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
+    serve({"type": reward.spec, **reward.options}, host, port, device=device, token=token, announce=typer.echo)
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[Path, typer.Option(help="a launch file, see configs/cluster/")] = ...,  # type: ignore[assignment]
+) -> None:
+    """Submit the run to an existing Ray cluster as a job, and follow its log."""
+    from flowalign.configfile import load_align
+
+    load_align(config, overrides or (), require_files=False)
+    from flowalign.cluster.launch import launch as submit
+
+    raise typer.Exit(submit(config, cluster, overrides or ()))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, compiler, memory, GPU, shipped files. Exit code 1 if something needed fails."""
+    from dataclasses import asdict
+
+    from flowalign.doctor import examine
+
+    findings = examine()
+    print_rows(make_console(as_json), [(f.status, f.what, f.found, f.advice) for f in findings])
+    print_json(as_json, {"findings": [asdict(f) for f in findings]})
+    raise typer.Exit(int(any(f.status == "fail" for f in findings)))
+
+
+def _finish(run_dir: Path, as_json: bool, **files: Path) -> None:
+    from flowalign.cli.runs import last_metrics
+
+    named = {"run": run_dir, **files}
+    for what, path in named.items():
+        make_console(as_json).print(f"{what}: {path}", highlight=False, soft_wrap=True)
+    print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

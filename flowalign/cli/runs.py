@@ -1,0 +1,73 @@
+"""Run directories as commands see them: begun, continued, looked up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import AlignConfig, ConfigError, PretrainConfig
+from flowalign.configfile import load_align, read_resolved, recorded_versions, refuse_changes, write_resolved
+
+
+def begin_run(config: AlignConfig | PretrainConfig) -> Path:
+    """Record the configuration in the run directory; one that is continued must fit what it was begun with."""
+    run_dir = Path(config.runs_dir) / config.name
+    resumes = isinstance(config, PretrainConfig) or config.checkpoint.resume == "auto"
+    begun = (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "config.yaml").is_file()
+    if resumes and begun:
+        refuse_changes(read_resolved(run_dir), config, run_dir)
+    try:
+        write_resolved(config, run_dir)
+    except OSError as error:
+        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({error.strerror}); choose another") from error
+    return run_dir
+
+
+def config_of(source: Path, file: Path | None) -> AlignConfig:
+    """The configuration that belongs to a run, to one of its checkpoints, or to a bare pipeline directory."""
+    if file is not None:
+        return load_align(file, require_files=False).config
+    if (source / "model_index.json").is_file():
+        return _bare({"path": str(source)})
+    run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
+    config = read_resolved(run_dir)
+    if isinstance(config, AlignConfig):
+        return config
+    return _bare(config.model, cluster={"threads": config.threads, "device": config.device})
+
+
+def _bare(model: Any, **sections: Any) -> AlignConfig:
+    """Enough of a configuration to sample and evaluate a model that no alignment run made."""
+    values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
+    return AlignConfig.model_validate({**values, **sections})
+
+
+def report_of(run_dir: Path) -> Path:
+    """Write the run's report.html."""
+    config = read_resolved(run_dir)
+    if not isinstance(config, AlignConfig):
+        raise ConfigError("", f"{run_dir} is a pretraining run; reports are of alignment runs")
+    from flowalign.report import write_report
+
+    return write_report(run_dir, config, recorded_versions(run_dir))
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The last line of metrics.jsonl; empty where there is none."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def write_evaluation(result: Any, out: Path, summary: dict[str, Any]) -> None:
+    """Images, GenEval's results.jsonl and metrics.json."""
+    from PIL import Image
+
+    from flowalign.evaluate import write_results_jsonl
+
+    out.mkdir(parents=True, exist_ok=True)
+    for row, image in zip(result.rows, result.images, strict=True):
+        Image.fromarray(image.numpy()).save(out / row["filename"])
+    write_results_jsonl(result.rows, out / "results.jsonl")
+    (out / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

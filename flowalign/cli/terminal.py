@@ -1,0 +1,74 @@
+"""What commands print: rows and progress on the console, errors as one sentence, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def console(as_json: bool = False) -> Console:
+    """Where people read; standard error where standard output belongs to a program."""
+    return Console(stderr=as_json)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What an error of this project says, in one line; None for any other error, which is a defect.
+
+    An error that crossed Ray carries the original as its ``cause``.
+    """
+    cause = getattr(error, "cause", None)
+    if type(error).__module__.startswith("ray.") and isinstance(cause, BaseException):
+        return sentence(cause)
+    for cls in type(error).__mro__:
+        if cls.__module__.partition(".")[0] in ("flowalign", "rewards"):
+            return " ".join(str(error).split())
+    return None
+
+
+def say_error(text: str) -> None:
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(f"error: {text}", style="red"), soft_wrap=True)
+
+
+def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
+    """A table without rules: aligned columns, the last one free to wrap."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in rows[0] if rows else ():
+        table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row, style=_STYLES.get(row[0]))
+    out.print(table, highlight=False, markup=False)
+
+
+def progress(out: Console, what: str) -> Callable[[int, int], None]:
+    """A callback ``(done, total)``: one line that is rewritten on a terminal, nothing where nobody watches."""
+
+    def show(done: int, total: int) -> None:
+        if out.is_terminal:
+            out.print(f"\r{done}/{total} {what}", end="\n" if done >= total else "", highlight=False)
+
+    return show
+
+
+def print_json(wanted: bool, content: Any) -> None:
+    """One JSON object on the last line of standard output; NaN, which JSON lacks, is null."""
+    if wanted:
+        sys.stdout.write(json.dumps(_finite(content), default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,99 @@
+"""Ray actors around the workers: thin, and started by a method, so that their own errors arrive typed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.checkpoint import content_hash
+from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
+from flowalign.config import AlignConfig
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+
+Weights = dict[str, Tensor]
+
+
+class RolloutActor:
+    """Makes chunks with the weights it was last bound to."""
+
+    def __init__(self, config: AlignConfig, name: str) -> None:
+        self.config, self.name = config, name
+
+    def start(self) -> int:
+        """Load the model; answers with the process id."""
+        self.worker = RolloutWorker(self.config, self.name)
+        return os.getpid()
+
+    def bind(self, weights: Weights, version: int) -> BindReceipt:
+        return self.worker.bind(weights, version)
+
+    def rollout(self, batch: PromptBatch, spec: RolloutSpec, seed: int, version: int) -> tuple[Rollout, float]:
+        """A chunk and its seconds, two objects: the chunk stays in the store until somebody needs it."""
+        return self.worker.rollout(batch, spec, seed, version)
+
+
+class RewardActor:
+    """Scores chunks that it takes from the object store."""
+
+    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+        self.config, self.base_dir = config, base_dir
+
+    def start(self) -> int:
+        self.worker = RewardWorker(self.config, self.base_dir)
+        return os.getpid()
+
+    def score(self, chunk: Rollout, evaluation: bool) -> tuple[Scores, float]:
+        return self.worker.score(chunk, evaluation)
+
+
+class LearnerActor:
+    """One rank of the learner; every method is called on all ranks at once."""
+
+    def __init__(self, config: AlignConfig, rank: int) -> None:
+        self.config, self.rank = config, rank
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that is free on it."""
+        import ray.util
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, host: str, port: int) -> int:
+        """Join the other ranks, of whom rank 0 listens on ``host:port``."""
+        if host == "127.0.0.1" and os.path.exists("/sys/class/net/lo"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        ranks = self.config.learner.ranks
+        self.worker = LearnerWorker(self.config, self.rank, ranks, port=port, host=host)
+        return os.getpid()
+
+    def update(self, iteration: int, scores: Scores, *chunks: Rollout) -> Update:
+        batch = chunks[0] if len(chunks) == 1 else cat_rollouts(chunks)
+        return self.worker.update(batch, scores, iteration)
+
+    def publish(self) -> tuple[Weights | None, BindReceipt | None]:
+        """Rank 0: the weights, once, for the object store, and what binding them must answer."""
+        weights = self.worker.weights()
+        if self.rank:
+            return None, None
+        return weights, BindReceipt("learner", self.worker.version(), len(weights), content_hash(weights))
+
+    def state(self) -> dict[str, Any]:
+        """This rank's state; the model, which all ranks share, comes from rank 0 alone."""
+        state = self.worker.state()
+        return {**state, "model": None, "ema": None} if self.rank else state
+
+    def restore(
+        self,
+        shared: tuple[Weights, Weights | None],
+        optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
+        version: int,
+    ) -> None:
+        model, ema = shared
+        self.worker.restore(model, ema, optimizer, version)

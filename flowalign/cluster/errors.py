@@ -1,0 +1,19 @@
+"""What can go wrong in a cluster, each in one sentence; free of Ray, so that a CLI may catch it cheaply."""
+
+from __future__ import annotations
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be reached or used as configured."""
+
+
+class PlacementError(ClusterError):
+    """The actors do not fit: what is needed, what is there, which key to change."""
+
+
+class WorkerLost(ClusterError):
+    """A rollout or reward worker kept dying over the same chunk."""
+
+
+class LearnerLost(ClusterError):
+    """A learner rank died; the run ends at its last checkpoint."""

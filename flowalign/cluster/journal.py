@@ -1,0 +1,156 @@
+"""What a run writes while it goes: metrics, same-seed samples, checkpoints, a line of progress."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flowalign.checkpoint import CheckpointWriter
+from flowalign.config import AlignConfig
+from flowalign.evaluate import evaluation_metrics
+from flowalign.loop import Collected
+from flowalign.metrics import MetricsWriter
+
+NUM_SAMPLE_IMAGES = 24
+
+
+class RunJournal:
+    """Implements ``flowalign.loop.Journal`` over a run directory."""
+
+    def __init__(
+        self, config: AlignConfig, run_dir: Path, console: Console, *, start: int, wall_s: float, base_hash: str
+    ) -> None:
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self.base_hash = base_hash
+        self.stopping = False
+        self._began = time.monotonic() - wall_s
+        self._start, self._first = start, time.monotonic()
+        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+        policy = config.checkpoint
+        self._writer = CheckpointWriter(
+            run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric
+        )
+        self._progress = Progress(console, config.iterations)
+
+    def wall_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def due(self, what: str, iteration: int) -> bool:
+        last = iteration == self.config.iterations
+        if what == "checkpoint":
+            return last or self.stopping or iteration % self.config.checkpoint.every == 0
+        every = self.config.evaluation.every
+        return every > 0 and (last or iteration % every == 0)
+
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected) -> None:
+        self.metrics.write(iteration, metrics, wall_s=self.wall_s())
+        per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
+        self._progress.show(iteration, metrics, per_iteration * (self.config.iterations - iteration))
+
+    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
+        """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
+        metrics = evaluation_metrics(collected.scores, collected.rollout.batch.metadata)
+        _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
+        if iteration == 0:
+            self.metrics.write(0, metrics, wall_s=self.wall_s())
+        overall = next((v for k, v in metrics.items() if k.endswith("/overall")), float("nan"))
+        self._progress.say(f"evaluation at iteration {iteration}: {overall:.3f} over {len(collected.rollout)} samples")
+        return metrics
+
+    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+        states = backend.state()
+        self._writer.save(
+            iteration,
+            model=states[0]["model"],
+            ema=states[0]["ema"],
+            optimizer_by_rank={rank: state["optimizer"] for rank, state in enumerate(states)},
+            state={
+                "iteration": iteration,
+                "version": states[0]["version"],
+                "seed": self.config.seed,
+                "world_size": len(states),
+                "zero_stage": self.config.learner.zero_stage,
+                "base_hash": self.base_hash,
+                "wall_s": self.wall_s(),
+                "metrics": {k: v for k, v in metrics.items() if v == v},
+            },
+        )
+
+    def close(self) -> None:
+        self._progress.close()
+        self.metrics.close()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) finishes the iteration, checkpoints and stops; the second stops at once."""
+
+        def ask(signum: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self._progress.say("stopping after this iteration with a checkpoint (Ctrl-C again: at once, without)")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Progress:
+    """A bar on a terminal, plain lines otherwise; both show an ETA."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total = console, total
+        self._bar: Any = None
+        if console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                TextColumn("[bold]align"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                console=console,
+            )
+            self._task = self._bar.add_task("starting", total=total)
+            self._bar.start()
+
+    def show(self, iteration: int, metrics: dict[str, float], eta_s: float) -> None:
+        keys = {"reward": "reward/total/mean", "dlogp": "replay/max_abs_dlogp", "img/s": "throughput/images_per_s"}
+        shown = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in keys.items() if key in metrics)
+        text = f"{shown}  ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=iteration, description=text)
+        else:
+            self.console.print(f"iteration {iteration}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _write_samples(directory: Path, collected: Collected) -> None:
+    from PIL import Image
+
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    rollout, scores = collected.rollout, collected.scores
+    index = []
+    for i in range(min(NUM_SAMPLE_IMAGES, len(rollout))):
+        name = f"{i:04d}.png"
+        Image.fromarray(rollout.images[i].numpy()).save(directory / name)
+        own = {k: float(v[i]) for k, v in scores.by_reward.items() if float(v[i]) == float(v[i])}
+        row = rollout.batch.metadata[i]
+        index.append({"file": name, "prompt": rollout.batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
+    (directory / "index.json").write_text(json.dumps(index, indent=1) + "\n")

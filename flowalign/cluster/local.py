@@ -1,0 +1,53 @@
+"""The same loop in one process, without Ray: same workers, same chunk geometry, same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowalign.cluster.weight_sync import SyncGuard
+from flowalign.cluster.workers import LearnerWorker, RewardWorker, RolloutWorker
+from flowalign.config import AlignConfig
+from flowalign.loop import Collected
+from flowalign.scoring import cat_scores
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+
+
+class LocalBackend:
+    """One rollout worker, one reward worker and one learner rank in this process."""
+
+    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+        self.config = config
+        self.rollouts = RolloutWorker(config)
+        self.rewards = RewardWorker(config, base_dir)
+        self.learner = LearnerWorker(config)
+        self._guard = SyncGuard()
+
+    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
+        made, scored = [], []
+        for chunk in batch.chunks(self.config.rollout.chunk_size):
+            made.append(self.rollouts.rollout(chunk, spec, seed, self.rollouts.version))
+            scored.append(self.rewards.score(made[-1][0], evaluation))
+        return Collected(
+            rollout=cat_rollouts([part for part, _ in made]),
+            scores=cat_scores([part for part, _ in scored]),
+            rollout_s=sum(seconds for _, seconds in made),
+            score_s=sum(seconds for _, seconds in scored),
+        )
+
+    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
+        return self.learner.update(rollout, scores, iteration)
+
+    def sync(self) -> None:
+        weights, version = self.learner.weights(), self.learner.version()
+        self._guard.check(weights, version, [self.rollouts.bind(weights, version)])
+
+    def state(self) -> list[dict[str, Any]]:
+        """The learner's state, one entry a rank."""
+        return [self.learner.state()]
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        self.learner.restore(**states[0])
+
+    def close(self) -> None:
+        self.learner.close()

@@ -1,0 +1,179 @@
+"""The loop's backend on Ray: same workers and chunk geometry as LocalBackend, hence the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor
+from flowalign.cluster.errors import WorkerLost
+from flowalign.cluster.pipeline import Pipeline
+from flowalign.cluster.placement import Share, reserve, shares
+from flowalign.cluster.pool import DEATHS, LearnerGroup, Pool, fetch
+from flowalign.cluster.session import RaySession, worker_env
+from flowalign.cluster.weight_sync import SyncGuard, check_receipt
+from flowalign.cluster.workers import BindReceipt
+from flowalign.config import AlignConfig
+from flowalign.loop import Collected
+from flowalign.scoring import cat_scores
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+
+
+class RayBackend:
+    """Rollout and reward actors that may die and are made again; learner ranks whose death ends the run.
+
+    Raises:
+        PlacementError: within seconds, where the actors do not fit.
+        ClusterError: Ray cannot be reached, or an actor died while it started.
+    """
+
+    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+        self.config, self.base_dir = config, base_dir.resolve()
+        asked = shares(config)
+        self._group: PlacementGroup | None = None
+        self._closers: list[Any] = []
+        self._session = RaySession(config.cluster.address, asked, config.cluster.device)
+        try:
+            self._group = reserve(asked)
+            self._start(asked)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, asked: Sequence[Share]) -> None:
+        rollout, reward, learner = asked
+        threads = self.config.cluster.threads
+        self.learner = LearnerGroup(
+            learner.count,
+            lambda rank: self._actor(LearnerActor, learner, rollout.count + reward.count + rank, threads, rank),
+        )
+        self._closers.append(self.learner)
+        self.rollouts = Pool(
+            "rollout",
+            rollout.count,
+            lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}"),
+        )
+        self._closers.append(self.rollouts)
+        self.rewards = Pool(
+            "reward",
+            reward.count,
+            lambda i: self._actor(
+                RewardActor, reward, rollout.count + i, self.config.cluster.reward_threads, self.base_dir
+            ),
+        )
+        self._closers.append(self.rewards)
+        self.learner.start()
+        for workers in (self.rewards, self.rollouts, self.learner):
+            workers.started()
+        self.rollouts.revive = self._bind_again
+        self._guard = SyncGuard()
+        self._learned = True
+        self._sent: BindReceipt | None = None
+        self._weights: Any = None
+        self._last: tuple[Rollout, list[Any]] | None = None
+
+    def _actor(self, cls: type[Any], share: Share, bundle: int, threads: int, *args: Any) -> Any:
+        group, resources = self._group, share.bundle()
+        assert group is not None
+        return (
+            ray.remote(cls)
+            .options(
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+                runtime_env={"env_vars": worker_env(threads)},
+            )
+            .remote(self.config, *args)
+        )
+
+    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
+        """Roll out and score ``batch`` chunk by chunk; needs a ``sync`` before it.
+
+        Raises:
+            WorkerLost: a worker died more than ``cluster.max_task_retries`` times over one chunk.
+            ScorerError, …: what a worker itself raised; it is not tried again.
+        """
+        chunks = batch.chunks(self.config.rollout.chunk_size)
+        version = -1 if self._sent is None else self._sent.version
+        retries = self.config.cluster.max_task_retries
+        pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries)
+        done = pipeline.run()
+        collected = Collected(
+            rollout=cat_rollouts([chunk.rollout for chunk in done]),
+            scores=cat_scores([chunk.scores for chunk in done]),
+            rollout_s=sum(chunk.rollout_s for chunk in done),
+            score_s=sum(chunk.score_s for chunk in done),
+        )
+        self._last = None if evaluation else (collected.rollout, pipeline.refs)
+        return collected
+
+    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
+        """Learn from a rollout; the one just collected goes from the object store straight to the learner.
+
+        Raises:
+            LearnerLost: a rank died.
+        """
+        last = self._last
+        refs = last[1] if last is not None and last[0] is rollout else [ray.put(rollout)]
+        update = self.learner.call("update", iteration, scores, *refs)[0]
+        self._last = None
+        self._learned = update.metrics.get("learner/updates", 1.0) > 0
+        return update
+
+    def sync(self) -> None:
+        """Put the learner's weights into the object store once; every rollout worker binds them and says so."""
+        published = [actor.publish.options(num_returns=2).remote() for actor in self.learner.actors]
+        self._sent = self.learner.wait([receipt for _, receipt in published])[0]
+        self._weights = published[0][0]
+        assert self._sent is not None
+        answers = [actor.bind.remote(self._weights, self._sent.version) for actor in self.rollouts.actors]
+        receipts = [self._receipt(index, answer) for index, answer in enumerate(answers)]
+        self._guard.check_receipts(self._sent, receipts, self._learned)
+
+    def _receipt(self, index: int, answer: Any) -> BindReceipt:
+        for _ in range(self.config.cluster.max_task_retries + 1):
+            try:
+                return fetch(answer)
+            except DEATHS:
+                self.rollouts.replace(index)
+                answer = self._bind(self.rollouts.actors[index])
+        raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights; it may be out of memory")
+
+    def _bind(self, actor: Any) -> Any:
+        assert self._sent is not None
+        return actor.bind.remote(self._weights, self._sent.version)
+
+    def _bind_again(self, actor: Any) -> None:
+        """A rollout worker that was made anew gets the current weights, acknowledged like any other."""
+        if self._sent is not None:
+            check_receipt(self._sent, fetch(self._bind(actor)))
+
+    def state(self) -> list[dict[str, Any]]:
+        """The learner's state, one entry a rank; all share rank 0's model."""
+        states = self.learner.call("state")
+        return [{**state, "model": states[0]["model"], "ema": states[0]["ema"]} for state in states]
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Continue bitwise where ``state`` was taken with as many ranks."""
+        shared = ray.put((states[0]["model"], states[0]["ema"]))
+        calls = [
+            actor.restore.remote(shared, state["optimizer"], state["version"])
+            for actor, state in zip(self.learner.actors, states, strict=True)
+        ]
+        self.learner.wait(calls)
+        self._learned = True
+
+    def close(self) -> None:
+        """End the actors, free their places, and stop Ray if it was started here; may be called twice."""
+        if ray.is_initialized():
+            for owner in self._closers:
+                owner.kill()
+            if self._group is not None:
+                remove_placement_group(self._group)
+        self._closers, self._group = [], None
+        self._session.close()

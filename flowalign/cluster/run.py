@@ -1,0 +1,164 @@
+"""Drives a run: backend, resume, the loop, checkpoints, the report. What the CLI calls."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from flowalign import checkpoint
+from flowalign.algorithm import build_algorithm
+from flowalign.cluster.journal import RunJournal
+from flowalign.config import AlignConfig
+from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
+from flowalign.flow import schedule
+from flowalign.loop import Run, align
+from flowalign.types import PromptBatch, RolloutSpec
+
+
+def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
+    """Run (or resume) an alignment to its last iteration; returns the run directory.
+
+    Raises:
+        CheckpointError, ResumeRefused: the run directory cannot be continued.
+        PlacementError, ScorerError, TooManyInvalid, SyncError, NonFiniteUpdate: see their modules.
+    """
+    run_dir = Path(config.runs_dir) / config.name
+    saved = _saved(config, run_dir)
+    start = 0 if saved is None else int(saved.state["iteration"])
+    if start >= config.iterations:
+        console.print(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
+        return run_dir
+    run = build_run(config, base_dir)
+    backend = make_backend(config, base_dir)
+    journal = None
+    try:
+        base_hash = _base_hash(Path(config.model.path))
+        if saved is not None:
+            backend.restore(_states(config, saved, base_hash))
+            console.print(f"resuming {run_dir} after iteration {start}")
+        wall = 0.0 if saved is None else float(saved.state["wall_s"])
+        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base_hash)
+        with journal.interruptible():
+            align(run, backend, journal, start)
+        if journal.stopping:
+            console.print(f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}")
+    finally:
+        if journal is not None:
+            journal.close()
+        backend.close()
+    return run_dir
+
+
+def make_backend(config: AlignConfig, base_dir: Path) -> Any:
+    if config.cluster.backend == "local":
+        from flowalign.cluster.local import LocalBackend
+
+        return LocalBackend(config, base_dir)
+    from flowalign.cluster.ray_backend import RayBackend
+
+    return RayBackend(config, base_dir)
+
+
+def build_run(config: AlignConfig, base_dir: Path) -> Run:
+    """The fixed parts of a run: algorithm, prompts, evaluation."""
+    algorithm = build_algorithm(config.algorithm)
+    sampler = GroupSampler(
+        load_prompts(config.data.prompts, base_dir),
+        groups=config.data.groups_per_iteration,
+        group_size=algorithm.config.group_size,
+        seed=config.seed,
+    )
+    return Run(
+        algorithm=algorithm,
+        sampler=sampler,
+        evaluation=_evaluation(config, base_dir) if config.evaluation.every else None,
+        iterations=config.iterations,
+        seed=config.seed,
+        min_valid_fraction=config.min_valid_fraction,
+    )
+
+
+def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, RolloutSpec, int]:
+    e = config.evaluation
+    shift = config.algorithm.get("shift") or 1.0
+    sigmas = schedule.sigmas(e.num_steps, shift=shift, grid="diffusers")
+    spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=e.guidance_scale)
+    return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
+
+
+def _saved(config: AlignConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
+    if config.checkpoint.resume == "never":
+        return None
+    path = checkpoint.latest(run_dir / "checkpoints")
+    return None if path is None else checkpoint.load(path)
+
+
+def _states(config: AlignConfig, saved: checkpoint.Checkpoint, base_hash: str) -> list[dict[str, Any]]:
+    if saved.state["base_hash"] != base_hash:
+        raise checkpoint.CheckpointError(
+            f"{saved.path} was trained from another base model than {config.model.path}; "
+            "set model.path to the original, or give this run another name"
+        )
+    return [
+        {
+            "model": saved.model,
+            "ema": saved.ema,
+            "optimizer": saved.optimizer_of(rank),
+            "version": int(saved.state["version"]),
+        }
+        for rank in range(config.learner.ranks)
+    ]
+
+
+def _base_hash(model: Path) -> str:
+    """sha256 over the transformer's weight files of the base pipeline."""
+    digest = hashlib.sha256()
+    for path in sorted((model / "transformer").glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
+    """Run (or resume) a pretraining run; returns the run directory."""
+    from flowalign.engine.base import EngineSettings
+    from flowalign.engine.build import build_engine
+    from flowalign.metrics import MetricsWriter
+    from flowalign.models.build import load_policy
+    from flowalign.pretrain import pretrain
+
+    torch.set_num_threads(config.threads)
+    run_dir = Path(config.runs_dir) / config.name
+    policy = load_policy(config.model, device=config.device)
+    settings = EngineSettings(
+        type="torch",
+        learning_rate=config.phases[0].learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        compile=config.compile,
+    )
+    engine = build_engine(policy.network, settings, device=config.device)
+    found = checkpoint.latest(run_dir / "checkpoints")
+    start = 0 if found is None else int(checkpoint.read_manifest(found)["step"])
+    writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+
+    def report(row: dict[str, Any]) -> None:
+        step = int(row.pop("step"))
+        writer.write(step, row, wall_s=0.0)
+        console.print(f"step {step}/{row['steps']}  loss {row['loss']:.4f}", highlight=False)
+
+    try:
+        pretrain(config, policy, build_algorithm(config.algorithm), engine, run_dir, report)
+    finally:
+        writer.close()
+        engine.close()
+    return run_dir
+
+

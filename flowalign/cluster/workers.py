@@ -1,0 +1,193 @@
+"""What runs inside an actor, free of Ray: the rollout, reward and learner workers of every backend.
+
+Each sets its own thread count around its work, so that all backends compute the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import build_algorithm
+from flowalign.checkpoint import content_hash
+from flowalign.config import AlignConfig, RewardConfig
+from flowalign.engine.base import EngineSettings
+from flowalign.engine.build import build_engine
+from flowalign.learner import Learner
+from flowalign.models.build import bind_weights, load_policy, reference_velocity
+from flowalign.rollout import rollout
+from flowalign.scoring import load_scorer, merge, score_images
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use ``count`` torch threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class BindReceipt:
+    """What an actor bound: the acknowledgement of a weight sync."""
+
+    worker: str
+    version: int
+    tensors: int
+    content_hash: str
+
+
+class RolloutWorker:
+    """Holds a policy and makes chunks of samples with the weights it was last given."""
+
+    def __init__(self, config: AlignConfig, name: str = "rollout-0") -> None:
+        self.config, self.name = config, name
+        with threads(config.cluster.threads):
+            self.policy = load_policy(config.model, device=config.cluster.device)
+        self.version = -1
+
+    def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
+        """Take over trainable weights; answers with what the network holds afterwards."""
+        bind_weights(self.policy.network, weights)
+        held = dict(self.policy.network.named_parameters())
+        self.version = version
+        return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
+
+    def rollout(self, batch: PromptBatch, spec: RolloutSpec, seed: int, version: int) -> tuple[Rollout, float]:
+        """One chunk, and the seconds it took. Refuses to work with weights of another version."""
+        if version != self.version:
+            raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
+        began = time.monotonic()
+        with threads(self.config.cluster.threads):
+            made = rollout(
+                self.policy,
+                batch,
+                spec,
+                seed=seed,
+                policy_version=version,
+                height=self.config.model.height,
+                width=self.config.model.width,
+                decode_batch_size=self.config.rollout.decode_batch_size,
+            )
+        return made, time.monotonic() - began
+
+
+class RewardWorker:
+    """Holds the scorers of a run and scores chunks."""
+
+    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+        self.config = config
+        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
+        with threads(config.cluster.reward_threads):
+            self.training = [load_scorer(reward, base_dir, device) for reward in config.rewards]
+            self.evaluation = [load_scorer(reward, base_dir, device) for reward in evaluation_rewards(config)]
+
+    def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
+        """Scores of one chunk, and the seconds they took."""
+        began = time.monotonic()
+        scorers = self.evaluation if evaluation else self.training
+        with threads(self.config.cluster.reward_threads):
+            parts = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
+        return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
+
+
+def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
+    """The evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
+    if config.evaluation.scorer is not None:
+        return [config.evaluation.scorer]
+    return [RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})]
+
+
+class LearnerWorker:
+    """One learner rank: policy, reference, engine and the algorithm-blind learner."""
+
+    def __init__(
+        self, config: AlignConfig, rank: int = 0, world_size: int = 1, port: int = 0, host: str = "127.0.0.1"
+    ) -> None:
+        self.config = config
+        torch.set_num_threads(config.cluster.threads)
+        policy = load_policy(config.model, device=config.cluster.device)
+        algorithm = build_algorithm(config.algorithm)
+        models: dict[str, Any] = {"policy": policy.velocity}
+        if "reference" in algorithm.models:
+            models["reference"] = reference_velocity(policy)
+        engine = build_engine(
+            policy.network,
+            engine_settings(config),
+            rank=rank,
+            world_size=world_size,
+            master_port=port,
+            master_addr=host,
+            device=config.cluster.device,
+        )
+        learner = config.learner
+        self.learner = Learner(
+            algorithm,
+            models,
+            engine,
+            micro_batch_size=learner.micro_batch_size,
+            updates_per_iteration=learner.updates_per_iteration,
+            epochs=learner.epochs,
+            seed=config.seed,
+            ema_decay=learner.ema_decay,
+            device=config.cluster.device,
+        )
+
+    def update(self, batch: Rollout, scores: Scores, iteration: int) -> Update:
+        with threads(self.config.cluster.threads):
+            return self.learner.update(batch, scores, iteration)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.learner.weights()
+
+    def version(self) -> int:
+        return self.learner.version
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint needs from this rank; a collective call."""
+        learner = self.learner
+        return {
+            "model": learner.engine.weights(),
+            "ema": None if learner.ema is None else learner.ema.state(),
+            "optimizer": learner.engine.optimizer_state(),
+            "version": learner.version,
+        }
+
+    def restore(
+        self,
+        model: dict[str, Tensor],
+        ema: dict[str, Tensor] | None,
+        optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
+        version: int,
+    ) -> None:
+        """Continue bitwise where ``state`` was taken."""
+        learner = self.learner
+        learner.engine.load_weights(model)
+        learner.engine.load_optimizer_state(*optimizer)
+        if learner.ema is not None and ema is not None:
+            learner.ema.load(ema)
+        learner.version = version
+
+    def close(self) -> None:
+        self.learner.engine.close()
+
+
+def engine_settings(config: AlignConfig) -> EngineSettings:
+    learner = config.learner
+    return EngineSettings(
+        type=learner.engine,
+        zero_stage=learner.zero_stage,  # type: ignore[arg-type]
+        dtype=config.model.dtype,
+        **learner.optimizer.model_dump(),
+    )

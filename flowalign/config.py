@@ -1,0 +1,214 @@
+"""The configuration of a run: pydantic models, unknown keys forbidden, cross-checks that need no model.
+
+No torch and no YAML here: a wrong configuration is refused in milliseconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+SHIPPED = Path(__file__).parent / "shapes" / "assets"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: the key, the reason, the nearest valid name."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(Section):
+    """A PEFT LoRA on the transformer; ``targets`` null takes the model family's own list."""
+
+    rank: Positive = 32
+    alpha: Annotated[float, Field(gt=0)] = 64
+    targets: list[str] | None = None
+
+
+class ModelConfig(Section):
+    """``path`` is a pipeline directory; ``shapes`` names the one that ships with the package.
+
+    ``max_sequence_length`` is the length of the T5 part of the text (zeros where there is no T5).
+    """
+
+    type: str = "sd3"
+    path: str = "shapes"
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256
+    height: Positive | None = None
+    width: Positive | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = None
+
+
+class DataConfig(Section):
+    """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file."""
+
+    prompts: str = "shapes:train"
+    groups_per_iteration: Positive = 12
+
+
+class RewardConfig(Section):
+    """One reward: what to run (a built-in name, ``file.py:attribute``, ``url:…``), its weight and its options."""
+
+    spec: str
+    name: str | None = None
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutConfig(Section):
+    """``chunk_size`` is the fixed geometry of a rollout call: it, not the worker count, shapes the numbers."""
+
+    chunk_size: Positive = 48
+    decode_batch_size: Positive = 48
+
+
+class OptimizerConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class LearnerConfig(Section):
+    """``updates_per_iteration`` optimizer steps over ``epochs`` passes of one rollout's transitions."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    ranks: Positive = 1
+    micro_batch_size: Positive = 48
+    updates_per_iteration: Positive = 1
+    epochs: Positive = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class ClusterConfig(Section):
+    """Where it runs. Thread counts are explicit: on a CPU they decide both speed and bits.
+
+    ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster.
+    """
+
+    backend: Literal["ray", "local"] = "ray"
+    address: str | None = None
+    rollout_workers: Positive = 1
+    reward_workers: Positive = 1
+    rollout_cpus: Annotated[float, Field(ge=0)] = 1
+    rollout_gpus: Annotated[float, Field(ge=0)] = 0
+    reward_cpus: Annotated[float, Field(ge=0)] = 0.5
+    reward_gpus: Annotated[float, Field(ge=0)] = 0
+    learner_cpus: Annotated[float, Field(ge=0)] = 0.5
+    learner_gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Positive = 2
+    reward_threads: Positive = 1
+    device: str = "cpu"
+    max_task_retries: Annotated[int, Field(ge=0)] = 3
+
+
+class EvaluationConfig(Section):
+    """Same-seed evaluation every ``every`` iterations (0: never), before the first and after the last."""
+
+    every: Annotated[int, Field(ge=0)] = 20
+    prompts: str = "shapes:eval"
+    num_samples: Positive = 300
+    num_steps: Positive = 10
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    seed: int = 1234
+    scorer: RewardConfig | None = None
+    weights: Literal["policy", "ema"] = "policy"
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=1)] = 20
+    keep_last: Positive = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    best_metric: str = "eval/geneval/overall"
+    resume: Literal["auto", "never"] = "auto"
+
+
+class LoggingConfig(Section):
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb_project: str = "flowalign"
+
+
+class AlignConfig(Section):
+    """A whole alignment run. ``algorithm`` is parsed by the class that ``algorithm.type`` names."""
+
+    name: RunName
+    seed: Annotated[int, Field(ge=0)] = 0
+    runs_dir: str = "runs"
+    iterations: Positive
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    algorithm: dict[str, Any]
+    rewards: list[RewardConfig]
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _together(self) -> AlignConfig:
+        if "type" not in self.algorithm:
+            raise ValueError("algorithm.type is missing: name the algorithm, e.g. flow_grpo")
+        names = [reward.name or reward.spec for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
+        if self.learner.engine == "torch" and self.learner.zero_stage:
+            raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
+        if self.cluster.backend == "local" and self.learner.ranks > 1:
+            raise ValueError("learner.ranks: cluster.backend=local runs one process; use backend=ray for more ranks")
+        return self
+
+
+class PhaseConfig(Section):
+    """One stretch of pretraining; text lengths are drawn per step from ``max_sequence_lengths``."""
+
+    steps: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    final_learning_rate: Annotated[float, Field(ge=0)]
+    max_sequence_lengths: dict[int, float] = Field(default_factory=lambda: {16: 1.0})
+
+
+class PretrainConfig(Section):
+    """A rectified-flow pretraining run on precomputed latents."""
+
+    name: RunName
+    seed: Annotated[int, Field(ge=0)] = 0
+    runs_dir: str = "runs"
+    model: ModelConfig = ModelConfig()
+    latents: str
+    algorithm: dict[str, Any]
+    batch_size: Positive = 128
+    phases: list[PhaseConfig]
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9995
+    autocast: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool = False
+    threads: Positive = 2
+    device: str = "cpu"
+    log_every: Positive = 50
+    checkpoint_every: Positive = 1000
+    keep_last: Positive = 2
+    logging: LoggingConfig = LoggingConfig(wandb="disabled")

@@ -1,0 +1,249 @@
+"""What a configuration says wrong, in the user's words; and the checks that span several of its keys."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
+
+Key = tuple[str | int, ...]
+CORES_PROMISED = 2
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean …?``, or all that is known."""
+    choices = list(known)
+    near = get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
+    """The first thing pydantic found as one sentence; the others are counted."""
+    found = error.errors(include_url=False)
+    # An unknown key is the likelier cause of a missing one than the other way round.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    key, reason = _sentence(first, model, prefix)
+    if len(found) > 1:
+        reason += f" ({len(found) - 1} more after this)"
+    return ConfigError(key, reason)
+
+
+def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str]:
+    loc: Key = tuple(error["loc"])
+    key = dotted((*prefix, *loc))
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"
+    if error["type"] == "missing":
+        return key, "is missing"
+    if error["type"] == "value_error":
+        return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        if near := get_close_matches(str(error["input"]), choices, n=1):
+            reason += f"; did you mean {near[0]}?"
+    return key, f"got {_shown(error['input'])}, {reason}"
+
+
+def _own_words(text: str, model: type[BaseModel], where: Key) -> tuple[str, str]:
+    """A validator of ours either names its key itself, or speaks of one of the section's fields."""
+    named = re.match(r"^([a-z_]+(?:\.[a-z_]+)*): (.*)$", text, re.DOTALL)
+    if named:
+        return dotted((*where, named[1])), named[2]
+    words = re.findall(r"[a-z_]+", text.replace("noisy steps in a row", "window"))
+    field = next((word for word in words if word in model.model_fields), None)
+    return dotted(where if field is None else (*where, field)), text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], prefix: Key) -> str:
+    known = list(section.model_fields) if section is not None else []
+    if get_close_matches(name, known, n=1, cutoff=0.75):
+        return nearest(name, known)
+    elsewhere = [path for path in [*_leaves(model), *_algorithm_leaves()] if path.rpartition(".")[2] == name]
+    if elsewhere and not prefix:
+        return f"did you mean {elsewhere[0]}?"
+    return nearest(name, known)
+
+
+def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
+    """The section that a path of keys and list indices leads to."""
+    found: type[BaseModel] | None = model
+    for part in (part for part in loc if isinstance(part, str)):
+        field = found.model_fields.get(part) if found is not None else None
+        found = None if field is None else _model_in(field.annotation)
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _algorithm_leaves() -> list[str]:
+    from flowalign.algorithm import algorithm_class, known_algorithms
+
+    return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]
+
+
+def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
+    """The configured algorithm, which must consume what the command makes."""
+    from flowalign.algorithm import UnknownAlgorithm, algorithm_class, known_algorithms
+
+    try:
+        cls = algorithm_class(str(raw["type"]))
+    except UnknownAlgorithm as error:
+        reason = str(error).removeprefix("algorithm.type: ")
+        near = get_close_matches(str(raw["type"]), known_algorithms(), n=1)
+        raise ConfigError("algorithm.type", f"{reason}; did you mean {near[0]}?" if near else reason) from error
+    try:
+        algorithm = cls(cls.Config.model_validate(raw))
+    except ValidationError as error:
+        raise explain(error, cls.Config, ("algorithm",)) from error
+    if algorithm.consumes.__name__ != consumes:
+        command = "pretrain" if algorithm.consumes.__name__ == "LatentBatch" else "align"
+        raise ConfigError(
+            "algorithm.type", f"{raw['type']} learns from {algorithm.consumes.__name__}; use `flowalign {command}`"
+        )
+    return algorithm
+
+
+def model_family(name: str) -> ModuleType:
+    """The module behind ``model.type``."""
+    import flowalign.models
+
+    known = [m.name for m in pkgutil.iter_modules(flowalign.models.__path__)]
+    families = [m for m in known if m not in ("base", "build", "ema", "inspect")]
+    if "." not in name and name not in families:
+        raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
+    try:
+        return importlib.import_module(name if "." in name else f"flowalign.models.{name}")
+    except ModuleNotFoundError as error:
+        raise ConfigError("model.type", f"cannot import {name!r}: {error}") from error
+
+
+def check_model(config: Any) -> None:
+    """The model directory exists, is of the family's kind, and takes the image size."""
+    from flowalign.models.inspect import latent_shape
+
+    check: Callable[[Path], None] | None = getattr(model_family(config.model.type), "check_directory", None)
+    try:
+        if check is not None:
+            check(Path(config.model.path))
+        if config.model.type == "sd3":
+            latent_shape(Path(config.model.path), config.model.height, config.model.width)
+    except ValueError as error:
+        raise ConfigError("model.path", str(error).removeprefix("model.path: ")) from error
+
+
+def scheduler_shift(model: Path) -> float | None:
+    """The timestep shift that the model's own scheduler uses; None where there is no such file."""
+    path = model / "scheduler" / "scheduler_config.json"
+    try:
+        return float(json.loads(path.read_text()).get("shift", 1.0))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError("model.path", f"{path} is not JSON: {error}") from error
+
+
+def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
+    from rewards.interface import ScorerError
+    from rewards.resolve import check
+
+    try:
+        check({"type": reward.spec, **reward.options}, base_dir)
+    except ScorerError as error:
+        raise ConfigError(key, str(error)) from error
+
+
+def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path) -> None:
+    """The prompts load, and have what GenEval needs where GenEval scores them."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError as error:
+        raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
+    if any(reward.spec == "geneval" for reward in rewards):
+        lacking = next((i for i, row in enumerate(rows, 1) if not {"tag", "include"} <= row.keys()), None)
+        if lacking is not None:
+            raise ConfigError(key, f"row {lacking} of {source} has no `tag` and `include`, which geneval judges by")
+
+
+def check_numbers(config: AlignConfig, algorithm: Any) -> None:
+    """Counts that must fit together, and settings that need another one."""
+    if algorithm.needs_scores and not config.rewards:
+        raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
+    if config.learner.ema_decay is None:
+        for key, value in (
+            ("algorithm.rollout_weights", algorithm.rollout_weights),
+            ("evaluation.weights", config.evaluation.weights),
+        ):
+            if value == "ema":
+                raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
+    plan = algorithm.rollout_plan(0, config.seed)
+    images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
+    items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
+    updates = config.learner.updates_per_iteration
+    if updates * config.learner.ranks > items:
+        raise ConfigError(
+            "learner.updates_per_iteration",
+            f"{updates} updates on {config.learner.ranks} ranks need as many transitions; an iteration has {items}",
+        )
+
+
+def check_device(key: str, device: str, here: bool = True) -> None:
+    """A device that torch knows, and that this machine has if the run starts ``here``."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(key, f"got {device!r}; write cpu, cuda or cuda:N")
+    if here and device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(key, f"{device}, but torch sees no GPU here; set {key}=cpu")
+
+
+def check_cores(config: AlignConfig) -> None:
+    """The actors fit on this machine; they take turns, so its cores may be promised twice."""
+    c, cores = config.cluster, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = {
+        "cluster.rollout_cpus": c.rollout_workers * c.rollout_cpus,
+        "cluster.reward_cpus": c.reward_workers * c.reward_cpus,
+        "cluster.learner_cpus": config.learner.ranks * c.learner_cpus,
+    }
+    if sum(asked.values()) > CORES_PROMISED * cores:
+        key = max(asked, key=lambda name: asked[name])
+        raise ConfigError(
+            key,
+            f"all actors together need {sum(asked.values()):g} CPUs, this machine has {cores} cores, "
+            f"and at most {CORES_PROMISED * cores} may be asked for; lower it or the number of actors",
+        )

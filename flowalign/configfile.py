@@ -1,0 +1,250 @@
+"""Configuration files: YAML plus ``key=value`` overrides in, a checked and resolved configuration out.
+
+Everything wrong is a ``ConfigError``. What needs no torch is looked at first, and nothing heavier is imported.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic
+
+import yaml
+from pydantic import ValidationError
+
+from flowalign import configcheck as checks
+from flowalign.config import AlignConfig, ConfigError, PretrainConfig, RewardConfig
+from flowalign.configpaths import Config, resolve, shipped_names
+
+RESOLVED = "config.yaml"
+PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
+_RECORDED = ("versions", "seeds")
+_MAY_CHANGE = re.compile(
+    r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last"
+    r"|cluster\.(address|max_task_retries|\w+_workers|\w+_cpus|\w+_gpus)"
+)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Config]):
+    """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it."""
+
+    config: Config
+    base_dir: Path
+    missing: tuple[str, ...] = ()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but ``3e-4`` is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Plain data; raises ConfigError naming ``what`` and the line."""
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
+        raise ConfigError("", f"{what}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, without what ``write_resolved`` records beside the configuration."""
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("", f"{path} cannot be read ({reason}); give the path of a YAML configuration") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("", f"{path} holds no mapping of keys to values; see configs/ for examples")
+    return {key: value for key, value in raw.items() if key not in _RECORDED}
+
+
+def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply ``a.b.0.c=value`` in place; values are YAML."""
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError("", f"override {assignment!r} is not key=value, such as learner.epochs=2")
+        _assign(raw, key, parse_yaml(value, f"the value of {key}"))
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    here: Any = raw
+    for depth, part in enumerate(parents):
+        at = ".".join(parents[:depth])
+        if isinstance(here, list):
+            here = here[_index(here, part, at, key)]
+            continue
+        if here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+        if not isinstance(here, dict | list):
+            raise ConfigError(key, f"{'.'.join(parents[: depth + 1])} is {here!r}, which has no keys inside")
+    if isinstance(here, list):
+        here[_index(here, last, ".".join(parents), key)] = value
+    else:
+        here[last] = value
+
+
+def _index(items: list[Any], part: str, at: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:
+    """Read, override, resolve and check a run. Without ``require_files`` absent files are listed, not refused.
+
+    Raises:
+        ConfigError: key, reason and nearest valid name.
+    """
+    raw, base = read_yaml(path), path.resolve().parent
+    override(raw, overrides)
+    config = resolve(_validate(AlignConfig, raw), base)
+    missing: list[str] = []
+
+    def need(check: Callable[..., None], *args: Any) -> None:
+        try:
+            check(*args)
+        except ConfigError as error:
+            if require_files:
+                raise
+            missing.append(str(error))
+
+    for i, reward in enumerate(config.rewards):
+        need(checks.check_reward, f"rewards.{i}", reward, base)
+    if config.evaluation.scorer is not None:
+        need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base)
+    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    need(checks.check_model, config)
+    need(checks.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
+    if config.evaluation.every:
+        scorers = [config.evaluation.scorer or RewardConfig(spec="geneval")]
+        need(checks.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
+    here = config.cluster.backend == "local" or config.cluster.address is None
+    need(checks.check_device, "cluster.device", config.cluster.device, here)
+    if config.cluster.backend == "ray" and here:
+        need(checks.check_cores, config)
+    config = config.model_copy(update={"algorithm": _filled(algorithm.config, Path(config.model.path))})
+    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    checks.check_numbers(config, algorithm)
+    return Loaded(config, base, tuple(missing))
+
+
+def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
+    """``load_align`` for a pretraining run."""
+    raw, base = read_yaml(path), path.resolve().parent
+    override(raw, overrides)
+    config = resolve(_validate(PretrainConfig, raw), base)
+    if not config.phases:
+        raise ConfigError("phases", "is empty; give at least one phase of training")
+    for name in ("latents.safetensors", "prompts.json"):
+        if not (Path(config.latents) / name).is_file():
+            raise ConfigError("latents", f"{config.latents} has no {name}; make the latents first")
+    algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
+    checks.check_model(config)
+    checks.check_device("device", config.device)
+    return Loaded(config.model_copy(update={"algorithm": algorithm.config.model_dump(mode="json")}), base)
+
+
+def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise checks.explain(error, model) from error
+
+
+def _filled(config: Any, model: Path) -> dict[str, Any]:
+    """All keys of the algorithm; ``shift`` null becomes the model's own."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    if "shift" in values and values["shift"] is None:
+        values["shift"] = checks.scheduler_shift(model)
+    return values
+
+
+def write_resolved(config: AlignConfig | PretrainConfig, run_dir: Path) -> Path:
+    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically."""
+    seeds = {"run": config.seed}
+    if isinstance(config, AlignConfig):
+        seeds["evaluation"] = config.evaluation.seed
+    values = shipped_names(config.model_dump(mode="json")) | {"versions": versions(), "seeds": seeds}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    hidden = run_dir / f".{RESOLVED}"
+    hidden.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    return hidden.replace(run_dir / RESOLVED)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def recorded_versions(run_dir: Path) -> dict[str, str]:
+    """The versions that ``run_dir`` was last written with."""
+    path = run_dir / RESOLVED
+    return dict(parse_yaml(path.read_text(encoding="utf-8"), str(path)).get("versions", {}))
+
+
+def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
+    """The configuration that a run directory was made with; raises ConfigError where there is none."""
+    path = run_dir / RESOLVED
+    if not path.is_file():
+        raise ConfigError("", f"{run_dir} has no {RESOLVED}; give the directory of a run, such as runs/NAME")
+    raw = read_yaml(path)
+    return resolve(_validate(PretrainConfig if "phases" in raw else AlignConfig, raw), run_dir)
+
+
+def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
+    """Keys that differ though a resumed run must keep them, as the new configuration has them."""
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    keys = [*after, *(key for key in before if key not in after)]
+    return [key for key in keys if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key)]
+
+
+def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, run_dir: Path) -> None:
+    """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``."""
+    if type(old) is not type(new):
+        raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
+    changed = resume_differences(old, new)
+    if changed:
+        before, after = (_leaves(config.model_dump(mode="json")) for config in (old, new))
+        key, others = changed[0], ", ".join(changed[1:])
+        raise ConfigError(
+            key,
+            f"{run_dir} was begun with {before.get(key)!r} and cannot go on with {after.get(key)!r}; "
+            f"set it back, or give the run another name{f' (changed as well: {others})' if others else ''}",
+        )
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of all leaves; an empty mapping or list is a leaf."""
+    if isinstance(values, dict | list) and values:
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return {k: v for name, value in items for k, v in _leaves(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: values}

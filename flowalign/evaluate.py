@@ -1,0 +1,123 @@
+"""Scores of a checkpoint, made the way the run itself evaluates: same seeds, same chunks, same steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.config import AlignConfig, RewardConfig
+from flowalign.data.prompts import evaluation_batch
+from flowalign.sample import Progress, Which, ode_spec, open_policy, roll, torch_threads
+from flowalign.sample import load_weights as load_weights
+from flowalign.sample import sample_checkpoint as sample_checkpoint
+from flowalign.scoring import NamedScorer, cat_scores, load_scorer, merge, score_images
+from flowalign.types import Rollout, Scores
+
+UNTAGGED = "untagged"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics as in metrics.jsonl, a row a sample in GenEval's results format, images uint8 (N, H, W, 3)."""
+
+    source: Path
+    which: Which
+    iteration: int | None
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    images: Tensor
+
+
+def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """``eval/<name>/<tag>``: mean over a task's valid samples; ``eval/<name>/overall``: mean over the tasks.
+
+    Where no row has a tag there is only the plain mean, as ``overall``. A task without a valid sample is NaN, and so
+    is then the overall: leaving a task out would flatter.
+    """
+    tags = [str(row.get("tag") or UNTAGGED) for row in metadata]
+    metrics = {}
+    for name, values in scores.by_reward.items():
+        by_tag: dict[str, list[float]] = {tag: [] for tag in tags}
+        for tag, value in zip(tags, values.tolist(), strict=True):
+            by_tag[tag].append(value)
+        means = {tag: _mean([v for v in task if math.isfinite(v)]) for tag, task in by_tag.items()}
+        metrics[f"eval/{name}/overall"] = _mean(list(means.values()))
+        if set(means) != {UNTAGGED}:
+            metrics |= {f"eval/{name}/{tag}": mean for tag, mean in means.items()}
+    return metrics
+
+
+def evaluation_reward(config: AlignConfig) -> RewardConfig:
+    """The evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
+    return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    config: AlignConfig,
+    num_samples: int | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    prompts: str | None = None,
+    seed: int | None = None,
+    which: Which | None = None,
+    base_dir: Path = Path("."),
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Sample the evaluation prompts and score them; what is not given is as in ``config.evaluation``.
+
+    ``path`` is a run directory, a checkpoint or a pipeline directory. ``progress(done, total)`` is called after each
+    chunk. Raises CheckpointError, PromptsError, ModelError or ScorerError.
+    """
+    own = config.evaluation
+    which = which or ("ema" if own.weights == "ema" and not (Path(path) / "model_index.json").is_file() else "model")
+    batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples, base_dir)
+    with torch_threads(config.cluster.threads):
+        scorer = load_scorer(evaluation_reward(config), base_dir)
+        policy, state = open_policy(path, config, which)
+        guidance = own.guidance_scale if guidance_scale is None else guidance_scale
+        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        parts, rows = [], []
+        for chunk in roll(policy, batch, spec, config, own.seed if seed is None else seed, progress):
+            judged = score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata)
+            parts.append((chunk, merge([judged], {scorer.name: 1.0})))
+            rows += _result_rows(scorer, *parts[-1])
+    scores = cat_scores([part for _, part in parts])
+    images = torch.cat([chunk.images for chunk, _ in parts])
+    return EvaluationResult(
+        Path(path), which, state.get("iteration"), evaluation_metrics(scores, batch.metadata), rows, images
+    )
+
+
+def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One line a sample in the public GenEval results format (djghosh13/geneval, ``evaluate_images.py``)."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _result_rows(named: NamedScorer, chunk: Rollout, scores: Scores) -> list[dict[str, Any]]:
+    """GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
+    batch, values = chunk.batch, scores.by_reward[named.name].tolist()
+    explain = getattr(named.scorer, "verdicts", None)
+    metadata = [dict(row) for row in batch.metadata]
+    verdicts = explain(chunk.images.numpy(), metadata) if explain else [None] * len(batch)
+    rows = []
+    for i, verdict in enumerate(verdicts):
+        row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}
+        row |= {"prompt": batch.prompts[i], "correct": values[i] >= 1, "reason": ""}
+        if verdict is not None:
+            row |= {"correct": bool(verdict.correct), "reason": verdict.reason}
+        score = values[i] if math.isfinite(values[i]) else None
+        rows.append({**row, "metadata": json.dumps(metadata[i]), "score": score})
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

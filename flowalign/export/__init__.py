@@ -1,0 +1,252 @@
+"""Exports for diffusers and PEFT: each is reloaded with the public library and compared before it is kept.
+
+Shapes: N samples, C H W latents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowalign.checkpoint import content_hash
+from flowalign.config import AlignConfig
+from flowalign.export.card import base_name, write_card
+from flowalign.models.build import has_lora
+from flowalign.models.sd3 import SD3Policy
+from flowalign.rollout import SampleNoise, integrate
+from flowalign.sample import find_checkpoint, ode_spec, open_policy, torch_threads
+
+Kind = Literal["pipeline", "lora", "ema"]
+Errors = tuple[float, float]
+Dtype = Literal["float32", "bfloat16", "float16"]
+RECORD = "flowalign.json"
+PROBE_PROMPTS = ("a photo of a red circle", "a photo of two dogs")
+PROBE_STEPS = 4
+PROBE_TIME = 0.6
+PROBE_GUIDANCE = (1.0, 3.0)
+
+
+class ExportError(RuntimeError):
+    """An export that cannot be made, or that does not compute what the policy computes; nothing was left behind."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the export lies, and the largest absolute differences found after reloading it."""
+
+    path: Path
+    kind: Kind
+    checkpoint: Path
+    iteration: int
+    content_hash: str
+    velocity_error: float
+    latents_error: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What our own policy answers to fixed noise: one velocity and, by guidance scale, latents after four steps."""
+
+    noise_NCHW: Tensor
+    velocity_NCHW: Tensor
+    latents: dict[float, Tensor]
+
+
+def export(
+    source: Path,
+    to: Path,
+    *,
+    kind: Kind = "pipeline",
+    config: AlignConfig,
+    dtype: Dtype = "float32",
+    tolerance: float = 1e-5,
+) -> ExportResult:
+    """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
+
+    ``pipeline``: a StableDiffusion3Pipeline with full weights, a LoRA merged in; ``ema``: the same of the averaged
+    weights; ``lora``: the adapter in PEFT's and in diffusers' layout. ``dtype`` is a pipeline's transformer's: other
+    than float32, it is compared with our policy of equally rounded weights. All else is float32.
+
+    Raises:
+        ExportError: the kind does not fit the run, ``to`` is taken, or a reloaded export differs by more than
+            ``tolerance``.
+        CheckpointError, ModelError: the checkpoint or the base model cannot be read.
+    """
+    found, to = find_checkpoint(Path(source)), Path(to)
+    _check(kind, config, dtype, to)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    draft = to.parent / f".tmp-{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
+    try:
+        with torch_threads(config.cluster.threads):
+            policy, state = open_policy(found, config, "ema" if kind == "ema" else "model")
+            if not isinstance(policy, SD3Policy):
+                raise ExportError(f"export knows models of type sd3, not {config.model.type}")
+            trained = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+            digest = content_hash(trained)
+            if kind == "lora":
+                errors = _write_lora(policy, draft, config)
+            else:
+                errors = _write_pipeline(policy, draft, config, getattr(torch, dtype))
+        _refuse_difference(errors, tolerance, to)
+        result = ExportResult(to, kind, found, int(state["iteration"]), digest, *errors)
+        _keep(draft, to, result, config, state)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return result
+
+
+def _check(kind: Kind, config: AlignConfig, dtype: Dtype, to: Path) -> None:
+    if kind == "lora" and config.model.lora is None:
+        raise ExportError("this run trained all weights and has no LoRA to export; export it as pipeline")
+    if kind == "lora" and dtype != "float32":
+        raise ExportError(f"LoRA files are written in float32, not {dtype}; leave dtype out")
+    if to.exists() and not (to / RECORD).is_file() and (not to.is_dir() or any(to.iterdir())):
+        raise ExportError(f"{to} exists and is no earlier export; name a new or empty directory")
+
+
+def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
+    if not _largest(list(errors)) <= tolerance:
+        raise ExportError(
+            f"the export to {to}, reloaded, differs from the policy by {errors[0]:.3g} in velocity and {errors[1]:.3g} "
+            f"in {PROBE_STEPS}-step latents (allowed: {tolerance:g}); nothing was written"
+        )
+
+
+def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any]) -> None:
+    """Card and record, then one rename; an earlier export is replaced."""
+    write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
+    record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
+    (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if to.exists():
+        old = to.parent / f".tmp-{uuid.uuid4().hex}"
+        to.rename(old)
+        shutil.rmtree(old)
+    draft.rename(to)
+
+
+def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
+    expected = _probe(policy, config)
+    network: Any = policy.network
+    if has_lora(network):
+        network.fuse_lora()
+        network.unload_lora()
+    if dtype != torch.float32:
+        network.to(dtype).float()
+        expected = _probe(policy, config)
+    network.to(dtype)
+    for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
+        # transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in.
+        if part is not None:
+            part.float()
+    policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
+    _forget_local_paths(directory)
+    return _differences(expected, load_pipeline(directory, config.cluster.device), config)
+
+
+def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    network: Any = policy.network
+    expected = _probe(policy, config)
+    adapter = network.peft_config["default"]
+    adapter.base_model_name_or_path = base_name(config.model.path)
+    adapter.inference_mode = True
+    adapter.save_pretrained(str(directory))
+    state = get_peft_model_state_dict(network, save_embedding_layers=False)
+    weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in state.items()}
+    save_file({f"base_model.model.{n}": w for n, w in weights.items()}, directory / "adapter_model.safetensors")
+    # Readers without PEFT's metadata take alpha = rank, so alpha / rank goes into B.
+    scale = adapter.lora_alpha / adapter.r
+    scaled: Any = {n: w * scale if ".lora_B." in n else w for n, w in weights.items()}
+    StableDiffusion3Pipeline.save_lora_weights(str(directory), transformer_lora_layers=scaled)
+    velocity, latents = [], []
+    for library in ("diffusers", "peft"):
+        pipeline = load_pipeline(Path(config.model.path), config.cluster.device)
+        if library == "diffusers":
+            pipeline.load_lora_weights(str(directory))
+        else:
+            PeftModel.from_pretrained(pipeline.transformer, str(directory))
+        errors = _differences(expected, pipeline, config)
+        velocity.append(errors[0])
+        latents.append(errors[1])
+    return _largest(velocity), _largest(latents)
+
+
+def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
+    """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants."""
+    index = json.loads((directory / "model_index.json").read_text())
+    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        str(directory), dtype=torch.float32, local_files_only=True, **absent
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
+    shape = policy.latent_shape(config.model.height, config.model.width)
+    ids = range(len(PROBE_PROMPTS))
+    noise = SampleNoise(0, ids, shape).draw().to(policy.device)
+    condition = policy.encode_prompts(PROBE_PROMPTS)
+    velocity = policy.velocity(noise, torch.full((len(ids),), PROBE_TIME, device=policy.device), condition)
+    latents = {}
+    for guidance in PROBE_GUIDANCE:
+        spec = ode_spec(policy.shift, PROBE_STEPS, guidance)
+        latents[guidance] = integrate(policy.velocity, condition, SampleNoise(0, ids, shape), spec, policy.device)[2]
+    return Probe(noise, velocity, latents)
+
+
+@torch.no_grad()
+def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
+    """Velocity and latents of the public pipeline against the probe: largest absolute differences."""
+    prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    velocity = pipeline.transformer(
+        hidden_states=noise,
+        encoder_hidden_states=tokens,
+        pooled_projections=pooled,
+        timestep=torch.full((len(prompts),), PROBE_TIME * 1000, device=noise.device),
+        return_dict=False,
+    )[0]
+    size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
+    errors = []
+    for guidance, latents in expected.latents.items():
+        made = pipeline(
+            prompts,
+            latents=noise,
+            num_inference_steps=PROBE_STEPS,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+            output_type="latent",
+            **size,
+        ).images
+        errors.append(float((made - latents).abs().max()))
+    return float((velocity - expected.velocity_NCHW).abs().max()), _largest(errors)
+
+
+def _largest(errors: list[float]) -> float:
+    """Like max, but NaN wins."""
+    return math.nan if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _forget_local_paths(directory: Path) -> None:
+    """Leave out where on this machine the parts came from."""
+    for path in directory.glob("**/*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""The model card of an export: README.md with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import AlignConfig, RewardConfig
+from flowalign.metrics import read_metrics
+from flowalign.scoring import default_name
+
+Row = Mapping[str, Any]
+
+PIPELINE_USE = """from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("path/to/this/directory"{absent})
+image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+"""
+
+LORA_USE = """from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("path/to/{base}"{absent})
+pipe.load_lora_weights("path/to/this/directory")  # reads pytorch_lora_weights.safetensors
+image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+
+# or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
+# from peft import PeftModel
+# PeftModel.from_pretrained(pipe.transformer, "path/to/this/directory")
+"""
+
+
+def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
+    """README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
+    after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
+    before = _before(run_dir / "metrics.jsonl")
+    front = "\n".join(_front_matter(config, kind, after))
+    (directory / "README.md").write_text(
+        f"---\n{front}\n---\n\n{_body(config, state, kind, before, after)}", encoding="utf-8"
+    )
+
+
+def base_name(path: str) -> str:
+    """``owner/name`` of a model in the hub's cache, else the directory's own name."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", path)
+    return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
+
+
+def _front_matter(config: AlignConfig, kind: str, after: Row) -> list[str]:
+    """YAML, each value written as JSON, which YAML contains."""
+    base = base_name(config.model.path)
+    algorithm = str(config.algorithm["type"])
+    lines = _licence(Path(config.model.path))
+    lines += [f"library_name: {'peft' if kind == 'lora' else 'diffusers'}", "pipeline_tag: text-to-image"]
+    if "/" in base:
+        lines += [f"base_model: {json.dumps(base)}"]
+        lines += [f"base_model_relation: {'adapter' if kind == 'lora' else 'finetune'}"]
+    tags = ["flowalign", "text-to-image", "reinforcement-learning", algorithm.replace("_", "-")]
+    tags += ["lora", "diffusers"] if kind == "lora" else []
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    overall = {key.split("/")[1]: value for key, value in after.items() if key.endswith("/overall")}
+    if overall:
+        metrics = [{"type": name, "name": f"{name}, overall", "value": round(v, 4)} for name, v in overall.items()]
+        dataset = {"type": "geneval", "name": config.evaluation.prompts}
+        result = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
+        lines += ["model-index:", f"- {json.dumps({'name': config.name, 'results': [result]})}"]
+    return lines
+
+
+def _licence(base: Path) -> list[str]:
+    """The base model's own licence fields, as its card states them; where it states none, a pointer to it."""
+    card = base / "README.md"
+    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    fields = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*$", head[1], re.MULTILINE) if head else []
+    return fields or ["license: other", "license_name: same-as-base-model"]
+
+
+def _before(path: Path) -> dict[str, float]:
+    rows = read_metrics(path) if path.is_file() else []
+    return next((row for row in rows if row.get("iteration") == 0), {})
+
+
+def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -> str:
+    base = base_name(config.model.path)
+    algorithm = config.algorithm["type"]
+    what = "LoRA of" if kind == "lora" else "text-to-image pipeline aligned from"
+    averaged = ", averaged weights (EMA)" if kind == "ema" else ""
+    trained = (
+        "all transformer weights"
+        if config.model.lora is None
+        else f"LoRA, rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g}"
+    )
+    facts = {
+        "Base model": f"`{base}` (transformer files sha256 `{str(state.get('base_hash', 'unknown'))[:16]}`)",
+        "Algorithm": f"{algorithm} · {trained}{averaged}",
+        "Iterations": f"{state['iteration']} of {config.iterations} · seed {config.seed}",
+        "Prompts": f"`{config.data.prompts}`, {config.data.groups_per_iteration} groups an iteration",
+        "Rewards": "; ".join(_reward(reward) for reward in config.rewards),
+        "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
+    }
+    lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    lines += _scores(config, kind, before, after)
+    absent = (Path(config.model.path) / "text_encoder_3").is_dir()
+    use = (LORA_USE if kind == "lora" else PIPELINE_USE).format(
+        absent="" if absent else ", text_encoder_3=None, tokenizer_3=None",
+        steps=config.evaluation.num_steps,
+        guidance=config.evaluation.guidance_scale,
+        length=f"max_sequence_length={config.model.max_sequence_length}",
+        base=base,
+    )
+    lines += ["## Use", "", f"```python\n{use}```", ""]
+    lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
+    return "\n".join(lines)
+
+
+def _reward(reward: RewardConfig) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in reward.options.items())
+    spec = default_name(reward.spec) if ".py:" in reward.spec else reward.spec
+    return f"`{reward.name or spec}` × {reward.weight:g}" + (f" ({options})" if options else "")
+
+
+def _scores(config: AlignConfig, kind: str, before: Row, after: Row) -> list[str]:
+    if not after:
+        return ["## Scores", "", "This run was not evaluated before the export.", ""]
+    e = config.evaluation
+    how = f"{e.num_samples} samples of `{e.prompts}`, {e.num_steps} Euler steps, guidance {e.guidance_scale:g}"
+    lines = [
+        "## Scores",
+        "",
+        f"{how}, the same seeds before and after.",
+        "",
+        "| | before | after |",
+        "| --- | --- | --- |",
+    ]
+    for key, value in after.items():
+        old = before.get(key)
+        lines.append(f"| {key.removeprefix('eval/')} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
+    if (kind == "ema") != (e.weights == "ema"):
+        lines += ["", f"The scores are those of the run's {e.weights} weights, not of the weights exported here."]
+    return [*lines, ""]

@@ -1,0 +1,111 @@
+"""The algorithm-blind update: prepare once, shuffle transitions, pack micro-batches, step the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel, seeded
+from flowalign.engine.base import Engine
+from flowalign.models.ema import Ema
+from flowalign.types import Condition, Scores, TrainBatch, Update
+
+
+class Learner:
+    """One rank of the learner; every rank gets the same batch and takes its share of micro-batches."""
+
+    def __init__(
+        self,
+        algorithm: Any,
+        models: Mapping[str, VelocityModel],
+        engine: Engine,
+        *,
+        micro_batch_size: int,
+        updates_per_iteration: int = 1,
+        epochs: int = 1,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.algorithm, self.engine = algorithm, engine
+        self.models = {role: fixed_geometry(model, micro_batch_size) for role, model in models.items()}
+        self.micro_batch_size, self.updates, self.epochs = micro_batch_size, updates_per_iteration, epochs
+        self.seed, self.device = seed, device
+        self.version = 0
+        self.ema = None if ema_decay is None else Ema(engine.weights(), ema_decay)
+
+    def update(self, batch: Any, scores: Scores | None, iteration: int) -> Update:
+        """Learn from one batch: ``epochs`` passes, each split into ``updates_per_iteration`` optimizer steps.
+
+        The metrics are means over the steps, except ``replay/max_abs_dlogp``, which is the first
+        step's: there the policy is still the one that rolled out.
+        """
+        with torch.no_grad():
+            train = self.algorithm.prepare(batch, scores, self.models)
+        history = []
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(train), generator=seeded(self.seed, 11, iteration, epoch))
+            for part in order.tensor_split(self.updates):
+                if part.numel():
+                    history.append(self._step(train, part))
+        self.version += 1
+        return Update(self.version, {**train.metrics, **_summary(history), "learner/updates": float(len(history))})
+
+    def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
+        shares = list(order.split(self.micro_batch_size))
+        weights = [share.numel() * self.updates / train.total for share in shares]
+        while len(shares) % self.engine.world_size:
+            shares.append(shares[-1])
+            weights.append(0.0)
+        mine = slice(self.engine.rank, None, self.engine.world_size)
+        micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
+        metrics = self.engine.step(self._loss, micro_batches, weights[mine])
+        covered = sum(weights)
+        metrics = {k: v / covered if k.startswith("ratio/") else v for k, v in metrics.items()}
+        if self.ema is not None:
+            self.ema.update(self.engine.weights())
+        return metrics
+
+    def _loss(self, minibatch: TrainBatch) -> Any:
+        return self.algorithm.loss(self.models, minibatch)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
+        if self.algorithm.rollout_weights == "ema" and self.ema is not None:
+            return self.ema.state()
+        return self.engine.weights()
+
+
+def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
+    """``model``, called with exactly ``size`` samples: a smaller batch is padded with copies of its first.
+
+    Kernels choose their order of summation by the batch size, so a short last micro-batch would
+    replay the rollout's log-probs only up to rounding.
+    """
+
+    def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+        count = x.shape[0]
+        if count >= size:
+            return model(x, t, condition, **options)
+        index = torch.cat([torch.arange(count), torch.zeros(size - count, dtype=torch.long)]).to(x.device)
+        return model(x[index], t[index], condition.take(index), **options)[:count]
+
+    return call
+
+
+def _to(batch: TrainBatch, device: str) -> TrainBatch:
+    if device == "cpu":
+        return batch
+    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
+    return TrainBatch(tensors, batch.condition.to(device), batch.total, batch.shared)
+
+
+def _summary(history: list[dict[str, float]]) -> dict[str, float]:
+    if not history:
+        return {}
+    mean = {key: sum(step[key] for step in history) / len(history) for key in history[0]}
+    first = {key: history[0][key] for key in history[0] if key.rpartition("/")[2].startswith("max_")}
+    return {**mean, **first}

@@ -1,0 +1,125 @@
+"""The whole alignment run as pseudo-code over protocols; knows neither Ray nor an algorithm's name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flowalign.scoring import require_valid, reward_metrics
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Samples of one iteration with their scores; seconds are sums over workers of each kind."""
+
+    rollout: Rollout
+    scores: Scores
+    rollout_s: float
+    score_s: float
+
+
+class Backend(Protocol):
+    """Where the work happens: in this process or in Ray actors. Both compute the same bits."""
+
+    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected: ...
+
+    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update: ...
+
+    def sync(self) -> None:
+        """Give the learner's weights to every rollout worker; stops the run unless each acknowledges them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sampler(Protocol):
+    """Which samples an iteration makes."""
+
+    def batch(self, iteration: int) -> PromptBatch: ...
+
+
+class Journal(Protocol):
+    """Where a run leaves its traces: metrics, images, checkpoints."""
+
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected) -> None: ...
+
+    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
+
+    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None: ...
+
+    def due(self, what: str, iteration: int) -> bool: ...
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody asked the run to end after this iteration."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """The fixed parts of a run."""
+
+    algorithm: Any
+    sampler: Sampler
+    evaluation: tuple[PromptBatch, RolloutSpec, int] | None
+    iterations: int
+    seed: int
+    min_valid_fraction: float
+
+
+def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
+    """Roll out, score, learn, sync, until ``run.iterations``; iterations are counted from 1 once done."""
+    backend.sync()
+    if start == 0:
+        _evaluate(run, backend, journal, 0)
+    for iteration in range(start, run.iterations):
+        clock = Clock()
+        spec = run.algorithm.rollout_plan(iteration, run.seed)
+        collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        clock.lap("collect_s")
+        require_valid(collected.scores, run.min_valid_fraction)
+        update = backend.update(collected.rollout, collected.scores, iteration)
+        clock.lap("learn_s")
+        backend.sync()
+        clock.lap("sync_s")
+        done = iteration + 1
+        metrics = {**reward_metrics(collected.scores), **update.metrics, **clock.metrics(collected)}
+        if journal.due("evaluation", done):
+            metrics |= _evaluate(run, backend, journal, done)
+        journal.iteration(done, metrics, collected)
+        if journal.due("checkpoint", done):
+            journal.checkpoint(done, backend, metrics)
+        if journal.stopping:
+            return
+
+
+def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:
+    if run.evaluation is None:
+        return {}
+    batch, spec, seed = run.evaluation
+    return journal.evaluation(iteration, backend.collect(batch, spec, seed=seed, evaluation=True))
+
+
+class Clock:
+    """Wall time of an iteration's phases; idle is what no phase accounts for."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def metrics(self, collected: Collected) -> dict[str, float]:
+        total = time.monotonic() - self._began
+        times = {"rollout_s": collected.rollout_s, "score_s": collected.score_s, **self._laps}
+        times["idle_s"] = max(0.0, self._laps["collect_s"] - collected.rollout_s)
+        count = len(collected.rollout)
+        return {f"time/{k}": v for k, v in times.items()} | {
+            "time/iteration_s": total,
+            "throughput/images_per_s": count / total,
+        }

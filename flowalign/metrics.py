@@ -1,0 +1,77 @@
+"""metrics.jsonl, and its mirror in wandb (offline by default)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import LoggingConfig
+
+TIME_KEYS = ("wall_s", "time/", "throughput/")
+
+
+class MetricsWriter:
+    """Appends one JSON object a line; NaN and Inf are written as null, so that every reader can parse it."""
+
+    def __init__(self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None) -> None:
+        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs."""
+        self.path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            rows = [row for row in read_metrics(self.path) if keep_until is not None and row["iteration"] <= keep_until]
+            draft = self.path.with_suffix(".part")
+            draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            draft.replace(self.path)
+        self._wandb = _start_wandb(run_dir, name, logging)
+
+    def write(self, iteration: int, metrics: Mapping[str, float], *, wall_s: float) -> dict[str, Any]:
+        row = {"iteration": iteration, "wall_s": round(wall_s, 3)}
+        row |= {key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items() if v is not None}, step=iteration)
+        return row
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what may differ between equal runs."""
+    return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS)}
+
+
+def _start_wandb(run_dir: Path, name: str, logging: LoggingConfig) -> Any:
+    if logging.wandb == "disabled":
+        return None
+    import os
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    settings = wandb.Settings(console="off", x_disable_stats=True)
+    return wandb.init(
+        project=logging.wandb_project,
+        name=name,
+        id=name,
+        dir=str(run_dir),
+        mode=logging.wandb,
+        resume="allow",
+        settings=settings,
+    )

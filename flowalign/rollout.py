@@ -1,0 +1,96 @@
+"""A policy and a PromptBatch make a Rollout; knows nothing of Ray.
+
+Shapes: N samples, S window steps, K schedule steps, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel, seeded, step_log_prob
+from flowalign.flow import sde
+from flowalign.models.base import Policy
+from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec
+
+
+class SampleNoise:
+    """The noise of N samples, each from its own CPU generator seeded from (run seed, sample id).
+
+    The first ``draw`` is the initial noise, then comes one draw for each schedule step in order, used
+    or not, so that a sample depends on nothing but its seed, whatever batch or worker makes it.
+    """
+
+    def __init__(self, seed: int, sample_ids: Sequence[int], shape: tuple[int, int, int]) -> None:
+        self._generators = [seeded(seed, sample_id) for sample_id in sample_ids]
+        self._shape = shape
+
+    def draw(self) -> Tensor:
+        """Standard normal noise, float32 (N, C, H, W), on the CPU."""
+        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
+
+
+@torch.no_grad()
+def integrate(
+    velocity: VelocityModel, condition: Condition, noise: SampleNoise, spec: RolloutSpec, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept."""
+    begin, end = spec.window
+    x = noise.draw().to(device)
+    states, log_probs, means = [], [], []
+    for k in range(spec.num_steps):
+        sigma, sigma_next = spec.sigmas[k], spec.sigmas[k + 1]
+        stochastic = begin <= k < end
+        t = torch.full((x.shape[0],), sigma, device=device)
+        v = velocity(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
+        kind = spec.kind if stochastic else "ode"
+        stats = sde.reverse_step(kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+        drawn = noise.draw()
+        if not stochastic:
+            x = stats.mean
+            continue
+        states.append(x)
+        x = stats.mean + stats.std * drawn.to(device)
+        log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
+        means.append(stats.mean)
+        if k + 1 == end:
+            states.append(x)
+    if not states:
+        empty = x.new_zeros((x.shape[0], 0))
+        return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, x, None
+    kept = torch.stack(means, 1) if spec.keep_means else None
+    return torch.stack(states, 1), torch.stack(log_probs, 1), x, kept
+
+
+def rollout(
+    policy: Policy,
+    batch: PromptBatch,
+    spec: RolloutSpec,
+    *,
+    seed: int,
+    policy_version: int,
+    height: int | None = None,
+    width: int | None = None,
+    decode_batch_size: int = 48,
+    condition: Condition | None = None,
+) -> Rollout:
+    """Make the samples of one chunk; the result lies on the CPU."""
+    device = getattr(policy, "device", "cpu")
+    condition = policy.encode_prompts(batch.prompts) if condition is None else condition
+    noise = SampleNoise(seed, batch.sample_ids, policy.latent_shape(height, width))
+    states, log_probs, final, means = integrate(policy.velocity, condition, noise, spec, device)
+    images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
+    return Rollout(
+        batch=batch,
+        condition=condition.to("cpu"),
+        spec=spec,
+        states_NSCHW=states.cpu(),
+        log_prob_NS=log_probs.cpu(),
+        final_NCHW=final.cpu(),
+        images=images,
+        seed=seed,
+        policy_version=policy_version,
+        means_NSCHW=None if means is None else means.cpu(),
+    )

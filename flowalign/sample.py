@@ -1,0 +1,173 @@
+"""Opens a checkpoint and samples from it the way the run itself evaluates: same chunks, same steps, same bits.
+
+Shapes: N samples, C H W latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowalign import checkpoint
+from flowalign.checkpoint import CheckpointError
+from flowalign.config import AlignConfig
+from flowalign.flow import schedule
+from flowalign.models.base import Policy
+from flowalign.models.build import bind_weights, load_policy
+from flowalign.rollout import SampleNoise, rollout
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, cat_rollouts
+
+Which = Literal["model", "ema"]
+Progress = Callable[[int, int], None]
+
+
+def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
+    """The policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
+
+    Raises:
+        CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        model = config.model.model_copy(update={"path": str(path), "lora": None})
+        return load_policy(model, device=config.cluster.device), {}
+    found = find_checkpoint(path)
+    policy = load_policy(config.model, device=config.cluster.device)
+    state = load_weights(policy, found, which)
+    if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
+        raise CheckpointError(
+            f"{found} is a LoRA of another base model than {config.model.path}; set model.path to the original"
+        )
+    return policy, state
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or a run directory's latest; raises CheckpointError where there is none."""
+    if (path / "MANIFEST.json").is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give a run directory, a checkpoint or a pipeline directory")
+    found = checkpoint.latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no finished checkpoint; give a run directory that has one under checkpoints/, "
+            "a checkpoint directory or a pipeline directory"
+        )
+    return found
+
+
+def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str, Any]:
+    """Bind a checkpoint's weights, checked against its manifest, to the policy's trainable parameters.
+
+    Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit.
+    """
+    manifest = checkpoint.verify(path)
+    if f"{which}.safetensors" not in manifest["files"]:
+        raise CheckpointError(f"{path} has no {which} weights (learner.ema_decay was not set); use the model's weights")
+    weights = load_file(path / f"{which}.safetensors")
+    own = {name: p.shape for name, p in policy.network.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape)
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the configured model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
+            "model.path and model.lora must be those of the run"
+        )
+    bind_weights(policy.network, weights)
+    return json.loads((path / "state.json").read_bytes())
+
+
+def base_hash(model: Path) -> str:
+    """sha256 over the transformer's weight files of a pipeline directory."""
+    digest = hashlib.sha256()
+    for path in sorted((model / "transformer").glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def ode_spec(shift: float, num_steps: int, guidance_scale: float) -> RolloutSpec:
+    """Deterministic Euler steps on the grid that diffusers' scheduler uses for this shift."""
+    sigmas = schedule.sigmas(num_steps, shift=shift, grid="diffusers")
+    return RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=guidance_scale)
+
+
+def sample_checkpoint(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    config: AlignConfig,
+    out_dir: Path,
+    num_images: int = 1,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    which: Which = "model",
+    save_latents: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Save ``num_images`` PNGs a prompt and ``index.json``; with ``save_latents`` also ``latents.safetensors``.
+
+    That file holds ``noise`` and ``latents``, float32 (N, C, H, W): the same noise in diffusers gives the same latents.
+    """
+    from PIL import Image
+
+    own = config.evaluation
+    texts = tuple(prompt for prompt in prompts for _ in range(num_images))
+    groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
+    batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
+    with torch_threads(config.cluster.threads):
+        policy, _ = open_policy(path, config, which)
+        guidance = own.guidance_scale if guidance_scale is None else guidance_scale
+        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = [out_dir / f"{i:04d}.png" for i in range(len(batch))]
+    for file, image in zip(files, made.images, strict=True):
+        Image.fromarray(image.numpy()).save(file)
+    index = [{"file": f"{i:04d}.png", "prompt": text, "seed": seed, "sample_id": i} for i, text in enumerate(texts)]
+    (out_dir / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    if save_latents:
+        shape = policy.latent_shape(config.model.height, config.model.width)
+        noise = SampleNoise(seed, batch.sample_ids, shape).draw()
+        save_file({"noise": noise, "latents": made.final_NCHW.contiguous()}, out_dir / "latents.safetensors")
+    return files
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Use ``count`` torch threads for a while: on a CPU they decide the bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def roll(
+    policy: Policy, batch: PromptBatch, spec: RolloutSpec, config: AlignConfig, seed: int, progress: Progress | None
+) -> Iterator[Rollout]:
+    """The chunks of ``batch`` in the run's own geometry."""
+    done = 0
+    for chunk in batch.chunks(config.rollout.chunk_size):
+        yield rollout(
+            policy,
+            chunk,
+            spec,
+            seed=seed,
+            policy_version=0,
+            height=config.model.height,
+            width=config.model.width,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(batch))

@@ -1,0 +1,73 @@
+"""``python -m flowalign.shapes.build STAGE --work-dir DIR``: one stage of ``scripts/build_shapes.sh``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from flowalign.shapes.build.autoencoder import train_autoencoder
+from flowalign.shapes.build.pickscore import save_pickscore, train_pickscore
+from flowalign.shapes.build.pipeline import assemble, load, save_half
+from flowalign.shapes.build.text import new_tokenizer, save_open_clip, train_towers
+
+
+def autoencoder(work: Path) -> None:
+    train_autoencoder(work).save_pretrained(work / "vae")
+
+
+def text(work: Path) -> None:
+    tokenizer = new_tokenizer()
+    towers = train_towers(work, tokenizer)
+    tokenizer.save_pretrained(work / "tokenizer")
+    for number, encoder in enumerate(towers.encoders, start=1):
+        encoder.save_pretrained(work / f"text_encoder_{number}")  # type: ignore[operator]
+    save_open_clip(towers.clip, tokenizer, work / "open_clip")
+
+
+def pickscore(work: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    save_pickscore(train_pickscore(work, tokenizer), tokenizer, work / "pickscore")
+
+
+def untrained(work: Path) -> None:
+    """The pipeline with a random transformer, which pretraining starts from."""
+    encoders = [
+        CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder_{number}", dtype=torch.float32)
+        for number in (1, 2)
+    ]
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    assemble(vae, CLIPTokenizer.from_pretrained(work / "tokenizer"), encoders).save_pretrained(work / "untrained")
+
+
+def finish(work: Path) -> None:
+    """The finished pipeline: the pretraining's EMA weights, in half precision."""
+    latest = work / "runs" / "shapes-pretrain" / "checkpoints"
+    weights = load_file(str(latest / (latest / "latest").read_text().strip() / "ema.safetensors"))
+    pipeline = load(work / "untrained")
+    pipeline.transformer.load_state_dict(weights, strict=False)
+    missing = {name for name, _ in pipeline.transformer.named_parameters()} - set(weights)
+    if missing:
+        raise SystemExit(f"{latest}: the checkpoint lacks {len(missing)} parameters, such as {min(missing)}")
+    save_half(pipeline, work / "pipeline")
+
+
+STAGES = {f.__name__: f for f in (autoencoder, text, pickscore, untrained, finish)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flowalign.shapes.build", description=__doc__)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    STAGES[arguments.stage](arguments.work_dir)
+
+
+if __name__ == "__main__":
+    main()

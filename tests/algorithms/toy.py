@@ -1,0 +1,64 @@
+"""A linear velocity model and hand-made rollouts: small enough to differentiate by hand."""
+
+import torch
+
+from flowalign.algorithm import step_log_prob
+from flowalign.flow import sde
+from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores
+
+SHAPE = (2, 3, 3)
+
+
+def condition(count: int) -> Condition:
+    zeros = torch.zeros
+    return Condition(zeros(1, 1, 1), zeros(1, 1), zeros(count, dtype=torch.long), zeros(1, 1), zeros(1))
+
+
+class LinearVelocity(torch.nn.Module):
+    """``v = weight * x + bias``, each (C, H, W); guidance adds a constant so that it can be seen."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(0.3 * torch.randn(SHAPE, generator=generator))
+        self.bias = torch.nn.Parameter(0.3 * torch.randn(SHAPE, generator=generator))
+
+    def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
+        extra = 0.0 if guidance in (None, 1) else 0.1 * guidance
+        return self.weight * x + self.bias + extra
+
+
+def make_rollout(model, spec: RolloutSpec, groups: int = 2, size: int = 4, seed: int = 0) -> Rollout:
+    generator = torch.Generator().manual_seed(seed)
+    count = groups * size
+    x = torch.randn(count, *SHAPE, generator=generator)
+    states, log_probs = [x], []
+    begin, end = spec.window
+    with torch.no_grad():
+        for k in range(begin, end):
+            t = torch.full((count,), spec.sigmas[k])
+            v = model(x, t, None, guidance=spec.guidance_scale)
+            stats = sde.reverse_step(
+                spec.kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max
+            )
+            x = stats.mean + stats.std * torch.randn(x.shape, generator=generator)
+            states.append(x)
+            log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
+    ids = tuple(i // size for i in range(count))
+    batch = PromptBatch(("p",) * count, ids, tuple(range(count)), ({},) * count)
+    return Rollout(
+        batch=batch,
+        condition=condition(count),
+        spec=spec,
+        states_NSCHW=torch.stack(states, 1),
+        log_prob_NS=torch.stack(log_probs, 1),
+        final_NCHW=x,
+        images=torch.zeros(count, 4, 4, 3, dtype=torch.uint8),
+        seed=seed,
+        policy_version=0,
+    )
+
+
+def make_scores(total: torch.Tensor, valid: torch.Tensor | None = None) -> Scores:
+    valid = torch.ones_like(total, dtype=torch.bool) if valid is None else valid
+    return Scores({"toy": total}, total, valid)

@@ -1,0 +1,157 @@
+"""Cluster files, job descriptions, and a real launch onto a cluster of two raylets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowalign.cluster.errors import ClusterError
+from flowalign.cluster.launch import entrypoint, launch, read_cluster_file, runtime_env
+from tests.cluster.runs import small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+TOKEN = "a-token-of-at-least-32-characters-for-tests"
+
+
+def write(path: Path, **content: object) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "example.yaml"])
+def test_shipped_cluster_files_are_valid(name: str) -> None:
+    assert read_cluster_file(ROOT / "configs" / "cluster" / name).runs_dir.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"address": "http://h:1", "runs_dir": "/r", "tokenenv": "T"}, "unknown key 'tokenenv'.*mean 'token_env'"),
+        ({"address": "h:1", "runs_dir": "/r"}, "address: .*give the dashboard's http://host:port"),
+        ({"address": "http://h:1", "runs_dir": "runs"}, "runs_dir: .*give an absolute path that every node shares"),
+        ({"runs_dir": "/r"}, "address: Field required"),
+    ],
+)
+def test_wrong_cluster_file_names_key_and_remedy(tmp_path: Path, content: dict[str, str], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        read_cluster_file(write(tmp_path / "c.yaml", **content))
+
+
+def test_job_runs_align_on_the_joined_cluster_and_the_users_overrides_win(tmp_path: Path) -> None:
+    cluster = read_cluster_file(write(tmp_path / "c.yaml", address="http://h:1", runs_dir="/shared", exclude=["data/"]))
+    config = write(tmp_path / "run.yaml", name="x")
+    assert entrypoint(cluster, config, ["name=a b", "runs_dir=/mine"], tmp_path) == (
+        "python -m flowalign.cli align run.yaml runs_dir=/shared 'name=a b' runs_dir=/mine "
+        "cluster.backend=ray cluster.address=auto"
+    )
+    assert {".git", ".venv", "runs", "data/"} <= set(runtime_env(cluster, tmp_path)["excludes"])
+
+
+def test_config_outside_of_the_packed_directory_is_refused(tmp_path: Path) -> None:
+    cluster = read_cluster_file(write(tmp_path / "c.yaml", address="http://h:1", runs_dir="/shared"))
+    with pytest.raises(ClusterError, match=r"lies outside of .*copy it in there"):
+        entrypoint(cluster, tmp_path / "run.yaml", [], ROOT)
+
+
+def test_missing_token_and_absent_cluster_are_single_sentences(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", name="x")
+    file = write(tmp_path / "c.yaml", address="http://127.0.0.1:1", runs_dir="/r", token_env="NO_SUCH_TOKEN")
+    with pytest.raises(ClusterError, match="token_env: NO_SUCH_TOKEN is not set"):
+        launch(config, file, working_dir=tmp_path)
+    file = write(tmp_path / "c.yaml", address="http://127.0.0.1:1", runs_dir="/r")
+    with pytest.raises(ClusterError, match=r"address: no Ray dashboard answers at http://127.0.0.1:1"):
+        launch(config, file, working_dir=tmp_path)
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def two_raylets(tmp_path: Path) -> Iterator[str]:
+    """A head and a second raylet that ask for a token; yields the dashboard's address."""
+    port, dashboard, client, *agents = free_ports(5)
+    scratch = Path("/tmp") / f"fa{port}"  # sockets: their paths must be short
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    size = ["--num-cpus", "1", "--object-store-memory", str(200 << 20), "--disable-usage-stats", "--block"]
+    head = ["--head", "--port", str(port), "--include-dashboard", "true", "--temp-dir", str(scratch)]
+    head += ["--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
+    agent_of = [["--dashboard-agent-listen-port", str(agent)] for agent in agents]
+    log = (tmp_path / "raylets.log").open("w")
+    first = [RAY, "start", *head, *size, *agent_of[0]]
+    started = [subprocess.Popen(first, env=environment, stdout=log, stderr=log, cwd=tmp_path)]
+    try:
+        wait_for(port, started[0])
+        wait_for(dashboard, started[0])
+        join = ["--address", f"127.0.0.1:{port}"]
+        second = [RAY, "start", *join, *size, *agent_of[1]]
+        started.append(subprocess.Popen(second, env=environment, stdout=log, stderr=log, cwd=tmp_path))
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(timeout=60)
+        log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"nothing listens on {port}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_launch_runs_on_two_raylets_that_ask_for_a_token(
+    two_raylets: str, tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three actors of half a CPU and more cannot share a raylet of one CPU, so both are used."""
+    home = tmp_path / "project"
+    home.mkdir()
+    for package in ("flowalign", "rewards"):
+        shutil.copytree(ROOT / package, home / package, ignore=shutil.ignore_patterns("__pycache__"))
+    places = {"rollout_cpus": 0.6, "reward_cpus": 0.2, "learner_cpus": 0.6}
+    config = small_config(tiny_pipeline_dir, home, cluster=places, logging={"wandb": "disabled"})
+    content = json.loads(config.model_dump_json(exclude_defaults=True))
+    content["rewards"][1]["spec"] = "reward.py:brightness"
+    write(home / "run.yaml", **content)
+    monkeypatch.setenv("CLUSTER_TOKEN", TOKEN)
+    shared = tmp_path / "shared"
+    keys = {"address": two_raylets, "runs_dir": str(shared), "python": sys.executable}
+    cluster = write(home / "cluster.yaml", **keys, token_env="CLUSTER_TOKEN")
+    printed: list[str] = []
+    code = launch(home / "run.yaml", cluster, ["name=launched"], working_dir=home, write=printed.append)
+    assert code == 0, "".join(printed)
+    assert "iteration 2/2" in "".join(printed)
+    assert (shared / "launched" / "checkpoints" / "latest").is_file()
+    code = launch(home / "run.yaml", cluster, ["iterations=many"], working_dir=home, write=printed.append)
+    assert code == 2, "".join(printed)
+    monkeypatch.setenv("CLUSTER_TOKEN", TOKEN + "wrong")
+    with pytest.raises(ClusterError, match="refused the token"):
+        launch(home / "run.yaml", cluster, working_dir=home, write=printed.append)

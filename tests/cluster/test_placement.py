@@ -1,0 +1,51 @@
+"""Arithmetic of placements and errors that need no Ray."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flowalign.cluster.errors import ClusterError, PlacementError
+from flowalign.cluster.placement import check_fits, own_resources, shares
+from flowalign.cluster.session import RaySession
+from flowalign.config import AlignConfig
+
+
+def asked(**cluster: float):
+    return shares(
+        AlignConfig.model_validate(
+            {"name": "x", "iterations": 1, "algorithm": {"type": "flow_grpo"}, "rewards": [], "cluster": cluster}
+        )
+    )
+
+
+def test_own_ray_offers_the_cores_or_up_to_twice_as_many_where_asked() -> None:
+    assert own_resources(asked(), cores=2, gpus=0) == (2, 0)
+    assert own_resources(asked(), cores=16, gpus=1) == (16, 1)
+    assert own_resources(asked(rollout_workers=2), cores=2, gpus=0) == (3, 0)
+
+
+def test_too_few_cpus_name_the_need_the_machine_and_the_key() -> None:
+    with pytest.raises(PlacementError) as caught:
+        own_resources(asked(rollout_workers=8), cores=2, gpus=0)
+    assert str(caught.value) == (
+        "placement: 8 rollout × 1, 1 reward × 0.5, 1 learner × 0.5 need 9 CPUs, this machine (2 cores) offers 4 CPUs; "
+        "lower cluster.rollout_workers or cluster.rollout_cpus"
+    )
+
+
+def test_actor_larger_than_any_node_is_refused_though_the_sum_would_do() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}]
+    check_fits(asked(learner_gpus=1, rollout_gpus=1), nodes, "the cluster")
+    with pytest.raises(PlacementError, match=r"one learner .* needs 2 GPUs.*at most 1 GPU; lower cluster.learner_gpus"):
+        check_fits(asked(learner_gpus=2), nodes, "the cluster")
+
+
+def test_address_where_nothing_listens_is_refused_in_seconds() -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"^cluster.address: nothing answers at 127.0.0.1:1 "):
+        RaySession("127.0.0.1:1", asked(), "cpu")
+    with pytest.raises(ClusterError, match=r"^cluster.address: cannot join Ray at auto: "):
+        RaySession("auto", asked(), "cpu")
+    assert time.monotonic() - began < 10

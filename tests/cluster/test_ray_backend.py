@@ -1,0 +1,159 @@
+"""The Ray backend against the local one, with and without dying workers; real actors, a random tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerLost
+from flowalign.cluster.local import LocalBackend
+from flowalign.cluster.ray_backend import RayBackend
+from flowalign.cluster.run import build_run
+from flowalign.cluster.weight_sync import SyncError
+from flowalign.config import AlignConfig
+from rewards.interface import InvalidScores, ScorerFailed
+from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def local(tiny_pipeline_dir: Path, folder: Path) -> Trace:
+    config = small_config(tiny_pipeline_dir, folder, cluster={"backend": "local"})
+    backend = LocalBackend(config, folder)
+    try:
+        return trace(backend, config, folder)
+    finally:
+        backend.close()
+
+
+@pytest.fixture(scope="module")
+def two(tiny_pipeline_dir: Path, folder: Path) -> Iterator[RayBackend]:
+    """Two rollout workers on a Ray of their own."""
+    backend = RayBackend(small_config(tiny_pipeline_dir, folder, cluster={"rollout_workers": 2}), folder)
+    yield backend
+    backend.close()
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def start(two: RayBackend) -> list[dict[str, Any]]:
+    return two.state()
+
+
+@pytest.fixture
+def fresh(two: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
+    """The two workers' backend, back at its first state."""
+    two.restore(start)
+    return two
+
+
+def collect(backend: RayBackend, config: AlignConfig, folder: Path) -> Any:
+    run = build_run(config, folder)
+    backend.sync()
+    return backend.collect(run.sampler.batch(0), run.algorithm.rollout_plan(0, run.seed), seed=run.seed)
+
+
+def test_two_rollout_workers_give_the_bits_of_the_local_backend(fresh: RayBackend, local: Trace, folder: Path) -> None:
+    assert_same_bits(trace(fresh, fresh.config, folder), local)
+
+
+def test_first_update_replays_the_rollout_exactly(local: Trace) -> None:
+    assert [metrics["replay/max_abs_dlogp"] for metrics in local.metrics] == [0.0, 0.0]
+    assert all(metrics["learner/updates"] == 1 for metrics in local.metrics)
+
+
+@pytest.mark.fault
+def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
+    before = list(fresh.rollouts.pids)
+    (folder / "kill").write_text(str(before[1]))
+    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert fresh.rollouts.pids[0] == before[0]
+    assert fresh.rollouts.pids[1] != before[1]
+
+
+@pytest.mark.fault
+def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
+    before = list(fresh.rewards.pids)
+    (folder / "kill").write_text("")
+    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert fresh.rewards.pids != before
+
+
+def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, folder: Path) -> None:
+    restarts = fresh.rewards.restarts
+    (folder / "raise").write_text("")
+    with pytest.raises(ScorerFailed, match=r"^reward 'brightness' raised ValueError: the scale") as caught:
+        collect(fresh, fresh.config, folder)
+    assert type(caught.value) is ScorerFailed
+    assert "\n" not in str(caught.value)
+    assert fresh.rewards.restarts == restarts
+
+
+def test_reward_of_the_wrong_length_arrives_typed(fresh: RayBackend, folder: Path) -> None:
+    (folder / "shorten").write_text("")
+    with pytest.raises(InvalidScores, match=r"shape \(1,\) for 4 images"):
+        collect(fresh, fresh.config, folder)
+
+
+def test_tampered_weight_stops_the_run_at_the_sync(fresh: RayBackend, folder: Path) -> None:
+    def tamper(actor: Any) -> None:
+        bind = actor.worker.bind
+
+        def wrong(weights: Any, version: int) -> Any:
+            name = next(iter(weights))
+            return bind({**weights, name: weights[name] + 1e-3}, version)
+
+        actor.worker.bind = wrong
+
+    ray.get(fresh.rollouts.actors[1].__ray_call__.remote(tamper))
+    with pytest.raises(SyncError, match=r"rollout-1 bound \d+ tensors of version 0"):
+        fresh.sync()
+    ray.get(fresh.rollouts.actors[1].__ray_call__.remote(lambda actor: delattr(actor.worker, "bind")))
+    fresh.sync()
+
+
+@pytest.mark.usefixtures("two")
+def test_placement_that_cannot_fit_is_refused_in_seconds(tiny_pipeline_dir: Path, folder: Path) -> None:
+    free = ray.available_resources()["CPU"]
+    total = ray.cluster_resources()["CPU"]
+    asked = {
+        r"one rollout actor needs 64 CPUs, .* \(1 node\) has .*; lower cluster.rollout_cpus": {"rollout_cpus": 64},
+        r"one learner actor needs 1 GPU, .* has at most 0 GPUs; lower cluster.learner_gpus": {"learner_gpus": 1},
+        r"1 rollout × .* CPUs? free of what others hold; lower cluster.rollout_cpus": {
+            "rollout_cpus": min(free + 0.25, total - 0.5)
+        },
+    }
+    for message, cluster in asked.items():
+        began = time.monotonic()
+        with pytest.raises(PlacementError, match=message):
+            RayBackend(small_config(tiny_pipeline_dir, folder, cluster=cluster), folder)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.fault
+def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sentence(
+    fresh: RayBackend, local: Trace, tiny_pipeline_dir: Path, folder: Path
+) -> None:
+    backend = RayBackend(small_config(tiny_pipeline_dir, folder, cluster={"max_task_retries": 0}), folder)
+    try:
+        assert_same_bits(trace(backend, backend.config, folder), local)
+        (folder / "kill").write_text("")
+        with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 6 .*retries=0"):
+            collect(backend, backend.config, folder)
+        os.kill(backend.learner.pids[0], signal.SIGKILL)
+        with pytest.raises(LearnerLost, match=r"rank 0 of 1.*last checkpoint is kept"):
+            backend.sync()
+    finally:
+        backend.close()
+    assert ray.is_initialized()

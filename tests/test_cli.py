@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flowalign.cli import app
+from flowalign.cli.runs import begin_run, config_of
+from flowalign.cli.terminal import sentence
+from flowalign.config import ConfigError
+from flowalign.configfile import load_align
+from flowalign.doctor import examine, release
+from tests._model_directory import write_config
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+COMMANDS = ("align", "pretrain", "evaluate", "sample", "export", "report", "plan", "serve-reward", "launch", "doctor")
+HEAVY = ("torch", "ray", "deepspeed", "diffusers", "transformers", "wandb", "PIL", "yaml", "pydantic")
+
+
+def flowalign(*arguments: str, cwd: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command in a process of its own, and the CPU seconds it used: wall time depends on who else is at work."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "flowalign.cli", *arguments],
+        cwd=cwd,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("world"))
+
+
+def test_help_lists_every_command() -> None:
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+    assert all(command in shown.output for command in COMMANDS)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys, flowalign.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=ENVIRONMENT).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["learner.micro_batchsize=8"], "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
+        (["algorithm.group_size=1"], "algorithm.group_size: got 1"),
+        (["algorithm.window.size=12"], "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
+        (["model.path=absent"], "is not a directory; give a StableDiffusion3Pipeline directory"),
+        (["rewards.0.spec=absent.py:reward"], "absent.py does not exist"),
+    ],
+)
+def test_a_wrong_configuration_ends_in_one_sentence_and_exit_code_2(
+    config_path: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    done, seconds = flowalign("align", str(config_path), *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert seconds < 5
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_is_found_without_importing_anything_heavier_than_torch(config_path: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom flowalign.configfile import load_align\n"
+        f"load_align(Path({str(config_path)!r}))\n"
+        "print([m for m in ('diffusers', 'transformers', 'deepspeed', 'ray', 'open_clip') if m in sys.modules])"
+    )
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, env=ENVIRONMENT)
+    assert found.strip() == "[]"
+
+
+def test_the_debug_variable_shows_the_trace(config_path: Path, tmp_path: Path) -> None:
+    done, _ = flowalign("align", str(config_path), "sead=1", cwd=tmp_path, FLOWALIGN_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "did you mean seed?" in done.stderr
+
+
+def test_a_path_that_is_no_run_ends_in_one_sentence(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+    assert shown.exit_code == 2
+    assert "has no config.yaml; give the directory of a run" in shown.stderr
+
+
+def test_plan_prints_one_json_object_last(config_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["plan", str(config_path), "--json", "data.groups_per_iteration=2"])
+    assert shown.exit_code == 0
+    made = json.loads(shown.stdout.splitlines()[-1])
+    assert made["geometry"]["images"] == 8
+    assert made["iteration_flops"] == made["rollout_flops"] + made["learner_flops"]
+
+
+def test_errors_of_the_project_are_sentences_and_others_are_not() -> None:
+    assert sentence(ConfigError("seed", "is\nwrong")) == "seed: is wrong"
+    assert sentence(ValueError("a defect")) is None
+
+
+def test_an_error_that_crossed_ray_is_told_by_its_cause() -> None:
+    remote = type("RayTaskError", (RuntimeError,), {"__module__": "ray.exceptions", "cause": ConfigError("a", "b")})
+    assert sentence(remote("a long remote trace")) == "a: b"
+
+
+def test_a_begun_run_refuses_another_seed_and_takes_more_iterations(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = begin_run(load_align(config_path).config)
+    begin_run(load_align(config_path, ["seed=3"]).config)
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "latest").write_text("step_000001\n")
+    with pytest.raises(ConfigError, match=r"^seed: runs/tiny was begun with 3 and cannot go on with 0"):
+        begin_run(load_align(config_path).config)
+    begin_run(load_align(config_path, ["seed=3", "iterations=9"]).config)
+    begin_run(load_align(config_path, ["seed=4", "checkpoint.resume=never"]).config)
+    assert config_of(run_dir / "checkpoints" / "step_000001", None).seed == 4
+
+
+def test_a_pipeline_directory_is_evaluated_without_a_run(config_path: Path) -> None:
+    config = config_of(config_path.parent / "model", None)
+    assert config.model.path == str(config_path.parent / "model")
+    assert config_of(config_path.parent / "model", config_path).name == "tiny"
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert release("2.10.1+cpu") == (2, 10, 1) > release("2.9")
+    assert release("2.11.0rc1") >= release("2.11")
+
+
+def test_doctor_names_what_it_looked_at() -> None:
+    found = {finding.what: finding.status for finding in examine()}
+    assert {"python", "torch", "ray", "g++", "cores", "memory", "/dev/shm", "free port"} <= set(found)
+    assert found["torch"] == found["ray"] == found["free port"] == "ok"

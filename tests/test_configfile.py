@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowalign.config import SHIPPED, AlignConfig, ConfigError, PretrainConfig
+from flowalign.configfile import (
+    load_align,
+    load_pretrain,
+    override,
+    parse_yaml,
+    read_resolved,
+    refuse_changes,
+    resume_differences,
+    write_resolved,
+)
+from tests._model_directory import write_config
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("world"))
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_align(path, overrides)
+    return str(caught.value)
+
+
+def test_a_valid_configuration_loads_with_every_key_of_its_algorithm(config_path: Path) -> None:
+    config = load_align(config_path).config
+    assert config.algorithm["group_size"] == 4
+    assert config.algorithm["clip_range"] == 1e-4
+
+
+def test_shift_null_becomes_the_schedulers_own(config_path: Path) -> None:
+    assert load_align(config_path).config.algorithm["shift"] == 2.5
+    assert load_align(config_path, ["algorithm.shift=1.5"]).config.algorithm["shift"] == 1.5
+
+
+def test_relative_paths_lie_beside_the_configuration(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_align(config_path).config.model.path == str(config_path.parent / "model")
+
+
+def test_relative_paths_that_are_not_beside_it_are_sought_in_the_working_directory(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "tag": "colors", "include": []}\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_align(config_path, ["data.prompts=own.jsonl"]).config.data.prompts == str(tmp_path / "own.jsonl")
+
+
+def test_overrides_reach_dotted_keys_list_items_and_absent_sections() -> None:
+    raw = {"rewards": [{"spec": "jpeg"}], "model": {"lora": None}}
+    override(raw, ["rewards.0.weight=2", "model.lora.rank=4", "learner.optimizer.learning_rate=3e-4", "x.y=[1, 2]"])
+    assert raw == {
+        "rewards": [{"spec": "jpeg", "weight": 2}],
+        "model": {"lora": {"rank": 4}},
+        "learner": {"optimizer": {"learning_rate": 3e-4}},
+        "x": {"y": [1, 2]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("rewards", "not key=value"),
+        ("rewards.1.weight=2", "rewards.1.weight: rewards is a list of 1"),
+        ("seed.deep=2", "seed.deep: seed is 0, which has no keys inside"),
+        ("seed=[1", "the value of seed is not YAML"),
+    ],
+)
+def test_an_override_that_fits_nowhere_is_refused(assignment: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override({"rewards": [{"spec": "jpeg"}], "seed": 0}, [assignment])
+    assert said in str(caught.value)
+
+
+def test_exponents_without_a_point_are_numbers() -> None:
+    assert parse_yaml("{a: 3e-4, b: 1E5, c: e5}", "it") == {"a": 3e-4, "b": 1e5, "c": "e5"}
+
+
+def test_a_key_given_twice_is_refused_with_its_line() -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 2 is not YAML: the key seed is given twice"):
+        parse_yaml("seed: 1\nseed: 2\n", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("learner.micro_batchsize=8", "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
+        ("algorithm.groupsize=8", "algorithm.groupsize: unknown key; did you mean group_size?"),
+        ("algorithm.window.length=8", "algorithm.window.length: unknown key; known: kind, start, size, stop"),
+        ("group_size=8", "group_size: unknown key; did you mean algorithm.group_size?"),
+        ("learning_rate=8", "learning_rate: unknown key; did you mean learner.optimizer.learning_rate?"),
+        ("rewards.0.wieght=8", "rewards.0.wieght: unknown key; did you mean weight?"),
+        ("rewards.0.options.modes=strict", "rewards.0: reward 'geneval' has no option 'modes'; did you mean 'mode'?"),
+        ("rewards.0.spec=genevil", "rewards.0: reward 'genevil' is unknown; did you mean 'geneval'"),
+        ("rewards.0.spec=absent.py:reward", "absent.py does not exist"),
+        ("rewards=[]", "rewards: flow_grpo needs at least one reward"),
+        ("algorithm.type=flow_gpro", "did you mean flow_grpo?"),
+        ("algorithm.type=rectified_flow", "algorithm."),
+        ("algorithm.group_size=1", "algorithm.group_size: got 1, input should be greater than or equal to 2"),
+        ("algorithm.kind=flaw", "did you mean flow?"),
+        ("algorithm.window.size=12", "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
+        ("algorithm.window={kind: random, size: 4, stop: 3}", "algorithm.window: no 4 noisy steps"),
+        ("learner.engine=deepspede", "learner.engine: got 'deepspede'"),
+        ("learner.micro_batch_size=0", "learner.micro_batch_size: got 0"),
+        ("learner.updates_per_iteration=25", "25 updates on 1 ranks need as many transitions; an iteration has 24"),
+        ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
+        ("model.path=absent", "is not a directory; give a StableDiffusion3Pipeline directory"),
+        ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),
+        ("model.height=60", "model.path: image size 60x64: both sides must be multiples of 16"),
+        ("data.prompts=absent.jsonl", "data.prompts: "),
+        ("evaluation.prompts=absent.jsonl", "evaluation.prompts: "),
+        ("evaluation.weights=ema", "evaluation.weights: ema needs learner.ema_decay"),
+        ("cluster.device=gpu", "cluster.device: got 'gpu'; write cpu, cuda or cuda:N"),
+        ("iterations=null", "iterations: got None"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(config_path: Path, assignment: str, said: str) -> None:
+    sentence = refusal(config_path, assignment)
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+def test_prompts_without_geneval_fields_are_refused_where_geneval_judges(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "a cat"}\n')
+    sentence = refusal(config_path, f"data.prompts={tmp_path / 'plain.jsonl'}")
+    assert sentence.startswith("data.prompts: row 1 of")
+    assert "`tag` and `include`" in sentence
+
+
+def test_more_cpus_than_the_machine_can_promise_are_refused_before_ray_starts(config_path: Path) -> None:
+    overrides = ("cluster.backend=ray", "cluster.rollout_workers=1000")
+    assert refusal(config_path, *overrides).startswith("cluster.rollout_cpus: all actors together need 1001 CPUs")
+    assert load_align(config_path, [*overrides, "cluster.address=auto"]).config.cluster.rollout_workers == 1000
+
+
+def test_an_unknown_shipped_model_is_refused_with_the_nearest(config_path: Path) -> None:
+    reward = "rewards=[{spec: pickscore, options: {path: 'shapes:pickscor'}}]"
+    assert "no shipped model 'pickscor'; did you mean pickscore?" in refusal(config_path, reward)
+
+
+def test_another_pipelines_directory_is_refused(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "holds a FluxPipeline" in refusal(path)
+
+
+def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory)" in refusal(tmp_path / "absent.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "holds no mapping" in refusal(tmp_path / "empty.yaml")
+
+
+def test_absent_files_are_listed_where_they_are_not_required(config_path: Path) -> None:
+    loaded = load_align(config_path, ["model.path=absent", "data.prompts=absent.jsonl"], require_files=False)
+    assert [sentence.partition(":")[0] for sentence in loaded.missing] == ["model.path", "data.prompts"]
+    assert loaded.config.algorithm["shift"] is None
+
+
+def test_the_resolved_file_reads_back_equal_and_names_versions_and_seeds(config_path: Path, tmp_path: Path) -> None:
+    config = load_align(config_path, ["model.lora.rank=4", "learner.optimizer.eps=1e-9"]).config
+    written = yaml.safe_load(write_resolved(config, tmp_path / "run").read_text())
+    assert read_resolved(tmp_path / "run") == config
+    assert written["seeds"] == {"run": 0, "evaluation": 1234}
+    assert written["versions"]["torch"] and written["versions"]["python"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_the_resolved_file_is_itself_a_configuration(config_path: Path, tmp_path: Path) -> None:
+    config = load_align(config_path).config
+    assert load_align(write_resolved(config, tmp_path)).config == config
+
+
+def test_shipped_files_are_names_in_the_resolved_file(config_path: Path, tmp_path: Path) -> None:
+    config = load_align(config_path).config
+    shipped = config.model_copy(update={"model": config.model.model_copy(update={"path": str(SHIPPED / "pipeline")})})
+    assert yaml.safe_load(write_resolved(shipped, tmp_path).read_text())["model"]["path"] == "shapes"
+    assert read_resolved(tmp_path) == shipped
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["iterations=9", "logging.wandb=disabled", "checkpoint.every=3", "evaluation.every=2", "cluster.rollout_workers=2",
+     "cluster.learner_cpus=1", "cluster.address=auto", "cluster.max_task_retries=0", "name=other", "runs_dir=else"],
+)  # fmt: skip
+def test_resources_logging_and_length_may_change_on_resume(config_path: Path, assignment: str) -> None:
+    old, new = load_align(config_path).config, load_align(config_path, [assignment]).config
+    assert old != new
+    assert resume_differences(old, new) == []
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("seed=3", "seed"),
+        ("cluster.threads=2", "cluster.threads"),
+        ("rollout.chunk_size=7", "rollout.chunk_size"),
+        ("algorithm.beta=0.1", "algorithm.beta"),
+        ("evaluation.num_samples=7", "evaluation.num_samples"),
+        ("rewards.0.options.mode=strict", "rewards.0.options.mode"),
+        ("learner.optimizer.betas=[0.9, 0.95]", "learner.optimizer.betas.1"),
+    ],
+)
+def test_everything_else_is_named_as_a_difference(config_path: Path, assignment: str, key: str) -> None:
+    old, new = load_align(config_path).config, load_align(config_path, [assignment]).config
+    assert resume_differences(old, new) == [key]
+
+
+def test_a_removed_section_is_a_difference(config_path: Path) -> None:
+    old, new = load_align(config_path, ["model.lora.rank=4"]).config, load_align(config_path).config
+    assert "model.lora.rank" in resume_differences(old, new)
+
+
+def test_a_change_is_refused_with_key_old_and_new_value(config_path: Path) -> None:
+    old, new = load_align(config_path).config, load_align(config_path, ["seed=3", "algorithm.beta=0.1"]).config
+    with pytest.raises(ConfigError, match=r"^seed: runs/x was begun with 0 and cannot go on with 3") as caught:
+        refuse_changes(old, new, Path("runs/x"))
+    assert "algorithm.beta" in str(caught.value)
+
+
+def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(
+        f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\n"
+        "algorithm: {type: rectified_flow}\n"
+        "phases: [{steps: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
+    )
+    with pytest.raises(ConfigError, match=r"^latents: .*has no latents.safetensors"):
+        load_pretrain(path)
+    (tmp_path / "bank").mkdir()
+    for name in ("latents.safetensors", "prompts.json"):
+        (tmp_path / "bank" / name).touch()
+    config = load_pretrain(path).config
+    assert config.latents == str(tmp_path / "bank")
+    write_resolved(config, tmp_path / "run")
+    assert read_resolved(tmp_path / "run") == config
+    with pytest.raises(ConfigError, match=r"^phases.0.step: unknown key; did you mean steps"):
+        load_pretrain(path, ["phases.0.step=3"])
+
+
+def test_a_run_of_the_other_command_is_refused(config_path: Path) -> None:
+    old = PretrainConfig.model_validate({"name": "a", "latents": "b", "algorithm": {}, "phases": []})
+    new: AlignConfig = load_align(config_path).config
+    with pytest.raises(ConfigError, match=r"^name: .*another command"):
+        refuse_changes(old, new, Path("runs/a"))
