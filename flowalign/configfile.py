@@ -113,11 +113,8 @@ def _index(items: list[Any], part: str, at: str, key: str) -> int:
 
 
 def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:
-    """Read, override, resolve and check a run. Without ``require_files`` absent files are listed, not refused.
-
-    Raises:
-        ConfigError: key, reason and nearest valid name.
-    """
+    """Read, override, resolve and check a run; raises ConfigError. Without ``require_files`` what this machine lacks
+    is listed, not refused."""
     raw, base = read_yaml(path), path.resolve().parent
     override(raw, overrides)
     config = resolve(_validate(AlignConfig, raw), base)
@@ -217,7 +214,9 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
     if not path.is_file():
         raise ConfigError("", f"{run_dir} has no {RESOLVED}; give the directory of a run, such as runs/NAME")
     raw = read_yaml(path)
-    return resolve(_validate(PretrainConfig if "phases" in raw else AlignConfig, raw), run_dir)
+    if "phases" in raw:
+        return resolve(_validate(PretrainConfig, raw), run_dir)
+    return resolve(_validate(AlignConfig, raw), run_dir)
 
 
 def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:

@@ -189,7 +189,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 @app.command("serve-reward")
 def serve_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, package.module:reward, …")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="options of the scorer")] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     device: str = "cpu",

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. learner.epochs=2")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
 Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run, a checkpoint or a pipeline directory")]
 Like = Annotated[Path | None, typer.Option("--config", help="configuration to use with a pipeline directory")]

@@ -117,7 +117,7 @@ class LearnerWorker:
     ) -> None:
         self.config = config
         torch.set_num_threads(config.cluster.threads)
-        policy = load_policy(config.model, device=config.cluster.device)
+        self.policy = policy = load_policy(config.model, device=config.cluster.device)
         algorithm = build_algorithm(config.algorithm)
         models: dict[str, Any] = {"policy": policy.velocity}
         if "reference" in algorithm.models:

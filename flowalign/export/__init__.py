@@ -1,7 +1,4 @@
-"""Exports for diffusers and PEFT: each is reloaded with the public library and compared before it is kept.
-
-Shapes: N samples, C H W latents.
-"""
+"""Exports for diffusers and PEFT: each is reloaded with the public library and compared before it is kept."""
 
 from __future__ import annotations
 

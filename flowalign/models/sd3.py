@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from flowalign.flow.guidance import cfg, cfg_norm_preserving
 from flowalign.models.base import ModelError
 from flowalign.types import Condition
 
+CACHED_PROMPTS = 512
 LORA_TARGETS = [
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -59,6 +61,7 @@ class SD3Policy:
             if part is not None:
                 part.requires_grad_(False).eval()
         self.network.eval()
+        self._encode = lru_cache(maxsize=CACHED_PROMPTS)(self._encode_one)
 
     @classmethod
     def load(
@@ -91,7 +94,7 @@ class SD3Policy:
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Each distinct prompt is encoded once, alone, so that its embedding never depends on its batch."""
         rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        encoded = [self._encode(prompt) for prompt in [*rows, ""]]
+        encoded = [self._encode(prompt, self.max_sequence_length) for prompt in [*rows, ""]]
         return Condition(
             tokens_PLD=torch.cat([tokens for tokens, _ in encoded[:-1]]),
             pooled_PE=torch.cat([pooled for _, pooled in encoded[:-1]]),
@@ -100,13 +103,13 @@ class SD3Policy:
             null_E=encoded[-1][1][0],
         )
 
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _encode_one(self, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompt,
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
+            max_sequence_length=max_sequence_length,
             device=torch.device(self.device),
         )
         return tokens, pooled

@@ -15,7 +15,7 @@ from flowalign.report.samples import Gallery, read_gallery
 from flowalign.scoring import default_name
 from flowalign.shapes.prompts import TASKS
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 PHASES = ("rollout", "score", "learn", "sync", "idle")
 HEALTH = {
     "replay/max_abs_dlogp": (
@@ -122,14 +122,13 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
     curves = {
         task: [row.get(f"eval/{name}/{task.replace(' ', '_')}") for row in evaluations] for task in ["overall", *tasks]
     }
+    label = "share of images judged correct" if name == "geneval" else f"mean {name}"
     times = {phase: [row.get(f"time/{phase}_s") for row in trained] for phase in PHASES}
     return {
         "rewards": figures.lines(x, drawn, bold="total", label="mean reward of an iteration's images")
         if drawn
         else None,
-        "curves": figures.lines(
-            [row["iteration"] for row in evaluations], curves, bold="overall", label="share of images judged correct"
-        )
+        "curves": figures.lines([row["iteration"] for row in evaluations], curves, bold="overall", label=label)
         if len(evaluations) > 1
         else None,
         "times": figures.stacked(x, times, label="seconds an iteration") if trained else None,

@@ -14,7 +14,7 @@ Series = Sequence[float | None]
 INK, MUTED, GRID = "#010203", "#040506", "#070809"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#ec4899", "#14b8a6", "#a3a334")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "flowalign",
     "font.size": 9.5,

@@ -1,0 +1,99 @@
+"""Images per second of our rollout over the public StableDiffusion3Pipeline's, side by side, as JSON.
+
+Same weights, prompts, steps, dtype, threads and initial noise; the latents are compared first. Both
+decode to uint8. Pairs alternate, the ratio is the median over pairs.
+
+    python scripts/benchmarks/rollout.py --pairs 7 --batch 48 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import flowalign.shapes
+from flowalign.flow import schedule
+from flowalign.models.sd3 import SD3Policy
+from flowalign.rollout import SampleNoise, rollout
+from flowalign.shapes.prompts import evaluation_set
+from flowalign.types import PromptBatch, RolloutSpec
+
+SHIPPED = Path(flowalign.shapes.__path__[0]) / "assets" / "pipeline"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=SHIPPED)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--max-sequence-length", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    policy = SD3Policy.load(options.model, max_sequence_length=options.max_sequence_length, device=options.device)
+    policy.pipeline.set_progress_bar_config(disable=True)
+    rows = evaluation_set(options.batch)
+    ids = tuple(range(options.batch))
+    batch = PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
+    sigmas = schedule.sigmas(options.steps, shift=policy.shift, grid="diffusers")
+    spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=options.guidance)
+    shape = policy.latent_shape()
+
+    def ours() -> object:
+        return rollout(policy, batch, spec, seed=0, policy_version=0, decode_batch_size=options.batch)
+
+    def theirs(output: str = "np") -> torch.Tensor:
+        return policy.pipeline(
+            prompt=list(batch.prompts),
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            max_sequence_length=options.max_sequence_length,
+            latents=SampleNoise(0, ids, shape).draw().to(options.device),
+            output_type=output,
+        ).images
+
+    made = rollout(policy, batch, spec, seed=0, policy_version=0, decode_batch_size=options.batch)
+    difference = float((made.final_NCHW - theirs("latent").cpu()).abs().max())
+    ours(), theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(options.pairs)]
+    ratios = [b / a for a, b in pairs]
+    print(
+        json.dumps(
+            {
+                "benchmark": "rollout",
+                "max_abs_latent_difference": difference,
+                "images_per_s": options.batch / statistics.median(a for a, _ in pairs),
+                "pipeline_images_per_s": options.batch / statistics.median(b for _, b in pairs),
+                "ratio_median": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+                "pairs": options.pairs,
+                "batch": options.batch,
+                "steps": options.steps,
+                "guidance_scale": options.guidance,
+                "threads": options.threads,
+                "device": options.device,
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
