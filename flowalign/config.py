@@ -174,6 +174,8 @@ class AlignConfig(Section):
             raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
         if self.learner.engine == "torch" and self.learner.zero_stage:
             raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
+        if self.evaluation.weights == "ema" and self.learner.ema_decay is None:
+            raise ValueError("evaluation.weights: ema needs learner.ema_decay; set it, or evaluate policy weights")
         if self.cluster.backend == "local" and self.learner.ranks > 1:
             raise ValueError("learner.ranks: cluster.backend=local runs one process; use backend=ray for more ranks")
         return self

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flowalign.metrics import Clock
 from flowalign.scoring import require_valid, reward_metrics
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Samples of one iteration with their scores; seconds are sums over workers of each kind."""
+    """Samples of one iteration with their scores; seconds of work are means over the workers of a kind."""
 
     rollout: Rollout
     scores: Scores
@@ -27,8 +27,11 @@ class Backend(Protocol):
 
     def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update: ...
 
-    def sync(self) -> None:
-        """Give the learner's weights to every rollout worker; stops the run unless each acknowledges them."""
+    def sync(self, evaluation: bool = False) -> None:
+        """Give the learner's weights to every rollout worker; stops the run unless each acknowledges them.
+
+        With ``evaluation`` they are those that ``evaluation.weights`` names.
+        """
         ...
 
     def close(self) -> None: ...
@@ -67,6 +70,7 @@ class Run:
     iterations: int
     seed: int
     min_valid_fraction: float
+    evaluates_ema: bool = False
 
 
 def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
@@ -85,7 +89,11 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
         backend.sync()
         clock.lap("sync_s")
         done = iteration + 1
-        metrics = {**reward_metrics(collected.scores), **update.metrics, **clock.metrics(collected)}
+        metrics = {
+            **reward_metrics(collected.scores),
+            **update.metrics,
+            **clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout)),
+        }
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         journal.iteration(done, metrics, collected)
@@ -99,27 +107,9 @@ def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> d
     if run.evaluation is None:
         return {}
     batch, spec, seed = run.evaluation
-    return journal.evaluation(iteration, backend.collect(batch, spec, seed=seed, evaluation=True))
-
-
-class Clock:
-    """Wall time of an iteration's phases; idle is what no phase accounts for."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.monotonic()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self._laps[name] = now - self._last
-        self._last = now
-
-    def metrics(self, collected: Collected) -> dict[str, float]:
-        total = time.monotonic() - self._began
-        times = {"rollout_s": collected.rollout_s, "score_s": collected.score_s, **self._laps}
-        times["idle_s"] = max(0.0, self._laps["collect_s"] - collected.rollout_s)
-        count = len(collected.rollout)
-        return {f"time/{k}": v for k, v in times.items()} | {
-            "time/iteration_s": total,
-            "throughput/images_per_s": count / total,
-        }
+    if run.evaluates_ema:
+        backend.sync(evaluation=True)
+    metrics = journal.evaluation(iteration, backend.collect(batch, spec, seed=seed, evaluation=True))
+    if run.evaluates_ema:
+        backend.sync()
+    return metrics

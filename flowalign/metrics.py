@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,26 @@ class MetricsWriter:
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish(quiet=True)
+
+
+class Clock:
+    """Wall time of an iteration's phases; idle is the time of a collection in which no rollout worker worked."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def metrics(self, rollout_s: float, score_s: float, num_images: int) -> dict[str, float]:
+        """``time/*`` and ``throughput/*``; the seconds of work are means over the workers of a kind."""
+        total = time.monotonic() - self._began
+        times = {"rollout_s": rollout_s, "score_s": score_s, **self._laps, "iteration_s": total}
+        times["idle_s"] = max(0.0, self._laps["collect_s"] - rollout_s)
+        return {f"time/{k}": v for k, v in times.items()} | {"throughput/images_per_s": num_images / total}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def _main_key(named: NamedScorer, keys: list[str]) -> str:
     found = next((key for key in candidates if key in keys), keys[0] if len(keys) == 1 else None)
     if found is None:
         raise InvalidScores(
-            f"reward {named.name!r} returned {', '.join(keys)}; one of them must be called {named.name!r} to be weighted"
+            f"reward {named.name!r} returned {', '.join(keys)}; the weighted one must be called {named.name!r}"
         )
     return found
 
@@ -105,8 +105,8 @@ def require_valid(scores: Scores, fraction: float) -> None:
     if share < fraction:
         why = ", ".join(f"{cause}: {count}" for cause, count in sorted(scores.causes.items())) or "no cause recorded"
         raise TooManyInvalid(
-            f"only {share:.0%} of {len(scores.valid)} samples have a usable reward (min_valid_fraction {fraction:.0%}); "
-            f"{why}; nothing was updated"
+            f"only {share:.0%} of {len(scores.valid)} samples have a usable reward, "
+            f"min_valid_fraction is {fraction:.0%} ({why}); nothing was updated"
         )
 
 

@@ -92,10 +92,8 @@ class FlowGRPO:
         """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient."""
         assert scores is not None
         c = self.config
-        credit = group_advantages(
-            scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip
-        )
-        count, steps = batch.log_prob_NS.shape
+        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip)
+        steps = batch.log_prob_NS.shape[1]
         begin = batch.spec.window[0]
         sigma_S = torch.tensor(batch.spec.sigmas[begin : begin + steps + 1])
         learns = scores.valid if c.beta > 0 else credit.advantages != 0

@@ -77,9 +77,9 @@ class LearnerActor:
         batch = chunks[0] if len(chunks) == 1 else cat_rollouts(chunks)
         return self.worker.update(batch, scores, iteration)
 
-    def publish(self) -> tuple[Weights | None, BindReceipt | None]:
+    def publish(self, evaluation: bool = False) -> tuple[Weights | None, BindReceipt | None]:
         """Rank 0: the weights, once, for the object store, and what binding them must answer."""
-        weights = self.worker.weights()
+        weights = self.worker.weights(evaluation)
         if self.rank:
             return None, None
         return weights, BindReceipt("learner", self.worker.version(), len(weights), content_hash(weights))

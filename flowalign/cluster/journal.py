@@ -35,9 +35,7 @@ class RunJournal:
         self._start, self._first = start, time.monotonic()
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
         policy = config.checkpoint
-        self._writer = CheckpointWriter(
-            run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric
-        )
+        self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
         self._progress = Progress(console, config.iterations)
 
     def wall_s(self) -> float:
@@ -116,7 +114,10 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             self._bar = Progress(
-                TextColumn("[bold]align"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TextColumn("[bold]align"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
                 console=console,
             )
             self._task = self._bar.add_task("starting", total=total)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowalign.checkpoint import content_hash
 from flowalign.cluster.weight_sync import SyncGuard
-from flowalign.cluster.workers import LearnerWorker, RewardWorker, RolloutWorker
+from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected
 from flowalign.scoring import cat_scores
@@ -22,6 +23,7 @@ class LocalBackend:
         self.rewards = RewardWorker(config, base_dir)
         self.learner = LearnerWorker(config)
         self._guard = SyncGuard()
+        self._learned = True
 
     def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
         made, scored = [], []
@@ -36,11 +38,15 @@ class LocalBackend:
         )
 
     def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
-        return self.learner.update(rollout, scores, iteration)
+        update = self.learner.update(rollout, scores, iteration)
+        self._learned = update.metrics["learner/updates"] > 0
+        return update
 
-    def sync(self) -> None:
-        weights, version = self.learner.weights(), self.learner.version()
-        self._guard.check(weights, version, [self.rollouts.bind(weights, version)])
+    def sync(self, evaluation: bool = False) -> None:
+        weights, version = self.learner.weights(evaluation), self.learner.version()
+        receipt = self.rollouts.bind(weights, version)
+        sent = BindReceipt("learner", version, len(weights), content_hash(weights))
+        self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
 
     def state(self) -> list[dict[str, Any]]:
         """The learner's state, one entry a rank."""

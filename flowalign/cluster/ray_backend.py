@@ -106,8 +106,8 @@ class RayBackend:
         collected = Collected(
             rollout=cat_rollouts([chunk.rollout for chunk in done]),
             scores=cat_scores([chunk.scores for chunk in done]),
-            rollout_s=sum(chunk.rollout_s for chunk in done),
-            score_s=sum(chunk.score_s for chunk in done),
+            rollout_s=sum(chunk.rollout_s for chunk in done) / len(self.rollouts.actors),
+            score_s=sum(chunk.score_s for chunk in done) / len(self.rewards.actors),
         )
         self._last = None if evaluation else (collected.rollout, pipeline.refs)
         return collected
@@ -125,15 +125,15 @@ class RayBackend:
         self._learned = update.metrics.get("learner/updates", 1.0) > 0
         return update
 
-    def sync(self) -> None:
+    def sync(self, evaluation: bool = False) -> None:
         """Put the learner's weights into the object store once; every rollout worker binds them and says so."""
-        published = [actor.publish.options(num_returns=2).remote() for actor in self.learner.actors]
+        published = [actor.publish.options(num_returns=2).remote(evaluation) for actor in self.learner.actors]
         self._sent = self.learner.wait([receipt for _, receipt in published])[0]
         self._weights = published[0][0]
         assert self._sent is not None
         answers = [actor.bind.remote(self._weights, self._sent.version) for actor in self.rollouts.actors]
         receipts = [self._receipt(index, answer) for index, answer in enumerate(answers)]
-        self._guard.check_receipts(self._sent, receipts, self._learned)
+        self._guard.check_receipts(self._sent, receipts, self._learned, evaluation)
 
     def _receipt(self, index: int, answer: Any) -> BindReceipt:
         for _ in range(self.config.cluster.max_task_retries + 1):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.flow import schedule
 from flowalign.loop import Run, align
+from flowalign.sample import base_hash
 from flowalign.types import PromptBatch, RolloutSpec
 
 
@@ -37,12 +36,12 @@ def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
     backend = make_backend(config, base_dir)
     journal = None
     try:
-        base_hash = _base_hash(Path(config.model.path))
+        base = base_hash(Path(config.model.path))
         if saved is not None:
-            backend.restore(_states(config, saved, base_hash))
+            backend.restore(_states(config, saved, base))
             console.print(f"resuming {run_dir} after iteration {start}")
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
-        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base_hash)
+        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
         with journal.interruptible():
             align(run, backend, journal, start)
         if journal.stopping:
@@ -80,6 +79,7 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
         iterations=config.iterations,
         seed=config.seed,
         min_valid_fraction=config.min_valid_fraction,
+        evaluates_ema=config.evaluation.weights == "ema",
     )
 
 
@@ -113,16 +113,6 @@ def _states(config: AlignConfig, saved: checkpoint.Checkpoint, base_hash: str) -
         }
         for rank in range(config.learner.ranks)
     ]
-
-
-def _base_hash(model: Path) -> str:
-    """sha256 over the transformer's weight files of the base pipeline."""
-    digest = hashlib.sha256()
-    for path in sorted((model / "transformer").glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
@@ -160,5 +150,3 @@ def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
         writer.close()
         engine.close()
     return run_dir
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class RaySession:
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
             ray.init(

@@ -6,8 +6,7 @@ Each sets its own thread count around its work, so that all backends compute the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,16 @@ from torch import Tensor
 
 from flowalign.algorithm import build_algorithm
 from flowalign.checkpoint import content_hash
-from flowalign.config import AlignConfig, RewardConfig
+from flowalign.config import AlignConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
+from flowalign.evaluate import evaluation_reward
 from flowalign.learner import Learner
 from flowalign.models.build import bind_weights, load_policy, reference_velocity
 from flowalign.rollout import rollout
+from flowalign.sample import torch_threads
 from flowalign.scoring import load_scorer, merge, score_images
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Use ``count`` torch threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class RolloutWorker:
 
     def __init__(self, config: AlignConfig, name: str = "rollout-0") -> None:
         self.config, self.name = config, name
-        with threads(config.cluster.threads):
+        with torch_threads(config.cluster.threads):
             self.policy = load_policy(config.model, device=config.cluster.device)
         self.version = -1
 
@@ -69,7 +59,7 @@ class RolloutWorker:
         if version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
         began = time.monotonic()
-        with threads(self.config.cluster.threads):
+        with torch_threads(self.config.cluster.threads):
             made = rollout(
                 self.policy,
                 batch,
@@ -89,24 +79,17 @@ class RewardWorker:
     def __init__(self, config: AlignConfig, base_dir: Path) -> None:
         self.config = config
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
-        with threads(config.cluster.reward_threads):
+        with torch_threads(config.cluster.reward_threads):
             self.training = [load_scorer(reward, base_dir, device) for reward in config.rewards]
-            self.evaluation = [load_scorer(reward, base_dir, device) for reward in evaluation_rewards(config)]
+            self.evaluation = [load_scorer(reward, base_dir, device) for reward in [evaluation_reward(config)]]
 
     def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
         """Scores of one chunk, and the seconds they took."""
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
-        with threads(self.config.cluster.reward_threads):
+        with torch_threads(self.config.cluster.reward_threads):
             parts = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
-
-
-def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
-    """The evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
-    if config.evaluation.scorer is not None:
-        return [config.evaluation.scorer]
-    return [RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})]
 
 
 class LearnerWorker:
@@ -145,10 +128,13 @@ class LearnerWorker:
         )
 
     def update(self, batch: Rollout, scores: Scores, iteration: int) -> Update:
-        with threads(self.config.cluster.threads):
+        with torch_threads(self.config.cluster.threads):
             return self.learner.update(batch, scores, iteration)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
+        """What rollouts bind next, or what ``evaluation.weights`` names."""
+        if evaluation and self.config.evaluation.weights == "ema" and self.learner.ema is not None:
+            return self.learner.ema.state()
         return self.learner.weights()
 
     def version(self) -> int:

@@ -89,7 +89,7 @@ def reference_velocity(policy: Policy) -> VelocityModel:
 
 
 @contextmanager
-def disabled_adapters(network: nn.Module):  # noqa: ANN201
+def disabled_adapters(network: nn.Module):
     """Adapters off, without touching ``requires_grad``: a backward pass may be under way."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

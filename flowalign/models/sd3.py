@@ -80,7 +80,7 @@ class SD3Policy:
         absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
         try:
             pipeline = StableDiffusion3Pipeline.from_pretrained(
-                str(directory), torch_dtype=dtype, local_files_only=True, **absent
+                str(directory), dtype=dtype, local_files_only=True, **absent
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
@@ -157,7 +157,7 @@ class SD3Policy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         config = self.vae.config
-        z = latents / config["scaling_factor"] + config["shift_factor"]
+        z = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
         pixels = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
         return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -166,7 +166,7 @@ class SD3Policy:
         config = self.vae.config
         pixels = images.permute(0, 3, 1, 2).to(self.vae.dtype).div(127.5).sub(1)
         mean = self.vae.encode(pixels).latent_dist.mean.float()
-        return (mean - config["shift_factor"]) * config["scaling_factor"]
+        return (mean - (config["shift_factor"] or 0.0)) * config["scaling_factor"]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of an image size in pixels.

@@ -66,9 +66,13 @@ class GenevalScorer:
         return [judge(row, objects, self.rules) for row, objects in zip(metadata, found, strict=True)]
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
-        """``{"geneval": (N,)}`` in the configured mode."""
+        """``geneval`` (N,) in the configured mode, and beside it ``geneval_strict``, 0 or 1."""
         field = {"official": "correct", "strict": "strict", "partial": "score"}[self.mode]
-        return {"geneval": np.array([getattr(v, field) for v in self.verdicts(images, metadata)], np.float64)}
+        verdicts = self.verdicts(images, metadata)
+        return {
+            "geneval": np.array([getattr(v, field) for v in verdicts], np.float64),
+            "geneval_strict": np.array([v.strict for v in verdicts], np.float64),
+        }
 
 
 def judge_lines(lines: Iterable[str]) -> Iterator[str]:

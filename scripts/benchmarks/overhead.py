@@ -80,7 +80,12 @@ def local(iterations: int) -> dict[str, float]:
 def on_ray(iterations: int) -> float:
     """Median iteration time of the same configuration on Ray."""
     with tempfile.TemporaryDirectory() as directory:
-        overrides = [f"runs_dir={directory}", f"iterations={iterations}", "evaluation.every=0", "logging.wandb=disabled"]
+        overrides = [
+            f"runs_dir={directory}",
+            f"iterations={iterations}",
+            "evaluation.every=0",
+            "logging.wandb=disabled",
+        ]
         loaded = load_align(CONFIG, overrides)
         run_dir = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
         rows = read_metrics(run_dir / "metrics.jsonl")[SKIPPED:]

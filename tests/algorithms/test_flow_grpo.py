@@ -53,9 +53,7 @@ def test_on_policy_gradient_is_reinforce_with_the_group_baseline_over_d(kind):
     for s, k in enumerate(range(begin, end)):
         x, x_next = rollout.states_NSCHW[:, s], rollout.states_NSCHW[:, s + 1]
         v = model(x, torch.full((8,), spec.sigmas[k]), None)
-        stats = sde.reverse_step(
-            spec.kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max
-        )
+        stats = sde.reverse_step(spec.kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max)
         normal = torch.distributions.Normal(stats.mean, stats.std.expand_as(stats.mean))
         total = total - (advantage * normal.log_prob(x_next).flatten(1).sum(1)).sum()
     dimensions = rollout.states_NSCHW[0, 0].numel()

@@ -13,7 +13,7 @@ from flowalign.cluster.run import build_run
 from flowalign.config import AlignConfig
 from flowalign.types import Scores
 
-REWARD = '''
+REWARD = """
 import os, signal
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def brightness(images, prompts, metadata, folder):
         raise ValueError("the scale is missing")
     scores = images.astype("float64").mean((1, 2, 3)) / 255
     return scores[:1] if order("shorten") is not None else scores
-'''
+"""
 
 
 def small_config(pipeline: Path, folder: Path, *, cluster: dict[str, Any], **changes: Any) -> AlignConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 
-def new_transformer(joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3) -> SD3Transformer2DModel:
+def new_transformer(
+    joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3
+) -> SD3Transformer2DModel:
     """A randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
     return SD3Transformer2DModel(
         sample_size=8,
@@ -68,3 +71,7 @@ def save_half(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
     pipeline.transformer.half()
     pipeline.vae.half()
     pipeline.save_pretrained(str(directory), safe_serialization=True)
+    for path in [directory / "model_index.json", *directory.glob("*/config.json")]:
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # the directory it was loaded from: of no use elsewhere
+        path.write_text(json.dumps(config, indent=2) + "\n")

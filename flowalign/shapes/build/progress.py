@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-def _save(path: Path, model: nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Adam, step: int) -> None:
+def _save(
+    path: Path, model: nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Adam, step: int
+) -> None:
     tensors = {f"model.{k}": v.contiguous().clone() for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v.contiguous().clone() for k, v in average.items()}
     for index, state in optimizer.state_dict()["state"].items():

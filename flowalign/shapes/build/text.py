@@ -7,6 +7,7 @@ text encoders that condition the MM-DiT (as CLIP-L and CLIP-G do in SD3, arXiv:2
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def new_tokenizer() -> CLIPTokenizer:
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
             if best not in ranks:
                 break
@@ -125,7 +126,9 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tenso
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int = 1200, batch: int = 128, seed: int = 0) -> Towers:
+def train_towers(
+    work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int = 1200, batch: int = 128, seed: int = 0
+) -> Towers:
     torch.manual_seed(seed)
     towers = Towers(tokenizer)
 

@@ -1,0 +1,89 @@
+"""Every algorithm found under flowalign/algorithms keeps the contract."""
+
+import pytest
+import torch
+from torch import nn
+
+from flowalign.algorithm import UnknownAlgorithm, algorithm_class, build_algorithm, known_algorithms
+from flowalign.types import LatentBatch, Rollout, RolloutSpec
+from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
+
+NAMES = known_algorithms()
+
+
+def models_for(algorithm) -> dict[str, nn.Module]:
+    return {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.models)}
+
+
+def batch_for(algorithm, policy):
+    """A batch of what the algorithm consumes, and scores if it needs them."""
+    scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if algorithm.needs_scores else None
+    if algorithm.consumes is Rollout:
+        return make_rollout(policy, algorithm.rollout_plan(0, 0)), scores
+    assert algorithm.consumes is LatentBatch, f"teach this test to make a {algorithm.consumes.__name__}"
+    return LatentBatch(torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), condition(8), 0), scores
+
+
+def prepared(name):
+    algorithm = build_algorithm({"type": name})
+    models = models_for(algorithm)
+    with torch.no_grad():
+        train = algorithm.prepare(*batch_for(algorithm, models["policy"]), models)
+    return algorithm, models, train
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_finite_and_its_gradient_reaches_the_policy_only(name):
+    algorithm, models, train = prepared(name)
+    output = algorithm.loss(models, train)
+    assert output.loss.ndim == 0 and torch.isfinite(output.loss)
+    assert all(not m.requires_grad for m in output.metrics.values())
+    output.loss.backward()
+    assert any(bool((p.grad != 0).any()) for p in models["policy"].parameters() if p.grad is not None)
+    others = [p for role, m in models.items() if role != "policy" for p in m.parameters()]
+    assert all(p.grad is None for p in others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_invariant_to_the_micro_batch_split(name):
+    algorithm, models, train = prepared(name)
+    parameters = list(models["policy"].parameters())
+    whole = torch.autograd.grad(algorithm.loss(models, train).loss, parameters)
+    split = [torch.zeros_like(p) for p in parameters]
+    for part in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).split(3):
+        grads = torch.autograd.grad(algorithm.loss(models, train.take(part)).loss, parameters)
+        split = [a + g * len(part) / len(train) for a, g in zip(split, grads, strict=True)]
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prepare_is_a_function_of_its_arguments(name):
+    algorithm, models, train = prepared(name)
+    with torch.no_grad():
+        again = algorithm.prepare(*batch_for(algorithm, models["policy"]), models)
+    assert train.total == again.total and train.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(train.tensors[key], again.tensors[key]) for key in train.tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_survives_a_round_trip_and_refuses_unknown_keys(name):
+    cls = algorithm_class(name)
+    config = cls.Config(type=name)
+    assert cls.Config.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValueError, match="Extra inputs"):
+        cls.Config.model_validate({"type": name, "no_such_key": 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_declarations_are_there(name):
+    algorithm = build_algorithm({"type": name})
+    assert "policy" in algorithm.models and isinstance(algorithm.needs_scores, bool)
+    assert algorithm.rollout_weights in ("policy", "ema")
+    plan = algorithm.rollout_plan(0, 0)
+    assert (algorithm.consumes is Rollout) == isinstance(plan, RolloutSpec)
+
+
+def test_an_unknown_algorithm_is_refused_with_the_known_names():
+    with pytest.raises(UnknownAlgorithm, match="flow_grpo"):
+        algorithm_class("flow_grop")

@@ -1,0 +1,68 @@
+"""The shipped networks: sums, size, loadable by the public libraries, and as good as their card says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flowalign.shapes
+from flowalign.data.prompts import evaluation_batch
+from flowalign.models.sd3 import SD3Policy
+from flowalign.rollout import rollout
+from flowalign.sample import ode_spec
+from flowalign.shapes.prompts import TASKS, evaluation_set, scene
+from flowalign.shapes.render import render
+from rewards.detectors.palette import PaletteDetector
+from rewards.geneval_judge import judge
+from rewards.resolve import resolve
+
+ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"
+
+
+def test_every_shipped_file_has_its_recorded_checksum_and_all_stay_below_30_megabytes():
+    recorded = dict(reversed(line.split("  ")) for line in (ASSETS / "SHA256SUMS").read_text().splitlines())
+    files = {str(p.relative_to(ASSETS)): p for p in ASSETS.rglob("*") if p.is_file() and p.name != "SHA256SUMS"}
+    assert recorded.keys() == files.keys()
+    assert all(hashlib.sha256(p.read_bytes()).hexdigest() == recorded[name] for name, p in files.items())
+    assert sum(p.stat().st_size for p in files.values()) < 30e6
+
+
+def test_no_shipped_configuration_names_a_path_of_the_machine_that_made_it():
+    for path in [*ASSETS.rglob("*config.json"), *ASSETS.rglob("model_index.json")]:
+        values = json.dumps(json.loads(path.read_text()))
+        assert '"/' not in values, path
+
+
+def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_zero():
+    torch.set_num_threads(1)
+    policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=16)
+    batch = evaluation_batch("shapes:eval", 300)
+    rows = [dict(row) for row in batch.metadata]
+    spec = ode_spec(policy.shift, 10, 1.0)
+    images = np.concatenate(
+        [rollout(policy, part, spec, seed=1234, policy_version=0).images.numpy() for part in batch.chunks(60)]
+    )
+    found = PaletteDetector().detect(images, rows)
+    right = [judge(row, objects).correct for row, objects in zip(rows, found, strict=True)]
+    by_task = {t: np.mean([r for r, row in zip(right, rows, strict=True) if row["tag"] == t]) for t in TASKS}
+    assert 0.40 <= np.mean(list(by_task.values())) <= 0.75
+    assert min(by_task.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore"])
+def test_the_shipped_reward_models_prefer_the_image_that_satisfies_its_prompt(name):
+    directory = ASSETS / ("open_clip" if name == "clip" else name)
+    scorer = resolve({"type": name, "path": str(directory)})
+    scorer.setup("cpu")  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    rows = evaluation_set(120)
+    images = np.stack([render(scene(row, rng), rng) for row in rows])
+    prompts = [row["prompt"] for row in rows]
+    right = scorer.score(images, prompts, rows)[name]
+    others = [rows[(i + 6) % 120] for i in range(120)]  # the same task, another prompt
+    differs = np.array([a["prompt"] != b["prompt"] for a, b in zip(rows, others, strict=True)])
+    wrong = scorer.score(np.stack([render(scene(row, rng), rng) for row in others]), prompts, rows)[name]
+    assert np.mean((right > wrong)[differs]) > 0.75
