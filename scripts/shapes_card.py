@@ -55,9 +55,8 @@ def plain(policy: SD3Policy, count: int) -> dict[str, dict[str, float]]:
     batch = evaluation_batch("shapes:eval", count)
     policy.pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
-    parts = [
-        policy.pipeline(list(part.prompts), output_type="np", generator=generator).images for part in batch.chunks(24)
-    ]
+    pipeline: Any = policy.pipeline  # its __call__ may return a tuple, says its annotation
+    parts = [pipeline(list(part.prompts), output_type="np", generator=generator).images for part in batch.chunks(24)]
     images = np.rint(np.concatenate(parts) * 255).astype(np.uint8)
     return verdicts(images, [dict(row) for row in batch.metadata])
 

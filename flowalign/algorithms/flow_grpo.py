@@ -5,7 +5,7 @@ Shapes: N samples, S window steps, M = N·S transitions, C H W latents.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,9 +22,9 @@ class WindowConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["full", "fixed", "random"] = "full"
-    start: int = Field(0, ge=0)
-    size: int | None = Field(None, ge=1)
-    stop: int | None = Field(None, ge=1)
+    start: Annotated[int, Field(ge=0)] = 0
+    size: Annotated[int, Field(ge=1)] | None = None
+    stop: Annotated[int, Field(ge=1)] | None = None
 
 
 class FlowGRPO:

@@ -136,7 +136,7 @@ def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
     )
     engine = build_engine(policy.network, settings, device=config.device)
     found = checkpoint.latest(run_dir / "checkpoints")
-    start = 0 if found is None else int(checkpoint.read_manifest(found)["step"])
+    start = 0 if found is None else int(checkpoint.verify(found)["step"])
     writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
 
     def report(row: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def add_lora(policy: Policy, config: LoraConfig, *, seed: int = 0) -> None:
         policy.network.add_adapter(  # type: ignore[operator]
             PeftConfig(
                 r=config.rank,
-                lora_alpha=config.alpha,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]
                 init_lora_weights="gaussian",
                 target_modules=config.targets or policy.lora_targets,
             )

@@ -106,12 +106,13 @@ class SD3Policy:
     def _encode_one(self, prompt: str, max_sequence_length: int) -> tuple[Tensor, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompt,
-            prompt_2=None,
-            prompt_3=None,
+            prompt_2=prompt,
+            prompt_3=prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
             device=torch.device(self.device),
         )
+        assert tokens is not None and pooled is not None
         return tokens, pooled
 
     def velocity(

@@ -40,10 +40,12 @@ class PickscoreScorer:
             raise SpecError(f"pickscore: dtype {dtype!r} is unknown; write float32, bfloat16 or float16")
         self.path = path
         self.processor = processor or path
-        for directory, file in ((path, "config.json"), (self.processor, "preprocessor_config.json")):
-            if not (Path(directory) / file).is_file():
+        # transformers 5 writes an image processor into processor_config.json, older ones into a file of its own.
+        needed = ((path, ("config.json",)), (self.processor, ("preprocessor_config.json", "processor_config.json")))
+        for directory, files in needed:
+            if not any((Path(directory) / file).is_file() for file in files):
                 raise SpecError(
-                    f"pickscore: {directory} holds no {file}; give the directory of a transformers CLIPModel"
+                    f"pickscore: {directory} holds no {files[0]}; give the directory of a transformers CLIPModel"
                     " (`path`) and of its tokenizer and image processor (`processor`)"
                 )
         self.factor = 1.0 if scale == "raw" else 1 / 26

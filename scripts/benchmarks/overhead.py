@@ -24,6 +24,7 @@ from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.run import build_run, run_align
 from flowalign.configfile import load_align
 from flowalign.metrics import read_metrics
+from flowalign.models.sd3 import SD3Policy
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
 SKIPPED = 2
@@ -59,6 +60,7 @@ def local(iterations: int) -> dict[str, float]:
     watch = Stopwatch()
     for policy in (backend.rollouts.policy, backend.learner.policy):
         watch.watch(policy, "_forward")
+        assert isinstance(policy, SD3Policy)
         watch.watch(policy.vae, "decode")
     watch.watch(torch.autograd, "backward")
     shares, totals = [], []

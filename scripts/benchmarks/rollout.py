@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,8 +59,10 @@ def main() -> None:
     def ours() -> object:
         return rollout(policy, batch, spec, seed=0, policy_version=0, decode_batch_size=options.batch)
 
+    pipeline: Any = policy.pipeline  # its __call__ may return a tuple, says its annotation
+
     def theirs(output: str = "np") -> torch.Tensor:
-        return policy.pipeline(
+        return pipeline(
             prompt=list(batch.prompts),
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,

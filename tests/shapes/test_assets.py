@@ -23,7 +23,9 @@ ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"
 
 
 def test_every_shipped_file_has_its_recorded_checksum_and_all_stay_below_30_megabytes():
-    recorded = dict(reversed(line.split("  ")) for line in (ASSETS / "SHA256SUMS").read_text().splitlines())
+    recorded = {
+        name: digest for digest, name in (line.split("  ") for line in (ASSETS / "SHA256SUMS").read_text().splitlines())
+    }
     files = {str(p.relative_to(ASSETS)): p for p in ASSETS.rglob("*") if p.is_file() and p.name != "SHA256SUMS"}
     assert recorded.keys() == files.keys()
     assert all(hashlib.sha256(p.read_bytes()).hexdigest() == recorded[name] for name, p in files.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,13 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 
 
 def new_autoencoder() -> AutoencoderKL:
+    blocks: dict[str, Any] = {  # annotated in diffusers as tuples of one
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (16, 32, 64, 64),
+    }
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
+        **blocks,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=8,
@@ -50,9 +54,10 @@ def train_autoencoder(work_dir: Path, *, steps: int = 4000, batch: int = 16, see
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         pixels = to_pixels(images_at(step, batch, seed))
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
+            (posterior,) = vae.encode(pixels, return_dict=False)
             noise = torch.randn(posterior.mean.shape, generator=generator)
-            recon = vae.decode(posterior.mean + posterior.std * noise).sample
+            drawn: Any = posterior.mean + posterior.std * noise
+            recon = vae.decode(drawn, return_dict=False)[0]
         error = recon.float() - pixels
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * kl
@@ -60,6 +65,7 @@ def train_autoencoder(work_dir: Path, *, steps: int = 4000, batch: int = 16, see
 
     train("autoencoder", vae, loss_at, work_dir=work_dir, steps=steps, learning_rate=2e-3)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(to_pixels(images_at(10**6 + i, 64, seed))).latent_dist.mean for i in range(16)])
+        held_out = [to_pixels(images_at(10**6 + i, 64, seed)) for i in range(16)]
+        latents = torch.cat([vae.encode(pixels, return_dict=False)[0].mean for pixels in held_out])
     vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     return vae

@@ -41,7 +41,7 @@ def assemble(
     """A pipeline with a fresh transformer; pretraining replaces its weights."""
     torch.manual_seed(seed)
     joint = sum(int(e.config.hidden_size) for e in encoders)
-    pooled = sum(int(e.config.projection_dim) for e in encoders)
+    pooled = sum(int(e.config.projection_dim or 0) for e in encoders)
     return StableDiffusion3Pipeline(
         transformer=new_transformer(joint, pooled),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),

@@ -45,7 +45,7 @@ def new_tokenizer() -> CLIPTokenizer:
             used.add(best)
             at = pairs.index(best)
             parts[at : at + 2] = ["".join(best)]
-    merges = sorted(used, key=ranks.__getitem__)
+    merges: Any = sorted(used, key=ranks.__getitem__)  # pairs, which the annotation does not foresee
     base = list(full.byte_encoder.values())
     names = [*base, *(b + "</w>" for b in base), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(names)}
@@ -60,7 +60,11 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = CLIPTextConfig(
+        **special,
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -69,9 +73,6 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> C
         num_attention_heads=width // 64,
         max_position_embeddings=CONTEXT_LENGTH,
         hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         initializer_factor=1.0,
     )
     return CLIPTextModelWithProjection(config)

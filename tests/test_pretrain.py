@@ -1,0 +1,103 @@
+"""Rectified-flow pretraining through the CLI's own driver: it learns, resumes bit for bit, refuses bad latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from flowalign import checkpoint
+from flowalign.cluster.run import run_pretrain
+from flowalign.config import PretrainConfig
+from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
+from flowalign.data.shapes_latents import make_bank
+from flowalign.metrics import read_metrics
+from flowalign.models.sd3 import SD3Policy
+from flowalign.pretrain import schedule_at, text_length
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_pipeline_dir, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bank")
+    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16)
+    make_bank(policy, directory, num_images=60, batch=20)
+    return directory
+
+
+def config(runs: Path, model: Path, bank: Path, **changes) -> PretrainConfig:
+    content = {
+        "name": "base",
+        "runs_dir": str(runs),
+        "model": {"path": str(model), "max_sequence_length": 16},
+        "latents": str(bank),
+        "algorithm": {"type": "rectified_flow"},
+        "batch_size": 16,
+        "phases": [
+            {"steps": 6, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}},
+            {
+                "steps": 6,
+                "learning_rate": 1e-3,
+                "final_learning_rate": 1e-4,
+                "max_sequence_lengths": {4: 0.5, 16: 0.5},
+            },
+        ],
+        "warmup_steps": 2,
+        "threads": 1,
+        "log_every": 1,
+        "checkpoint_every": 4,
+    }
+    return PretrainConfig.model_validate({**content, **changes})
+
+
+def run(*args, **kwargs) -> Path:
+    return run_pretrain(config(*args, **kwargs), Path("."), Console(quiet=True))
+
+
+def test_an_interrupted_pretraining_resumes_bit_for_bit(tmp_path, tiny_pipeline_dir, bank):
+    whole = run(tmp_path / "whole", tiny_pipeline_dir, bank)
+    stopped = tmp_path / "stopped"
+    run(stopped, tiny_pipeline_dir, bank)
+    root = stopped / "base" / "checkpoints"
+    for name in ("step_000012",):
+        (root / name).rename(tmp_path / name)
+    (root / "latest").write_text("step_000008\n")
+    resumed = run(stopped, tiny_pipeline_dir, bank)
+    a, b = (checkpoint.load(d / "checkpoints" / "step_000012") for d in (whole, resumed))
+    assert a.ema is not None and b.ema is not None
+    for left, right in ((a.model, b.model), (a.ema, b.ema), (a.optimizer_of(0)[0], b.optimizer_of(0)[0])):
+        assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    steps = [row["iteration"] for row in read_metrics(resumed / "metrics.jsonl")]
+    assert steps == list(range(1, 13))
+
+
+def test_the_loss_falls(tmp_path, tiny_pipeline_dir, bank):
+    phases = [{"steps": 60, "learning_rate": 3e-3, "final_learning_rate": 3e-3}]
+    run_dir = run(tmp_path, tiny_pipeline_dir, bank, phases=phases, checkpoint_every=1000)
+    losses = [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+
+
+def test_the_schedule_warms_up_once_and_anneals_within_each_phase():
+    phases = config(Path("r"), Path("m"), Path("b")).phases
+    rates = [schedule_at(phases, 2, step)[1] for step in range(12)]
+    assert rates[0] == pytest.approx(1e-3) and rates[6] == pytest.approx(1e-3)
+    assert rates[1] > rates[2] > rates[5] > 1e-3 and rates[6] > rates[11] > 1e-4
+    with pytest.raises(ValueError, match="behind the last phase"):
+        schedule_at(phases, 2, 12)
+
+
+def test_text_lengths_are_drawn_by_their_weights_from_seed_and_step():
+    phase = config(Path("r"), Path("m"), Path("b")).phases[1]
+    drawn = [text_length(phase, 0, step) for step in range(200)]
+    assert drawn == [text_length(phase, 0, step) for step in range(200)]
+    assert set(drawn) == {4, 16} and 60 < drawn.count(4) < 140
+
+
+def test_a_bank_that_is_missing_or_inconsistent_is_refused(tmp_path):
+    with pytest.raises(LatentsError, match="missing"):
+        load_bank(tmp_path)
+    save_bank(tmp_path, LatentBank(torch.zeros(2, 16, 8, 8).half(), torch.tensor([0, 3]), ["a", "b"]))
+    with pytest.raises(LatentsError, match="refers to more"):
+        load_bank(tmp_path)
