@@ -32,7 +32,8 @@ def policy_class(name: str) -> type[Any]:
 def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
     """Load the pipeline directory and, if asked, put a fresh LoRA on its transformer.
 
-    Without a LoRA every parameter of the network is trainable; with one, only the adapter is.
+    Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
+    trainable is float32, whatever ``config.dtype`` says of the rest.
     """
     policy = policy_class(config.type).load(
         Path(config.path),
@@ -44,6 +45,9 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
         policy.network.requires_grad_(True)
     else:
         add_lora(policy, config.lora)
+    for parameter in policy.network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return policy
 
 

@@ -145,14 +145,18 @@ class SD3Policy:
         return cfg_norm_preserving(conditional, null, guidance, patch_size=patch)
 
     def _forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        # Trainable parameters are float32 whatever the base's dtype: rollout and learner both need autocast, or
+        # they would not compute the same function.
         dtype = next(self.network.parameters()).dtype
-        out = self.network(
-            hidden_states=x.to(dtype),
-            encoder_hidden_states=tokens.to(dtype),
-            pooled_projections=pooled.to(dtype),
-            timestep=t * 1000,
-            return_dict=False,
-        )[0]
+        mixed = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.vae.dtype == torch.bfloat16)
+        with mixed:
+            out = self.network(
+                hidden_states=x.to(dtype),
+                encoder_hidden_states=tokens.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                timestep=t * 1000,
+                return_dict=False,
+            )[0]
         return out.float()
 
     @torch.no_grad()
