@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel, seeded
+from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.models.ema import Ema
 from flowalign.types import Condition, Scores, TrainBatch, Update
@@ -45,6 +47,8 @@ class Learner:
         """
         with torch.no_grad():
             train = self.algorithm.prepare(batch, scores, self.models)
+        # Once, not with every micro-batch: each of those refers to all prompts of the iteration.
+        train = replace(train, condition=train.condition.to(self.device))
         history = []
         for epoch in range(self.epochs):
             order = torch.randperm(len(train), generator=seeded(self.seed, 11, iteration, epoch))
@@ -107,5 +111,5 @@ def _summary(history: list[dict[str, float]]) -> dict[str, float]:
     if not history:
         return {}
     mean = {key: sum(step[key] for step in history) / len(history) for key in history[0]}
-    first = {key: history[0][key] for key in history[0] if key.rpartition("/")[2].startswith("max_")}
+    first = {key: history[0][key] for key in history[0] if is_maximum(key)}
     return {**mean, **first}

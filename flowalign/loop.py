@@ -97,9 +97,10 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         journal.iteration(done, metrics, collected)
-        if journal.due("checkpoint", done):
+        stopping = journal.stopping  # asked once: a request that comes later must not skip its checkpoint
+        if stopping or journal.due("checkpoint", done):
             journal.checkpoint(done, backend, metrics)
-        if journal.stopping:
+        if stopping:
             return
 
 

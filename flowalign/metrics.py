@@ -39,7 +39,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 class Clock:

@@ -72,7 +72,7 @@ def pretrain(
     policy.network.train()
     for step in range(start, steps):
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
-        latents, rows = bank.draw(step, config.batch_size, config.seed)
+        latents, rows = (drawn.to(config.device) for drawn in bank.draw(step, config.batch_size, config.seed))
         condition = _shortened(table, rows, text_length(phase, config.seed, step) - longest)
         batch = algorithm.prepare(LatentBatch(latents, condition, _batch_seed(config.seed, step)), None, models)
         engine.set_learning_rate(rate)

@@ -33,7 +33,7 @@ class RunJournal:
         self.stopping = False
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
-        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
         policy = config.checkpoint
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
         self._progress = Progress(console, config.iterations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from flowalign.algorithm import build_algorithm
 from flowalign.cluster.journal import RunJournal
 from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
-from flowalign.flow import schedule
 from flowalign.loop import Run, align
-from flowalign.sample import base_hash
+from flowalign.models.inspect import scheduler_shift
+from flowalign.sample import base_hash, ode_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
 
@@ -84,10 +85,10 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
 
 
 def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, RolloutSpec, int]:
+    """The model's own shift, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
     e = config.evaluation
-    shift = config.algorithm.get("shift") or 1.0
-    sigmas = schedule.sigmas(e.num_steps, shift=shift, grid="diffusers")
-    spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=e.guidance_scale)
+    shift = scheduler_shift(Path(config.model.path)) or config.algorithm.get("shift") or 1.0
+    spec = ode_spec(shift, e.num_steps, e.guidance_scale)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
 
 
@@ -138,11 +139,14 @@ def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
     found = checkpoint.latest(run_dir / "checkpoints")
     start = 0 if found is None else int(checkpoint.verify(found)["step"])
     writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+    began = time.monotonic()
 
     def report(row: dict[str, Any]) -> None:
-        step = int(row.pop("step"))
-        writer.write(step, row, wall_s=0.0)
-        console.print(f"step {step}/{row['steps']}  loss {row['loss']:.4f}", highlight=False)
+        step, steps = int(row.pop("step")), int(row.pop("steps"))
+        writer.write(step, row, wall_s=time.monotonic() - began)
+        eta_s = (steps - step) * config.batch_size / max(row["throughput/samples_per_s"], 0.1)
+        eta = f"ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
+        console.print(f"step {step}/{steps}  loss {row['loss']:.4f}  {eta}", highlight=False)
 
     try:
         pretrain(config, policy, build_algorithm(config.algorithm), engine, run_dir, report)

@@ -24,7 +24,7 @@ from flowalign.learner import Learner
 from flowalign.models.build import bind_weights, load_policy, reference_velocity
 from flowalign.rollout import rollout
 from flowalign.sample import torch_threads
-from flowalign.scoring import load_scorer, merge, score_images
+from flowalign.scoring import load_scorers, merge, score_images
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
 
 
@@ -80,8 +80,8 @@ class RewardWorker:
         self.config = config
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         with torch_threads(config.cluster.reward_threads):
-            self.training = [load_scorer(reward, base_dir, device) for reward in config.rewards]
-            self.evaluation = [load_scorer(reward, base_dir, device) for reward in [evaluation_reward(config)]]
+            self.training = load_scorers(config.rewards, base_dir, device)
+            self.evaluation = load_scorers([evaluation_reward(config)], base_dir, device)
 
     def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
         """Scores of one chunk, and the seconds they took."""

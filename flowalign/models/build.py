@@ -52,20 +52,26 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
 
 
 def add_lora(policy: Policy, config: LoraConfig, *, seed: int = 0) -> None:
-    """A PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone."""
+    """A PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone.
+
+    Raises:
+        ModelError: no layer that can have a LoRA goes by the name of a target.
+    """
     from peft import LoraConfig as PeftConfig
 
     policy.network.requires_grad_(False)
+    adapter = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        init_lora_weights="gaussian",
+        target_modules=config.targets or policy.lora_targets,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy.network.add_adapter(  # type: ignore[operator]
-            PeftConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]
-                init_lora_weights="gaussian",
-                target_modules=config.targets or policy.lora_targets,
-            )
-        )
+        try:
+            policy.network.add_adapter(adapter)  # type: ignore[operator]
+        except ValueError as error:
+            raise ModelError(f"model.lora.targets: {' '.join(str(error).split())}") from error
 
 
 def has_lora(network: nn.Module) -> bool:

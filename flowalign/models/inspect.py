@@ -117,6 +117,12 @@ def latent_shape(directory: Path, height: int | None, width: int | None) -> tupl
     return int(config["in_channels"]), size[0] // factor, size[1] // factor
 
 
+def scheduler_shift(directory: Path) -> float | None:
+    """The timestep shift of the model's own scheduler, 1 where its file names none; None where there is no file."""
+    path = directory / "scheduler" / "scheduler_config.json"
+    return float(_read(path).get("shift", 1.0)) if path.is_file() else None
+
+
 def default_lora_targets(family: str) -> tuple[str, ...]:
     """What a LoRA of this model family adapts unless the configuration says otherwise."""
     return tuple(getattr(sys.modules[policy_class(family).__module__], "LORA_TARGETS", ()))

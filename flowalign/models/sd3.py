@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -148,8 +149,9 @@ class SD3Policy:
         # Trainable parameters are float32 whatever the base's dtype: rollout and learner both need autocast, or
         # they would not compute the same function.
         dtype = next(self.network.parameters()).dtype
-        mixed = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.vae.dtype == torch.bfloat16)
-        with mixed:
+        # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
+        mixed = self.vae.dtype == torch.bfloat16
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16) if mixed else nullcontext():
             out = self.network(
                 hidden_states=x.to(dtype),
                 encoder_hidden_states=tokens.to(dtype),
