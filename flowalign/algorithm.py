@@ -142,3 +142,20 @@ def step_log_prob(spec: RolloutSpec, x_next: Tensor, mean: Tensor, std: Tensor) 
     if spec.log_prob == "unnormalised":
         return sde.log_prob_mean_unnormalised(x_next, mean)
     return sde.log_prob_mean(x_next, mean, std)
+
+
+def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
+    """``model``, called with exactly ``size`` samples: a smaller batch is padded with copies of its first.
+
+    Kernels choose their order of summation by the batch size, so a short last micro-batch would
+    replay the rollout's log-probs only up to rounding.
+    """
+
+    def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+        count = x.shape[0]
+        if count >= size:
+            return model(x, t, condition, **options)
+        index = torch.cat([torch.arange(count), torch.zeros(size - count, dtype=torch.long)]).to(x.device)
+        return model(x[index], t[index], condition.take(index), **options)[:count]
+
+    return call

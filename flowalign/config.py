@@ -68,6 +68,11 @@ class RewardConfig(Section):
     weight: float = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The name its score goes by: ``name``, else ``reward`` for ``file.py:reward``, else the spec."""
+        return self.name or (self.spec.rpartition(":")[2] if ".py:" in self.spec else self.spec)
+
 
 class RolloutConfig(Section):
     """``chunk_size`` is the fixed geometry of a rollout call: it, not the worker count, shapes the numbers."""
@@ -169,11 +174,16 @@ class AlignConfig(Section):
     def _together(self) -> AlignConfig:
         if "type" not in self.algorithm:
             raise ValueError("algorithm.type is missing: name the algorithm, e.g. flow_grpo")
-        names = [reward.name or reward.spec for reward in self.rewards]
+        names = [reward.label for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
         if self.learner.engine == "torch" and self.learner.zero_stage:
             raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
+        if self.evaluation.every and self.seed == self.evaluation.seed:
+            raise ValueError(
+                f"evaluation.seed: {self.seed} is the run's own seed, so that evaluation would repeat training noise; "
+                "choose another"
+            )
         if self.evaluation.weights == "ema" and self.learner.ema_decay is None:
             raise ValueError("evaluation.weights: ema needs learner.ema_decay; set it, or evaluate policy weights")
         if self.cluster.backend == "local" and self.learner.ranks > 1:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, seeded
+from flowalign.algorithm import VelocityModel, fixed_geometry, seeded
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.models.ema import Ema
-from flowalign.types import Condition, Scores, TrainBatch, Update
+from flowalign.types import Scores, TrainBatch, Update
 
 
 class Learner:
@@ -81,23 +81,6 @@ class Learner:
         if self.algorithm.rollout_weights == "ema" and self.ema is not None:
             return self.ema.state()
         return self.engine.weights()
-
-
-def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
-    """``model``, called with exactly ``size`` samples: a smaller batch is padded with copies of its first.
-
-    Kernels choose their order of summation by the batch size, so a short last micro-batch would
-    replay the rollout's log-probs only up to rounding.
-    """
-
-    def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
-        count = x.shape[0]
-        if count >= size:
-            return model(x, t, condition, **options)
-        index = torch.cat([torch.arange(count), torch.zeros(size - count, dtype=torch.long)]).to(x.device)
-        return model(x[index], t[index], condition.take(index), **options)[:count]
-
-    return call
 
 
 def _to(batch: TrainBatch, device: str) -> TrainBatch:

@@ -27,7 +27,7 @@ from flowalign.types import Condition, LatentBatch
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """Where a finished run left its last checkpoint, and after how many steps."""
+    """Where a run left its last checkpoint, and after how many steps."""
 
     steps: int
     checkpoint: Path
@@ -59,8 +59,12 @@ def pretrain(
     engine: Engine,
     run_dir: Path,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> PretrainResult:
-    """Train until the last phase ends; continues from ``run_dir/checkpoints/latest`` if there is one."""
+    """Train until the last phase ends; continues from ``run_dir/checkpoints/latest`` if there is one.
+
+    Where ``stopping`` turns true the step under way is the last one, and is checkpointed.
+    """
     bank = load_bank(Path(config.latents))
     longest = max(length for phase in config.phases for length in phase.max_sequence_lengths)
     table = _prompt_table(policy, bank, longest)
@@ -70,6 +74,7 @@ def pretrain(
     models = {"policy": _autocast(policy.velocity, config)}
     began = time.monotonic()
     policy.network.train()
+    done = start
     for step in range(start, steps):
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
         latents, rows = (drawn.to(config.device) for drawn in bank.draw(step, config.batch_size, config.seed))
@@ -83,12 +88,15 @@ def pretrain(
         if done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
             report({"step": done, "steps": steps, **metrics, "throughput/samples_per_s": round(speed, 1)})
-        if done % config.checkpoint_every == 0 or done == steps:
+        stop = stopping()
+        if stop or done % config.checkpoint_every == 0 or done == steps:
             _save(run_dir, config, engine, ema, done)
+        if stop:
+            break
     policy.network.eval()
     last = checkpoint.latest(run_dir / "checkpoints")
     assert last is not None
-    return PretrainResult(steps, last)
+    return PretrainResult(done, last)
 
 
 def _prompt_table(policy: Policy, bank: LatentBank, longest: int) -> Condition:

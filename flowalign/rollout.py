@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, seeded, step_log_prob
+from flowalign.algorithm import VelocityModel, fixed_geometry, seeded, step_log_prob
 from flowalign.flow import sde
 from flowalign.models.base import Policy
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec
@@ -75,12 +75,18 @@ def rollout(
     width: int | None = None,
     decode_batch_size: int = 48,
     condition: Condition | None = None,
+    geometry: int | None = None,
 ) -> Rollout:
-    """Make the samples of one chunk; the result lies on the CPU."""
+    """Make the samples of one chunk; the result lies on the CPU.
+
+    ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
+    samples replay exactly too.
+    """
     device = getattr(policy, "device", "cpu")
     condition = policy.encode_prompts(batch.prompts) if condition is None else condition
     noise = SampleNoise(seed, batch.sample_ids, policy.latent_shape(height, width))
-    states, log_probs, final, means = integrate(policy.velocity, condition, noise, spec, device)
+    velocity = policy.velocity if geometry is None else fixed_geometry(policy.velocity, geometry)
+    states, log_probs, final, means = integrate(velocity, condition, noise, spec, device)
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
     return Rollout(
         batch=batch,

@@ -167,6 +167,7 @@ def roll(
             height=config.model.height,
             width=config.model.width,
             decode_batch_size=config.rollout.decode_batch_size,
+            geometry=config.rollout.chunk_size,
         )
         done += len(chunk)
         if progress is not None:

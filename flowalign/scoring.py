@@ -37,21 +37,16 @@ def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu") -> Na
     """Resolve and set up one configured reward."""
     scorer = resolve({"type": config.spec, **config.options}, base_dir)
     set_up(scorer, device)
-    return NamedScorer(config.name or default_name(config.spec), config.weight, scorer)
+    return NamedScorer(config.label, config.weight, scorer)
 
 
 def load_scorers(configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu") -> list[NamedScorer]:
     """Every configured reward; raises SpecError where two go by one name, of which one would be lost."""
-    names = [config.name or default_name(config.spec) for config in configs]
+    names = [config.label for config in configs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SpecError(f"rewards: two rewards go by the name {twice!r}; give each its own `name`")
     return [load_scorer(config, base_dir, device) for config in configs]
-
-
-def default_name(spec: str) -> str:
-    """``path/to/file.py:reward`` goes by ``reward``, a built-in by its own name."""
-    return spec.rpartition(":")[2] if ".py:" in spec else spec
 
 
 def score_images(

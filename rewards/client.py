@@ -47,6 +47,10 @@ class ServerRefused(ScorerError):
         self.status = status
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type[ServerRefused], tuple[str, int, str]]:
+        """Exceptions cross processes by their constructor's arguments; the default keeps only the message."""
+        return type(self), (str(self), self.status, self.kind)
+
 
 class HttpScorer:
     """Sends batches of at most ``batch_size`` images to ``POST /score`` of a server (``rewards.serve``).

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithm import build_algorithm, fixed_geometry
 from flowalign.config import LoraConfig, ModelConfig
-from flowalign.learner import fixed_geometry
 from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
 from flowalign.rollout import SampleNoise, rollout

@@ -26,6 +26,14 @@ class WindowConfig(BaseModel):
     size: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[int, Field(ge=1)] | None = None
 
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> WindowConfig:
+        if self.kind == "full" and self.size is not None:
+            raise ValueError("a full window has no size; write kind: fixed or random")
+        if self.kind == "fixed" and self.stop is not None:
+            raise ValueError("a fixed window ends at start + size; leave stop out")
+        return self
+
 
 class FlowGRPO:
     """Group-relative advantages, per-(image, step) ratios, optional KL to the frozen reference."""

@@ -6,8 +6,8 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ class RunJournal:
     ) -> None:
         self.config, self.run_dir, self.console = config, run_dir, console
         self.base_hash = base_hash
-        self.stopping = False
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
         policy = config.checkpoint
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
         self._progress = Progress(console, config.iterations)
+        self._stop = StopRequest(self._progress.say)
 
     def wall_s(self) -> float:
         return time.monotonic() - self._began
@@ -44,7 +44,7 @@ class RunJournal:
     def due(self, what: str, iteration: int) -> bool:
         last = iteration == self.config.iterations
         if what == "checkpoint":
-            return last or self.stopping or iteration % self.config.checkpoint.every == 0
+            return last or iteration % self.config.checkpoint.every == 0
         every = self.config.evaluation.every
         return every > 0 and (last or iteration % every == 0)
 
@@ -86,15 +86,28 @@ class RunJournal:
         self._progress.close()
         self.metrics.close()
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) finishes the iteration, checkpoints and stops; the second stops at once."""
+    @property
+    def stopping(self) -> bool:
+        return self._stop.asked
 
+    def interruptible(self) -> AbstractContextManager[None]:
+        return self._stop.on_signals("iteration")
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) asks a run to end with a checkpoint; the second ends it at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._say = say
+
+    @contextmanager
+    def on_signals(self, unit: str) -> Iterator[None]:
         def ask(signum: int, frame: Any) -> None:
-            if self.stopping:
+            if self.asked:
                 raise KeyboardInterrupt
-            self.stopping = True
-            self._progress.say("stopping after this iteration with a checkpoint (Ctrl-C again: at once, without)")
+            self.asked = True
+            self._say(f"stopping after this {unit} with a checkpoint (Ctrl-C again: at once, without)")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

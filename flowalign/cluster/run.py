@@ -11,7 +11,7 @@ from rich.console import Console
 
 from flowalign import checkpoint
 from flowalign.algorithm import build_algorithm
-from flowalign.cluster.journal import RunJournal
+from flowalign.cluster.journal import RunJournal, StopRequest
 from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
@@ -46,7 +46,9 @@ def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
         with journal.interruptible():
             align(run, backend, journal, start)
         if journal.stopping:
-            console.print(f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}")
+            console.print(
+                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
+            )
     finally:
         if journal is not None:
             journal.close()
@@ -148,8 +150,14 @@ def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
         eta = f"ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
         console.print(f"step {step}/{steps}  loss {row['loss']:.4f}  {eta}", highlight=False)
 
+    stop = StopRequest(console.print)
     try:
-        pretrain(config, policy, build_algorithm(config.algorithm), engine, run_dir, report)
+        with stop.on_signals("step"):
+            pretrain(config, policy, build_algorithm(config.algorithm), engine, run_dir, report, lambda: stop.asked)
+        if stop.asked:
+            console.print(
+                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
+            )
     finally:
         writer.close()
         engine.close()

@@ -69,6 +69,7 @@ class RolloutWorker:
                 height=self.config.model.height,
                 width=self.config.model.width,
                 decode_batch_size=self.config.rollout.decode_batch_size,
+                geometry=self.config.rollout.chunk_size,
             )
         return made, time.monotonic() - began
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.metrics import read_metrics
-from flowalign.scoring import default_name
 
 Row = Mapping[str, Any]
 
@@ -118,7 +117,7 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
 
 def _reward(reward: RewardConfig) -> str:
     options = ", ".join(f"{key}={value}" for key, value in reward.options.items())
-    spec = default_name(reward.spec) if ".py:" in reward.spec else reward.spec
+    spec = reward.spec.rpartition(":")[2] if ".py:" in reward.spec else reward.spec
     return f"`{reward.name or spec}` × {reward.weight:g}" + (f" ({options})" if options else "")
 
 

@@ -12,7 +12,6 @@ from flowalign.config import AlignConfig
 from flowalign.metrics import read_metrics
 from flowalign.report import figures
 from flowalign.report.samples import Gallery, read_gallery
-from flowalign.scoring import default_name
 from flowalign.shapes.prompts import TASKS
 
 Row = dict[str, Any]
@@ -79,7 +78,7 @@ def _metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _evaluated(config: AlignConfig, rows: Iterable[Row]) -> str:
     """The reward that the evaluation reports, by the configuration or by what the metrics hold."""
     scorer = config.evaluation.scorer
-    name = "geneval" if scorer is None else scorer.name or default_name(scorer.spec)
+    name = "geneval" if scorer is None else scorer.label
     held = {key.split("/")[1] for row in rows for key in row if key.startswith("eval/") and key.endswith("/overall")}
     return name if name in held or not held else sorted(held)[0]
 
@@ -170,7 +169,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         "Algorithm": str(algorithm["type"]),
         "Model": f"{config.model.type} · {Path(config.model.path).name}",
         "Trained": "all transformer weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
-        "Rewards": ", ".join(f"{r.name or default_name(r.spec)} × {r.weight:g}" for r in config.rewards),
+        "Rewards": ", ".join(f"{r.label} × {r.weight:g}" for r in config.rewards),
         "Batch": f"{config.data.groups_per_iteration} groups" + (f" of {group} images" if group else ""),
         "Learning rate": f"{optimizer.learning_rate:g}",
         "Training prompts": config.data.prompts,
