@@ -15,7 +15,7 @@ from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_ban
 from flowalign.data.shapes_latents import make_bank
 from flowalign.metrics import read_metrics
 from flowalign.models.sd3 import SD3Policy
-from flowalign.pretrain import schedule_at, text_length
+from flowalign.pretrain import _autocast, schedule_at, text_length
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,13 @@ def test_a_bank_that_is_missing_or_inconsistent_is_refused(tmp_path):
     save_bank(tmp_path, LatentBank(torch.zeros(2, 16, 8, 8).half(), torch.tensor([0, 3]), ["a", "b"]))
     with pytest.raises(LatentsError, match="refers to more"):
         load_bank(tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir, bank, precision, expected):
+    seen = []
+    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16)
+    policy.network.get_submodule("proj_out").register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    velocity = _autocast(policy.velocity, config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
+    out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encode_prompts(["a photo of a star"]))
+    assert seen == [expected] and out.dtype == torch.float32
