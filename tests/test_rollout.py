@@ -145,3 +145,15 @@ def test_an_image_size_that_does_not_fit_the_patches_is_refused(policy):
 def test_binding_a_foreign_tensor_is_refused(policy):
     with pytest.raises(ModelError, match="does not fit"):
         bind_weights(policy.network, {"nothing.weight": torch.zeros(1)})
+
+
+def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
+    algorithm = grpo()
+    made = rollout(policy, prompt_batch(4), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, geometry=12)
+    rewards = torch.tensor([0.0, 1.0, 0.5, 0.2])
+    scores = Scores({"r": rewards}, rewards, torch.ones(4, dtype=torch.bool))
+    models = {"policy": fixed_geometry(policy.velocity, 12)}
+    train = algorithm.prepare(made, scores, models)
+    with torch.no_grad():
+        outputs = [algorithm.loss(models, train.take(part)) for part in torch.arange(len(train)).split(12)]
+    assert max(float(o.metrics["replay/max_abs_dlogp"]) for o in outputs) == 0
