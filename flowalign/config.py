@@ -54,9 +54,13 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file."""
+    """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file.
+
+    ``task_weights`` gives a task (``tag``) that many groups for each one of a task that is not named; 0 leaves it out.
+    """
 
     prompts: str = "shapes:train"
+    task_weights: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     groups_per_iteration: Positive = 12
 
 
@@ -82,11 +86,17 @@ class RolloutConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW. The rate is constant after ``warmup_steps`` updates; with ``decay_steps`` it falls linearly and reaches
+    ``final_learning_rate`` at that update.
+    """
+
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Positive | None = None
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -197,6 +197,20 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
         lacking = next((i for i, row in enumerate(rows, 1) if not {"tag", "include"} <= row.keys()), None)
         if lacking is not None:
             raise ConfigError(key, f"row {lacking} of {source} has no `tag` and `include`, which geneval judges by")
+
+
+def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:
+    """Every weighted task occurs in the prompts, and something is left to draw."""
+    from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError:
+        return  # check_prompts says it
+    try:
+        task_cycle(rows, weights)
+    except PromptsError as error:
+        raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
 
 
 def check_numbers(config: AlignConfig, algorithm: Any) -> None:

@@ -20,16 +20,30 @@ class SampleNoise:
     """The noise of N samples, each from its own CPU generator seeded from (run seed, sample id).
 
     The first ``draw`` is the initial noise, then comes one draw for each schedule step in order, used
-    or not, so that a sample depends on nothing but its seed, whatever batch or worker makes it.
+    or not, so that a sample depends on nothing but its seed, whatever batch or worker makes it. With
+    ``group_ids`` the initial noise is the group's, and only the steps' noise the sample's own.
     """
 
-    def __init__(self, seed: int, sample_ids: Sequence[int], shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        sample_ids: Sequence[int],
+        shape: tuple[int, int, int],
+        group_ids: Sequence[int] | None = None,
+    ) -> None:
         self._generators = [seeded(seed, sample_id) for sample_id in sample_ids]
         self._shape = shape
+        self._groups = group_ids
+        self._seed = seed
 
     def draw(self) -> Tensor:
         """Standard normal noise, float32 (N, C, H, W), on the CPU."""
-        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
+        own = torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
+        if self._groups is None:
+            return own
+        groups, self._groups = self._groups, None
+        made = {group: torch.randn(self._shape, generator=seeded(self._seed, 11, group)) for group in set(groups)}
+        return torch.stack([made[group] for group in groups])
 
 
 @torch.no_grad()
@@ -84,7 +98,8 @@ def rollout(
     """
     device = getattr(policy, "device", "cpu")
     condition = policy.encode_prompts(batch.prompts) if condition is None else condition
-    noise = SampleNoise(seed, batch.sample_ids, policy.latent_shape(height, width))
+    shape = policy.latent_shape(height, width)
+    noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
     velocity = policy.velocity if geometry is None else fixed_geometry(policy.velocity, geometry)
     states, log_probs, final, means = integrate(velocity, condition, noise, spec, device)
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])

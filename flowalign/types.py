@@ -74,7 +74,7 @@ class RolloutSpec:
     """How one iteration's trajectories are made; everything a replay needs besides the weights.
 
     ``window`` is the half-open range of steps that are stochastic (of ``kind``); all others are ODE
-    steps. ``sigmas`` are the K+1 noise levels, 1 to 0.
+    steps. ``sigmas`` are the K+1 noise levels, 1 to 0. With ``shared_noise`` all samples of a group start alike.
     """
 
     kind: SdeKind
@@ -85,6 +85,7 @@ class RolloutSpec:
     norm_preserving: bool = False
     keep_means: bool = False
     log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
+    shared_noise: bool = False
 
     @property
     def num_steps(self) -> int:

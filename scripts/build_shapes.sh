@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the networks of the embedded world from procedural data, stage by stage; a stage that is
-# done is skipped, one that was interrupted goes on. WORK is where checkpoints live (default: build/shapes).
+# Builds the networks of the embedded world from procedural data, stage by stage; a stage that is done is skipped, one
+# that was interrupted goes on. WORK is where checkpoints live (default: build/shapes). STEPS=3 trains every network for
+# three steps only: the whole way in two minutes, of no use but to see that it works.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -9,13 +10,19 @@ work=${WORK:-build/shapes}
 python=.venv/bin/python
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 mkdir -p "$work"
+build() { $python -m flowalign.shapes.build "$1" --work-dir "$work" ${STEPS:+--steps "$STEPS"}; }
+bank=() phases=()
+if [ -n "${STEPS:-}" ]; then
+  bank=(--num-images 500)
+  phases=("phases=[{steps: $STEPS, learning_rate: 1.0e-3, final_learning_rate: 1.0e-4}]" compile=false batch_size=8)
+fi
 
-[ -d "$work/vae" ] || $python -m flowalign.shapes.build autoencoder --work-dir "$work"
-[ -d "$work/open_clip" ] || $python -m flowalign.shapes.build text --work-dir "$work"
-[ -d "$work/pickscore" ] || $python -m flowalign.shapes.build pickscore --work-dir "$work"
-[ -d "$work/untrained" ] || $python -m flowalign.shapes.build untrained --work-dir "$work"
-[ -f "$work/bank/prompts.json" ] || $python -m flowalign.data.shapes_latents "$work/untrained" "$work/bank"
+[ -d "$work/vae" ] || build autoencoder
+[ -d "$work/open_clip" ] || build text
+[ -d "$work/pickscore" ] || build pickscore
+[ -d "$work/untrained" ] || build untrained
+[ -f "$work/bank/prompts.json" ] || $python -m flowalign.data.shapes_latents "$work/untrained" "$work/bank" "${bank[@]}"
 .venv/bin/flowalign pretrain configs/shapes/pretrain.yaml \
-  "model.path=$work/untrained" "latents=$work/bank" "runs_dir=$work/runs"
-$python -m flowalign.shapes.build finish --work-dir "$work"
+  "model.path=$work/untrained" "latents=$work/bank" "runs_dir=$work/runs" "${phases[@]}"
+build finish
 echo "the finished pipeline lies in $work/pipeline, the reward models in $work/open_clip and $work/pickscore"

@@ -1,5 +1,7 @@
 """The rollout on a real, tiny SD3 pipeline: exact replay, fixed noise, and the public pipeline's own latents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,31 @@ def test_the_noise_of_a_step_does_not_depend_on_the_window(policy):
     first, second = ([noise.draw() for _ in range(3)] for noise in draws)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0][0], first[0][1]) and not torch.equal(first[0], first[1])
+
+
+def test_shared_noise_starts_a_group_alike_and_leaves_the_steps_noise_to_each_sample():
+    own = SampleNoise(3, (5, 6, 7), (16, 8, 8))
+    shared = SampleNoise(3, (5, 6, 7), (16, 8, 8), group_ids=(2, 2, 4))
+    first, second = shared.draw(), shared.draw()
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert abs(float(first[0].std()) - 1) < 0.1
+    own.draw()
+    assert torch.equal(second, own.draw())
+    alone = SampleNoise(3, (6,), (16, 8, 8), group_ids=(2,)).draw()
+    assert torch.equal(alone[0], first[1])
+
+
+def test_images_of_one_group_differ_by_the_window_alone_when_they_share_their_noise(policy):
+    batch = prompt_batch(4)
+    batch = replace(batch, prompts=(batch.prompts[0],) * 4, group_ids=(9,) * 4)
+    plan = replace(grpo(initial_noise="group").rollout_plan(0, 0), window=(0, 1))
+    assert plan.shared_noise
+    made = rollout(policy, batch, plan, seed=3, policy_version=0)
+    states = made.states_NSCHW
+    assert torch.equal(states[0, 0], states[3, 0]) and not torch.equal(states[0, 1], states[3, 1])
+    still = replace(plan, kind="ode", window=(0, 0), noise_level=0.0)
+    finals = rollout(policy, batch, still, seed=3, policy_version=0).final_NCHW
+    torch.testing.assert_close(finals[0], finals[3])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -39,12 +39,17 @@ class FlowGRPO:
     """Group-relative advantages, per-(image, step) ratios, optional KL to the frozen reference."""
 
     class Config(AlgorithmConfig):
-        """``shift`` null takes the model's own scheduler's; ranges follow log-probs that are means."""
+        """``shift`` null takes the model's own scheduler's; ranges follow log-probs that are means.
+
+        ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
+        stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818).
+        """
 
         type: str = "flow_grpo"
         group_size: int = Field(16, ge=2)
         kind: Literal["flow", "dance", "cps"] = "flow"
         noise_level: float = Field(0.7, gt=0)
+        initial_noise: Literal["own", "group"] = "own"
         num_steps: int = Field(10, ge=1)
         shift: float | None = Field(None, gt=0)
         grid: Literal["diffusers", "paper"] = "diffusers"
@@ -94,6 +99,7 @@ class FlowGRPO:
             guidance_scale=c.guidance_scale,
             norm_preserving=c.norm_preserving,
             log_prob=c.log_prob,
+            shared_noise=c.initial_noise == "group",
         )
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:

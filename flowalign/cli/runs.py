@@ -29,7 +29,7 @@ def config_of(source: Path, file: Path | None) -> AlignConfig:
     if file is not None:
         return load_align(file, require_files=False).config
     if (source / "model_index.json").is_file():
-        return _bare({"path": str(source)})
+        return _bare({"path": str(source), **_recorded_length(source)})
     run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
     config = read_resolved(run_dir)
     if isinstance(config, AlignConfig):
@@ -41,6 +41,14 @@ def _bare(model: Any, **sections: Any) -> AlignConfig:
     """Enough of a configuration to sample and evaluate a model that no alignment run made."""
     values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
     return AlignConfig.model_validate({**values, **sections})
+
+
+def _recorded_length(pipeline: Path) -> dict[str, Any]:
+    """The text length that a pipeline of ours was trained with; nothing for a pipeline from elsewhere."""
+    record = pipeline / "flowalign.json"
+    if not record.is_file():
+        return {}
+    return {"max_sequence_length": json.loads(record.read_text(encoding="utf-8")).get("max_sequence_length", 256)}
 
 
 def report_of(run_dir: Path) -> Path:

@@ -74,6 +74,7 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
         groups=config.data.groups_per_iteration,
         group_size=algorithm.config.group_size,
         seed=config.seed,
+        task_weights=config.data.task_weights,
     )
     return Run(
         algorithm=algorithm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,33 @@ def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
 
 
 class GroupSampler:
-    """Draws the groups of an iteration: tasks (``tag``) evenly, then a prompt of the task.
+    """Draws the groups of an iteration: tasks (``tag``) in turn, by weight, then a prompt of the task.
 
-    The order is a shuffle within each task, walked without replacement and reshuffled each pass.
+    Tasks without a weight have weight 1. The prompts are a shuffle within each task, walked without replacement and
+    reshuffled each pass.
+
+    Raises:
+        PromptsError: ``task_weights`` names a task that no prompt has.
     """
 
-    def __init__(self, rows: list[Row], *, groups: int, group_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        *,
+        groups: int,
+        group_size: int,
+        seed: int,
+        task_weights: Mapping[str, int] | None = None,
+    ) -> None:
         self._by_task: dict[str, list[Row]] = {}
         for row in rows:
-            self._by_task.setdefault(str(row.get("tag", "")), []).append(row)
+            self._by_task.setdefault(_task(row), []).append(row)
+        self._cycle = task_cycle(rows, task_weights or {})
         self.groups, self.group_size, self.seed = groups, group_size, seed
 
     def batch(self, iteration: int) -> PromptBatch:
         """``groups * group_size`` samples of an iteration, group after group."""
-        tasks = list(self._by_task)
-        chosen = []
-        for g in range(self.groups):
-            turn = iteration * self.groups + g
-            task = tasks[turn % len(tasks)]
-            chosen.append(self._pick(task, tasks.index(task), turn // len(tasks)))
+        chosen = [self._pick(iteration * self.groups + g) for g in range(self.groups)]
         count = self.groups * self.group_size
         first = iteration * count
         return PromptBatch(
@@ -75,10 +84,34 @@ class GroupSampler:
             metadata=tuple(row for row in chosen for _ in range(self.group_size)),
         )
 
-    def _pick(self, task: str, task_index: int, turn: int) -> Row:
+    def _pick(self, turn: int) -> Row:
+        passes, place = divmod(turn, len(self._cycle))
+        task = self._cycle[place]
+        used = passes * self._cycle.count(task) + self._cycle[:place].count(task)
         pool = self._by_task[task]
-        order = torch.randperm(len(pool), generator=seeded(self.seed, 7, task_index, turn // len(pool)))
-        return pool[int(order[turn % len(pool)])]
+        index = list(self._by_task).index(task)
+        order = torch.randperm(len(pool), generator=seeded(self.seed, 7, index, used // len(pool)))
+        return pool[int(order[used % len(pool)])]
+
+
+def _task(row: Row) -> str:
+    return str(row.get("tag", ""))
+
+
+def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
+    """The order in which tasks have their turns: each as often as its weight, spread out; equal ones in file order.
+
+    Raises:
+        PromptsError: a weight for a task that no prompt has, or nothing but zeros.
+    """
+    tasks = dict.fromkeys((_task(row) for row in rows), 1)
+    if unknown := sorted(weights.keys() - tasks.keys()):
+        has = ", ".join(tasks)
+        raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")
+    turns = [((k + 0.5) / n, task) for task, n in (tasks | dict(weights)).items() for k in range(n)]
+    if not turns:
+        raise PromptsError("data.task_weights: all weights are 0, which leaves no prompt")
+    return [task for _, task in sorted(turns, key=lambda turn: turn[0])]
 
 
 def evaluation_batch(source: str, num_samples: int, base_dir: Path = Path(".")) -> PromptBatch:

@@ -29,7 +29,8 @@ class EngineSettings:
 
     ``dtype`` is the dtype of computation: trainable parameters, gradients and optimizer state are
     always float32, and bfloat16 means torch autocast around the loss. The learning rate rises
-    linearly over the first ``warmup_steps`` updates and is constant after them.
+    linearly over the first ``warmup_steps`` updates; with ``decay_steps`` it falls linearly to
+    ``final_learning_rate``, which update ``decay_steps`` reaches and later ones keep, else it is constant.
     ``max_grad_norm`` 0 does not clip. ``compile`` runs torch.compile on the network.
     """
 
@@ -40,15 +41,20 @@ class EngineSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int | None = None
+    final_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update ``step``, counted from 0."""
+        rate = self.learning_rate
+        if self.decay_steps:
+            rate += (self.final_learning_rate - rate) * min(1.0, step / self.decay_steps)
         if step >= self.warmup_steps:
-            return self.learning_rate
-        return self.learning_rate * (step + 1) / self.warmup_steps
+            return rate
+        return rate * (step + 1) / self.warmup_steps
 
 
 class Engine(Protocol):

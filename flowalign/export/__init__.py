@@ -124,6 +124,7 @@ def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, stat
     """Card and record, then one rename; an earlier export is replaced."""
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
+    record["max_sequence_length"] = config.model.max_sequence_length
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if to.exists():
         old = to.parent / f".tmp-{uuid.uuid4().hex}"

@@ -1,13 +1,16 @@
 """GenEval-format prompts of the embedded world, and scenes that satisfy them.
 
 Six tasks as in GenEval (Ghosh et al. 2023, arXiv:2310.11513). Where a task has at least 40 distinct
-prompts, training and evaluation prompts are disjoint; elsewhere both splits hold the same prompts
-(``"held_out": "seeds"``) and evaluation differs in its seeds only.
+prompts, training and evaluation prompts are disjoint in meaning ("A and B" and "B and A", "A left of B" and
+"B right of A" fall on the same side); elsewhere both splits hold the same prompts (``"held_out": "seeds"``)
+and evaluation differs in its seeds only.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from typing import Any, Literal
@@ -23,6 +26,7 @@ Metadata = dict[str, Any]
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
+_INVERSE = {"right of": "left of", "below": "above"}
 _DISJOINT_FROM = 40
 _CELLS = [(r, c) for r in range(2) for c in range(2)]
 
@@ -75,9 +79,20 @@ def _all(task: str) -> list[Metadata]:
     return [{"tag": task, **row} for row in rows]
 
 
-def _is_eval(prompt: str) -> bool:
-    """One prompt in four is held out, by a hash of its text."""
-    return hashlib.sha256(prompt.encode()).digest()[0] % 4 == 0
+def meaning(row: Metadata) -> str:
+    """What a row asks for, equal for two prompts that say the same in another order."""
+    things = [f"{clause.get('color', '')} {clause['class']} {clause['count']}" for clause in row["include"]]
+    relation = row["include"][-1].get("position", [""])[0]
+    if relation in _INVERSE:
+        return f"{things[0]} {_INVERSE[relation]} {things[1]}"
+    if relation:
+        return f"{things[1]} {relation} {things[0]}"
+    return " and ".join(sorted(things))
+
+
+def _is_eval(row: Metadata) -> bool:
+    """One meaning in four is held out, by its hash."""
+    return hashlib.sha256(meaning(row).encode()).digest()[0] % 4 == 0
 
 
 @cache
@@ -85,7 +100,7 @@ def _split(task: str, split: Split) -> tuple[Metadata, ...]:
     rows = _all(task)
     if len(rows) < _DISJOINT_FROM:
         return tuple({**row, "held_out": "seeds"} for row in rows)
-    kept = [row for row in rows if _is_eval(row["prompt"]) == (split == "eval")]
+    kept = [row for row in rows if _is_eval(row) == (split == "eval")]
     return tuple({**row, "held_out": "prompts"} for row in kept)
 
 
@@ -94,9 +109,14 @@ def prompts(split: Split, task: str | None = None) -> list[Metadata]:
     return [dict(row) for name in (TASKS if task is None else (task,)) for row in _split(name, split)]
 
 
-def sample_prompt(split: Split, rng: np.random.Generator) -> Metadata:
-    """A task uniformly, then one of its prompts uniformly: every task weighs the same."""
-    rows = _split(TASKS[int(rng.integers(len(TASKS)))], split)
+def sample_prompt(split: Split, rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> Metadata:
+    """A task by its weight (default: all the same), then one of its prompts uniformly."""
+    if weights is None:
+        task = TASKS[int(rng.integers(len(TASKS)))]
+    else:
+        share = np.array([weights[task] for task in TASKS])
+        task = TASKS[int(rng.choice(len(TASKS), p=share / share.sum()))]
+    rows = _split(task, split)
     return dict(rows[int(rng.integers(len(rows)))])
 
 
@@ -111,18 +131,27 @@ def evaluation_set(num_samples: int) -> list[Metadata]:
     return rows
 
 
-def scene(metadata: Metadata, rng: np.random.Generator) -> list[Thing]:
-    """Objects that satisfy a row exactly; what the prompt leaves open is drawn from ``rng``."""
+def scene(metadata: Metadata, rng: np.random.Generator, duplicates: float = 0.0) -> list[Thing]:
+    """Objects that satisfy a row exactly; what the prompt leaves open is drawn from ``rng``.
+
+    With probability ``duplicates`` one of them stands there twice, in a free cell if there is one: the picture then
+    holds more than its caption says, as scraped pictures do.
+    """
     wanted = [(c["class"], c.get("color")) for c in metadata["include"] for _ in range(c["count"])]
     cells = [_CELLS[i] for i in rng.permutation(4)[: len(wanted)]]
     relation = metadata["include"][-1].get("position")
     if relation is not None:
         cells = _related_cells(relation[0], rng)
     names = list(COLORS)
-    return [
+    things = [
         Thing(shape, color or names[int(rng.integers(len(names)))], cell)
         for (shape, color), cell in zip(wanted, cells, strict=True)
     ]
+    free = [cell for cell in _CELLS if cell not in cells]
+    if duplicates and free and rng.random() < duplicates:
+        twice = things[int(rng.integers(len(things)))]
+        things.append(replace(twice, cell=free[int(rng.integers(len(free)))]))
+    return things
 
 
 def _related_cells(relation: str, rng: np.random.Generator) -> list[tuple[int, int]]:

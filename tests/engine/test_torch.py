@@ -126,3 +126,11 @@ def test_contradicting_settings_are_refused() -> None:
         build_engine(Network(), settings(zero_stage=3, compile=True))
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_engine(Network().requires_grad_(False), EngineSettings("torch", **SETTINGS))
+
+
+def test_the_learning_rate_warms_up_then_falls_linearly_and_stays_at_its_final_value() -> None:
+    decaying = EngineSettings(learning_rate=1.0, warmup_steps=2, decay_steps=10, final_learning_rate=0.2)
+    rates = [decaying.learning_rate_at(step) for step in (0, 1, 2, 5, 10, 50)]
+    assert rates == pytest.approx([0.5, 0.92, 0.84, 0.6, 0.2, 0.2])
+    constant = EngineSettings(learning_rate=1.0, warmup_steps=2)
+    assert [constant.learning_rate_at(step) for step in (0, 1, 100)] == [0.5, 1.0, 1.0]

@@ -1,6 +1,6 @@
 import numpy as np
 
-from flowalign.shapes.prompts import TASKS, evaluation_set, prompts, sample_prompt, scene
+from flowalign.shapes.prompts import TASKS, evaluation_set, meaning, prompts, sample_prompt, scene
 from flowalign.shapes.render import render
 from rewards.detectors.palette import PaletteDetector
 from rewards.geneval_judge import judge
@@ -43,6 +43,37 @@ def test_prompts_are_disjoint_where_a_task_has_forty_and_marked_where_not():
             assert not train & held and marks == {"prompts"}
         else:
             assert train == held and marks == {"seeds"}
+
+
+def test_a_prompt_and_its_mirror_image_fall_on_the_same_side_of_the_split():
+    train = {meaning(row) for task in ("colors", "position", "color_attr") for row in prompts("train", task)}
+    held = {meaning(row) for task in ("colors", "position", "color_attr") for row in prompts("eval", task)}
+    assert held and not train & held
+    by_text = {row["prompt"]: meaning(row) for row in prompts("train") + prompts("eval")}
+    assert by_text["a photo of a star left of a ring"] == by_text["a photo of a ring right of a star"]
+    assert by_text["a photo of a star above a ring"] != by_text["a photo of a ring above a star"]
+    assert by_text["a photo of a red star and a blue ring"] == by_text["a photo of a blue ring and a red star"]
+    assert by_text["a photo of a red star and a blue ring"] != by_text["a photo of a blue star and a red ring"]
+
+
+def test_a_duplicate_is_a_copy_of_one_object_in_a_free_cell_and_as_frequent_as_asked():
+    rng = np.random.default_rng(3)
+    row = {
+        "tag": "color_attr",
+        "include": [{"class": "star", "count": 1, "color": "red"}, {"class": "ring", "count": 1}],
+    }
+    scenes = [scene(row, rng, duplicates=0.35) for _ in range(2000)]
+    doubled = [things for things in scenes if len(things) == 3]
+    assert abs(len(doubled) / 2000 - 0.35) < 0.04
+    for *_, last in doubled:
+        assert last.shape in ("star", "ring")
+    assert all(len({thing.cell for thing in things}) == len(things) for things in scenes)
+    assert all((t[2].shape, t[2].color) in {(t[0].shape, t[0].color), (t[1].shape, t[1].color)} for t in doubled)
+
+
+def test_four_objects_leave_no_room_for_a_duplicate():
+    row = {"tag": "counting", "include": [{"class": "star", "count": 4}]}
+    assert len(scene(row, np.random.default_rng(0), duplicates=1.0)) == 4
 
 
 def test_the_evaluation_set_walks_all_tasks_evenly_and_is_always_the_same():

@@ -16,25 +16,25 @@ from flowalign.shapes.build.pipeline import assemble, load, save_half
 from flowalign.shapes.build.text import new_tokenizer, save_open_clip, train_towers
 
 
-def autoencoder(work: Path) -> None:
-    train_autoencoder(work).save_pretrained(work / "vae")
+def autoencoder(work: Path, steps: int | None) -> None:
+    train_autoencoder(work, steps=steps or 4000).save_pretrained(work / "vae")
 
 
-def text(work: Path) -> None:
+def text(work: Path, steps: int | None) -> None:
     tokenizer = new_tokenizer()
-    towers = train_towers(work, tokenizer)
+    towers = train_towers(work, tokenizer, steps=steps or 1200)
     tokenizer.save_pretrained(work / "tokenizer")
     for number, encoder in enumerate(towers.encoders, start=1):
         encoder.save_pretrained(work / f"text_encoder_{number}")  # type: ignore[operator]
     save_open_clip(towers.clip, tokenizer, work / "open_clip")
 
 
-def pickscore(work: Path) -> None:
+def pickscore(work: Path, steps: int | None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    save_pickscore(train_pickscore(work, tokenizer), tokenizer, work / "pickscore")
+    save_pickscore(train_pickscore(work, tokenizer, steps=steps or 900), tokenizer, work / "pickscore")
 
 
-def untrained(work: Path) -> None:
+def untrained(work: Path, steps: int | None) -> None:
     """The pipeline with a random transformer, which pretraining starts from."""
     encoders = [
         CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder_{number}", dtype=torch.float32)
@@ -44,7 +44,7 @@ def untrained(work: Path) -> None:
     assemble(vae, CLIPTokenizer.from_pretrained(work / "tokenizer"), encoders).save_pretrained(work / "untrained")
 
 
-def finish(work: Path) -> None:
+def finish(work: Path, steps: int | None) -> None:
     """The finished pipeline: the pretraining's EMA weights, in half precision."""
     latest = work / "runs" / "shapes-pretrain" / "checkpoints"
     weights = load_file(str(latest / (latest / "latest").read_text().strip() / "ema.safetensors"))
@@ -63,10 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowalign.shapes.build", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="train for so many steps only, to try the build out")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    STAGES[arguments.stage](arguments.work_dir)
+    STAGES[arguments.stage](arguments.work_dir, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def train_autoencoder(work_dir: Path, *, steps: int = 4000, batch: int = 16, seed: int = 0) -> AutoencoderKL:
+def train_autoencoder(work_dir: Path, *, steps: int, batch: int = 16, seed: int = 0) -> AutoencoderKL:
     """Train to reconstruct, then set scaling and shift so that latents have zero mean and unit variance."""
     torch.manual_seed(seed)
     vae = new_autoencoder()

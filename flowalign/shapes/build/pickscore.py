@@ -65,7 +65,7 @@ def pair(row: Metadata, pool: list[Metadata], rng: np.random.Generator) -> tuple
 
 
 def train_pickscore(
-    work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int = 900, batch: int = 64, seed: int = 0
+    work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch: int = 64, seed: int = 0
 ) -> CLIPModel:
     """Pair loss plus an in-batch contrastive loss on the winners."""
     torch.manual_seed(seed)

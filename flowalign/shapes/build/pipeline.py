@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+TEXT_TAIL = 2  # zero tokens in place of T5's, which runs of this model use
+
 
 def new_transformer(
     joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3
@@ -75,3 +77,4 @@ def save_half(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)  # the directory it was loaded from: of no use elsewhere
         path.write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "flowalign.json").write_text(json.dumps({"max_sequence_length": TEXT_TAIL}) + "\n")

@@ -127,9 +127,7 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tenso
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_towers(
-    work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int = 1200, batch: int = 128, seed: int = 0
-) -> Towers:
+def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch: int = 128, seed: int = 0) -> Towers:
     torch.manual_seed(seed)
     towers = Towers(tokenizer)
 
