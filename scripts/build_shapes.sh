@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the networks of the embedded world from procedural data, stage by stage; a stage that is done is skipped, one
 # that was interrupted goes on. WORK is where checkpoints live (default: build/shapes). STEPS=3 trains every network for
-# three steps only: the whole way in two minutes, of no use but to see that it works.
+# three steps only: of no use but to see that the whole way works.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flowalign.cli import app
 from flowalign.cli.runs import begin_run, config_of
 from flowalign.cli.terminal import sentence
-from flowalign.config import ConfigError
+from flowalign.config import SHIPPED, ConfigError
 from flowalign.configfile import load_align
 from flowalign.doctor import examine, release
 from tests._model_directory import write_config
@@ -138,6 +138,14 @@ def test_a_pipeline_directory_is_evaluated_without_a_run(config_path: Path) -> N
     config = config_of(config_path.parent / "model", None)
     assert config.model.path == str(config_path.parent / "model")
     assert config_of(config_path.parent / "model", config_path).name == "tiny"
+
+
+def test_a_pipeline_of_ours_is_read_with_the_text_length_it_records_another_with_diffusers_own(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert config_of(tmp_path, None).model.max_sequence_length == 256
+    (tmp_path / "flowalign.json").write_text('{"max_sequence_length": 7}')
+    assert config_of(tmp_path, None).model.max_sequence_length == 7
+    assert config_of(SHIPPED / "pipeline", None).model.max_sequence_length == 2
 
 
 def test_versions_compare_as_numbers() -> None:

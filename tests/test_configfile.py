@@ -118,6 +118,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),
         ("model.height=60", "model.path: image size 60x64: both sides must be multiples of 16"),
         ("data.prompts=absent.jsonl", "data.prompts: "),
+        ("data.task_weights={positions: 3}", "data.task_weights: no prompt has the task 'positions'"),
         ("evaluation.prompts=absent.jsonl", "evaluation.prompts: "),
         ("evaluation.weights=ema", "evaluation.weights: ema needs learner.ema_decay"),
         ("cluster.device=gpu", "cluster.device: got 'gpu'; write cpu, cuda or cuda:N"),

@@ -147,6 +147,7 @@ def test_an_earlier_export_is_replaced(runs: dict[str, Path], base: Path, tmp_pa
     for name in ("lora", "full"):
         made = export(runs[name], tmp_path / "out", config=run_config(base, lora=name == "lora"))
     record = json.loads((made.path / "flowalign.json").read_text())
+    assert record["max_sequence_length"] == 16
     assert record["checkpoint"].endswith("full/checkpoints/step_000010")
     assert not list(tmp_path.glob(".tmp-*"))
 

@@ -45,8 +45,7 @@ def check_directory(directory: Path) -> None:
 def _attention(device: str, length: int) -> AbstractContextManager[Any]:
     """The kernel of attention over ``length`` tokens; torch's own choice but for short bfloat16 sequences on a CPU.
 
-    There the backward pass of its flash kernel takes five times as long as plain products: 17 ms against 3.5 ms for
-    48 × 3 heads × 34 tokens on 2 cores.
+    There its flash kernel's backward pass is so slow that plain products win (``scripts/benchmarks/kernels.py``).
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,7 +68,7 @@ class SD3Policy:
             raise ModelError(f"expected a StableDiffusion3Pipeline, got {type(pipeline).__name__}")
         self.pipeline = pipeline.to(device)
         self.network: nn.Module = pipeline.transformer
-        self.vae = pipeline.vae.to(memory_format=torch.channels_last)  # its convolutions are a third faster so
+        self.vae = pipeline.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
         self.device = device
         self.max_sequence_length = max_sequence_length
         self.shift = float(pipeline.scheduler.config["shift"])
