@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,3 +47,35 @@ def group_advantages(
         scale = {"group": own.std(correction=0) + eps, "batch": batch_std + eps, "none": 1.0}[std]
         result[member] = (own - own.mean()) / scale
     return Credit(result.clamp(-clip, clip).float(), silent / max(1, len(groups)))
+
+
+def per_reward_advantages(
+    by_reward: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    valid: Tensor,
+    group_ids: Sequence[int],
+    *,
+    std: Literal["group", "batch", "none"] = "group",
+    clip: float = 5.0,
+    eps: float = 1e-4,
+) -> Credit:
+    """Each reward normalised within its groups by itself, then summed by weight and scaled to unit batch std.
+
+    So a reward of small spread is not drowned by one of large spread, which the sum's own std allows (GDPO, Liu et al.
+    2026, arXiv:2601.05242, eqs. 4-6). A reward counts where it is finite, which is where it applies. The batch
+    mean is 0 by construction and is not subtracted, so a sample without any signal keeps exactly 0.
+    """
+    total = torch.zeros(len(valid), dtype=torch.float64)
+    silent = []
+    for name, weight in weights.items():
+        usable = valid & torch.isfinite(by_reward[name])
+        own = group_advantages(by_reward[name].nan_to_num(), usable, group_ids, std=std, clip=float("inf"), eps=eps)
+        total += weight * own.advantages.double()
+        silent.append(own.advantages != 0)
+    learns = torch.stack(silent).any(0) if silent else torch.zeros_like(valid)
+    spread = total[valid].std(correction=0) if bool(valid.any()) else total.new_zeros(())
+    ids = torch.tensor(list(group_ids))
+    groups = ids.unique()
+    quiet = sum(not bool(learns[ids == group].any()) for group in groups)
+    scaled = torch.where(learns, total / (spread + eps), total.new_zeros(()))
+    return Credit(scaled.clamp(-clip, clip).float(), quiet / max(1, len(groups)))

@@ -65,11 +65,19 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward: what to run (a built-in name, ``file.py:attribute``, ``url:…``), its weight and its options."""
+    """One reward: what to run (a built-in name, ``file.py:attribute``, ``url:…``), its weight and its options.
+
+    ``tasks`` routes: only prompts whose ``task`` (or ``tag``) is listed are scored by it. A ``gold`` reward is measured
+    and never trained on: where the trained total rises while it falls, the run warns of reward hacking. With a
+    ``runtime_env``, Ray's (``pip``, ``env_vars``, ``py_modules``, …), it runs in a process and environment of its own.
+    """
 
     spec: str
     name: str | None = None
     weight: float = 1.0
+    tasks: Annotated[list[str], Field(min_length=1)] | None = None
+    gold: bool = False
+    runtime_env: dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -116,7 +124,8 @@ class LearnerConfig(Section):
 class ClusterConfig(Section):
     """Where it runs. Thread counts are explicit: on a CPU they decide both speed and bits.
 
-    ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster.
+    ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. A reward that needs
+    longer than ``reward_deadline_s`` for one chunk ends the run.
     """
 
     backend: Literal["ray", "local"] = "ray"
@@ -131,6 +140,7 @@ class ClusterConfig(Section):
     learner_gpus: Annotated[float, Field(ge=0)] = 0
     threads: Positive = 2
     reward_threads: Positive = 1
+    reward_deadline_s: Annotated[float, Field(gt=0)] = 600
     device: str = "cpu"
     max_task_retries: Annotated[int, Field(ge=0)] = 3
 
@@ -187,6 +197,8 @@ class AlignConfig(Section):
         names = [reward.label for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
+        if self.rewards and not any(reward.weight and not reward.gold for reward in self.rewards):
+            raise ValueError("rewards: none is trained on; give one a weight other than 0 without gold: true")
         if self.learner.engine == "torch" and self.learner.zero_stage:
             raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
         if self.evaluation.every and self.seed == self.evaluation.seed:

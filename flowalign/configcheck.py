@@ -213,6 +213,26 @@ def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) 
         raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
 
 
+def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
+    """Every task that a reward is for occurs in the prompts, and every prompt has a reward that is trained on."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    try:
+        found = dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in load_prompts(source, base_dir))
+    except PromptsError:
+        return  # check_prompts says it
+    for i, reward in enumerate(rewards):
+        if unknown := [task for task in reward.tasks or () if task not in found]:
+            raise ConfigError(
+                f"rewards.{i}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
+            )
+    trained = [reward for reward in rewards if reward.weight and not reward.gold]
+    if trained and all(reward.tasks is not None for reward in trained):
+        covered = {task for reward in trained for task in reward.tasks or ()}
+        if left := [task for task in found if task not in covered]:
+            raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
+
+
 def check_numbers(config: AlignConfig, algorithm: Any) -> None:
     """Counts that must fit together, and settings that need another one."""
     if algorithm.needs_scores and not config.rewards:

@@ -136,6 +136,7 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
     need(checks.check_model, config)
     need(checks.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
     need(checks.check_task_weights, config.data.task_weights, config.data.prompts, base)
+    need(checks.check_reward_tasks, config.rewards, config.data.prompts, base)
     if config.evaluation.every:
         scorers = [config.evaluation.scorer or RewardConfig(spec="geneval")]
         need(checks.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from flowalign.config import SHIPPED, AlignConfig, ConfigError, PretrainConfig, RewardConfig
 from flowalign.configcheck import nearest
 
-REWARD_MODELS = ("open_clip", "pickscore")
+REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
+FILES = ("path", "processor", "checkpoint", "head")
 
 Config = TypeVar("Config", AlignConfig, PretrainConfig)
 
@@ -57,6 +58,8 @@ def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _option(value: Any, name: str, base: Path, key: str) -> Any:
+    if isinstance(value, dict):
+        return {inner: _option(item, inner, base, f"{key}.{inner}") for inner, item in value.items()}
     if not isinstance(value, str):
         return value
     if value.startswith("shapes:"):
@@ -64,7 +67,7 @@ def _option(value: Any, name: str, base: Path, key: str) -> Any:
         if shipped not in REWARD_MODELS:
             raise ConfigError(key, f"no shipped model {shipped!r}; {nearest(shipped, REWARD_MODELS)}")
         return str(SHIPPED / shipped)
-    return _path(value, base) if name in ("path", "processor", "checkpoint") and _is_path(value, base) else value
+    return _path(value, base) if name in FILES and _is_path(value, base) else value
 
 
 def _is_path(value: str, base: Path) -> bool:

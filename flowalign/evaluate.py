@@ -107,13 +107,14 @@ def _result_rows(named: NamedScorer, chunk: Rollout, scores: Scores) -> list[dic
     batch, values = chunk.batch, scores.by_reward[named.name].tolist()
     explain = getattr(named.scorer, "verdicts", None)
     metadata = [dict(row) for row in batch.metadata]
-    verdicts = explain(chunk.images.numpy(), metadata) if explain else [None] * len(batch)
+    verdicts: list[Any] = explain(chunk.images.numpy(), metadata) if explain else [None] * len(batch)
     rows = []
     for i, verdict in enumerate(verdicts):
         row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}
-        row |= {"prompt": batch.prompts[i], "correct": values[i] >= 1, "reason": ""}
+        row |= {"prompt": batch.prompts[i], "correct": values[i] >= 1, "reason": "", "details": "{}"}
         if verdict is not None:
-            row |= {"correct": bool(verdict.correct), "reason": verdict.reason}
+            boxes = {name: [[*o["box"], o["score"]] for o in found] for name, found in verdict.objects.items() if found}
+            row |= {"correct": bool(verdict.correct), "reason": verdict.reason, "details": json.dumps(boxes)}
         score = values[i] if math.isfinite(values[i]) else None
         rows.append({**row, "metadata": json.dumps(metadata[i]), "score": score})
     return rows

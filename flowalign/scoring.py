@@ -5,7 +5,8 @@ Shapes: N samples, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,76 +17,142 @@ import torch
 from flowalign.config import RewardConfig
 from flowalign.types import Scores
 from rewards.composite import combine
-from rewards.interface import Checked, InvalidScores, Scorer, SpecError, score_batch, set_up
+from rewards.interface import Checked, Scorer, ScorerError, SpecError, main_key, score_batch, set_up
 from rewards.resolve import resolve
+
+Hosted = Callable[[RewardConfig], Scorer]
 
 
 class TooManyInvalid(RuntimeError):
     """Fewer samples than ``min_valid_fraction`` got a usable score; nothing was updated."""
 
 
+class ScorerHangs(ScorerError):
+    """A scorer did not come back in time."""
+
+    kind = "deadline"
+
+
 @dataclass(frozen=True)
 class NamedScorer:
-    """A scorer, the name its score goes by, and its weight in the total."""
+    """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for."""
 
     name: str
     weight: float
     scorer: Scorer
+    tasks: tuple[str, ...] | None = None
 
 
-def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu") -> NamedScorer:
-    """Resolve and set up one configured reward."""
-    scorer = resolve({"type": config.spec, **config.options}, base_dir)
-    set_up(scorer, device)
-    return NamedScorer(config.label, config.weight, scorer)
+def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hosted: Hosted | None = None) -> NamedScorer:
+    """Resolve and set up one configured reward; ``hosted`` makes those that have a ``runtime_env``."""
+    if config.runtime_env is None:
+        scorer = resolve({"type": config.spec, **config.options}, base_dir)
+        set_up(scorer, device)
+    elif hosted is not None:
+        scorer = hosted(config)
+    else:
+        raise SpecError(
+            f"reward {config.label!r} has a runtime_env, which only a run on Ray can make; "
+            "set cluster.backend=ray, or serve it in its environment and name its url"
+        )
+    tasks = None if config.tasks is None else tuple(config.tasks)
+    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks)
 
 
-def load_scorers(configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu") -> list[NamedScorer]:
+def load_scorers(
+    configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu", hosted: Hosted | None = None
+) -> list[NamedScorer]:
     """Every configured reward; raises SpecError where two go by one name, of which one would be lost."""
     names = [config.label for config in configs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SpecError(f"rewards: two rewards go by the name {twice!r}; give each its own `name`")
-    return [load_scorer(config, base_dir, device) for config in configs]
+    return [load_scorer(config, base_dir, device, hosted) for config in configs]
 
 
 def score_images(
     named: NamedScorer, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> Checked:
-    """One scorer on uint8 images (N, H, W, 3); its main score is renamed to the configured name."""
+    """One scorer on uint8 images (N, H, W, 3); its main score is renamed to the configured name.
+
+    A scorer with ``tasks`` sees the samples of these tasks only; the others are NaN and counted as no failure.
+    """
+    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in metadata], bool)
+    rows = np.flatnonzero(applies).tolist()
+    if not rows:
+        nothing = np.full(len(applies), np.nan)
+        return Checked({named.name: nothing}, {named.name: applies}, {}, applies)
     checked = score_batch(
-        named.name, named.scorer, np.ascontiguousarray(images.numpy()), list(prompts), [dict(m) for m in metadata]
+        named.name,
+        named.scorer,
+        np.ascontiguousarray(images.numpy()[applies]),
+        [prompts[i] for i in rows],
+        [dict(metadata[i]) for i in rows],
     )
-    main = _main_key(named, list(checked.scores))
+    main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
     rename = {key: named.name if key == main else key for key in checked.scores}
     return Checked(
-        {rename[k]: v for k, v in checked.scores.items()},
-        {rename[k]: v for k, v in checked.valid.items()},
+        {rename[k]: _spread(v, applies, np.nan) for k, v in checked.scores.items()},
+        {rename[k]: _spread(v, applies, False) for k, v in checked.valid.items()},
         {rename[k]: v for k, v in checked.causes.items()},
+        applies,
     )
 
 
-def _main_key(named: NamedScorer, keys: list[str]) -> str:
-    candidates = [named.name, getattr(named.scorer, "name", None)]
-    found = next((key for key in candidates if key in keys), keys[0] if len(keys) == 1 else None)
-    if found is None:
-        raise InvalidScores(
-            f"reward {named.name!r} returned {', '.join(keys)}; the weighted one must be called {named.name!r}"
+def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
+    """``work()`` of the reward ``name`` in a thread that is given up after ``seconds``.
+
+    The thread cannot be ended; it is a daemon, so that the process can.
+
+    Raises:
+        ScorerHangs: it did not come back. What ``work`` itself raises.
+    """
+    answer: list[Checked | BaseException] = []
+
+    def run() -> None:
+        try:
+            answer.append(work())
+        except BaseException as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=run, name=f"reward {name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise ScorerHangs(
+            f"reward {name!r} did not score a chunk within {seconds:g} s; look why it hangs, "
+            "or raise cluster.reward_deadline_s"
         )
-    return found
+    if isinstance(answer[0], BaseException):
+        raise answer[0]
+    return answer[0]
+
+
+def task_of(row: Mapping[str, Any]) -> str:
+    """What routing goes by: a prompt's ``task``, else its ``tag``."""
+    return str(row.get("task") or row.get("tag") or "")
+
+
+def _spread(values: Any, applies: Any, missing: Any) -> Any:
+    """Values of some samples among all of them."""
+    full = np.full(len(applies), missing)
+    full[applies] = values
+    return full
 
 
 def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
-    """Scores of one batch from its scorers: a sample is valid where every weighted reward is."""
+    """Scores of one batch from its scorers: a sample is valid where every weighted reward that applies to it is."""
     scores = {k: v for part in parts for k, v in part.scores.items()}
     valid = {k: v for part in parts for k, v in part.valid.items()}
-    total, every = combine(scores, weights, valid)
+    applies = {k: part.applies for part in parts if part.applies is not None for k in part.scores}
+    total, every = combine(scores, weights, valid, applies)
     causes = {f"{name}/{cause}": n for part in parts for name, c in part.causes.items() for cause, n in c.items()}
     return Scores(
         by_reward={k: torch.from_numpy(v).float() for k, v in scores.items()},
         total=torch.from_numpy(total).float(),
         valid=torch.from_numpy(every),
         causes=causes,
+        weights={name: weight for name, weight in weights.items() if weight},
     )
 
 
@@ -95,11 +162,14 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
     for part in parts:
         for cause, count in part.causes.items():
             causes[cause] = causes.get(cause, 0) + count
+    names = dict.fromkeys(name for part in parts for name in part.by_reward)
+    nothing = [torch.full_like(part.total, float("nan")) for part in parts]
     return Scores(
-        by_reward={k: torch.cat([p.by_reward[k] for p in parts]) for k in parts[0].by_reward},
+        by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
         total=torch.cat([p.total for p in parts]),
         valid=torch.cat([p.valid for p in parts]),
         causes=causes,
+        weights=parts[0].weights,
     )
 
 

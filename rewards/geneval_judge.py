@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,13 @@ BENCHMARK = Rules()
 
 @dataclass(frozen=True)
 class Verdict:
+    """``objects`` are the detections that were counted, by class, most confident first."""
+
     correct: bool
     score: float
     strict: bool
     reason: str
+    objects: Mapping[str, Sequence[Detection]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def judge(metadata: Mapping[str, Any], detections: Detections, rules: Rules = BE
         score=float(np.mean(credit)),
         strict=correct and all(clause.exact for clause in clauses),
         reason="\n".join(reasons),
+        objects=objects,
     )
 
 
@@ -182,8 +186,10 @@ def geneval_table(rows: Iterable[Mapping[str, Any]], key: str = "correct") -> di
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     if not isinstance(metadata, Mapping) or not metadata.get("include"):
+        prompt = metadata.get("prompt", "") if isinstance(metadata, Mapping) else metadata
         raise InputError(
-            f"metadata {str(metadata)[:80]!r} has no `include` list; geneval needs GenEval's prompt format"
+            f"the row of prompt {str(prompt)[:60]!r} has no `include` list; geneval needs rows in GenEval's form, "
+            "with tag, include and prompt"
         )
     for part in ("include", "exclude"):
         clauses = metadata.get(part, [])

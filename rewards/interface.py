@@ -5,7 +5,7 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,12 +63,14 @@ class Checked:
     """Scores that may be used where ``valid`` says so.
 
     Every dictionary is keyed by reward name. ``scores`` float64 (N,), NaN where invalid; ``valid`` bool
-    (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``).
+    (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``). ``applies`` bool (N,) says
+    which samples were scored at all; None means all.
     """
 
     scores: dict[str, NDArray[np.float64]]
     valid: dict[str, NDArray[np.bool_]]
     causes: dict[str, dict[str, int]]
+    applies: NDArray[np.bool_] | None = None
 
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
@@ -133,10 +135,19 @@ def check_inputs(images: Any, prompts: list[str], metadata: list[Metadata]) -> N
 
 
 def set_up(scorer: Scorer, device: str) -> None:
-    """Call the scorer's optional ``setup(device)``."""
+    """Call the scorer's optional ``setup(device)``; raises ``ScorerFailed`` where it raises anything of its own."""
     setup = getattr(scorer, "setup", None)
-    if setup is not None:
+    if setup is None:
+        return
+    try:
         setup(device)
+    except ScorerError:
+        raise
+    except (Exception, SystemExit) as error:
+        what = getattr(scorer, "name", None) or type(scorer).__name__
+        raise ScorerFailed(
+            f"reward {what!r} raised {type(error).__name__} in setup: {one_line(error)}{_line(error)}"
+        ) from error
 
 
 def call(
@@ -159,6 +170,17 @@ def call(
 def score_batch(name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]) -> Checked:
     """``call`` followed by ``validate_scores``: what a reward actor runs."""
     return validate_scores(name, call(name, scorer, images, prompts, metadata), len(images))
+
+
+def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
+    """Which of a scorer's ``keys`` is weighted: that of its ``label``, else of its ``own`` name, else the only one.
+
+    Raises ``InvalidScores`` where none is.
+    """
+    found = next((key for key in (label, own) if key in keys), keys[0] if len(keys) == 1 else None)
+    if found is None:
+        raise InvalidScores(f"reward {label!r} returned {', '.join(keys)}; the weighted one must be called {label!r}")
+    return found
 
 
 def one_line(error: BaseException) -> str:

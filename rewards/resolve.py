@@ -117,6 +117,9 @@ def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> S
         if key not in parameters:
             known = [p for p in parameters if p != "url"]
             raise SpecError(f"reward {name!r} has no option {key!r}; {_nearest(key, known)}")
+    size = options.get("batch_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise SpecError(f"reward {name!r}: batch_size is {size!r}; write a number of images, at least 1")
     try:
         return cls(**options)
     except TypeError as error:
@@ -132,7 +135,7 @@ def _entry_point(name: str) -> EntryPoint:
     if "://" in name:
         raise SpecError(f"reward {name!r} looks like an address; write url:{name}")
     known = sorted({*builtin_names(), *found.names})
-    raise SpecError(f"reward {name!r} is unknown; {_nearest(name, known)}, or write path/to/file.py:function")
+    raise SpecError(f"reward {name!r} is unknown; {_nearest(name, known)} (or write path/to/file.py:function)")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -64,7 +64,7 @@ def check_definition(file: Path, attribute: str, options: set[str]) -> None:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         _check_function(where, node, options)
     elif isinstance(node, ast.ClassDef):
-        _check_class(where, node)
+        _check_class(where, node, options)
     elif isinstance(node, ast.Constant | ast.List | ast.Dict | ast.Tuple | ast.Set | ast.JoinedStr):
         raise SpecError(f"{where} is not a function or class; name one that takes (images, prompts, metadata)")
 
@@ -108,7 +108,13 @@ def _check_function(where: str, node: ast.FunctionDef | ast.AsyncFunctionDef, op
         raise SpecError(f"{where} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}")
 
 
-def _check_class(where: str, node: ast.ClassDef) -> None:
-    methods = {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
+def _check_class(where: str, node: ast.ClassDef, options: set[str]) -> None:
+    methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
     if not node.bases and "score" not in methods:
         raise SpecError(f"{where} has no method `score`; write score(self, images, prompts, metadata)")
+    if node.bases or node.decorator_list:
+        return
+    taken = methods["__init__"].args if "__init__" in methods else None
+    known = {a.arg for a in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)[1:]} if taken is not None else set()
+    if (taken is None or taken.kwarg is None) and (unknown := sorted(options - known)):
+        raise SpecError(f"{where} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}")

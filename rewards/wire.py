@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import Images, Metadata, ScorerError, check_inputs
+from rewards.interface import Images, InputError, Metadata, ScorerError, check_inputs
 
 CONTENT_TYPE = "application/x-flowalign-score"
 _REQUEST, _RESPONSE = b"FAQ1", b"FAS1"
@@ -27,11 +27,12 @@ _PREFIX = struct.Struct("<4sI")
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest message that is read: bytes in all, bytes of the header, pixels an image, images."""
+    """What is read: bytes in all, bytes of the header, pixels an image, pixels a side at least, images."""
 
     max_bytes: int = 256 * 2**20
-    max_header_bytes: int = 16 * 2**20
+    max_header_bytes: int = 2 * 2**20
     max_pixels: int = 4096 * 4096
+    min_side: int = 8
     max_count: int = 1024
 
 
@@ -57,25 +58,49 @@ def encode_request(images: Images, prompts: list[str], metadata: list[Metadata])
     return _pack(_REQUEST, header, np.ascontiguousarray(images).tobytes())
 
 
-def decode_request(data: bytes, limits: Limits = DEFAULT_LIMITS) -> tuple[Images, list[str], list[Metadata]]:
-    """Images uint8 (N, H, W, 3), prompts and metadata; raises ``WireError`` or ``TooLarge``."""
+def decode_request(
+    data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS
+) -> tuple[Images, list[str], list[Metadata]]:
+    """Images uint8 (N, H, W, 3), which share ``data``'s memory, prompts and metadata.
+
+    Raises ``WireError``, ``TooLarge`` or ``InputError``.
+    """
     header, payload = _unpack(_REQUEST, data, limits)
     shape = header.get("shape")
     if not isinstance(shape, list) or not _is_shape(shape):
         raise WireError(f"request header: shape is {_show(shape)}; send [N, H, W, 3] of positive integers")
     count, height, width, _ = shape
+    check_geometry(count, height, width, limits)
+    if len(payload) != count * height * width * 3:
+        raise WireError(f"{len(payload)} image bytes for shape {shape}; send {count * height * width * 3}")
+    prompts, metadata = check_texts(header.get("prompts"), header.get("metadata"), count, "request header")
+    check_side(height, width, limits)
+    return np.frombuffer(payload, np.uint8).reshape(shape), prompts, metadata
+
+
+def check_side(height: int, width: int, limits: Limits = DEFAULT_LIMITS) -> None:
+    """Raise ``InputError`` for images too small to show anything."""
+    if min(height, width) < limits.min_side:
+        raise InputError(f"images of {height}×{width} pixels; send at least {limits.min_side} pixels a side")
+
+
+def check_geometry(count: int, height: int, width: int, limits: Limits = DEFAULT_LIMITS) -> None:
+    """Raise ``TooLarge``."""
     if count > limits.max_count:
         raise TooLarge(f"{count} images in one request, limit {limits.max_count}; send smaller batches")
     if height * width > limits.max_pixels:
         raise TooLarge(f"images of {height}×{width} pixels, limit {limits.max_pixels} pixels; send smaller images")
-    if len(payload) != count * height * width * 3:
-        raise WireError(f"{len(payload)} image bytes for shape {shape}; send {count * height * width * 3}")
-    prompts, metadata = header.get("prompts"), header.get("metadata")
+    if count * height * width * 3 > limits.max_bytes:
+        raise TooLarge(f"{count} images of {height}×{width} pixels pass {limits.max_bytes} bytes; send fewer at once")
+
+
+def check_texts(prompts: Any, metadata: Any, count: int, where: str) -> tuple[list[str], list[Metadata]]:
+    """``count`` prompts and metadata objects from outside; raises ``WireError`` that names ``where``."""
     if not isinstance(prompts, list) or len(prompts) != count or not all(_is_text(p) for p in prompts):
-        raise WireError(f"request header: prompts are not a list of {count} valid Unicode strings")
+        raise WireError(f"{where}: prompts are not a list of {count} valid Unicode strings")
     if not isinstance(metadata, list) or len(metadata) != count or not all(isinstance(m, dict) for m in metadata):
-        raise WireError(f"request header: metadata is not a list of {count} objects")
-    return np.frombuffer(payload, np.uint8).reshape(shape), prompts, metadata
+        raise WireError(f"{where}: metadata is not a list of {count} objects")
+    return prompts, metadata
 
 
 def encode_response(scores: Mapping[str, NDArray[np.float64]]) -> bytes:
@@ -109,7 +134,7 @@ def _pack(magic: bytes, header: dict[str, Any], payload: bytes) -> bytes:
     return b"".join((_PREFIX.pack(magic, len(text)), text, payload))
 
 
-def _unpack(magic: bytes, data: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+def _unpack(magic: bytes, data: bytes | bytearray, limits: Limits) -> tuple[dict[str, Any], memoryview]:
     if len(data) > limits.max_bytes:
         raise TooLarge(f"message of {len(data)} bytes, limit {limits.max_bytes}; send smaller batches")
     if len(data) < _PREFIX.size:

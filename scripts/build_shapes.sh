@@ -20,9 +20,11 @@ fi
 [ -d "$work/vae" ] || build autoencoder
 [ -d "$work/open_clip" ] || build text
 [ -d "$work/pickscore" ] || build pickscore
+[ -d "$work/detector" ] || build detector
+[ -d "$work/colors" ] || build colors
 [ -d "$work/untrained" ] || build untrained
 [ -f "$work/bank/prompts.json" ] || $python -m flowalign.data.shapes_latents "$work/untrained" "$work/bank" "${bank[@]}"
 .venv/bin/flowalign pretrain configs/shapes/pretrain.yaml \
   "model.path=$work/untrained" "latents=$work/bank" "runs_dir=$work/runs" "${phases[@]}"
 build finish
-echo "the finished pipeline lies in $work/pipeline, the reward models in $work/open_clip and $work/pickscore"
+echo "the finished pipeline lies in $work/pipeline, the reward models in $work/open_clip, $work/pickscore, $work/detector and $work/colors"

@@ -9,3 +9,4 @@ unset PYTHONDONTWRITEBYTECODE  # importing torch and diffusers without bytecode 
 
 report=$(ls -t runs/*/report.html 2>/dev/null | head -n 1 || true)
 [[ -z $report ]] || echo "report: $PWD/$report"
+echo "other commands: .venv/bin/flowalign --help (or \`. .venv/bin/activate\` first, then flowalign …)"

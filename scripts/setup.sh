@@ -42,13 +42,13 @@ with_uv() {
     [[ -z ${PIP_NO_INDEX:-} ]] || return 1
     .venv/bin/python -m pip install --quiet -c constraints.txt uv || return 1
     .venv/bin/uv pip install --quiet --python .venv/bin/python \
-        -c constraints.txt --build-constraints constraints.txt -e '.[train,dev]'
+        -c constraints.txt --build-constraints constraints.txt -e '.[train,ocr,dev]'
 }
 
 echo "setup: installing the pinned packages (about 6.5 GB on disk)"
 if ! with_uv; then
     echo "setup: uv could not do it, going on with pip, which takes longer" >&2
-    PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install -e '.[train,dev]' ||
+    PIP_CONSTRAINT=constraints.txt .venv/bin/python -m pip install -e '.[train,ocr,dev]' ||
         stop "pip could not install the packages either; its last lines say which one and why"
 fi
 echo "$want" >"$stamp"

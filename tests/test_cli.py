@@ -20,7 +20,10 @@ from tests._model_directory import write_config
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-COMMANDS = ("align", "pretrain", "evaluate", "sample", "export", "report", "plan", "serve-reward", "launch", "doctor")
+COMMANDS = (
+    *("align", "pretrain", "evaluate", "sample", "export", "report", "plan"),
+    *("serve-reward", "try-reward", "launch", "doctor"),
+)
 HEAVY = ("torch", "ray", "deepspeed", "diffusers", "transformers", "wandb", "PIL", "yaml", "pydantic")
 
 

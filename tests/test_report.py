@@ -221,3 +221,26 @@ def test_the_report_of_another_metric_is_named_after_it(tmp_path: Path) -> None:
     writer.write(0, {"eval/clip/overall": 0.2}, wall_s=1)
     writer.write(1, iteration(1) | {"eval/clip/overall": 0.3}, wall_s=2)
     assert "clip, overall: before → after 0.20 → 0.30" in report(run).text
+
+
+def alarmed(directory: Path, rings: set[int]) -> Path:
+    writer = MetricsWriter(directory, "tiny", config().logging)
+    for number in range(1, 31):
+        ring = {"alarm/reward_hacking/taste": float(number in rings)} if number >= 20 else {}
+        writer.write(number, iteration(number) | {"reward/taste/mean": 1 - number / 100} | ring, wall_s=4.0 * number)
+    writer.close()
+    return directory
+
+
+def test_an_alarm_opens_the_page_and_says_when_it_rang(tmp_path: Path) -> None:
+    rewards = [{"spec": "geneval"}, {"spec": "jpeg", "name": "taste", "gold": True}]
+    page = report(alarmed(tmp_path, {22, 23, 27}), rewards=rewards)
+    assert "The policy may be exploiting its reward" in page.text
+    assert (
+        "taste , which is only measured, fell: first at iteration 22, last at 27, at 3 iterations in all." in page.text
+    )
+    assert "taste (gold)" in page.text
+
+
+def test_a_silent_alarm_shows_nothing(tmp_path: Path) -> None:
+    assert "exploiting" not in report(alarmed(tmp_path, set())).text

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from flowalign.advantages import group_advantages
+from flowalign.advantages import Credit, group_advantages, per_reward_advantages
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
 from flowalign.flow import schedule, sde
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
@@ -60,6 +60,7 @@ class FlowGRPO:
         clip_range: float = Field(1e-4, gt=0)
         advantage_clip: float = Field(5.0, gt=0)
         std: Literal["group", "batch", "none"] = "group"
+        normalize: Literal["total", "per_reward"] = "total"
         beta: float = Field(0.0, ge=0)
         kl: Literal["mean", "velocity"] = "mean"
         log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
@@ -106,7 +107,7 @@ class FlowGRPO:
         """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient."""
         assert scores is not None
         c = self.config
-        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip)
+        credit = self._credit(batch, scores)
         steps = batch.log_prob_NS.shape[1]
         begin = batch.spec.window[0]
         sigma_S = torch.tensor(batch.spec.sigmas[begin : begin + steps + 1])
@@ -128,6 +129,14 @@ class FlowGRPO:
         }
         total = int(scores.valid.sum()) * steps
         return TrainBatch(tensors, batch.condition.take(sample), total, {"spec": batch.spec}, metrics)
+
+    def _credit(self, batch: Rollout, scores: Scores) -> Credit:
+        c, groups = self.config, batch.batch.group_ids
+        if c.normalize == "total":
+            return group_advantages(scores.total, scores.valid, groups, std=c.std, clip=c.advantage_clip)
+        return per_reward_advantages(
+            scores.by_reward, scores.weights, scores.valid, groups, std=c.std, clip=c.advantage_clip
+        )
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``mean max(-A·ratio, -A·clip(ratio, 1 ± c)) + β·KL`` (arXiv:2505.05470, eq. 5)."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.options import ConfigFile, Guidance, Json, Kind, Like, Overrides, Source, Steps, Weights
+from flowalign.cli.options import ConfigFile, Guidance, Json, Kind, Like, Overrides, Source, Steps, Suite, Weights
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress, say_error, sentence
 
@@ -74,6 +74,8 @@ def evaluate(
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     weights: Annotated[Weights | None, typer.Option(help="default: as the run evaluates")] = None,
+    suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
+    detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
     out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
     config: Like = None,
     as_json: Json = False,
@@ -82,6 +84,10 @@ def evaluate(
     from flowalign.cli.runs import config_of, write_evaluation
 
     own = config_of(checkpoint, config)
+    if suite is not None or detector is not None:
+        from flowalign.cli.runs import geneval_suite
+
+        own, num_samples = geneval_suite(own, detector, prompts, num_samples)
     from flowalign.evaluate import evaluate_checkpoint
 
     console = make_console(as_json)
@@ -194,17 +200,58 @@ def serve_reward(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     device: str = "cpu",
     token_env: Annotated[str | None, typer.Option(help="variable that holds the token clients must send")] = None,
+    max_batch_images: Annotated[int, typer.Option(min=1, help="images of merged requests; 1 merges none")] = 64,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="how long a request waits for others")] = 5.0,
 ) -> None:
     """Serve one reward over HTTP until interrupted."""
     from flowalign.config import ConfigError, RewardConfig
     from flowalign.configpaths import resolve_reward, scalar_options
+    from rewards.batching import Batching
     from rewards.serve import serve
 
     token = os.environ.get(token_env) if token_env else None
     if token_env and not token:
         raise ConfigError("--token-env", f"the variable {token_env} is empty; set it to the token")
     reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
-    serve({"type": reward.spec, **reward.options}, host, port, device=device, token=token, announce=typer.echo)
+    serve(
+        {"type": reward.spec, **reward.options},
+        host,
+        port,
+        device=device,
+        token=token,
+        batching=Batching(max_images=max_batch_images, max_wait_s=max_wait_ms / 1000),
+        announce=typer.echo,
+    )
+
+
+@app.command("try-reward")
+def try_reward(
+    scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, url:http://…, …")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
+    images: Annotated[Path, typer.Option(help="a folder of PNG, JPEG or WebP files")] = ...,  # type: ignore[assignment]
+    prompts: Annotated[Path | None, typer.Option(help="jsonl or text, one an image; default: the folder's")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Score a folder of images with one reward and print a table; needs no cluster."""
+    from flowalign.cli.try_reward import lines_of
+    from flowalign.cli.try_reward import try_reward as run
+    from flowalign.config import RewardConfig
+    from flowalign.configcheck import check_device
+    from flowalign.configpaths import resolve_reward, scalar_options
+
+    check_device("--device", device)
+    reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
+    tried = run({"type": reward.spec, **reward.options}, reward.label, images, prompts, device=device)
+    console = make_console(as_json)
+    if tried.source is None:
+        console.out(f"{images} has no index.json and no --prompts was given: every prompt is empty\n", highlight=False)
+    for line in lines_of(tried, console.width if console.is_terminal else None):
+        console.out(line, highlight=False)
+    if tried.note:
+        console.out(tried.note, highlight=False)
+    scores = {name: [float(value) for value in values] for name, values in tried.scores.items()}
+    print_json(as_json, {"files": tried.files, "prompts": tried.prompts, "scores": scores, "causes": tried.causes})
 
 
 @app.command()

@@ -23,6 +23,10 @@ class Kind(StrEnum):
     ema = "ema"
 
 
+class Suite(StrEnum):
+    geneval = "geneval"
+
+
 class Weights(StrEnum):
     model = "model"
     ema = "ema"

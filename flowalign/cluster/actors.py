@@ -11,9 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.checkpoint import content_hash
+from flowalign.cluster.pool import DEATHS, fetch
+from flowalign.cluster.session import worker_env
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
-from flowalign.config import AlignConfig
+from flowalign.config import AlignConfig, RewardConfig
+from flowalign.scoring import load_scorer
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
 
 Weights = dict[str, Tensor]
 
@@ -37,6 +41,58 @@ class RolloutActor:
         return self.worker.rollout(batch, spec, seed, version)
 
 
+class HostedScorer:
+    """A scorer in an actor with the reward's own ``runtime_env``; it ends with the reward actor that made it.
+
+    Raises:
+        SpecError: Ray refuses the environment or could not make it. ScorerFailed: the process died.
+        What the scorer raises.
+    """
+
+    def __init__(self, reward: RewardConfig, base_dir: Path, config: AlignConfig) -> None:
+        import ray
+
+        given = dict(reward.runtime_env or {})
+        variables = {**worker_env(config.cluster.reward_threads), **given.pop("env_vars", {})}
+        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
+        self.name = reward.label
+        try:
+            # No resources of its own: it shares those of the actor that waits for it.
+            hosted = ray.remote(HostedHere).options(num_cpus=0, runtime_env={**given, "env_vars": variables})
+            self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device)
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None
+        self._fetch(self._actor.start.remote())
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
+        return self._fetch(self._actor.score.remote(images, prompts, metadata))
+
+    def _fetch(self, ref: Any) -> Any:
+        from ray.exceptions import RuntimeEnvSetupError
+
+        try:
+            return fetch(ref)
+        except RuntimeEnvSetupError as error:
+            raise SpecError(f"reward {self.name!r}: Ray could not make its runtime_env ({one_line(error)})") from None
+        except DEATHS:
+            raise ScorerFailed(
+                f"reward {self.name!r}: the process of its runtime_env died; most often it ran out of memory"
+            ) from None
+
+
+class HostedHere:
+    """The other end of ``HostedScorer``: the scorer itself."""
+
+    def __init__(self, reward: RewardConfig, base_dir: Path, device: str) -> None:
+        self.reward, self.base_dir, self.device = reward, base_dir, device
+
+    def start(self) -> None:
+        self.scorer = load_scorer(self.reward, self.base_dir, self.device).scorer
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
+        return call(self.reward.label, self.scorer, images, prompts, metadata)
+
+
 class RewardActor:
     """Scores chunks that it takes from the object store."""
 
@@ -44,7 +100,7 @@ class RewardActor:
         self.config, self.base_dir = config, base_dir
 
     def start(self) -> int:
-        self.worker = RewardWorker(self.config, self.base_dir)
+        self.worker = RewardWorker(self.config, self.base_dir, lambda r: HostedScorer(r, self.base_dir, self.config))
         return os.getpid()
 
     def score(self, chunk: Rollout, evaluation: bool) -> tuple[Scores, float]:

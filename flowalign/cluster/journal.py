@@ -17,7 +17,7 @@ from flowalign.checkpoint import CheckpointWriter
 from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
 from flowalign.loop import Collected
-from flowalign.metrics import MetricsWriter
+from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 
 NUM_SAMPLE_IMAGES = 24
 
@@ -33,6 +33,9 @@ class RunJournal:
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
+        gold = [reward.label for reward in config.rewards if reward.gold]
+        known = read_metrics(self.metrics.path) if start and gold else []
+        self._alarm, self._ringing = HackingAlarm(gold, known), False
         policy = config.checkpoint
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
         self._progress = Progress(console, config.iterations)
@@ -49,9 +52,19 @@ class RunJournal:
         return every > 0 and (last or iteration % every == 0)
 
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected) -> None:
+        metrics = metrics | self._alarm.update(metrics)
+        self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
         self.metrics.write(iteration, metrics, wall_s=self.wall_s())
         per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
         self._progress.show(iteration, metrics, per_iteration * (self.config.iterations - iteration))
+
+    def _warn(self, iteration: int, falling: list[str]) -> None:
+        if falling and not self._ringing:
+            self._progress.say(
+                f"warning at iteration {iteration}: the trained reward rises while {', '.join(falling)} falls; "
+                "the policy may be exploiting the reward (alarm/reward_hacking in metrics.jsonl)"
+            )
+        self._ringing = bool(falling)
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
@@ -59,8 +72,9 @@ class RunJournal:
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
-        overall = next((v for k, v in metrics.items() if k.endswith("/overall")), float("nan"))
-        self._progress.say(f"evaluation at iteration {iteration}: {overall:.3f} over {len(collected.rollout)} samples")
+        overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
+        said = ", ".join(f"{name} {value:.3f}" for name, value in overall.items())
+        self._progress.say(f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples")
         return metrics
 
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:

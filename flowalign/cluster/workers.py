@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from flowalign.learner import Learner
 from flowalign.models.build import bind_weights, load_policy, reference_velocity
 from flowalign.rollout import rollout
 from flowalign.sample import torch_threads
-from flowalign.scoring import load_scorers, merge, score_images
+from flowalign.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+from rewards.interface import Checked
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,27 @@ class RolloutWorker:
 
 
 class RewardWorker:
-    """Holds the scorers of a run and scores chunks."""
+    """Holds the scorers of a run and scores chunks; ``hosted`` makes those that need an environment of their own."""
 
-    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+    def __init__(self, config: AlignConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
         self.config = config
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         with torch_threads(config.cluster.reward_threads):
-            self.training = load_scorers(config.rewards, base_dir, device)
-            self.evaluation = load_scorers([evaluation_reward(config)], base_dir, device)
+            self.training = load_scorers(config.rewards, base_dir, device, hosted)
+            self.evaluation = load_scorers([evaluation_reward(config)], base_dir, device, hosted)
 
     def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
         """Scores of one chunk, and the seconds they took."""
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
-        with torch_threads(self.config.cluster.reward_threads):
-            parts = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
+        seconds = self.config.cluster.reward_deadline_s
+        parts = [bounded(s.name, partial(self._score, s, chunk), seconds) for s in scorers]
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
+
+    def _score(self, scorer: NamedScorer, chunk: Rollout) -> Checked:
+        # Thread counts belong to threads: set in the one that scores.
+        with torch_threads(self.config.cluster.reward_threads):
+            return score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata)
 
 
 class LearnerWorker:

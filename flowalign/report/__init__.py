@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config import AlignConfig
-from flowalign.metrics import read_metrics
+from flowalign.metrics import ALARM, read_metrics
 from flowalign.report import figures
 from flowalign.report.samples import Gallery, read_gallery
 from flowalign.shapes.prompts import TASKS
@@ -63,6 +63,7 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         **_figures(name, trained, evaluations),
         phases=_phases(trained),
         health=_health(trained),
+        hacked=_hacked(trained),
     )
     path = run_dir / "report.html"
     path.with_suffix(".part").write_text(html, encoding="utf-8")
@@ -160,6 +161,13 @@ def _health(trained: list[Row]) -> list[dict[str, Any]]:
     return shown
 
 
+def _hacked(trained: list[Row]) -> list[dict[str, Any]]:
+    """Gold rewards whose alarm rang: the first and last iteration it did, and how often."""
+    names = sorted({key.removeprefix(ALARM) for row in trained for key in row if key.startswith(ALARM)})
+    rang = {name: [row["iteration"] for row in trained if row.get(ALARM + name)] for name in names}
+    return [{"name": n, "first": at[0], "last": at[-1], "count": len(at)} for n, at in rang.items() if at]
+
+
 def _settings(config: AlignConfig) -> dict[str, str]:
     """What a reader asks first about a run."""
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
@@ -169,7 +177,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         "Algorithm": str(algorithm["type"]),
         "Model": f"{config.model.type} · {Path(config.model.path).name}",
         "Trained": "all transformer weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
-        "Rewards": ", ".join(f"{r.label} × {r.weight:g}" for r in config.rewards),
+        "Rewards": ", ".join(f"{r.label} (gold)" if r.gold else f"{r.label} × {r.weight:g}" for r in config.rewards),
         "Batch": f"{config.data.groups_per_iteration} groups" + (f" of {group} images" if group else ""),
         "Learning rate": f"{optimizer.learning_rate:g}",
         "Training prompts": config.data.prompts,

@@ -86,7 +86,7 @@ def judge_lines(lines: Iterable[str]) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, InputError) as error:
             what = f"no key {error}" if isinstance(error, KeyError) else error
             raise InputError(f'line {number}: {what}; write {{"metadata": …, "detections": …}}') from error
-        yield json.dumps(asdict(verdict))
+        yield json.dumps({key: value for key, value in asdict(verdict).items() if key != "objects"})
 
 
 def main() -> int:

@@ -25,6 +25,8 @@ class JpegScorer:
             raise SpecError(f"jpeg: goal {goal!r} is unknown; write {' or '.join(get_args(Goal))}")
         if not 1 <= quality <= 95:
             raise SpecError(f"jpeg: quality is {quality}; write 1 to 95")
+        self.device = device
+        self.batch_size = batch_size
         self.sign = -1.0 if goal == "compressible" else 1.0
         self.range = (-np.inf, 0.0) if goal == "compressible" else (0.0, np.inf)
         self.quality = quality

@@ -23,6 +23,7 @@ class PickscoreScorer:
     """
 
     name = "pickscore"
+    range = (-np.inf, np.inf)
 
     def __init__(
         self,

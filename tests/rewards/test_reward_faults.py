@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from rewards import client as client_module
+from rewards import transport as client_module
 from rewards.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
 from rewards.wire import WireError
 

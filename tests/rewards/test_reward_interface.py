@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.composite import combine
-from rewards.interface import InputError, InvalidScores, ScorerFailed, check_inputs, score_batch, validate_scores
+from rewards.interface import (
+    InputError,
+    InvalidScores,
+    ScorerFailed,
+    check_inputs,
+    score_batch,
+    set_up,
+    validate_scores,
+)
 
 IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
 
@@ -103,3 +111,15 @@ def test_valid_scores_are_untouched_and_causes_add_up(values):
     np.testing.assert_array_equal(checked.scores["a"][valid], np.array(values)[valid])
     assert sum(checked.causes["a"].values()) == (~valid).sum()
     assert (np.abs(checked.scores["a"][valid]) <= 1e6).all()
+
+
+def test_what_a_users_setup_raises_is_named_with_its_line():
+    class Fragile:
+        def setup(self, device):
+            raise FileNotFoundError("weights.bin")
+
+        def score(self, images, prompts, metadata):
+            return {}
+
+    with pytest.raises(ScorerFailed, match=r"'Fragile' raised FileNotFoundError in setup: weights\.bin \(.*line \d+\)"):
+        set_up(Fragile(), "cpu")

@@ -181,3 +181,18 @@ def test_a_file_is_checked_in_less_than_fifty_milliseconds(user):
     for _ in range(20):
         check("mine.py:brightness", user)
     assert time.perf_counter() - start < 1
+
+
+def test_a_misspelt_option_of_a_class_is_named_without_running_its_file(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "raise SystemExit\nclass Sharp:\n    def __init__(self, power=2): ...\n    def score(self, i, p, m): ...\n"
+    )
+    with pytest.raises(SpecError, match=r"own\.py:Sharp \(line 2\) has no option 'powr'; it has power"):
+        check({"type": f"{tmp_path / 'own.py'}:Sharp", "powr": 1})
+    check({"type": f"{tmp_path / 'own.py'}:Sharp", "power": 1})
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, "8", True])
+def test_a_batch_size_that_is_no_number_of_images_is_refused(size):
+    with pytest.raises(SpecError, match=r"jpeg.*batch_size is .*at least 1"):
+        resolve({"type": "jpeg", "batch_size": size})

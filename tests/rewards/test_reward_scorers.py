@@ -117,7 +117,7 @@ def test_every_resize_mode_of_open_clip_is_followed(mode, tmp_path):
     loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{path}")
     preprocess = loaded[-1]
     expected = torch.stack([preprocess(Image.fromarray(image)) for image in images])
-    np.testing.assert_allclose(scorer._pixels(images).numpy(), expected.numpy(), atol=0.05)
+    np.testing.assert_allclose(scorer.model.pixels(images).numpy(), expected.numpy(), atol=0.05)
 
 
 def test_an_architecture_by_name_loads_a_local_checkpoint(tmp_path, clip_dir):

@@ -15,7 +15,7 @@ from flowalign.rollout import rollout
 from flowalign.sample import ode_spec
 from flowalign.shapes.prompts import TASKS, evaluation_set, scene
 from flowalign.shapes.render import render
-from rewards.detectors.palette import PaletteDetector
+from rewards.detectors.palette import COLORS, PaletteDetector
 from rewards.geneval_judge import judge
 from rewards.resolve import resolve
 
@@ -68,3 +68,18 @@ def test_the_shipped_reward_models_prefer_the_image_that_satisfies_its_prompt(na
     differs = np.array([a["prompt"] != b["prompt"] for a, b in zip(rows, others, strict=True)])
     wrong = scorer.score(np.stack([render(scene(row, rng), rng) for row in others]), prompts, rows)[name]
     assert np.mean((right > wrong)[differs]) > 0.75
+
+
+def test_the_shipped_detector_comes_to_the_palettes_verdict_on_the_base_models_own_images():
+    torch.set_num_threads(1)
+    policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=2)
+    batch = evaluation_batch("shapes:eval", 60)
+    rows = [dict(row) for row in batch.metadata]
+    images = rollout(policy, batch, ode_spec(policy.shift, 10, 1.0), seed=7, policy_version=0).images.numpy()
+    clip = {"path": str(ASSETS / "colors"), "names": list(COLORS)}
+    mask2former = {"type": "mask2former", "path": str(ASSETS / "detector"), "clip": clip}
+    verdicts = [
+        resolve({"type": "geneval", "mode": "strict", "detector": detector}).score(images, list(batch.prompts), rows)
+        for detector in ("palette", mask2former)
+    ]
+    assert np.mean(verdicts[0]["geneval"] == verdicts[1]["geneval"]) >= 0.9

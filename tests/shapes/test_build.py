@@ -25,7 +25,7 @@ def build(work: Path) -> str:
 @pytest.mark.slow
 def test_the_build_script_makes_a_pipeline_that_diffusers_samples_and_a_second_run_repeats_no_training(tmp_path):
     first = build(tmp_path)
-    assert all(f'"stage": "{stage}"' in first for stage in ("autoencoder", "towers", "pickscore"))
+    assert all(f'"stage": "{stage}"' in first for stage in ("autoencoder", "towers", "pickscore", "detector", "colors"))
     pipeline: Any = load_pipeline(tmp_path / "pipeline")
     images = pipeline("a photo of a red circle", num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 64, 64, 3) and np.isfinite(images).all()

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from flowalign.shapes.build.autoencoder import train_autoencoder
+from flowalign.shapes.build.colors import train_colors
+from flowalign.shapes.build.detector import save_detector, train_detector
 from flowalign.shapes.build.pickscore import save_pickscore, train_pickscore
 from flowalign.shapes.build.pipeline import assemble, load, save_half
 from flowalign.shapes.build.text import new_tokenizer, save_open_clip, train_towers
@@ -32,6 +34,15 @@ def text(work: Path, steps: int | None) -> None:
 def pickscore(work: Path, steps: int | None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     save_pickscore(train_pickscore(work, tokenizer, steps=steps or 900), tokenizer, work / "pickscore")
+
+
+def detector(work: Path, steps: int | None) -> None:
+    save_detector(train_detector(work, steps=steps or 3000), work / "detector")
+
+
+def colors(work: Path, steps: int | None) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    save_open_clip(train_colors(work, work / "open_clip", tokenizer, steps=steps or 200), tokenizer, work / "colors")
 
 
 def untrained(work: Path, steps: int | None) -> None:
@@ -56,7 +67,7 @@ def finish(work: Path, steps: int | None) -> None:
     save_half(pipeline, work / "pipeline")
 
 
-STAGES = {f.__name__: f for f in (autoencoder, text, pickscore, untrained, finish)}
+STAGES = {f.__name__: f for f in (autoencoder, text, pickscore, detector, colors, untrained, finish)}
 
 
 def main() -> None:

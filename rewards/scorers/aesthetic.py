@@ -1,0 +1,103 @@
+"""Aesthetic score: a small head on CLIP image features (LAION's improved-aesthetic-predictor and its kin)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.openclip import OpenClip
+
+
+class AestheticScorer:
+    """``aesthetic``: a head on unit CLIP image embeddings, about 1 to 10 for LAION's; the prompt plays no part.
+
+    ``head`` is a safetensors file: one linear layer (``weight`` (1, D), ``bias`` (1,)), or several applied one after
+    another without activation, as in LAION's ``sac+logos+ava1-l14-linearMSE`` (its layers ``layers.0.weight`` …;
+    convert the published ``.pth`` once with ``safetensors``, nothing here unpickles). The CLIP model is given as to
+    ``clip``; LAION's head wants ``model: ViT-L-14-quickgelu`` with OpenAI's weights, ``checkpoint: openai`` or a file
+    of them.
+    """
+
+    name = "aesthetic"
+    range = (-np.inf, np.inf)
+
+    def __init__(
+        self,
+        *,
+        head: str,
+        path: str | None = None,
+        model: str | None = None,
+        checkpoint: str | None = None,
+        precision: str = "fp32",
+        device: str = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        if not Path(head).is_file():
+            raise SpecError(f"aesthetic: head {head} does not exist; give a safetensors file of linear layers")
+        self.head = head
+        self.model = OpenClip(self.name, path=path, model=model, checkpoint=checkpoint, precision=precision)
+        self.device = device
+        self.batch_size = batch_size
+        self._layers: list[tuple[Any, Any]] | None = None
+
+    def setup(self, device: str | None = None) -> None:
+        """Load model and head; raises ``SpecError`` where the head is no chain of linear layers that fits the model."""
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        self.device = device or self.device
+        self.model.setup(self.device)
+        try:
+            tensors = load_file(self.head, device=self.device)
+        except (SafetensorError, OSError) as error:
+            raise SpecError(f"aesthetic: {self.head} is no safetensors file ({one_line(error)})") from error
+        layers = _chain(self.head, tensors)
+        with torch.inference_mode():
+            width = self.model.images(np.zeros((1, 1, 1, 3), np.uint8)).shape[1]
+        if layers[0][0].shape[1] != width:
+            raise SpecError(
+                f"aesthetic: {self.head} takes {layers[0][0].shape[1]} features, the CLIP model gives {width}; "
+                "use the model that the head was trained on"
+            )
+        self._layers = layers
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+        """``{"aesthetic": (N,)}``; images (N, H, W, 3) of any size."""
+        import torch
+
+        if self._layers is None:
+            self.setup()
+        assert self._layers is not None
+        values = []
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch_size):
+                features = self.model.images(images[start : start + self.batch_size])
+                for weight, bias in self._layers:
+                    features = features @ weight.T + bias
+                values.append(features[:, 0].cpu().numpy())
+        return {"aesthetic": np.concatenate(values)}
+
+
+def _chain(head: str, tensors: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The layers in the order of their numbers; each takes what the one before gives, the last gives one number."""
+
+    def number(name: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+    names = sorted((name.removesuffix("weight") for name in tensors if name.endswith("weight")), key=number)
+    layers = []
+    for name in names:
+        weight = tensors[f"{name}weight"].float()
+        layers.append((weight, tensors.get(f"{name}bias", weight.new_zeros(weight.shape[:1])).float()))
+    sizes = [tuple(weight.shape) for weight, _ in layers]
+    linear = all(len(size) == 2 and bias.shape == size[:1] for size, (_, bias) in zip(sizes, layers, strict=True))
+    linear = linear and set(tensors) <= {f"{name}{part}" for name in names for part in ("weight", "bias")}
+    if not sizes or not linear or sizes[-1][0] != 1 or any(a[0] != b[1] for a, b in pairwise(sizes)):
+        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+        raise SpecError(f"aesthetic: {head} holds {shapes}; give linear layers that end in one number")
+    return layers

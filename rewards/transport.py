@@ -1,0 +1,240 @@
+"""HTTP with the standard library alone: a deadline over all tries, bounded retries, failover, typed errors."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from urllib.parse import urlsplit
+
+from rewards.interface import ScorerError, SpecError, one_line
+from rewards.replicas import Replica, Replicas
+from rewards.wire import DEFAULT_LIMITS, TooLarge
+
+_RETRIABLE = {
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
+_CHUNK = 1 << 20
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
+_CONNECT_S = 10.0
+_JSON = "application/json"
+
+
+class ServerUnavailable(ScorerError):
+    """No answer from any server after every retry."""
+
+    kind = "unavailable"
+
+
+class DeadlineExceeded(ScorerError):
+    """No server answered in time."""
+
+    kind = "deadline"
+
+
+class ServerRefused(ScorerError):
+    """The server answered with an error; ``status`` is HTTP's, ``kind`` the server's own."""
+
+    def __init__(self, message: str, status: int, kind: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[ServerRefused], tuple[str, int, str]]:
+        """Exceptions cross processes by their constructor's arguments; the default keeps only the message."""
+        return type(self), (str(self), self.status, self.kind)
+
+
+class Endpoint:
+    """Addresses that give the same answers; ``what`` (such as "reward server") is what errors call one.
+
+    ``deadline_s`` bounds one request with all its tries. Only failures that another try can cure lead to one: no
+    connection, a broken one, 429, 502, 503, 504. The next address is asked at once, and one that stays silent is left
+    for the next after an equal share of the time. When all have failed they are asked again after a wait, ``retries``
+    times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter. An address that failed
+    ``breaker_failures`` times in a row is left out for ``breaker_reset_s`` (``rewards.replicas``). ``token_env`` names
+    the variable that holds the bearer token. ``hint`` is what to do where nothing answers.
+
+    Raises:
+        SpecError: an address is no http(s) address or is given twice, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *urls: str,
+        what: str,
+        hint: str,
+        deadline_s: float = 120.0,
+        retries: int = 5,
+        token_env: str | None = None,
+        breaker_failures: int = 3,
+        breaker_reset_s: float = 30.0,
+    ) -> None:
+        addresses = [Address(url, what=what, token_env=token_env) for url in urls]
+        known = [address.url for address in addresses]
+        self.addresses, self.url = known, ", ".join(known)
+        if twice := next((url for url in known if known.count(url) > 1), None):
+            raise SpecError(f"{what} url {twice!r} is given twice; name each address once")
+        if deadline_s <= 0 or retries < 0:
+            raise SpecError(f"{what} url {self.url!r}: deadline_s must be > 0 and retries >= 0")
+        if breaker_failures < 1 or breaker_reset_s < 0:
+            raise SpecError(f"{what} url {self.url!r}: breaker_failures must be >= 1 and breaker_reset_s >= 0")
+        self.what, self.hint = what, hint
+        self.deadline_s, self.retries = deadline_s, retries
+        self._replicas = Replicas(addresses, breaker_failures=breaker_failures, breaker_reset_s=breaker_reset_s)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, content_type: str = _JSON) -> bytes:
+        """The body of the answer.
+
+        Raises:
+            ServerUnavailable, DeadlineExceeded, ServerRefused, TooLarge, or SpecError for an unusable token variable.
+        """
+        until = time.monotonic() + self.deadline_s
+        for attempt in range(self.retries + 1):
+            failure: Exception | None = None
+            for replica, choices in self._replicas.round():
+                now = time.monotonic()
+                try:
+                    answer = replica.address.send(method, path, body, content_type, now + (until - now) / choices)
+                except (ServerRefused, OSError, http.client.HTTPException) as error:
+                    if isinstance(error, ServerRefused) and error.status not in _RETRIABLE:
+                        self._replicas.answered(replica)
+                        raise
+                    self._replicas.failed(replica, _cause(error))
+                    failure = error
+                else:
+                    self._replicas.answered(replica)
+                    return answer
+            wait = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1)
+            late = time.monotonic() + wait > until
+            if late or attempt == self.retries:
+                raise self._gave_up(late and isinstance(failure, TimeoutError), attempt + 1) from failure
+            time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _gave_up(self, silent: bool, tries: int) -> ScorerError:
+        """What to raise when the last one asked was ``silent`` to the end, or no other try is left."""
+        who, why = f"{self.what} {self.url}", ""
+        if len(self.addresses) > 1:
+            who, why = self.what, "; ".join(f"{r.address.url}: {r.cause or 'not asked'}" for r in self._replicas.all)
+        if silent:
+            return DeadlineExceeded(
+                f"{who} did not answer within {self.deadline_s:g} s{why and f' ({why})'}; "
+                "check its log, raise deadline_s or lower batch_size"
+            )
+        why = why or self._replicas.all[0].cause
+        return ServerUnavailable(f"{who} is not reachable ({why}) after {tries} tries; {self.hint}")
+
+    def unreachable(self, path: str) -> dict[str, str]:
+        """The addresses that do not answer ``GET path`` now, and why; each is asked once, all at the same time."""
+        until = time.monotonic() + min(self.deadline_s, _CONNECT_S)
+
+        def cause(replica: Replica[Address]) -> str:
+            try:
+                replica.address.send("GET", path, None, _JSON, until)
+            except (ServerRefused, OSError, http.client.HTTPException) as error:
+                self._replicas.failed(replica, _cause(error))
+                return _cause(error)
+            return ""
+
+        with ThreadPoolExecutor(len(self._replicas.all)) as pool:
+            causes = dict(zip(self._replicas.all, pool.map(cause, self._replicas.all), strict=True))
+        return {replica.address.url: cause for replica, cause in causes.items() if cause}
+
+
+class Address:
+    """One http(s) address that is asked once, on a connection of its own."""
+
+    def __init__(self, url: str, *, what: str, token_env: str | None) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            (parts.hostname or "").encode("idna")
+        except ValueError:
+            raise SpecError(f"{what} url {url!r} has a bad port or host; write http://host:port") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SpecError(f"{what} url {url!r} is not an address; write http://host:port")
+        self.url = url.rstrip("/")
+        self._who = f"{what} {self.url}"
+        self._host, self._port = parts.hostname, port
+        self._secure, self._path = parts.scheme == "https", parts.path.rstrip("/")
+        self._token_env = token_env
+
+    def send(self, method: str, path: str, body: bytes | None, content_type: str, until: float) -> bytes:
+        """The body of the answer; every wait ends at ``until``, that for a connection after 10 s (``TimeoutError``)."""
+        headers = self._headers(content_type)
+        make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = make(self._host, self._port, timeout=min(_left(until), _CONNECT_S))
+        try:
+            connection.connect()
+            _set_timeout(connection, until)
+            # A server that refuses a body early may stop reading it; its answer is worth more than the broken pipe.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, self._path + path, body, headers)
+            _set_timeout(connection, until)
+            response = connection.getresponse()
+            data = self._read(connection, response, until)
+        finally:
+            connection.close()
+        if response.status != HTTPStatus.OK:
+            raise _refusal(self._who, response.status, data)
+        return data
+
+    def _read(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, until: float) -> bytes:
+        chunks, size, limit = [], 0, DEFAULT_LIMITS.max_bytes
+        while chunk := response.read1(_CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit:
+                raise TooLarge(f"{self._who} answered with more than {limit} bytes")
+            _set_timeout(connection, until)
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        return b"".join(chunks)
+
+    def _headers(self, content_type: str) -> dict[str, str]:
+        headers = {"Content-Type": content_type}
+        if self._token_env is not None:
+            token = os.environ.get(self._token_env, "")
+            if not (token.isascii() and token.isprintable() and token):
+                why = "holds characters that no HTTP header can" if token else "is empty"
+                raise SpecError(f"{self._who}: the variable {self._token_env} (token_env) {why}; set it to the token")
+            headers["Authorization"] = f"Bearer {token}"
+        return headers
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _set_timeout(connection: http.client.HTTPConnection, until: float) -> None:
+    if connection.sock is not None:
+        connection.sock.settimeout(_left(until))
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "silent"
+    if isinstance(error, ServerRefused):
+        return f"answered {error.status}, {error.kind}"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _refusal(who: str, status: int, data: bytes) -> ServerRefused:
+    try:
+        error = json.loads(data)["error"]
+        kind, message = str(error.get("type") or "http"), str(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        kind, message = "http", data[:100].decode("utf-8", "replace")
+    return ServerRefused(f"{who} refused the request ({status}, {kind}): {message}", status, kind)

@@ -1,0 +1,214 @@
+"""Requests that mean harm: each gets a typed 4xx at once, costs little memory, and the server scores rightly after."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import pickle
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rewards.client import HttpScorer
+from rewards.interface import ScorerError
+from rewards.pictures import decode
+from rewards.wire import DEFAULT_LIMITS, encode_request
+from tests.rewards.conftest import Server
+
+TOKEN = {"Authorization": "Bearer right"}
+EDGE = "edge-of-a-part"
+RGB = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+MAX_SECONDS, MAX_MEGABYTES = 1, 256
+
+
+def picture(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_of(side: int) -> bytes:
+    """A small PNG whose header declares side × side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+Sent = tuple[bytes, dict[str, str]]
+
+
+def binary(shape: list[int], prompts: Any, payload: bytes = b"", **changes: Any) -> Sent:
+    """A request of ``rewards.wire`` with any header; ``metadata`` fits the prompts unless it is given."""
+    header = {"shape": shape, "prompts": prompts, "metadata": [{}] * len(prompts), **changes}
+    return framed(json.dumps(header).encode(), payload)
+
+
+def framed(header: bytes, payload: bytes = b"") -> Sent:
+    return struct.pack("<4sI", b"FAQ1", len(header)) + header + payload, {}
+
+
+def form(*files: bytes, prompts: bytes | list[bytes] = b"p") -> Sent:
+    """A multipart form of image files and prompts."""
+    texts = prompts if isinstance(prompts, list) else [prompts]
+    named = [(b'name="prompts"', text) for text in texts] + [(b'name="images"; filename="x"', data) for data in files]
+    parts = [
+        f"--{EDGE}\r\nContent-Disposition: form-data; ".encode() + name + b"\r\n\r\n" + data + b"\r\n"
+        for name, data in named
+    ]
+    return b"".join(parts) + f"--{EDGE}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={EDGE}"}
+
+
+GOOD = encode_request(RGB[None], ["p"], [{}])
+MANY_LISTS = b"[" + b"[]," * (DEFAULT_LIMITS.max_header_bytes // 3 - 1) + b"0]"
+TEN_THOUSAND = ["p"] * 10_000
+UNUSABLE = (400, "malformed")
+TOO_LARGE = (413, "too_large")
+NOT_JUDGED = (422, "bad_input")
+UNKNOWN = (401, "unauthorized")
+HOSTILE: dict[str, tuple[Sent, tuple[int, str]]] = {
+    "no body": ((b"", {}), UNUSABLE),
+    "a pickle": ((pickle.dumps({"images": RGB}), {}), UNUSABLE),
+    "a pickle of 16 megabytes": ((pickle.dumps(bytes(16 << 20)), {}), UNUSABLE),
+    "a pickle that calls itself a form": ((pickle.dumps([RGB]), {"Content-Type": "multipart/form-data"}), UNUSABLE),
+    "2 gigabytes declared": ((GOOD, {"Content-Length": str(2 << 30)}), TOO_LARGE),
+    "2 gigabytes declared of a form": (
+        (form(picture(RGB))[0], {**form()[1], "Content-Length": str(2 << 30)}),
+        TOO_LARGE,
+    ),
+    "a header of 4 gigabytes declared": ((struct.pack("<4sI", b"FAQ1", 2**32 - 1), {}), TOO_LARGE),
+    "a header that unpacks to a million lists": (framed(MANY_LISTS), UNUSABLE),
+    "a header nested deeply": (framed(b"[" * 1_000_000), UNUSABLE),
+    "invalid UTF-8": (framed(b'{"prompts": ["\xff\xfe"]}'), UNUSABLE),
+    "invalid UTF-8 in a form": (form(picture(RGB), prompts=b'["\xff\xfe"]'), UNUSABLE),
+    "half a surrogate": (binary([1, 16, 16, 3], ["\ud800"], bytes(768)), UNUSABLE),
+    "zero images": (binary([0, 16, 16, 3], []), UNUSABLE),
+    "zero images in a form": (form(prompts=b"[]"), NOT_JUDGED),
+    "10,000 prompts for one image": (binary([1, 16, 16, 3], TEN_THOUSAND, bytes(768)), UNUSABLE),
+    "10,000 prompts and images": (binary([10_000, 8, 8, 3], TEN_THOUSAND, bytes(1_920_000)), TOO_LARGE),
+    "10,000 prompts in a form": (form(picture(RGB), prompts=[b"p"] * 10_000), UNUSABLE),
+    "10,000 prompts as a list in a form": (form(picture(RGB), prompts=json.dumps(TEN_THOUSAND).encode()), UNUSABLE),
+    "50,000 × 50,000 pixels declared": (binary([1, 50_000, 50_000, 3], ["p"]), TOO_LARGE),
+    "one pixel": (binary([1, 1, 1, 3], ["p"], bytes(3)), NOT_JUDGED),
+    "fewer bytes than pixels": (binary([1, 16, 16, 3], ["p"], bytes(767)), UNUSABLE),
+    "a PNG of 50,000 × 50,000 pixels": (form(png_of(50_000)), TOO_LARGE),
+    "a PNG of 5,000 × 5,000 pixels": (form(png_of(5_000)), TOO_LARGE),
+    "a PNG of 4,096 × 4,096 pixels without them": (form(png_of(4_096)), UNUSABLE),
+    "a PNG of one pixel": (form(picture(RGB[:1, :1])), NOT_JUDGED),
+    "a truncated PNG": (form(picture(RGB)[:-60]), UNUSABLE),
+    "a truncated JPEG": (form(picture(np.tile(RGB, (8, 8, 1)), "JPEG")[:700]), UNUSABLE),
+    "EPS": (form(picture(RGB, "EPS")), UNUSABLE),
+    "a GIF": (form(picture(RGB, "GIF")), UNUSABLE),
+    "16 bits": (form(picture(Image.fromarray(np.ones((16, 16), np.uint16)))), NOT_JUDGED),
+    "CMYK": (form(picture(Image.fromarray(RGB).convert("CMYK"), "JPEG")), NOT_JUDGED),
+    "alpha": (form(picture(Image.fromarray(RGB).convert("RGBA"))), NOT_JUDGED),
+    "grey and alpha": (form(picture(Image.fromarray(RGB).convert("LA"))), NOT_JUDGED),
+    "a transparent palette entry": (form(picture(Image.fromarray(RGB).convert("P"), transparency=0)), NOT_JUDGED),
+    "an empty file": (form(b""), UNUSABLE),
+    "a text file": (form(b"hello"), UNUSABLE),
+    "no token": ((GOOD, {"Authorization": ""}), UNKNOWN),
+    "a wrong token": ((GOOD, {"Authorization": "Bearer wrong"}), UNKNOWN),
+    "a token that is no text": ((GOOD, {"Authorization": "Bearer \xff"}), UNKNOWN),
+    "a wrong token and 2 gigabytes declared": (
+        (GOOD, {"Authorization": "Bearer wrong", "Content-Length": str(2 << 30)}),
+        UNKNOWN,
+    ),
+}
+
+
+def megabytes(server: Server, key: str) -> float:
+    """``VmRSS``, what the process holds, or ``VmHWM``, the most it ever held."""
+    with open(f"/proc/{server.process.pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+
+@pytest.fixture(scope="module")
+def guarded(user_file) -> Iterator[Server]:
+    """One server that wants a token; every request of this file goes to it."""
+    server = Server(f"{user_file}:brightness", "--token-env", "REWARD_TOKEN", env={"REWARD_TOKEN": "right"})
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def scores_rightly(guarded, batch, monkeypatch):
+    monkeypatch.setenv("OUR_TOKEN", "right")
+
+    def check() -> None:
+        scores = HttpScorer(guarded.url, token_env="OUR_TOKEN", retries=0).score(*batch)
+        np.testing.assert_array_equal(scores["brightness"], batch[0].mean(axis=(1, 2, 3)))
+
+    check()
+    return check
+
+
+@pytest.fixture(scope="module")
+def at_rest(guarded) -> float:
+    """What the server holds before the first of them; its peak since then bounds what any of them cost."""
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=10)
+    connection.request("POST", "/score", GOOD, TOKEN)
+    assert connection.getresponse().status == 200
+    connection.close()
+    return megabytes(guarded, "VmRSS")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_gets_a_typed_4xx_at_once_and_costs_little(guarded, at_rest, scores_rightly, name):
+    (body, headers), expected = HOSTILE[name]
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=10)
+    began = time.monotonic()
+    connection.request("POST", "/score", body, {key: value for key, value in {**TOKEN, **headers}.items() if value})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    seconds = time.monotonic() - began
+    connection.close()
+    assert (response.status, answer["error"]["type"]) == expected, answer
+    assert set(answer) == {"error"} and "Traceback" not in answer["error"]["message"]
+    assert seconds < MAX_SECONDS
+    assert megabytes(guarded, "VmHWM") - at_rest < MAX_MEGABYTES
+    scores_rightly()
+
+
+def test_two_hundred_hostile_requests_in_a_row_leave_no_memory_behind(guarded, scores_rightly):
+    small = [sent for sent, _ in HOSTILE.values() if len(sent[0]) < 1 << 20 and "Content-Length" not in sent[1]]
+    before = megabytes(guarded, "VmRSS")
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=10)
+    for body, headers in (small * 10)[:200]:
+        connection.request("POST", "/score", body, {**TOKEN, **headers})
+        response = connection.getresponse()
+        assert 400 <= response.status < 500 and json.loads(response.read())["error"]
+    connection.close()
+    assert megabytes(guarded, "VmRSS") - before < 64
+    scores_rightly()
+
+
+FILES = [picture(RGB), picture(RGB, "JPEG"), picture(Image.fromarray(RGB).convert("P")), picture(RGB, optimize=True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(FILES), st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=9)), min_size=1)
+)
+def test_damaged_files_never_raise_anything_but_a_typed_error(data, damages):
+    damaged = bytearray(data)
+    for place, scrap in damages:
+        start = place % len(damaged)
+        damaged[start : start + len(scrap)] = scrap
+    try:
+        images = decode([bytes(damaged)], DEFAULT_LIMITS)
+    except ScorerError:
+        return
+    assert images.dtype == np.uint8 and images.ndim == 4
