@@ -159,7 +159,10 @@ def _is_file(location: str) -> bool:
 def _file(location: str, base_dir: Path) -> Path:
     path = (base_dir / Path(location).expanduser()).resolve()
     if not path.is_file():
-        raise SpecError(f"reward file {path} does not exist; write its path relative to {base_dir.resolve()}")
+        raise SpecError(
+            f"reward file {path} does not exist; write its path relative to {base_dir.resolve()}, "
+            "or to where the command runs"
+        )
     return path
 
 

@@ -96,7 +96,9 @@ def check_geometry(count: int, height: int, width: int, limits: Limits = DEFAULT
 
 def check_texts(prompts: Any, metadata: Any, count: int, where: str) -> tuple[list[str], list[Metadata]]:
     """``count`` prompts and metadata objects from outside; raises ``WireError`` that names ``where``."""
-    if not isinstance(prompts, list) or len(prompts) != count or not all(_is_text(p) for p in prompts):
+    if isinstance(prompts, list) and len(prompts) != count:
+        raise WireError(f"{where}: {len(prompts)} prompts for {count} images; send one an image")
+    if not isinstance(prompts, list) or not all(_is_text(p) for p in prompts):
         raise WireError(f"{where}: prompts are not a list of {count} valid Unicode strings")
     if not isinstance(metadata, list) or len(metadata) != count or not all(isinstance(m, dict) for m in metadata):
         raise WireError(f"{where}: metadata is not a list of {count} objects")
@@ -138,7 +140,10 @@ def _unpack(magic: bytes, data: bytes | bytearray, limits: Limits) -> tuple[dict
     if len(data) > limits.max_bytes:
         raise TooLarge(f"message of {len(data)} bytes, limit {limits.max_bytes}; send smaller batches")
     if len(data) < _PREFIX.size:
-        raise WireError(f"message of {len(data)} bytes is shorter than its {_PREFIX.size}-byte prefix")
+        raise WireError(
+            f"message of {len(data)} bytes is shorter than its {_PREFIX.size}-byte prefix; "
+            "send the form of rewards/wire.py, or multipart/form-data with images and prompts"
+        )
     found, length = _PREFIX.unpack_from(data)
     if found != magic:
         raise WireError(f"message starts with {found!r}, not {magic!r}: not the format of rewards/wire.py")

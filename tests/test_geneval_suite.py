@@ -174,7 +174,7 @@ def test_the_run_s_own_detector_is_the_default_and_the_official_mode_is_not_up_t
         ("pallete", "", "--detector: detector 'pallete' is unknown; did you mean 'palette'?"),
         ('{"type": "palette"', "", "--detector: is not JSON ("),
         ('{"min_area": 3}', "", "--detector: detector None is unknown; known: mask2former, palette"),
-        ('{"type": "palette", "area": 3}', "", "unexpected keyword argument 'area'"),
+        ('{"type": "palette", "area": 3}', "", "has no option 'area'; its options are foreground, min_area"),
         ('{"type": "mask2former", "path": "nowhere"}', "", "nowhere holds no config.json; give a directory"),
         ('{"type": "mask2former"}', "", "missing 1 required keyword-only argument: 'path'"),
     ],

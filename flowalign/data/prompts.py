@@ -38,7 +38,10 @@ def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise PromptsError(f"data.prompts: {path}, line {number} is not JSON: {error}") from error
+            raise PromptsError(
+                f"data.prompts: {path}, line {number} is not JSON ({error}); "
+                'write a row a line: {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}'
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise PromptsError(f'data.prompts: {path}, line {number} has no "prompt" string')
         rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from difflib import get_close_matches
 from typing import Any, Protocol, cast
@@ -32,7 +33,10 @@ def load_detector(spec: str | dict[str, Any]) -> Detector:
         raise SpecError(f"detector {name!r} is unknown; {hint}")
     module = importlib.import_module(f"{__name__}.{name}")
     cls = next(value for key, value in vars(module).items() if key.endswith("Detector") and key != "Detector")
+    parameters = list(inspect.signature(cls).parameters)
+    if unknown := sorted(options.keys() - set(parameters)):
+        raise SpecError(f"detector {name!r} has no option {unknown[0]!r}; its options are {', '.join(parameters)}")
     try:
         return cast(Detector, cls(**options))
     except TypeError as error:
-        raise SpecError(f"detector {name!r}: {error}; see rewards/detectors/{name}.py for its options") from error
+        raise SpecError(f"detector {name!r}: {error}; its options are {', '.join(parameters)}") from error

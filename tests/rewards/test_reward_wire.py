@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards.interface import InputError
-from rewards.wire import Limits, TooLarge, WireError, decode_request, decode_response, encode_request, encode_response
+from rewards.wire import (
+    Limits,
+    TooLarge,
+    WireError,
+    check_texts,
+    decode_request,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 
 
 def message(header, payload: bytes = b"", magic: bytes = b"FAQ1") -> bytes:
@@ -112,3 +121,8 @@ def test_random_bytes_never_raise_anything_else(data):
     for raw in (data, b"FAQ1" + data, message(data)):
         with pytest.raises(WireError):
             decode_request(raw)
+
+
+def test_prompts_of_another_number_are_counted_in_the_error():
+    with pytest.raises(WireError, match="form: 1 prompts for 2 images"):
+        check_texts(["one"], [{}, {}], 2, "form")
