@@ -112,5 +112,5 @@ def test_bounded_work_answers_raises_and_gives_up() -> None:
         bounded("r", lambda: {}["mine"], 5)
     began = time.monotonic()
     with pytest.raises(ScorerHangs):
-        bounded("r", lambda: time.sleep(30) or nothing, 0.2)
-    assert time.monotonic() - began < 5
+        bounded("r", lambda: time.sleep(60) or nothing, 0.2)
+    assert time.monotonic() - began < 30

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from flowalign.cluster.errors import ClusterError, PlacementError
@@ -42,10 +40,8 @@ def test_actor_larger_than_any_node_is_refused_though_the_sum_would_do() -> None
         check_fits(asked(learner_gpus=2), nodes, "the cluster")
 
 
-def test_address_where_nothing_listens_is_refused_in_seconds() -> None:
-    began = time.monotonic()
+def test_address_where_nothing_listens_is_refused() -> None:
     with pytest.raises(ClusterError, match=r"^cluster.address: nothing answers at 127.0.0.1:1 "):
         RaySession("127.0.0.1:1", asked(), "cpu")
     with pytest.raises(ClusterError, match=r"^cluster.address: cannot join Ray at auto: "):
         RaySession("auto", asked(), "cpu")
-    assert time.monotonic() - began < 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def test_tampered_weight_stops_the_run_at_the_sync(fresh: RayBackend, folder: Pa
 
 
 @pytest.mark.usefixtures("two")
-def test_placement_that_cannot_fit_is_refused_in_seconds(tiny_pipeline_dir: Path, folder: Path) -> None:
+def test_placement_that_cannot_fit_is_refused_before_an_actor_starts(tiny_pipeline_dir: Path, folder: Path) -> None:
     free = ray.available_resources()["CPU"]
     total = ray.cluster_resources()["CPU"]
     asked = {
@@ -135,10 +134,8 @@ def test_placement_that_cannot_fit_is_refused_in_seconds(tiny_pipeline_dir: Path
         },
     }
     for message, cluster in asked.items():
-        began = time.monotonic()
         with pytest.raises(PlacementError, match=message):
             RayBackend(small_config(tiny_pipeline_dir, folder, cluster=cluster), folder)
-        assert time.monotonic() - began < 5
 
 
 @pytest.mark.fault

@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -160,27 +159,18 @@ def test_a_file_that_raises_at_import_is_a_typed_error(tmp_path):
         resolve("bad.py:f", tmp_path)
 
 
-def test_check_of_a_builtin_imports_no_heavy_library_and_takes_less_than_half_a_second(user):
+def test_check_of_a_builtin_imports_no_heavy_library(user):
     code = (
-        "import sys, time; from rewards.resolve import check; start = time.perf_counter()\n"
+        "import sys; from rewards.resolve import check\n"
         "check('geneval'); check('mine.py:brightness', sys.argv[1])\n"
         "for bad in ({'type': 'clip'}, {'type': 'pickscore', 'path': '/no'}):\n"
         "    try: check(bad)\n"
         "    except Exception: pass\n"
         "heavy = {'torch', 'transformers', 'open_clip', 'scipy', 'fastapi', 'flowalign'} & set(sys.modules)\n"
-        "print(time.perf_counter() - start, heavy or '')"
+        "print(heavy or '')"
     )
     out = subprocess.run([sys.executable, "-c", code, str(user)], capture_output=True, text=True, check=True).stdout
-    seconds, *heavy = out.split()
-    assert float(seconds) < 0.5
-    assert not heavy
-
-
-def test_a_file_is_checked_in_less_than_fifty_milliseconds(user):
-    start = time.perf_counter()
-    for _ in range(20):
-        check("mine.py:brightness", user)
-    assert time.perf_counter() - start < 1
+    assert not out.strip()
 
 
 def test_a_misspelt_option_of_a_class_is_named_without_running_its_file(tmp_path):
