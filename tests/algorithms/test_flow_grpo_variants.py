@@ -128,6 +128,7 @@ def test_only_the_guard_keeps_the_rollout_s_means():
     model = LinearVelocity()
     assert roll_out(grpo(), model).means_NSCHW is None
     rollout = roll_out(grpo(ratio="guard"), model)
+    assert rollout.means_NSCHW is not None
     for s, (_, stats) in enumerate(by_step(rollout, model)):
         torch.testing.assert_close(rollout.means_NSCHW[:, s], stats.mean.detach())
 

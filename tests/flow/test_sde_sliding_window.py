@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import pytest
 import torch
 
 from flowalign.flow.schedule import sigmas
-from flowalign.flow.sde import Window, window_mask
+from flowalign.flow.sde import Kind, Window, window_mask
 
 GRID = sigmas(6, 3.0)
 
 
-def places(window: Window, iterations: int, kind="flow", grid: torch.Tensor = GRID) -> list[tuple[int, int]]:
+def places(window: Window, iterations: int, kind: Kind = "flow", grid: torch.Tensor = GRID) -> list[tuple[int, int]]:
     """First step and number of steps of each iteration's window."""
     masks = [window_mask(window, kind, grid, 0.7, iteration=i).nonzero().flatten() for i in range(iterations)]
     assert all(torch.equal(mask, torch.arange(len(mask)) + mask[0]) for mask in masks)
     return [(int(mask[0]), len(mask)) for mask in masks]
 
 
-def stays(window: Window, iterations: int, kind="flow") -> list[tuple[int, int]]:
+def stays(window: Window, iterations: int, kind: Kind = "flow") -> list[tuple[int, int]]:
     """The places in turn, each with the number of iterations that the window stays there."""
     starts = [start for start, _ in places(window, iterations, kind)]
     return [(start, len(list(run))) for start, run in groupby(starts)]
@@ -74,5 +75,6 @@ def test_a_sliding_window_without_a_place_is_refused(kind):
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"size": None}, {"every": 0}, {"stride": 0}, {"decay": -0.1}])
 def test_malformed_sliding_windows_are_refused(wrong):
+    arguments: dict[str, Any] = {"kind": "sliding", "size": 2, **wrong}
     with pytest.raises(ValueError):
-        Window(**{"kind": "sliding", "size": 2, **wrong})
+        Window(**arguments)
