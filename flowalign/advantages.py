@@ -31,22 +31,29 @@ def group_advantages(
 
     A group with fewer than two valid samples, or whose valid rewards are all equal, gets exactly 0,
     as does every invalid sample. (Flow-GRPO, arXiv:2505.05470, eq. 4)
+
+    ``rewards`` and ``valid`` are (N,), or (N, J) where a sample was finished J times: each column is then normalised
+    alone, and a sample gets the sum of its advantages, clipped after it. (G²RPO, arXiv:2510.01982, sec. 3.3)
     """
-    values = rewards.double()
-    result = torch.zeros_like(values)
+    if rewards.ndim == 1:
+        rewards, valid = rewards[:, None], valid[:, None]
     ids = torch.tensor(list(group_ids))
-    batch_std = values[valid].std(correction=0) if bool(valid.any()) else values.new_zeros(())
     groups = ids.unique()
-    silent = 0
-    for group in groups:
-        member = (ids == group) & valid
-        own = values[member]
-        if own.numel() < 2 or bool(own.max() == own.min()):
-            silent += 1
-            continue
-        scale = {"group": own.std(correction=0) + eps, "batch": batch_std + eps, "none": 1.0}[std]
-        result[member] = (own - own.mean()) / scale
-    return Credit(result.clamp(-clip, clip).float(), silent / max(1, len(groups)))
+    result = torch.zeros_like(rewards, dtype=torch.float64)
+    teaches = torch.zeros(len(groups), dtype=torch.bool)
+    for j in range(rewards.shape[1]):
+        values, usable = rewards[:, j].double(), valid[:, j]
+        batch_std = values[usable].std(correction=0) if bool(usable.any()) else values.new_zeros(())
+        for g, group in enumerate(groups):
+            member = (ids == group) & usable
+            own = values[member]
+            if own.numel() < 2 or bool(own.max() == own.min()):
+                continue
+            teaches[g] = True
+            scale = {"group": own.std(correction=0) + eps, "batch": batch_std + eps, "none": 1.0}[std]
+            result[member, j] = (own - own.mean()) / scale
+    silent = int((~teaches).sum())
+    return Credit(result.sum(1).clamp(-clip, clip).float(), silent / max(1, len(groups)))
 
 
 def per_reward_advantages(
@@ -63,7 +70,8 @@ def per_reward_advantages(
 
     So a reward of small spread is not drowned by one of large spread, which the sum's own std allows (GDPO, Liu et al.
     2026, arXiv:2601.05242, eqs. 4-6). A reward counts where it is finite, which is where it applies. The batch
-    mean is 0 by construction and is not subtracted, so a sample without any signal keeps exactly 0.
+    mean is 0 by construction and is not subtracted, so a sample without any signal keeps exactly 0. Shapes as in
+    :func:`group_advantages`.
     """
     total = torch.zeros(len(valid), dtype=torch.float64)
     silent = []
@@ -72,10 +80,28 @@ def per_reward_advantages(
         own = group_advantages(by_reward[name].nan_to_num(), usable, group_ids, std=std, clip=float("inf"), eps=eps)
         total += weight * own.advantages.double()
         silent.append(own.advantages != 0)
-    learns = torch.stack(silent).any(0) if silent else torch.zeros_like(valid)
-    spread = total[valid].std(correction=0) if bool(valid.any()) else total.new_zeros(())
+    learns = torch.stack(silent).any(0) if silent else torch.zeros(len(valid), dtype=torch.bool)
+    counted = valid if valid.ndim == 1 else valid.any(1)
+    spread = total[counted].std(correction=0) if bool(counted.any()) else total.new_zeros(())
     ids = torch.tensor(list(group_ids))
     groups = ids.unique()
     quiet = sum(not bool(learns[ids == group].any()) for group in groups)
     scaled = torch.where(learns, total / (spread + eps), total.new_zeros(()))
     return Credit(scaled.clamp(-clip, clip).float(), quiet / max(1, len(groups)))
+
+
+def best_and_worst(values: Tensor, valid: Tensor, group_ids: Sequence[int], *, best: int, worst: int) -> Tensor:
+    """Which samples are among the ``best`` highest or ``worst`` lowest of their group: bool (N,).
+
+    ``values``, ``valid`` (N,). A group with no more valid samples than that keeps them all; of equal values the earlier
+    sample counts as the better one. (best-of-N: DanceGRPO, arXiv:2505.07818; why the extremes teach the most:
+    arXiv:2512.15347)
+    """
+    ids = torch.tensor(list(group_ids))
+    kept = torch.zeros_like(valid)
+    for group in ids.unique():
+        member = ((ids == group) & valid).nonzero().flatten()
+        order = member[values[member].argsort(descending=True, stable=True)]
+        kept[order[:best]] = True
+        kept[order[max(0, len(order) - worst) :]] = True
+    return kept

@@ -10,14 +10,14 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from flowalign.flow import sde
-from flowalign.types import Condition, RolloutSpec, Scores, TrainBatch
+from flowalign.flow import density, forward, path, schedule, sde
+from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 
 
 class VelocityModel(Protocol):
@@ -66,7 +66,11 @@ class Algorithm(Protocol):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Roles of the networks it needs: ``policy``, ``reference``, ``teacher:<name>``."""
+        """Roles of the networks it needs: ``policy``, ``reference``, ``teacher:<name>``, ``rollout``.
+
+        ``rollout`` is the network with the weights that made the batch, the policy's or their average as
+        ``rollout_weights`` declares. It is there in ``prepare`` only, in the place of ``policy``.
+        """
         ...
 
     @property
@@ -79,7 +83,9 @@ class Algorithm(Protocol):
         """How iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
         ...
 
-    def prepare(self, batch: Any, scores: Scores | None, models: Models) -> TrainBatch: ...
+    def prepare(self, batch: Any, scores: Scores | None, models: Models) -> TrainBatch:
+        """What is learned from one batch; the learner gives models that take CPU tensors of any number of samples."""
+        ...
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput: ...
 
@@ -135,6 +141,73 @@ def seeded(*numbers: int) -> torch.Generator:
 
     digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class ForwardConfig(AlgorithmConfig):
+    """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents.
+
+    Of every image they take ``timesteps`` points ``x_t = (1 - t) x_0 + t noise``. With ``density: grid`` t comes from
+    the rollout's own noise levels, as in the public code of NFT and AWM; else from a density of ``flow.density`` with
+    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance. ``shift`` null takes the
+    model's own scheduler's. With ``rollout_weights: ema`` the learner's average makes the images, and ``ema_decay`` is
+    the learner's: constant, and applied at every optimizer step.
+    """
+
+    group_size: int = Field(24, ge=2)
+    num_steps: int = Field(10, ge=1)
+    shift: float | None = Field(None, gt=0)
+    grid: Literal["diffusers", "paper"] = "diffusers"
+    guidance_scale: float = Field(1.0, ge=0)
+    norm_preserving: bool = False
+    timesteps: int = Field(9, ge=1)
+    density: Literal["grid", "uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "grid"
+    density_params: dict[str, float] = Field(default_factory=dict)
+    rollout_weights: Literal["policy", "ema"] = "policy"
+
+    @model_validator(mode="after")
+    def _density_is_one(self) -> Self:
+        if self.density == "grid":
+            if self.density_params:
+                raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
+            return self
+        try:
+            density.density(self.density, **self.density_params)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"density_params: {error}") from error
+        return self
+
+    def rollout_spec(self) -> RolloutSpec:
+        """Every step an ODE step: no state is kept, no log-prob exists."""
+        sigmas = schedule.sigmas(self.num_steps, shift=self.shift or 1.0, grid=self.grid)
+        return RolloutSpec(
+            kind="ode",
+            sigmas=tuple(sigmas.tolist()),
+            window=(0, 0),
+            noise_level=0.0,
+            guidance_scale=self.guidance_scale,
+            norm_preserving=self.norm_preserving,
+        )
+
+    def points(self, batch: Rollout, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The points of the samples where ``learns`` (N,) is True, M in all, sample after sample.
+
+        Returns the sample of each (M,), and ``x`` (M, C, H, W), ``t`` (M,) and the velocity ``target`` (M, C, H, W).
+        They are a function of (run seed, policy version, sample id) and the final latents: not of the batch, nor of
+        the workers that made it.
+        """
+        chosen = learns.nonzero().flatten()
+        ids = [batch.batch.sample_ids[n] for n in chosen.tolist()]
+        t_NT, noise_NTCHW = forward.draw(
+            self.density,
+            self.timesteps,
+            batch.final_NCHW.shape[1:],
+            [seeded(batch.seed, 13, batch.policy_version, sample_id) for sample_id in ids],
+            batch.spec.sigmas,
+            **self.density_params,
+        )
+        sample = chosen.repeat_interleave(self.timesteps)
+        x0, noise, t = batch.final_NCHW[sample], noise_NTCHW.flatten(0, 1), t_NT.flatten()
+        return sample, {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}
 
 
 def step_log_prob(spec: RolloutSpec, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:

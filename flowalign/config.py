@@ -57,11 +57,15 @@ class DataConfig(Section):
     """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file.
 
     ``task_weights`` gives a task (``tag``) that many groups for each one of a task that is not named; 0 leaves it out.
+    ``preferences`` is a parquet file or a folder of pairs for an algorithm that learns from such, of which an iteration
+    takes ``groups_per_iteration``; their latents are kept in ``preferences_cache``, by default a folder beside it.
     """
 
     prompts: str = "shapes:train"
     task_weights: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     groups_per_iteration: Positive = 12
+    preferences: str | None = None
+    preferences_cache: str | None = None
 
 
 class RewardConfig(Section):
@@ -181,7 +185,7 @@ class AlignConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     algorithm: dict[str, Any]
-    rewards: list[RewardConfig]
+    rewards: list[RewardConfig] = Field(default_factory=list)
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -199,6 +203,8 @@ class AlignConfig(Section):
             raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
         if self.rewards and not any(reward.weight and not reward.gold for reward in self.rewards):
             raise ValueError("rewards: none is trained on; give one a weight other than 0 without gold: true")
+        if self.data.preferences_cache is not None and self.data.preferences is None:
+            raise ValueError("data.preferences_cache: there is nothing to keep without data.preferences")
         if self.learner.engine == "torch" and self.learner.zero_stage:
             raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
         if self.evaluation.every and self.seed == self.evaluation.seed:

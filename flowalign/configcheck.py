@@ -19,6 +19,7 @@ from flowalign.config import AlignConfig, ConfigError, RewardConfig
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
+COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain"}
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -86,11 +87,16 @@ def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], pr
 
 
 def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
-    """The section that a path of keys and list indices leads to."""
+    """The section that a path of keys and list indices leads to; names in a mapping of sections are the user's."""
     found: type[BaseModel] | None = model
+    named = False
     for part in (part for part in loc if isinstance(part, str)):
+        if named:
+            named = False
+            continue
         field = found.model_fields.get(part) if found is not None else None
         found = None if field is None else _model_in(field.annotation)
+        named = field is not None and get_origin(field.annotation) is dict
     return found
 
 
@@ -115,7 +121,7 @@ def _algorithm_leaves() -> list[str]:
 
 
 def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
-    """The configured algorithm, which must consume what the command makes."""
+    """The configured algorithm, which must belong to the command of those that consume ``consumes``."""
     from flowalign.algorithm import UnknownAlgorithm, algorithm_class, known_algorithms
 
     try:
@@ -124,15 +130,17 @@ def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
         reason = str(error).removeprefix("algorithm.type: ")
         near = get_close_matches(str(raw["type"]), known_algorithms(), n=1)
         raise ConfigError("algorithm.type", f"{reason}; did you mean {near[0]}?" if near else reason) from error
+    if "teachers" in cls.Config.model_fields and "teachers" not in raw:
+        raise ConfigError("algorithm.teachers", "is missing; name one or more, such as {better: {path: runs/better}}")
     try:
         algorithm = cls(cls.Config.model_validate(raw))
     except ValidationError as error:
         raise explain(error, cls.Config, ("algorithm",)) from error
-    if algorithm.consumes.__name__ != consumes:
-        command = "pretrain" if algorithm.consumes.__name__ == "LatentBatch" else "align"
-        raise ConfigError(
-            "algorithm.type", f"{raw['type']} learns from {algorithm.consumes.__name__}; use `flowalign {command}`"
-        )
+    learns_from = algorithm.consumes.__name__
+    command = COMMANDS.get(learns_from)
+    if command != COMMANDS[consumes]:
+        advice = f"use `flowalign {command}`" if command else "no command makes that"
+        raise ConfigError("algorithm.type", f"{raw['type']} learns from {learns_from}; {advice}")
     return algorithm
 
 
@@ -151,17 +159,54 @@ def model_family(name: str) -> ModuleType:
 
 
 def check_model(config: Any) -> None:
-    """The model directory exists, is of the family's kind, and takes the image size."""
+    """The model directory exists, is of the family's kind, and takes the image size.
+
+    So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
+    """
+    shape = _checked_pipeline("model.path", Path(config.model.path), config.model)
+    algorithm = getattr(config, "algorithm", {})
+    for name, teacher in (algorithm.get("teachers") or {}).items():
+        key = f"algorithm.teachers.{name}"
+        own = _checked_teacher(key, teacher, config.model)
+        if own is not None and own != shape:
+            raise ConfigError(f"{key}.path", f"{teacher['path']} has latents of {own}, the model's are {shape}")
+    if isinstance(config, AlignConfig) and config.data.preferences is not None:
+        from flowalign.data.preferences import PreferencesError, check_source
+
+        try:
+            check_source(Path(config.data.preferences))
+        except PreferencesError as error:
+            raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
+
+
+def _checked_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | None:
+    """The shape of a pipeline's latents, where its family can tell without loading it."""
     from flowalign.models.inspect import latent_shape
 
-    check: Callable[[Path], None] | None = getattr(model_family(config.model.type), "check_directory", None)
+    check: Callable[[Path], None] | None = getattr(model_family(model.type), "check_directory", None)
     try:
         if check is not None:
-            check(Path(config.model.path))
-        if config.model.type == "sd3":
-            latent_shape(Path(config.model.path), config.model.height, config.model.width)
+            check(path)
+        return latent_shape(path, model.height, model.width) if model.type == "sd3" else None
     except ValueError as error:
-        raise ConfigError("model.path", str(error).removeprefix("model.path: ")) from error
+        raise ConfigError(key, str(error).removeprefix("model.path: ")) from error
+
+
+def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[int, int, int] | None:
+    """A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's."""
+    from flowalign.checkpoint import CheckpointError
+    from flowalign.sample import find_checkpoint
+
+    path = Path(teacher["path"])
+    if (path / "model_index.json").is_file():
+        if teacher.get("weights", "model") != "model":
+            raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
+        return _checked_pipeline(f"{key}.path", path, model)
+    try:
+        find_checkpoint(path)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}.path", str(error)) from error
+    return None
 
 
 def scheduler_shift(model: Path) -> float | None:
@@ -235,6 +280,8 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: P
 
 def check_numbers(config: AlignConfig, algorithm: Any) -> None:
     """Counts that must fit together, and settings that need another one."""
+    _check_pairs_wanted(config, algorithm)
+    _check_tasks_taught(config, algorithm)
     if algorithm.needs_scores and not config.rewards:
         raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
     if config.learner.ema_decay is None:
@@ -253,6 +300,37 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
             "learner.updates_per_iteration",
             f"{updates} updates on {config.learner.ranks} ranks need as many transitions; an iteration has {items}",
         )
+
+
+def _check_pairs_wanted(config: AlignConfig, algorithm: Any) -> None:
+    """Preference pairs are given where the algorithm learns from them, and nowhere else."""
+    wanted, given = algorithm.consumes.__name__ == "PreferencePairs", config.data.preferences is not None
+    if wanted and not given:
+        raise ConfigError(
+            "data.preferences",
+            "is missing; give a parquet file or a folder, such as `flowalign make-preferences` writes",
+        )
+    if given and not wanted:
+        raise ConfigError("data.preferences", f"{config.algorithm['type']} learns from what it rolls out; leave it out")
+
+
+def _check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:
+    """Every task of the prompts has its teacher."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    if not hasattr(algorithm, "teacher_of"):
+        return
+    try:
+        rows = load_prompts(config.data.prompts)
+    except PromptsError:
+        return  # check_prompts says it
+    weights = config.data.task_weights
+    try:
+        for row in rows:
+            if weights.get(str(row.get("tag", "")), 1):
+                algorithm.teacher_of(row)
+    except ValueError as error:
+        raise ConfigError("algorithm.teachers", str(error).removeprefix("algorithm.teachers: ")) from error
 
 
 def check_device(key: str, device: str, here: bool = True) -> None:

@@ -19,8 +19,7 @@ Config = TypeVar("Config", AlignConfig, PretrainConfig)
 
 def resolve(config: Config, base: Path) -> Config:
     """Shipped names and relative paths become absolute paths."""
-    model_path = str(SHIPPED / "pipeline") if config.model.path == "shapes" else _path(config.model.path, base)
-    update: dict[str, Any] = {"model": config.model.model_copy(update={"path": model_path})}
+    update: dict[str, Any] = {"model": config.model.model_copy(update={"path": _model(config.model.path, base)})}
     if isinstance(config, PretrainConfig):
         update["latents"] = _path(config.latents, base)
         return config.model_copy(update=update)
@@ -29,8 +28,25 @@ def resolve(config: Config, base: Path) -> Config:
     scorer = scorer and resolve_reward(scorer, base, "evaluation.scorer")
     evaluation = {"prompts": _prompts(config.evaluation.prompts, base), "scorer": scorer}
     update |= {"rewards": rewards, "evaluation": config.evaluation.model_copy(update=evaluation)}
-    update["data"] = config.data.model_copy(update={"prompts": _prompts(config.data.prompts, base)})
+    data = {name: getattr(config.data, name) for name in ("preferences", "preferences_cache")}
+    paths = {name: _path(value, base) for name, value in data.items() if value is not None}
+    update["data"] = config.data.model_copy(update={"prompts": _prompts(config.data.prompts, base), **paths})
+    update["algorithm"] = _teachers(config.algorithm, base)
     return config.model_copy(update=update)
+
+
+def _teachers(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The algorithm's keys, with absolute paths of its teachers; what is no such key is left for its own parser."""
+    teachers = algorithm.get("teachers")
+    if not isinstance(teachers, dict):
+        return algorithm
+    found = {
+        name: {**teacher, "path": _model(teacher["path"], base)}
+        if isinstance(teacher, dict) and isinstance(teacher.get("path"), str)
+        else teacher
+        for name, teacher in teachers.items()
+    }
+    return {**algorithm, "teachers": found}
 
 
 def resolve_reward(reward: RewardConfig, base: Path, key: str) -> RewardConfig:
@@ -72,6 +88,10 @@ def _option(value: Any, name: str, base: Path, key: str) -> Any:
 
 def _is_path(value: str, base: Path) -> bool:
     return "/" in value or (base / value).exists() or Path(value).exists()
+
+
+def _model(path: str, base: Path) -> str:
+    return str(SHIPPED / "pipeline") if path == "shapes" else _path(path, base)
 
 
 def _prompts(source: str, base: Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from flowalign.algorithm import VelocityModel, fixed_geometry, seeded
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.models.ema import Ema
-from flowalign.types import Scores, TrainBatch, Update
+from flowalign.types import Condition, Scores, TrainBatch, Update
 
 
 class Learner:
@@ -45,8 +46,7 @@ class Learner:
         The metrics are means over the steps, except ``replay/max_abs_dlogp``, which is the first
         step's: there the policy is still the one that rolled out.
         """
-        with torch.no_grad():
-            train = self.algorithm.prepare(batch, scores, self.models)
+        train = self._prepare(batch, scores)
         # Once, not with every micro-batch: each of those refers to all prompts of the iteration.
         train = replace(train, condition=train.condition.to(self.device))
         history = []
@@ -57,6 +57,48 @@ class Learner:
                     history.append(self._step(train, part))
         self.version += 1
         return Update(self.version, {**train.metrics, **_summary(history), "learner/updates": float(len(history))})
+
+    def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
+        """The algorithm's ``prepare``, without gradients; every rank computes all of it."""
+        models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
+        rolls_out = "rollout" in self.algorithm.models
+        if rolls_out:
+            models["rollout"] = models.pop("policy")
+        with torch.no_grad(), self._rollout_weights_bound(rolls_out):
+            return self.algorithm.prepare(batch, scores, models)
+
+    def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
+        """``model`` over any number of samples from the CPU and back, in the geometry and precision of a step."""
+
+        def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+            condition = condition.to(self.device)
+            parts = [torch.empty_like(x[:0], device="cpu")]
+            for begin in range(0, len(x), self.micro_batch_size):
+                part = slice(begin, begin + self.micro_batch_size)
+                with self.engine.autocast():
+                    made = model(x[part].to(self.device), t[part].to(self.device), condition.take(part), **options)
+                parts.append(made.to("cpu", x.dtype))
+            return torch.cat(parts)
+
+        return call
+
+    @contextmanager
+    def _rollout_weights_bound(self, wanted: bool) -> Iterator[None]:
+        """Inside, the network holds what `weights` gives to rollouts; afterwards its own again, bit for bit.
+
+        Weights and their master copies alone are exchanged, never moments or step counts, on every ZeRO stage. Where
+        the policy itself rolled out there is nothing to do; else it is a collective call that gathers the weights
+        once and loads them twice.
+        """
+        if not wanted or self.algorithm.rollout_weights == "policy" or self.ema is None:
+            yield
+            return
+        own = self.engine.weights()
+        self.engine.load_weights(self.weights())
+        try:
+            yield
+        finally:
+            self.engine.load_weights(own)
 
     def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
         shares = list(order.split(self.micro_batch_size))

@@ -25,7 +25,9 @@ class Backend(Protocol):
 
     def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected: ...
 
-    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update: ...
+    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
+        """Learn from a rollout; without one from what the learner has on disk."""
+        ...
 
     def sync(self, evaluation: bool = False) -> None:
         """Give the learner's weights to every rollout worker; stops the run unless each acknowledges them.
@@ -46,7 +48,9 @@ class Sampler(Protocol):
 class Journal(Protocol):
     """Where a run leaves its traces: metrics, images, checkpoints."""
 
-    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected) -> None: ...
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Any) -> None:
+        """``collected`` is the iteration's `Collected`, None where it rolled nothing out."""
+        ...
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
 
@@ -74,26 +78,30 @@ class Run:
 
 
 def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
-    """Roll out, score, learn, sync, until ``run.iterations``; iterations are counted from 1 once done."""
+    """Roll out, score, learn, sync, until ``run.iterations``; iterations are counted from 1 once done.
+
+    An algorithm without a rollout plan learns from pairs on disk: nothing is rolled out but for evaluations.
+    """
     backend.sync()
     if start == 0:
         _evaluate(run, backend, journal, 0)
     for iteration in range(start, run.iterations):
         clock = Clock()
         spec = run.algorithm.rollout_plan(iteration, run.seed)
-        collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        collected = None if spec is None else backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
         clock.lap("collect_s")
-        require_valid(collected.scores, run.min_valid_fraction)
-        update = backend.update(collected.rollout, collected.scores, iteration)
+        if collected is None:
+            update = backend.update(None, None, iteration)
+        else:
+            if run.algorithm.needs_scores:
+                require_valid(collected.scores, run.min_valid_fraction)
+            update = backend.update(collected.rollout, collected.scores, iteration)
         clock.lap("learn_s")
-        backend.sync()
-        clock.lap("sync_s")
         done = iteration + 1
-        metrics = {
-            **reward_metrics(collected.scores),
-            **update.metrics,
-            **clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout)),
-        }
+        if collected is not None or journal.due("evaluation", done):
+            backend.sync()
+        clock.lap("sync_s")
+        metrics = {**_reward_metrics(collected), **update.metrics, **_times(clock, collected)}
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         journal.iteration(done, metrics, collected)
@@ -102,6 +110,16 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
             journal.checkpoint(done, backend, metrics)
         if stopping:
             return
+
+
+def _reward_metrics(collected: Collected | None) -> dict[str, float]:
+    return reward_metrics(collected.scores) if collected is not None and collected.scores.by_reward else {}
+
+
+def _times(clock: Clock, collected: Collected | None) -> dict[str, float]:
+    if collected is None:
+        return clock.metrics(0.0, 0.0, 0)
+    return clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout))
 
 
 def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """A policy and a PromptBatch make a Rollout; knows nothing of Ray.
 
-Shapes: N samples, S window steps, K schedule steps, C H W latents.
+Shapes: N samples, S window steps, K schedule steps, J granularities, C H W latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel, fixed_geometry, seeded, step_log_prob
 from flowalign.flow import sde
 from flowalign.models.base import Policy
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec
+from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, SdeKind
 
 
 class SampleNoise:
@@ -48,34 +49,77 @@ class SampleNoise:
 
 @torch.no_grad()
 def integrate(
-    velocity: VelocityModel, condition: Condition, noise: SampleNoise, spec: RolloutSpec, device: str = "cpu"
+    velocity: VelocityModel,
+    condition: Condition,
+    noise: SampleNoise,
+    spec: RolloutSpec,
+    device: str = "cpu",
+    *,
+    geometry: int | None = None,
+    groups: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept."""
+    """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept.
+
+    The final latents are (N·J, C, H, W), sample after sample the J granularities of the spec. ``geometry`` is the
+    batch size that the network is called with. With ``groups``, the group of each sample, all steps before the window
+    are taken once a group, from the initial noise of its first sample and without padding: the network then sees a
+    smaller batch, so that these states are those of separate walks up to the rounding of its kernels. What is stored
+    begins at the window, hence a replay is as exact as without; a group that lies in two calls is walked in each.
+    """
+    network = velocity if geometry is None else fixed_geometry(velocity, geometry)
     begin, end = spec.window
     x = noise.draw().to(device)
-    states, log_probs, means = [], [], []
-    for k in range(spec.num_steps):
-        sigma, sigma_next = spec.sigmas[k], spec.sigmas[k + 1]
-        stochastic = begin <= k < end
-        t = torch.full((x.shape[0],), sigma, device=device)
-        v = velocity(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
-        kind = spec.kind if stochastic else "ode"
-        stats = sde.reverse_step(kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
-        drawn = noise.draw()
-        if not stochastic:
-            x = stats.mean
-            continue
+    if groups is None or begin == 0:
+        x = _walk(network, condition, x, spec.sigmas[: begin + 1], spec)
+    else:
+        first, place = (index.to(device) for index in _groups(groups, condition))
+        x = _walk(velocity, condition.take(first), x[first], spec.sigmas[: begin + 1], spec)[place]
+    for _ in range(begin):
+        noise.draw()
+    states, log_probs, means = [x], [], []
+    for sigma, sigma_next in pairwise(spec.sigmas[begin : end + 1]):
+        stats = _step(network, condition, x, sigma, sigma_next, spec.kind, spec)
+        x = stats.mean + stats.std * noise.draw().to(device)
         states.append(x)
-        x = stats.mean + stats.std * drawn.to(device)
         log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
         means.append(stats.mean)
-        if k + 1 == end:
-            states.append(x)
-    if not states:
+    rest = [(*spec.sigmas[end : spec.num_steps : stride], spec.sigmas[-1]) for stride in spec.granularities]
+    final = torch.stack([_walk(network, condition, x, sigmas, spec) for sigmas in rest], 1).flatten(0, 1)
+    if not means:
         empty = x.new_zeros((x.shape[0], 0))
-        return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, x, None
+        return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, final, None
     kept = torch.stack(means, 1) if spec.keep_means else None
-    return torch.stack(states, 1), torch.stack(log_probs, 1), x, kept
+    return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
+
+
+def _step(
+    model: VelocityModel,
+    condition: Condition,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    kind: SdeKind,
+    spec: RolloutSpec,
+) -> sde.StepStats:
+    t = torch.full((x.shape[0],), sigma, device=x.device)
+    v = model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
+    return sde.reverse_step(kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+
+
+def _walk(model: VelocityModel, condition: Condition, x: Tensor, sigmas: Sequence[float], spec: RolloutSpec) -> Tensor:
+    for sigma, sigma_next in pairwise(sigmas):
+        x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
+    return x
+
+
+def _groups(groups: Sequence[int], condition: Condition) -> tuple[Tensor, Tensor]:
+    """The first sample of each group, and for every sample the place of its group among them."""
+    place = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    first, member = torch.tensor([groups.index(group) for group in place]), torch.tensor([place[g] for g in groups])
+    prompts = condition.index_N.cpu()
+    if not torch.equal(prompts[first][member], prompts):
+        raise ValueError("a group holds several prompts, so its samples cannot share the steps before the window")
+    return first, member
 
 
 def rollout(
@@ -91,7 +135,7 @@ def rollout(
     condition: Condition | None = None,
     geometry: int | None = None,
 ) -> Rollout:
-    """Make the samples of one chunk; the result lies on the CPU.
+    """Make the samples of one chunk; the result lies on the CPU, an image for every sample and granularity.
 
     ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
     samples replay exactly too.
@@ -100,12 +144,15 @@ def rollout(
     condition = policy.encode_prompts(batch.prompts) if condition is None else condition
     shape = policy.latent_shape(height, width)
     noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
-    velocity = policy.velocity if geometry is None else fixed_geometry(policy.velocity, geometry)
-    states, log_probs, final, means = integrate(velocity, condition, noise, spec, device)
+    groups = batch.group_ids if spec.shared_noise and spec.shared_prefix else None
+    states, log_probs, final, means = integrate(
+        policy.velocity, condition, noise, spec, device, geometry=geometry, groups=groups
+    )
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
+    rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
     return Rollout(
-        batch=batch,
-        condition=condition.to("cpu"),
+        batch=batch.take(rows),
+        condition=condition.to("cpu").take(torch.tensor(rows)),
         spec=spec,
         states_NSCHW=states.cpu(),
         log_prob_NS=log_probs.cpu(),

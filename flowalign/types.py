@@ -74,7 +74,9 @@ class RolloutSpec:
     """How one iteration's trajectories are made; everything a replay needs besides the weights.
 
     ``window`` is the half-open range of steps that are stochastic (of ``kind``); all others are ODE
-    steps. ``sigmas`` are the K+1 noise levels, 1 to 0. With ``shared_noise`` all samples of a group start alike.
+    steps. ``sigmas`` are the K+1 noise levels, 1 to 0. With ``shared_noise`` all samples of a group start alike; with
+    ``shared_prefix`` as well, the steps before the window are computed once a group. Every sample is finished once
+    for each of ``granularities``: by that many of the remaining steps at a time.
     """
 
     kind: SdeKind
@@ -86,6 +88,8 @@ class RolloutSpec:
     keep_means: bool = False
     log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
     shared_noise: bool = False
+    shared_prefix: bool = False
+    granularities: tuple[int, ...] = (1,)
 
     @property
     def num_steps(self) -> int:
@@ -104,6 +108,10 @@ class Rollout:
     ``states_NSCHW`` has S+1 states: before each step of the window and after its last (S may be 0).
     ``log_prob_NS`` is a mean over dimensions; ``means_NSCHW`` are the rollout's own step means, if
     the spec kept them; ``final_NCHW`` is the latent at t = 0; ``images`` is uint8 (N, H, W, 3).
+
+    With J granularities there are N·J images, the J of one sample in a row. Then ``batch``, ``condition``,
+    ``final_NCHW``, ``images`` and the scores have a row an image, so that each is scored like any other; states,
+    log-probs and means have a row a sample.
     """
 
     batch: PromptBatch

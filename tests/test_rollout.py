@@ -184,3 +184,68 @@ def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
     with torch.no_grad():
         outputs = [algorithm.loss(models, train.take(part)) for part in torch.arange(len(train)).split(12)]
     assert max(float(o.metrics["replay/max_abs_dlogp"]) for o in outputs) == 0
+
+
+def replays_exactly(policy, algorithm, made, geometry):
+    """Log-probs recomputed in shuffled micro-batches of the rollout's batch size are the rollout's, bit for bit."""
+    count = len(made)
+    rewards = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    scores = Scores({"r": rewards}, rewards, torch.ones(count, dtype=torch.bool))
+    models = {"policy": fixed_geometry(policy.velocity, geometry)}
+    train = algorithm.prepare(made, scores, models)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = [algorithm.loss(models, train.take(part)).metrics for part in order.split(geometry)]
+    return all(o["replay/max_abs_dlogp"] == 0 and o["ratio/mean"] == 1 for o in outputs)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_bit(policy, guidance):
+    window = {"kind": "fixed", "start": 2, "size": 2}
+    apart = grpo(initial_noise="group", window=window, guidance_scale=guidance)
+    shared = grpo(initial_noise="group", window=window, guidance_scale=guidance, share_prefix=True)
+    plans = apart.rollout_plan(0, 0), shared.rollout_plan(0, 0)
+    a, b = (rollout(policy, prompt_batch(), plan, seed=3, policy_version=0, geometry=12) for plan in plans)
+    torch.testing.assert_close(a.states_NSCHW, b.states_NSCHW, rtol=0, atol=1e-4)
+    torch.testing.assert_close(a.final_NCHW, b.final_NCHW, rtol=0, atol=1e-4)
+    for group in range(3):
+        starts = b.states_NSCHW[4 * group : 4 * group + 4, 0]
+        assert all(torch.equal(starts[0], start) for start in starts)
+    assert replays_exactly(policy, shared, b, 12)
+
+
+def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
+    algorithm = grpo(initial_noise="group", window={"kind": "fixed", "start": 2, "size": 2}, share_prefix=True)
+    plan = algorithm.rollout_plan(0, 0)
+    chunks = [rollout(policy, c, plan, seed=3, policy_version=0, geometry=6) for c in prompt_batch().chunks(6)]
+    made = cat_rollouts(chunks)
+    starts = made.states_NSCHW[4:8, 0]
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[2], starts[3])
+    torch.testing.assert_close(starts[0], starts[2], rtol=0, atol=1e-4)
+    assert replays_exactly(policy, algorithm, made, 6)
+
+
+def test_a_normalised_ratio_is_exactly_1_on_the_rollout_s_weights(policy):
+    algorithm = grpo(ratio="guard", window={"kind": "fixed", "start": 1, "size": 2})
+    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0)
+    assert made.means_NSCHW is not None and made.means_NSCHW.shape == (12, 2, 16, 8, 8)
+    assert replays_exactly(policy, algorithm, made, 12)
+
+
+def test_several_granularities_make_several_images_of_a_sample(policy):
+    options = {"initial_noise": "group", "share_prefix": True, "window": {"kind": "fixed", "start": 1, "size": 1}}
+    algorithm = grpo(**options, granularities=(1, 2))
+    spec = algorithm.rollout_plan(0, 0)
+    parts = [rollout(policy, c, spec, seed=3, policy_version=0, geometry=8) for c in prompt_batch().chunks(8)]
+    made = cat_rollouts(parts)
+    assert made.images.shape == (24, 64, 64, 3) and made.states_NSCHW.shape == (12, 2, 16, 8, 8)
+    assert made.batch.prompts == tuple(p for p in prompt_batch().prompts for _ in range(2))
+    assert len(made.condition) == len(made.batch) == 24
+    one = grpo(**options).rollout_plan(0, 0)
+    fine = cat_rollouts(
+        [rollout(policy, c, one, seed=3, policy_version=0, geometry=8) for c in prompt_batch().chunks(8)]
+    )
+    assert torch.equal(made.final_NCHW[::2], fine.final_NCHW)
+    assert int((made.images[::2].int() - fine.images.int()).abs().max()) <= 1  # decoded in batches of another size
+    assert not torch.equal(made.images[1::2], fine.images)
+    assert replays_exactly(policy, algorithm, made, 8)

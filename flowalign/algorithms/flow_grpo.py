@@ -1,17 +1,20 @@
 """Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): PPO-clipped policy gradient on the reverse SDE's steps.
 
-Shapes: N samples, S window steps, M = N·S transitions, C H W latents.
+Its published variants are options of one class, because they combine freely; the docstrings name the source of each.
+
+Shapes: N samples, S window steps, n of them trained, M = N·n transitions, J granularities, C H W latents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import Tensor
 
-from flowalign.advantages import Credit, group_advantages, per_reward_advantages
+from flowalign.advantages import Credit, best_and_worst, group_advantages, per_reward_advantages
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
 from flowalign.flow import schedule, sde
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
@@ -21,18 +24,53 @@ class WindowConfig(BaseModel):
     """Which steps are stochastic; see ``flowalign.flow.sde.Window``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["full", "fixed", "random"] = "full"
+    kind: Literal["full", "fixed", "random", "sliding"] = "full"
     start: Annotated[int, Field(ge=0)] = 0
     size: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[int, Field(ge=1)] | None = None
+    every: Annotated[int, Field(ge=1)] = 25
+    stride: Annotated[int, Field(ge=1)] = 1
+    decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_start: Annotated[int, Field(ge=0)] = 0
+    wrap: bool = True
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> WindowConfig:
         if self.kind == "full" and self.size is not None:
-            raise ValueError("a full window has no size; write kind: fixed or random")
+            raise ValueError("a full window has no size; write kind: fixed, random or sliding")
         if self.kind == "fixed" and self.stop is not None:
             raise ValueError("a fixed window ends at start + size; leave stop out")
+        if self.kind != "sliding":
+            still = WindowConfig.model_fields
+            for name in ("every", "stride", "decay", "decay_start", "wrap"):
+                if getattr(self, name) != still[name].default:
+                    raise ValueError(f"{name}: a {self.kind} window does not slide; write kind: sliding")
         return self
+
+
+class ClipRange(BaseModel):
+    """How far the ratio may fall below and rise above 1; one number stands for both. (DAPO, arXiv:2503.14476)"""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_one_number(cls, value: Any) -> Any:
+        return value if isinstance(value, (Mapping, ClipRange)) else {"low": value, "high": value}
+
+    @model_serializer
+    def _to_one_number(self) -> float | dict[str, float]:
+        return self.low if self.low == self.high else {"low": self.low, "high": self.high}
+
+
+class Keep(BaseModel):
+    """How many of the best and of the worst samples of a group are learned from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    best: int = Field(ge=1)
+    worst: int = Field(ge=1)
 
 
 class FlowGRPO:
@@ -42,7 +80,28 @@ class FlowGRPO:
         """``shift`` null takes the model's own scheduler's; ranges follow log-probs that are means.
 
         ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
-        stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818).
+        stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818). Then
+        ``share_prefix`` computes the steps before the window once a group (the branching of Flow-GRPO-Fast's public
+        code and of arXiv:2510.01982).
+
+        ``window: {kind: sliding}`` moves along the schedule (MixGRPO, arXiv:2507.21802).
+
+        ``train_steps`` learns from that many of the window's steps, drawn anew for each sample (DanceGRPO, whose public
+        code takes 60 %) or for the whole iteration; null takes all.
+
+        ``clip_range`` is a number or ``{low, high}`` (arXiv:2503.14476, sec. 3.1). Published: 1e-4 (Flow-GRPO,
+        DanceGRPO, MixGRPO), 1e-5 (Flow-GRPO-Fast), 2e-6 with ``ratio: guard``.
+
+        ``ratio: guard`` normalises the ratio so that its spread does not depend on the step, and weighs a step by
+        1/|Δ| (GRPO-Guard, arXiv:2510.22319, eq. 8 and the weight of its public code); the rollout keeps its means.
+
+        ``keep`` learns from the best and worst samples of each group alone; advantages and baseline stay those of the
+        whole group (best-of-N in DanceGRPO's public code).
+
+        ``granularities`` finishes every sample once for each number, by that many ODE steps of the grid at a time; each
+        image is scored, and the advantages of a sample are summed. With a window of one step, ``initial_noise: group``
+        and ``share_prefix`` this is G²RPO (arXiv:2510.01982; published: 1, 2; its code takes the first step after the
+        noise alone, here all are taken at the granularity, but for a shorter last one).
         """
 
         type: str = "flow_grpo"
@@ -50,26 +109,60 @@ class FlowGRPO:
         kind: Literal["flow", "dance", "cps"] = "flow"
         noise_level: float = Field(0.7, gt=0)
         initial_noise: Literal["own", "group"] = "own"
+        share_prefix: bool = False
         num_steps: int = Field(10, ge=1)
         shift: float | None = Field(None, gt=0)
         grid: Literal["diffusers", "paper"] = "diffusers"
         window: WindowConfig = WindowConfig()
+        train_steps: Annotated[int, Field(ge=1)] | None = None
+        train_steps_by: Literal["sample", "iteration"] = "sample"
+        granularities: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
         guidance_scale: float = Field(1.0, ge=0)
         guidance_in_update: bool = True
         norm_preserving: bool = False
-        clip_range: float = Field(1e-4, gt=0)
+        ratio: Literal["plain", "guard"] = "plain"
+        clip_range: ClipRange = ClipRange(low=1e-4, high=1e-4)
         advantage_clip: float = Field(5.0, gt=0)
         std: Literal["group", "batch", "none"] = "group"
         normalize: Literal["total", "per_reward"] = "total"
+        keep: Keep | None = None
         beta: float = Field(0.0, ge=0)
         kl: Literal["mean", "velocity"] = "mean"
         log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
         rollout_weights: Literal["policy", "ema"] = "policy"
 
         @model_validator(mode="after")
-        def _window_fits(self) -> FlowGRPO.Config:
-            FlowGRPO(self).rollout_plan(0, 0)
+        def _options_fit(self) -> FlowGRPO.Config:
+            begin, end = FlowGRPO(self).rollout_plan(0, 0).window
+            if self.train_steps is not None and self.train_steps > end - begin:
+                raise ValueError(f"train_steps: is {self.train_steps}, but the window has {end - begin} steps")
+            if self.train_steps is None and self.train_steps_by != "sample":
+                raise ValueError("train_steps_by: without train_steps all steps of the window are trained")
+            if self.share_prefix and self.initial_noise != "group":
+                raise ValueError(
+                    "share_prefix: set initial_noise: group, or the steps before the window are not the same"
+                )
+            if self.share_prefix and self.window.start == 0 and self.window.kind in ("full", "fixed"):
+                raise ValueError("share_prefix: the window begins at step 0, so that no step comes before it")
+            if self.ratio == "guard" and self.log_prob != "gaussian":
+                raise ValueError("ratio: guard normalises a Gaussian log-prob; set log_prob: gaussian")
+            keep, size = self.keep, self.group_size
+            if keep is not None and keep.best + keep.worst > size:
+                raise ValueError(f"keep: {keep.best} best and {keep.worst} worst are more than group_size, {size}")
+            self._check_granularities()
             return self
+
+        def _check_granularities(self) -> None:
+            window, ordered = self.window, sorted(self.granularities)
+            if len(set(ordered)) < len(ordered):
+                raise ValueError(f"granularities: {list(self.granularities)} would score an image twice")
+            end = window.start + (window.size or 0) if window.kind == "fixed" else window.stop or self.num_steps
+            left = self.num_steps - end
+            if len(ordered) > 1 and left <= ordered[-2]:
+                raise ValueError(
+                    f"granularities: {left} steps are left when the window ends at {end}, and {ordered[-2]} or "
+                    f"{ordered[-1]} of them at a time are the same; end it earlier"
+                )
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -86,12 +179,14 @@ class FlowGRPO:
         return self.config.rollout_weights
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        """One window for the whole iteration, drawn from (seed, iteration) where it is random."""
+        """One window for the whole iteration: a function of (seed, iteration) where it moves."""
         c = self.config
         sigmas = schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid)
         window = sde.Window(**c.window.model_dump())
-        mask = sde.window_mask(window, c.kind, sigmas, c.noise_level, seeded(seed, 5, iteration))
+        mask = sde.window_mask(window, c.kind, sigmas, c.noise_level, seeded(seed, 5, iteration), iteration)
         steps = mask.nonzero().flatten().tolist()
+        if not steps:
+            raise ValueError(f"window: of {c.num_steps} steps of kind {c.kind!r} none inside is stochastic")
         return RolloutSpec(
             kind=c.kind,
             sigmas=tuple(sigmas.tolist()),
@@ -99,21 +194,33 @@ class FlowGRPO:
             noise_level=c.noise_level,
             guidance_scale=c.guidance_scale,
             norm_preserving=c.norm_preserving,
+            keep_means=c.ratio == "guard",
             log_prob=c.log_prob,
             shared_noise=c.initial_noise == "group",
+            shared_prefix=c.share_prefix,
+            granularities=c.granularities,
         )
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
-        """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient."""
+        """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient.
+
+        ``total`` counts the trained transitions of every sample that is valid (in one granularity at least) and kept,
+        dropped or not.
+        """
         assert scores is not None
-        c = self.config
-        credit = self._credit(batch, scores)
-        steps = batch.log_prob_NS.shape[1]
-        begin = batch.spec.window[0]
-        sigma_S = torch.tensor(batch.spec.sigmas[begin : begin + steps + 1])
-        learns = scores.valid if c.beta > 0 else credit.advantages != 0
-        sample, step = torch.meshgrid(learns.nonzero().flatten(), torch.arange(steps), indexing="ij")
-        sample, step = sample.flatten(), step.flatten()
+        c, shape = self.config, (-1, len(batch.spec.granularities))
+        group_ids, valid = batch.batch.group_ids[:: shape[1]], scores.valid.reshape(shape)
+        credit = self._credit(scores, shape, group_ids)
+        valid = valid.any(1)
+        kept = valid
+        if c.keep is not None:
+            kept = best_and_worst(credit.advantages, valid, group_ids, best=c.keep.best, worst=c.keep.worst)
+        learns = kept if c.beta > 0 else kept & (credit.advantages != 0)
+        steps_Nn = self._trained_steps(batch)
+        step = steps_Nn[learns].flatten()
+        sample = learns.nonzero().flatten().repeat_interleave(steps_Nn.shape[1])
+        begin, end = batch.spec.window
+        sigma_S = torch.tensor(batch.spec.sigmas[begin : end + 1])
         tensors = {
             "x": batch.states_NSCHW[sample, step],
             "x_next": batch.states_NSCHW[sample, step + 1],
@@ -122,37 +229,60 @@ class FlowGRPO:
             "old_log_prob": batch.log_prob_NS[sample, step],
             "advantage": credit.advantages[sample],
         }
-        magnitude = credit.advantages[scores.valid].abs()
+        if c.ratio == "guard":
+            assert batch.means_NSCHW is not None
+            tensors["old_mean"] = batch.means_NSCHW[sample, step]
+        magnitude = credit.advantages[valid].abs()
         metrics = {
             "zero_std_fraction": credit.zero_std_fraction,
             "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
         }
-        total = int(scores.valid.sum()) * steps
-        return TrainBatch(tensors, batch.condition.take(sample), total, {"spec": batch.spec}, metrics)
+        total = int(kept.sum()) * steps_Nn.shape[1]
+        return TrainBatch(tensors, batch.condition.take(sample * shape[1]), total, {"spec": batch.spec}, metrics)
 
-    def _credit(self, batch: Rollout, scores: Scores) -> Credit:
-        c, groups = self.config, batch.batch.group_ids
+    def _trained_steps(self, batch: Rollout) -> Tensor:
+        """Which steps of the window each sample learns from: (N, n), ascending, a function of seed and sample id."""
+        number, by = self.config.train_steps, self.config.train_steps_by
+        count, steps = batch.log_prob_NS.shape
+        if number is None:
+            return torch.arange(steps).expand(count, steps)
+        if by == "iteration":
+            generators = [seeded(batch.seed, 19, batch.policy_version)]
+        else:
+            ids = batch.batch.sample_ids[:: len(batch.spec.granularities)]
+            generators = [seeded(batch.seed, 17, sample_id) for sample_id in ids]
+        drawn = [torch.randperm(steps, generator=generator)[:number].sort().values for generator in generators]
+        return torch.stack(drawn).expand(count, number)
+
+    def _credit(self, scores: Scores, shape: tuple[int, int], group_ids: Sequence[int]) -> Credit:
+        c, valid = self.config, scores.valid.reshape(shape)
         if c.normalize == "total":
-            return group_advantages(scores.total, scores.valid, groups, std=c.std, clip=c.advantage_clip)
-        return per_reward_advantages(
-            scores.by_reward, scores.weights, scores.valid, groups, std=c.std, clip=c.advantage_clip
-        )
+            return group_advantages(scores.total.reshape(shape), valid, group_ids, std=c.std, clip=c.advantage_clip)
+        by_reward = {name: values.reshape(shape) for name, values in scores.by_reward.items()}
+        return per_reward_advantages(by_reward, scores.weights, valid, group_ids, std=c.std, clip=c.advantage_clip)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``mean max(-A·ratio, -A·clip(ratio, 1 ± c)) + β·KL`` (arXiv:2505.05470, eq. 5)."""
+        """``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""
         c, item = self.config, minibatch.tensors
         spec: RolloutSpec = minibatch.shared["spec"]
         velocity, stats = self._step(models, "policy", minibatch)
         log_prob = step_log_prob(spec, item["x_next"], stats.mean, stats.std)
         difference = log_prob - item["old_log_prob"]
         ratio = difference.exp()
-        clipped = ratio.clamp(1 - c.clip_range, 1 + c.clip_range)
+        if c.ratio == "guard":
+            ratio = sde.normalised_log_ratio(difference, stats.mean, item["old_mean"], stats.std).exp()
+        low, high = c.clip_range.low, c.clip_range.high
+        clipped = ratio.clamp(1 - low, 1 + high)
         advantage = item["advantage"]
-        surrogate = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
+        surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
+        if c.ratio == "guard":
+            surrogate = surrogate / (item["sigma"] - item["sigma_next"])
+        surrogate = surrogate.mean()
+        outside = (1 - ratio > low) | (ratio - 1 > high)
         metrics = {
             "loss/surrogate": surrogate.detach(),
             "ratio/mean": ratio.detach().mean(),
-            "ratio/clip_fraction": ((ratio - 1).abs() > c.clip_range).float().mean(),
+            "ratio/clip_fraction": outside.float().mean(),
             "replay/max_abs_dlogp": difference.detach().abs().max(),
         }
         loss = surrogate

@@ -192,6 +192,50 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     print_json(as_json, made.as_dict())
 
 
+@app.command("make-preferences")
+def preferences(
+    checkpoint: Source,
+    reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
+    prompts: Annotated[str, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = "shapes:train",
+    pairs: Annotated[int, typer.Option(min=1)] = 2000,
+    out: Path = Path("preferences"),
+    group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = Weights.model,
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
+    from flowalign.cli.runs import config_of
+    from flowalign.config import RewardConfig
+    from flowalign.configpaths import resolve_reward, scalar_options
+
+    own = config_of(checkpoint, config)
+    named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
+    from flowalign.cli.make_preferences import make_preferences
+
+    console = make_console(as_json)
+    card = make_preferences(
+        checkpoint,
+        named,
+        config=own,
+        prompts=prompts,
+        pairs=pairs,
+        out=out,
+        group_size=group_size,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        which=weights.value,
+        progress=progress(console, "pairs"),
+    )
+    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}", highlight=False)
+    print_json(as_json, {**card, "out": str(out)})
+
+
 @app.command("serve-reward")
 def serve_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, package.module:reward, …")],

@@ -37,7 +37,7 @@ class LocalBackend:
             score_s=sum(seconds for _, seconds in scored),
         )
 
-    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
+    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
         update = self.learner.update(rollout, scores, iteration)
         self._learned = update.metrics["learner/updates"] > 0
         return update

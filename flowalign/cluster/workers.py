@@ -5,9 +5,10 @@ Each sets its own thread count around its work, so that all backends compute the
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.checkpoint import content_hash
 from flowalign.config import AlignConfig
+from flowalign.data.preferences import PairSampler, load_pairs
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.evaluate import evaluation_reward
 from flowalign.learner import Learner
+from flowalign.models.base import ModelError, Policy
 from flowalign.models.build import bind_weights, load_policy, reference_velocity
 from flowalign.rollout import rollout
-from flowalign.sample import torch_threads
+from flowalign.sample import open_policy, torch_threads
 from flowalign.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import PreferencePairs, PromptBatch, Rollout, RolloutSpec, Scores, Update
 from rewards.interface import Checked
+
+REFERENCE = "reference."  # in the optimizer's part of a checkpoint: what a refreshed reference holds
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ class RewardWorker:
         """Scores of one chunk, and the seconds they took."""
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
+        if not scorers:
+            count = len(chunk)
+            return Scores({}, torch.zeros(count), torch.ones(count, dtype=torch.bool)), 0.0
         seconds = self.config.cluster.reward_deadline_s
         parts = [bounded(s.name, partial(self._score, s, chunk), seconds) for s in scorers]
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
@@ -110,9 +118,16 @@ class LearnerWorker:
         torch.set_num_threads(config.cluster.threads)
         self.policy = policy = load_policy(config.model, device=config.cluster.device)
         algorithm = build_algorithm(config.algorithm)
-        models: dict[str, Any] = {"policy": policy.velocity}
-        if "reference" in algorithm.models:
+        models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy)}
+        refresh = getattr(algorithm, "reference_refresh", None)
+        self.reference = None if refresh is None else RefreshedReference(policy, refresh)
+        if self.reference is not None:
+            models["reference"] = self.reference.velocity
+        elif "reference" in algorithm.models:
             models["reference"] = reference_velocity(policy)
+        self.pairs: PairSampler | None = None
+        if algorithm.consumes is PreferencePairs:
+            self.pairs = load_pairs(config, policy, rank=rank, world_size=world_size)
         engine = build_engine(
             policy.network,
             engine_settings(config),
@@ -135,9 +150,17 @@ class LearnerWorker:
             device=config.cluster.device,
         )
 
-    def update(self, batch: Rollout, scores: Scores, iteration: int) -> Update:
+    def update(self, batch: Rollout | None, scores: Scores | None, iteration: int) -> Update:
+        """Learn from a rollout, or, where there is none, from the iteration's preference pairs."""
         with torch_threads(self.config.cluster.threads):
-            return self.learner.update(batch, scores, iteration)
+            if self.pairs is None:
+                update = self.learner.update(batch, scores, iteration)
+            else:
+                update = self.learner.update(self.pairs.batch(iteration), None, iteration)
+                update = replace(update, metrics={**update.metrics, **self.pairs.metrics})
+            if self.reference is not None and self.reference.due(iteration):
+                self.reference.take(self.learner.engine.weights())
+            return update
 
     def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
         """What rollouts bind next, or what ``evaluation.weights`` names."""
@@ -151,10 +174,12 @@ class LearnerWorker:
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs from this rank; a collective call."""
         learner = self.learner
+        tensors, facts = learner.engine.optimizer_state()
+        held = {} if self.reference is None else self.reference.weights()
         return {
             "model": learner.engine.weights(),
             "ema": None if learner.ema is None else learner.ema.state(),
-            "optimizer": learner.engine.optimizer_state(),
+            "optimizer": ({**tensors, **{REFERENCE + name: weight for name, weight in held.items()}}, facts),
             "version": learner.version,
         }
 
@@ -168,13 +193,85 @@ class LearnerWorker:
         """Continue bitwise where ``state`` was taken."""
         learner = self.learner
         learner.engine.load_weights(model)
-        learner.engine.load_optimizer_state(*optimizer)
+        tensors, facts = optimizer
+        held = {name.removeprefix(REFERENCE): t for name, t in tensors.items() if name.startswith(REFERENCE)}
+        own = {name: t for name, t in tensors.items() if not name.startswith(REFERENCE)}
+        learner.engine.load_optimizer_state(own, facts)
+        if self.reference is not None:
+            self.reference.take(held)
         if learner.ema is not None and ema is not None:
             learner.ema.load(ema)
         learner.version = version
 
     def close(self) -> None:
         self.learner.engine.close()
+
+
+class RefreshedReference:
+    """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
+
+    def __init__(self, policy: Policy, every: int) -> None:
+        self.every = every
+        self._trained = [name for name, p in policy.network.named_parameters() if p.requires_grad]
+        self._frozen = copy.copy(policy)
+        self._frozen.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
+        return self._frozen.velocity(x, t, condition, **options)
+
+    def due(self, iteration: int) -> bool:
+        """Whether iteration ``iteration``, counted from 0, ends with a refresh."""
+        return (iteration + 1) % self.every == 0
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        bind_weights(self._frozen.network, dict(weights))
+
+    def weights(self) -> dict[str, Tensor]:
+        held = dict(self._frozen.network.named_parameters())
+        return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
+
+
+def load_teachers(config: AlignConfig, algorithm: Any, policy: Policy) -> dict[str, VelocityModel]:
+    """The frozen networks of the roles ``teacher:<name>``, as ``algorithm.teachers`` describes them.
+
+    Raises:
+        ModelError: a teacher encodes prompts or images otherwise than the model.
+    """
+    roles = [role for role in algorithm.models if role.startswith("teacher:")]
+    return {role: _teacher(config, algorithm.config.teachers[role.partition(":")[2]], role, policy) for role in roles}
+
+
+def _teacher(config: AlignConfig, wanted: Any, role: str, policy: Policy) -> VelocityModel:
+    """A teacher sees the student's states and prompt embeddings, so that both must mean the same to it."""
+    teacher, _ = open_policy(Path(wanted.path), config, wanted.weights)
+    key, size = f"algorithm.teachers.{role.partition(':')[2]}", (config.model.height, config.model.width)
+    shapes = teacher.latent_shape(*size), policy.latent_shape(*size)
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"{key}: {wanted.path} has latents of {shapes[0]}, the model's are {shapes[1]}")
+    if not all(_alike(a, b) for a, b in zip(_probe(teacher), _probe(policy), strict=True)):
+        raise ModelError(
+            f"{key}: {wanted.path} encodes prompts or images otherwise than the model; a teacher needs the model's own "
+            "text encoders and autoencoder"
+        )
+    teacher.network.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
+        return teacher.velocity(x, t, condition, **options)
+
+    return velocity
+
+
+def _probe(policy: Policy) -> tuple[Tensor, Tensor]:
+    """Embeddings of a prompt, and latents of an image that holds every grey level."""
+    tokens = policy.encode_prompts(("a photo of two red circles",)).tokens_PLD
+    image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)
+    return tokens.float().cpu(), policy.encode_images(image.to(tokens.device)).float().cpu()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2)
 
 
 def engine_settings(config: AlignConfig) -> EngineSettings:

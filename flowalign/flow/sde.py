@@ -116,6 +116,17 @@ def kl_mean(mean: Tensor, mean_ref: Tensor, std: Scalar) -> Tensor:
     return _mean_square(mean, mean_ref) / (2 * variance)
 
 
+def normalised_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Scalar) -> Tensor:
+    """Log-ratio without its bias and in units of std: ``std (log_ratio + |mean - old_mean|² / (2 std²))``.
+
+    ``log_ratio`` (N,), the difference of two `log_prob_mean` at a state drawn around ``old_mean``; ``mean``,
+    ``old_mean`` (N, ...); ``std`` > 0 as in `log_prob_mean`. This is ``noise (mean - old_mean)``, averaged over the
+    non-batch dimensions: of expectation 0, with the same spread at every step for the same change of the mean, and 0
+    where nothing changed. Returns float32 (N,). (GRPO-Guard, arXiv:2510.22319, eq. 8)
+    """
+    return (log_ratio + kl_mean(mean, old_mean, std)) * per_sample(std, mean, torch.float32).flatten()
+
+
 def _mean(x: Tensor) -> Tensor:
     # The order of summation varies with batch size and threads; float64, rounded, hides it and replay stays exact.
     return x.flatten(1).mean(1, dtype=torch.float64).float()
@@ -136,22 +147,40 @@ class Window:
     """Which steps of a trajectory are stochastic: the same for every sample of a group.
 
     ``full``: every step that can be noisy. ``fixed``: ``size`` steps from ``start`` on. ``random``: ``size`` steps in
-    a row, drawn anew for each iteration inside [start, stop). Steps count from 0, the one that leaves the noise;
-    ``stop`` is exclusive, by default the end of the schedule; ``fixed`` does not use it. (arXiv:2507.21802)
+    a row, drawn anew for each iteration inside [start, stop). ``sliding``: ``size`` steps in a row that begin at
+    ``start`` and move by ``stride`` after ``every`` iterations at a place, until they end at ``stop``; then they begin
+    anew (``wrap``) or stay there. With ``decay`` > 0 a place that begins at step s is kept for
+    ``ceil(every exp(-decay max(0, s - decay_start)))`` iterations instead, so that early steps get more of them. Steps
+    count from 0, the one that leaves the noise; ``stop`` is exclusive, by default the end of the schedule; ``fixed``
+    does not use it.
+
+    (MixGRPO, arXiv:2507.21802, sec. 3 and alg. 1. Its public code slides 4 of 25 steps with every = 25, stride = 1,
+    wrap and stop = 23, its exponential decay is 0.1 from step 13 on; there the last places are cut off at stop, here a
+    window is always whole.)
     """
 
-    kind: Literal["full", "fixed", "random"] = "full"
+    kind: Literal["full", "fixed", "random", "sliding"] = "full"
     start: int = 0
     size: int | None = None
     stop: int | None = None
+    every: int = 25
+    stride: int = 1
+    decay: float = 0.0
+    decay_start: int = 0
+    wrap: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "fixed", "random"):
-            raise ValueError(f"unknown window {self.kind!r}; known: full, fixed, random")
+        if self.kind not in ("full", "fixed", "random", "sliding"):
+            raise ValueError(f"unknown window {self.kind!r}; known: full, fixed, random, sliding")
         if self.kind != "full" and (self.size is None or self.size < 1):
             raise ValueError(f"a {self.kind} window needs size >= 1, got {self.size}")
         if self.start < 0:
             raise ValueError(f"a window cannot start before step 0, got start={self.start}")
+        if self.every < 1 or self.stride < 1 or not self.decay >= 0:
+            raise ValueError(
+                f"a sliding window needs every >= 1, stride >= 1 and decay >= 0, got {self.every}, {self.stride} and "
+                f"{self.decay}"
+            )
 
 
 def noisy_steps(kind: Kind, sigmas: Tensor, noise_level: float) -> Tensor:
@@ -169,13 +198,19 @@ def noisy_steps(kind: Kind, sigmas: Tensor, noise_level: float) -> Tensor:
 
 
 def window_mask(
-    window: Window, kind: Kind, sigmas: Tensor, noise_level: float, generator: torch.Generator | None = None
+    window: Window,
+    kind: Kind,
+    sigmas: Tensor,
+    noise_level: float,
+    generator: torch.Generator | None = None,
+    iteration: int = 0,
 ) -> Tensor:
     """Steps taken as SDE, a bool tensor (K,) on the CPU, True only where the std is greater than 0.
 
-    ``sigmas`` (K + 1,); ``generator`` (CPU) is needed by a ``random`` window, which draws one integer from it.
-    Raises ValueError if the window leaves the schedule, if a fixed one holds a step without noise, if no place is
-    left for a random one, or if that has no generator.
+    ``sigmas`` (K + 1,); ``generator`` (CPU) is needed by a ``random`` window, which draws one integer from it;
+    ``iteration``, counted from 0, says where a ``sliding`` one stands. Raises ValueError if the window leaves the
+    schedule, if a fixed one holds a step without noise, if no place is left for a random or sliding one, or if a random
+    one has no generator.
     """
     noisy = noisy_steps(kind, sigmas, noise_level)
     num_steps = len(noisy)
@@ -185,15 +220,32 @@ def window_mask(
         stop = start + size
     if not start < stop <= num_steps:
         raise ValueError(f"window [{start}, {stop}) leaves the schedule of {num_steps} steps")
-    if window.kind == "random":
-        if generator is None:
-            raise ValueError("a random window needs a generator")
+    if window.kind in ("random", "sliding"):
         starts = [s for s in range(start, stop - size + 1) if bool(noisy[s : s + size].all())]
+        if window.kind == "random" and generator is None:
+            raise ValueError("a random window needs a generator")
         if not starts:
             raise ValueError(f"no {size} noisy steps in a row in [{start}, {stop}) for kind {kind!r}")
-        start = starts[int(torch.randint(len(starts), (), generator=generator))]
+        if window.kind == "random":
+            start = starts[int(torch.randint(len(starts), (), generator=generator))]
+        else:
+            start = _sliding_start(window, starts, iteration)
         stop = start + size
     inside = (torch.arange(num_steps) >= start) & (torch.arange(num_steps) < stop)
     if window.kind == "fixed" and not bool(noisy[inside].all()):
         raise ValueError(f"the fixed window [{start}, {stop}) holds a step without noise for kind {kind!r}")
     return inside & noisy
+
+
+def _sliding_start(window: Window, starts: list[int], iteration: int) -> int:
+    places = starts[:: window.stride]
+    if places[-1] != starts[-1]:
+        places.append(starts[-1])
+    factors = [math.exp(-window.decay * max(0, s - window.decay_start)) for s in places]
+    stays = [max(1, math.ceil(window.every * factor)) for factor in factors]
+    turn = iteration % sum(stays) if window.wrap else iteration
+    for place, stay in zip(places, stays, strict=True):
+        if turn < stay:
+            return place
+        turn -= stay
+    return places[-1]

@@ -1,0 +1,113 @@
+"""DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): good images against bad ones, on the forward process.
+
+Shapes: N samples, T points of each, M = N·T items, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowalign.advantages import group_advantages
+from flowalign.algorithm import ForwardConfig, LossOutput, Models
+from flowalign.flow import forward
+from flowalign.flow.path import per_sample
+from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+
+
+class NFT:
+    """Contrasts ``v_old ± beta (v - v_old)``, weighted by how good the image is; no SDE, no log-prob, no guidance.
+
+    With ``d = v - v_old`` and ``e = v_old - u`` the loss of an item, under uniform weights, is
+    ``|e|² + 2 beta (2r - 1) e·d + beta² |d|²``: the advantage pulls along the flow-matching error of the old policy,
+    and a square holds the new one near it. So an image of advantage 0 (r = 1/2) teaches nothing while v = v_old, and
+    pulls back to v_old once v has moved: valid images are all kept.
+    """
+
+    class Config(ForwardConfig):
+        """``beta`` is the paper's: the optimum lies at ``v_old + 2/beta Δ``, so a smaller one reaches further.
+
+        ``kl_beta`` weighs the KL to the reference.
+
+        Defaults are those of the public code for SD3.5 (NVlabs/DiffusionNFT, ``config/nft.py`` and ``base.py``):
+        groups of 24, 10 steps (there of a second-order solver) without guidance, 9 of their 10 times, beta 1 (0.1 for
+        OCR), advantages over the batch's std and clipped at 5, adaptive weights. Two differ. The public KL, 1e-4 beside
+        a loss that it multiplies by ``advantage_clip / beta``, is ``kl_beta`` 2e-5 here; 0 needs no reference. The
+        public old policy decays by ``min(0.001 i, 0.5)`` in iteration i (OCR: later and up to 0.999); here it is the
+        learner's average, with its constant ``ema_decay``.
+        """
+
+        type: str = "nft"
+        beta: float = Field(1.0, gt=0)
+        std: Literal["group", "batch", "none"] = "batch"
+        advantage_clip: float = Field(5.0, gt=0)
+        weighting: Literal["adaptive", "uniform"] = "adaptive"
+        kl_beta: float = Field(0.0, ge=0)
+        rollout_weights: Literal["policy", "ema"] = "ema"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    consumes = Rollout
+    needs_scores = True
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("policy", "rollout", "reference") if self.config.kl_beta > 0 else ("policy", "rollout")
+
+    @property
+    def rollout_weights(self) -> Literal["policy", "ema"]:
+        return self.config.rollout_weights
+
+    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+        return self.config.rollout_spec()
+
+    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+        """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
+        assert scores is not None
+        c = self.config
+        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip)
+        sample, tensors = c.points(batch, scores.valid)
+        condition = batch.condition.take(sample)
+        tensors["old_velocity"] = models["rollout"](tensors["x"], tensors["t"], condition)
+        tensors["optimality"] = 0.5 + 0.5 * credit.advantages[sample] / c.advantage_clip
+        metrics = {"zero_std_fraction": credit.zero_std_fraction}
+        return TrainBatch(tensors, condition, len(sample), {}, metrics)
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """``r |v⁺ - u|² + (1 - r) |v⁻ - u|²`` (arXiv:2509.16117), plus the KL ``mean |v - v_ref|²``."""
+        c, item = self.config, minibatch.tensors
+        velocity = models["policy"](item["x"], item["t"], minibatch.condition)
+        old, r = item["old_velocity"], item["optimality"]
+        positive = c.beta * velocity + (1 - c.beta) * old
+        negative = (1 + c.beta) * old - c.beta * velocity
+        loss = (r * self._error(positive, item) + (1 - r) * self._error(negative, item)).mean()
+        metrics = {
+            "loss/contrast": loss.detach(),
+            "loss/velocity_mse": forward.velocity_error(velocity, item["target"]).detach().mean(),
+            "old/velocity_mse": forward.velocity_error(velocity, old).detach().mean(),
+        }
+        if c.kl_beta > 0:
+            with torch.no_grad():
+                reference = models["reference"](item["x"], item["t"], minibatch.condition)
+            kl = forward.velocity_error(velocity, reference).mean()
+            metrics["loss/kl"] = kl.detach()
+            loss = loss + c.kl_beta * kl
+        return LossOutput(loss, metrics)
+
+    def _error(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
+        """Squared error (M,): of the velocity, or of ``x̂_0`` over its own mean absolute error (the public code).
+
+        As ``x̂_0 - x_0 = t (u - v)``, the second is ``t |v - u|² / mean |v - u|``: every item weighs alike, however
+        hard its time is to predict.
+        """
+        error = forward.velocity_error(velocity, item["target"])
+        if self.config.weighting == "uniform":
+            return error
+        t = item["t"]
+        absolute = (per_sample(t, velocity) * (velocity.detach() - item["target"])).abs().flatten(1).mean(1)
+        return t.square() * error / absolute.clamp_min(1e-5)

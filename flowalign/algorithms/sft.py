@@ -1,0 +1,109 @@
+"""Online fine-tuning on the policy's own images: the best of each group, or all of them weighted by their reward.
+
+Shapes: N samples, T points of each, M = N·T items, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithm import ForwardConfig, LossOutput, Models
+from flowalign.flow import forward
+from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+
+
+class SFT:
+    """The flow-matching loss on forward-noised final latents, with weights whose mean over a group is 1."""
+
+    class Config(ForwardConfig):
+        """``select: best`` learns from the ``best_of_group`` best images alike (RAFT, arXiv:2304.06767).
+
+        ``select: rwr`` weighs all images by ``softmax(R / temperature)`` over their group (reward-weighted
+        regression, Peters and Schaal 2007; ``temperature`` in units of the reward). ``beta`` weighs the KL to the
+        reference. There is no public code of reference: the rollout's defaults are NFT's, the others are ours.
+        """
+
+        type: str = "sft"
+        select: Literal["best", "rwr"] = "best"
+        best_of_group: int = Field(1, ge=1)
+        temperature: float = Field(0.2, gt=0)
+        beta: float = Field(0.0, ge=0)
+
+        @model_validator(mode="after")
+        def _selects(self) -> SFT.Config:
+            if self.select == "best" and self.best_of_group >= self.group_size:
+                raise ValueError(
+                    f"best_of_group: {self.best_of_group} of {self.group_size} images would select them all"
+                )
+            return self
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    consumes = Rollout
+    needs_scores = True
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("policy", "reference") if self.config.beta > 0 else ("policy",)
+
+    @property
+    def rollout_weights(self) -> Literal["policy", "ema"]:
+        return self.config.rollout_weights
+
+    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+        return self.config.rollout_spec()
+
+    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+        """With β = 0 images of weight 0 are dropped, which changes no gradient."""
+        assert scores is not None
+        c = self.config
+        weight, silent = self.weights(scores.total, scores.valid, batch.batch.group_ids, batch.batch.sample_ids)
+        sample, tensors = c.points(batch, scores.valid if c.beta > 0 else weight > 0)
+        tensors["weight"] = weight[sample]
+        total = int(scores.valid.sum()) * c.timesteps
+        return TrainBatch(tensors, batch.condition.take(sample), total, {}, {"zero_std_fraction": silent})
+
+    def weights(
+        self, rewards: Tensor, valid: Tensor, group_ids: Sequence[int], sample_ids: Sequence[int]
+    ) -> tuple[Tensor, float]:
+        """Weights (N,), and the share of groups without a best image.
+
+        The valid images of a group have the mean weight 1; where fewer than two are valid, or all are rewarded alike,
+        there is nothing to prefer and all weights are 0. Of equal images the one with the lowest sample id is better.
+        """
+        c = self.config
+        ids, order = torch.tensor(list(group_ids)), torch.tensor(list(sample_ids))
+        result = torch.zeros(len(ids), dtype=torch.float64)
+        silent = 0
+        for group in ids.unique():
+            member = ((ids == group) & valid).nonzero().flatten()
+            member = member[order[member].argsort()]
+            own = rewards[member].double()
+            if own.numel() < 2 or bool(own.max() == own.min()):
+                silent += 1
+            elif c.select == "rwr":
+                result[member] = (own / c.temperature).softmax(0) * own.numel()
+            else:
+                best = own.argsort(descending=True, stable=True)[: c.best_of_group]
+                result[member[best]] = own.numel() / best.numel()
+        return result.float(), silent / max(1, len(ids.unique()))
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """``mean weight·|v - u|² + β·KL``, the KL being ``mean |v - v_ref|²``."""
+        c, item = self.config, minibatch.tensors
+        velocity = models["policy"](item["x"], item["t"], minibatch.condition)
+        loss = (item["weight"] * forward.velocity_error(velocity, item["target"])).mean()
+        metrics = {"loss/weighted_mse": loss.detach()}
+        if c.beta > 0:
+            with torch.no_grad():
+                reference = models["reference"](item["x"], item["t"], minibatch.condition)
+            kl = forward.velocity_error(velocity, reference).mean()
+            metrics["loss/kl"] = kl.detach()
+            loss = loss + c.beta * kl
+        return LossOutput(loss, metrics)

@@ -1,0 +1,143 @@
+"""Preference pairs from a checkpoint and a reward: of each group of images the best and the worst."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import seeded
+from flowalign.algorithms.diffusion_dpo import best_worst_pairs
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.configcheck import check_prompts, check_reward
+from flowalign.data.preferences import PreferencesError
+from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.sample import Progress, Which, ode_spec, open_policy, roll, torch_threads
+from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
+from flowalign.types import PromptBatch
+
+SHARD = 500  # pairs a file
+PATIENCE = 20  # groups that may be drawn for each pair that is wanted
+
+
+def make_preferences(
+    checkpoint: Path,
+    reward: RewardConfig,
+    *,
+    config: AlignConfig,
+    prompts: str,
+    pairs: int,
+    out: Path,
+    group_size: int = 8,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    which: Which = "model",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``pairs-*.parquet`` and ``preferences.json``; returns what the latter holds.
+
+    The columns are Pick-a-Pic v2's, the scores and the tag. Images are PNG; which place the better one has is drawn
+    from ``seed``. Groups whose scores are all equal give no pair and are counted.
+
+    Raises:
+        ConfigError: ``out`` holds a set already, or prompts and reward do not fit.
+        PreferencesError: the reward tells too few images apart.
+    """
+    if any(out.glob("*.parquet")):
+        raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
+    check_reward("--reward", reward, Path.cwd())
+    check_prompts("--prompts", prompts, [reward], Path.cwd())
+    own = config.evaluation
+    sampler = GroupSampler(
+        load_prompts(prompts, Path.cwd()),
+        groups=max(1, config.rollout.chunk_size // group_size),
+        group_size=group_size,
+        seed=seed,
+    )
+    guidance = own.guidance_scale if guidance_scale is None else guidance_scale
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    made = groups = silent = 0
+    with torch_threads(config.cluster.threads):
+        policy, state = open_policy(checkpoint, config, which)
+        scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
+        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        while made < pairs:
+            batch = sampler.batch(groups // sampler.groups)
+            images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])
+            found = list(_pairs(batch, images, scorer, seed))
+            groups, silent = groups + sampler.groups, silent + sampler.groups - len(found)
+            rows += found[: pairs - made]
+            made = min(pairs, made + len(found))
+            if len(rows) >= SHARD or made == pairs:
+                rows = _write(rows, out, made == pairs)
+            if progress is not None:
+                progress(made, pairs)
+            if groups >= PATIENCE * pairs > PATIENCE * made:
+                raise PreferencesError(
+                    f"only {made} of {pairs} pairs after {groups} groups of {group_size} images: the reward "
+                    f"{reward.label!r} tells too few of them apart; choose a finer one or larger groups"
+                )
+    card = {
+        "checkpoint": str(checkpoint),
+        "weights": which,
+        "iteration": state.get("iteration"),
+        "reward": reward.model_dump(mode="json"),
+        "prompts": prompts,
+        "group_size": group_size,
+        "num_steps": spec.num_steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "pairs": made,
+        "groups": groups,
+        "groups_without_pair": silent,
+    }
+    (out / "preferences.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return card
+
+
+def _pairs(batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int) -> Iterator[dict[str, Any]]:
+    judged = score_images(scorer, images, batch.prompts, batch.metadata)
+    scores = merge([judged], {scorer.name: 1.0})
+    best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
+    for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
+        first = int(torch.randint(2, (), generator=seeded(seed, 43, batch.group_ids[winner])))
+        places = (winner, loser) if first else (loser, winner)
+        row: dict[str, Any] = {"caption": batch.prompts[winner], "tag": _tag(batch.metadata[winner])}
+        for i, sample in enumerate(places):
+            row[f"jpg_{i}"] = {"bytes": _png(images[sample]), "path": None}
+            row[f"label_{i}"] = float(sample == winner)
+            row[f"score_{i}"] = float(scores.total[sample])
+        yield row
+
+
+def _tag(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("tag", ""))
+
+
+def _png(image: Tensor) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _write(rows: list[dict[str, Any]], out: Path, last: bool) -> list[dict[str, Any]]:
+    """Full shards, and with ``last`` what is left over, as files; returns the rows that wait for more."""
+    from datasets import Dataset, Features, Image, Value
+
+    number, text = Value("float32"), Value("string")
+    kinds = {"jpg": Image(), "label": number, "score": number}
+    features = {f"{name}_{i}": kind for name, kind in kinds.items() for i in (0, 1)} | {"caption": text, "tag": text}
+    while len(rows) >= SHARD or (last and rows):
+        index = len(list(out.glob("*.parquet")))
+        Dataset.from_list(rows[:SHARD], features=Features(features)).to_parquet(str(out / f"pairs-{index:05d}.parquet"))
+        rows = rows[SHARD:]
+    return rows

@@ -1,0 +1,504 @@
+"""The published variants of Flow-GRPO, each against numbers worked out by hand."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.distributions import Normal
+
+from flowalign.advantages import best_and_worst, group_advantages
+from flowalign.algorithm import build_algorithm
+from flowalign.configfile import load_align
+from flowalign.engine import EngineSettings, build_engine
+from flowalign.flow import sde
+from flowalign.learner import Learner
+from flowalign.rollout import SampleNoise, integrate
+from flowalign.types import PromptBatch, Rollout, cat_rollouts
+from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
+
+KINDS = ("flow", "dance", "cps")
+REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+
+
+def grpo(**changes):
+    window = {"kind": "fixed", "start": 1, "size": 3}
+    options = {"num_steps": 6, "noise_level": 0.6, "group_size": 4, "window": window, **changes}
+    return build_algorithm({"type": "flow_grpo", **options})
+
+
+def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Rollout:
+    """What ``flowalign.rollout.rollout`` makes, by a model without text and images."""
+    spec, count = algorithm.rollout_plan(0, seed), groups * size
+    ids = tuple(range(count))
+    group_ids = tuple(i // size for i in ids)
+    noise = SampleNoise(seed, ids, SHAPE, group_ids if spec.shared_noise else None)
+    shared = group_ids if spec.shared_prefix else None
+    states, log_probs, final, means = integrate(model, condition(count), noise, spec, geometry=geometry, groups=shared)
+    rows = [i for i in ids for _ in spec.granularities]
+    return Rollout(
+        batch=PromptBatch(("p",) * count, group_ids, ids, ({},) * count).take(rows),
+        condition=condition(len(rows)),
+        spec=spec,
+        states_NSCHW=states,
+        log_prob_NS=log_probs,
+        final_NCHW=final,
+        images=torch.zeros(len(rows), 4, 4, 3, dtype=torch.uint8),
+        seed=seed,
+        policy_version=0,
+        means_NSCHW=means,
+    )
+
+
+def moved(by=0.01) -> LinearVelocity:
+    model = LinearVelocity()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def gradients(algorithm, model, train):
+    """Of the mean over ``train.total`` transitions, as the learner takes it."""
+    loss = algorithm.loss({"policy": model}, train).loss * (len(train) / train.total)
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def assert_all_close(got, expected, **tolerance):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def normal(stats) -> Normal:
+    return Normal(stats.mean, stats.std.expand_as(stats.mean))
+
+
+def by_step(rollout, model):
+    """``x_next`` and the step's Gaussian under ``model``, for each step of the window."""
+    spec, states = rollout.spec, rollout.states_NSCHW
+    for s, k in enumerate(range(*spec.window)):
+        x, sigma, sigma_next = states[:, s], spec.sigmas[k], spec.sigmas[k + 1]
+        v = model(x, torch.full((len(x),), sigma), None)
+        yield states[:, s + 1], sde.reverse_step(spec.kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+
+
+# GRPO-Guard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_normalised_ratio_of_the_rollout_s_own_weights_is_exactly_1(kind):
+    model, algorithm = LinearVelocity(), grpo(ratio="guard", kind=kind)
+    train = algorithm.prepare(roll_out(algorithm, model), make_scores(REWARDS), {})
+    metrics = algorithm.loss({"policy": model}, train).metrics
+    assert metrics["ratio/mean"] == 1
+    assert metrics["ratio/clip_fraction"] == metrics["replay/max_abs_dlogp"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guard_s_gradient_is_that_of_its_published_formula(kind):
+    old, new, algorithm = LinearVelocity(), moved(), grpo(ratio="guard", kind=kind, clip_range=1e-3)
+    rollout = roll_out(algorithm, old)
+    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    got = algorithm.loss({"policy": new}, train)
+
+    advantage = group_advantages(REWARDS, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).advantages
+    begin, end = rollout.spec.window
+    losses, ratios = [], []
+    steps = zip(range(begin, end), by_step(rollout, new), by_step(rollout, old), strict=True)
+    for k, (x_next, stats), (_, before) in steps:
+        std, delta = stats.std.flatten(), rollout.spec.sigmas[k + 1] - rollout.spec.sigmas[k]
+        log_ratio = (normal(stats).log_prob(x_next) - normal(before).log_prob(x_next)).mean((1, 2, 3))
+        bias = (stats.mean - before.mean).square().mean((1, 2, 3)) / (2 * std**2)
+        ratio = torch.exp((log_ratio + bias) * std)
+        losses.append(torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 1e-3)) / -delta)
+        ratios.append(ratio)
+    loss, ratio = torch.stack(losses).mean(), torch.stack(ratios)
+    assert 0 < got.metrics["ratio/clip_fraction"] < 1
+    torch.testing.assert_close(got.metrics["ratio/mean"] - 1, ratio.mean().detach() - 1, rtol=1e-2, atol=1e-6)
+    parameters = list(new.parameters())
+    expected = torch.autograd.grad(loss, parameters)
+    assert_all_close(torch.autograd.grad(got.loss, parameters), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_only_the_guard_keeps_the_rollout_s_means():
+    model = LinearVelocity()
+    assert roll_out(grpo(), model).means_NSCHW is None
+    rollout = roll_out(grpo(ratio="guard"), model)
+    assert rollout.means_NSCHW is not None
+    for s, (_, stats) in enumerate(by_step(rollout, model)):
+        torch.testing.assert_close(rollout.means_NSCHW[:, s], stats.mean.detach())
+
+
+# Clip ranges
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log_ratio", "stopped"),
+    [(1e-3, 0.1, 0.01, 0), (1e-3, 0.1, -0.01, -1), (0.1, 1e-3, 0.01, 1), (0.1, 1e-3, -0.01, 0)],
+)
+def test_the_two_sides_of_the_clip_range_stop_gradients_of_their_own(low, high, log_ratio, stopped):
+    """Beyond the upper end advantages > 0 have no gradient left, beyond the lower end those < 0."""
+    model, algorithm = LinearVelocity(), grpo(clip_range={"low": low, "high": high})
+    train = algorithm.prepare(roll_out(algorithm, model), make_scores(REWARDS), {})
+    moved_on = {**train.tensors, "old_log_prob": train.tensors["old_log_prob"] - log_ratio}
+    train = replace(train, tensors=moved_on)
+    assert algorithm.loss({"policy": model}, train).metrics["ratio/clip_fraction"] == abs(stopped)
+    alive = train.tensors["advantage"].sign() != stopped
+    unclipped = grpo(clip_range=10.0)
+    kept = replace(train.take(alive.nonzero().flatten()), total=train.total)
+    assert_all_close(gradients(algorithm, model, train), gradients(unclipped, model, kept), rtol=1e-4, atol=1e-7)
+
+
+def test_one_number_is_a_clip_range_on_both_sides_and_stays_one_number():
+    config = grpo(clip_range=2e-4).config
+    assert config.clip_range.low == config.clip_range.high == 2e-4
+    assert config.model_dump()["clip_range"] == 2e-4
+    both = grpo(clip_range={"low": 1e-4, "high": 3e-4}).config
+    assert both.model_dump()["clip_range"] == {"low": 1e-4, "high": 3e-4}
+    assert type(both).model_validate_json(both.model_dump_json()) == both
+
+
+# Training on some of the window's steps
+
+
+def trained_steps(train, spec):
+    """Steps of the schedule that are trained, (samples, n), by the sigmas of the transitions."""
+    index = [spec.sigmas.index(sigma) for sigma in train.tensors["sigma"].tolist()]
+    return torch.tensor(index).view(-1, len(index) // 8)
+
+
+def test_every_sample_trains_on_its_own_draw_of_the_window_s_steps():
+    model, algorithm = LinearVelocity(), grpo(train_steps=2)
+    rollout = roll_out(algorithm, model)
+    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    assert len(train) == train.total == 8 * 2
+    steps = trained_steps(train, rollout.spec)
+    assert all(1 <= a < b <= 3 for a, b in steps.tolist())
+    assert len({tuple(row) for row in steps.tolist()}) > 1
+    again = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    assert torch.equal(train.tensors["x"], again.tensors["x"])
+    assert algorithm.loss({"policy": model}, train).metrics["replay/max_abs_dlogp"] == 0
+
+
+def test_a_sample_s_steps_depend_on_its_id_and_not_on_its_batch():
+    algorithm = grpo(train_steps=1, beta=0.1)
+    rollout = roll_out(algorithm, LinearVelocity(), groups=4)
+    whole = algorithm.prepare(rollout, make_scores(torch.rand(16)), {})
+    part = replace(
+        rollout,
+        batch=rollout.batch.take(range(8, 16)),
+        condition=condition(8),
+        states_NSCHW=rollout.states_NSCHW[8:],
+        log_prob_NS=rollout.log_prob_NS[8:],
+    )
+    alone = algorithm.prepare(part, make_scores(torch.rand(8)), {})
+    assert torch.equal(whole.tensors["sigma"][8:], alone.tensors["sigma"])
+
+
+def test_drawn_for_the_iteration_all_samples_train_on_the_same_steps_and_all_steps_have_their_turn():
+    """One step at a time, over its draws, is the gradient of the whole window: the mean of the three."""
+    model, algorithm = LinearVelocity(), grpo(train_steps=1, train_steps_by="iteration")
+    rollout = roll_out(algorithm, model)
+    by_draw = {}
+    for version in range(30):
+        train = algorithm.prepare(replace(rollout, policy_version=version), make_scores(REWARDS), {})
+        assert train.total == 8
+        (step,) = set(trained_steps(train, rollout.spec).flatten().tolist())
+        by_draw[step] = gradients(algorithm, model, train)
+    assert sorted(by_draw) == [1, 2, 3]
+    whole = grpo()
+    expected = gradients(whole, model, whole.prepare(rollout, make_scores(REWARDS), {}))
+    mean = [torch.stack(grads).mean(0) for grads in zip(*by_draw.values(), strict=True)]
+    assert_all_close(mean, expected, rtol=1e-4, atol=1e-7)
+
+
+# The best and the worst of a group
+
+
+def test_best_and_worst_are_those_of_the_group_and_ties_go_by_order():
+    values = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
+    everyone = torch.ones(8, dtype=torch.bool)
+    kept = best_and_worst(values, everyone, [5, 5, 5, 5, 2, 2, 2, 2], best=1, worst=2)
+    assert kept.tolist() == [True, True, False, True, True, True, True, False]
+
+
+def test_an_invalid_sample_is_neither_best_nor_worst_and_a_small_group_is_kept_whole():
+    values, valid = torch.tensor([9.0, 1.0, 0.5, 0.2]), torch.tensor([False, True, True, True])
+    assert best_and_worst(values, valid, [0] * 4, best=1, worst=1).tolist() == [False, True, False, True]
+    assert best_and_worst(values, valid, [0] * 4, best=2, worst=2).tolist() == [False, True, True, True]
+
+
+def test_pruned_groups_keep_the_advantages_of_the_whole_group():
+    model, algorithm = LinearVelocity(), grpo(keep={"best": 1, "worst": 1})
+    rollout = roll_out(algorithm, model)
+    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    assert len(train) == train.total == 4 * 3
+    everyone = torch.ones(8, dtype=torch.bool)
+    credit = group_advantages(REWARDS, everyone, rollout.batch.group_ids).advantages
+    kept = torch.tensor([0, 1, 4, 6])
+    assert torch.equal(train.tensors["advantage"], credit[kept].repeat_interleave(3))
+    assert torch.equal(train.tensors["x"], rollout.states_NSCHW[kept, :3].flatten(0, 1))
+
+
+def test_a_pruned_group_of_equal_rewards_still_counts_in_the_mean():
+    algorithm = grpo(keep={"best": 1, "worst": 1})
+    rewards = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.7, 0.7, 0.7, 0.7])
+    train = algorithm.prepare(roll_out(algorithm, LinearVelocity()), make_scores(rewards), {})
+    assert (len(train), train.total) == (2 * 3, 4 * 3)
+
+
+# The shared prefix
+
+
+class Counted:
+    """A velocity that remembers with how many samples it was called."""
+
+    def __init__(self, model):
+        self.model, self.sizes = model, []
+
+    def __call__(self, x, *args, **kwargs):
+        self.sizes.append(len(x))
+        return self.model(x, *args, **kwargs)
+
+
+def test_the_steps_before_the_window_are_taken_once_a_group():
+    window = {"kind": "fixed", "start": 2, "size": 2}
+    apart, shared = (grpo(initial_noise="group", window=window, share_prefix=share) for share in (False, True))
+    counts = [Counted(LinearVelocity()), Counted(LinearVelocity())]
+    a, b = roll_out(apart, counts[0]), roll_out(shared, counts[1])
+    assert counts[0].sizes == [8] * 6
+    assert counts[1].sizes == [2, 2, 8, 8, 8, 8]
+    for name in ("states_NSCHW", "log_prob_NS", "final_NCHW"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(b.states_NSCHW[0, 0], b.states_NSCHW[3, 0])
+    assert not torch.equal(b.states_NSCHW[0, 1], b.states_NSCHW[3, 1])
+
+
+def test_a_shared_prefix_is_not_padded_to_the_geometry_of_the_other_steps():
+    counted = Counted(LinearVelocity())
+    algorithm = grpo(initial_noise="group", window={"kind": "fixed", "start": 2, "size": 2}, share_prefix=True)
+    roll_out(algorithm, counted, geometry=12)
+    assert counted.sizes == [2, 2, 12, 12, 12, 12]
+
+
+def test_the_noise_of_a_step_is_the_same_wherever_the_window_begins():
+    model, noise = LinearVelocity(), []
+    for window in ({"kind": "full"}, {"kind": "fixed", "start": 2, "size": 2}):
+        rollout = roll_out(grpo(window=window), model)
+        steps = zip(range(*rollout.spec.window), by_step(rollout, model), strict=True)
+        noise.append({k: ((x_next - stats.mean) / stats.std).detach() for k, (x_next, stats) in steps})
+    assert noise[0].keys() == set(range(6)) and noise[1].keys() == {2, 3}
+    for k in noise[1]:
+        torch.testing.assert_close(noise[1][k], noise[0][k], rtol=0, atol=1e-4)
+
+
+def test_a_group_of_several_prompts_shares_no_prefix():
+    algorithm = grpo(initial_noise="group", share_prefix=True)
+    two = replace(condition(4), index_N=torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="several prompts"):
+        integrate(
+            LinearVelocity(),
+            two,
+            SampleNoise(0, range(4), SHAPE, [0] * 4),
+            algorithm.rollout_plan(0, 0),
+            groups=[0, 0, 0, 0],
+        )
+
+
+# Granularities (G²RPO)
+
+
+def g2rpo(**changes):
+    window = {"kind": "fixed", "start": 1, "size": 1}
+    options = {"initial_noise": "group", "share_prefix": True, "window": window, "granularities": (1, 2, 3), **changes}
+    return grpo(**options)
+
+
+def test_every_sample_is_finished_at_each_granularity_of_the_remaining_grid():
+    """After the window's end at step 2 of 6: every step; 2, 4, 6; and 2, 5, 6."""
+    model, algorithm = LinearVelocity(), g2rpo()
+    rollout = roll_out(algorithm, model)
+    assert rollout.final_NCHW.shape == (8 * 3, *SHAPE)
+    grids = ([2, 3, 4, 5, 6], [2, 4, 6], [2, 5, 6])
+    for j, grid in enumerate(grids):
+        x = rollout.states_NSCHW[:, -1]
+        for k, k_next in pairwise(grid):
+            velocity = model.weight.detach() * x + model.bias.detach()
+            x = x + velocity * (rollout.spec.sigmas[k_next] - rollout.spec.sigmas[k])
+        torch.testing.assert_close(rollout.final_NCHW[j::3], x)
+
+
+def test_another_granularity_changes_neither_the_trajectory_nor_the_first_image():
+    model = LinearVelocity()
+    one, three = roll_out(g2rpo(granularities=(1,)), model), roll_out(g2rpo(), model)
+    assert torch.equal(one.states_NSCHW, three.states_NSCHW) and torch.equal(one.log_prob_NS, three.log_prob_NS)
+    assert torch.equal(one.final_NCHW, three.final_NCHW[::3])
+    assert three.batch.sample_ids == tuple(i for i in range(8) for _ in range(3))
+    assert len(three) == len(three.condition) == 24
+
+
+def test_the_prefix_is_taken_once_a_group_and_the_noisy_step_once_a_sample():
+    counted = Counted(LinearVelocity())
+    roll_out(g2rpo(), counted)
+    assert counted.sizes == [2] + [8] + [8] * (4 + 2 + 2)
+
+
+def test_each_granularity_has_advantages_of_its_own_and_they_are_summed():
+    """Group 7: (1, 0) and (2, 2), where the second column teaches nothing. Group 9: (3, 1, 2) of mean 2 and variance
+    2/3, and (0, 3, 0) of mean 1 and variance 2.
+    """
+    rewards = torch.tensor([[1.0, 2.0], [0.0, 2.0], [3.0, 0.0], [1.0, 3.0], [2.0, 0.0]])
+    valid = torch.ones(5, 2, dtype=torch.bool)
+    credit = group_advantages(rewards, valid, [7, 7, 9, 9, 9])
+    a, b, c = 0.5 / 0.5001, 1 / ((2 / 3) ** 0.5 + 1e-4), 1 / (2**0.5 + 1e-4)
+    torch.testing.assert_close(credit.advantages, torch.tensor([a, -a, b - c, -b + 2 * c, -c]))
+    assert credit.zero_std_fraction == 0
+    assert group_advantages(rewards[:2, 1:], valid[:2, 1:], [7, 7]).zero_std_fraction == 1
+
+
+def test_the_sum_of_advantages_is_clipped_and_not_its_terms():
+    """The last of 100 has 9.95 in the first column, -1 in the second: 5 in all, not 5 - 1."""
+    first, second = torch.zeros(100), torch.ones(100)
+    first[99] = 1.0
+    second[50:] = 0.0
+    credit = group_advantages(torch.stack([first, second], 1), torch.ones(100, 2, dtype=torch.bool), [0] * 100)
+    assert credit.advantages[99] == 5
+
+
+def test_transitions_carry_the_summed_advantage_of_their_sample_s_images():
+    model, algorithm = LinearVelocity(), g2rpo(granularities=(1, 2))
+    rollout = roll_out(algorithm, model)
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(2))
+    train = algorithm.prepare(rollout, make_scores(rewards), {})
+    assert len(train) == len(train.condition) == train.total == 8
+    groups, everyone = [0] * 4 + [1] * 4, torch.ones(8, dtype=torch.bool)
+    columns = [group_advantages(rewards[j::2], everyone, groups).advantages for j in range(2)]
+    torch.testing.assert_close(train.tensors["advantage"], columns[0] + columns[1])
+    assert torch.equal(train.tensors["old_log_prob"], rollout.log_prob_NS.flatten())
+    assert algorithm.loss({"policy": model}, train).metrics["replay/max_abs_dlogp"] == 0
+
+
+def test_a_sample_with_one_failed_image_learns_from_the_others():
+    algorithm = g2rpo(granularities=(1, 2), beta=0.1)
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(2))
+    rewards[2], rewards[4], rewards[5] = float("nan"), float("nan"), float("nan")
+    train = algorithm.prepare(roll_out(algorithm, LinearVelocity()), make_scores(rewards, ~rewards.isnan()), {})
+    assert len(train) == train.total == 7
+    second = group_advantages(rewards[1::2], ~rewards[1::2].isnan(), [0] * 4 + [1] * 4).advantages
+    assert train.tensors["advantage"][1] == second[1] and bool(torch.isfinite(train.tensors["advantage"]).all())
+
+
+def test_chunks_with_several_images_a_sample_join_in_order():
+    model, algorithm = LinearVelocity(), g2rpo(granularities=(1, 2))
+    rollout = roll_out(algorithm, model)
+
+    def part(samples):
+        images = [2 * i + j for i in samples for j in range(2)]
+        return replace(
+            rollout,
+            batch=rollout.batch.take(images),
+            condition=rollout.condition.take(torch.tensor(images)),
+            states_NSCHW=rollout.states_NSCHW[samples],
+            log_prob_NS=rollout.log_prob_NS[samples],
+            final_NCHW=rollout.final_NCHW[images],
+            images=rollout.images[images],
+        )
+
+    joined = cat_rollouts([part([0, 1, 2]), part([3, 4, 5, 6, 7])])
+    assert joined.batch == rollout.batch and torch.equal(joined.final_NCHW, rollout.final_NCHW)
+    scores = make_scores(torch.rand(16))
+    ours, theirs = (algorithm.prepare(r, scores, {}).tensors for r in (joined, rollout))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Several epochs
+
+
+def learner(model, algorithm, epochs):
+    engine = build_engine(model, EngineSettings(type="torch", learning_rate=1e-2))
+    return Learner(algorithm, {"policy": model}, engine, micro_batch_size=8, epochs=epochs)
+
+
+def test_a_second_epoch_is_off_policy_by_the_first_one_s_step():
+    algorithm = grpo(clip_range=1e-3)
+    rollout, scores = roll_out(algorithm, LinearVelocity()), make_scores(REWARDS)
+    model = LinearVelocity()
+    one = learner(model, algorithm, epochs=1).update(rollout, scores, 0).metrics
+    after = algorithm.loss({"policy": model}, algorithm.prepare(rollout, scores, {})).metrics
+    two = learner(LinearVelocity(), algorithm, epochs=2).update(rollout, scores, 0).metrics
+    assert one["ratio/mean"] == pytest.approx(1, abs=1e-12) and one["ratio/clip_fraction"] == 0
+    assert abs(float(after["ratio/mean"]) - 1) > 1e-4 and after["ratio/clip_fraction"] > 0
+    # Metrics are means over both epochs, the replay's deviation the first one's.
+    assert two["ratio/mean"] == pytest.approx((1 + float(after["ratio/mean"])) / 2, abs=1e-6)
+    assert two["ratio/clip_fraction"] == pytest.approx(float(after["ratio/clip_fraction"]) / 2)
+    assert two["replay/max_abs_dlogp"] == 0 and two["learner/updates"] == 2
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"window": {"kind": "random", "size": 2, "every": 5}}, "every: a random window does not slide"),
+        ({"window": {"kind": "full", "wrap": False}}, "wrap: a full window does not slide"),
+        ({"window": {"kind": "sliding", "size": 9}}, "no 9 noisy steps in a row"),
+        ({"window": {"kind": "full", "start": 5}, "kind": "cps"}, "window: of 6 steps of kind 'cps' none inside"),
+        ({"window": {"kind": "fixed", "size": 0}}, "greater than or equal to 1"),
+        ({"num_steps": 1, "kind": "cps", "window": {}}, "window: of 1 steps"),
+        ({"train_steps": 4}, "train_steps: is 4, but the window has 3 steps"),
+        ({"train_steps_by": "iteration"}, "train_steps_by: without train_steps"),
+        ({"share_prefix": True}, "share_prefix: set initial_noise: group"),
+        ({"share_prefix": True, "initial_noise": "group", "window": {}}, "share_prefix: the window begins at step 0"),
+        ({"ratio": "guard", "log_prob": "unnormalised"}, "ratio: guard normalises a Gaussian log-prob"),
+        ({"keep": {"best": 3, "worst": 2}}, "keep: 3 best and 2 worst are more than group_size, 4"),
+        ({"granularities": []}, "at least 1 item"),
+        ({"granularities": [1, 0]}, "greater than or equal to 1"),
+        ({"granularities": [2, 2]}, "would score an image twice"),
+        ({"granularities": [1, 2], "window": {}}, "granularities: 0 steps are left when the window ends at 6"),
+        ({"granularities": [1, 2, 3], "window": {"kind": "fixed", "start": 2, "size": 2}}, "2 or 3 of them at a time"),
+        ({"granularities": [1, 2], "window": {"kind": "random", "size": 1, "stop": 5}}, "1 steps are left"),
+        ({"clip_range": 0}, "greater than 0"),
+        ({"clip_range": "wide"}, "valid number"),
+        ({"clip_range": {"low": 0.1}}, "Field required"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, reason):
+    with pytest.raises(ValidationError, match=reason):
+        grpo(**options)
+
+
+def test_a_sliding_window_is_the_plan_of_its_iteration():
+    algorithm = grpo(window={"kind": "sliding", "size": 2, "every": 2, "stop": 4})
+    windows = [algorithm.rollout_plan(i, 0).window for i in range(7)]
+    assert windows == [(0, 2), (0, 2), (1, 3), (1, 3), (2, 4), (2, 4), (0, 2)]
+
+
+def test_the_config_of_every_variant_survives_a_round_trip():
+    config = g2rpo(
+        window={"kind": "sliding", "size": 2, "stop": 3, "every": 7, "decay": 0.1, "wrap": False},
+        train_steps=1,
+        train_steps_by="iteration",
+        ratio="guard",
+        clip_range={"low": 1e-5, "high": 2e-5},
+        keep={"best": 1, "worst": 2},
+        granularities=(1, 2),
+    ).config
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("name", ["mix_grpo", "grpo_guard", "flow_grpo_fast"])
+def test_the_recipe_loads_and_rolls_out_as_its_name_says(name):
+    config = load_align(RECIPES / f"{name}.yaml").config
+    algorithm = build_algorithm(config.algorithm)
+    plans = [algorithm.rollout_plan(i, config.seed) for i in (0, 25, 50)]
+    if name == "mix_grpo":
+        assert [plan.window for plan in plans] == [(0, 3), (1, 4), (2, 5)] and plans[0].shared_prefix
+    elif name == "grpo_guard":
+        assert all(plan.keep_means for plan in plans) and config.learner.updates_per_iteration > 1
+    else:
+        assert plans[0].kind == "cps" and algorithm.config.train_steps == 1

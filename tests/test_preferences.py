@@ -1,0 +1,385 @@
+"""Preference pairs from real files, the runs that learn from them, and the command that makes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from flowalign import checkpoint
+from flowalign.algorithm import build_algorithm
+from flowalign.cli import app
+from flowalign.cluster.run import run_align
+from flowalign.cluster.workers import LearnerWorker
+from flowalign.config import AlignConfig, ConfigError
+from flowalign.configfile import load_align
+from flowalign.data.preferences import PreferencesError, check_source, encoder_hash, load_pairs, read_rows
+from flowalign.metrics import read_metrics, without_times
+from flowalign.models.build import load_policy
+from flowalign.plan import plan_geometry
+from tests._model_directory import write_config
+
+BRIGHT, DARK = 230, 20
+REWARD = "def brightness(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
+
+
+def picture(level: int, seed: int, size: int = 64, kind: str = "PNG") -> bytes:
+    """Noise around a grey level, as the bytes of an image file."""
+    noise = np.random.default_rng(seed).integers(-15, 16, (size, size, 3))
+    file = io.BytesIO()
+    Image.fromarray((level + noise).astype(np.uint8)).save(file, format=kind)
+    return file.getvalue()
+
+
+def table(count: int = 6, ties: int = 1) -> list[dict[str, Any]]:
+    """Rows in which the bright picture wins, now as jpg_0 and now as jpg_1, and ``ties`` after them."""
+    rows = []
+    for i in range(count + ties):
+        bright = {"jpg": picture(BRIGHT, 2 * i), "label": 0.5 if i >= count else 1.0}
+        dark = {"jpg": picture(DARK, 2 * i + 1), "label": 0.5 if i >= count else 0.0}
+        places = (bright, dark) if i % 2 else (dark, bright)
+        pair = {f"{name}_{place}": row[name] for place, row in enumerate(places) for name in row}
+        rows.append({**pair, "caption": f"picture {i % 4}"})
+    return rows
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def offline_config(pipeline: Path, source: Path, **changes: Any) -> AlignConfig:
+    content = {
+        "name": "pairs",
+        "runs_dir": str(source.parent / "runs"),
+        "iterations": 4,
+        "model": {"path": str(pipeline), "max_sequence_length": 16},
+        "data": {"groups_per_iteration": 4, "preferences": str(source)},
+        "algorithm": {"type": "diffusion_dpo", "source": "offline", "beta": 500},
+        "rollout": {"chunk_size": 6},
+        "learner": {"engine": "torch", "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-3}},
+        "cluster": {"backend": "local", "threads": 1},
+        "evaluation": {"every": 0},
+        "checkpoint": {"every": 2, "keep_last": 10},
+        "logging": {"wandb": "disabled"},
+    }
+    return AlignConfig.model_validate({**content, **changes})
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_pipeline_dir: Path) -> Any:
+    return load_policy(offline_config(tiny_pipeline_dir, Path("x")).model)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_parquet(tmp_path / "pairs.parquet", table())
+
+
+def latent_of(policy: Any, content: bytes) -> Tensor:
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(content))))
+    return policy.encode_images(pixels[None])[0].half().float()
+
+
+def test_a_parquet_file_gives_the_preferred_image_as_the_winner_and_counts_ties(
+    source: Path, tiny_pipeline_dir: Path, policy: Any
+) -> None:
+    sampler = load_pairs(offline_config(tiny_pipeline_dir, source), policy)
+    assert sampler.metrics == {"preferences/pairs": 6, "preferences/ties": 1}
+    rows = table()
+    winners = {i: latent_of(policy, row["jpg_0" if row["label_0"] else "jpg_1"]) for i, row in enumerate(rows[:6])}
+    losers = {i: latent_of(policy, row["jpg_1" if row["label_0"] else "jpg_0"]) for i, row in enumerate(rows[:6])}
+    seen = []
+    for iteration in range(3):
+        batch = sampler.batch(iteration)
+        tokens, _ = batch.condition.expand()
+        for n in range(4):
+            i = next(i for i, latent in winners.items() if torch.equal(latent, batch.winner_NCHW[n]))
+            assert torch.equal(batch.loser_NCHW[n], losers[i])
+            expected = policy.encode_prompts((rows[i]["caption"],))
+            assert torch.equal(tokens[n], expected.tokens_PLD[0]) and torch.equal(
+                batch.condition.null_LD, expected.null_LD
+            )
+            seen.append(i)
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+
+
+def test_a_batch_is_a_function_of_seed_and_iteration(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
+    one, again, other = (load_pairs(offline_config(tiny_pipeline_dir, source, seed=seed), policy) for seed in (3, 3, 4))
+    for iteration in (0, 5):
+        a, b, c = (sampler.batch(iteration) for sampler in (one, again, other))
+        assert torch.equal(a.winner_NCHW, b.winner_NCHW) and a.seed == b.seed
+        assert a.seed != c.seed
+    assert one.batch(0).seed != one.batch(5).seed
+
+
+def test_images_and_captions_are_encoded_once(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
+    config = offline_config(tiny_pipeline_dir, source)
+    load_pairs(config, policy)
+    files = {path: path.stat().st_mtime_ns for path in Path(f"{source}.cache").rglob("*.safetensors")}
+    assert len(files) == 12 + 4 + 1  # images of pairs that are no ties, captions, the empty caption
+    renamed = source.rename(source.with_name("moved.parquet"))
+    data = {"groups_per_iteration": 4, "preferences": str(renamed), "preferences_cache": f"{source}.cache"}
+    load_pairs(config.model_copy(update={"data": config.data.model_validate(data)}), policy)
+    assert {path: path.stat().st_mtime_ns for path in Path(f"{source}.cache").rglob("*")}.items() >= files.items()
+    assert len(list(Path(f"{source}.cache").rglob("*.safetensors"))) == len(files)
+
+
+def test_the_key_names_the_encoders_and_not_the_transformer(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    model = offline_config(tiny_pipeline_dir, tmp_path / "x").model
+    copy = shutil.copytree(tiny_pipeline_dir, tmp_path / "copy")
+    assert encoder_hash(model) == encoder_hash(model.model_copy(update={"path": str(copy)}))
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert encoder_hash(model) == encoder_hash(model.model_copy(update={"path": str(copy)}))
+    weights = next((copy / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert encoder_hash(model) != encoder_hash(model.model_copy(update={"path": str(copy)}))
+
+
+def test_another_precision_is_encoded_anew(source: Path, tiny_pipeline_dir: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16, "dtype": dtype}
+        config = offline_config(tiny_pipeline_dir, source, model=model)
+        load_pairs(config, load_policy(config.model))
+    assert len(list(Path(f"{source}.cache").rglob("*.safetensors"))) == 2 * (12 + 4 + 1)
+
+
+def test_ranks_that_share_the_work_draw_the_same_pairs(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
+    config = offline_config(tiny_pipeline_dir, source)
+    batches = [load_pairs(config, policy, rank=rank, world_size=2).batch(1) for rank in (0, 1)]
+    assert torch.equal(batches[0].winner_NCHW, batches[1].winner_NCHW) and batches[0].seed == batches[1].seed
+
+
+def test_a_folder_of_images_with_metadata_reads_like_a_parquet_file(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for i, row in enumerate(table()):
+        for place in (0, 1):
+            (folder / f"{i}_{place}.png").write_bytes(row[f"jpg_{place}"])
+        names = {f"jpg_{place}_file_name": f"{i}_{place}.png" for place in (0, 1)}
+        lines.append(json.dumps({**names, **{k: v for k, v in row.items() if not k.startswith("jpg")}}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    pairs = list(zip(read_rows(folder), read_rows(source), strict=True))
+    assert len(pairs) == 7
+    assert all((a.images, a.caption, a.winner) == (b.images, b.caption, b.winner) for a, b in pairs)
+
+
+def test_a_folder_of_parquet_files_with_image_columns_reads_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    features = Features(
+        {"jpg_0": ImageColumn(), "jpg_1": ImageColumn(), "label_0": Value("float32"), "label_1": Value("float32")}
+        | {"caption": Value("string")}
+    )
+    rows = table()
+    for i, part in enumerate((rows[:4], rows[4:])):
+        columns = [{**row, **{f"jpg_{p}": {"bytes": row[f"jpg_{p}"], "path": None} for p in (0, 1)}} for row in part]
+        Dataset.from_list(columns, features=features).to_parquet(str(folder / f"pairs-{i}.parquet"))
+    assert [row.images for row in read_rows(folder)] == [(row["jpg_0"], row["jpg_1"]) for row in rows]
+
+
+def test_an_image_of_another_size_is_fitted_to_the_run_s(tmp_path: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
+    rows = [{**table(1, 0)[0], "jpg_0": picture(DARK, 1, 96, "JPEG"), "jpg_1": picture(BRIGHT, 2, 48)}]
+    batch = load_pairs(offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "a.parquet", rows)), policy).batch(0)
+    assert batch.winner_NCHW.shape == (4, 16, 8, 8)
+
+
+def without(column: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != column} for row in table()]
+
+
+def changed(**values: Any) -> list[dict[str, Any]]:
+    """The third row with other values."""
+    rows = table()
+    return [*rows[:2], {**rows[2], **values}, *rows[3:]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (without("label_1"), "has no column 'label_1'; a preference set has jpg_0, jpg_1, label_0, label_1, caption"),
+        (changed(jpg_1=b"no picture at all"), r"row 2, jpg_1 holds no readable image"),
+        (changed(jpg_1=picture(DARK, 0)[:200]), r"row 2, jpg_1 holds no readable image"),
+        (changed(jpg_0=None), r"row 2 lacks an image"),
+        (changed(label_0=None), r"row 2 has the labels None and"),
+        (changed(caption=None), r"row 2 has the caption None"),
+        (table(0, 3), r"all 3 pairs of .* are ties; there is nothing to learn from"),
+    ],
+)
+def test_a_bad_set_is_refused_in_one_sentence(
+    rows: list[dict[str, Any]], said: str, tmp_path: Path, tiny_pipeline_dir: Path, policy: Any
+) -> None:
+    path = write_parquet(tmp_path / "bad.parquet", rows)
+    with pytest.raises(PreferencesError, match=said) as caught:
+        load_pairs(offline_config(tiny_pipeline_dir, path), policy)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_no_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PreferencesError, match="does not exist"):
+        check_source(tmp_path / "absent.parquet")
+    with pytest.raises(PreferencesError, match="neither parquet files nor images"):
+        check_source(tmp_path)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(PreferencesError, match="cannot be read"):
+        check_source(tmp_path / "broken.parquet")
+
+
+def refusal(config: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_align(config, overrides)
+    return str(caught.value)
+
+
+OFFLINE = "algorithm={type: diffusion_dpo, source: offline}"
+
+
+def test_a_configuration_names_its_pairs_exactly_where_the_algorithm_learns_from_them(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    write_parquet(tmp_path / "pairs.parquet", table())
+    write_parquet(tmp_path / "lacking.parquet", without("caption"))
+    pairs = "data.preferences=pairs.parquet"
+    loaded = load_align(config, [OFFLINE, pairs, "rewards=[]"]).config
+    assert loaded.data.preferences == str(tmp_path / "pairs.parquet")
+    assert loaded.algorithm["group_size"] == 2
+    geometry = plan_geometry(loaded, build_algorithm(loaded.algorithm))
+    assert (geometry.rollout_passes, geometry.learner_backward_passes) == (0, 2 * 3)  # of 3 pairs
+    assert refusal(config, OFFLINE).startswith("data.preferences: is missing; give a parquet file")
+    assert refusal(config, pairs).startswith("data.preferences: flow_grpo learns from what it rolls out")
+    assert "has no column 'caption'" in refusal(config, OFFLINE, "data.preferences=lacking.parquet")
+    assert refusal(config, OFFLINE, "data.preferences=absent").startswith("data.preferences: ")
+    assert refusal(config, "data.preferences_cache=x").startswith("data.preferences_cache: there is nothing to keep")
+
+
+def test_the_first_update_of_a_learner_starts_at_log_2(source: Path, tiny_pipeline_dir: Path) -> None:
+    config = offline_config(tiny_pipeline_dir, source)
+    worker = LearnerWorker(config)
+    try:
+        metrics = worker.update(None, None, 0).metrics
+    finally:
+        worker.close()
+    assert metrics["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6) and metrics["dpo/margin"] == 0
+    assert metrics["preferences/ties"] == 1 and metrics["dpo/pairs"] == 4
+
+
+def test_the_reference_takes_the_policy_s_weights_every_few_iterations(source: Path, tiny_pipeline_dir: Path) -> None:
+    algorithm = {"type": "diffusion_dpo", "source": "offline", "reference_refresh": 2}
+    margins = []
+    worker = LearnerWorker(offline_config(tiny_pipeline_dir, source, algorithm=algorithm))
+    try:
+        for iteration in range(4):
+            margins.append(worker.update(None, None, iteration).metrics["dpo/margin"])
+    finally:
+        worker.close()
+    assert [margin == 0 for margin in margins] == [True, False, True, False]
+
+
+def run(config: AlignConfig) -> tuple[Path, list[Mapping[str, Any]]]:
+    run_dir = run_align(config, Path("."), Console(quiet=True))
+    return run_dir, [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 8}])
+def test_an_offline_run_continues_bitwise_and_evaluates(source: Path, tiny_pipeline_dir: Path, lora: Any) -> None:
+    algorithm = {"type": "diffusion_dpo", "source": "offline", "beta": 500, "reference_refresh": 3}
+    changes = {
+        "algorithm": algorithm,
+        "iterations": 5,
+        "evaluation": {"every": 2, "num_samples": 6, "num_steps": 2},
+        "model": {"path": str(tiny_pipeline_dir), "max_sequence_length": 16, "lora": lora},
+    }
+    whole, rows = run(offline_config(tiny_pipeline_dir, source, **changes))
+    run(offline_config(tiny_pipeline_dir, source, **{**changes, "name": "parts", "iterations": 4}))
+    parts, again = run(offline_config(tiny_pipeline_dir, source, **{**changes, "name": "parts"}))
+    assert [row["iteration"] for row in rows] == list(range(6))
+    assert any(key.startswith("eval/") for key in rows[2]) and not any(key.startswith("eval/") for key in rows[1])
+    assert not any(key.startswith("reward/") for key in rows[1])
+    a, b = (checkpoint.load(run_dir / "checkpoints" / "step_000005") for run_dir in (whole, parts))
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
+    optimizers = [saved.optimizer_of(0)[0] for saved in (a, b)]
+    assert optimizers[0].keys() == optimizers[1].keys()
+    assert all(torch.equal(optimizers[0][key], optimizers[1][key]) for key in optimizers[0])
+    assert any(key.startswith("reference.") for key in optimizers[0])
+    assert rows[5]["loss/dpo"] == again[5]["loss/dpo"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_offline_run_on_ray_gives_the_bits_of_one_in_this_process_and_two_ranks_almost(
+    source: Path, tiny_pipeline_dir: Path
+) -> None:
+    cpus = {"rollout_cpus": 0.25, "reward_cpus": 0.25, "learner_cpus": 0.25}
+    ray, learner = {"backend": "ray", "threads": 1, **cpus}, {"engine": "torch", "micro_batch_size": 2}
+    algorithm = {"type": "diffusion_dpo", "source": "offline", "reference_refresh": 2}
+    changes = {"iterations": 3, "algorithm": algorithm, "evaluation": {"every": 3, "num_samples": 6, "num_steps": 2}}
+    runs = {
+        "local": {"learner": learner},
+        "ray": {"learner": learner, "cluster": ray},
+        "ranks": {"learner": {**learner, "ranks": 2}, "cluster": ray},
+    }
+    weights = {}
+    for name, own in runs.items():
+        run_dir, _ = run(offline_config(tiny_pipeline_dir, source, name=name, **changes, **own))
+        weights[name] = checkpoint.load(run_dir / "checkpoints" / "step_000003").model
+    for key, value in weights["local"].items():
+        assert torch.equal(value, weights["ray"][key])
+        torch.testing.assert_close(value, weights["ranks"][key], rtol=0, atol=1e-5)
+
+
+def small_run(folder: Path, pipeline: Path) -> Path:
+    """A configuration whose rollouts have 8 images."""
+    path = folder / "small.yaml"
+    path.write_text(
+        f"name: small\niterations: 1\nmodel: {{path: {pipeline}, max_sequence_length: 16}}\n"
+        "algorithm: {type: flow_grpo}\nrewards: [{spec: jpeg}]\nrollout: {chunk_size: 8}\n"
+        "cluster: {backend: local, threads: 1}\n"
+    )
+    return path
+
+
+def test_a_set_made_from_a_checkpoint_holds_the_best_and_the_worst_of_its_groups(
+    tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bright.py").write_text(REWARD)
+    arguments = ["make-preferences", str(tiny_pipeline_dir), "--reward", "bright.py:brightness", "--pairs", "5"]
+    arguments += ["--group-size", "4", "--num-steps", "2", "--out", "made", "--json"]
+    arguments += ["--config", str(small_run(tmp_path, tiny_pipeline_dir))]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    card = json.loads((tmp_path / "made" / "preferences.json").read_text())
+    assert card["pairs"] == 5 and card["reward"]["spec"] == str(tmp_path / "bright.py:brightness")
+    rows = list(read_rows(tmp_path / "made"))
+    assert len(rows) == 5 and {row.winner for row in rows} == {0, 1}
+    for row in rows:
+        levels = [float(np.asarray(Image.open(io.BytesIO(content))).mean()) for content in row.images]
+        assert row.winner == int(np.argmax(levels)) and row.caption
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "holds parquet files already" in refused.output
+
+
+def test_a_reward_that_tells_nothing_apart_is_refused(
+    tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat.py").write_text("def flat(images, prompts, metadata):\n    return [0.5] * len(images)\n")
+    arguments = ["make-preferences", str(tiny_pipeline_dir), "--reward", "flat.py:flat", "--pairs", "1"]
+    arguments += ["--group-size", "8", "--num-steps", "1", "--config", str(small_run(tmp_path, tiny_pipeline_dir))]
+    done = CliRunner().invoke(app, [*arguments, "--out", "made"])
+    assert done.exit_code == 2 and "tells too few of them apart" in " ".join(done.output.split())
