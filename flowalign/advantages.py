@@ -9,6 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowalign.types import Scores
+
+Normalize = Literal["total", "per_reward"]
+
 
 @dataclass(frozen=True)
 class Credit:
@@ -16,6 +20,27 @@ class Credit:
 
     advantages: Tensor
     zero_std_fraction: float
+
+
+def credit(
+    scores: Scores,
+    group_ids: Sequence[int],
+    *,
+    normalize: Normalize = "total",
+    std: Literal["group", "batch", "none"] = "group",
+    clip: float = 5.0,
+    images: int = 1,
+) -> Credit:
+    """Credit of N samples: of the weighted ``total``, or of each reward by itself with ``normalize: per_reward``.
+
+    ``scores`` have N·J rows where each sample was finished into J ``images``, which lie in a row; ``group_ids`` has N.
+    """
+    shape = (-1, images)
+    valid = scores.valid.reshape(shape)
+    if normalize == "total":
+        return group_advantages(scores.total.reshape(shape), valid, group_ids, std=std, clip=clip)
+    by_reward = {name: values.reshape(shape) for name, values in scores.by_reward.items()}
+    return per_reward_advantages(by_reward, scores.weights, valid, group_ids, std=std, clip=clip)
 
 
 def group_advantages(

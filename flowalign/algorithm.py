@@ -6,10 +6,15 @@ branch on the declarations below and never on an algorithm's name.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -103,19 +108,20 @@ def known_algorithms() -> list[str]:
 
 
 def algorithm_class(name: str) -> type[Any]:
-    """The class behind ``algorithm.type``: a file under ``flowalign/algorithms`` or ``package.module[:Class]``.
+    """The class behind ``algorithm.type``: the name of a file under ``flowalign/algorithms``, ``package.module`` or
+    ``path/to/file.py``, the last two with ``:Class`` where they hold several. The user's code is run.
 
     Raises:
         UnknownAlgorithm: nothing of that name can be imported, or it holds no algorithm.
     """
     module_name, _, attribute = name.partition(":")
-    if "." not in module_name:
+    if not module_name.endswith(".py") and "." not in module_name:
         if module_name not in known_algorithms():
             raise UnknownAlgorithm(f"algorithm.type: no algorithm {name!r}; known: {', '.join(known_algorithms())}")
         module_name = f"flowalign.algorithms.{module_name}"
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+        module = (_of_file if module_name.endswith(".py") else importlib.import_module)(module_name)
+    except (ImportError, SyntaxError, FileNotFoundError) as error:
         raise UnknownAlgorithm(f"algorithm.type: cannot import {module_name!r}: {error}") from error
     if attribute:
         found = getattr(module, attribute, None)
@@ -125,6 +131,24 @@ def algorithm_class(name: str) -> type[Any]:
     if found is None:
         raise UnknownAlgorithm(f"algorithm.type: {module_name} holds no class with a Config and a loss")
     return found
+
+
+def _of_file(location: str) -> ModuleType:
+    """The module of a file outside any package, imported once a process."""
+    path = Path(location).resolve()
+    name = f"flowalign_algorithm_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: pydantic looks the annotations of its classes up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def build_algorithm(config: AlgorithmConfig | Mapping[str, Any]) -> Any:
@@ -137,8 +161,6 @@ def build_algorithm(config: AlgorithmConfig | Mapping[str, Any]) -> Any:
 
 def seeded(*numbers: int) -> torch.Generator:
     """A CPU generator that is a function of a few integers (run seed, iteration, sample id …)."""
-    import hashlib
-
     digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run directory: atomic, hashed, and never half there.
 
 ``root`` is ``runs/<name>/checkpoints``. A checkpoint is written into a hidden directory, synced, renamed to
-``step_000020``; only then is ``latest``, a text file with that name, replaced by rename.
+``step_000020``; only then is ``latest``, a text file with that name, replaced by rename. ``last_good``, another such
+file, names the newest checkpoint from before an alarm.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 FORMAT = "flowalign-checkpoint"
 VERSION = 1
 LATEST = "latest"
+LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
@@ -67,12 +69,31 @@ def latest(root: Path) -> Path | None:
     Raises:
         CheckpointError: ``latest`` names a directory that is not there.
     """
+    return _pointed(root, LATEST)
+
+
+def last_good(root: Path) -> Path | None:
+    """The newest checkpoint that no alarm speaks against; None where there is none. Raises as ``latest`` does."""
+    return _pointed(root, LAST_GOOD)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def steps(root: Path) -> list[int]:
+    """The steps of the checkpoints under ``root``, ascending."""
+    return sorted(step_of(path) for path in _manifests(root))
+
+
+def _pointed(root: Path, pointer: str) -> Path | None:
     try:
-        name = (root / LATEST).read_text(encoding="utf-8").strip()
+        name = (root / pointer).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     if not re.fullmatch(r"step_\d+", name) or not (root / name).is_dir():
-        raise CheckpointError(f"{root / LATEST} names {name!r}, which is no checkpoint there; {_advice(root / name)}")
+        raise CheckpointError(f"{root / pointer} names {name!r}, which is no checkpoint there; {_advice(root / name)}")
     return root / name
 
 
@@ -145,7 +166,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run and deletes those it need not keep.
 
     ``keep_last`` newest stay, and the ``keep_best`` with the highest ``state["metrics"][best_metric]``; 0 for
-    ``keep_last`` keeps all. What ``latest`` names always stays. A root has one writer at a time.
+    ``keep_last`` keeps all. What ``latest`` and ``last_good`` name always stays. A root has one writer at a time.
     """
 
     root: Path
@@ -180,10 +201,22 @@ class CheckpointWriter:
             self._make_room(final)
         hidden.rename(final)
         _sync(self.root)
-        self._point_latest(final.name)
+        self._point(LATEST, final.name)
         self._prune()
         self._sweep()
         return final
+
+    def mark_good(self, step: int | None) -> None:
+        """Point ``last_good`` at the checkpoint of a step, or at none; the one it named before may then be deleted."""
+        name = None if step is None else f"step_{step:06d}"
+        if name == self._named().get(LAST_GOOD):
+            return
+        if name is None:
+            (self.root / LAST_GOOD).unlink()
+        else:
+            self._point(LAST_GOOD, name)
+        self._prune()
+        self._sweep()
 
     def _hidden(self) -> Path:
         return self.root / f"{HIDDEN}{uuid.uuid4().hex}"
@@ -209,17 +242,24 @@ class CheckpointWriter:
 
     def _make_room(self, final: Path) -> None:
         """Move an older ``final`` out of the way; ``latest`` first falls back to the newest other one."""
-        pointer = self.root / LATEST
-        if pointer.exists() and pointer.read_text(encoding="utf-8").strip() == final.name:
+        named = self._named()
+        if named.get(LATEST) == final.name:
             others = [path.name for path in _manifests(self.root) if path != final]
-            self._point_latest(others[-1]) if others else pointer.unlink()
+            self._point(LATEST, others[-1]) if others else (self.root / LATEST).unlink()
+        if named.get(LAST_GOOD) == final.name:
+            (self.root / LAST_GOOD).unlink()
         final.rename(self._hidden())
 
-    def _point_latest(self, name: str) -> None:
+    def _named(self) -> dict[str, str]:
+        """What each pointer that is there names."""
+        there = [pointer for pointer in (LATEST, LAST_GOOD) if (self.root / pointer).exists()]
+        return {pointer: (self.root / pointer).read_text(encoding="utf-8").strip() for pointer in there}
+
+    def _point(self, pointer: str, name: str) -> None:
         hidden = self._hidden()
         hidden.write_text(f"{name}\n", encoding="utf-8")
         _sync(hidden)
-        hidden.rename(self.root / LATEST)
+        hidden.rename(self.root / pointer)
         _sync(self.root)
 
     def _prune(self) -> None:
@@ -227,7 +267,7 @@ class CheckpointWriter:
         scores = {path.name: m["metrics"].get(self.best_metric, math.nan) for path, m in manifests.items()}
         best = sorted((name for name in scores if not math.isnan(scores[name])), key=scores.__getitem__, reverse=True)
         keep = {path.name for path in list(manifests)[-self.keep_last :]} | set(best[: self.keep_best])
-        keep.add((self.root / LATEST).read_text(encoding="utf-8").strip())
+        keep |= set(self._named().values())
         for path in manifests:
             if path.name not in keep:
                 path.rename(self._hidden())

@@ -129,7 +129,8 @@ class ClusterConfig(Section):
     """Where it runs. Thread counts are explicit: on a CPU they decide both speed and bits.
 
     ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. A reward that needs
-    longer than ``reward_deadline_s`` for one chunk ends the run.
+    longer than ``reward_deadline_s`` for one chunk ends the run. ``teachers: actor`` loads each teacher once, in an
+    actor that all learner ranks ask; ``learner`` loads all of them in every rank, as ``backend: local`` always does.
     """
 
     backend: Literal["ray", "local"] = "ray"
@@ -142,15 +143,26 @@ class ClusterConfig(Section):
     reward_gpus: Annotated[float, Field(ge=0)] = 0
     learner_cpus: Annotated[float, Field(ge=0)] = 0.5
     learner_gpus: Annotated[float, Field(ge=0)] = 0
+    teachers: Literal["actor", "learner"] = "actor"
+    teacher_cpus: Annotated[float, Field(ge=0)] = 0.5
+    teacher_gpus: Annotated[float, Field(ge=0)] = 0
     threads: Positive = 2
     reward_threads: Positive = 1
     reward_deadline_s: Annotated[float, Field(gt=0)] = 600
     device: str = "cpu"
     max_task_retries: Annotated[int, Field(ge=0)] = 3
 
+    @property
+    def has_teacher_actors(self) -> bool:
+        return self.backend == "ray" and self.teachers == "actor"
+
 
 class EvaluationConfig(Section):
-    """Same-seed evaluation every ``every`` iterations (0: never), before the first and after the last."""
+    """Same-seed evaluation every ``every`` iterations (0: never), before the first and after the last.
+
+    ``gold`` lists scorers beside ``scorer``, which is GenEval by default: what the run was not trained on tells
+    whether it has learned or found a gap in its reward.
+    """
 
     every: Annotated[int, Field(ge=0)] = 20
     prompts: str = "shapes:eval"
@@ -159,6 +171,7 @@ class EvaluationConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     seed: int = 1234
     scorer: RewardConfig | None = None
+    gold: list[RewardConfig] = Field(default_factory=list)
     weights: Literal["policy", "ema"] = "policy"
 
 
@@ -168,6 +181,28 @@ class CheckpointConfig(Section):
     keep_best: Annotated[int, Field(ge=0)] = 1
     best_metric: str = "eval/geneval/overall"
     resume: Literal["auto", "never"] = "auto"
+
+
+class SafetyConfig(Section):
+    """When a run is said to collapse, judged block by block of ``window`` iterations; see docs/safety.md.
+
+    ``min_diversity`` is a share of the first block's, ``max_saturation_shift`` a distance from the first block's,
+    ``max_reward_drop`` is in standard deviations of the rewards, ``max_invalid`` a share of the images. Differences
+    must also exceed ``standard_errors`` of theirs. ``clip``, a directory in open_clip's layout such as
+    ``shapes:open_clip``, measures diversity on ``clip_images`` images an iteration; without it pixels do. With ``stop``
+    a run ends once an alarm has held for ``patience`` blocks.
+    """
+
+    window: Annotated[int, Field(ge=3)] = 10
+    min_diversity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_saturation_shift: Annotated[float, Field(ge=0, le=1)] = 0.2
+    max_reward_drop: Annotated[float, Field(ge=0)] = 0.5
+    max_invalid: Annotated[float, Field(ge=0, le=1)] = 0.1
+    standard_errors: Annotated[float, Field(ge=0)] = 4.0
+    clip: str | None = None
+    clip_images: Annotated[int, Field(ge=2)] = 32
+    stop: bool = False
+    patience: Positive = 2
 
 
 class LoggingConfig(Section):
@@ -191,6 +226,7 @@ class AlignConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
     logging: LoggingConfig = LoggingConfig()
     min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
@@ -201,6 +237,12 @@ class AlignConfig(Section):
         names = [reward.label for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards: two rewards share a name ({', '.join(names)}); give each its own `name`")
+        judges = ["geneval" if self.evaluation.scorer is None else self.evaluation.scorer.label]
+        judges += [reward.label for reward in self.evaluation.gold]
+        if len(set(judges)) != len(judges):
+            raise ValueError(
+                f"evaluation.gold: two scorers share a name ({', '.join(judges)}); give each its own `name`"
+            )
         if self.rewards and not any(reward.weight and not reward.gold for reward in self.rewards):
             raise ValueError("rewards: none is trained on; give one a weight other than 0 without gold: true")
         if self.data.preferences_cache is not None and self.data.preferences is None:

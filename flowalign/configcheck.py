@@ -149,7 +149,7 @@ def model_family(name: str) -> ModuleType:
     import flowalign.models
 
     known = [m.name for m in pkgutil.iter_modules(flowalign.models.__path__)]
-    families = [m for m in known if m not in ("base", "build", "ema", "inspect")]
+    families = [m for m in known if m not in ("base", "build", "ema", "encoding", "inspect", "merge")]
     if "." not in name and name not in families:
         raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
     try:
@@ -183,6 +183,12 @@ def _checked_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] 
     """The shape of a pipeline's latents, where its family can tell without loading it."""
     from flowalign.models.inspect import latent_shape
 
+    if any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
+        raise ConfigError(
+            key,
+            f"{path} is a run or a checkpoint; a run starts from a pipeline, so make one: flowalign export {path} "
+            "--to DIR, with --as ema for its averaged weights",
+        )
     check: Callable[[Path], None] | None = getattr(model_family(model.type), "check_directory", None)
     try:
         if check is not None:
@@ -351,6 +357,7 @@ def check_cores(config: AlignConfig) -> None:
         "cluster.rollout_cpus": c.rollout_workers * c.rollout_cpus,
         "cluster.reward_cpus": c.reward_workers * c.reward_cpus,
         "cluster.learner_cpus": config.learner.ranks * c.learner_cpus,
+        "cluster.teacher_cpus": len(config.algorithm.get("teachers") or ()) * c.teacher_cpus * c.has_teacher_actors,
     }
     if sum(asked.values()) > CORES_PROMISED * cores:
         key = max(asked, key=lambda name: asked[name])

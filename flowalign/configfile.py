@@ -25,7 +25,7 @@ PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspee
 _RECORDED = ("versions", "seeds")
 _MAY_CHANGE = re.compile(
     r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last"
-    r"|cluster\.(address|max_task_retries|\w+_workers|\w+_cpus|\w+_gpus)"
+    r"|cluster\.(address|max_task_retries|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
 )
 
 
@@ -132,6 +132,10 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
         need(checks.check_reward, f"rewards.{i}", reward, base)
     if config.evaluation.scorer is not None:
         need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base)
+    for i, reward in enumerate(config.evaluation.gold):
+        need(checks.check_reward, f"evaluation.gold.{i}", reward, base)
+    if config.safety.clip is not None:
+        need(checks.check_reward, "safety.clip", RewardConfig(spec="clip", options={"path": config.safety.clip}), base)
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
     need(checks.check_model, config)
     need(checks.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)

@@ -26,13 +26,25 @@ def resolve(config: Config, base: Path) -> Config:
     rewards = [resolve_reward(reward, base, f"rewards.{i}") for i, reward in enumerate(config.rewards)]
     scorer = config.evaluation.scorer
     scorer = scorer and resolve_reward(scorer, base, "evaluation.scorer")
-    evaluation = {"prompts": _prompts(config.evaluation.prompts, base), "scorer": scorer}
+    gold = [resolve_reward(reward, base, f"evaluation.gold.{i}") for i, reward in enumerate(config.evaluation.gold)]
+    evaluation = {"prompts": _prompts(config.evaluation.prompts, base), "scorer": scorer, "gold": gold}
     update |= {"rewards": rewards, "evaluation": config.evaluation.model_copy(update=evaluation)}
     data = {name: getattr(config.data, name) for name in ("preferences", "preferences_cache")}
     paths = {name: _path(value, base) for name, value in data.items() if value is not None}
     update["data"] = config.data.model_copy(update={"prompts": _prompts(config.data.prompts, base), **paths})
-    update["algorithm"] = _teachers(config.algorithm, base)
+    update["algorithm"] = _own_file(_teachers(config.algorithm, base), base)
+    if config.safety.clip is not None:
+        clip = _option(config.safety.clip, "path", base, "safety.clip")
+        update["safety"] = config.safety.model_copy(update={"clip": clip})
     return config.model_copy(update=update)
+
+
+def _own_file(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
+    """``path/to/file.py:Class`` as an absolute path, so that workers in other directories find it."""
+    location, colon, attribute = str(algorithm["type"]).partition(":")
+    if not location.endswith(".py"):
+        return algorithm
+    return {**algorithm, "type": f"{_path(location, base)}{colon}{attribute}"}
 
 
 def _teachers(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flowalign.data.prompts import evaluation_batch
 from flowalign.sample import Progress, Which, ode_spec, open_policy, roll, torch_threads
 from flowalign.sample import load_weights as load_weights
 from flowalign.sample import sample_checkpoint as sample_checkpoint
-from flowalign.scoring import NamedScorer, cat_scores, load_scorer, merge, score_images
+from flowalign.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
 from flowalign.types import Rollout, Scores
 
 UNTAGGED = "untagged"
@@ -59,6 +59,11 @@ def evaluation_reward(config: AlignConfig) -> RewardConfig:
     return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
 
 
+def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
+    """The evaluation's scorer and, after it, those that are only measured."""
+    return [evaluation_reward(config), *config.evaluation.gold]
+
+
 def evaluate_checkpoint(
     path: Path,
     *,
@@ -81,15 +86,15 @@ def evaluate_checkpoint(
     which = which or ("ema" if own.weights == "ema" and not (Path(path) / "model_index.json").is_file() else "model")
     batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples, base_dir)
     with torch_threads(config.cluster.threads):
-        scorer = load_scorer(evaluation_reward(config), base_dir)
+        scorers = load_scorers(evaluation_rewards(config), base_dir)
         policy, state = open_policy(path, config, which)
         guidance = own.guidance_scale if guidance_scale is None else guidance_scale
         spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
         parts, rows = [], []
         for chunk in roll(policy, batch, spec, config, own.seed if seed is None else seed, progress):
-            judged = score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata)
-            parts.append((chunk, merge([judged], {scorer.name: 1.0})))
-            rows += _result_rows(scorer, *parts[-1])
+            judged = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
+            parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
+            rows += _result_rows(scorers[0], *parts[-1])
     scores = cat_scores([part for _, part in parts])
     images = torch.cat([chunk.images for chunk, _ in parts])
     return EvaluationResult(

@@ -56,7 +56,8 @@ class Learner:
                 if part.numel():
                     history.append(self._step(train, part))
         self.version += 1
-        return Update(self.version, {**train.metrics, **_summary(history), "learner/updates": float(len(history))})
+        done = {"learner/updates": float(len(history)), "learner/transitions": float(len(train))}
+        return Update(self.version, {**train.metrics, **_summary(history), **done})
 
     def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
         """The algorithm's ``prepare``, without gradients; every rank computes all of it."""

@@ -25,16 +25,11 @@ class Backend(Protocol):
 
     def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected: ...
 
-    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
-        """Learn from a rollout; without one from what the learner has on disk."""
-        ...
+    # Without a rollout from what the learner has on disk.
+    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update: ...
 
-    def sync(self, evaluation: bool = False) -> None:
-        """Give the learner's weights to every rollout worker; stops the run unless each acknowledges them.
-
-        With ``evaluation`` they are those that ``evaluation.weights`` names.
-        """
-        ...
+    # Every rollout worker acknowledges the weights, or the run stops; for evaluation those of `evaluation.weights`.
+    def sync(self, evaluation: bool = False) -> None: ...
 
     def close(self) -> None: ...
 
@@ -48,9 +43,7 @@ class Sampler(Protocol):
 class Journal(Protocol):
     """Where a run leaves its traces: metrics, images, checkpoints."""
 
-    def iteration(self, iteration: int, metrics: dict[str, float], collected: Any) -> None:
-        """``collected`` is the iteration's `Collected`, None where it rolled nothing out."""
-        ...
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None: ...
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
 
@@ -59,9 +52,7 @@ class Journal(Protocol):
     def due(self, what: str, iteration: int) -> bool: ...
 
     @property
-    def stopping(self) -> bool:
-        """Somebody asked the run to end after this iteration."""
-        ...
+    def stopping(self) -> bool: ...  # somebody or something asked the run to end after this iteration
 
 
 @dataclass(frozen=True)
@@ -90,18 +81,16 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
         spec = run.algorithm.rollout_plan(iteration, run.seed)
         collected = None if spec is None else backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
         clock.lap("collect_s")
-        if collected is None:
-            update = backend.update(None, None, iteration)
-        else:
-            if run.algorithm.needs_scores:
-                require_valid(collected.scores, run.min_valid_fraction)
-            update = backend.update(collected.rollout, collected.scores, iteration)
+        if collected is not None and run.algorithm.needs_scores:
+            require_valid(collected.scores, run.min_valid_fraction)
+        rollout, scores = (None, None) if collected is None else (collected.rollout, collected.scores)
+        update = backend.update(rollout, scores, iteration)
         clock.lap("learn_s")
         done = iteration + 1
         if collected is not None or journal.due("evaluation", done):
             backend.sync()
         clock.lap("sync_s")
-        metrics = {**_reward_metrics(collected), **update.metrics, **_times(clock, collected)}
+        metrics = {**_measured(collected, clock), **update.metrics}
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         journal.iteration(done, metrics, collected)
@@ -112,14 +101,11 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
             return
 
 
-def _reward_metrics(collected: Collected | None) -> dict[str, float]:
-    return reward_metrics(collected.scores) if collected is not None and collected.scores.by_reward else {}
-
-
-def _times(clock: Clock, collected: Collected | None) -> dict[str, float]:
+def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
     if collected is None:
         return clock.metrics(0.0, 0.0, 0)
-    return clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout))
+    rewards = reward_metrics(collected.scores) if collected.scores.by_reward else {}
+    return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout))}
 
 
 def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:

@@ -70,12 +70,19 @@ class HackingAlarm:
     """Tells when the trained reward rises while a gold reward falls.
 
     Iterations are taken in blocks of ``window``. The last block is compared with the earlier one whose gold mean was
-    highest: the alarm rings where the total is higher and gold lower, each by more than two standard errors of the
+    highest: the alarm rings where the total is higher and gold lower, each by more than ``standard_errors`` of the
     difference. It follows from the metrics alone, so a resumed run continues it from ``rows``.
     """
 
-    def __init__(self, gold: Sequence[str], rows: Sequence[Mapping[str, Any]] = (), *, window: int = 10) -> None:
-        self.gold, self.window = tuple(gold), window
+    def __init__(
+        self,
+        gold: Sequence[str],
+        rows: Sequence[Mapping[str, Any]] = (),
+        *,
+        window: int = 10,
+        standard_errors: float = 4.0,
+    ) -> None:
+        self.gold, self.window, self.standard_errors = tuple(gold), window, standard_errors
         self._history: list[Mapping[str, Any]] = []
         for row in rows:
             self.update(row)
@@ -97,17 +104,16 @@ class HackingAlarm:
     def _rings(self, name: str) -> bool:
         *earlier, (total, gold) = self._blocks(name)
         best_total, best_gold = max(earlier, key=lambda block: statistics.fmean(block[1]))
-        return _exceeds(total, best_total) and _exceeds(best_gold, gold)
+        return self._exceeds(total, best_total) and self._exceeds(best_gold, gold)
+
+    def _exceeds(self, a: Sequence[float], b: Sequence[float]) -> bool:
+        """Whether the mean of ``a`` is above that of ``b`` by more than so many standard errors of the difference."""
+        error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
+        return statistics.fmean(a) - statistics.fmean(b) > self.standard_errors * error
 
 
 def _known(value: Any) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _exceeds(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the mean of ``a`` is above that of ``b`` by more than two standard errors of the difference."""
-    error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
-    return statistics.fmean(a) - statistics.fmean(b) > 2 * error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,10 @@ from flowalign.models.base import Policy
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, SdeKind
 
 
+class NonFiniteSamples(RuntimeError):
+    """The policy's latents are NaN or Inf; as pixels they would be black images of equal reward, and no error."""
+
+
 class SampleNoise:
     """The noise of N samples, each from its own CPU generator seeded from (run seed, sample id).
 
@@ -139,6 +143,9 @@ def rollout(
 
     ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
     samples replay exactly too.
+
+    Raises:
+        NonFiniteSamples: the policy has diverged.
     """
     device = getattr(policy, "device", "cpu")
     condition = policy.encode_prompts(batch.prompts) if condition is None else condition
@@ -148,6 +155,12 @@ def rollout(
     states, log_probs, final, means = integrate(
         policy.velocity, condition, noise, spec, device, geometry=geometry, groups=groups
     )
+    broken = int((~final.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise NonFiniteSamples(
+            f"{broken} of {len(final)} samples of policy version {policy_version} are NaN or Inf: its weights have "
+            "diverged; go back to an earlier checkpoint, or begin again with a lower learning rate"
+        )
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
     rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
     return Rollout(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from flowalign.algorithm import build_algorithm
 from flowalign.configfile import load_align
 from flowalign.models.inspect import SD35_FROZEN, inspect_model
 from flowalign.plan import Plan, make_plan, plan_geometry, plan_rows
-from tests._model_directory import write_config
+from tests._model_directory import write_config, write_model_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,3 +76,55 @@ def test_the_published_recipes_plan_without_their_weights(name: str) -> None:
     assert made.model.frozen == SD35_FROZEN
     assert any("is absent: sizes are those of Stable Diffusion 3.5 medium" in note for note in made.notes)
     assert dict(plan_rows(made))["latents"] == "16x64x64, 1024 image and 205 text tokens"
+
+
+def taught(teachers: str, more: str = "") -> tuple[str, str]:
+    return f"algorithm={{type: opd, num_steps: 4{more}, teachers: {{{teachers}}}}}", "rewards=[]"
+
+
+def deeper_model(folder: Path, layers: int) -> Path:
+    """A pipeline's configuration files, whose transformer has so many blocks."""
+    directory = folder / f"deep{layers}"
+    if not directory.exists():
+        path = write_model_directory(directory) / "transformer" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": layers}))
+    return directory
+
+
+def test_teachers_are_counted_with_their_own_size_and_where_they_live(config_path: Path) -> None:
+    deep = deeper_model(config_path.parent, 5)
+    teachers = taught(f"a: {{path: {deep}, tasks: [colors]}}, b: {{path: model}}")
+    learner = ("cluster.backend=ray", "learner.engine=deepspeed", "learner.ranks=2")
+    alone = plan(config_path, *taught("b: {path: model}"), *learner)
+    inside, actors = (plan(config_path, *teachers, *learner, f"cluster.teachers={w}") for w in ("learner", "actor"))
+    sizes = [inspect_model(d, max_sequence_length=16) for d in (deep, config_path.parent / "model")]
+    expected = {"a": 4 * sizes[0].transformer, "b": 4 * sizes[1].transformer}
+    assert actors.memory.teachers == inside.memory.teachers == expected and expected["a"] > 2 * expected["b"]
+    assert actors.memory.learner_rank == alone.memory.learner_rank
+    assert inside.memory.learner_rank == actors.memory.learner_rank + sum(expected.values())
+    rows = [dict(plan_rows(made))["teachers"] for made in (inside, actors)]
+    assert rows[0].startswith("in every learner rank: a ") and rows[1].startswith("each in an actor that all ranks ask")
+    assert "teachers" not in dict(plan_rows(plan(config_path)))
+
+
+def test_a_transition_is_asked_of_one_teacher_once_and_of_the_policy_in_every_epoch(config_path: Path) -> None:
+    changes = ("learner.epochs=2", "data.groups_per_iteration=6")
+    one = plan(config_path, *taught("b: {path: model}"), *changes)
+    two = plan(config_path, *taught("a: {path: model, tasks: [colors], guidance_scale: 3}, b: {path: model}"), *changes)
+    assert (one.geometry.transitions, one.geometry.teacher_passes, two.geometry.teacher_passes) == (24, 24, 48)
+    assert one.geometry.learner_forward_passes == two.geometry.learner_forward_passes == 48
+    assert two.learner_flops - one.learner_flops == 24 * one.model.flops
+
+
+def test_a_reference_is_a_copy_of_the_network_unless_a_lora_can_be_switched_off(config_path: Path) -> None:
+    lora = "model.lora={rank: 4, alpha: 8}"
+    network = plan(config_path).model.transformer * 4
+    for overrides, bytes_ in (
+        ((), 0),
+        (("algorithm.beta=0.1",), network),
+        (("algorithm.beta=0.1", "algorithm.reference_refresh=2"), network),
+        (("algorithm.beta=0.1", lora), 0),
+    ):
+        assert plan(config_path, *overrides).memory.learner_reference == bytes_
+    moving = plan(config_path, "algorithm.beta=0.1", "algorithm.reference_refresh=2", lora)
+    assert moving.memory.learner_reference == network + moving.model.trainable * 4

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.advantages import group_advantages
+from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import ForwardConfig, LossOutput, Models
 from flowalign.flow import forward
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
@@ -46,6 +46,7 @@ class AWM:
         timesteps: int = Field(6, ge=1)
         std: Literal["group", "batch", "none"] = "batch"
         advantage_clip: float = Field(5.0, gt=0)
+        normalize: Normalize = "total"
         clip_range: float | None = Field(1.0, gt=0)
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
         ghuber_power: float = Field(0.25, gt=0, le=1)
@@ -73,16 +74,16 @@ class AWM:
         """With β = 0 images of zero advantage are dropped, which changes no gradient."""
         assert scores is not None
         c = self.config
-        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip)
-        sample, tensors = c.points(batch, scores.valid if c.beta > 0 else credit.advantages != 0)
+        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip)
+        sample, tensors = c.points(batch, scores.valid if c.beta > 0 else own.advantages != 0)
         condition = batch.condition.take(sample)
-        tensors["advantage"] = credit.advantages[sample]
+        tensors["advantage"] = own.advantages[sample]
         if c.clip_range is not None:
             velocity = models["rollout"](tensors["x"], tensors["t"], condition)
             tensors["old_log_prob"] = self.log_prob(velocity, tensors)
-        magnitude = credit.advantages[scores.valid].abs()
+        magnitude = own.advantages[scores.valid].abs()
         metrics = {
-            "zero_std_fraction": credit.zero_std_fraction,
+            "zero_std_fraction": own.zero_std_fraction,
             "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
         }
         return TrainBatch(tensors, condition, int(scores.valid.sum()) * c.timesteps, {}, metrics)

@@ -29,7 +29,8 @@ class DiffusionDPO:
         ``beta`` 100 is that of Flow-GRPO's public code for this loss on SD 3.5; the paper's 2000 (Stable Diffusion 1.5)
         and 5000 (SDXL, its public code) are for errors of the noise, which ``weighting: noise`` makes of those of the
         velocity: ω_t = ``(1 - t)²``. ``constant`` is 1, which Flow-DPO (arXiv:2501.13918) found better. The density
-        logit_normal(0, 1) is the Flow-GRPO code's as well; the paper draws t uniformly. ``winner_weight`` above 1
+        logit_normal(0, 1) is the Flow-GRPO code's as well; the paper draws t uniformly. A
+        pair is compared at ``timesteps`` points (both publications: one). ``winner_weight`` above 1
         counts what happens to the winner more than what happens to the loser; ``sft_weight`` adds the winner's own
         flow-matching loss (Reg-DPO, arXiv:2511.01450); the paper has neither. Every ``reference_refresh`` iterations
         the reference takes the policy's weights (Flow-GRPO's code suggests 40 for the online form); null: never.
@@ -42,6 +43,7 @@ class DiffusionDPO:
         weighting: Literal["constant", "noise"] = "constant"
         density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
         density_params: dict[str, float] = Field(default_factory=dict)
+        timesteps: int = Field(1, ge=1)
         winner_weight: float = Field(1.0, ge=0)
         sft_weight: float = Field(0.0, ge=0)
         reference_refresh: int | None = Field(None, ge=1)
@@ -112,7 +114,7 @@ class DiffusionDPO:
         )
 
     def prepare(self, batch: Rollout | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
-        """Pairs with one time and one noise each, a function of the run's seed, the iteration and the pair."""
+        """Pairs with their times and noises, a function of the run's seed, the iteration and the pair."""
         metrics = {}
         if isinstance(batch, PreferencePairs):
             winner, loser, condition = batch.winner_NCHW, batch.loser_NCHW, batch.condition
@@ -125,15 +127,15 @@ class DiffusionDPO:
             generators = [seeded(batch.seed, 31, batch.policy_version, groups[i]) for i in best.tolist()]
             metrics["dpo/dropped_fraction"] = 1 - len(best) / len(set(groups))
         c = self.config
-        t = [density.sample(c.density, (), g, **c.density_params) for g in generators]
-        noise = [torch.randn(winner.shape[1:], generator=g) for g in generators]
+        t_PT, noise_PTCHW = forward.draw(c.density, c.timesteps, winner.shape[1:], generators, (), **c.density_params)
+        pair = torch.arange(len(condition)).repeat_interleave(c.timesteps)
         tensors = {
-            "winner": winner,
-            "loser": loser,
-            "t": torch.stack(t) if t else winner.new_zeros(0),
-            "noise": torch.stack(noise) if noise else torch.zeros_like(winner),
+            "winner": winner[pair],
+            "loser": loser[pair],
+            "t": t_PT.flatten(),
+            "noise": noise_PTCHW.flatten(0, 1),
         }
-        return TrainBatch(tensors, condition, len(condition), {}, {**metrics, "dpo/pairs": float(len(condition))})
+        return TrainBatch(tensors, condition.take(pair), len(pair), {}, {**metrics, "dpo/pairs": float(len(condition))})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``-log σ(-β/2 · ω_t · [(e_w - e_w^ref) - (e_l - e_l^ref)])`` (arXiv:2311.12908, eq. 14)."""

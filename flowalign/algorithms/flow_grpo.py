@@ -7,14 +7,14 @@ Shapes: N samples, S window steps, n of them trained, M = N·n transitions, J gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import Tensor
 
-from flowalign.advantages import Credit, best_and_worst, group_advantages, per_reward_advantages
+from flowalign.advantages import Normalize, best_and_worst, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
 from flowalign.flow import schedule, sde
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
@@ -102,6 +102,9 @@ class FlowGRPO:
         image is scored, and the advantages of a sample are summed. With a window of one step, ``initial_noise: group``
         and ``share_prefix`` this is G²RPO (arXiv:2510.01982; published: 1, 2; its code takes the first step after the
         noise alone, here all are taken at the granularity, but for a shorter last one).
+
+        Every ``reference_refresh`` iterations the reference of the KL takes the policy's weights, as now and then in
+        ProRL (arXiv:2505.24864), which also begins the optimizer anew; null keeps the run's start.
         """
 
         type: str = "flow_grpo"
@@ -124,10 +127,11 @@ class FlowGRPO:
         clip_range: ClipRange = ClipRange(low=1e-4, high=1e-4)
         advantage_clip: float = Field(5.0, gt=0)
         std: Literal["group", "batch", "none"] = "group"
-        normalize: Literal["total", "per_reward"] = "total"
+        normalize: Normalize = "total"
         keep: Keep | None = None
         beta: float = Field(0.0, ge=0)
         kl: Literal["mean", "velocity"] = "mean"
+        reference_refresh: Annotated[int, Field(ge=1)] | None = None
         log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
         rollout_weights: Literal["policy", "ema"] = "policy"
 
@@ -146,6 +150,8 @@ class FlowGRPO:
                 raise ValueError("share_prefix: the window begins at step 0, so that no step comes before it")
             if self.ratio == "guard" and self.log_prob != "gaussian":
                 raise ValueError("ratio: guard normalises a Gaussian log-prob; set log_prob: gaussian")
+            if self.reference_refresh is not None and self.beta == 0:
+                raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
             keep, size = self.keep, self.group_size
             if keep is not None and keep.best + keep.worst > size:
                 raise ValueError(f"keep: {keep.best} best and {keep.worst} worst are more than group_size, {size}")
@@ -178,6 +184,11 @@ class FlowGRPO:
     def rollout_weights(self) -> Literal["policy", "ema"]:
         return self.config.rollout_weights
 
+    @property
+    def reference_refresh(self) -> int | None:
+        """After so many iterations, time and again, the reference takes the policy's weights."""
+        return self.config.reference_refresh
+
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         """One window for the whole iteration: a function of (seed, iteration) where it moves."""
         c = self.config
@@ -208,14 +219,13 @@ class FlowGRPO:
         dropped or not.
         """
         assert scores is not None
-        c, shape = self.config, (-1, len(batch.spec.granularities))
-        group_ids, valid = batch.batch.group_ids[:: shape[1]], scores.valid.reshape(shape)
-        credit = self._credit(scores, shape, group_ids)
-        valid = valid.any(1)
+        c, images = self.config, len(batch.spec.granularities)
+        group_ids, valid = batch.batch.group_ids[::images], scores.valid.reshape(-1, images).any(1)
+        own = credit(scores, group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip, images=images)
         kept = valid
         if c.keep is not None:
-            kept = best_and_worst(credit.advantages, valid, group_ids, best=c.keep.best, worst=c.keep.worst)
-        learns = kept if c.beta > 0 else kept & (credit.advantages != 0)
+            kept = best_and_worst(own.advantages, valid, group_ids, best=c.keep.best, worst=c.keep.worst)
+        learns = kept if c.beta > 0 else kept & (own.advantages != 0)
         steps_Nn = self._trained_steps(batch)
         step = steps_Nn[learns].flatten()
         sample = learns.nonzero().flatten().repeat_interleave(steps_Nn.shape[1])
@@ -227,18 +237,18 @@ class FlowGRPO:
             "sigma": sigma_S[step],
             "sigma_next": sigma_S[step + 1],
             "old_log_prob": batch.log_prob_NS[sample, step],
-            "advantage": credit.advantages[sample],
+            "advantage": own.advantages[sample],
         }
         if c.ratio == "guard":
             assert batch.means_NSCHW is not None
             tensors["old_mean"] = batch.means_NSCHW[sample, step]
-        magnitude = credit.advantages[valid].abs()
+        magnitude = own.advantages[valid].abs()
         metrics = {
-            "zero_std_fraction": credit.zero_std_fraction,
+            "zero_std_fraction": own.zero_std_fraction,
             "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
         }
         total = int(kept.sum()) * steps_Nn.shape[1]
-        return TrainBatch(tensors, batch.condition.take(sample * shape[1]), total, {"spec": batch.spec}, metrics)
+        return TrainBatch(tensors, batch.condition.take(sample * images), total, {"spec": batch.spec}, metrics)
 
     def _trained_steps(self, batch: Rollout) -> Tensor:
         """Which steps of the window each sample learns from: (N, n), ascending, a function of seed and sample id."""
@@ -253,13 +263,6 @@ class FlowGRPO:
             generators = [seeded(batch.seed, 17, sample_id) for sample_id in ids]
         drawn = [torch.randperm(steps, generator=generator)[:number].sort().values for generator in generators]
         return torch.stack(drawn).expand(count, number)
-
-    def _credit(self, scores: Scores, shape: tuple[int, int], group_ids: Sequence[int]) -> Credit:
-        c, valid = self.config, scores.valid.reshape(shape)
-        if c.normalize == "total":
-            return group_advantages(scores.total.reshape(shape), valid, group_ids, std=c.std, clip=c.advantage_clip)
-        by_reward = {name: values.reshape(shape) for name, values in scores.by_reward.items()}
-        return per_reward_advantages(by_reward, scores.weights, valid, group_ids, std=c.std, clip=c.advantage_clip)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.advantages import group_advantages
+from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import ForwardConfig, LossOutput, Models
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
@@ -45,6 +45,7 @@ class NFT:
         beta: float = Field(1.0, gt=0)
         std: Literal["group", "batch", "none"] = "batch"
         advantage_clip: float = Field(5.0, gt=0)
+        normalize: Normalize = "total"
         weighting: Literal["adaptive", "uniform"] = "adaptive"
         kl_beta: float = Field(0.0, ge=0)
         rollout_weights: Literal["policy", "ema"] = "ema"
@@ -70,12 +71,12 @@ class NFT:
         """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
         assert scores is not None
         c = self.config
-        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, std=c.std, clip=c.advantage_clip)
+        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip)
         sample, tensors = c.points(batch, scores.valid)
         condition = batch.condition.take(sample)
         tensors["old_velocity"] = models["rollout"](tensors["x"], tensors["t"], condition)
-        tensors["optimality"] = 0.5 + 0.5 * credit.advantages[sample] / c.advantage_clip
-        metrics = {"zero_std_fraction": credit.zero_std_fraction}
+        tensors["optimality"] = 0.5 + 0.5 * own.advantages[sample] / c.advantage_clip
+        metrics = {"zero_std_fraction": own.zero_std_fraction}
         return TrainBatch(tensors, condition, len(sample), {}, metrics)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:

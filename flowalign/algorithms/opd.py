@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from flowalign.advantages import group_advantages
+from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
 from flowalign.flow import forward, schedule, sde
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
@@ -68,6 +68,7 @@ class OPD:
         reward_weight: float = Field(0.0, ge=0)
         clip_range: float = Field(1e-4, gt=0)
         advantage_clip: float = Field(5.0, gt=0)
+        normalize: Normalize = "total"
         group_size: int = Field(1, ge=1)
         kind: Literal["ode", "flow", "dance", "cps"] = "ode"
         noise_level: float = Field(0.0, ge=0)
@@ -193,8 +194,8 @@ class OPD:
         if c.reward_weight == 0:
             return torch.zeros(len(batch)), {}
         assert scores is not None
-        credit = group_advantages(scores.total, scores.valid, batch.batch.group_ids, clip=c.advantage_clip)
-        return c.reward_weight * credit.advantages, {"zero_std_fraction": credit.zero_std_fraction}
+        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, clip=c.advantage_clip)
+        return c.reward_weight * own.advantages, {"zero_std_fraction": own.zero_std_fraction}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``KL(p_S ‖ p_T)`` of each step, or ``½‖mean_S - mean_T‖²`` without noise (arXiv:2605.15055)."""

@@ -13,6 +13,8 @@ from flowalign.cli.options import ConfigFile, Guidance, Json, Kind, Like, Overri
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress, say_error, sentence
 
+STOPPED_BY_ALARM = 3
+
 
 class Commands(TyperGroup):
     """Ends in one sentence and exit code 2 where the project itself says what is wrong."""
@@ -39,8 +41,11 @@ app = typer.Typer(
 
 @app.command()
 def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Align a model with reinforcement learning; the same command continues an interrupted run."""
-    from flowalign.cli.runs import begin_run, report_of
+    """Align a model with reinforcement learning; the same command continues an interrupted run.
+
+    Exit code 3 says that an alarm stopped it (safety.stop).
+    """
+    from flowalign.cli.runs import begin_run, report_of, stop_of
     from flowalign.configfile import load_align
 
     loaded = load_align(config, overrides or ())
@@ -48,7 +53,12 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     from flowalign.cluster.run import run_align
 
     run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json))
-    _finish(run_dir, as_json, report=report_of(run_dir))
+    stopped, advice = stop_of(run_dir, loaded.config)
+    _finish(run_dir, as_json, report=report_of(run_dir), **stopped)
+    for line in advice:
+        make_console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
+    if stopped:
+        raise typer.Exit(STOPPED_BY_ALARM)
 
 
 @app.command()
@@ -166,6 +176,24 @@ def export(
     result = write_export(run, to, kind=kind.value, config=own)
     make_console(as_json).print(f"exported to {to} ({kind.value})", highlight=False)
     print_json(as_json, asdict(result))
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="runs, checkpoints or pipelines")],
+    to: Annotated[Path, typer.Option("--to", help="directory to write")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="of each model, in their order; default: all alike")
+    ] = None,
+    weights: Annotated[Weights, typer.Option(help="of a run or checkpoint")] = Weights.model,
+    as_json: Json = False,
+) -> None:
+    """Average models of one architecture into a pipeline directory, from which a run may start."""
+    from flowalign.cli.merge import merge as write_merge
+
+    record = write_merge(sources, to, weights=weight or (), which=weights.value)
+    make_console(as_json).print(f"merged {len(sources)} models into {to}", highlight=False)
+    print_json(as_json, {**record, "path": str(to)})
 
 
 @app.command()
@@ -326,7 +354,7 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(int(any(f.status == "fail" for f in findings)))
 
 
-def _finish(run_dir: Path, as_json: bool, **files: Path) -> None:
+def _finish(run_dir: Path, as_json: bool, **files: Path | str) -> None:
     from flowalign.cli.runs import last_metrics
 
     named = {"run": run_dir, **files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,26 @@ def report_of(run_dir: Path) -> Path:
     from flowalign.report import write_report
 
     return write_report(run_dir, config, recorded_versions(run_dir))
+
+
+def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[str]]:
+    """What to say of a run that an alarm stopped, and the commands to go on with; nothing of any other run."""
+    from flowalign.collapse import stopped_by_alarm
+
+    stopped = stopped_by_alarm(run_dir, config.safety)
+    if stopped is None:
+        return {}, []
+    said = {"stopped": f"after iteration {stopped.iteration} by alarm/{stopped.cause}"}
+    file = shlex.quote(str(run_dir / "config.yaml"))
+    advice = ["to go on all the same:", f"  flowalign align {file} safety.stop=false"]
+    if stopped.last_good is None:
+        nothing = "none; the alarm is older than every checkpoint, so the base model is the last good one"
+        return {**said, "last_good": nothing}, advice
+    source, to = shlex.quote(str(stopped.last_good)), shlex.quote(str(run_dir / "last_good_model"))
+    gentler = f"learner.optimizer.learning_rate={config.learner.optimizer.learning_rate / 2:g}"
+    anew = f"  flowalign align {file} name={config.name}-2 model.path={to} {gentler}"
+    export = ["to use the last good checkpoint:", f"  flowalign export {source} --to {to}"]
+    return {**said, "last_good": str(stopped.last_good)}, [*export, "to go on from that model:", anew, *advice]
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:

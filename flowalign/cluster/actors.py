@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flowalign.algorithm import VelocityModel
 from flowalign.checkpoint import content_hash
+from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pool import DEATHS, fetch
 from flowalign.cluster.session import worker_env
+from flowalign.cluster.teachers import SharedTeacher, ask
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig, RewardConfig
+from flowalign.models.encoding import Encoding
 from flowalign.scoring import load_scorer
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
 
 Weights = dict[str, Tensor]
@@ -107,11 +112,57 @@ class RewardActor:
         return self.worker.score(chunk, evaluation)
 
 
+class TeacherActor:
+    """One frozen network for all learner ranks. Where it dies Ray makes it again, and the next call loads it anew."""
+
+    def __init__(self, config: AlignConfig, name: str) -> None:
+        self.config, self.name = config, name
+
+    def start(self) -> int:
+        """Load the model; answers with the process id."""
+        _ = self.shared
+        return os.getpid()
+
+    @cached_property
+    def shared(self) -> SharedTeacher:
+        return SharedTeacher(self.config, self.name)
+
+    def encoding(self) -> Encoding:
+        return self.shared.teacher.encoding()
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
+        return self.shared.velocity(x, t, condition, options)
+
+
+class RemoteTeacher:
+    """A teacher's actor, as a learner rank sees it."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name, self._actor = name, actor
+
+    def encoding(self) -> Encoding:
+        return self._fetch(self._actor.encoding.remote())
+
+    @property
+    def velocity(self) -> VelocityModel:
+        return ask(lambda *asked: self._fetch(self._actor.velocity.remote(*asked)))
+
+    def _fetch(self, ref: Any) -> Any:
+        try:
+            return fetch(ref)
+        except DEATHS:
+            raise WorkerLost(
+                f"the teacher {self.name} keeps dying over one question; most often it runs out of memory: lower "
+                "learner.micro_batch_size, or give it a node of its own"
+            ) from None
+
+
 class LearnerActor:
     """One rank of the learner; every method is called on all ranks at once."""
 
-    def __init__(self, config: AlignConfig, rank: int) -> None:
+    def __init__(self, config: AlignConfig, rank: int, teachers: Mapping[str, Any] | None = None) -> None:
         self.config, self.rank = config, rank
+        self.teachers = {name: RemoteTeacher(name, actor) for name, actor in (teachers or {}).items()}
 
     def address(self) -> tuple[str, int]:
         """This node's address and a port that is free on it."""
@@ -126,7 +177,7 @@ class LearnerActor:
         if host == "127.0.0.1" and os.path.exists("/sys/class/net/lo"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = self.config.learner.ranks
-        self.worker = LearnerWorker(self.config, self.rank, ranks, port=port, host=host)
+        self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
         return os.getpid()
 
     def update(self, iteration: int, scores: Scores, *chunks: Rollout) -> Update:

@@ -13,11 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.checkpoint import CheckpointWriter
+from flowalign.checkpoint import CheckpointWriter, steps
+from flowalign.collapse import CollapseAlarm
 from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
 from flowalign.loop import Collected
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
+from flowalign.sample import torch_threads
+from flowalign.signals import CollapseSignals
 
 NUM_SAMPLE_IMAGES = 24
 
@@ -34,10 +37,15 @@ class RunJournal:
         self._start, self._first = start, time.monotonic()
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
         gold = [reward.label for reward in config.rewards if reward.gold]
-        known = read_metrics(self.metrics.path) if start and gold else []
-        self._alarm, self._ringing = HackingAlarm(gold, known), False
+        known = read_metrics(self.metrics.path) if start else []
+        safety = config.safety
+        judged = {"window": safety.window, "standard_errors": safety.standard_errors}
+        self._alarm, self._ringing = HackingAlarm(gold, known, **judged), False
+        self._collapse, self._signals = CollapseAlarm(safety, known), CollapseSignals(safety)
         policy = config.checkpoint
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
+        self._steps = [step for step in steps(self._writer.root) if step <= start]
+        self._mark_good()
         self._progress = Progress(console, config.iterations)
         self._stop = StopRequest(self._progress.say)
 
@@ -51,9 +59,12 @@ class RunJournal:
         every = self.config.evaluation.every
         return every > 0 and (last or iteration % every == 0)
 
-    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected) -> None:
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
+        if collected is not None:
+            metrics = metrics | self._measure(collected)
         metrics = metrics | self._alarm.update(metrics)
         self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
+        metrics = metrics | self._watch(iteration, metrics)
         self.metrics.write(iteration, metrics, wall_s=self.wall_s())
         per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
         self._progress.show(iteration, metrics, per_iteration * (self.config.iterations - iteration))
@@ -65,6 +76,35 @@ class RunJournal:
                 "the policy may be exploiting the reward (alarm/reward_hacking in metrics.jsonl)"
             )
         self._ringing = bool(falling)
+
+    def _measure(self, collected: Collected) -> dict[str, float]:
+        """The signals of a collapse and what they cost; on as many threads as any worker, so that bits agree."""
+        began = time.monotonic()
+        with torch_threads(self.config.cluster.threads):
+            measured = self._signals(collected.rollout, collected.scores)
+        return {**measured, "time/safety_s": time.monotonic() - began}
+
+    def _watch(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The alarms of a collapse; says of each that it rings, and that the run ends where it has rung long enough."""
+        before = {found.cause for found in self._collapse.found}
+        alarms = self._collapse.update(iteration, metrics)
+        for found in self._collapse.found:
+            if found.cause not in before:
+                self._progress.say(
+                    f"warning at iteration {iteration}: {found.sentence} (alarm/{found.cause} in metrics.jsonl)"
+                )
+        self._mark_good()
+        if self.stopped:
+            self._progress.say(
+                f"stopping after iteration {iteration}: alarm/{self._collapse.stopping()} has held for "
+                f"{self.config.safety.patience} blocks of {self.config.safety.window} iterations (safety.stop)"
+            )
+        return alarms
+
+    def _mark_good(self) -> None:
+        """``last_good`` names the newest checkpoint from a time when nothing rang."""
+        good = [step for step in self._steps if step <= self._collapse.good_until]
+        self._writer.mark_good(good[-1] if good else None)
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
@@ -95,6 +135,8 @@ class RunJournal:
                 "metrics": {k: v for k, v in metrics.items() if v == v},
             },
         )
+        self._steps.append(iteration)
+        self._mark_good()
 
     def close(self) -> None:
         self._progress.close()
@@ -102,7 +144,17 @@ class RunJournal:
 
     @property
     def stopping(self) -> bool:
+        return self.interrupted or self.stopped
+
+    @property
+    def interrupted(self) -> bool:
+        """Somebody asked for the end."""
         return self._stop.asked
+
+    @property
+    def stopped(self) -> bool:
+        """An alarm asked for the end."""
+        return self._collapse.stopping() is not None
 
     def interruptible(self) -> AbstractContextManager[None]:
         return self._stop.on_signals("iteration")

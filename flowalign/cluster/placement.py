@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from flowalign.algorithm import build_algorithm
 from flowalign.cluster.errors import PlacementError
+from flowalign.cluster.teachers import teacher_names
 from flowalign.config import AlignConfig
 
 WAIT_S = 3.0
@@ -42,14 +44,17 @@ class Share:
         return f"cluster.{self.kind}_{resource.lower()}s"
 
 
-def shares(config: AlignConfig) -> tuple[Share, Share, Share]:
-    """Rollout workers, reward workers and learner ranks, in the order of their bundles."""
+def shares(config: AlignConfig) -> tuple[Share, ...]:
+    """Rollout workers, reward workers, learner ranks and, if there are any, teachers, in the order of their bundles."""
     c = config.cluster
-    return (
+    teachers = len(teacher_names(build_algorithm(config.algorithm))) if c.has_teacher_actors else 0
+    asked = (
         Share("rollout", c.rollout_workers, c.rollout_cpus, c.rollout_gpus, "cluster.rollout_workers"),
         Share("reward", c.reward_workers, c.reward_cpus, c.reward_gpus, "cluster.reward_workers"),
         Share("learner", config.learner.ranks, c.learner_cpus, c.learner_gpus, "learner.ranks"),
+        Share("teacher", teachers, c.teacher_cpus, c.teacher_gpus, "the number of algorithm.teachers"),
     )
+    return tuple(share for share in asked if share.count)
 
 
 def own_resources(asked: Sequence[Share], cores: int, gpus: int) -> tuple[int, int]:

@@ -10,12 +10,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor
+from flowalign.algorithm import build_algorithm
+from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import DEATHS, LearnerGroup, Pool, fetch
 from flowalign.cluster.session import RaySession, worker_env
+from flowalign.cluster.teachers import teacher_names
 from flowalign.cluster.weight_sync import SyncGuard, check_receipt
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
@@ -46,11 +48,13 @@ class RayBackend:
             raise
 
     def _start(self, asked: Sequence[Share]) -> None:
-        rollout, reward, learner = asked
+        rollout, reward, learner = asked[:3]
         threads = self.config.cluster.threads
+        first_rank = rollout.count + reward.count
+        named = self._start_teachers(asked[3:], first_rank + learner.count)
         self.learner = LearnerGroup(
             learner.count,
-            lambda rank: self._actor(LearnerActor, learner, rollout.count + reward.count + rank, threads, rank),
+            lambda rank: self._actor(LearnerActor, learner, first_rank + rank, threads, rank, named),
         )
         self._closers.append(self.learner)
         self.rollouts = Pool(
@@ -68,7 +72,7 @@ class RayBackend:
         )
         self._closers.append(self.rewards)
         self.learner.start()
-        for workers in (self.rewards, self.rollouts, self.learner):
+        for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
         self.rollouts.revive = self._bind_again
         self._guard = SyncGuard()
@@ -77,7 +81,20 @@ class RayBackend:
         self._weights: Any = None
         self._last: tuple[Rollout, list[Any]] | None = None
 
-    def _actor(self, cls: type[Any], share: Share, bundle: int, threads: int, *args: Any) -> Any:
+    def _start_teachers(self, asked: Sequence[Share], bundle: int) -> dict[str, Any]:
+        """Actors by name. Learner ranks ask them, so it is Ray that makes a dead one again and repeats what it lost."""
+        names = teacher_names(build_algorithm(self.config.algorithm)) if asked else []
+        cluster = self.config.cluster
+        faults = {"max_restarts": -1, "max_task_retries": cluster.max_task_retries}
+        self.teachers = Pool(
+            "teacher",
+            len(names),
+            lambda i: self._actor(TeacherActor, asked[0], bundle + i, cluster.threads, names[i], **faults),
+        )
+        self._closers.append(self.teachers)
+        return dict(zip(names, self.teachers.actors, strict=True))
+
+    def _actor(self, cls: type[Any], share: Share, bundle: int, threads: int, *args: Any, **faults: int) -> Any:
         group, resources = self._group, share.bundle()
         assert group is not None
         return (
@@ -87,6 +104,7 @@ class RayBackend:
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": worker_env(threads)},
+                **faults,
             )
             .remote(self.config, *args)
         )

@@ -12,6 +12,7 @@ from rich.console import Console
 from flowalign import checkpoint
 from flowalign.algorithm import build_algorithm
 from flowalign.cluster.journal import RunJournal, StopRequest
+from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
@@ -21,7 +22,7 @@ from flowalign.types import PromptBatch, RolloutSpec
 
 
 def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
-    """Run (or resume) an alignment to its last iteration; returns the run directory.
+    """Run (or resume) an alignment to its last iteration, or to where an alarm stops it; returns the run directory.
 
     Raises:
         CheckpointError, ResumeRefused: the run directory cannot be continued.
@@ -32,6 +33,8 @@ def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
     start = 0 if saved is None else int(saved.state["iteration"])
     if start >= config.iterations:
         console.print(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
+        return run_dir
+    if saved is not None and stopped_by_alarm(run_dir, config.safety) is not None:
         return run_dir
     run = build_run(config, base_dir)
     backend = make_backend(config, base_dir)
@@ -45,7 +48,7 @@ def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
         journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
         with journal.interruptible():
             align(run, backend, journal, start)
-        if journal.stopping:
+        if journal.interrupted:
             console.print(
                 f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
             )

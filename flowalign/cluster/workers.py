@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.algorithm import build_algorithm
 from flowalign.checkpoint import content_hash
+from flowalign.cluster.teachers import Teacher, load_teachers
 from flowalign.config import AlignConfig
 from flowalign.data.preferences import PairSampler, load_pairs
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
-from flowalign.evaluate import evaluation_reward
+from flowalign.evaluate import evaluation_rewards
 from flowalign.learner import Learner
-from flowalign.models.base import ModelError, Policy
+from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy, reference_velocity
 from flowalign.rollout import rollout
-from flowalign.sample import open_policy, torch_threads
+from flowalign.sample import torch_threads
 from flowalign.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
 from flowalign.types import PreferencePairs, PromptBatch, Rollout, RolloutSpec, Scores, Update
 from rewards.interface import Checked
@@ -89,7 +90,7 @@ class RewardWorker:
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         with torch_threads(config.cluster.reward_threads):
             self.training = load_scorers(config.rewards, base_dir, device, hosted)
-            self.evaluation = load_scorers([evaluation_reward(config)], base_dir, device, hosted)
+            self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted)
 
     def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
         """Scores of one chunk, and the seconds they took."""
@@ -109,16 +110,22 @@ class RewardWorker:
 
 
 class LearnerWorker:
-    """One learner rank: policy, reference, engine and the algorithm-blind learner."""
+    """One learner rank: policy, reference, engine and the algorithm-blind learner; ``teachers`` live elsewhere."""
 
     def __init__(
-        self, config: AlignConfig, rank: int = 0, world_size: int = 1, port: int = 0, host: str = "127.0.0.1"
+        self,
+        config: AlignConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        teachers: Mapping[str, Teacher] | None = None,
     ) -> None:
         self.config = config
         torch.set_num_threads(config.cluster.threads)
         self.policy = policy = load_policy(config.model, device=config.cluster.device)
         algorithm = build_algorithm(config.algorithm)
-        models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy)}
+        models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy, teachers)}
         refresh = getattr(algorithm, "reference_refresh", None)
         self.reference = None if refresh is None else RefreshedReference(policy, refresh)
         if self.reference is not None:
@@ -230,48 +237,6 @@ class RefreshedReference:
     def weights(self) -> dict[str, Tensor]:
         held = dict(self._frozen.network.named_parameters())
         return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
-
-
-def load_teachers(config: AlignConfig, algorithm: Any, policy: Policy) -> dict[str, VelocityModel]:
-    """The frozen networks of the roles ``teacher:<name>``, as ``algorithm.teachers`` describes them.
-
-    Raises:
-        ModelError: a teacher encodes prompts or images otherwise than the model.
-    """
-    roles = [role for role in algorithm.models if role.startswith("teacher:")]
-    return {role: _teacher(config, algorithm.config.teachers[role.partition(":")[2]], role, policy) for role in roles}
-
-
-def _teacher(config: AlignConfig, wanted: Any, role: str, policy: Policy) -> VelocityModel:
-    """A teacher sees the student's states and prompt embeddings, so that both must mean the same to it."""
-    teacher, _ = open_policy(Path(wanted.path), config, wanted.weights)
-    key, size = f"algorithm.teachers.{role.partition(':')[2]}", (config.model.height, config.model.width)
-    shapes = teacher.latent_shape(*size), policy.latent_shape(*size)
-    if shapes[0] != shapes[1]:
-        raise ModelError(f"{key}: {wanted.path} has latents of {shapes[0]}, the model's are {shapes[1]}")
-    if not all(_alike(a, b) for a, b in zip(_probe(teacher), _probe(policy), strict=True)):
-        raise ModelError(
-            f"{key}: {wanted.path} encodes prompts or images otherwise than the model; a teacher needs the model's own "
-            "text encoders and autoencoder"
-        )
-    teacher.network.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def velocity(x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
-        return teacher.velocity(x, t, condition, **options)
-
-    return velocity
-
-
-def _probe(policy: Policy) -> tuple[Tensor, Tensor]:
-    """Embeddings of a prompt, and latents of an image that holds every grey level."""
-    tokens = policy.encode_prompts(("a photo of two red circles",)).tokens_PLD
-    image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)
-    return tokens.float().cpu(), policy.encode_images(image.to(tokens.device)).float().cpu()
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2)
 
 
 def engine_settings(config: AlignConfig) -> EngineSettings:

@@ -148,7 +148,7 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
         if part is not None:
             part.float()
     policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
-    _forget_local_paths(directory)
+    forget_local_paths(directory)
     return _differences(expected, load_pipeline(directory, config.cluster.device), config)
 
 
@@ -242,7 +242,7 @@ def _largest(errors: list[float]) -> float:
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
 
 
-def _forget_local_paths(directory: Path) -> None:
+def forget_local_paths(directory: Path) -> None:
     """Leave out where on this machine the parts came from."""
     for path in directory.glob("**/*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))

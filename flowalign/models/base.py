@@ -59,6 +59,10 @@ class Policy(Protocol):
         """(C, h, w) of an image size in pixels; None: the model's own size."""
         ...
 
+    def keep_network(self) -> None:
+        """Free all but ``network``, for a model that is only asked for velocities; nothing else works afterwards."""
+        ...
+
     @property
     def lora_targets(self) -> list[str]:
         """Module names that a LoRA adapts unless the configuration says otherwise."""

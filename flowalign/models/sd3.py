@@ -76,6 +76,7 @@ class SD3Policy:
             if part is not None:
                 part.requires_grad_(False).eval()
         self.network.eval()
+        self._mixed = self.vae.dtype == torch.bfloat16
         self._encode = lru_cache(maxsize=CACHED_PROMPTS)(self._encode_one)
 
     @classmethod
@@ -100,6 +101,9 @@ class SD3Policy:
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
         return cls(pipeline, max_sequence_length=max_sequence_length, device=device)
+
+    def keep_network(self) -> None:
+        del self.pipeline, self.vae, self._encode
 
     @property
     def lora_targets(self) -> list[str]:
@@ -164,11 +168,10 @@ class SD3Policy:
         # they would not compute the same function.
         dtype = next(self.network.parameters()).dtype
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
-        mixed = self.vae.dtype == torch.bfloat16
         device = torch.device(self.device).type
         patch = int(self.network.config["patch_size"])  # type: ignore[index]
         length = tokens.shape[1] + x.shape[-1] * x.shape[-2] // patch**2
-        with torch.autocast(device, torch.bfloat16) if mixed else nullcontext(), _attention(device, length):
+        with torch.autocast(device, torch.bfloat16) if self._mixed else nullcontext(), _attention(device, length):
             out = self.network(
                 hidden_states=x.to(dtype),
                 encoder_hidden_states=tokens.to(dtype),

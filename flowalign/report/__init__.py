@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
-from flowalign.metrics import ALARM, read_metrics
-from flowalign.report import figures
+from flowalign.metrics import read_metrics
+from flowalign.report import alarms, figures
 from flowalign.report.samples import Gallery, read_gallery
 from flowalign.shapes.prompts import TASKS
 
@@ -27,6 +29,9 @@ HEALTH = {
     "zero_std_fraction": ("Equal-reward groups", "Share of groups that teach nothing, as all their rewards are equal."),
     "loss/kl": ("KL to the reference", "How far the policy has moved from where it began."),
     "grad_norm": ("Gradient norm", "Before clipping."),
+    "collapse/diversity": ("Diversity", "Mean distance between the images of a group."),
+    "collapse/best_of_group": ("Best of a group", "Mean over the groups of the best reward in each."),
+    "collapse/saturation": ("Colour saturation", "Mean over the pixels of all images, 0 to 1."),
     "reward/invalid_fraction": ("Invalid rewards", "Share of samples whose reward was masked, never counted as 0."),
 }
 
@@ -63,7 +68,9 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         **_figures(name, trained, evaluations),
         phases=_phases(trained),
         health=_health(trained),
-        hacked=_hacked(trained),
+        hacked=alarms.hacked(trained),
+        collapsed=alarms.collapsed(trained, config.safety),
+        stopped=stopped_by_alarm(run_dir, config.safety),
     )
     path = run_dir / "report.html"
     path.with_suffix(".part").write_text(html, encoding="utf-8")
@@ -148,7 +155,7 @@ def _phases(trained: list[Row]) -> list[dict[str, Any]]:
 
 def _health(trained: list[Row]) -> list[dict[str, Any]]:
     shown = []
-    for (key, (title, meaning)), color in zip(HEALTH.items(), figures.COLORS, strict=False):
+    for (key, (title, meaning)), color in zip(HEALTH.items(), cycle(figures.COLORS), strict=False):
         values = [_finite(row.get(key)) for row in trained]
         known = [value for value in values if value is not None]
         if not known:
@@ -159,13 +166,6 @@ def _health(trained: list[Row]) -> list[dict[str, Any]]:
             {"key": key, "title": title, "meaning": meaning, "figure": figure, "last": known[-1], "always": always}
         )
     return shown
-
-
-def _hacked(trained: list[Row]) -> list[dict[str, Any]]:
-    """Gold rewards whose alarm rang: the first and last iteration it did, and how often."""
-    names = sorted({key.removeprefix(ALARM) for row in trained for key in row if key.startswith(ALARM)})
-    rang = {name: [row["iteration"] for row in trained if row.get(ALARM + name)] for name in names}
-    return [{"name": n, "first": at[0], "last": at[-1], "count": len(at)} for n, at in rang.items() if at]
 
 
 def _settings(config: AlignConfig) -> dict[str, str]:

@@ -3,22 +3,10 @@
 import pytest
 import torch
 
+from flowalign.algorithm import known_algorithms
 from flowalign.flow import path
-from tests.algorithms.toy import MODES, STD, MixturePolicy, mass, mixture_velocity, train
-
-FORWARD = {"group_size": 16, "num_steps": 10, "timesteps": 4}
-# Algorithm, iterations, options of the run, and the mass that must have moved; fine-tuning on own samples keeps their
-# discretisation error, so some of its mass stays beside the mode.
-CASES = {
-    "flow_grpo": ({"type": "flow_grpo", "group_size": 16, "num_steps": 10, "clip_range": 1e-2}, 60, {}, 0.9),
-    "nft": ({"type": "nft", **FORWARD}, 80, {"ema_decay": 0.5}, 0.9),
-    "nft uniform": ({"type": "nft", **FORWARD, "weighting": "uniform"}, 80, {"ema_decay": 0.5}, 0.9),
-    "nft on-policy": ({"type": "nft", **FORWARD, "rollout_weights": "policy"}, 80, {}, 0.9),
-    "sft best": ({"type": "sft", **FORWARD, "num_steps": 20}, 80, {"learning_rate": 1e-3}, 0.8),
-    "sft rwr": ({"type": "sft", **FORWARD, "num_steps": 20, "select": "rwr"}, 80, {"learning_rate": 1e-3}, 0.8),
-    "awm": ({"type": "awm", **FORWARD}, 80, {}, 0.9),
-    "awm plain": ({"type": "awm", **FORWARD, "clip_range": None}, 80, {}, 0.9),
-}
+from tests.algorithms.cases import CASES
+from tests.algorithms.mixture import MODES, STD, LabelledPairs, MixturePolicy, mass, mixture_velocity, reward
 
 
 def test_the_velocity_is_the_one_of_the_mixtures_own_score():
@@ -38,12 +26,18 @@ def test_the_base_makes_all_modes_alike_whatever_the_prompt():
     assert all(mass(base, 0, mode) == pytest.approx(1 / 3, abs=0.05) for mode in range(3))
 
 
+def test_of_a_labelled_pair_the_winner_alone_is_near_the_mode_of_its_prompt():
+    pairs = LabelledPairs((0, 2))
+    modes = pairs.condition.expand()[1].argmax(1).tolist()
+    assert len(modes) > 200 and set(modes) == {0, 2}
+    assert reward(pairs.winner_NCHW, modes).all() and not reward(pairs.loser_NCHW, modes).any()
+
+
+def test_no_algorithm_is_left_out():
+    assert {str(case.config["type"]) for case in CASES.values()} == set(known_algorithms()) - {"rectified_flow"}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_mass_moves_to_the_rewarded_mode(name):
-    config, iterations, options, expected = CASES[name]
-    assert mass(train(config, iterations, **options), 0) > expected
-
-
-def test_one_policy_learns_what_each_prompt_asks_for():
-    policy = train({"type": "nft", **FORWARD}, 100, prompts=(0, 1), ema_decay=0.5)
-    assert mass(policy, 0) > 0.9 and mass(policy, 1) > 0.9
+def test_the_mass_moves_to_the_rewarded_mode_of_each_prompt(name):
+    policy = CASES[name].run()
+    assert all(mass(policy, prompt) > CASES[name].expected for prompt in CASES[name].prompts)

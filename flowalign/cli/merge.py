@@ -1,0 +1,155 @@
+"""``flowalign merge``: the average of runs, checkpoints and pipelines, as a pipeline directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.cli.runs import config_of
+from flowalign.config import AlignConfig
+from flowalign.export import RECORD, forget_local_paths, load_pipeline
+from flowalign.models.build import bind_weights
+from flowalign.models.encoding import Encoding, encoding
+from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
+from flowalign.models.sd3 import SD3Policy
+from flowalign.sample import open_policy, torch_threads
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [flowalign, text-to-image, merge]
+---
+
+# {name}
+
+A weighted average of transformers, made by `flowalign merge`. All else is that of the first; the weights stay under the
+licence of what they derive from.
+
+| share | model |
+| --- | --- |
+{rows}
+
+Sample with `max_sequence_length={length}`.
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model of a merge, its configuration, and the hash of the base that a run of it started from."""
+
+    path: Path
+    config: AlignConfig
+    policy: SD3Policy
+    base: str | None
+
+
+def merge(
+    sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: Literal["model", "ema"] = "model"
+) -> dict[str, Any]:
+    """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
+
+    Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
+    checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. Returns what ``to`` records.
+
+    Raises:
+        MergeError: fewer than two models, another architecture, other encoders or another base, or ``to`` is taken.
+        CheckpointError, ConfigError, ModelError: a source cannot be read.
+    """
+    if len(sources) < 2:
+        raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
+    portions = shares(weights, len(sources))
+    if to.exists() and not (to / RECORD).is_file() and (not to.is_dir() or any(to.iterdir())):
+        raise MergeError(f"{to} exists and is no earlier export; name a new or empty directory")
+    first = _open(sources[0], which, None)
+    with torch_threads(first.config.cluster.threads):
+        total = _average(first, sources[1:], portions, which)
+        bind_weights(first.policy.network, total)
+    record = {
+        "kind": "merge",
+        "sources": ["/".join(source.resolve().parts[-2:]) for source in sources],
+        "shares": portions,
+        "weights": which,
+        "max_sequence_length": first.config.model.max_sequence_length,
+    }
+    _write(first.policy, total, to, record)
+    return record
+
+
+def _average(
+    first: Source, others: Sequence[Path], portions: Sequence[float], which: Literal["model", "ema"]
+) -> dict[str, Tensor]:
+    """One model is in memory beside the first and the sum."""
+    total: dict[str, Tensor] = {}
+    add(total, first.policy.network, portions[0])
+    own, base, named = encoding(first.policy), first.base, first.path
+    for path, share in zip(others, portions[1:], strict=True):
+        source = _open(path, which, first.config)
+        check_architecture(str(path), source.policy.network, str(first.path), first.policy.network)
+        _check_encoders(path, encoding(source.policy), first.path, own)
+        if None not in (base, source.base) and base != source.base:
+            raise MergeError(
+                f"{path} was trained from another base model than {named}; averages of such are of no use. If both "
+                f"do descend from one model, export {path} and merge the export"
+            )
+        if base is None:
+            base, named = source.base, path
+        add(total, source.policy.network, share)
+    return total
+
+
+def _open(path: Path, which: Literal["model", "ema"], first: AlignConfig | None) -> Source:
+    """A source with full weights in float32; text length and image size are the first one's."""
+    config = config_of(path, None)
+    like = (first or config).model
+    sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
+    model = config.model.model_copy(update={"dtype": "float32", **sizes})
+    # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
+    cluster = config.cluster.model_copy(update={"device": "cpu"})
+    config = config.model_copy(update={"model": model, "cluster": cluster})
+    policy, state = open_policy(path, config, which)
+    if not isinstance(policy, SD3Policy):
+        raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")
+    fuse_lora(policy)
+    return Source(path, config, policy, state.get("base_hash"))
+
+
+def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> None:
+    if its.latent_shape != own.latent_shape:
+        raise MergeError(f"{path} has latents of {its.latent_shape}, those of {first} are {own.latent_shape}")
+    if not its.same_encoders(own):
+        raise MergeError(
+            f"{path} encodes prompts or images otherwise than {first}; networks that learned with other text encoders "
+            "or another autoencoder have no average"
+        )
+
+
+def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
+    """Reloaded with diffusers and compared before it takes its name; an earlier export is replaced."""
+    draft = to.parent / f".tmp-{uuid.uuid4().hex}"
+    draft.mkdir(parents=True)
+    try:
+        for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
+            if part is not None:
+                part.float()
+        policy.pipeline.save_pretrained(str(draft), safe_serialization=True)
+        forget_local_paths(draft)
+        held = dict(load_pipeline(draft).transformer.named_parameters())
+        if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
+            raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")
+        rows = "\n".join(f"| {s:.4g} | `{n}` |" for s, n in zip(record["shares"], record["sources"], strict=True))
+        card = CARD.format(name=to.name, rows=rows, length=record["max_sequence_length"])
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if to.exists():
+            shutil.rmtree(to)
+        draft.rename(to)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""What a run would do and need, from its configuration alone: geometry, parameters, FLOPs, memory. Starts nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flowalign.algorithm import build_algorithm
+from flowalign.config import AlignConfig
+from flowalign.models.inspect import SD35_SHIFT, ModelSizes, default_lora_targets, inspect_model
+from flowalign.plan.geometry import Geometry, plan_geometry, teachers_of
+from flowalign.plan.memory import Memory, plan_memory
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole estimate; ``notes`` say what was assumed or looks odd."""
+
+    geometry: Geometry
+    model: ModelSizes
+    rollout_flops: int
+    learner_flops: int
+    memory: Memory
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        own = asdict(self)
+        own["memory"] |= {"rollout_worker": self.memory.rollout_worker, "learner_rank": self.memory.learner_rank}
+        return own | {"iteration_flops": self.rollout_flops + self.learner_flops}
+
+
+def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
+    """Count and estimate; where the model directory is absent, Stable Diffusion 3.5 medium stands in.
+
+    ``missing`` are sentences about what this machine lacks. Raises ModelError for a directory that is
+    there but cannot be read.
+    """
+    notes = [f"not ready on this machine: {sentence}" for sentence in missing]
+    directory = Path(config.model.path)
+    if not directory.exists():
+        notes.append(f"{directory} is absent: sizes are those of Stable Diffusion 3.5 medium")
+        if config.algorithm.get("shift", 0) is None:
+            config = config.model_copy(update={"algorithm": {**config.algorithm, "shift": SD35_SHIFT}})
+    algorithm = build_algorithm(config.algorithm)
+    geometry = plan_geometry(config, algorithm)
+    sizes, teachers = _sizes(config, directory), {}
+    for name, teacher in teachers_of(algorithm).items():
+        if (Path(teacher.path) / "model_index.json").is_file():
+            teachers[name] = _sizes(config, Path(teacher.path))
+    memory = plan_memory(config, algorithm, geometry, sizes, teachers)
+    return Plan(
+        geometry,
+        sizes,
+        geometry.rollout_passes * sizes.flops,
+        _learner_flops(config, geometry, sizes, [sizes, *teachers.values()]),
+        memory,
+        (*notes, *_odd(config, geometry)),
+    )
+
+
+def _sizes(config: AlignConfig, directory: Path) -> ModelSizes:
+    lora = config.model.lora
+    return inspect_model(
+        directory,
+        max_sequence_length=config.model.max_sequence_length,
+        height=config.model.height,
+        width=config.model.width,
+        lora_rank=None if lora is None else lora.rank,
+        lora_targets=() if lora is None else lora.targets or default_lora_targets(config.model.type),
+    )
+
+
+def _learner_flops(config: AlignConfig, g: Geometry, model: ModelSizes, asked: Sequence[ModelSizes]) -> int:
+    """Of all ranks; every one asks its own teachers, unless they are actors that answer all ranks at once."""
+    # Gradients of activations cost a forward pass, gradients of weights another; a LoRA's own are negligible.
+    backward = 2 if config.model.lora is None else 1
+    teachers = g.teacher_passes * max(sizes.flops for sizes in asked)
+    if not config.cluster.has_teacher_actors:
+        teachers *= config.learner.ranks
+    return (g.learner_forward_passes + backward * g.learner_backward_passes) * model.flops + teachers
+
+
+def _odd(config: AlignConfig, geometry: Geometry) -> list[str]:
+    notes = []
+    if geometry.micro_batch_size > geometry.transitions_per_step:
+        notes.append(
+            f"learner.micro_batch_size {geometry.micro_batch_size} exceeds the {geometry.transitions_per_step} "
+            "transitions of an optimizer step: each step is one micro-batch"
+        )
+    micro_batches = math.ceil(geometry.transitions_per_step / geometry.micro_batch_size)
+    if micro_batches % config.learner.ranks:
+        notes.append(
+            f"{micro_batches} micro-batches a step over {config.learner.ranks} ranks: "
+            f"{geometry.micro_batches_per_step - micro_batches} are padding"
+        )
+    if geometry.chunks < config.cluster.rollout_workers:
+        notes.append(f"{geometry.chunks} chunks for {config.cluster.rollout_workers} rollout workers: some stay idle")
+    return notes
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """The plan for people: label and value."""
+    g, m, memory = plan.geometry, plan.model, plan.memory
+    frozen = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in m.frozen.items())
+    rows = [
+        ("images", f"{g.images} = {g.groups} groups of {g.group_size}, in {g.chunks} chunks of {g.chunk_size}"),
+        ("trajectory", f"{g.num_steps} steps, {g.window_steps} of them stochastic"),
+        ("transitions", f"{g.transitions}"),
+        (
+            "update",
+            f"{g.optimizer_steps} optimizer steps, each {g.transitions_per_step} transitions "
+            f"in {g.micro_batches_per_step} micro-batches of {g.micro_batch_size}",
+        ),
+        ("sizes from", m.source),
+        ("transformer", f"{m.transformer:,} parameters, {m.trainable:,} of them trained"),
+        ("frozen", frozen or "no configuration found"),
+        ("latents", f"{'x'.join(map(str, m.latent_shape))}, {m.image_tokens} image and {m.text_tokens} text tokens"),
+        ("one forward", f"{m.flops / 1e9:,.2f} GFLOP a sample"),
+        ("rollout", f"{plan.rollout_flops / 1e12:,.2f} TFLOP an iteration"),
+        ("learner", f"{plan.learner_flops / 1e12:,.2f} TFLOP an iteration"),
+        ("evaluation", f"{g.evaluation_passes * m.flops / 1e12:,.2f} TFLOP each"),
+        ("rollout worker", f"{_size(memory.rollout_worker)}, {_size(memory.rollout_weights)} of it weights"),
+        (
+            "learner rank",
+            f"{_size(memory.learner_rank)}: weights {_size(memory.learner_weights)}, "
+            f"gradients {_size(memory.learner_gradients)}, optimizer {_size(memory.learner_optimizer)}, "
+            f"EMA {_size(memory.learner_ema)}, reference {_size(memory.learner_reference)}, "
+            f"activations about {_size(memory.learner_activations)}",
+        ),
+        ("trajectories", f"{_size(memory.trajectories)} an iteration"),
+    ]
+    if memory.teachers:
+        where = "in every learner rank" if memory.teachers_in_learner else "each in an actor that all ranks ask"
+        named = ", ".join(f"{name} {_size(count)}" for name, count in memory.teachers.items())
+        rows.append(("teachers", f"{where}: {named}"))
+    return rows
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,86 @@
+"""Counts of one iteration that follow from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from flowalign.config import AlignConfig
+
+TEACHER = "teacher:"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Counts of one iteration; ``passes`` are network evaluations of one sample.
+
+    A transition is asked of one teacher, once: ``teacher_passes`` are those of all, guided where the dearest one is.
+    """
+
+    groups: int
+    group_size: int
+    images: int
+    chunks: int
+    chunk_size: int
+    num_steps: int
+    window_steps: int
+    transitions: int
+    optimizer_steps: int
+    transitions_per_step: int
+    micro_batches_per_step: int
+    micro_batch_size: int
+    rollout_passes: int
+    learner_forward_passes: int
+    learner_backward_passes: int
+    teacher_passes: int
+    evaluation_passes: int
+
+
+def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
+    """Counts that follow from the configuration and the algorithm's own rollout plan."""
+    spec = algorithm.rollout_plan(0, config.seed)
+    group_size = int(getattr(algorithm.config, "group_size", 1))
+    images = config.data.groups_per_iteration * group_size
+    num_steps = 0 if spec is None else spec.num_steps
+    window = 0 if spec is None else spec.window[1] - spec.window[0]
+    transitions = images * max(window, 1)
+    learner = config.learner
+    per_step = math.ceil(transitions / learner.updates_per_iteration)
+    guided = 1 if spec is None else _guided(spec.guidance_scale)
+    update_guided = guided if getattr(algorithm.config, "guidance_in_update", True) else 1
+    items = transitions * learner.epochs * update_guided
+    evaluation = config.evaluation
+    micro_batches = math.ceil(per_step / learner.micro_batch_size)
+    return Geometry(
+        groups=config.data.groups_per_iteration,
+        group_size=group_size,
+        images=images,
+        chunks=math.ceil(images / config.rollout.chunk_size),
+        chunk_size=config.rollout.chunk_size,
+        num_steps=num_steps,
+        window_steps=window,
+        transitions=transitions,
+        optimizer_steps=learner.updates_per_iteration * learner.epochs,
+        transitions_per_step=per_step,
+        micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
+        micro_batch_size=learner.micro_batch_size,
+        rollout_passes=images * num_steps * guided,
+        learner_forward_passes=items * sum(not role.startswith(TEACHER) for role in algorithm.models),
+        learner_backward_passes=items,
+        teacher_passes=transitions
+        * max((_guided(t.guidance_scale) for t in teachers_of(algorithm).values()), default=0),
+        evaluation_passes=evaluation.num_samples * evaluation.num_steps * _guided(evaluation.guidance_scale)
+        if evaluation.every
+        else 0,
+    )
+
+
+def teachers_of(algorithm: Any) -> dict[str, Any]:
+    """The configuration of every teacher, by name."""
+    names = [role.removeprefix(TEACHER) for role in algorithm.models if role.startswith(TEACHER)]
+    return {name: algorithm.config.teachers[name] for name in names}
+
+
+def _guided(guidance_scale: float) -> int:
+    return 1 if guidance_scale == 1 else 2

@@ -1,0 +1,94 @@
+"""Bytes that the parts of a run need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flowalign.config import AlignConfig
+from flowalign.models.inspect import ModelSizes
+from flowalign.plan.geometry import Geometry, teachers_of
+
+# Bytes a token and layer keep for the backward pass, in units of width × element size
+# (arXiv:2205.05198, eq. 1, without the attention scores, which fused attention never stores).
+_KEPT_PER_TOKEN = 34
+_KEPT_FORWARD = 8
+_ADAM_MOMENTS = 8
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; ``activations`` are rough, within a factor of two.
+
+    ``teachers``, by name, are each in an actor of its own or, with ``teachers_in_learner``, all in every learner rank.
+    """
+
+    rollout_weights: int
+    rollout_activations: int
+    learner_weights: int
+    learner_gradients: int
+    learner_optimizer: int
+    learner_ema: int
+    learner_reference: int
+    learner_activations: int
+    trajectories: int
+    teachers: dict[str, int]
+    teachers_in_learner: bool
+
+    @property
+    def rollout_worker(self) -> int:
+        return self.rollout_weights + self.rollout_activations
+
+    @property
+    def learner_rank(self) -> int:
+        weights = self.learner_weights + self.learner_gradients + self.learner_optimizer
+        inside = sum(self.teachers.values()) if self.teachers_in_learner else 0
+        return weights + self.learner_ema + self.learner_reference + inside + self.learner_activations
+
+
+def plan_memory(
+    config: AlignConfig, algorithm: Any, geometry: Geometry, sizes: ModelSizes, teachers: Mapping[str, ModelSizes]
+) -> Memory:
+    """Bytes of a rollout worker, of a learner rank and of each teacher; what could be trained is float32 everywhere.
+
+    ``teachers`` are the sizes of those that are pipelines; all others are runs of the model, and of its size.
+    """
+    element, learner = _BYTES[config.model.dtype], config.learner
+    others = sum(sizes.frozen.values()) * element
+    lora = config.model.lora is not None
+    trainable = sizes.trainable * 4
+    base = sizes.transformer * element if lora else 0
+    shards = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    guided = 2 if geometry.rollout_passes > geometry.images * geometry.num_steps else 1
+    token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
+    micro = min(geometry.micro_batch_size, geometry.transitions_per_step) * guided
+    latent = math.prod(sizes.latent_shape) * 4
+    chunk = min(geometry.chunk_size, geometry.images) * guided
+    return Memory(
+        rollout_weights=others + base + trainable,
+        # Without gradients one layer's activations are alive at a time.
+        rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
+        learner_weights=others + base + trainable // shards[2],
+        learner_gradients=trainable // shards[1],
+        learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0],
+        learner_ema=trainable if learner.ema_decay is not None else 0,
+        learner_reference=_reference(algorithm, lora, base + trainable),
+        learner_activations=_KEPT_PER_TOKEN * token * micro,
+        trajectories=geometry.images * (geometry.window_steps + 2) * latent,
+        teachers={
+            name: teachers[name].transformer * 4 if name in teachers else base + trainable
+            for name in teachers_of(algorithm)
+        },
+        teachers_in_learner=not config.cluster.has_teacher_actors,
+    )
+
+
+def _reference(algorithm: Any, lora: bool, network: int) -> int:
+    """A frozen copy of the network; without its adapter a LoRA's network is its own, unless the reference moves."""
+    if "reference" not in algorithm.models:
+        return 0
+    refreshed = getattr(algorithm, "reference_refresh", None) is not None
+    return network if refreshed or not lora else 0

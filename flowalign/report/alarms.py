@@ -1,0 +1,30 @@
+"""What the alarms of a run said, for its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowalign.collapse import CollapseAlarm, Finding
+from flowalign.config import SafetyConfig
+from flowalign.metrics import ALARM
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def hacked(rows: Rows) -> list[dict[str, Any]]:
+    """Gold rewards whose alarm rang: the first and last iteration it did, and how often."""
+    names = sorted({key.removeprefix(ALARM) for row in rows for key in row if key.startswith(ALARM)})
+    rang = {name: [row["iteration"] for row in rows if row.get(ALARM + name)] for name in names}
+    return [{"name": n, "first": at[0], "last": at[-1], "count": len(at)} for n, at in rang.items() if at]
+
+
+def collapsed(rows: Rows, config: SafetyConfig) -> list[dict[str, Any]]:
+    """Causes of a collapse that rang: the last finding as a sentence, the iteration of the first, and their number."""
+    by_cause: dict[str, list[Finding]] = {}
+    for found in CollapseAlarm(config, rows).history:
+        by_cause.setdefault(found.cause, []).append(found)
+    return [
+        {"cause": cause, "sentence": found[-1].sentence, "first": found[0].iteration, "count": len(found)}
+        for cause, found in by_cause.items()
+    ]

@@ -1,0 +1,115 @@
+"""The table and the curves of scripts/benchmarks/algorithms.py, from its JSON files alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import GOLD, OFFICIAL, STRICT, TASKS
+
+BEGIN, END = "<!-- measured: scripts/benchmarks/algorithms.py table -->", "<!-- end of measured -->"
+HEAD = ["algorithm", "seeds", "strict", "official", "PickScore", *TASKS, "images", "transitions", "s/iteration"]
+HEAD += ["minutes to +0.10", "to +0.20"]
+
+Cell = Mapping[str, Any]
+
+
+def load(directory: Path, titles: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The finished cells; each point gets its seconds from the speed that was measured for the cell's iterations."""
+    speeds = json.loads((directory / "seconds.json").read_text())["cells"]
+    cells = []
+    for path in sorted(directory.glob("*-seed*.json")):
+        cell = json.loads(path.read_text())
+        speed = speeds[cell["cell"]]["iteration_s"]
+        timed = [{**point, "seconds": point["iteration"] * speed} for point in cell["points"]]
+        cells.append({**cell, "title": titles[cell["cell"]], "iteration_s": speed, "points": timed})
+    return cells
+
+
+def at(seconds: float, points: Sequence[Mapping[str, Any]], key: str) -> float:
+    """``key`` after so many seconds, between evaluations by a straight line, after the last one as it was there."""
+    for before, after in itertools.pairwise(points):
+        if after["seconds"] >= seconds:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before[key] + share * (after[key] - before[key])
+    return points[-1][key]
+
+
+def seconds_to(gain: float, points: Sequence[Mapping[str, Any]]) -> float | None:
+    """When the strict score first stood ``gain`` above its start, between evaluations by a straight line."""
+    wanted = points[0][STRICT] + gain
+    for before, after in itertools.pairwise(points):
+        if after[STRICT] >= wanted:
+            share = (wanted - before[STRICT]) / (after[STRICT] - before[STRICT])
+            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    return None
+
+
+def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each algorithm, the best first."""
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell["cell"], []).append(cell)
+    limit = 60 * cells[0]["minutes"]
+    return sorted(by_name.values(), key=lambda own: -statistics.fmean(at(limit, c["points"], STRICT) for c in own))
+
+
+def row(own: Sequence[Cell]) -> list[str]:
+    limit = 60 * own[0]["minutes"]
+
+    def mean(key: str, digits: int = 3) -> str:
+        values = [at(limit, cell["points"], key) for cell in own]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and key == STRICT else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+    def to(gain: float) -> str:
+        reached = [seconds_to(gain, cell["points"]) for cell in own]
+        known = [seconds for seconds in reached if seconds is not None]
+        return f"{statistics.fmean(known) / 60:.1f}" if len(known) == len(reached) else "-"
+
+    tasks = [mean(f"eval/geneval_strict/{task}", 2) for task in TASKS]
+    used = [f"{float(mean(key, 0)):,.0f}" for key in ("images", "transitions")]
+    scores = [mean(STRICT), mean(OFFICIAL), mean(GOLD, 2), *tasks]
+    return [own[0]["title"], str(len(own)), *scores, *used, f"{own[0]['iteration_s']:.1f}", to(0.1), to(0.2)]
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    start = cells[0]["points"][0]
+    base = ["before", "", f"{start[STRICT]:.3f}", f"{start[OFFICIAL]:.3f}", f"{start[GOLD]:.2f}"]
+    base += [f"{start[f'eval/geneval_strict/{task}']:.2f}" for task in TASKS] + [""] * 5
+    rows = [HEAD, ["---"] * len(HEAD), base, *(row(own) for own in grouped(cells))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def insert(cells: Sequence[Cell], page: Path) -> None:
+    """Put the table between its two marks on the page."""
+    before, found, rest = page.read_text().partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"{page} lacks the marks {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{markdown(cells)}\n{END}{after}")
+
+
+def curves(cells: Sequence[Cell], path: Path) -> None:
+    """Strict GenEval against minutes, a line an algorithm, its mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for own, colour in zip(grouped(cells), itertools.cycle(colours), strict=False):
+        times = [point["seconds"] / 60 for point in own[0]["points"]]
+        means = [statistics.fmean(cell["points"][i][STRICT] for cell in own) for i in range(len(times))]
+        axes.plot(times, means, marker="o", markersize=3, color=colour, label=f"{own[0]['title']} {means[-1]:.3f}")
+    axes.set(xlabel="minutes of training, evaluations left out", ylabel="strict GenEval, 600 held-out samples")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

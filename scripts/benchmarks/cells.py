@@ -1,0 +1,60 @@
+"""What the benchmarks of whole runs share: an alignment as a command of one process, the machine, files by rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "benchmarks" / "results"
+STRICT, OFFICIAL, GOLD = "eval/geneval_strict/overall", "eval/geneval/overall", "eval/pickscore/overall"
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+HELD_OUT = {"spec": "pickscore", "options": {"path": "shapes:pickscore"}}
+
+
+def flowalign(arguments: Sequence[str], threads: int, log: Path) -> None:
+    """One command of the project with so many threads; what it says is added to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    program = str(Path(sys.executable).parent / "flowalign")
+    with log.open("a") as said:
+        subprocess.run(
+            [program, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, check=True
+        )
+
+
+def align(config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> Path:
+    """``flowalign align`` of ``configs/shapes/<config>.yaml`` on the local backend; the run directory."""
+    keys = {
+        "cluster.backend": "local",
+        "cluster.threads": threads,
+        "cluster.reward_threads": threads,
+        "learner.engine": "torch",
+        "logging.wandb": "disabled",
+        "runs_dir": str(runs_dir),
+        "name": name,
+        **overrides,
+    }
+    written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    flowalign(["align", f"configs/shapes/{config}.yaml", *written], threads, runs_dir / f"{name}.log")
+    return runs_dir / name
+
+
+def machine(threads: int) -> dict[str, Any]:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": (named or [platform.processor()])[0], "cores": os.cpu_count(), "threads": threads}
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(path)

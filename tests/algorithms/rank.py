@@ -1,0 +1,36 @@
+"""One rank of a learner over gloo: every algorithm's updates on the mixture, written as weights and metrics.
+
+``python -m tests.algorithms.rank DIR RANK WORLD PORT``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.algorithms.cases import CASES
+
+# All but the one whose teachers take a training of their own.
+NAMES = [name for name in CASES if name != "opd aligned teachers"]
+ITERATIONS = 2
+# Two updates of each batch, of micro-batches that leave the second rank without one now and then.
+OPTIONS = {"updates_per_iteration": 2, "micro_batch_size": 48, "ema_decay": 0.5}
+
+
+def main(folder: str, rank: str, world: str, port: str) -> None:
+    torch.set_num_threads(1)
+    place = {"rank": int(rank), "world_size": int(world), "master_port": int(port)}
+    for name in NAMES:
+        run = CASES[name].build(place=place, **{**OPTIONS, "epochs": 1, "groups": 8})
+        metrics = [dict(run.step(iteration).metrics) for iteration in range(ITERATIONS)]
+        file = Path(folder) / f"{name}_{rank}.safetensors"
+        save_file(run.learner.engine.weights(), file)
+        file.with_suffix(".json").write_text(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

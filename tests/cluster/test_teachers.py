@@ -1,0 +1,281 @@
+"""Teachers as actors that the learner's ranks share, against teachers inside the learner; real actors and pipelines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from flowalign.checkpoint import content_hash
+from flowalign.cluster.errors import PlacementError, WorkerLost
+from flowalign.cluster.local import LocalBackend
+from flowalign.cluster.placement import shares
+from flowalign.cluster.ray_backend import RayBackend
+from flowalign.cluster.run import build_run
+from flowalign.cluster.teachers import KEPT_ANSWERS, SharedTeacher, ask
+from flowalign.cluster.workers import LearnerWorker, RolloutWorker
+from flowalign.config import AlignConfig, ConfigError
+from flowalign.configcheck import check_cores
+from flowalign.models.base import ModelError
+from flowalign.models.build import load_policy
+from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for the tests of this file that need one; backends join it and leave it running."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A deeper one for a task, and for all others one of the student's size, guided, whose scheduler differs."""
+    from flowalign.shapes.build.pipeline import new_transformer
+
+    torch.manual_seed(1)
+    made = tmp_path_factory.mktemp("teachers")
+    for name, layers in (("deep", 2), ("shifted", 1)):
+        shutil.copytree(tiny_pipeline_dir, made / name)
+        shutil.rmtree(made / name / "transformer")
+        new_transformer(128, 128, num_layers=layers, num_heads=1).save_pretrained(str(made / name / "transformer"))
+    (made / "shifted" / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0})
+    )
+    return {
+        "deep": {"path": str(made / "deep"), "tasks": ["counting", "position", "colors"]},
+        "shifted": {"path": str(made / "shifted"), "guidance_scale": 2.0},
+    }
+
+
+def config_of(pipeline: Path, folder: Path, named: dict[str, Any], *, ranks: int = 1, **cluster: Any) -> AlignConfig:
+    algorithm = {"type": "opd", "teachers": named, "num_steps": 3, "kind": "flow", "noise_level": 0.6}
+    learner = {"engine": "torch", "micro_batch_size": 4, "ema_decay": 0.5, "ranks": ranks}
+    changes = {"algorithm": algorithm, "learner": learner, "data": {"groups_per_iteration": 13}, "rewards": []}
+    return small_config(pipeline, folder, cluster={"teacher_cpus": 0.25, **cluster}, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def local(tiny_pipeline_dir: Path, folder: Path, teachers: dict[str, Any]) -> Trace:
+    config = config_of(tiny_pipeline_dir, folder, teachers, backend="local")
+    backend = LocalBackend(config, folder)
+    try:
+        return trace(backend, config, folder)
+    finally:
+        backend.close()
+
+
+@pytest.fixture(scope="module")
+def one(cluster: None, tiny_pipeline_dir: Path, folder: Path, teachers: dict[str, Any]) -> Iterator[RayBackend]:
+    backend = RayBackend(config_of(tiny_pipeline_dir, folder, teachers), folder)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def start(one: RayBackend) -> list[dict[str, Any]]:
+    return one.state()
+
+
+@pytest.fixture
+def fresh(one: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
+    one.restore(start)
+    return one
+
+
+def questions(config: AlignConfig, iteration: int) -> int:
+    """Micro-batches of 4 that the teachers are asked for: of a sample's 3 steps each."""
+    run = build_run(config, Path("."))
+    named = Counter(map(run.algorithm.teacher_of, run.sampler.batch(iteration).metadata))
+    return sum(math.ceil(3 * count / 4) for count in named.values())
+
+
+def pids(backend: RayBackend) -> list[int]:
+    return ray.get([actor.__ray_call__.remote(lambda actor: os.getpid()) for actor in backend.teachers.actors])
+
+
+def computed(backend: RayBackend) -> int:
+    return sum(ray.get([a.__ray_call__.remote(lambda actor: actor.shared.computed) for a in backend.teachers.actors]))
+
+
+def test_teachers_in_actors_give_the_bits_of_teachers_in_the_learner(fresh: RayBackend, local: Trace) -> None:
+    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    assert min(local.metrics[0][f"loss/opd/{name}"] for name in ("deep", "shifted")) > 0
+    assert computed(fresh) > 0
+
+
+@pytest.mark.fault
+def test_a_teacher_killed_between_two_iterations_changes_no_bit(fresh: RayBackend, local: Trace) -> None:
+    before = pids(fresh)
+    os.kill(before[0], signal.SIGKILL)
+    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    after = pids(fresh)
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+@pytest.mark.fault
+def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, local: Trace) -> None:
+    def die_at_the_third(actor: Any) -> None:
+        compute, count = actor.shared.teacher.velocity, iter(range(3))
+
+        def dies(*asked: Any, **options: Any) -> Tensor:
+            if next(count) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return compute(*asked, **options)
+
+        actor.shared.teacher.velocity = dies
+
+    before = pids(fresh)
+    fresh.sync()
+    for actor in fresh.teachers.actors:
+        ray.get(actor.__ray_call__.remote(lambda actor: actor.shared._answers.clear()))
+    ray.get(fresh.teachers.actors[1].__ray_call__.remote(die_at_the_third))
+    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    assert pids(fresh)[1] != before[1]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_teacher_that_cannot_be_placed_is_refused_before_anything_starts(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    asked: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"teacher_gpus": 1}, "one teacher actor needs 1 GPU, .* lower cluster.teacher_gpus"),
+        ({"teacher_cpus": 1.9}, r"2 teacher × 1.9 need .*lower the number of algorithm.teachers or cluster.teacher_cp"),
+    )
+    for cluster, said in asked:
+        with pytest.raises(PlacementError, match=said):
+            RayBackend(config_of(tiny_pipeline_dir, tmp_path, teachers, **cluster), tmp_path)
+    with pytest.raises(ConfigError, match=r"^cluster.teacher_cpus: all actors together need"):
+        check_cores(config_of(tiny_pipeline_dir, tmp_path, teachers, teacher_cpus=10_000))
+
+
+def test_teachers_take_a_place_only_as_actors(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    def placed(**cluster: Any) -> dict[str, int]:
+        return {s.kind: s.count for s in shares(config_of(tiny_pipeline_dir, tmp_path, teachers, **cluster))}
+
+    assert placed() == {"rollout": 1, "reward": 1, "learner": 1, "teacher": 2}
+    assert "teacher" not in placed(teachers="learner") and "teacher" not in placed(backend="local")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_an_actor_whose_encoders_are_not_the_student_s_is_refused_by_name(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    other = Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "scaled"))
+    path = other / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 2.0}))
+    config = config_of(tiny_pipeline_dir, tmp_path, {"odd": {"path": str(other)}})
+    with pytest.raises(ModelError, match=r"^algorithm.teachers.odd: .* encodes prompts or images otherwise"):
+        RayBackend(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.usefixtures("cluster")
+def test_a_teacher_that_keeps_dying_ends_the_run_in_a_sentence(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    def die_at_once(actor: Any) -> None:
+        actor.shared.teacher.velocity = lambda *asked, **options: os.kill(os.getpid(), signal.SIGKILL)
+
+    config = config_of(tiny_pipeline_dir, tmp_path, {"deep": {"path": teachers["deep"]["path"]}}, max_task_retries=0)
+    backend = RayBackend(config, tmp_path)
+    try:
+        ray.get(backend.teachers.actors[0].__ray_call__.remote(die_at_once))
+        with pytest.raises(WorkerLost, match=r"^the teacher deep keeps dying over one question"):
+            trace(backend, config, tmp_path)
+    finally:
+        backend.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("cluster")
+def test_two_ranks_share_teachers_and_get_the_bits_of_teachers_of_their_own(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    traces = []
+    for where in ("learner", "actor"):
+        config = config_of(tiny_pipeline_dir, tmp_path, teachers, ranks=2, teachers=where)
+        backend = RayBackend(config, tmp_path)
+        try:
+            traces.append(trace(backend, config, tmp_path))
+            if where == "actor":
+                assert computed(backend) == questions(config, 0) + questions(config, 1)
+            else:
+                assert backend.teachers.actors == []
+        finally:
+            backend.close()
+    assert_same_bits(*traces)
+
+
+def test_an_equal_question_is_answered_once_and_old_answers_are_forgotten(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    config = config_of(tiny_pipeline_dir, tmp_path, teachers)
+    shared, policy = SharedTeacher(config, "deep"), load_policy(config.model)
+    velocity = ask(shared.velocity)
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, *policy.latent_shape(None, None), generator=generator), torch.tensor([0.5, 0.2])
+    condition = policy.encode_prompts(("a red circle", "two dogs", "two dogs")).take(torch.tensor([2, 1]))
+    first = velocity(x, t, condition, guidance=2.0)
+    assert torch.equal(first, shared.teacher.velocity(x, t, condition, guidance=2.0))
+    for same in (condition, condition.take(torch.tensor([0, 0])), policy.encode_prompts(("two dogs",) * 2)):
+        assert torch.equal(velocity(x, t, same, guidance=2.0), first)
+    assert shared.computed == 1
+    changed = [
+        velocity(x + 1, t, condition, guidance=2.0),
+        velocity(x, t / 2, condition, guidance=2.0),
+        velocity(x, t, policy.encode_prompts(("a red circle",) * 2), guidance=2.0),
+        velocity(x, t, condition, guidance=3.0),
+    ]
+    assert shared.computed == 5 and not any(torch.equal(answer, first) for answer in changed)
+    for number in range(KEPT_ANSWERS):
+        velocity(x[:, :, :1, :1].repeat(1, 1, 2, 2) + number, t, condition)
+    assert len(shared._answers) == KEPT_ANSWERS
+    velocity(x, t, condition, guidance=2.0)
+    assert shared.computed == 6 + KEPT_ANSWERS
+
+
+class Asked:
+    """A shared teacher as a rank sees it, without Ray between them."""
+
+    def __init__(self, shared: SharedTeacher) -> None:
+        self.encoding, self.velocity = shared.teacher.encoding, ask(shared.velocity)
+
+
+def test_learners_that_share_teachers_compute_the_bits_of_one_with_its_own(
+    tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    config = config_of(tiny_pipeline_dir, tmp_path, teachers, backend="local")
+    shared = {name: SharedTeacher(config, name) for name in teachers}
+    asked: Any = {name: Asked(teacher) for name, teacher in shared.items()}
+    alone, *ranks = [LearnerWorker(config, teachers=given) for given in (None, asked, asked)]
+    student, run = RolloutWorker(config), build_run(config, Path("."))
+    student.bind(alone.weights(), 0)
+    rollout, _ = student.rollout(run.sampler.batch(0), run.algorithm.rollout_plan(0, 0), 0, 0)
+    expected = alone.update(rollout, None, 0).metrics
+    assert [rank.update(rollout, None, 0).metrics for rank in ranks] == [expected] * 2
+    assert all(content_hash(rank.weights()) == content_hash(alone.weights()) for rank in ranks)
+    assert sum(teacher.computed for teacher in shared.values()) == questions(config, 0)
