@@ -103,6 +103,10 @@ class FlowGRPO:
         and ``share_prefix`` this is G²RPO (arXiv:2510.01982; published: 1, 2; its code takes the first step after the
         noise alone, here all are taken at the granularity, but for a shorter last one).
 
+        ``guidance_scale`` is the rollout's, ``update_guidance_scale`` the update's; null is the same. Where they
+        differ, the policy that is updated is not the one that chose the steps: the old log-probs are then computed
+        anew, once, with the update's guidance, so that a ratio still begins at 1.
+
         Every ``reference_refresh`` iterations the reference of the KL takes the policy's weights, as now and then in
         ProRL (arXiv:2505.24864), which also begins the optimizer anew; null keeps the run's start.
         """
@@ -121,7 +125,7 @@ class FlowGRPO:
         train_steps_by: Literal["sample", "iteration"] = "sample"
         granularities: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
         guidance_scale: float = Field(1.0, ge=0)
-        guidance_in_update: bool = True
+        update_guidance_scale: Annotated[float, Field(ge=0)] | None = None
         norm_preserving: bool = False
         ratio: Literal["plain", "guard"] = "plain"
         clip_range: ClipRange = ClipRange(low=1e-4, high=1e-4)
@@ -178,7 +182,12 @@ class FlowGRPO:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return ("policy", "reference") if self.config.beta > 0 else ("policy",)
+        rollout = ("rollout",) if self._asks_anew else ()
+        return ("policy", *rollout, "reference") if self.config.beta > 0 else ("policy", *rollout)
+
+    @property
+    def _asks_anew(self) -> bool:
+        return self.config.update_guidance_scale not in (None, self.config.guidance_scale)
 
     @property
     def rollout_weights(self) -> Literal["policy", "ema"]:
@@ -242,13 +251,20 @@ class FlowGRPO:
         if c.ratio == "guard":
             assert batch.means_NSCHW is not None
             tensors["old_mean"] = batch.means_NSCHW[sample, step]
+        condition = batch.condition.take(sample * images)
+        if self._asks_anew:
+            item = TrainBatch(tensors, condition, len(sample), {"spec": batch.spec})
+            _, old = self._step(models, "rollout", item)
+            tensors["old_log_prob"] = step_log_prob(batch.spec, tensors["x_next"], old.mean, old.std)
+            if c.ratio == "guard":
+                tensors["old_mean"] = old.mean
         magnitude = own.advantages[valid].abs()
         metrics = {
             "zero_std_fraction": own.zero_std_fraction,
             "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
         }
         total = int(kept.sum()) * steps_Nn.shape[1]
-        return TrainBatch(tensors, batch.condition.take(sample * images), total, {"spec": batch.spec}, metrics)
+        return TrainBatch(tensors, condition, total, {"spec": batch.spec}, metrics)
 
     def _trained_steps(self, batch: Rollout) -> Tensor:
         """Which steps of the window each sample learns from: (N, n), ascending, a function of seed and sample id."""
@@ -296,8 +312,8 @@ class FlowGRPO:
         return LossOutput(loss, metrics)
 
     def _step(self, models: Models, role: str, minibatch: TrainBatch) -> tuple[Tensor, Any]:
-        item, spec = minibatch.tensors, minibatch.shared["spec"]
-        guidance = spec.guidance_scale if self.config.guidance_in_update else None
+        item, spec, own = minibatch.tensors, minibatch.shared["spec"], self.config.update_guidance_scale
+        guidance = spec.guidance_scale if own is None else own
         velocity = models[role](
             item["x"], item["sigma"], minibatch.condition, guidance=guidance, norm_preserving=spec.norm_preserving
         )

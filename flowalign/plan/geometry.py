@@ -48,7 +48,8 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
     learner = config.learner
     per_step = math.ceil(transitions / learner.updates_per_iteration)
     guided = 1 if spec is None else _guided(spec.guidance_scale)
-    update_guided = guided if getattr(algorithm.config, "guidance_in_update", True) else 1
+    own = getattr(algorithm.config, "update_guidance_scale", None)
+    update_guided = guided if own is None else _guided(own)
     items = transitions * learner.epochs * update_guided
     evaluation = config.evaluation
     micro_batches = math.ceil(per_step / learner.micro_batch_size)

@@ -1,8 +1,8 @@
 """Where all images are rewarded alike there is nothing to learn, for every algorithm that learns from rewards.
 
-Most drop such images. A KL keeps them, since it has something to say about every image; and so does NFT, whose loss at
-r = 1/2 is ``beta² |v - v_old|²``: zero with its gradient while the policy is the one that rolled out, a pull back to the
-average once it has moved away.
+Most drop such images. A KL keeps them, since it has something to say about every image; and so does NFT, whose loss
+at r = 1/2 is ``beta² |v - v_old|²``: zero with its gradient while the policy is the one that rolled out, a pull back to
+the average once it has moved away.
 """
 
 import pytest

@@ -154,16 +154,6 @@ def test_kl_has_the_value_of_its_formula_and_a_gradient_for_the_policy_only(kl):
     assert reference.weight.grad is None
 
 
-def test_guidance_enters_the_update_only_where_asked():
-    model = LinearVelocity()
-    for in_update, exact in ((True, True), (False, False)):
-        algorithm = grpo(guidance_scale=3.0, guidance_in_update=in_update)
-        rollout, scores = scored(algorithm, model)
-        train = algorithm.prepare(rollout, scores, {"policy": model})
-        output = algorithm.loss({"policy": model}, train)
-        assert (output.metrics["replay/max_abs_dlogp"] == 0) == exact
-
-
 def test_the_loss_is_invariant_to_the_micro_batch_split():
     model, algorithm = LinearVelocity(), grpo()
     rollout, scores = scored(algorithm, model)
