@@ -6,10 +6,10 @@ Shapes: N samples, T points of each, M = N·T items, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
@@ -38,7 +38,8 @@ class AWM:
         ``ghuber`` of power 0.25, whose gradient grows without bound where the error is small, so that bad images can
         drive the policy away; ``uniform`` is the plain surrogate. Its KL to the reference, 0.003 (PickScore: 1e-4)
         beside advantages that it divides by 5, is ``beta`` 0.015 here; 0 needs no reference. Its second KL, to an
-        average of the policy, is not here.
+        average of the policy, is not here; ``reference_refresh`` gives the one KL a reference that follows the policy,
+        a few iterations behind. Without a KL bad images push the policy away without bound.
         """
 
         type: str = "awm"
@@ -51,6 +52,13 @@ class AWM:
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
         ghuber_power: float = Field(0.25, gt=0, le=1)
         beta: float = Field(0.0, ge=0)
+        reference_refresh: Annotated[int, Field(ge=1)] | None = None
+
+        @model_validator(mode="after")
+        def _refreshes_something(self) -> AWM.Config:
+            if self.reference_refresh is not None and self.beta == 0:
+                raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
+            return self
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -66,6 +74,11 @@ class AWM:
     @property
     def rollout_weights(self) -> Literal["policy", "ema"]:
         return self.config.rollout_weights
+
+    @property
+    def reference_refresh(self) -> int | None:
+        """After so many iterations, time and again, the reference takes the policy's weights."""
+        return self.config.reference_refresh
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec()
