@@ -50,6 +50,7 @@ CELLS = {
     "g2rpo": Cell("g2rpo", "G²RPO"),
     "nft": Cell("nft", "DiffusionNFT"),
     "awm": Cell("awm", "AWM"),
+    "awm_free": Cell("awm", "AWM without a KL", {"algorithm.beta": 0, "algorithm.reference_refresh": None}),
     "sft": Cell("sft", "Online SFT, best of 8"),
     "rwr": Cell("sft", "Reward-weighted regression", {"algorithm.select": "rwr", "algorithm.timesteps": 3}),
     "dpo_online": Cell("dpo_online", "Diffusion-DPO, online"),
