@@ -13,6 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -128,6 +129,10 @@ def algorithm_class(name: str) -> type[Any]:
     else:
         own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
         found = next((v for v in own if hasattr(v, "Config") and hasattr(v, "loss")), None)
+    if found is None and attribute:
+        near = get_close_matches(attribute, [name for name, v in vars(module).items() if isinstance(v, type)], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UnknownAlgorithm(f"algorithm.type: {module_name} has no {attribute!r}{hint}")
     if found is None:
         raise UnknownAlgorithm(f"algorithm.type: {module_name} holds no class with a Config and a loss")
     return found

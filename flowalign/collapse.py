@@ -154,7 +154,8 @@ class CollapseAlarm:
             return None
         best = max((b for b in self._blocks if b.knows(BEST)), key=lambda b: b.mean(BEST))
         # The larger spread: rewards that were all equal at their best would make any fall a large one.
-        unit = max(best.mean(SPREAD), block.mean(SPREAD))
+        # Medians, so that one odd iteration does not make the measure.
+        unit = max(statistics.median(best.values[SPREAD]), statistics.median(block.values[SPREAD]))
         fell = best.mean(BEST) - block.mean(BEST) > self.config.max_reward_drop * unit
         return self._finding("best_of_group", BEST, best, block) if fell else None
 
@@ -175,9 +176,14 @@ class CollapseAlarm:
         return first if block.knows(key) else None
 
     def _finding(self, cause: str, key: str, before: Block, after: Block) -> Finding | None:
-        """The finding, where the difference exceeds its standard errors."""
+        """The finding, where the difference exceeds its standard errors, or no value of one block lies in the other.
+
+        A figure that falls fast has a first block so wide that no later one could differ by its standard errors.
+        """
         error = math.sqrt(sum(statistics.variance(b.values[key]) / len(b.values[key]) for b in (before, after)))
-        if abs(after.mean(key) - before.mean(key)) <= self.config.standard_errors * error:
+        one, other = before.values[key], after.values[key]
+        apart = max(one) < min(other) or max(other) < min(one)
+        if abs(after.mean(key) - before.mean(key)) <= self.config.standard_errors * error and not apart:
             return None
         return Finding(cause, after.last, before.mean(key), after.mean(key), before.span, after.span)
 

@@ -128,7 +128,8 @@ def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
         cls = algorithm_class(str(raw["type"]))
     except UnknownAlgorithm as error:
         reason = str(error).removeprefix("algorithm.type: ")
-        near = get_close_matches(str(raw["type"]), known_algorithms(), n=1)
+        named, known = str(raw["type"]), known_algorithms()
+        near = get_close_matches(named, known, n=1) or [name for name in known if len(named) > 1 and named in name]
         raise ConfigError("algorithm.type", f"{reason}; did you mean {near[0]}?" if near else reason) from error
     if "teachers" in cls.Config.model_fields and "teachers" not in raw:
         raise ConfigError("algorithm.teachers", "is missing; name one or more, such as {better: {path: runs/better}}")
@@ -298,6 +299,7 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.rollout_plan(0, config.seed)
+    _check_plan(config.algorithm["type"], plan)
     images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
     items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
     updates = config.learner.updates_per_iteration
@@ -306,6 +308,17 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
             "learner.updates_per_iteration",
             f"{updates} updates on {config.learner.ranks} ranks need as many transitions; an iteration has {items}",
         )
+
+
+def _check_plan(name: str, plan: Any) -> None:
+    """An SDE has noisy steps, and they lie on the schedule; an algorithm of the user's may plan anything."""
+    if plan is None:
+        return
+    begin, end = plan.window
+    if not 0 <= begin <= end <= plan.num_steps:
+        raise ConfigError("algorithm", f"{name} plans noise in steps [{begin}, {end}) of {plan.num_steps}")
+    if plan.kind != "ode" and begin == end:
+        raise ConfigError("algorithm", f"{name} plans no step of kind {plan.kind}, so that it could learn nothing")
 
 
 def _check_pairs_wanted(config: AlignConfig, algorithm: Any) -> None:

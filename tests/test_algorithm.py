@@ -7,10 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import ForwardConfig
+from flowalign.algorithm import ForwardConfig, UnknownAlgorithm, algorithm_class, build_algorithm
+from flowalign.config import ConfigError
 from flowalign.configfile import load_align
 from flowalign.flow import schedule
 from flowalign.types import Rollout
+from tests._model_directory import write_config
 from tests.algorithms.toy import LinearVelocity, make_rollout
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "shapes"
@@ -108,3 +110,47 @@ def test_options_that_contradict_each_other_are_refused_with_the_key(changes: di
 def test_the_shipped_configuration_of_each_is_valid(name: str) -> None:
     config = load_align(CONFIGS / f"{name}.yaml", []).config
     assert config.algorithm["type"] == name and config.algorithm["shift"] is not None
+
+
+OWN = """
+from flowalign.algorithm import AlgorithmConfig
+from flowalign.types import Rollout, RolloutSpec
+
+class Mine:
+    class Config(AlgorithmConfig):
+        group_size: int = 4
+        noisy: int = 1
+    consumes, needs_scores, models, rollout_weights = Rollout, True, ("policy",), "policy"
+    def __init__(self, config): self.config = config
+    def rollout_plan(self, iteration, seed):
+        return RolloutSpec("flow", (1.0, 0.5, 0.0), (0, self.config.noisy), 0.7)
+    def prepare(self, batch, scores, models): ...
+    def loss(self, models, minibatch): ...
+"""
+
+
+def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    name = f"{tmp_path / 'own.py'}:Mine"
+    assert algorithm_class(name) is algorithm_class(name)
+    assert build_algorithm({"type": name, "noisy": 2}).rollout_plan(0, 0).window == (0, 2)
+    with pytest.raises(UnknownAlgorithm, match=r"own\.py has no .Mind.; did you mean Mine\?"):
+        algorithm_class(f"{tmp_path / 'own.py'}:Mind")
+    with pytest.raises(UnknownAlgorithm, match=r"cannot import '.*absent.py': .*No such file"):
+        algorithm_class(f"{tmp_path / 'absent.py'}:Mine")
+
+
+@pytest.mark.parametrize(
+    ("noisy", "said"), [(0, "plans no step of kind flow"), (3, r"plans noise in steps \[0, 3\) of 2")]
+)
+def test_a_plan_that_could_not_be_learned_from_is_refused_before_the_run(tmp_path, noisy, said):
+    (tmp_path / "own.py").write_text(OWN)
+    config = write_config(tmp_path)
+    replaced = f"algorithm={{type: own.py:Mine, noisy: {noisy}}}"
+    with pytest.raises(ConfigError, match=said):
+        load_align(config, [replaced])
+
+
+def test_a_part_of_a_name_is_taken_as_a_hint(tmp_path):
+    with pytest.raises(ConfigError, match=r"algorithm.type: no algorithm 'dpo'.*did you mean diffusion_dpo\?"):
+        load_align(write_config(tmp_path), ["algorithm={type: dpo}"])

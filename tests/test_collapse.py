@@ -153,6 +153,26 @@ def test_a_fall_within_the_noise_of_few_iterations_rings_nothing() -> None:
     assert final(rows(6, best_of_group=[0.1, 1.9, 0.4, 0.1, 0.5, 0.2], **noisy), window=3) == HEALTHY
 
 
+def test_a_fall_that_began_within_the_first_block_is_seen_where_no_value_overlaps() -> None:
+    alarm = CollapseAlarm(SafetyConfig(window=3))
+    values = (0.188, 0.093, 0.058, 0.02, 0.005, 0.001)
+    rows = [{"collapse/saturation": 0.3, "collapse/diversity": value} for value in values]
+    said = [alarm.update(i + 1, row) for i, row in enumerate(rows)]
+    assert said[-1]["alarm/diversity"] == 1
+
+
+def test_one_odd_iteration_does_not_widen_the_measure_of_a_fall_in_reward() -> None:
+    alarm = CollapseAlarm(SafetyConfig(window=3))
+    fallen = [(1.0, 0.1)] * 3 + [(0.5, 0.1), (0.5, 0.1), (0.51, 9.0)]
+    said = [
+        alarm.update(
+            i + 1, {"collapse/saturation": 0.3, "collapse/best_of_group": best, "collapse/reward_spread": spread}
+        )
+        for i, (best, spread) in enumerate(fallen)
+    ]
+    assert said[-1]["alarm/best_of_group"] == 1
+
+
 def test_rewards_that_were_all_equal_may_become_unequal() -> None:
     best, spread = [1.0] * 10 + [0.99] * 10, [0.0] * 10 + [0.1] * 10
     alarm = CollapseAlarm(SafetyConfig())

@@ -57,7 +57,7 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     _finish(run_dir, as_json, report=report_of(run_dir), **stopped)
     for line in advice:
         make_console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
-    if stopped:
+    if "stopped" in stopped:
         raise typer.Exit(STOPPED_BY_ALARM)
 
 

@@ -94,12 +94,13 @@ def report_of(run_dir: Path) -> Path:
 
 
 def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[str]]:
-    """What to say of a run that an alarm stopped, and the commands to go on with; nothing of any other run."""
+    """What to say of a run that an alarm stopped, and the commands to go on with; of another what still rings."""
     from flowalign.collapse import stopped_by_alarm
 
     stopped = stopped_by_alarm(run_dir, config.safety)
     if stopped is None:
-        return {}, []
+        held = [key for key, value in last_metrics(run_dir).items() if key.startswith("alarm/") and value]
+        return ({"ended": f"while {', '.join(held)} rang; see docs/safety.md"} if held else {}), []
     said = {"stopped": f"after iteration {stopped.iteration} by alarm/{stopped.cause}"}
     file = shlex.quote(str(run_dir / "config.yaml"))
     advice = ["to go on all the same:", f"  flowalign align {file} safety.stop=false"]

@@ -204,6 +204,11 @@ class Progress:
 
     def show(self, iteration: int, metrics: dict[str, float], eta_s: float) -> None:
         keys = {"reward": "reward/total/mean", "dlogp": "replay/max_abs_dlogp", "img/s": "throughput/images_per_s"}
+        loss = next((key for key in sorted(metrics) if key.startswith("loss/")), None)
+        if keys["reward"] not in metrics and loss is not None:
+            keys = {"loss": loss, **keys}
+        if not metrics.get(keys["img/s"]):
+            del keys["img/s"]
         shown = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in keys.items() if key in metrics)
         text = f"{shown}  ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
         if self._bar is not None:

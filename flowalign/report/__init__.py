@@ -27,6 +27,8 @@ HEALTH = {
     "ratio/mean": ("Mean ratio", "New over old probability of a step; stays close to 1."),
     "ratio/clip_fraction": ("Clipped", "Share of steps whose ratio hit the clip range."),
     "zero_std_fraction": ("Equal-reward groups", "Share of groups that teach nothing, as all their rewards are equal."),
+    "dpo/implicit_accuracy": ("Pairs ranked right", "Share whose winner the policy prefers, against the reference."),
+    "dpo/margin": ("Margin", "By how much, as a log-odds."),
     "loss/kl": ("KL to the reference", "How far the policy has moved from where it began."),
     "grad_norm": ("Gradient norm", "Before clipping."),
     "collapse/diversity": ("Diversity", "Mean distance between the images of a group."),
@@ -110,6 +112,8 @@ def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:
 
 def _facts(config: AlignConfig, rows: list[Row], trained: list[Row]) -> dict[str, Any]:
     per_iteration = config.data.groups_per_iteration * int(config.algorithm.get("group_size", 1))
+    if config.data.preferences is not None:
+        per_iteration = 0
     speeds = [s for row in trained if (s := _finite(row.get("throughput/images_per_s"))) is not None]
     wall = [w for row in rows if (w := _finite(row.get("wall_s"))) is not None]
     return {
@@ -123,6 +127,7 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
     rewards = sorted({key for row in trained for key in row if key.startswith("reward/") and key.endswith("/mean")})
     if len(rewards) == 2 and "reward/total/mean" in rewards:
         rewards.remove("reward/total/mean")
+    losses = sorted({key for row in trained for key in row if key.startswith("loss/")})
     x = [row["iteration"] for row in trained]
     drawn = {key.split("/")[1]: [row.get(key) for row in trained] for key in rewards}
     tasks = [task["task"] for task in _table(name, evaluations)]
@@ -131,10 +136,10 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
     }
     label = "share of images judged correct" if name == "geneval" else f"mean {name}"
     times = {phase: [row.get(f"time/{phase}_s") for row in trained] for phase in PHASES}
+    said = "mean reward of an iteration's images" if drawn else "mean loss of an iteration"
+    drawn = drawn or {key.removeprefix("loss/"): [row.get(key) for row in trained] for key in losses}
     return {
-        "rewards": figures.lines(x, drawn, bold="total", label="mean reward of an iteration's images")
-        if drawn
-        else None,
+        "rewards": figures.lines(x, drawn, bold="total", label=said) if drawn else None,
         "curves": figures.lines([row["iteration"] for row in evaluations], curves, bold="overall", label=label)
         if len(evaluations) > 1
         else None,
@@ -171,16 +176,17 @@ def _health(trained: list[Row]) -> list[dict[str, Any]]:
 def _settings(config: AlignConfig) -> dict[str, str]:
     """What a reader asks first about a run."""
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
-    group = algorithm.get("group_size")
+    group, pairs = algorithm.get("group_size"), config.data.preferences
     optimizer = config.learner.optimizer
     return {
         "Algorithm": str(algorithm["type"]),
         "Model": f"{config.model.type} · {Path(config.model.path).name}",
         "Trained": "all transformer weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
         "Rewards": ", ".join(f"{r.label} (gold)" if r.gold else f"{r.label} × {r.weight:g}" for r in config.rewards),
-        "Batch": f"{config.data.groups_per_iteration} groups" + (f" of {group} images" if group else ""),
+        "Batch": f"{config.data.groups_per_iteration} "
+        + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",
-        "Training prompts": config.data.prompts,
+        **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
         "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, guidance {e.guidance_scale:g}",
         "Seed": str(config.seed),
         "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",
