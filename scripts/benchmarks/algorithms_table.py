@@ -109,7 +109,7 @@ def curves(cells: Sequence[Cell], path: Path) -> None:
         axes.plot(times, means, marker="o", markersize=3, color=colour, label=f"{own[0]['title']} {means[-1]:.3f}")
     axes.set(xlabel="minutes of training, evaluations left out", ylabel="strict GenEval, 600 held-out samples")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,20 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 def without_a_block(target: Path, block: int = 2) -> Path:
     """The shipped pipeline without transformer block ``block``: a student of another depth than its teachers."""
-    from diffusers import StableDiffusion3Pipeline
     from diffusers.models import SD3Transformer2DModel
     from torch.nn import ModuleList
 
-    if (target / "model_index.json").is_file():
+    if (target / "transformer" / "config.json").is_file():
         return target
-    pipeline = StableDiffusion3Pipeline.from_pretrained(ROOT / "flowalign" / "shapes" / "assets" / "pipeline")
-    network = pipeline.transformer
+    draft = target.with_suffix(".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(ROOT / "flowalign" / "shapes" / "assets" / "pipeline", draft)
+    network = SD3Transformer2DModel.from_pretrained(draft / "transformer")
     assert isinstance(network, SD3Transformer2DModel)
-    blocks = network.transformer_blocks
-    network.transformer_blocks = ModuleList([b for i, b in enumerate(blocks) if i != block])
+    network.transformer_blocks = ModuleList([b for i, b in enumerate(network.transformer_blocks) if i != block])
     network.register_to_config(num_layers=len(network.transformer_blocks))
-    pipeline.save_pretrained(target)
+    network.save_pretrained(draft / "transformer")
+    draft.rename(target)
     return target
 
 
