@@ -96,7 +96,8 @@ def kill_at_a_random_moment(processes: Any, own: dict[str, Any]) -> int:
     chance = random.Random()
     seed = chance.randrange(10**6)
     chance.seed(seed)
-    after, delay = chance.randint(1, 17), chance.random() / 4
+    # An iteration may take 0.03 s: the moment must lie well before the end of 20.
+    after, delay = chance.randint(1, 10), chance.random() / 10
     print(f"killed {delay:.2f} s after iteration {after} (seed {seed})")
     metrics, deadline = Path(own["runs_dir"]) / own["name"] / "metrics.jsonl", time.monotonic() + 240
     process = processes.Process(target=work, args=(own,))
