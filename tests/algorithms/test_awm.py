@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from flowalign.advantages import group_advantages
 from flowalign.algorithm import build_algorithm
@@ -160,3 +161,10 @@ def test_the_smallest_error_has_a_finite_gradient():
     batch = by_hand(target=(1.0, 2.0), advantage=1.0)
     output = awm(weighting="ghuber", clip_range=None).loss({"policy": policy}, batch)
     assert output.loss.item() == pytest.approx(0, abs=1e-6) and bool((gradients(output, policy)[0] == 0).all())
+
+
+def test_a_reference_that_follows_the_policy_needs_a_kl():
+    refreshed = build_algorithm({"type": "awm", "beta": 1.0, "reference_refresh": 4})
+    assert refreshed.reference_refresh == 4 and "reference" in refreshed.models
+    with pytest.raises(ValidationError, match="without a KL there is no reference"):
+        build_algorithm({"type": "awm", "reference_refresh": 4})

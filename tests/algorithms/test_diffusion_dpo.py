@@ -138,6 +138,15 @@ def test_winner_and_loser_share_time_and_noise_which_depend_on_seed_and_pair_alo
     assert not torch.equal(other["t"], many["t"])
 
 
+def test_a_pair_is_compared_at_as_many_points_as_asked_for():
+    batch, models = pairs(4), {"policy": LinearVelocity(), "reference": LinearVelocity()}
+    train = dpo(timesteps=3).prepare(batch, None, models)
+    assert (len(train), train.total, train.metrics["dpo/pairs"]) == (12, 12, 4)
+    assert torch.equal(train.tensors["winner"], batch.winner_NCHW.repeat_interleave(3, 0))
+    assert torch.equal(train.tensors["loser"], batch.loser_NCHW.repeat_interleave(3, 0))
+    assert len(set(train.tensors["t"].tolist())) == 12 and len(train.tensors["noise"].flatten(1).unique(dim=0)) == 12
+
+
 def test_the_sft_weight_adds_the_winner_s_own_loss():
     models = {"policy": LinearVelocity(0), "reference": LinearVelocity(1)}
     plain, mixed = dpo(), dpo(sft_weight=0.3)

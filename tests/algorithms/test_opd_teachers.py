@@ -1,6 +1,8 @@
 """Distillation with real pipelines as teachers."""
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from flowalign.export import export, load_pipeline
 from flowalign.flow import sde
 from flowalign.metrics import read_metrics
 from flowalign.models.base import ModelError
+from flowalign.report import write_report
 from tests._model_directory import write_config, write_model_directory
 from tests._tiny import run_config, write_checkpoint, write_pipeline
 
@@ -154,7 +157,11 @@ def test_a_run_without_a_reward_distils_evaluates_and_reports_no_reward(tiny_pip
     teacher = variant(tiny_pipeline_dir, tmp_path / "t", "scheduler", "scheduler_config.json", shift=5.0)
     changes = {"runs_dir": str(tmp_path), "evaluation": {"every": 2, "num_samples": 6, "num_steps": 2}}
     guided = {"t": {"path": str(teacher), "guidance_scale": 4.0}}
-    run_dir = run_align(worker_config(tiny_pipeline_dir, guided, **changes), tmp_path, Console(quiet=True))
+    config, said = worker_config(tiny_pipeline_dir, guided, **changes), io.StringIO()
+    run_dir = run_align(config, tmp_path, Console(file=said))
+    assert re.search(r"iteration 2/2  loss [\d.e-]+  ", said.getvalue())
+    page = write_report(run_dir, config, {}).read_text()
+    assert "Losses while training" in page and "No iteration has finished" not in page and "and scored" not in page
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert rows[1]["loss/opd"] > 0 and not any(key.startswith("reward/") for key in rows[1])
