@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,7 +36,7 @@ class VelocityModel(Protocol):
         condition: Condition,
         *,
         r: Tensor | None = None,
-        guidance: float | None = None,
+        guidance: float | Tensor | None = None,
         norm_preserving: bool = False,
     ) -> Tensor: ...
 
@@ -170,6 +170,32 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def check_density(kind: str, params: Mapping[str, float]) -> None:
+    """Raise ValueError unless ``params`` are those of a density of ``flow.density``."""
+    try:
+        density.density(kind, **params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"density_params: {error}") from error
+
+
+class DensityConfig(AlgorithmConfig):
+    """Options of the algorithms that learn from noised latents, one point of each: the density of its time, and the
+    share of the conditions that are dropped."""
+
+    density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "uniform"
+    density_params: dict[str, float] = Field(default_factory=dict)
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _density_is_one(self) -> Self:
+        check_density(self.density, self.density_params)
+        return self
+
+    def times(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Times of ``shape``, float32 in (0, 1), on the CPU."""
+        return density.sample(self.density, shape, generator, **self.density_params)
+
+
 class ForwardConfig(AlgorithmConfig):
     """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents.
 
@@ -197,10 +223,7 @@ class ForwardConfig(AlgorithmConfig):
             if self.density_params:
                 raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
             return self
-        try:
-            density.density(self.density, **self.density_params)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"density_params: {error}") from error
+        check_density(self.density, self.density_params)
         return self
 
     def rollout_spec(self) -> RolloutSpec:
@@ -256,6 +279,7 @@ def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
         if count >= size:
             return model(x, t, condition, **options)
         index = torch.cat([torch.arange(count), torch.zeros(size - count, dtype=torch.long)]).to(x.device)
+        options = {k: v[index] if isinstance(v, Tensor) and v.ndim else v for k, v in options.items()}
         return model(x[index], t[index], condition.take(index), **options)[:count]
 
     return call

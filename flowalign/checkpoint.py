@@ -16,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load`` read: weights by name, optimizer tensors and facts by rank, the run's own state."""
+    """What ``load`` read: weights by name, optimizer tensors and facts by rank, the run's own state.
+
+    ``averages`` are those beside ``ema``, by the name of their file.
+    """
 
     path: Path
     step: int
@@ -47,6 +50,7 @@ class Checkpoint:
     ema: dict[str, Tensor] | None
     optimizer_by_rank: dict[int, OptimizerState]
     state: dict[str, Any]
+    averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def optimizer_of(self, rank: int) -> OptimizerState:
         """The optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's."""
@@ -117,9 +121,14 @@ def load(path: Path) -> Checkpoint:
             ema=load_file(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None,
             optimizer_by_rank=optimizer,
             state=json.loads((path / "state.json").read_bytes()),
+            averages={name: load_file(path / f"{name}.safetensors") for name in _averages(manifest)},
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{error}; {_advice(path)}") from error
+
+
+def _averages(manifest: Mapping[str, Any]) -> list[str]:
+    return [name.removesuffix(".safetensors") for name in manifest["files"] if name.startswith("ema_")]
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -181,15 +190,20 @@ class CheckpointWriter:
         model: Mapping[str, Tensor],
         state: Mapping[str, Any],
         ema: Mapping[str, Tensor] | None = None,
+        averages: Mapping[str, Mapping[str, Tensor]] | None = None,
         optimizer_by_rank: Mapping[int, OptimizerState] | None = None,
     ) -> Path:
-        """Write ``step_<step>`` and point ``latest`` at it; an older checkpoint of this step is replaced."""
+        """Write ``step_<step>`` and point ``latest`` at it; an older checkpoint of this step is replaced.
+
+        ``averages`` are those beside ``ema``, by names that begin with ``ema_``.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
         hidden = self._hidden()
         (hidden / "optimizer").mkdir(parents=True)
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
-        tensors = {"model": model, **({} if ema is None else {"ema": ema}), **{n: t for n, (t, _) in shards.items()}}
+        tensors = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
+        tensors |= {name: moments for name, (moments, _) in shards.items()}
         for name, weights in tensors.items():
             contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_file(contiguous, hidden / f"{name}.safetensors")

@@ -6,7 +6,7 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,10 +38,30 @@ class LoraConfig(Section):
     targets: list[str] | None = None
 
 
+class TransformerConfig(Section):
+    """A fresh network in place of the directory's own, ``64 * num_heads`` wide; ``num_heads`` null: ``num_layers``.
+
+    ``mmdit`` is Stable Diffusion 3's, ``concat`` a DiT over text and image tokens in one sequence, ``cross`` a DiT with
+    cross-attention to the text. (arXiv:2403.03206, sec. 4 and 5.3.1)
+    """
+
+    architecture: Literal["mmdit", "concat", "cross"] = "mmdit"
+    num_layers: Positive = 4
+    num_heads: Positive | None = None
+    qk_norm: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+FamilyName = Literal["rf", "eps/linear", "v/linear", "v/cos", "edm"]
+InputName = Literal["r", "guidance"]
+
+
 class ModelConfig(Section):
     """``path`` is a pipeline directory; ``shapes`` names the one that ships with the package.
 
-    ``max_sequence_length`` is the length of the T5 part of the text (zeros where there is no T5).
+    ``max_sequence_length`` is the length of the T5 part of the text (zeros where there is no T5). ``family`` says what
+    the network's output means, ``inputs`` which numbers it takes beside the time: of both null takes what the directory
+    records, which for one from elsewhere is ``rf`` and none. ``transformer`` begins with a fresh network.
     """
 
     type: str = "sd3"
@@ -51,6 +71,15 @@ class ModelConfig(Section):
     width: Positive | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraConfig | None = None
+    family: FamilyName | None = None
+    inputs: list[InputName] | None = None
+    transformer: TransformerConfig | None = None
+
+    @model_validator(mode="after")
+    def _mmdit_alone_has_inputs(self) -> ModelConfig:
+        if self.inputs and self.transformer is not None and self.transformer.architecture != "mmdit":
+            raise ValueError("model.inputs: only an mmdit takes more inputs; leave them out")
+        return self
 
 
 class DataConfig(Section):
@@ -91,10 +120,14 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    """``chunk_size`` is the fixed geometry of a rollout call: it, not the worker count, shapes the numbers."""
+    """``chunk_size`` is the fixed geometry of a rollout call: it, not the worker count, shapes the numbers.
+
+    ``cache`` skips ODE steps before and after the window, never inside it.
+    """
 
     chunk_size: Positive = 48
     decode_batch_size: Positive = 48
+    cache: CacheConfig | None = None
 
 
 class OptimizerConfig(Section):
@@ -157,7 +190,46 @@ class ClusterConfig(Section):
         return self.backend == "ray" and self.teachers == "actor"
 
 
-class EvaluationConfig(Section):
+Solver = Literal["euler", "heun", "dpmpp_2m", "ddpm", "consistency"]
+
+
+CACHED = ("euler", "dpmpp_2m")  # solvers that ask for one velocity a step and make no noise
+
+
+class CacheConfig(Section):
+    """TeaCache: a step whose input has changed by less than ``threshold`` reuses the last one's residual.
+
+    ``calibration`` is a file of ``flowalign calibrate-cache``. (arXiv:2411.19108)
+    """
+
+    calibration: str
+    threshold: Annotated[float, Field(gt=0)] = 0.1
+
+
+class SamplingConfig(Section):
+    """How a model is sampled where nothing else is said.
+
+    ``euler`` (for the diffusion families that is DDIM), ``heun`` and ``dpmpp_2m`` solve the ODE, ``ddpm`` is ancestral
+    with ``eta`` times the posterior's noise, ``consistency`` noises each prediction of the image anew. ``grid`` is of
+    straight paths: ``diffusers`` as its scheduler has it, whose last step is short, or ``paper``, K equal steps.
+    """
+
+    num_steps: Positive = 10
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    solver: Solver = "euler"
+    grid: Literal["diffusers", "paper"] = "diffusers"
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    cache: CacheConfig | None = None
+
+    @model_validator(mode="after")
+    def _cache_needs_an_ode(self) -> Self:
+        if self.cache is not None and self.solver not in CACHED:
+            why = "asks twice a step" if self.solver == "heun" else "makes noise in its steps"
+            raise ValueError(f"cache: {self.solver} {why}; only the ODE steps of euler and dpmpp_2m may be cached")
+        return self
+
+
+class EvaluationConfig(SamplingConfig):
     """Same-seed evaluation every ``every`` iterations (0: never), before the first and after the last.
 
     ``gold`` lists scorers beside ``scorer``, which is GenEval by default: what the run was not trained on tells
@@ -167,8 +239,6 @@ class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 20
     prompts: str = "shapes:eval"
     num_samples: Positive = 300
-    num_steps: Positive = 10
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     seed: int = 1234
     scorer: RewardConfig | None = None
     gold: list[RewardConfig] = Field(default_factory=list)
@@ -259,38 +329,3 @@ class AlignConfig(Section):
         if self.cluster.backend == "local" and self.learner.ranks > 1:
             raise ValueError("learner.ranks: cluster.backend=local runs one process; use backend=ray for more ranks")
         return self
-
-
-class PhaseConfig(Section):
-    """One stretch of pretraining; text lengths are drawn per step from ``max_sequence_lengths``."""
-
-    steps: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
-    final_learning_rate: Annotated[float, Field(ge=0)]
-    max_sequence_lengths: dict[int, float] = Field(default_factory=lambda: {16: 1.0})
-
-
-class PretrainConfig(Section):
-    """A rectified-flow pretraining run on precomputed latents."""
-
-    name: RunName
-    seed: Annotated[int, Field(ge=0)] = 0
-    runs_dir: str = "runs"
-    model: ModelConfig = ModelConfig()
-    latents: str
-    algorithm: dict[str, Any]
-    batch_size: Positive = 128
-    phases: list[PhaseConfig]
-    warmup_steps: Annotated[int, Field(ge=0)] = 200
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9995
-    autocast: Literal["float32", "bfloat16"] = "bfloat16"
-    compile: bool = False
-    threads: Positive = 2
-    device: str = "cpu"
-    log_every: Positive = 50
-    checkpoint_every: Positive = 1000
-    keep_last: Positive = 2
-    logging: LoggingConfig = LoggingConfig(wandb="disabled")

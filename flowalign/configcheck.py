@@ -19,7 +19,7 @@ from flowalign.config import AlignConfig, ConfigError, RewardConfig
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
-COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain"}
+COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -299,7 +299,7 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.rollout_plan(0, config.seed)
-    _check_plan(config.algorithm["type"], plan)
+    _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
     items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
     updates = config.learner.updates_per_iteration
@@ -310,13 +310,17 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
         )
 
 
-def _check_plan(name: str, plan: Any) -> None:
+def _check_plan(name: str, plan: Any, cached: bool) -> None:
     """An SDE has noisy steps, and they lie on the schedule; an algorithm of the user's may plan anything."""
     if plan is None:
         return
     begin, end = plan.window
     if not 0 <= begin <= end <= plan.num_steps:
         raise ConfigError("algorithm", f"{name} plans noise in steps [{begin}, {end}) of {plan.num_steps}")
+    if cached and end - begin == plan.num_steps:
+        raise ConfigError(
+            "rollout.cache", f"{name} makes noise in every step, and no such step may be cached; leave the cache out"
+        )
     if plan.kind != "ode" and begin == end:
         raise ConfigError("algorithm", f"{name} plans no step of kind {plan.kind}, so that it could learn nothing")
 

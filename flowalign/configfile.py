@@ -17,8 +17,10 @@ import yaml
 from pydantic import ValidationError
 
 from flowalign import configcheck as checks
-from flowalign.config import AlignConfig, ConfigError, PretrainConfig, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configpaths import Config, resolve, shipped_names
+from flowalign.pretrainconfig import PretrainConfig
+from flowalign.trainingcheck import check_caches, check_training
 
 RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
@@ -138,6 +140,7 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
         need(checks.check_reward, "safety.clip", RewardConfig(spec="clip", options={"path": config.safety.clip}), base)
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
     need(checks.check_model, config)
+    need(check_caches, config)
     need(checks.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
     need(checks.check_task_weights, config.data.task_weights, config.data.prompts, base)
     need(checks.check_reward_tasks, config.rewards, config.data.prompts, base)
@@ -155,19 +158,15 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
-    """``load_align`` for a pretraining run."""
+    """``load_align`` for a training run on latents."""
     raw, base = read_yaml(path), path.resolve().parent
     override(raw, overrides)
     config = resolve(_validate(PretrainConfig, raw), base)
-    if not config.phases:
-        raise ConfigError("phases", "is empty; give at least one phase of training")
-    for name in ("latents.safetensors", "prompts.json"):
-        if not (Path(config.latents) / name).is_file():
-            raise ConfigError("latents", f"{config.latents} has no {name}; make the latents first")
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
+    check_training(config, algorithm)
     checks.check_model(config)
     checks.check_device("device", config.device)
-    return Loaded(config.model_copy(update={"algorithm": algorithm.config.model_dump(mode="json")}), base)
+    return Loaded(config.model_copy(update={"algorithm": _filled(algorithm.config, Path(config.model.path))}), base)
 
 
 def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:

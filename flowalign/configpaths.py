@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowalign.config import SHIPPED, AlignConfig, ConfigError, PretrainConfig, RewardConfig
+from flowalign.config import SHIPPED, AlignConfig, CacheConfig, ConfigError, ModelConfig, RewardConfig
 from flowalign.configcheck import nearest
+from flowalign.pretrainconfig import PretrainConfig
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
+RECORD = "flowalign.json"
 FILES = ("path", "processor", "checkpoint", "head")
 
 Config = TypeVar("Config", AlignConfig, PretrainConfig)
@@ -19,15 +22,18 @@ Config = TypeVar("Config", AlignConfig, PretrainConfig)
 
 def resolve(config: Config, base: Path) -> Config:
     """Shipped names and relative paths become absolute paths."""
-    update: dict[str, Any] = {"model": config.model.model_copy(update={"path": _model(config.model.path, base)})}
+    update: dict[str, Any] = {"model": resolve_model(config.model, base)}
     if isinstance(config, PretrainConfig):
-        update["latents"] = _path(config.latents, base)
-        return config.model_copy(update=update)
+        return config.model_copy(update=update | _training(config, base))
     rewards = [resolve_reward(reward, base, f"rewards.{i}") for i, reward in enumerate(config.rewards)]
     scorer = config.evaluation.scorer
     scorer = scorer and resolve_reward(scorer, base, "evaluation.scorer")
     gold = [resolve_reward(reward, base, f"evaluation.gold.{i}") for i, reward in enumerate(config.evaluation.gold)]
     evaluation = {"prompts": _prompts(config.evaluation.prompts, base), "scorer": scorer, "gold": gold}
+    if config.evaluation.cache is not None:
+        evaluation["cache"] = _cache(config.evaluation.cache, base)
+    if config.rollout.cache is not None:
+        update["rollout"] = config.rollout.model_copy(update={"cache": _cache(config.rollout.cache, base)})
     update |= {"rewards": rewards, "evaluation": config.evaluation.model_copy(update=evaluation)}
     data = {name: getattr(config.data, name) for name in ("preferences", "preferences_cache")}
     paths = {name: _path(value, base) for name, value in data.items() if value is not None}
@@ -37,6 +43,48 @@ def resolve(config: Config, base: Path) -> Config:
         clip = _option(config.safety.clip, "path", base, "safety.clip")
         update["safety"] = config.safety.model_copy(update={"clip": clip})
     return config.model_copy(update=update)
+
+
+def resolve_model(model: ModelConfig, base: Path) -> ModelConfig:
+    """An absolute path; ``family`` and ``inputs`` that are not given are those the directory records."""
+    path = _model(model.path, base)
+    recorded = recorded_model(Path(path))
+    family = model.family or recorded.get("family", "rf")
+    fresh = model.transformer is not None
+    inputs = list(model.inputs or ()) if fresh or model.inputs is not None else recorded.get("inputs", [])
+    return model.model_copy(update={"path": path, "family": family, "inputs": inputs})
+
+
+def recorded_model(pipeline: Path) -> dict[str, Any]:
+    """What a pipeline directory of ours says of itself: keys of `ModelConfig`, and ``sampling``; of others nothing."""
+    found: dict[str, Any] = {}
+    record, network = pipeline / RECORD, pipeline / "transformer" / "config.json"
+    with suppress(OSError, ValueError):
+        written = json.loads(record.read_text(encoding="utf-8"))
+        found |= {key: written[key] for key in ("max_sequence_length", "family", "sampling") if key in written}
+    with suppress(OSError, ValueError):
+        inputs = json.loads(network.read_text(encoding="utf-8")).get("extra_inputs")
+        found |= {"inputs": inputs} if inputs else {}
+    return found
+
+
+def _training(config: PretrainConfig, base: Path) -> dict[str, Any]:
+    update: dict[str, Any] = {"latents": _path(config.latents, base)}
+    if config.teacher is not None:
+        update["teacher"] = resolve_model(config.teacher, base)
+    for name in ("real_data", "validation"):
+        section = getattr(config, name)
+        if section is not None:
+            update[name] = section.model_copy(update={"latents": _path(section.latents, base)})
+    update["features"] = _option(config.features, "path", base, "features")
+    update["algorithm"] = _own_file(config.algorithm, base)
+    if config.sampling.cache is not None:
+        update["sampling"] = config.sampling.model_copy(update={"cache": _cache(config.sampling.cache, base)})
+    return update
+
+
+def _cache(cache: CacheConfig, base: Path) -> CacheConfig:
+    return cache.model_copy(update={"calibration": _path(cache.calibration, base)})
 
 
 def _own_file(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.data.prompts import evaluation_batch
-from flowalign.sample import Progress, Which, ode_spec, open_policy, roll, torch_threads
+from flowalign.features import FeatureExtractor, batches_of, extract
+from flowalign.imagemetrics import Features, clip_score, compare
+from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.sample import load_weights as load_weights
 from flowalign.sample import sample_checkpoint as sample_checkpoint
 from flowalign.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
 from flowalign.types import Rollout, Scores
+from rewards.openclip import OpenClip
 
 UNTAGGED = "untagged"
 
@@ -54,6 +57,17 @@ def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) ->
     return metrics
 
 
+def image_metrics(
+    result: EvaluationResult, reference_MD: Features, extractor: FeatureExtractor, clip: OpenClip
+) -> dict[str, float]:
+    """``eval/fid``, ``eval/precision`` and ``eval/recall`` against M images' D features, and ``eval/clip_score``."""
+    images = result.images.numpy()
+    generated = extract(extractor, batches_of(images), len(images))
+    measured = compare(generated, reference_MD, ("fid", "precision", "recall"))
+    measured["clip_score"] = clip_score(images, [row["prompt"] for row in result.rows], clip)
+    return {f"eval/{name}": value for name, value in measured.items()}
+
+
 def evaluation_reward(config: AlignConfig) -> RewardConfig:
     """The evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
     return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
@@ -71,6 +85,7 @@ def evaluate_checkpoint(
     num_samples: int | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    solver: str | None = None,
     prompts: str | None = None,
     seed: int | None = None,
     which: Which | None = None,
@@ -88,8 +103,7 @@ def evaluate_checkpoint(
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir)
         policy, state = open_policy(path, config, which)
-        guidance = own.guidance_scale if guidance_scale is None else guidance_scale
-        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver))
         parts, rows = [], []
         for chunk in roll(policy, batch, spec, config, own.seed if seed is None else seed, progress):
             judged = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]

@@ -1,4 +1,4 @@
-"""Base training on precomputed latents: any algorithm that consumes ``LatentBatch``.
+"""Training on precomputed latents: any algorithm that consumes ``LatentBatch``, with or without a teacher.
 
 A step is a function of (seed, step): interrupted and resumed runs are bitwise equal.
 """
@@ -8,21 +8,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowalign import checkpoint
-from flowalign.algorithm import seeded
-from flowalign.config import PhaseConfig, PretrainConfig
-from flowalign.data.latents import LatentBank, load_bank
+from flowalign.algorithm import VelocityModel, seeded
+from flowalign.data.feed import Feed
+from flowalign.engine import process_group
 from flowalign.engine.base import Engine
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
-from flowalign.types import Condition, LatentBatch
+from flowalign.pretrainconfig import PhaseConfig, PretrainConfig
+from flowalign.types import TrainBatch
+from flowalign.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,56 @@ def text_length(phase: PhaseConfig, seed: int, step: int) -> int:
     return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, 3, step)))]
 
 
+class Averages:
+    """The exponential averages of a run's weights, and the network that the first of them is bound to.
+
+    Their decays rise from 0 as ``(1 + n) / (10 + n)`` after n updates. ``follower`` is called with the first average
+    after each update.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: PretrainConfig,
+        follower: Callable[[dict[str, Tensor]], object] | None = None,
+    ) -> None:
+        self._every = config.ema_every
+        self._decays = config.ema_decays
+        self._emas = [Ema(weights, decay) for decay in self._decays]
+        self._follower = follower
+
+    def update(self, engine: Engine, step: int) -> None:
+        """Take in the weights after ``step``, counted from 0; a collective call."""
+        if (step + 1) % self._every:
+            return
+        weights, updates = engine.weights(), step // self._every
+        for ema, decay in zip(self._emas, self._decays, strict=True):
+            ema.decay = min(decay, (1 + updates) / (10 + updates))
+            ema.update(weights)
+        self._follow()
+
+    def main(self) -> dict[str, Tensor]:
+        return self._emas[0].state()
+
+    def others(self) -> dict[str, dict[str, Tensor]]:
+        """All but the first, by the name of their file."""
+        named = zip(self._decays[1:], self._emas[1:], strict=True)
+        return {f"ema_{decay:g}": ema.state() for decay, ema in named}
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Raises CheckpointError where one of the averages was not saved."""
+        for i, (decay, ema) in enumerate(zip(self._decays, self._emas, strict=True)):
+            found = saved.ema if i == 0 else saved.averages.get(f"ema_{decay:g}")
+            if found is None:
+                raise checkpoint.CheckpointError(f"{saved.path} has no average of decay {decay:g}; see ema_decay")
+            ema.load(found)
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._follower is not None:
+            self._follower(self.main())
+
+
 def pretrain(
     config: PretrainConfig,
     policy: Policy,
@@ -60,37 +114,42 @@ def pretrain(
     run_dir: Path,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
+    *,
+    models: Mapping[str, VelocityModel] | None = None,
+    follower: Callable[[dict[str, Tensor]], object] | None = None,
 ) -> PretrainResult:
     """Train until the last phase ends; continues from ``run_dir/checkpoints/latest`` if there is one.
 
-    Where ``stopping`` turns true the step under way is the last one, and is checkpointed.
+    ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
+    Where ``stopping`` turns true the step under way is the last one, and is checkpointed. Of several ranks the first
+    reports and writes.
     """
-    bank = load_bank(Path(config.latents))
-    longest = max(length for phase in config.phases for length in phase.max_sequence_lengths)
-    table = _prompt_table(policy, bank, longest)
+    feed = Feed(config, policy)
+    validation = None if config.validation is None else Validation(config, policy)
     steps = sum(phase.steps for phase in config.phases)
-    ema = Ema(engine.weights(), config.ema_decay)
-    start = _resume(run_dir, engine, ema)
-    models = {"policy": _autocast(policy.velocity, config)}
+    averages = Averages(engine.weights(), config, follower)
+    start = _resume(run_dir, engine, averages)
+    called = {"policy": autocast(policy.velocity, config)}
+    others = dict(models or {})
+    called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
+    called |= {role: autocast(model, config) for role, model in others.items()}
     began = time.monotonic()
     policy.network.train()
     done = start
     for step in range(start, steps):
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
-        latents, rows = (drawn.to(config.device) for drawn in bank.draw(step, config.batch_size, config.seed))
-        condition = _shortened(table, rows, text_length(phase, config.seed, step) - longest)
-        batch = algorithm.prepare(LatentBatch(latents, condition, _batch_seed(config.seed, step)), None, models)
+        batch = algorithm.prepare(feed.batch(step, text_length(phase, config.seed, step)), None, called)
         engine.set_learning_rate(rate)
-        metrics = engine.step(lambda mini: algorithm.loss(models, mini), [batch], [1.0])
-        ema.decay = min(config.ema_decay, (1 + step) / (10 + step))
-        ema.update(engine.weights())
+        metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
+        averages.update(engine, step)
         done = step + 1
-        if done % config.log_every == 0 or done == steps:
+        row = _validated(validation, config, engine, policy, averages, done, steps)
+        if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
-            report({"step": done, "steps": steps, **metrics, "throughput/samples_per_s": round(speed, 1)})
+            report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
         stop = stopping()
         if stop or done % config.checkpoint_every == 0 or done == steps:
-            _save(run_dir, config, engine, ema, done)
+            _save(run_dir, config, engine, averages, done)
         if stop:
             break
     policy.network.eval()
@@ -99,56 +158,85 @@ def pretrain(
     return PretrainResult(done, last)
 
 
-def _prompt_table(policy: Policy, bank: LatentBank, longest: int) -> Condition:
-    policy.max_sequence_length = longest  # type: ignore[attr-defined]
-    return policy.encode_prompts(bank.prompts)
+def _update(engine: Engine, algorithm: Any, models: Any, batch: TrainBatch, size: int) -> dict[str, float]:
+    """One optimizer step over a batch, whose micro-batches the ranks share."""
+    parts = list(torch.arange(len(batch)).split(size))
+    if len(parts) == engine.world_size == 1:
+        return engine.step(lambda mini: algorithm.loss(models, mini), [batch], [1.0])
+    weights = [len(part) / batch.total for part in parts]
+    while len(parts) % engine.world_size:
+        parts.append(parts[-1])
+        weights.append(0.0)
+    mine = slice(engine.rank, None, engine.world_size)
+    device = next(iter(batch.tensors.values())).device
+    micro_batches = [batch.take(part.to(device)) for part in parts[mine]]
+    return engine.step(lambda mini: algorithm.loss(models, mini), micro_batches, weights[mine])
 
 
-def _shortened(table: Condition, rows: torch.Tensor, surplus: int) -> Condition:
-    """The prompts of one batch, with ``-surplus`` tokens cut off the end of the text (0: none)."""
-    end = table.tokens_PLD.shape[1] + surplus
-    used, index = torch.unique(rows, return_inverse=True)
-    return replace(
-        table,
-        tokens_PLD=table.tokens_PLD[used, :end],
-        pooled_PE=table.pooled_PE[used],
-        null_LD=table.null_LD[:end],
-        index_N=index,
-    )
+def _validated(
+    validation: Validation | None,
+    config: PretrainConfig,
+    engine: Engine,
+    policy: Policy,
+    averages: Averages,
+    done: int,
+    steps: int,
+) -> dict[str, float]:
+    """The validation loss of the weights and of their average, where it is due."""
+    if validation is None or config.validation is None or (done % config.validation.every and done != steps):
+        return {}
+    policy.network.eval()
+    velocity = autocast(policy.velocity, config)
+    row = validation.losses(velocity, "validation")
+    with _bound(engine, averages.main()):
+        row |= validation.losses(velocity, "validation_ema")
+    policy.network.train()
+    return row
 
 
-def _batch_seed(seed: int, step: int) -> int:
-    return seed * 1_000_003 + step
+@contextmanager
+def _bound(engine: Engine, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the network holds ``weights``; afterwards its own again, bit for bit. A collective call."""
+    own = engine.weights()
+    engine.load_weights(weights)
+    try:
+        yield
+    finally:
+        engine.load_weights(own)
 
 
-def _autocast(velocity: Callable[..., torch.Tensor], config: PretrainConfig) -> Callable[..., torch.Tensor]:
+def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
+    """``velocity`` in the configured precision; its result is float32."""
     if config.autocast == "float32":
         return velocity
 
-    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(config.device.split(":")[0], torch.bfloat16):
             return velocity(*args, **kwargs).float()
 
     return call
 
 
-def _resume(run_dir: Path, engine: Engine, ema: Ema) -> int:
+def _resume(run_dir: Path, engine: Engine, averages: Averages) -> int:
     path = checkpoint.latest(run_dir / "checkpoints")
     if path is None:
         return 0
     saved = checkpoint.load(path)
     engine.load_weights(saved.model)
     engine.load_optimizer_state(*saved.optimizer_of(engine.rank))
-    if saved.ema is not None:
-        ema.load(saved.ema)
+    averages.load(saved)
     return int(saved.state["step"])
 
 
-def _save(run_dir: Path, config: PretrainConfig, engine: Engine, ema: Ema, step: int) -> None:
-    checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
-        step,
-        model=engine.weights(),
-        ema=ema.state(),
-        optimizer_by_rank={engine.rank: engine.optimizer_state()},
-        state={"step": step, "config": json.loads(config.model_dump_json())},
-    )
+def _save(run_dir: Path, config: PretrainConfig, engine: Engine, averages: Averages, step: int) -> None:
+    model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
+    if engine.rank == 0:
+        checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
+            step,
+            model=model,
+            ema=averages.main(),
+            averages=averages.others(),
+            optimizer_by_rank=optimizer,
+            state={"step": step, "config": json.loads(config.model_dump_json())},
+        )
+    process_group.barrier()

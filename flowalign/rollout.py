@@ -5,16 +5,26 @@ Shapes: N samples, S window steps, K schedule steps, J granularities, C H W late
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.algorithm import VelocityModel, fixed_geometry, seeded, step_log_prob
-from flowalign.flow import sde
+from flowalign.flow import sde, solvers
+from flowalign.flow.caching import Polynomial
 from flowalign.models.base import Policy
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, SdeKind
+from flowalign.types import Condition, PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind
+
+Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
+SOLVERS = {"heun": solvers.heun, "dpmpp_2m": solvers.dpmpp_2m}
+
+
+def no_skipping(steps: int) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 class NonFiniteSamples(RuntimeError):
@@ -61,6 +71,7 @@ def integrate(
     *,
     geometry: int | None = None,
     groups: Sequence[int] | None = None,
+    skipping: Skipping = no_skipping,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept.
 
@@ -69,15 +80,18 @@ def integrate(
     are taken once a group, from the initial noise of its first sample and without padding: the network then sees a
     smaller batch, so that these states are those of separate walks up to the rounding of its kernels. What is stored
     begins at the window, hence a replay is as exact as without; a group that lies in two calls is walked in each.
+    ``skipping`` is entered for each stretch of ODE steps, with their number.
     """
     network = velocity if geometry is None else fixed_geometry(velocity, geometry)
     begin, end = spec.window
     x = noise.draw().to(device)
+    if spec.initial_scale != 1:
+        x = x * spec.initial_scale
     if groups is None or begin == 0:
-        x = _walk(network, condition, x, spec.sigmas[: begin + 1], spec)
+        x = _walk(network, condition, x, spec.sigmas[: begin + 1], spec, skipping)
     else:
         first, place = (index.to(device) for index in _groups(groups, condition))
-        x = _walk(velocity, condition.take(first), x[first], spec.sigmas[: begin + 1], spec)[place]
+        x = _walk(velocity, condition.take(first), x[first], spec.sigmas[: begin + 1], spec, skipping)[place]
     for _ in range(begin):
         noise.draw()
     states, log_probs, means = [x], [], []
@@ -88,12 +102,21 @@ def integrate(
         log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
         means.append(stats.mean)
     rest = [(*spec.sigmas[end : spec.num_steps : stride], spec.sigmas[-1]) for stride in spec.granularities]
-    final = torch.stack([_walk(network, condition, x, sigmas, spec) for sigmas in rest], 1).flatten(0, 1)
+    final = torch.stack([_walk(network, condition, x, sigmas, spec, skipping) for sigmas in rest], 1).flatten(0, 1)
     if not means:
         empty = x.new_zeros((x.shape[0], 0))
         return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, final, None
     kept = torch.stack(means, 1) if spec.keep_means else None
     return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
+
+
+def skipping_of(network: nn.Module, reuse: Reuse | None) -> Skipping:
+    """What makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``reuse`` says."""
+    if reuse is None:
+        return no_skipping
+    from flowalign.models.teacache import CachedNetwork
+
+    return lambda steps: CachedNetwork(network, steps, reuse.threshold, Polynomial(reuse.coefficients))
 
 
 def _step(
@@ -106,13 +129,30 @@ def _step(
     spec: RolloutSpec,
 ) -> sde.StepStats:
     t = torch.full((x.shape[0],), sigma, device=x.device)
-    v = model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
+    options = {"r": torch.full_like(t, sigma_next)} if spec.average_velocity else {}
+    v = model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving, **options)
     return sde.reverse_step(kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
 
 
-def _walk(model: VelocityModel, condition: Condition, x: Tensor, sigmas: Sequence[float], spec: RolloutSpec) -> Tensor:
-    for sigma, sigma_next in pairwise(sigmas):
-        x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
+def _walk(
+    model: VelocityModel,
+    condition: Condition,
+    x: Tensor,
+    sigmas: Sequence[float],
+    spec: RolloutSpec,
+    skipping: Skipping,
+) -> Tensor:
+    if len(sigmas) < 2:
+        return x
+    with skipping(len(sigmas) - 1):
+        if spec.solver != "euler":
+
+            def velocity(x: Tensor, t: Tensor) -> Tensor:
+                return model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
+
+            return SOLVERS[spec.solver](velocity, x, torch.tensor(sigmas))
+        for sigma, sigma_next in pairwise(sigmas):
+            x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
     return x
 
 
@@ -153,7 +193,14 @@ def rollout(
     noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
     groups = batch.group_ids if spec.shared_noise and spec.shared_prefix else None
     states, log_probs, final, means = integrate(
-        policy.velocity, condition, noise, spec, device, geometry=geometry, groups=groups
+        policy.velocity,
+        condition,
+        noise,
+        spec,
+        device,
+        geometry=geometry,
+        groups=groups,
+        skipping=skipping_of(policy.network, spec.reuse),
     )
     broken = int((~final.isfinite()).flatten(1).any(1).sum())
     if broken:

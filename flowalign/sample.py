@@ -10,21 +10,23 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from flowalign import checkpoint
 from flowalign.checkpoint import CheckpointError
-from flowalign.config import AlignConfig
-from flowalign.flow import schedule
+from flowalign.config import CACHED, AlignConfig, CacheConfig, ConfigError, SamplingConfig
+from flowalign.flow import families, schedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.rollout import SampleNoise, rollout
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, cat_rollouts
+from flowalign.types import PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
 
-Which = Literal["model", "ema"]
+# With all of the noise that the coefficients allow, a step noises the prediction of the image anew.
+NOISY: dict[str, SdeKind] = {"ddpm": "ddpm", "consistency": "cps"}
+Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]
 
 
@@ -70,7 +72,9 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
     """
     manifest = checkpoint.verify(path)
     if f"{which}.safetensors" not in manifest["files"]:
-        raise CheckpointError(f"{path} has no {which} weights (learner.ema_decay was not set); use the model's weights")
+        there = sorted(file.removesuffix(".safetensors") for file in manifest["files"] if "/" not in file)
+        there = [name for name in there if name == "model" or name.startswith("ema")]
+        raise CheckpointError(f"{path} has no {which} weights; it has {', '.join(there)} (see learner.ema_decay)")
     weights = load_file(path / f"{which}.safetensors")
     own = {name: p.shape for name, p in policy.network.named_parameters() if p.requires_grad}
     wrong = sorted(n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape)
@@ -99,6 +103,54 @@ def ode_spec(shift: float, num_steps: int, guidance_scale: float) -> RolloutSpec
     return RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=guidance_scale)
 
 
+def sampling_spec(
+    sampling: SamplingConfig, *, shift: float, family: str | None = "rf", inputs: Sequence[str] | None = ()
+) -> RolloutSpec:
+    """How ``sampling`` says, on the noise levels of the model's own schedule."""
+    kind = families.FAMILIES[family or "rf"]
+    sigmas = tuple(families.sampling_sigmas(kind, sampling.num_steps, shift=shift, grid=sampling.grid).tolist())
+    common = {
+        "guidance_scale": sampling.guidance_scale,
+        "average_velocity": "r" in (inputs or ()),
+        "initial_scale": kind.initial_scale,
+    }
+    common["reuse"] = reuse_of(sampling.cache)
+    if sampling.solver in NOISY:
+        noise_level = sampling.eta if sampling.solver == "ddpm" else 1.0
+        return RolloutSpec(NOISY[sampling.solver], sigmas, (0, sampling.num_steps - 1), noise_level, **common)
+    return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=cast(Solver, sampling.solver), **common)
+
+
+def reuse_of(cache: CacheConfig | None) -> Reuse | None:
+    """The rule that a configuration names; raises ConfigError where its calibration cannot be read."""
+    if cache is None:
+        return None
+    try:
+        coefficients = json.loads(Path(cache.calibration).read_text(encoding="utf-8"))["coefficients"]
+        return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "cache.calibration",
+            f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",
+        ) from error
+
+
+def asked(
+    own: SamplingConfig, num_steps: int | None, guidance_scale: float | None, solver: str | None = None
+) -> SamplingConfig:
+    """``own`` with what a caller asked for instead; raises ConfigError where that does not fit a cache."""
+    update = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
+    made = own.model_copy(update={key: value for key, value in update.items() if value is not None})
+    if made.cache is not None and made.solver not in CACHED:
+        raise ConfigError("--solver", f"{made.solver} cannot be cached; choose {' or '.join(CACHED)}")
+    return made
+
+
+def policy_spec(policy: Policy, sampling: SamplingConfig) -> RolloutSpec:
+    """`sampling_spec` of an opened model."""
+    return sampling_spec(sampling, shift=policy.shift, family=policy.family, inputs=policy.inputs)
+
+
 def sample_checkpoint(
     path: Path,
     prompts: Sequence[str],
@@ -108,6 +160,7 @@ def sample_checkpoint(
     num_images: int = 1,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    solver: str | None = None,
     seed: int = 0,
     which: Which = "model",
     save_latents: bool = False,
@@ -125,8 +178,7 @@ def sample_checkpoint(
     batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(path, config, which)
-        guidance = own.guidance_scale if guidance_scale is None else guidance_scale
-        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver))
         made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{i:04d}.png" for i in range(len(batch))]

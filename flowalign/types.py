@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-SdeKind = Literal["ode", "flow", "dance", "cps"]
+SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
+Solver = Literal["euler", "heun", "dpmpp_2m"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,18 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class TextPart:
+    """Where one text encoder's output lies in a `Condition`: tokens [begin, end) and their features, pooled features.
+
+    An ``end`` of None is the end of the text, whose length may vary.
+    """
+
+    tokens: tuple[int, int | None]
+    features: tuple[int, int]
+    pooled: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class PromptBatch:
     """N samples to make: prompt, group and sample id of each; groups are keyed by id, never by text."""
 
@@ -70,6 +83,14 @@ class PromptBatch:
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """TeaCache's rule: ``threshold`` of the accumulated change, and the polynomial that predicts it, constant first."""
+
+    threshold: float
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RolloutSpec:
     """How one iteration's trajectories are made; everything a replay needs besides the weights.
 
@@ -77,6 +98,10 @@ class RolloutSpec:
     steps. ``sigmas`` are the K+1 noise levels, 1 to 0. With ``shared_noise`` all samples of a group start alike; with
     ``shared_prefix`` as well, the steps before the window are computed once a group. Every sample is finished once
     for each of ``granularities``: by that many of the remaining steps at a time.
+
+    ``solver`` takes the ODE steps. With ``average_velocity`` the network is also given the time that a step leads to.
+    ``initial_scale`` is the standard deviation of the first state, other than 1 where ``sigmas`` begin below 1. With
+    ``reuse`` ODE steps skip the network where little changes, and never those of the window.
     """
 
     kind: SdeKind
@@ -90,6 +115,10 @@ class RolloutSpec:
     shared_noise: bool = False
     shared_prefix: bool = False
     granularities: tuple[int, ...] = (1,)
+    solver: Solver = "euler"
+    average_velocity: bool = False
+    initial_scale: float = 1.0
+    reuse: Reuse | None = None
 
     @property
     def num_steps(self) -> int:
@@ -146,11 +175,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Clean latents (N, C, H, W) and their condition: what the pretraining losses consume."""
+    """Clean latents (N, C, H, W) and their condition: what the pretraining losses consume.
+
+    ``noise_NCHW`` is given where each latent belongs to its own noise, as in the pairs of a reflow.
+    """
 
     latents_NCHW: Tensor
     condition: Condition
     seed: int
+    noise_NCHW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +226,17 @@ class Update:
 
     version: int
     metrics: Mapping[str, float]
+
+
+def dropped_conditions(condition: Condition, drop_N: Tensor) -> Condition:
+    """``condition`` with the empty text for the samples where ``drop_N`` (N,) is True."""
+    null_row = condition.tokens_PLD.shape[0]
+    return replace(
+        condition,
+        tokens_PLD=torch.cat([condition.tokens_PLD, condition.null_LD[None]]),
+        pooled_PE=torch.cat([condition.pooled_PE, condition.null_E[None]]),
+        index_N=torch.where(drop_N.to(condition.index_N.device), null_row, condition.index_N),
+    )
 
 
 def cat_conditions(parts: Sequence[Condition]) -> Condition:

@@ -166,14 +166,22 @@ def _file(location: str, base_dir: Path) -> Path:
     return path
 
 
-def _from_code(target: str, options: dict[str, Any], base_dir: Path) -> Scorer:
-    """The function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
+def user_code(target: str, base_dir: str | Path = ".") -> Any:
+    """What stands at ``file.py:name`` or ``package.module:name``; the module is run, and the log says so.
+
+    Raises ``SpecError`` where there is nothing.
+    """
     location, attribute = _halves(target)
-    module = _load_file(_file(location, base_dir)) if _is_file(location) else _load_module(location)
+    module = _load_file(_file(location, Path(base_dir))) if _is_file(location) else _load_module(location)
     if not hasattr(module, attribute):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise SpecError(f"{location} has no {attribute!r}; {_nearest(attribute, known)}")
-    return _as_scorer(target, attribute, getattr(module, attribute), options)
+    return getattr(module, attribute)
+
+
+def _from_code(target: str, options: dict[str, Any], base_dir: Path) -> Scorer:
+    """The function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
+    return _as_scorer(target, _halves(target)[1], user_code(target, base_dir), options)
 
 
 def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> Scorer:

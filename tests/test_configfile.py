@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign.config import SHIPPED, AlignConfig, ConfigError, PretrainConfig
+from flowalign.config import SHIPPED, AlignConfig, ConfigError
 from flowalign.configfile import (
     load_align,
     load_pretrain,
@@ -16,6 +16,7 @@ from flowalign.configfile import (
     resume_differences,
     write_resolved,
 )
+from flowalign.pretrainconfig import PretrainConfig
 from tests._model_directory import write_config
 
 
@@ -235,7 +236,7 @@ def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path
         "algorithm: {type: rectified_flow}\n"
         "phases: [{steps: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
     )
-    with pytest.raises(ConfigError, match=r"^latents: .*has no latents.safetensors"):
+    with pytest.raises(ConfigError, match=r"^latents: .*holds no latents; make them first"):
         load_pretrain(path)
     (tmp_path / "bank").mkdir()
     for name in ("latents.safetensors", "prompts.json"):

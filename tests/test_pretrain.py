@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 
 from flowalign import checkpoint
-from flowalign.cluster.run import run_pretrain
-from flowalign.config import PretrainConfig
+from flowalign.cluster.train import run_pretrain
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
 from flowalign.metrics import read_metrics
 from flowalign.models.sd3 import SD3Policy
-from flowalign.pretrain import _autocast, schedule_at, text_length
+from flowalign.pretrain import autocast, schedule_at, text_length
+from flowalign.pretrainconfig import PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,6 @@ def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir
     seen = []
     policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16)
     policy.network.get_submodule("proj_out").register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    velocity = _autocast(policy.velocity, config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
+    velocity = autocast(policy.velocity, config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
     out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encode_prompts(["a photo of a star"]))
     assert seen == [expected] and out.dtype == torch.float32

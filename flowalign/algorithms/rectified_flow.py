@@ -1,30 +1,41 @@
-"""Rectified-flow pretraining (Esser et al. 2024, arXiv:2403.03206, eq. 13 with the velocity target)."""
+"""Base training of every path family, rectified flow first (Esser et al. 2024, arXiv:2403.03206, sec. 2 and 3)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded
+from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
 from flowalign.flow import density, path
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch
+from flowalign.flow.families import FAMILIES
+from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
 class RectifiedFlow:
-    """Regress ``noise - x0`` at a random time on the straight path."""
+    """Regress the conditional velocity at a random time of a family's path."""
 
-    class Config(AlgorithmConfig):
-        """Timestep density and conditioning dropout of the pretraining loss."""
+    class Config(DensityConfig):
+        """``family`` is the path that is trained on: its own t is drawn from ``density``, moved by ``shift`` to noisier
+        times for larger images (arXiv:2403.03206, sec. 5.3.2).
+
+        The error is that of the straight path's velocity, which every family's network is converted to, weighted by
+        ``weighting``: ``family`` makes it that of the raw output, the family's own loss (of the noise for eps, of F for
+        edm), ``velocity``, ``noise`` and ``data`` make it that of the straight path's velocity, the noise or the image.
+        """
 
         type: str = "rectified_flow"
+        family: Literal["rf", "eps/linear", "v/linear", "v/cos", "edm"] = "rf"
         density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
-        density_params: dict[str, float] = Field(default_factory=dict)
-        condition_dropout: float = Field(0.1, ge=0, le=1)
+        shift: Annotated[float, Field(gt=0)] = 1.0
+        weighting: Literal["family", "velocity", "noise", "data"] = "family"
+        condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.family = FAMILIES[config.family]
 
     consumes = LatentBatch
     models = ("policy",)
@@ -35,27 +46,36 @@ class RectifiedFlow:
         return None
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
-        """Draw time, noise and dropped conditions from the batch's own seed."""
+        """Draw time, noise and dropped conditions from the batch's own seed; the time becomes the straight path's."""
         generator = seeded(batch.seed)
         x0 = batch.latents_NCHW
         count = x0.shape[0]
-        t = density.sample(self.config.density, (count,), generator, **self.config.density_params)
+        config = self.config
+        own = density.sample(config.density, (count,), generator, shift=config.shift, **config.density_params)
         noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < self.config.condition_dropout
-        condition = batch.condition
-        null_row = condition.tokens_PLD.shape[0]
-        dropped = Condition(
-            torch.cat([condition.tokens_PLD, condition.null_LD[None]]),
-            torch.cat([condition.pooled_PE, condition.null_E[None]]),
-            torch.where(drop.to(condition.index_N.device), null_row, condition.index_N),
-            condition.null_LD,
-            condition.null_E,
-        )
-        tensors = {"x0": x0, "noise": noise.to(x0.device), "t": t.to(x0.device)}
-        return TrainBatch(tensors, dropped, total=count)
+        drop = torch.rand(count, generator=generator) < config.condition_dropout
+        t = own if config.family == "rf" else self.family.rf_time(own)
+        tensors = {"x0": x0, "noise": noise, "t": t, "weight": self._weight(own, t)}
+        tensors = {name: tensor.to(x0.device) for name, tensor in tensors.items()}
+        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         x0, noise, t = (minibatch.tensors[k] for k in ("x0", "noise", "t"))
         velocity = models["policy"](path.interpolate(x0, noise, t), t, minibatch.condition)
-        loss = (velocity - path.velocity_target(x0, noise)).square().mean()
-        return LossOutput(loss, {"loss/velocity_mse": loss.detach()})
+        square = (velocity - path.velocity_target(x0, noise)).square()
+        plain = square.mean()
+        weight = minibatch.tensors["weight"]
+        loss = plain if self._unweighted else (square.flatten(1).mean(1) * weight).mean()
+        return LossOutput(loss, {"loss/velocity_mse": plain.detach()})
+
+    @property
+    def _unweighted(self) -> bool:
+        return self.config.weighting == "velocity" or (self.config.weighting == "family" and self.config.family == "rf")
+
+    def _weight(self, own: Tensor, t: Tensor) -> Tensor:
+        """What the squared velocity error is multiplied by, (N,): noise and image err by 1 - t and t times as much."""
+        if self._unweighted:
+            return torch.ones_like(t)
+        if self.config.weighting == "family":
+            return self.family.velocity_weight(own).float()
+        return ((1 - t) if self.config.weighting == "noise" else t).square()

@@ -9,7 +9,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.options import ConfigFile, Guidance, Json, Kind, Like, Overrides, Source, Steps, Suite, Weights
+from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
+from flowalign.cli.measure import SHIPPED_CLIP, Clip, Extractor, Reference, measure, reference_metrics
+from flowalign.cli.options import (
+    ConfigFile,
+    Guidance,
+    Json,
+    Kind,
+    Like,
+    Overrides,
+    Solver,
+    Source,
+    Steps,
+    Suite,
+    Weights,
+)
+from flowalign.cli.precompute_command import precompute
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress, say_error, sentence
 
@@ -63,16 +78,28 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
 @app.command()
 def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train a base model on precomputed latents; the same command continues an interrupted run."""
+    """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
     from flowalign.cli.runs import begin_run
     from flowalign.configfile import load_pretrain
 
     loaded = load_pretrain(config, overrides or ())
     begin_run(loaded.config)
-    from flowalign.cluster.run import run_pretrain
+    from flowalign.cluster.train import run_pretrain
 
     run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json))
     _finish(run_dir, as_json)
+
+
+@app.command()
+def distill(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
+    pretrain(config, overrides, as_json)
+
+
+app.command()(precompute)
+app.command("make-pairs")(make_pairs)
+app.command("make-preferences")(make_preferences)
+app.command("calibrate-cache")(calibrate_cache)
 
 
 @app.command()
@@ -81,11 +108,15 @@ def evaluate(
     num_samples: Annotated[int | None, typer.Option(min=1)] = None,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
+    solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    weights: Annotated[Weights | None, typer.Option(help="default: as the run evaluates")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="default: as the run evaluates")] = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
+    reference: Reference = None,
+    extractor: Extractor = SHIPPED_CLIP,
+    clip: Clip = SHIPPED_CLIP,
     out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
     config: Like = None,
     as_json: Json = False,
@@ -100,24 +131,31 @@ def evaluate(
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
     from flowalign.evaluate import evaluate_checkpoint
 
-    console = make_console(as_json)
+    count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
+    against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console)
     result = evaluate_checkpoint(
         checkpoint,
         config=own,
         num_samples=num_samples,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
+        solver=None if solver is None else solver.value,
         prompts=prompts,
         seed=seed,
-        which=None if weights is None else weights.value,
+        which=weights,
         progress=progress(console, "samples"),
     )
+    if against:
+        result.metrics.update(against(result))
     print_rows(console, [(key, f"{value:.4f}") for key, value in result.metrics.items()])
     summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
     if out is not None:
         write_evaluation(result, out, summary)
         console.print(f"written to {out}", highlight=False)
     print_json(as_json, summary)
+
+
+app.command()(measure)
 
 
 @app.command()
@@ -127,8 +165,9 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
+    solver: Solver = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    weights: Weights = Weights.model,
+    weights: Weights = "model",
     latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
     out: Path = Path("samples"),
     config: Like = None,
@@ -149,8 +188,9 @@ def sample(
         num_images=num_images,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
+        solver=None if solver is None else solver.value,
         seed=seed,
-        which=weights.value,
+        which=weights,
         save_latents=latents,
         progress=progress(console, "images"),
     )
@@ -185,13 +225,13 @@ def merge(
     weight: Annotated[
         list[float] | None, typer.Option(help="of each model, in their order; default: all alike")
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="of a run or checkpoint")] = Weights.model,
+    weights: Weights = "model",
     as_json: Json = False,
 ) -> None:
     """Average models of one architecture into a pipeline directory, from which a run may start."""
     from flowalign.cli.merge import merge as write_merge
 
-    record = write_merge(sources, to, weights=weight or (), which=weights.value)
+    record = write_merge(sources, to, weights=weight or (), which=weights)
     make_console(as_json).print(f"merged {len(sources)} models into {to}", highlight=False)
     print_json(as_json, {**record, "path": str(to)})
 
@@ -218,50 +258,6 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     for note in made.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
     print_json(as_json, made.as_dict())
-
-
-@app.command("make-preferences")
-def preferences(
-    checkpoint: Source,
-    reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
-    prompts: Annotated[str, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = "shapes:train",
-    pairs: Annotated[int, typer.Option(min=1)] = 2000,
-    out: Path = Path("preferences"),
-    group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    weights: Weights = Weights.model,
-    config: Like = None,
-    as_json: Json = False,
-) -> None:
-    """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
-    from flowalign.cli.runs import config_of
-    from flowalign.config import RewardConfig
-    from flowalign.configpaths import resolve_reward, scalar_options
-
-    own = config_of(checkpoint, config)
-    named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
-    from flowalign.cli.make_preferences import make_preferences
-
-    console = make_console(as_json)
-    card = make_preferences(
-        checkpoint,
-        named,
-        config=own,
-        prompts=prompts,
-        pairs=pairs,
-        out=out,
-        group_size=group_size,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        which=weights.value,
-        progress=progress(console, "pairs"),
-    )
-    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}", highlight=False)
-    print_json(as_json, {**card, "out": str(out)})
 
 
 @app.command("serve-reward")

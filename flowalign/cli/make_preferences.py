@@ -17,7 +17,7 @@ from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configcheck import check_prompts, check_reward
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
-from flowalign.sample import Progress, Which, ode_spec, open_policy, roll, torch_threads
+from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
 from flowalign.types import PromptBatch
 
@@ -60,14 +60,13 @@ def make_preferences(
         group_size=group_size,
         seed=seed,
     )
-    guidance = own.guidance_scale if guidance_scale is None else guidance_scale
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     made = groups = silent = 0
     with torch_threads(config.cluster.threads):
         policy, state = open_policy(checkpoint, config, which)
         scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
-        spec = ode_spec(policy.shift, num_steps or own.num_steps, guidance)
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale))
         while made < pairs:
             batch = sampler.batch(groups // sampler.groups)
             images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])
@@ -92,7 +91,7 @@ def make_preferences(
         "prompts": prompts,
         "group_size": group_size,
         "num_steps": spec.num_steps,
-        "guidance_scale": guidance,
+        "guidance_scale": spec.guidance_scale,
         "seed": seed,
         "pairs": made,
         "groups": groups,

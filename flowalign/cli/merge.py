@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +51,7 @@ class Source:
     base: str | None
 
 
-def merge(
-    sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: Literal["model", "ema"] = "model"
-) -> dict[str, Any]:
+def merge(sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: str = "model") -> dict[str, Any]:
     """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
 
     Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
@@ -83,9 +81,7 @@ def merge(
     return record
 
 
-def _average(
-    first: Source, others: Sequence[Path], portions: Sequence[float], which: Literal["model", "ema"]
-) -> dict[str, Tensor]:
+def _average(first: Source, others: Sequence[Path], portions: Sequence[float], which: str) -> dict[str, Tensor]:
     """One model is in memory beside the first and the sum."""
     total: dict[str, Tensor] = {}
     add(total, first.policy.network, portions[0])
@@ -105,7 +101,7 @@ def _average(
     return total
 
 
-def _open(path: Path, which: Literal["model", "ema"], first: AlignConfig | None) -> Source:
+def _open(path: Path, which: str, first: AlignConfig | None) -> Source:
     """A source with full weights in float32; text length and image size are the first one's."""
     config = config_of(path, None)
     like = (first or config).model

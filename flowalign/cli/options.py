@@ -14,7 +14,19 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the
 Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run, a checkpoint or a pipeline directory")]
 Like = Annotated[Path | None, typer.Option("--config", help="configuration to use with a pipeline directory")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]
+Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none; default: as the run evaluates")]
+
+
+class SolverName(StrEnum):
+    euler = "euler"
+    heun = "heun"
+    dpmpp_2m = "dpmpp_2m"
+    ddpm = "ddpm"
+    consistency = "consistency"
+
+
+Solver = Annotated[SolverName | None, typer.Option(help="default: as the run evaluates")]
 
 
 class Kind(StrEnum):
@@ -25,8 +37,3 @@ class Kind(StrEnum):
 
 class Suite(StrEnum):
     geneval = "geneval"
-
-
-class Weights(StrEnum):
-    model = "model"
-    ema = "ema"

@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import AlignConfig, ConfigError, PretrainConfig, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configfile import load_align, read_resolved, recorded_versions, refuse_changes, write_resolved
+from flowalign.configpaths import recorded_model
+from flowalign.pretrainconfig import PretrainConfig
 
 
 def begin_run(config: AlignConfig | PretrainConfig) -> Path:
@@ -30,26 +32,21 @@ def config_of(source: Path, file: Path | None) -> AlignConfig:
     if file is not None:
         return load_align(file, require_files=False).config
     if (source / "model_index.json").is_file():
-        return _bare({"path": str(source), **_recorded_length(source)})
+        recorded = recorded_model(source)
+        sampling = recorded.pop("sampling", {})
+        return _bare({"path": str(source), **recorded}, evaluation=sampling)
     run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
     config = read_resolved(run_dir)
     if isinstance(config, AlignConfig):
         return config
-    return _bare(config.model, cluster={"threads": config.threads, "device": config.device})
+    cluster = {"threads": config.threads, "device": config.device}
+    return _bare(config.model, cluster=cluster, evaluation=config.sampling.model_dump())
 
 
 def _bare(model: Any, **sections: Any) -> AlignConfig:
     """Enough of a configuration to sample and evaluate a model that no alignment run made."""
     values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
     return AlignConfig.model_validate({**values, **sections})
-
-
-def _recorded_length(pipeline: Path) -> dict[str, Any]:
-    """The text length that a pipeline of ours was trained with; nothing for a pipeline from elsewhere."""
-    record = pipeline / "flowalign.json"
-    if not record.is_file():
-        return {}
-    return {"max_sequence_length": json.loads(record.read_text(encoding="utf-8")).get("max_sequence_length", 256)}
 
 
 def geneval_suite(

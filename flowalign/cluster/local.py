@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from flowalign.cluster.weight_sync import SyncGuard
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected
+from flowalign.sample import reuse_of
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
@@ -24,9 +26,11 @@ class LocalBackend:
         self.learner = LearnerWorker(config)
         self._guard = SyncGuard()
         self._learned = True
+        self._reuse = reuse_of(config.rollout.cache)
 
     def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
         made, scored = [], []
+        spec = spec if evaluation else replace(spec, reuse=self._reuse)
         for chunk in batch.chunks(self.config.rollout.chunk_size):
             made.append(self.rollouts.rollout(chunk, spec, seed, self.rollouts.version))
             scored.append(self.rewards.score(made[-1][0], evaluation))

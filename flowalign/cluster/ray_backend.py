@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flowalign.cluster.weight_sync import SyncGuard, check_receipt
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected
+from flowalign.sample import reuse_of
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
@@ -36,6 +38,7 @@ class RayBackend:
 
     def __init__(self, config: AlignConfig, base_dir: Path) -> None:
         self.config, self.base_dir = config, base_dir.resolve()
+        self._reuse = reuse_of(config.rollout.cache)
         asked = shares(config)
         self._group: PlacementGroup | None = None
         self._closers: list[Any] = []
@@ -117,6 +120,7 @@ class RayBackend:
             ScorerError, …: what a worker itself raised; it is not tried again.
         """
         chunks = batch.chunks(self.config.rollout.chunk_size)
+        spec = spec if evaluation else replace(spec, reuse=self._reuse)
         version = -1 if self._sent is None else self._sent.version
         retries = self.config.cluster.max_task_retries
         pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from flowalign import checkpoint
 from flowalign.algorithm import build_algorithm
-from flowalign.cluster.journal import RunJournal, StopRequest
+from flowalign.cluster.journal import RunJournal
 from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import scheduler_shift
-from flowalign.sample import base_hash, ode_spec
+from flowalign.sample import base_hash, sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
 
@@ -94,7 +92,7 @@ def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, Rollo
     """The model's own shift, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
     e = config.evaluation
     shift = scheduler_shift(Path(config.model.path)) or config.algorithm.get("shift") or 1.0
-    spec = ode_spec(shift, e.num_steps, e.guidance_scale)
+    spec = sampling_spec(e, shift=shift, family=config.model.family, inputs=config.model.inputs)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
 
 
@@ -120,49 +118,3 @@ def _states(config: AlignConfig, saved: checkpoint.Checkpoint, base_hash: str) -
         }
         for rank in range(config.learner.ranks)
     ]
-
-
-def run_pretrain(config: Any, base_dir: Path, console: Console) -> Path:
-    """Run (or resume) a pretraining run; returns the run directory."""
-    from flowalign.engine.base import EngineSettings
-    from flowalign.engine.build import build_engine
-    from flowalign.metrics import MetricsWriter
-    from flowalign.models.build import load_policy
-    from flowalign.pretrain import pretrain
-
-    torch.set_num_threads(config.threads)
-    run_dir = Path(config.runs_dir) / config.name
-    policy = load_policy(config.model, device=config.device)
-    settings = EngineSettings(
-        type="torch",
-        learning_rate=config.phases[0].learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        compile=config.compile,
-    )
-    engine = build_engine(policy.network, settings, device=config.device)
-    found = checkpoint.latest(run_dir / "checkpoints")
-    start = 0 if found is None else int(checkpoint.verify(found)["step"])
-    writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
-    began = time.monotonic()
-
-    def report(row: dict[str, Any]) -> None:
-        step, steps = int(row.pop("step")), int(row.pop("steps"))
-        writer.write(step, row, wall_s=time.monotonic() - began)
-        eta_s = (steps - step) * config.batch_size / max(row["throughput/samples_per_s"], 0.1)
-        eta = f"ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
-        console.print(f"step {step}/{steps}  loss {row['loss']:.4f}  {eta}", highlight=False)
-
-    stop = StopRequest(console.print)
-    try:
-        with stop.on_signals("step"):
-            pretrain(config, policy, build_algorithm(config.algorithm), engine, run_dir, report, lambda: stop.asked)
-        if stop.asked:
-            console.print(
-                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
-            )
-    finally:
-        writer.close()
-        engine.close()
-    return run_dir

@@ -1,63 +1,205 @@
-"""A bank of precomputed latents and their prompts: safetensors plus a prompt list.
+"""Latent banks on disk: shards of safetensors, a list of prompts, and a manifest with the sha256 of each file.
 
-``<dir>/latents.safetensors`` holds ``latents`` float16 (M, C, H, W) and ``prompt`` int64 (M,);
-``<dir>/prompts.json`` lists the distinct prompts.
+``<dir>/manifest.json`` names all other files::
+
+    {"format": "flowalign-latents", "version": 1, "encoder": sha256 or null, "captions": ["original", …], "count": M,
+     "noise": false, "buckets": [{"bucket": "64x64", "count": M, …}],
+     "shards": [{"file", "sha256", "bytes", "count", "bucket"}],
+     "prompts": {"file", "sha256", "bytes", "count"}, "embeddings": null or {…, "max_sequence_length"}, …}
+
+A bucket is HEIGHTxWIDTH of its latents. ``shard-00000.safetensors`` holds ``latents`` float16 (n, C, h, w), for each
+kind of caption ``caption.<name>`` int64 (n,), rows of ``prompts.json``, and where there is one ``noise`` like the
+latents. ``embeddings.safetensors`` holds ``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens`` and ``null_pooled``.
+
+The layout before that, one ``latents.safetensors`` with ``latents`` and ``prompt`` beside ``prompts.json``, is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.algorithm import seeded
+from flowalign.data.bank import ORIGINAL, Drawn, Embeddings, LatentBank, LatentsError, Shard
+from flowalign.data.bankfiles import write_json, write_tensors
+from flowalign.types import Condition
+
+__all__ = ["Drawn", "Embeddings", "LatentBank", "LatentsError", "Shard", "load_bank", "save_bank"]
+
+FORMAT, VERSION = "flowalign-latents", 1
+MANIFEST, PROMPTS, EMBEDDINGS = "manifest.json", "prompts.json", "embeddings.safetensors"
+CAPTION = "caption."
 
 
-class LatentsError(ValueError):
-    """A latent bank that is missing or inconsistent."""
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
 
 
-@dataclass(frozen=True)
-class LatentBank:
-    """M clean latents, (M, C, H, W) float16, and for each the row of its prompt."""
+def write_shard(directory: Path, number: int, shard: Shard) -> dict[str, Any]:
+    """Write one shard, atomically; returns its entry in the manifest. Raises DiskFullError."""
+    tensors = {"latents": shard.latents.half(), **{CAPTION + name: rows for name, rows in shard.rows.items()}}
+    if shard.noise is not None:
+        tensors["noise"] = shard.noise.half()
+    entry = write_tensors(directory / shard_name(number), tensors)
+    return {**entry, "count": len(shard), "bucket": "{}x{}".format(*shard.size)}
 
-    latents_MCHW: Tensor
-    prompt_M: Tensor
-    prompts: list[str]
 
-    def __len__(self) -> int:
-        return int(self.prompt_M.shape[0])
-
-    def draw(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Latents float32 and prompt rows of a step: a function of seed and step alone."""
-        index = torch.randint(len(self), (batch_size,), generator=seeded(seed, 2, step))
-        return self.latents_MCHW[index].float(), self.prompt_M[index]
+def write_manifest(
+    directory: Path,
+    shards: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    *,
+    captions: Sequence[str],
+    noise: bool = False,
+    encoder: str | None = None,
+    embeddings: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the prompts and, last of all, the manifest that makes a bank of the shards; returns it."""
+    counts: dict[str, int] = {}
+    for shard in shards:
+        counts[shard["bucket"]] = counts.get(shard["bucket"], 0) + int(shard["count"])
+    listed = write_json(directory / PROMPTS, list(prompts))
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "encoder": encoder,
+        "captions": list(captions),
+        "count": sum(counts.values()),
+        "noise": noise,
+        "buckets": [{"bucket": bucket, "count": count} for bucket, count in counts.items()],
+        "prompts": {**listed, "count": len(prompts)},
+        "embeddings": embeddings,
+        **(more or {}),
+        "shards": list(shards),
+    }
+    write_json(directory / MANIFEST, manifest)
+    return manifest
 
 
 def save_bank(directory: Path, bank: LatentBank) -> None:
+    """Write a bank; one that lay there before stops being one first. Raises DiskFullError."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"latents": bank.latents_MCHW.contiguous(), "prompt": bank.prompt_M}, str(directory / "latents.safetensors")
-    )
-    (directory / "prompts.json").write_text(json.dumps(bank.prompts) + "\n")
+    for name in (MANIFEST, "latents.safetensors"):
+        (directory / name).unlink(missing_ok=True)
+    entries = [write_shard(directory, number, shard) for number, shard in enumerate(bank.shards)]
+    write_manifest(directory, entries, bank.prompts, captions=bank.captions, noise=bank.has_noise, encoder=bank.encoder)
 
 
-def load_bank(directory: Path) -> LatentBank:
-    """Read a bank.
+def load_bank(directory: Path, *, verify: bool = True) -> LatentBank:
+    """Open a bank; latents are mapped into memory and read when drawn.
+
+    The size of every file is compared with the manifest, and with ``verify`` its sha256, which reads all of it.
 
     Raises:
-        LatentsError: files are missing or the prompts do not cover the latents.
+        LatentsError: a file is missing, is not what was written, or does not fit the others.
     """
-    weights, names = directory / "latents.safetensors", directory / "prompts.json"
+    if not (directory / MANIFEST).is_file():
+        return _old_layout(directory)
+    manifest = _manifest(directory)
+    for entry in (*manifest["shards"], manifest["prompts"], *filter(None, [manifest["embeddings"]])):
+        _check_file(directory, entry, verify)
+    prompts = json.loads((directory / PROMPTS).read_text(encoding="utf-8"))
+    files = [entry["file"] for entry in manifest["shards"]]
+    shards = [_shard(directory / entry["file"], entry, manifest) for entry in manifest["shards"]]
+    _check_rows(directory / PROMPTS, len(prompts), dict(zip(files, shards, strict=True)))
+    embeddings = manifest["embeddings"] and _embeddings(directory, manifest["embeddings"], len(prompts))
+    return LatentBank.of_shards(shards, prompts, embeddings=embeddings or None, encoder=manifest["encoder"])
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+        files = [entry["file"] for entry in (*manifest["shards"], manifest["prompts"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LatentsError(f"latents: {path} is no manifest of a latent bank ({error!r})") from error
+    if not known:
+        said = f"{manifest['format']} version {manifest['version']}"
+        raise LatentsError(f"latents: {path} is of {said}, this program reads {FORMAT} version {VERSION}")
+    if not manifest["shards"]:
+        raise LatentsError(f"latents: {path} names no shard; the bank is empty")
+    if outside := [file for file in files if Path(file).name != file]:
+        raise LatentsError(f"latents: {path} names {outside[0]}; the files of a bank lie beside its manifest")
+    return manifest
+
+
+def _check_file(directory: Path, entry: Mapping[str, Any], verify: bool) -> None:
+    path, advice = directory / entry["file"], "copy the file again from where the bank was made, or make the bank again"
+    if not path.is_file():
+        raise LatentsError(f"latents: {path} is missing, which {MANIFEST} names; {advice}")
+    if path.stat().st_size != entry["bytes"]:
+        said = f"has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']}"
+        raise LatentsError(f"latents: {path} {said}; {advice}")
+    if verify:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != entry["sha256"]:
+            said = f"has sha256 {found}, {MANIFEST} expects {entry['sha256']}"
+            raise LatentsError(f"latents: {path} {said}: the file is damaged or another one; {advice}")
+
+
+def _shard(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> Shard:
+    tensors = _tensors(path, ["latents", *(CAPTION + name for name in manifest["captions"])])
+    rows = {name: tensors[CAPTION + name] for name in manifest["captions"]}
+    shard = Shard(tensors["latents"], rows, tensors.get("noise"))
+    found = {"count": len(shard), "bucket": "{}x{}".format(*shard.size), "noise": shard.noise is not None}
+    said = {"count": entry["count"], "bucket": entry["bucket"], "noise": manifest["noise"]}
+    lengths = {len(one) for one in (*rows.values(), *([] if shard.noise is None else [shard.noise]))}
+    if found != said or lengths != {len(shard)}:
+        raise LatentsError(f"latents: {path} holds {found}, {MANIFEST} says {said}")
+    return shard
+
+
+def _tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LatentsError(f"latents: {path} cannot be read ({error}); make the bank again") from error
+    if lacking := [name for name in names if name not in tensors]:
+        raise LatentsError(f"latents: {path} has no tensor {lacking[0]!r}; it holds {', '.join(tensors)}")
+    return tensors
+
+
+def _check_rows(names: Path, num_prompts: int, shards: Mapping[str, Shard]) -> None:
+    for file, shard in shards.items():
+        for rows in shard.rows.values():
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_prompts:
+                raise LatentsError(f"latents: {names} has {num_prompts} prompts, {file} refers to more")
+
+
+def _embeddings(directory: Path, entry: Mapping[str, Any], num_prompts: int) -> Embeddings:
+    path = directory / entry["file"]
+    tensors = _tensors(path, ["tokens", "pooled", "null_tokens", "null_pooled"])
+    if len(tensors["tokens"]) != num_prompts or len(tensors["pooled"]) != num_prompts:
+        raise LatentsError(f"latents: {path} has {len(tensors['tokens'])} rows for {num_prompts} prompts")
+    table = Condition(
+        tokens_PLD=tensors["tokens"],
+        pooled_PE=tensors["pooled"],
+        index_N=torch.arange(num_prompts),
+        null_LD=tensors["null_tokens"],
+        null_E=tensors["null_pooled"],
+    )
+    return Embeddings(table, int(entry["max_sequence_length"]))
+
+
+def _old_layout(directory: Path) -> LatentBank:
+    weights, names = directory / "latents.safetensors", directory / PROMPTS
+    if not weights.is_file() and not names.is_file():
+        raise LatentsError(f"latents: {directory / MANIFEST} is missing; make the bank first (flowalign precompute)")
     for path in (weights, names):
         if not path.is_file():
-            raise LatentsError(f"latents: {path} is missing; make the bank first (scripts/build_shapes.sh latents)")
-    tensors = load_file(str(weights))
-    prompts = json.loads(names.read_text())
-    if int(tensors["prompt"].max()) >= len(prompts):
-        raise LatentsError(f"latents: {names} has {len(prompts)} prompts, {weights} refers to more")
-    return LatentBank(tensors["latents"], tensors["prompt"], prompts)
+            raise LatentsError(f"latents: {path} is missing; make the bank again")
+    tensors = _tensors(weights, ["latents", "prompt"])
+    prompts = json.loads(names.read_text(encoding="utf-8"))
+    shard = Shard(tensors["latents"], {ORIGINAL: tensors["prompt"]}, tensors.get("noise"))
+    _check_rows(names, len(prompts), {weights.name: shard})
+    return LatentBank.of_shards([shard], prompts)

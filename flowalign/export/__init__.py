@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flowalign.checkpoint import content_hash
-from flowalign.config import AlignConfig
+from flowalign.config import AlignConfig, SamplingConfig
+from flowalign.export import few_step_pipeline
 from flowalign.export.card import base_name, write_card
 from flowalign.models.build import has_lora
+from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.sd3 import SD3Policy
 from flowalign.rollout import SampleNoise, integrate
-from flowalign.sample import find_checkpoint, ode_spec, open_policy, torch_threads
+from flowalign.sample import find_checkpoint, open_policy, policy_spec, torch_threads
 
 Kind = Literal["pipeline", "lora", "ema"]
 Errors = tuple[float, float]
@@ -39,7 +47,10 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the export lies, and the largest absolute differences found after reloading it."""
+    """Where the export lies, and the largest absolute differences found after reloading it.
+
+    ``iteration`` is a training run's step.
+    """
 
     path: Path
     kind: Kind
@@ -71,8 +82,10 @@ def export(
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
     ``pipeline``: a StableDiffusion3Pipeline with full weights, a LoRA merged in; ``ema``: the same of the averaged
-    weights; ``lora``: the adapter in PEFT's and in diffusers' layout. ``dtype`` is a pipeline's transformer's: other
-    than float32, it is compared with our policy of equally rounded weights. All else is float32.
+    weights. One whose network takes more inputs has a ``pipeline.py`` for diffusers beside it; one of another family
+    than ``rf`` is read by flowalign alone. ``lora``: the adapter in PEFT's and in diffusers' layout. ``dtype`` is a
+    pipeline's transformer's: other than float32, it is compared with our policy of equally rounded weights. All else is
+    float32.
 
     Raises:
         ExportError: the kind does not fit the run, ``to`` is taken, or a reloaded export differs by more than
@@ -89,6 +102,10 @@ def export(
             policy, state = open_policy(found, config, "ema" if kind == "ema" else "model")
             if not isinstance(policy, SD3Policy):
                 raise ExportError(f"export knows models of type sd3, not {config.model.type}")
+            if type(policy.network) is not SD3Transformer2DModel:
+                raise ExportError(
+                    f"diffusers has no class for a {type(policy.network).__name__}; evaluate the run itself"
+                )
             trained = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
             if kind == "lora":
@@ -96,8 +113,10 @@ def export(
             else:
                 errors = _write_pipeline(policy, draft, config, getattr(torch, dtype))
         _refuse_difference(errors, tolerance, to)
-        result = ExportResult(to, kind, found, int(state["iteration"]), digest, *errors)
-        _keep(draft, to, result, config, state)
+        result = ExportResult(
+            to, kind, found, int(state["iteration"] if "iteration" in state else state["step"]), digest, *errors
+        )
+        _keep(draft, to, result, config, state, policy.family)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return result
@@ -120,11 +139,12 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
         )
 
 
-def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any]) -> None:
+def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any], family: str) -> None:
     """Card and record, then one rename; an earlier export is replaced."""
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
-    record["max_sequence_length"] = config.model.max_sequence_length
+    record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}
+    record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if to.exists():
         old = to.parent / f".tmp-{uuid.uuid4().hex}"
@@ -147,9 +167,26 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
         # transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in.
         if part is not None:
             part.float()
+    if config.evaluation.solver == "consistency":
+        scheduler: Any = FlowMatchLCMScheduler.from_config(policy.pipeline.scheduler.config)
+        policy.pipeline.scheduler = scheduler
     policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)
+    if policy.inputs:
+        shutil.copy(few_step_pipeline.__file__, directory / "pipeline.py")
+    if policy.family != "rf":
+        return _own_differences(expected, directory, config, policy.family)
     return _differences(expected, load_pipeline(directory, config.cluster.device), config)
+
+
+def _own_differences(expected: Probe, directory: Path, config: AlignConfig, family: str) -> Errors:
+    """Velocity and latents of our own policy over the reloaded files."""
+    length, device = config.model.max_sequence_length, config.cluster.device
+    reloaded = SD3Policy.load(directory, max_sequence_length=length, device=device)
+    reloaded.family = family
+    found = _probe(reloaded, config)
+    latents = [float((found.latents[g] - made).abs().max()) for g, made in expected.latents.items()]
+    return float((found.velocity_NCHW - expected.velocity_NCHW).abs().max()), _largest(latents)
 
 
 def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
@@ -183,12 +220,20 @@ def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Erro
 
 
 def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
-    """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants."""
+    """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants.
+
+    Where the directory has a ``pipeline.py``, its code is run.
+    """
     index = json.loads((directory / "model_index.json").read_text())
     absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        str(directory), dtype=torch.float32, local_files_only=True, **absent
-    )
+    more: Any = {"dtype": torch.float32, "local_files_only": True, **absent}
+    if (directory / "pipeline.py").is_file():
+        own = str(directory / "pipeline.py")
+        pipeline: Any = DiffusionPipeline.from_pretrained(
+            str(directory), custom_pipeline=own, trust_remote_code=True, **more
+        )
+    else:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(directory), **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -202,7 +247,7 @@ def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
     velocity = policy.velocity(noise, torch.full((len(ids),), PROBE_TIME, device=policy.device), condition)
     latents = {}
     for guidance in PROBE_GUIDANCE:
-        spec = ode_spec(policy.shift, PROBE_STEPS, guidance)
+        spec = policy_spec(policy, SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance))
         latents[guidance] = integrate(policy.velocity, condition, SampleNoise(0, ids, shape), spec, policy.device)[2]
     return Probe(noise, velocity, latents)
 
@@ -211,13 +256,16 @@ def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
 def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
     """Velocity and latents of the public pipeline against the probe: largest absolute differences."""
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)  # draws no noise
     tokens, _, pooled, _ = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
+    extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
+    zeros = torch.zeros(len(prompts), extra, device=pooled.device)  # the velocity at the time itself, unguided
     velocity = pipeline.transformer(
         hidden_states=noise,
         encoder_hidden_states=tokens,
-        pooled_projections=pooled,
+        pooled_projections=torch.cat([pooled, zeros], 1),
         timestep=torch.full((len(prompts),), PROBE_TIME * 1000, device=noise.device),
         return_dict=False,
     )[0]

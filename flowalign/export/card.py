@@ -13,6 +13,15 @@ from flowalign.metrics import read_metrics
 
 Row = Mapping[str, Any]
 
+CUSTOM_USE = """from diffusers import DiffusionPipeline
+
+folder = "path/to/this/directory"
+pipe = DiffusionPipeline.from_pretrained(
+    folder, custom_pipeline=f"{{folder}}/pipeline.py", trust_remote_code=True{absent}
+)
+image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+"""
+
 PIPELINE_USE = """from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained("path/to/this/directory"{absent})
@@ -35,7 +44,7 @@ def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *
     """README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
     after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
     before = _before(run_dir / "metrics.jsonl")
-    front = "\n".join(_front_matter(config, kind, after))
+    front = "\n".join(_front_matter(config, _algorithm(config, state), kind, after))
     (directory / "README.md").write_text(
         f"---\n{front}\n---\n\n{_body(config, state, kind, before, after)}", encoding="utf-8"
     )
@@ -47,10 +56,9 @@ def base_name(path: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
 
 
-def _front_matter(config: AlignConfig, kind: str, after: Row) -> list[str]:
+def _front_matter(config: AlignConfig, algorithm: str, kind: str, after: Row) -> list[str]:
     """YAML, each value written as JSON, which YAML contains."""
     base = base_name(config.model.path)
-    algorithm = str(config.algorithm["type"])
     lines = _licence(Path(config.model.path))
     lines += [f"library_name: {'peft' if kind == 'lora' else 'diffusers'}", "pipeline_tag: text-to-image"]
     if "/" in base:
@@ -83,36 +91,68 @@ def _before(path: Path) -> dict[str, float]:
 
 def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -> str:
     base = base_name(config.model.path)
-    algorithm = config.algorithm["type"]
-    what = "LoRA of" if kind == "lora" else "text-to-image pipeline aligned from"
+    algorithm = _algorithm(config, state)
+    what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
+    facts = {
+        "Base model": f"`{base}` (transformer files sha256 `{str(state.get('base_hash', 'unknown'))[:16]}`)",
+        **(_training(state["config"], state, kind) if "config" in state else _alignment(config, state, kind)),
+        "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
+    }
+    if config.model.family not in (None, "rf"):
+        facts["Family"] = f"{config.model.family}: the network is no velocity of a straight path; flowalign samples it"
+    lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    lines += _scores(config, kind, before, after)
+    absent = (Path(config.model.path) / "text_encoder_3").is_dir()
+    plain = CUSTOM_USE if config.model.inputs else PIPELINE_USE
+    use = (LORA_USE if kind == "lora" else plain).format(
+        absent="" if absent else ", text_encoder_3=None, tokenizer_3=None",
+        steps=config.evaluation.num_steps,
+        guidance=config.evaluation.guidance_scale,
+        length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
+        base=base,
+    )
+    lines += ["## Use", "", f"```python\n{use}```", ""]
+    lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
+    return "\n".join(lines)
+
+
+def _sigmas(config: AlignConfig) -> str:
+    """The argument that gives diffusers the grid of equal steps, which it shifts itself."""
+    count = config.evaluation.num_steps
+    levels = [round(1 - k / count, 6) for k in range(count)]
+    return f", sigmas={levels}" if config.evaluation.grid == "paper" else ""
+
+
+def _algorithm(config: AlignConfig, state: Row) -> str:
+    return str(state["config"]["algorithm"]["type"] if "config" in state else config.algorithm["type"])
+
+
+def _alignment(config: AlignConfig, state: Row, kind: str) -> dict[str, str]:
     averaged = ", averaged weights (EMA)" if kind == "ema" else ""
     trained = (
         "all transformer weights"
         if config.model.lora is None
         else f"LoRA, rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g}"
     )
-    facts = {
-        "Base model": f"`{base}` (transformer files sha256 `{str(state.get('base_hash', 'unknown'))[:16]}`)",
-        "Algorithm": f"{algorithm} · {trained}{averaged}",
+    return {
+        "Algorithm": f"{config.algorithm['type']} · {trained}{averaged}",
         "Iterations": f"{state['iteration']} of {config.iterations} · seed {config.seed}",
         "Prompts": f"`{config.data.prompts}`, {config.data.groups_per_iteration} groups an iteration",
         "Rewards": "; ".join(_reward(reward) for reward in config.rewards),
-        "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
     }
-    lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    lines += _scores(config, kind, before, after)
-    absent = (Path(config.model.path) / "text_encoder_3").is_dir()
-    use = (LORA_USE if kind == "lora" else PIPELINE_USE).format(
-        absent="" if absent else ", text_encoder_3=None, tokenizer_3=None",
-        steps=config.evaluation.num_steps,
-        guidance=config.evaluation.guidance_scale,
-        length=f"max_sequence_length={config.model.max_sequence_length}",
-        base=base,
-    )
-    lines += ["## Use", "", f"```python\n{use}```", ""]
-    lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
-    return "\n".join(lines)
+
+
+def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
+    """Of a run on latents, from the configuration in its checkpoint."""
+    sampling = own["sampling"]
+    facts = {
+        "Algorithm": f"{own['algorithm']['type']}{', averaged weights (EMA)' if kind == 'ema' else ''}",
+        "Steps": f"{state['step']} of {sum(phase['steps'] for phase in own['phases'])} · seed {own['seed']}",
+        "Latents": f"`{Path(own['latents']).name}`, {own['batch_size']} a step",
+        "Sampling": f"{sampling['num_steps']} steps, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
+    }
+    return facts | ({"Teacher": f"`{base_name(own['teacher']['path'])}`"} if own.get("teacher") else {})
 
 
 def _reward(reward: RewardConfig) -> str:

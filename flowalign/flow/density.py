@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowalign.flow.schedule import shift_sigma
+
 # The nearest float32 neighbours of 0 and 1 on the grid that the uniform generator uses.
 _LOWEST, _HIGHEST = 2.0**-24, 1 - 2.0**-24
 
@@ -105,6 +107,25 @@ class UShaped:
         return self.a * torch.cosh(self.a * (t - 0.5)) / (2 * math.sinh(self.a / 2))
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """Any density after the resolution shift ``t -> s t / (1 + (s - 1) t)``, ``s > 0``. (arXiv:2403.03206, eq. 23)"""
+
+    base: Density
+    s: float
+
+    def __post_init__(self) -> None:
+        if not self.s > 0:
+            raise ValueError(f"a shifted density needs shift > 0, got {self.s}")
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return shift_sigma(self.base.from_uniform(u), self.s)
+
+    def pdf(self, t: Tensor) -> Tensor:
+        # The shift by 1/s undoes that by s; its derivative is (1/s) / (1 + (1/s - 1) t)².
+        return self.base.pdf(shift_sigma(t, 1 / self.s)) * self.s / (self.s + (1 - self.s) * t) ** 2
+
+
 DENSITIES: dict[str, type[Density]] = {
     "uniform": Uniform,
     "logit_normal": LogitNormal,
@@ -114,31 +135,36 @@ DENSITIES: dict[str, type[Density]] = {
 }
 
 
-def density(kind: str, **params: float) -> Density:
+def density(kind: str, *, shift: float = 1.0, **params: float) -> Density:
     """Build the density ``kind`` with its parameters.
 
-    ``kind``: uniform | logit_normal(m, s) | mode(s) | cosmap | u_shaped(a).
+    ``kind``: uniform | logit_normal(m, s) | mode(s) | cosmap | u_shaped(a). ``shift`` > 0 is the resolution shift that
+    its times undergo, 1 for none (see `schedule.resolution_shift`). On a path other than the rectified flow the times
+    are that path's own (see `families.Family`); uniform there is the density of each diffusion family.
     Raises ValueError for an unknown kind or a parameter out of range, TypeError for a parameter that the kind lacks.
     """
     if kind not in DENSITIES:
         raise ValueError(f"unknown timestep density {kind!r}; known: {', '.join(DENSITIES)}")
-    return DENSITIES[kind](**params)
+    chosen = DENSITIES[kind](**params)
+    return chosen if shift == 1 else Shifted(chosen, shift)
 
 
-def sample(kind: str, shape: Sequence[int], generator: torch.Generator, **params: float) -> Tensor:
-    """Draw timesteps from the density ``kind``, on the generator's device.
+def sample(
+    kind: str, shape: Sequence[int], generator: torch.Generator, *, shift: float = 1.0, **params: float
+) -> Tensor:
+    """Draw timesteps from the density ``kind``, shifted by ``shift``, on the generator's device.
 
     Returns a float32 tensor of ``shape``, every element strictly inside (0, 1). One uniform number is drawn for each
     element, whatever the kind. Raises as `density` does.
     """
-    chosen = density(kind, **params)
+    chosen = density(kind, shift=shift, **params)
     u = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
     return chosen.from_uniform(u).clamp(_LOWEST, _HIGHEST).float()
 
 
-def pdf(kind: str, t: Tensor, **params: float) -> Tensor:
-    """Probability density of ``kind`` at ``t``.
+def pdf(kind: str, t: Tensor, *, shift: float = 1.0, **params: float) -> Tensor:
+    """Probability density of ``kind``, shifted by ``shift``, at ``t``.
 
     ``t`` strictly inside (0, 1), any shape. Returns the same shape and dtype. Raises as `density` does.
     """
-    return density(kind, **params).pdf(t)
+    return density(kind, shift=shift, **params).pdf(t)

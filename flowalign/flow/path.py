@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -80,6 +81,9 @@ def score_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
 class Path:
     """A Gaussian path ``z_t = a(t) x0 + b(t) noise``; each function maps a tensor of times to one of equal shape.
 
+    ``from_rf`` is the time at which ``b / (a + b)`` has a given value, the time of the same noise level on the
+    rectified-flow path; its value is not clamped. The methods compute a and b in float64, where a path's time can be
+    too coarse a number for its noise level, and round them to the dtype of the data.
     (arXiv:2403.03206, eq. 1: a family defines its own endpoints and conversions)
     """
 
@@ -88,37 +92,47 @@ class Path:
     b: Callable[[Tensor], Tensor]
     da: Callable[[Tensor], Tensor]
     db: Callable[[Tensor], Tensor]
+    from_rf: Callable[[Tensor], Tensor]
 
     def interpolate(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
         """Point ``a x0 + b noise`` of this path; ``x0``, ``noise`` (N, ...), ``t`` () or (N,). Returns (N, ...)."""
-        t = per_sample(t, x0)
-        return self.a(t) * x0 + self.b(t) * noise
+        a, b, _, _ = self._at(t, x0)
+        return a * x0 + b * noise
 
     def velocity_target(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
         """Conditional velocity ``a' x0 + b' noise``; shapes as in `interpolate`. (arXiv:2403.03206, sec. 2)"""
-        t = per_sample(t, x0)
-        return self.da(t) * x0 + self.db(t) * noise
+        _, _, da, db = self._at(t, x0)
+        return da * x0 + db * noise
 
     def x0_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
         """Clean data that solves both equations of the path, ``(b' z - b v) / (a b' - a' b)``; shapes (N, ...)."""
-        t = per_sample(t, z)
-        return (self.db(t) * z - self.b(t) * velocity) / self._determinant(t)
+        a, b, da, db = self._at(t, z)
+        return (db * z - b * velocity) / (a * db - da * b)
 
     def noise_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
         """Noise that solves both equations of the path, ``(a v - a' z) / (a b' - a' b)``; shapes (N, ...)."""
-        t = per_sample(t, z)
-        return (self.a(t) * velocity - self.da(t) * z) / self._determinant(t)
+        a, b, da, db = self._at(t, z)
+        return (a * velocity - da * z) / (a * db - da * b)
 
     def score_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
         """Score ``-noise / b`` where ``b(t) > 0``; shapes (N, ...). (arXiv:2011.13456, sec. 3)"""
-        return -self.noise_from_velocity(z, velocity, t) / self.b(per_sample(t, z))
+        return -self.noise_from_velocity(z, velocity, t) / self._at(t, z)[1]
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Log signal-to-noise ratio ``log(a² / b²)``; any shape, infinite at the ends. (arXiv:2403.03206, sec. 2)"""
         return 2 * (self.a(t).log() - self.b(t).log())
 
-    def _determinant(self, t: Tensor) -> Tensor:
-        return self.a(t) * self.db(t) - self.da(t) * self.b(t)
+    def cfm_weight(self, t: Tensor) -> Tensor:
+        """Factor that makes a squared error of the noise one of the conditional velocity, ``(b lambda' / 2)²``.
+
+        Any shape; infinite where a is 0. (arXiv:2403.03206, eqs. 8-9)
+        """
+        a, b, da, db = (function(t) for function in (self.a, self.b, self.da, self.db))
+        return (db - da * b / a) ** 2
+
+    def _at(self, t: Scalar, x: Tensor) -> tuple[Tensor, ...]:
+        exact = per_sample(t, x, torch.float64)
+        return tuple(per_sample(function(exact), x) for function in (self.a, self.b, self.da, self.db))
 
 
 _HALF_PI = math.pi / 2
@@ -129,6 +143,7 @@ RF = Path(
     b=lambda t: t,
     da=lambda t: -torch.ones_like(t),
     db=torch.ones_like,
+    from_rf=lambda s: s,
 )
 COSINE = Path(
     name="cos",
@@ -136,5 +151,89 @@ COSINE = Path(
     b=lambda t: torch.sin(_HALF_PI * t),
     da=lambda t: -_HALF_PI * torch.sin(_HALF_PI * t),
     db=lambda t: _HALF_PI * torch.cos(_HALF_PI * t),
+    from_rf=lambda s: torch.atan2(s, 1 - s) / _HALF_PI,
 )
-PATHS: dict[str, Path] = {path.name: path for path in (RF, COSINE)}
+
+
+_LINEAR_STEPS = 1000
+
+
+@lru_cache
+def _log_alpha_bar(device: torch.device) -> Tensor:
+    """Float64 (1001,): 0, then ``log alpha_bar`` of the steps 0 to 999 of the schedule of latent diffusion."""
+    root_beta = torch.linspace(0.00085**0.5, 0.012**0.5, _LINEAR_STEPS, dtype=torch.float64)
+    log_alpha = torch.log1p(-root_beta.square())
+    return torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]).to(device)
+
+
+def _linear(t: Tensor) -> tuple[Tensor, Tensor]:
+    """``log alpha_bar`` and its derivative at ``t``, each in float64 and of the shape of ``t``."""
+    knots, position = _log_alpha_bar(t.device), t.double() * _LINEAR_STEPS
+    left = position.detach().floor().clamp(0, _LINEAR_STEPS - 1).long()
+    value = knots.take(left)
+    rise = knots.take(left + 1) - value
+    return value + (position - left) * rise, rise * _LINEAR_STEPS
+
+
+def _linear_b(t: Tensor) -> Tensor:
+    # Not 1 - alpha_bar, which loses its digits near data.
+    return torch.sqrt(-torch.expm1(_linear(t)[0])).to(t.dtype)
+
+
+def _linear_db(t: Tensor) -> Tensor:
+    log_alpha_bar, slope = _linear(t)
+    return (-slope * log_alpha_bar.exp() / (2 * torch.sqrt(-torch.expm1(log_alpha_bar)))).to(t.dtype)
+
+
+def _linear_da(t: Tensor) -> Tensor:
+    log_alpha_bar, slope = _linear(t)
+    return (slope / 2 * (log_alpha_bar / 2).exp()).to(t.dtype)
+
+
+def _linear_from_rf(s: Tensor) -> Tensor:
+    knots, target = _log_alpha_bar(s.device), -torch.log1p((s.double() / (1 - s.double())).square())
+    right = torch.searchsorted(-knots, -target.detach().contiguous()).clamp(1, _LINEAR_STEPS)
+    above, below = knots.take(right - 1), knots.take(right)
+    along = (target - above) / (below - above)
+    return ((right - 1 + along) / _LINEAR_STEPS).to(s.dtype)
+
+
+# Latent diffusion's schedule, linear in sqrt(beta) from 0.00085 to 0.012 over 1000 steps (arXiv:2112.10752, as in
+# arXiv:2403.03206, sec. 2), made continuous: t = (n + 1) / 1000 has the alpha_bar of step n, t = 0 is clean data with
+# alpha_bar = 1, and log(alpha_bar) is linear in between. Its end, t = 1, still holds a little of the data.
+LINEAR = Path(
+    name="linear",
+    a=lambda t: (_linear(t)[0] / 2).exp().to(t.dtype),
+    b=_linear_b,
+    da=_linear_da,
+    db=_linear_db,
+    from_rf=_linear_from_rf,
+)
+
+
+def edm_path(p_mean: float = -1.2, p_std: float = 1.2) -> Path:
+    """EDM's path ``z = x0 + sigma noise``, its time the quantile of a log-normal sigma: a uniform t is EDM's density.
+
+    ``b = exp(p_mean + p_std F⁻¹(t))`` with F the standard normal's distribution function; unbounded at t = 1, where
+    the largest time below 1 in float64 is taken instead (sigma = 5700 by default).
+    (arXiv:2206.00364, table 1; arXiv:2403.03206, sec. 2)
+    """
+
+    def quantile(t: Tensor) -> Tensor:
+        return torch.special.ndtri(t.double().clamp(max=1 - 2**-53))
+
+    def sigma(t: Tensor) -> Tensor:
+        return (p_mean + p_std * quantile(t)).exp().to(t.dtype)
+
+    def slope(t: Tensor) -> Tensor:
+        z = quantile(t)
+        return (p_std * math.sqrt(2 * math.pi) * (p_mean + p_std * z + z * z / 2).exp()).to(t.dtype)
+
+    def from_rf(s: Tensor) -> Tensor:
+        return torch.special.ndtr((torch.logit(s.double()) - p_mean) / p_std).to(s.dtype)
+
+    return Path(name="edm", a=torch.ones_like, b=sigma, da=torch.zeros_like, db=slope, from_rf=from_rf)
+
+
+EDM = edm_path()
+PATHS: dict[str, Path] = {path.name: path for path in (RF, COSINE, LINEAR, EDM)}

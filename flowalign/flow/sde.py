@@ -7,16 +7,16 @@ in float64. A step is a function of its own sample alone, so a micro-batch that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowalign.flow.path import Scalar, noise_from_velocity, per_sample, x0_from_velocity
+from flowalign.flow.window import Window, sliding_start
 
-Kind = Literal["ode", "flow", "dance", "cps"]
-KINDS: tuple[Kind, ...] = ("ode", "flow", "dance", "cps")
+Kind = Literal["ode", "flow", "dance", "cps", "ddpm"]
+KINDS: tuple[Kind, ...] = ("ode", "flow", "dance", "cps", "ddpm")
 
 
 class StepStats(NamedTuple):
@@ -38,14 +38,16 @@ def reverse_step(
     """Mean and standard deviation of the state at ``sigma_next``, given the state ``x`` at ``sigma``.
 
     ``kind``: ``ode`` (Euler, std 0); ``flow`` (diffusion ``a sqrt(t / (1 - t))``); ``dance`` (constant diffusion);
-    ``cps`` (coefficient-preserving, which does not keep the marginals of the ODE).
+    ``cps`` (coefficient-preserving, which does not keep the marginals of the ODE; at noise level 1 it noises the
+    predicted data anew); ``ddpm`` (DDIM with noise: level 0 is DDIM, 1 the posterior of DDPM, of any diffusion family).
     ``x``, ``velocity`` (N, ...); ``0 <= sigma_next <= sigma <= 1``, ``sigma > 0``, each a float or a tensor of shape
-    () or (N,); ``noise_level`` >= 0 is ``a`` or ``eta`` (cps: at most 1); ``sigma_max``, like ``sigma``, is the second
-    sigma of the schedule, which the denominator of ``flow`` uses where sigma is 1; other kinds ignore it.
+    () or (N,); ``noise_level`` >= 0 is ``a`` or ``eta`` (cps, ddpm: at most 1); ``sigma_max``, like ``sigma``, is the
+    second sigma of the schedule, which the denominator of ``flow`` uses where sigma is 1; other kinds ignore it.
 
     Returns `StepStats`; its std includes ``sqrt(|dt|)`` and is exactly 0 for ``ode``, for noise level 0, and for
-    ``cps`` at ``sigma_next`` = 0. Raises ValueError for an unknown kind, a noise level out of range, or ``flow``
-    without ``sigma_max``. (flow: arXiv:2505.05470, sec. 4.2; dance: arXiv:2505.07818; cps: arXiv:2509.05952)
+    ``cps`` and ``ddpm`` at ``sigma_next`` = 0. Raises ValueError for an unknown kind, a noise level out of range, or
+    ``flow`` without ``sigma_max``. (flow: arXiv:2505.05470, sec. 4.2; dance: arXiv:2505.07818; cps: arXiv:2509.05952;
+    ddpm: arXiv:2010.02502, eqs. 12 and 16)
     """
     _check(kind, noise_level)
     x, velocity = x.float(), velocity.float()
@@ -53,6 +55,8 @@ def reverse_step(
     if kind == "cps":
         return _coefficient_preserving(x, velocity, t, t_next, noise_level)
     delta = t_next - t
+    if kind == "ddpm":
+        return _posterior(x, velocity, t, t_next, noise_level)
     if kind == "ode":
         return _stats(x + velocity * delta, torch.zeros_like(delta))
     if kind == "flow":
@@ -72,6 +76,17 @@ def _coefficient_preserving(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tens
     return _stats((1 - t_next) * x0 + t_next * math.cos(angle) * noise, t_next * math.sin(angle))
 
 
+def _posterior(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, noise_level: float) -> StepStats:
+    # With r = t / (1 - t), std = eta t' sqrt(1 - (r'/r)²) and the noise keeps t' sqrt(1 - eta² (1 - (r'/r)²)); both
+    # are written without the cancellation of 1 - (r'/r)², and at t = 1, where r is infinite, without r.
+    denominator = (t * (1 - t_next)).clamp_min(torch.finfo(t.dtype).tiny)
+    ratio = torch.where(t_next == t, 1.0, t_next * (1 - t) / denominator)
+    kept = torch.sqrt((1 - noise_level**2) + noise_level**2 * ratio * ratio)
+    # As Euler's step and what noise it has too much, so that level 0 is Euler's step exactly.
+    mean = x + velocity * (t_next - t) + t_next * (kept - 1) * noise_from_velocity(x, velocity, t)
+    return _stats(mean, noise_level * t_next * torch.sqrt((t - t_next) / denominator * (1 + ratio)))
+
+
 def _stats(mean: Tensor, std: Tensor) -> StepStats:
     return StepStats(mean, std.expand(mean.shape[0], *std.shape[1:]).contiguous())
 
@@ -79,8 +94,9 @@ def _stats(mean: Tensor, std: Tensor) -> StepStats:
 def _check(kind: str, noise_level: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown sampler kind {kind!r}; known: {', '.join(KINDS)}")
-    if not noise_level >= 0 or (kind == "cps" and noise_level > 1):
-        allowed = "in [0, 1]" if kind == "cps" else ">= 0"
+    bounded = kind in ("cps", "ddpm")
+    if not noise_level >= 0 or (bounded and noise_level > 1):
+        allowed = "in [0, 1]" if bounded else ">= 0"
         raise ValueError(f"noise_level of {kind!r} must be {allowed}, got {noise_level}")
 
 
@@ -142,59 +158,19 @@ def _log_density(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
     return -0.5 * (z * z) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Which steps of a trajectory are stochastic: the same for every sample of a group.
-
-    ``full``: every step that can be noisy. ``fixed``: ``size`` steps from ``start`` on. ``random``: ``size`` steps in
-    a row, drawn anew for each iteration inside [start, stop). ``sliding``: ``size`` steps in a row that begin at
-    ``start`` and move by ``stride`` after ``every`` iterations at a place, until they end at ``stop``; then they begin
-    anew (``wrap``) or stay there. With ``decay`` > 0 a place that begins at step s is kept for
-    ``ceil(every exp(-decay max(0, s - decay_start)))`` iterations instead, so that early steps get more of them. Steps
-    count from 0, the one that leaves the noise; ``stop`` is exclusive, by default the end of the schedule; ``fixed``
-    does not use it.
-
-    (MixGRPO, arXiv:2507.21802, sec. 3 and alg. 1. Its public code slides 4 of 25 steps with every = 25, stride = 1,
-    wrap and stop = 23, its exponential decay is 0.1 from step 13 on; there the last places are cut off at stop, here a
-    window is always whole.)
-    """
-
-    kind: Literal["full", "fixed", "random", "sliding"] = "full"
-    start: int = 0
-    size: int | None = None
-    stop: int | None = None
-    every: int = 25
-    stride: int = 1
-    decay: float = 0.0
-    decay_start: int = 0
-    wrap: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("full", "fixed", "random", "sliding"):
-            raise ValueError(f"unknown window {self.kind!r}; known: full, fixed, random, sliding")
-        if self.kind != "full" and (self.size is None or self.size < 1):
-            raise ValueError(f"a {self.kind} window needs size >= 1, got {self.size}")
-        if self.start < 0:
-            raise ValueError(f"a window cannot start before step 0, got start={self.start}")
-        if self.every < 1 or self.stride < 1 or not self.decay >= 0:
-            raise ValueError(
-                f"a sliding window needs every >= 1, stride >= 1 and decay >= 0, got {self.every}, {self.stride} and "
-                f"{self.decay}"
-            )
-
-
 def noisy_steps(kind: Kind, sigmas: Tensor, noise_level: float) -> Tensor:
     """Steps whose std is greater than 0, as a bool tensor (K,) on the CPU.
 
     None for ``ode`` or noise level 0. The last step, to sigma 0, counts for ``flow`` and ``dance``, where its noise
-    stays in the image (leave it out with ``Window(stop=K - 1)``), and does not for ``cps``, where its std is 0.
-    ``sigmas`` (K + 1,). Raises ValueError as `reverse_step` does.
+    stays in the image (leave it out with ``Window(stop=K - 1)``), and does not for ``cps`` and ``ddpm``, whose std
+    there is 0. ``sigmas`` (K + 1,). Raises ValueError as `reverse_step` does.
     """
     _check(kind, noise_level)
     sigmas = sigmas.cpu()
     if kind == "ode" or noise_level == 0:
         return torch.zeros(len(sigmas) - 1, dtype=torch.bool)
-    return sigmas[1:] > 0 if kind == "cps" else sigmas[1:] < sigmas[:-1]
+    falls, ends_in_noise = sigmas[1:] < sigmas[:-1], sigmas[1:] > 0
+    return {"cps": ends_in_noise, "ddpm": falls & ends_in_noise}.get(kind, falls)
 
 
 def window_mask(
@@ -229,23 +205,9 @@ def window_mask(
         if window.kind == "random":
             start = starts[int(torch.randint(len(starts), (), generator=generator))]
         else:
-            start = _sliding_start(window, starts, iteration)
+            start = sliding_start(window, starts, iteration)
         stop = start + size
     inside = (torch.arange(num_steps) >= start) & (torch.arange(num_steps) < stop)
     if window.kind == "fixed" and not bool(noisy[inside].all()):
         raise ValueError(f"the fixed window [{start}, {stop}) holds a step without noise for kind {kind!r}")
     return inside & noisy
-
-
-def _sliding_start(window: Window, starts: list[int], iteration: int) -> int:
-    places = starts[:: window.stride]
-    if places[-1] != starts[-1]:
-        places.append(starts[-1])
-    factors = [math.exp(-window.decay * max(0, s - window.decay_start)) for s in places]
-    stays = [max(1, math.ceil(window.every * factor)) for factor in factors]
-    turn = iteration % sum(stays) if window.wrap else iteration
-    for place, stay in zip(places, stays, strict=True):
-        if turn < stay:
-            return place
-        turn -= stay
-    return places[-1]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flowalign.types import Condition
+from flowalign.types import Condition, TextPart
 
 
 class ModelError(ValueError):
@@ -19,11 +19,21 @@ class ModelError(ValueError):
 class Policy(Protocol):
     """A transformer with its text encoders, autoencoder and schedule.
 
-    ``network`` is the module that learns; everything else is frozen.
+    ``network`` is the module that learns; everything else is frozen. ``family`` says what its output means (see
+    ``flow.families``), ``inputs`` which numbers it takes beside the time; ``velocity`` is that of the straight path
+    whatever they are.
     """
 
     network: nn.Module
     shift: float
+    family: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    def use_network(self, network: nn.Module) -> None:
+        """Put another network of the same family in the place of ``network``."""
+        ...
 
     @classmethod
     def load(cls, directory: Path, *, max_sequence_length: int, device: str, dtype: torch.dtype) -> Policy:
@@ -41,10 +51,19 @@ class Policy(Protocol):
         condition: Condition,
         *,
         r: Tensor | None = None,
-        guidance: float | None = None,
+        guidance: float | Tensor | None = None,
         norm_preserving: bool = False,
     ) -> Tensor:
         """dx/dt at x (N, C, H, W), t (N,); with ``guidance`` other than 1 or None, one batched guided call."""
+        ...
+
+    @property
+    def text_parts(self) -> dict[str, TextPart]:
+        """Where in a condition each text encoder's output lies, by the encoder's name."""
+        ...
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) about [0, 1], float32, of latents (N, C, h, w); differentiable."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
+from flowalign.models.inputs import add_inputs
+from flowalign.models.transformer import TransformerSpec, new_transformer
 
 
 def policy_class(name: str) -> type[Any]:
@@ -34,6 +36,9 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
 
     Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
     trainable is float32, whatever ``config.dtype`` says of the rest.
+
+    Raises:
+        ModelError: the directory, the fresh network or its inputs cannot be had.
     """
     policy = policy_class(config.type).load(
         Path(config.path),
@@ -41,6 +46,12 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
         device=device,
         dtype=getattr(torch, config.dtype),
     )
+    if config.transformer is not None:
+        spec = TransformerSpec(**config.transformer.model_dump())
+        policy.use_network(new_transformer(policy.network.config, spec))  # type: ignore[arg-type]
+    if config.inputs:
+        add_inputs(policy.network, config.inputs)
+    policy.family = config.family or "rf"
     if config.lora is None:
         policy.network.requires_grad_(True)
     else:

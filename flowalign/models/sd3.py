@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.flow.families import FAMILIES, rf_velocity
 from flowalign.flow.guidance import cfg, cfg_norm_preserving
 from flowalign.models.base import ModelError
-from flowalign.types import Condition
+from flowalign.models.inputs import inputs_of, pooled_with_inputs, restore_inputs
+from flowalign.types import Condition, TextPart
 
 CACHED_PROMPTS = 512
 SHORT = 128  # tokens
@@ -61,7 +63,7 @@ class SD3Policy:
     appends as many zero tokens, unmasked, so the number is part of the model's configuration.
     """
 
-    def __init__(self, pipeline: object, *, max_sequence_length: int, device: str = "cpu") -> None:
+    def __init__(self, pipeline: object, *, max_sequence_length: int, device: str = "cpu", family: str = "rf") -> None:
         from diffusers import StableDiffusion3Pipeline
 
         if not isinstance(pipeline, StableDiffusion3Pipeline):
@@ -72,6 +74,7 @@ class SD3Policy:
         self.device = device
         self.max_sequence_length = max_sequence_length
         self.shift = float(pipeline.scheduler.config["shift"])
+        self.family = family
         for part in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
                 part.requires_grad_(False).eval()
@@ -100,7 +103,17 @@ class SD3Policy:
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
+        restore_inputs(pipeline.transformer, Path(directory) / "transformer")
         return cls(pipeline, max_sequence_length=max_sequence_length, device=device)
+
+    def use_network(self, network: nn.Module) -> None:
+        """Another transformer in the place of the pipeline's own."""
+        self.network = network.to(self.device).eval()
+        self.pipeline.transformer = network  # type: ignore[assignment]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return inputs_of(self.network)
 
     def keep_network(self) -> None:
         del self.pipeline, self.vae, self._encode
@@ -108,6 +121,21 @@ class SD3Policy:
     @property
     def lora_targets(self) -> list[str]:
         return list(LORA_TARGETS)
+
+    @property
+    def text_parts(self) -> dict[str, TextPart]:
+        """The CLIP encoders lie side by side in the first tokens, T5 behind them; only CLIP has a pooled part."""
+        clip = [self.pipeline.text_encoder.config, self.pipeline.text_encoder_2.config]
+        tokens, width = int(self.pipeline.tokenizer_max_length), [int(c.hidden_size) for c in clip]
+        pooled = [int(c.projection_dim) for c in clip]
+        parts = {
+            "clip_l": TextPart((0, tokens), (0, width[0]), (0, pooled[0])),
+            "clip_g": TextPart((0, tokens), (width[0], sum(width)), (pooled[0], sum(pooled))),
+        }
+        if self.pipeline.text_encoder_3 is not None:
+            joint = int(self.pipeline.transformer.config["joint_attention_dim"])
+            parts["t5"] = TextPart((tokens, None), (0, joint), (0, 0))
+        return parts
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -141,21 +169,28 @@ class SD3Policy:
         condition: Condition,
         *,
         r: Tensor | None = None,
-        guidance: float | None = None,
+        guidance: float | Tensor | None = None,
         norm_preserving: bool = False,
     ) -> Tensor:
-        """Velocity (N, C, H, W), float32; guided where ``guidance`` is neither None nor 1, in one batched call."""
-        if r is not None:
-            raise ModelError("models of type sd3 take no second time r; use a model with an r input")
+        """Velocity (N, C, H, W), float32; guided where ``guidance`` is neither None nor 1, in one batched call.
+
+        A network that takes the guidance as an input is called once, unguided. One that takes ``r`` gives the average
+        velocity between ``t`` and ``r``, by default ``t`` itself.
+        """
+        if r is not None and "r" not in self.inputs:
+            raise ModelError("this network takes no second time r; give it one with model.inputs: [r]")
         tokens, pooled = condition.expand()
-        if guidance is None or guidance == 1:
-            return self._forward(x, t, tokens, pooled)
+        if "guidance" in self.inputs:
+            return self._forward(x, t, tokens, pooled, r, guidance)
+        if guidance is None or (not isinstance(guidance, Tensor) and guidance == 1):
+            return self._forward(x, t, tokens, pooled, r)
         count = x.shape[0]
         both = self._forward(
             torch.cat([x, x]),
             torch.cat([t, t]),
             torch.cat([condition.null_LD.expand(count, -1, -1), tokens]),
             torch.cat([condition.null_E.expand(count, -1), pooled]),
+            None if r is None else torch.cat([r, r]),
         )
         null, conditional = both.chunk(2)
         if not norm_preserving:
@@ -163,7 +198,23 @@ class SD3Policy:
         patch = int(self.network.config["patch_size"])  # type: ignore[index]
         return cfg_norm_preserving(conditional, null, guidance, patch_size=patch)
 
-    def _forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        pooled: Tensor,
+        r: Tensor | None = None,
+        guidance: float | Tensor | None = None,
+    ) -> Tensor:
+        if self.inputs:
+            dtype = next(self.network.parameters()).dtype
+            pooled = pooled_with_inputs(pooled.to(dtype), t, r, guidance, self.inputs)
+        network = partial(self._output, tokens=tokens, pooled=pooled)
+        return network(x, t) if self.family == "rf" else rf_velocity(FAMILIES[self.family], network)(x, t)
+
+    def _output(self, x: Tensor, t: Tensor, *, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """What the network itself says, float32: of the straight path its velocity, else see ``flow.families``."""
         # Trainable parameters are float32 whatever the base's dtype: rollout and learner both need autocast, or
         # they would not compute the same function.
         dtype = next(self.network.parameters()).dtype
@@ -175,7 +226,7 @@ class SD3Policy:
             out = self.network(
                 hidden_states=x.to(dtype),
                 encoder_hidden_states=tokens.to(dtype),
-                pooled_projections=pooled.to(dtype),
+                pooled_projections=pooled if self.inputs else pooled.to(dtype),  # columns of times stay float32
                 timestep=t * 1000,
                 return_dict=False,
             )[0]
@@ -183,10 +234,14 @@ class SD3Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.decode_pixels(latents)
+        return pixels.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) about [0, 1], float32, differentiable in the latents (N, C, h, w)."""
         config = self.vae.config
         z = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
-        pixels = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
-        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float() / 2 + 0.5
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

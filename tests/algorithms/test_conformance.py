@@ -6,13 +6,28 @@ from torch import nn
 
 from flowalign.algorithm import UnknownAlgorithm, algorithm_class, build_algorithm, known_algorithms
 from flowalign.types import LatentBatch, Rollout, RolloutSpec
-from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
 
 NAMES = known_algorithms()
+# Options that change which networks are asked, or for what; every algorithm runs with its defaults as well.
+VARIANTS = {
+    "consistency heun": {"type": "consistency", "solver": "heun", "guidance_scale": 3, "loss": "squared"},
+    "consistency without teacher": {"type": "consistency", "teacher": "none", "condition_dropout": 0.5},
+    "guidance_distill range": {"type": "guidance_distill", "guidance_range": [1, 5], "condition_dropout": 0.5},
+    "meanflow guided": {"type": "meanflow", "omega": 0.5, "kappa": 0.3, "equal_fraction": 0.3},
+    "progressive guided": {"type": "progressive", "guidance_scale": 2, "shift": 3, "condition_dropout": 0.5},
+    "reflow squared": {"type": "reflow", "loss": "squared", "condition_dropout": 0.5},
+    "reflow lpips": {"type": "reflow", "loss": "lpips_huber"},
+    "reflow lpips over t": {"type": "reflow", "loss": "lpips_huber_over_t"},
+}
+CONFIGS = {**{name: {"type": name} for name in NAMES}, **VARIANTS}
 
 
 def models_for(algorithm) -> dict[str, nn.Module]:
-    return {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.models)}
+    models: dict[str, nn.Module] = {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.models)}
+    if getattr(algorithm, "needs_features", False):
+        models["features"] = TwoMaps()
+    return models
 
 
 def batch_for(algorithm, policy):
@@ -21,18 +36,19 @@ def batch_for(algorithm, policy):
     if algorithm.consumes is Rollout:
         return make_rollout(policy, algorithm.rollout_plan(0, 0)), scores
     assert algorithm.consumes is LatentBatch, f"teach this test to make a {algorithm.consumes.__name__}"
-    return LatentBatch(torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), condition(8), 0), scores
+    latents, noise = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return LatentBatch(latents, condition(8), 0, noise), scores
 
 
 def prepared(name):
-    algorithm = build_algorithm({"type": name})
+    algorithm = build_algorithm(CONFIGS[name])
     models = models_for(algorithm)
     with torch.no_grad():
         train = algorithm.prepare(*batch_for(algorithm, models["policy"]), models)
     return algorithm, models, train
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_is_finite_and_its_gradient_reaches_the_policy_only(name):
     algorithm, models, train = prepared(name)
     output = algorithm.loss(models, train)
@@ -44,7 +60,7 @@ def test_the_loss_is_finite_and_its_gradient_reaches_the_policy_only(name):
     assert all(p.grad is None for p in others)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_invariant_to_the_micro_batch_split(name):
     algorithm, models, train = prepared(name)
     parameters = list(models["policy"].parameters())
@@ -57,7 +73,7 @@ def test_the_gradient_is_invariant_to_the_micro_batch_split(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_prepare_is_a_function_of_its_arguments(name):
     algorithm, models, train = prepared(name)
     with torch.no_grad():
@@ -66,20 +82,21 @@ def test_prepare_is_a_function_of_its_arguments(name):
     assert all(torch.equal(train.tensors[key], again.tensors[key]) for key in train.tensors)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_config_survives_a_round_trip_and_refuses_unknown_keys(name):
-    cls = algorithm_class(name)
-    config = cls.Config(type=name)
+    cls = algorithm_class(str(CONFIGS[name]["type"]))
+    config = cls.Config.model_validate(CONFIGS[name])
     assert cls.Config.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValueError, match="Extra inputs"):
-        cls.Config.model_validate({"type": name, "no_such_key": 1})
+        cls.Config.model_validate({**CONFIGS[name], "no_such_key": 1})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_declarations_are_there(name):
-    algorithm = build_algorithm({"type": name})
+    algorithm = build_algorithm(CONFIGS[name])
     assert "policy" in algorithm.models and isinstance(algorithm.needs_scores, bool)
     assert algorithm.rollout_weights in ("policy", "ema")
+    assert set(getattr(algorithm, "inputs", ())) <= {"r", "guidance"}
     plan = algorithm.rollout_plan(0, 0)
     assert (algorithm.consumes is Rollout) == isinstance(plan, RolloutSpec)
 

@@ -7,6 +7,7 @@ import torch
 
 from flowalign.algorithm import step_log_prob
 from flowalign.flow import sde
+from flowalign.flow.path import per_sample
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores
 
 SHAPE = (2, 3, 3)
@@ -27,8 +28,8 @@ class LinearVelocity(torch.nn.Module):
         self.bias = torch.nn.Parameter(0.3 * torch.randn(SHAPE, generator=generator))
 
     def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
-        extra = 0.0 if guidance in (None, 1) else 0.1 * guidance
-        return self.weight * x + self.bias + extra
+        extra = 1.0 if guidance is None else per_sample(guidance, x)
+        return self.weight * x + self.bias + torch.where(torch.as_tensor(extra == 1.0), 0.0, 0.1 * extra)
 
 
 class ConstantVelocity(torch.nn.Module):
@@ -40,6 +41,20 @@ class ConstantVelocity(torch.nn.Module):
 
     def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
         return self.value.expand(x.shape)
+
+
+class TwoMaps(torch.nn.Module):
+    """Frozen features of latents of ``SHAPE``: a map with and one without places, (N, 4, 3, 3) and (N, 5, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mixing = torch.randn(4, SHAPE[0], generator=generator)
+        self.reading = torch.randn(5, 18, generator=generator)
+
+    def forward(self, latents):
+        maps = torch.einsum("dc,nchw->ndhw", self.mixing, latents).tanh()
+        return [maps, (latents.flatten(1) @ self.reading.T)[..., None]]
 
 
 def make_rollout(model, spec: RolloutSpec, groups: int = 2, size: int = 4, seed: int = 0) -> Rollout:

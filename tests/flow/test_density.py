@@ -7,6 +7,8 @@ import torch
 from scipy import stats
 
 from flowalign.flow import density
+from flowalign.flow.families import edm
+from flowalign.flow.schedule import shift_sigma
 
 CASES = [
     ("uniform", {}),
@@ -17,6 +19,11 @@ CASES = [
     ("cosmap", {}),
     ("u_shaped", {}),
     ("u_shaped", {"a": 1.5}),
+    ("uniform", {"shift": 3.0}),
+    ("logit_normal", {"m": -0.5, "s": 0.6, "shift": 3.0}),
+    ("mode", {"shift": 0.5}),
+    ("cosmap", {"shift": 2.0}),
+    ("u_shaped", {"shift": 3.0}),
 ]
 IDS = [kind + "".join(f"-{k}{v}" for k, v in params.items()) for kind, params in CASES]
 
@@ -49,6 +56,40 @@ def test_closed_forms_match_values_by_hand():
     assert density.pdf("u_shaped", t).item() == pytest.approx(4 * math.exp(2) / (math.exp(4) - 1))
 
 
+KINDS = list(density.DENSITIES)
+
+
+def test_shifted_uniform_matches_a_value_by_hand():
+    assert density.pdf("uniform", torch.tensor([0.5]), shift=3.0).item() == pytest.approx(0.75)
+
+
+def test_shift_of_a_logit_normal_moves_its_location_by_the_log():
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    moved = density.pdf("logit_normal", t, m=0.2 + math.log(3))
+    torch.testing.assert_close(density.pdf("logit_normal", t, m=0.2, shift=3.0), moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shifts_compose_by_multiplication(kind):
+    u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    once, twice = density.density(kind, shift=6.0), density.Shifted(density.density(kind, shift=2.0), 3.0)
+    torch.testing.assert_close(twice.from_uniform(u), once.from_uniform(u))
+    torch.testing.assert_close(twice.pdf(u), once.pdf(u))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_a_shifted_density_are_the_shifted_samples(kind):
+    plain, shifted = (density.sample(kind, (9,), torch.Generator().manual_seed(2), shift=s) for s in (1.0, 3.0))
+    torch.testing.assert_close(shifted, shift_sigma(plain, 3.0))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (-0.4, 1.0)])
+def test_uniform_times_of_edm_give_a_log_normal_sigma(mean, std, generator):
+    t = density.sample("uniform", (20_000,), generator)
+    log_sigma = edm(mean, std).path.b(t.double()).log().numpy()
+    assert stats.kstest(log_sigma, stats.norm(mean, std).cdf).pvalue > 0.01
+
+
 def test_positive_location_of_logit_normal_favours_noise(generator):
     assert density.sample("logit_normal", (1000,), generator, m=1.0).mean() > 0.6
 
@@ -74,7 +115,13 @@ def test_same_seed_gives_same_samples():
 
 @pytest.mark.parametrize(
     ("kind", "params"),
-    [("triangle", {}), ("logit_normal", {"s": 0.0}), ("mode", {"s": 1.8}), ("u_shaped", {"a": 0.0})],
+    [
+        ("triangle", {}),
+        ("logit_normal", {"s": 0.0}),
+        ("mode", {"s": 1.8}),
+        ("u_shaped", {"a": 0.0}),
+        ("uniform", {"shift": 0.0}),
+    ],
 )
 def test_unknown_kind_and_bad_parameters_are_refused(kind, params, generator):
     with pytest.raises(ValueError):

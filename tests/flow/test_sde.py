@@ -58,7 +58,9 @@ def moments(kind, gaussian, grid: torch.Tensor, noise_level: float) -> tuple[flo
     return mean, variance
 
 
-@pytest.mark.parametrize(("kind", "noise_level"), [("flow", 0.7), ("dance", 0.7), ("flow", 0.3), ("dance", 0.3)])
+@pytest.mark.parametrize(
+    ("kind", "noise_level"), [("flow", 0.7), ("dance", 0.7), ("flow", 0.3), ("dance", 0.3), ("ddpm", 0.7)]
+)
 def test_marginals_of_the_ode_are_kept_with_weak_order_one(kind, noise_level, gaussian):
     errors = []
     for num_steps in (50, 100, 200):
@@ -69,7 +71,7 @@ def test_marginals_of_the_ode_are_kept_with_weak_order_one(kind, noise_level, ga
     assert math.log2(variance_errors[1] / variance_errors[2]) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("kind", ["flow", "dance"])
+@pytest.mark.parametrize("kind", ["flow", "dance", "ddpm"])
 def test_sampled_trajectories_have_the_marginal_of_the_ode(kind, gaussian, generator):
     grid = torch.linspace(0.9, 0.1, 101)
     noise = torch.randn(40_000, 1, generator=generator)
@@ -109,7 +111,7 @@ def batch(generator) -> Pair:
     return torch.randn(5, 4, 3, 3, generator=generator), torch.randn(5, 4, 3, 3, generator=generator)
 
 
-@pytest.mark.parametrize("kind", ["flow", "dance"])
+@pytest.mark.parametrize("kind", ["flow", "dance", "ddpm"])
 def test_noise_level_zero_is_bitwise_an_euler_step(kind, batch: Pair):
     stats = reverse_step(kind, *batch, 0.8, 0.6, 0.0, 0.9)
     assert torch.equal(stats.mean, reverse_step("ode", *batch, 0.8, 0.6, 0.0).mean)
@@ -197,12 +199,14 @@ def test_gradient_reaches_the_velocity(kind, batch: Pair):
 
 
 def test_bad_steps_are_refused(batch: Pair):
-    with pytest.raises(ValueError, match="known: ode, flow, dance, cps"):
+    with pytest.raises(ValueError, match="known: ode, flow, dance, cps, ddpm"):
         reverse_step("euler", *batch, 0.8, 0.6, 0.7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="sigma_max"):
         reverse_step("flow", *batch, 0.8, 0.6, 0.7)
     with pytest.raises(ValueError, match="in \\[0, 1\\]"):
         reverse_step("cps", *batch, 0.8, 0.6, 1.2)
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        reverse_step("ddpm", *batch, 0.8, 0.6, 1.2)
     for noise_level in (-0.1, math.nan):
         with pytest.raises(ValueError, match="noise_level"):
             reverse_step("dance", *batch, 0.8, 0.6, noise_level)

@@ -8,7 +8,7 @@ import torch
 
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import reverse_step
-from flowalign.flow.solvers import euler, heun
+from flowalign.flow.solvers import dpmpp_2m, euler, heun
 
 
 def orders(solver, gaussian, counts: list[int]) -> list[float]:
@@ -30,14 +30,31 @@ def test_heun_converges_with_order_two(gaussian):
     assert orders(heun, gaussian, [40, 80, 160, 320])[-1] == pytest.approx(2, abs=0.05)
 
 
-@pytest.mark.parametrize("solver", [euler, heun])
+def test_dpmpp_2m_converges_with_order_two(gaussian):
+    assert orders(dpmpp_2m, gaussian, [40, 80, 160, 320])[-1] == pytest.approx(2, abs=0.05)
+
+
+def test_dpmpp_2m_evaluates_once_a_step_and_reports_each_state(gaussian):
+    times, states = [], []
+
+    def velocity_fn(x, t):
+        times.append(t)
+        return gaussian.velocity(x, t)
+
+    grid = sigmas(6, 3.0)
+    end = dpmpp_2m(velocity_fn, torch.randn(2, 5), grid, callback=lambda k, state: states.append((k, state)))
+    torch.testing.assert_close(torch.stack(times)[:, 1], grid[:-1], rtol=0, atol=0)
+    assert [k for k, _ in states] == list(range(6)) and torch.equal(states[-1][1], end)
+
+
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
 def test_solvers_carry_noise_to_the_data_distribution(solver, gaussian):
     x = torch.tensor([[-1.0], [0.0], [2.0]], dtype=torch.float64)
     end = solver(gaussian.velocity, x, sigmas(1000, grid="paper"))
     torch.testing.assert_close(end, gaussian.mu + gaussian.c * x, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("solver", [euler, heun])
+@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
 def test_straight_paths_need_one_step(solver):
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     grid = torch.tensor([1.0, 0.0])

@@ -1,0 +1,111 @@
+"""Latent consistency distillation (arXiv:2310.04378, arXiv:2303.01469): one state of a line leads where the next does.
+
+Shapes: N samples, K steps, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded
+from flowalign.flow import path, schedule
+from flowalign.flow.losses import pseudo_huber
+from flowalign.flow.path import per_sample
+from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+
+
+class Consistency:
+    """``f(x, t) = x - t v(x, t)`` at a time is pulled to the average's ``f`` at an earlier one, further down the line.
+
+    ``f(x, 0) = x`` holds whatever the network says, so no skip coefficients are needed.
+    """
+
+    class Config(AlgorithmConfig):
+        """Times are those of a grid of ``num_steps``; ``skip`` steps of it are taken at once, fewer at its end.
+
+        ``teacher: model`` takes them by one step of the guided teacher's ODE: distillation, whose student is called
+        without guidance. ``teacher: none`` follows the straight line of the data and its own noise instead:
+        consistency training (arXiv:2303.01469, algorithm 3), which needs no teacher and knows no guidance.
+
+        A grid of 1000 and a skip of 20 are those of arXiv:2310.04378, the loss that of arXiv:2310.14189 (``c`` null is
+        ``0.00054 sqrt(d)``). ``shift`` null takes the model's own scheduler's.
+        """
+
+        type: str = "consistency"
+        teacher: Literal["model", "none"] = "model"
+        solver: Literal["euler", "heun"] = "euler"
+        guidance_scale: float = Field(1.0, ge=0)
+        num_steps: int = Field(1000, ge=1)
+        skip: int = Field(20, ge=1)
+        shift: float | None = Field(None, gt=0)
+        grid: Literal["diffusers", "paper"] = "paper"
+        loss: Literal["squared", "pseudo_huber"] = "pseudo_huber"
+        c: float | None = Field(None, gt=0)
+        condition_dropout: float = Field(0.0, ge=0, le=1)
+
+        @model_validator(mode="after")
+        def _together(self) -> Consistency.Config:
+            if self.skip > self.num_steps:
+                raise ValueError(f"skip: {self.skip} steps exceed the grid's num_steps of {self.num_steps}")
+            if self.teacher == "none" and (self.guidance_scale != 1 or self.solver != "euler"):
+                raise ValueError("teacher: none has neither guidance_scale nor solver; leave both out")
+            if self.loss == "squared" and self.c is not None:
+                raise ValueError("c: the squared loss has none; choose pseudo_huber or leave it out")
+            return self
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    consumes = LatentBatch
+    needs_scores = False
+    rollout_weights = "policy"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("policy", "teacher", "ema") if self.config.teacher == "model" else ("policy", "ema")
+
+    def rollout_plan(self, iteration: int, seed: int) -> None:
+        return None
+
+    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+        """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""
+        c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
+        count = x0.shape[0]
+        sigmas = schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid)
+        step = torch.randint(c.num_steps, (count,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        drop = torch.rand(count, generator=generator) < c.condition_dropout
+        times = {"t": sigmas[step], "s": sigmas[(step + c.skip).clamp_max(c.num_steps)]}
+        tensors = {"x0": x0, **{k: v.to(x0.device) for k, v in {"noise": noise, **times}.items()}}
+        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        item, condition = minibatch.tensors, minibatch.condition
+        x = path.interpolate(item["x0"], item["noise"], item["t"])
+        with torch.no_grad():
+            earlier = self._step(models, x, item, condition)
+            velocity = models["ema"](earlier, item["s"], condition)
+            target = path.x0_from_velocity(earlier, velocity, item["s"])
+        velocity = models["policy"](x, item["t"], condition)
+        difference = path.x0_from_velocity(x, velocity, item["t"]) - target
+        squared = difference.square().mean()
+        loss = squared if self.config.loss == "squared" else pseudo_huber(difference, self.config.c).mean()
+        return LossOutput(loss, {"loss/consistency": loss.detach(), "loss/consistency_mse": squared.detach()})
+
+    def _step(self, models: Models, x: Tensor, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
+        """The state at ``s`` of the line through ``x`` at ``t``."""
+        c, t, s = self.config, item["t"], item["s"]
+        if c.teacher == "none":
+            return path.interpolate(item["x0"], item["noise"], s)
+        slope = models["teacher"](x, t, condition, guidance=c.guidance_scale)
+        delta = per_sample(s - t, x)
+        if c.solver == "heun":
+            ahead = models["teacher"](x + delta * slope, s, condition, guidance=c.guidance_scale)
+            # A step that ends at t = 0 is Euler, as in `flow.solvers`.
+            slope = torch.where(per_sample(s, x) > 0, (slope + ahead) / 2, slope)
+        return x + delta * slope

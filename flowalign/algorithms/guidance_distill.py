@@ -1,0 +1,89 @@
+"""Guidance distillation: one call of the student for the teacher's two (arXiv:2210.03142, stage 1).
+
+Shapes: N samples, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
+from flowalign.flow import forward, path
+from flowalign.flow.guidance import cfg
+from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+
+
+class GuidanceDistill:
+    """Regress the student's plain velocity on the teacher's guided one, at noised latents."""
+
+    class Config(DensityConfig):
+        """The teacher's ``guidance_scale`` is built into the student, which is then called without guidance; or, where
+        ``guidance_range`` is given, each sample has its own, uniform in that range, which the student is told (its
+        network has the input ``guidance``).
+
+        Times are uniform and all errors of the velocity weigh alike; the paper's loss on x̂_0 has a weight of the SNR
+        in its place. ``condition_dropout`` is for a student whose unconditional velocity is still asked for.
+        """
+
+        type: str = "guidance_distill"
+        guidance_scale: float = Field(3.0, ge=0)
+        guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+
+        @model_validator(mode="after")
+        def _range_is_one(self) -> GuidanceDistill.Config:
+            if self.guidance_range is not None and self.guidance_range[0] >= self.guidance_range[1]:
+                raise ValueError(
+                    f"guidance_range: {list(self.guidance_range)} holds no range; give the lower end first, "
+                    "or name one guidance_scale"
+                )
+            return self
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    consumes = LatentBatch
+    models = ("policy", "teacher")
+    needs_scores = False
+    rollout_weights = "policy"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the student's network takes beside the time."""
+        return () if self.config.guidance_range is None else ("guidance",)
+
+    def rollout_plan(self, iteration: int, seed: int) -> None:
+        return None
+
+    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+        """Draw times, noises, dropped conditions and guidances from the batch's own seed."""
+        generator, x0 = seeded(batch.seed), batch.latents_NCHW
+        count = x0.shape[0]
+        t = self.config.times((count,), generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        drop = torch.rand(count, generator=generator) < self.config.condition_dropout
+        tensors = {"x": path.interpolate(x0, noise.to(x0.device), t), "t": t.to(x0.device)}
+        if self.config.guidance_range is not None:
+            low, high = self.config.guidance_range
+            tensors["guidance"] = (low + (high - low) * torch.rand(count, generator=generator)).to(x0.device)
+        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        item, condition = minibatch.tensors, minibatch.condition
+        target = self._target(models, item, condition)
+        velocity = models["policy"](item["x"], item["t"], condition, guidance=item.get("guidance"))
+        loss = forward.velocity_error(velocity, target).mean()
+        return LossOutput(loss, {"loss/velocity_mse": loss.detach()})
+
+    @torch.no_grad()
+    def _target(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
+        """The guided teacher's velocity (N, C, H, W)."""
+        teacher, x, t = models["teacher"], item["x"], item["t"]
+        if "guidance" not in item:
+            return teacher(x, t, condition, guidance=self.config.guidance_scale)
+        null = dropped_conditions(condition, torch.ones(len(condition), dtype=torch.bool))
+        return cfg(teacher(x, t, condition), teacher(x, t, null), item["guidance"])

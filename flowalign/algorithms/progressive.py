@@ -1,0 +1,95 @@
+"""Progressive distillation (arXiv:2202.00512): one step of the student leads where two of the teacher do.
+
+Shapes: N samples, S steps of the student, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded
+from flowalign.flow import forward, path, schedule
+from flowalign.flow.path import per_sample
+from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+
+
+class Progressive:
+    """Regress the student's velocity on the chord of two Euler steps of the teacher, from noised latents."""
+
+    class Config(AlgorithmConfig):
+        """The student learns the ``num_steps`` times that it will be sampled at, each alike, and no others.
+
+        One run is one round: it halves the teacher's steps. A chain to few steps is a run a round, each with the
+        student before it as its teacher and as its start: 1024 (any model), then ``num_steps`` 512, 256 … 1. The
+        ``paper`` grid nests, so that a round's times are every other one of the round before; ``diffusers`` does not
+        (its last noise level moves with the number of steps), and suits a single round from a model that knows every
+        time. Sample the student with its own ``num_steps``, ``shift`` and ``grid`` and with Euler steps.
+
+        ``guidance_scale`` is the teacher's, for the first round: students have it built in, so later ones leave it
+        at 1. Errors of the velocity weigh alike; the paper's loss on x̂_0 has the weight ``max(SNR, 1)``.
+        ``shift`` null takes the model's own scheduler's.
+        """
+
+        type: str = "progressive"
+        num_steps: int = Field(4, ge=1)
+        shift: float | None = Field(None, gt=0)
+        grid: Literal["diffusers", "paper"] = "paper"
+        guidance_scale: float = Field(1.0, ge=0)
+        condition_dropout: float = Field(0.0, ge=0, le=1)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    consumes = LatentBatch
+    models = ("policy", "teacher")
+    needs_scores = False
+    rollout_weights = "policy"
+
+    def rollout_plan(self, iteration: int, seed: int) -> None:
+        return None
+
+    def times(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each of the student's steps begins, where the teacher's first ends, where both end: (S,) each."""
+        c = self.config
+        shift = c.shift or 1.0
+        sigmas = schedule.sigmas(c.num_steps, shift=shift, grid=c.grid)
+        even = schedule.shift_sigma(sigmas.double(), 1 / shift)
+        middle = schedule.shift_sigma((even[:-1] + even[1:]) / 2, shift).float()
+        return sigmas[:-1], middle, sigmas[1:]
+
+    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+        """Draw a step of the student, noise and dropped conditions from the batch's own seed."""
+        c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
+        count = x0.shape[0]
+        step = torch.randint(c.num_steps, (count,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        drop = torch.rand(count, generator=generator) < c.condition_dropout
+        begin, middle, end = (times[step].to(x0.device) for times in self.times())
+        x = path.interpolate(x0, noise.to(x0.device), begin)
+        tensors = {"x": x, "t": begin, "middle": middle, "end": end}
+        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        item, condition = minibatch.tensors, minibatch.condition
+        target = self.chord(models, item, condition)
+        velocity = models["policy"](item["x"], item["t"], condition)
+        loss = forward.velocity_error(velocity, target).mean()
+        return LossOutput(loss, {"loss/velocity_mse": loss.detach()})
+
+    @torch.no_grad()
+    def chord(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
+        """``(x'' - x) / (t'' - t)`` after two Euler steps: the mean of their slopes, weighted by length.
+
+        (arXiv:2202.00512, algorithm 2, in this convention)
+        """
+        teacher, x, t, middle, end = models["teacher"], *(item[k] for k in ("x", "t", "middle", "end"))
+        guidance = self.config.guidance_scale
+        first = teacher(x, t, condition, guidance=guidance)
+        second = teacher(x + per_sample(middle - t, x) * first, middle, condition, guidance=guidance)
+        share = per_sample((middle - t) / (end - t), x)
+        return share * first + (1 - share) * second

@@ -1,0 +1,134 @@
+"""What makes data from a model: arguments of ``make-pairs``, ``make-preferences`` and ``calibrate-cache``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowalign.cli.options import Guidance, Json, Like, Solver, Source, Steps, Weights
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import print_json, print_rows, progress
+
+
+def make_pairs(
+    checkpoint: Source,
+    to: Annotated[Path, typer.Option("--to", help="directory of the bank")],
+    pairs: Annotated[int, typer.Option(min=1)] = 20_000,
+    prompts: Annotated[
+        str, typer.Option(help="shapes:train, a jsonl file, or a bank for its captions")
+    ] = "shapes:train",
+    solver: Solver = None,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = "model",
+    shard_size: Annotated[int, typer.Option(min=1, help="pairs a shard, what an interruption can cost")] = 2048,
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
+    from flowalign.cli.runs import config_of
+
+    own = config_of(checkpoint, config)
+    from flowalign.cli.make_pairs import make_pairs as write_pairs
+
+    console = make_console(as_json)
+    manifest = write_pairs(
+        checkpoint,
+        config=own,
+        prompts=prompts,
+        pairs=pairs,
+        to=to,
+        solver=None if solver is None else solver.value,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        which=weights,
+        shard_size=shard_size,
+        progress=progress(console, "pairs"),
+    )
+    console.print(f"{manifest['count']} pairs in {to}", highlight=False, soft_wrap=True)
+    print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
+
+
+def calibrate_cache(
+    checkpoint: Source,
+    to: Annotated[Path, typer.Option("--to", help="file to write")],
+    num_samples: Annotated[int, typer.Option(min=1)] = 48,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = None,
+    degree: Annotated[int, typer.Option(min=1, max=8, help="of the polynomial")] = 4,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = "model",
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
+    from flowalign.cli.runs import config_of
+
+    own = config_of(checkpoint, config)
+    from flowalign.cli.calibrate import calibrate
+
+    console = make_console(as_json)
+    found = calibrate(
+        checkpoint,
+        to,
+        config=own,
+        prompts=prompts,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        degree=degree,
+        seed=seed,
+        which=weights,
+        progress=progress(console, "samples"),
+    )
+    print_rows(console, [(key, str(found[key])) for key in ("distances", "relative_error", "input_range")])
+    console.print(f"written to {to}", highlight=False, soft_wrap=True)
+    print_json(as_json, {**found, "out": str(to)})
+
+
+def make_preferences(
+    checkpoint: Source,
+    reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
+    prompts: Annotated[str, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = "shapes:train",
+    pairs: Annotated[int, typer.Option(min=1)] = 2000,
+    out: Path = Path("preferences"),
+    group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    weights: Weights = "model",
+    config: Like = None,
+    as_json: Json = False,
+) -> None:
+    """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
+    from flowalign.cli.runs import config_of
+    from flowalign.config import RewardConfig
+    from flowalign.configpaths import resolve_reward, scalar_options
+
+    own = config_of(checkpoint, config)
+    named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
+    from flowalign.cli.make_preferences import make_preferences as write_preferences
+
+    console = make_console(as_json)
+    card = write_preferences(
+        checkpoint,
+        named,
+        config=own,
+        prompts=prompts,
+        pairs=pairs,
+        out=out,
+        group_size=group_size,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        which=weights,
+        progress=progress(console, "pairs"),
+    )
+    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}", highlight=False)
+    print_json(as_json, {**card, "out": str(out)})

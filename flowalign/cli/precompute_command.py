@@ -1,0 +1,140 @@
+"""``flowalign precompute``: its arguments; the work is in ``flowalign.cli.precompute``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowalign.cli.options import Json
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import print_json
+
+NAMED = 5  # rows of each kind that are printed; all of them are in skipped.json
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Stored(StrEnum):
+    float16 = "float16"
+    float32 = "float32"
+
+
+def precompute(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a parquet file or a folder; with --hub a name")],
+    to: Annotated[Path, typer.Option("--to", help="directory of the bank")],
+    model: Annotated[str, typer.Option(help="pipeline directory whose encoders are used; shapes is the shipped one")],
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=caption_llava")
+    ] = None,
+    image: Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
+    max_ratio: Annotated[float, typer.Option(min=1, help="longest shape, such as 2 for 2:1; 1 is square only")] = 1.0,
+    bucket: Annotated[
+        list[str] | None, typer.Option(metavar="HEIGHTxWIDTH", help="these sizes instead; several may be given")
+    ] = None,
+    random_crop: Annotated[bool, typer.Option("--random-crop", help="cut anywhere, not about the centre")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror half of the images; captions are left alone")] = False,
+    deduplicate: Annotated[
+        float | None, typer.Option(metavar="COSINE", min=0, max=1, help="drop images that are nearer to an earlier one")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="open_clip directory to tell by, such as shapes:open_clip")] = None,
+    embeddings: Annotated[Stored | None, typer.Option(help="also store the captions' embeddings")] = None,
+    max_sequence_length: Annotated[int, typer.Option(min=1, max=512, help="of their T5 part")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    shard_size: Annotated[int, typer.Option(min=1, help="images a shard, what an interruption can cost")] = 2048,
+    limit: Annotated[int | None, typer.Option(min=1, help="take the first rows only")] = None,
+    streaming: Annotated[bool, typer.Option(help="read the source as it lies, without a copy in the cache")] = True,
+    hub: Annotated[bool, typer.Option("--hub", help="SOURCE is a data set on the hub, which is downloaded")] = False,
+    split: str = "train",
+    seed: Annotated[int, typer.Option(min=0, help="of random crops and flips")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="of the encoders")] = Precision.float32,
+    workers: Annotated[int, typer.Option(min=1, help="threads that decode images")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Encode captioned images into a latent bank for pretraining; the same command continues an interrupted one."""
+    from flowalign.config import SHIPPED, ConfigError, ModelConfig, RewardConfig
+    from flowalign.configcheck import check_device
+    from flowalign.configpaths import resolve_reward
+
+    check_device("--device", device)
+    if (deduplicate is None) != (clip is None):
+        raise ConfigError("--deduplicate", "goes with --clip, which tells near-duplicates; give both or neither")
+    if clip is not None:
+        named = RewardConfig(spec="clip", options={"path": clip})
+        clip = resolve_reward(named, Path.cwd(), "--clip").options["path"]
+    encoders = ModelConfig(
+        path=str(SHIPPED / "pipeline") if model == "shapes" else model,
+        max_sequence_length=max_sequence_length,
+        dtype=dtype.value,
+    )
+    from flowalign.cli.precompute import Options
+    from flowalign.cli.precompute import precompute as write_bank
+
+    console = make_console(as_json)
+    options = Options(
+        source=source,
+        to=to,
+        model=encoders,
+        captions=_captions(caption or ()),
+        image=image,
+        split=split,
+        hub=hub,
+        streaming=streaming,
+        limit=limit,
+        resolution=resolution,
+        max_ratio=max_ratio,
+        buckets=tuple(bucket or ()),
+        random_crop=random_crop,
+        flip=flip,
+        seed=seed,
+        deduplicate=deduplicate,
+        clip=clip,
+        embeddings=None if embeddings is None else embeddings.value,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        device=device,
+        workers=workers,
+    )
+    manifest = write_bank(options, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    for line in _skipped(to, manifest):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{manifest['count']} images in {to}", highlight=False, soft_wrap=True)
+    print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
+
+
+def _captions(given: Sequence[str]) -> dict[str, str]:
+    """``KIND=COLUMN`` options as a mapping."""
+    from flowalign.config import ConfigError
+
+    pairs: dict[str, str] = {}
+    for text in given:
+        kind, _, column = text.partition("=")
+        if not kind.isidentifier() or not column:
+            raise ConfigError("--caption", f"{text!r} is no pair; write KIND=COLUMN, such as original=text")
+        if kind in pairs:
+            raise ConfigError("--caption", f"{kind} is named twice; give each column a kind of its own")
+        pairs[kind] = column
+    return pairs
+
+
+def _skipped(to: Path, manifest: dict[str, Any]) -> list[str]:
+    """What was left out, by kind, with the first few by name."""
+    rows = json.loads((to / manifest["skipped"]["file"]).read_text(encoding="utf-8"))
+    lines = []
+    titles = {"image": "unreadable images", "caption": "missing captions", "duplicate": "near-duplicates"}
+    for kind, title in titles.items():
+        own = [row for row in rows if row["kind"] == kind]
+        if own:
+            lines.append(f"left out {len(own)} for {title}:")
+            lines += [f"  {row['where']} {row['reason']}" for row in own[:NAMED]]
+            lines += [f"  and {len(own) - NAMED} more, see {to / 'skipped.json'}"] if len(own) > NAMED else []
+    return lines

@@ -1,0 +1,193 @@
+"""Drives a training run on latents: ranks, networks, resume, metrics. What ``pretrain`` and ``distill`` call."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from flowalign import checkpoint
+from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.cluster.journal import StopRequest
+from flowalign.config import ConfigError
+from flowalign.engine.base import Engine, EngineSettings
+from flowalign.engine.build import build_engine
+from flowalign.metrics import MetricsWriter
+from flowalign.models.base import Policy
+from flowalign.models.build import bind_weights, load_policy
+from flowalign.models.encoding import encoding
+from flowalign.models.features import ImageFeatures
+from flowalign.pretrain import pretrain
+from flowalign.pretrainconfig import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that torchrun started; alone where it did not."""
+
+    index: int = 0
+    world_size: int = 1
+    local: int = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Rank:
+        env = os.environ
+        if "WORLD_SIZE" not in env:
+            return cls()
+        numbers = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(*numbers, host=env["MASTER_ADDR"], port=int(env["MASTER_PORT"]))
+
+    def device(self, configured: str) -> str:
+        """One GPU a process."""
+        return f"cuda:{self.local}" if configured == "cuda" else configured
+
+
+@dataclass
+class Roles:
+    """The networks that an algorithm asks for beside the policy."""
+
+    models: dict[str, VelocityModel] = field(default_factory=dict)
+    follower: Callable[[dict[str, Tensor]], object] | None = None
+
+
+def run_pretrain(config: PretrainConfig, base_dir: Path, console: Console) -> Path:
+    """Run (or resume) a training run to its last step; returns the run directory.
+
+    Raises:
+        CheckpointError, ResumeRefused: the run directory cannot be continued.
+        LatentsError, ModelError, ConfigError: what the run needs cannot be had.
+        NonFiniteUpdate: loss or gradient is no number any more; the weights before it are in the last checkpoint.
+    """
+    torch.set_num_threads(config.threads)
+    rank = Rank.of_environment()
+    config = config.model_copy(update={"device": rank.device(config.device)})
+    run_dir = Path(config.runs_dir) / config.name
+    algorithm = build_algorithm(config.algorithm)
+    policy = load_policy(config.model, device=config.device)
+    roles = build_roles(config, policy, algorithm)
+    engine = _engine(config, policy, rank)
+    found = checkpoint.latest(run_dir / "checkpoints")
+    start = 0 if found is None else int(checkpoint.verify(found)["step"])
+    if start:
+        console.print(f"resuming {run_dir} after step {start}", highlight=False)
+    report = _Reporter(config, run_dir, console, start) if rank.index == 0 else None
+    stop = StopRequest(console.print)
+    try:
+        with stop.on_signals("step"):
+            pretrain(
+                config,
+                policy,
+                algorithm,
+                engine,
+                run_dir,
+                report or (lambda row: None),
+                lambda: stop.asked,
+                models=roles.models,
+                follower=roles.follower,
+            )
+        if stop.asked:
+            console.print(
+                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
+            )
+    finally:
+        if report is not None:
+            report.close()
+        engine.close()
+    return run_dir
+
+
+def build_roles(config: PretrainConfig, policy: Policy, algorithm: Any) -> Roles:
+    """Load the teacher, copy the policy for its average, take apart the features: what ``algorithm`` declares.
+
+    Raises:
+        ConfigError: a teacher is missing, or does not share the student's latents.
+    """
+    roles = Roles()
+    if "teacher" in algorithm.models:
+        if config.teacher is None:
+            raise ConfigError("teacher", f"{config.algorithm['type']} needs one; give teacher.path")
+        roles.models["teacher"] = _frozen(_teacher(config, policy))
+    if "ema" in algorithm.models:
+        average = copy.copy(policy)
+        average.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
+        roles.models["ema"] = _frozen(average)
+        roles.follower = lambda weights: bind_weights(average.network, weights)
+    if getattr(algorithm, "needs_features", False):
+        roles.models["features"] = ImageFeatures(policy, Path(config.features))  # type: ignore[assignment]
+    return roles
+
+
+def _teacher(config: PretrainConfig, policy: Policy) -> Policy:
+    assert config.teacher is not None
+    teacher = load_policy(config.teacher, device=config.device)
+    mine, theirs = encoding(policy), encoding(teacher)
+    if mine.latent_shape != theirs.latent_shape or not mine.same_encoders(theirs):
+        raise ConfigError(
+            "teacher.path",
+            f"{config.teacher.path} has latents {theirs.latent_shape} or encoders other than the student's "
+            f"{mine.latent_shape}; a teacher must share the student's autoencoder and text encoders",
+        )
+    teacher.keep_network()
+    teacher.network.requires_grad_(False).eval()
+    return teacher
+
+
+def _frozen(policy: Policy) -> VelocityModel:
+    @torch.no_grad()
+    def velocity(x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
+        return policy.velocity(x, t, condition, **options)
+
+    return velocity
+
+
+def _engine(config: PretrainConfig, policy: Policy, rank: Rank) -> Engine:
+    settings = EngineSettings(
+        type=config.engine,
+        zero_stage=config.zero_stage,  # type: ignore[arg-type]
+        learning_rate=config.phases[0].learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        compile=config.compile,
+    )
+    return build_engine(
+        policy.network,
+        settings,
+        rank=rank.index,
+        world_size=rank.world_size,
+        master_port=rank.port,
+        master_addr=rank.host,
+        device=config.device,
+    )
+
+
+class _Reporter:
+    """Rows of metrics.jsonl, and a line of the terminal with each."""
+
+    def __init__(self, config: PretrainConfig, run_dir: Path, console: Console, start: int) -> None:
+        self._batch_size, self._console = config.batch_size, console
+        self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+        self._began = time.monotonic()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        step, steps = int(row.pop("step")), int(row.pop("steps"))
+        self._writer.write(step, row, wall_s=time.monotonic() - self._began)
+        eta_s = (steps - step) * self._batch_size / max(row["throughput/samples_per_s"], 0.1)
+        said = [f"step {step}/{steps}", f"loss {row['loss']:.4f}"]
+        if "validation_ema/loss" in row:
+            said.append(f"validation {row['validation/loss']:.4f} (average {row['validation_ema/loss']:.4f})")
+        said.append(f"ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s")
+        self._console.print("  ".join(said), highlight=False)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,130 @@
+"""What a training step sees: latents of a bank with the embeddings of their captions, a function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import seeded
+from flowalign.config import ConfigError
+from flowalign.data.latents import Drawn, LatentBank, LatentsError, load_bank
+from flowalign.data.preferences import encoder_hash
+from flowalign.models.base import Policy
+from flowalign.pretrainconfig import PretrainConfig
+from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
+
+
+class Captioned:
+    """A bank with the embeddings of its captions: those it was precomputed with, else the policy's own.
+
+    ``encoder`` is the hash of what encodes images and texts for the policy.
+    """
+
+    def __init__(self, directory: Path, policy: Policy, length: int, encoder: str) -> None:
+        self.bank: LatentBank = load_bank(directory)
+        if self.bank.encoder is not None and self.bank.encoder != encoder:
+            raise LatentsError(
+                f"latents: {directory} was encoded by another autoencoder or other text encoders than the model's; "
+                "precompute it again with model.path"
+            )
+        self._length = length
+        if self.bank.embeddings is None:
+            policy.max_sequence_length = length  # type: ignore[attr-defined]
+            self._table = policy.encode_prompts(self.bank.prompts).to("cpu")
+        else:
+            self._table = self.bank.embeddings.condition(length)
+
+    def condition(self, rows: Tensor, length: int) -> Condition:
+        """The captions ``rows`` (N,) of one batch, each once, with their text ``length`` long."""
+        end = self._table.tokens_PLD.shape[1] + length - self._length
+        used, index = torch.unique(rows, return_inverse=True)
+        return replace(
+            self._table,
+            tokens_PLD=self._table.tokens_PLD[used, :end],
+            pooled_PE=self._table.pooled_PE[used],
+            null_LD=self._table.null_LD[:end],
+            index_N=index,
+        )
+
+
+class Feed:
+    """The batches of a run.
+
+    Raises:
+        LatentsError: a bank cannot be read, has other captions than the run asks for, or no noise to mix with.
+        ConfigError: an encoder that is to be dropped does not exist.
+    """
+
+    def __init__(self, config: PretrainConfig, policy: Policy) -> None:
+        longest = max(length for phase in config.phases for length in phase.max_sequence_lengths)
+        self._config = config
+        self._parts = policy.text_parts
+        if unknown := sorted(set(config.encoder_dropout) - set(self._parts)):
+            raise ConfigError(
+                "encoder_dropout", f"the model has no encoder {unknown[0]!r}; it has {', '.join(self._parts)}"
+            )
+        encoder = encoder_hash(config.model)
+        self._main = Captioned(Path(config.latents), policy, longest, encoder)
+        real = config.real_data
+        self._real = None if real is None else Captioned(Path(real.latents), policy, longest, encoder)
+        if self._real is not None and not self._main.bank.has_noise:
+            raise LatentsError(f"real_data: {config.latents} has no noise of its own; it is real data itself")
+
+    def batch(self, step: int, length: int) -> LatentBatch:
+        """The batch of a step, with texts of ``length``, on the configured device."""
+        config = self._config
+        fraction = 0.0 if config.real_data is None else config.real_data.fraction
+        real = round(config.batch_size * fraction)
+        drawn = self._main.bank.draw(step, config.batch_size - real, config.seed, config.captions)
+        condition = self._main.condition(drawn.rows, length)
+        latents, noise = drawn.latents, drawn.noise
+        if self._real is not None:
+            more = self._real.bank.draw(step, real, config.seed + 1, {})
+            latents = torch.cat([latents, _fitting(more, latents, config)])
+            fresh = torch.randn(more.latents.shape, generator=seeded(config.seed, 5, step))
+            noise = None if noise is None else torch.cat([noise, fresh])
+            condition = cat_conditions([condition, self._real.condition(more.rows, length)])
+        if config.encoder_dropout:
+            chances = torch.tensor([config.encoder_dropout.get(name, 0.0) for name in self._parts])
+            drawn_NE = torch.rand(len(condition), len(chances), generator=seeded(config.seed, 6, step))
+            condition = without_encoders(condition, list(self._parts.values()), drawn_NE < chances)
+        return LatentBatch(
+            latents.to(config.device),
+            condition.to(config.device),
+            _batch_seed(config.seed, step),
+            None if noise is None else noise.to(config.device),
+        )
+
+
+def without_encoders(condition: Condition, parts: Sequence[TextPart], dropped_NE: Tensor) -> Condition:
+    """``condition`` where ``dropped_NE`` (N, E) replaces the output of single encoders by the empty text's.
+
+    Rows of the result are the distinct pairs of prompt and encoders left.
+    """
+    pairs = torch.cat([condition.index_N[:, None].cpu(), dropped_NE.long()], 1)
+    chosen, index = torch.unique(pairs, dim=0, return_inverse=True)
+    tokens, pooled = condition.tokens_PLD[chosen[:, 0]].clone(), condition.pooled_PE[chosen[:, 0]].clone()
+    for e, part in enumerate(parts):
+        rows = chosen[:, 1 + e].nonzero().flatten()
+        place, width, features = slice(*part.tokens), slice(*part.features), slice(*part.pooled)
+        tokens[rows, place, width] = condition.null_LD[place, width]
+        pooled[rows, features] = condition.null_E[features]
+    return replace(condition, tokens_PLD=tokens, pooled_PE=pooled, index_N=index)
+
+
+def _fitting(real: Drawn, latents: Tensor, config: PretrainConfig) -> Tensor:
+    if real.latents.shape[1:] != latents.shape[1:]:
+        name = "" if config.real_data is None else config.real_data.latents
+        raise LatentsError(
+            f"real_data: {name} holds latents of {tuple(real.latents.shape[1:])}, {config.latents} of "
+            f"{tuple(latents.shape[1:])}; precompute both with the same sizes"
+        )
+    return real.latents
+
+
+def _batch_seed(seed: int, step: int) -> int:
+    return seed * 1_000_003 + step

@@ -1,0 +1,237 @@
+"""Images with captions from HF ``datasets``: what cannot be used is named and left out, never guessed.
+
+A source is a parquet file, a folder of parquet files, or a folder of images with a metadata.jsonl or metadata.csv;
+with ``hub``, whatever name ``datasets.load_dataset`` knows.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowalign.data.bank import ORIGINAL
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
+USUAL = ("text", "caption", "prompt")  # columns of captions, where none is named
+METADATA = ("jsonl", "csv")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImagesError(ValueError):
+    """A source of images that is missing or malformed, or of which nothing can be used."""
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """An image file's bytes and its captions by kind. ``number`` counts the rows of the source from 0."""
+
+    number: int
+    where: str
+    content: bytes
+    captions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is left out; ``kind`` is image, caption or duplicate."""
+
+    number: int
+    where: str
+    kind: str
+    reason: str
+
+
+class ImageSource:
+    """The rows of a source in their order, the same ones streamed or not.
+
+    ``captions`` maps kinds of caption, such as original and synthetic, to columns; none: the usual one. Streamed
+    parquet is read as it lies; otherwise ``datasets`` first writes an Arrow copy to its cache.
+
+    Raises:
+        ImagesError: the source cannot be read, or has no such column.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        captions: Mapping[str, str],
+        *,
+        image: str | None = None,
+        streaming: bool = True,
+        hub: bool = False,
+        split: str = "train",
+        limit: int | None = None,
+    ) -> None:
+        self.source, self._limit = source, limit
+        self._files = [] if hub else _parquet_files(Path(source))
+        self._folder = None if hub or self._files else Path(source)
+        self._dataset = _load(source, self._files, hub, split, streaming)
+        columns = list(self._dataset.column_names or ())
+        self._image = _image_column(self._dataset, columns, image, source)
+        usual = [{ORIGINAL: name} for name in USUAL if name in columns] or [{ORIGINAL: USUAL[0]}]
+        self.captions = dict(captions) or usual[0]
+        for kind, column in self.captions.items():
+            if column not in columns:
+                has = ", ".join(name for name in columns if name != self._image) or "nothing but the image"
+                raise ImagesError(f"--caption {kind}={column}: {source} has no such column; it has {has}")
+        self._dataset = _undecoded(self._dataset, self._image)
+
+    @property
+    def total(self) -> int | None:
+        """The number of rows, where it is known without reading them."""
+        if hasattr(self._dataset, "__len__"):
+            known = len(self._dataset)
+        elif self._files:
+            from pyarrow.parquet import ParquetFile
+
+            known = sum(ParquetFile(file).metadata.num_rows for file in self._files)
+        else:
+            return self._limit
+        return known if self._limit is None else min(known, self._limit)
+
+    def __iter__(self) -> Iterator[ImageRow | Skipped]:
+        """Rows and what takes their place; last, the files of a folder that its metadata does not mention."""
+        from datasets.exceptions import DatasetsError
+
+        seen, number = set(), -1
+        try:
+            for number, row in enumerate(islice(self._dataset, self._limit)):
+                found = self._row(row, number)
+                if self._folder is not None:
+                    seen.add(found.where)
+                yield found
+        except (DatasetsError, OSError, ValueError) as error:
+            at = f"after row {number}" if number >= 0 else "from its beginning"
+            raise ImagesError(f"{self.source} cannot be read {at}: {error}") from error
+        if self._folder is not None and self._limit is None:
+            yield from _unmentioned(self._folder, seen, number + 1)
+
+    def _row(self, row: Mapping[str, Any], number: int) -> ImageRow | Skipped:
+        value = row[self._image]
+        path = value.get("path") if isinstance(value, dict) else None
+        where = f"row {number}" + (f" ({path})" if path else "")
+        if self._folder is not None and path:
+            where = _relative(Path(path), self._folder)
+        captions = {}
+        for kind, column in self.captions.items():
+            text = row[column]
+            if not isinstance(text, str) or not text.strip():
+                return Skipped(number, where, "caption", f"has no caption in the column {column}")
+            captions[kind] = text
+        try:
+            content = _content(value)
+        except OSError as error:
+            return Skipped(number, where, "image", f"cannot be opened: {error.strerror or error}")
+        if content is None:
+            return Skipped(number, where, "image", f"has no image in the column {self._image}")
+        return ImageRow(number, where, content, captions)
+
+
+def decode(content: bytes) -> Image:
+    """The picture of an image file, RGB, upright; transparent parts are white.
+
+    Raises:
+        ImagesError: it is none, or damaged.
+    """
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    try:
+        with images.open(io.BytesIO(content)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = images.alpha_composite(images.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, images.DecompressionBombError) as error:
+        unknown = isinstance(error, images.UnidentifiedImageError)  # which says where in memory it lay
+        raise ImagesError("is no image file" if unknown else str(error) or type(error).__name__) from error
+
+
+def size_of(content: bytes) -> tuple[int, int] | None:
+    """(height, width) as the file's head says, upright; None where it says nothing readable."""
+    from PIL import Image as images
+
+    try:
+        with images.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, images.DecompressionBombError):
+        return None
+    return (width, height) if turned else (height, width)
+
+
+def _parquet_files(source: Path) -> list[Path]:
+    if not source.exists():
+        raise ImagesError(
+            f"{source} does not exist; give a parquet file, or a folder of parquet files or of images with a "
+            "metadata.jsonl (a data set on the hub needs --hub)"
+        )
+    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    if not files and not any(any(source.rglob(f"metadata.{kind}")) for kind in METADATA):
+        raise ImagesError(f"{source} holds neither parquet files nor images with a metadata.jsonl or metadata.csv")
+    return files
+
+
+def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    where: dict[str, Any] = {}
+    if hub:
+        name = source
+    elif files:
+        name, where = "parquet", {"data_files": {split: [str(file) for file in files]}}
+    else:
+        name, where = "imagefolder", {"data_dir": source}
+    try:
+        return load_dataset(name, split=split, streaming=streaming, **where)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ImagesError(f"{source} cannot be read: {error}") from error
+
+
+def _image_column(dataset: Any, columns: Sequence[str], named: str | None, source: str) -> str:
+    from datasets import Image as ImageColumn
+
+    typed = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, ImageColumn)]
+    found = [name for name in (*([named] if named else (*typed, *NAMES)),) if name in columns]
+    if not found:
+        asked = f"no column {named!r}" if named else "no column of images; name it with --image"
+        raise ImagesError(f"{source} has {asked}; its columns are {', '.join(columns)}")
+    return found[0]
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """Images as their files' bytes: one that does not decode must not end the run."""
+    from datasets import Image as ImageColumn
+
+    if isinstance((dataset.features or {}).get(column), ImageColumn):
+        return dataset.cast_column(column, ImageColumn(decode=False))
+    return dataset
+
+
+def _content(value: Any) -> bytes | None:
+    if isinstance(value, dict):
+        inside = value.get("bytes")
+        value = Path(value["path"]).read_bytes() if inside is None and value.get("path") else inside
+    return value if isinstance(value, bytes) else None
+
+
+def _relative(path: Path, folder: Path) -> str:
+    own = folder.resolve()
+    return path.relative_to(own).as_posix() if path.is_relative_to(own) else str(path)
+
+
+def _unmentioned(folder: Path, seen: set[str], number: int) -> Iterator[Skipped]:
+    files = sorted(path for path in folder.resolve().rglob("*") if path.suffix.lower() in PICTURES)
+    for path in files:
+        where = _relative(path, folder)
+        if where not in seen:
+            yield Skipped(number, where, "caption", "has no row in the folder's metadata")
+            number += 1

@@ -1,0 +1,206 @@
+"""Families of diffusion models: a path, and what the raw output of a network trained on it means.
+
+Every family converts without loss to the rectified flow, in whose coordinates all sampling and alignment is done:
+``z = a x0 + b noise`` at the family's own time t is ``x = z / (a + b)`` at the time ``s = b / (a + b)``, and the
+predicted data and noise give the velocity ``noise - x0``. An Euler step in x is then a step of DDIM in z.
+(arXiv:2403.03206, sec. 2)
+
+Shapes: N samples; ``z``, ``x``, ``output`` (N, ...); ``t``, ``s`` in [0, 1], a float or a tensor of shape () or (N,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.flow import schedule
+from flowalign.flow.path import COSINE, LINEAR, RF, Path, Scalar, edm_path, per_sample
+
+Network = Callable[[Tensor, Tensor], Tensor]  # its input (N, ...), its time (N,) in [0, 1] -> its raw output (N, ...)
+EDM_SIGMAS = (0.002, 80.0)  # the noise levels that EDM samples between (arXiv:2206.00364, table 1)
+_EDM_RHO = 7
+
+
+@dataclass(frozen=True)
+class Family:
+    """A path, its own t in [0, 1], and what a network's raw output predicts on it.
+
+    ``prediction``: ``velocity`` (``a' x0 + b' noise``, the path's derivative); ``v`` (``a noise - b x0``,
+    arXiv:2202.00512, which is the derivative up to a factor); ``noise``; ``edm`` (F of EDM's preconditioning,
+    arXiv:2206.00364, table 1, with the data's standard deviation ``sigma_data``; a is 1). Each is ``p x0 + q noise``
+    for two functions p and q of t, and the path's own equation beside it gives x0 and noise.
+
+    The family's own training loss is the plain mean square of ``output - raw_target`` at a t drawn from its own
+    density: uniform for all but ``rf``. All numbers of t are computed in float64 and then rounded.
+    """
+
+    name: str
+    path: Path
+    prediction: Literal["velocity", "v", "noise", "edm"]
+    sigma_data: float = 0.5
+
+    @property
+    def is_rectified_flow(self) -> bool:
+        return self.path is RF and self.prediction == "velocity"
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation of x at the first noise level of `sampling_sigmas`, the data's part neglected."""
+        if self.prediction == "edm":
+            return EDM_SIGMAS[1] / (1 + EDM_SIGMAS[1])
+        return float(self.rf_time(torch.ones((), dtype=torch.float64)))
+
+    def rf_time(self, t: Tensor) -> Tensor:
+        """Time ``s = b / (a + b)`` of the rectified flow with the noise level of ``t``; keeps shape and dtype."""
+        a, b, _, _ = self._coefficients(t)
+        return (b / (a + b)).to(t.dtype)
+
+    def own_time(self, s: Tensor) -> Tensor:
+        """The inverse of `rf_time`, clamped to [0, 1]; float64, which EDM's quantiles near 1 need. Keeps the shape."""
+        return self.path.from_rf(s.double()).clamp(0, 1)
+
+    def scale(self, t: Tensor) -> Tensor:
+        """``a + b``, by which ``z = scale x``; keeps shape and dtype."""
+        a, b, _, _ = self._coefficients(t)
+        return (a + b).to(t.dtype)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Time in [0, 1] that the network is told, float32; a model of the SD3 family takes 1000 times this.
+
+        It is t itself, for ``edm`` the quantile of sigma and not ``c_noise = ln(sigma) / 4``: the network's
+        embedding is made for this range.
+        """
+        return t.float()
+
+    def network_input(self, z: Tensor, t: Scalar) -> Tensor:
+        """What the network is given: z, for ``edm`` ``c_in z``, which has unit variance."""
+        if self.prediction != "edm":
+            return z
+        b = self.path.b(per_sample(t, z, torch.float64))
+        return z * per_sample((b * b + self.sigma_data**2).rsqrt(), z)
+
+    def raw_target(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
+        """What the raw output regresses on; ``x0``, ``noise`` (N, ...). Returns (N, ...)."""
+        _, _, p, q = self._shaped(t, x0)
+        return p * x0 + q * noise
+
+    def x0(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
+        """Predicted clean data, ``(q z - b output) / (a q - b p)``; shapes (N, ...)."""
+        a, b, p, q = self._shaped(t, z)
+        return (q * z - b * output) / (a * q - b * p)
+
+    def noise(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
+        """Predicted noise, ``(a output - p z) / (a q - b p)``; shapes (N, ...)."""
+        a, b, p, q = self._shaped(t, z)
+        return (a * output - p * z) / (a * q - b * p)
+
+    def velocity(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
+        """Velocity ``noise - x0`` of the rectified flow at ``x = z / scale``; shapes (N, ...)."""
+        if self.is_rectified_flow:
+            return output
+        a, b, p, q = self._shaped(t, z)
+        return ((a + b) * output - (p + q) * z) / (a * q - b * p)
+
+    def score(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
+        """Score ``-noise / b`` of the density of z, for t > 0; shapes (N, ...). (arXiv:2011.13456, sec. 3)"""
+        return -self.noise(z, output, t) / self._shaped(t, z)[1]
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Factor on the squared error of the noise that makes it the squared error of the raw output.
+
+        Keeps shape and dtype; infinite where a is 0. ``velocity``: ``(b lambda' / 2)²`` (arXiv:2403.03206, eq. 9);
+        ``noise``: 1; ``v``: ``((a² + b²) / a)²``; ``edm``: ``(sigma² + sigma_data²) / sigma_data²``, which is EDM's
+        weight of an error of x0, times sigma² (arXiv:2206.00364, table 1).
+        """
+        a, b, p, q = self._coefficients(t)
+        return ((q - b * p / a) ** 2).to(t.dtype)
+
+    def velocity_weight(self, t: Tensor) -> Tensor:
+        """Factor on the squared error of the straight path's velocity that makes it that of the raw output.
+
+        ``((a q - b p) / (a + b))²``, finite on all of [0, 1]; keeps shape and dtype.
+        """
+        a, b, p, q = self._coefficients(t)
+        return (((a * q - b * p) / (a + b)) ** 2).to(t.dtype)
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, b of the path and p, q of the raw output, float64, each of the shape of ``t``."""
+        t = t.double()
+        a, b = self.path.a(t), self.path.b(t)
+        if self.prediction == "velocity":
+            return a, b, self.path.da(t), self.path.db(t)
+        if self.prediction == "v":
+            return a, b, -b, a
+        if self.prediction == "noise":
+            return a, b, torch.zeros_like(t), torch.ones_like(t)
+        # F = (x0 - c_skip z) / c_out with EDM's c_skip and c_out put in, and without their 0 / 0 at sigma = 0.
+        root = torch.sqrt(b * b + self.sigma_data**2)
+        return a, b, b / (self.sigma_data * root), -self.sigma_data / root
+
+    def _shaped(self, t: Scalar, z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(per_sample(value, z) for value in self._coefficients(per_sample(t, z, torch.float64)))
+
+
+def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Family:
+    """EDM with a log-normal sigma, ``ln sigma ~ N(p_mean, p_std²)`` for a uniform t. (arXiv:2206.00364, table 1)"""
+    return Family("edm", edm_path(p_mean, p_std), "edm", sigma_data)
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("rf", RF, "velocity"),
+        Family("eps/linear", LINEAR, "noise"),
+        Family("v/linear", LINEAR, "v"),
+        Family("v/cos", COSINE, "v"),
+        edm(),
+    )
+}
+
+
+def rf_velocity(family: Family, network: Network) -> Network:
+    """The velocity of the rectified flow that ``network``, a model of ``family``, predicts.
+
+    ``network(z_in, t_net)`` takes what `Family.network_input` and `Family.network_time` give. Returns a function
+    ``velocity(x, s)`` of a state (N, ...) and its time (N,) on the rectified flow; for ``rf`` that is ``network``
+    itself. A noise level beyond the family's highest is taken for the highest.
+    """
+    if family.is_rectified_flow:
+        return network
+
+    def velocity(x: Tensor, s: Tensor) -> Tensor:
+        t = family.own_time(s)
+        z = x * per_sample(family.scale(t), x)
+        return family.velocity(z, network(family.network_input(z, t), family.network_time(t)), t)
+
+    return velocity
+
+
+def sampling_sigmas(
+    family: Family, num_steps: int, *, shift: float = 1.0, grid: Literal["diffusers", "paper"] = "diffusers"
+) -> Tensor:
+    """Noise levels on the rectified flow that ``family`` is sampled at.
+
+    ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5).
+    Others: uniform in their own time from t = 1 on ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
+    family's own parameter of the grid, so that its first level stays the highest that it was trained on.
+
+    Returns float32 (num_steps + 1,) on the CPU, falling from `Family.initial_scale` to 0. Raises ValueError as
+    `schedule.sigmas` does.
+    """
+    if family.is_rectified_flow:
+        return schedule.sigmas(num_steps, shift=shift, grid=grid)
+    schedule.sigmas(num_steps, shift=shift, grid="paper")  # refuses what is not a schedule
+    if family.prediction == "edm":
+        low, high = (sigma ** (1 / _EDM_RHO) for sigma in EDM_SIGMAS)
+        place = 1 - torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+        sigma = (low + schedule.shift_sigma(place, shift) * (high - low)) ** _EDM_RHO
+        levels = sigma / (1 + sigma)
+    else:
+        t = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+        levels = family.rf_time(schedule.shift_sigma(t, shift))
+    return torch.cat([levels, torch.zeros(1)]).float()

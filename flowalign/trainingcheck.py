@@ -1,0 +1,55 @@
+"""Checks of a training run on latents, and of the caches that skip steps of a rollout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import AlignConfig, ConfigError
+from flowalign.pretrainconfig import PretrainConfig
+
+# Networks of the first that may learn the second: their own noise reaches as far as that path's.
+CONVERTED = (("edm", "rf"), ("v/cos", "rf"))
+
+
+def check_caches(config: AlignConfig) -> None:
+    """The calibrations that steps are skipped by can be read; rolling out needs noise that reaches t = 1."""
+    from flowalign.sample import reuse_of
+
+    for key, cache in (("rollout.cache", config.rollout.cache), ("evaluation.cache", config.evaluation.cache)):
+        try:
+            reuse_of(cache)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.calibration", error.reason) from error
+    if config.model.family not in (None, "rf", "v/cos"):
+        raise ConfigError(
+            "model.family",
+            f"is {config.model.family}, whose noise ends before t = 1 where rollouts begin; train it on as rf first "
+            "(flowalign pretrain with algorithm.family=rf)",
+        )
+
+
+def check_training(config: PretrainConfig, algorithm: Any) -> None:
+    """The latents are there, and algorithm, network and teacher fit together."""
+    if not config.phases:
+        raise ConfigError("phases", "is empty; give at least one phase of training")
+    banks = {"latents": config.latents}
+    banks |= {} if config.real_data is None else {"real_data.latents": config.real_data.latents}
+    banks |= {} if config.validation is None else {"validation.latents": config.validation.latents}
+    for key, bank in banks.items():
+        whole = (Path(bank) / "manifest.json").is_file() or (Path(bank) / "latents.safetensors").is_file()
+        if not whole or not (Path(bank) / "prompts.json").is_file():
+            raise ConfigError(key, f"{bank} holds no latents; make them first, with flowalign precompute or make-pairs")
+    wants_teacher, name = "teacher" in algorithm.models, config.algorithm["type"]
+    if wants_teacher and config.teacher is None:
+        raise ConfigError("teacher", f"is missing; {name} learns from one, give teacher.path")
+    if config.teacher is not None and not wants_teacher:
+        raise ConfigError("teacher", f"{name} learns from none; leave it out")
+    lacking = [key for key in getattr(algorithm, "inputs", ()) if key not in (config.model.inputs or ())]
+    if lacking:
+        raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
+    network, trained = config.model.family or "rf", config.algorithm.get("family", "rf")
+    if network != trained and (network, trained) not in CONVERTED:
+        raise ConfigError("model.family", f"is {network}, which cannot learn {trained}; name the same in both")
+    if config.zero_stage == 3 and config.compile:
+        raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")

@@ -1,0 +1,183 @@
+"""Table 1 of the SD3 report on shapes: seven formulations of the base training, one small model each.
+
+Every cell trains the same fresh MM-DiT on the same latents for the same steps and draws the evaluation prompts with 5,
+25 and 50 Euler steps (for the diffusion families that is DDIM), with its weights and with their average, without and
+with guidance. In each of these 12 settings the formulations are sorted into fronts by FID and CLIP score, none of a
+front being worse in both than another; a formulation's rank is its mean front. One JSON file a cell; a cell that was
+killed continues where it was, a finished one is left alone. (arXiv:2403.03206, sec. 5.1 and table 1)
+
+    python scripts/benchmarks/paths.py run --cells "rf/uniform;v/cos" --seeds 0
+    python scripts/benchmarks/paths.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, ROOT, machine, write
+from pictures import Judge, bank, opened, train
+
+from flowalign.config import SamplingConfig
+from flowalign.metrics import read_metrics
+
+OWN = RESULTS / "paths"
+STEPS, WEIGHTS, GUIDANCE = (5, 25, 50), ("ema", "model"), (1.0, 3.0)
+SETTINGS = tuple(product(STEPS, WEIGHTS, GUIDANCE))
+CELLS: dict[str, dict[str, Any]] = {
+    "rf/uniform": {"family": "rf", "density": "uniform"},
+    "rf/lognorm(0.00, 1.00)": {"family": "rf", "density": "logit_normal", "density_params": {"m": 0.0, "s": 1.0}},
+    "rf/lognorm(1.00, 0.60)": {"family": "rf", "density": "logit_normal", "density_params": {"m": 1.0, "s": 0.6}},
+    "rf/mode(1.29)": {"family": "rf", "density": "mode", "density_params": {"s": 1.29}},
+    "eps/linear": {"family": "eps/linear", "density": "uniform"},
+    "v/cos": {"family": "v/cos", "density": "uniform"},
+    "edm": {"family": "edm", "density": "uniform"},
+}
+START, END = "<!-- measured by scripts/benchmarks/paths.py -->", "<!-- end of the measured table -->"
+
+
+def file_of(name: str, seed: int) -> Path:
+    plain = "".join(c if c.isalnum() or c == "." else "_" for c in name)
+    return OWN / f"{plain}-seed{seed}.json"
+
+
+def run_cell(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    began = time.monotonic()
+    latents = bank(options.work_dir / "bank", options.num_images, 0, options.threads)
+    algorithm = CELLS[name]
+    overrides: dict[str, Any] = {
+        "seed": seed,
+        "latents": str(latents),
+        "model.family": algorithm["family"],
+        "model.transformer.seed": seed,
+        "algorithm.density_params": {},
+        **{f"algorithm.{key}": value for key, value in algorithm.items()},
+        "phases.0.steps": options.steps,
+        "checkpoint_every": max(1, options.steps // 4),
+    }
+    run = train("pretrain", "paths", overrides, options.threads, options.work_dir, file_of(name, seed).stem)
+    trained = read_metrics(run / "metrics.jsonl")[-1]
+    torch.set_num_threads(options.threads)
+    judge, scores = Judge(options.num_samples), {}
+    for weights in WEIGHTS:
+        policy, _ = opened(run, weights)
+        for steps, guidance in product(STEPS, GUIDANCE):
+            sampling = SamplingConfig(num_steps=steps, guidance_scale=guidance)
+            scores[key_of((steps, weights, guidance))] = judge(policy, sampling)
+    return {
+        "cell": name,
+        "seed": seed,
+        "steps": options.steps,
+        "images": options.num_samples,
+        "machine": machine(options.threads),
+        "samples_per_s": trained["throughput/samples_per_s"],
+        "seconds": round(time.monotonic() - began),
+        "scores": scores,
+    }
+
+
+def key_of(setting: tuple[int, str, float]) -> str:
+    steps, weights, guidance = setting
+    return f"{steps} steps, {weights}, guidance {guidance:g}"
+
+
+def fronts(points: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+    """The front of each point (FID, CLIP score), 1 for those that no other beats in one and equals in both."""
+    left, front, found = dict(points), 0, {}
+    while left:
+        front += 1
+        best = [name for name, own in left.items() if not any(_beats(other, own) for other in left.values())]
+        found |= dict.fromkeys(best, front)
+        left = {name: point for name, point in left.items() if name not in best}
+    return found
+
+
+def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+
+def ranks(cells: Sequence[Mapping[str, Any]], keep: Sequence[tuple[int, str, float]]) -> dict[str, float]:
+    """The mean front of each formulation over the settings ``keep``, of cells of one seed."""
+    sums: dict[str, list[int]] = {cell["cell"]: [] for cell in cells}
+    for setting in keep:
+        key = key_of(setting)
+        points = {cell["cell"]: (cell["scores"][key]["fid"], cell["scores"][key]["clip"]) for cell in cells}
+        for name, front in fronts(points).items():
+            sums[name].append(front)
+    return {name: statistics.mean(values) for name, values in sums.items()}
+
+
+def load() -> dict[int, list[dict[str, Any]]]:
+    """The cells there are, by seed, in the order of the table."""
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(OWN.glob("*-seed*.json")):
+        cell = json.loads(path.read_text())
+        by_seed.setdefault(cell["seed"], []).append(cell)
+    order = list(CELLS)
+    return {seed: sorted(cells, key=lambda cell: order.index(cell["cell"])) for seed, cells in by_seed.items()}
+
+
+def markdown(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
+    """Of seed 0 all formulations; of those with further seeds the mean and range of FID at 25 steps as well."""
+    cells = by_seed[0]
+    every = ranks(cells, SETTINGS)
+    few = ranks(cells, [s for s in SETTINGS if s[0] == 5])
+    many = ranks(cells, [s for s in SETTINGS if s[0] == 50])
+    lines = ["| formulation | rank | at 5 steps | at 50 | FID 5 / 25 / 50 | CLIP 5 / 25 / 50 | FID 25, all seeds |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for cell in sorted(cells, key=lambda cell: every[cell["cell"]]):
+        name = cell["cell"]
+        at = [cell["scores"][key_of((steps, "ema", 3.0))] for steps in STEPS]
+        fid = " / ".join(f"{point['fid']:.2f}" for point in at)
+        clip = " / ".join(f"{point['clip']:.1f}" for point in at)
+        seeds = [
+            other["scores"][key_of((25, "ema", 3.0))]["fid"]
+            for group in by_seed.values()
+            for other in group
+            if other["cell"] == name
+        ]
+        spread = f"{statistics.mean(seeds):.2f} ({min(seeds):.2f}–{max(seeds):.2f})" if len(seeds) > 1 else "–"
+        lines.append(f"| {name} | {every[name]:.2f} | {few[name]:.2f} | {many[name]:.2f} | {fid} | {clip} | {spread} |")
+    return "\n".join(lines)
+
+
+def write_table(page: Path) -> None:
+    text = page.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{START}\n{markdown(load())}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--num-images", type=int, default=24_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "paths")
+    options = parser.parse_args()
+    unknown = sorted(set(options.cells) - set(CELLS))
+    if unknown:
+        parser.error(f"--cells: no cell {unknown[0]!r}; there are {'; '.join(CELLS)}")
+    if options.what == "table":
+        return write_table(ROOT / "docs" / "pretraining.md")
+    for seed in options.seeds:
+        for name in options.cells:
+            target = file_of(name, seed)
+            if not target.exists():
+                write(target, run_cell(name, seed, options))
+                print(json.dumps({"cell": name, "seed": seed, "file": str(target.relative_to(ROOT))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

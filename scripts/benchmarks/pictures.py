@@ -1,0 +1,91 @@
+"""What the benchmarks of base models share: a bank of true scenes, runs on it, and a judge of what a model draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import ROOT, flowalign
+
+from flowalign.cli.measure import true_scenes
+from flowalign.cli.runs import config_of
+from flowalign.config import SHIPPED, AlignConfig, RewardConfig, SamplingConfig
+from flowalign.data.prompts import evaluation_batch
+from flowalign.features import OpenClipFeatures, batches_of, extract
+from flowalign.imagemetrics import clip_score, compare
+from flowalign.models.base import Policy
+from flowalign.rollout import rollout
+from flowalign.sample import open_policy, policy_spec
+from flowalign.scoring import load_scorer, score_images
+from flowalign.types import Rollout
+from rewards.openclip import OpenClip
+
+CHUNK = 64
+
+
+def bank(directory: Path, num_images: int, seed: int, threads: int) -> Path:
+    """Rendered training scenes as latents of the shipped autoencoder; made once."""
+    if not (directory / "manifest.json").is_file():
+        from flowalign.config import ModelConfig
+        from flowalign.data.shapes_latents import make_bank
+        from flowalign.models.build import load_policy
+
+        torch.set_num_threads(threads)
+        policy = load_policy(ModelConfig(path=str(SHIPPED / "pipeline"), max_sequence_length=2))
+        make_bank(policy, directory, num_images=num_images, seed=seed)
+    return directory
+
+
+def train(command: str, config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> Path:
+    """``flowalign pretrain`` or ``distill`` of ``configs/shapes/<config>.yaml``; the run directory."""
+    keys = {"threads": threads, "runs_dir": str(runs_dir), "name": name, **overrides}
+    written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    flowalign([command, f"configs/shapes/{config}.yaml", *written], threads, runs_dir / f"{name}.log")
+    return runs_dir / name
+
+
+def opened(source: Path, weights: str = "ema") -> tuple[Policy, AlignConfig]:
+    """The model of a run or a pipeline directory."""
+    config = config_of(source, None)
+    return open_policy(source, config, weights)[0], config
+
+
+class Judge:
+    """Draws the evaluation prompts with fixed seeds and says how far the images are from true scenes.
+
+    FID, precision and recall are those of the shipped CLIP's image features (D = 96), against scenes rendered for the
+    same prompts; ``clip`` is its similarity to the prompt, ``geneval`` the strict share of images that show what the
+    prompt says.
+    """
+
+    def __init__(self, count: int, num_reference: int = 2048) -> None:
+        self.batch = evaluation_batch("shapes:eval", count)
+        self._clip = OpenClip("benchmark", path=str(SHIPPED / "open_clip"))
+        self._clip.setup("cpu")
+        self._features = OpenClipFeatures(self._clip)
+        self._reference = self._of(true_scenes(num_reference, seed=1))
+        spec = RewardConfig(spec="geneval", name="geneval", options={"mode": "strict", "detector": "palette"})
+        self._geneval = load_scorer(spec, ROOT)
+
+    def _of(self, images: np.ndarray) -> np.ndarray:
+        return extract(self._features, batches_of(images), len(images))
+
+    def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Rollout]:
+        spec = policy_spec(policy, sampling)
+        chunks = self.batch.chunks(CHUNK)
+        return [rollout(policy, chunk, spec, seed=seed, policy_version=0, geometry=CHUNK) for chunk in chunks]
+
+    def score(self, made: list[Rollout]) -> dict[str, float]:
+        images = torch.cat([chunk.images for chunk in made]).numpy()
+        verdicts = score_images(self._geneval, torch.from_numpy(images), self.batch.prompts, self.batch.metadata)
+        values = verdicts.scores["geneval"]
+        measured = compare(self._of(images), self._reference, metrics=("fid", "precision", "recall"))
+        measured["clip"] = clip_score(images, list(self.batch.prompts), self._clip)
+        return measured | {"geneval": float(np.nanmean(np.asarray(values)))}
+
+    def __call__(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> dict[str, float]:
+        return self.score(self.draw(policy, sampling, seed))

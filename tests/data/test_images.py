@@ -1,0 +1,167 @@
+"""Images and captions from real folders and parquet files, and the sizes that they are cut to."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
+from datasets import config as datasets_config
+from PIL import Image
+
+from flowalign.algorithm import seeded
+from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, cut, nearest, parse_bucket
+from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped, decode, size_of
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def picture(height: int = 20, width: int = 30, kind: str = "PNG", **options: Any) -> bytes:
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def write_folder(folder: Path, captions: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    for number in range(len(captions)):
+        (folder / f"p{number}.png").write_bytes(picture(20 + number))
+    rows = [{"file_name": f"p{number}.png", **row} for number, row in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def names(source: ImageSource) -> list[tuple[str, str]]:
+    return [(row.where, row.reason if isinstance(row, Skipped) else "") for row in source]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_folder_gives_its_images_and_names_what_lacks_a_caption_or_a_file(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"text": "a"}, {"text": None}, {"text": "c"}, {"text": "  "}, {"text": "e"}]
+    folder = write_folder(tmp_path / "set", rows)
+    (folder / "p4.png").unlink()
+    (folder / "extra.PNG").write_bytes(picture())
+    found = list(ImageSource(str(folder), {}, streaming=streaming))
+    assert [row.number for row in found] == [0, 1, 2, 3, 4, 5]
+    usable = [row for row in found if isinstance(row, ImageRow)]
+    assert [(row.where, row.captions) for row in usable] == [
+        ("p0.png", {"original": "a"}),
+        ("p2.png", {"original": "c"}),
+    ]
+    assert usable[1].content == (folder / "p2.png").read_bytes()
+    assert [(row.where, row.kind) for row in found if isinstance(row, Skipped)] == [
+        ("p1.png", "caption"),
+        ("p3.png", "caption"),
+        ("p4.png", "image"),
+        ("extra.PNG", "caption"),
+    ]
+
+
+def test_a_csv_beside_the_images_serves_as_well(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [{}, {}])
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text,long\np0.png,short,a long one\np1.png,,b\n")
+    source = ImageSource(str(folder), {"original": "text", "synthetic": "long"})
+    (first, second) = source
+    assert isinstance(first, ImageRow) and first.captions == {"original": "short", "synthetic": "a long one"}
+    assert isinstance(second, Skipped) and second.reason == "has no caption in the column text"
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_files_give_their_rows_in_order(tmp_path: Path, typed: bool, streaming: bool) -> None:
+    for part in range(2):
+        own = [picture(20 + 3 * part + k) for k in range(3)]
+        column = ImageColumn() if typed else Value("binary")
+        content = {"image": [{"bytes": c, "path": None} for c in own] if typed else own, "caption": list("abc")}
+        dataset = Dataset.from_dict(content, features=Features({"image": column, "caption": Value("string")}))
+        dataset.to_parquet(str(tmp_path / f"part-{part}.parquet"))
+    source = ImageSource(str(tmp_path), {"original": "caption"}, streaming=streaming)
+    assert source.total == 6
+    assert [row.content for row in source if isinstance(row, ImageRow)] == [picture(20 + k) for k in range(6)]
+    assert names(source)[4] == ("row 4", "")
+    few = ImageSource(str(tmp_path / "part-1.parquet"), {}, streaming=streaming, limit=2)
+    assert few.total == 2 and len(list(few)) == 2
+
+
+def test_a_source_that_cannot_be_used_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [{"long": "a"}])
+    with pytest.raises(ImagesError, match=r"original=text: .* has no such column; it has long"):
+        ImageSource(str(folder), {})
+    with pytest.raises(ImagesError, match="no column 'picture'; its columns are image, long"):
+        ImageSource(str(folder), {"original": "long"}, image="picture")
+    with pytest.raises(ImagesError, match=r"does not exist.*--hub"):
+        ImageSource(str(tmp_path / "nothing"), {})
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ImagesError, match="neither parquet files nor images"):
+        ImageSource(str(folder), {})
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ImagesError, match="cannot be read"):
+        list(ImageSource(str(tmp_path / "broken.parquet"), {}))
+
+
+def test_pictures_are_upright_and_their_transparent_parts_white() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = picture(20, 30, "JPEG", exif=exif)
+    assert decode(turned).size == (20, 30) and size_of(turned) == (30, 20)
+    clear = np.zeros((4, 4, 4), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(clear).save(file, format="PNG")
+    assert np.asarray(decode(file.getvalue())).min() == 255
+
+
+def test_damaged_pictures_are_refused() -> None:
+    whole = picture(200, 300, "JPEG")
+    for content, said in ((b"", "no image file"), (b"junk", "no image file"), (whole[: len(whole) // 2], "truncated")):
+        with pytest.raises(ImagesError, match=said):
+            decode(content)
+
+
+def test_buckets_have_at_most_the_area_and_the_ratio_and_come_with_their_mirror_images() -> None:
+    buckets = buckets_of_area(1024, 2.0, 16)
+    assert Bucket(1024, 1024) in buckets and len(buckets) > 20
+    for bucket in buckets:
+        assert bucket.height % 16 == bucket.width % 16 == 0 and Bucket(bucket.width, bucket.height) in buckets
+        assert 0.9 * 1024**2 < bucket.height * bucket.width <= 1024**2
+        assert max(bucket.height, bucket.width) <= 2 * min(bucket.height, bucket.width)
+    assert buckets_of_area(64, 1.0, 16) == (Bucket(64, 64),)
+    with pytest.raises(BucketError, match="multiple of 16"):
+        buckets_of_area(72, 1.0, 16)
+
+
+def test_an_image_goes_to_the_bucket_of_the_nearest_ratio_whatever_its_size() -> None:
+    buckets = (Bucket(64, 64), Bucket(48, 80), Bucket(80, 48))
+    assert nearest(buckets, 1000, 1010) == Bucket(64, 64)
+    assert nearest(buckets, 50, 500) == Bucket(48, 80)
+    assert nearest(buckets, 7, 5) == Bucket(80, 48)  # 1.4 lies beyond the geometric mean of 1 and 1.67, 1.29
+    assert nearest(buckets, 5, 4) == Bucket(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("64", "write HEIGHTxWIDTH"), ("60x64", "nearest is 64x64"), ("0x16", "16")]
+)
+def test_a_bucket_that_no_model_takes_is_refused(text: str, said: str) -> None:
+    with pytest.raises(BucketError, match=said):
+        parse_bucket(text, 16)
+
+
+def test_an_image_is_cut_about_its_centre_or_anywhere_by_seed() -> None:
+    image = Image.fromarray(np.tile(np.arange(128, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    bucket = Bucket(64, 64)
+    middle = cut(image, bucket, generator=None, crop=True, flip=True)
+    assert middle.shape == (64, 64, 3) and np.array_equal(middle, np.asarray(image)[:, 32:96])
+    drawn = [cut(image, bucket, generator=seeded(i), crop=True, flip=True) for i in range(20)]
+    again = [cut(image, bucket, generator=seeded(i), crop=True, flip=True) for i in range(20)]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
+    assert len({int(one[0].min()) for one in drawn}) > 10
+    assert 0 < sum(int(one[0, 0, 0]) > int(one[0, -1, 0]) for one in drawn) < 20

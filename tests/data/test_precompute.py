@@ -1,0 +1,354 @@
+"""``flowalign precompute`` over real sources: what it encodes, names and leaves out; killed, full disks, continued."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import config as datasets_config
+from PIL import Image
+from typer.testing import CliRunner
+
+from flowalign.cli import app, deduplicate
+from flowalign.cli.encode import in_order
+from flowalign.cli.precompute import Options, precompute
+from flowalign.config import SHIPPED, ConfigError, ModelConfig
+from flowalign.data.buckets import Bucket, cut
+from flowalign.data.images import ImagesError, ImageSource
+from flowalign.data.latents import LatentsError, load_bank
+from flowalign.models.sd3 import SD3Policy
+
+SIZES = ((64, 64), (60, 100), (90, 50))
+CAPTIONS = {"original": "text", "synthetic": "long"}
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from flowalign.cli.precompute import Options, precompute
+from flowalign.config import ModelConfig
+
+def die(text):
+    if text.startswith("shard-00001"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+source, to, model = sys.argv[1:]
+options = Options(source, Path(to), ModelConfig(path=model, max_sequence_length=16),
+                  captions={"original": "text", "synthetic": "long"}, max_ratio=2.0, shard_size=4, batch_size=3)
+precompute(options, die)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def picture(seed: int, height: int, width: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_folder(folder: Path, count: int = 21, sizes: Any = SIZES) -> Path:
+    folder.mkdir()
+    rows = []
+    for i in range(count):
+        (folder / f"p{i:02}.png").write_bytes(picture(i, *sizes[i % len(sizes)]))
+        rows.append({"file_name": f"p{i:02}.png", "text": f"picture {i % 4}", "long": f"a picture of noise {i}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "pictures")
+
+
+@pytest.fixture
+def options(folder: Path, tmp_path: Path, tiny_pipeline_dir: Path) -> Options:
+    model = ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=16)
+    return Options(
+        str(folder), tmp_path / "bank", model, captions=CAPTIONS, max_ratio=2.0, shard_size=4, batch_size=3, workers=2
+    )
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def skipped(directory: Path) -> dict[str, tuple[str, str]]:
+    return {row["where"]: (row["kind"], row["reason"]) for row in json.loads((directory / "skipped.json").read_text())}
+
+
+def test_every_image_is_encoded_in_its_bucket_with_both_of_its_captions(options: Options, folder: Path) -> None:
+    manifest = precompute(options)
+    assert manifest["image_buckets"] == [{"pixels": size, "count": 7} for size in ("48x80", "64x64", "80x48")]
+    bank = load_bank(options.to)
+    assert len(bank) == 21 and bank.buckets == {(6, 10): 7, (8, 8): 7, (10, 6): 7}
+    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=16)
+    seen = []
+    for shard in bank.shards:
+        bucket = Bucket(*(8 * side for side in shard.size))
+        for n in range(len(shard)):
+            number = int(bank.prompts[shard.rows["synthetic"][n]].rpartition(" ")[2])
+            assert bank.prompts[shard.rows["original"][n]] == f"picture {number % 4}"
+            image = Image.open(folder / f"p{number:02}.png")
+            pixels = torch.from_numpy(cut(image, bucket, generator=None, crop=False, flip=False))
+            torch.testing.assert_close(
+                shard.latents[n].float(), policy.encode_images(pixels[None])[0], rtol=0, atol=5e-3
+            )
+            seen.append(number)
+    assert sorted(seen) == list(range(21))
+
+
+def test_the_options_of_the_command_reach_the_bank_and_its_embeddings_are_the_models(options: Options) -> None:
+    arguments = ["precompute", options.source, "--to", str(options.to), "--model", options.model.path, "--limit", "5"]
+    arguments += ["--bucket", "64x64", "--embeddings", "float32", "--max-sequence-length", "16", "--json"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["count"] == 5 and said["captions"] == ["original"]
+    bank = load_bank(options.to)
+    assert bank.buckets == {(8, 8): 5} and bank.embeddings is not None
+    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=8)
+    own, found = policy.encode_prompts(bank.prompts), bank.embeddings.condition(8)
+    for name in ("tokens_PLD", "pooled_PE", "index_N", "null_LD", "null_E"):
+        assert torch.equal(getattr(own, name), getattr(found, name)), name
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_named(options: Options, folder: Path) -> None:
+    (folder / "p04.png").write_bytes(b"junk")
+    whole = (folder / "p07.png").read_bytes()
+    (folder / "p07.png").write_bytes(whole[: len(whole) // 2])
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[10]["long"] = None
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+    arguments = ["precompute", str(folder), "--to", str(options.to), "--model", options.model.path]
+    done = CliRunner().invoke(app, [*arguments, "--caption", "original=text", "--caption", "synthetic=long"])
+    assert done.exit_code == 0, done.output
+    assert {name: kind for name, (kind, _) in skipped(options.to).items()} == {
+        "p04.png": "image",
+        "p07.png": "image",
+        "p10.png": "caption",
+        "p20.png": "caption",
+    }
+    assert "left out 2 for unreadable images: p04.png is no image file p07.png" in " ".join(done.output.split())
+    counted = json.loads((options.to / "manifest.json").read_text())["skipped"]
+    assert (counted["image"], counted["caption"]) == (2, 2) and len(load_bank(options.to)) == 17
+
+
+def test_a_source_without_a_single_usable_image_is_an_error(options: Options, folder: Path) -> None:
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"junk")
+    with pytest.raises(ImagesError, match=r"none of 21 rows can be used \(p00.png is no image file;"):
+        precompute(options)
+    assert not (options.to / "manifest.json").exists()
+
+
+def test_a_bucket_without_images_is_an_error_if_it_was_listed_and_a_warning_if_not(
+    options: Options, tmp_path: Path
+) -> None:
+    square = str(write_folder(tmp_path / "square", 3, SIZES[:1]))
+    said: list[str] = []
+    manifest = precompute(replace(options, source=square), said.append)
+    assert [bucket["count"] for bucket in manifest["image_buckets"]] == [0, 3, 0]
+    assert said[-2:] == [f"warning: no image fell into the bucket {size}" for size in ("48x80", "80x48")]
+    listed = replace(options, source=square, to=tmp_path / "listed", buckets=("64x64", "80x48"))
+    with pytest.raises(ImagesError, match=r"no image of .* is nearest to 80x48; leave it out"):
+        precompute(listed)
+    assert len(precompute(replace(listed, buckets=("64x64",), to=tmp_path / "other"))["shards"]) == 1
+
+
+def test_streamed_and_unstreamed_sources_give_the_same_bytes(options: Options, tmp_path: Path) -> None:
+    precompute(options)
+    precompute(replace(options, to=tmp_path / "copied", streaming=False, workers=5))
+    assert content(options.to) == content(tmp_path / "copied")
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_at(shard: int, error: type[Exception] = Stop) -> Callable[[str], None]:
+    def say(text: str) -> None:
+        if text.startswith(f"shard-{shard:05d}"):
+            raise error
+
+    return say
+
+
+def test_interrupted_after_each_of_its_shards_it_ends_in_the_same_bytes(
+    options: Options, tmp_path: Path, folder: Path
+) -> None:
+    (folder / "p03.png").write_bytes(b"junk")
+    precompute(options)
+    again = replace(options, to=tmp_path / "again")
+    shards = sorted(path.name for path in options.to.glob("shard-*"))
+    for number in range(len(shards)):
+        with pytest.raises(Stop):
+            precompute(again, stopping_at(number))
+        with pytest.raises(LatentsError, match=r"manifest.json is missing"):
+            load_bank(again.to)
+    assert precompute(again)["count"] == 20
+    assert content(again.to) == content(options.to)
+    told: list[str] = []
+    before = {path: path.stat().st_mtime_ns for path in again.to.iterdir()}
+    assert precompute(again, told.append)["count"] == 20 and told == [f"{again.to} is complete already"]
+    assert before == {path: path.stat().st_mtime_ns for path in again.to.iterdir()}
+
+
+@pytest.mark.fault
+def test_a_killed_precompute_continues_to_the_same_bytes(options: Options, tmp_path: Path) -> None:
+    precompute(options)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", VICTIM, options.source, str(killed), options.model.path]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -signal.SIGKILL
+    assert len(list(killed.glob("shard-*"))) == 2
+    (killed / ".shard-00002.safetensors.part").write_bytes(b"half of it")
+    said: list[str] = []
+    precompute(replace(options, to=killed), said.append)
+    assert said[0] == "going on after 2 finished shards with 8 images"
+    assert content(killed) == content(options.to)
+
+
+def test_another_run_or_a_changed_source_does_not_continue_a_bank(options: Options, folder: Path) -> None:
+    with pytest.raises(Stop):
+        precompute(options, stopping_at(1))
+    with pytest.raises(LatentsError, match=r"was begun with max_ratio 2.0, now it is 1.5; give the same options"):
+        precompute(replace(options, max_ratio=1.5))
+    (folder / "p01.png").write_bytes(picture(99, 20, 20))
+    with pytest.raises(ImagesError, match=r"has changed since the bank in .* was begun"):
+        precompute(options)
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(options: Options) -> None:
+    options.to.mkdir()
+    (options.to / "notes.txt").write_text("mine")
+    with pytest.raises(LatentsError, match="holds other files"):
+        precompute(options)
+    assert [path.name for path in options.to.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_is_said_with_what_is_needed_and_what_is_kept_and_nothing_is_lost(
+    options: Options, tmp_path: Path
+) -> None:
+    """EFBIG, the kernel's answer beyond RLIMIT_FSIZE, stands for a full disk wherever no small disk can be mounted."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(text: str) -> None:
+        if text.startswith("shard-00002"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+
+    try:
+        with pytest.raises(LatentsError) as caught:
+            precompute(options, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(caught.value)
+    assert said.startswith(f"the disk is full: {options.to}/shard-00003.safetensors needs 0.0 MB")
+    assert "3 finished shards with 12 images are kept: make room and give the same command again" in said
+    assert not list(options.to.glob(".*.part"))
+    precompute(options)
+    precompute(replace(options, to=tmp_path / "undisturbed"))
+    assert content(options.to) == content(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount")
+def test_a_disk_that_really_is_full_keeps_its_finished_shards(
+    options: Options, small_disk: Path, tmp_path: Path
+) -> None:
+    full = replace(options, to=small_disk / "bank")
+    with pytest.raises(LatentsError, match=r"No space left on device.*finished shards with \d+ images are kept"):
+        precompute(full)
+    kept = len(list(full.to.glob(".precompute/shard-*.json")))
+    assert 0 < kept < 6
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    said: list[str] = []
+    precompute(full, said.append)
+    assert said[0].startswith(f"going on after {kept} finished shards")
+    precompute(replace(options, to=tmp_path / "undisturbed"))
+    assert content(full.to) == content(tmp_path / "undisturbed")
+
+
+def test_near_duplicates_are_left_out_in_favour_of_the_first_and_named(options: Options, folder: Path) -> None:
+    original = Image.open(folder / "p02.png")
+    original.resize((100, 180)).save(folder / "p11.png")
+    (folder / "p17.png").write_bytes((folder / "p02.png").read_bytes())
+    own = replace(options, deduplicate=0.999, clip=str(SHIPPED / "open_clip"))
+    with pytest.raises(Stop):
+        precompute(own, stopping_at(0))
+    assert precompute(own)["skipped"]["duplicate"] == 2
+    assert skipped(options.to) == {
+        name: ("duplicate", "is a near-duplicate of p02.png") for name in ("p11.png", "p17.png")
+    }
+    assert len(load_bank(options.to)) == 19
+
+
+def test_an_interrupted_search_for_duplicates_computes_no_feature_twice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deduplicate, "CHUNK", 8)
+    (folder / "p17.png").write_bytes((folder / "p02.png").read_bytes())
+    tmp_path.joinpath("work").mkdir()
+
+    def search() -> dict[int, str]:
+        source, ordered = ImageSource(str(folder), CAPTIONS), partial(in_order, workers=2)
+        clip = str(SHIPPED / "open_clip")
+        return deduplicate.find_duplicates(source, 0.999, clip, tmp_path / "work", ordered=ordered)
+
+    assert search() == {17: "p02.png"}
+    (tmp_path / "work" / "duplicates.json").unlink()
+    (tmp_path / "work" / "features-00002.safetensors").unlink()
+    for number in range(16):  # those whose features were kept
+        (folder / f"p{number:02}.png").write_bytes(b"junk")
+    assert search() == {17: "p02.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bucket", "60x64"], "--bucket: 60x64: both sides must be multiples of 16; the nearest is 64x64"),
+        (["--resolution", "70"], "--resolution: 70 pixels: the side must be a multiple of 16"),
+        (["--caption", "text"], "--caption: 'text' is no pair; write KIND=COLUMN"),
+        (["--deduplicate", "0.9"], "--deduplicate: goes with --clip"),
+        (["--caption", "original=words"], "has no such column; it has text, long"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_sentence(options: Options, arguments: list[str], said: str) -> None:
+    given = ["precompute", options.source, "--to", str(options.to), "--model", options.model.path]
+    done = CliRunner().invoke(app, [*given, *arguments])
+    assert done.exit_code == 2 and said in " ".join(done.output.split())
+    assert not options.to.exists()
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_before_anything_is_written(options: Options) -> None:
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        precompute(replace(options, buckets=("72x64",)))
+    assert not options.to.exists()

@@ -1,0 +1,236 @@
+"""Facts about the families: what their outputs mean, their losses, their times and their grids."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowalign.flow import path
+from flowalign.flow.families import FAMILIES, Family, edm, rf_velocity, sampling_sigmas
+from flowalign.flow.schedule import sigmas
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+TIMES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+
+
+def raw_output(family: Family, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What an ideal network of the family says, as its paper writes it; ``t`` broadcasts against ``x0``."""
+    a, b = family.path.a(t), family.path.b(t)
+    if family.name == "edm":
+        sigma, data = b, family.sigma_data
+        c_skip = data**2 / (sigma**2 + data**2)
+        c_out = sigma * data / torch.sqrt(sigma**2 + data**2)
+        return (x0 - c_skip * (x0 + sigma * noise)) / c_out
+    return {"rf": noise - x0, "eps/linear": noise, "v/linear": a * noise - b * x0, "v/cos": a * noise - b * x0}[
+        family.name
+    ]
+
+
+@given(
+    name=st.sampled_from(sorted(FAMILIES)),
+    t=st.floats(1e-3, 1 - 1e-3),
+    x0=st.floats(-3, 3),
+    noise=st.floats(-3, 3),
+)
+def test_velocity_noise_data_and_score_of_every_family_agree(name, t, x0, noise):
+    family = FAMILIES[name]
+    x0, noise, t = (torch.tensor([value], dtype=torch.float64) for value in (x0, noise, t))
+    z, output = family.path.interpolate(x0, noise, t), family.raw_target(x0, noise, t)
+    torch.testing.assert_close(output, raw_output(family, x0, noise, t), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(family.x0(z, output, t), x0, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(family.noise(z, output, t), noise, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(family.velocity(z, output, t), noise - x0, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(family.score(z, output, t) * family.path.b(t), -noise, rtol=1e-7, atol=1e-7)
+    s = family.rf_time(t)
+    torch.testing.assert_close(z / family.scale(t), path.interpolate(x0, noise, s), rtol=1e-9, atol=1e-9)
+
+
+def test_rectified_flow_is_the_very_same_function():
+    def network(x, t):
+        return x * t
+
+    family = FAMILIES["rf"]
+    x0, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+    assert rf_velocity(family, network) is network
+    assert family.velocity(noise, x0, t) is x0
+    assert torch.equal(family.raw_target(x0, noise, t), path.velocity_target(x0, noise))
+    assert torch.equal(family.path.interpolate(x0, noise, t), path.interpolate(x0, noise, t))
+    assert torch.equal(family.network_time(t), t) and torch.equal(family.rf_time(t), t)
+
+
+@every_family
+def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(family: Family, gaussian):
+    times = []
+
+    def network(z_in, t):
+        times.append(t)
+        t = t.double().unsqueeze(1)
+        a, b = family.path.a(t), family.path.b(t)
+        z = z_in * torch.sqrt(b**2 + family.sigma_data**2) if family.name == "edm" else z_in
+        gain = a * gaussian.c**2 / (a**2 * gaussian.c**2 + b**2)
+        x0 = gaussian.mu + gain * (z - a * gaussian.mu)
+        return raw_output(family, x0, (z - a * x0) / b, t)
+
+    s = torch.tensor([0.02, 0.3, 0.5, 0.8, 0.93], dtype=torch.float64)
+    x = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(5, 3)
+    velocity = rf_velocity(family, network)(x, s)
+    torch.testing.assert_close(velocity, gaussian.velocity(x, s), rtol=1e-4, atol=1e-5)
+    assert ((times[0] > 0) & (times[0] < 1)).all() and (family.name == "rf" or times[0].dtype == torch.float32)
+
+
+@every_family
+def test_converted_velocity_is_finite_at_both_ends_in_float32(family: Family):
+    velocity = rf_velocity(family, lambda z_in, t: z_in)
+    for s in (1.0, family.initial_scale, 1e-4, 0.0):
+        assert velocity(torch.randn(2, 3), torch.full((2,), s)).isfinite().all()
+
+
+@every_family
+def test_converted_velocity_has_a_forward_derivative_in_state_and_time(family: Family):
+    velocity = rf_velocity(family, lambda z_in, t: torch.sin(z_in) + z_in * t.unsqueeze(1))
+    x, s, h = torch.tensor([[0.3, -0.8]], dtype=torch.float64), torch.tensor([0.45], dtype=torch.float64), 1e-3
+    tangents = (torch.tensor([[0.7, 0.2]], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    slope = torch.func.jvp(velocity, (x, s), tangents)[1]
+    ahead, behind = velocity(x + h * tangents[0], s + h), velocity(x - h * tangents[0], s - h)
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * h), rtol=2e-3, atol=2e-3)
+
+
+@every_family
+def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: Family, generator):
+    """The gradients are parallel at every time, and equal once weighted; so are those of flow matching."""
+    x0, noise, inputs = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    weights = torch.randn(4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def gradients(t: torch.Tensor, weigh: bool) -> list[torch.Tensor]:
+        z, output = family.path.interpolate(x0, noise, t), inputs @ weights
+        noise_hat, x0_hat = family.noise(z, output, t), family.x0(z, output, t)
+        own, cfm = (family.loss_weight(t), family.path.cfm_weight(t)) if weigh else (torch.ones(6), torch.ones(6))
+        slope_a, slope_b = family.path.da(t)[:, None], family.path.db(t)[:, None]
+        flow_error = slope_a * (x0_hat - x0) + slope_b * (noise_hat - noise)
+        raw_error = output - family.raw_target(x0, noise, t)
+        losses = [raw_error**2, flow_error**2, *(w[:, None] * (noise_hat - noise) ** 2 for w in (own, cfm))]
+        return [torch.autograd.grad(loss.mean(), weights, retain_graph=True)[0].flatten() for loss in losses]
+
+    for t in (0.03, 0.5, 0.97):
+        raw, flow, weighted, _ = gradients(torch.full((6,), t, dtype=torch.float64), weigh=False)
+        for other in (flow, weighted):
+            assert torch.cosine_similarity(raw, other, dim=0).item() == pytest.approx(1, abs=1e-12)
+    mixed = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.8, 0.95], dtype=torch.float64)
+    raw, flow, weighted, flow_weighted = gradients(mixed, weigh=True)
+    torch.testing.assert_close(weighted, raw, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flow_weighted, flow, rtol=1e-9, atol=1e-12)
+
+
+@every_family
+def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(family: Family, generator):
+    x0, noise, error = (torch.randn(99, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    z, target = family.path.interpolate(x0, noise, TIMES), family.raw_target(x0, noise, TIMES)
+    velocity_error = family.velocity(z, target + error, TIMES) - (noise - x0)
+    weighted = family.velocity_weight(TIMES)[:, None] * velocity_error**2
+    torch.testing.assert_close(weighted, error**2, rtol=1e-7, atol=1e-9)
+
+
+def test_loss_weights_have_their_published_forms():
+    sigma = FAMILIES["edm"].path.b(TIMES)
+    published = {
+        "rf": 1 / (1 - TIMES) ** 2,
+        "eps/linear": torch.ones_like(TIMES),
+        "v/linear": 1 / FAMILIES["v/linear"].path.a(TIMES) ** 2,
+        "v/cos": 1 / torch.cos(math.pi / 2 * TIMES) ** 2,
+        "edm": sigma**2 * (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,
+    }
+    for name, weight in published.items():
+        torch.testing.assert_close(FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
+    for name in ("rf", "v/cos"):  # a constant factor apart, since the cosine path turns at a constant speed
+        ratio = FAMILIES[name].path.cfm_weight(TIMES) / FAMILIES[name].loss_weight(TIMES)
+        torch.testing.assert_close(ratio, ratio[:1].expand(99), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_edm_network_sees_and_predicts_unit_variance_at_every_time(sigma_data):
+    family = edm(sigma_data=sigma_data)
+    t = torch.cat([torch.zeros(1, dtype=torch.float64), TIMES, torch.ones(1, dtype=torch.float64)])
+    data, zero = torch.full((101,), sigma_data, dtype=torch.float64), torch.zeros(101, dtype=torch.float64)
+    noise = torch.ones_like(zero)
+    parts = [(data, zero), (zero, noise)]  # of variance sigma_data² and 1, and independent
+    seen = [family.network_input(family.path.interpolate(*part, t), t) for part in parts]
+    target = [family.raw_target(*part, t) for part in parts]
+    for first, second in (seen, target):
+        torch.testing.assert_close(first**2 + second**2, noise)
+
+
+@every_family
+def test_rf_time_and_own_time_are_inverses(family: Family):
+    for t in (TIMES, torch.tensor([0.0, 1e-6, 1 - 1e-6], dtype=torch.float64)):
+        torch.testing.assert_close(family.own_time(family.rf_time(t)), t, rtol=1e-9, atol=1e-12)
+    s = TIMES * family.initial_scale
+    torch.testing.assert_close(family.rf_time(family.own_time(s)), s, rtol=1e-9, atol=0)
+    ends = family.own_time(torch.tensor([0.0, 1.0]))
+    assert ends.dtype == torch.float64 and ends.tolist() == pytest.approx([0, 1])
+
+
+@every_family
+def test_float32_noise_levels_keep_their_precision(family: Family):
+    """A float32 quantile of EDM's sigma 80 would be off by half a per cent."""
+    s = torch.tensor([1e-3, 0.5, family.initial_scale * (1 - 1e-6)])
+    again = family.rf_time(family.own_time(s))
+    torch.testing.assert_close(again / (1 - again), s.double() / (1 - s.double()), rtol=1e-9, atol=1e-9)
+
+
+def test_linear_path_has_the_alphas_of_the_discrete_schedule():
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    a, b = FAMILIES["eps/linear"].path.a(t), FAMILIES["eps/linear"].path.b(t)
+    torch.testing.assert_close(a**2, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(a**2 + b**2, torch.ones_like(t), rtol=0, atol=1e-14)
+
+
+@every_family
+def test_grid_falls_from_the_initial_scale_to_zero(family: Family):
+    for shift in (1.0, 3.0):
+        for num_steps in (1, 2, 28):
+            grid = sampling_sigmas(family, num_steps, shift=shift)
+            assert grid.shape == (num_steps + 1,) and grid.dtype == torch.float32 and (grid.diff() < 0).all()
+            assert grid[0].item() == pytest.approx(family.initial_scale, rel=1e-6) and grid[-1] == 0
+    assert (sampling_sigmas(family, 8, shift=3.0)[1:-2] > sampling_sigmas(family, 8)[1:-2]).all()
+
+
+def test_initial_scale_is_the_part_of_the_noise():
+    alpha_bar = math.prod(1 - (0.00085**0.5 + n / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for n in range(1000))
+    a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    assert FAMILIES["rf"].initial_scale == FAMILIES["v/cos"].initial_scale == 1
+    assert FAMILIES["v/linear"].initial_scale == pytest.approx(b / (a + b))
+    assert FAMILIES["edm"].initial_scale == pytest.approx(80 / 81)
+
+
+def test_rf_grid_is_bitwise_the_schedules():
+    assert torch.equal(sampling_sigmas(FAMILIES["rf"], 10, shift=3.0), sigmas(10, 3.0))
+
+
+def test_edm_grid_is_that_of_karras():
+    grid = sampling_sigmas(FAMILIES["edm"], 5).double()[:-1]
+    expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
+    assert (grid / (1 - grid)).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_linear_grid_is_the_trailing_one_of_the_discrete_schedule():
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(10)
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps].double()
+    expected = 1 / (1 + torch.sqrt(alpha_bar / (1 - alpha_bar)))
+    grid = sampling_sigmas(FAMILIES["v/linear"], 10)[:-1]
+    torch.testing.assert_close(grid, expected.float(), rtol=1e-4, atol=0)
+
+
+@every_family
+@pytest.mark.parametrize("arguments", [{"num_steps": 0}, {"num_steps": 4, "shift": 0.0}])
+def test_bad_grids_are_refused(family: Family, arguments):
+    with pytest.raises(ValueError):
+        sampling_sigmas(family, **arguments)
