@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowalign import checkpoint
+from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
-from flowalign.config import CACHED, AlignConfig, CacheConfig, ConfigError, SamplingConfig
+from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
 from flowalign.flow import families, schedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.rollout import SampleNoise, rollout
-from flowalign.types import PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
 
 # With all of the noise that the coefficients allow, a step noises the prediction of the image anew.
 NOISY: dict[str, SdeKind] = {"ddpm": "ddpm", "consistency": "cps"}
@@ -119,20 +120,6 @@ def sampling_spec(
         noise_level = sampling.eta if sampling.solver == "ddpm" else 1.0
         return RolloutSpec(NOISY[sampling.solver], sigmas, (0, sampling.num_steps - 1), noise_level, **common)
     return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=cast(Solver, sampling.solver), **common)
-
-
-def reuse_of(cache: CacheConfig | None) -> Reuse | None:
-    """The rule that a configuration names; raises ConfigError where its calibration cannot be read."""
-    if cache is None:
-        return None
-    try:
-        coefficients = json.loads(Path(cache.calibration).read_text(encoding="utf-8"))["coefficients"]
-        return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "cache.calibration",
-            f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",
-        ) from error
 
 
 def asked(

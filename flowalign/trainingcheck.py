@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowalign.calibration import reuse_of
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.pretrainconfig import PretrainConfig
 
@@ -14,8 +15,6 @@ CONVERTED = (("edm", "rf"), ("v/cos", "rf"))
 
 def check_caches(config: AlignConfig) -> None:
     """The calibrations that steps are skipped by can be read; rolling out needs noise that reaches t = 1."""
-    from flowalign.sample import reuse_of
-
     for key, cache in (("rollout.cache", config.rollout.cache), ("evaluation.cache", config.evaluation.cache)):
         try:
             reuse_of(cache)

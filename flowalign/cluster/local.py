@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowalign.calibration import reuse_of
 from flowalign.checkpoint import content_hash
 from flowalign.cluster.weight_sync import SyncGuard
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected
-from flowalign.sample import reuse_of
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 

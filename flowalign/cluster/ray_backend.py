@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowalign.algorithm import build_algorithm
+from flowalign.calibration import reuse_of
 from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pipeline import Pipeline
@@ -23,7 +24,6 @@ from flowalign.cluster.weight_sync import SyncGuard, check_receipt
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected
-from flowalign.sample import reuse_of
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 

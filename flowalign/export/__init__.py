@@ -47,7 +47,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the export lies, and the largest absolute differences found after reloading it.
+    """Where the export lies, and the largest absolute differences found after reloading it: see `_differences`.
 
     ``iteration`` is a training run's step.
     """
@@ -185,7 +185,7 @@ def _own_differences(expected: Probe, directory: Path, config: AlignConfig, fami
     reloaded = SD3Policy.load(directory, max_sequence_length=length, device=device)
     reloaded.family = family
     found = _probe(reloaded, config)
-    latents = [float((found.latents[g] - made).abs().max()) for g, made in expected.latents.items()]
+    latents = [float((found.latents[g] - made).abs().max()) / _amplification(g) for g, made in expected.latents.items()]
     return float((found.velocity_NCHW - expected.velocity_NCHW).abs().max()), _largest(latents)
 
 
@@ -254,7 +254,10 @@ def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
 
 @torch.no_grad()
 def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
-    """Velocity and latents of the public pipeline against the probe: largest absolute differences."""
+    """Velocity and latents of the public pipeline against the probe: largest absolute differences.
+
+    Those of guided latents are divided by what guidance makes of rounding.
+    """
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)  # draws no noise
     tokens, _, pooled, _ = pipeline.encode_prompt(
@@ -281,8 +284,13 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
             output_type="latent",
             **size,
         ).images
-        errors.append(float((made - latents).abs().max()))
+        errors.append(float((made - latents).abs().max()) / _amplification(guidance))
     return float((velocity - expected.velocity_NCHW).abs().max()), _largest(errors)
+
+
+def _amplification(guidance: float) -> float:
+    """How much guidance magnifies the rounding of the two velocities that it combines: |g| + |1 - g|."""
+    return guidance + abs(1 - guidance)
 
 
 def _largest(errors: list[float]) -> float:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
-from flowalign.models.inputs import add_inputs
-from flowalign.models.transformer import TransformerSpec, new_transformer
 
 
 def policy_class(name: str) -> type[Any]:
@@ -47,9 +45,13 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
         dtype=getattr(torch, config.dtype),
     )
     if config.transformer is not None:
+        from flowalign.models.transformer import TransformerSpec, new_transformer
+
         spec = TransformerSpec(**config.transformer.model_dump())
         policy.use_network(new_transformer(policy.network.config, spec))  # type: ignore[arg-type]
     if config.inputs:
+        from flowalign.models.inputs import add_inputs
+
         add_inputs(policy.network, config.inputs)
     policy.family = config.family or "rf"
     if config.lora is None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from flowalign.flow.families import FAMILIES, rf_velocity
 from flowalign.flow.guidance import cfg, cfg_norm_preserving
 from flowalign.models.base import ModelError
-from flowalign.models.inputs import inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.types import Condition, TextPart
 
 CACHED_PROMPTS = 512
@@ -103,6 +102,8 @@ class SD3Policy:
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
+        from flowalign.models.inputs import restore_inputs
+
         restore_inputs(pipeline.transformer, Path(directory) / "transformer")
         return cls(pipeline, max_sequence_length=max_sequence_length, device=device)
 
@@ -113,6 +114,8 @@ class SD3Policy:
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        from flowalign.models.inputs import inputs_of
+
         return inputs_of(self.network)
 
     def keep_network(self) -> None:
@@ -208,6 +211,8 @@ class SD3Policy:
         guidance: float | Tensor | None = None,
     ) -> Tensor:
         if self.inputs:
+            from flowalign.models.inputs import pooled_with_inputs
+
             dtype = next(self.network.parameters()).dtype
             pooled = pooled_with_inputs(pooled.to(dtype), t, r, guidance, self.inputs)
         network = partial(self._output, tokens=tokens, pooled=pooled)

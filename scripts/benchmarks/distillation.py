@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, ROOT, STRICT, TASKS, align, machine, write
+from cells import RESULTS, ROOT, STRICT, TASKS, align, flowalign, machine, write
 
 from flowalign.metrics import read_metrics
 
@@ -65,10 +65,19 @@ def teach(half: str, options: argparse.Namespace) -> Path:
     return align("nft", keys, options.threads, options.work_dir, f"teacher-{half}")
 
 
+def exported(run: Path, options: argparse.Namespace) -> Path:
+    to = options.work_dir / f"{run.name}-model"
+    if not to.exists():
+        flowalign(["export", str(run), "--to", str(to)], options.threads, options.work_dir / f"{run.name}.log")
+    return to
+
+
 def distil(student: str, teachers: dict[str, Path], options: argparse.Namespace) -> Path:
     keys: dict[str, Any] = dict(STUDENTS[student])
     if student == "three_blocks":
         keys["model.path"] = str(without_a_block(options.work_dir / "three_blocks"))
+        # A run can teach only models of its own shape; as a pipeline it can teach any.
+        teachers = {half: exported(run, options) for half, run in teachers.items()}
     for half, run in teachers.items():
         keys[f"algorithm.teachers.{half}.path"] = str(run)
     keys |= schedule(options.student_iterations)

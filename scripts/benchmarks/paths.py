@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from cells import RESULTS, ROOT, machine, write
-from pictures import Judge, bank, opened, train
+from pictures import Judge, bank, insert_table, opened, train
 
 from flowalign.config import SamplingConfig
 from flowalign.metrics import read_metrics
@@ -40,7 +40,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "v/cos": {"family": "v/cos", "density": "uniform"},
     "edm": {"family": "edm", "density": "uniform"},
 }
-START, END = "<!-- measured by scripts/benchmarks/paths.py -->", "<!-- end of the measured table -->"
 
 
 def file_of(name: str, seed: int) -> Path:
@@ -148,13 +147,6 @@ def markdown(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def write_table(page: Path) -> None:
-    text = page.read_text()
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n{markdown(load())}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
@@ -170,7 +162,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {'; '.join(CELLS)}")
     if options.what == "table":
-        return write_table(ROOT / "docs" / "pretraining.md")
+        return insert_table("paths", markdown(load()))
     for seed in options.seeds:
         for name in options.cells:
             target = file_of(name, seed)

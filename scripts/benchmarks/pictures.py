@@ -54,6 +54,15 @@ def opened(source: Path, weights: str = "ema") -> tuple[Policy, AlignConfig]:
     return open_policy(source, config, weights)[0], config
 
 
+def insert_table(name: str, table: str, page: Path = ROOT / "docs" / "pretraining.md") -> None:
+    """Put ``table`` between the marks that docs/pretraining.md has for the script ``name``."""
+    begin, end = f"<!-- measured by scripts/benchmarks/{name}.py -->", "<!-- end of the measured table -->"
+    before, _, rest = page.read_text().partition(begin)
+    if not rest:
+        raise SystemExit(f"{page} has no line {begin}")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+
+
 class Judge:
     """Draws the evaluation prompts with fixed seeds and says how far the images are from true scenes.
 
@@ -69,7 +78,7 @@ class Judge:
         self._features = OpenClipFeatures(self._clip)
         self._reference = self._of(true_scenes(num_reference, seed=1))
         spec = RewardConfig(spec="geneval", name="geneval", options={"mode": "strict", "detector": "palette"})
-        self._geneval = load_scorer(spec, ROOT)
+        self.geneval = load_scorer(spec, ROOT)
 
     def _of(self, images: np.ndarray) -> np.ndarray:
         return extract(self._features, batches_of(images), len(images))
@@ -81,7 +90,7 @@ class Judge:
 
     def score(self, made: list[Rollout]) -> dict[str, float]:
         images = torch.cat([chunk.images for chunk in made]).numpy()
-        verdicts = score_images(self._geneval, torch.from_numpy(images), self.batch.prompts, self.batch.metadata)
+        verdicts = score_images(self.geneval, torch.from_numpy(images), self.batch.prompts, self.batch.metadata)
         values = verdicts.scores["geneval"]
         measured = compare(self._of(images), self._reference, metrics=("fid", "precision", "recall"))
         measured["clip"] = clip_score(images, list(self.batch.prompts), self._clip)

@@ -1,0 +1,23 @@
+"""What ``flowalign calibrate-cache`` found, as the rule that skips steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flowalign.config import CacheConfig, ConfigError
+from flowalign.types import Reuse
+
+
+def reuse_of(cache: CacheConfig | None) -> Reuse | None:
+    """The rule that a configuration names; raises ConfigError where its calibration cannot be read."""
+    if cache is None:
+        return None
+    try:
+        coefficients = json.loads(Path(cache.calibration).read_text(encoding="utf-8"))["coefficients"]
+        return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "cache.calibration",
+            f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",
+        ) from error

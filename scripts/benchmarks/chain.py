@@ -1,0 +1,95 @@
+"""The whole chain on shapes: base, alignment, four-step student, export; how much of the alignment's gain is left.
+
+Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, makes pairs of it, straightens it
+(``--by reflow``) or distils it in rounds of 16, 8 and 4 steps (``--by progressive``), exports the student as a plain
+pipeline and judges base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10
+steps and at 4. Writes one JSON file.
+
+    python scripts/benchmarks/chain.py --aligned runs/shapes-flow-grpo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, ROOT, align, flowalign, machine, write
+from pictures import Judge, bank, opened, train
+
+from flowalign.config import SHIPPED, SamplingConfig
+
+BASE = SHIPPED / "pipeline"
+TEN, FOUR = SamplingConfig(num_steps=10), SamplingConfig(num_steps=4, grid="paper")
+
+
+def exported(source: Path, to: Path, kind: str, threads: int) -> Path:
+    if not to.exists():
+        flowalign(["export", str(source), "--to", str(to), "--as", kind], threads, to.with_suffix(".log"))
+    return to
+
+
+def reflowed(aligned: Path, options: argparse.Namespace) -> Path:
+    """Pairs of the aligned model, then a straightening on them, from the aligned model itself."""
+    work, pairs = options.work_dir, options.work_dir / "pairs"
+    if not (pairs / "manifest.json").is_file():
+        asked = ["--pairs", str(options.pairs), "--num-steps", "12", "--solver", "heun"]
+        flowalign(["make-pairs", str(aligned), "--to", str(pairs), *asked], options.threads, work / "pairs.log")
+    keys = {"latents": str(pairs), "model.path": str(aligned), "phases.0.steps": options.steps}
+    run = train("pretrain", "reflow", keys, options.threads, work, "reflow")
+    return exported(run, work / "reflow-model", "ema", options.threads)
+
+
+def distilled(aligned: Path, options: argparse.Namespace) -> Path:
+    """Rounds of 16, 8 and 4 steps, each from the student before it."""
+    latents = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
+    start = aligned
+    for steps in (16, 8, 4):
+        keys = {"latents": latents, "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+        keys |= {"model.path": str(start), "teacher.path": str(start), "sampling.num_steps": steps}
+        run = train("distill", "progressive", keys, options.threads, options.work_dir, f"progressive-{steps}")
+        start = exported(run, options.work_dir / f"progressive-{steps}-model", "ema", options.threads)
+    return start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one of configs/shapes")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--by", choices=("reflow", "progressive"), default="reflow")
+    parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--num-samples", type=int, default=600)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "chain")
+    options = parser.parse_args()
+    run = options.aligned
+    if run is None:
+        keys = {"iterations": options.iterations, "learner.optimizer.decay_steps": options.iterations}
+        run = align("flow_grpo", keys, options.threads, options.work_dir, "aligned")
+    model = exported(run, options.work_dir / "aligned-model", "pipeline", options.threads)
+    student = reflowed(model, options) if options.by == "reflow" else distilled(model, options)
+    torch.set_num_threads(options.threads)
+    judge = Judge(options.num_samples)
+    scores: dict[str, dict[str, Any]] = {}
+    for name, path in (("base", BASE), ("aligned", model), ("student", student)):
+        policy = opened(path, "model")[0]
+        scores[name] = {"10": judge(policy, TEN), "4": judge(policy, FOUR)}
+    base, aligned, few = scores["base"]["10"]["geneval"], scores["aligned"]["10"]["geneval"], scores["student"]["4"]
+    found = {
+        "by": options.by,
+        "machine": machine(options.threads),
+        "prompts": options.num_samples,
+        "scores": scores,
+        "gain": aligned - base,
+        "gain_left_at_4_steps": (few["geneval"] - base) / (aligned - base),
+        "gain_left_at_4_steps_without_student": (scores["aligned"]["4"]["geneval"] - base) / (aligned - base),
+    }
+    write(RESULTS / f"chain-{options.by}.json", found)
+    print(json.dumps({key: value for key, value in found.items() if key != "scores"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

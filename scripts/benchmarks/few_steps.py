@@ -1,0 +1,144 @@
+"""Few-step students of the shipped model against the model itself: quality at 1, 2, 4 and 50 steps.
+
+Students: MeanFlow (no teacher), consistency distillation, progressive distillation (three rounds: 16, 8 and 4 steps)
+and guidance distillation (a guided teacher's quality for half of its evaluations). All start from the base and see the
+same latents. Writes one JSON file a model, a sheet of images of the same noises, and the table of the docs.
+
+    python scripts/benchmarks/few_steps.py run --cells "base;meanflow"
+    python scripts/benchmarks/few_steps.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import RESULTS, ROOT, flowalign, machine, write
+from pictures import Judge, bank, insert_table, opened, train
+from PIL import Image
+
+from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.metrics import read_metrics
+
+OWN, SHEETS = RESULTS / "few_steps", ROOT / "docs" / "figures"
+BASE = SHIPPED / "pipeline"
+COLUMNS = 8
+# A model's own steps first; "guided" models are judged at the guidance that they were taught.
+SAMPLED: dict[str, list[SamplingConfig]] = {
+    "base": [SamplingConfig(num_steps=n, grid="paper") for n in (1, 2, 4, 8, 50)],
+    "base, guidance 3": [SamplingConfig(num_steps=n, grid="paper", guidance_scale=3) for n in (4, 50)],
+    "meanflow": [SamplingConfig(num_steps=n, grid="paper") for n in (1, 2, 4)],
+    "consistency": [SamplingConfig(num_steps=n, grid="paper", solver="consistency") for n in (1, 2, 4)],
+    "progressive": [SamplingConfig(num_steps=n, grid="paper") for n in (4, 2, 1)],
+    "guidance": [SamplingConfig(num_steps=n, grid="paper") for n in (4, 50)],
+}
+
+
+def trained(name: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The run of a student, or the base itself, and what it cost."""
+    if name.startswith("base"):
+        return BASE, {}
+    latents = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
+    common = {"latents": latents, "phases.0.steps": options.steps}
+    if name != "progressive":
+        command = "pretrain" if name == "meanflow" else "distill"
+        config = "guidance_distill" if name == "guidance" else name
+        run = train(command, config, common, options.threads, options.work_dir, name)
+        return run, _cost(run)
+    start, cost = str(BASE), {"training_s": 0, "training_samples": 0}
+    for steps in (16, 8, 4):
+        own = {**common, "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+        own |= {"model.path": start, "teacher.path": start, "sampling.num_steps": steps}
+        run = train("distill", "progressive", own, options.threads, options.work_dir, f"progressive-{steps}")
+        cost = {key: cost[key] + value for key, value in _cost(run).items()}
+        start = str(options.work_dir / f"progressive-{steps}-model")
+        if not Path(start).exists():
+            flowalign(["export", str(run), "--to", start, "--as", "ema"], options.threads, run.with_suffix(".log"))
+    return run, cost
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    return {"training_s": round(row["wall_s"]), "training_samples": row["iteration"] * 128}
+
+
+def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    source, cost = trained(name, options)
+    torch.set_num_threads(options.threads)
+    judge = Judge(options.num_samples)
+    policy, _ = opened(source, "model" if source == BASE else "ema")
+    scores = {}
+    for sampling in SAMPLED[name]:
+        made = judge.draw(policy, sampling)
+        scores[str(sampling.num_steps)] = judge.score(made)
+        sheet = options.work_dir / "sheets" / f"{name}-{sampling.num_steps}.png"
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        first = made[0].images[:COLUMNS].numpy()
+        Image.fromarray(np.concatenate(list(first), 1)).save(sheet)
+    facts = {"images": options.num_samples, "machine": machine(options.threads), "cost": cost}
+    return {"cell": name, **facts, "scores": scores}
+
+
+def load() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for name in SAMPLED if (path := file_of(name)).exists()]
+
+
+def file_of(name: str) -> Path:
+    return OWN / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+
+
+def markdown() -> str:
+    steps = (1, 2, 4, 8, 50)
+    head = ["model", *(f"{n} steps: FID / GenEval" for n in steps), "training images", "minutes"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for cell in load():
+        row = [cell["cell"]]
+        for n in steps:
+            found = cell["scores"].get(str(n))
+            row.append("–" if found is None else f"{found['fid']:.2f} / {found['geneval']:.3f}")
+        cost = cell["cost"]
+        row += [f"{cost['training_samples']:,}", f"{cost['training_s'] / 60:.0f}"] if cost else ["–", "–"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def sheet(work_dir: Path) -> None:
+    """One row a model and step count, the same eight noises and prompts in each."""
+    rows = [(cell["cell"], n) for cell in load() for n in cell["scores"]]
+    files = [work_dir / "sheets" / f"{name}-{n}.png" for name, n in rows]
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.15 * len(rows)))
+    for axis, (name, n), file in zip(axes, rows, files, strict=True):
+        axis.imshow(np.asarray(Image.open(file)))
+        axis.set_ylabel(f"{name}\n{n} steps", rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout(pad=0.3)
+    figure.savefig(SHEETS / "few_steps.png", dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(SAMPLED), help="with semicolons")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "few_steps")
+    options = parser.parse_args()
+    if options.what == "table":
+        sheet(options.work_dir)
+        return insert_table("few_steps", markdown())
+    for name in options.cells:
+        if not file_of(name).exists():
+            write(file_of(name), run_cell(name, options))
+            print(json.dumps({"cell": name, "file": str(file_of(name).relative_to(ROOT))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What a reflow does to the paths of the shipped model: straightness, quality at few steps, inversion, and its price.
+
+Pairs are made once and shared by all cells; each cell is one loss of the second stage. Before and after are measured
+alike: straightness of the model's own Euler paths, FID, CLIP score and strict GenEval at 1, 2, 4 and 8 Euler steps,
+Euler against Heun at equal evaluations, and what inversion to the noise and back loses. Writes one JSON file a cell.
+
+    python scripts/benchmarks/straightening.py run --cells base,reflow
+    python scripts/benchmarks/straightening.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, ROOT, flowalign, machine, write
+from pictures import CHUNK, Judge, bank, insert_table, opened, train
+
+from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.data.prompts import evaluation_batch
+from flowalign.flow import schedule, solvers
+from flowalign.flow.straightness import reconstruction_error, straightness
+from flowalign.metrics import read_metrics
+from flowalign.models.base import Policy
+from flowalign.rollout import SampleNoise
+
+OWN = RESULTS / "straightening"
+BASE = SHIPPED / "pipeline"
+CELLS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "reflow": {},
+    "reflow, squared, uniform": {"algorithm.loss": "squared", "algorithm.density": "uniform"},
+    "reflow, LPIPS-Huber": {"algorithm.loss": "lpips_huber"},
+    "reflow, 30 % real data": {"real_data.fraction": 0.3},
+}
+FEW = (1, 2, 4, 8)
+EQUAL = ((3, 2), (7, 4), (15, 8))  # Euler steps, Heun steps: as many evaluations
+FINE = 100
+
+
+def measured(policy: Policy, judge: Judge, samples: int) -> dict[str, Any]:
+    scores: dict[str, dict[str, float]] = {}
+    for steps in FEW:
+        scores[f"euler {steps}"] = judge(policy, SamplingConfig(num_steps=steps, grid="paper"))
+    for euler, heun in EQUAL:
+        scores[f"euler {euler}"] = judge(policy, SamplingConfig(num_steps=euler, grid="paper"))
+        scores[f"heun {heun}"] = judge(policy, SamplingConfig(num_steps=heun, grid="paper", solver="heun"))
+    return {"scores": scores, **paths(policy, samples)}
+
+
+@torch.no_grad()
+def paths(policy: Policy, samples: int) -> dict[str, Any]:
+    """Straightness on a fine grid, and reconstruction errors of what it ends in, of unguided velocities."""
+    batch, shape = evaluation_batch("shapes:eval", samples), policy.latent_shape(None, None)
+    straight, lost = [], {f"{name} {steps}": [] for name in ("euler", "heun") for steps in (8, 16)}
+    for chunk in batch.chunks(CHUNK):
+        condition = policy.encode_prompts(chunk.prompts)
+
+        def velocity(x: torch.Tensor, t: torch.Tensor, condition: Any = condition) -> torch.Tensor:
+            return policy.velocity(x, t, condition)
+
+        noise = SampleNoise(7, chunk.sample_ids, shape).draw()
+        found, x0 = straightness(velocity, noise, schedule.sigmas(FINE, grid="paper"))
+        straight += found.tolist()
+        for name, solver in (("euler", solvers.euler), ("heun", solvers.heun)):
+            for steps in (8, 16):
+                sigmas = schedule.sigmas(steps, grid="paper")
+                lost[f"{name} {steps}"] += reconstruction_error(velocity, x0, sigmas, solver)[0].tolist()
+    return {
+        "straightness": statistics.mean(straight),
+        "reconstruction_rms": {key: statistics.mean(values) for key, values in lost.items()},
+    }
+
+
+def pairs(options: argparse.Namespace) -> tuple[Path, float]:
+    directory, began = options.work_dir / "pairs", time.monotonic()
+    if not (directory / "manifest.json").is_file():
+        asked = ["--to", str(directory), "--pairs", str(options.pairs), "--num-steps", str(options.pair_steps)]
+        arguments = ["make-pairs", str(BASE), *asked, "--solver", "heun"]
+        flowalign(arguments, options.threads, options.work_dir / "pairs.log")
+    return directory, time.monotonic() - began
+
+
+def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    cell: dict[str, Any] = {"cell": name, "images": options.num_samples, "machine": machine(options.threads)}
+    judge = Judge(options.num_samples)
+    if name == "base":
+        return cell | measured(opened(BASE, "model")[0], judge, options.num_samples)
+    made, pairs_s = pairs(options)
+    overrides: dict[str, Any] = {"latents": str(made), "phases.0.steps": options.steps, **CELLS[name]}
+    if "real_data.fraction" in overrides:
+        overrides["real_data.latents"] = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
+    run = train("pretrain", "reflow", overrides, options.threads, options.work_dir, slug(name))
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    cost = {
+        "pair_evaluations": options.pairs * (2 * options.pair_steps - 1),
+        "training_samples": options.steps * 128,
+        "pairs_s": round(pairs_s),
+        "training_s": round(row["wall_s"]),
+        "loss": row["loss"],
+    }
+    return cell | {"cost": cost} | measured(opened(run, "ema")[0], judge, options.num_samples)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def markdown() -> str:
+    cells = [
+        json.loads((OWN / f"{slug(name)}.json").read_text()) for name in CELLS if (OWN / f"{slug(name)}.json").exists()
+    ]
+    head = ["model", "straightness", *(f"FID {n} steps" for n in FEW), *(f"GenEval {n}" for n in FEW), "lost, Heun 8"]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for cell in cells:
+        at = [cell["scores"][f"euler {n}"] for n in FEW]
+        row = [cell["cell"], f"{cell['straightness']:.4f}", *(f"{p['fid']:.2f}" for p in at)]
+        row += [*(f"{p['geneval']:.3f}" for p in at), f"{cell['reconstruction_rms']['heun 8']:.3f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", "| evaluations | " + " | ".join(f"{c['cell']}: Euler / Heun" for c in cells) + " |"]
+    lines += [f"|{' --- |' * (1 + len(cells))}"]
+    for euler, heun in EQUAL:
+        row = [f"{c['scores'][f'euler {euler}']['fid']:.2f} / {c['scores'][f'heun {heun}']['fid']:.2f}" for c in cells]
+        lines.append(f"| {euler} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
+    parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--pair-steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "straightening")
+    options = parser.parse_args()
+    if options.what == "table":
+        return insert_table("straightening", markdown())
+    for name in options.cells:
+        target = OWN / f"{slug(name)}.json"
+        if not target.exists():
+            write(target, run_cell(name, options))
+            print(json.dumps({"cell": name, "file": str(target.relative_to(ROOT))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
