@@ -14,7 +14,6 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchLCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -168,8 +167,7 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
         if part is not None:
             part.float()
     if config.evaluation.solver == "consistency":
-        scheduler: Any = FlowMatchLCMScheduler.from_config(policy.pipeline.scheduler.config)
-        policy.pipeline.scheduler = scheduler
+        policy.pipeline.scheduler = _euler(policy.pipeline.scheduler, stochastic_sampling=True)
     policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)
     if policy.inputs:
@@ -259,7 +257,7 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
     Those of guided latents are divided by what guidance makes of rounding.
     """
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)  # draws no noise
+    pipeline.scheduler = _euler(pipeline.scheduler, stochastic_sampling=False)
     tokens, _, pooled, _ = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
@@ -286,6 +284,11 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
         ).images
         errors.append(float((made - latents).abs().max()) / _amplification(guidance))
     return float((velocity - expected.velocity_NCHW).abs().max()), _largest(errors)
+
+
+def _euler(like: Any, **changes: Any) -> Any:
+    """A scheduler like ``like``; with ``stochastic_sampling`` each step noises the prediction of the image anew."""
+    return FlowMatchEulerDiscreteScheduler.from_config(like.config, **changes)
 
 
 def _amplification(guidance: float) -> float:

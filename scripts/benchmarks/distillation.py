@@ -68,7 +68,7 @@ def teach(half: str, options: argparse.Namespace) -> Path:
 def exported(run: Path, options: argparse.Namespace) -> Path:
     to = options.work_dir / f"{run.name}-model"
     if not to.exists():
-        flowalign(["export", str(run), "--to", str(to)], options.threads, options.work_dir / f"{run.name}.log")
+        flowalign(["export", str(run), "--to", str(to), "--as", "ema"], options.threads, options.work_dir / f"{run.name}.log")
     return to
 
 
@@ -78,6 +78,7 @@ def distil(student: str, teachers: dict[str, Path], options: argparse.Namespace)
         keys["model.path"] = str(without_a_block(options.work_dir / "three_blocks"))
         # A run can teach only models of its own shape; as a pipeline it can teach any.
         teachers = {half: exported(run, options) for half, run in teachers.items()}
+        keys |= {f"algorithm.teachers.{half}.weights": "model" for half in teachers}
     for half, run in teachers.items():
         keys[f"algorithm.teachers.{half}.path"] = str(run)
     keys |= schedule(options.student_iterations)

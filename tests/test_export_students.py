@@ -1,0 +1,132 @@
+"""Exports of training runs: students with more inputs, consistency students, models of another family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from flowalign.algorithm import seeded
+from flowalign.cli.runs import begin_run, config_of
+from flowalign.cluster.train import run_pretrain
+from flowalign.data.latents import LatentBank, save_bank
+from flowalign.export import ExportError, export, load_pipeline
+from flowalign.pretrainconfig import PretrainConfig
+from flowalign.rollout import SampleNoise, integrate
+from flowalign.sample import open_policy, policy_spec
+
+SHAPE = (16, 8, 8)
+PROMPT = "a photo of a red star"
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bank")
+    latents = torch.randn(12, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
+    save_bank(directory, LatentBank(latents, torch.zeros(12).long(), [PROMPT]))
+    return directory
+
+
+def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
+    own = {"path": str(pipeline), "max_sequence_length": 4}
+    content = {
+        "name": "student",
+        "runs_dir": str(runs),
+        "model": own | changes.pop("model", {}),
+        "latents": str(bank),
+        "batch_size": 4,
+        "phases": [{"steps": 2, "learning_rate": 3e-3, "final_learning_rate": 3e-3, "max_sequence_lengths": {4: 1}}],
+        "warmup_steps": 1,
+        "autocast": "float32",
+        "threads": 1,
+        "checkpoint_every": 2,
+        **changes,
+    }
+    config = PretrainConfig.model_validate(content)
+    begin_run(config)
+    return run_pretrain(config, Path("."), Console(quiet=True))
+
+
+def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:
+    config = config_of(source, None)
+    policy, _ = open_policy(source, config, which)
+    spec = policy_spec(policy, config.evaluation)
+    return integrate(policy.velocity, policy.encode_prompts([prompt]), SampleNoise(5, [3], SHAPE), spec)[2]
+
+
+def theirs(directory: Path, prompt: str, **options) -> torch.Tensor:
+    """The exported pipeline's latents from the noises that our sample 3 of seed 5 has."""
+    generator = seeded(5, 3)
+    options |= {"latents": torch.randn(SHAPE, generator=generator)[None], "output_type": "latent"}
+    pipeline = load_pipeline(directory)
+    with torch.random.fork_rng():
+        torch.set_rng_state(generator.get_state())  # where a scheduler of diffusers draws from
+        return pipeline(prompt, guidance_scale=1.0, max_sequence_length=4, **options).images
+
+
+def test_a_meanflow_student_is_a_custom_pipeline_that_takes_our_steps(tmp_path, tiny_pipeline_dir, bank):
+    changes = {
+        "model": {"inputs": ["r"]},
+        "algorithm": {"type": "meanflow"},
+        "sampling": {"num_steps": 2, "grid": "paper"},
+    }
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
+    made = export(run, tmp_path / "out", kind="ema", config=config_of(run, None))
+    assert max(made.velocity_error, made.latents_error) < 1e-5
+    assert (tmp_path / "out" / "pipeline.py").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "custom_pipeline" in card and "sigmas=[1.0, 0.5]" in card and "2 of 2 · seed 0" in card
+    found = theirs(tmp_path / "out", PROMPT, num_inference_steps=2, sigmas=[1.0, 0.5])
+    torch.testing.assert_close(found, ours(run, PROMPT, "ema"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, ours(tmp_path / "out", PROMPT), rtol=1e-4, atol=1e-4)
+
+
+def test_a_consistency_student_is_a_plain_pipeline_that_noises_anew(tmp_path, tiny_pipeline_dir, bank):
+    sampling = {"num_steps": 3, "solver": "consistency", "grid": "paper"}
+    algorithm = {"type": "consistency", "teacher": "none", "num_steps": 10, "skip": 2, "shift": 3.0}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm=algorithm, sampling=sampling)
+    export(run, tmp_path / "out", config=config_of(run, None))
+    assert not (tmp_path / "out" / "pipeline.py").exists()
+    assert load_pipeline(tmp_path / "out").scheduler.config["stochastic_sampling"]
+    found = theirs(tmp_path / "out", PROMPT, num_inference_steps=3, sigmas=[1.0, 2 / 3, 1 / 3])
+    torch.testing.assert_close(found, ours(run, PROMPT), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_of_another_family_is_exported_for_ourselves(tmp_path, tiny_pipeline_dir, bank):
+    algorithm = {"type": "rectified_flow", "family": "v/cos", "density": "uniform"}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, model={"family": "v/cos"}, algorithm=algorithm)
+    export(run, tmp_path / "out", config=config_of(run, None))
+    own = config_of(tmp_path / "out", None)
+    assert own.model.family == "v/cos" and own.evaluation.num_steps == 10
+    torch.testing.assert_close(ours(tmp_path / "out", PROMPT), ours(run, PROMPT), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "flowalign.json").read_text())["family"] == "v/cos"
+    assert "no velocity of a straight path" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_architecture_that_diffusers_lacks_is_not_exported(tmp_path, tiny_pipeline_dir, bank):
+    fresh = {"transformer": {"architecture": "cross", "num_layers": 1}}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, model=fresh, algorithm={"type": "rectified_flow"})
+    with pytest.raises(ExportError, match="diffusers has no class for a CrossDiT"):
+        export(run, tmp_path / "out", config=config_of(run, None))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_guided_student_is_told_its_scale(tmp_path, tiny_pipeline_dir, bank):
+    changes = {
+        "model": {"inputs": ["guidance"]},
+        "teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4},
+        "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
+        "sampling": {"num_steps": 2, "guidance_scale": 4.0},
+    }
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
+    made = export(run, tmp_path / "out", config=config_of(run, None))
+    assert made.latents_error < 1e-5
+    own = config_of(run, None)
+    policy, _ = open_policy(run, own)
+    condition, x, t = policy.encode_prompts([PROMPT]), torch.randn(1, *SHAPE), torch.tensor([0.5])
+    with torch.no_grad():
+        low, high = (policy.velocity(x, t, condition, guidance=scale) for scale in (1.0, 4.0))
+    assert not torch.equal(low, high)
