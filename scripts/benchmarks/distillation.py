@@ -68,7 +68,9 @@ def teach(half: str, options: argparse.Namespace) -> Path:
 def exported(run: Path, options: argparse.Namespace) -> Path:
     to = options.work_dir / f"{run.name}-model"
     if not to.exists():
-        flowalign(["export", str(run), "--to", str(to), "--as", "ema"], options.threads, options.work_dir / f"{run.name}.log")
+        flowalign(
+            ["export", str(run), "--to", str(to), "--as", "ema"], options.threads, options.work_dir / f"{run.name}.log"
+        )
     return to
 
 

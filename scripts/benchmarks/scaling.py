@@ -1,0 +1,159 @@
+"""How validation loss falls with compute, whether it foretells quality, and which architecture uses compute best.
+
+MM-DiTs of depth d, 64 d wide with d heads, are trained on the same latents with equal batches; at several points of each
+run the validation loss (fixed latents, noises and times, averaged weights) stands beside strict GenEval, FID and CLIP
+score of the evaluation prompts. A concatenating DiT and one with cross-attention, of the depth and width whose FLOPs
+come nearest to the middle MM-DiT's, are trained alike. Writes a JSON file a cell, a figure and the table of the docs.
+(arXiv:2403.03206, sec. 5.3 with figure 8, and figure 4)
+
+    python scripts/benchmarks/scaling.py run --cells "mmdit-2;mmdit-3"
+    python scripts/benchmarks/scaling.py table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, ROOT, machine, write
+from pictures import Judge, bank, insert_table, opened, train
+
+from flowalign import checkpoint
+from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.metrics import read_metrics
+from flowalign.models.transformer import TransformerSpec, flops, matching, new_transformer
+
+OWN = RESULTS / "scaling"
+DEPTHS = (2, 3, 4)
+CELLS = (*(f"mmdit-{depth}" for depth in DEPTHS), "concat", "cross")
+IMAGE_TOKENS, TEXT_TOKENS = 16, 18
+TRAINING = 3  # a step costs a forward pass and a backward pass of twice as much
+SAMPLING = SamplingConfig(num_steps=25, guidance_scale=3.0)
+
+
+def spec_of(name: str) -> TransformerSpec:
+    like = json.loads((SHIPPED / "pipeline" / "transformer" / "config.json").read_text())
+    if name.startswith("mmdit-"):
+        return TransformerSpec(num_layers=int(name.removeprefix("mmdit-")))
+    middle = TransformerSpec(num_layers=DEPTHS[1])
+    return matching(like, middle, name, IMAGE_TOKENS, TEXT_TOKENS)  # type: ignore[arg-type]
+
+
+def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    spec = spec_of(name)
+    like = json.loads((SHIPPED / "pipeline" / "transformer" / "config.json").read_text())
+    network = new_transformer(like, spec)
+    forward = flops(network, IMAGE_TOKENS, TEXT_TOKENS)
+    every = options.steps // options.points
+    overrides: dict[str, Any] = {
+        "latents": str(bank(options.work_dir / "bank", options.num_images, 0, options.threads)),
+        "validation": {
+            "latents": str(bank(options.work_dir / "validation", 2000, 1, options.threads)),
+            "every": every,
+            "num_samples": 1024,
+        },
+        "model.transformer": {
+            "architecture": spec.architecture,
+            "num_layers": spec.num_layers,
+            "num_heads": spec.heads,
+        },
+        "phases.0.steps": options.steps,
+        # A constant rate: each point is then what a shorter run would have reached.
+        "phases.0.final_learning_rate": 2.0e-3,
+        "checkpoint_every": every,
+        "keep_last": options.points,
+    }
+    run = train("pretrain", "paths", overrides, options.threads, options.work_dir, name)
+    losses = {row["iteration"]: row for row in read_metrics(run / "metrics.jsonl") if "validation_ema/loss" in row}
+    torch.set_num_threads(options.threads)
+    judge, points = Judge(options.num_samples), []
+    for step in checkpoint.steps(run / "checkpoints"):
+        policy, _ = opened(run / "checkpoints" / f"step_{step:06d}", "ema")
+        row = losses[step]
+        found = {"step": step, "flops": TRAINING * forward * 128 * step, "validation": row["validation_ema/loss"]}
+        points.append({**found, **judge(policy, SAMPLING)})
+    return {
+        "cell": name,
+        "spec": vars(spec),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "forward_flops": forward,
+        "images": options.num_samples,
+        "machine": machine(options.threads),
+        "points": points,
+    }
+
+
+def load() -> list[dict[str, Any]]:
+    files = [OWN / f"{name}.json" for name in CELLS]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def correlations(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of the validation loss with each score, over all points of the MM-DiTs."""
+    from scipy.stats import spearmanr
+
+    points = [point for cell in cells if cell["cell"].startswith("mmdit") for point in cell["points"]]
+    loss = [point["validation"] for point in points]
+    return {key: float(spearmanr(loss, [p[key] for p in points])[0]) for key in ("geneval", "fid", "clip")}
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
+    lines = ["| network | parameters | FLOPs a sample | training FLOPs | validation loss | GenEval | FID | CLIP |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for cell in cells:
+        last = cell["points"][-1]
+        lines.append(
+            f"| {cell['cell']} ({cell['spec']['num_layers']} layers) | {cell['parameters']:,} "
+            f"| {cell['forward_flops'] / 1e6:.0f} M | {last['flops']:.2e} | {last['validation']:.4f} "
+            f"| {last['geneval']:.3f} | {last['fid']:.2f} | {last['clip']:.1f} |"
+        )
+    found = ", ".join(f"{key} {value:+.2f}" for key, value in correlations(cells).items())
+    return "\n".join([*lines, "", f"Rank correlation of the validation loss with the scores, MM-DiTs: {found}."])
+
+
+def draw(cells: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for cell in cells:
+        points = cell["points"]
+        style = "o-" if cell["cell"].startswith("mmdit") else "s--"
+        left.plot([p["flops"] for p in points], [p["validation"] for p in points], style, label=cell["cell"])
+        right.plot([p["validation"] for p in points], [p["geneval"] for p in points], style, label=cell["cell"])
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss")
+    right.set(xlabel="validation loss", ylabel="strict GenEval")
+    right.invert_xaxis()
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "figures" / "scaling.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--num-images", type=int, default=24_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "scaling")
+    options = parser.parse_args()
+    unknown = sorted(set(options.cells) - set(CELLS))
+    if unknown:
+        parser.error(f"--cells: no cell {unknown[0]!r}; there are {'; '.join(CELLS)}")
+    if options.what == "table":
+        draw(load())
+        return insert_table("scaling", markdown(load()))
+    for name in options.cells:
+        target = OWN / f"{name}.json"
+        if not target.exists():
+            write(target, run_cell(name, options))
+            print(json.dumps({"cell": name, "file": str(target.relative_to(ROOT))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
