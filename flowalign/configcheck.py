@@ -120,8 +120,8 @@ def _algorithm_leaves() -> list[str]:
     return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]
 
 
-def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
-    """The configured algorithm, which must belong to the command of those that consume ``consumes``."""
+def algorithm_of(raw: dict[str, Any]) -> Any:
+    """The configured algorithm; raises ConfigError where there is none of the name or its options are wrong."""
     from flowalign.algorithm import UnknownAlgorithm, algorithm_class, known_algorithms
 
     try:
@@ -134,9 +134,14 @@ def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
     if "teachers" in cls.Config.model_fields and "teachers" not in raw:
         raise ConfigError("algorithm.teachers", "is missing; name one or more, such as {better: {path: runs/better}}")
     try:
-        algorithm = cls(cls.Config.model_validate(raw))
+        return cls(cls.Config.model_validate(raw))
     except ValidationError as error:
         raise explain(error, cls.Config, ("algorithm",)) from error
+
+
+def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
+    """`algorithm_of`, which must belong to the command of those that consume ``consumes``."""
+    algorithm = algorithm_of(raw)
     learns_from = algorithm.consumes.__name__
     command = COMMANDS.get(learns_from)
     if command != COMMANDS[consumes]:

@@ -235,6 +235,7 @@ def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | Pretrai
     """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``."""
     if type(old) is not type(new):
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
+    old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
     changed = resume_differences(old, new)
     if changed:
         before, after = (_leaves(config.model_dump(mode="json")) for config in (old, new))
@@ -244,6 +245,15 @@ def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | Pretrai
             f"{run_dir} was begun with {before.get(key)!r} and cannot go on with {after.get(key)!r}; "
             f"set it back, or give the run another name{f' (changed as well: {others})' if others else ''}",
         )
+
+
+def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
+    """The algorithm of an earlier run with the defaults of options that did not exist then."""
+    try:
+        parsed = checks.algorithm_of(algorithm)
+    except ConfigError:
+        return algorithm  # said of the new configuration, if it still is so there
+    return {**parsed.config.model_dump(mode="json"), **algorithm}
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -229,6 +229,16 @@ def test_a_change_is_refused_with_key_old_and_new_value(config_path: Path) -> No
     assert "algorithm.beta" in str(caught.value)
 
 
+def test_an_option_that_came_later_has_its_default_in_an_earlier_run(config_path: Path) -> None:
+    new = load_align(config_path).config
+    earlier = {key: value for key, value in new.algorithm.items() if key not in ("normalize", "epochs", "beta")}
+    assert len(earlier) < len(new.algorithm)
+    refuse_changes(new.model_copy(update={"algorithm": earlier}), new, Path("runs/x"))
+    changed = load_align(config_path, ["algorithm.beta=0.1"]).config
+    with pytest.raises(ConfigError, match=r"^algorithm.beta: runs/x was begun with"):
+        refuse_changes(new.model_copy(update={"algorithm": earlier}), changed, Path("runs/x"))
+
+
 def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "pretrain.yaml"
     path.write_text(
