@@ -147,7 +147,7 @@ def pretrain(
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
             report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
-        stop = stopping()
+        stop = process_group.agreed(stopping())  # or one rank would wait for ever for the others
         if stop or done % config.checkpoint_every == 0 or done == steps:
             _save(run_dir, config, engine, averages, done)
         if stop:

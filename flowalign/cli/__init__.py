@@ -82,12 +82,14 @@ def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fa
     from flowalign.cli.runs import begin_run
     from flowalign.configfile import load_pretrain
 
-    loaded = load_pretrain(config, overrides or ())
-    begin_run(loaded.config)
+    loaded, first = load_pretrain(config, overrides or ()), os.environ.get("RANK", "0") == "0"
+    if first:  # of the processes that torchrun starts
+        begin_run(loaded.config)
     from flowalign.cluster.train import run_pretrain
 
     run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json))
-    _finish(run_dir, as_json)
+    if first:
+        _finish(run_dir, as_json)
 
 
 @app.command()

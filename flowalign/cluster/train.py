@@ -70,6 +70,7 @@ def run_pretrain(config: PretrainConfig, base_dir: Path, console: Console) -> Pa
     """
     torch.set_num_threads(config.threads)
     rank = Rank.of_environment()
+    console = console if rank.index == 0 else Console(quiet=True)
     config = config.model_copy(update={"device": rank.device(config.device)})
     run_dir = Path(config.runs_dir) / config.name
     algorithm = build_algorithm(config.algorithm)

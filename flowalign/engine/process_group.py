@@ -63,6 +63,15 @@ def gather(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[int,
     return gathered
 
 
+def agreed(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank; a collective call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    raised = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
 def barrier() -> None:
     """Wait for the other ranks, if there are any."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -97,7 +97,8 @@ def correlations(cells: list[dict[str, Any]]) -> dict[str, float]:
 
     points = [point for cell in cells if cell["cell"].startswith("mmdit") for point in cell["points"]]
     loss = [point["validation"] for point in points]
-    return {key: float(spearmanr(loss, [p[key] for p in points]).statistic) for key in ("geneval", "fid", "clip")}
+    found: dict[str, Any] = {key: spearmanr(loss, [p[key] for p in points]) for key in ("geneval", "fid", "clip")}
+    return {key: float(result.statistic) for key, result in found.items()}
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
