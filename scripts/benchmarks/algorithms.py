@@ -51,8 +51,12 @@ CELLS = {
     "nft": Cell("nft", "DiffusionNFT"),
     "awm": Cell("awm", "AWM"),
     "awm_free": Cell("awm", "AWM without a KL", {"algorithm.beta": 0, "algorithm.reference_refresh": None}),
-    "sft": Cell("sft", "Online SFT, best of 8"),
-    "rwr": Cell("sft", "Reward-weighted regression", {"algorithm.select": "rwr", "algorithm.timesteps": 3}),
+    "sft": Cell("sft", "Online SFT without a KL, best of 8", {"algorithm.beta": 0}),
+    "rwr": Cell(
+        "sft",
+        "Reward-weighted regression without a KL",
+        {"algorithm.select": "rwr", "algorithm.timesteps": 3, "algorithm.beta": 0},
+    ),
     "dpo_online": Cell("dpo_online", "Diffusion-DPO, online"),
 }
 

@@ -74,12 +74,14 @@ def test_a_reward_runs_with_the_packages_and_variables_of_its_own_environment(
         __import__("only_there")
 
 
+@pytest.mark.slow
 def test_an_environment_that_ray_refuses_is_named(tiny_pipeline_dir: Path, folder: Path) -> None:
     reward = {"name": "tripled", "runtime_env": {"py_modules": [str(folder / "library" / "only_there")]}}
     with pytest.raises(SpecError, match="reward 'tripled': Ray refuses its runtime_env"):
         collect(RayBackend, config_of(tiny_pipeline_dir, folder, reward), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_the_death_of_a_hosted_reward_is_named(tiny_pipeline_dir: Path, folder: Path) -> None:
     config = config_of(tiny_pipeline_dir, folder, {"name": "deadly", "runtime_env": {"env_vars": {"SHIFT": "0"}}})

@@ -122,7 +122,7 @@ def everything(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, A
     return tensors, [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
-SLOW = ("flow_grpo sliding window",)
+SLOW = ("flow_grpo sliding window", "flow_grpo guard", "sft", "dpo online")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
