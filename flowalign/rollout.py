@@ -119,6 +119,16 @@ def skipping_of(network: nn.Module, reuse: Reuse | None) -> Skipping:
     return lambda steps: CachedNetwork(network, steps, reuse.threshold, Polynomial(reuse.coefficients))
 
 
+def refuse_non_finite(final_NCHW: Tensor, policy_version: int) -> None:
+    """Raise NonFiniteSamples unless all latents are numbers."""
+    broken = int((~final_NCHW.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise NonFiniteSamples(
+            f"{broken} of {len(final_NCHW)} samples of policy version {policy_version} are NaN or Inf: its weights "
+            "have diverged; go back to an earlier checkpoint, or begin again with a lower learning rate"
+        )
+
+
 def _step(
     model: VelocityModel,
     condition: Condition,
@@ -202,12 +212,7 @@ def rollout(
         groups=groups,
         skipping=skipping_of(policy.network, spec.reuse),
     )
-    broken = int((~final.isfinite()).flatten(1).any(1).sum())
-    if broken:
-        raise NonFiniteSamples(
-            f"{broken} of {len(final)} samples of policy version {policy_version} are NaN or Inf: its weights have "
-            "diverged; go back to an earlier checkpoint, or begin again with a lower learning rate"
-        )
+    refuse_non_finite(final, policy_version)
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
     rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
     return Rollout(

@@ -19,7 +19,7 @@ from flowalign import checkpoint
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
 from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
-from flowalign.flow import families, schedule
+from flowalign.flow import families
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.rollout import SampleNoise, rollout
@@ -39,7 +39,7 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
-        model = config.model.model_copy(update={"path": str(path), "lora": None})
+        model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
         return load_policy(model, device=config.cluster.device), {}
     found = find_checkpoint(path)
     policy = load_policy(config.model, device=config.cluster.device)
@@ -100,8 +100,7 @@ def base_hash(model: Path) -> str:
 
 def ode_spec(shift: float, num_steps: int, guidance_scale: float) -> RolloutSpec:
     """Deterministic Euler steps on the grid that diffusers' scheduler uses for this shift."""
-    sigmas = schedule.sigmas(num_steps, shift=shift, grid="diffusers")
-    return RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=guidance_scale)
+    return sampling_spec(SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), shift=shift)
 
 
 def sampling_spec(

@@ -21,8 +21,8 @@ from flowalign.data.latents import LatentsError, load_bank
 from flowalign.metrics import read_metrics
 from flowalign.models.build import load_policy
 from flowalign.pretrainconfig import PretrainConfig
-from flowalign.rollout import SampleNoise, integrate, skipping_of
-from flowalign.sample import policy_spec
+from flowalign.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
+from flowalign.sample import open_policy, policy_spec
 from tests._tiny import run_config
 
 SHAPE = (16, 8, 8)
@@ -77,6 +77,18 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):
 def test_pairs_need_a_solver_without_noise_of_its_own(tmp_path, tiny_pipeline_dir):
     with pytest.raises(ConfigError, match=r"--solver: ddpm makes noise of its own"):
         pairs_of(tiny_pipeline_dir, tmp_path / "pairs", solver="ddpm")
+
+
+def test_a_model_that_has_diverged_makes_no_pairs(tmp_path, tiny_pipeline_dir, monkeypatch):
+    def broken(*args, **options):
+        policy, state = open_policy(*args, **options)
+        next(policy.network.parameters()).data.fill_(float("nan"))
+        return policy, state
+
+    monkeypatch.setattr("flowalign.cli.make_pairs.open_policy", broken)
+    with pytest.raises(NonFiniteSamples, match="have diverged"):
+        pairs_of(tiny_pipeline_dir, tmp_path / "pairs")
+    assert not list((tmp_path / "pairs").glob("shard-*"))
 
 
 def test_noise_is_what_a_bank_can_hold():

@@ -16,7 +16,7 @@ from flowalign import checkpoint
 from flowalign.algorithms.rectified_flow import RectifiedFlow
 from flowalign.cli.runs import config_of
 from flowalign.cluster.train import run_pretrain
-from flowalign.config import ConfigError, ModelConfig, SamplingConfig
+from flowalign.config import ConfigError, ModelConfig, SamplingConfig, TransformerConfig
 from flowalign.data.feed import Feed, without_encoders
 from flowalign.data.latents import LatentBank, LatentsError, save_bank
 from flowalign.data.shapes_latents import make_bank
@@ -265,6 +265,24 @@ def test_real_data_has_fresh_noise_beside_the_pairs_own(tmp_path, tiny_pipeline_
     assert 0.8 < float(batch.noise_NCHW[6:].std()) < 1.2 and float(batch.latents_NCHW[6:].std()) > 0
     with pytest.raises(LatentsError, match="real data itself"):
         Feed(config(tmp_path, tiny_pipeline_dir, bank, real_data={"latents": str(bank)}), policy)
+
+
+def test_a_bank_of_other_encoders_is_refused(tmp_path, tiny_pipeline_dir):
+    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4)
+    bank = LatentBank(torch.zeros(2, 16, 8, 8).half(), torch.zeros(2).long(), ["a photo of a star"])
+    bank.encoder = "of another model"
+    save_bank(tmp_path / "other", bank)
+    with pytest.raises(LatentsError, match="encoded by another autoencoder"):
+        Feed(config(tmp_path, tiny_pipeline_dir, tmp_path / "other"), policy)
+
+
+def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tiny_pipeline_dir):
+    from tests._tiny import run_config
+
+    own = run_config(tiny_pipeline_dir)
+    fresh = own.model.model_copy(update={"transformer": TransformerConfig(num_layers=2)})
+    policy, _ = open_policy(tiny_pipeline_dir, own.model_copy(update={"model": fresh}))
+    assert len(policy.network.get_submodule("transformer_blocks")) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["mmdit", "concat", "cross"])

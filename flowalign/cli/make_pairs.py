@@ -14,7 +14,7 @@ from flowalign.data.bankwriter import BankWriter, finished
 from flowalign.data.latents import LatentsError, load_bank
 from flowalign.data.preferences import encoder_hash
 from flowalign.data.prompts import GroupSampler, load_prompts
-from flowalign.rollout import SampleNoise, integrate
+from flowalign.rollout import SampleNoise, integrate, refuse_non_finite
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, torch_threads
 
 ORIGINAL = "original"
@@ -50,6 +50,7 @@ def make_pairs(
     Raises:
         ConfigError: the solver makes noise of its own.
         LatentsError: the directory was begun with other options, or the disk is full.
+        NonFiniteSamples: the model has diverged.
         PromptsError, CheckpointError, ModelError: what the pairs are made from cannot be had.
     """
     sampling = asked(config.evaluation, num_steps, guidance_scale, solver)
@@ -81,6 +82,7 @@ def make_pairs(
             condition = policy.encode_prompts(batch.prompts)
             noise = HalfNoise(seed, batch.sample_ids, shape)
             final = integrate(policy.velocity, condition, noise, spec, device, geometry=chunk)[2].cpu()
+            refuse_non_finite(final, 0)
             made.add(final, HalfNoise(seed, batch.sample_ids, shape).draw(), batch.prompts)
             last = (iteration + 1) * chunk >= pairs
             if last:
