@@ -34,13 +34,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
-    """The first thing pydantic found as one sentence; the others are counted."""
+    """The first thing pydantic found as one sentence; the others are counted, and named where all are missing."""
     found = error.errors(include_url=False)
     # An unknown key is the likelier cause of a missing one than the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     key, reason = _sentence(first, model, prefix)
-    if len(found) > 1:
-        reason += f" ({len(found) - 1} more after this)"
+    others = [e for e in found if e is not first]
+    if lacking := [dotted((*prefix, *e["loc"])) for e in others if e["type"] == first["type"] == "missing"]:
+        reason += f", and so {'is' if len(lacking) == 1 else 'are'} {', '.join(lacking)}"
+    if rest := len(others) - len(lacking):
+        reason += f" ({rest} more after this)"
     return ConfigError(key, reason)
 
 
@@ -170,7 +173,9 @@ def check_model(config: Any) -> None:
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
     shape = _checked_pipeline("model.path", Path(config.model.path), config.model)
-    algorithm = getattr(config, "algorithm", {})
+    algorithm, own_teacher = getattr(config, "algorithm", {}), getattr(config, "teacher", None)
+    if own_teacher is not None and _checked_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
+        raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
     for name, teacher in (algorithm.get("teachers") or {}).items():
         key = f"algorithm.teachers.{name}"
         own = _checked_teacher(key, teacher, config.model)

@@ -217,7 +217,9 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
     """The configuration that a run directory was made with; raises ConfigError where there is none."""
     path = run_dir / RESOLVED
     if not path.is_file():
-        raise ConfigError("", f"{run_dir} has no {RESOLVED}; give the directory of a run, such as runs/NAME")
+        raise ConfigError(
+            "", f"{run_dir} has no {RESOLVED}; give the directory of a run, such as runs/NAME, or of a pipeline"
+        )
     raw = read_yaml(path)
     if "phases" in raw:
         return resolve(_validate(PretrainConfig, raw), run_dir)
@@ -238,11 +240,12 @@ def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | Pretrai
     old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
     changed = resume_differences(old, new)
     if changed:
-        before, after = (_leaves(config.model_dump(mode="json")) for config in (old, new))
+        leaves = [_leaves(config.model_dump(mode="json")) for config in (old, new)]
         key, others = changed[0], ", ".join(changed[1:])
+        before, after = (f"with {found[key]!r}" if key in found else "without it" for found in leaves)
         raise ConfigError(
             key,
-            f"{run_dir} was begun with {before.get(key)!r} and cannot go on with {after.get(key)!r}; "
+            f"{run_dir} was begun {before} and cannot go on {after}; "
             f"set it back, or give the run another name{f' (changed as well: {others})' if others else ''}",
         )
 

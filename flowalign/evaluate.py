@@ -112,7 +112,12 @@ def evaluate_checkpoint(
     scores = cat_scores([part for _, part in parts])
     images = torch.cat([chunk.images for chunk, _ in parts])
     return EvaluationResult(
-        Path(path), which, state.get("iteration"), evaluation_metrics(scores, batch.metadata), rows, images
+        Path(path),
+        which,
+        state.get("iteration", state.get("step")),
+        evaluation_metrics(scores, batch.metadata),
+        rows,
+        images,
     )
 
 

@@ -75,7 +75,9 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
     if f"{which}.safetensors" not in manifest["files"]:
         there = sorted(file.removesuffix(".safetensors") for file in manifest["files"] if "/" not in file)
         there = [name for name in there if name == "model" or name.startswith("ema")]
-        raise CheckpointError(f"{path} has no {which} weights; it has {', '.join(there)} (see learner.ema_decay)")
+        raise CheckpointError(
+            f"{path} has no {which} weights; it has {', '.join(there)} (its ema_decay says which averages are kept)"
+        )
     weights = load_file(path / f"{which}.safetensors")
     own = {name: p.shape for name, p in policy.network.named_parameters() if p.requires_grad}
     wrong = sorted(n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape)

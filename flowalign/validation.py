@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from flowalign.algorithm import VelocityModel, seeded
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.feed import Captioned
-from flowalign.data.preferences import encoder_hash
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
 from flowalign.models.base import Policy

@@ -160,3 +160,9 @@ def test_doctor_names_what_it_looked_at() -> None:
     found = {finding.what: finding.status for finding in examine()}
     assert {"python", "torch", "ray", "g++", "cores", "memory", "/dev/shm", "free port"} <= set(found)
     assert found["torch"] == found["ray"] == found["free port"] == "ok"
+
+
+def test_shapes_names_the_shipped_pipeline_where_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
+    arguments = ["--prompt", "a photo of a red star", "--num-steps", "1", "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, ["sample", "shapes", *arguments])
+    assert shown.exit_code == 0 and (tmp_path / "out" / "0000.png").is_file()

@@ -264,3 +264,20 @@ def test_a_run_of_the_other_command_is_refused(config_path: Path) -> None:
     new: AlignConfig = load_align(config_path).config
     with pytest.raises(ConfigError, match=r"^name: .*another command"):
         refuse_changes(old, new, Path("runs/a"))
+
+
+def test_an_option_that_is_given_up_is_said_to_have_been_there(config_path: Path) -> None:
+    old, new = load_align(config_path, ["model.lora.rank=4"]).config, load_align(config_path).config
+    with pytest.raises(ConfigError, match=r"was begun (with|without)") as caught:
+        refuse_changes(old, new, Path("runs/x"))
+    assert "cannot go on" in str(caught.value) and "with None" not in str(caught.value)
+
+
+def test_all_keys_that_are_missing_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "name: x\nlatents: bank\nalgorithm: {type: rectified_flow}\nphases: [{steps: 3}]\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^phases.0.learning_rate: is missing, and so is phases.0.final_learning_rate$"
+    ):
+        load_pretrain(tmp_path / "run.yaml")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from flowalign.algorithm import seeded
+from flowalign.checkpoint import CheckpointError
 from flowalign.cli.runs import begin_run, config_of
 from flowalign.cluster.train import run_pretrain
+from flowalign.config import ModelConfig
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentBank, save_bank
 from flowalign.export import ExportError, export, load_pipeline
 from flowalign.pretrainconfig import PretrainConfig
@@ -104,7 +109,8 @@ def test_a_model_of_another_family_is_exported_for_ourselves(tmp_path, tiny_pipe
     assert own.model.family == "v/cos" and own.evaluation.num_steps == 10
     torch.testing.assert_close(ours(tmp_path / "out", PROMPT), ours(run, PROMPT), rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "out" / "flowalign.json").read_text())["family"] == "v/cos"
-    assert "no velocity of a straight path" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "no velocity of a straight path" in card and "flowalign sample" in card and "from diffusers" not in card
 
 
 def test_an_architecture_that_diffusers_lacks_is_not_exported(tmp_path, tiny_pipeline_dir, bank):
@@ -125,9 +131,40 @@ def test_a_guided_student_is_told_its_scale(tmp_path, tiny_pipeline_dir, bank):
     run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     made = export(run, tmp_path / "out", config=config_of(run, None))
     assert made.latents_error < 1e-5
+    assert "taught from 1 to 5" in (tmp_path / "out" / "README.md").read_text()
     own = config_of(run, None)
     policy, _ = open_policy(run, own)
     condition, x, t = policy.encode_prompts([PROMPT]), torch.randn(1, *SHAPE), torch.tensor([0.5])
     with torch.no_grad():
         low, high = (policy.velocity(x, t, condition, guidance=scale) for scale in (1.0, 4.0))
     assert not torch.equal(low, high)
+
+
+def test_a_bank_serves_the_models_that_were_trained_on_it_and_exported(tmp_path, tiny_pipeline_dir):
+    half = shutil.copytree(tiny_pipeline_dir, tmp_path / "half")
+    weights = half / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    own = ModelConfig(path=str(half), max_sequence_length=4)
+    latents = LatentBank(torch.randn(12, *SHAPE).half(), torch.zeros(12).long(), [PROMPT])
+    latents.encoder = encoder_hash(own)
+    save_bank(tmp_path / "bank", latents)
+    algorithm = {"type": "rectified_flow"}
+    run = trained(tmp_path, half, tmp_path / "bank", algorithm=algorithm)
+    export(run, tmp_path / "out", config=config_of(run, None))
+    written = tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors"
+    assert written.read_bytes() != weights.read_bytes()
+    assert encoder_hash(own.model_copy(update={"path": str(tmp_path / "out")})) == latents.encoder
+    trained(tmp_path, tmp_path / "out", tmp_path / "bank", algorithm=algorithm, name="again")
+
+
+def test_every_average_can_be_exported(tmp_path, tiny_pipeline_dir, bank):
+    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm={"type": "rectified_flow"}, ema_decay=[0.5, 0.01])
+    digests = {
+        kind: export(run, tmp_path / kind, kind=kind, config=config_of(run, None)).content_hash
+        for kind in ("pipeline", "ema", "ema_0.01")
+    }
+    assert len(set(digests.values())) == 3
+    with pytest.raises(ExportError, match="'emma' is no kind of export"):
+        export(run, tmp_path / "emma", kind="emma", config=config_of(run, None))
+    with pytest.raises(CheckpointError, match=r"has no ema_0\.7 weights; it has ema, ema_0\.01, model"):
+        export(run, tmp_path / "none", kind="ema_0.7", config=config_of(run, None))

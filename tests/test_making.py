@@ -121,8 +121,9 @@ def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
 @pytest.fixture(scope="module")
 def calibration(tiny_pipeline_dir, tmp_path_factory) -> Path:
     to = tmp_path_factory.mktemp("cache") / "cache.json"
-    found = calibrate(tiny_pipeline_dir, to, config=run_config(tiny_pipeline_dir), num_samples=8, num_steps=8, degree=2)
-    assert found["distances"] == 8 * 7 and json.loads(to.read_text()) == found
+    found = calibrate(tiny_pipeline_dir, to, config=run_config(tiny_pipeline_dir), num_samples=6, num_steps=8, degree=2)
+    assert found["distances"] == 6 * 7  # a chunk that is not full counts no sample twice
+    assert json.loads(to.read_text()) == found
     return to
 
 

@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -27,7 +28,8 @@ from flowalign.cluster.run import run_align
 from flowalign.cluster.workers import LearnerWorker
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.configfile import load_align
-from flowalign.data.preferences import PreferencesError, check_source, encoder_hash, load_pairs, read_rows
+from flowalign.data.encoderhash import encoder_hash
+from flowalign.data.preferences import PreferencesError, check_source, load_pairs, read_rows
 from flowalign.metrics import read_metrics, without_times
 from flowalign.models.build import load_policy
 from flowalign.plan import plan_geometry
@@ -147,7 +149,11 @@ def test_the_key_names_the_encoders_and_not_the_transformer(tiny_pipeline_dir: P
     weights.write_bytes(weights.read_bytes() + b"\0")
     assert encoder_hash(model) == encoder_hash(model.model_copy(update={"path": str(copy)}))
     weights = next((copy / "vae").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes() + b"\0")
+    hashes = []
+    for change in (lambda w: w.half(), lambda w: w.float(), lambda w: w + 1):  # the same in other bytes; another
+        save_file({name: change(tensor) for name, tensor in load_file(weights).items()}, weights)
+        hashes.append(encoder_hash(model.model_copy(update={"path": str(copy)})))
+    assert hashes[0] == hashes[1] != hashes[2]
     assert encoder_hash(model) != encoder_hash(model.model_copy(update={"path": str(copy)}))
 
 

@@ -204,7 +204,7 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
-    kind: Annotated[Kind, typer.Option("--as", help="full, LoRA or averaged full weights")] = Kind.pipeline,
+    kind: Kind = "pipeline",
     as_json: Json = False,
 ) -> None:
     """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
@@ -215,8 +215,8 @@ def export(
     own = config_of(run, None)
     from flowalign.export import export as write_export
 
-    result = write_export(run, to, kind=kind.value, config=own)
-    make_console(as_json).print(f"exported to {to} ({kind.value})", highlight=False)
+    result = write_export(run, to, kind=kind, config=own)
+    make_console(as_json).print(f"exported to {to} ({kind})", highlight=False)
     print_json(as_json, asdict(result))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from flowalign.algorithm import fixed_geometry
 from flowalign.config import CACHED, AlignConfig, ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
@@ -46,13 +45,13 @@ def calibrate(
     done = 0
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(checkpoint, config, which)
+        device = getattr(policy, "device", "cpu")
         spec, shape = policy_spec(policy, sampling), policy.latent_shape(config.model.height, config.model.width)
-        velocity = fixed_geometry(policy.velocity, config.rollout.chunk_size)
         with Distances(policy.network) as distances:
             for chunk in batch.chunks(config.rollout.chunk_size):
                 distances.reset()
                 noise = SampleNoise(seed, chunk.sample_ids, shape)
-                integrate(velocity, policy.encode_prompts(chunk.prompts), noise, spec, getattr(policy, "device", "cpu"))
+                integrate(policy.velocity, policy.encode_prompts(chunk.prompts), noise, spec, device)
                 done += len(chunk)
                 if progress is not None:
                     progress(done, len(batch))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.data.bankwriter import BankWriter, finished
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentsError, load_bank
-from flowalign.data.preferences import encoder_hash
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.rollout import SampleNoise, integrate, refuse_non_finite
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, torch_threads

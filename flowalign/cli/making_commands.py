@@ -11,6 +11,8 @@ from flowalign.cli.options import Guidance, Json, Like, Solver, Source, Steps, W
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
 
+POOR_FIT = 0.5
+
 
 def make_pairs(
     checkpoint: Source,
@@ -87,6 +89,12 @@ def calibrate_cache(
         progress=progress(console, "samples"),
     )
     print_rows(console, [(key, str(found[key])) for key in ("distances", "relative_error", "input_range")])
+    if found["relative_error"] > POOR_FIT:
+        console.print(
+            f"the polynomial misses the changes by {found['relative_error']:.0%}, so a threshold says little; "
+            "take more samples, more steps or a lower --degree",
+            soft_wrap=True,
+        )
     console.print(f"written to {to}", highlight=False, soft_wrap=True)
     print_json(as_json, {**found, "out": str(to)})
 

@@ -8,11 +8,29 @@ from typing import Annotated
 
 import typer
 
+
+def model_directory(text: str) -> Path:
+    """A path, or the shipped pipeline for ``shapes``."""
+    from flowalign.config import SHIPPED
+
+    return SHIPPED / "pipeline" if text == "shapes" and not Path(text).exists() else Path(text)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
-Source = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run, a checkpoint or a pipeline directory")]
-Like = Annotated[Path | None, typer.Option("--config", help="configuration to use with a pipeline directory")]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="a run, a checkpoint, a pipeline directory, or shapes, the model that comes with the package",
+        parser=model_directory,
+    ),
+]
+Like = Annotated[
+    Path | None, typer.Option("--config", help="an alignment's configuration, instead of the one recorded there")
+]
+Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora, ema, or an average such as ema_0.99")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none; default: as the run evaluates")]
@@ -27,12 +45,6 @@ class SolverName(StrEnum):
 
 
 Solver = Annotated[SolverName | None, typer.Option(help="default: as the run evaluates")]
-
-
-class Kind(StrEnum):
-    pipeline = "pipeline"
-    lora = "lora"
-    ema = "ema"
 
 
 class Suite(StrEnum):

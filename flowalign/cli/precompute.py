@@ -16,9 +16,9 @@ from flowalign.cli.encode import Cutter, Sizes, encode, in_order
 from flowalign.config import ConfigError, ModelConfig
 from flowalign.data.bankwriter import BankWriter, finished
 from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, nearest, parse_bucket
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, size_of
 from flowalign.data.latents import EMBEDDINGS
-from flowalign.data.preferences import encoder_hash
 from flowalign.data.textembeddings import write_embeddings
 from flowalign.models.base import ModelError, Policy
 from flowalign.models.build import policy_class

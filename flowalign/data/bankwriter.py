@@ -138,7 +138,10 @@ class BankWriter:
         """Whether there is something to continue; else the directory is made ready."""
         options = self.work / "options.json"
         if (self.directory / MANIFEST).exists() or (self.directory / "latents.safetensors").exists():
-            raise LatentsError(f"--to: {self.directory} holds another bank already; name another directory")
+            raise LatentsError(
+                f"--to: {self.directory} holds a finished bank of another source or other options; "
+                "name another directory"
+            )
         if not options.is_file():
             if self.directory.exists() and any(path != self.work for path in self.directory.iterdir()):
                 raise LatentsError(f"--to: {self.directory} holds other files; name a new or empty directory")

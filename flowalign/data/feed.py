@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowalign.algorithm import seeded
 from flowalign.config import ConfigError
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import Drawn, LatentBank, LatentsError, load_bank
-from flowalign.data.preferences import encoder_hash
 from flowalign.models.base import Policy
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flowalign.algorithm import seeded
 from flowalign.config import AlignConfig, ModelConfig
+from flowalign.data.encoderhash import encoder_hash
 from flowalign.models.base import Policy
 from flowalign.types import Condition, PreferencePairs
 
@@ -174,18 +175,6 @@ class EncodedCache:
         draft = path.with_suffix(f".{os.getpid()}.part")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
         draft.replace(path)
-
-
-def encoder_hash(model: ModelConfig) -> str:
-    """sha256 over what encodes images and prompts: all files of the pipeline but transformer and scheduler."""
-    root, digest = Path(model.path), hashlib.sha256(model.type.encode())
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_file() and len(name.parts) > 1 and name.parts[0] not in ("transformer", "scheduler"):
-            digest.update(name.as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 class PairSampler:

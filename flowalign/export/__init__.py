@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import uuid
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from flowalign.models.sd3 import SD3Policy
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import find_checkpoint, open_policy, policy_spec, torch_threads
 
-Kind = Literal["pipeline", "lora", "ema"]
+Kind = str  # pipeline, lora, ema, or another average such as ema_0.99
 Errors = tuple[float, float]
 Dtype = Literal["float32", "bfloat16", "float16"]
 RECORD = "flowalign.json"
@@ -46,7 +47,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the export lies, and the largest absolute differences found after reloading it: see `_differences`.
+    """Where the export lies, and the largest differences found after reloading it: see `_share`.
 
     ``iteration`` is a training run's step.
     """
@@ -81,14 +82,14 @@ def export(
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
     ``pipeline``: a StableDiffusion3Pipeline with full weights, a LoRA merged in; ``ema``: the same of the averaged
-    weights. One whose network takes more inputs has a ``pipeline.py`` for diffusers beside it; one of another family
-    than ``rf`` is read by flowalign alone. ``lora``: the adapter in PEFT's and in diffusers' layout. ``dtype`` is a
-    pipeline's transformer's: other than float32, it is compared with our policy of equally rounded weights. All else is
-    float32.
+    weights (``ema_0.99``: of another average). One whose network takes more inputs has a ``pipeline.py`` for diffusers
+    beside it; one of another family than ``rf`` is read by flowalign alone. ``lora``: the adapter in PEFT's and in
+    diffusers' layout. ``dtype`` is a pipeline's transformer's: other than float32, it is compared with our policy of
+    equally rounded weights. All else is float32.
 
     Raises:
         ExportError: the kind does not fit the run, ``to`` is taken, or a reloaded export differs by more than
-            ``tolerance``.
+            ``tolerance`` of the largest value.
         CheckpointError, ModelError: the checkpoint or the base model cannot be read.
     """
     found, to = find_checkpoint(Path(source)), Path(to)
@@ -98,7 +99,7 @@ def export(
     draft.mkdir(parents=True)
     try:
         with torch_threads(config.cluster.threads):
-            policy, state = open_policy(found, config, "ema" if kind == "ema" else "model")
+            policy, state = open_policy(found, config, kind if kind.startswith("ema") else "model")
             if not isinstance(policy, SD3Policy):
                 raise ExportError(f"export knows models of type sd3, not {config.model.type}")
             if type(policy.network) is not SD3Transformer2DModel:
@@ -122,6 +123,8 @@ def export(
 
 
 def _check(kind: Kind, config: AlignConfig, dtype: Dtype, to: Path) -> None:
+    if kind not in ("pipeline", "lora") and not re.fullmatch(r"ema(_[\d.]+)?", kind):
+        raise ExportError(f"{kind!r} is no kind of export; there are pipeline, lora, ema and averages such as ema_0.99")
     if kind == "lora" and config.model.lora is None:
         raise ExportError("this run trained all weights and has no LoRA to export; export it as pipeline")
     if kind == "lora" and dtype != "float32":
@@ -134,7 +137,8 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
     if not _largest(list(errors)) <= tolerance:
         raise ExportError(
             f"the export to {to}, reloaded, differs from the policy by {errors[0]:.3g} in velocity and {errors[1]:.3g} "
-            f"in {PROBE_STEPS}-step latents (allowed: {tolerance:g}); nothing was written"
+            f"in {PROBE_STEPS}-step latents, as a share of their largest value (allowed: {tolerance:g}); "
+            "nothing was written"
         )
 
 
@@ -183,8 +187,8 @@ def _own_differences(expected: Probe, directory: Path, config: AlignConfig, fami
     reloaded = SD3Policy.load(directory, max_sequence_length=length, device=device)
     reloaded.family = family
     found = _probe(reloaded, config)
-    latents = [float((found.latents[g] - made).abs().max()) / _amplification(g) for g, made in expected.latents.items()]
-    return float((found.velocity_NCHW - expected.velocity_NCHW).abs().max()), _largest(latents)
+    latents = [_share(found.latents[g], made) / _amplification(g) for g, made in expected.latents.items()]
+    return _share(found.velocity_NCHW, expected.velocity_NCHW), _largest(latents)
 
 
 def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
@@ -252,7 +256,7 @@ def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
 
 @torch.no_grad()
 def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
-    """Velocity and latents of the public pipeline against the probe: largest absolute differences.
+    """Velocity and latents of the public pipeline against the probe: largest differences, see `_share`.
 
     Those of guided latents are divided by what guidance makes of rounding.
     """
@@ -282,13 +286,18 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
             output_type="latent",
             **size,
         ).images
-        errors.append(float((made - latents).abs().max()) / _amplification(guidance))
-    return float((velocity - expected.velocity_NCHW).abs().max()), _largest(errors)
+        errors.append(_share(made, latents) / _amplification(guidance))
+    return _share(velocity, expected.velocity_NCHW), _largest(errors)
 
 
 def _euler(like: Any, **changes: Any) -> Any:
     """A scheduler like ``like``; with ``stochastic_sampling`` each step noises the prediction of the image anew."""
     return FlowMatchEulerDiscreteScheduler.from_config(like.config, **changes)
+
+
+def _share(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest value, which is taken as 1 where it is smaller."""
+    return float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _amplification(guidance: float) -> float:

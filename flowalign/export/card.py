@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowalign.algorithm import build_algorithm
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.metrics import read_metrics
 
@@ -37,6 +38,10 @@ image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_sc
 # or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
 # from peft import PeftModel
 # PeftModel.from_pretrained(pipe.transformer, "path/to/this/directory")
+"""
+
+
+FOREIGN_USE = """flowalign sample path/to/this/directory --prompt "a photo of a red circle"
 """
 
 
@@ -94,12 +99,15 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
     algorithm = _algorithm(config, state)
     what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
     facts = {
-        "Base model": f"`{base}` (transformer files sha256 `{str(state.get('base_hash', 'unknown'))[:16]}`)",
+        "Base model": f"`{base}`{_hashed(state)}",
         **(_training(state["config"], state, kind) if "config" in state else _alignment(config, state, kind)),
         "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
     }
     if config.model.family not in (None, "rf"):
-        facts["Family"] = f"{config.model.family}: the network is no velocity of a straight path; flowalign samples it"
+        facts["Family"] = (
+            f"{config.model.family}: the network is no velocity of a straight path; flowalign samples it, "
+            "diffusers cannot"
+        )
     lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)
@@ -112,9 +120,14 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
         base=base,
     )
-    lines += ["## Use", "", f"```python\n{use}```", ""]
+    foreign = config.model.family not in (None, "rf")
+    lines += ["## Use", "", f"```bash\n{FOREIGN_USE}```" if foreign else f"```python\n{use}```", ""]
     lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
     return "\n".join(lines)
+
+
+def _hashed(state: Row) -> str:
+    return f" (transformer files sha256 `{state['base_hash'][:16]}`)" if state.get("base_hash") else ""
 
 
 def _sigmas(config: AlignConfig) -> str:
@@ -129,7 +142,7 @@ def _algorithm(config: AlignConfig, state: Row) -> str:
 
 
 def _alignment(config: AlignConfig, state: Row, kind: str) -> dict[str, str]:
-    averaged = ", averaged weights (EMA)" if kind == "ema" else ""
+    averaged = ", averaged weights (EMA)" if kind.startswith("ema") else ""
     trained = (
         "all transformer weights"
         if config.model.lora is None
@@ -147,12 +160,28 @@ def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
     """Of a run on latents, from the configuration in its checkpoint."""
     sampling = own["sampling"]
     facts = {
-        "Algorithm": f"{own['algorithm']['type']}{', averaged weights (EMA)' if kind == 'ema' else ''}",
+        "Algorithm": f"{own['algorithm']['type']}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
         "Steps": f"{state['step']} of {sum(phase['steps'] for phase in own['phases'])} · seed {own['seed']}",
         "Latents": f"`{Path(own['latents']).name}`, {own['batch_size']} a step",
-        "Sampling": f"{sampling['num_steps']} steps, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
+        "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
     }
+    facts |= _guidance(own["algorithm"])
     return facts | ({"Teacher": f"`{base_name(own['teacher']['path'])}`"} if own.get("teacher") else {})
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
+def _guidance(algorithm: Row) -> dict[str, str]:
+    """What a student of a guided teacher needs to be told."""
+    if algorithm["type"] != "guidance_distill":
+        return {}
+    taught = build_algorithm(dict(algorithm)).config
+    if taught.guidance_range is not None:
+        low, high = taught.guidance_range
+        return {"Guidance": f"an input of the network, taught from {low:g} to {high:g}; costs no second evaluation"}
+    return {"Guidance": f"{taught.guidance_scale:g} is built in: sample with `guidance_scale=1`"}
 
 
 def _reward(reward: RewardConfig) -> str:
@@ -177,6 +206,6 @@ def _scores(config: AlignConfig, kind: str, before: Row, after: Row) -> list[str
     for key, value in after.items():
         old = before.get(key)
         lines.append(f"| {key.removeprefix('eval/')} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
-    if (kind == "ema") != (e.weights == "ema"):
+    if kind.startswith("ema") != (e.weights == "ema"):
         lines += ["", f"The scores are those of the run's {e.weights} weights, not of the weights exported here."]
     return [*lines, ""]

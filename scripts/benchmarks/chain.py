@@ -1,7 +1,7 @@
 """The whole chain on shapes: base, alignment, four-step student, export; how much of the alignment's gain is left.
 
 Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, makes pairs of it, straightens it
-(``--by reflow``) or distils it in rounds of 16, 8 and 4 steps (``--by progressive``), exports the student as a plain
+(``--by reflow``) or distils it in rounds of 8 and 4 steps (``--by progressive``), exports the student as a plain
 pipeline and judges base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10
 steps and at 4. Writes one JSON file.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from cells import RESULTS, ROOT, align, flowalign, machine, write
-from pictures import Judge, bank, opened, train
+from pictures import Judge, opened, train
 
 from flowalign.config import SHIPPED, SamplingConfig
 
@@ -31,23 +31,30 @@ def exported(source: Path, to: Path, kind: str, threads: int) -> Path:
     return to
 
 
-def reflowed(aligned: Path, options: argparse.Namespace) -> Path:
-    """Pairs of the aligned model, then a straightening on them, from the aligned model itself."""
-    work, pairs = options.work_dir, options.work_dir / "pairs"
+def made_pairs(aligned: Path, options: argparse.Namespace) -> Path:
+    """Noises and what the aligned model makes of them: pairs for a reflow, its own images for a distillation."""
+    pairs = options.work_dir / "pairs"
     if not (pairs / "manifest.json").is_file():
-        asked = ["--pairs", str(options.pairs), "--num-steps", "12", "--solver", "heun"]
-        flowalign(["make-pairs", str(aligned), "--to", str(pairs), *asked], options.threads, work / "pairs.log")
+        asked = ["--pairs", str(options.pairs), "--num-steps", "8", "--solver", "heun"]
+        log = options.work_dir / "pairs.log"
+        flowalign(["make-pairs", str(aligned), "--to", str(pairs), *asked], options.threads, log)
+    return pairs
+
+
+def reflowed(aligned: Path, options: argparse.Namespace) -> Path:
+    """A straightening on the pairs of the aligned model, from the aligned model itself."""
+    work, pairs = options.work_dir, made_pairs(aligned, options)
     keys = {"latents": str(pairs), "model.path": str(aligned), "phases.0.steps": options.steps}
     run = train("pretrain", "reflow", keys, options.threads, work, "reflow")
     return exported(run, work / "reflow-model", "ema", options.threads)
 
 
 def distilled(aligned: Path, options: argparse.Namespace) -> Path:
-    """Rounds of 16, 8 and 4 steps, each from the student before it."""
-    latents = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
-    start = aligned
-    for steps in (16, 8, 4):
-        keys = {"latents": latents, "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+    """Rounds of 8 and 4 steps, each from the student before it, on the aligned model's own images."""
+    start, pairs = aligned, made_pairs(aligned, options)
+    for steps in (8, 4):
+        keys = {"latents": str(pairs), "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+        keys |= {"phases.0.learning_rate": 2.0e-4}
         keys |= {"model.path": str(start), "teacher.path": str(start), "sampling.num_steps": steps}
         run = train("distill", "progressive", keys, options.threads, options.work_dir, f"progressive-{steps}")
         start = exported(run, options.work_dir / f"progressive-{steps}-model", "ema", options.threads)
@@ -59,8 +66,8 @@ def main() -> None:
     parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one of configs/shapes")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--by", choices=("reflow", "progressive"), default="reflow")
-    parser.add_argument("--pairs", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--pairs", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num-samples", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "chain")

@@ -40,23 +40,23 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 FEW = (1, 2, 4, 8)
 EQUAL = ((3, 2), (7, 4), (15, 8))  # Euler steps, Heun steps: as many evaluations
-FINE = 100
+FINE, WALKED = 100, 128  # steps and samples of the straightness
 
 
-def measured(policy: Policy, judge: Judge, samples: int) -> dict[str, Any]:
+def measured(policy: Policy, judge: Judge) -> dict[str, Any]:
     scores: dict[str, dict[str, float]] = {}
     for steps in FEW:
         scores[f"euler {steps}"] = judge(policy, SamplingConfig(num_steps=steps, grid="paper"))
     for euler, heun in EQUAL:
         scores[f"euler {euler}"] = judge(policy, SamplingConfig(num_steps=euler, grid="paper"))
         scores[f"heun {heun}"] = judge(policy, SamplingConfig(num_steps=heun, grid="paper", solver="heun"))
-    return {"scores": scores, **paths(policy, samples)}
+    return {"scores": scores, **paths(policy)}
 
 
 @torch.no_grad()
-def paths(policy: Policy, samples: int) -> dict[str, Any]:
+def paths(policy: Policy) -> dict[str, Any]:
     """Straightness on a fine grid, and reconstruction errors of what it ends in, of unguided velocities."""
-    batch, shape = evaluation_batch("shapes:eval", samples), policy.latent_shape(None, None)
+    batch, shape = evaluation_batch("shapes:eval", WALKED), policy.latent_shape(None, None)
     straight, lost = [], {f"{name} {steps}": [] for name in ("euler", "heun") for steps in (8, 16)}
     for chunk in batch.chunks(CHUNK):
         condition = policy.encode_prompts(chunk.prompts)
@@ -91,7 +91,7 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     cell: dict[str, Any] = {"cell": name, "images": options.num_samples, "machine": machine(options.threads)}
     judge = Judge(options.num_samples)
     if name == "base":
-        return cell | measured(opened(BASE, "model")[0], judge, options.num_samples)
+        return cell | measured(opened(BASE, "model")[0], judge)
     made, pairs_s = pairs(options)
     overrides: dict[str, Any] = {"latents": str(made), "phases.0.steps": options.steps, **CELLS[name]}
     if "real_data.fraction" in overrides:
@@ -105,7 +105,7 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "training_s": round(row["wall_s"]),
         "loss": row["loss"],
     }
-    return cell | {"cost": cost} | measured(opened(run, "ema")[0], judge, options.num_samples)
+    return cell | {"cost": cost} | measured(opened(run, "ema")[0], judge)
 
 
 def slug(name: str) -> str:
@@ -135,10 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
-    parser.add_argument("--pairs", type=int, default=20_000)
-    parser.add_argument("--pair-steps", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=8000)
+    parser.add_argument("--pair-steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--num-samples", type=int, default=384)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "straightening")
     options = parser.parse_args()
