@@ -257,6 +257,8 @@ def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path
     assert read_resolved(tmp_path / "run") == config
     with pytest.raises(ConfigError, match=r"^phases.0.step: unknown key; did you mean steps"):
         load_pretrain(path, ["phases.0.step=3"])
+    with pytest.raises(ConfigError, match=r"^teacher.path: .*nowhere is not a directory"):
+        load_pretrain(path, ["algorithm.type=progressive", "teacher.path=nowhere"])
 
 
 def test_a_run_of_the_other_command_is_refused(config_path: Path) -> None:
