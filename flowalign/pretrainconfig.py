@@ -44,12 +44,13 @@ class ValidationConfig(Section):
 class PretrainConfig(Section):
     """A training run on precomputed latents: a base model, its straightening, or a student of a ``teacher``.
 
-    ``ema_decay`` may list several averages: the first is ``ema``, another ``ema_0.99``. ``ema_every`` steps pass between
-    two updates of them. A batch is split into micro-batches of ``micro_batch_size`` (null: all of it), whose gradients
-    are accumulated. ``captions`` weights the bank's kinds of caption; empty takes the first. ``encoder_dropout`` replaces the output of single text encoders (``clip_l``,
-    ``clip_g``, ``t5``) by that of the empty text, each with its own probability, so that one can be left out later
-    (arXiv:2403.03206, sec. 5.3.3: 0.464 each). ``sampling`` is recorded with the model, and is how it is sampled.
-    Under ``torchrun`` every process is one data-parallel rank.
+    ``ema_decay`` may list several averages: the first is ``ema``, another ``ema_0.99``. ``ema_every`` steps pass
+    between two updates of them. A batch is split into micro-batches of ``micro_batch_size`` (null: all of it), whose
+    gradients are accumulated. ``captions`` weights the bank's kinds of caption; empty takes the first.
+    ``encoder_dropout`` replaces the output of single text encoders (``clip_l``, ``clip_g``, ``t5``) by that of the
+    empty text, each with its own probability, so that one can be left out later (arXiv:2403.03206, sec. 5.3.3: 0.464
+    each). ``sampling`` is recorded with the model, and is how it is sampled. Under ``torchrun`` every process is one
+    data-parallel rank.
     """
 
     name: RunName
