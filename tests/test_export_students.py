@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flowalign.config import ModelConfig
 from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentBank, save_bank
 from flowalign.export import ExportError, export, load_pipeline
+from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import open_policy, policy_spec
@@ -168,3 +170,21 @@ def test_every_average_can_be_exported(tmp_path, tiny_pipeline_dir, bank):
         export(run, tmp_path / "emma", kind="emma", config=config_of(run, None))
     with pytest.raises(CheckpointError, match=r"has no ema_0\.7 weights; it has ema, ema_0\.01, model"):
         export(run, tmp_path / "none", kind="ema_0.7", config=config_of(run, None))
+
+
+def test_loading_warns_of_weights_that_are_lost_and_not_of_those_of_inputs(tmp_path, tiny_pipeline_dir, bank, caplog):
+    changes = {"model": {"inputs": ["r"]}, "algorithm": {"type": "meanflow"}}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
+    made = export(run, tmp_path / "out", config=config_of(run, None)).path
+    weights = made / "transformer" / "diffusion_pytorch_model.safetensors"
+    monitored = logging.getLogger("diffusers.models.modeling_utils")
+    monitored.addHandler(caplog.handler)
+    try:
+        caplog.clear()
+        SD3Policy.load(made, max_sequence_length=4)
+        assert "were not used" not in caplog.text
+        save_file({**load_file(weights), "stray.weight": torch.zeros(2)}, weights)
+        SD3Policy.load(made, max_sequence_length=4)
+        assert "were not used" in caplog.text and "stray.weight" in caplog.text
+    finally:
+        monitored.removeHandler(caplog.handler)

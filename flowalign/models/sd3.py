@@ -6,8 +6,10 @@ Shapes: N samples, P prompts, C H W latents, L text tokens, D joint width, E poo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,32 @@ def _attention(device: str, length: int) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars where nobody watches, and no warning of the weights that `restore_inputs` reads afterwards."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    watched, logger = sys.stderr.isatty(), logging.getLogger("diffusers.models.modeling_utils")
+    shown = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for library in shown if not watched else []:
+        library.disable_progress_bar()
+    logger.addFilter(_matters)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_matters)
+        for library in shown if not watched else []:
+            library.enable_progress_bar()
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    from flowalign.models.inputs import PREFIX
+
+    said, _, keys = record.getMessage().partition("\n")
+    return "were not used when initializing" not in said or not all(PREFIX in key for key in keys.split(","))
+
+
 class SD3Policy:
     """A ``StableDiffusion3Pipeline`` taken apart: ``network`` learns, the rest is frozen and in eval mode.
 
@@ -97,9 +125,10 @@ class SD3Policy:
         # diffusers wants a dropped T5 to be named: text_encoder_3 is not an optional component.
         absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
         try:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                str(directory), dtype=dtype, local_files_only=True, **absent
-            )
+            with _quietly():
+                pipeline = StableDiffusion3Pipeline.from_pretrained(
+                    str(directory), dtype=dtype, local_files_only=True, **absent
+                )
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
         from flowalign.models.inputs import restore_inputs
