@@ -32,6 +32,7 @@ from flowalign.types import RolloutSpec
 
 TARGET = RESULTS / "caching.json"
 BASE = SHIPPED / "pipeline"
+THRESHOLDS = [0.02, 0.03, 0.05, 0.1]
 
 
 def calibrated(options: argparse.Namespace) -> Path:
@@ -127,7 +128,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--thresholds", type=lambda t: [float(x) for x in t.split(",")], default=[0.05, 0.1, 0.2, 0.4])
+    parser.add_argument(
+        "--thresholds", type=lambda t: [float(x) for x in t.split(",")], default=[0.02, 0.03, 0.05, 0.1]
+    )
     parser.add_argument("--num-steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--num-samples", type=int, default=600)

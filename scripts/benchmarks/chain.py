@@ -1,9 +1,10 @@
 """The whole chain on shapes: base, alignment, four-step student, export; how much of the alignment's gain is left.
 
-Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, makes pairs of it, straightens it
-(``--by reflow``) or distils it in rounds of 8 and 4 steps (``--by progressive``), exports the student as a plain
-pipeline and judges base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10
-steps and at 4. Writes one JSON file.
+Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, lets it draw noise and images,
+straightens it on these pairs (``--by reflow``) or distils it on these images, in rounds of 8 and 4 steps (``--by
+progressive``) or to its consistency function (``--by consistency``), exports the student as a plain pipeline and judges
+base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10 steps and at 4.
+Writes one JSON file.
 
     python scripts/benchmarks/chain.py --aligned runs/shapes-flow-grpo
 """
@@ -61,11 +62,23 @@ def distilled(aligned: Path, options: argparse.Namespace) -> Path:
     return start
 
 
+def made_consistent(aligned: Path, options: argparse.Namespace) -> Path:
+    """One consistency distillation, of the aligned model on its own images."""
+    keys = {"latents": str(made_pairs(aligned, options)), "phases.0.steps": options.steps // 2}
+    keys |= {"model.path": str(aligned), "teacher.path": str(aligned), "phases.0.learning_rate": 2.0e-4}
+    keys |= {"sampling.num_steps": 4}
+    run = train("distill", "consistency", keys, options.threads, options.work_dir, "consistency")
+    return exported(run, options.work_dir / "consistency-model", "ema", options.threads)
+
+
+STUDENTS = {"reflow": reflowed, "progressive": distilled, "consistency": made_consistent}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one of configs/shapes")
     parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--by", choices=("reflow", "progressive"), default="reflow")
+    parser.add_argument("--by", choices=tuple(STUDENTS), default="progressive")
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num-samples", type=int, default=600)
@@ -77,13 +90,14 @@ def main() -> None:
         keys = {"iterations": options.iterations, "learner.optimizer.decay_steps": options.iterations}
         run = align("flow_grpo", keys, options.threads, options.work_dir, "aligned")
     model = exported(run, options.work_dir / "aligned-model", "pipeline", options.threads)
-    student = reflowed(model, options) if options.by == "reflow" else distilled(model, options)
+    student = STUDENTS[options.by](model, options)
     torch.set_num_threads(options.threads)
     judge = Judge(options.num_samples)
     scores: dict[str, dict[str, Any]] = {}
     for name, path in (("base", BASE), ("aligned", model), ("student", student)):
         policy = opened(path, "model")[0]
-        scores[name] = {"10": judge(policy, TEN), "4": judge(policy, FOUR)}
+        own = {"solver": "consistency"} if name == "student" and options.by == "consistency" else {}
+        scores[name] = {key: judge(policy, s.model_copy(update=own)) for key, s in (("10", TEN), ("4", FOUR))}
     base, aligned, few = scores["base"]["10"]["geneval"], scores["aligned"]["10"]["geneval"], scores["student"]["4"]
     found = {
         "by": options.by,

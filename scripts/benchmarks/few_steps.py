@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pictures import Judge, bank, insert_table, opened, train
 from PIL import Image
 
 from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.data.prompts import evaluation_batch
 from flowalign.metrics import read_metrics
 
 OWN, SHEETS = RESULTS / "few_steps", ROOT / "docs" / "figures"
@@ -93,7 +95,7 @@ def file_of(name: str) -> Path:
 
 def markdown() -> str:
     steps = (1, 2, 4, 8, 50)
-    head = ["model", *(f"{n} steps: FID / GenEval" for n in steps), "training images", "minutes"]
+    head = ["model", *(f"{n} step{'s' if n > 1 else ''}: FID / GenEval" for n in steps), "training images", "minutes"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell in load():
         row = [cell["cell"]]
@@ -112,14 +114,19 @@ def sheet(work_dir: Path) -> None:
     files = [work_dir / "sheets" / f"{name}-{n}.png" for name, n in rows]
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.15 * len(rows)))
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.15 * len(rows)), gridspec_kw={"hspace": 0.05})
     for axis, (name, n), file in zip(axes, rows, files, strict=True):
         axis.imshow(np.asarray(Image.open(file)))
-        axis.set_ylabel(f"{name}\n{n} steps", rotation=0, ha="right", va="center", fontsize=8)
+        label = f"{name}\n{n} step{'' if n == '1' else 's'}"
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout(pad=0.3)
-    figure.savefig(SHEETS / "few_steps.png", dpi=90)
+    prompts = evaluation_batch("shapes:eval", COLUMNS).prompts
+    width = Image.open(files[0]).width / COLUMNS
+    said = [textwrap.fill(prompt.removeprefix("a photo of "), 14) for prompt in prompts]
+    axes[0].set_xticks([(i + 0.5) * width for i in range(COLUMNS)], said, fontsize=7)
+    axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    figure.savefig(SHEETS / "few_steps.png", dpi=90, bbox_inches="tight", pad_inches=0.05)
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def markdown() -> str:
     cells = [
         json.loads((OWN / f"{slug(name)}.json").read_text()) for name in CELLS if (OWN / f"{slug(name)}.json").exists()
     ]
-    head = ["model", "straightness", *(f"FID {n} steps" for n in FEW), *(f"GenEval {n}" for n in FEW), "lost, Heun 8"]
+    head = ["model", "straightness", *(f"FID, {n}" for n in FEW), *(f"GenEval, {n}" for n in FEW), "lost, Heun 8"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell in cells:
         at = [cell["scores"][f"euler {n}"] for n in FEW]
