@@ -117,6 +117,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
 
 def draw(cells: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for cell in cells:
@@ -125,6 +126,8 @@ def draw(cells: list[dict[str, Any]]) -> None:
         left.plot([p["flops"] for p in points], [p["validation"] for p in points], style, label=cell["cell"])
         right.plot([p["validation"] for p in points], [p["geneval"] for p in points], style, label=cell["cell"])
     left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.set_xticks([3e12, 1e13, 3e13], ["3e12", "1e13", "3e13"])
     right.set(xlabel="validation loss", ylabel="strict GenEval")
     right.invert_xaxis()
     left.legend(fontsize=8)
@@ -136,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--points", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--points", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=384)
     parser.add_argument("--num-images", type=int, default=24_000)
     parser.add_argument("--threads", type=int, default=2)
