@@ -124,27 +124,39 @@ def load() -> dict[int, list[dict[str, Any]]]:
 
 
 def markdown(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """Of seed 0 all formulations; of those with further seeds the mean and range of FID at 25 steps as well."""
+    """Of seed 0 all formulations; of those with further seeds their ranks among themselves, a seed each.
+
+    FID and CLIP score are the average's.
+    """
     cells = by_seed[0]
     every = ranks(cells, SETTINGS)
     few = ranks(cells, [s for s in SETTINGS if s[0] == 5])
     many = ranks(cells, [s for s in SETTINGS if s[0] == 50])
-    lines = ["| formulation | rank | at 5 steps | at 50 | FID 5 / 25 / 50 | CLIP 5 / 25 / 50 | FID 25, all seeds |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    seeded = {cell["cell"] for seed, group in by_seed.items() if seed for cell in group}
+    among = [ranks([c for c in group if c["cell"] in seeded], SETTINGS) for group in by_seed.values()]
+    head = [
+        "formulation",
+        "rank",
+        "at 5 steps",
+        "at 50",
+        "FID 5 / 25 / 50",
+        "guidance 3: FID",
+        "CLIP",
+        "rank among these",
+    ]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell in sorted(cells, key=lambda cell: every[cell["cell"]]):
         name = cell["cell"]
-        at = [cell["scores"][key_of((steps, "ema", 3.0))] for steps in STEPS]
-        fid = " / ".join(f"{point['fid']:.2f}" for point in at)
-        clip = " / ".join(f"{point['clip']:.1f}" for point in at)
-        seeds = [
-            other["scores"][key_of((25, "ema", 3.0))]["fid"]
-            for group in by_seed.values()
-            for other in group
-            if other["cell"] == name
-        ]
-        spread = f"{statistics.mean(seeds):.2f} ({min(seeds):.2f}–{max(seeds):.2f})" if len(seeds) > 1 else "–"
-        lines.append(f"| {name} | {every[name]:.2f} | {few[name]:.2f} | {many[name]:.2f} | {fid} | {clip} | {spread} |")
+        fid = {g: " / ".join(f"{score(cell, n, g, 'fid'):.1f}" for n in STEPS) for g in GUIDANCE}
+        clip = " / ".join(f"{score(cell, n, 3.0, 'clip'):.1f}" for n in STEPS)
+        own = " / ".join(f"{found[name]:.2f}" for found in among if name in found) if name in seeded else "–"
+        row = [name, *(f"{found[name]:.2f}" for found in (every, few, many)), fid[1.0], fid[3.0], clip, own]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def score(cell: Mapping[str, Any], steps: int, guidance: float, metric: str) -> float:
+    return cell["scores"][key_of((steps, "ema", guidance))][metric]
 
 
 def main() -> None:
