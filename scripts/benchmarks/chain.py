@@ -3,7 +3,7 @@
 Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, lets it draw noise and images,
 straightens it on these pairs (``--by reflow``) or distils it on these images, in rounds of 8 and 4 steps (``--by
 progressive``) or to its consistency function (``--by consistency``), exports the student as a plain pipeline and judges
-base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10 steps and at 4.
+base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10 steps, at 8 and at 4.
 Writes one JSON file.
 
     python scripts/benchmarks/chain.py --aligned runs/shapes-flow-grpo
@@ -23,7 +23,12 @@ from pictures import Judge, opened, train
 from flowalign.config import SHIPPED, SamplingConfig
 
 BASE = SHIPPED / "pipeline"
-TEN, FOUR = SamplingConfig(num_steps=10), SamplingConfig(num_steps=4, grid="paper")
+SAMPLED = {
+    "10": SamplingConfig(num_steps=10),
+    "8": SamplingConfig(num_steps=8, grid="paper"),
+    "4": SamplingConfig(num_steps=4, grid="paper"),
+}
+SECOND_ORDER = {"4, dpmpp_2m": SamplingConfig(num_steps=4, grid="paper", solver="dpmpp_2m")}
 
 
 def exported(source: Path, to: Path, kind: str, threads: int) -> Path:
@@ -97,7 +102,8 @@ def main() -> None:
     for name, path in (("base", BASE), ("aligned", model), ("student", student)):
         policy = opened(path, "model")[0]
         own = {"solver": "consistency"} if name == "student" and options.by == "consistency" else {}
-        scores[name] = {key: judge(policy, s.model_copy(update=own)) for key, s in (("10", TEN), ("4", FOUR))}
+        settings = SAMPLED | (SECOND_ORDER if name == "aligned" else {})
+        scores[name] = {key: judge(policy, s.model_copy(update=own)) for key, s in settings.items()}
     base, aligned, few = scores["base"]["10"]["geneval"], scores["aligned"]["10"]["geneval"], scores["student"]["4"]
     found = {
         "by": options.by,
