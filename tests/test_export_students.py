@@ -20,7 +20,8 @@ from flowalign.cluster.train import run_pretrain
 from flowalign.config import ModelConfig
 from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentBank, save_bank
-from flowalign.export import ExportError, export, load_pipeline
+from flowalign.evaluate import evaluate_checkpoint
+from flowalign.export import ExportError, _share, export, load_pipeline
 from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.rollout import SampleNoise, integrate
@@ -188,3 +189,15 @@ def test_loading_warns_of_weights_that_are_lost_and_not_of_those_of_inputs(tmp_p
         assert "were not used" in caplog.text and "stray.weight" in caplog.text
     finally:
         monitored.removeHandler(caplog.handler)
+
+
+def test_the_evaluation_of_a_training_run_names_its_step(tmp_path, tiny_pipeline_dir, bank):
+    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm={"type": "rectified_flow"})
+    result = evaluate_checkpoint(run, config=config_of(run, None), num_samples=2, num_steps=1)
+    assert result.iteration == 2
+
+
+def test_a_difference_is_judged_by_the_size_of_what_differs():
+    large = torch.full((4,), 8.0)
+    assert _share(large + 8e-5, large) == pytest.approx(1e-5, rel=0.02)
+    assert _share(torch.full((4,), 1e-5), torch.zeros(4)) == pytest.approx(1e-5)

@@ -63,16 +63,17 @@ def _quietly() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    watched, logger = sys.stderr.isatty(), logging.getLogger("diffusers.models.modeling_utils")
-    shown = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
-    for library in shown if not watched else []:
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    libraries = () if sys.stderr.isatty() else (diffusers_logging, transformers_logging)
+    hidden = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in hidden:
         library.disable_progress_bar()
     logger.addFilter(_matters)
     try:
         yield
     finally:
         logger.removeFilter(_matters)
-        for library in shown if not watched else []:
+        for library in hidden:
             library.enable_progress_bar()
 
 
