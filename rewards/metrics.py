@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter as Counting
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_log = logging.getLogger("rewards.requests")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -20,6 +23,17 @@ class Seen:
 
     def __init__(self) -> None:
         self.scores: Mapping[str, NDArray[np.float64]] = {}
+        self.began = time.monotonic()
+
+    @property
+    def images(self) -> int:
+        """Images that were scored, 0 before they are."""
+        return len(next(iter(self.scores.values()), ()))
+
+    @property
+    def seconds(self) -> float:
+        """Since the request's head was read."""
+        return time.monotonic() - self.began
 
     def done(self, scores: Mapping[str, NDArray[np.float64]]) -> None:
         self.scores = scores
@@ -35,6 +49,8 @@ class ServerMetrics:
             return metric(f"flowalign_reward_{key}", text, ["reward", *labels], registry=self.registry, **options)
 
         self._name = name
+        self._outcomes: Counting[str] = Counting()
+        self._scored = 0
         self._requests = label(Counter, "requests", "requests by outcome: ok, or the kind of the error", "outcome")
         self._images = label(Counter, "images", "images scored").labels(name)
         self._invalid = label(Counter, "invalid_scores", "scores that are NaN or infinite").labels(name)
@@ -54,18 +70,29 @@ class ServerMetrics:
     @contextmanager
     def request(self) -> Iterator[Seen]:
         """Time a request and count how it ended."""
-        began, seen = time.monotonic(), Seen()
+        seen = Seen()
         try:
             yield seen
         except BaseException as error:
-            self._requests.labels(self._name, getattr(error, "kind", "internal")).inc()
+            self._ended(seen, getattr(error, "kind", "internal"))
             raise
-        finally:
-            self._latency.observe(time.monotonic() - began)
-        self._requests.labels(self._name, "ok").inc()
-        arrays = list(seen.scores.values())
-        self._images.inc(len(arrays[0]) if arrays else 0)
-        self._invalid.inc(int(sum((~np.isfinite(values)).sum() for values in arrays)))
+        self._images.inc(seen.images)
+        self._invalid.inc(int(sum((~np.isfinite(values)).sum() for values in seen.scores.values())))
+        self._ended(seen, "ok")
+
+    def _ended(self, seen: Seen, outcome: str) -> None:
+        self._latency.observe(seen.seconds)
+        self._requests.labels(self._name, outcome).inc()
+        self._outcomes[outcome] += 1
+        self._scored += seen.images
+        _log.info("%s, %d images, %.3f s", outcome, seen.images, seen.seconds)
+
+    def totals(self) -> str:
+        """One sentence on all requests so far."""
+        refused = [f"{count} {outcome}" for outcome, count in sorted(self._outcomes.items()) if outcome != "ok"]
+        total = sum(self._outcomes.values())
+        failed = f" ({', '.join(refused)})" if refused else ""
+        return f"{total} request{'' if total == 1 else 's'}{failed}, {self._scored} images scored"
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

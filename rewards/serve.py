@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -65,9 +66,10 @@ def create_app(
     token: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     batching: Batching = DEFAULT_BATCHING,
+    metrics: ServerMetrics | None = None,
 ) -> FastAPI:
     """The server of one scorer that is already set up; it scores one batch at a time."""
-    metrics = ServerMetrics(name)
+    metrics = ServerMetrics(name) if metrics is None else metrics
     merger = Merger(partial(call, name, scorer), batching=batching, observe=metrics.batch)
     metrics.watch_pending(lambda: merger.pending)
 
@@ -187,6 +189,8 @@ def serve(
 ) -> None:
     """Serve one scorer until interrupted; port 0 takes a free one. ``announce`` gets the address once it listens.
 
+    At the end ``announce`` gets the totals. The logger ``rewards.requests`` has a line a request, at INFO.
+
     Raises ``SpecError`` for a spec that does not resolve or an address beyond this machine without a
     token, ``PortInUse`` for a port that is taken.
     """
@@ -196,13 +200,24 @@ def serve(
     with listener:
         scorer = resolve(spec, base_dir)
         set_up(scorer, device)
-        name = spec if isinstance(spec, str) else str(spec["type"])
-        app = create_app(name, scorer, token=token, limits=limits, batching=batching)
+        name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
+        metrics = ServerMetrics(name)
+        app = create_app(name, scorer, token=token, limits=limits, batching=batching, metrics=metrics)
         listener.listen(128)
         address = f"[{host}]" if ":" in host else host
         line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        _Server(config, lambda: announce(line)).run(sockets=[listener])
+        began = time.monotonic()
+        try:
+            _Server(config, lambda: announce(line)).run(sockets=[listener])
+        finally:
+            announce(f"reward server of {name} ends after {time.monotonic() - began:.0f} s: {metrics.totals()}")
+
+
+def public_name(spec: str) -> str:
+    """What strangers may read of a spec: of ``/a/path/file.py:reward`` the file and what it names."""
+    location, colon, attribute = spec.rpartition(":")
+    return f"{Path(location).name}:{attribute}" if colon and location.endswith(".py") else spec
 
 
 class _Server(uvicorn.Server):
@@ -216,6 +231,17 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+
+def log_requests(wanted: bool) -> None:
+    """A line for each request on standard error, or none."""
+    log = logging.getLogger("rewards.requests")
+    log.setLevel(logging.INFO if wanted else logging.WARNING)
+    if wanted and not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -267,8 +293,10 @@ def main() -> int:
     parser.add_argument("--token-env", help="variable that holds the token clients must send")
     parser.add_argument("--max-batch-images", type=int, default=64, help="images of merged requests; 1 merges none")
     parser.add_argument("--max-wait-ms", type=float, default=5.0, help="how long a request waits for others")
+    parser.add_argument("--log-requests", action="store_true", help="a line for each request on standard error")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_requests(arguments.log_requests)
     try:
         token = os.environ.get(arguments.token_env) if arguments.token_env else None
         if arguments.token_env and not token:

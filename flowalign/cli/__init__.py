@@ -272,13 +272,16 @@ def serve_reward(
     token_env: Annotated[str | None, typer.Option(help="variable that holds the token clients must send")] = None,
     max_batch_images: Annotated[int, typer.Option(min=1, help="images of merged requests; 1 merges none")] = 64,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="how long a request waits for others")] = 5.0,
+    log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
 ) -> None:
-    """Serve one reward over HTTP until interrupted."""
+    """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
     from flowalign.config import ConfigError, RewardConfig
     from flowalign.configpaths import resolve_reward, scalar_options
     from rewards.batching import Batching
+    from rewards.serve import log_requests as log
     from rewards.serve import serve
 
+    log(log_requests)
     token = os.environ.get(token_env) if token_env else None
     if token_env and not token:
         raise ConfigError("--token-env", f"the variable {token_env} is empty; set it to the token")

@@ -73,8 +73,34 @@ def test_health_and_info_say_what_runs(shared_server):
     server = shared_server("brightness")
     assert raw(server, "GET", "/health") == (200, {"status": "ok"})
     info = HttpScorer(server.url).info()
-    assert info["name"].endswith("user_rewards.py:brightness")
+    assert info["name"] == "user_rewards.py:brightness"
     assert info["limits"]["max_count"] == 1024
+
+
+def test_no_page_of_a_server_shows_where_its_file_lies(shared_server, user_file):
+    server = shared_server("brightness")
+    for path in ("/info", "/metrics", "/health", "/nowhere"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("GET", path)
+        said = connection.getresponse().read().decode()
+        connection.close()
+        assert said and str(user_file.parent) not in said
+
+
+def test_a_server_says_its_totals_at_its_end_and_a_line_a_request_on_demand(serve_reward, batch):
+    quiet, talking = serve_reward("brightness"), serve_reward("brightness", "--log-requests")
+    for server in (quiet, talking):
+        HttpScorer(server.url, batch_size=2).score(*batch)
+        assert raw(server, "POST", "/score", b"no message")[0] == 400
+        server.process.send_signal(signal.SIGINT)
+    out, err = zip(*(server.process.communicate(timeout=20) for server in (quiet, talking)), strict=True)
+    for said in out:
+        assert re.search(r"user_rewards.py:brightness ends after \d+ s: 4 requests \(1 malformed\), 5 images scored", said)
+    assert "images" not in err[0]
+    lines = [line for line in err[1].splitlines() if "images" in line]
+    assert [re.sub(r"^\S+ \S+ | [\d.]+ s$", "", line) for line in lines] == [
+        "ok, 2 images,", "ok, 2 images,", "ok, 1 images,", "malformed, 0 images,"
+    ]
 
 
 def test_a_builtin_scorer_is_served_with_its_options(start_server, batch):
