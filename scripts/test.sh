@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs pytest; without arguments the suite that leaves out `slow` and `gpu`.
+# Sets up and runs pytest; without arguments the suite that leaves out `slow`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -2,7 +2,8 @@
 
 Students: MeanFlow (no teacher), consistency distillation, progressive distillation (three rounds: 16, 8 and 4 steps)
 and guidance distillation (a guided teacher's quality for half of its evaluations). All start from the base and see the
-same latents. Writes one JSON file a model, a sheet of images of the same noises, and the table of the docs.
+same latents. Writes one JSON file a model and its images of the same noises, from which ``table`` makes those of the
+docs.
 
     python scripts/benchmarks/few_steps.py run --cells "base;meanflow"
     python scripts/benchmarks/few_steps.py table
@@ -77,12 +78,17 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for sampling in SAMPLED[name]:
         made = judge.draw(policy, sampling)
         scores[str(sampling.num_steps)] = judge.score(made)
-        sheet = options.work_dir / "sheets" / f"{name}-{sampling.num_steps}.png"
+        sheet = sheet_of(name, str(sampling.num_steps))
         sheet.parent.mkdir(parents=True, exist_ok=True)
         first = made[0].images[:COLUMNS].numpy()
         Image.fromarray(np.concatenate(list(first), 1)).save(sheet)
     facts = {"images": options.num_samples, "machine": machine(options.threads), "cost": cost}
     return {"cell": name, **facts, "scores": scores}
+
+
+def sheet_of(name: str, steps: str) -> Path:
+    """A model's first images with so many steps, side by side; lies beside its scores."""
+    return OWN / "sheets" / f"{file_of(name).stem}-{steps}.png"
 
 
 def load() -> list[dict[str, Any]]:
@@ -108,10 +114,10 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def sheet(work_dir: Path) -> None:
+def sheet() -> None:
     """One row a model and step count, the same eight noises and prompts in each."""
     rows = [(cell["cell"], n) for cell in load() for n in cell["scores"]]
-    files = [work_dir / "sheets" / f"{name}-{n}.png" for name, n in rows]
+    files = [sheet_of(name, n) for name, n in rows]
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.15 * len(rows)), gridspec_kw={"hspace": 0.05})
@@ -139,7 +145,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "few_steps")
     options = parser.parse_args()
     if options.what == "table":
-        sheet(options.work_dir)
+        sheet()
         return insert_table("few_steps", markdown())
     for name in options.cells:
         if not file_of(name).exists():

@@ -95,11 +95,16 @@ def test_a_server_says_its_totals_at_its_end_and_a_line_a_request_on_demand(serv
         server.process.send_signal(signal.SIGINT)
     out, err = zip(*(server.process.communicate(timeout=20) for server in (quiet, talking)), strict=True)
     for said in out:
-        assert re.search(r"user_rewards.py:brightness ends after \d+ s: 4 requests \(1 malformed\), 5 images scored", said)
+        assert re.search(
+            r"user_rewards.py:brightness ends after \d+ s: 4 requests \(1 malformed\), 5 images scored", said
+        )
     assert "images" not in err[0]
     lines = [line for line in err[1].splitlines() if "images" in line]
     assert [re.sub(r"^\S+ \S+ | [\d.]+ s$", "", line) for line in lines] == [
-        "ok, 2 images,", "ok, 2 images,", "ok, 1 images,", "malformed, 0 images,"
+        "ok, 2 images,",
+        "ok, 2 images,",
+        "ok, 1 images,",
+        "malformed, 0 images,",
     ]
 
 
