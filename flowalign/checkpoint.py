@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from flowalign.files import save_tensors
 
 FORMAT = "flowalign-checkpoint"
 VERSION = 1
@@ -89,6 +91,11 @@ def step_of(path: Path) -> int:
 def steps(root: Path) -> list[int]:
     """The steps of the checkpoints under ``root``, ascending."""
     return sorted(step_of(path) for path in _manifests(root))
+
+
+def has_any(root: Path) -> bool:
+    """Whether checkpoints were written under ``root``, be they whole or not."""
+    return (root / LATEST).exists() or any(root.glob("step_*"))
 
 
 def _pointed(root: Path, pointer: str) -> Path | None:
@@ -205,8 +212,7 @@ class CheckpointWriter:
         tensors = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
         tensors |= {name: moments for name, (moments, _) in shards.items()}
         for name, weights in tensors.items():
-            contiguous = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-            save_file(contiguous, hidden / f"{name}.safetensors")
+            save_tensors(weights, hidden / f"{name}.safetensors")
         for name, document in {"state": state, **{n: facts for n, (_, facts) in shards.items()}}.items():
             (hidden / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric))

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flowalign import checkpoint
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
 from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
+from flowalign.files import save_tensors
 from flowalign.flow import families
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
@@ -177,7 +178,7 @@ def sample_checkpoint(
     if save_latents:
         shape = policy.latent_shape(config.model.height, config.model.width)
         noise = SampleNoise(seed, batch.sample_ids, shape).draw()
-        save_file({"noise": noise, "latents": made.final_NCHW.contiguous()}, out_dir / "latents.safetensors")
+        save_tensors({"noise": noise, "latents": made.final_NCHW}, out_dir / "latents.safetensors")
     return files
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flowalign.cli.runs import config_of
 from flowalign.config import AlignConfig
 from flowalign.export import RECORD, forget_local_paths, load_pipeline
+from flowalign.files import give_usual_modes
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
@@ -144,6 +145,7 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         card = CARD.format(name=to.name, rows=rows, length=record["max_sequence_length"])
         (draft / "README.md").write_text(card, encoding="utf-8")
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        give_usual_modes(draft)
         if to.exists():
             shutil.rmtree(to)
         draft.rename(to)

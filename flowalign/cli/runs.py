@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from flowalign.checkpoint import has_any
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configfile import load_align, read_resolved, recorded_versions, refuse_changes, write_resolved
 from flowalign.configpaths import recorded_model
@@ -17,8 +18,7 @@ def begin_run(config: AlignConfig | PretrainConfig) -> Path:
     """Record the configuration in the run directory; one that is continued must fit what it was begun with."""
     run_dir = Path(config.runs_dir) / config.name
     resumes = isinstance(config, PretrainConfig) or config.checkpoint.resume == "auto"
-    begun = (run_dir / "checkpoints" / "latest").is_file() and (run_dir / "config.yaml").is_file()
-    if resumes and begun:
+    if resumes and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir)
     try:
         write_resolved(config, run_dir)

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.algorithm import seeded
 from flowalign.config import AlignConfig, ModelConfig
 from flowalign.data.encoderhash import encoder_hash
+from flowalign.files import save_tensors
 from flowalign.models.base import Policy
 from flowalign.types import Condition, PreferencePairs
 
@@ -173,7 +174,7 @@ class EncodedCache:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+        save_tensors(tensors, draft)
         draft.replace(path)
 
 

@@ -18,13 +18,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flowalign.checkpoint import content_hash
 from flowalign.config import AlignConfig, SamplingConfig
 from flowalign.export import few_step_pipeline
 from flowalign.export.card import base_name, write_card
+from flowalign.files import give_usual_modes, save_tensors
 from flowalign.models.build import has_lora
 from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.sd3 import SD3Policy
@@ -149,6 +149,7 @@ def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, stat
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}
     record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
     (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    give_usual_modes(draft)
     if to.exists():
         old = to.parent / f".tmp-{uuid.uuid4().hex}"
         to.rename(old)
@@ -203,7 +204,7 @@ def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Erro
     adapter.save_pretrained(str(directory))
     state = get_peft_model_state_dict(network, save_embedding_layers=False)
     weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in state.items()}
-    save_file({f"base_model.model.{n}": w for n, w in weights.items()}, directory / "adapter_model.safetensors")
+    save_tensors({f"base_model.model.{n}": w for n, w in weights.items()}, directory / "adapter_model.safetensors")
     # Readers without PEFT's metadata take alpha = rank, so alpha / rank goes into B.
     scale = adapter.lora_alpha / adapter.r
     scaled: Any = {n: w * scale if ".lora_B." in n else w for n, w in weights.items()}

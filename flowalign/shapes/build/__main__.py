@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from flowalign.files import give_usual_modes
 from flowalign.shapes.build.autoencoder import train_autoencoder
 from flowalign.shapes.build.colors import train_colors
 from flowalign.shapes.build.detector import save_detector, train_detector
@@ -79,6 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     STAGES[arguments.stage](arguments.work_dir, arguments.steps)
+    give_usual_modes(arguments.work_dir)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
+
+from flowalign.files import save_tensors
 
 
 def _save(
@@ -21,7 +23,7 @@ def _save(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": torch.as_tensor(v).clone() for k, v in state.items()}
     draft = path.with_suffix(".part")
-    save_file(tensors, str(draft), metadata={"step": str(step)})
+    save_tensors(tensors, draft, {"step": str(step)})
     os.replace(draft, path)
 
 

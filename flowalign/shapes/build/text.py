@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from flowalign.files import save_tensors
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.progress import train
 from flowalign.shapes.prompts import prompts, sample_prompt, scene
@@ -151,10 +152,8 @@ def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch:
 
 def save_open_clip(clip: nn.Module, tokenizer: CLIPTokenizer, directory: Path) -> None:
     """Write ``open_clip_config.json``, half-precision weights and the tokenizer."""
-    from safetensors.torch import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "open_clip_config.json").write_text(json.dumps(open_clip_config(len(tokenizer)), indent=2) + "\n")
     half = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
-    save_file(half, str(directory / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    save_tensors(half, directory / "open_clip_model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(directory)

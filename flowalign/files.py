@@ -1,0 +1,31 @@
+"""Files with the mode that the umask gives any other file: safetensors writes its own for their owner alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+PROBE = ".mode"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; tensors may lie on any device and in any layout."""
+    path.unlink(missing_ok=True)  # one that is written over would keep its mode
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
+def give_usual_modes(directory: Path) -> None:
+    """The mode of a new file for every file under ``directory``, which other libraries wrote."""
+    probe = directory / PROBE
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
+            path.chmod(mode)
