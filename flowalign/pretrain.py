@@ -115,11 +115,13 @@ def pretrain(
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     stopping: Callable[[], bool] = lambda: False,
     *,
+    begin: Callable[[], object] = lambda: None,
     models: Mapping[str, VelocityModel] | None = None,
     follower: Callable[[dict[str, Tensor]], object] | None = None,
 ) -> PretrainResult:
     """Train until the last phase ends; continues from ``run_dir/checkpoints/latest`` if there is one.
 
+    ``begin`` is called when data and checkpoint are there, before the first step.
     ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
     Where ``stopping`` turns true the step under way is the last one, and is checkpointed. Of several ranks the first
     reports and writes.
@@ -133,6 +135,7 @@ def pretrain(
     others = dict(models or {})
     called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
     called |= {role: autocast(model, config) for role, model in others.items()}
+    begin()
     began = time.monotonic()
     policy.network.train()
     done = start

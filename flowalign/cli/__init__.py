@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,14 +61,14 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
     Exit code 3 says that an alarm stopped it (safety.stop).
     """
-    from flowalign.cli.runs import begin_run, report_of, stop_of
+    from flowalign.cli.runs import begin_run, check_run, report_of, stop_of
     from flowalign.configfile import load_align
 
     loaded = load_align(config, overrides or ())
-    begin_run(loaded.config)
+    check_run(loaded.config)
     from flowalign.cluster.run import run_align
 
-    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json))
+    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json), partial(begin_run, loaded.config))
     stopped, advice = stop_of(run_dir, loaded.config)
     _finish(run_dir, as_json, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -79,16 +80,15 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 @app.command()
 def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
-    from flowalign.cli.runs import begin_run
+    from flowalign.cli.runs import begin_run, check_run
     from flowalign.configfile import load_pretrain
 
-    loaded, first = load_pretrain(config, overrides or ()), os.environ.get("RANK", "0") == "0"
-    if first:  # of the processes that torchrun starts
-        begin_run(loaded.config)
+    loaded = load_pretrain(config, overrides or ())
+    check_run(loaded.config)
     from flowalign.cluster.train import run_pretrain
 
-    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json))
-    if first:
+    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json), partial(begin_run, loaded.config))
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
         _finish(run_dir, as_json)
 
 

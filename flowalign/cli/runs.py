@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ from flowalign.configpaths import recorded_model
 from flowalign.pretrainconfig import PretrainConfig
 
 
-def begin_run(config: AlignConfig | PretrainConfig) -> Path:
-    """Record the configuration in the run directory; one that is continued must fit what it was begun with."""
+def check_run(config: AlignConfig | PretrainConfig) -> Path:
+    """The run's directory, untouched: it can be written, and if it is continued, it fits what it was begun with."""
     run_dir = Path(config.runs_dir) / config.name
+    there = next((path for path in (run_dir, *run_dir.absolute().parents) if path.exists()), Path("/"))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a directory" if not there.is_dir() else "may not be written to"
+        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({there} {what}); choose another")
     resumes = isinstance(config, PretrainConfig) or config.checkpoint.resume == "auto"
     if resumes and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir)
+    return run_dir
+
+
+def begin_run(config: AlignConfig | PretrainConfig) -> Path:
+    """Record the configuration in the run directory, once all that the run needs stands: a refused one leaves none."""
+    run_dir = check_run(config)
     try:
         write_resolved(config, run_dir)
     except OSError as error:

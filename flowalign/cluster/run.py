@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from flowalign.sample import base_hash, sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
 
-def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
+def run_align(
+    config: AlignConfig, base_dir: Path, console: Console, begin: Callable[[], object] = lambda: None
+) -> Path:
     """Run (or resume) an alignment to its last iteration, or to where an alarm stops it; returns the run directory.
+
+    ``begin`` is called once all that the run needs stands, before the run directory is written to.
 
     Raises:
         CheckpointError, ResumeRefused: the run directory cannot be continued.
@@ -42,6 +47,7 @@ def run_align(config: AlignConfig, base_dir: Path, console: Console) -> Path:
         if saved is not None:
             backend.restore(_states(config, saved, base))
             console.print(f"resuming {run_dir} after iteration {start}")
+        begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
         journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
         with journal.interruptible():

@@ -60,8 +60,12 @@ class Roles:
     follower: Callable[[dict[str, Tensor]], object] | None = None
 
 
-def run_pretrain(config: PretrainConfig, base_dir: Path, console: Console) -> Path:
+def run_pretrain(
+    config: PretrainConfig, base_dir: Path, console: Console, begin: Callable[[], object] = lambda: None
+) -> Path:
     """Run (or resume) a training run to its last step; returns the run directory.
+
+    ``begin`` is called in the first rank, once all that the run needs stands, before the run directory is written to.
 
     Raises:
         CheckpointError, ResumeRefused: the run directory cannot be continued.
@@ -81,7 +85,7 @@ def run_pretrain(config: PretrainConfig, base_dir: Path, console: Console) -> Pa
     start = 0 if found is None else int(checkpoint.verify(found)["step"])
     if start:
         console.print(f"resuming {run_dir} after step {start}", highlight=False)
-    report = _Reporter(config, run_dir, console, start) if rank.index == 0 else None
+    report = _Reporter(config, run_dir, console, start, begin) if rank.index == 0 else None
     stop = StopRequest(console.print)
     try:
         with stop.on_signals("step"):
@@ -93,6 +97,7 @@ def run_pretrain(config: PretrainConfig, base_dir: Path, console: Console) -> Pa
                 run_dir,
                 report or (lambda row: None),
                 lambda: stop.asked,
+                begin=report.begin if report else lambda: None,
                 models=roles.models,
                 follower=roles.follower,
             )
@@ -175,12 +180,22 @@ def _engine(config: PretrainConfig, policy: Policy, rank: Rank) -> Engine:
 class _Reporter:
     """Rows of metrics.jsonl, and a line of the terminal with each."""
 
-    def __init__(self, config: PretrainConfig, run_dir: Path, console: Console, start: int) -> None:
+    def __init__(
+        self, config: PretrainConfig, run_dir: Path, console: Console, start: int, begin: Callable[[], object]
+    ) -> None:
+        self._config, self._run_dir, self._start, self._begin = config, run_dir, start, begin
         self._batch_size, self._console = config.batch_size, console
-        self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=start)
+        self._writer: MetricsWriter | None = None
+        self._began = time.monotonic()
+
+    def begin(self) -> None:
+        """Open the files; nothing is written before."""
+        self._begin()
+        self._writer = MetricsWriter(self._run_dir, self._config.name, self._config.logging, keep_until=self._start)
         self._began = time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> None:
+        assert self._writer is not None
         step, steps = int(row.pop("step")), int(row.pop("steps"))
         self._writer.write(step, row, wall_s=time.monotonic() - self._began)
         eta_s = (steps - step) * self._batch_size / max(row["throughput/samples_per_s"], 0.1)
@@ -191,4 +206,5 @@ class _Reporter:
         self._console.print("  ".join(said), highlight=False)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
