@@ -28,13 +28,14 @@ class DiffusionDPO:
 
         ``beta`` 100 is that of Flow-GRPO's public code for this loss on SD 3.5; the paper's 2000 (Stable Diffusion 1.5)
         and 5000 (SDXL, its public code) are for errors of the noise, which ``weighting: noise`` makes of those of the
-        velocity: ω_t = ``(1 - t)²``. ``constant`` is 1, which Flow-DPO (arXiv:2501.13918) found better. The density
-        logit_normal(0, 1) is the Flow-GRPO code's as well; the paper draws t uniformly. A
-        pair is compared at ``timesteps`` points (both publications: one). ``winner_weight`` above 1
-        counts what happens to the winner more than what happens to the loser; ``sft_weight`` adds the winner's own
-        flow-matching loss (Reg-DPO, arXiv:2511.01450); the paper has neither. Every ``reference_refresh`` iterations
-        the reference takes the policy's weights (Flow-GRPO's code suggests 40 for the online form); null: never.
-        The rest is how ``online`` makes its images; a pair of ``offline`` is a group of two.
+        velocity: ω_t = ``(1 - t)²``. ``constant`` is 1, which Flow-DPO (arXiv:2501.13918) found better. Times are drawn
+        from ``density`` and moved to noisier ones by ``density_shift``: the Flow-GRPO code draws logit_normal(0, 1) on
+        Stable Diffusion 3.5's own grid, a shift of 3; the paper draws t uniformly. A pair is compared at ``timesteps``
+        points (both publications: one). ``winner_weight`` above 1 counts what happens to the winner more than what
+        happens to the loser; ``sft_weight`` adds the winner's own flow-matching loss (Reg-DPO, arXiv:2511.01450); the
+        paper has neither. Every ``reference_refresh`` iterations the reference takes the policy's weights (Flow-GRPO's
+        code suggests 40 for the online form); null: never. The rest is how ``online`` makes its images; a pair of
+        ``offline`` is a group of two.
         """
 
         type: str = "diffusion_dpo"
@@ -43,6 +44,7 @@ class DiffusionDPO:
         weighting: Literal["constant", "noise"] = "constant"
         density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
         density_params: dict[str, float] = Field(default_factory=dict)
+        density_shift: float = Field(1.0, gt=0)
         timesteps: int = Field(1, ge=1)
         winner_weight: float = Field(1.0, ge=0)
         sft_weight: float = Field(0.0, ge=0)
@@ -127,7 +129,8 @@ class DiffusionDPO:
             generators = [seeded(batch.seed, 31, batch.policy_version, groups[i]) for i in best.tolist()]
             metrics["dpo/dropped_fraction"] = 1 - len(best) / len(set(groups))
         c = self.config
-        t_PT, noise_PTCHW = forward.draw(c.density, c.timesteps, winner.shape[1:], generators, (), **c.density_params)
+        times = {"shift": c.density_shift, **c.density_params}
+        t_PT, noise_PTCHW = forward.draw(c.density, c.timesteps, winner.shape[1:], generators, (), **times)
         pair = torch.arange(len(condition)).repeat_interleave(c.timesteps)
         tensors = {
             "winner": winner[pair],

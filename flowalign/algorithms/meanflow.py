@@ -110,7 +110,7 @@ class MeanFlow:
         guided = c.omega * plain + (1 - c.omega - c.kappa) * policy(x, t, null, r=t)
         if c.kappa:
             guided = guided + c.kappa * policy(x, t, condition, r=t)
-        return torch.where(item["dropped"].view(-1, 1, 1, 1), plain, guided)
+        return torch.where(per_sample(item["dropped"], plain, torch.bool), plain, guided)
 
 
 @torch.no_grad()

@@ -147,6 +147,25 @@ def test_a_pair_is_compared_at_as_many_points_as_asked_for():
     assert len(set(train.tensors["t"].tolist())) == 12 and len(train.tensors["noise"].flatten(1).unique(dim=0)) == 12
 
 
+@pytest.mark.parametrize(
+    ("changes", "quartiles"), [({}, [0.34, 0.50, 0.66]), ({"density_shift": 3}, [0.60, 0.75, 0.86])]
+)
+def test_times_are_logit_normal_and_a_shift_makes_them_noisier(changes, quartiles):
+    times = dpo(timesteps=500, **changes).prepare(pairs(8), None, {}).tensors["t"]
+    found = torch.quantile(times, torch.tensor([0.25, 0.5, 0.75]))
+    assert found.tolist() == pytest.approx(quartiles, abs=0.02)
+
+
+def test_a_shift_moves_each_time_and_leaves_the_noises():
+    plain, moved = (dpo(density_shift=s).prepare(pairs(8), None, {}).tensors for s in (1.0, 3.0))
+    torch.testing.assert_close(moved["t"], 3 * plain["t"] / (1 + 2 * plain["t"]))
+    assert torch.equal(moved["noise"], plain["noise"]) and torch.equal(
+        plain["t"], dpo().prepare(pairs(8), None, {}).tensors["t"]
+    )
+    with pytest.raises(ValidationError, match="density_shift"):
+        dpo(density_shift=0)
+
+
 def test_the_sft_weight_adds_the_winner_s_own_loss():
     models = {"policy": LinearVelocity(0), "reference": LinearVelocity(1)}
     plain, mixed = dpo(), dpo(sft_weight=0.3)

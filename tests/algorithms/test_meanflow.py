@@ -173,6 +173,19 @@ def test_guidance_mixes_the_data_with_both_of_the_networks_own_velocities():
     torch.testing.assert_close(found, errors.square().flatten(1).sum(1).mean())
 
 
+def test_guidance_mixes_each_sample_of_latents_with_another_number_of_dimensions():
+    def policy(x, t, condition, *, r):
+        return torch.zeros_like(x)
+
+    latents = torch.randn(4, 2, 4, 3, 2, generator=torch.Generator().manual_seed(0))  # as many channels as samples
+    algorithm, train = prepared(latents=latents, omega=0.5, adaptive_power=0, condition_dropout=0.4)
+    plain, dropped = train.tensors["noise"] - train.tensors["x0"], train.tensors["dropped"]
+    assert 0 < int(dropped.sum()) < 4
+    share = torch.tensor([1.0 if sample else 0.5 for sample in dropped.tolist()])
+    expected = (plain.square().flatten(1).sum(1) * share**2).mean()
+    torch.testing.assert_close(algorithm.loss({"policy": policy}, train).loss, expected)
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_adaptive_weight_divides_each_samples_error_by_its_power(power):
     algorithm, train = prepared(equal_fraction=1, adaptive_power=power, c=0.1, condition_dropout=0)
