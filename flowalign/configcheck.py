@@ -248,17 +248,27 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path) -> None:
-    """The prompts load, and have what GenEval needs where GenEval scores them."""
-    from flowalign.data.prompts import PromptsError, load_prompts
+    """The prompts load, and every reward can judge every row that it is for."""
+    from flowalign.data.prompts import PromptsError, placed_prompts
+    from flowalign.scoring import task_of
+    from rewards.interface import InputError, ScorerError
+    from rewards.resolve import row_check
 
     try:
-        rows = load_prompts(source, base_dir)
+        rows = placed_prompts(source, base_dir)
     except PromptsError as error:
         raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
-    if any(reward.spec == "geneval" for reward in rewards):
-        lacking = next((i for i, row in enumerate(rows, 1) if not {"tag", "include"} <= row.keys()), None)
-        if lacking is not None:
-            raise ConfigError(key, f"row {lacking} of {source} has no `tag` and `include`, which geneval judges by")
+    for reward in rewards:
+        try:
+            judges = row_check({"type": reward.spec, **reward.options}, base_dir)
+        except ScorerError:
+            continue  # check_reward says it
+        for where, row in rows if judges is not None else ():
+            if reward.tasks is None or task_of(row) in reward.tasks:
+                try:
+                    judges(row)
+                except InputError as error:
+                    raise ConfigError(key, f"{where}: {str(error).removeprefix('metadata: ')}") from error
 
 
 def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:

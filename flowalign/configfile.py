@@ -145,7 +145,7 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
     need(checks.check_task_weights, config.data.task_weights, config.data.prompts, base)
     need(checks.check_reward_tasks, config.rewards, config.data.prompts, base)
     if config.evaluation.every:
-        scorers = [config.evaluation.scorer or RewardConfig(spec="geneval")]
+        scorers = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
         need(checks.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     need(checks.check_device, "cluster.device", config.cluster.device, here)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.geneval_rows import canonical, read_row
 from rewards.interface import InputError
 
 Detection = dict[str, Any]
@@ -66,14 +67,14 @@ def judge(metadata: Mapping[str, Any], detections: Detections, rules: Rules = BE
     The partial credit is the mean over the conditions of all ``include`` clauses: 1 − min(1, |n − found|/n)
     for a count and, over the objects of the wanted colour, for a colour; 0 or 1 for a position.
     """
-    _check_metadata(metadata)
+    include, exclude = read_row(metadata)
     objects = keep(metadata, detections, rules)
     clauses: list[_Clause] = []
-    for wanted in metadata["include"]:
+    for wanted in include:
         clauses.append(_judge_clause(wanted, objects.get(wanted["class"], []), clauses, rules))
     reasons = [reason for clause in clauses for reason in clause.reasons]
     correct = all(clause.matched for clause in clauses)
-    for unwanted in metadata.get("exclude", []):
+    for unwanted in exclude:
         found = len(objects.get(unwanted["class"], []))
         if found >= unwanted["count"]:
             correct = False
@@ -92,10 +93,10 @@ def keep(metadata: Mapping[str, Any], detections: Detections, rules: Rules) -> d
     """Detections that count, most confident first, ties ordered by box and colour; at most 16 a class."""
     threshold = rules.counting_threshold if metadata.get("tag") == "counting" else rules.threshold
     try:
-        return {
-            name: sorted((item for item in items if item["score"] > threshold), key=_order)[: rules.max_objects]
-            for name, items in detections.items()
-        }
+        by_class: dict[str, list[Detection]] = {}
+        for name, items in detections.items():
+            by_class.setdefault(canonical(name), []).extend(item for item in items if item["score"] > threshold)
+        return {name: sorted(items, key=_order)[: rules.max_objects] for name, items in by_class.items()}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError(
             f"detections are not {{class: [{{box: [x0, y0, x1, y1], score, color}}]}} ({type(error).__name__}: {error})"
@@ -121,8 +122,8 @@ def _judge_clause(
         reasons.append(f"expected {name}>={count}, found {len(best)}")
     if "color" in wanted:
         color = wanted["color"]
-        credits.append(_closeness(count, sum(item.get("color") == color for item in found)))
-        seen = Counter(item.get("color") for item in best)
+        credits.append(_closeness(count, sum(_color(item) == color for item in found)))
+        seen = Counter(_color(item) for item in best)
         if matched and seen[color] < count:
             matched = False
             listed = ", ".join(f"{n} {c}" for c, n in sorted(seen.items(), key=str))
@@ -134,6 +135,11 @@ def _judge_clause(
             reasons += [] if reason is None else [reason]
         credits.append(float(matched))
     return _Clause(matched, tuple(credits), len(found) == count, tuple(reasons), best)
+
+
+def _color(item: Detection) -> str | None:
+    color = item.get("color")
+    return canonical(color) if isinstance(color, str) else color
 
 
 def _closeness(n: int, found: int) -> float:
@@ -182,33 +188,3 @@ def geneval_table(rows: Iterable[Mapping[str, Any]], key: str = "correct") -> di
         raise InputError("a GenEval table needs at least one judged image")
     means = {task: float(np.mean(values)) for task, values in by_task.items()}
     return {"overall": float(np.mean(list(means.values()))), **means}
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    if not isinstance(metadata, Mapping) or not metadata.get("include"):
-        prompt = metadata.get("prompt", "") if isinstance(metadata, Mapping) else metadata
-        raise InputError(
-            f"the row of prompt {str(prompt)[:60]!r} has no `include` list; geneval needs rows in GenEval's form, "
-            "with tag, include and prompt"
-        )
-    for part in ("include", "exclude"):
-        clauses = metadata.get(part, [])
-        if not isinstance(clauses, list):
-            raise InputError(f"metadata: {part} is a {type(clauses).__name__}; write a list of clauses")
-        for index, clause in enumerate(clauses):
-            _check_clause(f"{part}[{index}]", clause, index)
-
-
-def _check_clause(where: str, clause: Any, index: int) -> None:
-    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
-        raise InputError(f"metadata: {where} has no `class`; write {{class: circle, count: 1}}")
-    count = clause.get("count")
-    if type(count) is not int or count < 1:
-        raise InputError(f"metadata: {where}.count is {count!r}; write an integer of at least 1")
-    if "position" not in clause:
-        return
-    position = clause["position"]
-    if not (isinstance(position, (list, tuple)) and len(position) == 2 and position[1] in range(index)):
-        raise InputError(
-            f"metadata: {where}.position is {position!r}; write [relation, index of an earlier include clause]"
-        )

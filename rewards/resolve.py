@@ -81,6 +81,17 @@ def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> None:
             source.check_definition(file, attribute, set(options))
 
 
+def row_check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Callable[[Metadata], None] | None:
+    """What raises ``InputError`` for a row of metadata that the scorer could never judge, without loading models.
+
+    None where any row will do, and for a user's code, which is not run for that. Raises ``SpecError`` as ``check``.
+    """
+    kind, options = _split(spec)
+    if ":" in kind or kind not in builtin_names():
+        return None
+    return getattr(_builtin(kind, options), "check_row", None)
+
+
 def builtin_names() -> list[str]:
     """Names of the scorers in ``rewards/scorers``."""
     return sorted(module.name for module in pkgutil.iter_modules(rewards.scorers.__path__))

@@ -19,6 +19,8 @@ from flowalign.configfile import (
 from flowalign.pretrainconfig import PretrainConfig
 from tests._model_directory import write_config
 
+STAR = '{"tag": "colors", "include": [{"class": "%s", "count": 1}], "prompt": "a photo"}\n'
+
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,7 +54,9 @@ def test_relative_paths_lie_beside_the_configuration(
 def test_relative_paths_that_are_not_beside_it_are_sought_in_the_working_directory(
     config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "tag": "colors", "include": []}\n')
+    (tmp_path / "own.jsonl").write_text(
+        '{"prompt": "a", "tag": "colors", "include": [{"class": "star", "count": 1}]}\n'
+    )
     monkeypatch.chdir(tmp_path)
     assert load_align(config_path, ["data.prompts=own.jsonl"]).config.data.prompts == str(tmp_path / "own.jsonl")
 
@@ -132,11 +136,33 @@ def test_a_wrong_value_is_refused_with_its_key(config_path: Path, assignment: st
     assert "\n" not in sentence
 
 
-def test_prompts_without_geneval_fields_are_refused_where_geneval_judges(config_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain.jsonl").write_text('{"prompt": "a cat"}\n')
-    sentence = refusal(config_path, f"data.prompts={tmp_path / 'plain.jsonl'}")
-    assert sentence.startswith("data.prompts: row 1 of")
-    assert "`tag` and `include`" in sentence
+def test_every_row_is_checked_where_geneval_judges_it(config_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    own, evaluated = f"data.prompts={file}", f"evaluation.prompts={file}"
+    file.write_text(STAR % "star" + "\n" + STAR % "elephant")
+    expected = (
+        f"{file}, line 3: include[0].class is 'elephant', which the detector palette does not know; known: circle"
+    )
+    assert refusal(config_path, own).startswith(f"data.prompts: {expected}")
+    assert refusal(config_path, evaluated).startswith(f"evaluation.prompts: {expected}")
+    assert load_align(config_path, [evaluated, "evaluation.every=0"])
+    plain = ["rewards=[{spec: jpeg}]", "evaluation.scorer={spec: jpeg}"]
+    assert load_align(config_path, [own, evaluated, *plain])
+    gold = [own, "rewards=[{spec: jpeg}, {spec: geneval, gold: true}]"]
+    assert refusal(config_path, *gold).startswith(f"data.prompts: {expected}")
+    gold = [evaluated, "evaluation.scorer={spec: jpeg}", "evaluation.gold=[{spec: geneval}]"]
+    assert refusal(config_path, *gold).startswith(f"evaluation.prompts: {expected}")
+    file.write_text(STAR % "Star")
+    assert load_align(config_path, [own, evaluated])
+    file.write_text('{"prompt": "a cat"}\n')
+    assert refusal(config_path, own).startswith(f"data.prompts: {file}, line 1: has no `tag`; geneval needs rows in")
+
+
+def test_a_row_of_another_task_than_genevals_is_not_judged_by_it(config_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(STAR % "star" + '{"task": "plain", "prompt": "a cat"}\n')
+    routed = "rewards=[{spec: geneval, tasks: [colors]}, {spec: jpeg, tasks: [plain]}]"
+    assert load_align(config_path, [f"data.prompts={file}", routed])
 
 
 def test_more_cpus_than_the_machine_can_promise_are_refused_before_ray_starts(config_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_the_shipped_detector_goes_by_its_name(pipeline: Path) -> None:
 def test_the_run_s_own_detector_is_the_default_and_the_official_mode_is_not_up_to_it(
     pipeline: Path, detector: Path
 ) -> None:
-    own = {"type": "mask2former", "path": str(detector)}
+    own = {"type": "mask2former", "path": str(detector), "clip": {"path": str(SHIPPED / "colors")}}
     rewards = [{"spec": "jpeg", "weight": 0.1}, {"spec": "geneval", "options": {"mode": "partial", "detector": own}}]
     config, count = geneval_suite(run_config(pipeline, rewards=rewards), None, None, None)
     assert config.evaluation.scorer is not None
@@ -170,7 +170,7 @@ def test_the_run_s_own_detector_is_the_default_and_the_official_mode_is_not_up_t
     [
         ("palette", None, "--prompts: {folder}/absent.jsonl does not exist"),
         ("palette", '{"prompt": "x"', "--prompts: {folder}/absent.jsonl, line 1 is not JSON"),
-        ("palette", '{"prompt": "a circle"}', "--prompts: row 1 of {folder}/absent.jsonl has no `tag` and `include`"),
+        ("palette", '{"prompt": "a circle"}', "--prompts: {folder}/absent.jsonl, line 1: has no `tag`; geneval needs"),
         ("pallete", "", "--detector: detector 'pallete' is unknown; did you mean 'palette'?"),
         ('{"type": "palette"', "", "--detector: is not JSON ("),
         ('{"min_area": 3}', "", "--detector: detector None is unknown; known: mask2former, palette"),

@@ -253,24 +253,27 @@ BAD = {
         "pictures/index.json has 2 rows for a.png; give one an image",
     ),
     "no rows": (lambda p: (p / "index.json").write_text("[]"), "pictures/index.json holds no rows; write one an image"),
-    "no list": (lambda p: (p / "index.json").write_text('{"prompt": "x"}'), "pictures/index.json holds no rows"),
-    "no prompt": (lambda p: (p / "index.json").write_text('[{"text": "x"}]'), 'row 1, has no "prompt" text'),
-    "row of text": (lambda p: (p / "index.json").write_text('["x"]'), 'pictures/index.json, row 1, has no "prompt"'),
+    "no list": (
+        lambda p: (p / "index.json").write_text('{"prompt": "x"}'),
+        "index.json holds a mapping, not a list of rows",
+    ),
+    "no prompt": (lambda p: (p / "index.json").write_text('[{"text": "x"}]'), 'row 1 has no "prompt" text'),
+    "row of text": (lambda p: (p / "index.json").write_text('["x"]'), 'pictures/index.json, row 1 has no "prompt"'),
     "no JSON": (
         lambda p: (p / "index.json").write_text("[{'prompt': 1}]"),
-        "pictures/index.json is not JSON: Expecting",
+        "pictures/index.json is not JSON (Expecting",
     ),
     "no JSON line": (
         lambda p: (p / "results.jsonl").write_text('{"prompt": "x"}\n\n{"prompt": \n'),
-        "pictures/results.jsonl, line 3, is not JSON",
+        "pictures/results.jsonl, line 3 is not JSON",
     ),
     "folded nonsense": (
         lambda p: (p / "results.jsonl").write_text('{"prompt": "x", "metadata": "{"}\n'),
-        "pictures/results.jsonl, row 1, metadata is not JSON",
+        "pictures/results.jsonl, line 1, metadata is not JSON",
     ),
     "no text": (
         lambda p: (p / "index.json").write_bytes(b"\xff\xfe\xfa"),
-        "index.json cannot be read (it is not UTF",
+        "index.json looks like UTF-16 text; save it as UTF-8",
     ),
 }
 

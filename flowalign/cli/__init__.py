@@ -131,8 +131,11 @@ def evaluate(
         from flowalign.cli.runs import geneval_suite
 
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
-    from flowalign.evaluate import evaluate_checkpoint
+    from flowalign.configcheck import check_prompts
+    from flowalign.evaluate import evaluate_checkpoint, evaluation_rewards
 
+    key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
+    check_prompts(key, source, evaluation_rewards(own), Path.cwd())
     count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
     against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console)
     result = evaluate_checkpoint(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowalign.config import ConfigError
+from flowalign.textfiles import TextError, kind_of, lines_of, parse_json, read_json, read_rows, read_text
 from rewards.interface import Images
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,38 +56,37 @@ def prompt_rows(files: list[Path], source: Path) -> list[Row]:
 
 def _read(source: Path) -> list[Row]:
     try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError("--prompts", f"{source} cannot be read ({reason})") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        rows = _rows(source)
+        if not rows:
+            raise TextError(f"{source} holds no rows; write one an image")
+        return [_row(row, where) for where, row in rows]
+    except TextError as error:
+        raise ConfigError("--prompts", str(error)) from error
+
+
+def _rows(source: Path) -> list[tuple[str, Any]]:
+    """Each row with where it stands; a text file has a prompt a line."""
     if source.suffix == ".jsonl":
-        rows = [_json(line, f"{source}, line {number},") for number, line in lines]
-    elif source.suffix == ".json":
-        rows = _json(text, str(source))
-    else:
-        rows = [{"prompt": line} for _, line in lines]
-    if not isinstance(rows, list) or not rows:
-        raise ConfigError("--prompts", f"{source} holds no rows; write one an image")
-    return [_row(row, f"{source}, row {number},") for number, row in enumerate(rows, start=1)]
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("--prompts", f"{where} is not JSON: {error}") from error
+        return [(f"{source}, line {number}", row) for number, row in read_rows(source, '{"prompt": "a red dog"}')]
+    if source.suffix in (".csv", ".tsv"):
+        raise TextError(f'{source} is a table; write JSON Lines such as {{"filename": "0.png", "prompt": "a red dog"}}')
+    if source.suffix == ".json":
+        listed = read_json(source)
+        if not isinstance(listed, list):
+            raise TextError(f"{source} holds {kind_of(listed)}, not a list of rows")
+        return [(f"{source}, row {number}", row) for number, row in enumerate(listed, start=1)]
+    return [(f"{source}, line {number}", {"prompt": line}) for number, line in lines_of(read_text(source))]
 
 
 def _row(row: Any, where: str) -> Row:
     """A row with its prompt; GenEval's results keep the prompt's own row as JSON text under ``metadata``."""
     folded = row.get("metadata") if isinstance(row, dict) else None
     if isinstance(folded, str):
-        folded = _json(folded, f"{where} metadata")
+        folded = parse_json(folded, f"{where}, metadata")
     if isinstance(folded, dict):
         row = {**row, **folded}
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ConfigError("--prompts", f'{where} has no "prompt" text')
+        raise TextError(f'{where} has no "prompt" text')
     return row
 
 

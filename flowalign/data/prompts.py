@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,56 @@ import torch
 
 from flowalign.algorithm import seeded
 from flowalign.shapes import prompts as shapes
+from flowalign.textfiles import TextError, kind_of, read_rows
 from flowalign.types import PromptBatch
 
 Row = dict[str, Any]
+SHIPPED = ("shapes:train", "shapes:eval")
+EXAMPLE = '{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}'
+TEXTS = ("text", "caption")  # what other tools call a prompt
 
 
 class PromptsError(ValueError):
-    """A prompt file that is missing, empty or malformed."""
+    """Prompts that are missing, empty or malformed."""
 
 
 def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
-    """Rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a jsonl file.
+    """Rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a JSON Lines file.
 
     Raises:
         PromptsError: names the file and line.
     """
-    if source in ("shapes:train", "shapes:eval"):
-        return shapes.prompts("train" if source == "shapes:train" else "eval")
+    return [row for _, row in placed_prompts(source, base_dir)]
+
+
+def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, Row]]:
+    """``load_prompts``, each row with where it stands: the file and its line."""
+    if source in SHIPPED:
+        return [(source, row) for row in shapes.prompts("train" if source == "shapes:train" else "eval")]
+    if source.startswith("shapes:"):
+        raise PromptsError(f"data.prompts: there is no {source}; the shipped ones are {' and '.join(SHIPPED)}")
     path = base_dir / source
-    if not path.is_file():
-        raise PromptsError(f"data.prompts: {path} does not exist; give shapes:train, shapes:eval or a jsonl file")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PromptsError(
-                f"data.prompts: {path}, line {number} is not JSON ({error}); "
-                'write a row a line: {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}'
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise PromptsError(f'data.prompts: {path}, line {number} has no "prompt" string')
-        rows.append(row)
-    if not rows:
-        raise PromptsError(f"data.prompts: {path} holds no prompt")
-    return rows
+    if not path.exists():
+        raise PromptsError(f"data.prompts: {path} does not exist; give {', '.join(SHIPPED)} or a JSON Lines file")
+    try:
+        rows = read_rows(path, EXAMPLE)
+        return [(f"{path}, line {number}", _checked(row, f"{path}, line {number}")) for number, row in rows]
+    except TextError as error:
+        raise PromptsError(f"data.prompts: {error}") from error
+
+
+def _checked(row: Row, where: str) -> Row:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        found = f"is {kind_of(prompt)}" if "prompt" in row else "is missing"
+        near = [] if "prompt" in row else get_close_matches("prompt", row, n=1) or [k for k in TEXTS if k in row]
+        raise TextError(f'{where}: "prompt" {found}; write a text' + (f" (it has {near[0]!r})" if near else ""))
+    if not prompt.strip() or "\0" in prompt:
+        raise TextError(f'{where}: "prompt" {"is empty" if not prompt.strip() else "holds a NUL character"}')
+    for name in ("tag", "task"):
+        if isinstance(row.get(name), dict | list):
+            raise TextError(f"{where}: {name!r} is {kind_of(row[name])}; write one name")
+    return row
 
 
 class GroupSampler:
@@ -98,7 +111,7 @@ class GroupSampler:
 
 
 def _task(row: Row) -> str:
-    return str(row.get("tag", ""))
+    return str(row.get("tag") or "")
 
 
 def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:

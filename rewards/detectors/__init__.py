@@ -12,7 +12,11 @@ from rewards.interface import Images, Metadata, SpecError
 
 
 class Detector(Protocol):
-    """Finds objects; may also have ``setup(device: str)``."""
+    """Finds objects; may also have ``setup(device: str)``.
+
+    And ``vocabulary() -> (classes, colors)``, the names it can find, known without loading anything; None where only
+    loading could tell.
+    """
 
     def detect(self, images: Images, metadata: list[Metadata]) -> list[dict[str, list[dict[str, Any]]]]:
         """For each uint8 image (H, W, 3): ``{class: [{"box": [x0, y0, x1, y1], "score", "color"}]}``, in pixels.

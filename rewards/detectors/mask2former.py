@@ -10,6 +10,7 @@ Shapes: Q queries, C classes (the null class is the last, C + 1st logit), h w ma
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewards.colors import ZeroShotColors
+from rewards.geneval_rows import canonical, colored_classes
 from rewards.interface import Images, Metadata, SpecError, one_line
 
 if TYPE_CHECKING:
@@ -88,6 +90,24 @@ class Mask2formerDetector:
         self.device = "cpu"
         self._model: Any = None
 
+    def vocabulary(self) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+        """Classes, as the model's configuration file names them, and colours; None where the file does not say.
+
+        Raises:
+            SpecError: the file is no configuration.
+        """
+        colors = () if self.colors is None else self.colors.names
+        file = Path(self.path) / "config.json"
+        try:
+            labels = json.loads(file.read_text(encoding="utf-8")).get("id2label")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise SpecError(f"mask2former: {file} is no configuration of a model ({one_line(error)})") from error
+        if self.classes is not None:
+            return self.classes, colors
+        if not isinstance(labels, dict):
+            return None, colors
+        return COCO_NAMES if len(labels) == len(COCO_NAMES) else tuple(map(str, labels.values())), colors
+
     def setup(self, device: str = "cpu") -> None:
         """Load the model from its directory; nothing is downloaded.
 
@@ -132,7 +152,7 @@ class Mask2formerDetector:
 
         if self._model is None:
             self.setup(self.device)
-        if self.colors is None and any("color" in clause for row in metadata for clause in row.get("include", [])):
+        if self.colors is None and any(colored_classes(row) for row in metadata):
             raise SpecError(
                 "mask2former: a prompt asks for a colour; give the detector `clip`, such as "
                 "{model: ViT-L-14-quickgelu, checkpoint: openai}"
@@ -161,7 +181,7 @@ class Mask2formerDetector:
         ]
 
     def _named(self, image: np.ndarray, row: Metadata, seen: Instances) -> dict[str, list[dict[str, Any]]]:
-        wanted = {clause.get("class") for clause in row.get("include", []) if "color" in clause}
+        wanted = colored_classes(row)
         masks: dict[str, list[Any]] = {}
         found: dict[str, list[dict[str, Any]]] = {}
         for index in seen.scores_M.argsort(descending=True, stable=True).tolist():
@@ -171,7 +191,7 @@ class Mask2formerDetector:
             name = self.names[int(seen.labels_M[index])]
             found.setdefault(name, []).append({"box": seen.boxes_M4[index].tolist(), "score": score, "color": None})
             masks.setdefault(name, []).append(seen.masks_MHW[index])
-        for name in wanted & found.keys():
+        for name in (name for name in found if canonical(name) in wanted):
             self._colored(image, name, found[name][: self.max_colored], masks[name])
         return found
 

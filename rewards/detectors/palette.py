@@ -103,6 +103,9 @@ class PaletteDetector:
         raw = np.array([COLORS[n] for n in self._names], np.float32) - np.array(BACKGROUND, np.float32)
         self._directions = raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
+    def vocabulary(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return SHAPES, tuple(COLORS)
+
     def setup(self, device: str) -> None:
         """Nothing to load."""
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from rewards.detectors import load_detector
 from rewards.geneval_judge import Rules, Verdict, judge
+from rewards.geneval_rows import check_row
 from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
 
 Mode = Literal["official", "strict", "partial"]
@@ -57,6 +58,11 @@ class GenevalScorer:
         if (setup := getattr(self.detector, "setup", None)) is not None:
             setup(self.device)
 
+    def check_row(self, metadata: Metadata) -> None:
+        """Raise InputError for a row that could never be judged, or of which the detector finds nothing."""
+        vocabulary = getattr(self.detector, "vocabulary", lambda: (None, None))
+        check_row(metadata, *vocabulary(), f"the detector {getattr(self.detector, 'name', '')}".rstrip())
+
     def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
         """The full verdict on each image (N, H, W, 3)."""
         found = []
@@ -75,15 +81,15 @@ class GenevalScorer:
         }
 
 
-def judge_lines(lines: Iterable[str]) -> Iterator[str]:
-    """One JSON verdict a non-empty JSON line; raises ``InputError`` naming the line."""
+def judge_lines(lines: Iterable[str | bytes]) -> Iterator[str]:
+    """One JSON verdict a non-empty JSON line of UTF-8; raises ``InputError`` naming the line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            case = json.loads(line)
+            case = json.loads(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
             verdict = judge(case["metadata"], case["detections"])
-        except (ValueError, KeyError, TypeError, InputError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
             what = f"no key {error}" if isinstance(error, KeyError) else error
             raise InputError(f'line {number}: {what}; write {{"metadata": …, "detections": …}}') from error
         yield json.dumps({key: value for key, value in asdict(verdict).items() if key != "objects"})
@@ -94,7 +100,7 @@ def main() -> int:
     parser.add_argument("--judge-only", action="store_true", required=True, help="judge JSON lines from stdin")
     parser.parse_args()
     try:
-        for verdict in judge_lines(sys.stdin):
+        for verdict in judge_lines(sys.stdin.buffer):
             print(verdict, flush=True)
     except ScorerError as error:
         print(error, file=sys.stderr)

@@ -49,7 +49,84 @@ def test_weights_that_fit_no_prompt_are_refused(weights, said):
         task_cycle(ROWS, weights)
 
 
-def test_a_prompt_file_s_error_names_its_line(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
-    with pytest.raises(PromptsError, match="line 2"):
-        load_prompts("p.jsonl", tmp_path)
+def read(tmp_path, content, name="p.jsonl"):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [row["prompt"] for row in load_prompts(name, tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n', ["a", "b"]),
+        ('{"prompt": "one\u2028two"}\n{"prompt": "x\x85y"}', ["one\u2028two", "x\x85y"]),
+        ('{"prompt": "a\u2029b"}\n   \n\t\n{"prompt": "c"}', ["a\u2029b", "c"]),
+        ('\f\n{"prompt": "\\ud83d\\ude00 \\u2028"}', ["\U0001f600 \u2028"]),
+        ('{"prompt": "naïve 猫 \U0001f600", "tag": null, "extra": {"a": [1, 2.5, null]}}', ["naïve 猫 \U0001f600"]),
+    ],
+)
+def test_lines_end_in_a_newline_alone_and_a_byte_order_mark_is_no_text(tmp_path, content, prompts):
+    assert read(tmp_path, content) == prompts
+
+
+GOOD = '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (GOOD + '{"text": "y"}', r'line 2: "prompt" is missing; write a text \(it has .text'),
+        (GOOD + '{"Prompt": "y"}', r'line 2: "prompt" is missing; write a text \(it has .Prompt'),
+        (GOOD + '{"prompt": 3}', 'line 2: "prompt" is a number'),
+        (GOOD + '{"prompt": null}', 'line 2: "prompt" is null'),
+        (GOOD + '{"prompt": ["a"]}', 'line 2: "prompt" is a list'),
+        (GOOD + '{"prompt": "a", "tag": {}}', "line 2: 'tag' is a mapping"),
+        (GOOD + '\n{"prompt": " "}', 'line 3: "prompt" is empty'),
+        (GOOD + '{"prompt": "a\\u0000b"}', 'line 2: "prompt" holds a NUL'),
+        (GOOD + '{"prompt": "a \\ud83d"}', r"line 2: holds half a character \(\\ud83d"),
+        (GOOD + '{"prompt": "a", "tag": "\\udc00x"}', r"line 2: holds half a character \(\\udc00"),
+        (GOOD + '{"prompt": "a", "x": {"\\ude00": 1}}', "line 2: holds half a character"),
+        (GOOD + '{"prompt": "a", "prompt": "b"}', "line 2: the key 'prompt' is given twice"),
+        (GOOD + '{"prompt": "a", "x": NaN}', "line 2: NaN is no number"),
+        (GOOD + '{"prompt": "a", "x": -Infinity}', "line 2: -Infinity is no number"),
+        (GOOD + '{"prompt": "a", "x": 1e999}', "line 2: the number 1e999 is too large"),
+        (GOOD + '{"prompt": "a", "x": ' + "9" * 5000 + "}", "line 2: the number 9+… has 5000 digits"),
+        (GOOD + '{"prompt": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is nested too deeply"),
+        (GOOD + '"just text"', "line 2 holds a text, not an object; write a row a line"),
+        (GOOD + "[1]", "line 2 holds a list"),
+        (GOOD + "a red dog", r"line 2 is not JSON \(.*column 1\); write a row a line"),
+        (GOOD + "{'prompt': 'a'}", "line 2 is not JSON"),
+        ('{\n  "prompt": "a"\n}\n', "line 1 is not JSON"),
+        ('[{"prompt": "a"}]', "is a JSON array, not JSON Lines"),
+        ("\n \n", "is empty; write a row a line"),
+        ("", "is empty; write a row a line"),
+        (GOOD.encode("utf-16"), "looks like UTF-16 text; save it as UTF-8"),
+        (GOOD.encode("utf-16-le"), "looks like UTF-16 text"),
+        (GOOD.encode("utf-16-be"), "looks like UTF-16 text"),
+        (GOOD.encode("utf-32"), "looks like UTF-32 text"),
+        ((GOOD + '{"prompt": "café au lait"}').encode("cp1252"), "line 2 is not UTF-8: the byte 0xe9 looks like 'é'"),
+        ((GOOD + '{"prompt": "a “dog” here"}').encode("cp1252"), "line 2 is not UTF-8: the byte 0x93 looks like '“'"),
+        ((GOOD + '{"prompt": "猫"}').encode("shift-jis"), "line 2 is not UTF-8"),
+        ((GOOD + '{"prompt": "猫').encode()[:-1], "line 2 is not UTF-8: it ends within a character"),
+        (GOOD.encode() + b'{"prompt": "a\x00"}', "line 2 holds a NUL byte"),
+        (GOOD.encode() + b"\x00" * 512, "line 2 holds a NUL byte"),
+        (b"PK\x03\x04\x14\x00", r"is a zip archive, such as a spreadsheet \(.xlsx\)"),
+        (b"PAR1\x15\x04", "is a parquet file"),
+    ],
+)
+def test_what_is_no_prompt_file_is_refused_with_its_line(tmp_path, content, said):
+    with pytest.raises(PromptsError, match=rf"^data.prompts: .*p\.jsonl.*{said}"):
+        read(tmp_path, content)
+
+
+def test_a_table_a_directory_and_nothing_are_refused(tmp_path):
+    with pytest.raises(PromptsError, match="is a table, not JSON Lines"):
+        read(tmp_path, "prompt,tag\na dog,colors\n", "p.csv")
+    with pytest.raises(PromptsError, match="is a directory"):
+        load_prompts(str(tmp_path))
+    with pytest.raises(PromptsError, match="does not exist; give shapes:train, shapes:eval"):
+        load_prompts("absent.jsonl", tmp_path)
+    with pytest.raises(PromptsError, match="there is no shapes:test; the shipped ones are shapes:train and"):
+        load_prompts("shapes:test", tmp_path)
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    with pytest.raises(PromptsError, match=r"loop\.jsonl"):
+        load_prompts("loop.jsonl", tmp_path)

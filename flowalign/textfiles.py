@@ -1,0 +1,217 @@
+"""Text files that a user gives: what they hold, or a sentence that names the file, the line and what to do.
+
+Lines end in ``\\n`` or ``\\r\\n`` and in nothing else: U+2028, U+0085 and form feeds are text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_MARKS = {
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_BINARY = {
+    b"PK\x03\x04": "a zip archive, such as a spreadsheet (.xlsx)",
+    b"PAR1": "a parquet file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF",
+    b"SQLite": "a database",
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class TextError(ValueError):
+    """A text file that cannot be read, or not understood; says which, and in which line."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        TextError: there is no such file, it may not be read, or it holds something else.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"{path} cannot be read ({error.strerror or error})") from error
+    return decode(content, str(path))
+
+
+def decode(content: bytes, where: str) -> str:
+    """``content`` as text; raises TextError naming ``where``, the line, and what the bytes look like."""
+    text = content.removeprefix(b"\xef\xbb\xbf")
+    found = next((what for mark, what in _MARKS.items() if text.startswith(mark)), None) or _wide(text)
+    if found is not None:
+        raise TextError(f"{where} looks like {found} text; save it as UTF-8")
+    if found := next((what for mark, what in _BINARY.items() if text.startswith(mark)), None):
+        raise TextError(f"{where} is {found}, not a text file")
+    if b"\x00" in text:
+        line = text.count(b"\n", 0, text.index(b"\x00")) + 1
+        raise TextError(f"{where}, line {line} holds a NUL byte: the file is damaged, or not a text file")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise TextError(f"{where}, line {line} is not UTF-8: {_looks(text, error.start)}") from error
+
+
+def _wide(text: bytes) -> str | None:
+    """UTF-16 without a mark: of the first bytes every second one is zero."""
+    head = text[:64]
+    half = len(head) // 2
+    if half and max(head[0::2].count(0), head[1::2].count(0)) > half * 0.6 and b"\x00\x00" not in head:
+        return "UTF-16"
+    return None
+
+
+def _looks(text: bytes, start: int) -> str:
+    value = text[start : start + 1]
+    if start >= len(text) - 3 and len(text) > 3 and 0xC2 <= value[0] <= 0xF4 and _starts(text[start:]):
+        return "it ends within a character; the file was cut off"
+    try:
+        character = value.decode("cp1252")
+    except UnicodeDecodeError:
+        return f"the byte 0x{value[0]:02x}; save it as UTF-8"
+    return f"the byte 0x{value[0]:02x} looks like {character!r} in Windows-1252 or Latin-1; save it as UTF-8"
+
+
+def _starts(tail: bytes) -> bool:
+    """The first bytes of a character of which the rest is missing."""
+    return len(tail) > 1 and all(0x80 <= byte < 0xC0 for byte in tail[1:])
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of each line that is not blank, without its end."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Plain data of a JSON text.
+
+    Refused, though Python's own reader takes them, are keys given twice, numbers that are not finite or too large for
+    a float, and halves of characters (``\\ud83d`` alone).
+
+    Raises:
+        TextError: says ``where`` and why.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_mapping, parse_constant=_refuse, parse_float=_number, parse_int=_integer
+        )
+        if _ESCAPED.search(text):
+            _whole(value)
+    except RecursionError as error:
+        raise TextError(f"{where} is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise TextError(f"{where} is not JSON ({error.msg}, {at})") from error
+    except ValueError as error:
+        raise TextError(f"{where}: {error}") from error
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The plain data in a JSON file; raises TextError as ``read_text`` and ``parse_json`` do."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """``read_json`` of a file that holds an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise TextError(f"{path} holds {kind_of(value)}, not a JSON object")
+    return value
+
+
+def read_rows(path: Path, example: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line, object) of a JSON Lines file; blank lines are passed over. ``example`` is a row for who wrote none.
+
+    Raises:
+        TextError: as ``read_text``; a line is no JSON object; or there is no row.
+    """
+    if path.is_dir():
+        raise TextError(f"{path} is a directory; give a JSON Lines file")
+    text = read_text(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise TextError(f"{path} is a table, not JSON Lines; write a row a line: {example}")
+    if text.lstrip().startswith("["):
+        raise TextError(f"{path} is a JSON array, not JSON Lines; write each row in a line of its own, without [ , ]")
+    rows = []
+    for number, line in lines_of(text):
+        try:
+            row = parse_json(line, f"{path}, line {number}")
+        except TextError as error:
+            advice = f"; write a row a line: {example}" if "is not JSON" in str(error) else ""
+            raise TextError(f"{error}{advice}") from error
+        if not isinstance(row, dict):
+            raise TextError(f"{path}, line {number} holds {kind_of(row)}, not an object; write a row a line: {example}")
+        rows.append((number, row))
+    if not rows:
+        raise TextError(f"{path} is empty; write a row a line: {example}")
+    return rows
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON or YAML is called."""
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "a mapping",
+    }
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number that JSON knows; leave the key out")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text:.40} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"the number {text[:20]}… has {len(text)} digits, which is too large")
+    return int(text)
+
+
+def _whole(value: Any) -> None:
+    """Raise ValueError where a text holds half a character."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += [*item, *item.values()]
+        elif isinstance(item, list):
+            pending += item
+        elif isinstance(item, str) and (half := _SURROGATE.search(item)):
+            raise ValueError(f"holds half a character (\\u{ord(half[0]):04x} without its other half)")
