@@ -38,6 +38,14 @@ def test_guidance_doubles_passes_and_a_reference_adds_forward_ones(config_path: 
     assert (geometry.rollout_passes, geometry.learner_forward_passes, geometry.learner_backward_passes) == (240, 96, 48)
 
 
+def test_only_a_scale_above_one_of_a_network_without_such_an_input_costs_a_second_pass(config_path: Path) -> None:
+    for change, passes in (("algorithm.guidance_scale=0", 120), ("algorithm.guidance_scale=0.5", 120)):
+        config = load_align(config_path, [change]).config
+        assert plan_geometry(config, build_algorithm(config.algorithm)).rollout_passes == passes
+    config = load_align(config_path, ["algorithm.guidance_scale=4.5", "model.inputs=[guidance]"]).config
+    assert plan_geometry(config, build_algorithm(config.algorithm)).rollout_passes == 120
+
+
 def test_parameters_are_counted_from_configuration_files_alone(config_path: Path) -> None:
     sizes = inspect_model(config_path.parent / "model", max_sequence_length=16)
     assert sizes.latent_shape == (16, 8, 8)

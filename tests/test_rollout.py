@@ -89,7 +89,7 @@ def test_images_of_one_group_differ_by_the_window_alone_when_they_share_their_no
     torch.testing.assert_close(finals[0], finals[3])
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
 def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, guidance):
     sigmas = grpo().rollout_plan(0, 0).sigmas
     spec = RolloutSpec("ode", sigmas, (0, 0), 0.0, guidance_scale=guidance)

@@ -61,7 +61,7 @@ class Family:
 
     def own_time(self, s: Tensor) -> Tensor:
         """The inverse of `rf_time`, clamped to [0, 1]; float64, which EDM's quantiles near 1 need. Keeps the shape."""
-        return self.path.from_rf(s.double()).clamp(0, 1)
+        return self.path.from_rf(s.double().clamp(0, 1)).clamp(0, 1)
 
     def scale(self, t: Tensor) -> Tensor:
         """``a + b``, by which ``z = scale x``; keeps shape and dtype."""

@@ -15,18 +15,26 @@ from flowalign.flow.path import Scalar, per_sample
 Axis = Literal["token", "sample"]
 
 
+def guides(scale: Scalar | None) -> bool:
+    """Tell whether guidance by two passes at ``scale``, a float, (N,) or None, needs the unconditional one.
+
+    A number of 1 or less does not: to diffusers, and so here, it means no guidance. A tensor may hold others.
+    """
+    return scale is not None and (isinstance(scale, Tensor) or scale > 1)
+
+
 def cfg(v_cond: Tensor, v_uncond: Tensor, scale: Scalar) -> Tensor:
     """Guided velocity ``v_uncond + scale (v_cond - v_uncond)``.
 
-    ``v_cond``, ``v_uncond`` (N, ...); ``scale`` a float or (N,): 1 returns ``v_cond`` unchanged, bit for bit, also
-    for single samples of a batch. Returns (N, ...) in the dtype of ``v_cond``.
+    ``v_cond``, ``v_uncond`` (N, ...); ``scale`` a float or (N,): 1 or less is no guidance, as in diffusers, and returns
+    ``v_cond`` unchanged, bit for bit, also for single samples of a batch. Returns (N, ...) in the dtype of ``v_cond``.
     (arXiv:2207.12598, eq. 6, where scale = 1 + w)
     """
-    if not isinstance(scale, Tensor) and scale == 1:
+    if not guides(scale):
         return v_cond
     scale = per_sample(scale, v_cond)
     guided = v_uncond + scale * (v_cond - v_uncond)
-    return torch.where(scale == 1, v_cond, guided.to(v_cond.dtype))
+    return torch.where(scale <= 1, v_cond, guided.to(v_cond.dtype))
 
 
 def cfg_norm_preserving(
@@ -42,7 +50,7 @@ def cfg_norm_preserving(
     if axis not in ("token", "sample"):
         raise ValueError(f"unknown norm axis {axis!r}; known: token, sample")
     guided = cfg(v_cond, v_uncond, scale)
-    if not isinstance(scale, Tensor) and scale == 1:
+    if not guides(scale):
         return guided
     ratio = _norm(v_cond, axis, patch_size) / _norm(guided, axis, patch_size).clamp_min(1e-12)
     return (guided * ratio).to(v_cond.dtype)

@@ -32,29 +32,36 @@ def resolution_shift(m: float, n: float) -> float:
 def sigmas(num_steps: int, shift: float = 1.0, grid: Grid = "diffusers", num_train_timesteps: int = 1000) -> Tensor:
     """Noise levels of a trajectory with ``num_steps`` steps.
 
-    ``grid="diffusers"``: exactly the grid of FlowMatchEulerDiscreteScheduler, which shifts both its endpoints and the
-    points between them, and so ends at a small sigma > 0 before the final 0; ``num_train_timesteps`` is its
-    resolution. ``grid="paper"``: linear from 1 to 0, shifted once.
+    ``grid="diffusers"``: the grid of FlowMatchEulerDiscreteScheduler with a static shift, which shifts both its
+    endpoints and the points between them, and so ends at a small sigma > 0 before the final 0; ``num_train_timesteps``
+    is its resolution. It is the scheduler's bit for bit but where that one rounds its first level to a neighbour of 1,
+    as it does at shift 1.18 or 1.32. ``grid="paper"``: linear from 1 to 0, shifted once.
 
-    Returns float32 (num_steps + 1,) on the CPU, falling from 1 to 0. Raises ValueError for fewer than one step, a shift
-    that is not positive, or an unknown grid. (arXiv:2403.03206, sec. 5.3.2)
+    Returns float32 (num_steps + 1,) on the CPU, falling from exactly 1 to 0. Raises ValueError for fewer than one step,
+    a shift that is not positive or so large that two levels are one float32, or an unknown grid.
+    (arXiv:2403.03206, sec. 5.3.2)
     """
     if num_steps < 1:
         raise ValueError(f"a schedule needs at least one step, got num_steps={num_steps}")
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
     if grid == "diffusers":
-        return _diffusers_grid(num_steps, shift, num_train_timesteps)
-    if grid == "paper":
+        levels = _diffusers_grid(num_steps, shift, num_train_timesteps)
+    elif grid == "paper":
         linear = torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
-        return shift_sigma(linear, shift).float()
-    raise ValueError(f"unknown sigma grid {grid!r}; known: diffusers, paper")
+        levels = shift_sigma(linear, shift).float()
+    else:
+        raise ValueError(f"unknown sigma grid {grid!r}; known: diffusers, paper")
+    if not bool((levels.diff() < 0).all()):
+        raise ValueError(f"shift {shift:g} leaves two of {num_steps} steps at one noise level; lower it")
+    return levels
 
 
 def _diffusers_grid(num_steps: int, shift: float, num_train_timesteps: int) -> Tensor:
-    # The scheduler shifts its endpoints in float32 when it is built, then the grid between them in float64.
-    ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
-    first, last = (end * num_train_timesteps for end in shift_sigma(ends, shift).tolist())
+    # The scheduler shifts its endpoints in float32 when it is built, then the grid between them in float64. A shift
+    # leaves 1 where it is, but its float32 value may be 0.99999988 or 1.0000001: the flow SDE divides by 1 - sigma.
+    lowest = torch.ones((), dtype=torch.float32) / num_train_timesteps
+    first, last = float(num_train_timesteps), shift_sigma(lowest, shift).item() * num_train_timesteps
     stride = (last - first) / max(num_steps - 1, 1)
     timesteps = torch.arange(num_steps, dtype=torch.float64) * stride + first
     if num_steps > 1:

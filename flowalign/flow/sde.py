@@ -16,6 +16,7 @@ from flowalign.flow.path import Scalar, noise_from_velocity, per_sample, x0_from
 from flowalign.flow.window import Window, sliding_start
 
 Kind = Literal["ode", "flow", "dance", "cps", "ddpm"]
+_TOP = 1 - 1e-6  # a level above is 1, whatever float32 made of it: 0.99999988 and 1.0000001 occur in schedulers
 KINDS: tuple[Kind, ...] = ("ode", "flow", "dance", "cps", "ddpm")
 
 
@@ -62,7 +63,7 @@ def reverse_step(
     if kind == "flow":
         if sigma_max is None:
             raise ValueError("kind 'flow' needs sigma_max, the second sigma of the schedule, for the step at sigma 1")
-        diffusion = noise_level * torch.sqrt(t / (1 - torch.where(t == 1, per_sample(sigma_max, x), t)))
+        diffusion = noise_level * torch.sqrt(t / (1 - torch.where(t > _TOP, per_sample(sigma_max, x), t)))
     else:
         diffusion = torch.full_like(t, noise_level)
     drift = velocity + diffusion * diffusion / (2 * t) * noise_from_velocity(x, velocity, t)

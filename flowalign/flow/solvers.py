@@ -59,7 +59,7 @@ def dpmpp_2m(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callb
     same steps: lambda and the predicted data do not change with the scale, and both sides of the update scale alike.
     From t = 1, where lambda is infinite, the first two steps are of first order. (arXiv:2211.01095, algorithm 2)
     """
-    grid = sigmas.to(device=x.device, dtype=x.dtype)
+    grid = sigmas.to(device=x.device, dtype=x.dtype).clamp_max(1)  # a scheduler's 1.0000001 has no logarithm
     ends_at_data = (sigmas == 0).tolist()
     steps = (torch.log1p(-grid) - grid.log()).diff()  # h of the paper
     previous = None

@@ -54,7 +54,7 @@ class Policy(Protocol):
         guidance: float | Tensor | None = None,
         norm_preserving: bool = False,
     ) -> Tensor:
-        """dx/dt at x (N, C, H, W), t (N,); with ``guidance`` other than 1 or None, one batched guided call."""
+        """dx/dt at x (N, C, H, W), t (N,); with ``guidance`` above 1, one batched guided call."""
         ...
 
     @property

@@ -117,6 +117,11 @@ def latent_shape(directory: Path, height: int | None, width: int | None) -> tupl
     return int(config["in_channels"]), size[0] // factor, size[1] // factor
 
 
+def extra_inputs(directory: Path) -> tuple[str, ...]:
+    """The numbers that a pipeline's network takes beside the time, as its configuration lists them."""
+    return tuple(_read(directory / "transformer" / "config.json").get("extra_inputs") or ())
+
+
 def scheduler_shift(directory: Path) -> float | None:
     """The timestep shift of the model's own scheduler, 1 where its file names none; None where there is no file."""
     path = directory / "scheduler" / "scheduler_config.json"

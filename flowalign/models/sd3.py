@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.flow.families import FAMILIES, rf_velocity
-from flowalign.flow.guidance import cfg, cfg_norm_preserving
+from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.models.base import ModelError
 from flowalign.types import Condition, TextPart
 
@@ -205,9 +205,9 @@ class SD3Policy:
         guidance: float | Tensor | None = None,
         norm_preserving: bool = False,
     ) -> Tensor:
-        """Velocity (N, C, H, W), float32; guided where ``guidance`` is neither None nor 1, in one batched call.
+        """Velocity (N, C, H, W), float32; guided where ``guidance`` is above 1, in one batched call.
 
-        A network that takes the guidance as an input is called once, unguided. One that takes ``r`` gives the average
+        A network that takes the guidance as an input is handed it as it is, and called once. One that takes ``r`` gives the average
         velocity between ``t`` and ``r``, by default ``t`` itself.
         """
         if r is not None and "r" not in self.inputs:
@@ -215,7 +215,7 @@ class SD3Policy:
         tokens, pooled = condition.expand()
         if "guidance" in self.inputs:
             return self._forward(x, t, tokens, pooled, r, guidance)
-        if guidance is None or (not isinstance(guidance, Tensor) and guidance == 1):
+        if guidance is None or not guides(guidance):
             return self._forward(x, t, tokens, pooled, r)
         count = x.shape[0]
         both = self._forward(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flowalign.config import AlignConfig
+from flowalign.flow.guidance import guides
+from flowalign.models.inspect import extra_inputs
 
 TEACHER = "teacher:"
 
@@ -47,9 +51,10 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
     transitions = images * max(window, 1)
     learner = config.learner
     per_step = math.ceil(transitions / learner.updates_per_iteration)
-    guided = 1 if spec is None else _guided(spec.guidance_scale)
+    inputs = config.model.inputs
+    guided = 1 if spec is None else _passes(spec.guidance_scale, inputs)
     own = getattr(algorithm.config, "update_guidance_scale", None)
-    update_guided = guided if own is None else _guided(own)
+    update_guided = guided if own is None else _passes(own, inputs)
     items = transitions * learner.epochs * update_guided
     evaluation = config.evaluation
     micro_batches = math.ceil(per_step / learner.micro_batch_size)
@@ -70,8 +75,8 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
         learner_forward_passes=items * sum(not role.startswith(TEACHER) for role in algorithm.models),
         learner_backward_passes=items,
         teacher_passes=transitions
-        * max((_guided(t.guidance_scale) for t in teachers_of(algorithm).values()), default=0),
-        evaluation_passes=evaluation.num_samples * evaluation.num_steps * _guided(evaluation.guidance_scale)
+        * max((_teacher_passes(t, inputs) for t in teachers_of(algorithm).values()), default=0),
+        evaluation_passes=evaluation.num_samples * evaluation.num_steps * _passes(evaluation.guidance_scale, inputs)
         if evaluation.every
         else 0,
     )
@@ -83,5 +88,12 @@ def teachers_of(algorithm: Any) -> dict[str, Any]:
     return {name: algorithm.config.teachers[name] for name in names}
 
 
-def _guided(guidance_scale: float) -> int:
-    return 1 if guidance_scale == 1 else 2
+def _passes(guidance_scale: float, inputs: Sequence[str] | None) -> int:
+    """Evaluations for one velocity: a network that takes the guidance as an input needs no second."""
+    return 2 if guides(guidance_scale) and "guidance" not in (inputs or ()) else 1
+
+
+def _teacher_passes(teacher: Any, inputs: Sequence[str] | None) -> int:
+    """A teacher that is no pipeline is a run of the model, and takes what the model takes."""
+    path = Path(teacher.path)
+    return _passes(teacher.guidance_scale, extra_inputs(path) if (path / "model_index.json").is_file() else inputs)
