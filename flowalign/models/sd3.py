@@ -207,8 +207,8 @@ class SD3Policy:
     ) -> Tensor:
         """Velocity (N, C, H, W), float32; guided where ``guidance`` is above 1, in one batched call.
 
-        A network that takes the guidance as an input is handed it as it is, and called once. One that takes ``r`` gives the average
-        velocity between ``t`` and ``r``, by default ``t`` itself.
+        A network that takes the guidance as an input is handed it as it is, and called once. One that takes ``r``
+        gives the average velocity between ``t`` and ``r``, by default ``t`` itself.
         """
         if r is not None and "r" not in self.inputs:
             raise ModelError("this network takes no second time r; give it one with model.inputs: [r]")
