@@ -38,7 +38,7 @@ def test_the_rounded_shifts_are_those_of_the_scheduler() -> None:
     for shift in (i / 100 for i in range(100, 1301)):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(2)
-        found += [shift] if float(scheduler.sigmas[0]) != 1 else []
+        found += [shift] if float(torch.as_tensor(scheduler.sigmas)[0]) != 1 else []
     assert tuple(found) == ROUNDED
 
 
