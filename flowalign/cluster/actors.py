@@ -13,10 +13,12 @@ from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
 from flowalign.checkpoint import content_hash
+from flowalign.cluster.death import Birth, say_hard_exits
 from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pool import DEATHS, fetch
 from flowalign.cluster.session import worker_env
 from flowalign.cluster.teachers import SharedTeacher, ask
+from flowalign.cluster.witness import Witness
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.models.encoding import Encoding
@@ -27,7 +29,17 @@ from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, o
 Weights = dict[str, Tensor]
 
 
-class RolloutActor:
+class Mortal:
+    """A process whose end may have to be explained."""
+
+    def born(self) -> Birth:
+        import ray
+
+        say_hard_exits()
+        return Birth.of_this_process(ray.get_runtime_context().get_node_id())
+
+
+class RolloutActor(Mortal):
     """Makes chunks with the weights it was last bound to."""
 
     def __init__(self, config: AlignConfig, name: str) -> None:
@@ -67,6 +79,7 @@ class HostedScorer:
             self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device)
         except (ValueError, TypeError) as error:
             raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None
+        self._witness = Witness(self._actor)
         self._fetch(self._actor.start.remote())
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
@@ -76,16 +89,16 @@ class HostedScorer:
         from ray.exceptions import RuntimeEnvSetupError
 
         try:
+            self._witness.meet()
             return fetch(ref)
         except RuntimeEnvSetupError as error:
             raise SpecError(f"reward {self.name!r}: Ray could not make its runtime_env ({one_line(error)})") from None
-        except DEATHS:
-            raise ScorerFailed(
-                f"reward {self.name!r}: the process of its runtime_env died; most often it ran out of memory"
-            ) from None
+        except DEATHS as error:
+            why = self._witness.cause(error)
+            raise ScorerFailed(f"reward {self.name!r}: the process of its runtime_env died: {why}") from None
 
 
-class HostedHere:
+class HostedHere(Mortal):
     """The other end of ``HostedScorer``: the scorer itself."""
 
     def __init__(self, reward: RewardConfig, base_dir: Path, device: str) -> None:
@@ -98,7 +111,7 @@ class HostedHere:
         return call(self.reward.label, self.scorer, images, prompts, metadata)
 
 
-class RewardActor:
+class RewardActor(Mortal):
     """Scores chunks that it takes from the object store."""
 
     def __init__(self, config: AlignConfig, base_dir: Path) -> None:
@@ -112,7 +125,7 @@ class RewardActor:
         return self.worker.score(chunk, evaluation)
 
 
-class TeacherActor:
+class TeacherActor(Mortal):
     """One frozen network for all learner ranks. Where it dies Ray makes it again, and the next call loads it anew."""
 
     def __init__(self, config: AlignConfig, name: str) -> None:
@@ -139,6 +152,7 @@ class RemoteTeacher:
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name, self._actor = name, actor
+        self._witness: Witness | None = None
 
     def encoding(self) -> Encoding:
         return self._fetch(self._actor.encoding.remote())
@@ -149,15 +163,17 @@ class RemoteTeacher:
 
     def _fetch(self, ref: Any) -> Any:
         try:
+            self._witness = self._witness or Witness(self._actor)
+            self._witness.meet()
             return fetch(ref)
-        except DEATHS:
+        except DEATHS as error:
+            why = "" if self._witness is None else self._witness.cause(error)
             raise WorkerLost(
-                f"the teacher {self.name} keeps dying over one question; most often it runs out of memory: lower "
-                "learner.micro_batch_size, or give it a node of its own"
+                f"the teacher {self.name} keeps dying over one question, the last time so: {why}"
             ) from None
 
 
-class LearnerActor:
+class LearnerActor(Mortal):
     """One rank of the learner; every method is called on all ranks at once."""
 
     def __init__(self, config: AlignConfig, rank: int, teachers: Mapping[str, Any] | None = None) -> None:

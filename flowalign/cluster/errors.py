@@ -17,3 +17,7 @@ class WorkerLost(ClusterError):
 
 class LearnerLost(ClusterError):
     """A learner rank died; the run ends at its last checkpoint."""
+
+
+class WorkerImportError(ClusterError, ImportError):
+    """A worker could not import this package, or what it was to unpickle."""

@@ -99,24 +99,24 @@ class Pipeline:
             else:
                 scores, seconds = result
                 self._done[chunk] = Done(_get(self.refs[chunk]), scores, self._rollout_s[chunk], seconds)
-        except DEATHS:
-            self._count_failure(stage, chunk)
-            stage.pool.replace(worker)
+        except DEATHS as error:
+            why = stage.pool.why(worker, error)
+            self._count_failure(stage, chunk, why)
+            stage.pool.replace(worker, why)
             stage.waiting.appendleft(chunk)
         except ObjectLostError:
-            self._count_failure(self._rollout, chunk)
+            self._count_failure(self._rollout, chunk, "the node that held what it made is gone")
             self._rollout.waiting.appendleft(chunk)
         stage.idle.append(worker)
 
-    def _count_failure(self, stage: Stage, chunk: int) -> None:
+    def _count_failure(self, stage: Stage, chunk: int, why: str) -> None:
         kind = stage.pool.kind
         self._failures[kind, chunk] += 1
         times = self._failures[kind, chunk]
         if times > self._max_retries:
             raise WorkerLost(
                 f"the {kind} worker died {times} times over chunk {chunk + 1} of {len(self.chunks)} "
-                f"(cluster.max_task_retries={self._max_retries}); most often it runs out of memory: lower "
-                "rollout.chunk_size or use fewer workers a node"
+                f"(cluster.max_task_retries={self._max_retries}), the last time so: {why}"
             )
 
 

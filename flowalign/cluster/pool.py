@@ -7,18 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError, RayTaskError
 
 from flowalign.cluster.errors import ClusterError, LearnerLost, WorkerLost
+from flowalign.cluster.witness import DEATHS, Witness, raise_failed_import
 
-DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 RESTART_S = 300.0
 _OTHERS_S = 2.0
 
@@ -32,6 +25,7 @@ def as_raised() -> Iterator[None]:
         cause: Any = error
         while isinstance(cause, RayTaskError) and cause.cause is not cause:
             cause = cause.cause
+        raise_failed_import(cause)
         if isinstance(cause, RayError) or not isinstance(cause, BaseException):
             raise ClusterError(f"a worker failed: {_first_line(cause)}") from None
         raise cause from None
@@ -44,43 +38,68 @@ def fetch(refs: Any) -> Any:
 
 
 class Pool:
-    """Actors of one kind; one that dies is made again in its place by ``make(index)`` and ``revive(actor)``."""
+    """Actors of one kind; one that dies is made again in its place by ``make(index)`` and ``revive(actor)``.
+
+    ``deaths`` says of each that died why, in half a sentence.
+    """
 
     def __init__(self, kind: str, size: int, make: Callable[[int], Any]) -> None:
         self.kind, self._make = kind, make
         self.actors = [make(index) for index in range(size)]
+        self._witnesses = [Witness(actor) for actor in self.actors]
         self._starts = [actor.start.remote() for actor in self.actors]
         self.pids: list[int] = []
         self.revive: Callable[[Any], None] = lambda actor: None
-        self.restarts = 0
+        self.deaths: list[str] = []
+
+    @property
+    def restarts(self) -> int:
+        return len(self.deaths)
 
     def started(self) -> None:
         """Wait until every actor has loaded what it needs."""
+        pending = {ref: index for index, ref in enumerate(self._starts)}
         try:
-            self.pids = fetch(self._starts)
+            for witness in self._witnesses:
+                witness.meet()
         except DEATHS:
-            raise ClusterError(
-                f"a {self.kind} worker died while it started: most often it ran out of memory; use fewer workers "
-                "or a smaller model"
-            ) from None
+            pass  # its start tells the same
+        while pending:
+            ref = ray.wait(list(pending), num_returns=1)[0][0]
+            index = pending.pop(ref)
+            try:
+                fetch(ref)
+            except DEATHS as error:
+                why = self._witnesses[index].cause(error)
+                raise ClusterError(f"a {self.kind} worker died while it started: {why}") from None
+        self.pids = fetch(self._starts)
 
-    def replace(self, index: int) -> None:
+    def why(self, index: int, error: BaseException) -> str:
+        """Why actor ``index`` is gone, in half a sentence."""
+        return self._witnesses[index].cause(error)
+
+    def replace(self, index: int, why: str) -> None:
         """Make actor ``index`` again; it may die again, which shows at its next call."""
-        self.restarts += 1
+        self.deaths.append(why)
+        self._witnesses[index].close()
         ray.kill(self.actors[index], no_restart=True)
         actor = self.actors[index] = self._make(index)
+        witness = self._witnesses[index] = Witness(actor)
         if not ray.wait([actor.__ray_ready__.remote()], timeout=RESTART_S)[0]:
             raise WorkerLost(
-                f"a {self.kind} worker died and found no place to start again within {RESTART_S:g} s; "
-                "its node is gone; restart the run when the cluster is whole again, or with fewer workers"
+                f"a {self.kind} worker died ({why}) and found no place to start again within {RESTART_S:g} s; "
+                "restart the run when the cluster is whole again, or with fewer workers"
             )
         try:
+            witness.meet()
             self.pids[index] = fetch(actor.start.remote())
             self.revive(actor)
         except DEATHS:
             return
 
     def kill(self) -> None:
+        for witness in self._witnesses:
+            witness.close()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 
@@ -90,9 +109,15 @@ class LearnerGroup:
 
     def __init__(self, ranks: int, make: Callable[[int], Any]) -> None:
         self.actors = [make(rank) for rank in range(ranks)]
+        self._witnesses = [Witness(actor) for actor in self.actors]
 
     def start(self) -> None:
         """Begin to load and to join each other; ``started`` waits for it."""
+        for rank, witness in enumerate(self._witnesses):
+            try:
+                witness.meet()
+            except DEATHS as error:
+                raise self._lost(rank, error) from None
         addresses = self.call("address")
         host, port = addresses[0]
         if all(other == host for other, _ in addresses):
@@ -112,8 +137,8 @@ class LearnerGroup:
             done, pending = ray.wait(pending, num_returns=1)
             try:
                 fetch(done)
-            except DEATHS:
-                raise self._lost(refs.index(done[0])) from None
+            except DEATHS as error:
+                raise self._lost(refs.index(done[0]), error) from None
             except Exception:
                 # A dead rank makes the others raise in their collectives: name the death, not its echo.
                 self._raise_for_deaths(refs, pending)
@@ -124,18 +149,20 @@ class LearnerGroup:
         for ref in ray.wait(pending, num_returns=len(pending), timeout=_OTHERS_S)[0] if pending else ():
             try:
                 ray.get(ref)
-            except DEATHS:
-                raise self._lost(refs.index(ref)) from None
+            except DEATHS as error:
+                raise self._lost(refs.index(ref), error) from None
             except RayTaskError:
                 continue
 
-    def _lost(self, rank: int) -> LearnerLost:
+    def _lost(self, rank: int, error: BaseException) -> LearnerLost:
         return LearnerLost(
-            f"the learner (rank {rank} of {len(self.actors)}) died, most often for want of memory; the run stops, its "
-            "last checkpoint is kept and the same command continues it"
+            f"the learner (rank {rank} of {len(self.actors)}) died: {self._witnesses[rank].cause(error)}; the run "
+            "stops, its last checkpoint is kept and the same command continues it"
         )
 
     def kill(self) -> None:
+        for witness in self._witnesses:
+            witness.close()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 

@@ -158,13 +158,15 @@ class RayBackend:
         self._guard.check_receipts(self._sent, receipts, self._learned, evaluation)
 
     def _receipt(self, index: int, answer: Any) -> BindReceipt:
+        why = ""
         for _ in range(self.config.cluster.max_task_retries + 1):
             try:
                 return fetch(answer)
-            except DEATHS:
-                self.rollouts.replace(index)
+            except DEATHS as error:
+                why = self.rollouts.why(index, error)
+                self.rollouts.replace(index, why)
                 answer = self._bind(self.rollouts.actors[index])
-        raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights; it may be out of memory")
+        raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights, the last time so: {why}")
 
     def _bind(self, actor: Any) -> Any:
         assert self._sent is not None

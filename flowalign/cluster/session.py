@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.placement import Share, own_resources, visible_cores
@@ -31,7 +33,7 @@ class RaySession:
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
             ray.init(
@@ -63,6 +65,22 @@ def worker_env(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors with no GPU of their own may share the visible ones
     }
+
+
+class _OnOwnPath(list[str]):
+    """Of the directories that Ray adds to its workers' path those where this process looks as well."""
+
+    def extend(self, directories: Iterable[str]) -> None:
+        here = {os.path.abspath(entry) for entry in sys.path}
+        super().extend(directory for directory in directories if directory in here)
+
+
+def _job() -> JobConfig:
+    """Ray would let workers look into the working directory first, where a user's ``types.py`` or ``rewards.py`` hides
+    the package of that name; this process does not look there, unless it was started by ``python -m``."""
+    job = JobConfig()
+    job._py_driver_sys_path = _OnOwnPath()
+    return job
 
 
 def _visible_gpus(asked: Sequence[Share], device: str) -> int:

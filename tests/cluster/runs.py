@@ -14,7 +14,7 @@ from flowalign.config import AlignConfig
 from flowalign.types import Scores
 
 REWARD = """
-import os, signal
+import ctypes, os, signal
 from pathlib import Path
 
 def brightness(images, prompts, metadata, folder):
@@ -29,6 +29,10 @@ def brightness(images, prompts, metadata, folder):
     victim = order("kill")
     if victim is not None:
         os.kill(int(victim) if victim else os.getpid(), signal.SIGKILL)
+    if order("leave") is not None:
+        os._exit(3)
+    if order("crash") is not None:
+        ctypes.string_at(0)
     if order("raise") is not None:
         raise ValueError("the scale is missing")
     scores = images.astype("float64").mean((1, 2, 3)) / 255

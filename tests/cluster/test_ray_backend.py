@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
-from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerLost
+from flowalign.cluster.actors import HostedScorer
+from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
 from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.run import build_run
 from flowalign.cluster.weight_sync import SyncError
-from flowalign.config import AlignConfig
-from rewards.interface import InvalidScores, ScorerFailed
+from flowalign.config import AlignConfig, RewardConfig
+from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
+
+SIGKILL = "it was killed by SIGKILL|its process was gone at once"  # before Linux 6.15 nobody is told of the signal
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,41 @@ def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, fo
     (folder / "kill").write_text("")
     assert_same_bits(trace(fresh, fresh.config, folder), local)
     assert fresh.rewards.pids != before
+    assert re.match(SIGKILL, fresh.rewards.deaths[-1]) and "memory" not in fresh.rewards.deaths[-1]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("leave", r"^it ended with exit code 3; its log ends: (.* \| )?os\._exit\(3\) at .*reward\.py, line \d+$"),
+        ("crash", r'^it was killed by SIGSEGV; its log ends: Fatal Python error: .* \| File ".*ctypes.* \| File'),
+    ],
+)
+def test_a_reward_that_ends_its_process_is_asked_how(fresh: RayBackend, folder: Path, order: str, said: str) -> None:
+    (folder / order).write_text("")
+    collect(fresh, fresh.config, folder)
+    assert re.search(said, fresh.rewards.deaths[-1]), fresh.rewards.deaths[-1]
+    assert "reward.py" in fresh.rewards.deaths[-1] and "memory" not in fresh.rewards.deaths[-1]
+
+
+@pytest.mark.fault
+def test_a_hosted_reward_says_why_it_ended_and_what_it_cannot_import(fresh: RayBackend, folder: Path) -> None:
+    (folder / "own.py").write_text("import os\ndef deadly(images, prompts, metadata):\n    os._exit(4)\n")
+    (folder / "lacking.py").write_text("import no_such_module\ndef reward(*asked):\n    return 0\n")
+    (folder / "hiding").mkdir()
+    (folder / "hiding" / "torch.py").write_text('raise ImportError("libcudart.so.12: cannot open it")')
+
+    def hosted(spec: str, **variables: str) -> HostedScorer:
+        reward = RewardConfig(spec=spec, runtime_env={"env_vars": {"ANY": "1", **variables}})
+        return HostedScorer(reward, folder, fresh.config)
+
+    with pytest.raises(ScorerFailed, match=r"^reward 'deadly': .* died: it ended with exit code 4; .*own\.py, line 3$"):
+        hosted("own.py:deadly").score(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])
+    with pytest.raises(SpecError, match=r"lacking\.py did not run: ModuleNotFoundError: No module named 'no_such_mod"):
+        hosted("lacking.py:reward")
+    with pytest.raises(WorkerImportError, match=r"^a worker cannot start: ImportError: libcudart\.so\.12: .*torch\.py"):
+        hosted("own.py:deadly", PYTHONPATH=str(folder / "hiding"))
 
 
 def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, folder: Path) -> None:
@@ -156,11 +196,12 @@ def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sen
     try:
         assert_same_bits(trace(backend, backend.config, folder), local)
         (folder / "kill").write_text("")
-        with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 6 .*retries=0"):
+        with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 6 .*retries=0.*so: it"):
             collect(backend, backend.config, folder)
         os.kill(backend.learner.pids[0], signal.SIGKILL)
-        with pytest.raises(LearnerLost, match=r"rank 0 of 1.*last checkpoint is kept"):
+        with pytest.raises(LearnerLost, match=rf"rank 0 of 1\) died: ({SIGKILL}).*last checkpoint is kept") as caught:
             backend.sync()
+        assert "memory" not in str(caught.value)
     finally:
         backend.close()
     assert ray.is_initialized()

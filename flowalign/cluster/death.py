@@ -1,0 +1,235 @@
+"""Why a process of a run died: what can be read of its end, and no guess where nothing can. Free of Ray.
+
+A worker says at its birth where its log lies and how often the kernel had run out of memory until then. Whoever waits
+for it on the same machine keeps a file descriptor of the process, which knows the exit status after its end even though
+Ray, whose child it was, throws that away (Linux 6.15; older kernels do not tell).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import struct
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO = 0xC040FF0B, 1 << 3, "QQ12i"
+_GONE_S = 2.0  # Ray may hear of a broken connection a moment before the process is gone
+_READ_BYTES, _LINES, _WIDTH = 16384, 3, 160
+_NOISE = re.compile(r"^:(job_id|actor_name|task_name):|^\[\d{4}-\d\d-\d\d |%\||^Extension modules:|^\*\*\* |^PC: |^@ ")
+_RAYS = re.compile(r"site-packages/ray/")
+_SIGNALS = {"Segmentation fault": "SIGSEGV", "Aborted": "SIGABRT", "Bus error": "SIGBUS"}
+_SIGNALS |= {"Floating-point exception": "SIGFPE", "Illegal instruction": "SIGILL"}
+
+
+@dataclass(frozen=True)
+class Birth:
+    """What a process says of itself while it lives: ``kills`` is a counter of the kernel's OOM killer, as
+    ``(file, count)``."""
+
+    pid: int
+    node: str = ""
+    log: str = ""
+    kills: tuple[str, int] | None = None
+
+    @classmethod
+    def of_this_process(cls, node: str) -> Birth:
+        return cls(os.getpid(), node, _standard_error(), oom_kills())
+
+
+def say_hard_exits() -> None:
+    """Let ``os._exit``, after which nothing is left, first write to the log who called it; may be called twice."""
+    leave, own = os._exit, os.getpid()
+    if leave.__module__ == __name__:
+        return
+
+    def exit_(status: int) -> None:
+        if os.getpid() == own:
+            caller = sys._getframe(1)
+            sys.stderr.write(f"os._exit({status}) at {caller.f_code.co_filename}, line {caller.f_lineno}\n")
+            sys.stderr.flush()
+        leave(status)
+
+    os._exit = exit_  # type: ignore[assignment]
+
+
+class Watch:
+    """Keeps hold of a process of this machine, so that its exit status can be asked after its end."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._fd: int | None = os.pidfd_open(pid)
+        except (AttributeError, OSError):
+            self._fd = None
+
+    def status(self) -> int | None:
+        """The wait status of the process; None where it lives, or where the kernel does not tell."""
+        import fcntl
+
+        if self._fd is None or not select.select([self._fd], [], [], _GONE_S)[0]:
+            return None
+        info = bytearray(struct.pack(_PIDFD_INFO, _PIDFD_INFO_EXIT, *[0] * 13))
+        try:
+            fcntl.ioctl(self._fd, _PIDFD_GET_INFO, info)
+        except OSError:
+            return None
+        known, *_, status = struct.unpack(_PIDFD_INFO, info)
+        return status if known & _PIDFD_INFO_EXIT else None
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def ending(birth: Birth, status: int | None, said: str = "") -> str:
+    """How the process ended, in half a sentence. ``said`` is what Ray says of it; reads the files of this machine."""
+    lines = _log_lines(birth.log)
+    memory = _memory(birth)
+    how = _of_monitor(said) or _of_status(status) or _of_ray(said) or _of_log(lines)
+    if how is None and memory is None:
+        how = "its process was gone at once, without a message or a signal that it could catch, as after kill -9"
+    shown = _that_matter(lines)
+    return "; ".join(filter(None, [how, memory, shown and f"its log ends: {shown}"]))
+
+
+def oom_kills() -> tuple[str, int] | None:
+    """The kernel's counter of processes that it killed for want of memory in this process's cgroup (v2 or v1)."""
+    for file in _counters():
+        count = _count(file)
+        if count is not None:
+            return str(file), count
+    return None
+
+
+def _counters() -> Iterable[Path]:
+    root = Path("/sys/fs/cgroup")
+    try:
+        rows = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, kinds, path in (row.split(":", 2) for row in rows if row.count(":") >= 2):
+        inside = path.lstrip("/")
+        if kinds == "":
+            yield from (base / "memory.events" for base in (root / inside, root))
+        elif "memory" in kinds.split(","):
+            yield from (base / "memory.oom_control" for base in (root / "memory" / inside, root / "memory"))
+
+
+def _count(file: Path) -> int | None:
+    try:
+        found = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _memory(birth: Birth) -> str | None:
+    """What is known of the kernel's OOM killer: its own log names the process, or its counter went up."""
+    named = _kernel_says(birth.pid)
+    if named:
+        return f"the kernel killed it for want of memory ({named})"
+    if birth.kills is None:
+        return None
+    file, before = birth.kills
+    now = _count(Path(file))
+    if now is None or now <= before:
+        return None
+    return f"the kernel's OOM killer has struck in its memory cgroup ({file}: oom_kill {before} before, {now} now)"
+
+
+def _kernel_says(pid: int) -> str | None:
+    """The line of the kernel's log about a killed process of Ray, where that log may be read."""
+    found = None
+    try:
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        while True:
+            try:
+                text = os.read(log, 8192).decode(errors="replace")
+            except BrokenPipeError:  # records were overwritten meanwhile
+                continue
+            if re.search(rf"Killed process {pid} \(ray::", text):
+                found = text.partition(";")[2].splitlines()[0][:_WIDTH]
+    except OSError:
+        return found
+    finally:
+        os.close(log)
+
+
+def _of_status(status: int | None) -> str | None:
+    if status is None:
+        return None
+    if os.WIFSIGNALED(status):
+        return f"it was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"it ended with exit code {os.WEXITSTATUS(status)}"
+
+
+def _of_monitor(said: str) -> str | None:
+    if "running low on memory" in said or "memory monitor" in said:
+        used = re.search(r"[^.\n]*memory[^\n]*?\d[^\n]*?\.(?=\s|$)", said)
+        return f"Ray's memory monitor killed it: {' '.join((used[0] if used else said).split())[: 2 * _WIDTH]}"
+    return None
+
+
+def _of_ray(said: str) -> str | None:
+    if "SIGTERM" in said:
+        return "it was killed by SIGTERM"
+    code = re.search(r"with an exit code (\d+)", said)
+    if code:
+        return f"it ended with exit code {code[1]}"
+    if re.search(r"\bnode (has )?died|node was terminated|node .* is dead", said, re.IGNORECASE):
+        return "its node is gone"
+    return None
+
+
+def _of_log(lines: list[str]) -> str | None:
+    for line in reversed(lines):
+        fatal = re.match(r"Fatal Python error: (.+)", line)
+        if fatal:
+            name = _SIGNALS.get(fatal[1])
+            return f"it was killed by {name}" if name else f"Python ended it: {fatal[1]}"
+        left = re.match(r"os\._exit\((\d+)\) at ", line)
+        if left:
+            return f"it ended with exit code {left[1]}"
+    return None
+
+
+def _standard_error() -> str:
+    """Where this process's errors go, if that is a file."""
+    try:
+        name = os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
+    return name if os.path.isfile(name) else ""
+
+
+def _log_lines(log: str) -> list[str]:
+    """The last lines of a log; of its neighbour ``.out`` where it holds nothing of its own."""
+    for name in (log, re.sub(r"\.err$", ".out", log)) if log else ():
+        try:
+            with open(name, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _READ_BYTES))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            continue
+        lines = [line.strip() for line in text.splitlines()]
+        lines = [line for line in lines if line and not _NOISE.search(line)]
+        if lines:
+            return lines
+    return []
+
+
+def _that_matter(lines: list[str]) -> str:
+    """Of a crash its first line and the frame that is not Ray's, else the last lines."""
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+    if fatal is not None:
+        frames = [line for line in lines[fatal:] if line.startswith("File ") and not _RAYS.search(line)]
+        lines = [lines[fatal], *frames[: _LINES - 1]]
+    return " | ".join(line[:_WIDTH] for line in lines[-_LINES:])
