@@ -1,37 +1,45 @@
 """Checkpoints of a run directory: atomic, hashed, and never half there.
 
 ``root`` is ``runs/<name>/checkpoints``. A checkpoint is written into a hidden directory, synced, renamed to
-``step_000020``; only then is ``latest``, a text file with that name, replaced by rename. ``last_good``, another such
-file, names the newest checkpoint from before an alarm.
+``step_000020``; only then is ``latest``, a text file with that name, replaced by rename. It is a hint for people: the
+newest checkpoint is the whole one with the highest ``sequence`` in its manifest. ``last_good``, another such file,
+names the newest checkpoint from before an alarm.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.files import save_tensors
+from flowalign.files import save_tensors, sha256
 
 FORMAT = "flowalign-checkpoint"
 VERSION = 1
 LATEST = "latest"
 LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
+MANIFEST = "MANIFEST.json"
+STEP = re.compile(r"step_\d+")
+LOG = logging.getLogger("flowalign")
+T = TypeVar("T")
+Say = Callable[[str], object]
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 
@@ -55,7 +63,13 @@ class Checkpoint:
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def optimizer_of(self, rank: int) -> OptimizerState:
-        """The optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's."""
+        """The optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's.
+
+        Raises:
+            CheckpointError: none was saved.
+        """
+        if not self.optimizer_by_rank:
+            raise CheckpointError(f"{self.path} holds no optimizer state, which training on needs")
         return self.optimizer_by_rank[rank if rank in self.optimizer_by_rank else 0]
 
 
@@ -69,18 +83,9 @@ def content_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def latest(root: Path) -> Path | None:
-    """The newest checkpoint under ``root``; None where none was ever finished.
-
-    Raises:
-        CheckpointError: ``latest`` names a directory that is not there.
-    """
-    return _pointed(root, LATEST)
-
-
-def last_good(root: Path) -> Path | None:
-    """The newest checkpoint that no alarm speaks against; None where there is none. Raises as ``latest`` does."""
-    return _pointed(root, LAST_GOOD)
+def has_any(root: Path) -> bool:
+    """Whether checkpoints were written under ``root``, be they whole or not."""
+    return (root / LATEST).exists() or bool(_entries(root))
 
 
 def step_of(path: Path) -> int:
@@ -93,19 +98,84 @@ def steps(root: Path) -> list[int]:
     return sorted(step_of(path) for path in _manifests(root))
 
 
-def has_any(root: Path) -> bool:
-    """Whether checkpoints were written under ``root``, be they whole or not."""
-    return (root / LATEST).exists() or any(root.glob("step_*"))
+@dataclass(frozen=True)
+class Newest(Generic[T]):
+    """The newest intact checkpoint, what was made of it, and the newer ones that were passed over."""
+
+    path: Path
+    made: T
+    passed_over: tuple[Path, ...]
 
 
-def _pointed(root: Path, pointer: str) -> Path | None:
-    try:
-        name = (root / pointer).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Newest[T] | None:
+    """The checkpoint that was written last of those in which ``check`` finds no fault; None where there is none at all.
+
+    ``latest`` is but a hint: ``say`` gets one line where it is missing or names another one, or where newer ones were
+    passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, or ``latest`` speaks of some, and none is intact.
+    """
+    faults: dict[Path, str] = {}
+    for path in _newest_first(root):
+        try:
+            made = check(path)
+        except CheckpointError as error:
+            faults[path] = str(error)
+            continue
+        older = {p for p in faults if step_of(p) < step_of(path) and not _is_whole(p)}  # how old, only its name tells
+        passed = {p: fault for p, fault in faults.items() if p not in older}
+        reasons = [*passed.values(), *_wrong_pointer(root, path, passed)]
+        if reasons:
+            say(f"{'; '.join(reasons)}: the newest intact checkpoint, {path}, is taken")
+        return Newest(path, made, tuple(passed))
+    if not has_any(root):
         return None
-    if not re.fullmatch(r"step_\d+", name) or not (root / name).is_dir():
-        raise CheckpointError(f"{root / pointer} names {name!r}, which is no checkpoint there; {_advice(root / name)}")
-    return root / name
+    found = "; ".join(faults.values()) or f"{root / LATEST} is there and no checkpoint beside it"
+    raise CheckpointError(f"{root} holds no intact checkpoint: {found}; {_anew(root.parent)}")
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint under ``root`` whose files have the recorded sizes; None where none was ever finished.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    found = newest(root, _sized, lambda text: None)
+    return None if found is None else found.path
+
+
+def last_good(root: Path) -> Path | None:
+    """The newest checkpoint that no alarm speaks against; None where that is not known."""
+    name = _pointed(root / LAST_GOOD)
+    return root / name if name is not None and (root / name).is_dir() else None
+
+
+def find(path: Path, which: str | None = "model", say: Say = LOG.warning) -> Path:
+    """The checkpoint itself, or the newest intact one of a run directory.
+
+    What is read to sample it, the ``which`` weights and the state, is held against its hashes; with None the sizes do.
+
+    Raises:
+        CheckpointError: there is none, or none is intact.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    if STEP.fullmatch(path.name) and _entries(path.parent):
+        raise CheckpointError(f"{_fault(path)}; {_advice(path)}")
+    if path.name == LATEST and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give a run directory, a checkpoint or a pipeline directory")
+    root = path if _entries(path) else path / "checkpoints"
+    names = () if which is None else (f"{which}.safetensors", "state.json")
+    found = newest(root, lambda one: verify(one, names), say)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no finished checkpoint; give a run directory that has one under checkpoints/, "
+            "a checkpoint directory or a pipeline directory"
+        )
+    return found.path
 
 
 def load(path: Path) -> Checkpoint:
@@ -114,6 +184,12 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, corrupt, truncated or not a checkpoint of flowalign.
     """
+    with advised(path):
+        return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """``load``, whose errors name the fault alone."""
     try:
         manifest = verify(path)
         shards = [name for name in manifest["files"] if name.startswith("optimizer/") and name.endswith(".json")]
@@ -130,7 +206,18 @@ def load(path: Path) -> Checkpoint:
             state=json.loads((path / "state.json").read_bytes()),
             averages={name: load_file(path / f"{name}.safetensors") for name in _averages(manifest)},
         )
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def advised(path: Path) -> Iterator[None]:
+    """Adds to an error about the checkpoint ``path`` what to take instead."""
+    try:
+        yield
+    except CheckpointError as error:
         raise CheckpointError(f"{error}; {_advice(path)}") from error
 
 
@@ -138,18 +225,38 @@ def _averages(manifest: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix(".safetensors") for name in manifest["files"] if name.startswith("ema_")]
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the recorded sha256; raises CheckpointError."""
+def verify(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files, or those of ``names`` that it has, have the recorded sha256.
+
+    Raises:
+        CheckpointError: manifest or file is missing, unreadable or changed.
+    """
     manifest = _manifest(path)
     for name, recorded in manifest["files"].items():
-        try:
-            if (path / name).stat().st_size != recorded["bytes"]:
-                raise CheckpointError(f"{path / name} is truncated or has grown")
-            if _sha256(path / name) != recorded["sha256"]:
+        if names is None or name in names:
+            _check_size(path / name, recorded["bytes"])
+            try:
+                found = sha256(path / name)
+            except OSError as error:
+                raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from error
+            if found != recorded["sha256"]:
                 raise CheckpointError(f"{path / name} is corrupt (its sha256 is not the recorded one)")
-        except OSError as error:
-            raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from error
     return manifest
+
+
+def _sized(path: Path) -> None:
+    for name, recorded in _manifest(path)["files"].items():
+        _check_size(path / name, recorded["bytes"])
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if found != size:
+        raise CheckpointError(f"{path} is truncated or has grown")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -157,24 +264,80 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_bytes())
+        manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("digest")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
     if claimed != _digest(manifest):
-        raise CheckpointError(f"{path / 'MANIFEST.json'} is corrupt")
+        raise CheckpointError(f"{path / MANIFEST} is corrupt")
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")
     return manifest
 
 
+def _fault(path: Path) -> str | None:
+    """What is wrong with the manifest of ``path``."""
+    try:
+        _manifest(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    return _fault(path) is None
+
+
+def _entries(root: Path) -> list[Path]:
+    """Everything under ``root`` that goes by a checkpoint's name, by step."""
+    return sorted((path for path in root.glob("step_*") if STEP.fullmatch(path.name)), key=step_of)
+
+
 def _manifests(root: Path) -> dict[Path, dict[str, Any]]:
     """Whole manifests under ``root``, in the order they were written."""
     found = {}
-    for path in root.glob("step_*"):
+    for path in _entries(root):
         with suppress(CheckpointError):
             found[path] = _manifest(path)
     return dict(sorted(found.items(), key=lambda item: item[1]["sequence"]))
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """By the manifests' sequence, not by step: a run that went back to step 10 writes step 20 again, after step 30."""
+    known = list(_manifests(root))
+    return [*reversed([path for path in _entries(root) if path not in known]), *reversed(known)]
+
+
+def newer_than(path: Path) -> list[Path]:
+    """What was written after the whole checkpoint ``path``; of damaged ones, whose time is not known, the later steps.
+
+    Raises:
+        CheckpointError: ``path`` is not whole.
+    """
+    own, manifests = _manifest(path)["sequence"], _manifests(path.parent)
+    return [
+        other
+        for other in _entries(path.parent)
+        if (manifests[other]["sequence"] > own if other in manifests else step_of(other) > step_of(path))
+    ]
+
+
+def _pointed(pointer: Path) -> str | None:
+    """The name in ``latest`` or ``last_good``; None where the file does not hold one."""
+    with suppress(OSError, UnicodeDecodeError):
+        name = pointer.read_text(encoding="utf-8").strip()
+        return name if STEP.fullmatch(name) else None
+    return None
+
+
+def _wrong_pointer(root: Path, taken: Path, passed_over: Collection[Path]) -> list[str]:
+    pointer = root / LATEST
+    name = _pointed(pointer)
+    if name is None:
+        return [f"{pointer} {'names no checkpoint' if pointer.exists() else 'is missing'}"]
+    if name == taken.name or root / name in passed_over:
+        return []
+    return [f"{pointer} names {name}, which is {'older' if (root / name).exists() else 'not there'}"]
 
 
 @dataclass(frozen=True)
@@ -221,7 +384,7 @@ class CheckpointWriter:
             self._make_room(final)
         hidden.rename(final)
         _sync(self.root)
-        self._point(LATEST, final.name)
+        self.point(LATEST, final.name)
         self._prune()
         self._sweep()
         return final
@@ -234,7 +397,7 @@ class CheckpointWriter:
         if name is None:
             (self.root / LAST_GOOD).unlink()
         else:
-            self._point(LAST_GOOD, name)
+            self.point(LAST_GOOD, name)
         self._prune()
         self._sweep()
 
@@ -251,13 +414,13 @@ class CheckpointWriter:
         files = {}
         for path in sorted(hidden.rglob("*.*")):
             _sync(path)
-            files[path.relative_to(hidden).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.relative_to(hidden).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         sequence = 1 + max((m["sequence"] for m in _manifests(self.root).values()), default=0)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "sequence": sequence, "files": files}
         manifest |= {"metrics": {} if metric is None else {self.best_metric: metric}}
         sealed = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1)
-        (hidden / "MANIFEST.json").write_text(sealed, encoding="utf-8")
-        for written in (hidden / "MANIFEST.json", hidden / "optimizer", hidden):
+        (hidden / MANIFEST).write_text(sealed, encoding="utf-8")
+        for written in (hidden / MANIFEST, hidden / "optimizer", hidden):
             _sync(written)
 
     def _make_room(self, final: Path) -> None:
@@ -265,21 +428,25 @@ class CheckpointWriter:
         named = self._named()
         if named.get(LATEST) == final.name:
             others = [path.name for path in _manifests(self.root) if path != final]
-            self._point(LATEST, others[-1]) if others else (self.root / LATEST).unlink()
+            self.point(LATEST, others[-1]) if others else (self.root / LATEST).unlink()
         if named.get(LAST_GOOD) == final.name:
             (self.root / LAST_GOOD).unlink()
         final.rename(self._hidden())
 
     def _named(self) -> dict[str, str]:
-        """What each pointer that is there names."""
-        there = [pointer for pointer in (LATEST, LAST_GOOD) if (self.root / pointer).exists()]
-        return {pointer: (self.root / pointer).read_text(encoding="utf-8").strip() for pointer in there}
+        """What each pointer names that names something."""
+        named = {pointer: _pointed(self.root / pointer) for pointer in (LATEST, LAST_GOOD)}
+        return {pointer: name for pointer, name in named.items() if name is not None}
 
-    def _point(self, pointer: str, name: str) -> None:
+    def point(self, pointer: str, name: str) -> None:
+        """Write ``latest`` or ``last_good`` anew, by rename."""
         hidden = self._hidden()
         hidden.write_text(f"{name}\n", encoding="utf-8")
         _sync(hidden)
-        hidden.rename(self.root / pointer)
+        final = self.root / pointer
+        if final.is_dir() and not final.is_symlink():  # somebody's copy of a checkpoint: a file cannot replace it
+            final.rename(self.root / f"{pointer}-{uuid.uuid4().hex[:8]}")
+        hidden.rename(final)
         _sync(self.root)
 
     def _prune(self) -> None:
@@ -298,17 +465,38 @@ def _advice(path: Path) -> str:
     for sibling in reversed(_manifests(path.parent)):
         with suppress(CheckpointError):
             if sibling != path and verify(sibling):
-                return f"the newest intact checkpoint beside it is {sibling}: resume from that"
-    return "no other intact checkpoint is beside it: start the run anew, or name another directory"
+                return f"the newest intact checkpoint beside it is {sibling}: give that{_going_on(sibling)}"
+    return f"no other intact checkpoint is beside it: {_anew(path.parent.parent)}"
+
+
+def _going_on(checkpoint: Path) -> str:
+    command = _command(checkpoint.parent.parent)
+    if command is None:
+        return ""
+    key = "resume" if command.startswith("flowalign pretrain") else "checkpoint.resume"
+    return f", or train on from it with `{command} {key}={checkpoint.name}`"
+
+
+def _anew(run_dir: Path) -> str:
+    command = _command(run_dir)
+    again = f"begin another run: `{command} name={run_dir.resolve().name}-2`" if command else "begin another run"
+    return f"bring one back from a copy, or {again}"
+
+
+def _command(run_dir: Path) -> str | None:
+    """What trains in ``run_dir``, as it is typed; None where it has no configuration."""
+    config = run_dir / "config.yaml"
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return (
+        f"flowalign {'pretrain' if re.search(r'^phases:', text, re.MULTILINE) else 'align'} {shlex.quote(str(config))}"
+    )
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

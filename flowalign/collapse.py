@@ -197,12 +197,21 @@ class Stopped:
     last_good: Path | None
 
 
-def stopped_by_alarm(run_dir: Path, config: SafetyConfig) -> Stopped | None:
-    """What stopped the run at its latest checkpoint, as its metrics and thresholds have it; None: no alarm did."""
-    latest = checkpoint.latest(run_dir / "checkpoints") if config.stop else None
+def stopped_by_alarm(run_dir: Path, config: SafetyConfig, iteration: int | None = None) -> Stopped | None:
+    """What stopped the run at ``iteration``, by default its latest checkpoint's, as its metrics and thresholds have it.
+
+    None: no alarm did.
+    """
+    root = run_dir / "checkpoints"
+    latest = checkpoint.latest(root) if config.stop else None
     if latest is None:
         return None
-    iteration = checkpoint.step_of(latest)
+    iteration = checkpoint.step_of(latest) if iteration is None else iteration
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["iteration"] <= iteration]
-    cause = CollapseAlarm(config, rows).stopping()
-    return None if cause is None else Stopped(cause, iteration, checkpoint.last_good(run_dir / "checkpoints"))
+    alarm = CollapseAlarm(config, rows)
+    cause = alarm.stopping()
+    if cause is None:
+        return None
+    good = [step for step in checkpoint.steps(root) if step <= alarm.good_until]
+    known = checkpoint.last_good(root)
+    return Stopped(cause, iteration, known or (root / f"step_{good[-1]:06d}" if good else None))

@@ -5,13 +5,15 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"
 
 
@@ -24,6 +26,17 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+def _resume(value: Any) -> str:
+    """``20``, ``step_20`` and a path that ends so mean ``step_000020``."""
+    text = str(value)
+    step = re.fullmatch(r"(?:(?:.*/)?step_)?(\d+)/?", text)
+    if step is not None and not isinstance(value, bool | float):
+        return f"step_{int(step[1]):06d}"
+    if text in ("auto", "never"):
+        return text
+    raise ValueError(f"got {value!r}; write auto, never, or the one to go back to, such as step_000020")
 
 
 class Section(BaseModel):
@@ -246,11 +259,13 @@ class EvaluationConfig(SamplingConfig):
 
 
 class CheckpointConfig(Section):
+    """``resume: step_000020`` goes back to that one; what came later is set aside, as everything is with ``never``."""
+
     every: Annotated[int, Field(ge=1)] = 20
     keep_last: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
     best_metric: str = "eval/geneval/overall"
-    resume: Literal["auto", "never"] = "auto"
+    resume: Resume = "auto"
 
 
 class SafetyConfig(Section):

@@ -211,8 +211,7 @@ def _checked_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] 
 
 def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[int, int, int] | None:
     """A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's."""
-    from flowalign.checkpoint import CheckpointError
-    from flowalign.sample import find_checkpoint
+    from flowalign.checkpoint import CheckpointError, find
 
     path = Path(teacher["path"])
     if (path / "model_index.json").is_file():
@@ -220,7 +219,7 @@ def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[
             raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
         return _checked_pipeline(f"{key}.path", path, model)
     try:
-        find_checkpoint(path)
+        find(path, None)
     except CheckpointError as error:
         raise ConfigError(f"{key}.path", str(error)) from error
     return None

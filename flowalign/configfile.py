@@ -26,7 +26,7 @@ RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 _RECORDED = ("versions", "seeds")
 _MAY_CHANGE = re.compile(
-    r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last"
+    r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
     r"|cluster\.(address|max_task_retries|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
 )
 

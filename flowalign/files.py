@@ -1,8 +1,10 @@
-"""Files with the mode that the umask gives any other file: safetensors writes its own for their owner alone."""
+"""Files: hashed once, and written with the mode that the umask gives (safetensors writes for the owner alone)."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -29,3 +31,15 @@ def give_usual_modes(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
             path.chmod(mode)
+
+
+def sha256(path: Path) -> str:
+    """Of the content; a file that has not changed since is not read again by this process."""
+    facts = path.stat()
+    return _sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, *facts: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -117,9 +117,9 @@ def _known(value: Any) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a kill cut short is left out."""
+    """Rows of a metrics file, none where it is missing; a last line that a kill cut short is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -25,6 +25,7 @@ from flowalign.engine.base import Engine
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
 from flowalign.pretrainconfig import PhaseConfig, PretrainConfig
+from flowalign.resume import resume_from
 from flowalign.types import TrainBatch
 from flowalign.validation import Validation
 
@@ -116,10 +117,11 @@ def pretrain(
     stopping: Callable[[], bool] = lambda: False,
     *,
     begin: Callable[[], object] = lambda: None,
+    saved: checkpoint.Checkpoint | None = None,
     models: Mapping[str, VelocityModel] | None = None,
     follower: Callable[[dict[str, Tensor]], object] | None = None,
 ) -> PretrainResult:
-    """Train until the last phase ends; continues from ``run_dir/checkpoints/latest`` if there is one.
+    """Train until the last phase ends; continues from ``saved``, see `resumed`.
 
     ``begin`` is called when data and checkpoint are there, before the first step.
     ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
@@ -130,7 +132,7 @@ def pretrain(
     validation = None if config.validation is None else Validation(config, policy)
     steps = sum(phase.steps for phase in config.phases)
     averages = Averages(engine.weights(), config, follower)
-    start = _resume(run_dir, engine, averages)
+    start = 0 if saved is None else _load(saved, engine, averages)
     called = {"policy": autocast(policy.velocity, config)}
     others = dict(models or {})
     called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
@@ -220,11 +222,18 @@ def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
     return call
 
 
-def _resume(run_dir: Path, engine: Engine, averages: Averages) -> int:
-    path = checkpoint.latest(run_dir / "checkpoints")
-    if path is None:
-        return 0
-    saved = checkpoint.load(path)
+def resumed(config: PretrainConfig, run_dir: Path, rank: int, say: checkpoint.Say) -> checkpoint.Checkpoint | None:
+    """What the run goes on from: the first rank finds it, and all read the same. A collective call; see `resume_from`.
+
+    Raises:
+        CheckpointError: there is nothing that the run can go on from, though it was begun.
+    """
+    saved = resume_from(run_dir, config.resume, say) if rank == 0 else None
+    step = process_group.largest(0 if saved is None else saved.step)
+    return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
+
+
+def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> int:
     engine.load_weights(saved.model)
     engine.load_optimizer_state(*saved.optimizer_of(engine.rank))
     averages.load(saved)

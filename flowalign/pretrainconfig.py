@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from flowalign.config import LoggingConfig, ModelConfig, Positive, RunName, SamplingConfig, Section
+from flowalign.config import LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -49,8 +49,8 @@ class PretrainConfig(Section):
     gradients are accumulated. ``captions`` weights the bank's kinds of caption; empty takes the first.
     ``encoder_dropout`` replaces the output of single text encoders (``clip_l``, ``clip_g``, ``t5``) by that of the
     empty text, each with its own probability, so that one can be left out later (arXiv:2403.03206, sec. 5.3.3: 0.464
-    each). ``sampling`` is recorded with the model, and is how it is sampled. Under ``torchrun`` every process is one
-    data-parallel rank.
+    each). ``resume: step_000020`` goes back to that checkpoint. ``sampling`` is recorded with the model, and is how it
+    is sampled. Under ``torchrun`` every process is one data-parallel rank.
     """
 
     name: RunName
@@ -82,6 +82,7 @@ class PretrainConfig(Section):
     log_every: Positive = 50
     checkpoint_every: Positive = 1000
     keep_last: Positive = 2
+    resume: Resume = "auto"
     validation: ValidationConfig | None = None
     sampling: SamplingConfig = SamplingConfig()
     logging: LoggingConfig = LoggingConfig(wandb="disabled")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from flowalign import checkpoint
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
+from flowalign.checkpoint import find as find_checkpoint
 from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
 from flowalign.files import save_tensors
 from flowalign.flow import families
@@ -42,7 +43,7 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
     if (path / "model_index.json").is_file():
         model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
         return load_policy(model, device=config.cluster.device), {}
-    found = find_checkpoint(path)
+    found = find_checkpoint(path, which)
     policy = load_policy(config.model, device=config.cluster.device)
     state = load_weights(policy, found, which)
     if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
@@ -52,27 +53,13 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
     return policy, state
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or a run directory's latest; raises CheckpointError where there is none."""
-    if (path / "MANIFEST.json").is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; give a run directory, a checkpoint or a pipeline directory")
-    found = checkpoint.latest(path / "checkpoints")
-    if found is None:
-        raise CheckpointError(
-            f"{path} holds no finished checkpoint; give a run directory that has one under checkpoints/, "
-            "a checkpoint directory or a pipeline directory"
-        )
-    return found
-
-
 def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str, Any]:
     """Bind a checkpoint's weights, checked against its manifest, to the policy's trainable parameters.
 
     Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit.
     """
-    manifest = checkpoint.verify(path)
+    with checkpoint.advised(path):
+        manifest = checkpoint.verify(path, (f"{which}.safetensors", "state.json"))
     if f"{which}.safetensors" not in manifest["files"]:
         there = sorted(file.removesuffix(".safetensors") for file in manifest["files"] if "/" not in file)
         there = [name for name in there if name == "model" or name.startswith("ema")]

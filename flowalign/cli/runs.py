@@ -22,8 +22,8 @@ def check_run(config: AlignConfig | PretrainConfig) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a directory" if not there.is_dir() else "may not be written to"
         raise ConfigError("runs_dir", f"{run_dir} cannot be written ({there} {what}); choose another")
-    resumes = isinstance(config, PretrainConfig) or config.checkpoint.resume == "auto"
-    if resumes and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
+    resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
+    if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir)
     return run_dir
 

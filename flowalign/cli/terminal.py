@@ -18,6 +18,11 @@ def console(as_json: bool = False) -> Console:
     return Console(stderr=as_json)
 
 
+def plain(out: Console) -> Callable[[str], None]:
+    """Prints a line as it is: a path with brackets is no markup."""
+    return lambda text: out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def sentence(error: BaseException) -> str | None:
     """What an error of this project says, in one line; None for any other error, which is a defect.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flowalign.config import AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import scheduler_shift
+from flowalign.resume import leave_behind, resume_from
 from flowalign.sample import base_hash, sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
@@ -32,12 +34,13 @@ def run_align(
         PlacementError, ScorerError, TooManyInvalid, SyncError, NonFiniteUpdate: see their modules.
     """
     run_dir = Path(config.runs_dir) / config.name
-    saved = _saved(config, run_dir)
+    resume, say = config.checkpoint.resume, partial(console.print, markup=False, soft_wrap=True)
+    saved = resume_from(run_dir, resume, say)
     start = 0 if saved is None else int(saved.state["iteration"])
     if start >= config.iterations:
         console.print(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
         return run_dir
-    if saved is not None and stopped_by_alarm(run_dir, config.safety) is not None:
+    if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
         return run_dir
     run = build_run(config, base_dir)
     backend = make_backend(config, base_dir)
@@ -47,6 +50,7 @@ def run_align(
         if saved is not None:
             backend.restore(_states(config, saved, base))
             console.print(f"resuming {run_dir} after iteration {start}")
+        leave_behind(run_dir, resume, saved, say)
         begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
         journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
@@ -100,13 +104,6 @@ def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, Rollo
     shift = scheduler_shift(Path(config.model.path)) or config.algorithm.get("shift") or 1.0
     spec = sampling_spec(e, shift=shift, family=config.model.family, inputs=config.model.inputs)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
-
-
-def _saved(config: AlignConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    if config.checkpoint.resume == "never":
-        return None
-    path = checkpoint.latest(run_dir / "checkpoints")
-    return None if path is None else checkpoint.load(path)
 
 
 def _states(config: AlignConfig, saved: checkpoint.Checkpoint, base_hash: str) -> list[dict[str, Any]]:

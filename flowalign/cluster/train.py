@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flowalign import checkpoint
 from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.journal import StopRequest
 from flowalign.config import ConfigError
 from flowalign.engine.base import Engine, EngineSettings
@@ -25,8 +26,9 @@ from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.models.encoding import encoding
 from flowalign.models.features import ImageFeatures
-from flowalign.pretrain import pretrain
+from flowalign.pretrain import pretrain, resumed
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.resume import leave_behind
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ def run_pretrain(
     policy = load_policy(config.model, device=config.device)
     roles = build_roles(config, policy, algorithm)
     engine = _engine(config, policy, rank)
-    found = checkpoint.latest(run_dir / "checkpoints")
-    start = 0 if found is None else int(checkpoint.verify(found)["step"])
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    saved = resumed(config, run_dir, rank.index, say)
+    start = 0 if saved is None else saved.step
     if start:
         console.print(f"resuming {run_dir} after step {start}", highlight=False)
-    report = _Reporter(config, run_dir, console, start, begin) if rank.index == 0 else None
+    take = partial(_take, run_dir, config.resume, saved, say, begin)
+    report = _Reporter(config, run_dir, console, start, take) if rank.index == 0 else None
     stop = StopRequest(console.print)
     try:
         with stop.on_signals("step"):
@@ -98,6 +102,7 @@ def run_pretrain(
                 report or (lambda row: None),
                 lambda: stop.asked,
                 begin=report.begin if report else lambda: None,
+                saved=saved,
                 models=roles.models,
                 follower=roles.follower,
             )
@@ -110,6 +115,13 @@ def run_pretrain(
             report.close()
         engine.close()
     return run_dir
+
+
+def _take(
+    run_dir: Path, resume: str, saved: Checkpoint | None, say: Callable[[str], object], begin: Callable[[], object]
+) -> None:
+    leave_behind(run_dir, resume, saved, say)
+    begin()
 
 
 def build_roles(config: PretrainConfig, policy: Policy, algorithm: Any) -> Roles:

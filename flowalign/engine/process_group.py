@@ -72,6 +72,15 @@ def agreed(flag: bool) -> bool:
     return bool(raised.item())
 
 
+def largest(number: int) -> int:
+    """The largest ``number`` of any rank; a collective call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    held = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return int(held.item())
+
+
 def barrier() -> None:
     """Wait for the other ranks, if there are any."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from flowalign import checkpoint
 from flowalign.checkpoint import content_hash
 from flowalign.config import AlignConfig, SamplingConfig
 from flowalign.export import few_step_pipeline
@@ -29,7 +30,7 @@ from flowalign.models.build import has_lora
 from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.sd3 import SD3Policy
 from flowalign.rollout import SampleNoise, integrate
-from flowalign.sample import find_checkpoint, open_policy, policy_spec, torch_threads
+from flowalign.sample import open_policy, policy_spec, torch_threads
 
 Kind = str  # pipeline, lora, ema, or another average such as ema_0.99
 Errors = tuple[float, float]
@@ -92,14 +93,15 @@ def export(
             ``tolerance`` of the largest value.
         CheckpointError, ModelError: the checkpoint or the base model cannot be read.
     """
-    found, to = find_checkpoint(Path(source)), Path(to)
+    which = kind if kind.startswith("ema") else "model"
+    found, to = checkpoint.find(Path(source), which), Path(to)
     _check(kind, config, dtype, to)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     draft = to.parent / f".tmp-{uuid.uuid4().hex}"
     draft.mkdir(parents=True)
     try:
         with torch_threads(config.cluster.threads):
-            policy, state = open_policy(found, config, kind if kind.startswith("ema") else "model")
+            policy, state = open_policy(found, config, which)
             if not isinstance(policy, SD3Policy):
                 raise ExportError(f"export knows models of type sd3, not {config.model.type}")
             if type(policy.network) is not SD3Transformer2DModel:

@@ -1,0 +1,122 @@
+"""What a run goes on from, and what is set aside for it: nothing that was computed is lost, nothing mixed up.
+
+A run that goes back to ``step_000010`` may have ``step_000020`` already, and metrics of iterations that it will do
+again. They go to ``set_aside/<n>``, which is a run directory as well: it is reported, sampled and exported as any
+other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from flowalign import checkpoint
+from flowalign.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
+
+SET_ASIDE = "set_aside"
+RETURNED = "returned_to"
+
+
+def resume_from(run_dir: Path, resume: str, say: Say = LOG.warning) -> Checkpoint | None:
+    """What the run goes on from, read whole; None where it begins. ``resume`` is auto, never or a checkpoint's name.
+
+    Damaged newer ones are passed over. A run goes back to a named one once: the same command, given again after an
+    interruption, goes on from what has been made since. Nothing is written, see `leave_behind`.
+
+    Raises:
+        CheckpointError: the named one is not there or damaged, or there are some and none is intact.
+    """
+    root = run_dir / "checkpoints"
+    if resume == "never":
+        return None
+    if resume == "auto" or _returned(root) == resume:
+        found = checkpoint.newest(root, _resumable, say)
+        return None if found is None else found.made
+    try:
+        return _resumable(root / resume)
+    except CheckpointError as error:
+        there = ", ".join(f"step_{step:06d}" for step in checkpoint.steps(root))
+        wrong = str(error) if (root / resume).exists() else f"{root / resume} is not there"
+        raise CheckpointError(
+            f"resume={resume}: {wrong}; {f'name another: {there}' if there else f'{run_dir} has no checkpoint'}"
+        ) from error
+
+
+def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say = LOG.warning) -> None:
+    """Set aside what the run does not go on from, before the first file is written; ``say`` gets a line of it.
+
+    Of ``saved`` everything newer is; where nothing is gone on from, all that the run directory holds.
+    """
+    root = run_dir / "checkpoints"
+    if saved is None:
+        if checkpoint.has_any(root):
+            say(f"{run_dir} is begun anew (resume: {resume}); what it held is kept in {set_aside_all(run_dir)}")
+        return
+    newer = checkpoint.newer_than(saved.path)
+    if newer:
+        kept = set_aside(run_dir, newer, saved.step)
+        say(
+            f"going on from {saved.path}; {', '.join(path.name for path in newer)} and later metrics are kept in {kept}"
+        )
+    checkpoint.CheckpointWriter(root).point(LATEST, saved.path.name)
+    if resume == "auto":
+        with suppress(OSError):
+            (root / RETURNED).unlink()
+    elif _returned(root) != resume:
+        (root / RETURNED).write_text(f"{resume}\n", encoding="utf-8")
+
+
+def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
+    """Move ``checkpoints`` and the samples after ``step`` to a directory of their own; metrics and configuration are
+    copied. Returns it."""
+    kept = _new(run_dir)
+    for name in ("config.yaml", "metrics.jsonl"):
+        if (run_dir / name).is_file():
+            shutil.copy2(run_dir / name, kept / name)
+    for path in checkpoints:
+        path.rename(kept / "checkpoints" / path.name)
+    for path in run_dir.glob("samples/iteration_*"):
+        if path.name.removeprefix("iteration_").isdigit() and int(path.name.removeprefix("iteration_")) > step:
+            (kept / "samples").mkdir(exist_ok=True)
+            path.rename(kept / "samples" / path.name)
+    with suppress(CheckpointError):
+        newest = checkpoint.latest(kept / "checkpoints")
+        assert newest is not None
+        checkpoint.CheckpointWriter(newest.parent).point(LATEST, newest.name)
+    return kept
+
+
+def set_aside_all(run_dir: Path) -> Path:
+    """Move all that a run has made; the configuration is copied."""
+    kept = _new(run_dir)
+    (kept / "checkpoints").rmdir()
+    if (run_dir / "config.yaml").is_file():
+        shutil.copy2(run_dir / "config.yaml", kept)
+    for name in ("metrics.jsonl", "samples", "report.html", "checkpoints"):
+        if (run_dir / name).exists():
+            (run_dir / name).rename(kept / name)
+    return kept
+
+
+def _new(run_dir: Path) -> Path:
+    folder = run_dir / SET_ASIDE
+    used = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    kept = folder / str(1 + max(used, default=0))
+    (kept / "checkpoints").mkdir(parents=True)
+    return kept
+
+
+def _returned(root: Path) -> str | None:
+    """What this run went back to already."""
+    try:
+        return (root / RETURNED).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _resumable(path: Path) -> Checkpoint:
+    found = checkpoint.read(path)
+    found.optimizer_of(0)
+    return found
