@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flowalign.metrics import Clock
 from flowalign.scoring import require_valid, reward_metrics
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+
+Count = Callable[[int, int], None]  # (finished chunks, their number)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Collected:
 class Backend(Protocol):
     """Where the work happens: in this process or in Ray actors. Both compute the same bits."""
 
-    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected: ...
+    def collect(
+        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected: ...
 
     # Without a rollout from what the learner has on disk.
     def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update: ...
@@ -41,7 +46,9 @@ class Sampler(Protocol):
 
 
 class Journal(Protocol):
-    """Where a run leaves its traces: metrics, images, checkpoints."""
+    """Where a run leaves its traces: metrics, images, checkpoints, and what it says meanwhile."""
+
+    def doing(self, what: str) -> Count: ...
 
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None: ...
 
@@ -79,11 +86,15 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
     for iteration in range(start, run.iterations):
         clock = Clock()
         spec = run.algorithm.rollout_plan(iteration, run.seed)
-        collected = None if spec is None else backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        collected = None
+        if spec is not None:
+            count = journal.doing("rollout")
+            collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed, count=count)
         clock.lap("collect_s")
         if collected is not None and run.algorithm.needs_scores:
             require_valid(collected.scores, run.min_valid_fraction)
         rollout, scores = (None, None) if collected is None else (collected.rollout, collected.scores)
+        journal.doing("learning")
         update = backend.update(rollout, scores, iteration)
         clock.lap("learn_s")
         done = iteration + 1
@@ -114,7 +125,9 @@ def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> d
     batch, spec, seed = run.evaluation
     if run.evaluates_ema:
         backend.sync(evaluation=True)
-    metrics = journal.evaluation(iteration, backend.collect(batch, spec, seed=seed, evaluation=True))
+    count = journal.doing("evaluation")
+    collected = backend.collect(batch, spec, seed=seed, evaluation=True, count=count)
+    metrics = journal.evaluation(iteration, collected)
     if run.evaluates_ema:
         backend.sync()
     return metrics

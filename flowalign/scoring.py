@@ -185,11 +185,12 @@ def require_valid(scores: Scores, fraction: float) -> None:
 
 
 def reward_metrics(scores: Scores) -> dict[str, float]:
-    """``reward/<name>/mean`` over valid samples, the total, and the counts of masked ones."""
+    """``reward/<name>/mean`` and ``std`` over valid samples, the total, and the counts of masked ones."""
     metrics = {}
     for name, values in {**scores.by_reward, "total": scores.total}.items():
         usable = values[torch.isfinite(values)]
         metrics[f"reward/{name}/mean"] = float(usable.double().mean()) if usable.numel() else float("nan")
+        metrics[f"reward/{name}/std"] = float(usable.double().std(correction=0)) if usable.numel() else float("nan")
     metrics["reward/invalid_fraction"] = 1 - scores.valid.double().mean().item()
     metrics |= {f"reward/invalid/{cause}": float(count) for cause, count in scores.causes.items()}
     return metrics

@@ -27,7 +27,8 @@ from flowalign.cli.options import (
 )
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import print_json, print_rows, progress, say_error, sentence
+from flowalign.cli.terminal import opening, print_json, print_rows, progress, say_error, sentence
+from flowalign.libraries import silence
 
 STOPPED_BY_ALARM = 3
 
@@ -36,6 +37,7 @@ class Commands(TyperGroup):
     """Ends in one sentence and exit code 2 where the project itself says what is wrong."""
 
     def invoke(self, ctx: Any) -> Any:
+        silence()
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -61,6 +63,7 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 
     Exit code 3 says that an alarm stopped it (safety.stop).
     """
+    phases = opening(make_console(as_json), f"align {config}")
     from flowalign.cli.runs import begin_run, check_run, report_of, stop_of
     from flowalign.configfile import load_align
 
@@ -68,9 +71,10 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
     check_run(loaded.config)
     from flowalign.cluster.run import run_align
 
-    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json), partial(begin_run, loaded.config))
+    begin = partial(begin_run, loaded.config)
+    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json), begin, phases)
     stopped, advice = stop_of(run_dir, loaded.config)
-    _finish(run_dir, as_json, report=report_of(run_dir), **stopped)
+    _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
         make_console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
     if "stopped" in stopped:
@@ -80,6 +84,18 @@ def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 @app.command()
 def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
+    _train("pretrain", config, overrides, as_json)
+
+
+@app.command()
+def distill(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
+    _train("distill", config, overrides, as_json)
+
+
+def _train(command: str, config: Path, overrides: list[str] | None, as_json: bool) -> None:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    phases = opening(make_console(as_json), f"{command} {config}", quiet=not first)
     from flowalign.cli.runs import begin_run, check_run
     from flowalign.configfile import load_pretrain
 
@@ -87,15 +103,10 @@ def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = Fa
     check_run(loaded.config)
     from flowalign.cluster.train import run_pretrain
 
-    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json), partial(begin_run, loaded.config))
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts
-        _finish(run_dir, as_json)
-
-
-@app.command()
-def distill(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
-    pretrain(config, overrides, as_json)
+    begin = partial(begin_run, loaded.config)
+    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json), begin, phases, command=command)
+    if first:
+        _finish(run_dir, as_json, phases)
 
 
 app.command()(precompute)
@@ -358,10 +369,13 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(int(any(f.status == "fail" for f in findings)))
 
 
-def _finish(run_dir: Path, as_json: bool, **files: Path | str) -> None:
+def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
+    from flowalign.checkpoint import latest
     from flowalign.cli.runs import last_metrics
 
-    named = {"run": run_dir, **files}
-    for what, path in named.items():
-        make_console(as_json).print(f"{what}: {path}", highlight=False, soft_wrap=True)
+    newest = latest(run_dir / "checkpoints")
+    named = {"run": run_dir, **({} if newest is None else {"checkpoint": newest}), **files}
+    shown = {**named, "metrics": run_dir / "metrics.jsonl", "took": phases}
+    for what, value in shown.items():
+        make_console(as_json).print(f"{what}: {value}", highlight=False, soft_wrap=True, markup=False)
     print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from flowalign.cluster.progress import PLAIN, Phases
+
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -20,7 +22,23 @@ def console(as_json: bool = False) -> Console:
 
 def plain(out: Console) -> Callable[[str], None]:
     """Prints a line as it is: a path with brackets is no markup."""
-    return lambda text: out.print(text, highlight=False, markup=False, soft_wrap=True)
+    return lambda text: out.print(text, **PLAIN)
+
+
+def opening(out: Console, command: str, quiet: bool = False) -> Phases:
+    """Say at once, before anything heavy is imported, that ``command`` is under way; begins to measure its phases."""
+    if not quiet:
+        plain(out)(f"flowalign {_version()}: {command}")
+    return Phases()
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("flowalign")
+    except PackageNotFoundError:
+        return "of a source tree"
 
 
 def sentence(error: BaseException) -> str | None:

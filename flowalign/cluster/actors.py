@@ -200,6 +200,9 @@ class LearnerActor(Mortal):
         batch = chunks[0] if len(chunks) == 1 else cat_rollouts(chunks)
         return self.worker.update(batch, scores, iteration)
 
+    def parameters(self) -> tuple[int, int]:
+        return self.worker.parameters
+
     def publish(self, evaluation: bool = False) -> tuple[Weights | None, BindReceipt | None]:
         """Rank 0: the weights, once, for the object store, and what binding them must answer."""
         weights = self.worker.weights(evaluation)

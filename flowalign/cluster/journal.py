@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from flowalign.checkpoint import CheckpointWriter, steps
+from flowalign.cluster.progress import Progress, iteration_text
 from flowalign.collapse import CollapseAlarm
 from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
-from flowalign.loop import Collected
+from flowalign.loop import Collected, Count
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 from flowalign.sample import torch_threads
 from flowalign.signals import CollapseSignals
@@ -46,7 +47,7 @@ class RunJournal:
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
         self._steps = [step for step in steps(self._writer.root) if step <= start]
         self._mark_good()
-        self._progress = Progress(console, config.iterations)
+        self._progress = Progress(console, config.iterations, start)
         self._stop = StopRequest(self._progress.say)
 
     def wall_s(self) -> float:
@@ -67,7 +68,11 @@ class RunJournal:
         metrics = metrics | self._watch(iteration, metrics)
         self.metrics.write(iteration, metrics, wall_s=self.wall_s())
         per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
-        self._progress.show(iteration, metrics, per_iteration * (self.config.iterations - iteration))
+        left = per_iteration * (self.config.iterations - iteration)
+        self._progress.show(iteration, iteration_text(metrics), left)
+
+    def doing(self, what: str) -> Count:
+        return self._progress.doing(what)
 
     def _warn(self, iteration: int, falling: list[str]) -> None:
         if falling and not self._ringing:
@@ -181,48 +186,6 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Progress:
-    """A bar on a terminal, plain lines otherwise; both show an ETA."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total = console, total
-        self._bar: Any = None
-        if console.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                TextColumn("[bold]align"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                console=console,
-            )
-            self._task = self._bar.add_task("starting", total=total)
-            self._bar.start()
-
-    def show(self, iteration: int, metrics: dict[str, float], eta_s: float) -> None:
-        keys = {"reward": "reward/total/mean", "dlogp": "replay/max_abs_dlogp", "img/s": "throughput/images_per_s"}
-        loss = next((key for key in sorted(metrics) if key.startswith("loss/")), None)
-        if keys["reward"] not in metrics and loss is not None:
-            keys = {"loss": loss, **keys}
-        if not metrics.get(keys["img/s"]):
-            del keys["img/s"]
-        shown = "  ".join(f"{label} {metrics[key]:.4g}" for label, key in keys.items() if key in metrics)
-        text = f"{shown}  ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=iteration, description=text)
-        else:
-            self.console.print(f"iteration {iteration}/{self.total}  {text}", highlight=False, soft_wrap=True)
-
-    def say(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self.console).print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def _write_samples(directory: Path, collected: Collected) -> None:

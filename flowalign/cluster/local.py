@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from flowalign.checkpoint import content_hash
 from flowalign.cluster.weight_sync import SyncGuard
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
-from flowalign.loop import Collected
+from flowalign.loop import Collected, Count
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
@@ -19,8 +20,9 @@ from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, c
 class LocalBackend:
     """One rollout worker, one reward worker and one learner rank in this process."""
 
-    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
+    def __init__(self, config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self.config = config
+        say(f"local: one process, {config.cluster.threads} thread{'s' * (config.cluster.threads > 1)}")
         self.rollouts = RolloutWorker(config)
         self.rewards = RewardWorker(config, base_dir)
         self.learner = LearnerWorker(config)
@@ -28,12 +30,17 @@ class LocalBackend:
         self._learned = True
         self._reuse = reuse_of(config.rollout.cache)
 
-    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
+    def collect(
+        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected:
         made, scored = [], []
         spec = spec if evaluation else replace(spec, reuse=self._reuse)
-        for chunk in batch.chunks(self.config.rollout.chunk_size):
+        chunks = batch.chunks(self.config.rollout.chunk_size)
+        for chunk in chunks:
             made.append(self.rollouts.rollout(chunk, spec, seed, self.rollouts.version))
             scored.append(self.rewards.score(made[-1][0], evaluation))
+            if count is not None:
+                count(len(scored), len(chunks))
         return Collected(
             rollout=cat_rollouts([part for part, _ in made]),
             scores=cat_scores([part for part, _ in scored]),
@@ -51,6 +58,10 @@ class LocalBackend:
         receipt = self.rollouts.bind(weights, version)
         sent = BindReceipt("learner", version, len(weights), content_hash(weights))
         self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
+
+    def parameters(self) -> tuple[int, int]:
+        """How many are trained, of how many."""
+        return self.learner.parameters
 
     def state(self) -> list[dict[str, Any]]:
         """The learner's state, one entry a rank."""

@@ -15,6 +15,10 @@ from flowalign.cluster.pool import DEATHS, Pool, fetch
 from flowalign.types import PromptBatch, Rollout, Scores
 
 
+def _nothing(text: str) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A chunk that went through both stages, and the seconds each took."""
@@ -61,19 +65,23 @@ class Pipeline:
         self._running: dict[Any, tuple[Stage, int, int]] = {}
         self._failures: Counter[tuple[str, int]] = Counter()
 
-    def run(self) -> list[Done]:
-        """Rollouts and scores, in the order of the chunks.
+    def run(self, count: Callable[[int, int], None] | None = None, say: Callable[[str], None] = _nothing) -> list[Done]:
+        """Rollouts and scores, in the order of the chunks; ``say`` is told of each that has to be repeated.
 
         Raises:
             WorkerLost: a chunk lost its worker more than ``max_retries`` times.
         """
+        self._say = say
         while True:
             for stage in (self._score, self._rollout):
                 self._dispatch(stage)
             if not self._running:
                 break
             done, _ = ray.wait(list(self._running), num_returns=1)
+            before = len(self._done)
             self._finish(done[0])
+            if count is not None and len(self._done) > before:
+                count(len(self._done), len(self.chunks))
         return [self._done[chunk] for chunk in range(len(self.chunks))]
 
     def _submit_rollout(self, actor: Any, chunk: int) -> Any:
@@ -118,6 +126,10 @@ class Pipeline:
                 f"the {kind} worker died {times} times over chunk {chunk + 1} of {len(self.chunks)} "
                 f"(cluster.max_task_retries={self._max_retries}), the last time so: {why}"
             )
+        self._say(
+            f"retried: the {kind} worker was lost over chunk {chunk + 1} of {len(self.chunks)} ({why}); the chunk is "
+            f"made again, with the same bits ({times} of at most {self._max_retries} times)"
+        )
 
 
 def _get(ref: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from flowalign.cluster.teachers import teacher_names
 from flowalign.cluster.weight_sync import SyncGuard, check_receipt
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
-from flowalign.loop import Collected
+from flowalign.loop import Collected, Count
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
@@ -36,13 +37,16 @@ class RayBackend:
         ClusterError: Ray cannot be reached, or an actor died while it started.
     """
 
-    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
-        self.config, self.base_dir = config, base_dir.resolve()
+    def __init__(self, config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self.config, self.base_dir, self.say = config, base_dir.resolve(), say
         self._reuse = reuse_of(config.rollout.cache)
         asked = shares(config)
         self._group: PlacementGroup | None = None
         self._closers: list[Any] = []
+        began = time.monotonic()
         self._session = RaySession(config.cluster.address, asked, config.cluster.device)
+        where = "started on this machine" if config.cluster.address is None else f"joined at {config.cluster.address}"
+        say(f"Ray {where} in {time.monotonic() - began:.1f} s; {_actors(asked)}")
         try:
             self._group = reserve(asked)
             self._start(asked)
@@ -112,7 +116,9 @@ class RayBackend:
             .remote(self.config, *args)
         )
 
-    def collect(self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False) -> Collected:
+    def collect(
+        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected:
         """Roll out and score ``batch`` chunk by chunk; needs a ``sync`` before it.
 
         Raises:
@@ -124,7 +130,7 @@ class RayBackend:
         version = -1 if self._sent is None else self._sent.version
         retries = self.config.cluster.max_task_retries
         pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries)
-        done = pipeline.run()
+        done = pipeline.run(count, self.say)
         collected = Collected(
             rollout=cat_rollouts([chunk.rollout for chunk in done]),
             scores=cat_scores([chunk.scores for chunk in done]),
@@ -177,6 +183,10 @@ class RayBackend:
         if self._sent is not None:
             check_receipt(self._sent, fetch(self._bind(actor)))
 
+    def parameters(self) -> tuple[int, int]:
+        """How many are trained, of how many."""
+        return self.learner.call("parameters")[0]
+
     def state(self) -> list[dict[str, Any]]:
         """The learner's state, one entry a rank; all share rank 0's model."""
         states = self.learner.call("state")
@@ -201,3 +211,8 @@ class RayBackend:
                 remove_placement_group(self._group)
         self._closers, self._group = [], None
         self._session.close()
+
+
+def _actors(asked: Sequence[Share]) -> str:
+    """``2 rollout, 1 reward, 1 learner``."""
+    return ", ".join(f"{share.count} {share.kind}" for share in asked if share.count)

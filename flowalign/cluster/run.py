@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,36 @@ from rich.console import Console
 from flowalign import checkpoint
 from flowalign.algorithm import build_algorithm
 from flowalign.cluster.journal import RunJournal
+from flowalign.cluster.progress import PLAIN, Phases, duration
 from flowalign.collapse import stopped_by_alarm
-from flowalign.config import AlignConfig
+from flowalign.config import SHIPPED, AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import scheduler_shift
+from flowalign.models.textlength import cut_note
 from flowalign.resume import leave_behind, resume_from
 from flowalign.sample import base_hash, sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
 
 def run_align(
-    config: AlignConfig, base_dir: Path, console: Console, begin: Callable[[], object] = lambda: None
+    config: AlignConfig,
+    base_dir: Path,
+    console: Console,
+    begin: Callable[[], object] = lambda: None,
+    phases: Phases | None = None,
 ) -> Path:
     """Run (or resume) an alignment to its last iteration, or to where an alarm stops it; returns the run directory.
 
-    ``begin`` is called once all that the run needs stands, before the run directory is written to.
+    ``begin`` is called once all that the run needs stands, before the run directory is written to. ``phases``, begun by
+    the caller, is told when work begins and when it ends.
 
     Raises:
         CheckpointError, ResumeRefused: the run directory cannot be continued.
         PlacementError, ScorerError, TooManyInvalid, SyncError, NonFiniteUpdate: see their modules.
     """
     run_dir = Path(config.runs_dir) / config.name
-    resume, say = config.checkpoint.resume, partial(console.print, markup=False, soft_wrap=True)
+    resume, say = config.checkpoint.resume, partial(console.print, **PLAIN)
     saved = resume_from(run_dir, resume, say)
     start = 0 if saved is None else int(saved.state["iteration"])
     if start >= config.iterations:
@@ -42,10 +50,21 @@ def run_align(
         return run_dir
     if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
         return run_dir
+    phases = phases or Phases()
     run = build_run(config, base_dir)
-    backend = make_backend(config, base_dir)
+    say(f"run directory: {run_dir}" + ("" if saved else ", begun anew"))
+    for line in found(config, run):
+        say(line)
+    loading = time.monotonic()
+    backend = make_backend(config, base_dir, say)
     journal = None
     try:
+        trained, total = backend.parameters()
+        adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
+        say(
+            f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
+            f"loaded in {duration(time.monotonic() - loading)}"
+        )
         base = base_hash(Path(config.model.path))
         if saved is not None:
             backend.restore(_states(config, saved, base))
@@ -54,6 +73,7 @@ def run_align(
         begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
         journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
+        phases.begin("work")
         with journal.interruptible():
             align(run, backend, journal, start)
         if journal.interrupted:
@@ -61,20 +81,43 @@ def run_align(
                 f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
             )
     finally:
+        phases.begin("end")
         if journal is not None:
             journal.close()
         backend.close()
     return run_dir
 
 
-def make_backend(config: AlignConfig, base_dir: Path) -> Any:
+def make_backend(config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> Any:
     if config.cluster.backend == "local":
         from flowalign.cluster.local import LocalBackend
 
-        return LocalBackend(config, base_dir)
+        return LocalBackend(config, base_dir, say)
     from flowalign.cluster.ray_backend import RayBackend
 
-    return RayBackend(config, base_dir)
+    return RayBackend(config, base_dir, say)
+
+
+def found(config: AlignConfig, run: Run) -> Iterator[str]:
+    """What there is to learn from and to evaluate with, and how many of the prompts the text encoders cut."""
+    data, model = config.data, Path(config.model.path)
+    batch = f"{data.groups_per_iteration} groups of {run.algorithm.config.group_size} images an iteration"
+    if data.preferences is not None:
+        yield f"preference pairs: {data.preferences}, {data.groups_per_iteration} an iteration"
+    elif isinstance(run.sampler, GroupSampler):
+        note = cut_note(model, run.sampler.prompts)
+        yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
+    if run.evaluation is not None:
+        prompts, e = run.evaluation[0].prompts, config.evaluation
+        note = cut_note(model, prompts)
+        yield (
+            f"evaluation: {len(prompts)} samples of {len(set(prompts))} prompts of {e.prompts}, "
+            f"every {e.every} iterations" + (note and f"; {note}")
+        )
+
+
+def _named(path: str) -> str:
+    return "shapes" if Path(path) == SHIPPED / "pipeline" else path
 
 
 def build_run(config: AlignConfig, base_dir: Path) -> Run:

@@ -18,12 +18,13 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.journal import StopRequest
+from flowalign.cluster.progress import PLAIN, Phases, Progress, duration
 from flowalign.config import ConfigError
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.metrics import MetricsWriter
 from flowalign.models.base import Policy
-from flowalign.models.build import bind_weights, load_policy
+from flowalign.models.build import bind_weights, count_parameters, load_policy
 from flowalign.models.encoding import encoding
 from flowalign.models.features import ImageFeatures
 from flowalign.pretrain import pretrain, resumed
@@ -63,11 +64,18 @@ class Roles:
 
 
 def run_pretrain(
-    config: PretrainConfig, base_dir: Path, console: Console, begin: Callable[[], object] = lambda: None
+    config: PretrainConfig,
+    base_dir: Path,
+    console: Console,
+    begin: Callable[[], object] = lambda: None,
+    phases: Phases | None = None,
+    *,
+    command: str = "pretrain",
 ) -> Path:
     """Run (or resume) a training run to its last step; returns the run directory.
 
     ``begin`` is called in the first rank, once all that the run needs stands, before the run directory is written to.
+    ``phases``, begun by the caller, is told when work begins and when it ends.
 
     Raises:
         CheckpointError, ResumeRefused: the run directory cannot be continued.
@@ -78,19 +86,33 @@ def run_pretrain(
     rank = Rank.of_environment()
     console = console if rank.index == 0 else Console(quiet=True)
     config = config.model_copy(update={"device": rank.device(config.device)})
-    run_dir = Path(config.runs_dir) / config.name
+    run_dir, phases = Path(config.runs_dir) / config.name, phases or Phases()
     algorithm = build_algorithm(config.algorithm)
+    _say_start(config, console, run_dir, rank)
+    loading = time.monotonic()
     policy = load_policy(config.model, device=config.device)
     roles = build_roles(config, policy, algorithm)
+    trained, total = count_parameters(policy.network)
     engine = _engine(config, policy, rank)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    beside = "".join(f", beside its {role}" for role in sorted(roles.models))
+    say = partial(console.print, **PLAIN)
+    say(
+        f"model: {config.model.path}{beside}, {trained:,} of {total:,} parameters are trained; "
+        f"loaded in {duration(time.monotonic() - loading)}"
+    )
     saved = resumed(config, run_dir, rank.index, say)
     start = 0 if saved is None else saved.step
     if start:
         console.print(f"resuming {run_dir} after step {start}", highlight=False)
     take = partial(_take, run_dir, config.resume, saved, say, begin)
-    report = _Reporter(config, run_dir, console, start, take) if rank.index == 0 else None
-    stop = StopRequest(console.print)
+    report = _Reporter(config, run_dir, console, start, take, command) if rank.index == 0 else None
+    stop = StopRequest(say)
+
+    def ready() -> None:
+        phases.begin("work")
+        if report is not None:
+            report.begin()
+
     try:
         with stop.on_signals("step"):
             pretrain(
@@ -101,7 +123,7 @@ def run_pretrain(
                 run_dir,
                 report or (lambda row: None),
                 lambda: stop.asked,
-                begin=report.begin if report else lambda: None,
+                begin=ready,
                 saved=saved,
                 models=roles.models,
                 follower=roles.follower,
@@ -111,6 +133,7 @@ def run_pretrain(
                 f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
             )
     finally:
+        phases.begin("end")
         if report is not None:
             report.close()
         engine.close()
@@ -193,30 +216,52 @@ class _Reporter:
     """Rows of metrics.jsonl, and a line of the terminal with each."""
 
     def __init__(
-        self, config: PretrainConfig, run_dir: Path, console: Console, start: int, begin: Callable[[], object]
+        self,
+        config: PretrainConfig,
+        run_dir: Path,
+        console: Console,
+        start: int,
+        begin: Callable[[], object],
+        command: str,
     ) -> None:
         self._config, self._run_dir, self._start, self._begin = config, run_dir, start, begin
-        self._batch_size, self._console = config.batch_size, console
+        self._console, self._command = console, command
         self._writer: MetricsWriter | None = None
+        self._progress: Progress | None = None
         self._began = time.monotonic()
 
     def begin(self) -> None:
-        """Open the files; nothing is written before."""
+        """Open the files and the bar; nothing is written before."""
         self._begin()
         self._writer = MetricsWriter(self._run_dir, self._config.name, self._config.logging, keep_until=self._start)
+        steps = sum(phase.steps for phase in self._config.phases)
+        self._progress = Progress(self._console, steps, self._start, command=self._command)
         self._began = time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> None:
-        assert self._writer is not None
+        assert self._writer is not None and self._progress is not None
         step, steps = int(row.pop("step")), int(row.pop("steps"))
         self._writer.write(step, row, wall_s=time.monotonic() - self._began)
-        eta_s = (steps - step) * self._batch_size / max(row["throughput/samples_per_s"], 0.1)
-        said = [f"step {step}/{steps}", f"loss {row['loss']:.4f}"]
+        eta_s = (steps - step) * self._config.batch_size / max(row["throughput/samples_per_s"], 0.1)
+        said = [f"loss {row['loss']:.4f}"]
         if "validation_ema/loss" in row:
             said.append(f"validation {row['validation/loss']:.4f} (average {row['validation_ema/loss']:.4f})")
-        said.append(f"ETA {int(eta_s // 60)}m{int(eta_s % 60):02d}s")
-        self._console.print("  ".join(said), highlight=False)
+        said.append(f"{row['throughput/samples_per_s']:.4g} samples/s")
+        self._progress.show(step, "  ".join(said), eta_s)
 
     def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _say_start(config: PretrainConfig, console: Console, run_dir: Path, rank: Rank) -> None:
+    steps = sum(phase.steps for phase in config.phases)
+    ranks, threads = rank.world_size, config.threads
+    for line in (
+        f"run directory: {run_dir}",
+        f"{ranks} process{'es' * (ranks > 1)} on {config.device}, {threads} thread{'s' * (threads > 1)} each",
+        f"latents: {config.latents}, {steps} steps of {config.batch_size} samples",
+    ):
+        console.print(line, **PLAIN)

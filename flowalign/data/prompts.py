@@ -86,6 +86,7 @@ class GroupSampler:
         for row in rows:
             self._by_task.setdefault(_task(row), []).append(row)
         self._cycle = task_cycle(rows, task_weights or {})
+        self.prompts = [row["prompt"] for row in rows]
         self.groups, self.group_size, self.seed = groups, group_size, seed
 
     def batch(self, iteration: int) -> PromptBatch:

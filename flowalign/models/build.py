@@ -87,6 +87,12 @@ def add_lora(policy: Policy, config: LoraConfig, *, seed: int = 0) -> None:
             raise ModelError(f"model.lora.targets: {' '.join(str(error).split())}") from error
 
 
+def count_parameters(network: nn.Module) -> tuple[int, int]:
+    """How many are trained, of how many."""
+    parameters = list(network.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
 def has_lora(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 

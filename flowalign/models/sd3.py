@@ -6,8 +6,6 @@ Shapes: N samples, P prompts, C H W latents, L text tokens, D joint width, E poo
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from flowalign.flow.families import FAMILIES, rf_velocity
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
+from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
 from flowalign.types import Condition, TextPart
 
@@ -58,30 +57,20 @@ def _attention(device: str, length: int) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars where nobody watches, and no warning of the weights that `restore_inputs` reads afterwards."""
+def quietly() -> Iterator[None]:
+    """Without the bars of libraries that load or save files for seconds: a run says itself what it loads."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    libraries = () if sys.stderr.isatty() else (diffusers_logging, transformers_logging)
+    libraries = (diffusers_logging, transformers_logging)
     hidden = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in hidden:
         library.disable_progress_bar()
-    logger.addFilter(_matters)
     try:
         yield
     finally:
-        logger.removeFilter(_matters)
         for library in hidden:
             library.enable_progress_bar()
-
-
-def _matters(record: logging.LogRecord) -> bool:
-    from flowalign.models.inputs import PREFIX
-
-    said, _, keys = record.getMessage().partition("\n")
-    return "were not used when initializing" not in said or not all(PREFIX in key for key in keys.split(","))
 
 
 class SD3Policy:
@@ -122,11 +111,12 @@ class SD3Policy:
         from diffusers import StableDiffusion3Pipeline
 
         check_directory(Path(directory))
+        silence(UNREAD_INPUTS)
         index = json.loads((Path(directory) / "model_index.json").read_text())
         # diffusers wants a dropped T5 to be named: text_encoder_3 is not an optional component.
         absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
         try:
-            with _quietly():
+            with quietly():
                 pipeline = StableDiffusion3Pipeline.from_pretrained(
                     str(directory), dtype=dtype, local_files_only=True, **absent
                 )

@@ -82,7 +82,9 @@ def test_first_update_replays_the_rollout_exactly(local: Trace) -> None:
 def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
     before = list(fresh.rollouts.pids)
     (folder / "kill").write_text(str(before[1]))
+    fresh.say = (said := []).append
     assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert len(said) == 1 and said[0].startswith("retried: the rollout worker was lost over chunk ")
     assert fresh.rollouts.pids[0] == before[0]
     assert fresh.rollouts.pids[1] != before[1]
 
