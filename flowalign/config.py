@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from flowalign.pathfamilies import FamilyName
+
 Positive = Annotated[int, Field(ge=1)]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
@@ -65,7 +67,6 @@ class TransformerConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-FamilyName = Literal["rf", "eps/linear", "v/linear", "v/cos", "edm"]
 InputName = Literal["r", "guidance"]
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from flowalign.config import SHIPPED, AlignConfig, CacheConfig, ConfigError, ModelConfig, RewardConfig
 from flowalign.configcheck import nearest
+from flowalign.pathfamilies import canonical
 from flowalign.pretrainconfig import PretrainConfig
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
@@ -49,7 +50,10 @@ def resolve_model(model: ModelConfig, base: Path) -> ModelConfig:
     """An absolute path; ``family`` and ``inputs`` that are not given are those the directory records."""
     path = _model(model.path, base)
     recorded = recorded_model(Path(path))
-    family = model.family or recorded.get("family", "rf")
+    try:
+        family = canonical(model.family or recorded.get("family", "rf"))
+    except ValueError as error:
+        raise ConfigError("model.path", f"{path} holds a model of a family that is not known here: {error}") from error
     fresh = model.transformer is not None
     inputs = list(model.inputs or ()) if fresh or model.inputs is not None else recorded.get("inputs", [])
     return model.model_copy(update={"path": path, "family": family, "inputs": inputs})

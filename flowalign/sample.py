@@ -97,7 +97,7 @@ def sampling_spec(
     sampling: SamplingConfig, *, shift: float, family: str | None = "rf", inputs: Sequence[str] | None = ()
 ) -> RolloutSpec:
     """How ``sampling`` says, on the noise levels of the model's own schedule."""
-    kind = families.FAMILIES[family or "rf"]
+    kind = families.family(family or "rf")
     sigmas = tuple(families.sampling_sigmas(kind, sampling.num_steps, shift=shift, grid=sampling.grid).tolist())
     common = {
         "guidance_scale": sampling.guidance_scale,

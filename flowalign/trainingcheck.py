@@ -7,10 +7,8 @@ from typing import Any
 
 from flowalign.calibration import reuse_of
 from flowalign.config import AlignConfig, ConfigError
+from flowalign.pathfamilies import formulation, may_learn
 from flowalign.pretrainconfig import PretrainConfig
-
-# Networks of the first that may learn the second: their own noise reaches as far as that path's.
-CONVERTED = (("edm", "rf"), ("v/cos", "rf"))
 
 
 def check_caches(config: AlignConfig) -> None:
@@ -20,11 +18,13 @@ def check_caches(config: AlignConfig) -> None:
             reuse_of(cache)
         except ConfigError as error:
             raise ConfigError(f"{key}.calibration", error.reason) from error
-    if config.model.family not in (None, "rf", "v/cos"):
+    family = config.model.family or "rf"
+    if not formulation(family).begins_with_noise:
+        advice = "train it on as rf first (flowalign pretrain with algorithm.family=rf)"
         raise ConfigError(
             "model.family",
-            f"is {config.model.family}, whose noise ends before t = 1 where rollouts begin; train it on as rf first "
-            "(flowalign pretrain with algorithm.family=rf)",
+            f"is {family}, whose noise ends before t = 1 where rollouts begin; "
+            + (advice if may_learn(family, "rf") else "align a model of rf or v/cos"),
         )
 
 
@@ -47,8 +47,8 @@ def check_training(config: PretrainConfig, algorithm: Any) -> None:
     lacking = [key for key in getattr(algorithm, "inputs", ()) if key not in (config.model.inputs or ())]
     if lacking:
         raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
-    network, trained = config.model.family or "rf", config.algorithm.get("family", "rf")
-    if network != trained and (network, trained) not in CONVERTED:
+    network, trained = config.model.family or "rf", getattr(algorithm.config, "family", "rf")
+    if not may_learn(network, trained):
         raise ConfigError("model.family", f"is {network}, which cannot learn {trained}; name the same in both")
     if config.zero_stage == 3 and config.compile:
         raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
-from flowalign.flow import density, path
-from flowalign.flow.families import FAMILIES
+from flowalign.flow import density, families, path
+from flowalign.pathfamilies import FamilyName
 from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
@@ -27,7 +27,7 @@ class RectifiedFlow:
         """
 
         type: str = "rectified_flow"
-        family: Literal["rf", "eps/linear", "v/linear", "v/cos", "edm"] = "rf"
+        family: FamilyName = "rf"
         density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
         shift: Annotated[float, Field(gt=0)] = 1.0
         weighting: Literal["family", "velocity", "noise", "data"] = "family"
@@ -35,7 +35,7 @@ class RectifiedFlow:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.family = FAMILIES[config.family]
+        self.family = families.family(config.family)
 
     consumes = LatentBatch
     models = ("policy",)

@@ -11,18 +11,22 @@ Shapes: N samples; ``z``, ``x``, ``output`` (N, ...); ``t``, ``s`` in [0, 1], a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowalign.flow import schedule
-from flowalign.flow.path import COSINE, LINEAR, RF, Path, Scalar, edm_path, per_sample
+from flowalign.flow.path import PATHS, RF, Path, Scalar, edm_path, per_sample
+from flowalign.pathfamilies import FORMULATIONS, canonical, edm_parameters
 
 Network = Callable[[Tensor, Tensor], Tensor]  # its input (N, ...), its time (N,) in [0, 1] -> its raw output (N, ...)
 EDM_SIGMAS = (0.002, 80.0)  # the noise levels that EDM samples between (arXiv:2206.00364, table 1)
 _EDM_RHO = 7
+_EDM_HIGHEST = EDM_SIGMAS[1] / (1 + EDM_SIGMAS[1])
+_LATEST = 1 - 2.0**-24  # of the times that `density.sample` draws
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Family:
     for two functions p and q of t, and the path's own equation beside it gives x0 and noise.
 
     The family's own training loss is the plain mean square of ``output - raw_target`` at a t drawn from its own
-    density: uniform for all but ``rf``. All numbers of t are computed in float64 and then rounded.
+    density: uniform for all but ``rf``. An ``edm`` family differs from another in its density of sigma, which is its
+    path's: log-normal, or that of the straight path for ``edm/rf`` and of the cosine path for ``edm/cos``. All numbers
+    of t are computed in float64 and then rounded.
     """
 
     name: str
@@ -48,11 +54,26 @@ class Family:
         return self.path is RF and self.prediction == "velocity"
 
     @property
+    def first_time(self) -> Tensor:
+        """Its own time at which sampling begins, float64 (); ``edm`` begins at a sigma, see `sampling_sigmas`.
+
+        It is 1; where the noise is predicted, not beyond EDM's highest ``b / a``: as a vanishes, so does what noise and
+        z say of the image.
+        """
+        one = torch.ones((), dtype=torch.float64)
+        return self.own_time(_EDM_HIGHEST * one) if self.prediction == "noise" else one
+
+    @property
     def initial_scale(self) -> float:
         """Standard deviation of x at the first noise level of `sampling_sigmas`, the data's part neglected."""
         if self.prediction == "edm":
-            return EDM_SIGMAS[1] / (1 + EDM_SIGMAS[1])
-        return float(self.rf_time(torch.ones((), dtype=torch.float64)))
+            return self._highest_sigma / (1 + self._highest_sigma)
+        return float(self.rf_time(self.first_time))
+
+    @property
+    def _highest_sigma(self) -> float:
+        """EDM's own, or the highest that this family is trained on."""
+        return min(EDM_SIGMAS[1], float(self.path.b(torch.tensor(_LATEST, dtype=torch.float64))))
 
     def rf_time(self, t: Tensor) -> Tensor:
         """Time ``s = b / (a + b)`` of the rectified flow with the noise level of ``t``; keeps shape and dtype."""
@@ -151,15 +172,20 @@ def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Fa
 
 
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family("rf", RF, "velocity"),
-        Family("eps/linear", LINEAR, "noise"),
-        Family("v/linear", LINEAR, "v"),
-        Family("v/cos", COSINE, "v"),
-        edm(),
-    )
+    name: Family(name, PATHS[kind.path], kind.prediction) for name, kind in FORMULATIONS.items()
 }
+
+
+@cache
+def family(name: str) -> Family:
+    """The family of a name in any spelling, ``edm(p_mean, p_std)`` among them.
+
+    Raises ValueError for an unknown one.
+    """
+    own = canonical(name)
+    if own in FAMILIES:
+        return FAMILIES[own]
+    return replace(edm(*edm_parameters(own)), name=own)
 
 
 def rf_velocity(family: Family, network: Network) -> Network:
@@ -185,8 +211,9 @@ def sampling_sigmas(
 ) -> Tensor:
     """Noise levels on the rectified flow that ``family`` is sampled at.
 
-    ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5).
-    Others: uniform in their own time from t = 1 on ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
+    ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5), which
+    begins at 80, or at the highest that a narrower density of sigma is trained on. Others: uniform in their own time
+    from `Family.first_time` on, mostly 1 ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
     family's own parameter of the grid, so that its first level stays the highest that it was trained on.
 
     Returns float32 (num_steps + 1,) on the CPU, falling from `Family.initial_scale` to 0. Raises ValueError as
@@ -196,11 +223,11 @@ def sampling_sigmas(
         return schedule.sigmas(num_steps, shift=shift, grid=grid)
     schedule.sigmas(num_steps, shift=shift, grid="paper")  # refuses what is not a schedule
     if family.prediction == "edm":
-        low, high = (sigma ** (1 / _EDM_RHO) for sigma in EDM_SIGMAS)
+        low, high = (sigma ** (1 / _EDM_RHO) for sigma in (EDM_SIGMAS[0], family._highest_sigma))
         place = 1 - torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
         sigma = (low + schedule.shift_sigma(place, shift) * (high - low)) ** _EDM_RHO
         levels = sigma / (1 + sigma)
     else:
         t = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
-        levels = family.rf_time(schedule.shift_sigma(t, shift))
+        levels = family.rf_time(family.first_time * schedule.shift_sigma(t, shift))
     return torch.cat([levels, torch.zeros(1)]).float()

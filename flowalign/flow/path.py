@@ -211,6 +211,14 @@ LINEAR = Path(
 )
 
 
+def _below_one(t: Tensor) -> Tensor:
+    """``t`` in float64, and the largest number below 1 where the noise of EDM's paths would be infinite."""
+    return t.double().clamp(max=1 - 2**-53)
+
+
+_TAIL = -5.0
+
+
 def edm_path(p_mean: float = -1.2, p_std: float = 1.2) -> Path:
     """EDM's path ``z = x0 + sigma noise``, its time the quantile of a log-normal sigma: a uniform t is EDM's density.
 
@@ -220,7 +228,7 @@ def edm_path(p_mean: float = -1.2, p_std: float = 1.2) -> Path:
     """
 
     def quantile(t: Tensor) -> Tensor:
-        return torch.special.ndtri(t.double().clamp(max=1 - 2**-53))
+        return torch.special.ndtri(_below_one(t))
 
     def sigma(t: Tensor) -> Tensor:
         return (p_mean + p_std * quantile(t)).exp().to(t.dtype)
@@ -230,10 +238,32 @@ def edm_path(p_mean: float = -1.2, p_std: float = 1.2) -> Path:
         return (p_std * math.sqrt(2 * math.pi) * (p_mean + p_std * z + z * z / 2).exp()).to(t.dtype)
 
     def from_rf(s: Tensor) -> Tensor:
-        return torch.special.ndtr((torch.logit(s.double()) - p_mean) / p_std).to(s.dtype)
+        z = (torch.logit(s.double()) - p_mean) / p_std
+        # torch's own is 0 below -8.3, where a narrow density still has levels of the grid.
+        tail = torch.special.erfc(-z / math.sqrt(2)) / 2
+        return torch.where(z < _TAIL, tail, torch.special.ndtr(z)).to(s.dtype)
 
     return Path(name="edm", a=torch.ones_like, b=sigma, da=torch.zeros_like, db=slope, from_rf=from_rf)
 
 
 EDM = edm_path()
-PATHS: dict[str, Path] = {path.name: path for path in (RF, COSINE, LINEAR, EDM)}
+# EDM's path at the noise levels of the straight and of the cosine path: b is their b / a, and so is the density of the
+# log-SNR at a uniform t. Their own loss weighs it alike, exp(-lambda / 2), so that the density is what tells the two
+# apart in arXiv:2403.03206, sec. 5.1.
+EDM_RF = Path(
+    name="edm/rf",
+    a=torch.ones_like,
+    b=lambda t: (_below_one(t) / (1 - _below_one(t))).to(t.dtype),
+    da=torch.zeros_like,
+    db=lambda t: (1 - _below_one(t)).pow(-2).to(t.dtype),
+    from_rf=RF.from_rf,
+)
+EDM_COSINE = Path(
+    name="edm/cos",
+    a=torch.ones_like,
+    b=lambda t: torch.tan(_HALF_PI * _below_one(t)).to(t.dtype),
+    da=torch.zeros_like,
+    db=lambda t: (_HALF_PI * torch.cos(_HALF_PI * _below_one(t)).pow(-2)).to(t.dtype),
+    from_rf=COSINE.from_rf,
+)
+PATHS: dict[str, Path] = {path.name: path for path in (RF, COSINE, LINEAR, EDM, EDM_RF, EDM_COSINE)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.flow.families import FAMILIES, rf_velocity
+from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
@@ -236,7 +236,9 @@ class SD3Policy:
             dtype = next(self.network.parameters()).dtype
             pooled = pooled_with_inputs(pooled.to(dtype), t, r, guidance, self.inputs)
         network = partial(self._output, tokens=tokens, pooled=pooled)
-        return network(x, t) if self.family == "rf" else rf_velocity(FAMILIES[self.family], network)(x, t)
+        return (
+            network(x, t) if self.family == "rf" else families.rf_velocity(families.family(self.family), network)(x, t)
+        )
 
     def _output(self, x: Tensor, t: Tensor, *, tokens: Tensor, pooled: Tensor) -> Tensor:
         """What the network itself says, float32: of the straight path its velocity, else see ``flow.families``."""

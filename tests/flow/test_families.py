@@ -12,33 +12,36 @@ from hypothesis import strategies as st
 
 from flowalign.flow import path
 from flowalign.flow.families import FAMILIES, Family, edm, rf_velocity, sampling_sigmas
+from flowalign.flow.families import family as named
 from flowalign.flow.schedule import sigmas
+from flowalign.flow.solvers import euler, heun
+from flowalign.pathfamilies import FORMULATIONS
 
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
+NAMES = [*FAMILIES, *GRID]
+every_family = pytest.mark.parametrize("family", [named(name) for name in NAMES], ids=NAMES)
 TIMES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
 def raw_output(family: Family, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """What an ideal network of the family says, as its paper writes it; ``t`` broadcasts against ``x0``."""
     a, b = family.path.a(t), family.path.b(t)
-    if family.name == "edm":
+    if family.prediction == "edm":
         sigma, data = b, family.sigma_data
         c_skip = data**2 / (sigma**2 + data**2)
         c_out = sigma * data / torch.sqrt(sigma**2 + data**2)
         return (x0 - c_skip * (x0 + sigma * noise)) / c_out
-    return {"rf": noise - x0, "eps/linear": noise, "v/linear": a * noise - b * x0, "v/cos": a * noise - b * x0}[
-        family.name
-    ]
+    return {"velocity": noise - x0, "noise": noise, "v": a * noise - b * x0}[family.prediction]
 
 
 @given(
-    name=st.sampled_from(sorted(FAMILIES)),
+    name=st.sampled_from(sorted(NAMES)),
     t=st.floats(1e-3, 1 - 1e-3),
     x0=st.floats(-3, 3),
     noise=st.floats(-3, 3),
 )
 def test_velocity_noise_data_and_score_of_every_family_agree(name, t, x0, noise):
-    family = FAMILIES[name]
+    family = named(name)
     x0, noise, t = (torch.tensor([value], dtype=torch.float64) for value in (x0, noise, t))
     z, output = family.path.interpolate(x0, noise, t), family.raw_target(x0, noise, t)
     torch.testing.assert_close(output, raw_output(family, x0, noise, t), rtol=1e-9, atol=1e-9)
@@ -69,9 +72,9 @@ def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(fami
 
     def network(z_in, t):
         times.append(t)
-        t = t.double().unsqueeze(1)
+        t = family.own_time(s).unsqueeze(1)  # the exact time: what the network is told is rounded
         a, b = family.path.a(t), family.path.b(t)
-        z = z_in * torch.sqrt(b**2 + family.sigma_data**2) if family.name == "edm" else z_in
+        z = z_in * torch.sqrt(b**2 + family.sigma_data**2) if family.prediction == "edm" else z_in
         gain = a * gaussian.c**2 / (a**2 * gaussian.c**2 + b**2)
         x0 = gaussian.mu + gain * (z - a * gaussian.mu)
         return raw_output(family, x0, (z - a * x0) / b, t)
@@ -80,7 +83,8 @@ def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(fami
     x = torch.linspace(-2, 2, 15, dtype=torch.float64).reshape(5, 3)
     velocity = rf_velocity(family, network)(x, s)
     torch.testing.assert_close(velocity, gaussian.velocity(x, s), rtol=1e-4, atol=1e-5)
-    assert ((times[0] > 0) & (times[0] < 1)).all() and (family.name == "rf" or times[0].dtype == torch.float32)
+    torch.testing.assert_close(times[0].double(), family.own_time(s), rtol=1e-6, atol=0)
+    assert ((times[0] > 0) & (times[0] <= 1)).all() and (family.name == "rf" or times[0].dtype == torch.float32)
 
 
 @every_family
@@ -140,10 +144,14 @@ def test_loss_weights_have_their_published_forms():
     published = {
         "rf": 1 / (1 - TIMES) ** 2,
         "eps/linear": torch.ones_like(TIMES),
+        "eps/cos": torch.ones_like(TIMES),
         "v/linear": 1 / FAMILIES["v/linear"].path.a(TIMES) ** 2,
         "v/cos": 1 / torch.cos(math.pi / 2 * TIMES) ** 2,
         "edm": sigma**2 * (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,
+        "edm/rf": 1 + 4 * (TIMES / (1 - TIMES)) ** 2,
+        "edm/cos": 1 + 4 * torch.tan(math.pi / 2 * TIMES) ** 2,
     }
+    assert published.keys() == FORMULATIONS.keys()
     for name, weight in published.items():
         torch.testing.assert_close(FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
     for name in ("rf", "v/cos"):  # a constant factor apart, since the cosine path turns at a constant speed
@@ -234,3 +242,122 @@ def test_linear_grid_is_the_trailing_one_of_the_discrete_schedule():
 def test_bad_grids_are_refused(family: Family, arguments):
     with pytest.raises(ValueError):
         sampling_sigmas(family, **arguments)
+
+
+@pytest.mark.parametrize("name", ["eps/cos", "v/cos", "edm/rf", "edm/cos", *GRID])
+def test_golden_values_by_hand(name):
+    """At quantile t = 0.75: (b / a, time s of the straight path, what the network is to say of x0 = 2, noise = -1)."""
+    z = 0.6744897501960817  # of the standard normal, of which three quarters lie below it
+    root = math.sqrt(2)
+    cosine = math.tan(3 * math.pi / 8)  # 1 + sqrt(2)
+    assert cosine == pytest.approx(1 + root)
+    sine, side = math.sin(3 * math.pi / 8), math.cos(3 * math.pi / 8)
+    ratio = {"eps/cos": cosine, "v/cos": cosine, "edm/rf": 3.0, "edm/cos": cosine}
+    ratio |= {f"edm({m}, {s})": math.exp(m + s * z) for m in (-1.2, 0.0, 1.2) for s in (0.6, 1.8)}
+    sigma = ratio[name]
+    # F = (x0 - c_skip (x0 + sigma noise)) / c_out = (sigma x0 / 0.5 - 0.5 noise) / sqrt(sigma² + 0.25)
+    said = {"eps/cos": -1.0, "v/cos": -side - 2 * sine}.get(name, (4 * sigma + 0.5) / math.sqrt(sigma**2 + 0.25))
+    family, t = named(name), torch.tensor([0.75], dtype=torch.float64)
+    x0, noise = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
+    assert (family.path.b(t) / family.path.a(t)).item() == pytest.approx(sigma, rel=1e-12)
+    assert family.rf_time(t).item() == pytest.approx(sigma / (1 + sigma), rel=1e-12)
+    assert family.raw_target(x0, noise, t).item() == pytest.approx(said, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantile"),
+    [
+        ("edm/rf", lambda share: 2 * torch.logit(share)),  # lambda = 2 log((1 - t) / t): logistic
+        ("edm/cos", lambda share: -2 * torch.log(torch.tan(math.pi / 2 * (1 - share)))),
+        ("edm(0.6, 1.2)", lambda share: -2 * 0.6 + 2 * 1.2 * torch.special.ndtri(share)),
+    ],
+)
+def test_an_edm_family_has_the_log_snr_of_its_name(name, quantile):
+    """At a uniform t; and weighs the noise's error by density times exp(-lambda) + sigma_data², up to a factor."""
+    found = named(name).path.log_snr(1 - TIMES)  # rising
+    torch.testing.assert_close(found, quantile(TIMES), rtol=1e-9, atol=1e-9)
+    other = {"edm/rf": "rf", "edm/cos": "v/cos"}.get(name)
+    if other is not None:
+        torch.testing.assert_close(found, FAMILIES[other].path.log_snr(1 - TIMES), rtol=1e-9, atol=1e-9)
+    weight = named(name).loss_weight(1 - TIMES)
+    torch.testing.assert_close(weight * 0.5**2, torch.exp(-found) + 0.5**2, rtol=1e-9, atol=0)
+
+
+def test_the_cosine_path_with_another_output_has_the_published_weights_of_its_log_snr():
+    """Of ``-w lambda' / 2`` (arXiv:2403.03206, eq. 12): sech(lambda / 2) for the noise, exp(-lambda / 2) for v."""
+    for name, published in (
+        ("eps/cos", lambda snr: 1 / torch.cosh(snr / 2)),
+        ("v/cos", lambda snr: torch.exp(-snr / 2)),
+        ("rf", lambda snr: torch.exp(-snr / 2)),
+    ):
+        t = TIMES.clone().requires_grad_()
+        log_snr = FAMILIES[name].path.log_snr(t)
+        (slope,) = torch.autograd.grad(log_snr.sum(), t)
+        found = -2 * FAMILIES[name].loss_weight(TIMES) / slope / published(log_snr.detach())
+        torch.testing.assert_close(found, found[:1].expand(99), rtol=1e-9, atol=0)
+
+
+@every_family
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+def test_solvers_keep_their_order_through_every_familys_conversion(family: Family, solver, order, gaussian):
+    def network(z_in, t):
+        own = family.own_time(level)  # the exact time: what the network is told is rounded
+        a, b = (f(own).unsqueeze(1) for f in (family.path.a, family.path.b))
+        z = z_in * torch.sqrt(b**2 + family.sigma_data**2) if family.prediction == "edm" else z_in
+        x0 = gaussian.mu + a * gaussian.c**2 / (a**2 * gaussian.c**2 + b**2) * (z - a * gaussian.mu)
+        return raw_output(family, x0, (z - a * x0) / b, own.unsqueeze(1))
+
+    def velocity(x, s):
+        nonlocal level
+        level = s
+        return rf_velocity(family, network)(x, s)
+
+    level, start, errors = torch.zeros(1), torch.tensor([[1.3]], dtype=torch.float64), []
+    exact = gaussian.ode(start, 0.8, 0.1)
+    for steps in (16, 32):
+        end = solver(velocity, start, torch.linspace(0.8, 0.1, steps + 1, dtype=torch.float64))
+        errors.append((end - exact).abs().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+
+
+@every_family
+def test_samples_of_an_ideal_network_have_the_datas_mean_and_spread(family: Family, gaussian):
+    start = torch.tensor([-1.5, 0.0, 1.5], dtype=torch.float64)[:, None]
+    grid = sampling_sigmas(family, 400)
+
+    def network(z_in, t):
+        own = family.own_time(level)
+        a, b = (f(own).unsqueeze(1) for f in (family.path.a, family.path.b))
+        z = z_in * torch.sqrt(b**2 + family.sigma_data**2) if family.prediction == "edm" else z_in
+        x0 = gaussian.mu + a * gaussian.c**2 / (a**2 * gaussian.c**2 + b**2) * (z - a * gaussian.mu)
+        return raw_output(family, x0, (z - a * x0) / b, own.unsqueeze(1))
+
+    def velocity(x, s):
+        nonlocal level
+        level = s
+        return gaussian.velocity(x, s) if float(s[0]) == 1 else rf_velocity(family, network)(x, s)
+
+    level = torch.zeros(3)
+    end = euler(velocity, family.initial_scale * start, grid)
+    torch.testing.assert_close(end, gaussian.mu + gaussian.c * start, rtol=0, atol=0.06)
+
+
+def test_a_narrow_edm_begins_at_the_highest_level_that_it_is_trained_on():
+    z = torch.special.ndtri(torch.tensor(1 - 2.0**-24, dtype=torch.float64)).item()
+    for name in NAMES:
+        if named(name).prediction == "edm":
+            p_mean, p_std = {"edm": (-1.2, 1.2)}.get(name, (0.0, 9.0))
+            if name.startswith("edm("):
+                p_mean, p_std = map(float, name[4:-1].split(","))
+            sigma = min(80.0, math.exp(p_mean + p_std * z))
+            assert named(name).initial_scale == pytest.approx(sigma / (1 + sigma), rel=1e-9)
+    assert named("edm(-1.2, 0.6)").initial_scale < 0.88 and named("edm(0.0, 0.6)").initial_scale < 0.97
+
+
+def test_noise_on_the_cosine_path_begins_where_edm_does():
+    family = FAMILIES["eps/cos"]
+    assert family.first_time.item() == pytest.approx(2 / math.pi * math.atan(80))
+    assert family.initial_scale == pytest.approx(80 / 81) and FAMILIES["eps/linear"].first_time == 1
+    levels = sampling_sigmas(family, 4).double()[:-1]
+    times = [share * 2 / math.pi * math.atan(80) for share in (1.0, 0.75, 0.5, 0.25)]
+    assert (levels / (1 - levels)).tolist() == pytest.approx([math.tan(math.pi / 2 * t) for t in times], rel=1e-4)
