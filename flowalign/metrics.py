@@ -13,6 +13,7 @@ from typing import Any
 from flowalign.config import LoggingConfig
 
 TIME_KEYS = ("wall_s", "time/", "throughput/")
+RETRIES = "/retries"  # of a reward server: what its network did, not what the run computed
 
 
 class MetricsWriter:
@@ -129,7 +130,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what may differ between equal runs."""
-    return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS)}
+    return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS) and not key.endswith(RETRIES)}
 
 
 def _start_wandb(run_dir: Path, name: str, logging: LoggingConfig) -> Any:

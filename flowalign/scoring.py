@@ -6,6 +6,7 @@ Shapes: N samples, H W pixels.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,13 @@ def score_images(
         {rename[k]: _spread(v, applies, False) for k, v in checked.valid.items()},
         {rename[k]: v for k, v in checked.causes.items()},
         applies,
+        _retried(named),
     )
+
+
+def _retried(named: NamedScorer) -> dict[str, dict[str, int]]:
+    asks = getattr(named.scorer, "retried", None)
+    return {} if asks is None else {named.name: asks()}
 
 
 def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
@@ -153,6 +160,7 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
         valid=torch.from_numpy(every),
         causes=causes,
         weights={name: weight for name, weight in weights.items() if weight},
+        retries={name: causes for part in parts for name, causes in part.retries.items()},
     )
 
 
@@ -162,6 +170,9 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
     for part in parts:
         for cause, count in part.causes.items():
             causes[cause] = causes.get(cause, 0) + count
+    retries: dict[str, Counter[str]] = {}
+    for name, counts in (item for part in parts for item in part.retries.items()):
+        retries.setdefault(name, Counter()).update(counts)
     names = dict.fromkeys(name for part in parts for name in part.by_reward)
     nothing = [torch.full_like(part.total, float("nan")) for part in parts]
     return Scores(
@@ -170,7 +181,29 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         valid=torch.cat([p.valid for p in parts]),
         causes=causes,
         weights=parts[0].weights,
+        retries={name: dict(counts) for name, counts in retries.items()},
     )
+
+
+def faults(scores: Scores) -> dict[str, tuple[int, str]]:
+    """Of each reward that had to ask again or whose scores were masked: masked samples, and what to say of both."""
+    masked: dict[str, Counter[str]] = {}
+    for key, count in scores.causes.items():
+        name, _, cause = key.rpartition("/")
+        masked.setdefault(name, Counter())[cause] += count
+    found = {}
+    for name in dict.fromkeys([*scores.retries, *masked]):
+        retries, causes = scores.retries.get(name, {}), masked.get(name, Counter())
+        tries = sum(retries.values())
+        said = [f"{tries} {'retry' if tries == 1 else 'retries'} ({_counted(retries)})"] if retries else []
+        said += [f"{causes.total()} of {len(scores.valid)} images masked ({_counted(causes)})"] if causes else []
+        if said:
+            found[name] = (causes.total(), "; ".join(said))
+    return found
+
+
+def _counted(causes: Mapping[str, int]) -> str:
+    return ", ".join(f"{cause} × {count}" if count > 1 else cause for cause, count in causes.items())
 
 
 def require_valid(scores: Scores, fraction: float) -> None:
@@ -185,7 +218,7 @@ def require_valid(scores: Scores, fraction: float) -> None:
 
 
 def reward_metrics(scores: Scores) -> dict[str, float]:
-    """``reward/<name>/mean`` and ``std`` over valid samples, the total, and the counts of masked ones."""
+    """``reward/<name>/mean`` and ``std`` over valid samples, the total, the counts of masked ones and of retries."""
     metrics = {}
     for name, values in {**scores.by_reward, "total": scores.total}.items():
         usable = values[torch.isfinite(values)]
@@ -193,4 +226,5 @@ def reward_metrics(scores: Scores) -> dict[str, float]:
         metrics[f"reward/{name}/std"] = float(usable.double().std(correction=0)) if usable.numel() else float("nan")
     metrics["reward/invalid_fraction"] = 1 - scores.valid.double().mean().item()
     metrics |= {f"reward/invalid/{cause}": float(count) for cause, count in scores.causes.items()}
+    metrics |= {f"reward/{name}/retries": float(sum(counts.values())) for name, counts in scores.retries.items()}
     return metrics

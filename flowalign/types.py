@@ -163,13 +163,15 @@ class Scores:
     """Rewards of N samples: float32 (N,) by name, their weighted total, and which samples are valid.
 
     Where ``valid`` is False the total is NaN and must never be used; ``causes`` counts why. A reward is NaN where it
-    was refused, or does not apply to a sample's task. ``weights`` are those of the rewards that are trained on.
+    was refused, or does not apply to a sample's task. ``weights`` are those of the rewards that are trained on;
+    ``retries`` counts by reward and cause what had to be asked again.
     """
 
     by_reward: Mapping[str, Tensor]
     total: Tensor
     valid: Tensor
     causes: Mapping[str, int] = field(default_factory=dict)
+    retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
 
 

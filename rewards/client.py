@@ -63,6 +63,11 @@ class HttpScorer:
         down = self.endpoint.unreachable("/health") if len(self.endpoint.addresses) > 1 else {}
         for address, cause in down.items():
             _log.warning("reward server %s is not reachable (%s); the other addresses take its batches", address, cause)
+        self.endpoint.retried()  # what happened before the first batch is none of its retries
+
+    def retried(self) -> dict[str, int]:
+        """How often a batch had to be sent again since the last call, by address and cause."""
+        return self.endpoint.retried()
 
     def info(self) -> dict[str, Any]:
         """What the server says about itself."""

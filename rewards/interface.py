@@ -6,7 +6,7 @@ Shapes: N images, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +21,10 @@ _SHOWN = 200
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores images; may also have ``setup(device: str)``, called once before the first batch."""
+    """Scores images; may also have ``setup(device: str)``, called once before the first batch.
+
+    One that asks others may have ``retried() -> dict[str, int]``: what had to be asked again since the last call.
+    """
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
         """One float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
@@ -64,13 +67,15 @@ class Checked:
 
     Every dictionary is keyed by reward name. ``scores`` float64 (N,), NaN where invalid; ``valid`` bool
     (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``). ``applies`` bool (N,) says
-    which samples were scored at all; None means all.
+    which samples were scored at all; None means all. ``retries`` counts by cause what a scorer had to ask again; one
+    that asks nobody has no entry.
     """
 
     scores: dict[str, NDArray[np.float64]]
     valid: dict[str, NDArray[np.bool_]]
     causes: dict[str, dict[str, int]]
     applies: NDArray[np.bool_] | None = None
+    retries: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:

@@ -7,7 +7,9 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -89,6 +91,8 @@ class Endpoint:
             raise SpecError(f"{what} url {self.url!r}: breaker_failures must be >= 1 and breaker_reset_s >= 0")
         self.what, self.hint = what, hint
         self.deadline_s, self.retries = deadline_s, retries
+        self._failed: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._replicas = Replicas(addresses, breaker_failures=breaker_failures, breaker_reset_s=breaker_reset_s)
 
     def ask(self, method: str, path: str, body: bytes | None = None, content_type: str = _JSON) -> bytes:
@@ -109,6 +113,7 @@ class Endpoint:
                         self._replicas.answered(replica)
                         raise
                     self._replicas.failed(replica, _cause(error))
+                    self._count(f"{replica.address.url}: {_cause(error)}")
                     failure = error
                 else:
                     self._replicas.answered(replica)
@@ -119,6 +124,16 @@ class Endpoint:
                 raise self._gave_up(late and isinstance(failure, TimeoutError), attempt + 1) from failure
             time.sleep(wait)
         raise AssertionError("unreachable")
+
+    def retried(self) -> dict[str, int]:
+        """How often a request had to be made again since the last call, by address and cause."""
+        with self._counting:
+            counts, self._failed = dict(self._failed), Counter()
+        return counts
+
+    def _count(self, cause: str) -> None:
+        with self._counting:
+            self._failed[cause] += 1
 
     def _gave_up(self, silent: bool, tries: int) -> ScorerError:
         """What to raise when the last one asked was ``silent`` to the end, or no other try is left."""

@@ -73,6 +73,7 @@ class HostedScorer:
         variables = {**worker_env(config.cluster.reward_threads), **given.pop("env_vars", {})}
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         self.name = reward.label
+        self._retried: dict[str, int] = {}
         try:
             # No resources of its own: it shares those of the actor that waits for it.
             hosted = ray.remote(HostedHere).options(num_cpus=0, runtime_env={**given, "env_vars": variables})
@@ -83,7 +84,11 @@ class HostedScorer:
         self._fetch(self._actor.start.remote())
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
-        return self._fetch(self._actor.score.remote(images, prompts, metadata))
+        scores, self._retried = self._fetch(self._actor.score.remote(images, prompts, metadata))
+        return scores
+
+    def retried(self) -> dict[str, int]:
+        return self._retried
 
     def _fetch(self, ref: Any) -> Any:
         from ray.exceptions import RuntimeEnvSetupError
@@ -107,8 +112,13 @@ class HostedHere(Mortal):
     def start(self) -> None:
         self.scorer = load_scorer(self.reward, self.base_dir, self.device).scorer
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
-        return call(self.reward.label, self.scorer, images, prompts, metadata)
+    def score(
+        self, images: Images, prompts: list[str], metadata: list[Metadata]
+    ) -> tuple[Mapping[str, Any], dict[str, int]]:
+        """The scores, and what the scorer had to ask again."""
+        scores = call(self.reward.label, self.scorer, images, prompts, metadata)
+        asks = getattr(self.scorer, "retried", None)
+        return scores, {} if asks is None else asks()
 
 
 class RewardActor(Mortal):

@@ -21,7 +21,9 @@ from flowalign.evaluate import evaluation_metrics
 from flowalign.loop import Collected, Count
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 from flowalign.sample import torch_threads
+from flowalign.scoring import faults
 from flowalign.signals import CollapseSignals
+from flowalign.types import Scores
 
 NUM_SAMPLE_IMAGES = 24
 
@@ -48,6 +50,7 @@ class RunJournal:
         self._steps = [step for step in steps(self._writer.root) if step <= start]
         self._mark_good()
         self._progress = Progress(console, config.iterations, start)
+        self._masked: dict[str, int] = {}
         self._stop = StopRequest(self._progress.say)
 
     def wall_s(self) -> float:
@@ -62,6 +65,7 @@ class RunJournal:
 
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
         if collected is not None:
+            self.say_faults(f"iteration {iteration}", collected.scores)
             metrics = metrics | self._measure(collected)
         metrics = metrics | self._alarm.update(metrics)
         self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
@@ -73,6 +77,13 @@ class RunJournal:
 
     def doing(self, what: str) -> Count:
         return self._progress.doing(what)
+
+    def say_faults(self, when: str, scores: Scores) -> None:
+        """Each outage that retries made up for, and masked images where they are more than were said before."""
+        for name, (masked, said) in faults(scores).items():
+            if scores.retries.get(name) or masked > self._masked.get(name, 0):
+                self._progress.say(f"reward {name} in {when}: {said}")
+            self._masked[name] = max(masked, self._masked.get(name, 0))
 
     def _warn(self, iteration: int, falling: list[str]) -> None:
         if falling and not self._ringing:
@@ -114,6 +125,7 @@ class RunJournal:
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
         metrics = evaluation_metrics(collected.scores, collected.rollout.batch.metadata)
+        self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())

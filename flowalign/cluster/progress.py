@@ -61,7 +61,7 @@ class Progress:
     def _live(self, text: str, restart: bool = True) -> None:
         if self._bar is not None:
             since = {"since": time.monotonic()} if restart else {}
-            self._bar.update(self._task, description=text, **since)
+            self._bar.update(self._task, description=text, refresh=True, **since)
 
     def say(self, text: str) -> None:
         self._spoke = time.monotonic()

@@ -88,6 +88,10 @@ class VlmJudgeScorer:
         with ThreadPoolExecutor(self.concurrency) as pool:
             return {"vlm_judge": np.array(list(pool.map(self._judge, images, prompts)), np.float64)}
 
+    def retried(self) -> dict[str, int]:
+        """How often a question had to be sent again since the last call, by address and cause."""
+        return self.endpoint.retried()
+
     def _judge(self, image: np.ndarray, prompt: str) -> float:
         """One image (H, W, 3): ask, and ask again where the answer cannot be used."""
         picture = {"type": "image_url", "image_url": {"url": data_url(image)}}

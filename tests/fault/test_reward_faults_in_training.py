@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -134,18 +135,22 @@ def test_a_server_killed_over_a_batch_and_back_after_five_seconds_changes_no_bit
     restarting = threading.Thread(target=restart)
     restarting.start()
     rewards = {"whole": in_process(tmp_path), "broken": {"spec": f"url:{server.url}"}}
-    rows, models = [], []
+    rows, models, said = [], [], Console(file=io.StringIO())
     for name, reward in rewards.items():
         if name == "broken":
             order(tmp_path, "die", after_calls=3)
         config = make_config(tiny_pipeline_dir, tmp_path, name, reward)
-        run_dir = run_align(AlignConfig.model_validate(config), tmp_path, Console(quiet=True))
+        run_dir = run_align(AlignConfig.model_validate(config), tmp_path, said)
         rows.append([without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")])
+        retries = [row.get("reward/bright/retries") for row in read_metrics(run_dir / "metrics.jsonl")]
+        assert retries == [None, None] if name == "whole" else retries[0] == 0 and retries[1] >= 1
         models.append(checkpoint.load(run_dir / "checkpoints" / "step_000002").model)
     restarting.join()
     assert len(restarts) == 1 and not (tmp_path / "order").exists()
     assert rows[0] == rows[1] and equal(*models)
     assert [row["reward/invalid_fraction"] for row in rows[1]] == [0, 0]
+    lines = [line for line in said.file.getvalue().splitlines() if line.startswith("reward bright in ")]  # type: ignore[attr-defined]
+    assert len(lines) == 1 and "in iteration 2: " in lines[0] and f"retries ({server.url}: " in lines[0]
 
 
 @pytest.mark.fault
