@@ -50,6 +50,8 @@ class Journal(Protocol):
 
     def doing(self, what: str) -> Count: ...
 
+    def begin(self) -> None: ...  # before the first iteration; from here on there is something to keep
+
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None: ...
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
@@ -75,14 +77,16 @@ class Run:
     evaluates_ema: bool = False
 
 
-def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
-    """Roll out, score, learn, sync, until ``run.iterations``; iterations are counted from 1 once done.
+def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
+    """Roll out, score, learn, sync, until ``run.iterations`` or ``journal.stopping``; answers with the last iteration.
 
+    Iterations are counted from 1 once done.
     An algorithm without a rollout plan learns from pairs on disk: nothing is rolled out but for evaluations.
     """
     backend.sync()
     if start == 0:
         _evaluate(run, backend, journal, 0)
+    journal.begin()
     for iteration in range(start, run.iterations):
         clock = Clock()
         spec = run.algorithm.rollout_plan(iteration, run.seed)
@@ -109,7 +113,8 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> None:
         if stopping or journal.due("checkpoint", done):
             journal.checkpoint(done, backend, metrics)
         if stopping:
-            return
+            return done
+    return run.iterations
 
 
 def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:

@@ -25,6 +25,8 @@ from flowalign.engine.base import Engine
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
 from flowalign.pretrainconfig import PhaseConfig, PretrainConfig
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.resume import resume_from
 from flowalign.types import TrainBatch
 from flowalign.validation import Validation
@@ -114,7 +116,8 @@ def pretrain(
     engine: Engine,
     run_dir: Path,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
-    stopping: Callable[[], bool] = lambda: False,
+    stop: StopRequest | None = None,
+    lock: RunLock | None = None,
     *,
     begin: Callable[[], object] = lambda: None,
     saved: checkpoint.Checkpoint | None = None,
@@ -125,9 +128,14 @@ def pretrain(
 
     ``begin`` is called when data and checkpoint are there, before the first step.
     ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
-    Where ``stopping`` turns true the step under way is the last one, and is checkpointed. Of several ranks the first
-    reports and writes.
+    Where ``stop`` was asked for, the step under way is the last one, and is checkpointed. Of several ranks the first
+    reports and writes, while ``lock`` is its own.
+
+    Raises:
+        EndedEarly: ``stop`` was asked for before the first step.
+        LockLost: another process holds the run directory.
     """
+    stop = stop or StopRequest()
     feed = Feed(config, policy)
     validation = None if config.validation is None else Validation(config, policy)
     steps = sum(phase.steps for phase in config.phases)
@@ -137,7 +145,10 @@ def pretrain(
     others = dict(models or {})
     called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
     called |= {role: autocast(model, config) for role, model in others.items()}
+    if process_group.agreed(stop.asked):
+        raise EndedEarly
     begin()
+    stop.begin()
     began = time.monotonic()
     policy.network.train()
     done = start
@@ -152,10 +163,10 @@ def pretrain(
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
             report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
-        stop = process_group.agreed(stopping())  # or one rank would wait for ever for the others
-        if stop or done % config.checkpoint_every == 0 or done == steps:
-            _save(run_dir, config, engine, averages, done)
-        if stop:
+        stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
+        if stopping or done % config.checkpoint_every == 0 or done == steps:
+            _save(run_dir, config, engine, averages, done, lock)
+        if stopping:
             break
     policy.network.eval()
     last = checkpoint.latest(run_dir / "checkpoints")
@@ -240,8 +251,12 @@ def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> i
     return int(saved.state["step"])
 
 
-def _save(run_dir: Path, config: PretrainConfig, engine: Engine, averages: Averages, step: int) -> None:
+def _save(
+    run_dir: Path, config: PretrainConfig, engine: Engine, averages: Averages, step: int, lock: RunLock | None
+) -> None:
     model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
+    if lock is not None:
+        lock.check()
     if engine.rank == 0:
         checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
             step,

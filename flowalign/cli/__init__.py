@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import SHIPPED_CLIP, Clip, Extractor, Reference, measure, reference_metrics
 from flowalign.cli.options import (
@@ -26,27 +25,9 @@ from flowalign.cli.options import (
     Weights,
 )
 from flowalign.cli.precompute_command import precompute
+from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import opening, print_json, print_rows, progress, say_error, sentence
-from flowalign.libraries import silence
-
-STOPPED_BY_ALARM = 3
-
-
-class Commands(TyperGroup):
-    """Ends in one sentence and exit code 2 where the project itself says what is wrong."""
-
-    def invoke(self, ctx: Any) -> Any:
-        silence()
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            said = sentence(error)
-            if said is None or os.environ.get("FLOWALIGN_DEBUG") == "1":
-                raise
-            say_error(said)
-            raise typer.Exit(2) from None
-
+from flowalign.cli.terminal import print_json, print_rows, progress
 
 app = typer.Typer(
     cls=Commands,
@@ -57,58 +38,10 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def align(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Align a model with reinforcement learning; the same command continues an interrupted run.
-
-    Exit code 3 says that an alarm stopped it (safety.stop).
-    """
-    phases = opening(make_console(as_json), f"align {config}")
-    from flowalign.cli.runs import begin_run, check_run, report_of, stop_of
-    from flowalign.configfile import load_align
-
-    loaded = load_align(config, overrides or ())
-    check_run(loaded.config)
-    from flowalign.cluster.run import run_align
-
-    begin = partial(begin_run, loaded.config)
-    run_dir = run_align(loaded.config, loaded.base_dir, make_console(as_json), begin, phases)
-    stopped, advice = stop_of(run_dir, loaded.config)
-    _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
-    for line in advice:
-        make_console(as_json).print(line, highlight=False, markup=False, soft_wrap=True)
-    if "stopped" in stopped:
-        raise typer.Exit(STOPPED_BY_ALARM)
-
-
-@app.command()
-def pretrain(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
-    _train("pretrain", config, overrides, as_json)
-
-
-@app.command()
-def distill(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
-    _train("distill", config, overrides, as_json)
-
-
-def _train(command: str, config: Path, overrides: list[str] | None, as_json: bool) -> None:
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    phases = opening(make_console(as_json), f"{command} {config}", quiet=not first)
-    from flowalign.cli.runs import begin_run, check_run
-    from flowalign.configfile import load_pretrain
-
-    loaded = load_pretrain(config, overrides or ())
-    check_run(loaded.config)
-    from flowalign.cluster.train import run_pretrain
-
-    begin = partial(begin_run, loaded.config)
-    run_dir = run_pretrain(loaded.config, loaded.base_dir, make_console(as_json), begin, phases, command=command)
-    if first:
-        _finish(run_dir, as_json, phases)
-
-
+app.command()(align)
+app.command()(pretrain)
+app.command()(distill)
+app.command("stop")(stop_run)
 app.command()(precompute)
 app.command("make-pairs")(make_pairs)
 app.command("make-preferences")(make_preferences)
@@ -367,15 +300,3 @@ def doctor(as_json: Json = False) -> None:
     print_rows(make_console(as_json), [(f.status, f.what, f.found, f.advice) for f in findings])
     print_json(as_json, {"findings": [asdict(f) for f in findings]})
     raise typer.Exit(int(any(f.status == "fail" for f in findings)))
-
-
-def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
-    from flowalign.checkpoint import latest
-    from flowalign.cli.runs import last_metrics
-
-    newest = latest(run_dir / "checkpoints")
-    named = {"run": run_dir, **({} if newest is None else {"checkpoint": newest}), **files}
-    shown = {**named, "metrics": run_dir / "metrics.jsonl", "took": phases}
-    for what, value in shown.items():
-        make_console(as_json).print(f"{what}: {value}", highlight=False, soft_wrap=True, markup=False)
-    print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

@@ -19,6 +19,9 @@ def model_directory(text: str) -> Path:
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
+TakeOver = Annotated[
+    bool, typer.Option("--take-over", help="take the run directory from a holder elsewhere that is known to be gone")
+]
 Source = Annotated[
     Path,
     typer.Argument(

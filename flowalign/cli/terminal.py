@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -59,6 +61,50 @@ def say_error(text: str) -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Text(f"error: {text}", style="red"), soft_wrap=True)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, output that nobody reads any more is dropped, not an error: the same Ctrl-C that asks a run to end also
+    ends the ``tee`` behind it, and a terminal may be closed while the run goes on."""
+    before = sys.stdout, sys.stderr
+    lasting: Any = [_Lasting(stream) for stream in before]
+    sys.stdout, sys.stderr = lasting
+    try:
+        yield
+    finally:
+        for stream in lasting:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A text stream whose writes do not fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """What is still buffered is written somewhere else, or the interpreter's own last flush would fail."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:

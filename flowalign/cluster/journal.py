@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,8 @@ from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
 from flowalign.loop import Collected, Count
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import StopRequest
 from flowalign.sample import torch_threads
 from flowalign.scoring import faults
 from flowalign.signals import CollapseSignals
@@ -29,12 +28,22 @@ NUM_SAMPLE_IMAGES = 24
 
 
 class RunJournal:
-    """Implements ``flowalign.loop.Journal`` over a run directory."""
+    """Implements ``flowalign.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
 
     def __init__(
-        self, config: AlignConfig, run_dir: Path, console: Console, *, start: int, wall_s: float, base_hash: str
+        self,
+        config: AlignConfig,
+        run_dir: Path,
+        console: Console,
+        *,
+        start: int,
+        wall_s: float,
+        base_hash: str,
+        lock: RunLock,
+        stop: StopRequest,
     ) -> None:
         self.config, self.run_dir, self.console = config, run_dir, console
+        self._lock, self._stop = lock, stop
         self.base_hash = base_hash
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
@@ -51,7 +60,6 @@ class RunJournal:
         self._mark_good()
         self._progress = Progress(console, config.iterations, start)
         self._masked: dict[str, int] = {}
-        self._stop = StopRequest(self._progress.say)
 
     def wall_s(self) -> float:
         return time.monotonic() - self._began
@@ -63,7 +71,11 @@ class RunJournal:
         every = self.config.evaluation.every
         return every > 0 and (last or iteration % every == 0)
 
+    def begin(self) -> None:
+        self._stop.begin()
+
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
+        self._lock.check()
         if collected is not None:
             self.say_faults(f"iteration {iteration}", collected.scores)
             metrics = metrics | self._measure(collected)
@@ -124,6 +136,7 @@ class RunJournal:
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
+        self._lock.check()
         metrics = evaluation_metrics(collected.scores, collected.rollout.batch.metadata)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
@@ -136,6 +149,7 @@ class RunJournal:
 
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
         states = backend.state()
+        self._lock.check()
         self._writer.save(
             iteration,
             model=states[0]["model"],
@@ -161,43 +175,12 @@ class RunJournal:
 
     @property
     def stopping(self) -> bool:
-        return self.interrupted or self.stopped
-
-    @property
-    def interrupted(self) -> bool:
-        """Somebody asked for the end."""
-        return self._stop.asked
+        return self._stop.asked or self.stopped
 
     @property
     def stopped(self) -> bool:
         """An alarm asked for the end."""
         return self._collapse.stopping() is not None
-
-    def interruptible(self) -> AbstractContextManager[None]:
-        return self._stop.on_signals("iteration")
-
-
-class StopRequest:
-    """The first Ctrl-C (or SIGTERM) asks a run to end with a checkpoint; the second ends it at once."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.asked = False
-        self._say = say
-
-    @contextmanager
-    def on_signals(self, unit: str) -> Iterator[None]:
-        def ask(signum: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-            self._say(f"stopping after this {unit} with a checkpoint (Ctrl-C again: at once, without)")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _write_samples(directory: Path, collected: Collected) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import scheduler_shift
 from flowalign.models.textlength import cut_note
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.resume import leave_behind, resume_from
 from flowalign.sample import base_hash, sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
@@ -31,26 +34,50 @@ def run_align(
     console: Console,
     begin: Callable[[], object] = lambda: None,
     phases: Phases | None = None,
+    *,
+    lock: RunLock | None = None,
+    stop: StopRequest | None = None,
 ) -> Path:
     """Run (or resume) an alignment to its last iteration, or to where an alarm stops it; returns the run directory.
 
-    ``begin`` is called once all that the run needs stands, before the run directory is written to. ``phases``, begun by
-    the caller, is told when work begins and when it ends.
+    ``begin`` is called once all that the run needs stands, before the run directory is written to (but for its lock).
+    ``phases``, begun by the caller, is told when work begins and when it ends. Without ``lock`` and ``stop`` it holds
+    the directory and listens for signals by itself.
 
     Raises:
+        EndedEarly: somebody asked for the end; what was learned is in the last checkpoint.
+        RunDirectoryError, LockLost: another process holds the run directory, or took it over.
         CheckpointError, ResumeRefused: the run directory cannot be continued.
         PlacementError, ScorerError, TooManyInvalid, SyncError, NonFiniteUpdate: see their modules.
     """
     run_dir = Path(config.runs_dir) / config.name
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest().on_signals())
+        if lock is None:
+            lock = stack.enter_context(RunLock.take(run_dir))
+            stack.enter_context(stop.watching(lock))
+        _run(config, base_dir, console, begin, phases or Phases(), lock, stop)
+    return run_dir
+
+
+def _run(
+    config: AlignConfig,
+    base_dir: Path,
+    console: Console,
+    begin: Callable[[], object],
+    phases: Phases,
+    lock: RunLock,
+    stop: StopRequest,
+) -> None:
+    run_dir = lock.run_dir
     resume, say = config.checkpoint.resume, partial(console.print, **PLAIN)
     saved = resume_from(run_dir, resume, say)
     start = 0 if saved is None else int(saved.state["iteration"])
     if start >= config.iterations:
         console.print(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
-        return run_dir
+        return
     if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
-        return run_dir
-    phases = phases or Phases()
+        return
     run = build_run(config, base_dir)
     say(f"run directory: {run_dir}" + ("" if saved else ", begun anew"))
     for line in found(config, run):
@@ -72,20 +99,17 @@ def run_align(
         leave_behind(run_dir, resume, saved, say)
         begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
-        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base)
+        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base, lock=lock, stop=stop)
         phases.begin("work")
-        with journal.interruptible():
-            align(run, backend, journal, start)
-        if journal.interrupted:
-            console.print(
-                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
-            )
+        done = align(run, backend, journal, start)
+        stopped = journal.stopped
     finally:
         phases.begin("end")
         if journal is not None:
             journal.close()
         backend.close()
-    return run_dir
+    if done < config.iterations and not stopped:
+        raise EndedEarly
 
 
 def make_backend(config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> Any:

@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.checkpoint import Checkpoint
-from flowalign.cluster.journal import StopRequest
 from flowalign.cluster.progress import PLAIN, Phases, Progress, duration
 from flowalign.config import ConfigError
 from flowalign.engine.base import Engine, EngineSettings
@@ -29,6 +29,8 @@ from flowalign.models.encoding import encoding
 from flowalign.models.features import ImageFeatures
 from flowalign.pretrain import pretrain, resumed
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.resume import leave_behind
 
 
@@ -71,22 +73,46 @@ def run_pretrain(
     phases: Phases | None = None,
     *,
     command: str = "pretrain",
+    lock: RunLock | None = None,
+    stop: StopRequest | None = None,
 ) -> Path:
     """Run (or resume) a training run to its last step; returns the run directory.
 
-    ``begin`` is called in the first rank, once all that the run needs stands, before the run directory is written to.
-    ``phases``, begun by the caller, is told when work begins and when it ends.
+    ``begin`` is called in the first rank, once all that the run needs stands, before the run directory is written to
+    (but for its lock). ``phases``, begun by the caller, is told when work begins and when it ends. Without ``lock`` and
+    ``stop`` it holds the directory and listens for signals by itself; of several ranks the first holds it.
 
     Raises:
+        EndedEarly: somebody asked for the end; what was learned is in the last checkpoint.
+        RunDirectoryError, LockLost: another process holds the run directory, or took it over.
         CheckpointError, ResumeRefused: the run directory cannot be continued.
         LatentsError, ModelError, ConfigError: what the run needs cannot be had.
         NonFiniteUpdate: loss or gradient is no number any more; the weights before it are in the last checkpoint.
     """
+    rank, run_dir = Rank.of_environment(), Path(config.runs_dir) / config.name
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest("step", alone=rank.world_size == 1).on_signals())
+        if lock is None and rank.index == 0:
+            lock = stack.enter_context(RunLock.take(run_dir))
+            stack.enter_context(stop.watching(lock))
+        _run(config, console, begin, phases or Phases(), command, rank, lock, stop)
+    return run_dir
+
+
+def _run(
+    config: PretrainConfig,
+    console: Console,
+    begin: Callable[[], object],
+    phases: Phases,
+    command: str,
+    rank: Rank,
+    lock: RunLock | None,
+    stop: StopRequest,
+) -> None:
+    run_dir = Path(config.runs_dir) / config.name
     torch.set_num_threads(config.threads)
-    rank = Rank.of_environment()
     console = console if rank.index == 0 else Console(quiet=True)
     config = config.model_copy(update={"device": rank.device(config.device)})
-    run_dir, phases = Path(config.runs_dir) / config.name, phases or Phases()
     algorithm = build_algorithm(config.algorithm)
     _say_start(config, console, run_dir, rank)
     loading = time.monotonic()
@@ -105,8 +131,7 @@ def run_pretrain(
     if start:
         console.print(f"resuming {run_dir} after step {start}", highlight=False)
     take = partial(_take, run_dir, config.resume, saved, say, begin)
-    report = _Reporter(config, run_dir, console, start, take, command) if rank.index == 0 else None
-    stop = StopRequest(say)
+    report = None if lock is None else _Reporter(config, lock, console, start, take, command)
 
     def ready() -> None:
         phases.begin("work")
@@ -114,30 +139,27 @@ def run_pretrain(
             report.begin()
 
     try:
-        with stop.on_signals("step"):
-            pretrain(
-                config,
-                policy,
-                algorithm,
-                engine,
-                run_dir,
-                report or (lambda row: None),
-                lambda: stop.asked,
-                begin=ready,
-                saved=saved,
-                models=roles.models,
-                follower=roles.follower,
-            )
-        if stop.asked:
-            console.print(
-                f"stopped; the same command continues it from {run_dir / 'checkpoints' / 'latest'}", soft_wrap=True
-            )
+        result = pretrain(
+            config,
+            policy,
+            algorithm,
+            engine,
+            run_dir,
+            report or (lambda row: None),
+            stop,
+            lock,
+            begin=ready,
+            saved=saved,
+            models=roles.models,
+            follower=roles.follower,
+        )
     finally:
         phases.begin("end")
         if report is not None:
             report.close()
         engine.close()
-    return run_dir
+    if result.steps < sum(phase.steps for phase in config.phases):
+        raise EndedEarly
 
 
 def _take(
@@ -218,13 +240,13 @@ class _Reporter:
     def __init__(
         self,
         config: PretrainConfig,
-        run_dir: Path,
+        lock: RunLock,
         console: Console,
         start: int,
         begin: Callable[[], object],
         command: str,
     ) -> None:
-        self._config, self._run_dir, self._start, self._begin = config, run_dir, start, begin
+        self._config, self._lock, self._start, self._begin = config, lock, start, begin
         self._console, self._command = console, command
         self._writer: MetricsWriter | None = None
         self._progress: Progress | None = None
@@ -233,13 +255,15 @@ class _Reporter:
     def begin(self) -> None:
         """Open the files and the bar; nothing is written before."""
         self._begin()
-        self._writer = MetricsWriter(self._run_dir, self._config.name, self._config.logging, keep_until=self._start)
-        steps = sum(phase.steps for phase in self._config.phases)
+        run_dir, config = self._lock.run_dir, self._config
+        self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=self._start)
+        steps = sum(phase.steps for phase in config.phases)
         self._progress = Progress(self._console, steps, self._start, command=self._command)
         self._began = time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> None:
         assert self._writer is not None and self._progress is not None
+        self._lock.check()
         step, steps = int(row.pop("step")), int(row.pop("steps"))
         self._writer.write(step, row, wall_s=time.monotonic() - self._began)
         eta_s = (steps - step) * self._config.batch_size / max(row["throughput/samples_per_s"], 0.1)

@@ -20,10 +20,10 @@ from tests.fault.victim import content
 OFFLINE = {"type": "diffusion_dpo", "source": "offline"}
 
 
-def said(path: Path, *overrides: str) -> str:
-    """The one sentence of a refused ``flowalign align``."""
+def said(path: Path, *overrides: str, code: int = 2) -> str:
+    """The one sentence of a ``flowalign align`` that is refused, or fails with another code."""
     done = CliRunner().invoke(app, ["align", str(path), *overrides])
-    assert done.exit_code == 2 and isinstance(done.exception, SystemExit), done.output
+    assert done.exit_code == code and isinstance(done.exception, SystemExit), done.output
     sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1 and "Traceback" not in done.output
     return sentences[0].removeprefix("error: ")
@@ -96,10 +96,11 @@ def test_a_learning_rate_that_makes_nan_stops_the_run_and_keeps_its_checkpoint(
     own["learner"] |= {"optimizer": {"learning_rate": 1e30}, "updates_per_iteration": 1}
     path, saved = written(own), tmp_path / "runs" / "nan" / "checkpoints"
     expected = "must be finite; the weights are unchanged" if "offline" in case else "its weights have diverged"
-    assert expected in said(path)
+    assert expected in (sentence := said(path, code=1))
+    assert f"the last checkpoint is {saved / 'step_000001'}; the same command continues from it" in sentence
     before = checkpoint.content_hash(checkpoint.load(saved / "step_000001").model)
     assert checkpoint.latest(saved) == saved / "step_000001"
-    assert expected in said(path)  # continued from there it says the same again
+    assert expected in said(path, code=1)  # continued from there it says the same again
     assert checkpoint.latest(saved) == saved / "step_000001"
     assert checkpoint.content_hash(checkpoint.load(saved / "step_000001").model) == before
 

@@ -25,6 +25,8 @@ from flowalign.cluster.run import build_run, run_align
 from flowalign.config import AlignConfig
 from flowalign.loop import align
 from flowalign.metrics import read_metrics, without_times
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import StopRequest
 from flowalign.scoring import ScorerHangs, TooManyInvalid
 from rewards.interface import InvalidScores
 from rewards.transport import DeadlineExceeded
@@ -106,11 +108,14 @@ def serve(tmp_path) -> Iterator[Callable[..., Server]]:
 def train(backend: LocalBackend, folder: Path, name: str) -> Path:
     """The backend's run with its journal; returns the run directory."""
     run_dir = folder / "runs" / name
-    journal = RunJournal(backend.config, run_dir, Console(quiet=True), start=0, wall_s=0.0, base_hash="")
-    try:
-        align(build_run(backend.config, folder), backend, journal)
-    finally:
-        journal.close()
+    with RunLock.take(run_dir) as lock:
+        begun = {"start": 0, "wall_s": 0.0, "base_hash": ""}
+        journal = RunJournal(backend.config, run_dir, Console(quiet=True), **begun, lock=lock, stop=StopRequest())
+        lock.begun = True
+        try:
+            align(build_run(backend.config, folder), backend, journal)
+        finally:
+            journal.close()
     return run_dir
 
 

@@ -1,0 +1,69 @@
+"""How commands end: an exit code for each end, and one sentence where the project itself says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from enum import IntEnum
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from flowalign.cli.terminal import say_error, sentence
+from flowalign.libraries import silence
+
+
+class ExitCode(IntEnum):
+    """What a process says at its end; ``docs/running.md`` explains each."""
+
+    FINISHED = 0
+    FAILED = 1
+    REFUSED = 2
+    ALARM = 3
+    EARLY = 75
+    AT_ONCE = 130
+
+
+class RunFailed(RuntimeError):
+    """A run failed that had begun, from ``error``: where its last checkpoint is."""
+
+    def __init__(self, kept: str, error: BaseException) -> None:
+        super().__init__(kept)
+        self.error = error
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into what it says and its exit code; FLOWALIGN_DEBUG=1 shows the traces."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:  # what is done is done: a signal while the interpreter ends changes no exit code
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+
+    def invoke(self, ctx: Any) -> Any:
+        silence()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say_error("interrupted")
+            raise typer.Exit(ExitCode.AT_ONCE) from None
+        except RunFailed as failed:
+            said = _sentence(failed.error)
+            if said is None:
+                traceback.print_exception(failed.error)
+            say_error(f"{said}; {failed}" if said else str(failed))
+            raise typer.Exit(ExitCode.FAILED) from None
+        except Exception as error:
+            said = _sentence(error)
+            if said is None:
+                raise
+            say_error(said)
+            raise typer.Exit(ExitCode.REFUSED) from None
+
+
+def _sentence(error: BaseException) -> str | None:
+    return None if os.environ.get("FLOWALIGN_DEBUG") == "1" else sentence(error)

@@ -1,0 +1,105 @@
+"""The commands that work in a run directory: ``align``, ``pretrain``, ``distill``, and ``stop``."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowalign.cli.exits import ExitCode
+from flowalign.cli.options import ConfigFile, Json, Overrides, TakeOver
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import opening, print_json
+
+
+def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False) -> None:
+    """Align a model with reinforcement learning; the same command continues an interrupted run.
+
+    Exit code 3 says that an alarm stopped it (safety.stop), 75 that it ended early and can be continued.
+    """
+    from flowalign.cli.running import conduct, held
+
+    console = make_console(as_json)
+    phases = opening(console, f"align {config}")
+    with conduct(as_json) as stop:
+        from flowalign.cli.runs import begin_run, report_of, stop_of
+        from flowalign.configfile import load_align
+
+        loaded = load_align(config, overrides or ())
+        with held(loaded.config, stop, console, take_over) as lock:
+            from flowalign.cluster.run import run_align
+
+            begin = partial(begin_run, loaded.config)
+            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, lock=lock, stop=stop)
+            stopped, advice = stop_of(run_dir, loaded.config)
+            _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
+    for line in advice:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if "stopped" in stopped:
+        raise typer.Exit(ExitCode.ALARM)
+
+
+def pretrain(
+    config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False
+) -> None:
+    """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
+    _train("pretrain", config, overrides, take_over, as_json)
+
+
+def distill(
+    config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False
+) -> None:
+    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
+    _train("distill", config, overrides, take_over, as_json)
+
+
+def _train(command: str, config: Path, overrides: list[str] | None, take_over: bool, as_json: bool) -> None:
+    from flowalign.cli.running import conduct, held
+
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    console = make_console(as_json)
+    phases = opening(console, f"{command} {config}", quiet=not first)
+    with conduct(as_json, "step") as stop:
+        from flowalign.cli.runs import begin_run
+        from flowalign.configfile import load_pretrain
+
+        loaded = load_pretrain(config, overrides or ())
+        with held(loaded.config, stop, console, take_over) if first else nullcontext() as lock:
+            from flowalign.cluster.train import run_pretrain
+
+            begin, asked = partial(begin_run, loaded.config), {"lock": lock, "stop": stop}
+            run_dir = run_pretrain(loaded.config, loaded.base_dir, console, begin, phases, command=command, **asked)
+            if first:
+                _finish(run_dir, as_json, phases)
+
+
+def stop_run(
+    run: Annotated[Path, typer.Argument(help="the directory of a run that is going on, on whatever machine")],
+    as_json: Json = False,
+) -> None:
+    """Ask a run to end after the iteration or step under way, with a checkpoint; the same command continues it."""
+    from dataclasses import asdict
+
+    from flowalign.record.stop import ask_to_stop
+
+    asked = ask_to_stop(run)
+    make_console(as_json).print(
+        f"asked {asked} to end {run} after what it is at, with a checkpoint", highlight=False, soft_wrap=True
+    )
+    print_json(as_json, {"run": run, "holder": asdict(asked)})
+
+
+def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
+    from flowalign.checkpoint import latest
+    from flowalign.cli.runs import last_metrics
+
+    newest = latest(run_dir / "checkpoints")
+    named = {"run": run_dir, **({} if newest is None else {"checkpoint": newest}), **files}
+    shown = {**named, "metrics": run_dir / "metrics.jsonl", "took": phases}
+    for what, value in shown.items():
+        make_console(as_json).print(f"{what}: {value}", highlight=False, soft_wrap=True, markup=False)
+    print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

@@ -1,0 +1,1 @@
+"""What processes leave for each other in a run directory: who holds it, and who asks it to end."""

@@ -1,0 +1,152 @@
+"""Requests to end a run early, by signal or by a file in its directory: it keeps what it has and may be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flowalign.record.holder import Holder, RunDirectoryError, holder
+from flowalign.record.lock import RunLock
+
+REQUEST = "stop"
+AGAIN_WITHIN_S = 10.0
+_LOOK_EVERY_S = 1.0
+_ECHO_S = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+class EndedEarly(KeyboardInterrupt):
+    """Somebody asked a run to end, and it has done so; the same command continues it."""
+
+    run_dir: Path | None = None
+    checkpoint: Path | None = None
+
+
+class NobodyRuns(RunDirectoryError):
+    """There is no run to stop in this directory."""
+
+
+def ask_to_stop(run_dir: Path) -> Holder:
+    """Leave a request in ``run_dir`` for the process that holds it; answers with that process.
+
+    Raises:
+        NobodyRuns: nobody holds the directory. RunDirectoryError: it cannot be written.
+    """
+    if not run_dir.is_dir():
+        raise NobodyRuns(f"{run_dir} is no run directory; give one such as runs/NAME")
+    found = holder(run_dir)
+    if found is None:
+        raise NobodyRuns(f"{run_dir} is held by nobody: no run is going on there, so there is nothing to stop")
+    draft = run_dir / f".{REQUEST}-{os.getpid()}"
+    try:
+        draft.write_text(json.dumps({"token": found.token}) + "\n", encoding="utf-8")
+        draft.replace(run_dir / REQUEST)
+    except OSError as error:
+        raise RunDirectoryError(f"{run_dir} cannot be written ({error.strerror}); stop process {found}") from error
+    return found
+
+
+class StopRequest:
+    """Whether somebody has asked this process to end its run.
+
+    Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
+    the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
+    leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt.
+    """
+
+    def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
+        self.unit = unit
+        self.lock: RunLock | None = None
+        self._alone, self._asked, self._interrupted = alone, False, -AGAIN_WITHIN_S
+        self._raises, self._begun = alone, False
+        self._look_at = 0.0
+
+    @property
+    def asked(self) -> bool:
+        """By signal, or by ``flowalign stop``, for which the disk is looked at once a second at most."""
+        if not self._asked and self.lock is not None and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _LOOK_EVERY_S
+            if _take_request(self.lock):
+                self._asked = True
+                self._tell(" (flowalign stop)")
+        return self._asked
+
+    @contextmanager
+    def watching(self, lock: RunLock) -> Iterator[None]:
+        """Inside, obey what is asked of the holder of ``lock``; what was asked of an earlier one is removed."""
+        self.lock = lock
+        _take_request(lock)
+        try:
+            yield
+        finally:
+            _take_request(lock)
+            self.lock = None
+
+    def begin(self) -> None:
+        """From here on there is something to keep. Raises EndedEarly where somebody has asked before."""
+        self._raises = False
+        if self._alone and self.asked:
+            raise EndedEarly
+        self._begun = True
+        if self.lock is not None:
+            self.lock.begun = True
+
+    @contextmanager
+    def on_signals(self) -> Iterator[StopRequest]:
+        """Inside, this is what SIGINT, SIGTERM, SIGUSR1 and SIGHUP mean; SIGHUP not under ``nohup``."""
+        heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
+        try:
+            yield self
+        finally:
+            self._raises = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal raises nothing; it does so at the end."""
+        raises, self._raises = self._raises, False
+        try:
+            yield
+        finally:
+            self._raises = raises
+        if raises and self._asked:
+            raise EndedEarly
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            since, self._interrupted = time.monotonic() - self._interrupted, time.monotonic()
+            if since < AGAIN_WITHIN_S and (self._alone or since > _ECHO_S):  # torchrun passes a terminal's Ctrl-C on
+                raise KeyboardInterrupt
+        first, self._asked = not self._asked, True
+        if self._raises:
+            self._raises = False
+            raise EndedEarly
+        if number == signal.SIGINT:
+            self._tell("; Ctrl-C again within 10 s: at once, without it")
+        elif first:
+            self._tell(f" ({signal.Signals(number).name})")
+
+    def _tell(self, why: str) -> None:
+        """Written past all buffers, since the signal may have come in the midst of a printed line."""
+        when = f"after this {self.unit} with a checkpoint" if self._begun else "before it begins"
+        with suppress(OSError):
+            os.write(2, f"stopping {when}{why}\n".encode())
+
+
+def _take_request(lock: RunLock) -> bool:
+    """Remove the request that lies there, if any; whether it was for the holder of ``lock``."""
+    path = lock.run_dir / REQUEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        path.unlink()
+        return json.loads(text)["token"] == lock.token
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
