@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from flowalign.config import CacheConfig, ConfigError
+from flowalign.textfiles import read_object
 from flowalign.types import Reuse
 
 
@@ -14,9 +14,11 @@ def reuse_of(cache: CacheConfig | None) -> Reuse | None:
     if cache is None:
         return None
     try:
-        coefficients = json.loads(Path(cache.calibration).read_text(encoding="utf-8"))["coefficients"]
+        coefficients = read_object(Path(cache.calibration))["coefficients"]
+        if not coefficients or isinstance(coefficients, str):
+            raise TypeError("its coefficients are no list of numbers")
         return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             "cache.calibration",
             f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",

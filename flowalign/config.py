@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from flowalign.pathfamilies import FamilyName
 
 Positive = Annotated[int, Field(ge=1)]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"
 
@@ -42,7 +43,35 @@ def _resume(value: Any) -> str:
 
 
 class Section(BaseModel):
+    """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if value is None and field is not None and not field.is_required() and _is_section(field.annotation):
+                continue
+            single = isinstance(value, str | dict) and field is not None and _wants_list(field.annotation)
+            kept[key] = [value] if single else value
+        return kept
+
+
+def _wants_list(annotation: Any) -> bool:
+    """A list, or a list and null."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return any(map(_wants_list, get_args(annotation)))
+    return get_origin(annotation) is list
+
+
+def _is_section(annotation: Any) -> bool:
+    """A section or a mapping that may not be null."""
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
 
 
 class LoraConfig(Section):
@@ -126,6 +155,11 @@ class RewardConfig(Section):
     gold: bool = False
     runtime_env: dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"spec": value} if isinstance(value, str) else value
 
     @property
     def label(self) -> str:
@@ -294,6 +328,11 @@ class SafetyConfig(Section):
 class LoggingConfig(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "flowalign"
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value
 
 
 class AlignConfig(Section):

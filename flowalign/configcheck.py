@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pkgutil
 import re
@@ -16,6 +15,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.textfiles import TextError, read_object
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
@@ -56,6 +56,8 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
         return key, "is missing"
     if error["type"] == "value_error":
         return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
+    if error["type"] == "string_pattern_mismatch":
+        return key, f"got {_shown(error['input'])}; write letters, digits, '.', '_' and '-', a letter or digit first"
     reason = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
@@ -156,15 +158,27 @@ def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
 def model_family(name: str) -> ModuleType:
     """The module behind ``model.type``."""
     import flowalign.models
+    from flowalign.models.base import ModelError
+    from flowalign.models.build import policy_class
 
     known = [m.name for m in pkgutil.iter_modules(flowalign.models.__path__)]
-    families = [m for m in known if m not in ("base", "build", "ema", "encoding", "inspect", "merge")]
-    if "." not in name and name not in families:
-        raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
     try:
-        return importlib.import_module(name if "." in name else f"flowalign.models.{name}")
-    except ModuleNotFoundError as error:
-        raise ConfigError("model.type", f"cannot import {name!r}: {error}") from error
+        if "." in name or name in known:
+            return importlib.import_module(policy_class(name).__module__)
+    except ModelError as error:
+        if "." in name:
+            raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
+    raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, filter(_is_family, known))}")
+
+
+def _is_family(name: str) -> bool:
+    from flowalign.models.base import ModelError
+    from flowalign.models.build import policy_class
+
+    try:
+        return policy_class(name) is not None
+    except ModelError:
+        return False
 
 
 def check_model(config: Any) -> None:
@@ -206,7 +220,10 @@ def _checked_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] 
             check(path)
         return latent_shape(path, model.height, model.width) if model.type == "sd3" else None
     except ValueError as error:
-        raise ConfigError(key, str(error).removeprefix("model.path: ")) from error
+        reason = str(error).removeprefix("model.path: ")
+        given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)
+        sized = key.endswith("path") and reason.startswith("image size") and given is not None
+        raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
 
 
 def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[int, int, int] | None:
@@ -229,11 +246,11 @@ def scheduler_shift(model: Path) -> float | None:
     """The timestep shift that the model's own scheduler uses; None where there is no such file."""
     path = model / "scheduler" / "scheduler_config.json"
     try:
-        return float(json.loads(path.read_text()).get("shift", 1.0))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ConfigError("model.path", f"{path} is not JSON: {error}") from error
+        return float(read_object(path).get("shift", 1.0)) if path.exists() else None
+    except TextError as error:
+        raise ConfigError("model.path", str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError("model.path", f"{path}: shift is no number ({error})") from error
 
 
 def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:

@@ -5,22 +5,23 @@ Everything wrong is a ``ConfigError``. What needs no torch is looked at first, a
 
 from __future__ import annotations
 
+import copy
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic
 
-import yaml
 from pydantic import ValidationError
 
 from flowalign import configcheck as checks
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configpaths import Config, resolve, shipped_names
 from flowalign.pretrainconfig import PretrainConfig
-from flowalign.trainingcheck import check_caches, check_training
+from flowalign.trainingcheck import check_caches, check_training, notes_of
+from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
 
 RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
@@ -33,92 +34,84 @@ _MAY_CHANGE = re.compile(
 
 @dataclass(frozen=True)
 class Loaded(Generic[Config]):
-    """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it."""
+    """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it.
+
+    ``overridden`` lists what differs from the file, ``notes`` what hardly was meant.
+    """
 
     config: Config
     base_dir: Path
     missing: tuple[str, ...] = ()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but ``3e-4`` is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """Plain data; raises ConfigError naming ``what`` and the line."""
-    try:
-        return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
-        raise ConfigError("", f"{what}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    overridden: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file, without what ``write_resolved`` records beside the configuration."""
-    try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError("", f"{path} cannot be read ({reason}); give the path of a YAML configuration") from error
-    if not isinstance(raw, dict):
-        raise ConfigError("", f"{path} holds no mapping of keys to values; see configs/ for examples")
-    return {key: value for key, value in raw.items() if key not in _RECORDED}
-
-
-def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
-    """Apply ``a.b.0.c=value`` in place; values are YAML."""
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise ConfigError("", f"override {assignment!r} is not key=value, such as learner.epochs=2")
-        _assign(raw, key, parse_yaml(value, f"the value of {key}"))
-
-
-def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    here: Any = raw
-    for depth, part in enumerate(parents):
-        at = ".".join(parents[:depth])
-        if isinstance(here, list):
-            here = here[_index(here, part, at, key)]
-            continue
-        if here.get(part) is None:
-            here[part] = {}
-        here = here[part]
-        if not isinstance(here, dict | list):
-            raise ConfigError(key, f"{'.'.join(parents[: depth + 1])} is {here!r}, which has no keys inside")
-    if isinstance(here, list):
-        here[_index(here, last, ".".join(parents), key)] = value
-    else:
-        here[last] = value
-
-
-def _index(items: list[Any], part: str, at: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
-    return int(part)
+    raw = read_mapping(path)
+    for key in _RECORDED:
+        raw.pop(key, None)
+    return raw
 
 
 def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:
     """Read, override, resolve and check a run; raises ConfigError. Without ``require_files`` what this machine lacks
     is listed, not refused."""
+    return _load(path, overrides, lambda raw, base: _checked_align(raw, base, require_files))
+
+
+def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
+    """``load_align`` for a training run on latents."""
+    return _load(path, overrides, _checked_pretrain)
+
+
+def _load(
+    path: Path, overrides: Sequence[str], check: Callable[[dict[str, Any], Path], Loaded[Config]]
+) -> Loaded[Config]:
+    """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
+    that was written."""
     raw, base = read_yaml(path), path.resolve().parent
+    before = copy.deepcopy(raw)
     override(raw, overrides)
+    overridden = tuple(differences(before, raw))
+    while True:
+        try:
+            loaded = check(raw, base)
+            return replace(loaded, overridden=overridden, notes=tuple(notes_of(loaded.config)))
+        except ConfigError as error:
+            if not (isinstance(error.__cause__, ValidationError) and _take_texts(raw, error.__cause__)):
+                raise
+
+
+def _take_texts(raw: dict[str, Any], error: ValidationError) -> bool:
+    """Put what was written in the place of what YAML made of it, where a text is wanted; whether there was any."""
+    root = raw if error.title in (AlignConfig.__name__, PretrainConfig.__name__) else raw.get("algorithm")
+    taken = False
+    for found in error.errors(include_url=False):
+        if found["type"] not in ("string_type", "literal_error", "list_type"):
+            continue
+        *path, key = found["loc"]
+        container = _at(root, path)
+        text = getattr(container, "texts", {}).get(key)
+        if text is not None and not isinstance(container[key], str):
+            container[key] = text
+            taken = True
+    return taken
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    """What lies at a path of keys and indices; None where nothing does."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Loaded[AlignConfig]:
+    if "phases" in raw and "iterations" not in raw:
+        raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
     config = resolve(_validate(AlignConfig, raw), base)
     missing: list[str] = []
 
@@ -157,10 +150,9 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
     return Loaded(config, base, tuple(missing))
 
 
-def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
-    """``load_align`` for a training run on latents."""
-    raw, base = read_yaml(path), path.resolve().parent
-    override(raw, overrides)
+def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
+    if "iterations" in raw and "phases" not in raw:
+        raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
     config = resolve(_validate(PretrainConfig, raw), base)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm)
@@ -170,15 +162,19 @@ def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainC
 
 
 def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+    check_finite(raw)
     try:
-        return model.model_validate(raw)
+        config = model.model_validate(plain(raw))
     except ValidationError as error:
         raise checks.explain(error, model) from error
+    check_finite(config.model_dump())
+    return config
 
 
 def _filled(config: Any, model: Path) -> dict[str, Any]:
     """All keys of the algorithm; ``shift`` null becomes the model's own."""
     values: dict[str, Any] = config.model_dump(mode="json")
+    check_finite(config.model_dump(), "algorithm")
     if "shift" in values and values["shift"] is None:
         values["shift"] = checks.scheduler_shift(model)
     return values
@@ -192,7 +188,7 @@ def write_resolved(config: AlignConfig | PretrainConfig, run_dir: Path) -> Path:
     values = shipped_names(config.model_dump(mode="json")) | {"versions": versions(), "seeds": seeds}
     run_dir.mkdir(parents=True, exist_ok=True)
     hidden = run_dir / f".{RESOLVED}"
-    hidden.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    hidden.write_text(dump_yaml(values), encoding="utf-8")
     return hidden.replace(run_dir / RESOLVED)
 
 
@@ -210,7 +206,7 @@ def versions() -> dict[str, str]:
 def recorded_versions(run_dir: Path) -> dict[str, str]:
     """The versions that ``run_dir`` was last written with."""
     path = run_dir / RESOLVED
-    return dict(parse_yaml(path.read_text(encoding="utf-8"), str(path)).get("versions", {}))
+    return plain(read_mapping(path).get("versions") or {})
 
 
 def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:

@@ -13,6 +13,8 @@ from flowalign.config import SHIPPED, AlignConfig, CacheConfig, ConfigError, Mod
 from flowalign.configcheck import nearest
 from flowalign.pathfamilies import canonical
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.textfiles import is_there, read_object
+from flowalign.yamlfiles import check_finite
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
 RECORD = "flowalign.json"
@@ -64,10 +66,10 @@ def recorded_model(pipeline: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     record, network = pipeline / RECORD, pipeline / "transformer" / "config.json"
     with suppress(OSError, ValueError):
-        written = json.loads(record.read_text(encoding="utf-8"))
+        written = read_object(record)
         found |= {key: written[key] for key in ("max_sequence_length", "family", "sampling") if key in written}
     with suppress(OSError, ValueError):
-        inputs = json.loads(network.read_text(encoding="utf-8")).get("extra_inputs")
+        inputs = read_object(network).get("extra_inputs")
         found |= {"inputs": inputs} if inputs else {}
     return found
 
@@ -132,8 +134,9 @@ def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(assignment, "is no option; write key=value")
         try:
             options[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key] = value
+    check_finite(options)
     return options
 
 
@@ -151,7 +154,7 @@ def _option(value: Any, name: str, base: Path, key: str) -> Any:
 
 
 def _is_path(value: str, base: Path) -> bool:
-    return "/" in value or (base / value).exists() or Path(value).exists()
+    return "/" in value or is_there(base / value) or is_there(Path(value))
 
 
 def _model(path: str, base: Path) -> str:
@@ -177,4 +180,4 @@ def _path(value: str, base: Path) -> str:
     """Absolute; a relative path lies beside the configuration, or else in the working directory."""
     path = Path(value).expanduser()
     found = base / path
-    return os.path.normpath(found if found.exists() else Path.cwd() / path)
+    return os.path.normpath(found if is_there(found) else Path.cwd() / path)

@@ -12,12 +12,22 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PhaseConfig(Section):
-    """One stretch of pretraining; text lengths are drawn per step from ``max_sequence_lengths``."""
+    """One stretch of pretraining; text lengths are drawn per step from ``max_sequence_lengths``.
+
+    The rate falls along a cosine to ``final_learning_rate``, without which it is constant.
+    """
 
     steps: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     final_learning_rate: Annotated[float, Field(ge=0)]
     max_sequence_lengths: dict[int, float] = Field(default_factory=lambda: {16: 1.0})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant_rate(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("final_learning_rate") is not None:
+            return values
+        return {**values, "final_learning_rate": values.get("learning_rate", 0.0)}
 
 
 class RealDataConfig(Section):

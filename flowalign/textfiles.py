@@ -35,6 +35,14 @@ class TextError(ValueError):
     """A text file that cannot be read, or not understood; says which, and in which line."""
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
@@ -43,8 +51,8 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # of a name with a NUL
+        raise TextError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     return decode(content, str(path))
 
 

@@ -52,3 +52,38 @@ def check_training(config: PretrainConfig, algorithm: Any) -> None:
         raise ConfigError("model.family", f"is {network}, which cannot learn {trained}; name the same in both")
     if config.zero_stage == 3 and config.compile:
         raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")
+
+
+def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
+    """What a run may do, and hardly was meant to: a sentence each."""
+    return _notes_of_alignment(config) if isinstance(config, AlignConfig) else _notes_of_training(config)
+
+
+def _notes_of_alignment(config: AlignConfig) -> list[str]:
+    updates = config.iterations * config.learner.updates_per_iteration
+    notes = _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
+    if "every" in config.checkpoint.model_fields_set:
+        notes += _only_last("checkpoint.every", config.checkpoint.every, config.iterations, "iterations", "is saved")
+    return notes
+
+
+def _notes_of_training(config: PretrainConfig) -> list[str]:
+    steps = sum(phase.steps for phase in config.phases)
+    notes = _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
+    notes += _only_last("log_every", config.log_every, steps, "steps", "is logged")
+    if "checkpoint_every" in config.model_fields_set:
+        notes += _only_last("checkpoint_every", config.checkpoint_every, steps, "steps", "is saved")
+    if config.validation is not None:
+        notes += _only_last("validation.every", config.validation.every, steps, "steps", "is validated")
+    if config.ema_every > steps:
+        notes.append(f"ema_every: {config.ema_every} of {steps} steps; the average stays what the run begins with")
+    return notes
+
+
+def _warm_up(key: str, warmup: int, run: int, unit: str) -> list[str]:
+    said = f"{key}: {warmup} of {run} {unit}; the learning rate never gets beyond its warm-up"
+    return [said] if warmup >= run > 0 and warmup > 1 else []
+
+
+def _only_last(key: str, every: int, run: int, unit: str, what: str) -> list[str]:
+    return [f"{key}: {every} of {run} {unit}; only the last of them {what}"] if every >= run > 1 else []

@@ -9,17 +9,22 @@ from flowalign.config import SHIPPED, AlignConfig, ConfigError
 from flowalign.configfile import (
     load_align,
     load_pretrain,
-    override,
-    parse_yaml,
     read_resolved,
     refuse_changes,
     resume_differences,
     write_resolved,
 )
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.yamlfiles import override, parse_yaml
 from tests._model_directory import write_config
 
 STAR = '{"tag": "colors", "include": [{"class": "%s", "count": 1}], "prompt": "a photo"}\n'
+
+CONSTANT = (
+    "phases=[{steps: 2, learning_rate: 1e-4}, {steps: 2, learning_rate: 2e-4, final_learning_rate: null},"
+    " {steps: 2, learning_rate: 2e-4, final_learning_rate: 0}]"
+)
+NO_FAMILY = ("teacache", "dit", "inputs", "features", "transformer", "base", "ema", "build", "merge", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,152 @@ def test_overrides_reach_dotted_keys_list_items_and_absent_sections() -> None:
     }
 
 
+def test_a_mapping_is_merged_and_a_list_and_a_null_replace() -> None:
+    raw = {"learner": {"optimizer": {"learning_rate": 1e-4, "warmup_steps": 9, "betas": [0.9, 0.95]}, "ema_decay": 0.9}}
+    override(raw, ["learner.optimizer={learning_rate: 5e-4, betas: [0.8, 0.9]}", "learner.ema_decay=null"])
+    assert raw["learner"] == {
+        "optimizer": {"learning_rate": 5e-4, "warmup_steps": 9, "betas": [0.8, 0.9]},
+        "ema_decay": None,
+    }
+    override(raw, ["learner={optimizer: {eps: 1.0}}"])
+    assert raw["learner"]["optimizer"]["warmup_steps"] == 9 and raw["learner"]["optimizer"]["eps"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "assignment", "made"),
+    [
+        ({"a": {"type": "x", "b": 1}}, "a={type: y}", {"type": "y"}),
+        ({"a": {"type": "x", "b": 1}}, "a={type: x, c: 2}", {"type": "x", "b": 1, "c": 2}),
+        ({"a": {"spec": "geneval", "options": {"mode": "strict"}}}, "a={spec: jpeg}", {"spec": "jpeg"}),
+        ({"a": {"b": {"kind": "fixed", "size": 2}}}, "a={b: {kind: full}}", {"b": {"kind": "full"}}),
+        ({"a": [{"b": 1}]}, "a=[{c: 2}]", [{"c": 2}]),
+        ({"a": [{"b": 1}]}, "a.0={c: 2}", [{"b": 1, "c": 2}]),
+        ({"a": None}, "a={c: 2}", {"c": 2}),
+        ({"a": {"b": 1}}, "a=null", None),
+    ],
+)
+def test_another_type_is_another_thing_and_replaces(raw: dict, assignment: str, made: object) -> None:
+    override(raw, [assignment])
+    assert raw["a"] == made
+
+
+def test_a_null_in_the_place_of_a_section_is_its_default(config_path: Path) -> None:
+    changed = load_align(config_path, ["learner.optimizer={warmup_steps: 9}", "learner.optimizer=null"]).config
+    assert changed.learner.optimizer.warmup_steps == 0
+
+
+def test_what_overrides_changed_is_listed_as_it_was_written(config_path: Path) -> None:
+    overrides = ["seed=3", "learner.micro_batch_size=8", "iterations=6", "algorithm.clip_range=5e-4", "name=007"]
+    assert load_align(config_path, overrides).overridden == (
+        "name tiny → 007",
+        "iterations 4 → 6",
+        "algorithm.clip_range → 5e-4",
+        "seed → 3",
+    )
+    assert load_align(config_path, ["algorithm={group_size: 6}", "rewards=jpeg"]).overridden == (
+        "algorithm.group_size 4 → 6",
+        "rewards → jpeg",
+        "rewards.0.spec geneval → nothing",
+        "rewards.0.options.mode partial → nothing",
+    )
+    assert load_align(config_path).overridden == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2025-01-01", "1e5", "007", "1_000", "on", "yes", "no", "null", "0x1F", "010", "1.5", "12", "2025-01-01T10"],
+)
+def test_a_name_is_the_text_that_was_written(config_path: Path, tmp_path: Path, name: str) -> None:
+    assert load_align(config_path, [f"name={name}"]).config.name == name
+    (tmp_path / "run.yaml").write_text(config_path.read_text().replace("name: tiny", f"name: {name}"))
+    own = load_align(tmp_path / "run.yaml", [f"model.path={config_path.parent / 'model'}"]).config
+    assert own.name == name
+    assert read_resolved(write_resolved(own, tmp_path / "run").parent).name == name
+
+
+@pytest.mark.parametrize("off", ["off", "no", "false", "none", "null", "Off", "disabled"])
+def test_wandb_can_be_switched_off_in_any_word(config_path: Path, off: str) -> None:
+    assert load_align(config_path, [f"logging.wandb={off}"]).config.logging.wandb == "disabled"
+
+
+def test_one_thing_where_a_list_is_wanted_is_a_list_of_one(config_path: Path, tmp_path: Path) -> None:
+    def rewards(*overrides: str) -> list[str]:
+        return [reward.spec for reward in load_align(config_path, overrides).config.rewards]
+
+    assert (
+        rewards("rewards=geneval") == rewards("rewards={spec: geneval}") == rewards("rewards=[geneval]") == ["geneval"]
+    )
+    assert rewards("rewards=[geneval, {spec: jpeg, weight: 0}]") == ["geneval", "jpeg"]
+    evaluated = load_align(config_path, ["evaluation.scorer=jpeg", "evaluation.gold=geneval"]).config.evaluation
+    assert evaluated.scorer is not None and evaluated.scorer.spec == "jpeg" and evaluated.gold[0].spec == "geneval"
+    (tmp_path / "own.jsonl").write_text((STAR % "star").replace("colors", "on"))
+    own = load_align(config_path, ["rewards.0.tasks=on", f"data.prompts={tmp_path / 'own.jsonl'}"]).config
+    assert own.rewards[0].tasks == ["on"]
+
+
+def test_a_date_and_a_switch_are_texts_inside_an_algorithm_too(config_path: Path, tmp_path: Path) -> None:
+    model = config_path.parent / "model"
+    (config_path.parent / "2025-01-01").symlink_to(model)
+    teacher = "algorithm={type: opd, teachers: {on: {path: 2025-01-01}}}"
+    teachers = load_align(config_path, [teacher]).config.algorithm["teachers"]
+    assert teachers["on"]["path"] == str(config_path.parent / "2025-01-01")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: a\r\n\titerations: 3\r\n", "line 2 is not YAML: .*indent with spaces"),
+        ("name: a\nmodel: {path: café}\n".encode("cp1252"), "line 2 is not UTF-8: the byte 0xe9 looks like 'é'"),
+        ("name: a\n".encode("utf-16"), "looks like UTF-16 text; save it as UTF-8"),
+        (b"name: a\nx: \x01\n", "is not YAML: .*special characters are not allowed"),
+        (b"name: a\n---\nname: b\n", "line 2 is not YAML: but found another document"),
+        (b"a: 1\nb: {c: 1, c: 2}\n", "line 2 is not YAML: the key c is given twice"),
+        (b"- a\n- b\n", "holds no mapping of keys"),
+        (b"\x89PNG\r\n", "is a PNG image, not a text file"),
+        (b"a: &a [1,1,1,1,1,1,1,1,1]\n" + b"".join(
+            b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(8)
+        ), "holds more than 100000 values; its anchors multiply"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_configuration_is_refused_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"run\.yaml.*{said}"):
+        load_align(tmp_path / "run.yaml")
+
+
+def test_windows_line_ends_a_byte_order_mark_and_anchors_are_no_fault(config_path: Path, tmp_path: Path) -> None:
+    text = config_path.read_text().replace("model: {", "seed: &s 5\nevaluation: {seed: 7}\nmodel: {")
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    own = load_align(tmp_path / "run.yaml", [f"model.path={config_path.parent / 'model'}"]).config
+    assert (own.seed, own.evaluation.seed, own.name) == (5, 7, "tiny")
+
+
+def test_the_command_for_the_other_kind_of_configuration_is_named(config_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="belongs to an alignment, for `flowalign align`"):
+        load_pretrain(config_path)
+    (tmp_path / "p.yaml").write_text("name: x\nlatents: b\nalgorithm: {type: rectified_flow}\nphases: []\n")
+    assert "belongs to a training run on latents, for `flowalign pretrain`" in refusal(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        ([], []),
+        (
+            ["learner.optimizer.warmup_steps=4"],
+            ["learner.optimizer.warmup_steps: 4 of 4 updates; the learning rate"],
+        ),
+        (["learner.optimizer.warmup_steps=3"], []),
+        (["learner.optimizer.warmup_steps=9", "learner.updates_per_iteration=3"], []),
+        (["checkpoint.every=4"], ["checkpoint.every: 4 of 4 iterations; only the last of them is saved"]),
+        (["checkpoint.every=3"], []),
+    ],
+)
+def test_what_hardly_was_meant_is_noted(config_path: Path, overrides: list[str], noted: list[str]) -> None:
+    found = load_align(config_path, overrides).notes
+    assert len(found) == len(noted) and all(map(str.startswith, found, noted))
+
+
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
@@ -121,13 +272,52 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
         ("model.path=absent", "is not a directory; give a StableDiffusion3Pipeline directory"),
         ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),
-        ("model.height=60", "model.path: image size 60x64: both sides must be multiples of 16"),
+        ("model.height=60", "model.height: image size 60x64: both sides must be multiples of 16"),
         ("data.prompts=absent.jsonl", "data.prompts: "),
         ("data.task_weights={positions: 3}", "data.task_weights: no prompt has the task 'positions'"),
         ("evaluation.prompts=absent.jsonl", "evaluation.prompts: "),
         ("evaluation.weights=ema", "evaluation.weights: ema needs learner.ema_decay"),
         ("cluster.device=gpu", "cluster.device: got 'gpu'; write cpu, cuda or cuda:N"),
         ("iterations=null", "iterations: got None"),
+        ("model.height=512", "model.height: image size 512x64: the model's table of positions ends at 128 pixels a si"),
+        ("model.width=144", "model.width: image size 64x144: the model's table of positions ends at 128 pixels a side"),
+        ("algorithm={type: opd, teachers: {t: {path: model}}, height: 1}", "algorithm.height: unknown key"),
+        *((f"model.type={name}", f"model.type: no model family '{name}'; known: sd3") for name in NO_FAMILY),
+        ("model.type=json.decoder", "model.type: json.decoder holds no policy class"),
+        ("model.type=..sd3", "model.type: cannot import '..sd3'"),
+        ("model.type=no_such.module", "model.type: cannot import 'no_such.module'"),
+        ("rewards.0.weight=.nan", "rewards.0.weight: is nan; every number of a configuration is finite"),
+        ("rewards.0.weight=nan", "rewards.0.weight: is nan; every number"),
+        ("learner.optimizer.learning_rate=.inf", "learner.optimizer.learning_rate: is inf; every number"),
+        ("learner.optimizer.learning_rate=infinity", "learner.optimizer.learning_rate: is inf; every number"),
+        ("learner.optimizer.learning_rate=1e999", "learner.optimizer.learning_rate: is inf; every number"),
+        (
+            f"learner.optimizer.learning_rate={'9' * 400}",
+            "learner.optimizer.learning_rate: has 400 digits, which",
+        ),
+        (f"iterations={'9' * 5000}", "the value of iterations holds a value that cannot be read (Exceeds the limit"),
+        ("learner.optimizer.betas=[0.9, -.inf]", "learner.optimizer.betas.1: is -inf; every number"),
+        ("rewards.0.options.threshold=.nan", "rewards.0.options.threshold: is nan; every number"),
+        (
+            "rewards.0.options.detector={type: palette, foreground: .inf}",
+            "options.detector.foreground: is inf",
+        ),
+        ("algorithm.clip_range=.nan", "algorithm.clip_range: is nan; every number"),
+        ("algorithm.clip_range=NaN", "algorithm.clip_range"),
+        ("algorithm.shift=inf", "algorithm.shift"),
+        ("min_valid_fraction=.NaN", "min_valid_fraction: is nan; every number"),
+        ("name=12:30:00", "name: got '12:30:00'; write letters, digits, '.', '_' and '-', a letter or digit first"),
+        ("name=", "name: got ''; write letters"),
+        (f"name={'a' * 300}", "name: got 'aaa"),
+        ("logging.wandb=on", "logging.wandb: got 'on', input should be 'offline', 'online' or 'disabled'"),
+        ("learner.engine=no", "learner.engine: got 'no'"),
+        ("cluster.device=0", "cluster.device: got '0'; write cpu, cuda or cuda:N"),
+        ("data.prompts=" + "x" * 300, "data.prompts: "),
+        ("seed=!!timestamp x", "the value of seed holds a value that cannot be read"),
+        ("seed=!!python/object:os.system {}", "the value of seed is not YAML"),
+        ("data={? [a] : 1}", "the value of data is not YAML: a key is a list or a mapping"),
+        ("data=&a [*a]", "the value of data is not YAML: found unconstructable recursive node"),
+        ("data=" + "[" * 5000, "the value of data is nested too deeply"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(config_path: Path, assignment: str, said: str) -> None:
@@ -281,6 +471,18 @@ def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path
     assert config.latents == str(tmp_path / "bank")
     write_resolved(config, tmp_path / "run")
     assert read_resolved(tmp_path / "run") == config
+    rates = [phase.final_learning_rate for phase in load_pretrain(path, [CONSTANT]).config.phases]
+    assert rates == [1e-4, 2e-4, 0]
+    assert [note.partition(":")[0] for note in load_pretrain(path).notes] == ["warmup_steps", "log_every"]
+    assert load_pretrain(path, ["warmup_steps=4", "log_every=2"]).notes == ()
+    over = ["warmup_steps=0", "log_every=1", "checkpoint_every=5", "ema_every=6"]
+    assert [n.partition(":")[0] for n in load_pretrain(path, over).notes] == ["checkpoint_every", "ema_every"]
+    with pytest.raises(ConfigError, match=r"^phases.0.learning_rate: is inf; every number"):
+        load_pretrain(path, ["phases.0.learning_rate=.inf"])
+    with pytest.raises(ConfigError, match=r"^phases.0.max_sequence_lengths.16: is nan; every number"):
+        load_pretrain(path, ["phases.0.max_sequence_lengths={16: .nan}"])
+    with pytest.raises(ConfigError, match=r"^model.height: image size 512x64: the model's table of positions ends"):
+        load_pretrain(path, ["model.height=512"])
     with pytest.raises(ConfigError, match=r"^phases.0.step: unknown key; did you mean steps"):
         load_pretrain(path, ["phases.0.step=3"])
     with pytest.raises(ConfigError, match=r"^teacher.path: .*nowhere is not a directory"):
@@ -302,10 +504,6 @@ def test_an_option_that_is_given_up_is_said_to_have_been_there(config_path: Path
 
 
 def test_all_keys_that_are_missing_are_named(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(
-        "name: x\nlatents: bank\nalgorithm: {type: rectified_flow}\nphases: [{steps: 3}]\n"
-    )
-    with pytest.raises(
-        ConfigError, match=r"^phases.0.learning_rate: is missing, and so is phases.0.final_learning_rate$"
-    ):
+    (tmp_path / "run.yaml").write_text("name: x\nlatents: bank\nalgorithm: {type: rectified_flow}\nphases: [{}]\n")
+    with pytest.raises(ConfigError, match=r"^phases.0.steps: is missing, and so is phases.0.learning_rate$"):
         load_pretrain(tmp_path / "run.yaml")

@@ -195,7 +195,10 @@ def report(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Geometry, parameters, FLOPs and memory of a run; starts nothing, needs no weights."""
+    """Geometry, parameters, FLOPs and memory of an alignment; starts nothing, needs no weights.
+
+    It takes alignments only: of a pretrain or distill configuration it can say nothing.
+    """
     from flowalign.configfile import load_align
 
     loaded = load_align(config, overrides or (), require_files=False)

@@ -30,6 +30,7 @@ def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver =
         from flowalign.configfile import load_align
 
         loaded = load_align(config, overrides or ())
+        _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over) as lock:
             from flowalign.cluster.run import run_align
 
@@ -68,6 +69,8 @@ def _train(command: str, config: Path, overrides: list[str] | None, take_over: b
         from flowalign.configfile import load_pretrain
 
         loaded = load_pretrain(config, overrides or ())
+        if first:
+            _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over) if first else nullcontext() as lock:
             from flowalign.cluster.train import run_pretrain
 
@@ -91,6 +94,13 @@ def stop_run(
         f"asked {asked} to end {run} after what it is at, with a checkpoint", highlight=False, soft_wrap=True
     )
     print_json(as_json, {"run": run, "holder": asdict(asked)})
+
+
+def _say_configured(loaded: Any, console: Any) -> None:
+    """What differs from the file, and what of it hardly was meant."""
+    lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
+    for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:

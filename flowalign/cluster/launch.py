@@ -15,6 +15,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowalign.cluster.errors import ClusterError
+from flowalign.config import ConfigError
+from flowalign.textfiles import TextError, read_text
 
 ALWAYS_EXCLUDED = (".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache")
 RECONNECT_S = 1.0
@@ -39,14 +41,14 @@ def read_cluster_file(path: Path) -> ClusterFile:
     Raises:
         ClusterError: names the file, the key and what to do.
     """
-    import yaml
+    from flowalign.yamlfiles import parse_yaml, plain
 
     if not path.is_file():
         raise ClusterError(f"--cluster: {path} does not exist; start from configs/cluster/example.yaml")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ClusterError(f"--cluster: {path} is not YAML: {' '.join(str(error).split())}") from None
+        content = plain(parse_yaml(read_text(path), str(path)))
+    except (TextError, ConfigError) as error:
+        raise ClusterError(f"--cluster: {error}") from None
     if not isinstance(content, dict):
         raise ClusterError(f"--cluster: {path} holds no keys; start from configs/cluster/example.yaml")
     try:

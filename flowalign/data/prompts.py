@@ -11,7 +11,7 @@ import torch
 
 from flowalign.algorithm import seeded
 from flowalign.shapes import prompts as shapes
-from flowalign.textfiles import TextError, kind_of, read_rows
+from flowalign.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.types import PromptBatch
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, R
     if source.startswith("shapes:"):
         raise PromptsError(f"data.prompts: there is no {source}; the shipped ones are {' and '.join(SHIPPED)}")
     path = base_dir / source
-    if not path.exists():
+    if not is_there(path):
         raise PromptsError(f"data.prompts: {path} does not exist; give {', '.join(SHIPPED)} or a JSON Lines file")
     try:
         rows = read_rows(path, EXAMPLE)

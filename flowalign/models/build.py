@@ -17,16 +17,25 @@ from flowalign.models.base import ModelError, Policy
 
 
 def policy_class(name: str) -> type[Any]:
-    """The class in ``flowalign/models/<name>.py`` (or a dotted path) that can ``load`` a directory."""
+    """The class in ``flowalign/models/<name>.py`` (or a dotted path) that can ``load`` a directory.
+
+    Raises:
+        ModelError: there is no such module, it does not import, or holds no such class.
+    """
     module_name = name if "." in name else f"flowalign.models.{name}"
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ModelError(f"model.type: cannot import {module_name!r}: {error}") from error
+    except Exception as error:  # a module of the user's may raise anything
+        raise ModelError(f"model.type: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "encode_prompts"):
+        if isinstance(value, type) and value.__module__ == module.__name__ and _is_policy(value):
             return value
     raise ModelError(f"model.type: {module_name} holds no policy class")
+
+
+def _is_policy(value: type[Any]) -> bool:
+    protocol = getattr(value, "_is_protocol", False)
+    return not protocol and hasattr(value, "encode_prompts") and callable(getattr(value, "load", None))
 
 
 def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:

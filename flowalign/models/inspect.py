@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from flowalign.models.base import ModelError
 from flowalign.models.build import policy_class
+from flowalign.textfiles import TextError, read_object
 
 CLIP_TOKENS = 77
 FALLBACK_NAME = "Stable Diffusion 3.5 medium"
@@ -106,15 +106,31 @@ def latent_shape(directory: Path, height: int | None, width: int | None) -> tupl
         ModelError: the size is not a multiple of what autoencoder and patches need.
     """
     fallback = not directory.exists()
-    config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
-    factor = 8
-    if not fallback:
-        factor = 2 ** (len(_read(directory / "vae" / "config.json").get("block_out_channels", [0] * 4)) - 1)
-    multiple = factor * int(config["patch_size"])
-    size = [int(config["sample_size"]) * factor if pixels is None else pixels for pixels in (height, width)]
-    if any(pixels % multiple for pixels in size):
+    file = directory / "transformer" / "config.json"
+    config = SD35_MEDIUM if fallback else _read(file)
+    autoencoder = {} if fallback else _read(directory / "vae" / "config.json")
+    try:
+        factor = 2 ** (len(autoencoder.get("block_out_channels", [0] * 4)) - 1)
+        keys = ("patch_size", "sample_size", "in_channels")
+        patch, sample, channels = (int(config[key]) for key in keys)
+        table = int(config.get("pos_embed_max_size") or 0)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"holds no number where one is wanted ({error})"
+        raise ModelError(f"model.path: {file} {what}; give the directory of a whole pipeline") from error
+    size = [sample * factor if pixels is None else pixels for pixels in (height, width)]
+    check_size(size, factor * patch, table)
+    return channels, size[0] // factor, size[1] // factor
+
+
+def check_size(size: Sequence[int], multiple: int, table: int = 0) -> None:
+    """Raise ModelError for a (height, width) in pixels that does not divide into tokens of ``multiple`` pixels, or that
+    has more of them on a side than the table of positions, where there is one."""
+    if any(pixels % multiple or pixels < multiple for pixels in size):
         raise ModelError(f"image size {size[0]}x{size[1]}: both sides must be multiples of {multiple}")
-    return int(config["in_channels"]), size[0] // factor, size[1] // factor
+    if table and max(size) > table * multiple:
+        raise ModelError(
+            f"image size {size[0]}x{size[1]}: the model's table of positions ends at {table * multiple} pixels a side"
+        )
 
 
 def extra_inputs(directory: Path) -> tuple[str, ...]:
@@ -184,6 +200,6 @@ def _clip_tokens(directory: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {path} cannot be read: {error}") from error
+        return read_object(path)
+    except TextError as error:
+        raise ModelError(f"model.path: {error}") from error

@@ -19,6 +19,7 @@ from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
+from flowalign.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
 
 CACHED_PROMPTS = 512
@@ -36,7 +37,10 @@ def check_directory(directory: Path) -> None:
     index = directory / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model.path: {directory} has no model_index.json; give a StableDiffusion3Pipeline directory")
-    name = json.loads(index.read_text()).get("_class_name")
+    try:
+        name = read_object(index).get("_class_name")
+    except TextError as error:
+        raise ModelError(f"model.path: {error}") from error
     if name != "StableDiffusion3Pipeline":
         raise ModelError(f"model.path: {directory} holds a {name}; models of type sd3 need a StableDiffusion3Pipeline")
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
@@ -281,13 +285,14 @@ class SD3Policy:
         """(C, h, w) of an image size in pixels.
 
         Raises:
-            ModelError: the size is not a multiple of what autoencoder and patches need.
+            ModelError: the size is not a multiple of what autoencoder and patches need, or beyond their positions.
         """
+        from flowalign.models.inspect import check_size
+
         config = self.network.config
         factor = self.pipeline.vae_scale_factor
         default = int(config["sample_size"]) * factor  # type: ignore[index]
         multiple = factor * int(config["patch_size"])  # type: ignore[index]
         size = [default if pixels is None else pixels for pixels in (height, width)]
-        if any(pixels % multiple for pixels in size):
-            raise ModelError(f"image size {size[0]}x{size[1]}: both sides must be multiples of {multiple}")
+        check_size(size, multiple, int(config["pos_embed_max_size"] or 0))  # type: ignore[index]
         return int(config["in_channels"]), size[0] // factor, size[1] // factor  # type: ignore[index]

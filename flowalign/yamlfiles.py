@@ -1,0 +1,260 @@
+"""YAML that a user writes: files and ``key=value`` overrides as plain data, which remembers what was written.
+
+It is YAML 1.1 as PyYAML reads it, with these differences: ``3e-4`` is a number, ``2025-01-01``, ``12:30:00`` and
+``007`` are texts, and a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowalign.config import ConfigError
+from flowalign.textfiles import TextError, read_text
+
+LARGEST = 100_000  # values of a file, its anchors written out
+KINDS = ("type", "spec", "kind")  # a mapping with another one of these is another thing
+_INTEGER = re.compile(r"^[-+]?(0|[1-9][\d_]*|0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+)$")
+_FLOAT = re.compile(
+    r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
+    r"|^\.(nan|NaN|NAN)$"
+)
+
+
+class Mapping(dict[Any, Any]):
+    """A mapping of a YAML text; ``texts`` are its plain scalars as they were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[Any, str] = {}
+
+
+class Items(list[Any]):
+    """A list of a YAML text; ``texts`` as in ``Mapping``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[Any, str] = {}
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self._key(key_node)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        self.flatten_mapping(node)
+        found = Mapping()
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            found[key] = self.construct_object(value_node, deep=True)
+            _remember(found, key, value_node)
+        return found
+
+    def _key(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key is a list or a mapping", problem_mark=node.start_mark)
+        key = self.construct_object(node, deep=True)
+        return node.value if key is None or isinstance(key, bool) else key
+
+    def construct_sequence(self, node: yaml.SequenceNode, deep: bool = False) -> list[Any]:
+        found = Items()
+        for index, value_node in enumerate(node.value):
+            found.append(self.construct_object(value_node, deep=True))
+            _remember(found, index, value_node)
+        return found
+
+
+def _remember(container: Mapping | Items, key: Any, node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        container.texts[key] = node.value
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("timestamp", "int", "float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_sequence)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", ""), 0))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either reading of YAML would take for something else than a text."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump_yaml(values: Any) -> str:
+    """Plain data as YAML that is read back equal."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Plain data; raises ConfigError naming ``what`` and the line."""
+    return _parse(text, what)[0]
+
+
+def _parse(text: str, what: str) -> tuple[Any, str | None]:
+    """The data, and how it was written where it is one plain scalar."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+        if _size(value, {}) > LARGEST:
+            raise ConfigError("", f"{what} holds more than {LARGEST} values; its anchors multiply")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        advice = "; indent with spaces" if "'\\t'" in problem else ""
+        raise ConfigError("", f"{what}{where} is not YAML: {problem}{advice}") from error
+    except RecursionError as error:
+        raise ConfigError("", f"{what} is nested too deeply") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError("", f"{what} holds a value that cannot be read ({' '.join(str(error).split())})") from error
+    plain_scalar = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+    return value, ("" if node is None else str(node.value)) if plain_scalar else None
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are when each anchor is written out."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+    return known[id(value)]
+
+
+def plain(value: Any) -> Any:
+    """The data without what was written."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def check_finite(value: Any, key: str = "") -> None:
+    """Raise ConfigError, with its dotted key, for a number that is not finite or too large for a float."""
+    if isinstance(value, dict | list | tuple):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int | float):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            raise ConfigError(key, f"has {len(str(value))} digits, which is too large a number") from None
+        if not finite:
+            raise ConfigError(key, f"is {value}; every number of a configuration is finite")
+
+
+def differences(before: Any, after: Any) -> list[str]:
+    """What overrides changed, as ``key old → new``; each value as it was written."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    found = []
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in old:
+            found.append(f"{key} → {new[key][1]}")
+        elif key not in new:
+            found.append(f"{key} {old[key][1]} → nothing")
+        elif old[key][0] != new[key][0] or type(old[key][0]) is not type(new[key][0]):
+            found.append(f"{key} {old[key][1]} → {new[key][1]}")
+    return found
+
+
+def _leaves(value: Any, prefix: str = "", text: str | None = None) -> Iterator[tuple[str, tuple[Any, str]]]:
+    if isinstance(value, dict | list) and value:
+        texts = getattr(value, "texts", {})
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, f"{prefix}{key}.", texts.get(key))
+    else:
+        shown = text or (value if isinstance(value, str) else json.dumps(value, default=str))
+        yield prefix[:-1], (value, shown)
+
+
+def read_mapping(path: Path) -> Mapping:
+    """The mapping of keys to values in a file; raises ConfigError naming file and line."""
+    try:
+        raw = parse_yaml(read_text(path), str(path))
+    except TextError as error:
+        raise ConfigError("", f"{error}; give the path of a YAML configuration") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError("", f"{path} holds no mapping of keys to values; see configs/ for examples")
+    return raw
+
+
+def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
+    """Apply ``a.b.0.c=value`` in place; values are YAML.
+
+    A mapping is merged key by key into one that is there, unless its ``type``, ``kind`` or ``spec`` is another; a list
+    and a null replace what is there.
+    """
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError("", f"override {assignment!r} is not key=value, such as learner.epochs=2")
+        _assign(raw, key, *_parse(value, f"the value of {key}"))
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any, text: str | None) -> None:
+    *parents, last = key.split(".")
+    here: Any = raw
+    for depth, part in enumerate(parents):
+        at = ".".join(parents[:depth])
+        if isinstance(here, list):
+            here = here[_index(here, part, at, key)]
+            continue
+        if here.get(part) is None:
+            here[part] = Mapping()
+        here = here[part]
+        if not isinstance(here, dict | list):
+            raise ConfigError(key, f"{'.'.join(parents[: depth + 1])} is {here!r}, which has no keys inside")
+    place: Any = _index(here, last, ".".join(parents), key) if isinstance(here, list) else last
+    there = here[place] if isinstance(here, list) else here.get(place)
+    if isinstance(value, dict) and isinstance(there, dict) and not _is_another(there, value):
+        _merge(there, value)
+        return
+    here[place] = value
+    _note(here, place, text)
+
+
+def _merge(there: dict[Any, Any], new: dict[Any, Any]) -> None:
+    for key, value in new.items():
+        old = there.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not _is_another(old, value):
+            _merge(old, value)
+        else:
+            there[key] = value
+            _note(there, key, getattr(new, "texts", {}).get(key))
+
+
+def _note(container: Any, key: Any, text: str | None) -> None:
+    """Keep what was written for a value beside it."""
+    texts = getattr(container, "texts", None)
+    if texts is not None:
+        texts.pop(key, None)
+        texts |= {} if text is None else {key: text}
+
+
+def _is_another(old: dict[Any, Any], new: dict[Any, Any]) -> bool:
+    return any(key in new and new[key] != old.get(key, new[key]) for key in KINDS)
+
+
+def _index(items: list[Any], part: str, at: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
+    return int(part)
