@@ -17,6 +17,7 @@ from typing import Any, Generic
 from pydantic import ValidationError
 
 from flowalign import configcheck as checks
+from flowalign import promptcheck
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configpaths import Config, resolve, shipped_names
 from flowalign.pretrainconfig import PretrainConfig
@@ -134,12 +135,13 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
     need(checks.check_model, config)
     need(check_caches, config)
-    need(checks.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
-    need(checks.check_task_weights, config.data.task_weights, config.data.prompts, base)
-    need(checks.check_reward_tasks, config.rewards, config.data.prompts, base)
+    need(promptcheck.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
+    need(promptcheck.check_task_weights, config.data.task_weights, config.data.prompts, base)
+    need(promptcheck.check_reward_tasks, config.rewards, config.data.prompts, base)
+    need(promptcheck.check_tasks_taught, config, algorithm)
     if config.evaluation.every:
         scorers = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
-        need(checks.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
+        need(promptcheck.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     need(checks.check_device, "cluster.device", config.cluster.device, here)
     if config.cluster.backend == "ray" and here:

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from flowalign.advantages import group_advantages, per_reward_advantages
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.configcheck import check_reward_tasks
 from flowalign.metrics import HackingAlarm
+from flowalign.promptcheck import check_reward_tasks
 from flowalign.scoring import NamedScorer, cat_scores, load_scorer, merge, reward_metrics, score_images
 
 TASKS = ["position", "counting", "position", "colors"]

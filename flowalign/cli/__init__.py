@@ -75,8 +75,8 @@ def evaluate(
         from flowalign.cli.runs import geneval_suite
 
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
-    from flowalign.configcheck import check_prompts
     from flowalign.evaluate import evaluate_checkpoint, evaluation_rewards
+    from flowalign.promptcheck import check_prompts
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
     check_prompts(key, source, evaluation_rewards(own), Path.cwd())

@@ -14,9 +14,10 @@ from torch import Tensor
 from flowalign.algorithm import seeded
 from flowalign.algorithms.diffusion_dpo import best_worst_pairs
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.configcheck import check_prompts, check_reward
+from flowalign.configcheck import check_reward
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.promptcheck import check_prompts
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
 from flowalign.types import PromptBatch

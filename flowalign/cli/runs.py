@@ -70,9 +70,10 @@ def geneval_suite(
     Raises:
         ConfigError: the detector cannot be built, or the prompts are not in GenEval's format.
     """
-    from flowalign.configcheck import check_prompts, check_reward
+    from flowalign.configcheck import check_reward
     from flowalign.configpaths import resolve_reward
     from flowalign.data.prompts import load_prompts
+    from flowalign.promptcheck import check_prompts
 
     here, source = Path.cwd(), prompts or config.evaluation.prompts
     configured = [config.evaluation.scorer, *config.rewards]

@@ -1,0 +1,89 @@
+"""What prompts say wrong of a run: rows that a reward cannot judge, tasks that no row or no teacher has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.configcheck import nearest
+
+
+def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path) -> None:
+    """The prompts load, and every reward can judge every row that it is for."""
+    from flowalign.data.prompts import PromptsError, placed_prompts
+    from flowalign.scoring import task_of
+    from rewards.interface import InputError, ScorerError
+    from rewards.resolve import row_check
+
+    try:
+        rows = placed_prompts(source, base_dir)
+    except PromptsError as error:
+        raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
+    for reward in rewards:
+        try:
+            judges = row_check({"type": reward.spec, **reward.options}, base_dir)
+        except ScorerError:
+            continue  # check_reward says it
+        if judges is None:
+            continue
+        for where, row in rows:
+            if reward.tasks is None or task_of(row) in reward.tasks:
+                try:
+                    judges(row)
+                except InputError as error:
+                    raise ConfigError(key, f"{where}: {str(error).removeprefix('metadata: ')}") from error
+
+
+def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:
+    """Every weighted task occurs in the prompts, and something is left to draw."""
+    from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError:
+        return  # check_prompts says it
+    try:
+        task_cycle(rows, weights)
+    except PromptsError as error:
+        raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
+
+
+def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
+    """Every task that a reward is for occurs in the prompts, and every prompt has a reward that is trained on."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    try:
+        found = dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in load_prompts(source, base_dir))
+    except PromptsError:
+        return  # check_prompts says it
+    for i, reward in enumerate(rewards):
+        if unknown := [task for task in reward.tasks or () if task not in found]:
+            raise ConfigError(
+                f"rewards.{i}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
+            )
+    trained = [reward for reward in rewards if reward.weight and not reward.gold]
+    if trained and all(reward.tasks is not None for reward in trained):
+        covered = {task for reward in trained for task in reward.tasks or ()}
+        if left := [task for task in found if task not in covered]:
+            raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
+
+
+def check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:
+    """Every task of the prompts has its teacher."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    if not hasattr(algorithm, "teacher_of"):
+        return
+    try:
+        rows = load_prompts(config.data.prompts)
+    except PromptsError:
+        return  # check_prompts says it
+    weights = config.data.task_weights
+    try:
+        for row in rows:
+            if weights.get(str(row.get("tag", "")), 1):
+                algorithm.teacher_of(row)
+    except ValueError as error:
+        raise ConfigError("algorithm.teachers", str(error).removeprefix("algorithm.teachers: ")) from error
