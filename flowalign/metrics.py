@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config import LoggingConfig
+from flowalign.mirror import Mirror
 
 TIME_KEYS = ("wall_s", "time/", "throughput/")
 RETRIES = "/retries"  # of a reward server: what its network did, not what the run computed
@@ -28,20 +29,18 @@ class MetricsWriter:
             draft = self.path.with_suffix(".part")
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
             draft.replace(self.path)
-        self._wandb = _start_wandb(run_dir, name, logging)
+        self._mirror = Mirror(run_dir, name, logging)
 
     def write(self, iteration: int, metrics: Mapping[str, float], *, wall_s: float) -> dict[str, Any]:
         row = {"iteration": iteration, "wall_s": round(wall_s, 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if v is not None}, step=iteration)
+        self._mirror.log({k: v for k, v in row.items() if v is not None}, step=iteration)
         return row
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._mirror.close()
 
 
 class Clock:
@@ -131,23 +130,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what may differ between equal runs."""
     return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS) and not key.endswith(RETRIES)}
-
-
-def _start_wandb(run_dir: Path, name: str, logging: LoggingConfig) -> Any:
-    if logging.wandb == "disabled":
-        return None
-    import os
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    settings = wandb.Settings(console="off", x_disable_stats=True)
-    return wandb.init(
-        project=logging.wandb_project,
-        name=name,
-        id=name,
-        dir=str(run_dir),
-        mode=logging.wandb,
-        resume="allow",
-        settings=settings,
-    )

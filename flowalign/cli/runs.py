@@ -12,6 +12,7 @@ from flowalign.checkpoint import has_any
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configfile import load_align, read_resolved, recorded_versions, refuse_changes, write_resolved
 from flowalign.configpaths import recorded_model
+from flowalign.mirror import check_wandb
 from flowalign.pretrainconfig import PretrainConfig
 
 
@@ -25,6 +26,7 @@ def check_run(config: AlignConfig | PretrainConfig) -> Path:
     resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
     if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir)
+    check_wandb(config.logging)
     return run_dir
 
 
