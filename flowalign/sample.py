@@ -29,6 +29,7 @@ from flowalign.types import PromptBatch, Rollout, RolloutSpec, SdeKind, Solver, 
 
 # With all of the noise that the coefficients allow, a step noises the prediction of the image anew.
 NOISY: dict[str, SdeKind] = {"ddpm": "ddpm", "consistency": "cps"}
+MADE_WITH = (*SamplingConfig.model_fields, "max_sequence_length")
 Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]
 
@@ -142,9 +143,10 @@ def sample_checkpoint(
     save_latents: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Save ``num_images`` PNGs a prompt and ``index.json``; with ``save_latents`` also ``latents.safetensors``.
+    """Save ``num_images`` PNGs a prompt and ``index.json``, which says how they were made.
 
-    That file holds ``noise`` and ``latents``, float32 (N, C, H, W): the same noise in diffusers gives the same latents.
+    With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
+    noise in diffusers gives the same latents (docs/running.md).
     """
     from PIL import Image
 
@@ -154,13 +156,16 @@ def sample_checkpoint(
     batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(path, config, which)
-        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver))
+        sampling = asked(own, num_steps, guidance_scale, solver)
+        spec = policy_spec(policy, sampling)
         made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{i:04d}.png" for i in range(len(batch))]
     for file, image in zip(files, made.images, strict=True):
         Image.fromarray(image.numpy()).save(file)
-    index = [{"file": f"{i:04d}.png", "prompt": text, "seed": seed, "sample_id": i} for i, text in enumerate(texts)]
+    how = sampling.model_dump(exclude_none=True) | {"max_sequence_length": config.model.max_sequence_length}
+    how = {name: value for name, value in how.items() if name in MADE_WITH} | {"weights": which, "seed": seed}
+    index = [{"file": f"{i:04d}.png", "prompt": text, "sample_id": i, **how} for i, text in enumerate(texts)]
     (out_dir / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     if save_latents:
         shape = policy.latent_shape(config.model.height, config.model.width)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.checkpoint import CheckpointError
 from flowalign.export import ExportError, export, load_pipeline
+from flowalign.outputs import DirectoryTaken
 from flowalign.rollout import SampleNoise, integrate
-from flowalign.sample import Which, ode_spec, open_policy
+from flowalign.sample import Which, ode_spec, open_policy, sample_checkpoint
 from tests._tiny import run_config, write_checkpoint, write_pipeline
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of two stars"]
@@ -138,14 +140,25 @@ def test_a_directory_that_is_no_earlier_export_is_not_replaced(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match="no earlier export"):
+    with pytest.raises(DirectoryTaken, match="no earlier export"):
         export(runs["full"], tmp_path / "out", config=run_config(base))
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_earlier_export_is_replaced(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
-    for name in ("lora", "full"):
-        made = export(runs[name], tmp_path / "out", config=run_config(base, lora=name == "lora"))
+def test_an_earlier_export_is_replaced_only_where_that_is_asked_for(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    first = export(runs["lora"], tmp_path / "out", config=run_config(base, lora=True))
+    assert re.fullmatch(
+        r"compared 4 latents of 4 steps, guidance 1 and 3, of the reloaded files with the policy's: largest difference "
+        r"\d\.\de-0\d of \d\.\d",
+        first.compared,
+    )
+    with pytest.raises(
+        DirectoryTaken, match=r"an export \(pipeline\) of .*lora/checkpoints/step_000010; give --overwr"
+    ):
+        export(runs["full"], tmp_path / "out", config=run_config(base))
+    made = export(runs["full"], tmp_path / "out", config=run_config(base), overwrite=True)
     record = json.loads((made.path / "flowalign.json").read_text())
     assert record["max_sequence_length"] == 16
     assert record["checkpoint"].endswith("full/checkpoints/step_000010")
@@ -198,3 +211,21 @@ def test_the_licence_fields_of_the_base_model_are_kept(runs: dict[str, Path], ba
 
 def read(directory: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def test_the_script_in_the_docs_draws_the_same_latents_with_diffusers_alone(
+    runs: dict[str, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "running.md").read_text()
+    script = text.partition("## The same picture in diffusers")[2].partition("```python\n")[2].partition("```")[0]
+    config = run_config(base, lora=True)
+    prompts = ["a photo of a cat", "two dogs"]
+    options = {"num_steps": 5, "guidance_scale": 2.5, "seed": 3, "save_latents": True}
+    out = tmp_path / "samples"
+    sample_checkpoint(runs["lora"], prompts, config=config, out_dir=out, **options)  # type: ignore[arg-type]
+    export(runs["lora"], tmp_path / "aligned", config=config)
+    capsys.readouterr()
+    exec(compile(script, "docs/running.md", "exec"), {})
+    _, _, found, _, largest = capsys.readouterr().out.split()
+    assert 0 <= float(found) <= 1e-5 * float(largest) and float(largest) > 1

@@ -18,6 +18,7 @@ from flowalign.configfile import load_align, write_resolved
 from flowalign.export import export, load_pipeline
 from flowalign.metrics import read_metrics
 from flowalign.models.merge import MergeError
+from flowalign.outputs import DirectoryTaken
 from tests._tiny import run_config, write_checkpoint, write_pipeline
 
 
@@ -111,7 +112,9 @@ def test_the_merge_names_no_path_of_this_machine_and_records_how_it_was_made(wor
     assert "| 0.75 | `checkpoints/step_000010` |" in (tmp_path / "m" / "README.md").read_text()
     texts = [path.read_text() for path in (tmp_path / "m").glob("**/*") if path.suffix in (".json", ".md")]
     assert not any(str(world) in text or str(tmp_path) in text for text in texts)
-    merge([world / "a", world / "b"], tmp_path / "m")
+    with pytest.raises(DirectoryTaken, match=r"m holds a merge of .*; give --overwrite to replace it"):
+        merge([world / "a", world / "b"], tmp_path / "m")
+    merge([world / "a", world / "b"], tmp_path / "m", overwrite=True)
     assert json.loads((tmp_path / "m" / "flowalign.json").read_text())["shares"] == [0.5, 0.5]
 
 
@@ -173,8 +176,9 @@ def test_wrong_counts_weights_and_targets_are_refused(world: Path, tmp_path: Pat
         (both, "m", (1.0,), "given 1 times for 2 models"),
         (both, "m", (1.0, -1.0), "got 1, -1; give numbers from 0 up"),
         (both, "m", (0.0, 0.0), "not all 0"),
-        (both, "full", (), "exists and is no earlier export"),
     ):
         with pytest.raises(MergeError, match=said):
             merge(sources, tmp_path / to, weights=weights)
+    with pytest.raises(DirectoryTaken, match="exists and is no earlier export"):
+        merge(both, tmp_path / "full")
     assert (tmp_path / "full" / "thesis.tex").is_file()

@@ -18,6 +18,7 @@ from flowalign.cli.options import (
     Kind,
     Like,
     Overrides,
+    Overwrite,
     Solver,
     Source,
     Steps,
@@ -27,7 +28,7 @@ from flowalign.cli.options import (
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import print_json, print_rows, progress
+from flowalign.cli.terminal import plain, print_json, print_rows, progress
 
 app = typer.Typer(
     cls=Commands,
@@ -152,18 +153,23 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     kind: Kind = "pipeline",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
     from dataclasses import asdict
 
     from flowalign.cli.runs import config_of
+    from flowalign.outputs import check_place
 
+    check_place(to, overwrite)
     own = config_of(run, None)
     from flowalign.export import export as write_export
 
-    result = write_export(run, to, kind=kind, config=own)
-    make_console(as_json).print(f"exported to {to} ({kind})", highlight=False)
+    result = write_export(run, to, kind=kind, config=own, overwrite=overwrite)
+    say = plain(make_console(as_json))
+    say(result.compared)
+    say(f"exported to {to} ({kind}, iteration {result.iteration})")
     print_json(as_json, asdict(result))
 
 
@@ -175,13 +181,19 @@ def merge(
         list[float] | None, typer.Option(help="of each model, in their order; default: all alike")
     ] = None,
     weights: Weights = "model",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Average models of one architecture into a pipeline directory, from which a run may start."""
+    from flowalign.outputs import check_place
+
+    check_place(to, overwrite)
     from flowalign.cli.merge import merge as write_merge
 
-    record = write_merge(sources, to, weights=weight or (), which=weights)
-    make_console(as_json).print(f"merged {len(sources)} models into {to}", highlight=False)
+    record = write_merge(sources, to, weights=weight or (), which=weights, overwrite=overwrite)
+    say = plain(make_console(as_json))
+    say("compared every tensor of the reloaded files with the average: equal")
+    say(f"merged {len(sources)} models into {to}")
     print_json(as_json, {**record, "path": str(to)})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from flowalign.cli.runs import config_of
 from flowalign.config import AlignConfig
-from flowalign.export import RECORD, forget_local_paths, load_pipeline
+from flowalign.export import forget_local_paths, load_pipeline
 from flowalign.files import give_usual_modes
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.sd3 import SD3Policy, quietly
+from flowalign.outputs import check_place, take_place
 from flowalign.sample import open_policy, torch_threads
 
 CARD = """---
@@ -52,21 +52,23 @@ class Source:
     base: str | None
 
 
-def merge(sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: str = "model") -> dict[str, Any]:
+def merge(
+    sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: str = "model", overwrite: bool = False
+) -> dict[str, Any]:
     """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
 
     Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
     checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. Returns what ``to`` records.
 
     Raises:
-        MergeError: fewer than two models, another architecture, other encoders or another base, or ``to`` is taken.
+        MergeError: fewer than two models, another architecture, other encoders or another base.
+        DirectoryTaken: ``to`` holds something; ``overwrite`` replaces an earlier export, and nothing else.
         CheckpointError, ConfigError, ModelError: a source cannot be read.
     """
     if len(sources) < 2:
         raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
     portions = shares(weights, len(sources))
-    if to.exists() and not (to / RECORD).is_file() and (not to.is_dir() or any(to.iterdir())):
-        raise MergeError(f"{to} exists and is no earlier export; name a new or empty directory")
+    check_place(to, overwrite)
     first = _open(sources[0], which, None)
     with torch_threads(first.config.cluster.threads):
         total = _average(first, sources[1:], portions, which)
@@ -136,7 +138,8 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
             if part is not None:
                 part.float()
-        policy.pipeline.save_pretrained(str(draft), safe_serialization=True)
+        with quietly():
+            policy.pipeline.save_pretrained(str(draft), safe_serialization=True)
         forget_local_paths(draft)
         held = dict(load_pipeline(draft).transformer.named_parameters())
         if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
@@ -144,10 +147,7 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         rows = "\n".join(f"| {s:.4g} | `{n}` |" for s, n in zip(record["shares"], record["sources"], strict=True))
         card = CARD.format(name=to.name, rows=rows, length=record["max_sequence_length"])
         (draft / "README.md").write_text(card, encoding="utf-8")
-        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         give_usual_modes(draft)
-        if to.exists():
-            shutil.rmtree(to)
-        draft.rename(to)
+        take_place(draft, to, record)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -34,6 +34,7 @@ Like = Annotated[
     Path | None, typer.Option("--config", help="an alignment's configuration, instead of the one recorded there")
 ]
 Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora, ema, or an average such as ema_0.99")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none; default: as the run evaluates")]

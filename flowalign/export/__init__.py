@@ -7,9 +7,10 @@ import math
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import (
@@ -28,14 +29,14 @@ from flowalign.export.card import base_name, write_card
 from flowalign.files import give_usual_modes, save_tensors
 from flowalign.models.build import has_lora
 from flowalign.models.inputs import CONFIG_KEY
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.sd3 import SD3Policy, quietly
+from flowalign.outputs import RECORD as RECORD
+from flowalign.outputs import check_place, take_place
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import open_policy, policy_spec, torch_threads
 
 Kind = str  # pipeline, lora, ema, or another average such as ema_0.99
-Errors = tuple[float, float]
 Dtype = Literal["float32", "bfloat16", "float16"]
-RECORD = "flowalign.json"
 PROBE_PROMPTS = ("a photo of a red circle", "a photo of two dogs")
 PROBE_STEPS = 4
 PROBE_TIME = 0.6
@@ -46,11 +47,22 @@ class ExportError(RuntimeError):
     """An export that cannot be made, or that does not compute what the policy computes; nothing was left behind."""
 
 
+class Errors(NamedTuple):
+    """What a reloaded export was found to differ by: shares of the largest value, see `_share`, and plain numbers."""
+
+    velocity: float
+    latents: float
+    num_latents: int
+    largest_difference: float
+    largest_value: float
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """Where the export lies, and the largest differences found after reloading it: see `_share`.
 
-    ``iteration`` is a training run's step.
+    ``iteration`` is a training run's step. ``num_latents`` were compared, whose ``largest_difference`` stands beside
+    their ``largest_value``.
     """
 
     path: Path
@@ -60,6 +72,18 @@ class ExportResult:
     content_hash: str
     velocity_error: float
     latents_error: float
+    num_latents: int
+    largest_difference: float
+    largest_value: float
+
+    @property
+    def compared(self) -> str:
+        """What was compared and how close it was."""
+        return (
+            f"compared {self.num_latents} latents of {PROBE_STEPS} steps, guidance "
+            f"{' and '.join(f'{g:g}' for g in PROBE_GUIDANCE)}, of the reloaded files with the policy's: largest "
+            f"difference {self.largest_difference:.1e} of {self.largest_value:.2g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ def export(
     config: AlignConfig,
     dtype: Dtype = "float32",
     tolerance: float = 1e-5,
+    overwrite: bool = False,
 ) -> ExportResult:
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
@@ -89,13 +114,15 @@ def export(
     equally rounded weights. All else is float32.
 
     Raises:
-        ExportError: the kind does not fit the run, ``to`` is taken, or a reloaded export differs by more than
-            ``tolerance`` of the largest value.
+        ExportError: the kind does not fit the run, or a reloaded export differs by more than ``tolerance`` of the
+            largest value.
+        DirectoryTaken: ``to`` holds something; ``overwrite`` replaces an earlier export, and nothing else.
         CheckpointError, ModelError: the checkpoint or the base model cannot be read.
     """
     which = kind if kind.startswith("ema") else "model"
     found, to = checkpoint.find(Path(source), which), Path(to)
-    _check(kind, config, dtype, to)
+    _check(kind, config, dtype)
+    check_place(to, overwrite)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     draft = to.parent / f".tmp-{uuid.uuid4().hex}"
     draft.mkdir(parents=True)
@@ -124,21 +151,20 @@ def export(
     return result
 
 
-def _check(kind: Kind, config: AlignConfig, dtype: Dtype, to: Path) -> None:
+def _check(kind: Kind, config: AlignConfig, dtype: Dtype) -> None:
     if kind not in ("pipeline", "lora") and not re.fullmatch(r"ema(_[\d.]+)?", kind):
         raise ExportError(f"{kind!r} is no kind of export; there are pipeline, lora, ema and averages such as ema_0.99")
     if kind == "lora" and config.model.lora is None:
         raise ExportError("this run trained all weights and has no LoRA to export; export it as pipeline")
     if kind == "lora" and dtype != "float32":
         raise ExportError(f"LoRA files are written in float32, not {dtype}; leave dtype out")
-    if to.exists() and not (to / RECORD).is_file() and (not to.is_dir() or any(to.iterdir())):
-        raise ExportError(f"{to} exists and is no earlier export; name a new or empty directory")
 
 
 def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
-    if not _largest(list(errors)) <= tolerance:
+    if not _largest([errors.velocity, errors.latents]) <= tolerance:
         raise ExportError(
-            f"the export to {to}, reloaded, differs from the policy by {errors[0]:.3g} in velocity and {errors[1]:.3g} "
+            f"the export to {to}, reloaded, differs from the policy by {errors.velocity:.3g} in velocity and "
+            f"{errors.latents:.3g} "
             f"in {PROBE_STEPS}-step latents, as a share of their largest value (allowed: {tolerance:g}); "
             "nothing was written"
         )
@@ -150,13 +176,8 @@ def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, stat
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}
     record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
-    (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     give_usual_modes(draft)
-    if to.exists():
-        old = to.parent / f".tmp-{uuid.uuid4().hex}"
-        to.rename(old)
-        shutil.rmtree(old)
-    draft.rename(to)
+    take_place(draft, to, record)
 
 
 def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
@@ -175,7 +196,8 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
             part.float()
     if config.evaluation.solver == "consistency":
         policy.pipeline.scheduler = _euler(policy.pipeline.scheduler, stochastic_sampling=True)
-    policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
+    with quietly():
+        policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)
     if policy.inputs:
         shutil.copy(few_step_pipeline.__file__, directory / "pipeline.py")
@@ -190,8 +212,18 @@ def _own_differences(expected: Probe, directory: Path, config: AlignConfig, fami
     reloaded = SD3Policy.load(directory, max_sequence_length=length, device=device)
     reloaded.family = family
     found = _probe(reloaded, config)
-    latents = [_share(found.latents[g], made) / _amplification(g) for g, made in expected.latents.items()]
-    return _share(found.velocity_NCHW, expected.velocity_NCHW), _largest(latents)
+    return _errors(_share(found.velocity_NCHW, expected.velocity_NCHW), found.latents, expected)
+
+
+def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Errors:
+    pairs = [(g, found[g], made) for g, made in expected.latents.items()]
+    return Errors(
+        velocity,
+        _largest([_share(f, made) / _amplification(g) for g, f, made in pairs]),
+        sum(len(made) for _, _, made in pairs),
+        _largest([float((f - made).abs().max()) for _, f, made in pairs]),
+        _largest([float(made.abs().max()) for _, _, made in pairs]),
+    )
 
 
 def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
@@ -211,17 +243,16 @@ def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Erro
     scale = adapter.lora_alpha / adapter.r
     scaled: Any = {n: w * scale if ".lora_B." in n else w for n, w in weights.items()}
     StableDiffusion3Pipeline.save_lora_weights(str(directory), transformer_lora_layers=scaled)
-    velocity, latents = [], []
+    found = []
     for library in ("diffusers", "peft"):
         pipeline = load_pipeline(Path(config.model.path), config.cluster.device)
         if library == "diffusers":
             pipeline.load_lora_weights(str(directory))
         else:
             PeftModel.from_pretrained(pipeline.transformer, str(directory))
-        errors = _differences(expected, pipeline, config)
-        velocity.append(errors[0])
-        latents.append(errors[1])
-    return _largest(velocity), _largest(latents)
+        found.append(_differences(expected, pipeline, config))
+    velocity, latents, counts, difference, value = zip(*found, strict=True)
+    return Errors(_largest(velocity), _largest(latents), sum(counts), _largest(difference), _largest(value))
 
 
 def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
@@ -232,13 +263,14 @@ def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipel
     index = json.loads((directory / "model_index.json").read_text())
     absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
     more: Any = {"dtype": torch.float32, "local_files_only": True, **absent}
-    if (directory / "pipeline.py").is_file():
-        own = str(directory / "pipeline.py")
-        pipeline: Any = DiffusionPipeline.from_pretrained(
-            str(directory), custom_pipeline=own, trust_remote_code=True, **more
-        )
-    else:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(str(directory), **more)
+    with quietly():
+        if (directory / "pipeline.py").is_file():
+            own = str(directory / "pipeline.py")
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                str(directory), custom_pipeline=own, trust_remote_code=True, **more
+            )
+        else:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(str(directory), **more)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -278,9 +310,9 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
         return_dict=False,
     )[0]
     size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
-    errors = []
-    for guidance, latents in expected.latents.items():
-        made = pipeline(
+    found = {}
+    for guidance in expected.latents:
+        found[guidance] = pipeline(
             prompts,
             latents=noise,
             num_inference_steps=PROBE_STEPS,
@@ -289,8 +321,7 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
             output_type="latent",
             **size,
         ).images
-        errors.append(_share(made, latents) / _amplification(guidance))
-    return _share(velocity, expected.velocity_NCHW), _largest(errors)
+    return _errors(_share(velocity, expected.velocity_NCHW), found, expected)
 
 
 def _euler(like: Any, **changes: Any) -> Any:
@@ -308,7 +339,7 @@ def _amplification(guidance: float) -> float:
     return guidance + abs(1 - guidance)
 
 
-def _largest(errors: list[float]) -> float:
+def _largest(errors: Sequence[float]) -> float:
     """Like max, but NaN wins."""
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
 

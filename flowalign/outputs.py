@@ -1,0 +1,72 @@
+"""The directory that an export or a merge takes: free, or an earlier export's, with nothing of anybody else in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+RECORD = "flowalign.json"
+# What exports wrote before their record listed it.
+_OLDER = {"model_index.json", "pipeline.py", "scheduler", "transformer", "vae", "adapter_config.json"}
+_OLDER |= {f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
+_OLDER |= {"README.md", RECORD, "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+
+
+class DirectoryTaken(RuntimeError):
+    """A directory to write to that holds something: what, and what to do. Nothing was written."""
+
+
+def check_place(to: Path, overwrite: bool) -> None:
+    """Raise DirectoryTaken unless ``to`` is new, empty, or an earlier export that ``overwrite`` allows to replace."""
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not (to / RECORD).is_file():
+        raise DirectoryTaken(f"{to} exists and is no earlier export; name a new or empty directory")
+    record = _record(to)
+    if not overwrite:
+        raise DirectoryTaken(
+            f"{to} holds {_said(record)}; give --overwrite to replace it, or name a new or empty directory"
+        )
+    if strangers := _strangers(to, record):
+        raise DirectoryTaken(
+            f"{to} holds {len(strangers)} file{'s' * (len(strangers) > 1)} that no export wrote, first {strangers[0]}; "
+            "move them away, or name another directory"
+        )
+
+
+def take_place(draft: Path, to: Path, record: dict[str, Any]) -> None:
+    """Write the record, which lists the files of ``draft``, and rename it to ``to`` in the place of what is there."""
+    files = sorted({*_files(draft), RECORD})
+    (draft / RECORD).write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
+    if to.exists():
+        old = to.parent / f".tmp-{uuid.uuid4().hex}"
+        to.rename(old)
+        draft.rename(to)
+        shutil.rmtree(old)
+    else:
+        draft.rename(to)
+
+
+def _record(to: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((to / RECORD).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise DirectoryTaken(f"{to / RECORD} is no record of an export; name a new or empty directory") from None
+
+
+def _said(record: dict[str, Any]) -> str:
+    if record.get("kind") == "merge":
+        return f"a merge of {' and '.join(map(str, record.get('sources', ())))}"
+    return f"an export ({record.get('kind', 'pipeline')}) of {record.get('checkpoint', 'an unnamed checkpoint')}"
+
+
+def _files(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir()]
+
+
+def _strangers(to: Path, record: dict[str, Any]) -> list[str]:
+    own = set(record.get("files", ()))
+    return [file for file in _files(to) if (file not in own if own else file.split("/")[0] not in _OLDER)]
