@@ -13,12 +13,10 @@ import json
 import logging
 import math
 import os
-import re
-import shlex
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,22 +27,34 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.files import save_tensors, sha256
+from flowalign.manifest import (
+    FORMAT,
+    MANIFEST,
+    STEP,
+    VERSION,
+    CheckpointError,
+    advice,
+    advised,
+    begin_another,
+    check_sizes,
+    digest_of,
+    entries,
+    fault,
+    is_whole,
+    manifest_of,
+    manifests,
+    step_of,
+    verify,
+)
+from flowalign.manifest import steps as steps
 
-FORMAT = "flowalign-checkpoint"
-VERSION = 1
 LATEST = "latest"
 LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
-MANIFEST = "MANIFEST.json"
-STEP = re.compile(r"step_\d+")
 LOG = logging.getLogger("flowalign")
 T = TypeVar("T")
 Say = Callable[[str], object]
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete, changed or foreign: what, where, what to do."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +95,7 @@ def content_hash(weights: Mapping[str, Tensor]) -> str:
 
 def has_any(root: Path) -> bool:
     """Whether checkpoints were written under ``root``, be they whole or not."""
-    return (root / LATEST).exists() or bool(_entries(root))
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
-
-
-def steps(root: Path) -> list[int]:
-    """The steps of the checkpoints under ``root``, ascending."""
-    return sorted(step_of(path) for path in _manifests(root))
+    return (root / LATEST).exists() or bool(entries(root))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Ne
         except CheckpointError as error:
             faults[path] = str(error)
             continue
-        older = {p for p in faults if step_of(p) < step_of(path) and not _is_whole(p)}  # how old, only its name tells
+        older = {p for p in faults if step_of(p) < step_of(path) and not is_whole(p)}  # how old, only its name tells
         passed = {p: fault for p, fault in faults.items() if p not in older}
         reasons = [*passed.values(), *_wrong_pointer(root, path, passed)]
         if reasons:
@@ -132,7 +132,7 @@ def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Ne
     if not has_any(root):
         return None
     found = "; ".join(faults.values()) or f"{root / LATEST} is there and no checkpoint beside it"
-    raise CheckpointError(f"{root} holds no intact checkpoint: {found}; {_anew(root.parent)}")
+    raise CheckpointError(f"{root} holds no intact checkpoint: {found}; {begin_another(root.parent)}")
 
 
 def latest(root: Path) -> Path | None:
@@ -141,7 +141,7 @@ def latest(root: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
     """
-    found = newest(root, _sized, lambda text: None)
+    found = newest(root, check_sizes, lambda text: None)
     return None if found is None else found.path
 
 
@@ -161,13 +161,13 @@ def find(path: Path, which: str | None = "model", say: Say = LOG.warning) -> Pat
     """
     if (path / MANIFEST).is_file():
         return path
-    if STEP.fullmatch(path.name) and _entries(path.parent):
-        raise CheckpointError(f"{_fault(path)}; {_advice(path)}")
+    if STEP.fullmatch(path.name) and entries(path.parent):
+        raise CheckpointError(f"{fault(path)}; {advice(path)}")
     if path.name == LATEST and path.is_file():
         path = path.parent
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give a run directory, a checkpoint or a pipeline directory")
-    root = path if _entries(path) else path / "checkpoints"
+    root = path if entries(path) else path / "checkpoints"
     names = () if which is None else (f"{which}.safetensors", "state.json")
     found = newest(root, lambda one: verify(one, names), say)
     if found is None:
@@ -212,100 +212,14 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-@contextmanager
-def advised(path: Path) -> Iterator[None]:
-    """Adds to an error about the checkpoint ``path`` what to take instead."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_advice(path)}") from error
-
-
 def _averages(manifest: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix(".safetensors") for name in manifest["files"] if name.startswith("ema_")]
 
 
-def verify(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files, or those of ``names`` that it has, have the recorded sha256.
-
-    Raises:
-        CheckpointError: manifest or file is missing, unreadable or changed.
-    """
-    manifest = _manifest(path)
-    for name, recorded in manifest["files"].items():
-        if names is None or name in names:
-            _check_size(path / name, recorded["bytes"])
-            try:
-                found = sha256(path / name)
-            except OSError as error:
-                raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from error
-            if found != recorded["sha256"]:
-                raise CheckpointError(f"{path / name} is corrupt (its sha256 is not the recorded one)")
-    return manifest
-
-
-def _sized(path: Path) -> None:
-    for name, recorded in _manifest(path)["files"].items():
-        _check_size(path / name, recorded["bytes"])
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if found != size:
-        raise CheckpointError(f"{path} is truncated or has grown")
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """MANIFEST.json of a checkpoint, whole; the files it names are not looked at."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        claimed = manifest.pop("digest")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
-    if claimed != _digest(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is corrupt")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")
-    return manifest
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with the manifest of ``path``."""
-    try:
-        _manifest(path)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _is_whole(path: Path) -> bool:
-    return _fault(path) is None
-
-
-def _entries(root: Path) -> list[Path]:
-    """Everything under ``root`` that goes by a checkpoint's name, by step."""
-    return sorted((path for path in root.glob("step_*") if STEP.fullmatch(path.name)), key=step_of)
-
-
-def _manifests(root: Path) -> dict[Path, dict[str, Any]]:
-    """Whole manifests under ``root``, in the order they were written."""
-    found = {}
-    for path in _entries(root):
-        with suppress(CheckpointError):
-            found[path] = _manifest(path)
-    return dict(sorted(found.items(), key=lambda item: item[1]["sequence"]))
-
-
 def _newest_first(root: Path) -> list[Path]:
     """By the manifests' sequence, not by step: a run that went back to step 10 writes step 20 again, after step 30."""
-    known = list(_manifests(root))
-    return [*reversed([path for path in _entries(root) if path not in known]), *reversed(known)]
+    known = list(manifests(root))
+    return [*reversed([path for path in entries(root) if path not in known]), *reversed(known)]
 
 
 def newer_than(path: Path) -> list[Path]:
@@ -314,11 +228,11 @@ def newer_than(path: Path) -> list[Path]:
     Raises:
         CheckpointError: ``path`` is not whole.
     """
-    own, manifests = _manifest(path)["sequence"], _manifests(path.parent)
+    own, known = manifest_of(path)["sequence"], manifests(path.parent)
     return [
         other
-        for other in _entries(path.parent)
-        if (manifests[other]["sequence"] > own if other in manifests else step_of(other) > step_of(path))
+        for other in entries(path.parent)
+        if (known[other]["sequence"] > own if other in known else step_of(other) > step_of(path))
     ]
 
 
@@ -415,10 +329,10 @@ class CheckpointWriter:
         for path in sorted(hidden.rglob("*.*")):
             _sync(path)
             files[path.relative_to(hidden).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        sequence = 1 + max((m["sequence"] for m in _manifests(self.root).values()), default=0)
+        sequence = 1 + max((m["sequence"] for m in manifests(self.root).values()), default=0)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "sequence": sequence, "files": files}
         manifest |= {"metrics": {} if metric is None else {self.best_metric: metric}}
-        sealed = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1)
+        sealed = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1)
         (hidden / MANIFEST).write_text(sealed, encoding="utf-8")
         for written in (hidden / MANIFEST, hidden / "optimizer", hidden):
             _sync(written)
@@ -427,7 +341,7 @@ class CheckpointWriter:
         """Move an older ``final`` out of the way; ``latest`` first falls back to the newest other one."""
         named = self._named()
         if named.get(LATEST) == final.name:
-            others = [path.name for path in _manifests(self.root) if path != final]
+            others = [path.name for path in manifests(self.root) if path != final]
             self.point(LATEST, others[-1]) if others else (self.root / LATEST).unlink()
         if named.get(LAST_GOOD) == final.name:
             (self.root / LAST_GOOD).unlink()
@@ -450,53 +364,14 @@ class CheckpointWriter:
         _sync(self.root)
 
     def _prune(self) -> None:
-        manifests = _manifests(self.root)
-        scores = {path.name: m["metrics"].get(self.best_metric, math.nan) for path, m in manifests.items()}
+        known = manifests(self.root)
+        scores = {path.name: m["metrics"].get(self.best_metric, math.nan) for path, m in known.items()}
         best = sorted((name for name in scores if not math.isnan(scores[name])), key=scores.__getitem__, reverse=True)
-        keep = {path.name for path in list(manifests)[-self.keep_last :]} | set(best[: self.keep_best])
+        keep = {path.name for path in list(known)[-self.keep_last :]} | set(best[: self.keep_best])
         keep |= set(self._named().values())
-        for path in manifests:
+        for path in known:
             if path.name not in keep:
                 path.rename(self._hidden())
-
-
-def _advice(path: Path) -> str:
-    """What to do instead: the newest intact checkpoint beside ``path``."""
-    for sibling in reversed(_manifests(path.parent)):
-        with suppress(CheckpointError):
-            if sibling != path and verify(sibling):
-                return f"the newest intact checkpoint beside it is {sibling}: give that{_going_on(sibling)}"
-    return f"no other intact checkpoint is beside it: {_anew(path.parent.parent)}"
-
-
-def _going_on(checkpoint: Path) -> str:
-    command = _command(checkpoint.parent.parent)
-    if command is None:
-        return ""
-    key = "resume" if command.startswith("flowalign pretrain") else "checkpoint.resume"
-    return f", or train on from it with `{command} {key}={checkpoint.name}`"
-
-
-def _anew(run_dir: Path) -> str:
-    command = _command(run_dir)
-    again = f"begin another run: `{command} name={run_dir.resolve().name}-2`" if command else "begin another run"
-    return f"bring one back from a copy, or {again}"
-
-
-def _command(run_dir: Path) -> str | None:
-    """What trains in ``run_dir``, as it is typed; None where it has no configuration."""
-    config = run_dir / "config.yaml"
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return (
-        f"flowalign {'pretrain' if re.search(r'^phases:', text, re.MULTILINE) else 'align'} {shlex.quote(str(config))}"
-    )
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -186,9 +186,9 @@ def check_model(config: Any) -> None:
 
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
-    shape = _checked_pipeline("model.path", Path(config.model.path), config.model)
+    shape = check_pipeline("model.path", Path(config.model.path), config.model)
     algorithm, own_teacher = getattr(config, "algorithm", {}), getattr(config, "teacher", None)
-    if own_teacher is not None and _checked_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
+    if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
         raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
     for name, teacher in (algorithm.get("teachers") or {}).items():
         key = f"algorithm.teachers.{name}"
@@ -204,7 +204,7 @@ def check_model(config: Any) -> None:
             raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
 
 
-def _checked_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | None:
+def check_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | None:
     """The shape of a pipeline's latents, where its family can tell without loading it."""
     from flowalign.models.inspect import latent_shape
 
@@ -234,7 +234,7 @@ def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[
     if (path / "model_index.json").is_file():
         if teacher.get("weights", "model") != "model":
             raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
-        return _checked_pipeline(f"{key}.path", path, model)
+        return check_pipeline(f"{key}.path", path, model)
     try:
         find(path, None)
     except CheckpointError as error:

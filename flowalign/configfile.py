@@ -6,10 +6,12 @@ Everything wrong is a ``ConfigError``. What needs no torch is looked at first, a
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic
@@ -18,17 +20,20 @@ from pydantic import ValidationError
 
 from flowalign import configcheck as checks
 from flowalign import promptcheck
+from flowalign.checkpoint import LOG, has_any
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configpaths import Config, resolve, shipped_names
+from flowalign.contents import digests, leaves, put, relocated, same
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.trainingcheck import check_caches, check_training, notes_of
 from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
 
 RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
-_RECORDED = ("versions", "seeds")
+_RECORDED = ("versions", "seeds", "run_dir", "contents")
 _MAY_CHANGE = re.compile(
     r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
+    r"|data\.preferences_cache"
     r"|cluster\.(address|max_task_retries|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
 )
 
@@ -48,11 +53,34 @@ class Loaded(Generic[Config]):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, without what ``write_resolved`` records beside the configuration."""
+    """The mapping in a file, without what ``write_resolved`` records beside the configuration.
+
+    A run's own ``config.yaml`` means this run: its files are looked for around the run directory where they are not at
+    their old places, and ``runs_dir`` and ``name`` are those of the directory that it lies in.
+    """
     raw = read_mapping(path)
-    for key in _RECORDED:
-        raw.pop(key, None)
+    recorded = {key: raw.pop(key) for key in _RECORDED if key in raw}
+    if path.name != RESOLVED or "versions" not in recorded:
+        return raw
+    run_dir = path.resolve().parent
+    found = relocated(raw, run_dir, _record(recorded, "run_dir", str), _record(recorded, "contents", dict) or {})
+    if found:
+        _say_once(f"{path.parent} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
+    named = Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
+    if (run_dir / "checkpoints").is_dir() and named.resolve() != run_dir:
+        put(raw, ["runs_dir"], str(run_dir.parent))
+        put(raw, ["name"], run_dir.name)
     return raw
+
+
+def _record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
+    """What was recorded beside a configuration; None where version 0.1 wrote it, or somebody else."""
+    return recorded.get(key) if isinstance(recorded.get(key), kind) else None
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    LOG.warning(text)
 
 
 def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:
@@ -183,11 +211,19 @@ def _filled(config: Any, model: Path) -> dict[str, Any]:
 
 
 def write_resolved(config: AlignConfig | PretrainConfig, run_dir: Path) -> Path:
-    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically."""
+    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
+
+    Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved.
+    """
     seeds = {"run": config.seed}
     if isinstance(config, AlignConfig):
         seeds["evaluation"] = config.evaluation.seed
-    values = shipped_names(config.model_dump(mode="json")) | {"versions": versions(), "seeds": seeds}
+    content = config.model_dump(mode="json")
+    # What a run that is continued was begun with stays on record.
+    began = recorded_contents(run_dir) if has_any(run_dir / "checkpoints") else {}
+    contents = {key: began.get(key, digest) for key, digest in digests(content).items()}
+    values = shipped_names(content) | {"versions": versions(), "seeds": seeds}
+    values |= {"run_dir": os.path.abspath(run_dir), "contents": contents}
     run_dir.mkdir(parents=True, exist_ok=True)
     hidden = run_dir / f".{RESOLVED}"
     hidden.write_text(dump_yaml(values), encoding="utf-8")
@@ -203,6 +239,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def recorded_contents(run_dir: Path) -> dict[str, str]:
+    """Digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
+    path = run_dir / RESOLVED
+    return (_record(read_mapping(path), "contents", dict) or {}) if path.is_file() else {}
 
 
 def recorded_versions(run_dir: Path) -> dict[str, str]:
@@ -226,26 +268,35 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
 
 def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
     """Keys that differ though a resumed run must keep them, as the new configuration has them."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*after, *(key for key in before if key not in after)]
     return [key for key in keys if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key)]
 
 
 def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, run_dir: Path) -> None:
-    """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``."""
+    """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``.
+
+    Paths may differ where they hold the same.
+    """
     if type(old) is not type(new):
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
     old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
-    changed = resume_differences(old, new)
+    held, values = recorded_contents(run_dir), [leaves(config.model_dump(mode="json")) for config in (old, new)]
+    was, now = values
+    changed = [
+        key for key in resume_differences(old, new) if not same(was.get(key), now.get(key), held.get(key), run_dir)
+    ]
     if changed:
-        leaves = [_leaves(config.model_dump(mode="json")) for config in (old, new)]
         key, others = changed[0], ", ".join(changed[1:])
-        before, after = (f"with {found[key]!r}" if key in found else "without it" for found in leaves)
+        before, after = (f"with {found[key]!r}" if key in found else "without it" for found in values)
         raise ConfigError(
             key,
             f"{run_dir} was begun {before} and cannot go on {after}; "
             f"set it back, or give the run another name{f' (changed as well: {others})' if others else ''}",
         )
+    for key, digest in digests(new.model_dump(mode="json")).items():
+        if was.get(key) == now.get(key) and held.get(key, digest) != digest:
+            _say_once(f"{key}: {now[key]} holds something else than when {run_dir} was begun; it is used all the same")
 
 
 def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
@@ -255,11 +306,3 @@ def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
     except ConfigError:
         return algorithm  # said of the new configuration, if it still is so there
     return {**parsed.config.model_dump(mode="json"), **algorithm}
-
-
-def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of all leaves; an empty mapping or list is a leaf."""
-    if isinstance(values, dict | list) and values:
-        items = values.items() if isinstance(values, dict) else enumerate(values)
-        return {k: v for name, value in items for k, v in _leaves(value, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: values}

@@ -5,7 +5,6 @@ Shapes: N samples, C H W latents.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
 from flowalign.checkpoint import find as find_checkpoint
 from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
+from flowalign.contents import base_hash
 from flowalign.files import save_tensors
 from flowalign.flow import families
 from flowalign.models.base import Policy
@@ -49,7 +49,7 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
     state = load_weights(policy, found, which)
     if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
         raise CheckpointError(
-            f"{found} is a LoRA of another base model than {config.model.path}; set model.path to the original"
+            f"{found} is a LoRA of another base model than {config.model.path}; say where its own is: --model DIR"
         )
     return policy, state
 
@@ -77,16 +77,6 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
         )
     bind_weights(policy.network, weights)
     return json.loads((path / "state.json").read_bytes())
-
-
-def base_hash(model: Path) -> str:
-    """sha256 over the transformer's weight files of a pipeline directory."""
-    digest = hashlib.sha256()
-    for path in sorted((model / "transformer").glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def ode_spec(shift: float, num_steps: int, guidance_scale: float) -> RolloutSpec:

@@ -157,7 +157,10 @@ def test_what_has_no_average_is_refused(world: Path, tmp_path: Path) -> None:
         (deep, "deep is of another architecture than .*a: .* tensors differ, first "),
         (scaled, "scaled encodes prompts or images otherwise than .*a"),
         (spelled, "spelled encodes prompts or images otherwise than .*a"),
-        (world / "o", "o was trained from another base model than .*a; .*export .*o and merge the export"),
+        (
+            world / "o",
+            "o was trained from another base model than .*a; .*flowalign export .*o --to DIR",
+        ),
     ):
         with pytest.raises(MergeError, match=said):
             merge([world / "a", other], tmp_path / "m")

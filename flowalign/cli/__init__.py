@@ -17,6 +17,7 @@ from flowalign.cli.options import (
     Json,
     Kind,
     Like,
+    Model,
     Overrides,
     Overwrite,
     Solver,
@@ -66,12 +67,13 @@ def evaluate(
     clip: Clip = SHIPPED_CLIP,
     out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
     config: Like = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Sample the evaluation prompts and score them, as the run itself does."""
     from flowalign.cli.runs import config_of, write_evaluation
 
-    own = config_of(checkpoint, config)
+    own = config_of(checkpoint, config, model)
     if suite is not None or detector is not None:
         from flowalign.cli.runs import geneval_suite
 
@@ -121,12 +123,13 @@ def sample(
     latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
     out: Path = Path("samples"),
     config: Like = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Draw images from a checkpoint."""
     from flowalign.cli.runs import config_of
 
-    own = config_of(checkpoint, config)
+    own = config_of(checkpoint, config, model)
     from flowalign.sample import sample_checkpoint
 
     console = make_console(as_json)
@@ -154,6 +157,7 @@ def export(
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     kind: Kind = "pipeline",
     overwrite: Overwrite = False,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
@@ -163,7 +167,7 @@ def export(
     from flowalign.outputs import check_place
 
     check_place(to, overwrite)
-    own = config_of(run, None)
+    own = config_of(run, None, model)
     from flowalign.export import export as write_export
 
     result = write_export(run, to, kind=kind, config=own, overwrite=overwrite)
@@ -182,6 +186,7 @@ def merge(
     ] = None,
     weights: Weights = "model",
     overwrite: Overwrite = False,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Average models of one architecture into a pipeline directory, from which a run may start."""
@@ -190,7 +195,7 @@ def merge(
     check_place(to, overwrite)
     from flowalign.cli.merge import merge as write_merge
 
-    record = write_merge(sources, to, weights=weight or (), which=weights, overwrite=overwrite)
+    record = write_merge(sources, to, weights=weight or (), which=weights, model=model, overwrite=overwrite)
     say = plain(make_console(as_json))
     say("compared every tensor of the reloaded files with the average: equal")
     say(f"merged {len(sources)} models into {to}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowalign.cli.options import Guidance, Json, Like, Solver, Source, Steps, Weights
+from flowalign.cli.options import Guidance, Json, Like, Model, Solver, Source, Steps, Weights
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
 
@@ -28,12 +28,13 @@ def make_pairs(
     weights: Weights = "model",
     shard_size: Annotated[int, typer.Option(min=1, help="pairs a shard, what an interruption can cost")] = 2048,
     config: Like = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
     from flowalign.cli.runs import config_of
 
-    own = config_of(checkpoint, config)
+    own = config_of(checkpoint, config, model)
     from flowalign.cli.make_pairs import make_pairs as write_pairs
 
     console = make_console(as_json)
@@ -66,12 +67,13 @@ def calibrate_cache(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: Weights = "model",
     config: Like = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
     from flowalign.cli.runs import config_of
 
-    own = config_of(checkpoint, config)
+    own = config_of(checkpoint, config, model)
     from flowalign.cli.calibrate import calibrate
 
     console = make_console(as_json)
@@ -112,6 +114,7 @@ def make_preferences(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     weights: Weights = "model",
     config: Like = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
@@ -119,7 +122,7 @@ def make_preferences(
     from flowalign.config import RewardConfig
     from flowalign.configpaths import resolve_reward, scalar_options
 
-    own = config_of(checkpoint, config)
+    own = config_of(checkpoint, config, model)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
     from flowalign.cli.make_preferences import make_preferences as write_preferences
 

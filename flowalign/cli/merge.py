@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -53,12 +54,19 @@ class Source:
 
 
 def merge(
-    sources: Sequence[Path], to: Path, *, weights: Sequence[float] = (), which: str = "model", overwrite: bool = False
+    sources: Sequence[Path],
+    to: Path,
+    *,
+    weights: Sequence[float] = (),
+    which: str = "model",
+    model: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
 
     Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
-    checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. Returns what ``to`` records.
+    checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. ``model`` is the base of runs
+    whose own was moved. Returns what ``to`` records.
 
     Raises:
         MergeError: fewer than two models, another architecture, other encoders or another base.
@@ -69,9 +77,9 @@ def merge(
         raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
     portions = shares(weights, len(sources))
     check_place(to, overwrite)
-    first = _open(sources[0], which, None)
+    first = _open(sources[0], which, None, model)
     with torch_threads(first.config.cluster.threads):
-        total = _average(first, sources[1:], portions, which)
+        total = _average(first, sources[1:], portions, which, model)
         bind_weights(first.policy.network, total)
     record = {
         "kind": "merge",
@@ -84,19 +92,21 @@ def merge(
     return record
 
 
-def _average(first: Source, others: Sequence[Path], portions: Sequence[float], which: str) -> dict[str, Tensor]:
+def _average(
+    first: Source, others: Sequence[Path], portions: Sequence[float], which: str, model: Path | None
+) -> dict[str, Tensor]:
     """One model is in memory beside the first and the sum."""
     total: dict[str, Tensor] = {}
     add(total, first.policy.network, portions[0])
     own, base, named = encoding(first.policy), first.base, first.path
     for path, share in zip(others, portions[1:], strict=True):
-        source = _open(path, which, first.config)
+        source = _open(path, which, first.config, model)
         check_architecture(str(path), source.policy.network, str(first.path), first.policy.network)
         _check_encoders(path, encoding(source.policy), first.path, own)
         if None not in (base, source.base) and base != source.base:
             raise MergeError(
                 f"{path} was trained from another base model than {named}; averages of such are of no use. If both "
-                f"do descend from one model, export {path} and merge the export"
+                f"do descend from one model, merge an export: flowalign export {shlex.quote(str(path))} --to DIR"
             )
         if base is None:
             base, named = source.base, path
@@ -104,9 +114,9 @@ def _average(first: Source, others: Sequence[Path], portions: Sequence[float], w
     return total
 
 
-def _open(path: Path, which: str, first: AlignConfig | None) -> Source:
+def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) -> Source:
     """A source with full weights in float32; text length and image size are the first one's."""
-    config = config_of(path, None)
+    config = config_of(path, None, None if (path / "model_index.json").is_file() else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
     model = config.model.model_copy(update={"dtype": "float32", **sizes})

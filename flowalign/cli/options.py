@@ -33,6 +33,10 @@ Source = Annotated[
 Like = Annotated[
     Path | None, typer.Option("--config", help="an alignment's configuration, instead of the one recorded there")
 ]
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="the base model, where it was moved", parser=model_directory),
+]
 Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora, ema, or an average such as ema_0.99")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]

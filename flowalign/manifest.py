@@ -1,0 +1,159 @@
+"""MANIFEST.json: what a checkpoint holds, with size and sha256 of each file, whether it does, what else to take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flowalign.files import sha256
+
+FORMAT = "flowalign-checkpoint"
+VERSION = 1
+MANIFEST = "MANIFEST.json"
+STEP = re.compile(r"step_\d+")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, changed or foreign: what, where, what to do."""
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def steps(root: Path) -> list[int]:
+    """The steps of the checkpoints under ``root``, ascending."""
+    return sorted(step_of(path) for path in manifests(root))
+
+
+def verify(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files, or those of ``names`` that it has, have the recorded sha256.
+
+    Raises:
+        CheckpointError: manifest or file is missing, unreadable or changed.
+    """
+    manifest = manifest_of(path)
+    for name, recorded in manifest["files"].items():
+        if names is None or name in names:
+            _check_size(path / name, recorded["bytes"])
+            try:
+                found = sha256(path / name)
+            except OSError as error:
+                raise CheckpointError(f"{path / name} cannot be read ({error.strerror})") from error
+            if found != recorded["sha256"]:
+                raise CheckpointError(f"{path / name} is corrupt (its sha256 is not the recorded one)")
+    return manifest
+
+
+def check_sizes(path: Path) -> None:
+    for name, recorded in manifest_of(path)["files"].items():
+        _check_size(path / name, recorded["bytes"])
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if found != size:
+        raise CheckpointError(f"{path} is truncated or has grown")
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """MANIFEST.json of a checkpoint, whole; the files it names are not looked at."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        claimed = manifest.pop("digest")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
+    if claimed != digest_of(manifest):
+        raise CheckpointError(f"{path / MANIFEST} is corrupt")
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")
+    return manifest
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with the manifest of ``path``."""
+    try:
+        manifest_of(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    return fault(path) is None
+
+
+def entries(root: Path) -> list[Path]:
+    """Everything under ``root`` that goes by a checkpoint's name, by step."""
+    return sorted((path for path in root.glob("step_*") if STEP.fullmatch(path.name)), key=step_of)
+
+
+def manifests(root: Path) -> dict[Path, dict[str, Any]]:
+    """Whole manifests under ``root``, in the order they were written."""
+    found = {}
+    for path in entries(root):
+        with suppress(CheckpointError):
+            found[path] = manifest_of(path)
+    return dict(sorted(found.items(), key=lambda item: item[1]["sequence"]))
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def advised(path: Path) -> Iterator[None]:
+    """Adds to an error about the checkpoint ``path`` what to take instead."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {advice(path)}") from error
+
+
+def advice(path: Path) -> str:
+    """What to do instead: the newest intact checkpoint beside ``path``."""
+    for sibling in reversed(manifests(path.parent)):
+        with suppress(CheckpointError):
+            if sibling != path and verify(sibling):
+                return f"the newest intact checkpoint beside it is {sibling}: give that{_going_on(sibling)}"
+    return f"no other intact checkpoint is beside it: {begin_another(path.parent.parent)}"
+
+
+def _going_on(checkpoint: Path) -> str:
+    command = _command(checkpoint.parent.parent)
+    if command is None:
+        return ""
+    key = "resume" if command.startswith("flowalign pretrain") else "checkpoint.resume"
+    return f", or train on from it with `{command} {key}={checkpoint.name}`"
+
+
+def begin_another(run_dir: Path) -> str:
+    command = _command(run_dir)
+    again = f"begin another run: `{command} name={run_dir.resolve().name}-2`" if command else "begin another run"
+    return f"bring one back from a copy, or {again}"
+
+
+def _command(run_dir: Path) -> str | None:
+    """What trains in ``run_dir``, as it is typed; None where it has no configuration."""
+    config = run_dir / "config.yaml"
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return (
+        f"flowalign {'pretrain' if re.search(r'^phases:', text, re.MULTILINE) else 'align'} {shlex.quote(str(config))}"
+    )
