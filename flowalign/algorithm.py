@@ -22,7 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from flowalign.flow import density, forward, path, schedule, sde
+from flowalign.config import Grid, Shift
+from flowalign.flow import density, forward, path, sde
+from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 
 
@@ -156,12 +158,39 @@ def _of_file(location: str) -> ModuleType:
     return module
 
 
-def build_algorithm(config: AlgorithmConfig | Mapping[str, Any]) -> Any:
-    """An algorithm from its config (or the plain mapping of one)."""
+class Scheduled:
+    """What an algorithm inherits whose configuration has ``num_steps``, ``shift`` and ``grid``: its walk's levels."""
+
+    config: Any
+    schedule: PipelineSchedule = PipelineSchedule()  # the model's own, as `build_algorithm` is given it
+    _made: tuple[PipelineSchedule, Tensor] | None = None
+
+    def levels(self) -> Tensor:
+        """Noise levels, float32 (num_steps + 1,); raises ValueError where the model's pipeline has none such."""
+        if self._made is None or self._made[0] is not self.schedule:
+            c = self.config
+            grid: Grid = getattr(c, "grid", "pipeline")
+            self._made = self.schedule, self.schedule.levels(c.num_steps, c.shift, grid)
+        return self._made[1]
+
+    def check_schedule(self) -> None:
+        """Raise ValueError, its key first, where the algorithm has no levels on the model's own schedule."""
+        self.levels()
+
+
+def build_algorithm(config: AlgorithmConfig | Mapping[str, Any], schedule: PipelineSchedule | None = None) -> Any:
+    """An algorithm from its config (or the plain mapping of one).
+
+    ``schedule`` is how the model's own pipeline walks, which whoever asks for a plan or for times must give; by
+    default a static scheduler of shift 1.
+    """
     name = config.type if isinstance(config, AlgorithmConfig) else str(config["type"])
     cls = algorithm_class(name)
     parsed = config if isinstance(config, AlgorithmConfig) else cls.Config.model_validate(dict(config))
-    return cls(parsed)
+    algorithm = cls(parsed)
+    if schedule is not None:
+        algorithm.schedule = schedule
+    return algorithm
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -201,15 +230,15 @@ class ForwardConfig(AlgorithmConfig):
 
     Of every image they take ``timesteps`` points ``x_t = (1 - t) x_0 + t noise``. With ``density: grid`` t comes from
     the rollout's own noise levels, as in the public code of NFT and AWM; else from a density of ``flow.density`` with
-    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance. ``shift`` null takes the
-    model's own scheduler's. With ``rollout_weights: ema`` the learner's average makes the images, and ``ema_decay`` is
-    the learner's: constant, and applied at every optimizer step.
+    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance. ``shift`` null is the model's
+    own, ``auto`` the resolution's. With ``rollout_weights: ema`` the learner's average makes the images, and
+    ``ema_decay`` is the learner's: constant, and applied at every optimizer step.
     """
 
     group_size: int = Field(24, ge=2)
     num_steps: int = Field(10, ge=1)
-    shift: float | None = Field(None, gt=0)
-    grid: Literal["diffusers", "paper"] = "diffusers"
+    shift: Shift = None
+    grid: Grid = "pipeline"
     guidance_scale: float = Field(1.0, ge=0)
     norm_preserving: bool = False
     timesteps: int = Field(9, ge=1)
@@ -226,9 +255,8 @@ class ForwardConfig(AlgorithmConfig):
         check_density(self.density, self.density_params)
         return self
 
-    def rollout_spec(self) -> RolloutSpec:
-        """Every step an ODE step: no state is kept, no log-prob exists."""
-        sigmas = schedule.sigmas(self.num_steps, shift=self.shift or 1.0, grid=self.grid)
+    def rollout_spec(self, sigmas: Tensor) -> RolloutSpec:
+        """Every step an ODE step along ``sigmas``: no state is kept, no log-prob exists."""
         return RolloutSpec(
             kind="ode",
             sigmas=tuple(sigmas.tolist()),

@@ -15,7 +15,6 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.textfiles import TextError, read_object
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
@@ -240,17 +239,6 @@ def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[
     except CheckpointError as error:
         raise ConfigError(f"{key}.path", str(error)) from error
     return None
-
-
-def scheduler_shift(model: Path) -> float | None:
-    """The timestep shift that the model's own scheduler uses; None where there is no such file."""
-    path = model / "scheduler" / "scheduler_config.json"
-    try:
-        return float(read_object(path).get("shift", 1.0)) if path.exists() else None
-    except TextError as error:
-        raise ConfigError("model.path", str(error)) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError("model.path", f"{path}: shift is no number ({error})") from error
 
 
 def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:

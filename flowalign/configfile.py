@@ -21,11 +21,12 @@ from pydantic import ValidationError
 from flowalign import configcheck as checks
 from flowalign import promptcheck
 from flowalign.checkpoint import LOG, has_any
-from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, RewardConfig, SamplingConfig
 from flowalign.configpaths import Config, resolve, shipped_names
 from flowalign.contents import digests, leaves, put, relocated, same
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.trainingcheck import check_caches, check_training, notes_of
+from flowalign.walkcheck import check_walks, filled, refuse_old_grid, renamed_grids, schedule_of
 from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
 
 RESOLVED = "config.yaml"
@@ -99,9 +100,11 @@ def _load(
 ) -> Loaded[Config]:
     """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
     that was written."""
-    raw, base = read_yaml(path), path.resolve().parent
+    raw, base = read_mapping(path), path.resolve().parent
+    recorded = [key for key in _RECORDED if raw.pop(key, None) is not None]
     before = copy.deepcopy(raw)
     override(raw, overrides)
+    refuse_old_grid(raw, overrides, bool(recorded))
     overridden = tuple(differences(before, raw))
     while True:
         try:
@@ -174,8 +177,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     need(checks.check_device, "cluster.device", config.cluster.device, here)
     if config.cluster.backend == "ray" and here:
         need(checks.check_cores, config)
-    config = config.model_copy(update={"algorithm": _filled(algorithm.config, Path(config.model.path))})
-    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
     return Loaded(config, base, tuple(missing))
 
@@ -188,7 +190,17 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
     check_training(config, algorithm)
     checks.check_model(config)
     checks.check_device("device", config.device)
-    return Loaded(config.model_copy(update={"algorithm": _filled(algorithm.config, Path(config.model.path))}), base)
+    return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
+
+
+def _walked(
+    config: Config, algorithm: Any, section: str, sampling: SamplingConfig, require_files: bool = True
+) -> Config:
+    """``config`` with all keys of its algorithm, whose levels exist, as those of ``sampling`` do."""
+    check_finite(algorithm.config.model_dump(), "algorithm")
+    own = schedule_of(config.model, require_files)
+    check_walks(config.model, algorithm, own, section, sampling)
+    return config.model_copy(update={"algorithm": filled(algorithm.config, config.model, own)})
 
 
 def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
@@ -199,15 +211,6 @@ def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
         raise checks.explain(error, model) from error
     check_finite(config.model_dump())
     return config
-
-
-def _filled(config: Any, model: Path) -> dict[str, Any]:
-    """All keys of the algorithm; ``shift`` null becomes the model's own."""
-    values: dict[str, Any] = config.model_dump(mode="json")
-    check_finite(config.model_dump(), "algorithm")
-    if "shift" in values and values["shift"] is None:
-        values["shift"] = checks.scheduler_shift(model)
-    return values
 
 
 def write_resolved(config: AlignConfig | PretrainConfig, run_dir: Path) -> Path:
@@ -281,6 +284,7 @@ def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | Pretrai
     if type(old) is not type(new):
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
     old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
+    old = renamed_grids(old, new, run_dir)  # type: ignore[type-var]
     held, values = recorded_contents(run_dir), [leaves(config.model_dump(mode="json")) for config in (old, new)]
     was, now = values
     changed = [

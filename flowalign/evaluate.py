@@ -103,7 +103,7 @@ def evaluate_checkpoint(
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir)
         policy, state = open_policy(path, config, which)
-        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver))
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver), config.model)
         parts, rows = [], []
         for chunk in roll(policy, batch, spec, config, own.seed if seed is None else seed, progress):
             judged = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]

@@ -18,10 +18,11 @@ from flowalign import checkpoint
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointError
 from flowalign.checkpoint import find as find_checkpoint
-from flowalign.config import CACHED, AlignConfig, ConfigError, SamplingConfig
+from flowalign.config import CACHED, AlignConfig, ConfigError, ModelConfig, SamplingConfig
 from flowalign.contents import base_hash
 from flowalign.files import save_tensors
 from flowalign.flow import families
+from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.rollout import SampleNoise, rollout
@@ -79,17 +80,34 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
     return json.loads((path / "state.json").read_bytes())
 
 
-def ode_spec(shift: float, num_steps: int, guidance_scale: float) -> RolloutSpec:
-    """Deterministic Euler steps on the grid that diffusers' scheduler uses for this shift."""
-    return sampling_spec(SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), shift=shift)
+def ode_spec(policy: Policy, num_steps: int, guidance_scale: float) -> RolloutSpec:
+    """Deterministic Euler steps along the levels of the model's own pipeline, at the model's own size."""
+    return policy_spec(policy, SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), ModelConfig())
 
 
 def sampling_spec(
-    sampling: SamplingConfig, *, shift: float, family: str | None = "rf", inputs: Sequence[str] | None = ()
+    sampling: SamplingConfig,
+    *,
+    schedule: PipelineSchedule,
+    family: str | None = "rf",
+    inputs: Sequence[str] | None = (),
 ) -> RolloutSpec:
-    """How ``sampling`` says, on the noise levels of the model's own schedule."""
+    """How ``sampling`` says, along the levels that ``schedule``, the model's own pipeline, walks.
+
+    A model of another family than ``rf`` has levels of its own, see `families.sampling_sigmas`.
+
+    Raises:
+        ConfigError: the pipeline has no levels for this number of steps.
+    """
     kind = families.family(family or "rf")
-    sigmas = tuple(families.sampling_sigmas(kind, sampling.num_steps, shift=shift, grid=sampling.grid).tolist())
+    try:
+        if kind.is_rectified_flow:
+            levels = schedule.levels(sampling.num_steps, grid=sampling.grid)
+        else:
+            levels = families.sampling_sigmas(kind, sampling.num_steps, shift=schedule.named_shift)
+    except ValueError as error:
+        raise ConfigError("", str(error)) from error
+    sigmas = tuple(levels.tolist())
     common = {
         "guidance_scale": sampling.guidance_scale,
         "average_velocity": "r" in (inputs or ()),
@@ -113,9 +131,10 @@ def asked(
     return made
 
 
-def policy_spec(policy: Policy, sampling: SamplingConfig) -> RolloutSpec:
-    """`sampling_spec` of an opened model."""
-    return sampling_spec(sampling, shift=policy.shift, family=policy.family, inputs=policy.inputs)
+def policy_spec(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> RolloutSpec:
+    """`sampling_spec` of an opened model, at the height and width of ``size``."""
+    schedule = policy.schedule(size.height, size.width)
+    return sampling_spec(sampling, schedule=schedule, family=policy.family, inputs=policy.inputs)
 
 
 def sample_checkpoint(
@@ -147,7 +166,7 @@ def sample_checkpoint(
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(path, config, which)
         sampling = asked(own, num_steps, guidance_scale, solver)
-        spec = policy_spec(policy, sampling)
+        spec = policy_spec(policy, sampling, config.model)
         made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
     out_dir.mkdir(parents=True, exist_ok=True)
     files = [out_dir / f"{i:04d}.png" for i in range(len(batch))]

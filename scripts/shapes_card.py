@@ -46,7 +46,7 @@ def verdicts(images: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, dict[s
 
 def sampled(policy: SD3Policy, count: int, *, tail: int, guidance: float) -> dict[str, dict[str, float]]:
     policy.max_sequence_length = tail
-    batch, spec = evaluation_batch("shapes:eval", count), ode_spec(policy.shift, 10, guidance)
+    batch, spec = evaluation_batch("shapes:eval", count), ode_spec(policy, 10, guidance)
     parts = [rollout(policy, part, spec, seed=SEED, policy_version=0).images.numpy() for part in batch.chunks(48)]
     return verdicts(np.concatenate(parts), [dict(row) for row in batch.metadata])
 

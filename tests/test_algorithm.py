@@ -24,7 +24,7 @@ def config(**changes) -> ForwardConfig:
 
 
 def made(own: ForwardConfig) -> Rollout:
-    return make_rollout(LinearVelocity(), own.rollout_spec())
+    return make_rollout(LinearVelocity(), own.rollout_spec(schedule.sigmas(own.num_steps)))
 
 
 def part(rollout: Rollout, rows: list[int]) -> Rollout:
@@ -40,7 +40,7 @@ def part(rollout: Rollout, rows: list[int]) -> Rollout:
 
 
 def test_all_steps_of_the_rollout_are_deterministic() -> None:
-    spec = config(shift=3.0, guidance_scale=2.0).rollout_spec()
+    spec = config(shift=3.0, guidance_scale=2.0).rollout_spec(schedule.sigmas(6, shift=3.0))
     assert (spec.kind, spec.window, spec.noise_level, spec.guidance_scale) == ("ode", (0, 0), 0.0, 2.0)
     assert list(spec.sigmas) == schedule.sigmas(6, shift=3.0).tolist()
 

@@ -41,7 +41,7 @@ def runs(base: Path, tmp_path: Path) -> dict[str, Path]:
 def rollout_latents(run: Path, base: Path, lora: bool, guidance: float, which: Which = "model") -> torch.Tensor:
     policy, _ = open_policy(run, run_config(base, lora=lora), which)
     noise = SampleNoise(5, range(len(PROMPTS)), policy.latent_shape(None, None))
-    return integrate(policy.velocity, policy.encode_prompts(PROMPTS), noise, ode_spec(policy.shift, 10, guidance))[2]
+    return integrate(policy.velocity, policy.encode_prompts(PROMPTS), noise, ode_spec(policy, 10, guidance))[2]
 
 
 def public_latents(pipeline: Any, guidance: float) -> torch.Tensor:

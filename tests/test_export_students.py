@@ -62,7 +62,7 @@ def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
 def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:
     config = config_of(source, None)
     policy, _ = open_policy(source, config, which)
-    spec = policy_spec(policy, config.evaluation)
+    spec = policy_spec(policy, config.evaluation, config.model)
     return integrate(policy.velocity, policy.encode_prompts([prompt]), SampleNoise(5, [3], SHAPE), spec)[2]
 
 

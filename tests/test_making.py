@@ -15,7 +15,7 @@ from flowalign.cli.calibrate import calibrate
 from flowalign.cli.make_pairs import HalfNoise, make_pairs
 from flowalign.cluster.run import run_align
 from flowalign.cluster.train import run_pretrain
-from flowalign.config import AlignConfig, CacheConfig, ConfigError, SamplingConfig
+from flowalign.config import AlignConfig, CacheConfig, ConfigError, ModelConfig, SamplingConfig
 from flowalign.configfile import load_align
 from flowalign.data.latents import LatentsError, load_bank
 from flowalign.metrics import read_metrics
@@ -40,7 +40,7 @@ def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipelin
     drawn = bank.draw(0, 6, 0)
     assert drawn.noise is not None
     policy = load_policy(run_config(tiny_pipeline_dir).model)
-    spec = policy_spec(policy, SamplingConfig(num_steps=2, solver="heun"))
+    spec = policy_spec(policy, SamplingConfig(num_steps=2, solver="heun"), ModelConfig())
 
     class Given(SampleNoise):
         def draw(self):
@@ -130,7 +130,7 @@ def calibration(tiny_pipeline_dir, tmp_path_factory) -> Path:
 def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, calibration):
     policy = load_policy(run_config(tiny_pipeline_dir).model)
     condition = policy.encode_prompts(["a photo of a star"] * 4)
-    full = policy_spec(policy, SamplingConfig(num_steps=8))
+    full = policy_spec(policy, SamplingConfig(num_steps=8), ModelConfig())
     calls: list[int] = []
     block = policy.network.get_submodule("transformer_blocks.0.attn")
     block.register_forward_hook(lambda module, args, out: calls.append(1))

@@ -301,7 +301,7 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
 
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=4))
     condition = policy.encode_prompts(["a photo of a star"])
-    spec = policy_spec(policy, SamplingConfig(num_steps=3, solver="consistency"))
+    spec = policy_spec(policy, SamplingConfig(num_steps=3, solver="consistency"), ModelConfig())
     final = integrate(policy.velocity, condition, SampleNoise(3, [0], (16, 8, 8)), spec)[2]
     noise = SampleNoise(3, [0], (16, 8, 8))
     x = noise.draw()
@@ -309,7 +309,7 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
         for t, t_next in zip(spec.sigmas, spec.sigmas[1:], strict=False):
             clean = x - t * policy.velocity(x, torch.tensor([t]), condition)
             x = clean if t_next == 0 else (1 - t_next) * clean + t_next * noise.draw()
-    assert spec.sigmas == tuple(schedule.sigmas(3, shift=policy.shift).tolist())
+    assert spec.sigmas == tuple(schedule.sigmas(3, shift=policy.schedule(None, None).shift).tolist())
     torch.testing.assert_close(final, x, rtol=1e-4, atol=1e-4)
 
 

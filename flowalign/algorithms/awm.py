@@ -13,14 +13,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
-from flowalign.algorithm import ForwardConfig, LossOutput, Models
+from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
 from flowalign.flow import forward
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 _TINY = 1e-10
 
 
-class AWM:
+class AWM(Scheduled):
     """PPO on the surrogate ``log p ≈ -w(|v - u|², t)`` of forward-noised final latents.
 
     On-policy the gradient is that of the flow-matching loss with every image weighted by its advantage.
@@ -81,7 +81,7 @@ class AWM:
         return self.config.reference_refresh
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec()
+        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """With β = 0 images of zero advantage are dropped, which changes no gradient."""

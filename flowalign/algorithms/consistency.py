@@ -12,14 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded
-from flowalign.flow import path, schedule
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config import Grid, Shift
+from flowalign.flow import path
 from flowalign.flow.losses import pseudo_huber
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class Consistency:
+class Consistency(Scheduled):
     """``f(x, t) = x - t v(x, t)`` at a time is pulled to the average's ``f`` at an earlier one, further down the line.
 
     ``f(x, 0) = x`` holds whatever the network says, so no skip coefficients are needed.
@@ -33,7 +34,7 @@ class Consistency:
         consistency training (arXiv:2303.01469, algorithm 3), which needs no teacher and knows no guidance.
 
         A grid of 1000 and a skip of 20 are those of arXiv:2310.04378, the loss that of arXiv:2310.14189 (``c`` null is
-        ``0.00054 sqrt(d)``). ``shift`` null takes the model's own scheduler's.
+        ``0.00054 sqrt(d)``). ``shift`` null is the model's own, ``auto`` the resolution's.
         """
 
         type: str = "consistency"
@@ -42,8 +43,8 @@ class Consistency:
         guidance_scale: float = Field(1.0, ge=0)
         num_steps: int = Field(1000, ge=1)
         skip: int = Field(20, ge=1)
-        shift: float | None = Field(None, gt=0)
-        grid: Literal["diffusers", "paper"] = "paper"
+        shift: Shift = None
+        grid: Grid = "paper"
         loss: Literal["squared", "pseudo_huber"] = "pseudo_huber"
         c: float | None = Field(None, gt=0)
         condition_dropout: float = Field(0.0, ge=0, le=1)
@@ -76,7 +77,7 @@ class Consistency:
         """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""
         c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
         count = x0.shape[0]
-        sigmas = schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid)
+        sigmas = self.levels()
         step = torch.randint(c.num_steps, (count,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         drop = torch.rand(count, generator=generator) < c.condition_dropout

@@ -13,14 +13,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, VelocityModel, seeded
-from flowalign.flow import density, forward, path, schedule
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, VelocityModel, seeded
+from flowalign.config import Grid, Shift
+from flowalign.flow import density, forward, path
 from flowalign.types import PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 
 
-class DiffusionDPO:
+class DiffusionDPO(Scheduled):
     """The policy's error on the winner must fall, against the reference's, more than its error on the loser."""
 
     class Config(AlgorithmConfig):
@@ -51,8 +52,8 @@ class DiffusionDPO:
         reference_refresh: int | None = Field(None, ge=1)
         group_size: int = Field(8, ge=2)
         num_steps: int = Field(10, ge=1)
-        shift: float | None = Field(None, gt=0)
-        grid: Literal["diffusers", "paper"] = "diffusers"
+        shift: Shift = None
+        grid: Grid = "pipeline"
         guidance_scale: float = Field(1.0, ge=0)
         norm_preserving: bool = False
         rollout_weights: Literal["policy", "ema"] = "policy"
@@ -108,7 +109,7 @@ class DiffusionDPO:
             return None
         return RolloutSpec(
             kind="ode",
-            sigmas=tuple(schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid).tolist()),
+            sigmas=tuple(self.levels().tolist()),
             window=(0, 0),
             noise_level=0.0,
             guidance_scale=c.guidance_scale,

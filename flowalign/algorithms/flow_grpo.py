@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from torch import Tensor
 
 from flowalign.advantages import Normalize, best_and_worst, credit
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
-from flowalign.flow import schedule, sde
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
+from flowalign.config import Grid, Shift
+from flowalign.flow import sde
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 
@@ -73,11 +74,11 @@ class Keep(BaseModel):
     worst: int = Field(ge=1)
 
 
-class FlowGRPO:
+class FlowGRPO(Scheduled):
     """Group-relative advantages, per-(image, step) ratios, optional KL to the frozen reference."""
 
     class Config(AlgorithmConfig):
-        """``shift`` null takes the model's own scheduler's; ranges follow log-probs that are means.
+        """``shift`` null is the model's own, ``auto`` the resolution's; ranges follow log-probs that are means.
 
         ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
         stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818). Then
@@ -118,8 +119,8 @@ class FlowGRPO:
         initial_noise: Literal["own", "group"] = "own"
         share_prefix: bool = False
         num_steps: int = Field(10, ge=1)
-        shift: float | None = Field(None, gt=0)
-        grid: Literal["diffusers", "paper"] = "diffusers"
+        shift: Shift = None
+        grid: Grid = "pipeline"
         window: WindowConfig = WindowConfig()
         train_steps: Annotated[int, Field(ge=1)] | None = None
         train_steps_by: Literal["sample", "iteration"] = "sample"
@@ -201,7 +202,7 @@ class FlowGRPO:
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         """One window for the whole iteration: a function of (seed, iteration) where it moves."""
         c = self.config
-        sigmas = schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid)
+        sigmas = self.levels()
         window = sde.Window(**c.window.model_dump())
         mask = sde.window_mask(window, c.kind, sigmas, c.noise_level, seeded(seed, 5, iteration), iteration)
         steps = mask.nonzero().flatten().tolist()

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
-from flowalign.algorithm import ForwardConfig, LossOutput, Models
+from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 
-class NFT:
+class NFT(Scheduled):
     """Contrasts ``v_old ± beta (v - v_old)``, weighted by how good the image is; no SDE, no log-prob, no guidance.
 
     With ``d = v - v_old`` and ``e = v_old - u`` the loss of an item, under uniform weights, is
@@ -65,7 +65,7 @@ class NFT:
         return self.config.rollout_weights
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec()
+        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""

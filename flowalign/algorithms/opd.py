@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded, step_log_prob
-from flowalign.flow import forward, schedule, sde
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
+from flowalign.config import Grid, Shift
+from flowalign.flow import forward, sde
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 
 
@@ -48,7 +49,7 @@ class DistilledSteps(BaseModel):
     stop: Annotated[int, Field(ge=1)] | None = None
 
 
-class OPD:
+class OPD(Scheduled):
     """The KL from the teacher's step to the student's, at the student's states and on the student's noise levels."""
 
     class Config(AlgorithmConfig):
@@ -73,8 +74,8 @@ class OPD:
         kind: Literal["ode", "flow", "dance", "cps"] = "ode"
         noise_level: float = Field(0.0, ge=0)
         num_steps: int = Field(10, ge=1)
-        shift: float | None = Field(None, gt=0)
-        grid: Literal["diffusers", "paper"] = "diffusers"
+        shift: Shift = None
+        grid: Grid = "pipeline"
         window: DistilledSteps = DistilledSteps()
         guidance_scale: float = Field(1.0, ge=0)
         norm_preserving: bool = False
@@ -114,7 +115,7 @@ class OPD:
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         """One window for the whole iteration; a random one is drawn from (seed, iteration)."""
         c = self.config
-        sigmas = schedule.sigmas(c.num_steps, shift=c.shift or 1.0, grid=c.grid)
+        sigmas = self.levels()
         # Without noise every step can be distilled, as every step of kind dance can.
         kind, noise_level = ("dance", 1.0) if c.kind == "ode" else (c.kind, c.noise_level)
         mask = sde.window_mask(

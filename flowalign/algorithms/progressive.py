@@ -6,19 +6,19 @@ Shapes: N samples, S steps of the student, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, seeded
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config import Grid, Shift
 from flowalign.flow import forward, path, schedule
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class Progressive:
+class Progressive(Scheduled):
     """Regress the student's velocity on the chord of two Euler steps of the teacher, from noised latents."""
 
     class Config(AlgorithmConfig):
@@ -26,19 +26,19 @@ class Progressive:
 
         One run is one round: it halves the teacher's steps. A chain to few steps is a run a round, each with the
         student before it as its teacher and as its start: 1024 (any model), then ``num_steps`` 512, 256 … 1. The
-        ``paper`` grid nests, so that a round's times are every other one of the round before; ``diffusers`` does not
+        ``paper`` grid nests, so that a round's times are every other one of the round before; ``pipeline`` does not
         (its last noise level moves with the number of steps), and suits a single round from a model that knows every
         time. Sample the student with its own ``num_steps``, ``shift`` and ``grid`` and with Euler steps.
 
         ``guidance_scale`` is the teacher's, for the first round: students have it built in, so later ones leave it
         at 1. Errors of the velocity weigh alike; the paper's loss on x̂_0 has the weight ``max(SNR, 1)``.
-        ``shift`` null takes the model's own scheduler's.
+        ``shift`` null is the model's own, ``auto`` the resolution's.
         """
 
         type: str = "progressive"
         num_steps: int = Field(4, ge=1)
-        shift: float | None = Field(None, gt=0)
-        grid: Literal["diffusers", "paper"] = "paper"
+        shift: Shift = None
+        grid: Grid = "paper"
         guidance_scale: float = Field(1.0, ge=0)
         condition_dropout: float = Field(0.0, ge=0, le=1)
 
@@ -53,11 +53,18 @@ class Progressive:
     def rollout_plan(self, iteration: int, seed: int) -> None:
         return None
 
+    def check_schedule(self) -> None:
+        self.times()
+
     def times(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where each of the student's steps begins, where the teacher's first ends, where both end: (S,) each."""
-        c = self.config
-        shift = c.shift or 1.0
-        sigmas = schedule.sigmas(c.num_steps, shift=shift, grid=c.grid)
+        own, c = self.schedule, self.config
+        if c.grid == "pipeline" and own.converts is not None:
+            raise ValueError(
+                f"grid: pipeline has no times between its levels where the scheduler has {own.converts}; write paper"
+            )
+        sigmas, replaced = self.levels(), own.shift_of(c.shift)
+        shift = own.shift if replaced is None else replaced
         even = schedule.shift_sigma(sigmas.double(), 1 / shift)
         middle = schedule.shift_sigma((even[:-1] + even[1:]) / 2, shift).float()
         return sigmas[:-1], middle, sigmas[1:]

@@ -8,18 +8,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
+from flowalign.algorithm import DensityConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config import Shift
 from flowalign.flow import density, families, path
 from flowalign.pathfamilies import FamilyName
 from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class RectifiedFlow:
+class RectifiedFlow(Scheduled):
     """Regress the conditional velocity at a random time of a family's path."""
 
     class Config(DensityConfig):
         """``family`` is the path that is trained on: its own t is drawn from ``density``, moved by ``shift`` to noisier
-        times for larger images (arXiv:2403.03206, sec. 5.3.2).
+        times for larger images (arXiv:2403.03206, sec. 5.3.2); null is the shift that the model is sampled with,
+        ``auto`` that of the resolution.
 
         The error is that of the straight path's velocity, which every family's network is converted to, weighted by
         ``weighting``: ``family`` makes it that of the raw output, the family's own loss (of the noise for eps, of F for
@@ -29,7 +31,7 @@ class RectifiedFlow:
         type: str = "rectified_flow"
         family: FamilyName = "rf"
         density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
-        shift: Annotated[float, Field(gt=0)] = 1.0
+        shift: Shift = 1.0
         weighting: Literal["family", "velocity", "noise", "data"] = "family"
         condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
@@ -45,13 +47,16 @@ class RectifiedFlow:
     def rollout_plan(self, iteration: int, seed: int) -> None:
         return None
 
+    def check_schedule(self) -> None:
+        self.schedule.shift_of(self.config.shift)
+
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw time, noise and dropped conditions from the batch's own seed; the time becomes the straight path's."""
         generator = seeded(batch.seed)
         x0 = batch.latents_NCHW
         count = x0.shape[0]
         config = self.config
-        own = density.sample(config.density, (count,), generator, shift=config.shift, **config.density_params)
+        own = density.sample(config.density, (count,), generator, shift=self._shift, **config.density_params)
         noise = torch.randn(x0.shape, generator=generator)
         drop = torch.rand(count, generator=generator) < config.condition_dropout
         t = own if config.family == "rf" else self.family.rf_time(own)
@@ -67,6 +72,11 @@ class RectifiedFlow:
         weight = minibatch.tensors["weight"]
         loss = plain if self._unweighted else (square.flatten(1).mean(1) * weight).mean()
         return LossOutput(loss, {"loss/velocity_mse": plain.detach()})
+
+    @property
+    def _shift(self) -> float:
+        own = self.schedule.shift_of(self.config.shift)
+        return self.schedule.shift if own is None else own
 
     @property
     def _unweighted(self) -> bool:

@@ -12,12 +12,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import ForwardConfig, LossOutput, Models
+from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
 from flowalign.flow import forward
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 
-class SFT:
+class SFT(Scheduled):
     """The flow-matching loss on forward-noised final latents, with weights whose mean over a group is 1."""
 
     class Config(ForwardConfig):
@@ -57,7 +57,7 @@ class SFT:
         return self.config.rollout_weights
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec()
+        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """With β = 0 images of weight 0 are dropped, which changes no gradient."""

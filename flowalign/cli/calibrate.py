@@ -46,7 +46,8 @@ def calibrate(
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(checkpoint, config, which)
         device = getattr(policy, "device", "cpu")
-        spec, shape = policy_spec(policy, sampling), policy.latent_shape(config.model.height, config.model.width)
+        spec = policy_spec(policy, sampling, config.model)
+        shape = policy.latent_shape(config.model.height, config.model.width)
         with Distances(policy.network) as distances:
             for chunk in batch.chunks(config.rollout.chunk_size):
                 distances.reset()

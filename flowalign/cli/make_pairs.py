@@ -73,7 +73,7 @@ def make_pairs(
     writer = BankWriter(to, identity)
     with torch_threads(config.cluster.threads), writer.on_full_disk(pairs - writer.count):
         policy, _ = open_policy(checkpoint, config, which)
-        spec = policy_spec(policy, sampling)
+        spec = policy_spec(policy, sampling, config.model)
         shape = policy.latent_shape(config.model.height, config.model.width)
         made = _Shard()
         for iteration in range(writer.position, -(-pairs // chunk)):

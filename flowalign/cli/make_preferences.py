@@ -67,7 +67,7 @@ def make_preferences(
     with torch_threads(config.cluster.threads):
         policy, state = open_policy(checkpoint, config, which)
         scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
-        spec = policy_spec(policy, asked(own, num_steps, guidance_scale))
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale), config.model)
         while made < pairs:
             batch = sampler.batch(groups // sampler.groups)
             images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])

@@ -19,7 +19,7 @@ from flowalign.collapse import stopped_by_alarm
 from flowalign.config import SHIPPED, AlignConfig
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
-from flowalign.models.inspect import scheduler_shift
+from flowalign.models.inspect import own_schedule
 from flowalign.models.textlength import cut_note
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
@@ -123,7 +123,8 @@ def make_backend(config: AlignConfig, base_dir: Path, say: Callable[[str], None]
 
 
 def found(config: AlignConfig, run: Run) -> Iterator[str]:
-    """What there is to learn from and to evaluate with, and how many of the prompts the text encoders cut."""
+    """What there is to learn from and to evaluate with, how many of the prompts the text encoders cut, and whose shift
+    the configuration's replaces."""
     data, model = config.data, Path(config.model.path)
     batch = f"{data.groups_per_iteration} groups of {run.algorithm.config.group_size} images an iteration"
     if data.preferences is not None:
@@ -131,6 +132,9 @@ def found(config: AlignConfig, run: Run) -> Iterator[str]:
     elif isinstance(run.sampler, GroupSampler):
         note = cut_note(model, run.sampler.prompts)
         yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
+    replaced = run.algorithm.schedule.replacement(config.algorithm.get("shift"))
+    if replaced is not None and data.preferences is None:
+        yield f"levels: {replaced}"
     if run.evaluation is not None:
         prompts, e = run.evaluation[0].prompts, config.evaluation
         note = cut_note(model, prompts)
@@ -146,7 +150,7 @@ def _named(path: str) -> str:
 
 def build_run(config: AlignConfig, base_dir: Path) -> Run:
     """The fixed parts of a run: algorithm, prompts, evaluation."""
-    algorithm = build_algorithm(config.algorithm)
+    algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     sampler = GroupSampler(
         load_prompts(config.data.prompts, base_dir),
         groups=config.data.groups_per_iteration,
@@ -166,10 +170,9 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
 
 
 def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, RolloutSpec, int]:
-    """The model's own shift, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
-    e = config.evaluation
-    shift = scheduler_shift(Path(config.model.path)) or config.algorithm.get("shift") or 1.0
-    spec = sampling_spec(e, shift=shift, family=config.model.family, inputs=config.model.inputs)
+    """The model's own walk, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
+    e, own = config.evaluation, own_schedule(config.model)
+    spec = sampling_spec(e, schedule=own, family=config.model.family, inputs=config.model.inputs)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
 
 

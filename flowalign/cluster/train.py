@@ -27,6 +27,7 @@ from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, count_parameters, load_policy
 from flowalign.models.encoding import encoding
 from flowalign.models.features import ImageFeatures
+from flowalign.models.inspect import own_schedule
 from flowalign.pretrain import pretrain, resumed
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.lock import RunLock
@@ -113,8 +114,11 @@ def _run(
     torch.set_num_threads(config.threads)
     console = console if rank.index == 0 else Console(quiet=True)
     config = config.model_copy(update={"device": rank.device(config.device)})
-    algorithm = build_algorithm(config.algorithm)
+    own = own_schedule(config.model)
+    algorithm = build_algorithm(config.algorithm, own)
     _say_start(config, console, run_dir, rank)
+    if "grid" in config.algorithm and (replaced := own.replacement(config.algorithm["shift"])):
+        console.print(f"levels: {replaced}", **PLAIN)
     loading = time.monotonic()
     policy = load_policy(config.model, device=config.device)
     roles = build_roles(config, policy, algorithm)

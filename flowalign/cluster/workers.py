@@ -27,6 +27,7 @@ from flowalign.evaluate import evaluation_rewards
 from flowalign.learner import Learner
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, count_parameters, load_policy, reference_velocity
+from flowalign.models.inspect import own_schedule
 from flowalign.rollout import rollout
 from flowalign.sample import torch_threads
 from flowalign.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
@@ -125,7 +126,7 @@ class LearnerWorker:
         torch.set_num_threads(config.cluster.threads)
         self.policy = policy = load_policy(config.model, device=config.cluster.device)
         self.parameters = count_parameters(policy.network)
-        algorithm = build_algorithm(config.algorithm)
+        algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
         models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy, teachers)}
         refresh = getattr(algorithm, "reference_refresh", None)
         self.reference = None if refresh is None else RefreshedReference(policy, refresh)

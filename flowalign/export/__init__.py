@@ -29,6 +29,7 @@ from flowalign.export.card import base_name, write_card
 from flowalign.files import give_usual_modes, save_tensors
 from flowalign.models.build import has_lora
 from flowalign.models.inputs import CONFIG_KEY
+from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
 from flowalign.models.sd3 import SD3Policy, quietly
 from flowalign.outputs import RECORD as RECORD
 from flowalign.outputs import check_place, take_place
@@ -176,6 +177,8 @@ def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, stat
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}
     record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
+    if result.kind != "lora" and config.evaluation.grid == "diffusers":
+        record["sampling"]["grid"] = "pipeline"  # the scheduler beside it walks so, see `_walking`
     give_usual_modes(draft)
     take_place(draft, to, record)
 
@@ -194,8 +197,9 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
         # transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in.
         if part is not None:
             part.float()
-    if config.evaluation.solver == "consistency":
-        policy.pipeline.scheduler = _euler(policy.pipeline.scheduler, stochastic_sampling=True)
+    policy.pipeline.scheduler = _euler(policy.pipeline.scheduler, **_walking(config.evaluation))
+    # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
+    (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
     with quietly():
         policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)
@@ -284,7 +288,8 @@ def _probe(policy: SD3Policy, config: AlignConfig) -> Probe:
     velocity = policy.velocity(noise, torch.full((len(ids),), PROBE_TIME, device=policy.device), condition)
     latents = {}
     for guidance in PROBE_GUIDANCE:
-        spec = policy_spec(policy, SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance))
+        sampling = SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance, grid=config.evaluation.grid)
+        spec = policy_spec(policy, sampling, config.model)
         latents[guidance] = integrate(policy.velocity, condition, SampleNoise(0, ids, shape), spec, policy.device)[2]
     return Probe(noise, velocity, latents)
 
@@ -301,12 +306,13 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )
     extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
+    told = pipeline.scheduler.config["num_train_timesteps"]  # of the time
     zeros = torch.zeros(len(prompts), extra, device=pooled.device)  # the velocity at the time itself, unguided
     velocity = pipeline.transformer(
         hidden_states=noise,
         encoder_hidden_states=tokens,
         pooled_projections=torch.cat([pooled, zeros], 1),
-        timestep=torch.full((len(prompts),), PROBE_TIME * 1000, device=noise.device),
+        timestep=torch.full((len(prompts),), PROBE_TIME * told, device=noise.device),
         return_dict=False,
     )[0]
     size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
@@ -316,12 +322,28 @@ def _differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
             prompts,
             latents=noise,
             num_inference_steps=PROBE_STEPS,
+            sigmas=even_levels(PROBE_STEPS) if config.evaluation.grid == "paper" else None,
             guidance_scale=guidance,
             max_sequence_length=length,
             output_type="latent",
             **size,
         ).images
     return _errors(_share(velocity, expected.velocity_NCHW), found, expected)
+
+
+def _walking(sampling: SamplingConfig) -> dict[str, Any]:
+    """Options with which the base's scheduler walks the levels that the exported model is sampled along."""
+    found: dict[str, Any] = {"stochastic_sampling": sampling.solver == "consistency"}
+    if sampling.grid != "pipeline":  # handed over as sigmas, or 0.1's static grid: no conversion, but the shift
+        found |= {name: DEFAULTS[name] for name in CONVERSIONS}
+    if sampling.grid == "diffusers":
+        found["use_dynamic_shifting"] = False
+    return found
+
+
+def even_levels(count: int) -> list[float]:
+    """The ``sigmas`` that make diffusers' scheduler walk ``count`` equal steps, which it shifts itself."""
+    return [round(1 - k / count, 6) for k in range(count)]
 
 
 def _euler(like: Any, **changes: Any) -> Any:

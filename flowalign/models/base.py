@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import Condition, TextPart
 
 
@@ -25,7 +26,6 @@ class Policy(Protocol):
     """
 
     network: nn.Module
-    shift: float
     family: str
 
     @property
@@ -76,6 +76,10 @@ class Policy(Protocol):
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, h, w) of an image size in pixels; None: the model's own size."""
+        ...
+
+    def schedule(self, height: int | None, width: int | None) -> PipelineSchedule:
+        """The noise levels that the model's own pipeline walks at an image size in pixels; None: the model's own."""
         ...
 
     def keep_network(self) -> None:

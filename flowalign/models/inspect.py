@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowalign.config import ModelConfig
+from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.base import ModelError
 from flowalign.models.build import policy_class
 from flowalign.textfiles import TextError, read_object
@@ -138,10 +140,35 @@ def extra_inputs(directory: Path) -> tuple[str, ...]:
     return tuple(_read(directory / "transformer" / "config.json").get("extra_inputs") or ())
 
 
-def scheduler_shift(directory: Path) -> float | None:
-    """The timestep shift of the model's own scheduler, 1 where its file names none; None where there is no file."""
+def image_tokens(directory: Path, height: int | None = None, width: int | None = None) -> int:
+    """Tokens of an image size in pixels, None being the model's own; raises ModelError as `latent_shape`."""
+    fallback = not directory.exists()
+    config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
+    _, rows, columns = latent_shape(directory, height, width)
+    return rows * columns // int(config["patch_size"]) ** 2
+
+
+def own_schedule(model: ModelConfig) -> PipelineSchedule:
+    """The noise levels that the pipeline at ``model.path`` walks at the configured size, from its small files alone.
+
+    A family states them as ``pipeline_schedule(directory, height, width)``; of one that does not its scheduler's shift
+    is taken as a static one. Where the directory does not exist Stable Diffusion 3.5 medium stands in.
+
+    Raises:
+        ModelError: the files are missing or unreadable, or say what is not reproduced.
+    """
+    directory = Path(model.path)
+    if not directory.exists():
+        tokens = image_tokens(directory, model.height, model.width)
+        resolution = resolution_shift(tokens, image_tokens(directory))
+        return PipelineSchedule(SD35_SHIFT, resolution, named_shift=SD35_SHIFT)
+    family = sys.modules[policy_class(model.type).__module__]
+    states: Callable[..., PipelineSchedule] | None = getattr(family, "pipeline_schedule", None)
+    if states is not None:
+        return states(directory, model.height, model.width)
     path = directory / "scheduler" / "scheduler_config.json"
-    return float(_read(path).get("shift", 1.0)) if path.is_file() else None
+    shift = float(_read(path).get("shift", 1.0)) if path.is_file() else 1.0
+    return PipelineSchedule(shift, named_shift=shift)
 
 
 def default_lora_targets(family: str) -> tuple[str, ...]:

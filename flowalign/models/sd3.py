@@ -6,7 +6,7 @@ Shapes: N samples, P prompts, C H W latents, L text tokens, D joint width, E poo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
+from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
+from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
 
@@ -46,6 +48,28 @@ def check_directory(directory: Path) -> None:
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         if not (directory / part).is_dir():
             raise ModelError(f"model.path: {directory} has no folder {part}; the download or export is incomplete")
+    check_scheduler(directory)
+
+
+def pipeline_schedule(directory: Path, height: int | None, width: int | None) -> PipelineSchedule:
+    """The walk of the pipeline in ``directory`` at an image size in pixels, None being its own; reads small files.
+
+    Raises:
+        ModelError: see `check_scheduler`; or the size does not fit.
+    """
+    from flowalign.models.inspect import image_tokens
+
+    return walk_of(check_scheduler(directory), image_tokens(directory, height, width), image_tokens(directory))
+
+
+def walk_of(options: Mapping[str, Any], tokens: int, own_tokens: int) -> PipelineSchedule:
+    """What StableDiffusion3Pipeline hands its scheduler: a number of steps and, where it asks for it, this ``mu``."""
+    mu = None
+    if options["use_dynamic_shifting"]:
+        base, most = options["base_image_seq_len"], options["max_image_seq_len"]
+        slope = (options["max_shift"] - options["base_shift"]) / (most - base)
+        mu = tokens * slope + (options["base_shift"] - slope * base)
+    return FlowScheduler(options, mu).schedule(resolution_shift(tokens, own_tokens))
 
 
 def _attention(device: str, length: int) -> AbstractContextManager[Any]:
@@ -94,7 +118,8 @@ class SD3Policy:
         self.vae = pipeline.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
         self.device = device
         self.max_sequence_length = max_sequence_length
-        self.shift = float(pipeline.scheduler.config["shift"])
+        self._scheduler = checked_options(pipeline.scheduler.config)
+        self._told = int(self._scheduler["num_train_timesteps"])  # of t, by the pipeline and so here
         self.family = family
         for part in (self.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
@@ -112,9 +137,9 @@ class SD3Policy:
         Raises:
             ModelError: the directory is missing, incomplete or holds another pipeline.
         """
+        check_directory(Path(directory))
         from diffusers import StableDiffusion3Pipeline
 
-        check_directory(Path(directory))
         silence(UNREAD_INPUTS)
         index = json.loads((Path(directory) / "model_index.json").read_text())
         # diffusers wants a dropped T5 to be named: text_encoder_3 is not an optional component.
@@ -258,7 +283,7 @@ class SD3Policy:
                 hidden_states=x.to(dtype),
                 encoder_hidden_states=tokens.to(dtype),
                 pooled_projections=pooled if self.inputs else pooled.to(dtype),  # columns of times stay float32
-                timestep=t * 1000,
+                timestep=t * self._told,
                 return_dict=False,
             )[0]
         return out.float()
@@ -296,3 +321,15 @@ class SD3Policy:
         size = [default if pixels is None else pixels for pixels in (height, width)]
         check_size(size, multiple, int(config["pos_embed_max_size"] or 0))  # type: ignore[index]
         return int(config["in_channels"]), size[0] // factor, size[1] // factor  # type: ignore[index]
+
+    def schedule(self, height: int | None = None, width: int | None = None) -> PipelineSchedule:
+        """The noise levels that the pipeline walks at an image size in pixels, None being the model's own.
+
+        Raises:
+            ModelError: as of `latent_shape`.
+        """
+        tokens = [h * w // int(self.network.config["patch_size"]) ** 2 for _, h, w in self._shapes(height, width)]  # type: ignore[index]
+        return walk_of(self._scheduler, *tokens)
+
+    def _shapes(self, height: int | None, width: int | None) -> list[tuple[int, int, int]]:
+        return [self.latent_shape(height, width), self.latent_shape()]

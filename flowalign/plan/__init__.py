@@ -10,7 +10,7 @@ from typing import Any
 
 from flowalign.algorithm import build_algorithm
 from flowalign.config import AlignConfig
-from flowalign.models.inspect import SD35_SHIFT, ModelSizes, default_lora_targets, inspect_model
+from flowalign.models.inspect import ModelSizes, default_lora_targets, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry, teachers_of
 from flowalign.plan.memory import Memory, plan_memory
 
@@ -44,9 +44,7 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
     directory = Path(config.model.path)
     if not directory.exists():
         notes.append(f"{directory} is absent: sizes are those of Stable Diffusion 3.5 medium")
-        if config.algorithm.get("shift", 0) is None:
-            config = config.model_copy(update={"algorithm": {**config.algorithm, "shift": SD35_SHIFT}})
-    algorithm = build_algorithm(config.algorithm)
+    algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     geometry = plan_geometry(config, algorithm)
     sizes, teachers = _sizes(config, directory), {}
     for name, teacher in teachers_of(algorithm).items():

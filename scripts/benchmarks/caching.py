@@ -24,7 +24,7 @@ import torch
 from cells import RESULTS, ROOT, flowalign, machine, write
 from pictures import CHUNK, Judge, insert_table, opened
 
-from flowalign.config import SHIPPED, CacheConfig, SamplingConfig
+from flowalign.config import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
 from flowalign.rollout import SampleNoise, integrate, skipping_of
 from flowalign.sample import policy_spec
 from flowalign.scoring import score_images
@@ -90,11 +90,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     judge, (policy, _) = Judge(options.num_samples), opened(BASE, "model")
     sampling = SamplingConfig(num_steps=options.num_steps, guidance_scale=options.guidance_scale)
-    full = policy_spec(policy, sampling)
+    full = policy_spec(policy, sampling, ModelConfig())
     specs = {"full": full}
     for threshold in options.thresholds:
         cache = CacheConfig(calibration=str(calibration), threshold=threshold)
-        reuse = policy_spec(policy, sampling.model_copy(update={"cache": cache})).reuse
+        reuse = policy_spec(policy, sampling.model_copy(update={"cache": cache}), ModelConfig()).reuse
         specs[str(threshold)] = replace(full, reuse=reuse)
     walks = walked(policy, judge, specs)
     right = {name: verdicts(policy, judge, walk["latents"]) for name, walk in walks.items()}

@@ -31,7 +31,7 @@ SEED = 1234
 
 def images_of_the_base(rows_asked: int) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     policy = SD3Policy.load(SHIPPED / "pipeline", max_sequence_length=2)
-    batch, spec = evaluation_batch("shapes:eval", rows_asked), ode_spec(policy.shift, 10, 1.0)
+    batch, spec = evaluation_batch("shapes:eval", rows_asked), ode_spec(policy, 10, 1.0)
     parts = [rollout(policy, part, spec, seed=SEED, policy_version=0).images.numpy() for part in batch.chunks(48)]
     return np.concatenate(parts), [dict(row) for row in batch.metadata], list(batch.prompts)
 

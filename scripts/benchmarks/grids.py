@@ -2,7 +2,8 @@
 
 ``mean`` and ``std`` of each kind are those of `flow.sde.reverse_step` beside the same formulas in float64 at the same
 float32 levels, as a share of the largest value. ``levels`` is the largest distance of the levels themselves from the
-grid in float64.
+grid in float64. ``parity`` is the largest distance of our levels from those of diffusers' scheduler, set as
+StableDiffusion3Pipeline sets it, over a product of its options.
 
     python scripts/benchmarks/grids.py --shifts 1 13 0.01 --steps 50
 """
@@ -10,15 +11,21 @@ grid in float64.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from flowalign.flow import schedule, sde
+from flowalign.models.scheduler import checked_options
+from flowalign.models.sd3 import walk_of
 
 KINDS: tuple[sde.Kind, ...] = ("flow", "dance", "cps")
 NOISE_LEVEL = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
@@ -83,6 +90,52 @@ def sweep(cases: Iterable[tuple[float, int]]) -> dict[str, Any]:
     return {"cases": count, **worst}
 
 
+def parity(every: int = 1) -> dict[str, Any]:
+    """The largest distance of a level from diffusers' over each ``every``-th case of the product of options.
+
+    A case in which diffusers makes no levels (no numbers, rising, or a first one below 1) must be one that we refuse.
+    """
+    product = itertools.product(
+        [{"shift": s} for s in (0.5, 1.0, 1.18, 1.32, 3.0, 6.5)]
+        + [{"use_dynamic_shifting": True, "time_shift_type": kind} for kind in ("exponential", "linear")]
+        + [{"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.1, "base_image_seq_len": 64}],
+        [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}],
+        [{}, {"shift_terminal": 0.02}, {"shift_terminal": 0.3}],
+        [{}, {"num_train_timesteps": 500}],
+        (16, 64, 1024, 4096, 6000),  # tokens of the image
+        (1, 2, 4, 10, 28, 50),
+    )
+    worst, cases, refused = 0.0, 0, 0
+    for *parts, tokens, num_steps in itertools.islice(product, 0, None, every):
+        options = {key: value for part in parts for key, value in part.items()}
+        expected = _diffusers_levels(options, tokens, num_steps)
+        falls = abs(float(expected[0]) - 1) < 1e-6 and bool((expected.diff() < 0).all())
+        try:
+            levels = walk_of(checked_options(options), tokens, 4096).levels(num_steps)
+        except ValueError:
+            if falls:
+                raise
+            refused += 1
+            continue
+        if not falls:
+            raise AssertionError(f"{options}, {tokens} tokens, {num_steps} steps: diffusers has no levels, we have")
+        cases += 1
+        worst = max(worst, float((levels - expected).abs().max()))
+    return {"cases": cases, "refused": refused, "worst": worst}
+
+
+def _diffusers_levels(options: dict[str, Any], tokens: int, num_steps: int) -> torch.Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    own, mu = scheduler.config, {}
+    if own["use_dynamic_shifting"]:
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu["mu"] = calculate_shift(tokens, *(own[name] for name in names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0 where there are no levels
+        scheduler.set_timesteps(num_steps, **mu)
+    return torch.as_tensor(scheduler.sigmas)
+
+
 def _share(found: np.ndarray, expected: np.ndarray) -> float:
     largest = float(np.abs(expected).max())
     difference = float(np.abs(found - expected).max())
@@ -98,7 +151,8 @@ def main() -> None:
     first, last, by = options.shifts
     # Of whole numbers, so that 1.18 is the float that a user writes.
     shifts = [round(first + i * by, 6) for i in range(round((last - first) / by) + 1)]
-    print(json.dumps(sweep((s, n) for s in shifts for n in range(1, options.steps + 1)), indent=1))
+    found = sweep((s, n) for s in shifts for n in range(1, options.steps + 1))
+    print(json.dumps({**found, "parity": parity()}, indent=1))
 
 
 if __name__ == "__main__":

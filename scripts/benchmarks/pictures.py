@@ -13,7 +13,7 @@ from cells import ROOT, flowalign
 
 from flowalign.cli.measure import true_scenes
 from flowalign.cli.runs import config_of
-from flowalign.config import SHIPPED, AlignConfig, RewardConfig, SamplingConfig
+from flowalign.config import SHIPPED, AlignConfig, ModelConfig, RewardConfig, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.features import OpenClipFeatures, batches_of, extract
 from flowalign.imagemetrics import clip_score, compare
@@ -30,7 +30,6 @@ CHUNK = 64
 def bank(directory: Path, num_images: int, seed: int, threads: int) -> Path:
     """Rendered training scenes as latents of the shipped autoencoder; made once."""
     if not (directory / "manifest.json").is_file():
-        from flowalign.config import ModelConfig
         from flowalign.data.shapes_latents import make_bank
         from flowalign.models.build import load_policy
 
@@ -84,7 +83,7 @@ class Judge:
         return extract(self._features, batches_of(images), len(images))
 
     def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Rollout]:
-        spec = policy_spec(policy, sampling)
+        spec = policy_spec(policy, sampling, ModelConfig())
         chunks = self.batch.chunks(CHUNK)
         return [rollout(policy, chunk, spec, seed=seed, policy_version=0, geometry=CHUNK) for chunk in chunks]
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 import flowalign.shapes
-from flowalign.flow import schedule
 from flowalign.models.sd3 import SD3Policy
 from flowalign.rollout import SampleNoise, rollout
 from flowalign.shapes.prompts import evaluation_set
@@ -52,7 +51,7 @@ def main() -> None:
     rows = evaluation_set(options.batch)
     ids = tuple(range(options.batch))
     batch = PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
-    sigmas = schedule.sigmas(options.steps, shift=policy.shift, grid="diffusers")
+    sigmas = policy.schedule().levels(options.steps)
     spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=options.guidance)
     shape = policy.latent_shape()
 

@@ -43,7 +43,7 @@ def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_
     policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=2)
     batch = evaluation_batch("shapes:eval", 300)
     rows = [dict(row) for row in batch.metadata]
-    spec = ode_spec(policy.shift, 10, 1.0)
+    spec = ode_spec(policy, 10, 1.0)
     images = np.concatenate(
         [rollout(policy, part, spec, seed=1234, policy_version=0).images.numpy() for part in batch.chunks(60)]
     )
@@ -75,7 +75,7 @@ def test_the_shipped_detector_comes_to_the_palettes_verdict_on_the_base_models_o
     policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=2)
     batch = evaluation_batch("shapes:eval", 60)
     rows = [dict(row) for row in batch.metadata]
-    images = rollout(policy, batch, ode_spec(policy.shift, 10, 1.0), seed=7, policy_version=0).images.numpy()
+    images = rollout(policy, batch, ode_spec(policy, 10, 1.0), seed=7, policy_version=0).images.numpy()
     clip = {"path": str(ASSETS / "colors"), "names": list(COLORS)}
     mask2former = {"type": "mask2former", "path": str(ASSETS / "detector"), "clip": clip}
     verdicts = [
