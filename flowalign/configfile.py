@@ -100,11 +100,10 @@ def _load(
 ) -> Loaded[Config]:
     """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
     that was written."""
-    raw, base = read_mapping(path), path.resolve().parent
-    recorded = [key for key in _RECORDED if raw.pop(key, None) is not None]
+    raw, base = read_yaml(path), path.resolve().parent
     before = copy.deepcopy(raw)
     override(raw, overrides)
-    refuse_old_grid(raw, overrides, bool(recorded))
+    refuse_old_grid(raw, overrides, recorded="versions" in read_mapping(path))
     overridden = tuple(differences(before, raw))
     while True:
         try:
