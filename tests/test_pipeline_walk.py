@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flowalign.algorithm import build_algorithm
 from flowalign.cli import app
+from flowalign.cli.merge import merge
 from flowalign.cli.runs import config_of
 from flowalign.cluster.run import build_run, found
 from flowalign.config import SHIPPED, AlignConfig, ConfigError, ModelConfig, SamplingConfig
@@ -51,6 +52,17 @@ def shapes_with(directory: Path, options: dict[str, Any]) -> Path:
     (directory / "scheduler").mkdir()
     written = json.loads((SHIPPED / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
     (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps({**written, **options}))
+    return directory
+
+
+def tiny_with(directory: Path, tiny_pipeline_dir: Path, options: dict[str, Any]) -> Path:
+    """The tiny random pipeline with a scheduler of these options."""
+    directory.mkdir()
+    for part in tiny_pipeline_dir.iterdir():
+        if part.name != "scheduler":
+            (directory / part.name).symlink_to(part)
+    (directory / "scheduler").mkdir()
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(options))
     return directory
 
 
@@ -246,13 +258,7 @@ def test_every_export_loads_and_samples_again_along_the_run_s_levels(
     tmp_path: Path, tiny_pipeline_dir: Path, options: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
     """The export itself compares the latents of ``pipe(...)`` with ours before it is kept."""
-    base = tmp_path / "base"
-    base.mkdir()
-    for part in tiny_pipeline_dir.iterdir():
-        if part.name != "scheduler":
-            (base / part.name).symlink_to(part)
-    (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(options))
+    base = tiny_with(tmp_path / "base", tiny_pipeline_dir, options)
     config = run_config(base, evaluation={"num_samples": 4, "num_steps": 4, **sampling})
     write_checkpoint(tmp_path / "run", config)
     made = export(tmp_path / "run", tmp_path / "out", config=config)
@@ -262,6 +268,22 @@ def test_every_export_loads_and_samples_again_along_the_run_s_levels(
     policy, _ = open_policy(tmp_path / "run", config)
     assert spec == policy_spec(policy, config.evaluation, config.model)
     assert own_schedule(again.model).num_train_timesteps == options.get("num_train_timesteps", 1000)
+
+
+def test_a_consistency_student_is_aligned_teaches_and_is_merged(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    config = run_config(tiny_pipeline_dir, evaluation={"num_samples": 4, "num_steps": 2, "solver": "consistency"})
+    write_checkpoint(tmp_path / "run", config)
+    student = export(tmp_path / "run", tmp_path / "student", config=config).path
+    written = json.loads((student / "scheduler" / "scheduler_config.json").read_text())
+    assert written["stochastic_sampling"]
+    path = write_config(tmp_path)
+    assert load_align(path, [f"model.path={student}"]).config.model.path == str(student)
+    taught = f"algorithm={{type: opd, teachers: {{a: {{path: {student}}}}}}}"
+    load_align(path, [f"model.path={tiny_pipeline_dir}", taught])
+    merge([student, student], tmp_path / "merged")
+    again = config_of(tmp_path / "merged", None)
+    assert again.evaluation.solver == "consistency" and again.evaluation.num_steps == 2
+    open_policy(tmp_path / "merged", again)
 
 
 def test_a_lora_cannot_be_sampled_on_the_paper_s_grid_beside_a_conversion(tmp_path: Path) -> None:

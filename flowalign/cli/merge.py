@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.cli.runs import config_of
-from flowalign.config import AlignConfig
+from flowalign.config import AlignConfig, SamplingConfig
 from flowalign.export import forget_local_paths, load_pipeline
 from flowalign.files import give_usual_modes
 from flowalign.models.build import bind_weights
@@ -88,6 +88,9 @@ def merge(
         "weights": which,
         "max_sequence_length": first.config.model.max_sequence_length,
     }
+    if first.policy.pipeline.scheduler.config["stochastic_sampling"]:
+        # The first one's scheduler is kept, and by its record a consistency student is known.
+        record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
     _write(first.policy, total, to, record)
     return record
 
