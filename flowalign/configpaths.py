@@ -13,7 +13,7 @@ from flowalign.config import SHIPPED, AlignConfig, CacheConfig, ConfigError, Mod
 from flowalign.configcheck import nearest
 from flowalign.pathfamilies import canonical
 from flowalign.pretrainconfig import PretrainConfig
-from flowalign.textfiles import is_there, read_object
+from flowalign.textfiles import TextError, is_there, read_object
 from flowalign.yamlfiles import check_finite
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
@@ -48,27 +48,34 @@ def resolve(config: Config, base: Path) -> Config:
     return config.model_copy(update=update)
 
 
-def resolve_model(model: ModelConfig, base: Path) -> ModelConfig:
+def resolve_model(model: ModelConfig, base: Path, key: str = "model.path") -> ModelConfig:
     """An absolute path; ``family`` and ``inputs`` that are not given are those the directory records."""
     path = _model(model.path, base)
-    recorded = recorded_model(Path(path))
+    recorded = recorded_model(Path(path), key)
     try:
-        family = canonical(model.family or recorded.get("family", "rf"))
+        family = canonical(model.family or str(recorded.get("family", "rf")))
     except ValueError as error:
-        raise ConfigError("model.path", f"{path} holds a model of a family that is not known here: {error}") from error
+        raise ConfigError(key, f"{path} holds a model of a family that is not known here: {error}") from error
     fresh = model.transformer is not None
     inputs = list(model.inputs or ()) if fresh or model.inputs is not None else recorded.get("inputs", [])
     return model.model_copy(update={"path": path, "family": family, "inputs": inputs})
 
 
-def recorded_model(pipeline: Path) -> dict[str, Any]:
-    """What a pipeline directory of ours says of itself: keys of `ModelConfig`, and ``sampling``; of others nothing."""
+def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:
+    """What a pipeline directory of ours says of itself: keys of `ModelConfig`, and ``sampling``; of others nothing.
+
+    Raises:
+        ConfigError: it says something that cannot be read, so that its family would be guessed.
+    """
     found: dict[str, Any] = {}
     record, network = pipeline / RECORD, pipeline / "transformer" / "config.json"
-    with suppress(OSError, ValueError):
-        written = read_object(record)
+    if is_there(record):
+        try:
+            written = read_object(record)
+        except TextError as error:
+            raise ConfigError(key, str(error)) from error
         found |= {key: written[key] for key in ("max_sequence_length", "family", "sampling") if key in written}
-    with suppress(OSError, ValueError):
+    with suppress(TextError):
         inputs = read_object(network).get("extra_inputs")
         found |= {"inputs": inputs} if inputs else {}
     return found
@@ -77,7 +84,7 @@ def recorded_model(pipeline: Path) -> dict[str, Any]:
 def _training(config: PretrainConfig, base: Path) -> dict[str, Any]:
     update: dict[str, Any] = {"latents": _path(config.latents, base)}
     if config.teacher is not None:
-        update["teacher"] = resolve_model(config.teacher, base)
+        update["teacher"] = resolve_model(config.teacher, base, "teacher.path")
     for name in ("real_data", "validation"):
         section = getattr(config, name)
         if section is not None:

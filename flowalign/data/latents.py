@@ -17,7 +17,6 @@ The layout before that, one ``latents.safetensors`` with ``latents`` and ``promp
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from flowalign.data.bank import ORIGINAL, Drawn, Embeddings, LatentBank, LatentsError, Shard
 from flowalign.data.bankfiles import write_json, write_tensors
+from flowalign.textfiles import TextError, read_json, read_object
 from flowalign.types import Condition
 
 __all__ = ["Drawn", "Embeddings", "LatentBank", "LatentsError", "Shard", "load_bank", "save_bank"]
@@ -106,7 +106,7 @@ def load_bank(directory: Path, *, verify: bool = True) -> LatentBank:
     manifest = _manifest(directory)
     for entry in (*manifest["shards"], manifest["prompts"], *filter(None, [manifest["embeddings"]])):
         _check_file(directory, entry, verify)
-    prompts = json.loads((directory / PROMPTS).read_text(encoding="utf-8"))
+    prompts = _prompts(directory / PROMPTS)
     files = [entry["file"] for entry in manifest["shards"]]
     shards = [_shard(directory / entry["file"], entry, manifest) for entry in manifest["shards"]]
     _check_rows(directory / PROMPTS, len(prompts), dict(zip(files, shards, strict=True)))
@@ -117,10 +117,12 @@ def load_bank(directory: Path, *, verify: bool = True) -> LatentBank:
 def _manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path)
         known = manifest["format"] == FORMAT and manifest["version"] == VERSION
         files = [entry["file"] for entry in (*manifest["shards"], manifest["prompts"])]
-    except (ValueError, KeyError, TypeError) as error:
+    except TextError as error:
+        raise LatentsError(f"latents: {path} is no manifest of a latent bank ({error})") from error
+    except (KeyError, TypeError) as error:
         raise LatentsError(f"latents: {path} is no manifest of a latent bank ({error!r})") from error
     if not known:
         said = f"{manifest['format']} version {manifest['version']}"
@@ -130,6 +132,16 @@ def _manifest(directory: Path) -> dict[str, Any]:
     if outside := [file for file in files if Path(file).name != file]:
         raise LatentsError(f"latents: {path} names {outside[0]}; the files of a bank lie beside its manifest")
     return manifest
+
+
+def _prompts(path: Path) -> list[str]:
+    try:
+        listed = read_json(path)
+    except TextError as error:
+        raise LatentsError(f"latents: {error}") from error
+    if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
+        raise LatentsError(f"latents: {path} holds no list of texts; make the bank again")
+    return listed
 
 
 def _check_file(directory: Path, entry: Mapping[str, Any], verify: bool) -> None:
@@ -199,7 +211,7 @@ def _old_layout(directory: Path) -> LatentBank:
         if not path.is_file():
             raise LatentsError(f"latents: {path} is missing; make the bank again")
     tensors = _tensors(weights, ["latents", "prompt"])
-    prompts = json.loads(names.read_text(encoding="utf-8"))
+    prompts = _prompts(names)
     shard = Shard(tensors["latents"], {ORIGINAL: tensors["prompt"]}, tensors.get("noise"))
     _check_rows(names, len(prompts), {weights.name: shard})
     return LatentBank.of_shards([shard], prompts)
