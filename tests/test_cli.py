@@ -166,3 +166,42 @@ def test_shapes_names_the_shipped_pipeline_where_a_checkpoint_is_asked_for(tmp_p
     arguments = ["--prompt", "a photo of a red star", "--num-steps", "1", "--out", str(tmp_path / "out")]
     shown = CliRunner().invoke(app, ["sample", "shapes", *arguments])
     assert shown.exit_code == 0 and (tmp_path / "out" / "0000.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "shapes", "--guidance-scale", "inf"],
+        ["sample", "shapes", "--prompt", "a star", "--guidance-scale", "inf"],
+        ["merge", "a", "b", "--to", "c", "--weight", "1", "--weight", "nan"],
+        ["precompute", "a", "--to", "b", "--model", "shapes", "--max-ratio", "inf"],
+        ["serve-reward", "jpeg", "--max-wait-ms", "inf"],
+    ],
+)
+def test_a_number_of_a_command_is_finite(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2 and "is no finite number" in " ".join(shown.stderr.split())
+
+
+def test_an_evaluation_s_prompts_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"tag": "a", "include": [{"class": "horse", "count": 1}], "prompt": "a horse"}\n')
+    shown = CliRunner().invoke(app, ["evaluate", "shapes", "--prompts", str(file)])
+    assert shown.exit_code == 2
+    assert f"--prompts: {file}, line 1: include[0].class is 'horse', which the detector palette" in shown.stderr
+
+
+def test_an_image_beyond_the_positions_of_a_model_is_refused_before_it_is_drawn(config_path: Path) -> None:
+    from flowalign.models.base import ModelError
+    from flowalign.models.inspect import latent_shape
+
+    model = config_path.parent / "model"
+    assert latent_shape(model, 128, 64) == (16, 16, 8)
+    for height, width in ((144, 64), (64, 144), (1024, 1024), (0, 64)):
+        with pytest.raises(ModelError, match=f"image size {height}x{width}: "):
+            latent_shape(model, height, width)
+
+
+def test_plan_says_that_it_takes_alignments_only() -> None:
+    shown = CliRunner().invoke(app, ["plan", "--help"])
+    assert "takes alignments only" in " ".join(shown.output.replace("│", " ").split())

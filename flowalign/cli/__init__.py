@@ -25,6 +25,7 @@ from flowalign.cli.options import (
     Steps,
     Suite,
     Weights,
+    finite,
 )
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
@@ -182,7 +183,7 @@ def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="runs, checkpoints or pipelines")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     weight: Annotated[
-        list[float] | None, typer.Option(help="of each model, in their order; default: all alike")
+        list[float] | None, typer.Option(callback=finite, help="of each model, in their order; default: all alike")
     ] = None,
     weights: Weights = "model",
     overwrite: Overwrite = False,
@@ -238,7 +239,9 @@ def serve_reward(
     device: str = "cpu",
     token_env: Annotated[str | None, typer.Option(help="variable that holds the token clients must send")] = None,
     max_batch_images: Annotated[int, typer.Option(min=1, help="images of merged requests; 1 merges none")] = 64,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="how long a request waits for others")] = 5.0,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, callback=finite, help="how long a request waits for others")
+    ] = 5.0,
     log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +15,14 @@ def model_directory(text: str) -> Path:
     from flowalign.config import SHIPPED
 
     return SHIPPED / "pipeline" if text == "shapes" and not Path(text).exists() else Path(text)
+
+
+def finite(value: Any) -> Any:
+    """A number or a list of them, none of which is NaN or infinite."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number")
+    return value
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
@@ -41,7 +50,9 @@ Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora,
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="1 is none; default: as the run evaluates")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, callback=finite, help="1 is none; default: as the run evaluates")
+]
 
 
 class SolverName(StrEnum):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowalign.cli.options import Json
+from flowalign.cli.options import Json, finite
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 
@@ -36,14 +36,15 @@ def precompute(
     ] = None,
     image: Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
-    max_ratio: Annotated[float, typer.Option(min=1, help="longest shape, such as 2 for 2:1; 1 is square only")] = 1.0,
+    max_ratio: Annotated[float, typer.Option(min=1, callback=finite, help="longest shape, such as 2 for 2:1")] = 1.0,
     bucket: Annotated[
         list[str] | None, typer.Option(metavar="HEIGHTxWIDTH", help="these sizes instead; several may be given")
     ] = None,
     random_crop: Annotated[bool, typer.Option("--random-crop", help="cut anywhere, not about the centre")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="mirror half of the images; captions are left alone")] = False,
     deduplicate: Annotated[
-        float | None, typer.Option(metavar="COSINE", min=0, max=1, help="drop images that are nearer to an earlier one")
+        float | None,
+        typer.Option(metavar="COSINE", min=0, max=1, callback=finite, help="drop what is nearer to an earlier one"),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="open_clip directory to tell by, such as shapes:open_clip")] = None,
     embeddings: Annotated[Stored | None, typer.Option(help="also store the captions' embeddings")] = None,

@@ -125,7 +125,7 @@ def geneval_suite(
     if detector is not None:
         try:
             chosen = json.loads(detector) if detector.lstrip().startswith("{") else detector
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError("--detector", f'is not JSON ({error}); write a name or {{"type": …}}') from error
     scorer = RewardConfig(spec="geneval", options={"mode": "official", "detector": chosen})
     scorer = resolve_reward(scorer, here, "--detector")

@@ -6,7 +6,6 @@ each finished shard its rows of the source, its new prompts and what was skipped
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from flowalign.data.bank import LatentsError, Shard
 from flowalign.data.bankfiles import FULL, DiskFullError, megabytes, write_json
 from flowalign.data.images import Skipped
 from flowalign.data.latents import MANIFEST, shard_name, write_manifest, write_shard
+from flowalign.textfiles import TextError, read_object
 
 WORK, SKIPPED = ".precompute", "skipped.json"
 
@@ -149,7 +149,7 @@ class BankWriter:
                 self.work.mkdir(parents=True, exist_ok=True)
                 write_json(options, self.identity)
             return False
-        before = json.loads(options.read_text(encoding="utf-8"))
+        before = _own(options)
         if changed := [key for key in self.identity if before.get(key) != self.identity[key]]:
             key = changed[0]
             raise LatentsError(
@@ -161,7 +161,7 @@ class BankWriter:
     def _restore(self) -> None:
         number = 0
         while (path := self._record(number)).is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = _own(path)
             shard = self.directory / record["entry"]["file"]
             if not shard.is_file() or shard.stat().st_size != record["entry"]["bytes"]:
                 break
@@ -185,5 +185,13 @@ def finished(directory: Path, identity: Mapping[str, Any]) -> dict[str, Any] | N
     path = directory / MANIFEST
     if not path.is_file():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = _own(path)
     return manifest if manifest.get("made") == dict(identity) else None
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """A file of the bank that this module has written."""
+    try:
+        return read_object(path)
+    except TextError as error:
+        raise LatentsError(f"--to: {error}; it is damaged, so make the bank in another directory") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowalign.data.bank import ORIGINAL
+from flowalign.textfiles import TextError, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,8 +175,14 @@ def _parquet_files(source: Path) -> list[Path]:
             "metadata.jsonl (a data set on the hub needs --hub)"
         )
     files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
-    if not files and not any(any(source.rglob(f"metadata.{kind}")) for kind in METADATA):
+    described = [] if files else [file for kind in METADATA for file in source.rglob(f"metadata.{kind}")]
+    if not files and not described:
         raise ImagesError(f"{source} holds neither parquet files nor images with a metadata.jsonl or metadata.csv")
+    for file in described:
+        try:
+            read_text(file)
+        except TextError as error:
+            raise ImagesError(str(error)) from error
     return files
 
 

@@ -149,8 +149,9 @@ class SD3Policy:
                 pipeline = StableDiffusion3Pipeline.from_pretrained(
                     str(directory), dtype=dtype, local_files_only=True, **absent
                 )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.path: {directory} cannot be loaded: {error}") from error
+        except Exception as error:  # the libraries raise whatever a damaged file leads them to
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ModelError(f"model.path: {directory} cannot be loaded ({reason}); is it whole?") from error
         from flowalign.models.inputs import restore_inputs
 
         restore_inputs(pipeline.transformer, Path(directory) / "transformer")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from flowalign.models.base import ModelError
+from flowalign.textfiles import TextError, read_object
 
 _MARKS = 2  # tokens for begin and end
 
@@ -16,7 +18,10 @@ def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
     without a length, cuts none: (0, 0).
     """
     path = directory / "tokenizer" / "tokenizer_config.json"
-    limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
+    try:
+        limit = read_object(path).get("model_max_length") if path.is_file() else None
+    except TextError as error:
+        raise ModelError(f"model.path: {error}") from error
     if not isinstance(limit, int) or limit > 1_000_000:  # transformers writes 1e30 where there is none
         return 0, 0
     room = limit - _MARKS

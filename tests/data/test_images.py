@@ -101,6 +101,10 @@ def test_a_source_that_cannot_be_used_is_refused_with_what_it_has(tmp_path: Path
         ImageSource(str(folder), {"original": "long"}, image="picture")
     with pytest.raises(ImagesError, match=r"does not exist.*--hub"):
         ImageSource(str(tmp_path / "nothing"), {})
+    for content, said in ((b"\xff\xfe{\x00", "looks like UTF-16"), (b'{"a": "\xe9"}', "line 1 is not UTF-8")):
+        (folder / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(ImagesError, match=rf"metadata\.jsonl.* {said}"):
+            ImageSource(str(folder), {})
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(ImagesError, match="neither parquet files nor images"):
         ImageSource(str(folder), {})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from flowalign.cli import app
 from tests.fault.test_bad_input import said, written
 from tests.fault.victim import content
 
@@ -65,3 +68,28 @@ def test_a_runs_dir_that_is_a_file_is_refused_before_a_weight_is_read(tiny_pipel
     (tmp_path / "runs").write_text("mine")
     assert refusal(tiny_pipeline_dir, tmp_path).startswith("runs_dir: ")
     assert (tmp_path / "runs").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+def test_a_model_with_a_damaged_text_file_ends_in_one_sentence(name: str, tiny_pipeline_dir: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_dir, model)
+    (model / name).write_text("[]")
+    assert refusal(model, tmp_path).startswith("model.path: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_differs_from_the_file_and_what_hardly_was_meant_is_said_at_the_start(
+    tiny_pipeline_dir: Path, tmp_path: Path
+):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    path = written(content("refused", tmp_path, tiny_pipeline_dir, algorithm=ALGORITHM))
+    warm = "learner.optimizer={learning_rate: 5e-4, warmup_steps: 20}"
+    done = CliRunner().invoke(app, ["align", str(path), "rewards=broken.py:Reward", warm])
+    assert done.exit_code == 2
+    lines = done.stdout.splitlines()
+    changed = "learner.optimizer.learning_rate 0.001 → 5e-4; learner.optimizer.warmup_steps → 20"
+    assert any(line.startswith("overrides: ") and changed in line for line in lines)
+    assert (
+        "warning: learner.optimizer.warmup_steps: 20 of 20 updates; the learning rate never gets beyond" in done.stdout
+    )
