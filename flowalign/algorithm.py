@@ -6,11 +6,10 @@ branch on the declarations below and never on an algorithm's name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,6 +25,7 @@ from flowalign.config import Grid, Shift
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
+from rewards.userfile import load_file, user_line
 
 
 class VelocityModel(Protocol):
@@ -122,10 +122,14 @@ def algorithm_class(name: str) -> type[Any]:
         if module_name not in known_algorithms():
             raise UnknownAlgorithm(f"algorithm.type: no algorithm {name!r}; known: {', '.join(known_algorithms())}")
         module_name = f"flowalign.algorithms.{module_name}"
+    is_file = module_name.endswith(".py")
     try:
-        module = (_of_file if module_name.endswith(".py") else importlib.import_module)(module_name)
-    except (ImportError, SyntaxError, FileNotFoundError) as error:
-        raise UnknownAlgorithm(f"algorithm.type: cannot import {module_name!r}: {error}") from error
+        module = _of_file(str(Path(module_name).resolve())) if is_file else importlib.import_module(module_name)
+    except Exception as error:
+        line = user_line(error)
+        kind = "" if isinstance(error, ImportError | OSError | SyntaxError) else f"{type(error).__name__}: "
+        where = f" ({line})" if line and not isinstance(error, SyntaxError) else ""
+        raise UnknownAlgorithm(f"algorithm.type: cannot import {module_name!r}: {kind}{error}{where}") from error
     if attribute:
         found = getattr(module, attribute, None)
     else:
@@ -140,22 +144,10 @@ def algorithm_class(name: str) -> type[Any]:
     return found
 
 
+@functools.cache
 def _of_file(location: str) -> ModuleType:
     """The module of a file outside any package, imported once a process."""
-    path = Path(location).resolve()
-    name = f"flowalign_algorithm_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: pydantic looks the annotations of its classes up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return load_file(Path(location))
 
 
 class Scheduled:

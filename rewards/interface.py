@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.userfile import user_line
+
 Images = NDArray[np.uint8]
 Metadata = dict[str, Any]
 
@@ -195,7 +197,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Where the error was raised: ``(file.py, line 3)``."""
+    """Where the error was raised, in the user's own file if that is on the way: `` (file.py, line 3)``."""
+    own = user_line(error)
+    if own is not None:
+        return f" ({own})"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -12,13 +12,10 @@ or a dict ``{"type": <one of these>, **options}``, the options passed by keyword
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import logging
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -30,6 +27,7 @@ from typing import Any, cast
 import rewards.scorers
 from rewards import source
 from rewards.interface import Images, Metadata, Scorer, ScorerError, SpecError, one_line
+from rewards.userfile import load_file, user_line
 
 ENTRY_POINTS = "flowalign.rewards"
 _log = logging.getLogger("rewards")
@@ -202,7 +200,10 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
         except ScorerError:
             raise
         except Exception as error:
-            raise SpecError(f"reward {target} could not be built: {type(error).__name__}: {one_line(error)}") from error
+            line = user_line(error)
+            where = f" ({line})" if line else ""
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise SpecError(f"reward {target} could not be built: {what}{where}") from error
         options = {}
     if callable(getattr(value, "score", None)) and not options:
         return cast(Scorer, value)
@@ -232,15 +233,9 @@ def _load_module(name: str) -> ModuleType:
 
 def _load_file(path: Path) -> ModuleType:
     _log.warning("runs user code from %s", path)
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise SpecError(f"reward file {path} is not Python source; write path/to/file.py:reward")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        return load_file(path)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise SpecError(f"reward file {path} did not run: {type(error).__name__}: {one_line(error)}") from error
-    return module
+        line = user_line(error)
+        where = f" ({line})" if line and not isinstance(error, SyntaxError) else ""
+        raise SpecError(f"reward file {path} did not run: {type(error).__name__}: {one_line(error)}{where}") from error

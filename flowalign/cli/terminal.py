@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from flowalign.cluster.progress import PLAIN, Phases
+from rewards.userfile import user_line
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -44,7 +45,8 @@ def _version() -> str:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error of this project says, in one line; None for any other error, which is a defect.
+    """What an error of this project says, in one line, or one of the user's own file with its line; None for any other
+    error, which is a defect.
 
     An error that crossed Ray carries the original as its ``cause``.
     """
@@ -54,7 +56,8 @@ def sentence(error: BaseException) -> str | None:
     for cls in type(error).__mro__:
         if cls.__module__.partition(".")[0] in ("flowalign", "rewards"):
             return " ".join(str(error).split())
-    return None
+    line = user_line(error)
+    return None if line is None else f"{type(error).__name__}: {' '.join(str(error).split())} ({line})"
 
 
 def say_error(text: str) -> None:

@@ -25,6 +25,7 @@ from flowalign.models.encoding import Encoding
 from flowalign.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
+from rewards.userfile import keep_user_line
 
 Weights = dict[str, Tensor]
 
@@ -208,7 +209,11 @@ class LearnerActor(Mortal):
 
     def update(self, iteration: int, scores: Scores, *chunks: Rollout) -> Update:
         batch = chunks[0] if len(chunks) == 1 else cat_rollouts(chunks)
-        return self.worker.update(batch, scores, iteration)
+        try:
+            return self.worker.update(batch, scores, iteration)
+        except Exception as error:
+            keep_user_line(error)  # of an algorithm of the user's own
+            raise
 
     def parameters(self) -> tuple[int, int]:
         return self.worker.parameters

@@ -1,0 +1,139 @@
+"""A user's file and its neighbours: found beside it, at any time, and by nobody else."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowalign.algorithm import UnknownAlgorithm, algorithm_class
+from flowalign.cli.terminal import sentence
+from rewards.interface import ScorerFailed, SpecError, score_batch
+from rewards.resolve import resolve
+from rewards.userfile import keep_user_line, load_file
+
+BATCH = (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / (name.replace("_in_", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import my_helpers",
+        "import my_helpers as helpers; my_helpers = helpers",
+        "from . import my_helpers",
+        "my_helpers = __import__('my_helpers')",
+    ],
+)
+def test_a_neighbour_is_imported_in_every_way(tmp_path: Path, line: str) -> None:
+    write(tmp_path, my_helpers="SCALE = 3", mine=f"{line}\ndef reward(images, *rest): return [my_helpers.SCALE] * 2")
+    assert score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH).scores["reward"].tolist() == [3, 3]
+
+
+def test_neighbours_of_one_name_in_two_folders_stay_apart_also_when_imported_late(tmp_path: Path) -> None:
+    late = "def reward(images, *rest):\n    from my_helpers import scale\n    return [scale()] * len(images)\n"
+    for folder, number in (("one", 1), ("two", 2)):
+        write(tmp_path / folder, my_helpers="from deeper import N\ndef scale(): return N\n", deeper=f"N = {number}")
+        write(tmp_path / folder, mine=late)
+    both = [resolve(f"{folder}/mine.py:reward", tmp_path) for folder in ("one", "two")]
+    for _ in range(2):
+        assert [float(scorer.score(*BATCH)["reward"][0]) for scorer in both] == [1, 2]
+    in_thread: list[float] = []
+    thread = threading.Thread(target=lambda: in_thread.append(both[1].score(*BATCH)["reward"][0]))
+    thread.start()
+    thread.join()
+    assert in_thread == [2]
+    assert not {"my_helpers", "deeper"} & set(sys.modules)
+
+
+def test_packages_and_plain_folders_beside_a_file_are_found(tmp_path: Path) -> None:
+    write(tmp_path, tools_in___init__="from .inner import ONE", tools_in_inner="ONE = 1", plain_in_two="TWO = 2")
+    write(
+        tmp_path, mine="import tools.inner\nfrom tools import inner, ONE\nimport plain.two\nfrom plain.two import TWO\n"
+    )
+    module = load_file(tmp_path / "mine.py")
+    assert (module.tools.inner.ONE, module.inner.ONE, module.ONE, module.plain.two.TWO, module.TWO) == (1, 1, 1, 2, 2)
+
+
+def test_a_neighbour_hides_neither_pythons_modules_nor_ours_nor_those_of_other_libraries(tmp_path: Path) -> None:
+    hostile = {name: "raise RuntimeError('taken')" for name in ("random", "queue", "types", "flowalign")}
+    write(tmp_path, **hostile)
+    write(
+        tmp_path,
+        rewards="import random, queue, types\nfrom rewards.interface import Scorer\ndef reward(*a): return [0, 0]",
+    )
+    assert resolve("rewards.py:reward", tmp_path).score(*BATCH)["reward"] == [0, 0]
+    write(tmp_path, numpy="raise RuntimeError('taken')", other="import scipy.special")
+    assert load_file(tmp_path / "other.py").scipy.special.expit(0) == 0.5  # its own import of numpy is not the user's
+
+
+def test_a_file_is_run_again_and_its_neighbours_once(tmp_path: Path) -> None:
+    write(tmp_path, counted="runs = []", mine="import counted\ncounted.runs.append(1)\nruns = counted.runs")
+    assert load_file(tmp_path / "mine.py").runs is load_file(tmp_path / "mine.py").runs
+    assert len(load_file(tmp_path / "mine.py").runs) == 3
+
+
+def test_an_algorithm_file_has_neighbours_too(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        lr_parts="from flowalign.algorithms.flow_grpo import FlowGRPO as Base",
+        own_one="from lr_parts import Base\nclass Mine(Base):\n    pass\n",
+    )
+    assert algorithm_class(f"{tmp_path / 'own_one.py'}:Mine").__mro__[1].__name__ == "FlowGRPO"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_neighbour", "No module named 'no_such_neighbour' \\({file}, line 1\\)"),
+        ("\n\nx = {}['key']", "KeyError: 'key' \\({file}, line 3\\)"),
+        ("from my_helpers import nothing", "cannot import name 'nothing' .*\\({file}, line 1\\)"),
+        ("def broken(:", "invalid syntax \\(mine.py, line 1\\)"),
+    ],
+)
+def test_a_file_that_does_not_run_names_its_own_line(tmp_path: Path, text: str, said: str) -> None:
+    write(tmp_path, my_helpers="", mine=text)
+    message = said.format(file=str(tmp_path / "mine.py"))
+    with pytest.raises(SpecError, match=message):
+        resolve("mine.py:reward", tmp_path)
+    with pytest.raises(UnknownAlgorithm, match=message):
+        algorithm_class(f"{tmp_path / 'mine.py'}")
+
+
+def test_an_error_of_a_users_own_code_is_one_sentence_with_its_line_also_after_a_pickle(tmp_path: Path) -> None:
+    file = write(tmp_path, mine="def loss(x):\n    return x['gone']\n") / "mine.py"
+    with pytest.raises(KeyError) as caught:
+        load_file(file).loss({})
+    assert sentence(caught.value) == f"KeyError: 'gone' ({file}, line 2)"
+    keep_user_line(caught.value)
+    assert sentence(pickle.loads(pickle.dumps(caught.value))) == f"KeyError: 'gone' ({file}, line 2)"
+    assert sentence(KeyError("a defect of ours")) is None
+
+
+def test_a_reward_that_raises_deep_in_a_library_names_the_users_line(tmp_path: Path) -> None:
+    write(tmp_path, mine="import json\ndef reward(images, prompts, metadata):\n    return json.loads('{')\n")
+    with pytest.raises(ScorerFailed, match=rf"JSONDecodeError: .*\({tmp_path / 'mine.py'}, line 3\)$"):
+        score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH)
+
+
+def test_try_reward_finds_the_neighbour_from_any_directory(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write(tmp_path / "own", my_helpers="SCALE = 3", mine="import my_helpers\ndef reward(*a): return [my_helpers.SCALE]")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    command = [sys.executable, "-m", "flowalign.cli", "try-reward", f"{tmp_path / 'own' / 'mine.py'}:reward"]
+    done = subprocess.run([*command, "--images", str(tmp_path / "pictures")], capture_output=True, text=True)
+    assert done.returncode == 0 and "3.0000" in done.stdout, done.stderr
