@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor
 
 from flowalign.config import AlignConfig, RewardConfig
-from flowalign.data.prompts import evaluation_batch
+from flowalign.data.prompts import evaluation_batch, load_prompts
+from flowalign.evaluated import UNTAGGED, by_task, facts, standard_errors
 from flowalign.features import FeatureExtractor, batches_of, extract
 from flowalign.imagemetrics import Features, clip_score, compare
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.sample import load_weights as load_weights
 from flowalign.sample import sample_checkpoint as sample_checkpoint
-from flowalign.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
+from flowalign.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, score_images
 from flowalign.types import Rollout, Scores
 from rewards.openclip import OpenClip
-
-UNTAGGED = "untagged"
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics as in metrics.jsonl, a row a sample in GenEval's results format, images uint8 (N, H, W, 3)."""
+    """Metrics as in metrics.jsonl, a row a sample in GenEval's results format, images uint8 (N, H, W, 3).
+
+    ``made`` says how many samples of what and how they were made (`evaluated.facts`), ``notes`` what was retried or
+    masked.
+    """
 
     source: Path
     which: Which
@@ -36,6 +40,9 @@ class EvaluationResult:
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     images: Tensor
+    standard_errors: dict[str, float] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -44,13 +51,9 @@ def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) ->
     Where no row has a tag there is only the plain mean, as ``overall``. A task without a valid sample is NaN, and so
     is then the overall: leaving a task out would flatter.
     """
-    tags = [str(row.get("tag") or UNTAGGED) for row in metadata]
     metrics = {}
-    for name, values in scores.by_reward.items():
-        by_tag: dict[str, list[float]] = {tag: [] for tag in tags}
-        for tag, value in zip(tags, values.tolist(), strict=True):
-            by_tag[tag].append(value)
-        means = {tag: _mean([v for v in task if math.isfinite(v)]) for tag, task in by_tag.items()}
+    for name, tasks in by_task(scores, metadata).items():
+        means = {tag: _mean(values) for tag, values in tasks.items()}
         metrics[f"eval/{name}/overall"] = _mean(list(means.values()))
         if set(means) != {UNTAGGED}:
             metrics |= {f"eval/{name}/{tag}": mean for tag, mean in means.items()}
@@ -100,12 +103,14 @@ def evaluate_checkpoint(
     own = config.evaluation
     which = which or ("ema" if own.weights == "ema" and not (Path(path) / "model_index.json").is_file() else "model")
     batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples, base_dir)
+    sampling, seed = asked(own, num_steps, guidance_scale, solver), own.seed if seed is None else seed
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir)
         policy, state = open_policy(path, config, which)
-        spec = policy_spec(policy, asked(own, num_steps, guidance_scale, solver), config.model)
-        parts, rows = [], []
-        for chunk in roll(policy, batch, spec, config, own.seed if seed is None else seed, progress):
+        spec = policy_spec(policy, sampling, config.model)
+        parts, rows, seconds = [], [], 0.0
+        for chunk, took in timed(roll(policy, batch, spec, config, seed, progress)):
+            seconds += took
             judged = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
             parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
             rows += _result_rows(scorers[0], *parts[-1])
@@ -118,7 +123,29 @@ def evaluate_checkpoint(
         evaluation_metrics(scores, batch.metadata),
         rows,
         images,
+        standard_errors(scores, batch.metadata),
+        facts(
+            batch.prompts,
+            prompts or own.prompts,
+            len({row["prompt"] for row in load_prompts(prompts or own.prompts, base_dir)}),
+            sampling,
+            seed=seed,
+            weights=which,
+            rollouts=[chunk for chunk, _ in parts],
+            seconds=seconds,
+        ),
+        tuple(f"reward {name}: {said}" for name, (_, said) in faults(scores).items()),
     )
+
+
+def timed(chunks: Iterator[Rollout]) -> Iterator[tuple[Rollout, float]]:
+    """Each chunk with the seconds that it took to make."""
+    while True:
+        began = time.monotonic()
+        chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk, time.monotonic() - began
 
 
 def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

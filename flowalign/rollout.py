@@ -110,13 +110,22 @@ def integrate(
     return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
 
 
-def skipping_of(network: nn.Module, reuse: Reuse | None) -> Skipping:
-    """What makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``reuse`` says."""
+def skipping_of(network: nn.Module, reuse: Reuse | None, made: list[Any] | None = None) -> Skipping:
+    """What makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``reuse`` says.
+
+    The caches are added to ``made``, which count what they computed and reused.
+    """
     if reuse is None:
         return no_skipping
     from flowalign.models.teacache import CachedNetwork
 
-    return lambda steps: CachedNetwork(network, steps, reuse.threshold, Polynomial(reuse.coefficients))
+    def cached(steps: int) -> CachedNetwork:
+        cache = CachedNetwork(network, steps, reuse.threshold, Polynomial(reuse.coefficients))
+        if made is not None:
+            made.append(cache)
+        return cache
+
+    return cached
 
 
 def refuse_non_finite(final_NCHW: Tensor, policy_version: int) -> None:
@@ -202,6 +211,7 @@ def rollout(
     shape = policy.latent_shape(height, width)
     noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
     groups = batch.group_ids if spec.shared_noise and spec.shared_prefix else None
+    caches: list[Any] = []
     states, log_probs, final, means = integrate(
         policy.velocity,
         condition,
@@ -210,7 +220,7 @@ def rollout(
         device,
         geometry=geometry,
         groups=groups,
-        skipping=skipping_of(policy.network, spec.reuse),
+        skipping=skipping_of(policy.network, spec.reuse, caches),
     )
     refuse_non_finite(final, policy_version)
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
@@ -226,4 +236,6 @@ def rollout(
         seed=seed,
         policy_version=policy_version,
         means_NSCHW=None if means is None else means.cpu(),
+        computed=sum(cache.computed for cache in caches),
+        reused=sum(cache.reused for cache in caches),
     )

@@ -141,6 +141,8 @@ class Rollout:
     With J granularities there are N·J images, the J of one sample in a row. Then ``batch``, ``condition``,
     ``final_NCHW``, ``images`` and the scores have a row an image, so that each is scored like any other; states,
     log-probs and means have a row a sample.
+
+    With a cache ``computed`` and ``reused`` count the network's evaluations that went through its blocks, and not.
     """
 
     batch: PromptBatch
@@ -153,6 +155,8 @@ class Rollout:
     seed: int
     policy_version: int
     means_NSCHW: Tensor | None = None
+    computed: int = 0
+    reused: int = 0
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -272,4 +276,6 @@ def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
         final_NCHW=torch.cat([p.final_NCHW for p in parts]),
         images=torch.cat([p.images for p in parts]),
         means_NSCHW=torch.cat(means) if means else None,
+        computed=sum(p.computed for p in parts),
+        reused=sum(p.reused for p in parts),
     )

@@ -72,7 +72,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Sample the evaluation prompts and score them, as the run itself does."""
-    from flowalign.cli.runs import config_of, write_evaluation
+    from flowalign.cli.runs import config_of, say_evaluation, write_evaluation
 
     own = config_of(checkpoint, config, model)
     if suite is not None or detector is not None:
@@ -100,8 +100,9 @@ def evaluate(
     )
     if against:
         result.metrics.update(against(result))
-    print_rows(console, [(key, f"{value:.4f}") for key, value in result.metrics.items()])
+    say_evaluation(console, result)
     summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
+    summary |= {"standard_errors": result.standard_errors, "made": result.made, "notes": result.notes}
     if out is not None:
         write_evaluation(result, out, summary)
         console.print(f"written to {out}", highlight=False)
@@ -131,7 +132,8 @@ def sample(
     from flowalign.cli.runs import config_of
 
     own = config_of(checkpoint, config, model)
-    from flowalign.sample import sample_checkpoint
+    from flowalign.evaluated import made_with
+    from flowalign.sample import asked, sample_checkpoint
 
     console = make_console(as_json)
     files = sample_checkpoint(
@@ -148,7 +150,9 @@ def sample(
         save_latents=latents,
         progress=progress(console, "images"),
     )
-    console.print(f"{len(files)} images in {out}", highlight=False)
+    made = asked(own.evaluation, num_steps, guidance_scale, solver and solver.value).model_dump()
+    how = made_with({**made, "seed": seed, "weights": weights})
+    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {how}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
 
 

@@ -8,7 +8,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from flowalign.checkpoint import LOG, find, has_any, verify
+from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configcheck import check_pipeline
 from flowalign.configfile import (
@@ -173,6 +176,21 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
+def say_evaluation(out: Console, result: Any) -> None:
+    """What an evaluation found, each value with its standard error, of how many samples, made how."""
+    from flowalign.evaluated import text
+
+    say = plain(out)
+    say(text(result.made))
+    for note in result.notes:
+        say(note)
+    rows = []
+    for key, value in result.metrics.items():
+        error = result.standard_errors.get(key.replace("eval/", "standard_error/", 1))
+        rows.append((key, f"{value:.4f}" + ("" if error is None or error != error else f" ± {error:.4f}")))
+    print_rows(out, rows)
+
+
 def write_evaluation(result: Any, out: Path, summary: dict[str, Any]) -> None:
     """Images, GenEval's results.jsonl and metrics.json."""
     from PIL import Image
@@ -183,4 +201,4 @@ def write_evaluation(result: Any, out: Path, summary: dict[str, Any]) -> None:
     for row, image in zip(result.rows, result.images, strict=True):
         Image.fromarray(image.numpy()).save(out / row["filename"])
     write_results_jsonl(result.rows, out / "results.jsonl")
-    (out / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (out / "metrics.json").write_text(json.dumps(finite(summary), indent=1) + "\n", encoding="utf-8")

@@ -135,12 +135,13 @@ def progress(out: Console, what: str) -> Callable[[int, int], None]:
 def print_json(wanted: bool, content: Any) -> None:
     """One JSON object on the last line of standard output; NaN, which JSON lacks, is null."""
     if wanted:
-        sys.stdout.write(json.dumps(_finite(content), default=str) + "\n")
+        sys.stdout.write(json.dumps(finite(content), default=str) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data in which NaN and infinities are None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

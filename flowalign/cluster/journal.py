@@ -15,6 +15,7 @@ from flowalign.cluster.progress import Progress, iteration_text
 from flowalign.collapse import CollapseAlarm
 from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
+from flowalign.evaluated import skipped, standard_errors
 from flowalign.loop import Collected, Count
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 from flowalign.record.lock import RunLock
@@ -137,14 +138,24 @@ class RunJournal:
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
         self._lock.check()
-        metrics = evaluation_metrics(collected.scores, collected.rollout.batch.metadata)
+        metadata = collected.rollout.batch.metadata
+        metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
+        overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
+        spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
+        said = ", ".join(f"{name} {value:.3f} ± {spread[name]:.3f}" for name, value in overall.items())
+        metrics |= errors | {"eval/num_samples": float(len(collected.rollout))}
+        cached = ""
+        if collected.rollout.computed:
+            metrics["eval/skipped_steps"] = skipped([collected.rollout])
+            cached = f", {metrics['eval/skipped_steps']:.0%} of the steps skipped"
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
-        overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
-        said = ", ".join(f"{name} {value:.3f}" for name, value in overall.items())
-        self._progress.say(f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples")
+        self._progress.say(
+            f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples of "
+            f"{len(set(collected.rollout.batch.prompts))} prompts{cached}"
+        )
         return metrics
 
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
