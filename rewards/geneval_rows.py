@@ -60,8 +60,17 @@ def check_row(metadata: Metadata, classes: Collection[str] | None, colors: Colle
     _check_keys("the row", metadata, ("tag", "include", "exclude"))
     for part, clauses in zip(("include", "exclude"), read_row(metadata), strict=True):
         for index, clause in enumerate(clauses):
+            _check_keys(f"{part}[{index}]", clause, CLAUSE)
+    check_names(metadata, classes, colors, judge)
+
+
+def check_names(
+    metadata: Metadata, classes: Collection[str] | None, colors: Collection[str] | None, judge: str
+) -> None:
+    """Raise InputError for a class, a colour or a relation that ``judge`` does not know."""
+    for part, clauses in zip(("include", "exclude"), read_row(metadata), strict=True):
+        for index, clause in enumerate(clauses):
             where = f"{part}[{index}]"
-            _check_keys(where, clause, CLAUSE)
             if classes is not None:
                 _check_name(f"{where}.class", clause["class"], classes, judge)
             if "color" in clause and colors is not None:

@@ -11,13 +11,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rewards.detectors import load_detector
 from rewards.geneval_judge import Rules, Verdict, judge
-from rewards.geneval_rows import check_row
+from rewards.geneval_rows import check_names, check_row
 from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
 
 Mode = Literal["official", "strict", "partial"]
@@ -58,13 +59,20 @@ class GenevalScorer:
         if (setup := getattr(self.detector, "setup", None)) is not None:
             setup(self.device)
 
+    @cached_property
+    def _known(self) -> tuple[Any, Any, str]:
+        """Classes and colours of the detector, and what it is called."""
+        vocabulary = getattr(self.detector, "vocabulary", lambda: (None, None))
+        return *vocabulary(), f"the detector {getattr(self.detector, 'name', '')}".rstrip()
+
     def check_row(self, metadata: Metadata) -> None:
         """Raise InputError for a row that could never be judged, or of which the detector finds nothing."""
-        vocabulary = getattr(self.detector, "vocabulary", lambda: (None, None))
-        check_row(metadata, *vocabulary(), f"the detector {getattr(self.detector, 'name', '')}".rstrip())
+        check_row(metadata, *self._known)
 
     def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
-        """The full verdict on each image (N, H, W, 3)."""
+        """The full verdict on each image (N, H, W, 3); InputError where a row names what the detector cannot find."""
+        for row in metadata:
+            check_names(row, *self._known)
         found = []
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rewards.geneval_judge import judge
 from rewards.interface import InputError, ScorerError
 from rewards.resolve import row_check
+from rewards.scorers.geneval import GenevalScorer
 
 RED = {"box": [0, 0, 10, 10], "score": 0.95, "color": "red"}
 
@@ -142,3 +144,11 @@ def test_only_scorers_that_judge_rows_have_them_checked():
     assert row_check("jpeg") is None
     assert row_check({"type": "no_such_file.py:reward"}) is None
     assert row_check("url:http://localhost:1") is None
+
+
+def test_a_scorer_refuses_what_its_detector_cannot_find_wherever_the_row_comes_from():
+    scorer, image = GenevalScorer(), np.zeros((1, 32, 32, 3), np.uint8)
+    assert scorer.score(image, ["a"], [row(STAR)])["geneval"].tolist() == [0]
+    for clause, said in (({"class": "elephant", "count": 1}, "elephant"), ({**STAR, "color": "pink"}, "pink")):
+        with pytest.raises(InputError, match=f"is '{said}', which the detector palette does not know"):
+            scorer.score(image, ["a"], [row(clause)])
