@@ -21,10 +21,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from flowalign.config import Grid, Shift
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.walkoptions import Grid, Shift
 from rewards.userfile import load_file, user_line
 
 

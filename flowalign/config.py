@@ -5,7 +5,6 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from types import UnionType
@@ -14,34 +13,9 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from flowalign.pathfamilies import FamilyName
+from flowalign.walkoptions import Grid
 
 Positive = Annotated[int, Field(ge=1)]
-
-
-def _known_grid(value: Any) -> Any:
-    # Of version 0.1's name only `configfile` knows where it is still read.
-    if value not in ("pipeline", "paper", "diffusers"):
-        raise ValueError(f"got {value!r}; write pipeline or paper")
-    return value
-
-
-def _known_shift(value: Any) -> Any:
-    if value is None or value == "auto":
-        return value
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"got {value!r}; write a number above 0, auto or null")
-    return number
-
-
-# Levels of a walk: those of the model's own `pipeline`, or of the `paper`; `diffusers` is what 0.1 called its own
-# static grid, read where 0.1 wrote it.
-Grid = Annotated[Literal["pipeline", "paper", "diffusers"], BeforeValidator(_known_grid)]
-# Null is the model's own, `auto` that of its own resolution times the root of the size over the model's.
-Shift = Annotated[float | Literal["auto"] | None, BeforeValidator(_known_shift)]
 RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
-from flowalign.config import Grid, Shift
 from flowalign.flow import forward, sde
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.walkoptions import Grid, Shift
 
 
 class NoTeacher(ValueError):
