@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pkgutil
@@ -157,27 +158,32 @@ def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
 def model_family(name: str) -> ModuleType:
     """The module behind ``model.type``."""
     import flowalign.models
+
+    families = [m.name for m in pkgutil.iter_modules(flowalign.models.__path__) if _is_family(m.name)]
+    if "." not in name and name not in families:
+        raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
     from flowalign.models.base import ModelError
     from flowalign.models.build import policy_class
 
-    known = [m.name for m in pkgutil.iter_modules(flowalign.models.__path__)]
     try:
-        if "." in name or name in known:
-            return importlib.import_module(policy_class(name).__module__)
+        return importlib.import_module(policy_class(name).__module__)
     except ModelError as error:
-        if "." in name:
-            raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
-    raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, filter(_is_family, known))}")
+        raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
 
 
 def _is_family(name: str) -> bool:
-    from flowalign.models.base import ModelError
-    from flowalign.models.build import policy_class
+    """Whether the module defines what loads a directory and encodes prompts; it is parsed, not imported, which would
+    take seconds for all of them."""
+    import flowalign.models
 
-    try:
-        return policy_class(name) is not None
-    except ModelError:
-        return False
+    folder = Path(flowalign.models.__path__[0])
+    file = next(path for path in (folder / f"{name}.py", folder / name / "__init__.py") if path.is_file())
+    tree = ast.parse(file.read_bytes())
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases)
+    ]
+    methods = [{child.name for child in node.body if isinstance(child, ast.FunctionDef)} for node in classes]
+    return any({"load", "encode_prompts"} <= found for found in methods)
 
 
 def check_model(config: Any) -> None:

@@ -170,6 +170,8 @@ def differences(before: Any, after: Any) -> list[str]:
         if key not in old:
             found.append(f"{key} → {new[key][1]}")
         elif key not in new:
+            if any(other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in new):
+                continue  # what it became is said
             found.append(f"{key} {old[key][1]} → nothing")
         elif old[key][0] != new[key][0] or type(old[key][0]) is not type(new[key][0]):
             found.append(f"{key} {old[key][1]} → {new[key][1]}")
