@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from rich.console import Console
 
 from flowalign import checkpoint
+from flowalign.checkpoint import CheckpointWriter
+from flowalign.cli.runs import check_run, config_of
 from flowalign.cluster.train import run_pretrain
+from flowalign.config import ConfigError
+from flowalign.configfile import load_pretrain, write_resolved
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
 from flowalign.metrics import read_metrics
@@ -70,6 +75,40 @@ def test_an_interrupted_pretraining_resumes_bit_for_bit(tmp_path, tiny_pipeline_
         assert left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
     steps = [row["iteration"] for row in read_metrics(resumed / "metrics.jsonl")]
     assert steps == list(range(1, 13))
+
+
+def test_a_pretraining_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bits(tmp_path, tiny_pipeline_dir, bank):
+    run_dir = run(tmp_path, tiny_pipeline_dir, bank, keep_last=9)
+    run(tmp_path, tiny_pipeline_dir, bank, keep_last=9, resume="step_000004")
+    kept = run_dir / "set_aside" / "1"
+    assert checkpoint.steps(kept / "checkpoints") == [8, 12] and len(read_metrics(kept / "metrics.jsonl")) == 12
+    a, b = (checkpoint.load(d / "checkpoints" / "step_000012") for d in (kept, run_dir))
+    assert checkpoint.content_hash(a.model) == checkpoint.content_hash(b.model)
+    assert checkpoint.content_hash(a.optimizer_of(0)[0]) == checkpoint.content_hash(b.optimizer_of(0)[0])
+    assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13))
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_000005 is not there; name another: step_000004"):
+        run(tmp_path, tiny_pipeline_dir, bank, resume="step_000005")
+
+
+def test_a_training_run_on_latents_is_found_again_with_its_model_and_bank_after_a_move(
+    tmp_path, tiny_pipeline_dir, bank, monkeypatch
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for source, name in ((tiny_pipeline_dir, "model"), (bank, "bank")):
+        shutil.copytree(source, old / name)
+    trained = config(old / "runs", old / "model", old / "bank")
+    write_resolved(trained, old / "runs" / "base")
+    CheckpointWriter(old / "runs" / "base" / "checkpoints").save(1, model={}, state={"step": 1})
+    old.rename(new)
+    loaded = load_pretrain(new / "runs" / "base" / "config.yaml").config
+    assert (loaded.model.path, loaded.latents) == (str(new / "model"), str(new / "bank"))
+    assert Path(loaded.runs_dir, loaded.name) == new / "runs" / "base"
+    check_run(loaded)
+    assert config_of(new / "runs" / "base", None).model.path == str(new / "model")
+    (new / "bank" / "prompts.json").write_text("[]")
+    assert load_pretrain(new / "runs" / "base" / "config.yaml", [f"latents={bank}"]).config.latents == str(bank)
+    with pytest.raises(ConfigError, match="holds no latents"):
+        load_pretrain(new / "runs" / "base" / "config.yaml")
 
 
 def test_the_loss_falls(tmp_path, tiny_pipeline_dir, bank):

@@ -47,7 +47,7 @@ def held(
     from flowalign.cli.runs import check_run
 
     run_dir = check_run(config)
-    resumes = isinstance(config, PretrainConfig) or config.checkpoint.resume == "auto"
+    resumes = (config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume) != "never"
     with ExitStack() as stack:
         with stop.deferred():
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from flowalign.checkpoint import find
 from flowalign.files import give_usual_modes
 from flowalign.shapes.build.autoencoder import train_autoencoder
 from flowalign.shapes.build.colors import train_colors
@@ -58,13 +59,13 @@ def untrained(work: Path, steps: int | None) -> None:
 
 def finish(work: Path, steps: int | None) -> None:
     """The finished pipeline: the pretraining's EMA weights, in half precision."""
-    latest = work / "runs" / "shapes-pretrain" / "checkpoints"
-    weights = load_file(str(latest / (latest / "latest").read_text().strip() / "ema.safetensors"))
+    trained = find(work / "runs" / "shapes-pretrain", "ema")
+    weights = load_file(str(trained / "ema.safetensors"))
     pipeline = load(work / "untrained")
     pipeline.transformer.load_state_dict(weights, strict=False)
     missing = {name for name, _ in pipeline.transformer.named_parameters()} - set(weights)
     if missing:
-        raise SystemExit(f"{latest}: the checkpoint lacks {len(missing)} parameters, such as {min(missing)}")
+        raise SystemExit(f"{trained}: the checkpoint lacks {len(missing)} parameters, such as {min(missing)}")
     save_half(pipeline, work / "pipeline")
 
 
