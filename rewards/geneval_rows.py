@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from rewards.interface import InputError, Metadata
@@ -106,15 +107,22 @@ def _position(where: str, position: Any, index: int) -> tuple[str, int]:
     )
 
 
-def _check_keys(where: str, given: Collection[str], known: Collection[str]) -> None:
+@lru_cache(maxsize=1024)
+def _meant(key: str, known: tuple[str, ...]) -> str | None:
+    return next(iter(get_close_matches(key.casefold(), known, n=1, cutoff=0.8)), None)
+
+
+def _check_keys(where: str, given: Collection[str], known: tuple[str, ...]) -> None:
     """A key that is one letter from a known one was meant to be judged."""
     for key in given:
-        near = [] if key in known else get_close_matches(str(key).casefold(), known, n=1, cutoff=0.8)
-        if near and near[0] not in given:
-            raise InputError(f"{where} has the key {key!r}; did you mean {near[0]!r}?")
+        near = None if key in known else _meant(str(key), known)
+        if near is not None and near not in given:
+            raise InputError(f"{where} has the key {key!r}; did you mean {near!r}?")
 
 
 def _check_name(where: str, name: str, known: Collection[str], judge: str) -> None:
+    if name in known:
+        return
     names = [canonical(one) for one in known]
     if name in names:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,17 @@ def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, R
     if not is_there(path):
         raise PromptsError(f"data.prompts: {path} does not exist; give {', '.join(SHIPPED)} or a JSON Lines file")
     try:
-        rows = read_rows(path, EXAMPLE)
-        return [(f"{path}, line {number}", _checked(row, f"{path}, line {number}")) for number, row in rows]
-    except TextError as error:
+        state = path.stat()
+        return [(where, dict(row)) for where, row in _rows(path, state.st_mtime_ns, state.st_size, state.st_ino)]
+    except (TextError, OSError) as error:
         raise PromptsError(f"data.prompts: {error}") from error
+
+
+@lru_cache(maxsize=2)
+def _rows(path: Path, *state: int) -> tuple[tuple[str, Row], ...]:
+    """The rows of a file in a ``state``: several checks and then the run itself ask for them."""
+    rows = read_rows(path, EXAMPLE)
+    return tuple((f"{path}, line {number}", _checked(row, f"{path}, line {number}")) for number, row in rows)
 
 
 def _checked(row: Row, where: str) -> Row:

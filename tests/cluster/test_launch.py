@@ -155,3 +155,19 @@ def test_launch_runs_on_two_raylets_that_ask_for_a_token(
     monkeypatch.setenv("CLUSTER_TOKEN", TOKEN + "wrong")
     with pytest.raises(ClusterError, match="refused the token"):
         launch(home / "run.yaml", cluster, working_dir=home, write=printed.append)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("address: http://h:1\n".encode("utf-16"), "looks like UTF-16 text; save it as UTF-8"),
+        ("address: http://h:1\nruns_dir: /é\n".encode("cp1252"), "line 2 is not UTF-8"),
+        (b"address: http://h:1\n\truns_dir: /r\n", "line 2 is not YAML: .*indent with spaces"),
+        (b"address: http://h:1\naddress: http://h:2\n", "line 2 is not YAML: the key address is given twice"),
+        (b"- a\n", "holds no keys"),
+    ],
+)
+def test_a_cluster_file_that_is_no_text_of_yaml_is_named_with_its_line(tmp_path: Path, content: bytes, said: str):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ClusterError, match=rf"^--cluster: .*c\.yaml.*{said}"):
+        read_cluster_file(tmp_path / "c.yaml")

@@ -130,3 +130,10 @@ def test_a_table_a_directory_and_nothing_are_refused(tmp_path):
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(PromptsError, match=r"loop\.jsonl"):
         load_prompts("loop.jsonl", tmp_path)
+
+
+def test_a_file_that_is_written_again_is_read_again_and_rows_are_the_caller_s_own(tmp_path):
+    assert read(tmp_path, '{"prompt": "a"}') == ["a"]
+    load_prompts("p.jsonl", tmp_path)[0]["prompt"] = "changed"
+    assert load_prompts("p.jsonl", tmp_path) == [{"prompt": "a"}]
+    assert read(tmp_path, '{"prompt": "other"}') == ["other"]
