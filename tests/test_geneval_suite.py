@@ -118,9 +118,11 @@ def test_a_bare_pipeline_needs_no_configuration_and_people_read_the_table_on_sta
     pipeline: Path, one_a_task: list[dict], tmp_path: Path
 ) -> None:
     printed = evaluate(pipeline, "--prompts", write(tmp_path / "p.jsonl", one_a_task[:2]), "--num-samples", "3")
-    named = [line.split()[0] for line in printed.splitlines()]
+    made, *table = printed.splitlines()
+    assert made.startswith("3 samples of 2 of 2 prompts (") and "2 steps of euler, guidance 1" in made
+    named = [line.split()[0] for line in table]
     assert "eval/geneval/overall" in named and "eval/geneval/two_object" in named
-    assert all(0 <= float(line.split()[1]) <= 1 for line in printed.splitlines())
+    assert all(0 <= float(line.split()[1]) <= 1 for line in table)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
 from flowalign.metrics import read_metrics
-from flowalign.report import alarms, figures
+from flowalign.report import alarms, figures, headline
 from flowalign.report.samples import Gallery, read_gallery
 from flowalign.shapes.prompts import TASKS
 
@@ -49,7 +49,7 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
     by_iteration = {row["iteration"]: row for row in _metrics(run_dir)}
     rows = [by_iteration[iteration] for iteration in sorted(by_iteration)]
     trained = [row for row in rows if row["iteration"] > 0]
-    name = _evaluated(config, rows)
+    name = headline.main_score(config, rows)
     evaluations = [row for row in rows if f"eval/{name}/overall" in row]
     gallery = read_gallery(run_dir / "samples", name)
     page = resources.files("flowalign.report").joinpath("template.html").read_text(encoding="utf-8")
@@ -62,6 +62,9 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         versions=dict(versions),
         metric=name,
         done=trained[-1]["iteration"] if trained else 0,
+        label=headline.named(name, config),
+        reward=headline.trained_reward(config, trained),
+        evaluated=headline.evaluated(config, name, evaluations),
         facts=_facts(config, rows, trained),
         table=_table(name, evaluations),
         evaluations=evaluations,
@@ -83,14 +86,6 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     return read_metrics(path) if path.is_file() else []
-
-
-def _evaluated(config: AlignConfig, rows: Iterable[Row]) -> str:
-    """The reward that the evaluation reports, by the configuration or by what the metrics hold."""
-    scorer = config.evaluation.scorer
-    name = "geneval" if scorer is None else scorer.label
-    held = {key.split("/")[1] for row in rows for key in row if key.startswith("eval/") and key.endswith("/overall")}
-    return name if name in held or not held else sorted(held)[0]
 
 
 def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:
@@ -134,7 +129,7 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
     curves = {
         task: [row.get(f"eval/{name}/{task.replace(' ', '_')}") for row in evaluations] for task in ["overall", *tasks]
     }
-    label = "share of images judged correct" if name == "geneval" else f"mean {name}"
+    label = "share of images judged correct" if name in ("geneval", "geneval_strict") else f"mean {name}"
     times = {phase: [row.get(f"time/{phase}_s") for row in trained] for phase in PHASES}
     said = "mean reward of an iteration's images" if drawn else "mean loss of an iteration"
     drawn = drawn or {key.removeprefix("loss/"): [row.get(key) for row in trained] for key in losses}
