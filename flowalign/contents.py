@@ -175,6 +175,6 @@ def put(values: Any, key: list[str], value: str) -> None:
     """Set a value of nested mappings and lists in place, and forget how the old one was written."""
     for part in key[:-1]:
         values = values[int(part) if isinstance(values, list) else part]
-    last = int(key[-1]) if isinstance(values, list) else key[-1]
+    last: Any = int(key[-1]) if isinstance(values, list) else key[-1]
     values[last] = value
     getattr(values, "texts", {}).pop(last, None)

@@ -228,6 +228,29 @@ def test_a_key_may_lead_to_another_place_with_the_same_content_and_not_with_anot
         check_run(load_align(begun / "moved.yaml", changed).config)
 
 
+def test_a_teacher_that_is_a_run_is_found_again_and_may_be_named_at_its_new_place(
+    tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = project(tmp_path / "p", tiny_pipeline_dir)
+    monkeypatch.chdir(work)
+    taught = {**CONFIG, "name": "taught", "algorithm": {"type": "opd", "teachers": {"t": {"path": "runs/teacher"}}}}
+    (work / "taught.yaml").write_text(yaml.safe_dump({**taught, "learner": {"engine": "torch", "micro_batch_size": 2}}))
+    write_checkpoint(work / "runs" / "teacher", load_align(work / "moved.yaml").config, step=3)
+    config = load_align(work / "taught.yaml").config
+    write_checkpoint(work / "runs" / "taught", config, step=1)
+    write_resolved(config, work / "runs" / "taught")
+    new = (tmp_path / "p").rename(tmp_path / "q") / "work"
+    own = load_align(new / "runs" / "taught" / "config.yaml").config
+    assert own.algorithm["teachers"]["t"]["path"] == str(new / "runs" / "teacher")
+    monkeypatch.chdir(new)
+    shutil.move(new / "runs" / "teacher", new / "teachers" / "first")
+    elsewhere = "algorithm.teachers.t.path=teachers/first"
+    check_run(load_align(new / "taught.yaml", [elsewhere]).config)
+    write_checkpoint(new / "teachers" / "first", own, step=4)
+    with pytest.raises(ConfigError, match=r"^algorithm.teachers.t.path: .*cannot go on with"):
+        check_run(load_align(new / "taught.yaml", [elsewhere]).config)
+
+
 def test_another_function_of_the_same_file_is_another_reward(begun: Path) -> None:
     (begun / "bright.py").write_text(REWARD + REWARD.replace("reward", "other"))
     with pytest.raises(ConfigError, match=r"^rewards.0.spec: "):
