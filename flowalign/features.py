@@ -66,10 +66,7 @@ class InceptionFeatures:
         self.path = torchvision_weights() if path is None else Path(path)
         self.device = device
         if not self.path.is_file():
-            raise ExtractorError(
-                f"extractor inception: {self.path} does not exist; put torchvision's inception_v3 weights there, or "
-                "name a file of them or a TorchScript file as path"
-            )
+            raise ExtractorError(f"extractor inception: {self.path} does not exist; {_where_from(path is None)}")
         try:
             scripted = _is_torchscript(self.path)
             self._network = _torchscript(self.path, device) if scripted else _torchvision(self.path, device)
@@ -83,6 +80,18 @@ class InceptionFeatures:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             return self._network(pixels).float().cpu().numpy()
+
+
+def _where_from(cached: bool) -> str:
+    """How to come by the weights, where torchvision's own place was asked for or not."""
+    named = """--extractor '{"type": "inception", "path": "FILE"}'"""
+    if not cached:
+        return f"{named} takes a file of torchvision's inception_v3 weights or a TorchScript file"
+    return (
+        'torchvision puts its weights Inception_V3_Weights.IMAGENET1K_V1 there: run python -c "from torchvision.models '
+        "import inception_v3; inception_v3(weights='DEFAULT')\" where there is a network, and copy the file; "
+        f"or name another one: {named}"
+    )
 
 
 def torchvision_weights() -> Path:

@@ -1,62 +1,259 @@
-"""PNG and JPEG files from strangers as one uint8 array: bounded before anything is decoded."""
+"""The one reader of pictures from strangers: 8-bit RGB, or the reason why a file gives none.
+
+Every picture is turned as its orientation says (EXIF or XMP) and laid on white where it is transparent. 16 bits become
+8 by ``>> 8`` before that, floats in [0, 1] are scaled; palettes, CMYK, YCbCr and LAB are converted without their colour
+profile. Of a phone's MPO file the first picture is taken, which is the photo. Refused by name: other formats, several
+frames or pages, numbers whose range is not known, damaged files and too many pixels. Shapes: N images, H W pixels.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
-from rewards.interface import Images, InputError
+from rewards.interface import Images, InputError, ScorerError, one_line
+from rewards.picturekinds import FORMATS, kind_of, said_of
 from rewards.wire import Limits, TooLarge, WireError, check_geometry, check_side
 
-FORMATS = ("PNG", "JPEG")
-_MODES = {"RGB", "L", "P", "1"}
+SERVED = ("PNG", "JPEG")  # of a server, whose callers may be anybody
+MAX_PIXELS = 178_956_970  # 512 MiB of RGB; beyond it Pillow's own guard ends the reading
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION, _DNG = 0x0112, 50706
+_NEWSUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_LATE = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # what may follow the pixels of a PNG
+_PILLOW = r"PIL\."
+_PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")
+_DEEP = "RGB;16B"
+_SMALL_GREY = {"L;2": 85, "L;4": 17}  # a step of 2 and 4 bits, which Pillow stretches; not the transparent level
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or an odd TIFF is logged to standard error
+
+
+class PictureError(ScorerError):
+    """Bytes that give no picture; its text is the reason, to be read after the file's name."""
+
+    kind = "bad_picture"
+
+
+class NoPicture(PictureError):
+    """A file of another format, or a damaged one."""
+
+
+class TooManyPixels(PictureError):
+    """More pixels than are decoded."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a file says before its pixels are decoded: its upright size, and whether it is ``plain``: upright, opaque
+    and of at most 8 bits, so that Pillow's conversion to RGB alone gives what `read` gives."""
+
+    height: int
+    width: int
+    plain: bool
+
+
+def read(content: bytes, *, formats: Sequence[str] = FORMATS) -> Images:
+    """The picture of an image file: uint8 (H, W, 3).
+
+    Raises:
+        PictureError: the reason, such as "is a GIF with several frames".
+    """
+    with _opened(content, formats) as picture:
+        return _pixels(picture, content)
+
+
+def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
+    """The head of an image file, whose pixels may still be damaged; raises PictureError."""
+    with _opened(content, formats) as picture:
+        if picture.format == "PNG" and any(mark in content for mark in _LATE):
+            picture.load()
+        turn = _turn(picture)
+        width, height = picture.size if turn is None or turn < 5 else picture.size[::-1]
+        return Head(height, width, picture.mode in _PLAIN and turn is None and not picture.has_transparency_data)
 
 
 def decode(files: Sequence[bytes], limits: Limits) -> Images:
-    """Images (N, H, W, 3) of N files of one size; 8-bit RGB, grey or palette.
+    """Images (N, H, W, 3) of N PNG or JPEG files of one size, whose sizes are checked before anything is decoded.
 
     Raises:
         TooLarge: more images or pixels than ``limits``.
         WireError: a file that is no whole PNG or JPEG.
-        InputError: alpha, CMYK or 16 bits, which would have to be guessed into RGB, or sizes that differ.
+        InputError: several frames, a range that is not known, or sizes that differ.
     """
     if not files:
         raise InputError("no images; send at least one file")
-    opened = [_open(index, data) for index, data in enumerate(files)]
-    width, height = opened[0].size
-    check_geometry(len(files), height, width, limits)
-    check_side(height, width, limits)
-    for index, picture in enumerate(opened):
-        if picture.size != (width, height):
-            raise InputError(
-                f"image {index} is {picture.width}×{picture.height}, image 0 is {width}×{height}; "
-                "send one size a request"
-            )
-        if picture.mode not in _MODES or "transparency" in picture.info:
-            mode = "with transparency" if picture.mode in _MODES else f"of mode {picture.mode}"
-            raise InputError(f"image {index} is {mode}; send 8-bit RGB or grey, without alpha")
-    images = np.empty((len(opened), height, width, 3), np.uint8)
-    for index, picture in enumerate(opened):
-        images[index] = _pixels(index, picture)
-        picture.close()  # or it would keep its pixels beside ours
+    sizes = [_size(index, data) for index, data in enumerate(files)]
+    check_geometry(len(files), *sizes[0], limits)
+    check_side(*sizes[0], limits)
+    for index, size in enumerate(sizes):
+        if sorted(size) != sorted(sizes[0]):
+            raise _another_size(index, size, sizes[0])
+    first = _served(0, files[0])
+    images = np.empty((len(files), *first.shape), np.uint8)
+    images[0] = first
+    for index, data in enumerate(files[1:], start=1):
+        pixels = _served(index, data)
+        if pixels.shape != first.shape:
+            raise _another_size(index, pixels.shape, first.shape)
+        images[index] = pixels
     return images
 
 
-def _open(index: int, data: bytes) -> Image.Image:
+def _size(index: int, data: bytes) -> tuple[int, int]:
+    """(height, width) as it lies in the file: the orientation may only follow the pixels."""
+    with _named(index), _opened(data, SERVED) as picture:
+        return picture.height, picture.width
+
+
+def _served(index: int, data: bytes) -> Images:
+    with _named(index):
+        return read(data, formats=SERVED)
+
+
+def _another_size(index: int, size: Sequence[int], first: Sequence[int]) -> InputError:
+    return InputError(
+        f"image {index} is {size[1]}×{size[0]}, image 0 is {first[1]}×{first[0]}; send one size a request"
+    )
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """A picture that cannot be read as what a request's sender is told."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        yield
+    except MemoryError as error:
+        raise TooLarge(f"image {index} needs more memory than there is; send smaller images") from error
+    except PictureError as error:
+        kinds = {TooManyPixels: TooLarge, NoPicture: WireError}
+        raise kinds.get(type(error), InputError)(f"image {index} {error}") from error
+
+
+@contextmanager
+def _opened(content: bytes, formats: Sequence[str]) -> Iterator[ImageFile]:
+    """The picture, not yet decoded; whatever goes wrong inside with the file is a PictureError."""
+    kind = kind_of(content)
+    if kind not in formats:
+        raise NoPicture(said_of(content, formats))
+    _silence()
+    try:
+        with Image.open(io.BytesIO(content), formats=(kind,)) as picture:
+            _check(picture, kind)
+            yield picture
+    except (PictureError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
-        raise TooLarge(f"image {index}: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise WireError(f"image {index} is no readable {' or '.join(FORMATS)}") from error
+        raise TooManyPixels(f"has more than {MAX_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:
+        raise NoPicture(f"is a damaged {kind} file, or one of a rare layout that is not read") from error
+    except Exception as error:  # a stranger's bytes make Pillow raise nearly anything
+        raise NoPicture(f"is a damaged {kind} file ({one_line(error) or type(error).__name__})") from error
 
 
-def _pixels(index: int, picture: Image.Image) -> np.ndarray:
+def _silence() -> None:
+    """Pillow warns of large pictures, odd EXIF and odd TIFF on standard error; what matters is refused by name."""
+    if ("ignore", None, Warning, re.compile(_PILLOW), 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW)
+
+
+def _check(picture: Image.Image, kind: str) -> None:
+    """Raise PictureError for what the head already shows."""
+    if picture.width * picture.height > MAX_PIXELS:
+        raise TooManyPixels(f"has {picture.width}×{picture.height} pixels, more than {MAX_PIXELS}")
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise PictureError(f"is a {kind} with several {'pages' if kind == 'TIFF' else 'frames'}")
+    tags = _tags(picture)
+    if _DNG in tags or tags.get(_NEWSUBFILE, 0) & 1:
+        raise PictureError("is a camera's raw file or a thumbnail's TIFF, whose first picture is a small one")
+    if 2 in tags.get(_SAMPLE_FORMAT, ()) and tags[_BITS][0] != 32:
+        raise PictureError("holds signed numbers, whose range is not known")
+
+
+def _tags(picture: Image.Image) -> Mapping[int, Any]:
+    return picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+
+
+def _turn(picture: Image.Image) -> int | None:
+    """The orientation of a picture that does not lie upright; Pillow turns a TIFF by itself."""
+    if picture.format == "TIFF":
+        return None
     try:
-        picture.load()
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise WireError(f"image {index} is damaged ({type(error).__name__})") from error
+        found = picture.getexif().get(_ORIENTATION)
+        return found if found in _TURNS else None
+    except Exception:  # as above; an orientation that nobody can read is none, and the pixels are whole
+        return None
+
+
+def _pixels(picture: ImageFile, content: bytes) -> Images:
+    raw = picture.tile[0].args if picture.format == "PNG" and picture.tile else None
+    picture.load()
+    turn, key = _turn(picture), picture.info.get("transparency")
+    if raw in _SMALL_GREY and key is not None:
+        picture.info["transparency"] = key * _SMALL_GREY[raw]
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        flat = Image.fromarray(_levels(picture, key))
+    elif raw == _DEEP and key is not None:
+        clear = (_sixteen_bits(picture, content) == np.array(key)).all(-1, keepdims=True)
+        flat = Image.fromarray(np.where(clear, np.uint8(255), np.asarray(picture)))
+    elif picture.has_transparency_data:
+        flat = _on_white(picture)
+    else:
+        flat = picture
+    upright = flat if turn is None else flat.transpose(_TURNS[turn])
+    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+
+
+def _levels(picture: Image.Image, clear: int | None) -> NDArray[np.uint8]:
+    """Grey levels (H, W) of a picture of one channel with more than 8 bits; the level ``clear`` is white.
+
+    Raises:
+        PictureError: floats beyond [0, 1]; 32-bit numbers beyond 16 bits, or so small that they may be 8-bit ones.
+    """
+    values, tags = np.asarray(picture), _tags(picture)
+    low, high = values.min(), values.max()
+    if picture.mode == "F":
+        if not (low >= 0 and high <= 1):  # nor is NaN
+            raise PictureError(f"holds floats from {low:.4g} to {high:.4g}; their range is only known within 0 to 1")
+        levels = np.rint(values * 255).astype(np.uint8)
+    else:
+        if picture.mode == "I" and not (low == high == 0 or (low >= 0 and 255 < high <= 65535)):
+            raise PictureError(f"holds 32-bit numbers from {low} to {high}, whose range is not known")
+        bits = tags[_BITS][0] if tags and picture.mode != "I" else 16  # a TIFF may have 12
+        levels = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero: of more than 8 bits Pillow leaves that to others
+        levels = 255 - levels
+    return levels if clear is None else np.where(values == clear, np.uint8(255), levels)
+
+
+def _sixteen_bits(picture: Image.Image, content: bytes) -> NDArray[np.uint16]:
+    """Both bytes (H, W, 3) of a 16-bit colour PNG, of which Pillow keeps the upper one: it is decoded once more."""
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as again:
+        again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+        lower = np.asarray(again)
+    return (np.asarray(picture).astype(np.uint16) * 256 + lower).astype(np.uint16)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    straight = picture.convert({"La": "LA", "RGBa": "RGBA"}.get(picture.mode, "RGBA")).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", straight.size, "white"), straight)

@@ -120,8 +120,10 @@ def test_a_torchscript_file_is_given_the_bytes_and_asked_for_features(tmp_path: 
 def test_missing_or_foreign_inception_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     expected = tmp_path / "hub" / "checkpoints" / "inception_v3_google-0cc3c7bd.pth"
-    with pytest.raises(ExtractorError, match=f"{expected} does not exist"):
+    with pytest.raises(ExtractorError, match=f"{expected} does not exist; torchvision puts its weights .* there: run"):
         InceptionFeatures()
+    with pytest.raises(ExtractorError, match=r"mine\.pt does not exist; --extractor .* takes a file of"):
+        InceptionFeatures(tmp_path / "mine.pt")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ExtractorError, match=r"other\.pth holds neither"):
         InceptionFeatures(tmp_path / "other.pth")

@@ -131,14 +131,22 @@ def test_an_extractor_of_the_users_own_is_named_on_the_command_line(tmp_path: Pa
 
 def test_bad_input_of_the_command_is_refused_in_one_sentence(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     good, reference = folders
-    broken = save(noise(5), tmp_path / "broken")
-    (broken / "0003.png").write_bytes(b"no image")
+    broken, spoilt = (
+        save(noise(count), tmp_path / name, ["p"] * count) for name, count in (("broken", 3), ("spoilt", 1))
+    )
+    for folder in (broken, spoilt):
+        (folder / "0000.png").write_bytes(b"no image")
     few = save(noise(2), tmp_path / "few")
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     said = {
         "GENERATED: " + f"{tmp_path / 'absent'} is not a directory": (tmp_path / "absent", "--reference", reference),
-        "0003.png is not a readable image": (broken, "--reference", reference),
-        f"--reference: {broken / '0003.png'} is not": (good, "--reference", broken),
+        f"GENERATED: none of 1 images can be read ({spoilt / '0000.png'} is no image file)": (
+            spoilt,
+            "--metrics",
+            "clip",
+        ),
+        f"--reference: none of 1 images can be read ({spoilt}": (good, "--reference", spoilt),
+        "2 generated images and 20 of the reference": (broken, "--reference", reference),
         "2 generated images and 20 of the reference; fid, kid": (few, "--reference", reference),
         "--reference: is missing, and so are prompts": (reference,),
         "--reference: is missing, and fid needs it": (good, "--metrics", "fid"),

@@ -41,6 +41,9 @@ def picky(images, prompts, metadata):
 def never(images, prompts, metadata):
     return [float("nan")] * len(images)
 
+def half(images, prompts, metadata):
+    return {"half": [float("inf")] * len(images), "other": [1.0] * len(images)}
+
 def broken(images, prompts, metadata):
     return [1 / 0 for _ in images]
 
@@ -185,9 +188,34 @@ def test_refused_scores_are_counted_by_cause_and_left_out_of_the_mean(folder: Pa
     assert scores("mine.py:picky", "--images", "pictures") == {"picky": [None, 102, 204, None, None]}
 
 
-def test_a_reward_without_one_usable_score_still_ends_in_a_table(folder: Path) -> None:
-    printed = run("mine.py:never", "--images", "pictures").splitlines()
-    assert printed[-5:] == ["mean", "lowest", "highest", "", "never: 3 of 3 scores refused (3 NaN)"]
+def test_a_reward_that_could_judge_no_image_ends_with_its_causes_after_the_table(folder: Path) -> None:
+    for options in ([], ["--json"]):
+        done = CliRunner().invoke(app, ["try-reward", "mine.py:never", "--images", "pictures", *options])
+        assert done.exit_code == 2
+        assert done.stderr.splitlines()[-1] == (
+            "error: no image could be judged (never: 3 of 3 scores refused (3 NaN))"
+        )
+        table = done.stderr if options else done.stdout
+        assert "never: 3 of 3 scores refused (3 NaN)" in table.splitlines()
+    assert json.loads(done.stdout)["scores"] == {"never": [None] * 3}
+
+
+def test_a_weighed_score_that_judges_nothing_is_not_saved_by_another_one(folder: Path) -> None:
+    assert "no image could be judged (half: 3 of 3" in run("mine.py:half", "--images", "pictures", code=2)
+
+
+def test_pictures_are_judged_as_people_see_them(folder: Path) -> None:
+    """A sideways photo, a 16-bit scan, hidden black; a format that is not read is said."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20), (255,) * 3).save(folder / "photo.jpg", exif=exif)
+    Image.fromarray(np.full((10, 12), 40_000, np.uint16)).save(folder / "scan.png")
+    Image.new("RGBA", (12, 10)).save(folder / "glass.png")
+    (folder / "phone.HEIC").write_bytes(b"")
+    found = scores("mine.py:brightness", "--images", "pictures")["brightness"]
+    assert found == pytest.approx([0.2, 0.4, 0.8, 1, 1, 156 / 255])  # glass, photo and scan come last
+    assert scores("mine.py:shape", "--images", "pictures")["width"] == [12, 12, 12, 12, 20, 12]
+    assert "phone.HEIC is left out; only PNG, JPEG, WebP" in run("mine.py:brightness", "--images", "pictures")
 
 
 def tried(prompt: str = "", **columns: list[float]) -> Tried:
@@ -236,10 +264,24 @@ BAD = {
         lambda p: [f.rename(f.with_suffix(".txt")) for f in sorted(p.iterdir())],
         "--images: pictures holds no .png",
     ),
-    "no picture in it": (lambda p: (p / "a.png").write_bytes(b"GIF89a"), "pictures/a.png is not a readable image"),
-    "cut short": (lambda p: (p / "a.png").write_bytes((p / "0000.png").read_bytes()[:-30]), "a.png is not a readable"),
-    "deep": (lambda p: Image.new("I;16", (9, 9)).save(p / "a.png"), "pictures/a.png has more than 8 bits a channel"),
-    "glass": (lambda p: Image.new("RGBA", (9, 9)).save(p / "a.png"), "pictures/a.png is partly transparent"),
+    "no picture in it": (lambda p: (p / "a.png").write_bytes(b"GIF89a"), "pictures/a.png is a damaged GIF file"),
+    "cut short": (lambda p: (p / "a.png").write_bytes((p / "0000.png").read_bytes()[:-30]), "a.png is a damaged PNG"),
+    "several frames": (
+        lambda p: Image.new("L", (9, 9)).save(p / "a.gif", save_all=True, append_images=[Image.new("L", (9, 9), 9)]),
+        "pictures/a.gif is a GIF with several frames; repair or remove what cannot be judged",
+    ),
+    "floats of any range": (
+        lambda p: Image.new("F", (9, 9), 7).save(p / "a.tiff"),
+        "pictures/a.tiff holds floats from 7 to 7; their range is only known within 0 to 1",
+    ),
+    "four of them": (
+        lambda p: [(p / f"a{i}.jpg").write_bytes(b"<html>") for i in range(4)],
+        "a0.jpg is a web page; only PNG, JPEG, WebP, TIFF, BMP and GIF are read; pictures/a1.jpg is",
+    ),
+    "four of them, counted": (
+        lambda p: [(p / f"a{i}.jpg").write_bytes(b"") for i in range(4)],
+        "empty and 1 more; rep",
+    ),
     "other rows": (
         lambda p: (p / "index.json").write_text('[{"prompt": "x"}]'),
         "has 1 rows for 3 images; give one an",

@@ -275,7 +275,7 @@ def serve_reward(
 def try_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, url:http://…, …")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
-    images: Annotated[Path, typer.Option(help="a folder of PNG, JPEG or WebP files")] = ...,  # type: ignore[assignment]
+    images: Annotated[Path, typer.Option(help="a folder of image files")] = ...,  # type: ignore[assignment]
     prompts: Annotated[Path | None, typer.Option(help="jsonl or text, one an image; default: the folder's")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     as_json: Json = False,
@@ -295,10 +295,11 @@ def try_reward(
         console.out(f"{images} has no index.json and no --prompts was given: every prompt is empty\n", highlight=False)
     for line in lines_of(tried, console.width if console.is_terminal else None):
         console.out(line, highlight=False)
-    if tried.note:
-        console.out(tried.note, highlight=False)
+    for note in tried.notes:
+        console.out(note, highlight=False)
     scores = {name: [float(value) for value in values] for name, values in tried.scores.items()}
     print_json(as_json, {"files": tried.files, "prompts": tried.prompts, "scores": scores, "causes": tried.causes})
+    tried.check_judged()
 
 
 @app.command()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowalign.data.bankfiles import write_json, write_tensors
 from flowalign.data.duplicates import near_duplicates
-from flowalign.data.images import ImageRow, ImagesError, ImageSource, decode
+from flowalign.data.images import ImageRow, ImageSource
 from rewards.openclip import OpenClip
+from rewards.pictures import PictureError, read
 
 CHUNK = 1024  # images whose features lie in a file
 
@@ -73,8 +74,8 @@ def _features(
 
     def pixels_of(row: ImageRow) -> Tensor | None:
         try:
-            return model.pixels(np.array(decode(row.content))[None])
-        except ImagesError:
+            return model.pixels(read(row.content)[None])
+        except PictureError:
             return None  # the encoding names it
 
     rows = (row for row in source if isinstance(row, ImageRow) and row.number > last)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from flowalign.algorithm import seeded
 from flowalign.data.bankwriter import BankWriter
 from flowalign.data.buckets import Bucket, cut, nearest
-from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped, decode
+from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
 from flowalign.models.base import Policy
+from rewards.pictures import PictureError, read
 
 AHEAD = 4  # rows that are decoded in advance, for each worker
 Item = TypeVar("Item")
@@ -64,10 +65,10 @@ class Cutter:
             said = f"is a near-duplicate of {self.removed[row.number]}"
             return Skipped(row.number, row.where, "duplicate", said)
         try:
-            image = decode(row.content)
-        except ImagesError as error:
+            image = read(row.content)
+        except PictureError as error:
             return Skipped(row.number, row.where, "image", str(error))
-        bucket = nearest(self.buckets, image.height, image.width)
+        bucket = nearest(self.buckets, *image.shape[:2])
         drawn = seeded(self.seed, 67, row.number) if self.crop or self.flip else None
         return Cut(row, bucket, cut(image, bucket, generator=drawn, crop=self.crop, flip=self.flip))
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, kind_of, lines_of, parse_json, read_json, read_rows, read_text
 from rewards.interface import Images
+from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES
+from rewards.pictures import PictureError, look, read
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _OWN_PROMPTS = ("index.json", "results.jsonl")
 
 Row = dict[str, Any]
+Size = tuple[int, int]
 
 
 def image_files(folder: Path, key: str) -> list[Path]:
@@ -90,34 +90,41 @@ def _row(row: Any, where: str) -> Row:
     return row
 
 
-def batches_of_one_size(files: list[Path], batch: int, key: str) -> list[list[int]]:
-    """Indices of at most ``batch`` files of one image size."""
-    by_size: dict[tuple[int, int], list[int]] = {}
+def other_pictures(folder: Path) -> list[str]:
+    """What is said of pictures in formats that are not read and that `image_files` therefore leaves out."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS)
+    return [f"{name} is left out; only {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" for name in names]
+
+
+def sizes_of(files: Sequence[Path]) -> tuple[list[Size | None], dict[int, str]]:
+    """(height, width) of each file, upright, as its head says; by index the reasons of those that cannot be read."""
+    sizes, reasons = list[Size | None](), dict[int, str]()
     for index, file in enumerate(files):
-        by_size.setdefault(_open(file, lambda picture: picture.size, key), []).append(index)
+        try:
+            head = look(_content(file))
+            sizes.append((head.height, head.width))
+        except PictureError as error:
+            sizes.append(None)
+            reasons[index] = str(error)
+    return sizes, reasons
+
+
+def batches_of_one_size(sizes: Sequence[Size | None], batch: int) -> list[list[int]]:
+    """Indices of at most ``batch`` files of one image size; those without a size are left out."""
+    by_size: dict[Size, list[int]] = {}
+    for index, size in enumerate(sizes):
+        if size is not None:
+            by_size.setdefault(size, []).append(index)
     return [same[i : i + batch] for same in by_size.values() for i in range(0, len(same), batch)]
 
 
-def pixels(file: Path, key: str) -> Images:
-    """An opaque 8-bit image, uint8 (H, W, 3); raises ConfigError naming the file where it is none."""
-
-    def read(picture: Any) -> np.ndarray:
-        if picture.mode.startswith(("I", "F")):
-            raise ConfigError(key, f"{file} has more than 8 bits a channel; save it as 8-bit RGB")
-        if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
-            raise ConfigError(key, f"{file} is partly transparent; lay it on a ground and save it without alpha")
-        return np.asarray(picture.convert("RGB"))
-
-    return _open(file, read, key)
+def pixels(file: Path) -> Images:
+    """The picture of a file, uint8 (H, W, 3); raises PictureError with the reason where it is none."""
+    return read(_content(file))
 
 
-def _open(file: Path, read: Callable[[Any], Any], key: str) -> Any:
-    from PIL import Image
-
+def _content(file: Path) -> bytes:
     try:
-        with Image.open(file) as picture:
-            return read(picture)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(key, f"{file} is not a readable image") from error
+        return file.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be opened: {error.strerror or error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from flowalign.cli.imageset import Pictures
     from flowalign.evaluate import EvaluationResult
-    from flowalign.features import Batches, FeatureExtractor
+    from flowalign.features import FeatureExtractor
     from rewards.openclip import OpenClip
 
 METRICS = ("fid", "kid", "precision", "recall", "clip")
@@ -34,16 +34,8 @@ Extractor = Annotated[
 Clip = Annotated[str, typer.Option(help="of the CLIP score: an open_clip directory, or options as JSON")]
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """A set of images that is read batch by batch."""
-
-    count: int
-    batches: Callable[[], Batches]
-
-
 def measure(
-    generated: Annotated[Path, typer.Argument(help="a folder of PNG, JPEG or WebP files")],
+    generated: Annotated[Path, typer.Argument(help="a folder of image files")],
     reference: Reference = None,
     metrics: Annotated[str | None, typer.Option(help=f"of {','.join(METRICS)}; default: all that can be had")] = None,
     prompts: Annotated[Path | None, typer.Option(help="jsonl or text, one an image; default: the folder's")] = None,
@@ -56,6 +48,7 @@ def measure(
 ) -> None:
     """Compare a folder of images with a reference, and with its prompts: FID, KID, precision, recall, CLIP score."""
     from flowalign.cli.imagefolder import image_files, own_prompts, prompt_rows
+    from flowalign.cli.imageset import folder_of
     from flowalign.configcheck import check_device
 
     check_device("--device", device)
@@ -63,26 +56,31 @@ def measure(
     source = prompts or own_prompts(generated)
     wanted = _wanted(metrics, reference, source)
     texts = [row["prompt"] for row in prompt_rows(files, source)] if source and "clip" in wanted else None
-    console, pictures = make_console(as_json), _folder(files, "GENERATED")
+    console, pictures = make_console(as_json), folder_of(files, "GENERATED")
     values: dict[str, float] = {}
-    content: dict[str, Any] = {"generated": str(generated), "images": pictures.count, "metrics": values}
-    notes: list[str] = []
+    content: dict[str, Any] = {"generated": str(generated), "metrics": values}
+    notes, left_out = list[str](), {"generated": pictures}
     if reference is not None and wanted != ["clip"]:
         from flowalign.imagemetrics import compare
 
-        other = reference_of(reference, num_reference or pictures.count, seed)
+        other = left_out["reference"] = reference_of(reference, num_reference or pictures.count, seed)
         _check_counts(pictures.count, other.count, wanted)
         model = extractor_of(extractor, device)
         found = [_features(model, images, progress(console, "images")) for images in (pictures, other)]
+        _check_counts(pictures.count, other.count, wanted)
         values |= compare(*found, metrics=wanted)
         content |= {"reference": reference, "reference_images": other.count, "extractor": extractor}
         notes = notes_of(min(map(len, found)), found[0].shape[1], wanted)
     if texts is not None:
         scores = _clip_scores(pictures, texts, clip_of(clip, device))
         values["clip"] = float(scores.mean())
-        content |= {"clip": clip, "files": [file.name for file in files], "clip_scores": scores.tolist()}
+        names = [pictures.names[place] for place in pictures.kept]
+        content |= {"clip": clip, "files": names, "clip_scores": scores.tolist()}
     print_rows(console, [(name, f"{values[name]:.4f}") for name in wanted])
     say_notes(console, notes)
+    for images in left_out.values():
+        say_left_out(console, images)
+    content |= {"images": pictures.count, "left_out": {key: images.reasons for key, images in left_out.items()}}
     print_json(as_json, {**content, "notes": notes})
 
 
@@ -96,6 +94,8 @@ def reference_metrics(
     _check_counts(count, other.count, ["precision", "recall"])
     model, scorer = extractor_of(extractor, device), clip_of(clip, device)
     features = _features(model, other, lambda done, total: None)
+    _check_counts(count, len(features), ["precision", "recall"])
+    say_left_out(console, other)
     say_notes(console, notes_of(min(count, other.count), features.shape[1], ["fid"]))
     return lambda result: image_metrics(result, features, model, scorer)
 
@@ -103,16 +103,17 @@ def reference_metrics(
 def reference_of(reference: str, count: int, seed: int = 0) -> Pictures:
     """The images of a folder, all of them, or ``count`` true scenes of the evaluation prompts."""
     from flowalign.cli.imagefolder import image_files
+    from flowalign.cli.imageset import Pictures, folder_of
     from flowalign.config import ConfigError
 
     if reference == TRUE_SCENES:
         from flowalign.features import batches_of
 
         images = true_scenes(count, seed)
-        return Pictures(count, partial(batches_of, images))
+        return Pictures(reference, [str(place) for place in range(count)], partial(batches_of, images))
     if reference.startswith("shapes:"):
         raise ConfigError("--reference", f"no {reference!r}; write {TRUE_SCENES} or a folder")
-    return _folder(image_files(Path(reference).expanduser(), "--reference"), "--reference")
+    return folder_of(image_files(Path(reference).expanduser(), "--reference"), "--reference")
 
 
 def true_scenes(count: int, seed: int) -> np.ndarray:
@@ -168,6 +169,11 @@ def say_notes(console: Console, notes: list[str]) -> None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
+def say_left_out(console: Console, images: Pictures) -> None:
+    for line in images.lines():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:
     """The metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
     from flowalign.config import ConfigError
@@ -208,20 +214,8 @@ def _options(text: str, key: str) -> dict[str, Any]:
     return resolve_reward(RewardConfig(spec="clip", options=options), Path.cwd(), key).options
 
 
-def _folder(files: list[Path], key: str) -> Pictures:
-    def batches() -> Batches:
-        import numpy as np
-
-        from flowalign.cli.imagefolder import batches_of_one_size, pixels
-        from flowalign.features import BATCH
-
-        for places in batches_of_one_size(files, BATCH, key):
-            yield places, np.stack([pixels(files[i], key) for i in places])
-
-    return Pictures(len(files), batches)
-
-
 def _features(model: FeatureExtractor, images: Pictures, show: Callable[[int, int], None]) -> np.ndarray:
+    """A row for each image that could be read, in their order."""
     from flowalign.features import extract
 
     told = 0
@@ -231,15 +225,16 @@ def _features(model: FeatureExtractor, images: Pictures, show: Callable[[int, in
         told += count
         show(told, images.count)
 
-    return extract(model, images.batches(), images.count, done)
+    return extract(model, images.batches(), len(images.names), done)[images.kept]
 
 
 def _clip_scores(images: Pictures, prompts: list[str], clip: OpenClip) -> np.ndarray:
+    """A score for each image that could be read, in their order."""
     import numpy as np
 
     from flowalign.imagemetrics import clip_scores
 
-    scores = np.empty(images.count)
+    scores = np.empty(len(images.names))
     for places, pictures in images.batches():
         scores[list(places)] = clip_scores(pictures, [prompts[i] for i in places], clip)
-    return scores
+    return scores[images.kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -17,11 +18,12 @@ from flowalign.config import ConfigError, ModelConfig
 from flowalign.data.bankwriter import BankWriter, finished
 from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, nearest, parse_bucket
 from flowalign.data.encoderhash import encoder_hash
-from flowalign.data.images import ImageRow, ImagesError, ImageSource, size_of
+from flowalign.data.images import ImageRow, ImagesError, ImageSource
 from flowalign.data.latents import EMBEDDINGS
 from flowalign.data.textembeddings import write_embeddings
 from flowalign.models.base import ModelError, Policy
 from flowalign.models.build import policy_class
+from rewards.pictures import PictureError, look
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def _check_listed(source: ImageSource, buckets: tuple[Bucket, ...]) -> None:
     """Every bucket that was asked for by name has an image, told from the heads of the files."""
     empty = dict.fromkeys(buckets)
     for row in source:
-        size = size_of(row.content) if isinstance(row, ImageRow) else None
-        if size is not None:
-            empty.pop(nearest(buckets, *size), None)
+        if isinstance(row, ImageRow):
+            with suppress(PictureError):  # the encoding names it
+                head = look(row.content)
+                empty.pop(nearest(buckets, head.height, head.width), None)
         if not empty:
             return
     lacking = ", ".join(map(str, empty))

@@ -10,10 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.cli.imagefolder import batches_of_one_size, image_files, own_prompts, pixels, prompt_rows
-from rewards.interface import Checked, InvalidScores, main_key, score_batch, set_up
+from flowalign.cli.imagefolder import (
+    batches_of_one_size,
+    image_files,
+    other_pictures,
+    own_prompts,
+    pixels,
+    prompt_rows,
+    sizes_of,
+)
+from flowalign.config import ConfigError
+from rewards.interface import Checked, Images, InvalidScores, main_key, score_batch, set_up
+from rewards.pictures import PictureError
 from rewards.resolve import resolve
 
+_NAMED = 3  # files of a refusal
 _LONGEST_FILE, _SHORTEST_PROMPT = 32, 16
 _FOOT: dict[str, Callable[[np.ndarray], float]] = {"mean": np.mean, "lowest": np.min, "highest": np.max}
 _CAUSES = {"nan": "NaN", "inf": "infinite", "magnitude": "beyond a million"}
@@ -29,7 +40,14 @@ class Tried:
     source: Path | None
     scores: dict[str, np.ndarray]
     causes: dict[str, dict[str, int]]
-    note: str = ""
+    main: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def check_judged(self) -> None:
+        """Raise InvalidScores where no image has a usable score, or none of the score ``main`` that a run weighs."""
+        weighed = self.scores if self.main is None else {self.main: self.scores[self.main]}
+        if not any(np.isfinite(values).any() for values in weighed.values()):
+            raise InvalidScores(f"no image could be judged ({'; '.join(_refusals(self))})")
 
 
 def try_reward(
@@ -43,27 +61,44 @@ def try_reward(
     prompt is empty.
 
     Raises:
-        ConfigError: no images, prompts that cannot be read, or numbers that do not fit.
+        ConfigError: no images, images or prompts that cannot be read, or numbers that do not fit.
         ScorerError: as the reward raises.
     """
     files = image_files(images, "--images")
     source = prompts or own_prompts(images)
     rows = [{"prompt": ""} for _ in files] if source is None else prompt_rows(files, source)
+    sizes, reasons = sizes_of(files)
+    _refuse(files, reasons)
     scorer = resolve(spec, Path.cwd())
     set_up(scorer, device)
     parts: list[tuple[list[int], Checked]] = []
-    for indices in batches_of_one_size(files, batch, "--images"):
-        pictures = np.stack([pixels(files[i], "--images") for i in indices])
+    for indices in batches_of_one_size(sizes, batch):
+        pictures = np.stack([_pixels(files, i) for i in indices])
         texts, metadata = [rows[i]["prompt"] for i in indices], [rows[i] for i in indices]
         parts.append((indices, score_batch(label, scorer, pictures, texts, metadata)))
     names, texts = [file.name for file in files], [row["prompt"] for row in rows]
     scores = _joined(parts, len(files))
+    notes, main = other_pictures(images), None
     try:
-        main_key(label, getattr(scorer, "name", None), list(scores))
-        note = ""
+        main = main_key(label, getattr(scorer, "name", None), list(scores))
     except InvalidScores as error:
-        note = f"a run would refuse this: {error}"
-    return Tried(names, texts, source, scores, _causes(parts), note)
+        notes.append(f"a run would refuse this: {error}")
+    return Tried(names, texts, source, scores, _causes(parts), main, tuple(notes))
+
+
+def _pixels(files: list[Path], index: int) -> Images:
+    try:
+        return pixels(files[index])
+    except PictureError as error:
+        _refuse(files, {index: str(error)})
+        raise
+
+
+def _refuse(files: list[Path], reasons: dict[int, str]) -> None:
+    if reasons:
+        named = "; ".join(f"{files[index]} {reason}" for index, reason in list(reasons.items())[:_NAMED])
+        more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+        raise ConfigError("--images", f"{named}{more}; repair or remove what cannot be judged")
 
 
 def _joined(parts: list[tuple[list[int], Checked]], count: int) -> dict[str, np.ndarray]:
@@ -109,11 +144,17 @@ def lines_of(tried: Tried, width: int | None = None) -> list[str]:
 
 def _refused(tried: Tried) -> list[str]:
     """What was refused and why, after an empty line; nothing where nothing was."""
+    lines = _refusals(tried)
+    return ["", *lines] if lines else []
+
+
+def _refusals(tried: Tried) -> list[str]:
+    """A line for each score of which some were refused."""
     lines = []
     for name, counts in tried.causes.items():
         why = ", ".join(f"{count} {_CAUSES.get(cause, cause)}" for cause, count in counts.items())
         lines.append(f"{name}: {sum(counts.values())} of {len(tried.files)} scores refused ({why})")
-    return ["", *lines] if lines else []
+    return lines
 
 
 def _formatted(values: np.ndarray) -> Callable[[float], str]:

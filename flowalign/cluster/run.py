@@ -17,6 +17,7 @@ from flowalign.cluster.journal import RunJournal
 from flowalign.cluster.progress import PLAIN, Phases, duration
 from flowalign.collapse import stopped_by_alarm
 from flowalign.config import SHIPPED, AlignConfig
+from flowalign.data.preferences import left_out
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import own_schedule
@@ -92,6 +93,8 @@ def _run(
             f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
             f"loaded in {duration(time.monotonic() - loading)}"
         )
+        if (line := left_out(config)) is not None:
+            say(line)
         base = base_hash(Path(config.model.path))
         if saved is not None:
             backend.restore(_states(config, saved, base))

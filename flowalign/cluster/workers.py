@@ -20,7 +20,8 @@ from flowalign.algorithm import build_algorithm
 from flowalign.checkpoint import content_hash
 from flowalign.cluster.teachers import Teacher, load_teachers
 from flowalign.config import AlignConfig
-from flowalign.data.preferences import PairSampler, load_pairs
+from flowalign.data.pairsampler import PairSampler
+from flowalign.data.preferences import check_shared, load_pairs
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.evaluate import evaluation_rewards
@@ -146,6 +147,8 @@ class LearnerWorker:
             master_addr=host,
             device=config.cluster.device,
         )
+        if self.pairs is not None:
+            check_shared(self.pairs)
         learner = config.learner
         self.learner = Learner(
             algorithm,

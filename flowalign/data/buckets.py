@@ -6,14 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class BucketError(ValueError):
@@ -70,16 +66,16 @@ def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
 
 
 def cut(
-    image: Image, bucket: Bucket, *, generator: torch.Generator | None, crop: bool, flip: bool
+    image: NDArray[np.uint8], bucket: Bucket, *, generator: torch.Generator | None, crop: bool, flip: bool
 ) -> NDArray[np.uint8]:
-    """The image in a bucket's size, uint8 (H, W, 3): resized to cover it, then cut about the centre.
+    """An image (h, w, 3) in a bucket's size, uint8 (H, W, 3): resized to cover it, then cut about the centre.
 
     With ``crop`` the place of the cut is drawn from ``generator``, with ``flip`` whether the image is mirrored.
     """
-    from PIL import Image as images
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     x, y, mirrored = (0.5, 0.5, 1.0) if generator is None else torch.rand(3, generator=generator).tolist()
     centering = (x, y) if crop else (0.5, 0.5)
-    fitted = ImageOps.fit(image, (bucket.width, bucket.height), images.Resampling.LANCZOS, centering=centering)
+    size = bucket.width, bucket.height
+    fitted = ImageOps.fit(Image.fromarray(image), size, Image.Resampling.LANCZOS, centering=centering)
     return np.array(ImageOps.mirror(fitted) if flip and mirrored < 0.5 else fitted)

@@ -1,28 +1,25 @@
 """Images with captions from HF ``datasets``: what cannot be used is named and left out, never guessed.
 
 A source is a parquet file, a folder of parquet files, or a folder of images with a metadata.jsonl or metadata.csv;
-with ``hub``, whatever name ``datasets.load_dataset`` knows.
+with ``hub``, whatever name ``datasets.load_dataset`` knows. A column of images may hold paths, relative to its file.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flowalign.data.bank import ORIGINAL
+from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
 from flowalign.textfiles import TextError, read_text
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from rewards.picturekinds import OTHERS, SUFFIXES
 
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
 USUAL = ("text", "caption", "prompt")  # columns of captions, where none is named
 METADATA = ("jsonl", "csv")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class ImagesError(ValueError):
@@ -73,6 +70,7 @@ class ImageSource:
         self.source, self._limit = source, limit
         self._files = [] if hub else _parquet_files(Path(source))
         self._folder = None if hub or self._files else Path(source)
+        self._folders = None if hub else RowFolders(Path(source), self._files)
         self._dataset = _load(source, self._files, hub, split, streaming)
         columns = list(self._dataset.column_names or ())
         self._image = _image_column(self._dataset, columns, image, source)
@@ -116,8 +114,8 @@ class ImageSource:
 
     def _row(self, row: Mapping[str, Any], number: int) -> ImageRow | Skipped:
         value = row[self._image]
-        path = value.get("path") if isinstance(value, dict) else None
-        where = f"row {number}" + (f" ({path})" if path else "")
+        path = path_of(value)
+        where = f"row {number}" + (f" ({path})" if path and len(path) <= SHOWN else "")
         if self._folder is not None and path:
             where = _relative(Path(path), self._folder)
         captions = {}
@@ -127,45 +125,13 @@ class ImageSource:
                 return Skipped(number, where, "caption", f"has no caption in the column {column}")
             captions[kind] = text
         try:
-            content = _content(value)
+            content = content_of(value, self._image, () if self._folders is None else self._folders(number))
+        except NoImage as error:
+            missing = self._folder is not None and path is not None
+            return Skipped(number, where, "image", "does not exist" if missing else str(error))
         except OSError as error:
             return Skipped(number, where, "image", f"cannot be opened: {error.strerror or error}")
-        if content is None:
-            return Skipped(number, where, "image", f"has no image in the column {self._image}")
         return ImageRow(number, where, content, captions)
-
-
-def decode(content: bytes) -> Image:
-    """The picture of an image file, RGB, upright; transparent parts are white.
-
-    Raises:
-        ImagesError: it is none, or damaged.
-    """
-    from PIL import Image as images
-    from PIL import ImageOps
-
-    try:
-        with images.open(io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = images.alpha_composite(images.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, images.DecompressionBombError) as error:
-        unknown = isinstance(error, images.UnidentifiedImageError)  # which says where in memory it lay
-        raise ImagesError("is no image file" if unknown else str(error) or type(error).__name__) from error
-
-
-def size_of(content: bytes) -> tuple[int, int] | None:
-    """(height, width) as the file's head says, upright; None where it says nothing readable."""
-    from PIL import Image as images
-
-    try:
-        with images.open(io.BytesIO(content)) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, images.DecompressionBombError):
-        return None
-    return (width, height) if turned else (height, width)
 
 
 def _parquet_files(source: Path) -> list[Path]:
@@ -223,20 +189,13 @@ def _undecoded(dataset: Any, column: str) -> Any:
     return dataset
 
 
-def _content(value: Any) -> bytes | None:
-    if isinstance(value, dict):
-        inside = value.get("bytes")
-        value = Path(value["path"]).read_bytes() if inside is None and value.get("path") else inside
-    return value if isinstance(value, bytes) else None
-
-
 def _relative(path: Path, folder: Path) -> str:
     own = folder.resolve()
     return path.relative_to(own).as_posix() if path.is_relative_to(own) else str(path)
 
 
 def _unmentioned(folder: Path, seen: set[str], number: int) -> Iterator[Skipped]:
-    files = sorted(path for path in folder.resolve().rglob("*") if path.suffix.lower() in PICTURES)
+    files = sorted(path for path in folder.resolve().rglob("*") if path.suffix.lower() in (*SUFFIXES, *OTHERS))
     for path in files:
         where = _relative(path, folder)
         if where not in seen:

@@ -1,30 +1,28 @@
-"""Preference pairs from disk: every image and caption is encoded once, pairs are drawn by (seed, iteration).
-
-Shapes: N pairs of an iteration, P distinct captions, C H W latents, L tokens, D and E widths.
-"""
+"""Preference pairs from disk: every image and caption is encoded once, and what cannot be used is left out by name."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from flowalign.algorithm import seeded
-from flowalign.config import AlignConfig, ModelConfig
-from flowalign.data.encoderhash import encoder_hash
-from flowalign.files import save_tensors
+from flowalign.config import AlignConfig
+from flowalign.data.bankfiles import DiskFullError, write_json
+from flowalign.data.encodedcache import EncodedCache
+from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
+from flowalign.data.images import Skipped
+from flowalign.data.pairsampler import Pair, PairSampler
+from flowalign.engine import process_group
 from flowalign.models.base import Policy
-from flowalign.types import Condition, PreferencePairs
+from rewards.pictures import PictureError
+
+SKIPPED = "skipped.json"
+MOST_LEFT_OUT = 0.25  # of the pairs; beyond it the set is broken, not blemished
+NAMED = 3  # rows of a sentence
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 
@@ -35,9 +33,9 @@ class PreferencesError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled pair; ``winner`` 0 or 1 is the preferred image, None a tie."""
+    """One labelled pair; ``winner`` 0 or 1 is the preferred image, None a tie. ``number`` counts rows from 0."""
 
-    where: str
+    number: int
     images: tuple[bytes, bytes]
     caption: str
     winner: int | None
@@ -48,25 +46,40 @@ def check_source(source: Path) -> None:
     _open(source)
 
 
-def read_rows(source: Path) -> Iterator[Row]:
-    """The pairs of a parquet file or a folder, in order, images as their files' bytes.
+def read_rows(source: Path) -> Iterator[Row | Skipped]:
+    """The pairs of a parquet file or a folder, in order, images as their files' bytes; and what takes their place.
 
     The columns are Pick-a-Pic v2's; a label is 1 for the preferred image, 0 for the other, and equal ones are a tie.
-    A folder holds parquet files, or images and a metadata.jsonl with ``jpg_0_file_name`` and ``jpg_1_file_name``.
+    A folder holds parquet files, or images and a metadata.jsonl with ``jpg_0_file_name`` and ``jpg_1_file_name``. A row
+    without a caption or an image is skipped; a column of images may hold paths, relative to its file.
 
     Raises:
         PreferencesError: with the row.
     """
     from datasets.exceptions import DatasetsError
 
-    dataset = _open(source)
+    dataset, folders = _open(source), RowFolders(source, _files(source))
+    number = -1
     try:
         for number, row in enumerate(dataset):
-            yield _row(row, f"{source}, row {number}")
+            yield _row(row, number, source, folders(number))
     except PreferencesError:
         raise
     except (DatasetsError, OSError, ValueError) as error:
-        raise PreferencesError(f"data.preferences: {source} cannot be read: {error}") from error
+        at = f"after row {number}" if number >= 0 else "from its beginning"
+        raise PreferencesError(f"data.preferences: {source} cannot be read {at}: {error}") from error
+
+
+def _files(source: Path) -> list[Path]:
+    return [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+
+
+def _count(source: Path) -> int:
+    """Rows of the set, without reading an image."""
+    from pyarrow.parquet import ParquetFile
+
+    files = _files(source)
+    return sum(ParquetFile(file).metadata.num_rows for file in files) if files else sum(1 for _ in _open(source))
 
 
 def _open(source: Path) -> Any:
@@ -76,7 +89,7 @@ def _open(source: Path) -> Any:
 
     if not source.exists():
         raise PreferencesError(f"data.preferences: {source} does not exist; give a parquet file or a folder of pairs")
-    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    files = _files(source)
     if not files and not any((source / f"metadata.{kind}").is_file() for kind in ("jsonl", "csv")):
         raise PreferencesError(
             f"data.preferences: {source} holds neither parquet files nor images with a metadata.jsonl"
@@ -97,151 +110,111 @@ def _open(source: Path) -> Any:
     return dataset
 
 
-def _row(row: dict[str, Any], where: str) -> Row:
-    labels = row["label_0"], row["label_1"]
+def _row(row: dict[str, Any], number: int, source: Path, folders: Sequence[Path]) -> Row | Skipped:
+    labels, caption = (row["label_0"], row["label_1"]), row["caption"]
+    said = f"data.preferences: {source}, row {number} has the"
     if any(not isinstance(label, int | float) or label != label for label in labels):
-        raise PreferencesError(f"data.preferences: {where} has the labels {labels[0]!r} and {labels[1]!r}, no numbers")
-    if not isinstance(row["caption"], str):
-        raise PreferencesError(f"data.preferences: {where} has the caption {row['caption']!r}, which is no text")
-    winner = None if labels[0] == labels[1] else int(labels[1] > labels[0])
-    return Row(where, (_bytes(row["jpg_0"], where), _bytes(row["jpg_1"], where)), row["caption"], winner)
-
-
-def _bytes(value: Any, where: str) -> bytes:
-    if isinstance(value, dict):
-        inside = value.get("bytes")
-        value = Path(value["path"]).read_bytes() if inside is None and value.get("path") else inside
-    if not isinstance(value, bytes):
-        raise PreferencesError(f"data.preferences: {where} lacks an image")
-    return value
-
-
-class EncodedCache:
-    """Latents of images and embeddings of captions on disk, each in a file that its content and the encoders name.
-
-    Every image is encoded alone, so that its latent never depends on its batch, and kept in float16. Files are
-    written by rename: whoever else encodes the same writes the same.
-    """
-
-    def __init__(self, folder: Path, policy: Policy, model: ModelConfig) -> None:
-        self.folder, self._policy = folder, policy
-        _, rows, columns = policy.latent_shape(model.height, model.width)
-        factor = 1024 // policy.latent_shape(1024, 1024)[1]
-        self._size = columns * factor, rows * factor
-        salt = encoder_hash(model), model.dtype, str(model.max_sequence_length), str(self._size)
-        self._salt = " ".join(salt).encode()
-
-    def image(self, content: bytes, where: str) -> str:
-        """The key of an image file's latent (C, H, W); raises PreferencesError where it is no image."""
-        key = self._key(b"image", content)
-        if not self._path(key).is_file():
-            device = getattr(self._policy, "device", "cpu")
-            latents = self._policy.encode_images(self._pixels(content, where)[None].to(device))
-            self._store(key, {"latents": latents[0].half()})
-        return key
-
-    def caption(self, text: str) -> str:
-        """The key of a caption's embeddings, (L, D) and (E,)."""
-        key = self._key(b"caption", text.encode())
-        if not self._path(key).is_file():
-            condition = self._policy.encode_prompts((text,))
-            self._store(key, {"tokens": condition.tokens_PLD[0], "pooled": condition.pooled_PE[0]})
-        return key
-
-    def read(self, key: str) -> dict[str, Tensor]:
-        return load_file(self._path(key))
-
-    def _pixels(self, content: bytes, where: str) -> Tensor:
-        """The middle of the picture in the run's size: uint8 (H, W, 3)."""
-        from PIL import Image, ImageOps
-
+        raise PreferencesError(f"{said} labels {labels[0]!r} and {labels[1]!r}, no numbers")
+    if caption is not None and not isinstance(caption, str):
+        raise PreferencesError(f"{said} caption {caption!r}, which is no text")
+    if caption is None or not caption.strip():
+        return Skipped(number, f"row {number}", "caption", "has no caption")
+    images = []
+    for name in COLUMNS[:2]:
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), self._size, Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise PreferencesError(
-                f"data.preferences: {where} holds no readable image ({error}); repair or remove the row"
-            ) from error
-        return torch.from_numpy(np.array(fitted))
-
-    def _key(self, kind: bytes, content: bytes) -> str:
-        return hashlib.sha256(b"\0".join((kind, self._salt, content))).hexdigest()
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _store(self, key: str, tensors: dict[str, Tensor]) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.part")
-        save_tensors(tensors, draft)
-        draft.replace(path)
-
-
-class PairSampler:
-    """Draws the pairs of an iteration: a shuffle, walked without replacement and reshuffled each pass.
-
-    A pair is the keys of winner, loser and caption. ``metrics`` counts them, and the ties that were left out.
-    """
-
-    def __init__(
-        self, pairs: Sequence[tuple[str, str, str]], cache: EncodedCache, *, count: int, seed: int, ties: int = 0
-    ) -> None:
-        self._pairs, self._cache, self._count, self._seed = list(pairs), cache, count, seed
-        self._null = cache.read(cache.caption(""))
-        self.metrics = {"preferences/pairs": float(len(pairs)), "preferences/ties": float(ties)}
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def batch(self, iteration: int) -> PreferencePairs:
-        """``count`` pairs, a function of seed and iteration; its ``seed`` is one as well."""
-        chosen = [self._pairs[i] for i in self._draw(iteration)]
-        rows = {key: row for row, key in enumerate(dict.fromkeys(caption for _, _, caption in chosen))}
-        captions = [self._cache.read(key) for key in rows]
-        winner, loser = (
-            torch.stack([self._cache.read(pair[which])["latents"].float() for pair in chosen]) for which in (0, 1)
-        )
-        condition = Condition(
-            tokens_PLD=torch.stack([caption["tokens"] for caption in captions]),
-            pooled_PE=torch.stack([caption["pooled"] for caption in captions]),
-            index_N=torch.tensor([rows[caption] for _, _, caption in chosen]),
-            null_LD=self._null["tokens"],
-            null_E=self._null["pooled"],
-        )
-        return PreferencePairs(winner, loser, condition, seeded(self._seed, 37, iteration).initial_seed())
-
-    def _draw(self, iteration: int) -> list[int]:
-        turns = range(iteration * self._count, (iteration + 1) * self._count)
-        size = len(self)
-        passes = {turn // size for turn in turns}
-        orders = {p: torch.randperm(size, generator=seeded(self._seed, 41, p)).tolist() for p in passes}
-        return [orders[turn // size][turn % size] for turn in turns]
+            images.append(content_of(row[name], name, folders))
+        except NoImage as error:
+            return Skipped(number, f"row {number}", "image", str(error))
+    winner = None if labels[0] == labels[1] else int(labels[1] > labels[0])
+    return Row(number, (images[0], images[1]), caption, winner)
 
 
 def load_pairs(config: AlignConfig, policy: Policy, *, rank: int = 0, world_size: int = 1) -> PairSampler:
     """The sampler of a run, after encoding with ``policy`` what no earlier run has encoded.
 
+    Pairs without a caption or with an image that cannot be read are left out and named in the cache's ``skipped.json``.
+
     Raises:
-        PreferencesError: the set is missing or malformed, or all of its pairs are ties.
+        PreferencesError: the set is missing or malformed, all of its pairs are ties, or more than `MOST_LEFT_OUT` of
+            them cannot be used.
     """
-    assert config.data.preferences is not None
-    source = Path(config.data.preferences)
-    cache = EncodedCache(Path(config.data.preferences_cache or f"{source}.cache"), policy, config.model)
+    source, folder = _places(config)
+    cache = EncodedCache(folder, policy, config.model)
     if world_size > 1:  # each rank its own share first, so that they need not all encode everything
         for row in islice(read_rows(source), rank, None, world_size):
             _encode(row, cache)
-    encoded = [_encode(row, cache) for row in read_rows(source)]
-    pairs = [pair for pair in encoded if pair is not None]
-    ties = len(encoded) - len(pairs)
+    total, ties = _count(source), 0
+    pairs, skipped = list[Pair](), list[Skipped]()
+    for found in (_encode(row, cache) for row in read_rows(source)):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+            _refuse_many(skipped, total, source)
+        elif found is None:
+            ties += 1
+        else:
+            pairs.append(found)
     if not pairs:
         what = f"all {ties} pairs of {source} are ties" if ties else f"{source} holds no pair"
         raise PreferencesError(f"data.preferences: {what}; there is nothing to learn from")
-    return PairSampler(pairs, cache, count=config.data.groups_per_iteration, seed=config.seed, ties=ties)
+    if rank == 0:
+        _record(folder / SKIPPED, skipped)
+    count, seed = config.data.groups_per_iteration, config.seed
+    return PairSampler(pairs, cache, count=count, seed=seed, ties=ties, skipped=len(skipped))
 
 
-def _encode(row: Row, cache: EncodedCache) -> tuple[str, str, str] | None:
-    if row.winner is None:
+def check_shared(pairs: PairSampler) -> None:
+    """Raise PreferencesError unless all ranks hold the same pairs; a collective call."""
+    if not process_group.alike(pairs.digest):
+        raise PreferencesError("data.preferences: the ranks see different pairs; give every machine the same files")
+
+
+def left_out(config: AlignConfig) -> str | None:
+    """What a run says of the pairs that it left out when it loaded them; None where there are none."""
+    if config.data.preferences is None:
         return None
-    keys = [cache.image(content, f"{row.where}, jpg_{i}") for i, content in enumerate(row.images)]
+    source, folder = _places(config)
+    try:
+        rows = json.loads((folder / SKIPPED).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return f"left out {len(rows)} preference pairs of {source} ({_named(rows)}); see {folder / SKIPPED}"
+
+
+def _places(config: AlignConfig) -> tuple[Path, Path]:
+    """The set, and the folder of what is encoded of it."""
+    assert config.data.preferences is not None
+    return Path(config.data.preferences), Path(config.data.preferences_cache or f"{config.data.preferences}.cache")
+
+
+def _encode(row: Row | Skipped, cache: EncodedCache) -> Pair | Skipped | None:
+    if isinstance(row, Skipped) or row.winner is None:
+        return row if isinstance(row, Skipped) else None
+    keys = []
+    for i, content in enumerate(row.images):
+        try:
+            keys.append(cache.image(content))
+        except PictureError as error:
+            return Skipped(row.number, f"row {row.number}, jpg_{i}", "image", str(error))
     return keys[row.winner], keys[1 - row.winner], cache.caption(row.caption)
+
+
+def _refuse_many(skipped: Sequence[Skipped], total: int, source: Path) -> None:
+    if len(skipped) > MOST_LEFT_OUT * total:
+        raise PreferencesError(
+            f"data.preferences: more than {MOST_LEFT_OUT:.0%} of the {total} pairs of {source} cannot be used "
+            f"({_named([vars(row) for row in skipped])}); repair the set"
+        )
+
+
+def _named(rows: Sequence[dict[str, Any]]) -> str:
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return "; ".join(f"{row['where']} {row['reason']}" for row in rows[:NAMED]) + more
+
+
+def _record(path: Path, skipped: Sequence[Skipped]) -> None:
+    """Keep the list beside what was encoded; a folder that nobody may write to goes without."""
+    with suppress(OSError, DiskFullError):
+        if skipped:
+            write_json(path, [vars(row) for row in skipped])
+        else:
+            path.unlink(missing_ok=True)

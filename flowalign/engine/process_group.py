@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -79,6 +80,12 @@ def largest(number: int) -> int:
     held = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return int(held.item())
+
+
+def alike(content: bytes) -> bool:
+    """Whether all ranks gave the same; a collective call."""
+    number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+    return largest(number) == -largest(-number)
 
 
 def barrier() -> None:

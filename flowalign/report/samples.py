@@ -69,15 +69,17 @@ def _index(directory: Path) -> list[dict[str, Any]]:
 def _shown(directory: Path, row: dict[str, Any], metric: str) -> tuple[Shown, int]:
     from PIL import Image
 
+    from rewards.pictures import look, read
+
     data, kind = (directory / row["file"]).read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        side = max(image.size)
-        if side > THUMBNAIL:
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=88)
-            data, kind = buffer.getvalue(), "jpeg"
+    head = look(data)
+    side = max(head.height, head.width)
+    if side > THUMBNAIL:
+        small = Image.fromarray(read(data))
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=88)
+        data, kind = buffer.getvalue(), "jpeg"
     score = row.get("scores", {}).get(metric)
     right = bool(score) if score in (0, 1) else None
     return Shown(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", score, right), side

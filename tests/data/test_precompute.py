@@ -108,7 +108,7 @@ def test_every_image_is_encoded_in_its_bucket_with_both_of_its_captions(options:
         for n in range(len(shard)):
             number = int(bank.prompts[shard.rows["synthetic"][n]].rpartition(" ")[2])
             assert bank.prompts[shard.rows["original"][n]] == f"picture {number % 4}"
-            image = Image.open(folder / f"p{number:02}.png")
+            image = np.asarray(Image.open(folder / f"p{number:02}.png"))
             pixels = torch.from_numpy(cut(image, bucket, generator=None, crop=False, flip=False))
             torch.testing.assert_close(
                 shard.latents[n].float(), policy.encode_images(pixels[None])[0], rtol=0, atol=5e-3
