@@ -180,3 +180,28 @@ def test_an_evaluation_of_too_few_samples_is_refused_before_they_are_made() -> N
         ConfigError, match="3 generated images and 3 of the reference; precision, recall need at least 4"
     ):
         reference_metrics("shapes:eval", 3, "shapes:open_clip", "shapes:open_clip", "cpu", console(True))
+
+
+def test_what_cannot_be_read_is_left_out_of_a_measure_counted_and_named(
+    tmp_path: Path, folders: tuple[Path, Path]
+) -> None:
+    images, prompts = true_scenes(12, 0), [str(row["prompt"]) for row in evaluation_set(12)]
+    folder = save(images, tmp_path / "blemished", prompts)
+    whole = (folder / "0005.png").read_bytes()
+    (folder / "0005.png").write_bytes(whole[: len(whole) // 2])  # found when it is decoded
+    (folder / "0007.png").write_bytes(b"<html>")  # found before
+    (folder / "phone.heic").write_bytes(b"")
+    found = measured(folder, "--reference", folders[1])
+    kept = [i for i in range(12) if i not in (5, 7)]
+    assert list(found["left_out"]["generated"]) == ["0005.png", "0007.png"] and found["left_out"]["reference"] == {}
+    assert (found["images"], found["files"]) == (10, [f"{i:04d}.png" for i in kept])
+    assert found["clip_scores"] == pytest.approx(
+        clip_scores(images[kept], [prompts[i] for i in kept], shipped_clip()), abs=1e-3
+    )
+    a, b = (OpenClipFeatures(shipped_clip())(made) for made in (images[kept], true_scenes(20, 1)))
+    assert found["metrics"]["kid"] == pytest.approx(kernel_distance(a, b), rel=1e-4)
+    shown = CliRunner().invoke(app, ["measure", str(folder)]).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    assert f"left out 2 of 12 images of {folder}:" in lines
+    assert "0007.png is a web page; only PNG, JPEG, WebP, TIFF, BMP and GIF are read" in lines
+    assert any(line.startswith("phone.heic is left out; only PNG") for line in lines)

@@ -28,8 +28,10 @@ from flowalign.cluster.run import run_align
 from flowalign.cluster.workers import LearnerWorker
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.configfile import load_align
+from flowalign.data.encodedcache import EncodedCache
 from flowalign.data.encoderhash import encoder_hash
-from flowalign.data.preferences import PreferencesError, Row, check_source, load_pairs, read_rows
+from flowalign.data.images import Skipped
+from flowalign.data.preferences import PreferencesError, Row, check_source, left_out, load_pairs, read_rows
 from flowalign.metrics import read_metrics, without_times
 from flowalign.models.build import load_policy
 from flowalign.plan import plan_geometry
@@ -390,3 +392,124 @@ def test_a_reward_that_tells_nothing_apart_is_refused(
     arguments += ["--group-size", "8", "--num-steps", "1", "--config", str(small_run(tmp_path, tiny_pipeline_dir))]
     done = CliRunner().invoke(app, [*arguments, "--out", "made"])
     assert done.exit_code == 2 and "tells too few of them apart" in " ".join(done.output.split())
+
+
+def saved(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_pairs_show_what_people_see_and_latents_of_0_1_serve_only_pictures_that_it_read_the_same(
+    tmp_path: Path, tiny_pipeline_dir: Path, policy: Any
+) -> None:
+    """A scan of 16 bits, a sideways photo, hidden black, and a plain picture."""
+    red_above_blue = np.zeros((64, 64, 3), np.uint8)
+    red_above_blue[:32, :, 0], red_above_blue[32:, :, 2] = 255, 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = np.zeros((64, 64, 4), np.uint8)
+    half[:, 32:] = 0, 200, 0, 255
+    scan = np.full((64, 64), 8000, np.uint16)
+    scan[:, 32:] = 40_000
+    seen = {
+        saved(scan): np.repeat((scan >> 8).astype(np.uint8)[..., None], 3, 2),
+        saved(np.rot90(red_above_blue).copy(), exif=exif): red_above_blue,
+        saved(half): np.where(half[..., 3:] == 0, np.uint8(255), half[..., :3]),
+        saved(red_above_blue[::-1].copy()): red_above_blue[::-1].copy(),
+    }
+    contents = list(seen)
+    rows = [
+        {"jpg_0": a, "jpg_1": b, "label_0": 1.0, "label_1": 0.0, "caption": f"{i}"}
+        for i, (a, b) in enumerate(zip(contents, contents[1:] + contents[:1], strict=True))
+    ]
+    config = offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "seen.parquet", rows))
+    folder = Path(f"{tmp_path / 'seen.parquet'}.cache")
+    cache = EncodedCache(folder, policy, config.model)
+    for content in contents:  # what 0.1 left behind
+        cache._store(cache._key(b"image", content), {"latents": torch.full((16, 8, 8), 7.0).half()})
+    found = {tuple(latent.flatten().tolist()) for latent in load_pairs(config, policy).batch(0).winner_NCHW}
+    latents = [policy.encode_images(torch.from_numpy(picture)[None])[0].half().float() for picture in seen.values()]
+    expected = [*latents[:3], torch.full((16, 8, 8), 7.0)]
+    assert found == {tuple(latent.flatten().tolist()) for latent in expected}
+
+
+def blemished() -> list[dict[str, Any]]:
+    """Twelve pairs, of which the second has no picture, the fifth a moving one and the ninth no caption."""
+    rows = table(12, 0)
+    frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 255)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    for number, change in {1: {"jpg_1": b"<html>"}, 4: {"jpg_0": file.getvalue()}, 8: {"caption": " "}}.items():
+        rows[number] |= change
+    return rows
+
+
+def test_pairs_that_cannot_be_used_are_left_out_counted_and_named_on_every_rank(
+    tmp_path: Path, tiny_pipeline_dir: Path, policy: Any
+) -> None:
+    source = write_parquet(tmp_path / "pairs.parquet", blemished())
+    config = offline_config(tiny_pipeline_dir, source)
+    ranks = [load_pairs(config, policy, rank=rank, world_size=2) for rank in (0, 1)]
+    assert ranks[0].metrics == {"preferences/pairs": 9, "preferences/ties": 0, "preferences/left_out": 3}
+    assert ranks[0].digest == ranks[1].digest
+    whole = [row for number, row in enumerate(blemished()) if number not in (1, 4, 8)]
+    alone = load_pairs(offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "whole.parquet", whole)), policy)
+    assert torch.equal(ranks[1].batch(2).winner_NCHW, alone.batch(2).winner_NCHW)
+    listed = Path(f"{source}.cache") / "skipped.json"
+    assert [(row["number"], row["where"], row["kind"], row["reason"]) for row in json.loads(listed.read_text())] == [
+        (1, "row 1, jpg_1", "image", "is a web page; only PNG, JPEG, WebP, TIFF, BMP and GIF are read"),
+        (4, "row 4, jpg_0", "image", "is a GIF with several frames"),
+        (8, "row 8", "caption", "has no caption"),
+    ]
+    said = left_out(config)
+    assert said is not None and said.startswith(f"left out 3 preference pairs of {source} (row 1, jpg_1 is a web page;")
+    write_parquet(source, whole)
+    load_pairs(config, policy)
+    assert left_out(config) is None and not listed.exists()
+
+
+def test_a_run_says_which_pairs_it_left_out_and_continues_bitwise(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    source = write_parquet(tmp_path / "pairs.parquet", blemished())
+    said = Console(file=io.StringIO(), width=10_000)
+    changes = {"name": "parts", "iterations": 2, "checkpoint": {"every": 1, "keep_last": 10}}
+    whole, rows = run(offline_config(tiny_pipeline_dir, source, iterations=3))
+    run(offline_config(tiny_pipeline_dir, source, **changes))
+    parts = run_align(offline_config(tiny_pipeline_dir, source, **{**changes, "iterations": 3}), Path("."), said)
+    a, b = (checkpoint.load(run_dir / "checkpoints" / "step_000003") for run_dir in (whole, parts))
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
+    assert rows[-1]["preferences/left_out"] == 3
+    assert f"left out 3 preference pairs of {source} (row 1, jpg_1 is a web page" in said.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_columns_of_paths_are_read_from_beside_their_own_parquet_file(tmp_path: Path, policy: Any) -> None:
+    rows = table(4, 0)
+    for part in (0, 1):
+        folder = tmp_path / "set" / f"part-{part}"
+        (folder / "images").mkdir(parents=True)
+        own = rows[2 * part : 2 * part + 2]
+        for number, row in enumerate(own):
+            for place in (0, 1):
+                (folder / "images" / f"{number}_{place}.png").write_bytes(row[f"jpg_{place}"])
+        slash = "\\" if part else "/"  # as Windows writes it
+        names = [{f"jpg_{p}": f"images{slash}{n}_{p}.png" for p in (0, 1)} for n in (0, 1)]
+        write_parquet(folder / "rows.parquet", [{**row, **name} for row, name in zip(own, names, strict=True)])
+    found = list(read_rows(tmp_path / "set"))
+    assert [row.images for row in found if isinstance(row, Row)] == [(row["jpg_0"], row["jpg_1"]) for row in rows]
+    (tmp_path / "set" / "part-1" / "images" / "1_0.png").unlink()
+    gone = list(read_rows(tmp_path / "set"))[3]
+    assert isinstance(gone, Skipped) and gone.reason == (
+        f"names images\\1_0.png in the column jpg_0, and there is no such file in {tmp_path / 'set' / 'part-1'}"
+    )
+
+
+def test_a_folder_s_missing_picture_is_a_pair_that_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(DARK, 1))
+    rows = [
+        {"jpg_0_file_name": "a.png", "jpg_1_file_name": name, "label_0": 1.0, "label_1": 0.0, "caption": "a"}
+        for name in ("a.png", "b.png")
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    whole, missing = read_rows(tmp_path)
+    assert isinstance(whole, Row) and isinstance(missing, Skipped)
+    assert missing.where == "row 1" and missing.reason.endswith("b.png in the column jpg_1, and there is no such file")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from datasets import config as datasets_config
 from PIL import Image
 from typer.testing import CliRunner
@@ -352,3 +353,59 @@ def test_a_size_that_the_model_does_not_take_is_refused_before_anything_is_writt
     with pytest.raises(ConfigError, match="multiples of 16"):
         precompute(replace(options, buckets=("72x64",)))
     assert not options.to.exists()
+
+
+def test_scans_phone_photos_and_paths_in_a_parquet_file_are_banked_as_people_see_them(
+    options: Options, tmp_path: Path
+) -> None:
+    """A 16-bit scan, a sideways photo and hidden black as paths in a column; what is missing or moves is named."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scan = np.full((64, 64), 8000, np.uint16)
+    scan[:, 32:] = 40_000
+    photo = np.zeros((64, 64, 3), np.uint8)
+    photo[:32, :, 0] = 255
+    place = tmp_path / "set"
+    (place / "images").mkdir(parents=True)
+    Image.fromarray(scan).save(place / "images" / "scan.png")
+    Image.fromarray(np.rot90(photo).copy()).save(place / "images" / "photo.png", exif=exif)
+    Image.new("RGBA", (64, 64)).save(place / "images" / "glass.png")
+    Image.new("L", (9, 9)).save(
+        place / "images" / "moving.gif", save_all=True, append_images=[Image.new("L", (9, 9), 9)]
+    )
+    names = [f"images/{name}" for name in ("scan.png", "photo.png", "glass.png", "moving.gif", "gone.png")]
+    names += ["https://host/a.png", "data:image/png;base64,iVBO", None]
+    Dataset.from_dict({"image": names, "text": list("abcdefgh")}).to_parquet(str(place / "rows.parquet"))
+    done = CliRunner().invoke(
+        app, ["precompute", str(place), "--to", str(options.to), "--model", options.model.path, "--bucket", "64x64"]
+    )
+    assert done.exit_code == 0, done.output
+    (shard,) = load_bank(options.to).shards
+    seen = [np.repeat((scan >> 8).astype(np.uint8)[..., None], 3, 2), photo, np.full((64, 64, 3), 255, np.uint8)]
+    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=16)
+    assert torch.equal(shard.latents, policy.encode_images(torch.from_numpy(np.stack(seen))).half())
+    in_column = "in the column image"
+    assert skipped(options.to) == {
+        "row 3 (images/moving.gif)": ("image", "is a GIF with several frames"),
+        "row 4 (images/gone.png)": (
+            "image",
+            f"names images/gone.png {in_column}, and there is no such file in {place}",
+        ),
+        f"row 5 ({names[5]})": (
+            "image",
+            f"names {names[5]} {in_column}, which is not fetched; give image files or paths to them",
+        ),
+        f"row 6 ({names[6]})": ("image", f"holds encoded text {in_column}; give image files or paths to them"),
+        "row 7": ("image", "has no image in the column image"),
+    }
+    said = " ".join(done.output.split())
+    assert "left out 5 for unreadable images: row 3 (images/moving.gif) is a GIF with several frames row 4" in said
+
+
+def test_a_metadata_row_without_its_image_is_counted_and_named(options: Options, folder: Path) -> None:
+    (folder / "p03.png").unlink()
+    done = CliRunner().invoke(app, ["precompute", str(folder), "--to", str(options.to), "--model", options.model.path])
+    assert done.exit_code == 0 and "left out 1 for unreadable images: p03.png does not exist" in " ".join(
+        done.output.split()
+    )
+    assert json.loads((options.to / "manifest.json").read_text())["skipped"]["image"] == 1

@@ -122,3 +122,25 @@ def test_a_declared_charset_is_not_believed(shared_server):
         connection.request("POST", "/score", body, {"Content-Type": f"multipart/form-data; {kind}"})
         assert json.loads(connection.getresponse().read())["scores"] == {"index": [3.0], "length": [3.0]}
         connection.close()
+
+
+def test_files_that_a_form_refused_before_are_converted(shared_server):
+    """Alpha on white, 16 bits >> 8, CMYK to RGB, sideways photos upright; a moving picture is no picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen = {
+        encoded(Image.new("RGBA", (16, 16))): 255,
+        encoded(Image.new("LA", (16, 16), (100, 128))): 177,
+        encoded(Image.fromarray(np.full((16, 16), 40_000, np.uint16))): 156,
+        encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 155)), "JPEG"): 100,
+        encoded(Image.new("P", (16, 16)), transparency=0): 255,
+    }
+    server = shared_server("brightness")
+    status, answer = post(server, list(seen), {"prompts": ["p"] * len(seen)})
+    assert status == 200
+    np.testing.assert_allclose(answer["scores"]["brightness"], list(seen.values()), atol=1)
+    upright, turned = encoded(Image.new("L", (16, 24))), encoded(Image.new("L", (24, 16)), exif=exif)
+    assert post(server, [upright, turned], {"prompts": ["p", "q"]})[0] == 200
+    moving = encoded(RGB, save_all=True, append_images=[Image.fromarray(RGB[::-1])])
+    status, answer = post(server, [moving], {"prompts": ["p"]})
+    assert status == 422 and answer["error"]["message"] == "image 0 is a PNG with several frames"
