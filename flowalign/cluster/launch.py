@@ -139,15 +139,31 @@ def _connect(cluster: ClusterFile) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    headers = None if token is None else {"Authorization": f"Bearer {token}"}
+    last = token or _own_token()
+    for given in (last,) if last == token else (None, last):
+        try:
+            headers = None if given is None else {"Authorization": f"Bearer {given}"}
+            return JobSubmissionClient(cluster.address, headers=headers)
+        except AuthenticationError:
+            continue
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"address: no Ray dashboard answers at {cluster.address} ({_one_line(error)})") from None
+    way = "run `ray get-auth-token` on its head, put the answer into a variable and name that in token_env"
+    said = "asks for a token, and there is none here" if last is None else "refused the token"
+    raise ClusterError(
+        f"the cluster at {cluster.address} {said}; {way}, or copy the head's ~/.ray/auth_token to the same place here"
+    )
+
+
+def _own_token() -> str | None:
+    """The token of this user on this machine, from where Ray itself takes it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
-        return JobSubmissionClient(cluster.address, headers=headers)
-    except AuthenticationError:
-        raise ClusterError(
-            f"the cluster at {cluster.address} refused the token; name the variable that holds it in token_env"
-        ) from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"address: no Ray dashboard answers at {cluster.address} ({_one_line(error)})") from None
+        return file.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 async def _follow(client: Any, job: str, write: Callable[[str], Any]) -> int:

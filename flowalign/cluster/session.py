@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
 
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.placement import Share, own_resources, visible_cores
 
 OBJECT_STORE_BYTES = 1 << 30
-_CONNECT_S = 3.0
+_CONNECT_S, _GRPC_S = 3.0, 5.0
+# A socket's path has at most 107 bytes; Ray adds ray/session_<date>_<time>_<pid>/sockets/plasma_store.1 to the folder.
+_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+_SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 
 
@@ -30,30 +37,71 @@ class RaySession:
 
     def __init__(self, address: str | None, asked: Sequence[Share], device: str) -> None:
         self._opened = not ray.is_initialized()
+        self._folder: str | None = None
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
             return
         _check_answers(address)
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, RayError) as error:
+        except AuthenticationError:
+            raise ClusterError(
+                f"cluster.address: Ray at {address} asks for a token that this process does not have: set "
+                "RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from its head (docs/cluster.md)"
+            ) from None
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(f"cluster.address: cannot join Ray at {address}: {_one_line(error)}") from None
+
+    def _start(self, **options: Any) -> None:
+        """A Ray of this run alone. It has a token of its own: Ray would leave one in the user's home, and every cluster
+        that is started there later would ask for it."""
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        self._folder = own_folder()
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=self._folder,
+                **options,
+            )
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            self.close()
+            raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
 
     def close(self) -> None:
         if self._opened and ray.is_initialized():
             ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def own_folder() -> str | None:
+    """A private directory for Ray's sockets and logs where Ray's usual one cannot be used; None where it can.
+
+    Raises:
+        ClusterError: no directory on this machine has a short enough path and may be written to.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(os.path.abspath(usual))) <= _LONGEST_FOLDER and _may_write(usual):
+        return None
+    for folder in _SHORT_FOLDERS:
+        if _may_write(folder):
+            return tempfile.mkdtemp(prefix="flowalign-", dir=folder)  # readable by its owner alone
+    raise ClusterError(
+        f"Ray needs a directory for its sockets: TMPDIR={usual} is not there, may not be written to or has more than "
+        f"{_LONGEST_FOLDER} characters, and so are {', '.join(_SHORT_FOLDERS)}; set TMPDIR to a short one"
+    )
+
+
+def _may_write(folder: str) -> bool:
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def worker_env(threads: int) -> dict[str, str]:
@@ -105,6 +153,27 @@ def _check_answers(address: str) -> None:
             f"cluster.address: nothing answers at {address} ({_one_line(error)}); give the host:port that "
             "`ray start` printed, or null to start Ray here"
         ) from None
+    if not _speaks_grpc(address):
+        raise ClusterError(
+            f"cluster.address: what answers at {address} is no head of a Ray cluster; give the host:port that "
+            "`ray start` printed (6379 by default, not that of the dashboard)"
+        )
+
+
+def _speaks_grpc(address: str) -> bool:
+    """Ray would try for ten minutes to talk to a dashboard or to any other server."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return True  # only Ray has the certificates
+    try:
+        import grpc
+    except ImportError:
+        return True
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_GRPC_S)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def _one_line(error: BaseException) -> str:

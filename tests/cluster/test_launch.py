@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -72,6 +73,78 @@ def test_missing_token_and_absent_cluster_are_single_sentences(tmp_path: Path) -
     file = write(tmp_path / "c.yaml", address="http://127.0.0.1:1", runs_dir="/r")
     with pytest.raises(ClusterError, match=r"address: no Ray dashboard answers at http://127.0.0.1:1"):
         launch(config, file, working_dir=tmp_path)
+
+
+def documented(kind: str) -> list[str]:
+    """The `ray start` lines of docs/cluster.md, and what is exported for them, in their order."""
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.partition("#")[0].strip() for line in blocks[{"head": 0, "other": 1}[kind]].splitlines()]
+
+
+def test_the_documented_lines_set_one_mode_of_authentication_before_every_ray_start() -> None:
+    assert documented("head") == [
+        "export RAY_AUTH_MODE=token",
+        "ray get-auth-token --generate > /dev/null",
+        "ray start --head --dashboard-host 0.0.0.0",
+    ]
+    assert documented("other") == ["export RAY_AUTH_MODE=token", "ray start --address=HEAD:6379"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_documented_lines_start_a_cluster_that_is_joined_and_launched_on(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """As written but for ports, sizes and the dashboard's host: other clusters may run on this machine."""
+    port, dashboard, client, first, second = free_ports(5)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**kept, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    scratch = Path("/tmp") / f"fd{port}"
+    size = f"--num-cpus 2 --object-store-memory {200 << 20} --block"
+    head = f"--port {port} --temp-dir {scratch} --dashboard-port {dashboard} --ray-client-server-port {client}"
+    head = f"{head} --dashboard-agent-listen-port {first} --include-dashboard true {size}"
+    lines = "\n".join(documented("head")).replace("0.0.0.0", "127.0.0.1")
+    other = "\n".join(documented("other")).replace("HEAD:6379", f"127.0.0.1:{port}")
+    log = (tmp_path / "cluster.log").open("w")
+
+    def start(script: str) -> subprocess.Popen[bytes]:
+        command, _, line = script.rpartition("\n")
+        shell = f"set -e\n{command}\nexec {line}"
+        return subprocess.Popen(["bash", "-c", shell], env=environment, stdout=log, stderr=log, cwd=tmp_path)
+
+    started = [start(f"{lines} {head}")]
+    try:
+        wait_for(port, started[0])
+        wait_for(dashboard, started[0])
+        started.append(start(f"{other} --dashboard-agent-listen-port {second} {size}"))
+        config = small_config(tiny_pipeline_dir, tmp_path, cluster={}, iterations=1, logging={"wandb": "disabled"})
+        write(tmp_path / "run.yaml", **json.loads(config.model_dump_json(exclude_defaults=True)))
+        address = f"http://127.0.0.1:{dashboard}"
+        write(tmp_path / "c.yaml", address=address, runs_dir=str(tmp_path / "shared"), python=sys.executable)
+        flowalign = [sys.executable, "-m", "flowalign.cli"]
+        joined = [*flowalign, "align", "run.yaml", f"cluster.address=127.0.0.1:{port}", "name=joined"]
+        done = subprocess.run(
+            joined, env={**environment, "RAY_AUTH_MODE": "token"}, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        refused = [*joined[:-1], "name=refused"]
+        done = subprocess.run(refused, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "RAY_AUTH_MODE=token" in done.stderr, done.stdout + done.stderr
+        launched = [*flowalign, "launch", "run.yaml", "--cluster", "c.yaml", "name=launched"]
+        done = subprocess.run(launched, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (tmp_path / ".ray" / "auth_token").rename(tmp_path / "token")
+        done = subprocess.run(launched, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "asks for a token, and there is none here; run `ray get-auth-t" in done.stderr
+        assert all(process.poll() is None for process in started), (tmp_path / "cluster.log").read_text()
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(timeout=60)
+        log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 
+from flowalign.cluster import session
 from flowalign.cluster.errors import ClusterError, PlacementError
 from flowalign.cluster.placement import check_fits, own_resources, shares
-from flowalign.cluster.session import RaySession
+from flowalign.cluster.session import RaySession, own_folder
 from flowalign.config import AlignConfig
 
 
@@ -45,3 +52,35 @@ def test_address_where_nothing_listens_is_refused() -> None:
         RaySession("127.0.0.1:1", asked(), "cpu")
     with pytest.raises(ClusterError, match=r"^cluster.address: cannot join Ray at auto: "):
         RaySession("auto", asked(), "cpu")
+
+
+def test_a_server_that_is_no_ray_is_refused_within_seconds() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ClusterError, match=r"^cluster\.address: what answers at .* is no head of a Ray cluster"):
+            RaySession(f"127.0.0.1:{server.server_port}", asked(), "cpu")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("what", ["long", "missing", "a file", "own"])
+def test_rays_directory_is_the_usual_one_where_a_socket_fits_else_a_short_private_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    (tmp_path / "file").write_text("")
+    (tmp_path / ("d" * 90)).mkdir()
+    folders = {"long": tmp_path / ("d" * 90), "missing": "/no/such", "a file": tmp_path / "file", "own": "/tmp"}
+    monkeypatch.setenv("TMPDIR", str(folders[what]))
+    made = own_folder()
+    assert (made is None) == (what == "own")
+    if made is not None:
+        path = f"{made}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+        assert len(path) <= 107 and stat.S_IMODE(os.stat(made).st_mode) == 0o700
+        os.rmdir(made)
+
+
+def test_without_any_directory_for_sockets_one_sentence_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/no/such")
+    monkeypatch.setattr(session, "_SHORT_FOLDERS", ("/neither",))
+    with pytest.raises(ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one$"):
+        own_folder()
