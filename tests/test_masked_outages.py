@@ -17,6 +17,8 @@ from rich.console import Console
 from flowalign.cluster.journal import RunJournal
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.metrics import without_times
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import StopRequest
 from flowalign.scoring import cat_scores, faults, load_scorers, merge, reward_metrics, score_images
 from flowalign.types import Scores
 from rewards import transport
@@ -120,13 +122,16 @@ def test_a_run_names_an_outage_when_it_happens_and_masked_images_when_they_becom
         {"name": "r", "iterations": 9, "algorithm": {"type": "flow_grpo"}, "logging": {"wandb": "disabled"}}
     )
     said = io.StringIO()
-    journal = RunJournal(config, tmp_path, Console(file=said), start=0, wall_s=0.0, base_hash="")
+    lock = RunLock.take(tmp_path)
+    begun = {"start": 0, "wall_s": 0.0, "base_hash": ""}
+    journal = RunJournal(config, tmp_path, Console(file=said), **begun, lock=lock, stop=StopRequest())
     nothing = torch.zeros(4)
     for iteration, (masked, retries) in enumerate([(0, 0), (2, 0), (2, 0), (3, 1), (1, 2), (0, 0)], start=1):
         causes = {"clip/nan": masked} if masked else {}
         tried = {"clip": {"http://gpu7: silent": retries}} if retries else {"clip": {}}
         journal.say_faults(f"iteration {iteration}", Scores({}, nothing, nothing == 0, causes, retries=tried))
     journal.close()
+    lock.release()
     assert said.getvalue().splitlines() == [
         "reward clip in iteration 2: 2 of 4 images masked (nan × 2)",
         "reward clip in iteration 4: 1 retry (http://gpu7: silent); 3 of 4 images masked (nan × 3)",

@@ -20,6 +20,7 @@ from rich.console import Console
 from flowalign.cluster import progress
 from flowalign.cluster.progress import Phases, Progress, duration, iteration_text
 from flowalign.libraries import KNOWN, silence
+from flowalign.models.textlength import cut_note, cut_prompts
 
 REPO = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
@@ -227,3 +228,12 @@ def test_known_python_warnings_are_left_out_and_others_are_kept():
         )
         warnings.warn("The pynvml of another package", FutureWarning, stacklevel=1)
     assert [str(one.message) for one in caught] == ["The pynvml of another package"]
+
+
+def test_prompts_that_clip_cuts_are_counted_once_each_and_short_ones_never_tokenized(config_path, tiny_pipeline_dir):
+    long = "a photo of a dog " * 40
+    assert cut_prompts(tiny_pipeline_dir, ["a dog", long, long, long + "!"]) == (2, 16)
+    assert cut_prompts(tiny_pipeline_dir, ["a dog"] * 3) == (0, 16)
+    said = "1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off"
+    assert cut_note(tiny_pipeline_dir, ["a dog", long]) == said
+    assert cut_prompts(config_path.parent, [long]) == (0, 0)  # no pipeline, no tokenizer

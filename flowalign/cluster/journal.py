@@ -144,7 +144,8 @@ class RunJournal:
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
         overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
         spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
-        said = ", ".join(f"{name} {value:.3f} ± {spread[name]:.3f}" for name, value in overall.items())
+        known = {name: f" ± {error:.3f}" for name, error in spread.items() if error == error}
+        said = ", ".join(f"{name} {value:.3f}{known.get(name, '')}" for name, value in overall.items())
         metrics |= errors | {"eval/num_samples": float(len(collected.rollout))}
         cached = ""
         if collected.rollout.computed:
