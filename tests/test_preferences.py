@@ -6,6 +6,9 @@ import io
 import json
 import math
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -513,3 +516,21 @@ def test_a_folder_s_missing_picture_is_a_pair_that_is_left_out(tmp_path: Path) -
     whole, missing = read_rows(tmp_path)
     assert isinstance(whole, Row) and isinstance(missing, Skipped)
     assert missing.where == "row 1" and missing.reason.endswith("b.png in the column jpg_1, and there is no such file")
+
+
+ALIKE = """
+import sys, torch
+from flowalign.engine import process_group
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+process_group.join(rank, 2, port, torch.device("cpu"))
+print(process_group.alike(b"the same pairs"), process_group.alike(bytes([rank])))
+"""
+
+
+def test_ranks_notice_that_they_hold_different_pairs() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", ALIKE]
+    ranks = [subprocess.Popen([*command, str(r), port], stdout=subprocess.PIPE, text=True) for r in (0, 1)]
+    assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["True False\n"] * 2
