@@ -16,7 +16,7 @@ from flowalign.libraries import silence
 
 
 class ExitCode(IntEnum):
-    """What a process says at its end; ``docs/running.md`` explains each."""
+    """What a process says at its end; ``docs/stopping.md`` explains each."""
 
     FINISHED = 0
     FAILED = 1

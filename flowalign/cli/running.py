@@ -56,12 +56,16 @@ def held(
             console.print(lock.said, highlight=False, soft_wrap=True)
         try:
             yield lock
-        except EndedEarly as early:
+        except KeyboardInterrupt as interrupt:
+            if stop.at_once:
+                raise
+            # What was raised as EndedEarly in Ray's own code comes out as its base class.
+            early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
             early.run_dir, early.checkpoint = run_dir, _last_checkpoint(run_dir)
             goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
             kept = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
             early.args = (f"stopped{kept}",)
-            raise
+            raise early from None
         except Exception as error:
             if not lock.begun:
                 raise

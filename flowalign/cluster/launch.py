@@ -20,6 +20,7 @@ from flowalign.textfiles import TextError, read_text
 
 ALWAYS_EXCLUDED = (".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache")
 RECONNECT_S = 1.0
+STOP_WAIT_S = 3600  # Ray's own 3 s between SIGTERM and SIGKILL are too short for an iteration and its checkpoint
 
 
 class ClusterFile(BaseModel):
@@ -102,7 +103,8 @@ def launch(
         write(
             "\nno longer watching; the job goes on.\n"
             f"watch it: ray job logs {job} --follow --address {cluster.address}\n"
-            f"stop it: ray job stop {job} --address {cluster.address}\n"
+            "stop it: flowalign stop RUN (on any machine that sees the run directory), or "
+            f"ray job stop {job} --address {cluster.address}; both leave a checkpoint\n"
         )
         return 130
 
@@ -125,7 +127,7 @@ def runtime_env(cluster: ClusterFile, home: Path) -> dict[str, Any]:
     environment: dict[str, Any] = {
         "working_dir": str(home),
         "excludes": [*ALWAYS_EXCLUDED, *cluster.exclude],
-        "env_vars": {"PYTHONUNBUFFERED": "1", **cluster.env_vars},
+        "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **cluster.env_vars},
     }
     return {**environment, "pip": cluster.pip} if cluster.pip else environment
 
@@ -187,9 +189,11 @@ async def _follow(client: Any, job: str, write: Callable[[str], Any]) -> int:
 def _exit_code(info: Any, write: Callable[[str], Any]) -> int:
     if info.status.value == "SUCCEEDED":
         return 0
-    if info.driver_exit_code is None:
+    code = info.driver_exit_code
+    if code is None:
         write(f"the job {info.status.value.lower()}: {_one_line(info.message)}\n")
-    return info.driver_exit_code or 1
+        return 1
+    return 128 - code if code < 0 else code or 1  # as a shell says that a signal ended it
 
 
 def _one_line(error: Any) -> str:

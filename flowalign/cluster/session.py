@@ -6,10 +6,13 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -21,6 +24,7 @@ from flowalign.cluster.placement import Share, own_resources, visible_cores
 
 OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_S, _GRPC_S = 3.0, 5.0
+_SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A socket's path has at most 107 bytes; Ray adds ray/session_<date>_<time>_<pid>/sockets/plasma_store.1 to the folder.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
@@ -44,11 +48,13 @@ class RaySession:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
-            self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
+            with _hearing_alone():
+                self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
             return
         _check_answers(address)
         try:
-            ray.init(address=address, **quiet)
+            with _hearing_alone():
+                ray.init(address=address, **quiet)
         except AuthenticationError:
             raise ClusterError(
                 f"cluster.address: Ray at {address} asks for a token that this process does not have: set "
@@ -113,6 +119,23 @@ def worker_env(threads: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors with no GPU of their own may share the visible ones
     }
+
+
+@contextmanager
+def _hearing_alone() -> Iterator[None]:
+    """Processes that are started inside never hear what a terminal or Slurm sends to all that belong together: the run
+    needs its workers for a last checkpoint. SIGTERM they hear, by which Ray ends them. This process hears afterwards
+    what came meanwhile, by its own handlers, of which Ray replaces one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminate = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SENT_TO_ALL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _OnOwnPath(list[str]):

@@ -57,7 +57,8 @@ class StopRequest:
 
     Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
     the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
-    leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt.
+    leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt and
+    sets ``at_once``.
     """
 
     def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
@@ -66,6 +67,7 @@ class StopRequest:
         self._alone, self._asked, self._interrupted = alone, False, -AGAIN_WITHIN_S
         self._raises, self._begun = alone, False
         self._look_at = 0.0
+        self.at_once = False
 
     @property
     def asked(self) -> bool:
@@ -124,6 +126,7 @@ class StopRequest:
         if number == signal.SIGINT:
             since, self._interrupted = time.monotonic() - self._interrupted, time.monotonic()
             if since < AGAIN_WITHIN_S and (self._alone or since > _ECHO_S):  # torchrun passes a terminal's Ctrl-C on
+                self.at_once = True
                 raise KeyboardInterrupt
         first, self._asked = not self._asked, True
         if self._raises:
