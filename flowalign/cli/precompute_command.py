@@ -79,6 +79,8 @@ def precompute(
     )
     from flowalign.cli.precompute import Options
     from flowalign.cli.precompute import precompute as write_bank
+    from flowalign.data.latents import load_bank
+    from flowalign.models.textlength import cut_note
 
     console = make_console(as_json)
     options = Options(
@@ -109,6 +111,8 @@ def precompute(
     for line in _skipped(to, manifest):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{manifest['count']} images in {to}", highlight=False, soft_wrap=True)
+    if note := cut_note(Path(encoders.path), load_bank(to, verify=False).prompts):
+        console.print(f"of the captions {note}", highlight=False, soft_wrap=True)
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 
