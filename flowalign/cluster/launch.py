@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowalign.cluster.errors import ClusterError
+from flowalign.cluster.tokens import own_token
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, read_text
 
@@ -141,7 +142,7 @@ def _connect(cluster: ClusterFile) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    last = token or _own_token()
+    last = token or own_token()
     for given in (last,) if last == token else (None, last):
         try:
             headers = None if given is None else {"Authorization": f"Bearer {given}"}
@@ -155,17 +156,6 @@ def _connect(cluster: ClusterFile) -> Any:
     raise ClusterError(
         f"the cluster at {cluster.address} {said}; {way}, or copy the head's ~/.ray/auth_token to the same place here"
     )
-
-
-def _own_token() -> str | None:
-    """The token of this user on this machine, from where Ray itself takes it."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"]
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 async def _follow(client: Any, job: str, write: Callable[[str], Any]) -> int:

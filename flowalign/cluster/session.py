@@ -21,6 +21,7 @@ from ray.job_config import JobConfig
 
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.placement import Share, own_resources, visible_cores
+from flowalign.cluster.tokens import own_token
 
 OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_S, _GRPC_S = 3.0, 5.0
@@ -28,6 +29,10 @@ _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A socket's path has at most 107 bytes; Ray adds ray/session_<date>_<time>_<pid>/sockets/plasma_store.1 to the folder.
 _LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
+_ASKS_FOR_TOKEN = (
+    "cluster.address: Ray at {} asks for a token and this process has none, or another: set RAY_AUTH_MODE=token, and "
+    "copy ~/.ray/auth_token from its head (docs/cluster.md)"
+)
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 
 
@@ -56,10 +61,7 @@ class RaySession:
             with _hearing_alone():
                 ray.init(address=address, **quiet)
         except AuthenticationError:
-            raise ClusterError(
-                f"cluster.address: Ray at {address} asks for a token that this process does not have: set "
-                "RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from its head (docs/cluster.md)"
-            ) from None
+            raise ClusterError(_ASKS_FOR_TOKEN.format(address)) from None
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(f"cluster.address: cannot join Ray at {address}: {_one_line(error)}") from None
 
@@ -176,27 +178,36 @@ def _check_answers(address: str) -> None:
             f"cluster.address: nothing answers at {address} ({_one_line(error)}); give the host:port that "
             "`ray start` printed, or null to start Ray here"
         ) from None
-    if not _speaks_grpc(address):
+    answer = _answer_of_a_head(address)
+    if answer == "UNAUTHENTICATED":
+        raise ClusterError(_ASKS_FOR_TOKEN.format(address))
+    if answer not in ("OK", ""):
         raise ClusterError(
             f"cluster.address: what answers at {address} is no head of a Ray cluster; give the host:port that "
             "`ray start` printed (6379 by default, not that of the dashboard)"
         )
 
 
-def _speaks_grpc(address: str) -> bool:
-    """Ray would try for ten minutes to talk to a dashboard or to any other server."""
+def _answer_of_a_head(address: str) -> str:
+    """The gRPC status of a question that every head of a Ray cluster answers; empty where it cannot be asked.
+
+    Ray itself tries for ten minutes to talk to a dashboard, and twenty times without a token.
+    """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return True  # only Ray has the certificates
+        return ""  # only Ray has the certificates
     try:
         import grpc
     except ImportError:
-        return True
+        return ""
+    token = own_token() if os.environ.get("RAY_AUTH_MODE") == "token" else None
+    headers = [("authorization", f"Bearer {token}")] if token else []
     with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
-            grpc.channel_ready_future(channel).result(timeout=_GRPC_S)
-        except grpc.FutureTimeoutError:
-            return False
-    return True
+            ask(b"", timeout=_GRPC_S, metadata=headers)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # type: ignore[attr-defined]
+    return "OK"
 
 
 def _one_line(error: BaseException) -> str:
