@@ -1,0 +1,126 @@
+"""Requests to end: what each signal means before and after a run has begun, and files of `flowalign stop`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import EndedEarly, NobodyRuns, StopRequest, ask_to_stop
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = """
+import sys, time
+from flowalign.record.stop import EndedEarly, StopRequest
+begins, alone = sys.argv[1] == "begun", len(sys.argv) < 3
+try:
+    with StopRequest(alone=alone).on_signals() as stop:
+        if begins:
+            stop.begin()
+        print("ready", flush=True)
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not (begins and stop.asked and input() == "end"):
+            time.sleep(0.01)
+    sys.exit(75)
+except EndedEarly:
+    sys.exit(76)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+
+
+def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], cwd=ROOT, **pipes, **options)  # type: ignore
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def send(process: subprocess.Popen[str], *signals: signal.Signals, pause: float = 0.2) -> None:
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(pause)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_before_the_beginning_ends_at_once_and_later_after_the_iteration(number: signal.Signals) -> None:
+    starting, begun = start("starting"), start("begun")
+    send(starting, number)
+    assert starting.wait(timeout=10) == 76
+    send(begun, number)
+    assert begun.poll() is None
+    said = begun.communicate("end\n", timeout=10)[1]
+    assert begun.returncode == 75 and "stopping after this iteration with a checkpoint" in said
+    starting.communicate()
+
+
+def test_a_second_ctrl_c_ends_at_once_a_second_sigterm_does_not() -> None:
+    twice, terminated = start("begun"), start("begun")
+    send(twice, signal.SIGINT, signal.SIGINT)
+    assert twice.wait(timeout=10) == 130
+    send(terminated, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    assert terminated.poll() is None
+    terminated.communicate("end\n", timeout=10)
+    assert terminated.returncode == 75
+    twice.communicate()
+
+
+def test_of_several_ranks_none_leaves_the_others_and_an_echoed_ctrl_c_counts_once() -> None:
+    rank = start("starting", "rank")
+    send(rank, signal.SIGINT, signal.SIGINT)
+    assert rank.poll() is None
+    rank.kill()
+    rank.communicate()
+
+
+def test_nohup_keeps_a_run_from_hearing_that_the_terminal_closed() -> None:
+    process = start("begun", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    send(process, signal.SIGHUP)
+    assert process.poll() is None
+    process.kill()
+    assert "stopping" not in process.communicate()[1]
+
+
+def test_a_request_is_obeyed_by_the_holder_it_was_for_and_removed(tmp_path: Path) -> None:
+    with RunLock.take(tmp_path) as lock:
+        stop = StopRequest()
+        with stop.watching(lock):
+            stop.begin()
+            assert not stop.asked
+            assert ask_to_stop(tmp_path).process.pid == os.getpid()  # type: ignore[union-attr]
+            deadline = time.monotonic() + 3
+            while not stop.asked and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert stop.asked and not (tmp_path / "stop").exists()
+
+
+def test_a_request_for_an_earlier_run_is_removed_when_a_run_starts(tmp_path: Path) -> None:
+    with RunLock.take(tmp_path):
+        ask_to_stop(tmp_path)
+    assert (tmp_path / "stop").exists()
+    with RunLock.take(tmp_path) as lock, (stop := StopRequest()).watching(lock):
+        stop.begin()
+        assert not stop.asked and not (tmp_path / "stop").exists()
+
+
+def test_a_request_before_the_first_iteration_ends_the_run_there(tmp_path: Path) -> None:
+    with RunLock.take(tmp_path) as lock, (stop := StopRequest()).watching(lock):
+        ask_to_stop(tmp_path)
+        with pytest.raises(EndedEarly):
+            stop.begin()
+        assert not lock.begun
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_nobody_runs_there_is_nothing_to_stop(tmp_path: Path, there: bool) -> None:
+    run_dir = tmp_path if there else tmp_path / "none"
+    with pytest.raises(NobodyRuns, match="held by nobody" if there else "no run directory"):
+        ask_to_stop(run_dir)
+    assert list(tmp_path.iterdir()) == []
