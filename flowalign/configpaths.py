@@ -76,8 +76,9 @@ def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:
             raise ConfigError(key, str(error)) from error
         found |= {key: written[key] for key in ("max_sequence_length", "family", "sampling") if key in written}
     with suppress(TextError):
-        inputs = read_object(network).get("extra_inputs")
-        found |= {"inputs": inputs} if inputs else {}
+        written = read_object(network)
+        kept = {"inputs": written.get("extra_inputs"), "family": written.get("_flow_family")}
+        found = {key: value for key, value in kept.items() if value} | found
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -17,15 +18,19 @@ from flowalign.algorithm import seeded
 from flowalign.checkpoint import CheckpointError
 from flowalign.cli.runs import begin_run, config_of
 from flowalign.cluster.train import run_pretrain
-from flowalign.config import ModelConfig
+from flowalign.config import AlignConfig, ConfigError, ModelConfig
+from flowalign.configpaths import resolve_model
 from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentBank, save_bank
 from flowalign.evaluate import evaluate_checkpoint
 from flowalign.export import ExportError, _share, export, load_pipeline
+from flowalign.models.base import ModelError
 from flowalign.models.sd3 import SD3Policy
+from flowalign.pathfamilies import FORMULATIONS
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import open_policy, policy_spec
+from flowalign.trainingcheck import check_caches
 
 SHAPE = (16, 8, 8)
 PROMPT = "a photo of a red star"
@@ -73,7 +78,7 @@ def theirs(directory: Path, prompt: str, **options) -> torch.Tensor:
     pipeline: Any = load_pipeline(directory)
     with torch.random.fork_rng():
         torch.set_rng_state(generator.get_state())  # where a scheduler of diffusers draws from
-        return pipeline(prompt, guidance_scale=1.0, max_sequence_length=4, **options).images
+        return pipeline(prompt, **{"guidance_scale": 1.0, "max_sequence_length": 4, **options}).images
 
 
 def test_a_meanflow_student_is_a_custom_pipeline_that_takes_our_steps(tmp_path, tiny_pipeline_dir, bank):
@@ -104,16 +109,105 @@ def test_a_consistency_student_is_a_plain_pipeline_that_noises_anew(tmp_path, ti
     torch.testing.assert_close(found, ours(run, PROMPT), rtol=1e-3, atol=1e-3)
 
 
-def test_a_model_of_another_family_is_exported_for_ourselves(tmp_path, tiny_pipeline_dir, bank):
-    algorithm = {"type": "rectified_flow", "family": "v/cos", "density": "uniform"}
-    run = trained(tmp_path, tiny_pipeline_dir, bank, model={"family": "v/cos"}, algorithm=algorithm)
-    export(run, tmp_path / "out", config=config_of(run, None))
-    own = config_of(tmp_path / "out", None)
-    assert own.model.family == "v/cos" and own.evaluation.num_steps == 10
-    torch.testing.assert_close(ours(tmp_path / "out", PROMPT), ours(run, PROMPT), rtol=1e-4, atol=1e-4)
-    assert json.loads((tmp_path / "out" / "flowalign.json").read_text())["family"] == "v/cos"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "no velocity of a straight path" in card and "flowalign sample" in card and "from diffusers" not in card
+FLOW = {"type": "rectified_flow"}
+EVEN = {"num_steps": 3, "grid": "paper"}
+LEVELS = [1.0, 2 / 3, 1 / 3]
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ema_0.01": ("ema_0.01", {"algorithm": FLOW, "ema_decay": [0.5, 0.01]}, {"num_inference_steps": 10}),
+    "progressive": (
+        "pipeline",
+        {
+            "algorithm": {"type": "progressive", "num_steps": 3, "grid": "paper", "shift": None},
+            "teacher": {},
+            "sampling": EVEN,
+        },
+        {"num_inference_steps": 3, "sigmas": LEVELS},
+    ),
+    "guidance": (
+        "pipeline",
+        {
+            "model": {"inputs": ["guidance"]},
+            "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
+            "teacher": {},
+            "sampling": {"num_steps": 3, "guidance_scale": 4.0},
+        },
+        {"num_inference_steps": 3, "guidance_scale": 4.0},
+    ),
+    **{
+        name: (
+            "pipeline",
+            {
+                "model": {"family": name},
+                "algorithm": {**FLOW, "family": name, "density": "uniform"},
+                "sampling": {"num_steps": 3},
+            },
+            {"num_inference_steps": 3},
+        )
+        for name in (*list(FORMULATIONS)[1:], "edm(0.0, 0.6)")
+    },
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_export_loads_and_samples_again(tmp_path, tiny_pipeline_dir, bank, name):
+    """In diffusers and as a model of ours; where a plain pipeline would draw something else, diffusers refuses it.
+
+    (Plain exports, averages and LoRA files of an alignment: tests/test_export.py.)
+    """
+    kind, changes, options = KINDS[name]
+    if "teacher" in changes:
+        changes = {**changes, "teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4}}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
+    out = export(run, tmp_path / "out", kind=kind, config=config_of(run, None)).path
+    expected = ours(run, PROMPT, "model" if kind == "pipeline" else kind)
+    for found in (theirs(out, PROMPT, **options), ours(out, PROMPT)):
+        assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    own = config_of(out, None)
+    absent: Any = {"text_encoder_3": None, "tokenizer_3": None}
+    if own.model.family == "rf" and not own.model.inputs:
+        assert not (out / "pipeline.py").exists()
+        assert type(StableDiffusion3Pipeline.from_pretrained(out, **absent)) is StableDiffusion3Pipeline
+        return
+    for plain in (StableDiffusion3Pipeline, DiffusionPipeline):
+        with pytest.raises(ValueError, match=r"contains custom code in pipeline\.py which must be executed"):
+            plain.from_pretrained(out, **absent)
+        assert type(plain.from_pretrained(out, trust_remote_code=True, **absent)).__name__ == "FlowalignPipeline"
+    card = (out / "README.md").read_text()
+    assert "custom_pipeline" in card and "sigmas=" not in card
+    if own.model.family != "rf":
+        assert f"`{name}`: the network gives no velocity of a straight path" in card and own.model.family == name
+        (out / "flowalign.json").unlink()  # the network's own file says it too
+        assert config_of(out, None).model.family == name
+
+
+def test_an_exported_family_is_trained_on_as_a_flow_and_aligned_where_its_noise_reaches_the_end(
+    tmp_path, tiny_pipeline_dir, bank
+):
+    for name, allowed in (("edm/cos", False), ("v/cos", True)):
+        own = {"model": {"family": name}, "algorithm": {**FLOW, "family": name, "density": "uniform"}}
+        run = trained(tmp_path, tiny_pipeline_dir, bank, name=name.replace("/", "_"), **own)
+        out = export(run, tmp_path / run.name / "out", config=config_of(run, None)).path
+        again = trained(tmp_path, out, bank, name=f"{run.name}_again", algorithm={**FLOW, "family": "rf"})
+        assert config_of(again, None).model.family == name
+        base = resolve_model(ModelConfig(path=str(out), max_sequence_length=4), tmp_path)
+        checked = AlignConfig(name="a", iterations=1, algorithm={"type": "flow_grpo"}, model=base)
+        if allowed:
+            check_caches(checked)
+        else:
+            with pytest.raises(ConfigError, match=r"is edm/cos, whose noise ends before t = 1 .* train it on as rf"):
+                check_caches(checked)
+
+
+def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_dir, bank):
+    own = {"model": {"family": "v/cos"}, "algorithm": {**FLOW, "family": "v/cos", "density": "uniform"}}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **own)
+    out = export(run, tmp_path / "out", config=config_of(run, None)).path
+    (out / "pipeline.py").write_text("raise RuntimeError('this was run')\n")
+    assert type(SD3Policy.load(out, max_sequence_length=4).pipeline) is StableDiffusion3Pipeline
+    index = out / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": ["pipeline", "OtherPipeline"]}))
+    with pytest.raises(ModelError, match="models of type sd3 need a StableDiffusion3Pipeline"):
+        SD3Policy.load(out, max_sequence_length=4)
 
 
 def test_an_architecture_that_diffusers_lacks_is_not_exported(tmp_path, tiny_pipeline_dir, bank):

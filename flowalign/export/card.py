@@ -29,19 +29,15 @@ pipe = StableDiffusion3Pipeline.from_pretrained("path/to/this/directory"{absent}
 image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
 """
 
-LORA_USE = """from diffusers import StableDiffusion3Pipeline
+LORA_USE = """from diffusers import {pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained("path/to/{base}"{absent})
+pipe = {pipeline}.from_pretrained("path/to/{base}"{absent})
 pipe.load_lora_weights("path/to/this/directory")  # reads pytorch_lora_weights.safetensors
 image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
 
 # or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
 # from peft import PeftModel
 # PeftModel.from_pretrained(pipe.transformer, "path/to/this/directory")
-"""
-
-
-FOREIGN_USE = """flowalign sample path/to/this/directory --prompt "a photo of a red circle"
 """
 
 
@@ -105,23 +101,25 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
     }
     if config.model.family not in (None, "rf"):
         facts["Family"] = (
-            f"{config.model.family}: the network is no velocity of a straight path; flowalign samples it, "
-            "diffusers cannot"
+            f"`{config.model.family}`: the network gives no velocity of a straight path; `pipeline.py` converts it, "
+            "and takes the family's own noise levels"
         )
     lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)
+    own = bool(config.model.inputs) or config.model.family not in (None, "rf")
     absent = (Path(config.model.path) / "text_encoder_3").is_dir()
-    plain = CUSTOM_USE if config.model.inputs else PIPELINE_USE
+    plain = CUSTOM_USE if own else PIPELINE_USE
+    remote = ", trust_remote_code=True" if own and kind == "lora" else ""
     use = (LORA_USE if kind == "lora" else plain).format(
-        absent="" if absent else ", text_encoder_3=None, tokenizer_3=None",
+        pipeline="DiffusionPipeline" if own else "StableDiffusion3Pipeline",
+        absent=remote + ("" if absent else ", text_encoder_3=None, tokenizer_3=None"),
         steps=config.evaluation.num_steps,
         guidance=config.evaluation.guidance_scale,
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
         base=base,
     )
-    foreign = config.model.family not in (None, "rf")
-    lines += ["## Use", "", f"```bash\n{FOREIGN_USE}```" if foreign else f"```python\n{use}```", ""]
+    lines += ["## Use", "", f"```python\n{use}```", ""]
     lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
     return "\n".join(lines)
 
@@ -134,7 +132,8 @@ def _sigmas(config: AlignConfig) -> str:
     """The argument that gives diffusers the grid of equal steps, which it shifts itself."""
     count = config.evaluation.num_steps
     levels = [round(1 - k / count, 6) for k in range(count)]
-    return f", sigmas={levels}" if config.evaluation.grid == "paper" else ""
+    own = config.evaluation.grid == "paper" and config.model.family in (None, "rf")
+    return f", sigmas={levels}" if own else ""
 
 
 def _algorithm(config: AlignConfig, state: Row) -> str:

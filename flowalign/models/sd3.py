@@ -25,6 +25,8 @@ from flowalign.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
 
 CACHED_PROMPTS = 512
+# File and class of the pipeline that an export of ours names where a plain one would sample wrongly.
+OWN_PIPELINE = ("pipeline", "FlowalignPipeline")
 SHORT = 128  # tokens
 LORA_TARGETS = [
     f"attn.{name}"
@@ -43,7 +45,7 @@ def check_directory(directory: Path) -> None:
         name = read_object(index).get("_class_name")
     except TextError as error:
         raise ModelError(f"model.path: {error}") from error
-    if name != "StableDiffusion3Pipeline":
+    if name not in ("StableDiffusion3Pipeline", list(OWN_PIPELINE)):
         raise ModelError(f"model.path: {directory} holds a {name}; models of type sd3 need a StableDiffusion3Pipeline")
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         if not (directory / part).is_dir():
@@ -101,6 +103,18 @@ def quietly() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def _parts(directory: str, **options: Any) -> Any:
+    """A plain pipeline of what lies in ``directory``; the code that an export of ours has for diffusers is not run."""
+    from diffusers import StableDiffusion3Pipeline
+
+    class Plain(StableDiffusion3Pipeline):
+        @classmethod
+        def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+            return {**super().load_config(*args, **kwargs), "_class_name": "StableDiffusion3Pipeline"}
+
+    return StableDiffusion3Pipeline(**Plain.from_pretrained(directory, **options).components)
+
+
 class SD3Policy:
     """A ``StableDiffusion3Pipeline`` taken apart: ``network`` learns, the rest is frozen and in eval mode.
 
@@ -138,17 +152,13 @@ class SD3Policy:
             ModelError: the directory is missing, incomplete or holds another pipeline.
         """
         check_directory(Path(directory))
-        from diffusers import StableDiffusion3Pipeline
-
         silence(UNREAD_INPUTS)
         index = json.loads((Path(directory) / "model_index.json").read_text())
         # diffusers wants a dropped T5 to be named: text_encoder_3 is not an optional component.
         absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
         try:
             with quietly():
-                pipeline = StableDiffusion3Pipeline.from_pretrained(
-                    str(directory), dtype=dtype, local_files_only=True, **absent
-                )
+                pipeline = _parts(str(directory), dtype=dtype, local_files_only=True, **absent)
         except Exception as error:  # the libraries raise whatever a damaged file leads them to
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(f"model.path: {directory} cannot be loaded ({reason}); is it whole?") from error

@@ -1,4 +1,4 @@
-"""The pipeline file of few-step exports: loaded by diffusers alone, it samples what our own steps sample."""
+"""The pipeline file of an export that a plain one samples wrongly: with diffusers alone it samples what we do."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from flowalign.export import few_step_pipeline
+from flowalign.config import ModelConfig, SamplingConfig
+from flowalign.export import pipeline as pipeline_file
+from flowalign.flow import families
 from flowalign.flow.guidance import cfg
 from flowalign.flow.schedule import sigmas
 from flowalign.models import dit
 from flowalign.models.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
+from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy
 from flowalign.models.transformer import TransformerSpec, new_transformer
+from flowalign.pathfamilies import FORMULATIONS
+from flowalign.sample import policy_spec
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 ABSENT: Any = {"text_encoder_3": None, "tokenizer_3": None}
@@ -49,7 +54,7 @@ def write_export(directory: Path, tiny: Path, names: tuple[str, ...], architectu
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
     parts = {**pipeline.components, "transformer": network, "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT)}
     StableDiffusion3Pipeline(**parts).save_pretrained(directory)
-    shutil.copy(few_step_pipeline.__file__, directory / "pipeline.py")
+    shutil.copy(pipeline_file.__file__, directory / "pipeline.py")
     torch.save(torch.randn(2, 16, 8, 8, generator=random), directory / "noise.pt")
     return directory
 
@@ -88,8 +93,8 @@ def our_steps(directory: Path, num_steps: int, guidance: float = 1.0, scale: flo
     return x
 
 
-def loaded(directory: Path) -> few_step_pipeline.FewStepPipeline:
-    pipeline = few_step_pipeline.FewStepPipeline.from_pretrained(directory, **ABSENT)
+def loaded(directory: Path) -> pipeline_file.FlowalignPipeline:
+    pipeline = pipeline_file.FlowalignPipeline.from_pretrained(directory, trust_remote_code=True, **ABSENT)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -140,7 +145,7 @@ def test_a_transformer_without_inputs_samples_as_in_the_plain_pipeline(tiny_pipe
 
 def test_half_precision_keeps_the_inputs_in_the_same_precision(tiny_pipeline_dir, tmp_path):
     directory = write_export(tmp_path, tiny_pipeline_dir, ("r", "guidance"))
-    half = few_step_pipeline.FewStepPipeline.from_pretrained(directory, dtype=torch.bfloat16, **ABSENT)
+    half = pipeline_file.FlowalignPipeline.from_pretrained(directory, dtype=torch.bfloat16, **ABSENT)
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
     made = sample(half, directory, num_inference_steps=2, guidance_scale=3.0)
     torch.testing.assert_close(made.float(), our_steps(directory, 2, guidance=3.0), atol=0.2, rtol=0.2)
@@ -153,4 +158,54 @@ def test_unknown_or_missing_inputs_are_refused(tiny_pipeline_dir, tmp_path):
     for listed, message in ((["r"], "has no weights"), (["s"], "not 's'")):
         path.write_text(json.dumps({**config, "extra_inputs": listed}))
         with pytest.raises(ValueError, match=message):
+            loaded(directory)
+
+
+STEPS = 4
+NAMES = [*FORMULATIONS, "edm(0.0, 0.6)"]
+
+
+def write_family(directory: Path, tiny: Path, name: str) -> Path:
+    """A pipeline folder of another family, as an export writes it."""
+    write_export(directory, tiny, ())
+    config = directory / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_flow_family": name}))
+    index = directory / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": list(OWN_PIPELINE)}))
+    return directory
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_files_own_levels_times_and_coefficients_are_ours(name, shift):
+    ours, theirs = families.family(name), pipeline_file.Family(name)
+    for num_steps in (1, 2, 7, 50):
+        grid = families.sampling_sigmas(ours, num_steps, shift=shift)
+        torch.testing.assert_close(torch.tensor([*theirs.levels(num_steps, shift), 0.0]), grid, rtol=1e-6, atol=0)
+    s = grid[:-1].double()
+    torch.testing.assert_close(theirs.own_time(s), ours.own_time(s), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(theirs.coefficients(s), ours._coefficients(ours.own_time(s)), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_is_sampled_as_ours_is(tiny_pipeline_dir, tmp_path, name):
+    directory = write_family(tmp_path, tiny_pipeline_dir, name)
+    policy = SD3Policy.load(directory, max_sequence_length=4)
+    policy.family = name
+    spec = policy_spec(policy, SamplingConfig(num_steps=STEPS, guidance_scale=3.0), ModelConfig())
+    condition, x = policy.encode_prompts(PROMPTS), torch.load(directory / "noise.pt") * spec.initial_scale
+    for now, after in pairwise(spec.sigmas):
+        with torch.no_grad():
+            velocity = policy.velocity(x, torch.full((2,), now), condition, guidance=3.0)
+        x = x + (torch.tensor(after) - torch.tensor(now)) * velocity
+    made = sample(loaded(directory), directory, num_inference_steps=STEPS, guidance_scale=3.0)
+    assert float((made - x).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max()))
+    again = sample(loaded(directory), directory, num_inference_steps=STEPS, guidance_scale=3.0)
+    assert torch.equal(made, again) and x.isfinite().all()
+
+
+def test_a_family_that_is_unknown_to_the_file_is_refused(tiny_pipeline_dir, tmp_path):
+    for name in ("eps/linea", "edm/linear", "flow", "v"):
+        directory = write_family(tmp_path / name.replace("/", "_"), tiny_pipeline_dir, name)
+        with pytest.raises(ValueError, match="does not know the family"):
             loaded(directory)
