@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.algorithm import seeded
 from flowalign.checkpoint import CheckpointError
+from flowalign.cli.merge import merge
 from flowalign.cli.runs import begin_run, config_of
 from flowalign.cluster.train import run_pretrain
 from flowalign.config import AlignConfig, ConfigError, ModelConfig
@@ -25,6 +26,8 @@ from flowalign.data.latents import LatentBank, save_bank
 from flowalign.evaluate import evaluate_checkpoint
 from flowalign.export import ExportError, _share, export, load_pipeline
 from flowalign.models.base import ModelError
+from flowalign.models.inspect import inspect_model
+from flowalign.models.merge import MergeError
 from flowalign.models.sd3 import SD3Policy
 from flowalign.pathfamilies import FORMULATIONS
 from flowalign.pretrainconfig import PretrainConfig
@@ -196,6 +199,24 @@ def test_an_exported_family_is_trained_on_as_a_flow_and_aligned_where_its_noise_
         else:
             with pytest.raises(ConfigError, match=r"is edm/cos, whose noise ends before t = 1 .* train it on as rf"):
                 check_caches(checked)
+
+
+def test_a_merge_keeps_family_and_inputs_and_samples_in_diffusers(tmp_path, tiny_pipeline_dir, bank):
+    family = {"model": {"family": "v/cos"}, "algorithm": {**FLOW, "family": "v/cos", "density": "uniform"}}
+    students = {"model": {"inputs": ["r"]}, "algorithm": {"type": "meanflow"}}
+    for name, changes in (("v", family), ("r", students)):
+        run = trained(tmp_path, tiny_pipeline_dir, bank, name=name, **changes)
+        out = export(run, tmp_path / f"{name}_out", config=config_of(run, None)).path
+        merged = tmp_path / f"{name}_merged"
+        merge([run, out], merged)
+        own = config_of(merged, None).model
+        assert (own.family, own.inputs or []) == (("v/cos", []) if name == "v" else ("rf", ["r"]))
+        expected = ours(out, PROMPT)  # the merge of two that are alike
+        for found in (theirs(merged, PROMPT, num_inference_steps=10), ours(merged, PROMPT)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(MergeError, match=r"is of the family rf and .* of v/cos"):
+        merge([tmp_path / "v_out", tiny_pipeline_dir], tmp_path / "none")
+    assert inspect_model(tmp_path / "r_out", max_sequence_length=4).transformer > 0  # what flowalign plan reads
 
 
 def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_dir, bank):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from flowalign.cli.runs import config_of
 from flowalign.config import AlignConfig, SamplingConfig
-from flowalign.export import forget_local_paths, load_pipeline
+from flowalign.export import load_pipeline, save_pipeline
 from flowalign.files import give_usual_modes
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
-from flowalign.models.sd3 import SD3Policy, quietly
+from flowalign.models.sd3 import SD3Policy
 from flowalign.outputs import check_place, take_place
 from flowalign.sample import open_policy, torch_threads
 
@@ -87,6 +87,7 @@ def merge(
         "shares": portions,
         "weights": which,
         "max_sequence_length": first.config.model.max_sequence_length,
+        "family": first.policy.family,
     }
     if first.policy.pipeline.scheduler.config["stochastic_sampling"]:
         # The first one's scheduler is kept, and by its record a consistency student is known.
@@ -105,6 +106,11 @@ def _average(
     for path, share in zip(others, portions[1:], strict=True):
         source = _open(path, which, first.config, model)
         check_architecture(str(path), source.policy.network, str(first.path), first.policy.network)
+        if source.policy.family != first.policy.family:
+            raise MergeError(
+                f"{path} is of the family {source.policy.family} and {first.path} of {first.policy.family}: their "
+                "outputs mean different things and have no average"
+            )
         _check_encoders(path, encoding(source.policy), first.path, own)
         if None not in (base, source.base) and base != source.base:
             raise MergeError(
@@ -151,9 +157,7 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
             if part is not None:
                 part.float()
-        with quietly():
-            policy.pipeline.save_pretrained(str(draft), safe_serialization=True)
-        forget_local_paths(draft)
+        save_pipeline(policy, draft)
         held = dict(load_pipeline(draft).transformer.named_parameters())
         if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
             raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")

@@ -200,14 +200,7 @@ def _write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dty
     policy.pipeline.scheduler = _euler(policy.pipeline.scheduler, **_walking(config.evaluation))
     # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
     (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
-    own = bool(policy.inputs) or policy.family != "rf"
-    if own or own_pipeline.FAMILY in network.config:
-        network.register_to_config(**{own_pipeline.FAMILY: policy.family})
-    with quietly():
-        policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
-    forget_local_paths(directory)
-    if own:
-        _needs_own_pipeline(directory)
+    save_pipeline(policy, directory)
     return _differences(expected, load_pipeline(directory, config.cluster.device), config)
 
 
@@ -222,8 +215,18 @@ def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Err
     )
 
 
-def _needs_own_pipeline(directory: Path) -> None:
-    """Beside the pipeline the file that samples it rightly; diffusers then refuses to load it without."""
+def save_pipeline(policy: SD3Policy, directory: Path) -> None:
+    """The pipeline as it is; where a plain one would sample it wrongly, with a file that does so rightly, without which
+    diffusers refuses to load it."""
+    network: Any = policy.network
+    own = bool(policy.inputs) or policy.family != "rf"
+    if own or own_pipeline.FAMILY in network.config:
+        network.register_to_config(**{own_pipeline.FAMILY: policy.family})
+    with quietly():
+        policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
+    forget_local_paths(directory)
+    if not own:
+        return
     shutil.copy(own_pipeline.__file__, directory / f"{OWN_PIPELINE[0]}.py")
     index = directory / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": list(OWN_PIPELINE)}

@@ -79,10 +79,14 @@ def inspect_model(
     """
     from diffusers import SD3Transformer2DModel
 
+    from flowalign.models.inputs import CONFIG_KEY
+
     fallback = not directory.exists()
     config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
     with torch.device("meta"):
-        network = SD3Transformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+        network = SD3Transformer2DModel(
+            **{k: v for k, v in config.items() if not k.startswith("_") and k != CONFIG_KEY}
+        )
     shape = latent_shape(directory, height, width)
     clip = CLIP_TOKENS if fallback else _clip_tokens(directory)
     total = sum(p.numel() for p in network.parameters())

@@ -110,7 +110,8 @@ def _parts(directory: str, **options: Any) -> Any:
     class Plain(StableDiffusion3Pipeline):
         @classmethod
         def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-            return {**super().load_config(*args, **kwargs), "_class_name": "StableDiffusion3Pipeline"}
+            found: Any = super().load_config(*args, **kwargs)
+            return {**found, "_class_name": "StableDiffusion3Pipeline"}
 
     return StableDiffusion3Pipeline(**Plain.from_pretrained(directory, **options).components)
 
