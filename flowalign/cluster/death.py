@@ -172,9 +172,9 @@ def _of_status(status: int | None) -> str | None:
 
 
 def _of_monitor(said: str) -> str | None:
-    if "running low on memory" in said or "memory monitor" in said:
-        used = re.search(r"[^.\n]*memory[^\n]*?\d[^\n]*?\.(?=\s|$)", said)
-        return f"Ray's memory monitor killed it: {' '.join((used[0] if used else said).split())[: 2 * _WIDTH]}"
+    if "running low on memory" in said:
+        used = re.search(r"Memory on the node[^\n]*? was ([^\n]*? limit)", said)
+        return f"Ray's memory monitor killed it: {used[1] if used else 'the node ran low on memory'}"
     return None
 
 

@@ -204,7 +204,7 @@ def _answer_of_a_head(address: str) -> str:
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
-            ask(b"", timeout=_GRPC_S, metadata=headers)
+            ask(b"", timeout=_GRPC_S, metadata=tuple(headers))  # type: ignore[arg-type]
         except grpc.RpcError as error:
             return str(error.code().name)  # type: ignore[attr-defined]
     return "OK"

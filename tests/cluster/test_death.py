@@ -92,6 +92,14 @@ def test_memory_is_named_where_the_kernels_counter_rose_and_only_there(tmp_path:
     assert ending(Birth(1, kills=(str(counter), 0)), None) == NOTHING
 
 
+def test_rays_memory_monitor_is_named_with_what_its_node_held() -> None:
+    said = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 8) \
+was 4.53GB used / 23.54GB limit (0.192284)
+OOM kill reason: Memory usage 4809318400B exceeded threshold of 1263825792B (5.0% of 25276514304B limit)
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
+    assert ending(Birth(1), 9, said) == "Ray's memory monitor killed it: 4.53GB used / 23.54GB limit"
+
+
 def test_this_machine_has_a_counter_or_says_that_it_has_none() -> None:
     found = oom_kills()
     assert found is None or (Path(found[0]).is_file() and found[1] >= 0)
