@@ -83,14 +83,18 @@ class LoraConfig(Section):
     targets: list[str] | None = None
 
 
+Architecture = Literal["mmdit", "concat", "cross", "uvit"]
+
+
 class TransformerConfig(Section):
     """A fresh network in place of the directory's own, ``64 * num_heads`` wide; ``num_heads`` null: ``num_layers``.
 
     ``mmdit`` is Stable Diffusion 3's, ``concat`` a DiT over text and image tokens in one sequence, ``cross`` a DiT with
-    cross-attention to the text. (arXiv:2403.03206, sec. 4 and 5.3.1)
+    cross-attention to the text, ``uvit`` a ``concat`` with long skip connections (arXiv:2209.12152).
+    (arXiv:2403.03206, sec. 4 and 5.3.1)
     """
 
-    architecture: Literal["mmdit", "concat", "cross"] = "mmdit"
+    architecture: Architecture = "mmdit"
     num_layers: Positive = 4
     num_heads: Positive | None = None
     qk_norm: bool = True

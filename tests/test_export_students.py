@@ -231,10 +231,11 @@ def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_di
         SD3Policy.load(out, max_sequence_length=4)
 
 
-def test_an_architecture_that_diffusers_lacks_is_not_exported(tmp_path, tiny_pipeline_dir, bank):
-    fresh = {"transformer": {"architecture": "cross", "num_layers": 1}}
+@pytest.mark.parametrize(("architecture", "name"), [("cross", "CrossDiT"), ("uvit", "UViT")])
+def test_an_architecture_that_diffusers_lacks_is_not_exported(tmp_path, tiny_pipeline_dir, bank, architecture, name):
+    fresh = {"transformer": {"architecture": architecture, "num_layers": 2, "num_heads": 1}}
     run = trained(tmp_path, tiny_pipeline_dir, bank, model=fresh, algorithm={"type": "rectified_flow"})
-    with pytest.raises(ExportError, match="diffusers has no class for a CrossDiT"):
+    with pytest.raises(ExportError, match=f"diffusers has no class for a {name}"):
         export(run, tmp_path / "out", config=config_of(run, None))
     assert not (tmp_path / "out").exists()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from flowalign import checkpoint
 from flowalign.algorithms.rectified_flow import RectifiedFlow
 from flowalign.cli.runs import config_of
 from flowalign.cluster.train import run_pretrain
-from flowalign.config import ConfigError, ModelConfig, SamplingConfig, TransformerConfig
+from flowalign.config import Architecture, ConfigError, ModelConfig, SamplingConfig, TransformerConfig
 from flowalign.data.feed import Feed, without_encoders
 from flowalign.data.latents import LatentBank, LatentsError, save_bank
 from flowalign.data.shapes_latents import make_bank
@@ -285,7 +286,7 @@ def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tin
     assert len(policy.network.get_submodule("transformer_blocks")) == 1  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("architecture", ["mmdit", "concat", "cross"])
+@pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_a_fresh_network_of_every_architecture_is_trained_and_sampled(tmp_path, tiny_pipeline_dir, bank, architecture):
     changes = {"model": {"transformer": {"architecture": architecture, "num_layers": 1, "qk_norm": False}}}
     run_dir = run(tmp_path, tiny_pipeline_dir, bank, **changes)

@@ -1,6 +1,6 @@
-"""The two diffusion transformers that MM-DiT is compared with, as networks of the same signature.
+"""The diffusion transformers that MM-DiT is compared with, as networks of the same signature.
 
-Both are SD3Transformer2DModels with other blocks: patches, positions, conditioning vector, last layer, gradient
+All are SD3Transformer2DModels with other blocks: patches, positions, conditioning vector, last layer, gradient
 checkpointing, LoRA and files are those of MM-DiT, so that a comparison is one of the blocks (arXiv:2403.03206, sec. 4).
 
 A pipeline with one of them loads through diffusers where this module has been imported, or without flowalign from a
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 HEAD_DIM = 64
 # diffusers looks a component's base class up in the component's own module, to know how it is loaded.
-__all__ = ["ConcatDiT", "CrossDiT", "ModelMixin", "adaln_zero"]
+__all__ = ["ConcatDiT", "CrossDiT", "ModelMixin", "UViT", "adaln_zero"]
 
 
 class ConcatBlock(nn.Module):
@@ -87,8 +87,41 @@ class CrossBlock(nn.Module):
         return encoder_hidden_states, _feed_forward(self, x, *mlp)
 
 
+class SkipBlock(ConcatBlock):
+    """A block of the first half, which keeps its tokens, or of the second, which mixes in the last ones that were kept.
+
+    What is kept, ``before`` times text and image at this block and ``after`` times behind it, travels behind the image
+    tokens, so that a block stays a function of its tensors and can be computed anew for its backward pass.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str | None, before: int, after: int) -> None:
+        super().__init__(dim, num_heads, qk_norm)
+        self.before, self.after = before, after
+        self.skip = nn.Linear(2 * dim, dim) if after < before else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As of ConcatBlock, with what is kept behind the image tokens."""
+        length = encoder_hidden_states.shape[1]
+        count = (hidden_states.shape[1] - self.before * length) // (self.before + 1)
+        text, image, kept = encoder_hidden_states, hidden_states[:, :count], hidden_states[:, count:]
+        if self.skip is not None:
+            last = kept.shape[1] - length - count
+            both = torch.cat([torch.cat([text, image], 1), kept[:, last:]], -1)
+            text, image = self.skip(both).split([length, count], 1)
+            kept = kept[:, :last]
+        text, image = super().forward(image, text, temb)
+        more = [text, image] if self.after > self.before else []
+        return text, torch.cat([image, kept, *more], 1)
+
+
 class _Dit(SD3Transformer2DModel):
-    """What the two have in common; configured, saved and loaded as an SD3Transformer2DModel is."""
+    """What they have in common; configured, saved and loaded as an SD3Transformer2DModel is."""
 
     block: type[nn.Module]
 
@@ -127,8 +160,11 @@ class _Dit(SD3Transformer2DModel):
         )
         self.register_to_config(num_layers=num_layers)  # the parent has registered its own 0
         self.transformer_blocks = nn.ModuleList(
-            self.block(self.inner_dim, num_attention_heads, qk_norm) for _ in range(num_layers)
+            self._block(index, num_layers, self.inner_dim, num_attention_heads, qk_norm) for index in range(num_layers)
         )
+
+    def _block(self, index: int, num_layers: int, *shape: Any) -> nn.Module:
+        return self.block(*shape)
 
 
 class ConcatDiT(_Dit):
@@ -145,17 +181,35 @@ class CrossDiT(_Dit):
     _no_split_modules: ClassVar = ["CrossBlock"]
 
 
+class UViT(_Dit):
+    """ConcatDiT with a long skip connection from each block of the first half to its mirror image in the second.
+
+    The U-ViT of arXiv:2209.12152, sec. 3.1, with ``linear(concat(x, skip))`` over all tokens, text among them; time and
+    pooled text modulate its blocks as they do those of the others, where that paper has a token of the time. The SD3
+    report's "UViT" is another network, with convolutions around its transformer (arXiv:2301.11093).
+    """
+
+    _no_split_modules: ClassVar = ["SkipBlock"]
+
+    def _block(self, index: int, num_layers: int, *shape: Any) -> nn.Module:
+        before, after = (min(i, num_layers // 2, num_layers - i) for i in (index, index + 1))
+        return SkipBlock(*shape, before, after)
+
+
 @torch.no_grad()
 def adaln_zero(network: SD3Transformer2DModel) -> None:
     """Zero what modulates, gates and projects the output: every block starts as the identity, the network as 0.
 
-    For any of the three architectures (arXiv:2212.09748, sec. 3.2).
+    For any of the architectures (arXiv:2212.09748, sec. 3.2).
     """
     for module in network.modules():
         if isinstance(module, (AdaLayerNormZero, AdaLayerNormContinuous)):
             _zero(module.linear)
         if isinstance(module, CrossBlock):
             _zero(module.cross_attn.get_submodule("to_out.0"))
+        if isinstance(module, SkipBlock) and module.skip is not None:
+            _zero(module.skip)
+            nn.init.eye_(module.skip.weight)  # its first half: x as it is, nothing of the skip
     _zero(network.proj_out)
 
 

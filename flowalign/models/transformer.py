@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
+from flowalign.config import Architecture
 from flowalign.models.base import ModelError
-from flowalign.models.dit import HEAD_DIM, ConcatDiT, CrossDiT, adaln_zero
+from flowalign.models.dit import HEAD_DIM, ConcatDiT, CrossDiT, UViT, adaln_zero
 from flowalign.models.inputs import CONFIG_KEY, add_inputs, inputs_of
 
-Architecture = Literal["mmdit", "concat", "cross"]
 CLASSES: dict[str, type[SD3Transformer2DModel]] = {
     "mmdit": SD3Transformer2DModel,
     "concat": ConcatDiT,
     "cross": CrossDiT,
+    "uvit": UViT,
 }
 # What a fresh network takes over from the one that it replaces.
 _SHARED = (
@@ -73,7 +74,7 @@ def new_transformer(like: Mapping[str, Any], spec: TransformerSpec) -> SD3Transf
 def flops(network: nn.Module, tokens_image: int, tokens_text: int) -> int:
     """FLOPs of one sample's forward pass (a multiply-add counts as two), as torch counts those of its operators.
 
-    ``network``: one of the three architectures, on any device; it is not run, and a LoRA on it is not counted.
+    ``network``: one of the architectures, on any device; it is not run, and a LoRA on it is not counted.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,8 +106,10 @@ def spec_flops(like: Mapping[str, Any], spec: TransformerSpec, tokens_image: int
     if spec.architecture == "mmdit":
         # The last block's text is neither updated nor modulated more than its norm.
         block, last = (12 * both + 12) * square + 2 * both**2 * width, (9 * tokens_text + 4) * square
-    elif spec.architecture == "concat":
+    elif spec.architecture in ("concat", "uvit"):
         block, last = (12 * both + 6) * square + 2 * both**2 * width, 0
+        if spec.architecture == "uvit":
+            last = -(spec.num_layers // 2) * 2 * both * square  # the skips of the second half
     else:
         block = (14 * tokens_image + 2 * tokens_text + 6) * square + 2 * tokens_image * both * width
         last = 0

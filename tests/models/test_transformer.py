@@ -1,4 +1,4 @@
-"""The three architectures: what they compute, what they cost, and that they are the same kind of network."""
+"""The architectures: what they compute, what they cost, and that they are the same kind of network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from flowalign.config import Architecture
 from flowalign.models.base import ModelError
+from flowalign.models.dit import ConcatBlock
 from flowalign.models.inputs import add_inputs, inputs_of, pooled_with_inputs
 from flowalign.models.sd3 import LORA_TARGETS
 from flowalign.models.transformer import (
     CLASSES,
-    Architecture,
     TransformerSpec,
     flops,
     matching,
@@ -64,12 +65,43 @@ def test_a_new_network_answers_zero_in_the_shape_of_its_latents(architecture):
     assert new_transformer(LIKE, TransformerSpec(architecture, 3)).config["num_attention_heads"] == 3
 
 
-@pytest.mark.parametrize("architecture", ["concat", "cross"])
+@pytest.mark.parametrize("architecture", ["concat", "cross", "uvit"])
 def test_every_block_of_a_new_network_is_the_identity(architecture):
     network = new_transformer(LIKE, TransformerSpec(architecture, 1, 1))
     image, text, temb = torch.randn(2, 4, 64), torch.randn(2, 3, 64), torch.randn(2, 64)
     text_out, image_out = network.transformer_blocks[0](image, text, temb)
     assert torch.equal(image_out, image) and torch.equal(text_out, text)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5])
+def test_each_block_of_a_uvits_second_half_takes_what_its_mirror_image_kept(num_layers):
+    """The same by hand, with a list of skips, from the network's own parts."""
+    network, inputs = random_network("uvit", num_layers=num_layers), tensors()
+    blocks, half = network.transformer_blocks, num_layers // 2
+    assert [block.skip is not None for block in blocks] == [i >= num_layers - half for i in range(num_layers)]
+    image = network.pos_embed(inputs["hidden_states"])
+    text = network.context_embedder(inputs["encoder_hidden_states"])
+    temb = network.time_text_embed(inputs["timestep"], inputs["pooled_projections"])
+    x, kept = torch.cat([text, image], 1), []
+    for index, block in enumerate(blocks):
+        if block.skip is not None:
+            x = block.skip(torch.cat([x, kept.pop()], -1))
+        text, image = ConcatBlock.forward(block, x[:, 5:], x[:, :5], temb)
+        x = torch.cat([text, image], 1)
+        if index < half:
+            kept.append(x)
+    patches = network.proj_out(network.norm_out(x[:, 5:], temb)).reshape(3, 4, 4, 2, 2, 4)
+    expected = torch.einsum("nhwpqc->nchpwq", patches).reshape(3, 4, 8, 8)
+    torch.testing.assert_close(network(**inputs)[0], expected)
+
+
+def test_a_new_uvit_is_the_identity_through_its_skips():
+    network = new_transformer(LIKE, TransformerSpec("uvit", 3, 1))
+    image, text, temb = torch.randn(2, 4, 64), torch.randn(2, 3, 64), torch.randn(2, 64)
+    found, words = image, text
+    for block in network.transformer_blocks:
+        words, found = block(found, words, temb)
+    assert torch.equal(found, image) and torch.equal(words, text)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -101,7 +133,7 @@ def test_samples_are_independent_and_patches_are_not_interchangeable(architectur
 
 def test_only_the_concatenating_one_lets_the_image_change_the_text():
     image, text, temb = torch.randn(1, 4, 64), torch.randn(1, 3, 64), torch.randn(1, 64)
-    expected: dict[Architecture, bool] = {"concat": True, "cross": False}
+    expected: dict[Architecture, bool] = {"concat": True, "cross": False, "uvit": True}
     for architecture, changes in expected.items():
         block = random_network(architecture).transformer_blocks[0]
         assert torch.equal(block(image, text, temb)[0], block(2 * image + 1, text, temb)[0]) != changes
@@ -136,7 +168,7 @@ def test_a_pipeline_with_a_baseline_loads_as_one(tiny_pipeline_dir, tmp_path):
     assert torch.equal(loaded.context_embedder.weight, network.context_embedder.weight)
 
 
-@pytest.mark.parametrize("architecture", ["concat", "cross"])
+@pytest.mark.parametrize("architecture", ["concat", "cross", "uvit"])
 def test_baselines_take_loras_inputs_and_gradient_checkpoints(architecture):
     from peft import LoraConfig
 
@@ -167,7 +199,7 @@ def test_flops_count_the_inputs_of_a_network():
     assert flops(network, 16, 5) - before == 2 * (256 * 64 + 64 * 64)
 
 
-@pytest.mark.parametrize("architecture", ["concat", "cross"])
+@pytest.mark.parametrize("architecture", ["concat", "cross", "uvit"])
 def test_a_matching_network_costs_and_looks_nearly_the_same(architecture):
     spec = TransformerSpec("mmdit", 12, seed=5)
     found = matching(LIKE, spec, architecture, 256, 100)
@@ -188,7 +220,7 @@ def test_an_architecture_matches_itself():
 
 
 def test_wrong_specs_are_refused():
-    with pytest.raises(ModelError, match="known: mmdit, concat, cross"):
+    with pytest.raises(ModelError, match="known: mmdit, concat, cross, uvit"):
         new_transformer(LIKE, TransformerSpec("unet"))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="needs layers and heads"):
         new_transformer(LIKE, TransformerSpec("cross", 0, 1))
