@@ -3,7 +3,8 @@
 MM-DiTs of depth d, 64 d wide with d heads, are trained on the same latents with equal batches; at several points of
 each run the validation loss (fixed latents, noises and times, averaged weights) stands beside strict GenEval, FID and
 CLIP score of the evaluation prompts. Other architectures, of the depth and width whose FLOPs come nearest to the middle
-MM-DiT's, are trained alike. Writes a JSON file a cell, a figure and the table of the docs. (arXiv:2403.03206, sec. 5.3 with figure 8, and figure 4)
+MM-DiT's, are trained alike. Writes a JSON file a cell, a figure and the table of the docs. (arXiv:2403.03206, sec. 5.3
+with figure 8, and figure 4)
 
     python scripts/benchmarks/scaling.py run --cells "mmdit-2;mmdit-3"
     python scripts/benchmarks/scaling.py table
