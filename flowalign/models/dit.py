@@ -163,8 +163,8 @@ class _Dit(SD3Transformer2DModel):
             self._block(index, num_layers, self.inner_dim, num_attention_heads, qk_norm) for index in range(num_layers)
         )
 
-    def _block(self, index: int, num_layers: int, *shape: Any) -> nn.Module:
-        return self.block(*shape)
+    def _block(self, index: int, num_layers: int, dim: int, num_heads: int, qk_norm: str | None) -> nn.Module:
+        return self.block(dim, num_heads, qk_norm)
 
 
 class ConcatDiT(_Dit):
@@ -191,9 +191,9 @@ class UViT(_Dit):
 
     _no_split_modules: ClassVar = ["SkipBlock"]
 
-    def _block(self, index: int, num_layers: int, *shape: Any) -> nn.Module:
+    def _block(self, index: int, num_layers: int, dim: int, num_heads: int, qk_norm: str | None) -> nn.Module:
         before, after = (min(i, num_layers // 2, num_layers - i) for i in (index, index + 1))
-        return SkipBlock(*shape, before, after)
+        return SkipBlock(dim, num_heads, qk_norm, before, after)
 
 
 @torch.no_grad()

@@ -76,7 +76,8 @@ def test_every_block_of_a_new_network_is_the_identity(architecture):
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 5])
 def test_each_block_of_a_uvits_second_half_takes_what_its_mirror_image_kept(num_layers):
     """The same by hand, with a list of skips, from the network's own parts."""
-    network, inputs = random_network("uvit", num_layers=num_layers), tensors()
+    network: Any = random_network("uvit", num_layers=num_layers)
+    inputs = tensors()
     blocks, half = network.transformer_blocks, num_layers // 2
     assert [block.skip is not None for block in blocks] == [i >= num_layers - half for i in range(num_layers)]
     image = network.pos_embed(inputs["hidden_states"])
