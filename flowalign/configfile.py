@@ -259,9 +259,8 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
     """The configuration that a run directory was made with; raises ConfigError where there is none."""
     path = run_dir / RESOLVED
     if not path.is_file():
-        raise ConfigError(
-            "", f"{run_dir} has no {RESOLVED}; give the directory of a run, such as runs/NAME, or of a pipeline"
-        )
+        what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else "does not exist"
+        raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
     raw = read_yaml(path)
     if "phases" in raw:
         return resolve(_validate(PretrainConfig, raw), run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 FORMATS = ("PNG", "JPEG", "WebP", "TIFF", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -46,6 +47,11 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for"),
 )
 _NETPBM = tuple(b"P%d" % number for number in range(1, 8))
+
+
+def is_apple_double(path: Path) -> bool:
+    """Whether a file is what macOS keeps beside another one on foreign disks: ``._photo.jpg`` is no picture."""
+    return path.name.startswith("._")
 
 
 def kind_of(content: bytes) -> str:

@@ -92,13 +92,20 @@ def test_rewards_never_names_flowalign(trees: dict[str, ast.Module]) -> None:
 
 
 def test_the_scorer_interface_needs_numpy_and_the_standard_library_only(trees: dict[str, ast.Module]) -> None:
-    tree = trees.get("rewards/interface.py", ast.Module(body=[], type_ignores=[]))
-    roots = {module.partition(".")[0] for module in imports(tree)}
-    assert roots - set(sys.stdlib_module_names) <= {"numpy"}
+    seen, pending = set(), {"rewards.interface"}
+    while pending:  # it and what it imports of this package
+        seen |= (now := pending)
+        modules = {module for name in now for module in imports(trees[f"{name.replace('.', '/')}.py"])}
+        roots = {module.partition(".")[0] for module in modules}
+        assert roots - set(sys.stdlib_module_names) <= {"numpy", "rewards"}
+        pending = {module for module in modules if f"{module.replace('.', '/')}.py" in trees} - seen
+    assert len(seen) > 1
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
-    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in EVERYTHING}
+    """Tables of cases in tests may be longer."""
+    there = [path for path in EVERYTHING if not name(path).startswith("tests/")]
+    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in there}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 

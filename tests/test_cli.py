@@ -102,6 +102,29 @@ def test_a_path_that_is_no_run_ends_in_one_sentence(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
     assert shown.exit_code == 2
     assert "has no config.yaml; give the directory of a run" in shown.stderr
+    for name, said in (("nowhere", "does not exist"), ("file.safetensors", "is no directory")):
+        (tmp_path / "file.safetensors").touch()
+        shown = CliRunner().invoke(app, ["sample", str(tmp_path / name), "--prompt", "x"])
+        assert shown.exit_code == 2 and f"{name} {said}; give the directory of a run" in shown.stderr
+
+
+@pytest.mark.parametrize("arguments", [["sample", "~/model", "--prompt", "x"], ["report", "~/model"]])
+def test_a_tilde_that_no_shell_expanded_is_the_home_directory(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2 and str(tmp_path / "model") in shown.stderr.replace("\n", "")
+
+
+def test_a_tilde_behind_an_equals_sign_of_an_option_is_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["try-reward", "jpeg", "--images=~/pictures"])
+    assert shown.exit_code == 2 and str(tmp_path / "pictures") in shown.stderr.replace("\n", "")
+    assert not (tmp_path / "~").exists()
 
 
 def test_plan_prints_one_json_object_last(config_path: Path) -> None:

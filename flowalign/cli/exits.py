@@ -44,6 +44,9 @@ class Commands(TyperGroup):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context(info_name, [_at_home(word) for word in args], parent, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         silence()
         try:
@@ -63,6 +66,14 @@ class Commands(TyperGroup):
                 raise
             say_error(said)
             raise typer.Exit(ExitCode.REFUSED) from None
+
+
+def _at_home(word: str) -> str:
+    """``~/models`` and ``--to=~/models``, which no shell has expanded, as the paths that are meant."""
+    option, equals, value = word.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={_at_home(value)}"
+    return os.path.expanduser(word) if word == "~" or word.startswith("~/") else word
 
 
 def _sentence(error: BaseException) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, kind_of, lines_of, parse_json, read_json, read_rows, read_text
 from rewards.interface import Images
-from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES
+from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
 from rewards.pictures import PictureError, look, read
 
 _OWN_PROMPTS = ("index.json", "results.jsonl")
@@ -23,7 +23,7 @@ def image_files(folder: Path, key: str) -> list[Path]:
     """The folder's images in the order of their names; raises ConfigError where it is none or has none."""
     if not folder.is_dir():
         raise ConfigError(key, f"{folder} is not a directory")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_apple_double(path))
     if not files:
         raise ConfigError(key, f"{folder} holds no {', '.join(SUFFIXES)} file")
     return files
@@ -92,7 +92,9 @@ def _row(row: Any, where: str) -> Row:
 
 def other_pictures(folder: Path) -> list[str]:
     """What is said of pictures in formats that are not read and that `image_files` therefore leaves out."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS)
+    names = sorted(
+        path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS and not is_apple_double(path)
+    )
     return [f"{name} is left out; only {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" for name in names]
 
 

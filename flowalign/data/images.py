@@ -15,7 +15,7 @@ from typing import Any
 from flowalign.data.bank import ORIGINAL
 from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
 from flowalign.textfiles import TextError, read_text
-from rewards.picturekinds import OTHERS, SUFFIXES
+from rewards.picturekinds import OTHERS, SUFFIXES, is_apple_double
 
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
 USUAL = ("text", "caption", "prompt")  # columns of captions, where none is named
@@ -166,7 +166,18 @@ def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: 
     try:
         return load_dataset(name, split=split, streaming=streaming, **where)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ImagesError(f"{source} cannot be read: {error}") from error
+        table = _separated(Path(source)) if name == "imagefolder" else ""
+        raise ImagesError(table or f"{source} cannot be read: {error}") from error
+
+
+def _separated(folder: Path) -> str:
+    """What to say of a table whose cells are separated by no comma, as spreadsheets of many countries save it."""
+    for table in sorted(folder.rglob("metadata.csv")):
+        head = table.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0].strip()
+        named = next((words for mark, words in ((";", "semicolons"), ("\t", "tabs")) if mark in head), None)
+        if named is not None and "," not in head:
+            return f"{table} has its cells separated by {named} ({head!r}); save it with commas, or as metadata.jsonl"
+    return ""
 
 
 def _image_column(dataset: Any, columns: Sequence[str], named: str | None, source: str) -> str:
@@ -197,6 +208,8 @@ def _relative(path: Path, folder: Path) -> str:
 def _unmentioned(folder: Path, seen: set[str], number: int) -> Iterator[Skipped]:
     files = sorted(path for path in folder.resolve().rglob("*") if path.suffix.lower() in (*SUFFIXES, *OTHERS))
     for path in files:
+        if is_apple_double(path):
+            continue
         where = _relative(path, folder)
         if where not in seen:
             yield Skipped(number, where, "caption", "has no row in the folder's metadata")

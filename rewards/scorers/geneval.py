@@ -63,7 +63,8 @@ class GenevalScorer:
     def _known(self) -> tuple[Any, Any, str]:
         """Classes and colours of the detector, and what it is called."""
         vocabulary = getattr(self.detector, "vocabulary", lambda: (None, None))
-        return *vocabulary(), f"the detector {getattr(self.detector, 'name', '')}".rstrip()
+        classes, colors = vocabulary()
+        return classes, colors, f"the detector {getattr(self.detector, 'name', '')}".rstrip()
 
     def check_row(self, metadata: Metadata) -> None:
         """Raise InputError for a row that could never be judged, or of which the detector finds nothing."""

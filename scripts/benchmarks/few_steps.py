@@ -118,6 +118,12 @@ def sheet() -> None:
     """One row a model and step count, the same eight noises and prompts in each."""
     rows = [(cell["cell"], n) for cell in load() for n in cell["scores"]]
     files = [sheet_of(name, n) for name, n in rows]
+    lacking = sorted({name for (name, _), file in zip(rows, files, strict=True) if not file.is_file()})
+    if lacking:
+        print(
+            f"the figure stays as it is: no pictures of {', '.join(lacking)}; `run` draws them after deleting their JSON"
+        )
+        return
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.15 * len(rows)), gridspec_kw={"hspace": 0.05})

@@ -15,6 +15,7 @@ from datasets import config as datasets_config
 from PIL import Image
 
 from flowalign.algorithm import seeded
+from flowalign.cli.imagefolder import image_files
 from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, cut, nearest, parse_bucket
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
 
@@ -151,3 +152,19 @@ def test_an_image_is_cut_about_its_centre_or_anywhere_by_seed() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
     assert len({int(one[0].min()) for one in drawn}) > 10
     assert 0 < sum(int(one[0, 0, 0]) > int(one[0, -1, 0]) for one in drawn) < 20
+
+
+@pytest.mark.parametrize(("mark", "words"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_of_another_separator_is_named(mark: str, words: str, tmp_path: Path) -> None:
+    write_folder(folder := tmp_path / "set", [{"text": "one"}])
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text(f"file_name{mark}text\np0.png{mark}one\n")
+    with pytest.raises(ImagesError, match=f"cells separated by {words}.*save it with commas"):
+        list(ImageSource(str(folder), {}))
+
+
+def test_what_macos_keeps_beside_a_picture_is_none(tmp_path: Path) -> None:
+    write_folder(folder := tmp_path / "set", [{"text": "one"}])
+    (folder / "._p0.png").write_bytes(b"\0\5\x16\7")
+    assert len(list(ImageSource(str(folder), {}))) == 1
+    assert [path.name for path in image_files(folder, "--images")] == ["p0.png"]

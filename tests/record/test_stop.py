@@ -39,6 +39,7 @@ ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], cwd=ROOT, **pipes, **options)  # type: ignore
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
