@@ -113,7 +113,7 @@ def test_every_code_of_the_table_is_what_a_process_ends_with(tmp_path: Path) -> 
     process = start(tmp_path, "learner.epochs=none")
     process.communicate(timeout=200)
     ended[process.returncode] = "refused"
-    alarm = "safety={window: 2, patience: 1, stop: true, min_diversity: 0.99}"
+    alarm = "safety={window: 3, patience: 1, stop: true, min_diversity: 0.99}"
     process = start(tmp_path, "name=a", alarm, "data.groups_per_iteration=4")
     said = process.communicate(timeout=280)[0]
     ended[process.returncode] = "alarm"
