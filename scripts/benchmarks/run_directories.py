@@ -2,8 +2,8 @@
 
 ``races``: light processes take directories that nobody holds, or a process that was killed. ``starts``: two runs of one
 name at once. ``kills``: a run killed at a random moment, then the same command. ``signals``: one signal at a random
-moment, then the same command. Runs are compared bit for bit with an undisturbed one. ``--warm`` forks them from a process
-that has imported what they need, so that more of the moments fall into the work.
+moment, then the same command. Runs are compared bit for bit with an undisturbed one. ``--warm`` forks them from a
+process that has imported what they need, so that more of the moments fall into the work.
 
     python scripts/benchmarks/run_directories.py races --trials 1000
     python scripts/benchmarks/run_directories.py starts kills signals --trials 50
