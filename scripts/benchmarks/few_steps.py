@@ -120,9 +120,7 @@ def sheet() -> None:
     files = [sheet_of(name, n) for name, n in rows]
     lacking = sorted({name for (name, _), file in zip(rows, files, strict=True) if not file.is_file()})
     if lacking:
-        print(
-            f"the figure stays as it is: no pictures of {', '.join(lacking)}; `run` draws them after deleting their JSON"
-        )
+        print(f"the figure stays as it is: no pictures of {', '.join(lacking)}; delete their JSON and `run`")
         return
     import matplotlib.pyplot as plt
 
