@@ -55,7 +55,7 @@ def tied(row: dict[str, Any]) -> dict[str, Any]:
     ("change", "expected"),
     [
         (without_a_column, "has no column 'label_1'; a preference set has jpg_0, jpg_1, label_0, label_1, caption"),
-        (with_a_broken_image, "row 0, jpg_1 holds no readable image"),
+        (with_a_broken_image, "row 0, jpg_1 is a damaged PNG file"),
         (tied, "are ties; there is nothing to learn from"),
     ],
 )

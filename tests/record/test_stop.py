@@ -38,6 +38,7 @@ ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup it is ignored
     process = subprocess.Popen([sys.executable, "-c", RUN, *arguments], cwd=ROOT, **pipes, **options)  # type: ignore
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
