@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.cli.runs import geneval_suite
-from flowalign.config import SHIPPED, AlignConfig
+from flowalign.config import SHIPPED, AlignConfig, ConfigError
 from flowalign.data.prompts import load_prompts
 from flowalign.shapes.prompts import TASKS, prompts
 from rewards.resolve import resolve
@@ -199,9 +199,21 @@ def test_another_suite_is_refused_with_the_one_there_is(pipeline: Path) -> None:
 
 
 @pytest.mark.skipif(not PUBLIC.is_file(), reason="GenEval's prompts are not beside the project")
-def test_the_public_prompts_load_whole_and_make_four_images_each(pipeline: Path) -> None:
-    config, count = geneval_suite(run_config(pipeline), "palette", str(PUBLIC), None)
-    assert isinstance(config, AlignConfig)
+def test_the_public_prompts_load_whole_and_make_four_images_each(
+    pipeline: Path, detector: Path, tmp_path: Path
+) -> None:
     rows = load_prompts(str(PUBLIC))
+    coco = sorted({clause["class"] for row in rows for clause in row["include"]})
+    settings = json.loads((detector / "config.json").read_text()) | {"id2label": dict(enumerate(coco))}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    options = json.dumps({"type": "mask2former", "path": str(tmp_path), "clip": {"path": "shapes:colors"}})
+    config, count = geneval_suite(run_config(pipeline), options, str(PUBLIC), None)
+    assert isinstance(config, AlignConfig)
     assert len(rows) == 553 and count == 4 * 553
     assert {row["tag"] for row in rows} == set(TASKS)
+
+
+@pytest.mark.skipif(not PUBLIC.is_file(), reason="GenEval's prompts are not beside the project")
+def test_a_detector_that_does_not_know_the_public_prompts_is_refused_with_the_first_row(pipeline: Path) -> None:
+    with pytest.raises(ConfigError, match=r"line 1: .*'bench', which the detector palette does not know"):
+        geneval_suite(run_config(pipeline), "palette", str(PUBLIC), None)
