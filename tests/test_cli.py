@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from flowalign.cli import app
@@ -133,6 +134,24 @@ def test_plan_prints_one_json_object_last(config_path: Path) -> None:
     made = json.loads(shown.stdout.splitlines()[-1])
     assert made["geometry"]["images"] == 8
     assert made["iteration_flops"] == made["rollout_flops"] + made["learner_flops"]
+
+
+def test_every_command_with_json_keeps_standard_output_for_its_object() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    answers = {name: [p for p in made.params if "--json" in p.opts] for name, made in commands.items()}
+    assert sorted(name for name, found in answers.items() if not found) == ["launch", "report", "serve-reward"]
+    assert all(parameter.callback is not None for found in answers.values() for parameter in found)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_object_that_finds_no_room_is_an_error_and_one_that_nobody_reads_is_not(config_path: Path) -> None:
+    line = f"{sys.executable} -m flowalign.cli plan {config_path} --json"
+    for target, code in ((">/dev/full", 2), ("| true", 0)):
+        shell = ["bash", "-c", f"{line} {target}; exit ${{PIPESTATUS[0]}}"]
+        done = subprocess.run(shell, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert ("standard output cannot be written" in done.stderr) == (code == 2)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_errors_of_the_project_are_sentences_and_others_are_not() -> None:

@@ -386,3 +386,33 @@ def test_several_scores_of_which_none_has_the_rewards_name_come_with_what_a_run_
         "a run would refuse this: reward 'shape' returned height, width; the weighted one must be called 'shape'"
     )
     assert "refuse" not in run("mine.py:brightness", "--images", "pictures")
+
+
+def test_what_a_reward_prints_whenever_it_does_leaves_standard_output_to_the_object(folder: Path) -> None:
+    (folder.parent / "talks.py").write_text(
+        "import atexit, os, subprocess, sys\n"
+        "print('at import')\n"
+        "atexit.register(print, 'at exit')\n"
+        "out = sys.__stdout__\n"
+        "def talks(images, prompts, metadata):\n"
+        "    print('while scoring', file=out)\n"
+        "    os.write(1, b'from below\\n')\n"
+        "    subprocess.run(['echo', 'from a child'])\n"
+        "    return [1.0] * len(images)\n"
+    )
+    command = [sys.executable, "-m", "flowalign.cli", "try-reward", "talks.py:talks", "--images", "pictures", "--json"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["scores"] == {"talks": [1, 1, 1]} and done.stdout.count("\n") == 1
+    said = ("at import", "while scoring", "from below", "from a child", "at exit")
+    assert [line for line in done.stderr.splitlines() if line in said] == list(said)
+    assert "at import" in run("talks.py:talks", "--images", "pictures")
+
+
+def test_in_the_callers_own_process_too_a_reward_prints_beside_the_object(folder: Path) -> None:
+    (folder.parent / "talks.py").write_text(
+        "def talks(images, prompts, metadata):\n    print('so')\n    return [1.0] * 3\n"
+    )
+    before = sys.stdout
+    assert json.loads(run("talks.py:talks", "--images", "pictures", "--json"))["scores"] == {"talks": [1, 1, 1]}
+    assert sys.stdout is before

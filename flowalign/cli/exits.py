@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.terminal import say_error, sentence
+from flowalign.cli.terminal import release_output, say_error, sentence
 from flowalign.libraries import silence
 
 
@@ -66,6 +66,8 @@ class Commands(TyperGroup):
                 raise
             say_error(said)
             raise typer.Exit(ExitCode.REFUSED) from None
+        finally:
+            release_output()
 
 
 def _at_home(word: str) -> str:

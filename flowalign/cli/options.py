@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flowalign.cli.terminal import reserve_output
+
 
 def model_directory(text: str) -> Path:
     """A path, or the shipped pipeline for ``shapes``."""
@@ -27,7 +29,10 @@ def finite(value: Any) -> Any:
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on the last line")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=reserve_output, help="print one JSON object, and all else on standard error"),
+]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="take the run directory from a holder elsewhere that is known to be gone")
 ]

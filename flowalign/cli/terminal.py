@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -132,10 +134,68 @@ def progress(out: Console, what: str) -> Callable[[int, int], None]:
     return show
 
 
+class OutputError(OSError):
+    """Standard output, to which a program listens, cannot be written."""
+
+
+_answer: TextIO | None = None  # standard output, where it is reserved for one JSON object
+
+
+def reserve_output(wanted: bool) -> bool:
+    """With ``--json`` standard output is for the object alone: from here on, and until the process has ended, whatever
+    else is written there, by a reward of the user's or by a process that it starts, goes to standard error."""
+    global _answer
+    if wanted and _answer is None:
+        sys.stdout.flush()
+        _answer = _moved() if _is_process_output(sys.stdout) else sys.stdout
+        if _answer is sys.stdout:  # of a caller in this process
+            sys.stdout = sys.stderr
+    return wanted
+
+
+def release_output() -> None:
+    """What `reserve_output` holds is given back: nothing more is said. That of the process remains moved."""
+    global _answer
+    if _answer is None:
+        return
+    if sys.stdout is sys.stderr:
+        sys.stdout = _answer
+    else:
+        with suppress(OSError):
+            _answer.close()
+    _answer = None
+
+
+def _is_process_output(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (OSError, ValueError):
+        return False
+
+
+def _moved() -> TextIO:
+    """The process's standard output under a number that no other process inherits; its own is standard error now."""
+    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    return kept
+
+
 def print_json(wanted: bool, content: Any) -> None:
-    """One JSON object on the last line of standard output; NaN, which JSON lacks, is null."""
-    if wanted:
-        sys.stdout.write(json.dumps(finite(content), default=str) + "\n")
+    """One JSON object, the only line of standard output; NaN, which JSON lacks, is null.
+
+    Raises:
+        OutputError: somebody waits for it and it cannot be written, as on a full disk.
+    """
+    if not wanted:
+        return
+    try:
+        (_answer or sys.stdout).write(json.dumps(finite(content), default=str) + "\n")
+        (_answer or sys.stdout).flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads any more
+            raise OutputError(f"standard output cannot be written ({error.strerror})") from error
 
 
 def finite(value: Any) -> Any:
