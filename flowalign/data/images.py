@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.data.bank import ORIGINAL
+from flowalign.data.captiontable import IMAGE, read_tables, tables_of
 from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
-from flowalign.textfiles import TextError, read_text
+from flowalign.textfiles import TextError, kind_of, read_text
 from rewards.picturekinds import OTHERS, SUFFIXES, is_apple_double
 
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
@@ -122,7 +123,10 @@ class ImageSource:
         for kind, column in self.captions.items():
             text = row[column]
             if not isinstance(text, str) or not text.strip():
-                return Skipped(number, where, "caption", f"has no caption in the column {column}")
+                holds = (
+                    "has no caption" if text is None or isinstance(text, str) else f"holds {kind_of(text)}, no text,"
+                )
+                return Skipped(number, where, "caption", f"{holds} in the column {column}")
             captions[kind] = text
         try:
             content = content_of(value, self._image, () if self._folders is None else self._folders(number))
@@ -161,23 +165,28 @@ def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: 
         name = source
     elif files:
         name, where = "parquet", {"data_files": {split: [str(file) for file in files]}}
+    elif not any(Path(source).rglob("metadata.jsonl")):
+        return _of_tables(Path(source), split)
     else:
         name, where = "imagefolder", {"data_dir": source}
     try:
         return load_dataset(name, split=split, streaming=streaming, **where)
     except (DatasetsError, OSError, ValueError) as error:
-        table = _separated(Path(source)) if name == "imagefolder" else ""
-        raise ImagesError(table or f"{source} cannot be read: {error}") from error
+        raise ImagesError(f"{source} cannot be read: {error}") from error
 
 
-def _separated(folder: Path) -> str:
-    """What to say of a table whose cells are separated by no comma, as spreadsheets of many countries save it."""
-    for table in sorted(folder.rglob("metadata.csv")):
-        head = table.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0].strip()
-        named = next((words for mark, words in ((";", "semicolons"), ("\t", "tabs")) if mark in head), None)
-        if named is not None and "," not in head:
-            return f"{table} has its cells separated by {named} ({head!r}); save it with commas, or as metadata.jsonl"
-    return ""
+def _of_tables(folder: Path, split: str) -> Any:
+    """The rows of a folder's metadata.csv; pandas, by which ``datasets`` reads them, takes ``NA`` for nothing and a
+    column of captions such as ``7`` for numbers."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    try:
+        columns = read_tables(tables_of(folder, list(folder.rglob("metadata.csv")), split))
+    except TextError as error:
+        raise ImagesError(str(error)) from error
+    kinds = {name: ImageColumn(decode=False) if name == IMAGE else Value("string") for name in columns}
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def _image_column(dataset: Any, columns: Sequence[str], named: str | None, source: str) -> str:

@@ -77,6 +77,69 @@ def test_a_csv_beside_the_images_serves_as_well(tmp_path: Path) -> None:
     assert isinstance(second, Skipped) and second.reason == "has no caption in the column text"
 
 
+def write_table(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"p{number}.png").write_bytes(picture())
+    (folder / "metadata.csv").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("table", "captions"),
+    [
+        ("file_name,text\np0.png,7\np1.png,007\n", ["7", "007"]),
+        ("file_name,text\np0.png,1.50\np1.png,1e3\n", ["1.50", "1e3"]),
+        ("file_name,text\np0.png,NA\np1.png,null\n", ["NA", "null"]),
+        ("file_name,text\np0.png,None\np1.png,true\n", ["None", "true"]),
+        ('file_name, text \np0.png, a dog\np1.png, "red, blue"\n', ["a dog", "red, blue"]),
+        ('\ufefffile_name,text,,\r\np0.png,"two\nlines",,\r\n\r\np1.png,"a ""b""",\r\n', ["two\nlines", 'a "b"']),
+        (",file_name,text\n0,p0.png,a\n1,p1.png,b\n", ["a", "b"]),
+    ],
+)
+def test_a_caption_is_the_text_of_its_cell(table: str, captions: list[str], tmp_path: Path) -> None:
+    found = list(ImageSource(str(write_table(tmp_path / "set", table)), {}))
+    assert [row.captions.get("original") for row in found if isinstance(row, ImageRow)] == captions
+    assert [row.where for row in found] == ["p0.png", "p1.png"]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("file_name,text\np0.png,one\np1.png,red, blue\n", r"csv, line 3 has 3 cells, and the header has 2"),
+        ("file_name,text\np0.png,one, two\np1.png,red, blue\n", r"csv, line 2 has 3 cells, and the header has 2"),
+        ('file_name,text\np0.png,one\np1.png,"two\n', r"csv, line 3 is not CSV .*is a quotation mark missing"),
+        ("file,text\np0.png,one\n", r"csv has no column 'file_name', .*its first line says 'file', 'text'"),
+        ("file_name,text,text\np0.png,one,two\n", r"csv has the column 'text' twice"),
+        ("file_name,text\n../p0.png,one\n", r"csv, line 2 names '\.\./p0\.png'"),
+        ("", r"csv is empty"),
+    ],
+)
+def test_a_malformed_table_is_refused_with_file_and_line(table: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match=said):
+        ImageSource(str(write_table(tmp_path / "set", table)), {})
+
+
+def test_tables_of_several_folders_are_one_and_splits_stay_apart(tmp_path: Path) -> None:
+    for part in ("one", "two"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        write_table(tmp_path / "set" / part / "in", f"file_name,text\np0.png,{part}\n")
+    assert [row.where for row in ImageSource(str(tmp_path / "set"), {}, limit=9)] == ["one/in/p0.png", "two/in/p0.png"]
+    (tmp_path / "set" / "two").rename(tmp_path / "set" / "test-2")
+    (row,) = ImageSource(str(tmp_path / "set"), {}, split="test", limit=9)
+    assert row.where == "test-2/in/p0.png"
+    with pytest.raises(ImagesError, match="has no split 'validation'; it has test, train"):
+        ImageSource(str(tmp_path / "set"), {}, split="validation")
+
+
+def test_a_caption_that_is_a_number_is_no_missing_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [{"text": 7}, {"text": None}])
+    assert [reason for _, reason in names(ImageSource(str(folder), {}))] == [
+        "holds a number, no text, in the column text",
+        "has no caption in the column text",
+    ]
+
+
 @pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_parquet_files_give_their_rows_in_order(tmp_path: Path, typed: bool, streaming: bool) -> None:
