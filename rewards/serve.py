@@ -40,6 +40,7 @@ from rewards.form import read_form
 from rewards.interface import InputError, Scorer, ScorerError, SpecError, call, set_up
 from rewards.metrics import CONTENT_TYPE as METRICS_TYPE
 from rewards.metrics import ServerMetrics
+from rewards.printable import printable, write_out_logs
 from rewards.resolve import resolve
 from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, Limits, TooLarge, WireError, decode_request, encode_response
 
@@ -296,6 +297,7 @@ def main() -> int:
     parser.add_argument("--log-requests", action="store_true", help="a line for each request on standard error")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    write_out_logs()
     log_requests(arguments.log_requests)
     try:
         token = os.environ.get(arguments.token_env) if arguments.token_env else None
@@ -309,10 +311,10 @@ def main() -> int:
             device=arguments.device,
             token=token,
             batching=Batching(max_images=arguments.max_batch_images, max_wait_s=arguments.max_wait_ms / 1000),
-            announce=lambda line: print(line, flush=True),
+            announce=lambda line: print(printable(line), flush=True),
         )
     except ScorerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

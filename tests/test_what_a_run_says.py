@@ -24,6 +24,8 @@ from flowalign.models.textlength import cut_note, cut_prompts
 
 REPO = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+RUNS = "x[red]y/a[/b]c :smile:\x1b[7m"  # a path that would be markup, an emoji and an escape sequence
+SHOWN = RUNS.replace("\x1b", r"\x1b")
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 
 
@@ -36,7 +38,7 @@ def config_path(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline_dir: Pat
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "name": "run",
-        "runs_dir": str(folder / "runs"),
+        "runs_dir": str(folder / RUNS),
         "iterations": 2,
         "model": {"path": str(tiny_pipeline_dir), "max_sequence_length": 16, "lora": {"rank": 2}},
         "data": {"prompts": str(folder / "prompts.jsonl"), "groups_per_iteration": 2},
@@ -87,7 +89,7 @@ def screen(config_path: Path, said: list[str]) -> str:
 
 
 def test_a_run_says_what_it_found_then_its_iterations_then_where_everything_lies(config_path, said):
-    run_dir = config_path.parent / "runs" / "run"
+    run_dir = re.escape(str(config_path.parent / SHOWN / "run"))
     expected = [
         r"flowalign \S+: align .*/run\.yaml",
         rf"run directory: {run_dir}, begun anew",
@@ -110,7 +112,7 @@ def test_a_run_says_what_it_found_then_its_iterations_then_where_everything_lies
 
 
 def test_metrics_hold_the_spread_that_is_said(config_path, said):
-    rows = [json.loads(line) for line in (config_path.parent / "runs/run/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (config_path.parent / RUNS / "run/metrics.jsonl").read_text().splitlines()]
     shown = [f"reward {row['reward/total/mean']:.4g} ± {row['reward/total/std']:.2g}" for row in rows[:2]]
     assert all(text in line for text, line in zip(shown, said[6:8], strict=True))
 

@@ -31,6 +31,7 @@ from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, print_rows, progress
+from rewards.printable import printable
 
 app = typer.Typer(
     cls=Commands,
@@ -105,7 +106,7 @@ def evaluate(
     summary |= {"standard_errors": result.standard_errors, "made": result.made, "notes": result.notes}
     if out is not None:
         write_evaluation(result, out, summary)
-        console.print(f"written to {out}", highlight=False)
+        console.print(f"written to {out}")
     print_json(as_json, summary)
 
 
@@ -215,7 +216,7 @@ def report(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None
     """Write report.html, one self-contained file: curves, tables, images before and after."""
     from flowalign.cli.runs import report_of
 
-    make_console().print(f"report: {report_of(run)}", highlight=False, soft_wrap=True)
+    make_console().print(f"report: {report_of(run)}")
 
 
 @app.command()
@@ -233,7 +234,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     console = make_console(as_json)
     print_rows(console, plan_rows(made))
     for note in made.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"note: {note}")
     print_json(as_json, made.as_dict())
 
 
@@ -270,7 +271,7 @@ def serve_reward(
         device=device,
         token=token,
         batching=Batching(max_images=max_batch_images, max_wait_s=max_wait_ms / 1000),
-        announce=typer.echo,
+        announce=lambda line: typer.echo(printable(line)),
     )
 
 
@@ -295,11 +296,12 @@ def try_reward(
     tried = run({"type": reward.spec, **reward.options}, reward.label, images, prompts, device=device)
     console = make_console(as_json)
     if tried.source is None:
-        console.out(f"{images} has no index.json and no --prompts was given: every prompt is empty\n", highlight=False)
+        console.out(f"{images} has no index.json and no --prompts was given: every prompt is empty")
+        console.out("")
     for line in lines_of(tried, console.width if console.is_terminal else None):
-        console.out(line, highlight=False)
+        console.out(line)
     for note in tried.notes:
-        console.out(note, highlight=False)
+        console.out(note)
     scores = {name: [float(value) for value in values] for name, values in tried.scores.items()}
     print_json(as_json, {"files": tried.files, "prompts": tried.prompts, "scores": scores, "causes": tried.causes})
     tried.check_judged()

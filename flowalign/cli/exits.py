@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.terminal import release_output, say_error, sentence
+from flowalign.cli.terminal import release_output, say_error, say_trace, sentence
 from flowalign.libraries import silence
+from rewards.printable import printable, write_out_logs
 
 
 class ExitCode(IntEnum):
@@ -40,24 +43,30 @@ class Commands(TyperGroup):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
+        except Exception as error:
+            say_trace(error)
+            sys.exit(ExitCode.FAILED)
         finally:  # what is done is done: a signal while the interpreter ends changes no exit code
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        return super().make_context(info_name, [_at_home(word) for word in args], parent, **extra)
+        with _usage():
+            return super().make_context(info_name, [_at_home(word) for word in args], parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         silence()
+        write_out_logs()
         try:
-            return super().invoke(ctx)
+            with _usage():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             say_error("interrupted")
             raise typer.Exit(ExitCode.AT_ONCE) from None
         except RunFailed as failed:
             said = _sentence(failed.error)
             if said is None:
-                traceback.print_exception(failed.error)
+                say_trace(failed.error)
             say_error(f"{said}; {failed}" if said else str(failed))
             raise typer.Exit(ExitCode.FAILED) from None
         except Exception as error:
@@ -68,6 +77,17 @@ class Commands(TyperGroup):
             raise typer.Exit(ExitCode.REFUSED) from None
         finally:
             release_output()
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What is wrong with the words of a command is text."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(said := getattr(error, "message", None), str) and hasattr(error, "format_message"):  # click's
+            error.message = printable(said)  # type: ignore[attr-defined]
+        raise
 
 
 def _at_home(word: str) -> str:

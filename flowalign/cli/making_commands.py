@@ -52,7 +52,7 @@ def make_pairs(
         shard_size=shard_size,
         progress=progress(console, "pairs"),
     )
-    console.print(f"{manifest['count']} pairs in {to}", highlight=False, soft_wrap=True)
+    console.print(f"{manifest['count']} pairs in {to}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 
@@ -94,10 +94,9 @@ def calibrate_cache(
     if found["relative_error"] > POOR_FIT:
         console.print(
             f"the polynomial misses the changes by {found['relative_error']:.0%}, so a threshold says little; "
-            "take more samples, more steps or a lower --degree",
-            soft_wrap=True,
+            "take more samples, more steps or a lower --degree"
         )
-    console.print(f"written to {to}", highlight=False, soft_wrap=True)
+    console.print(f"written to {to}")
     print_json(as_json, {**found, "out": str(to)})
 
 
@@ -141,5 +140,5 @@ def make_preferences(
         which=weights,
         progress=progress(console, "pairs"),
     )
-    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}", highlight=False)
+    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}")
     print_json(as_json, {**card, "out": str(out)})

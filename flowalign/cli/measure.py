@@ -166,12 +166,12 @@ def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
 
 def say_notes(console: Console, notes: list[str]) -> None:
     for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"note: {note}")
 
 
 def say_left_out(console: Console, images: Pictures) -> None:
     for line in images.lines():
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line)
 
 
 def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:

@@ -107,12 +107,12 @@ def precompute(
         device=device,
         workers=workers,
     )
-    manifest = write_bank(options, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    manifest = write_bank(options, lambda text: console.print(text))
     for line in _skipped(to, manifest):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{manifest['count']} images in {to}", highlight=False, soft_wrap=True)
+        console.print(line)
+    console.print(f"{manifest['count']} images in {to}")
     if note := cut_note(Path(encoders.path), load_bank(to, verify=False).prompts):
-        console.print(f"of the captions {note}", highlight=False, soft_wrap=True)
+        console.print(f"of the captions {note}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 

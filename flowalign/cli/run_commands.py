@@ -39,7 +39,7 @@ def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver =
             stopped, advice = stop_of(run_dir, loaded.config)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line)
     if "stopped" in stopped:
         raise typer.Exit(ExitCode.ALARM)
 
@@ -100,7 +100,7 @@ def _say_configured(loaded: Any, console: Any) -> None:
     """What differs from the file, and what of it hardly was meant."""
     lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
     for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
@@ -111,5 +111,5 @@ def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> N
     named = {"run": run_dir, **({} if newest is None else {"checkpoint": newest}), **files}
     shown = {**named, "metrics": run_dir / "metrics.jsonl", "took": phases}
     for what, value in shown.items():
-        make_console(as_json).print(f"{what}: {value}", highlight=False, soft_wrap=True, markup=False)
+        make_console(as_json).print(f"{what}: {value}")
     print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

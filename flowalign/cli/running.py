@@ -29,7 +29,7 @@ def conduct(as_json: bool, unit: str = "iteration") -> Iterator[StopRequest]:
         except EndedEarly as early:
             if first:
                 console = make_console(as_json)
-                console.print(str(early) or "stopped before anything was begun", highlight=False, soft_wrap=True)
+                console.print(str(early) or "stopped before anything was begun")
                 print_json(as_json, {"ended": "early", "run": early.run_dir, "checkpoint": early.checkpoint})
             raise typer.Exit(ExitCode.EARLY) from None
 
@@ -53,7 +53,7 @@ def held(
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))
             stack.enter_context(stop.watching(lock))
         if lock.said:
-            console.print(lock.said, highlight=False, soft_wrap=True)
+            console.print(lock.said)
         try:
             yield lock
         except KeyboardInterrupt as interrupt:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -15,18 +16,36 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from flowalign.cluster.progress import PLAIN, Phases
+from rewards.printable import printable, printable_lines
 from rewards.userfile import user_line
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def console(as_json: bool = False) -> Console:
+class TextConsole(Console):
+    """A console to which every text is text: brackets are no markup, ``:name:`` is no emoji, and what would steer the
+    terminal is written out. Each is one line."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_as_text, objects), **{**PLAIN, **options})
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        super().out(*(printable(str(item)) for item in objects), **options)
+
+
+def _as_text(item: Any) -> Any:
+    from rich.text import Text
+
+    return Text(printable(item)) if isinstance(item, str) else item
+
+
+def console(as_json: bool = False) -> TextConsole:
     """Where people read; standard error where standard output belongs to a program."""
-    return Console(stderr=as_json)
+    return TextConsole(stderr=as_json)
 
 
 def plain(out: Console) -> Callable[[str], None]:
-    """Prints a line as it is: a path with brackets is no markup."""
+    """Prints a line as it is."""
     return lambda text: out.print(text, **PLAIN)
 
 
@@ -63,9 +82,12 @@ def sentence(error: BaseException) -> str | None:
 
 
 def say_error(text: str) -> None:
-    from rich.text import Text
+    console(as_json=True).print(f"error: {text}", style="red")
 
-    Console(stderr=True).print(Text(f"error: {text}", style="red"), soft_wrap=True)
+
+def say_trace(error: BaseException) -> None:
+    """The trace of a defect."""
+    sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
 
 
 @contextmanager
@@ -120,16 +142,20 @@ def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
     for _ in rows[0] if rows else ():
         table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row, style=_STYLES.get(row[0]))
-    out.print(table, highlight=False, markup=False)
+        table.add_row(*map(_as_text, row), style=_STYLES.get(row[0]))
+    out.print(table, soft_wrap=False)
 
 
 def progress(out: Console, what: str) -> Callable[[int, int], None]:
     """A callback ``(done, total)``: one line that is rewritten on a terminal, nothing where nobody watches."""
 
+    from rich.control import Control
+    from rich.segment import ControlType
+
     def show(done: int, total: int) -> None:
         if out.is_terminal:
-            out.print(f"\r{done}/{total} {what}", end="\n" if done >= total else "", highlight=False)
+            out.control(Control(ControlType.CARRIAGE_RETURN))
+            out.print(f"{done}/{total} {what}", end="\n" if done >= total else "")
 
     return show
 

@@ -22,6 +22,7 @@ from flowalign.cli.imagefolder import (
 from flowalign.config import ConfigError
 from rewards.interface import Checked, Images, InvalidScores, main_key, score_batch, set_up
 from rewards.pictures import PictureError
+from rewards.printable import printable
 from rewards.resolve import resolve
 
 _NAMED = 3  # files of a refusal
@@ -124,11 +125,11 @@ def lines_of(tried: Tried, width: int | None = None) -> list[str]:
     """
     from rich.cells import cell_len, set_cell_size
 
-    columns = [["file", *tried.files, "", *_FOOT]]
+    columns = [["file", *map(printable, tried.files), "", *_FOOT]]
     for name, values in tried.scores.items():
         usable, shown = values[np.isfinite(values)], _formatted(values)
         foot = [shown(value(usable)) if len(usable) else "" for value in _FOOT.values()]
-        columns.append([name, *map(shown, values), "", *foot])
+        columns.append([printable(name), *map(shown, values), "", *foot])
     if width is not None:
         columns[0] = [_cut(text, _LONGEST_FILE) for text in columns[0]]
     sizes = [max(map(cell_len, column)) for column in columns]
@@ -136,7 +137,7 @@ def lines_of(tried: Tried, width: int | None = None) -> list[str]:
     lines = ["  ".join([set_cell_size(row[0], sizes[0]), *map(str.rjust, row[1:], sizes[1:])]) for row in rows]
     room = None if width is None else width - cell_len(lines[0]) - 2
     if any(tried.prompts) and (room is None or room >= _SHORTEST_PROMPT):
-        prompts = ["prompt", *(" ".join(prompt.split()) for prompt in tried.prompts)]
+        prompts = ["prompt", *(printable(" ".join(prompt.split())) for prompt in tried.prompts)]
         for index, prompt in enumerate(prompts):
             lines[index] += "  " + (prompt if room is None else _cut(prompt, room))
     return [line.rstrip() for line in lines] + _refused(tried)

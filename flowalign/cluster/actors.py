@@ -25,6 +25,7 @@ from flowalign.models.encoding import Encoding
 from flowalign.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
+from rewards.printable import write_out_logs
 from rewards.userfile import keep_user_line
 
 Weights = dict[str, Tensor]
@@ -37,6 +38,7 @@ class Mortal:
         import ray
 
         say_hard_exits()
+        write_out_logs()
         return Birth.of_this_process(ray.get_runtime_context().get_node_id())
 
 

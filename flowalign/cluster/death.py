@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewards.printable import printable
+
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO = 0xC040FF0B, 1 << 3, "QQ12i"
 _GONE_S = 2.0  # Ray may hear of a broken connection a moment before the process is gone
 _READ_BYTES, _LINES, _WIDTH = 16384, 3, 160
@@ -50,7 +52,8 @@ def say_hard_exits() -> None:
     def exit_(status: int) -> None:
         if os.getpid() == own:
             caller = sys._getframe(1)
-            sys.stderr.write(f"os._exit({status}) at {caller.f_code.co_filename}, line {caller.f_lineno}\n")
+            where = printable(f"{caller.f_code.co_filename}, line {caller.f_lineno}")
+            sys.stderr.write(f"os._exit({status}) at {where}\n")
             sys.stderr.flush()
         leave(status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import sys
 import time
@@ -18,9 +19,11 @@ from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.tokens import own_token
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, read_text
+from rewards.printable import printable, printable_lines
 
 ALWAYS_EXCLUDED = (".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache")
 RECONNECT_S = 1.0
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 STOP_WAIT_S = 3600  # Ray's own 3 s between SIGTERM and SIGKILL are too short for an iteration and its checkpoint
 
 
@@ -168,7 +171,7 @@ async def _follow(client: Any, job: str, write: Callable[[str], Any]) -> int:
                 new = text[max(0, shown - seen) :]
                 seen += len(text)
                 shown = max(shown, seen)
-                write(new)
+                write(printable_lines(_COLOURS.sub("", new).replace("\r\n", "\n")))
         except (RuntimeError, OSError):
             time.sleep(RECONNECT_S)
         info = client.get_job_info(job)
@@ -181,7 +184,7 @@ def _exit_code(info: Any, write: Callable[[str], Any]) -> int:
         return 0
     code = info.driver_exit_code
     if code is None:
-        write(f"the job {info.status.value.lower()}: {_one_line(info.message)}\n")
+        write(f"the job {info.status.value.lower()}: {printable(_one_line(info.message))}\n")
         return 1
     return 128 - code if code < 0 else code or 1  # as a shell says that a signal ended it
 

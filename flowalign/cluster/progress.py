@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}  # of Console.print
+PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}  # of Console.print
 QUIET_S = 30.0  # without a terminal: at most one line of chunks in this time, and none after a shorter silence
 
 

@@ -75,7 +75,7 @@ def _run(
     saved = resume_from(run_dir, resume, say)
     start = 0 if saved is None else int(saved.state["iteration"])
     if start >= config.iterations:
-        console.print(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
+        say(f"{run_dir} has done all {start} iterations already; raise `iterations` to continue")
         return
     if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
         return
@@ -98,7 +98,7 @@ def _run(
         base = base_hash(Path(config.model.path))
         if saved is not None:
             backend.restore(_states(config, saved, base))
-            console.print(f"resuming {run_dir} after iteration {start}")
+            say(f"resuming {run_dir} after iteration {start}")
         leave_behind(run_dir, resume, saved, say)
         begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])

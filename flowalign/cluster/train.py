@@ -133,7 +133,7 @@ def _run(
     saved = resumed(config, run_dir, rank.index, say)
     start = 0 if saved is None else saved.step
     if start:
-        console.print(f"resuming {run_dir} after step {start}", highlight=False)
+        console.print(f"resuming {run_dir} after step {start}", **PLAIN)
     take = partial(_take, run_dir, config.resume, saved, say, begin)
     report = None if lock is None else _Reporter(config, lock, console, start, take, command)
 

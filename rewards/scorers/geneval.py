@@ -20,6 +20,7 @@ from rewards.detectors import load_detector
 from rewards.geneval_judge import Rules, Verdict, judge
 from rewards.geneval_rows import check_names, check_row
 from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
+from rewards.printable import printable
 
 Mode = Literal["official", "strict", "partial"]
 
@@ -112,7 +113,7 @@ def main() -> int:
         for verdict in judge_lines(sys.stdin.buffer):
             print(verdict, flush=True)
     except ScorerError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     return 0
 
