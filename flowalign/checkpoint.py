@@ -47,6 +47,7 @@ from flowalign.manifest import (
     verify,
 )
 from flowalign.manifest import steps as steps
+from rewards.missing import hint
 
 LATEST = "latest"
 LAST_GOOD = "last_good"
@@ -166,7 +167,9 @@ def find(path: Path, which: str | None = "model", say: Say = LOG.warning) -> Pat
     if path.name == LATEST and path.is_file():
         path = path.parent
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; give a run directory, a checkpoint or a pipeline directory")
+        raise CheckpointError(
+            f"{path} is not a directory{hint(path)}; give a run directory, a checkpoint or a pipeline directory"
+        )
     root = path if entries(path) else path / "checkpoints"
     names = () if which is None else (f"{which}.safetensors", "state.json")
     found = newest(root, lambda one: verify(one, names), say)

@@ -63,6 +63,10 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         if near := get_close_matches(str(error["input"]), choices, n=1):
             reason += f"; did you mean {near[0]}?"
+    if isinstance(error["input"], str) and re.fullmatch(r"[-+]?\d+,\d+", error["input"].strip()):
+        whole = error["type"].startswith("int")
+        text = error["input"].strip().replace(",", "" if whole else ".")
+        reason += f"; write it {'without a comma' if whole else 'with a point'}: {text}"
     return key, f"got {_shown(error['input'])}, {reason}"
 
 

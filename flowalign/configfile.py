@@ -28,6 +28,7 @@ from flowalign.pretrainconfig import PretrainConfig
 from flowalign.trainingcheck import check_caches, check_training, notes_of
 from flowalign.walkcheck import check_walks, filled, refuse_old_grid, renamed_grids, schedule_of
 from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
+from rewards.missing import hint
 
 RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
@@ -259,7 +260,8 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
     """The configuration that a run directory was made with; raises ConfigError where there is none."""
     path = run_dir / RESOLVED
     if not path.is_file():
-        what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else "does not exist"
+        absent = f"does not exist{hint(run_dir)}"
+        what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else absent
         raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
     raw = read_yaml(path)
     if "phases" in raw:

@@ -15,6 +15,7 @@ from flowalign.pathfamilies import canonical
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.textfiles import TextError, is_there, read_object
 from flowalign.yamlfiles import check_finite
+from rewards.missing import hint
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
 RECORD = "flowalign.json"
@@ -39,7 +40,9 @@ def resolve(config: Config, base: Path) -> Config:
         update["rollout"] = config.rollout.model_copy(update={"cache": _cache(config.rollout.cache, base)})
     update |= {"rewards": rewards, "evaluation": config.evaluation.model_copy(update=evaluation)}
     data = {name: getattr(config.data, name) for name in ("preferences", "preferences_cache")}
-    paths = {name: _path(value, base) for name, value in data.items() if value is not None}
+    paths = {
+        name: _path(value, base, made=name == "preferences_cache") for name, value in data.items() if value is not None
+    }
     update["data"] = config.data.model_copy(update={"prompts": _prompts(config.data.prompts, base), **paths})
     update["algorithm"] = _own_file(_teachers(config.algorithm, base), base)
     if config.safety.clip is not None:
@@ -184,8 +187,12 @@ def shipped_names(values: Any) -> Any:
     return values
 
 
-def _path(value: str, base: Path) -> str:
-    """Absolute; a relative path lies beside the configuration, or else in the working directory."""
-    path = Path(value).expanduser()
-    found = base / path
-    return os.path.normpath(found if is_there(found) else Path.cwd() / path)
+def _path(value: str, base: Path, *, made: bool = False) -> str:
+    """Absolute; a relative path lies beside the configuration, or else in the working directory.
+
+    One that is at neither place, and is not ``made`` by the run, is taken for a mistyped neighbour where it has one.
+    """
+    path = Path(os.path.expanduser(value))
+    beside, here = base / path, Path.cwd() / path
+    meant = not made and not is_there(here) and hint(beside) and not hint(here)
+    return os.path.normpath(beside if meant or is_there(beside) else here)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from rewards.interface import Images, ScorerError, SpecError, one_line
+from rewards.missing import hint
 from rewards.openclip import OpenClip
 from rewards.resolve import user_code
 
@@ -66,7 +67,9 @@ class InceptionFeatures:
         self.path = torchvision_weights() if path is None else Path(path)
         self.device = device
         if not self.path.is_file():
-            raise ExtractorError(f"extractor inception: {self.path} does not exist; {_where_from(path is None)}")
+            raise ExtractorError(
+                f"extractor inception: {self.path} does not exist{hint(self.path)}; {_where_from(path is None)}"
+            )
         try:
             scripted = _is_torchscript(self.path)
             self._network = _torchscript(self.path, device) if scripted else _torchvision(self.path, device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.files import sha256
+from rewards.missing import hint
 
 FORMAT = "flowalign-checkpoint"
 VERSION = 1
@@ -71,7 +72,7 @@ def _check_size(path: Path, size: int) -> None:
 def manifest_of(path: Path) -> dict[str, Any]:
     """MANIFEST.json of a checkpoint, whole; the files it names are not looked at."""
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
+        raise CheckpointError(f"{path} is not a directory{hint(path)}")
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("digest")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rewards.missing import hint
+
 _MARKS = {
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -52,7 +54,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # of a name with a NUL
-        raise TextError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        near = hint(path) if isinstance(error, FileNotFoundError) else ""
+        raise TextError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}){near}") from error
     return decode(content, str(path))
 
 

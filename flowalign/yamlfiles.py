@@ -205,11 +205,19 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
     A mapping is merged key by key into one that is there, unless its ``type``, ``kind`` or ``spec`` is another; a list
     and a null replace what is there.
     """
-    for assignment in assignments:
+    for index, assignment in enumerate(assignments):
         key, equals, value = assignment.partition("=")
-        if not equals or not key:
-            raise ConfigError("", f"override {assignment!r} is not key=value, such as learner.epochs=2")
+        if not equals or not key.strip() or key != key.strip():
+            raise ConfigError("", f"override {assignment!r} is not key=value, {_spaced(assignments[index:])}")
         _assign(raw, key, *_parse(value, f"the value of {key}"))
+
+
+def _spaced(words: Sequence[str]) -> str:
+    """What to write in the place of ``key = value``, which a shell hands over as one, two or three words."""
+    key, equals, value = (part.strip() for part in " ".join(words[:3]).partition("="))
+    first = words[0].strip()
+    meant = bool(key) and " " not in key and (key == first or first in (f"{key}=", key) or "=" in first)
+    return f"without spaces: write {key}={value.split(' ')[0]}" if equals and meant else "such as learner.epochs=2"
 
 
 def _assign(raw: dict[str, Any], key: str, value: Any, text: str | None) -> None:

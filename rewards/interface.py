@@ -5,6 +5,7 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ Images = NDArray[np.uint8]
 Metadata = dict[str, Any]
 
 MAX_MAGNITUDE = 1e6
+PLAIN_FUNCTION = "write a plain function (images, prompts, metadata), which may call asyncio.run"
 _SHOWN = 200
 
 
@@ -82,10 +84,18 @@ class Checked:
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
     """``scores`` as float64 arrays (N,), values untouched; raises ``InvalidScores`` naming the scorer."""
+    _refuse_async(name, scores)
     if not isinstance(scores, Mapping) or not scores:
         got = "an empty dict" if isinstance(scores, Mapping) else type(scores).__name__
         raise InvalidScores(f"reward {name!r} returned {got}; return a dict of one float array of length {n} a reward")
     return {_key(name, key): _array(name, key, value, n) for key, value in scores.items()}
+
+
+def _refuse_async(name: str, value: Any) -> None:
+    if inspect.isawaitable(value):
+        if inspect.iscoroutine(value):
+            value.close()  # or Python would warn that nobody awaited it
+        raise InvalidScores(f"reward {name!r} is async: it returned a {type(value).__name__}; {PLAIN_FUNCTION}")
 
 
 def _key(name: str, key: Any) -> str:
@@ -96,6 +106,7 @@ def _key(name: str, key: Any) -> str:
 
 def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
     where = f"reward {name!r}, score {key!r}"
+    _refuse_async(name, value)
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:

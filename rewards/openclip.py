@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewards.interface import Images, SpecError, one_line
+from rewards.missing import hint
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,10 @@ class OpenClip:
         if model is not None and checkpoint is None:
             raise SpecError(f"{owner}: model {model!r} has no `checkpoint`; give a local file of its weights")
         if checkpoint is not None and ("/" in checkpoint or Path(checkpoint).suffix) and not Path(checkpoint).is_file():
-            raise SpecError(f"{owner}: checkpoint {checkpoint} does not exist; give a local file of {model} weights")
+            raise SpecError(
+                f"{owner}: checkpoint {checkpoint} does not exist{hint(checkpoint)}; "
+                f"give a local file of {model} weights"
+            )
         if precision not in PRECISIONS:
             raise SpecError(f"{owner}: precision {precision!r} is unknown; write {', '.join(PRECISIONS)}")
         self.owner = owner

@@ -15,6 +15,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from typing import Any, cast
 
 import rewards.scorers
 from rewards import source
-from rewards.interface import Images, Metadata, Scorer, ScorerError, SpecError, one_line
+from rewards.interface import PLAIN_FUNCTION, Images, Metadata, Scorer, ScorerError, SpecError, one_line
+from rewards.missing import hint
 from rewards.userfile import load_file, user_line
 
 ENTRY_POINTS = "flowalign.rewards"
@@ -74,7 +76,7 @@ def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> None:
     else:
         target = kind if ":" in kind else _entry_point(kind).value
         location, attribute = _halves(target)
-        file = _file(location, Path(base_dir)) if _is_file(location) else source.find_module(location)
+        file = _file(location, Path(base_dir)) if _is_file(location) else _module(target, Path(base_dir))
         if file is not None:
             source.check_definition(file, attribute, set(options))
 
@@ -156,6 +158,8 @@ def _halves(target: str) -> tuple[str, str]:
     if "://" in target:
         raise SpecError(f"reward {target!r} looks like an address; write url:{target}")
     location, _, attribute = target.rpartition(":")
+    if location.endswith(":"):
+        raise SpecError(f"reward {target!r} has two colons; write {location.rstrip(':')}:{attribute}")
     if not location or not attribute.isidentifier():
         raise SpecError(f"reward {target!r} is not path/to/file.py:reward or package.module:reward")
     return location, attribute
@@ -165,11 +169,23 @@ def _is_file(location: str) -> bool:
     return location.endswith(".py") or "/" in location
 
 
+def _module(target: str, base_dir: Path) -> Path | None:
+    """`source.find_module`, which knows that ``r:f`` beside a file ``r.py`` was to be ``r.py:f``."""
+    location, attribute = _halves(target)
+    try:
+        return source.find_module(location)
+    except SpecError as error:
+        file = f"{location.replace('.', '/')}.py"
+        if (base_dir / file).is_file() or Path(file).is_file():
+            raise SpecError(f"reward {target} names no installed module; did you mean {file}:{attribute}?") from error
+        raise
+
+
 def _file(location: str, base_dir: Path) -> Path:
-    path = (base_dir / Path(location).expanduser()).resolve()
+    path = (base_dir / os.path.expanduser(location)).resolve()
     if not path.is_file():
         raise SpecError(
-            f"reward file {path} does not exist; write its path relative to {base_dir.resolve()}, "
+            f"reward file {path} does not exist{hint(path)}; write its path relative to {base_dir.resolve()}, "
             "or to where the command runs"
         )
     return path
@@ -181,7 +197,7 @@ def user_code(target: str, base_dir: str | Path = ".") -> Any:
     Raises ``SpecError`` where there is nothing.
     """
     location, attribute = _halves(target)
-    module = _load_file(_file(location, Path(base_dir))) if _is_file(location) else _load_module(location)
+    module = _load_file(_file(location, Path(base_dir))) if _is_file(location) else _load_module(target, Path(base_dir))
     if not hasattr(module, attribute):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise SpecError(f"{location} has no {attribute!r}; {_nearest(attribute, known)}")
@@ -205,6 +221,8 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
             what = f"{type(error).__name__}: {one_line(error)}"
             raise SpecError(f"reward {target} could not be built: {what}{where}") from error
         options = {}
+    if any(map(inspect.iscoroutinefunction, (value, getattr(value, "score", None), getattr(value, "__call__", None)))):  # noqa: B004
+        raise SpecError(f"reward {target} is async; {PLAIN_FUNCTION}")
     if callable(getattr(value, "score", None)) and not options:
         return cast(Scorer, value)
     if not callable(value) or hasattr(value, "score"):
@@ -222,10 +240,13 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
     return FunctionScorer(name, function, options)
 
 
-def _load_module(name: str) -> ModuleType:
+def _load_module(target: str, base_dir: Path) -> ModuleType:
+    name, _ = _halves(target)
     try:
         module = importlib.import_module(name)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            _module(target, base_dir)
         raise SpecError(f"reward module {name} did not import: {type(error).__name__}: {one_line(error)}") from error
     _log.warning("runs user code from %s", module.__file__ or name)
     return module

@@ -7,7 +7,7 @@ import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
 
-from rewards.interface import SpecError
+from rewards.interface import PLAIN_FUNCTION, SpecError
 
 _NUM_ARGUMENTS = 3
 
@@ -93,7 +93,7 @@ def _defined(tree: ast.Module) -> dict[str, ast.stmt | ast.expr]:
 
 def _check_function(where: str, node: ast.FunctionDef | ast.AsyncFunctionDef, options: set[str]) -> None:
     if isinstance(node, ast.AsyncFunctionDef):
-        raise SpecError(f"{where} is async; write a plain function (images, prompts, metadata)")
+        raise SpecError(f"{where} is async; {PLAIN_FUNCTION}")
     if node.decorator_list:
         return
     arguments = node.args
@@ -110,6 +110,8 @@ def _check_function(where: str, node: ast.FunctionDef | ast.AsyncFunctionDef, op
 
 def _check_class(where: str, node: ast.ClassDef, options: set[str]) -> None:
     methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
+    if any(isinstance(child, ast.AsyncFunctionDef) and child.name == "score" for child in node.body):
+        raise SpecError(f"{where} has an async method `score`; {PLAIN_FUNCTION}")
     if not node.bases and "score" not in methods:
         raise SpecError(f"{where} has no method `score`; write score(self, images, prompts, metadata)")
     if node.bases or node.decorator_list:

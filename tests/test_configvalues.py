@@ -157,3 +157,20 @@ def test_the_command_for_the_other_kind_of_configuration_is_named(config_path: P
 def test_what_hardly_was_meant_is_noted(config_path: Path, overrides: list[str], noted: list[str]) -> None:
     found = load_align(config_path, overrides).notes
     assert len(found) == len(noted) and all(map(str.startswith, found, noted))
+
+
+@pytest.mark.parametrize("words", [["name", "=", "x"], ["name =", "x"], ["name = x"], ["name", "=x"]])
+def test_spaces_around_the_equals_sign_are_shown_without_them(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"is not key=value, without spaces: write name=x$"):
+        override({}, words)
+    with pytest.raises(ConfigError, match=r"override 'b' is not key=value, such as"):
+        override({}, ["a=1", "b", "c=2"])
+
+
+def test_a_decimal_comma_is_shown_with_a_point(config_path: Path) -> None:
+    for assignment, said in {
+        "learner.optimizer.learning_rate=0,5": "write it with a point: 0.5",
+        "algorithm.noise_level=1,5": "write it with a point: 1.5",
+        "iterations=1,000": "write it without a comma: 1000",
+    }.items():
+        assert said in refusal(config_path, assignment)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from flowalign.algorithm import build_algorithm
+from flowalign.config import ConfigError
 from flowalign.configfile import load_align
+from flowalign.flow.solvers import evaluations, heun
 from flowalign.models.inspect import SD35_FROZEN, inspect_model
 from flowalign.plan import Plan, make_plan, plan_geometry, plan_rows
 from tests._model_directory import write_config, write_model_directory
@@ -136,3 +141,34 @@ def test_a_reference_is_a_copy_of_the_network_unless_a_lora_can_be_switched_off(
         assert plan(config_path, *overrides).memory.learner_reference == bytes_
     moving = plan(config_path, "algorithm.beta=0.1", "algorithm.reference_refresh=2", lora)
     assert moving.memory.learner_reference == network + moving.model.trainable * 4
+
+
+def test_a_model_that_is_not_there_is_no_published_one(config_path: Path) -> None:
+    for path, said in {
+        "modle": r"modle does not exist \(did you mean 'model'\?\); of a model whose files are not here",
+        "$SCRATCH/model": r"\(\$SCRATCH is not expanded here; write the path out\)",
+        "~nobodyhere/model": r"\(~nobodyhere is not expanded: there is no such user; write the path out\)",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            plan(config_path, f"model.path={path}")
+    assert "is absent" in plan(config_path, "model.path=stabilityai/stable-diffusion-3.5-medium").notes[-1]
+
+
+def test_heun_asks_twice_a_step_but_once_in_the_last(config_path: Path) -> None:
+    asked = {
+        solver: plan(
+            config_path, "evaluation.every=1", f"evaluation.solver={solver}", "evaluation.num_steps=10"
+        ).geometry
+        for solver in ("euler", "dpmpp_2m", "heun")
+    }
+    passes = {solver: geometry.evaluation_passes for solver, geometry in asked.items()}
+    assert passes["heun"] * 10 == passes["euler"] * 19 and passes["dpmpp_2m"] == passes["euler"]
+    for steps in (1, 4):
+        asked_at: list[Tensor] = []
+        heun(partial(_zero, asked_at), torch.ones(1, 2), torch.linspace(1, 0, steps + 1))
+        assert len(asked_at) == evaluations("heun", steps)
+
+
+def _zero(asked_at: list[Tensor], x: Tensor, t: Tensor) -> Tensor:
+    asked_at.append(t)
+    return torch.zeros_like(x)

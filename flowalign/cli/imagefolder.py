@@ -10,6 +10,7 @@ from typing import Any
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, kind_of, lines_of, parse_json, read_json, read_rows, read_text
 from rewards.interface import Images
+from rewards.missing import hint
 from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
 from rewards.pictures import PictureError, look, read
 
@@ -22,7 +23,7 @@ Size = tuple[int, int]
 def image_files(folder: Path, key: str) -> list[Path]:
     """The folder's images in the order of their names; raises ConfigError where it is none or has none."""
     if not folder.is_dir():
-        raise ConfigError(key, f"{folder} is not a directory")
+        raise ConfigError(key, f"{folder} is not a directory{hint(folder)}")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_apple_double(path))
     if not files:
         raise ConfigError(key, f"{folder} holds no {', '.join(SUFFIXES)} file")

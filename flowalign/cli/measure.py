@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def reference_of(reference: str, count: int, seed: int = 0) -> Pictures:
         return Pictures(reference, [str(place) for place in range(count)], partial(batches_of, images))
     if reference.startswith("shapes:"):
         raise ConfigError("--reference", f"no {reference!r}; write {TRUE_SCENES} or a folder")
-    return folder_of(image_files(Path(reference).expanduser(), "--reference"), "--reference")
+    return folder_of(image_files(Path(os.path.expanduser(reference)), "--reference"), "--reference")
 
 
 def true_scenes(count: int, seed: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.tokens import own_token
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, read_text
+from rewards.missing import hint
 from rewards.printable import printable, printable_lines
 
 ALWAYS_EXCLUDED = (".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache")
@@ -49,7 +50,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     from flowalign.yamlfiles import parse_yaml, plain
 
     if not path.is_file():
-        raise ClusterError(f"--cluster: {path} does not exist; start from configs/cluster/example.yaml")
+        raise ClusterError(f"--cluster: {path} does not exist{hint(path)}; start from configs/cluster/example.yaml")
     try:
         content = plain(parse_yaml(read_text(path), str(path)))
     except (TextError, ConfigError) as error:
@@ -122,7 +123,7 @@ def entrypoint(cluster: ClusterFile, config_path: Path, overrides: Sequence[str]
             f"{config_path} lies outside of {home}, which is what travels to the cluster; copy it in there"
         ) from None
     if not (home / config).is_file():
-        raise ClusterError(f"{config_path} does not exist")
+        raise ClusterError(f"{config_path} does not exist{hint(config_path)}")
     command = [cluster.python, "-m", "flowalign.cli", "align", str(config), f"runs_dir={cluster.runs_dir}"]
     return shlex.join([*command, *overrides, "cluster.backend=ray", "cluster.address=auto"])
 

@@ -117,7 +117,7 @@ def _run(
     own = own_schedule(config.model)
     algorithm = build_algorithm(config.algorithm, own)
     _say_start(config, console, run_dir, rank)
-    if "grid" in config.algorithm and (replaced := own.replacement(config.algorithm["shift"])):
+    if "grid" in config.algorithm and (replaced := own.replacement(config.algorithm.get("shift"))):
         console.print(f"levels: {replaced}", **PLAIN)
     loading = time.monotonic()
     policy = load_policy(config.model, device=config.device)

@@ -11,6 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from rewards.missing import hint
+
 SHOWN = 80  # characters of a path in a reason
 
 
@@ -69,7 +71,8 @@ def _found(path: str, column: str, folders: Sequence[Path]) -> Path:
             if _is_file(candidate := folder / written):
                 return candidate
     within = "" if not folders or Path(path).is_absolute() else f" in {folders[0]}"
-    raise NoImage(f"names {shown} in the column {column}, and there is no such file{within}")
+    near = hint((folders[0] if folders else Path.cwd()) / path, typos=False)
+    raise NoImage(f"names {shown} in the column {column}, and there is no such file{within}{near}")
 
 
 def _is_file(path: Path) -> bool:

@@ -16,6 +16,7 @@ from flowalign.data.bank import ORIGINAL
 from flowalign.data.captiontable import IMAGE, read_tables, tables_of
 from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
 from flowalign.textfiles import TextError, kind_of, read_text
+from rewards.missing import hint
 from rewards.picturekinds import OTHERS, SUFFIXES, is_apple_double
 
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
@@ -131,8 +132,8 @@ class ImageSource:
         try:
             content = content_of(value, self._image, () if self._folders is None else self._folders(number))
         except NoImage as error:
-            missing = self._folder is not None and path is not None
-            return Skipped(number, where, "image", "does not exist" if missing else str(error))
+            missing = f"does not exist{hint(path, typos=False)}" if self._folder is not None and path else ""
+            return Skipped(number, where, "image", missing or str(error))
         except OSError as error:
             return Skipped(number, where, "image", f"cannot be opened: {error.strerror or error}")
         return ImageRow(number, where, content, captions)
@@ -141,8 +142,8 @@ class ImageSource:
 def _parquet_files(source: Path) -> list[Path]:
     if not source.exists():
         raise ImagesError(
-            f"{source} does not exist; give a parquet file, or a folder of parquet files or of images with a "
-            "metadata.jsonl (a data set on the hub needs --hub)"
+            f"{source} does not exist{hint(source)}; give a parquet file, or a folder of parquet files or of images "
+            "with a metadata.jsonl (a data set on the hub needs --hub)"
         )
     files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
     described = [] if files else [file for kind in METADATA for file in source.rglob(f"metadata.{kind}")]

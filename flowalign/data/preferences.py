@@ -18,6 +18,7 @@ from flowalign.data.images import Skipped
 from flowalign.data.pairsampler import Pair, PairSampler
 from flowalign.engine import process_group
 from flowalign.models.base import Policy
+from rewards.missing import hint
 from rewards.pictures import PictureError
 
 SKIPPED = "skipped.json"
@@ -88,7 +89,9 @@ def _open(source: Path) -> Any:
     from datasets.exceptions import DatasetsError
 
     if not source.exists():
-        raise PreferencesError(f"data.preferences: {source} does not exist; give a parquet file or a folder of pairs")
+        raise PreferencesError(
+            f"data.preferences: {source} does not exist{hint(source)}; give a parquet file or a folder of pairs"
+        )
     files = _files(source)
     if not files and not any((source / f"metadata.{kind}").is_file() for kind in ("jsonl", "csv")):
         raise PreferencesError(

@@ -14,6 +14,7 @@ from flowalign.algorithm import seeded
 from flowalign.shapes import prompts as shapes
 from flowalign.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.types import PromptBatch
+from rewards.missing import hint
 
 Row = dict[str, Any]
 SHIPPED = ("shapes:train", "shapes:eval")
@@ -42,7 +43,9 @@ def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, R
         raise PromptsError(f"data.prompts: there is no {source}; the shipped ones are {' and '.join(SHIPPED)}")
     path = base_dir / source
     if not is_there(path):
-        raise PromptsError(f"data.prompts: {path} does not exist; give {', '.join(SHIPPED)} or a JSON Lines file")
+        raise PromptsError(
+            f"data.prompts: {path} does not exist{hint(path)}; give {', '.join(SHIPPED)} or a JSON Lines file"
+        )
     try:
         state = path.stat()
         return [(where, dict(row)) for where, row in _rows(path, state.st_mtime_ns, state.st_size, state.st_ino)]

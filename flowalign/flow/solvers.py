@@ -51,6 +51,11 @@ def heun(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callback 
     return x
 
 
+def evaluations(solver: str, num_steps: int) -> int:
+    """How many velocities a walk of ``num_steps`` to t = 0 asks for."""
+    return 2 * num_steps - 1 if solver == "heun" else num_steps
+
+
 def dpmpp_2m(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """Integrate with DPM-Solver++(2M), order 2 at one evaluation a step; the last step to t = 0 is of first order.
 

@@ -18,7 +18,7 @@ from flowalign.models.build import policy_class
 from flowalign.textfiles import TextError, read_object
 
 CLIP_TOKENS = 77
-FALLBACK_NAME = "Stable Diffusion 3.5 medium"
+FALLBACK_NAME, FALLBACK_FOLDER = "Stable Diffusion 3.5 medium", "stable-diffusion-3.5-medium"
 # stabilityai/stable-diffusion-3.5-medium, transformer/config.json.
 SD35_MEDIUM: dict[str, Any] = {
     "sample_size": 128,

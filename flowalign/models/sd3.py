@@ -23,6 +23,7 @@ from flowalign.models.base import ModelError
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
+from rewards.missing import hint
 
 CACHED_PROMPTS = 512
 # File and class of the pipeline that an export of ours names where a plain one would sample wrongly.
@@ -37,7 +38,9 @@ LORA_TARGETS = [
 def check_directory(directory: Path) -> None:
     """Raise ModelError, in milliseconds, unless ``directory`` looks like a StableDiffusion3Pipeline on disk."""
     if not directory.is_dir():
-        raise ModelError(f"model.path: {directory} is not a directory; give a StableDiffusion3Pipeline directory")
+        raise ModelError(
+            f"model.path: {directory} is not a directory{hint(directory)}; give a StableDiffusion3Pipeline directory"
+        )
     index = directory / "model_index.json"
     if not index.is_file():
         raise ModelError(f"model.path: {directory} has no model_index.json; give a StableDiffusion3Pipeline directory")

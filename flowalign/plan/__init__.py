@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import build_algorithm
-from flowalign.config import AlignConfig
-from flowalign.models.inspect import ModelSizes, default_lora_targets, inspect_model, own_schedule
+from flowalign.config import AlignConfig, ConfigError
+from flowalign.models.inspect import FALLBACK_FOLDER, ModelSizes, default_lora_targets, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry, teachers_of
 from flowalign.plan.memory import Memory, plan_memory
+from rewards.missing import hint
 
 GIB = 2**30
 
@@ -35,14 +36,22 @@ class Plan:
 
 
 def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
-    """Count and estimate; where the model directory is absent, Stable Diffusion 3.5 medium stands in.
+    """Count and estimate; of an absent directory with the published name the built-in sizes of that model are taken.
 
-    ``missing`` are sentences about what this machine lacks. Raises ModelError for a directory that is
-    there but cannot be read.
+    ``missing`` are sentences about what this machine lacks.
+
+    Raises:
+        ConfigError: there is no such directory. ModelError: it is there, and cannot be read.
     """
     notes = [f"not ready on this machine: {sentence}" for sentence in missing]
     directory = Path(config.model.path)
     if not directory.exists():
+        if directory.name.lower() != FALLBACK_FOLDER:
+            raise ConfigError(
+                "model.path",
+                f"{directory} does not exist{hint(directory)}; of a model whose files are not here only the sizes of "
+                f"{FALLBACK_FOLDER} are known",
+            )
         notes.append(f"{directory} is absent: sizes are those of Stable Diffusion 3.5 medium")
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     geometry = plan_geometry(config, algorithm)

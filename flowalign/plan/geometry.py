@@ -10,6 +10,7 @@ from typing import Any
 
 from flowalign.config import AlignConfig
 from flowalign.flow.guidance import guides
+from flowalign.flow.solvers import evaluations
 from flowalign.models.inspect import extra_inputs
 
 TEACHER = "teacher:"
@@ -71,12 +72,14 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
         transitions_per_step=per_step,
         micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
         micro_batch_size=learner.micro_batch_size,
-        rollout_passes=images * num_steps * guided,
+        rollout_passes=0 if spec is None else images * evaluations(spec.solver, num_steps) * guided,
         learner_forward_passes=items * sum(not role.startswith(TEACHER) for role in algorithm.models),
         learner_backward_passes=items,
         teacher_passes=transitions
         * max((_teacher_passes(t, inputs) for t in teachers_of(algorithm).values()), default=0),
-        evaluation_passes=evaluation.num_samples * evaluation.num_steps * _passes(evaluation.guidance_scale, inputs)
+        evaluation_passes=evaluation.num_samples
+        * evaluations(evaluation.solver, evaluation.num_steps)
+        * _passes(evaluation.guidance_scale, inputs)
         if evaluation.every
         else 0,
     )

@@ -62,7 +62,7 @@ def plan_memory(
     trainable = sizes.trainable * 4
     base = sizes.transformer * element if lora else 0
     shards = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
-    guided = 2 if geometry.rollout_passes > geometry.images * geometry.num_steps else 1
+    guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
     token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
     micro = min(geometry.micro_batch_size, geometry.transitions_per_step) * guided
     latent = math.prod(sizes.latent_shape) * 4

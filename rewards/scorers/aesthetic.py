@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.missing import hint
 from rewards.openclip import OpenClip
 
 
@@ -37,7 +38,9 @@ class AestheticScorer:
         batch_size: int = 64,
     ) -> None:
         if not Path(head).is_file():
-            raise SpecError(f"aesthetic: head {head} does not exist; give a safetensors file of linear layers")
+            raise SpecError(
+                f"aesthetic: head {head} does not exist{hint(head)}; give a safetensors file of linear layers"
+            )
         self.head = head
         self.model = OpenClip(self.name, path=path, model=model, checkpoint=checkpoint, precision=precision)
         self.device = device

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rewards.client import HttpScorer
-from rewards.interface import SpecError, score_batch
+from rewards.interface import InvalidScores, SpecError, score_batch
 from rewards.resolve import builtin_names, check, resolve
 from rewards.scorers.geneval import GenevalScorer
 
@@ -186,3 +187,50 @@ def test_a_misspelt_option_of_a_class_is_named_without_running_its_file(tmp_path
 def test_a_batch_size_that_is_no_number_of_images_is_refused(size):
     with pytest.raises(SpecError, match=r"jpeg.*batch_size is .*at least 1"):
         resolve({"type": "jpeg", "batch_size": size})
+
+
+@pytest.mark.parametrize("function", [check, resolve])
+def test_a_spelling_of_other_tools_is_answered_with_ours(function, user):
+    with pytest.raises(SpecError, match=r"'mine.py::brightness' has two colons; write mine.py:brightness$"):
+        function("mine.py::brightness", user)
+    with pytest.raises(SpecError, match=r"names no installed module; did you mean mine.py:brightness\?"):
+        function("mine:brightness", user)
+    (user / "sub").mkdir()
+    (user / "sub" / "own.py").write_text(USER)
+    with pytest.raises(SpecError, match=r"did you mean sub/own.py:two\?"):
+        function("sub.own:two", user)
+
+
+ASYNC = """
+import functools
+async def waits(images, prompts, metadata):
+    return [1.0] * len(images)
+class Waits:
+    async def score(self, images, prompts, metadata):
+        return {"a": [1.0] * len(images)}
+class Called:
+    async def __call__(self, images, prompts, metadata):
+        return [1.0] * len(images)
+called, partly = Called(), functools.partial(waits)
+def hands_on(images, prompts, metadata):
+    return waits(images, prompts, metadata)
+def one_of_them(images, prompts, metadata):
+    return {"one": waits(images, prompts, metadata)}
+"""
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_async_reward_is_refused_by_name_and_nobody_warns_that_it_was_not_awaited(tmp_path, batch):
+    (tmp_path / "mine.py").write_text(ASYNC)
+    for name in ("waits", "Waits"):
+        for function in (check, resolve):
+            with pytest.raises(SpecError, match=rf"mine.py:{name}.* async.*; write a plain function"):
+                function(f"mine.py:{name}", tmp_path)
+    for name in ("called", "partly"):
+        with pytest.raises(SpecError, match=rf"mine.py:{name} is async; write a plain function"):
+            resolve(f"mine.py:{name}", tmp_path)
+    for name in ("hands_on", "one_of_them"):
+        scorer = resolve(f"mine.py:{name}", tmp_path)
+        with pytest.raises(InvalidScores, match=r"reward 'mine' is async: it returned a coroutine; write a plain"):
+            score_batch("mine", scorer, *batch)
+    gc.collect()
