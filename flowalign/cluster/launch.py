@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowalign.cluster.errors import ClusterError
+from flowalign.cluster.packed import check_hides_nothing
 from flowalign.cluster.tokens import own_token
 from flowalign.config import ConfigError
 from flowalign.textfiles import TextError, read_text
@@ -91,11 +92,13 @@ def launch(
     ``.gitignore`` names. Ctrl-C stops watching, not the job.
 
     Raises:
-        ClusterError: a wrong cluster file, a missing token, no cluster at the address.
+        ClusterError: a wrong cluster file, a missing token, no cluster at the address, or a file that would travel and
+            hide a module.
     """
     cluster = read_cluster_file(cluster_file)
     home = (working_dir or Path.cwd()).resolve()
     command = entrypoint(cluster, config_path, overrides, home)
+    check_hides_nothing(home, [*ALWAYS_EXCLUDED, *cluster.exclude])
     client = _connect(cluster)
     try:
         job = client.submit_job(entrypoint=command, runtime_env=runtime_env(cluster, home))

@@ -18,6 +18,7 @@ import yaml
 
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.launch import entrypoint, launch, read_cluster_file, runtime_env
+from flowalign.cluster.packed import check_hides_nothing
 from tests.cluster.runs import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,23 @@ def test_config_outside_of_the_packed_directory_is_refused(tmp_path: Path) -> No
     cluster = read_cluster_file(write(tmp_path / "c.yaml", address="http://h:1", runs_dir="/shared"))
     with pytest.raises(ClusterError, match=r"lies outside of .*copy it in there"):
         entrypoint(cluster, tmp_path / "run.yaml", [], ROOT)
+
+
+def test_a_file_that_would_hide_a_module_on_the_cluster_is_refused_by_name(tmp_path: Path) -> None:
+    config = write(tmp_path / "run.yaml", name="x")
+    file = write(tmp_path / "c.yaml", address="http://127.0.0.1:1", runs_dir="/r", exclude=["queue.py", "/wandb*"])
+    for name in ("rewards.py", "queue.py", "my_reward.py", "tests.py", "json.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "statistics").mkdir()  # a folder of data
+    for hidden, whose in (("json.py", "Python's own"), ("torch/__init__.py", "an installed"), ("flowalign.py", "this")):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("")
+        with pytest.raises(ClusterError, match=f"{tmp_path}/{hidden[:5]}.* would travel .* hide {whose}.*; rename it"):
+            launch(config, file, working_dir=tmp_path)
+        (tmp_path / hidden).unlink()
+    with pytest.raises(ClusterError, match="no Ray dashboard answers"):
+        launch(config, file, working_dir=tmp_path)
+    check_hides_nothing(ROOT, [])
 
 
 def test_missing_token_and_absent_cluster_are_single_sentences(tmp_path: Path) -> None:
