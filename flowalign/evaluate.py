@@ -18,7 +18,7 @@ from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.evaluated import UNTAGGED, by_task, facts, standard_errors
 from flowalign.features import FeatureExtractor, batches_of, extract
 from flowalign.imagemetrics import Features, clip_score, compare
-from flowalign.models.textlength import cut_note
+from flowalign.models.textlength import prompt_note
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.sample import load_weights as load_weights
 from flowalign.sample import sample_checkpoint as sample_checkpoint
@@ -116,7 +116,7 @@ def evaluate_checkpoint(
             parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
             rows += _result_rows(scorers[0], *parts[-1])
     scores = cat_scores([part for _, part in parts])
-    note = cut_note(Path(config.model.path), batch.prompts)
+    note = prompt_note(Path(config.model.path), batch.prompts)
     cut = (f"of the prompts {note}",) if note else ()
     images = torch.cat([chunk.images for chunk, _ in parts])
     return EvaluationResult(

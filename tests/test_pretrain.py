@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,34 @@ def test_text_lengths_are_drawn_by_their_weights_from_seed_and_step():
     drawn = [text_length(phase, 0, step) for step in range(200)]
     assert drawn == [text_length(phase, 0, step) for step in range(200)]
     assert set(drawn) == {4, 16} and 60 < drawn.count(4) < 140
+
+
+OWN = """
+from flowalign.algorithms.rectified_flow import RectifiedFlow
+class Own(RectifiedFlow):
+    class Config(RectifiedFlow.Config):
+        type: str = "own"
+        grid: str = "pipeline"
+"""
+
+
+def test_captions_that_are_cut_or_hold_what_nobody_sees_are_counted_and_no_shift_is_no_crash(
+    tmp_path, tiny_pipeline_dir, bank
+):
+    """An algorithm of the user's with a grid and without a shift is the model's own walk."""
+    held = load_bank(bank)
+    prompts = ["a red circle " * 30, "a\u00a0square", *held.prompts[2:]]
+    save_bank(tmp_path / "bank", LatentBank.of_shards(held.shards, prompts, encoder=held.encoder))
+    (tmp_path / "own.py").write_text(OWN)
+    phase = {"steps": 1, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}}
+    own = {"algorithm": {"type": f"{tmp_path / 'own.py'}:Own", "grid": "pipeline"}, "phases": [phase], "batch_size": 4}
+    said = Console(record=True, width=300, file=io.StringIO())
+    run_pretrain(config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", **own), Path("."), said)
+    expected = (
+        f"captions: {len(prompts)}; 1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off; "
+        "1 holds invisible characters (no-break space), which an encoder reads"
+    )
+    assert expected in said.export_text().splitlines()
 
 
 def test_a_bank_that_is_missing_or_inconsistent_is_refused(tmp_path):

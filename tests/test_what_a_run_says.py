@@ -20,7 +20,7 @@ from rich.console import Console
 from flowalign.cluster import progress
 from flowalign.cluster.progress import Phases, Progress, duration, iteration_text
 from flowalign.libraries import KNOWN, silence
-from flowalign.models.textlength import cut_note, cut_prompts
+from flowalign.models.textlength import cut_prompts, prompt_note
 
 REPO = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
@@ -233,10 +233,26 @@ def test_known_python_warnings_are_left_out_and_others_are_kept():
     assert [str(one.message) for one in caught] == ["The pynvml of another package"]
 
 
+def test_prompts_that_hold_what_nobody_sees_are_counted_and_it_is_named(tiny_pipeline_dir):
+    unseen = ["a \u00addog", "a\u00a0dog", "a \ufeffdog", "a\u200d dog", "a \u200bd\u200bog", "a\u00a0cat"]
+    said = (
+        "6 hold invisible characters (no-break space, soft hyphen, zero width no-break space), which an encoder reads"
+    )
+    assert prompt_note(tiny_pipeline_dir, [*unseen, "a dog", *unseen]) == said
+    written = [
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 a family",
+        "\u0645\u06cc\u200c\u062e\u0648",
+        "\u00e9",
+        "a\tdog",
+    ]
+    assert prompt_note(tiny_pipeline_dir, written) == ""
+    assert prompt_note(tiny_pipeline_dir, ["a \x1b[31mdog"]).startswith("1 holds invisible characters (u+001b)")
+
+
 def test_prompts_that_clip_cuts_are_counted_once_each_and_short_ones_never_tokenized(config_path, tiny_pipeline_dir):
     long = "a photo of a dog " * 40
     assert cut_prompts(tiny_pipeline_dir, ["a dog", long, long, long + "!"]) == (2, 16)
     assert cut_prompts(tiny_pipeline_dir, ["a dog"] * 3) == (0, 16)
     said = "1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off"
-    assert cut_note(tiny_pipeline_dir, ["a dog", long]) == said
+    assert prompt_note(tiny_pipeline_dir, ["a dog", long]) == said
     assert cut_prompts(config_path.parent, [long]) == (0, 0)  # no pipeline, no tokenizer

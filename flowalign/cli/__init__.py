@@ -134,7 +134,7 @@ def sample(
 
     own = config_of(checkpoint, config, model)
     from flowalign.evaluated import made_with
-    from flowalign.models.textlength import cut_note
+    from flowalign.models.textlength import prompt_note
     from flowalign.sample import asked, sample_checkpoint
 
     console = make_console(as_json)
@@ -154,7 +154,7 @@ def sample(
     )
     made = asked(own.evaluation, num_steps, guidance_scale, solver and solver.value).model_dump()
     how = made_with({**made, "seed": seed, "weights": weights})
-    if note := cut_note(Path(own.model.path), prompt):
+    if note := prompt_note(Path(own.model.path), prompt):
         plain(console)(f"of the prompts {note}")
     plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {how}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})

@@ -80,7 +80,7 @@ def precompute(
     from flowalign.cli.precompute import Options
     from flowalign.cli.precompute import precompute as write_bank
     from flowalign.data.latents import load_bank
-    from flowalign.models.textlength import cut_note
+    from flowalign.models.textlength import prompt_note
 
     console = make_console(as_json)
     options = Options(
@@ -111,7 +111,7 @@ def precompute(
     for line in _skipped(to, manifest):
         console.print(line)
     console.print(f"{manifest['count']} images in {to}")
-    if note := cut_note(Path(encoders.path), load_bank(to, verify=False).prompts):
+    if note := prompt_note(Path(encoders.path), load_bank(to, verify=False).prompts):
         console.print(f"of the captions {note}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 

@@ -21,7 +21,7 @@ from flowalign.data.preferences import left_out
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
 from flowalign.models.inspect import own_schedule
-from flowalign.models.textlength import cut_note
+from flowalign.models.textlength import prompt_note
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.resume import leave_behind, resume_from
@@ -133,14 +133,14 @@ def found(config: AlignConfig, run: Run) -> Iterator[str]:
     if data.preferences is not None:
         yield f"preference pairs: {data.preferences}, {data.groups_per_iteration} an iteration"
     elif isinstance(run.sampler, GroupSampler):
-        note = cut_note(model, run.sampler.prompts)
+        note = prompt_note(model, run.sampler.prompts)
         yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
     replaced = run.algorithm.schedule.replacement(config.algorithm.get("shift"))
     if replaced is not None and data.preferences is None:
         yield f"levels: {replaced}"
     if run.evaluation is not None:
         prompts, e = run.evaluation[0].prompts, config.evaluation
-        note = cut_note(model, prompts)
+        note = prompt_note(model, prompts)
         yield (
             f"evaluation: {len(prompts)} samples of {len(set(prompts))} prompts of {e.prompts}, "
             f"every {e.every} iterations" + (note and f"; {note}")

@@ -20,6 +20,7 @@ from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.progress import PLAIN, Phases, Progress, duration
 from flowalign.config import ConfigError
+from flowalign.data.latents import load_bank
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.metrics import MetricsWriter
@@ -28,6 +29,7 @@ from flowalign.models.build import bind_weights, count_parameters, load_policy
 from flowalign.models.encoding import encoding
 from flowalign.models.features import ImageFeatures
 from flowalign.models.inspect import own_schedule
+from flowalign.models.textlength import prompt_note
 from flowalign.pretrain import pretrain, resumed
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.lock import RunLock
@@ -293,3 +295,7 @@ def _say_start(config: PretrainConfig, console: Console, run_dir: Path, rank: Ra
         f"latents: {config.latents}, {steps} steps of {config.batch_size} samples",
     ):
         console.print(line, **PLAIN)
+    if rank.index == 0:
+        captions = load_bank(Path(config.latents), verify=False).prompts
+        if note := prompt_note(Path(config.model.path), captions):
+            console.print(f"captions: {len(captions)}; {note}", **PLAIN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +12,13 @@ from flowalign.models.base import ModelError
 from flowalign.textfiles import TextError, read_object
 
 _MARKS = 2  # tokens for begin and end
+_NAMED = 3  # kinds of invisible characters
+# Soft hyphens, no-break spaces, zero-width ones, marks of direction, controls; joiners within emoji and scripts that
+# write with them are none.
+_UNSEEN = re.compile(
+    "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00a0\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
+    "|[\u200c\u200d](?=[ -~]|$)"
+)
 
 
 def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
@@ -35,8 +45,22 @@ def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
     return sum(length > room for length in lengths), limit
 
 
-def cut_note(directory: Path, prompts: Iterable[str]) -> str:
-    """What to say of prompts that are cut, once and with their number; empty where none is."""
+def prompt_note(directory: Path, prompts: Iterable[str]) -> str:
+    """What to say of prompts that are cut or hold what nobody sees, with their numbers; empty where none is."""
+    distinct = list(dict.fromkeys(prompts))
+    return "; ".join(filter(None, (_cut_note(directory, distinct), _unseen_note(distinct))))
+
+
+def _unseen_note(prompts: Iterable[str]) -> str:
+    unseen = [found for prompt in prompts if (found := _UNSEEN.findall(prompt))]
+    if not unseen:
+        return ""
+    most = Counter(character for found in unseen for character in set(found)).most_common(_NAMED)
+    names = ", ".join(unicodedata.name(character, f"U+{ord(character):04X}").lower() for character, _ in most)
+    return f"{len(unseen)} hold{'s' * (len(unseen) == 1)} invisible characters ({names}), which an encoder reads"
+
+
+def _cut_note(directory: Path, prompts: Iterable[str]) -> str:
     count, limit = cut_prompts(directory, prompts)
     if not count:
         return ""
