@@ -382,6 +382,7 @@ def test_a_set_made_from_a_checkpoint_holds_the_best_and_the_worst_of_its_groups
     for row in rows:
         levels = [float(np.asarray(Image.open(io.BytesIO(content))).mean()) for content in row.images]
         assert row.winner == int(np.argmax(levels)) and row.caption
+    assert "5 pairs kept of 6 groups; 1 more than was asked for; written to made" in done.stderr
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2 and "holds parquet files already" in refused.output
 
@@ -395,6 +396,27 @@ def test_a_reward_that_tells_nothing_apart_is_refused(
     arguments += ["--group-size", "8", "--num-steps", "1", "--config", str(small_run(tmp_path, tiny_pipeline_dir))]
     done = CliRunner().invoke(app, [*arguments, "--out", "made"])
     assert done.exit_code == 2 and "tells too few of them apart" in " ".join(done.output.split())
+
+
+def test_a_set_says_how_many_groups_gave_no_pair_and_why(
+    tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every four groups one has equal scores, and of one a single image is judged."""
+    monkeypatch.chdir(tmp_path)
+    scores = [0.5, 0.5, 1, float("nan"), 1, 2, 3, 4]
+    (tmp_path / "few.py").write_text(
+        f"nan = float('nan')\ndef few(images, prompts, metadata):\n    return {scores}[: len(images)]\n"
+    )
+    arguments = ["make-preferences", str(tiny_pipeline_dir), "--reward", "few.py:few", "--pairs", "4", "--out", "made"]
+    arguments += ["--group-size", "2", "--num-steps", "1", "--config", str(small_run(tmp_path, tiny_pipeline_dir))]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "4 pairs kept of 8 groups; 4 groups gave none: " in done.output
+    card = json.loads((tmp_path / "made" / "preferences.json").read_text())
+    assert card["groups_without_pair"] == 4 and card["pairs_beyond"] == 0
+    assert card["why_without_pair"] == {
+        "whose scores are all equal": 2,
+        "of which fewer than two images could be judged": 2,
+    }
 
 
 def saved(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
 from flowalign.types import PromptBatch
 
 SHARD = 500  # pairs a file
+EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
 PATIENCE = 20  # groups that may be drawn for each pair that is wanted
 
 
@@ -63,7 +65,8 @@ def make_preferences(
     )
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    made = groups = silent = 0
+    made = groups = beyond = 0
+    without: Counter[str] = Counter()
     with torch_threads(config.cluster.threads):
         policy, state = open_policy(checkpoint, config, which)
         scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
@@ -71,9 +74,11 @@ def make_preferences(
         while made < pairs:
             batch = sampler.batch(groups // sampler.groups)
             images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])
-            found = list(_pairs(batch, images, scorer, seed))
-            groups, silent = groups + sampler.groups, silent + sampler.groups - len(found)
+            found, silent = _pairs(batch, images, scorer, seed)
+            without.update(silent)
+            groups += sampler.groups
             rows += found[: pairs - made]
+            beyond += max(0, len(found) - (pairs - made))
             made = min(pairs, made + len(found))
             if len(rows) >= SHARD or made == pairs:
                 rows = _write(rows, out, made == pairs)
@@ -96,16 +101,34 @@ def make_preferences(
         "seed": seed,
         "pairs": made,
         "groups": groups,
-        "groups_without_pair": silent,
+        "groups_without_pair": without.total(),
+        "why_without_pair": dict(without),
+        "pairs_beyond": beyond,
     }
     (out / "preferences.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return card
 
 
-def _pairs(batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int) -> Iterator[dict[str, Any]]:
+def counts_of(card: Mapping[str, Any]) -> str:
+    """How many pairs there are and what was left out, and why, for people."""
+    said = f"{card['pairs']} pairs kept of {card['groups']} groups"
+    if card["groups_without_pair"]:
+        why = ", ".join(f"{count} {reason}" for reason, count in card["why_without_pair"].items())
+        said += f"; {card['groups_without_pair']} groups gave none: {why}"
+    return said + (f"; {card['pairs_beyond']} more than was asked for" if card["pairs_beyond"] else "")
+
+
+def _pairs(
+    batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The rows of a batch, and why groups gave none."""
     judged = score_images(scorer, images, batch.prompts, batch.metadata)
     scores = merge([judged], {scorer.name: 1.0})
     best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
+    judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())
+    silent = set(batch.group_ids) - {batch.group_ids[winner] for winner in best.tolist()}
+    why = Counter(EQUAL if judged_in[group] > 1 else REFUSED for group in silent)
+    rows = []
     for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
         first = int(torch.randint(2, (), generator=seeded(seed, 43, batch.group_ids[winner])))
         places = (winner, loser) if first else (loser, winner)
@@ -114,7 +137,8 @@ def _pairs(batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int) -
             row[f"jpg_{i}"] = {"bytes": _png(images[sample]), "path": None}
             row[f"label_{i}"] = float(sample == winner)
             row[f"score_{i}"] = float(scores.total[sample])
-        yield row
+        rows.append(row)
+    return rows, why
 
 
 def _tag(metadata: Mapping[str, Any]) -> str:

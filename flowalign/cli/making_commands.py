@@ -123,6 +123,7 @@ def make_preferences(
 
     own = config_of(checkpoint, config, model)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
+    from flowalign.cli.make_preferences import counts_of
     from flowalign.cli.make_preferences import make_preferences as write_preferences
 
     console = make_console(as_json)
@@ -140,5 +141,5 @@ def make_preferences(
         which=weights,
         progress=progress(console, "pairs"),
     )
-    console.print(f"{card['pairs']} pairs from {card['groups']} groups in {out}")
+    console.print(f"{counts_of(card)}; written to {out}")
     print_json(as_json, {**card, "out": str(out)})
