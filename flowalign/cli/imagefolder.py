@@ -96,9 +96,7 @@ def other_pictures(folder: Path) -> list[str]:
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS and not is_apple_double(path)
     )
-    return [
-        f"{name} is left out; only {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" for name in names
-    ]
+    return [f"{name} is left out; only {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" for name in names]
 
 
 def sizes_of(files: Sequence[Path]) -> tuple[list[Size | None], dict[int, str]]:
