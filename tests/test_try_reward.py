@@ -416,17 +416,3 @@ def test_in_the_callers_own_process_too_a_reward_prints_beside_the_object(folder
     before = sys.stdout
     assert json.loads(run("talks.py:talks", "--images", "pictures", "--json"))["scores"] == {"talks": [1, 1, 1]}
     assert sys.stdout is before
-
-
-def test_a_name_or_prompt_with_line_breaks_and_controls_keeps_its_line_of_the_table(folder: Path) -> None:
-    for level, name in enumerate(("new\nline.png", "bell\x1b[2J\x07.png", os.fsdecode(b"latin-\xe9.png"))):
-        draw(folder / name, 20 * level)
-    (folder / "notes\n.heic").write_bytes(b"")
-    rows = [{"file": file.name, "prompt": "a\x1b[31m\nb"} for file in sorted(folder.glob("*.png"))]
-    (folder / "index.json").write_text(json.dumps(rows))
-    lines = run("mine.py:brightness", "--images", "pictures").splitlines()
-    assert len(lines) == 12 and all(line.isprintable() for line in lines)
-    assert {r"new\nline.png", r"bell\x1b[2J\x07.png", r"latin-\udce9.png"} < {line.split("  ")[0] for line in lines}
-    assert lines[1].endswith(r"a\x1b[31m b") and lines[-1].startswith(r"notes\n.heic is left out")
-    answered = json.loads(run("mine.py:brightness", "--images", "pictures", "--json"))
-    assert "new\nline.png" in answered["files"]
