@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -13,7 +13,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from rewards.interface import Images, InputError, Metadata
-from rewards.pictures import decode
+from rewards.servedpictures import decode, look_at
 from rewards.wire import Limits, WireError, check_texts
 
 _FIELDS = ("images", "prompts", "metadata")
@@ -21,13 +21,16 @@ _BOUNDARY = re.compile(r"[\w'()+,./:=? -]{1,70}", re.ASCII)
 _PIECE = 1 << 20
 
 
-async def read_form(headers: Headers, body: bytearray, limits: Limits) -> tuple[Images, list[str], list[Metadata]]:
+async def read_form(
+    headers: Headers, body: bytearray, limits: Limits, decoding: Callable[[int], Awaitable[None]]
+) -> tuple[Images, list[str], list[Metadata]]:
     """Fields ``images`` (files), ``prompts`` (a JSON list, or one plain field an image) and ``metadata`` (a JSON list).
 
-    Texts are UTF-8.
+    Texts are UTF-8. ``decoding`` is told how many bytes the pictures will take, once all that is cheap was looked at,
+    and may take its time.
 
     Raises:
-        WireError: no valid form, UTF-8 or JSON. TooLarge, InputError: as ``rewards.pictures.decode``.
+        WireError: no valid form, UTF-8 or JSON. TooLarge, InputError: as ``rewards.servedpictures.look_at``.
     """
 
     async def pieces() -> AsyncGenerator[bytes, None]:
@@ -49,9 +52,12 @@ async def read_form(headers: Headers, body: bytearray, limits: Limits) -> tuple[
         if unknown := sorted(set(form) - set(_FIELDS)):
             raise WireError(f"form field {unknown[0][:40]!r} is unknown; send images, prompts and metadata")
         files = [await part.read() for part in form.getlist("images") if isinstance(part, UploadFile)]
-        images = await run_in_threadpool(decode, files, limits)
-        prompts, metadata = _prompts(form, len(images)), _metadata(form, len(images))
-        return images, *check_texts(prompts, metadata, len(images), "form")
+        if not files:
+            raise InputError("no images; send at least one file")
+        prompts, metadata = _prompts(form, len(files)), _metadata(form, len(files))
+        texts = check_texts(prompts, metadata, len(files), "form")
+        await decoding(await run_in_threadpool(look_at, files, limits))
+        return await run_in_threadpool(decode, files), *texts
     finally:
         await form.close()
 

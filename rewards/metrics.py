@@ -58,9 +58,20 @@ class ServerMetrics:
         self._scoring = label(Histogram, "batch_seconds", "calls of the scorer", buckets=_SECONDS).labels(name)
         self._sizes = label(Histogram, "batch_images", "images a call of the scorer", buckets=_IMAGES).labels(name)
         self._pending = label(Gauge, "pending_images", "images that wait or are being scored").labels(name)
+        self._held = label(Gauge, "held_bytes", "bytes of requests and decoded pictures").labels(name)
+        self._connections = label(Gauge, "connections", "connections").labels(name)
+        self._turned_away = label(Gauge, "turned_away", "connections ended because others came").labels(name)
 
     def watch_pending(self, pending: Callable[[], int]) -> None:
         self._pending.set_function(pending)
+
+    def watch_held(self, held: Callable[[], int]) -> None:
+        self._held.set_function(held)
+
+    def watch_connections(self, is_open: Callable[[], int], turned_away: Callable[[], int]) -> None:
+        """Connections now, and how many were ended so far because others came."""
+        self._connections.set_function(is_open)
+        self._turned_away.set_function(turned_away)
 
     def batch(self, images: int, seconds: float) -> None:
         """One call of the scorer."""

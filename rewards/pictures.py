@@ -23,11 +23,10 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from rewards.interface import Images, InputError, ScorerError, one_line
+from rewards.interface import Images, ScorerError, one_line
 from rewards.picturekinds import FORMATS, kind_of, said_of
-from rewards.wire import Limits, TooLarge, WireError, check_geometry, check_side
+from rewards.picturerows import has_all_rows
 
-SERVED = ("PNG", "JPEG")  # of a server, whose callers may be anybody
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; beyond it Pillow's own guard ends the reading
 
 _TURNS = {
@@ -80,13 +79,20 @@ def read(content: bytes, *, formats: Sequence[str] = FORMATS) -> Images:
     Raises:
         PictureError: the reason, such as "is a GIF with several frames".
     """
-    with _opened(content, formats) as picture:
-        return _pixels(picture, content)
+    with opened(content, formats) as picture:
+        check_rows(picture, content)
+        return pixels(picture, content)
+
+
+def check_rows(picture: ImageFile, content: bytes) -> None:
+    """Raise NoPicture for a file that ends before its rows do, which Pillow takes for black ones or grey ones."""
+    if not has_all_rows(picture.format or "", content, picture.size):
+        raise NoPicture(f"is a damaged {picture.format} file (rows are missing)")
 
 
 def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
     """The head of an image file, whose pixels may still be damaged; raises PictureError."""
-    with _opened(content, formats) as picture:
+    with opened(content, formats) as picture:
         if picture.format == "PNG" and any(mark in content for mark in _LATE):
             picture.load()
         turn = _turn(picture)
@@ -94,64 +100,8 @@ def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
         return Head(height, width, picture.mode in _PLAIN and turn is None and not picture.has_transparency_data)
 
 
-def decode(files: Sequence[bytes], limits: Limits) -> Images:
-    """Images (N, H, W, 3) of N PNG or JPEG files of one size, whose sizes are checked before anything is decoded.
-
-    Raises:
-        TooLarge: more images or pixels than ``limits``.
-        WireError: a file that is no whole PNG or JPEG.
-        InputError: several frames, a range that is not known, or sizes that differ.
-    """
-    if not files:
-        raise InputError("no images; send at least one file")
-    sizes = [_size(index, data) for index, data in enumerate(files)]
-    check_geometry(len(files), *sizes[0], limits)
-    check_side(*sizes[0], limits)
-    for index, size in enumerate(sizes):
-        if sorted(size) != sorted(sizes[0]):
-            raise _another_size(index, size, sizes[0])
-    first = _served(0, files[0])
-    images = np.empty((len(files), *first.shape), np.uint8)
-    images[0] = first
-    for index, data in enumerate(files[1:], start=1):
-        pixels = _served(index, data)
-        if pixels.shape != first.shape:
-            raise _another_size(index, pixels.shape, first.shape)
-        images[index] = pixels
-    return images
-
-
-def _size(index: int, data: bytes) -> tuple[int, int]:
-    """(height, width) as it lies in the file: the orientation may only follow the pixels."""
-    with _named(index), _opened(data, SERVED) as picture:
-        return picture.height, picture.width
-
-
-def _served(index: int, data: bytes) -> Images:
-    with _named(index):
-        return read(data, formats=SERVED)
-
-
-def _another_size(index: int, size: Sequence[int], first: Sequence[int]) -> InputError:
-    return InputError(
-        f"image {index} is {size[1]}×{size[0]}, image 0 is {first[1]}×{first[0]}; send one size a request"
-    )
-
-
 @contextmanager
-def _named(index: int) -> Iterator[None]:
-    """A picture that cannot be read as what a request's sender is told."""
-    try:
-        yield
-    except MemoryError as error:
-        raise TooLarge(f"image {index} needs more memory than there is; send smaller images") from error
-    except PictureError as error:
-        kinds = {TooManyPixels: TooLarge, NoPicture: WireError}
-        raise kinds.get(type(error), InputError)(f"image {index} {error}") from error
-
-
-@contextmanager
-def _opened(content: bytes, formats: Sequence[str]) -> Iterator[ImageFile]:
+def opened(content: bytes, formats: Sequence[str]) -> Iterator[ImageFile]:
     """The picture, not yet decoded; whatever goes wrong inside with the file is a PictureError."""
     kind = kind_of(content)
     if kind not in formats:
@@ -205,7 +155,7 @@ def _turn(picture: Image.Image) -> int | None:
         return None
 
 
-def _pixels(picture: ImageFile, content: bytes) -> Images:
+def pixels(picture: ImageFile, content: bytes) -> Images:
     raw = picture.tile[0].args if picture.format == "PNG" and picture.tile else None
     picture.load()
     turn, key = _turn(picture), picture.info.get("transparency")

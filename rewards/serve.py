@@ -9,171 +9,38 @@ the trace is in the log. Requests that come together are scored together (``rewa
 from __future__ import annotations
 
 import argparse
-import asyncio
-import hmac
-import ipaddress
 import json
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from numpy.typing import NDArray
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from rewards.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
-from rewards.form import read_form
-from rewards.interface import InputError, Scorer, ScorerError, SpecError, call, set_up
-from rewards.metrics import CONTENT_TYPE as METRICS_TYPE
+from rewards.app import Rooms, create_app
+from rewards.batching import DEFAULT_BATCHING, Batching
+from rewards.doors import BURST, DEFAULT_DOORS, MIB, Door, Doors, Gate, few_lines
+from rewards.hosts import hosts_of, is_loopback
+from rewards.interface import ScorerError, SpecError, set_up
 from rewards.metrics import ServerMetrics
 from rewards.printable import printable, write_out_logs
 from rewards.resolve import resolve
-from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, Limits, TooLarge, WireError, decode_request, encode_response
+from rewards.wire import DEFAULT_LIMITS, Limits
 
-_log = logging.getLogger("rewards.serve")
-_STATUS = {
-    TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    WireError: HTTPStatus.BAD_REQUEST,
-    InputError: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
-    Stopping: HTTPStatus.SERVICE_UNAVAILABLE,
-}
+NAMES = "a further name by which clients ask for the server"
+HELD = "MiB of requests held at once, and as many of decoded pictures; more wait"
+_QUEUE = 1024  # connections that the system keeps until they are taken
 
 
 class PortInUse(ScorerError):
     """Nothing can listen there."""
 
     kind = "port_in_use"
-
-
-def create_app(
-    name: str,
-    scorer: Scorer,
-    *,
-    token: str | None = None,
-    limits: Limits = DEFAULT_LIMITS,
-    batching: Batching = DEFAULT_BATCHING,
-    metrics: ServerMetrics | None = None,
-) -> FastAPI:
-    """The server of one scorer that is already set up; it scores one batch at a time."""
-    metrics = ServerMetrics(name) if metrics is None else metrics
-    merger = Merger(partial(call, name, scorer), batching=batching, observe=metrics.batch)
-    metrics.watch_pending(lambda: merger.pending)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(merger.close)
-
-    app = FastAPI(title=f"reward server: {name}", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-
-    @app.post("/score")
-    async def post_score(request: Request) -> Response:
-        _authorize(request, token)
-        with metrics.request() as seen:
-            form = request.headers.get("content-type", "").startswith("multipart/form-data")
-            body = await _body(request, limits)
-            if form:
-                batch = await read_form(request.headers, body, limits)
-            else:
-                batch = await run_in_threadpool(decode_request, body, limits)
-            scores = await asyncio.wrap_future(merger.submit(*batch))
-            seen.done(scores)
-        if form:
-            return JSONResponse({"scores": {key: _listed(values) for key, values in scores.items()}})
-        return Response(encode_response(scores), media_type=CONTENT_TYPE)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def prometheus(request: Request) -> Response:
-        _authorize(request, token)
-        return Response(metrics.text(), media_type=METRICS_TYPE)
-
-    @app.get("/info")
-    async def info() -> dict[str, Any]:
-        scale = getattr(scorer, "range", None)
-        return {
-            "name": name,
-            "scorer": type(scorer).__name__,
-            "range": None if scale is None else [None if abs(edge) == float("inf") else edge for edge in scale],
-            "content_type": CONTENT_TYPE,
-            "limits": asdict(limits),
-            "batching": asdict(batching),
-        }
-
-    app.add_exception_handler(ScorerError, _scorer_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unexpected)
-    return app
-
-
-def _listed(values: NDArray[np.float64]) -> list[float | None]:
-    """Scores as JSON has them: what is not finite is null."""
-    return [float(value) if np.isfinite(value) else None for value in values]
-
-
-async def _body(request: Request, limits: Limits) -> bytearray:
-    """The whole body, refused as soon as its declared or received length passes the limit."""
-    too_large = TooLarge(f"body over the limit of {limits.max_bytes} bytes; send smaller batches")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limits.max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limits.max_bytes:
-            raise too_large
-    return body
-
-
-def _authorize(request: Request, token: str | None) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
-        raise HTTPException(HTTPStatus.UNAUTHORIZED, "wrong or missing token; send `Authorization: Bearer TOKEN`")
-
-
-def _error(status: int, kind: str, message: str) -> JSONResponse:
-    # A refused body may still be on its way; without this the next request would read its rest.
-    headers = {"Connection": "close"} if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE else None
-    return JSONResponse({"error": {"type": kind, "message": message}}, status, headers=headers)
-
-
-def _scorer_error(request: Request, error: Exception) -> JSONResponse:
-    status = next((code for cls, code in _STATUS.items() if isinstance(error, cls)), HTTPStatus.INTERNAL_SERVER_ERROR)
-    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s", error, exc_info=error.__cause__)
-    return _error(status, getattr(error, "kind", "scorer_error"), str(error))
-
-
-def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, HTTPStatus(error.status_code).name.lower(), str(error.detail))
-
-
-def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
-
-
-def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the server failed; its log has the cause")
 
 
 def serve(
@@ -186,6 +53,7 @@ def serve(
     token: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     batching: Batching = DEFAULT_BATCHING,
+    doors: Doors = DEFAULT_DOORS,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve one scorer until interrupted; port 0 takes a free one. ``announce`` gets the address once it listens.
@@ -195,7 +63,7 @@ def serve(
     Raises ``SpecError`` for a spec that does not resolve or an address beyond this machine without a
     token, ``PortInUse`` for a port that is taken.
     """
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise SpecError(f"host {host} is reachable from outside and needs a token; name its variable with --token-env")
     listener = _listen(host, port)
     with listener:
@@ -203,14 +71,37 @@ def serve(
         set_up(scorer, device)
         name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
         metrics = ServerMetrics(name)
-        app = create_app(name, scorer, token=token, limits=limits, batching=batching, metrics=metrics)
-        listener.listen(128)
+        rooms = Rooms(doors)
+        gate = Gate(doors, rooms.give_way)
+        metrics.watch_connections(lambda: gate.open, lambda: gate.turned_away)
+        app = create_app(
+            name,
+            scorer,
+            token=token,
+            limits=limits,
+            batching=batching,
+            metrics=metrics,
+            doors=doors,
+            hosts=hosts_of(host, doors.allow_hosts),
+            rooms=rooms,
+        )
         address = f"[{host}]" if ":" in host else host
         line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app,
+            http=partial(Door, gate=gate),  # type: ignore[arg-type]
+            ws="none",
+            loop="asyncio",
+            backlog=BURST,
+            log_level="error",  # a stranger's bad request is told to the stranger
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
+        )
         began = time.monotonic()
         try:
-            _Server(config, lambda: announce(line)).run(sockets=[listener])
+            with few_lines("asyncio", "uvicorn.error", "rewards.serve"):
+                _Server(config, lambda: announce(line)).run(sockets=[listener])
         finally:
             announce(f"reward server of {name} ends after {time.monotonic() - began:.0f} s: {metrics.totals()}")
 
@@ -230,6 +121,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # asyncio takes as many newcomers in a turn as it lets queue: in a burst more than the process may open files.
+        for listener in sockets or ():
+            listener.listen(_QUEUE)
         if self.started:
             self._announce()
 
@@ -263,13 +157,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _spec_of(text: str, options: list[str]) -> dict[str, Any]:
     """SPEC and ``key=value`` options as one dict; values are JSON where they parse as JSON."""
     spec: dict[str, Any] = {"type": text}
@@ -294,6 +181,10 @@ def main() -> int:
     parser.add_argument("--token-env", help="variable that holds the token clients must send")
     parser.add_argument("--max-batch-images", type=int, default=64, help="images of merged requests; 1 merges none")
     parser.add_argument("--max-wait-ms", type=float, default=5.0, help="how long a request waits for others")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further name of the server"
+    )
+    parser.add_argument("--max-held-mib", type=int, default=DEFAULT_DOORS.held_bytes // MIB, help=HELD)
     parser.add_argument("--log-requests", action="store_true", help="a line for each request on standard error")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -311,6 +202,7 @@ def main() -> int:
             device=arguments.device,
             token=token,
             batching=Batching(max_images=arguments.max_batch_images, max_wait_s=arguments.max_wait_ms / 1000),
+            doors=Doors(held_bytes=arguments.max_held_mib * MIB, allow_hosts=tuple(arguments.allow_host)),
             announce=lambda line: print(printable(line), flush=True),
         )
     except ScorerError as error:

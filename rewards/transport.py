@@ -1,4 +1,4 @@
-"""HTTP with the standard library alone: a deadline over all tries, bounded retries, failover, typed errors."""
+"""HTTP with the standard library alone: one deadline over all of a request, bounded retries, failover, typed errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import http.client
 import json
 import os
 import random
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -14,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
+from rewards.deadline import TimedSocket, connect, left
 from rewards.interface import ScorerError, SpecError, one_line
 from rewards.replicas import Replica, Replicas
 from rewards.wire import DEFAULT_LIMITS, TooLarge
 
 _RETRIABLE = {
+    HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.BAD_GATEWAY,
     HTTPStatus.SERVICE_UNAVAILABLE,
@@ -58,12 +62,14 @@ class ServerRefused(ScorerError):
 class Endpoint:
     """Addresses that give the same answers; ``what`` (such as "reward server") is what errors call one.
 
-    ``deadline_s`` bounds one request with all its tries. Only failures that another try can cure lead to one: no
-    connection, a broken one, 429, 502, 503, 504. The next address is asked at once, and one that stays silent is left
-    for the next after an equal share of the time. When all have failed they are asked again after a wait, ``retries``
-    times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter. An address that failed
-    ``breaker_failures`` times in a row is left out for ``breaker_reset_s`` (``rewards.replicas``). ``token_env`` names
-    the variable that holds the bearer token. ``hint`` is what to do where nothing answers.
+    ``deadline_s`` bounds one request with all its tries and all they are made of: names looked up, connections,
+    headers and bodies, however slowly these come. Redirects are refused, not followed. Only failures that another try
+    can cure lead to one: no connection, a broken one, 408, 429, 502, 503, 504. The next address is asked at once, and
+    one that stays silent is left for the next after an equal share of the time. When all have failed they are asked
+    again after a wait, ``retries`` times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter.
+    An address that failed ``breaker_failures`` times in a row is left out for ``breaker_reset_s``
+    (``rewards.replicas``). ``token_env`` names the variable that holds the bearer token. ``hint`` is what to do where
+    nothing answers.
 
     Raises:
         SpecError: an address is no http(s) address or is given twice, or a number is out of range.
@@ -184,33 +190,43 @@ class Address:
         self._token_env = token_env
 
     def send(self, method: str, path: str, body: bytes | None, content_type: str, until: float) -> bytes:
-        """The body of the answer; every wait ends at ``until``, that for a connection after 10 s (``TimeoutError``)."""
+        """The body of the answer; ``TimeoutError`` at ``until``, or where no connection is made in 10 s."""
         headers = self._headers(content_type)
-        make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = make(self._host, self._port, timeout=min(_left(until), _CONNECT_S))
-        try:
-            connection.connect()
-            _set_timeout(connection, until)
+        soon = min(until, time.monotonic() + _CONNECT_S)
+        context = _encryption() if self._secure else None
+        if context is None:
+            connection = http.client.HTTPConnection(self._host, self._port)
+        else:
+            connection = http.client.HTTPSConnection(self._host, self._port, context=context)
+        with self._connected(connection.port, context, soon) as made:
+            connection.sock = TimedSocket(made, until)  # type: ignore[assignment]
             # A server that refuses a body early may stop reading it; its answer is worth more than the broken pipe.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, self._path + path, body, headers)
-            _set_timeout(connection, until)
             response = connection.getresponse()
-            data = self._read(connection, response, until)
-        finally:
-            connection.close()
+            data = self._read(response)
         if response.status != HTTPStatus.OK:
             raise _refusal(self._who, response.status, data)
         return data
 
-    def _read(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, until: float) -> bytes:
+    def _connected(self, port: int, context: ssl.SSLContext | None, until: float) -> socket.socket:
+        plain = connect(self._host, port, until)
+        if context is None:
+            return plain
+        try:
+            plain.settimeout(left(until))
+            return context.wrap_socket(plain, server_hostname=self._host)
+        except BaseException:
+            plain.close()
+            raise
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
         chunks, size, limit = [], 0, DEFAULT_LIMITS.max_bytes
         while chunk := response.read1(_CHUNK):
             chunks.append(chunk)
             size += len(chunk)
             if size > limit:
                 raise TooLarge(f"{self._who} answered with more than {limit} bytes")
-            _set_timeout(connection, until)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         return b"".join(chunks)
@@ -226,16 +242,10 @@ class Address:
         return headers
 
 
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _set_timeout(connection: http.client.HTTPConnection, until: float) -> None:
-    if connection.sock is not None:
-        connection.sock.settimeout(_left(until))
+def _encryption() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def _cause(error: Exception) -> str:

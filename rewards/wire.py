@@ -27,13 +27,15 @@ _PREFIX = struct.Struct("<4sI")
 
 @dataclass(frozen=True)
 class Limits:
-    """What is read: bytes in all, bytes of the header, pixels an image, pixels a side at least, images."""
+    """What is read: bytes in all, bytes of the header, pixels an image, pixels a side at least, images; of a form's
+    files pixels in all."""
 
     max_bytes: int = 256 * 2**20
     max_header_bytes: int = 2 * 2**20
     max_pixels: int = 4096 * 4096
     min_side: int = 8
     max_count: int = 1024
+    max_decoded_pixels: int = 4 * 4096 * 4096
 
 
 DEFAULT_LIMITS = Limits()

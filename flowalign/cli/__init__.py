@@ -250,12 +250,17 @@ def serve_reward(
     max_wait_ms: Annotated[
         float, typer.Option(min=0, callback=finite, help="how long a request waits for others")
     ] = 5.0,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="a further name of the server")] = None,
+    max_held_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of requests held at once, and as many of decoded pictures; more wait")
+    ] = 512,
     log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
     from flowalign.config import ConfigError, RewardConfig
     from flowalign.configpaths import resolve_reward, scalar_options
     from rewards.batching import Batching
+    from rewards.doors import MIB, Doors
     from rewards.serve import log_requests as log
     from rewards.serve import serve
 
@@ -271,7 +276,12 @@ def serve_reward(
         device=device,
         token=token,
         batching=Batching(max_images=max_batch_images, max_wait_s=max_wait_ms / 1000),
+<<<<<<< HEAD
         announce=lambda line: typer.echo(printable(line)),
+=======
+        doors=Doors(held_bytes=max_held_mib * MIB, allow_hosts=tuple(allow_host or ())),
+        announce=typer.echo,
+>>>>>>> 9dbe6fd (Reward server: deadlines, limits of connections and of bytes held, and no answer to web pages; the client's deadline is of the whole request)
     )
 
 

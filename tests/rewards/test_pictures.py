@@ -21,7 +21,8 @@ from flowalign.cli.imageset import folder_of
 from flowalign.data.buckets import Bucket
 from flowalign.data.images import ImageRow, Skipped
 from rewards.interface import InputError
-from rewards.pictures import PictureError, decode, look, read
+from rewards.pictures import PictureError, look, read
+from rewards.servedpictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, TooLarge, WireError
 from tests.rewards._files import (
     COLORS,
@@ -207,9 +208,14 @@ def of_measure(content: bytes, file: Path) -> np.ndarray | str:
     return read[1] if 1 in read else found.left_out[1]
 
 
+def served(files: list[bytes]) -> np.ndarray:
+    look_at(files, DEFAULT_LIMITS)
+    return decode(files)
+
+
 def of_a_form(content: bytes, file: Path) -> np.ndarray | str:
     try:
-        return decode([content], DEFAULT_LIMITS)[0]
+        return served([content])[0]
     except (InputError, WireError) as error:
         return str(error).removeprefix("image 0 ")
 
@@ -320,7 +326,7 @@ def test_every_reader_names_the_same_reason_for_what_it_does_not_read(
 
 def test_a_form_s_files_are_checked_for_their_size_before_any_is_decoded() -> None:
     good, turned = saved(RGB), saved(oriented(RGB, 6), exif=exif(6))
-    assert np.array_equal(decode([good, turned], DEFAULT_LIMITS), np.stack([RGB, RGB]))
+    assert np.array_equal(served([good, turned]), np.stack([RGB, RGB]))
     for files, error, said in [
         ([good, saved(oriented(RGB, 6))], InputError, "image 1 is 8×16, image 0 is 16×8; send one size a request"),
         ([good, saved(RGB[:, :8])], InputError, "image 1 is 8×8, image 0 is 16×8; send one size"),
@@ -330,7 +336,7 @@ def test_a_form_s_files_are_checked_for_their_size_before_any_is_decoded() -> No
         ([REFUSED["50,000 × 50,000"][0]], TooLarge, "pixels"),
     ]:
         with pytest.raises(error, match=said):
-            decode(files, DEFAULT_LIMITS)
+            served(files)
 
 
 def test_pillow_says_nothing_on_standard_error(tmp_path: Path) -> None:

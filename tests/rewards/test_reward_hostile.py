@@ -19,7 +19,7 @@ from PIL import Image
 
 from rewards.client import HttpScorer
 from rewards.interface import ScorerError
-from rewards.pictures import decode
+from rewards.servedpictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, encode_request
 from tests.rewards.conftest import Server
 
@@ -201,7 +201,8 @@ def test_damaged_files_never_raise_anything_but_a_typed_error(data, damages):
         start = place % len(damaged)
         damaged[start : start + len(scrap)] = scrap
     try:
-        images = decode([bytes(damaged)], DEFAULT_LIMITS)
+        look_at([bytes(damaged)], DEFAULT_LIMITS)
+        images = decode([bytes(damaged)])
     except ScorerError:
         return
     assert images.dtype == np.uint8 and images.ndim == 4

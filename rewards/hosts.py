@@ -1,0 +1,97 @@
+"""Who may ask a reward server by which name, so that no web page can, in whatever browser it is open.
+
+A page reaches any address that its browser reaches. It may send requests under its own name, which the browser says in
+``Origin``; or its name may be changed to our address (DNS rebinding), and then ``Host`` is that name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from urllib.parse import urlsplit
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host that is listened on, or asked for, is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The names that a server answers to: ``names``, loopback, and where ``numbers`` every address in figures."""
+
+    names: Collection[str] = ()
+    numbers: bool = False
+
+    def knows(self, host: str) -> bool:
+        """Whether ``Host`` (name or address, with or without a port) is one of the server's own."""
+        name = _without_port(host)
+        if name in self.names or is_loopback(name):
+            return True
+        return self.numbers and _is_address(name)
+
+    def refusal(self, headers: Headers) -> tuple[HTTPStatus, str] | None:
+        """The status and the reason for which a request with these headers is not answered; None where it is."""
+        told = {name.lower(): value.decode("latin-1") for name, value in headers}
+        host = told.get(b"host")
+        if host is not None and not self.knows(host):
+            name = _without_port(host)[:80]
+            return (
+                HTTPStatus.MISDIRECTED_REQUEST,
+                f"this server is not {name!r}; ask it by its address, or start it with --allow-host {name}",
+            )
+        origin = told.get(b"origin")
+        if origin is not None and not _same(origin, host or ""):
+            return HTTPStatus.FORBIDDEN, f"a web page of {origin[:80]!r} asks; scores are for programs, not for pages"
+        # Where a browser sends no Origin, it says this.
+        foreign = told.get(b"sec-fetch-site", "none") not in ("none", "same-origin")
+        if foreign and told.get(b"sec-fetch-mode") != "navigate":
+            return HTTPStatus.FORBIDDEN, "a web page of another address asks; scores are for programs, not for pages"
+        return None
+
+
+def hosts_of(bound: str, allowed: Iterable[str] = ()) -> Hosts:
+    """Of a server that listens on ``bound``: that name, and beyond loopback this machine's names and any address.
+
+    An address in figures cannot be made to stand for another machine; a name can, so that further ones (of a proxy,
+    or of a service in a cluster) have to be ``allowed``.
+    """
+    names = {_plain(name) for name in (bound, *allowed)}
+    if is_loopback(bound):
+        return Hosts(frozenset(names))
+    return Hosts(frozenset(names | {_plain(socket.gethostname()), _plain(socket.getfqdn())}), numbers=True)
+
+
+def _same(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower() != ""
+    except ValueError:
+        return False
+
+
+def _without_port(host: str) -> str:
+    """The name of a ``Host`` header, the address of ``[::1]:8000``."""
+    host = host.strip()
+    if host.startswith("["):
+        return _plain(host[1:].partition("]")[0])
+    return _plain(host.rpartition(":")[0] if host.count(":") == 1 else host)
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
