@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SPARE_FILES = 64  # of those that the process may open: for the scorer, for logs, and for a burst of newcomers
+SPARE_FILES = 64  # of those that the process may open: for the scorer and its libraries
 FEWEST = 16
-BURST = 16  # newcomers taken in one turn of the event loop
 REST_S = 2.0  # for what is still on its way when its answer is given
 LINES_A_MINUTE = 20
 MIB = 2**20
@@ -46,6 +45,14 @@ class Doors:
 DEFAULT_DOORS = Doors()
 
 
+class Waiting(Protocol):
+    """A connection that has not asked yet, or not again."""
+
+    address: str
+
+    def turn_away(self) -> None: ...
+
+
 class Gate:
     """The connections of one server; ``give_way`` ends a request that is not being worked on and tells if it did."""
 
@@ -55,13 +62,15 @@ class Gate:
         self.open = 0
         self.turned_away = 0
         self._give_way = give_way
-        self._waiting: dict[str, dict[Door, None]] = {}
+        self._waiting: dict[str, dict[Waiting, None]] = {}
 
     def enter(self) -> bool:
         """Count a newcomer; where there are too many another one goes, or, where all are at work, False."""
         self.open += 1
-        if self.open <= self.limit:
-            return True
+        return self.open <= self.limit or self.make_way()
+
+    def make_way(self) -> bool:
+        """End a connection that has not asked yet, or else a request that waits; False where there is neither."""
         self.turned_away += 1
         if self._waiting:
             next(iter(max(self._waiting.values(), key=len))).turn_away()
@@ -71,34 +80,33 @@ class Gate:
     def leave(self) -> None:
         self.open -= 1
 
-    def waits(self, door: Door) -> None:
-        self._waiting.setdefault(door.address, {})[door] = None
+    def waits(self, one: Waiting) -> None:
+        self._waiting.setdefault(one.address, {})[one] = None
 
-    def asks(self, door: Door) -> None:
+    def asks(self, one: Waiting) -> None:
         """It waits no longer."""
-        of_address = self._waiting.get(door.address, {})
-        of_address.pop(door, None)
+        of_address = self._waiting.get(one.address, {})
+        of_address.pop(one, None)
         if not of_address:
-            self._waiting.pop(door.address, None)
+            self._waiting.pop(one.address, None)
 
 
 class Door(H11Protocol):
-    """A connection with a deadline for its questions: `Gate.head_s` for each head, from the last answer on."""
+    """A connection that has asked, in ``heard``; it has `Gate.head_s` for each further head, from an answer on."""
 
-    def __init__(self, *args: Any, gate: Gate, **options: Any) -> None:
+    def __init__(self, *args: Any, gate: Gate, heard: bytes, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gate, self.address = gate, ""
+        self._first = heard
         self._deadline: asyncio.TimerHandle | None = None
         self._reader_deadline: asyncio.TimerHandle | None = None
         self._heard = self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.address = _network(self.client[0]) if self.client else ""
-        if self.gate.enter():
-            self._wait()
-        else:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "overloaded", "too many requests are open; send again later")
+        self.address = network(self.client[0]) if self.client else ""
+        self.data_received(self._first)
+        self._first = b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -163,15 +171,7 @@ class Door(H11Protocol):
 
     def _refuse(self, status: HTTPStatus, kind: str, message: str) -> None:
         self._refused = True
-        body = json.dumps({"error": {"type": kind, "message": message}}).encode()
-        lines = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-            "Retry-After: 1",
-            "Connection: close",
-        ]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.write(refusal(status, kind, message))
         self.transport.close()
         self.loop.call_later(REST_S, self.transport.abort)
 
@@ -181,8 +181,21 @@ class Door(H11Protocol):
             self._reader_deadline = None
 
 
+def refusal(status: HTTPStatus, kind: str, message: str) -> bytes:
+    """A whole answer, after which the connection is closed."""
+    body = json.dumps({"error": {"type": kind, "message": message}}).encode()
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Retry-After: 1",
+        "Connection: close",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
 @lru_cache(maxsize=4096)
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """Whose connections are counted together: an IPv4 address, or the network that one IPv6 host may have to itself."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])

@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ import uvicorn
 
 from rewards.app import Rooms, create_app
 from rewards.batching import DEFAULT_BATCHING, Batching
-from rewards.doors import BURST, DEFAULT_DOORS, MIB, Door, Doors, Gate, few_lines
+from rewards.doors import DEFAULT_DOORS, MIB, Door, Doors, Gate, few_lines
 from rewards.hosts import hosts_of, is_loopback
 from rewards.interface import ScorerError, SpecError, set_up
 from rewards.metrics import ServerMetrics
+from rewards.porch import Porch
 from rewards.printable import printable, write_out_logs
 from rewards.resolve import resolve
 from rewards.wire import DEFAULT_LIMITS, Limits
@@ -71,6 +71,7 @@ def serve(
         set_up(scorer, device)
         name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
         metrics = ServerMetrics(name)
+        listener.listen(_QUEUE)
         rooms = Rooms(doors)
         gate = Gate(doors, rooms.give_way)
         metrics.watch_connections(lambda: gate.open, lambda: gate.turned_away)
@@ -89,10 +90,9 @@ def serve(
         line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             app,
-            http=partial(Door, gate=gate),  # type: ignore[arg-type]
+            http=Door,
             ws="none",
             loop="asyncio",
-            backlog=BURST,
             log_level="error",  # a stranger's bad request is told to the stranger
             access_log=False,
             proxy_headers=False,
@@ -101,7 +101,7 @@ def serve(
         began = time.monotonic()
         try:
             with few_lines("asyncio", "uvicorn.error", "rewards.serve"):
-                _Server(config, lambda: announce(line)).run(sockets=[listener])
+                _Server(config, listener, gate, lambda: announce(line)).run(sockets=[])
         finally:
             announce(f"reward server of {name} ends after {time.monotonic() - began:.0f} s: {metrics.totals()}")
 
@@ -113,19 +113,35 @@ def public_name(spec: str) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Says that it listens once it can also be interrupted, not before."""
+    """Takes its connections itself, and says that it listens once it can also be interrupted, not before."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, gate: Gate, announce: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._announce = announce
+        self._listener, self._gate, self._announce = listener, gate, announce
+        self._porch: Porch | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # asyncio takes as many newcomers in a turn as it lets queue: in a burst more than the process may open files.
-        for listener in sockets or ():
-            listener.listen(_QUEUE)
         if self.started:
+            self._porch = Porch(self._listener, self._gate, self._door)
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._porch is not None:
+            self._porch.close()
+        self._listener.close()
+        await super().shutdown(sockets)
+
+    def _door(self, heard: bytes) -> Door:
+        return Door(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            gate=self._gate,
+            heard=heard,
+        )
 
 
 def log_requests(wanted: bool) -> None:

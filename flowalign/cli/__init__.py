@@ -276,12 +276,8 @@ def serve_reward(
         device=device,
         token=token,
         batching=Batching(max_images=max_batch_images, max_wait_s=max_wait_ms / 1000),
-<<<<<<< HEAD
-        announce=lambda line: typer.echo(printable(line)),
-=======
         doors=Doors(held_bytes=max_held_mib * MIB, allow_hosts=tuple(allow_host or ())),
-        announce=typer.echo,
->>>>>>> 9dbe6fd (Reward server: deadlines, limits of connections and of bytes held, and no answer to web pages; the client's deadline is of the whole request)
+        announce=lambda line: typer.echo(printable(line)),
     )
 
 

@@ -4,7 +4,8 @@
 
 The server may open 256 files and wants a token. A process of its own keeps 400 connections that send nothing, 900 that
 send half a head, and 8 requests that hold 200 MB of a body of 255 MB back, all with the right token, and opens each
-anew 0.2 s after it was closed. One client sends right requests one after the other, first alone and then beside them.
+anew ``--pause`` seconds after it was closed. One client sends right requests one after the other, first alone and then
+beside them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from rewards.client import HttpScorer
 from rewards.interface import ScorerError
 
 TOKEN = "of-the-benchmark"
-PAUSE_S = 0.2
-SENT, DECLARED = 200 * 2**20, 255 * 2**20
+MIB = 2**20
+SENT, DECLARED = 200, 255
 HEAD = f"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
 
 
@@ -60,9 +61,9 @@ def running(files: int) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
             process.wait()
 
 
-async def held(port: int, sent: bytes, size: int, opened: Counter[str], kind: str) -> None:
+async def held(port: int, sent: bytes, size: int, opened: Counter[str], kind: str, pause_s: float) -> None:
     """A connection that sends some bytes and then waits, again and again."""
-    piece = bytes(1 << 20)
+    piece = bytes(MIB)
     while True:
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -75,14 +76,15 @@ async def held(port: int, sent: bytes, size: int, opened: Counter[str], kind: st
             writer.close()
         except OSError:
             pass
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(pause_s)
 
 
-async def attack(port: int, silent: int, half: int, bodies: int) -> None:
+async def attack(port: int, silent: int, half: int, bodies: int, sent: int, declared: int, pause_s: float) -> None:
+    """Until SIGTERM; ``sent`` of ``declared`` MiB of each body come."""
     opened: Counter[str] = Counter()
-    body = f"{HEAD}Content-Length: {DECLARED}\r\n\r\n".encode()
-    kinds = [("silent", b"", 0)] * silent + [("half", HEAD.encode(), 0)] * half + [("body", body, SENT)] * bodies
-    tasks = [asyncio.create_task(held(port, sent, size, opened, kind)) for kind, sent, size in kinds]
+    body = f"{HEAD}Content-Length: {declared * MIB}\r\n\r\n".encode()
+    kinds = [("silent", b"", 0)] * silent + [("half", HEAD.encode(), 0)] * half + [("body", body, sent * MIB)] * bodies
+    tasks = [asyncio.create_task(held(port, start, size, opened, kind, pause_s)) for kind, start, size in kinds]
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()
@@ -92,9 +94,9 @@ async def attack(port: int, silent: int, half: int, bodies: int) -> None:
 
 
 @contextmanager
-def attacked(port: int, counts: list[int], opened: dict[str, int]) -> Iterator[None]:
+def attacked(port: int, counts: list[int], pause_s: float, opened: dict[str, int]) -> Iterator[None]:
     """While others hold the doors; ``opened`` tells afterwards how many connections of each kind they made."""
-    command = [sys.executable, __file__, "--attack", str(port), *map(str, counts)]
+    command = [sys.executable, __file__, "--pause", str(pause_s), "--attack", str(port), *map(str, counts)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         time.sleep(3)
@@ -144,22 +146,24 @@ def main() -> None:
     parser.add_argument("--silent", type=int, default=400)
     parser.add_argument("--half", type=int, default=900)
     parser.add_argument("--bodies", type=int, default=8)
-    parser.add_argument("--attack", type=int, nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds until a closed connection is opened anew")
+    parser.add_argument("--attack", type=int, nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attack:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(attack(*options.attack))
+            asyncio.run(attack(*options.attack, options.pause))
         return
-    counts, opened = [options.silent, options.half, options.bodies], {}
+    counts, opened = [options.silent, options.half, options.bodies, SENT, DECLARED], {}
     with running(options.files) as (server, url, log):
         right_requests(url, 1)
         report: dict[str, Any] = {
             "benchmark": "reward_server_attacks",
             "files": options.files,
+            "pause_s": options.pause,
             "alone": right_requests(url, options.seconds),
             "megabytes_alone": megabytes(server.pid, "VmHWM"),
         }
-        with attacked(int(url.rpartition(":")[2]), counts, opened):
+        with attacked(int(url.rpartition(":")[2]), counts, options.pause, opened):
             report["attacked"] = right_requests(url, options.seconds)
             report["megabytes_attacked"] = megabytes(server.pid, "VmHWM")
             report["files_open"] = len(os.listdir(f"/proc/{server.pid}/fd"))

@@ -1,6 +1,6 @@
 """Image files as strangers have them, made byte by byte where Pillow writes none, and what is seen in them.
 
-All show four stripes of 8 × 4 pixels, so 8 high and 16 wide.
+All but the last few show four stripes of 8 × 4 pixels, so 8 high and 16 wide.
 """
 
 from __future__ import annotations
@@ -97,3 +97,25 @@ def exif(orientation: int) -> Image.Exif:
     found = Image.Exif()
     found[0x0112] = orientation
     return found
+
+
+def png_of(side: int, data: bytes = bytes(1000), interlaced: int = 0) -> bytes:
+    """A small PNG whose header declares side × side pixels, of which there is ``data``."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, interlaced)
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def rows(side: int, count: float) -> bytes:
+    """So many black rows of an RGB PNG."""
+    return bytes(round(count * (3 * side + 1)))
+
+
+def jpeg_without_blocks(side: int) -> bytes:
+    """A small JPEG whose header is that of another size, ended as if it were whole."""
+    buffer, frame = io.BytesIO(), struct.pack(">HH", 16, 16)
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    small = buffer.getvalue()
+    at = small.index(b"\xff\xc0") + 5
+    assert small[at : at + 4] == frame
+    return small[:at] + struct.pack(">HH", side, side) + small[at + 4 :]

@@ -17,10 +17,20 @@ ROOT = Path(__file__).parents[2]
 
 
 class Server:
-    """A ``python -m rewards.serve`` process that listens."""
+    """A ``python -m rewards.serve`` process that listens and may open so many ``files``; or ``code`` that serves."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None, port: int = 0) -> None:
-        command = [sys.executable, "-m", "rewards.serve", *arguments, "--port", str(port)]
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        port: int = 0,
+        files: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        what = ["-m", "rewards.serve", *arguments, "--port", str(port)] if code is None else ["-c", code, *arguments]
+        command = [sys.executable, *what]
+        if files is not None:
+            command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *command]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,

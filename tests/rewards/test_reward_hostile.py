@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import struct
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,30 +20,19 @@ from rewards.client import HttpScorer
 from rewards.interface import ScorerError
 from rewards.servedpictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, encode_request
+from tests.rewards._files import jpeg_without_blocks, png_of, rows
 from tests.rewards.conftest import Server
 
 TOKEN = {"Authorization": "Bearer right"}
 EDGE = "edge-of-a-part"
 RGB = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-MAX_MEGABYTES = 256
+MAX_MEGABYTES = 100  # of which bodies have 17 and their copies as much
 
 
 def picture(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def png_of(side: int) -> bytes:
-    """A small PNG whose header declares side × side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
 
 
 Sent = tuple[bytes, dict[str, str]]
@@ -106,6 +94,25 @@ HOSTILE: dict[str, tuple[Sent, tuple[int, str]]] = {
     "a PNG of 50,000 × 50,000 pixels": (form(png_of(50_000)), TOO_LARGE),
     "a PNG of 5,000 × 5,000 pixels": (form(png_of(5_000)), TOO_LARGE),
     "a PNG of 4,096 × 4,096 pixels without them": (form(png_of(4_096)), UNUSABLE),
+    "four PNGs of 4,096 × 4,096 pixels with one row": (
+        form(*[png_of(4_096, rows(4_096, 1))] * 4, prompts=json.dumps(["p"] * 4).encode()),
+        UNUSABLE,
+    ),
+    "a PNG that lacks its last row": (form(png_of(64, rows(64, 63))), UNUSABLE),
+    "an interlaced PNG that lacks its last row": (form(png_of(64, rows(64, 1.2), interlaced=1)), UNUSABLE),
+    "a JPEG of 4,096 × 4,096 pixels without them": (form(jpeg_without_blocks(4_096)), UNUSABLE),
+    "five whole PNGs of 4,096 × 4,096 pixels": (
+        form(*[png_of(4_096, rows(4_096, 4096))] * 5, prompts=json.dumps(["p"] * 5).encode()),
+        TOO_LARGE,
+    ),
+    "four whole PNGs of 4,096 × 4,096 pixels for one prompt": (
+        form(*[png_of(4_096, rows(4_096, 4096))] * 4),
+        NOT_JUDGED,
+    ),
+    "a whole PNG of 4,096 × 4,096 pixels before one without": (
+        form(png_of(4_096, rows(4_096, 4096)), png_of(4_096, rows(4_096, 4095)), prompts=b'["p", "q"]'),
+        UNUSABLE,
+    ),
     "a PNG of one pixel": (form(picture(RGB[:1, :1])), NOT_JUDGED),
     "a truncated PNG": (form(picture(RGB)[:-60]), UNUSABLE),
     "a truncated JPEG": (form(picture(np.tile(RGB, (8, 8, 1)), "JPEG")[:700]), UNUSABLE),

@@ -190,7 +190,7 @@ def test_a_client_that_leaves_in_mid_request_harms_nobody(serve_reward, batch):
     server = serve_reward("brightness")
     for body in (b"", b"FAQ1"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + body)
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" + body)
     assert HttpScorer(server.url, retries=0).score(*batch)
     server.process.send_signal(signal.SIGINT)
     server.process.wait(timeout=10)
