@@ -28,7 +28,9 @@ from rewards.batching import Batching
 from rewards.client import HttpScorer
 from rewards.detectors.mask2former import Mask2formerDetector
 from rewards.detectors.palette import PaletteDetector
+from rewards.doors import SPARE_FILES, Doors
 from rewards.resolve import builtin_names, resolve
+from rewards.room import PACE
 from rewards.wire import Limits
 from tests.rewards.conftest import Server
 
@@ -186,8 +188,17 @@ def test_the_limits_of_the_page_are_the_server_s() -> None:
     line = next(line for line in PAGE.splitlines() if line.startswith("- Limits:"))
     side = int(limits.max_pixels**0.5)
     assert [int(number) for number in re.findall(r"\d+", line.replace(",", ""))] == [
-        limits.max_bytes >> 20, limits.max_count, side, side, limits.min_side,
+        limits.max_bytes >> 20, limits.max_count, side, side, limits.min_side, limits.max_decoded_pixels // 10**6,
     ]  # fmt: skip
+    doors = Doors()
+    for words in (
+        f"head has {doors.head_s:g} s, its body {doors.body_s:g} s",
+        f"Up to {doors.held_bytes >> 20} MiB of requests are held",
+        f"More wait for {doors.wait_s:g} s at most",
+        f"slower than {PACE >> 10} KiB/s",
+        f"There are {doors.connections:,} at most, and {SPARE_FILES} fewer",
+    ):
+        assert words in text
     assert f"`--max-wait-ms` ({batching.max_wait_s * 1000:g})" in text
     assert f"`--max-batch-images` ({batching.max_images}" in text
 

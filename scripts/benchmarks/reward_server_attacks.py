@@ -151,7 +151,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.attack:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(attack(*options.attack, options.pause))
+            port, silent, half, bodies, sent, declared = options.attack
+            asyncio.run(attack(port, silent, half, bodies, sent, declared, options.pause))
         return
     counts, opened = [options.silent, options.half, options.bodies, SENT, DECLARED], {}
     with running(options.files) as (server, url, log):
