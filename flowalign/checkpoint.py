@@ -295,7 +295,8 @@ class CheckpointWriter:
             save_tensors(weights, hidden / f"{name}.safetensors")
         for name, document in {"state": state, **{n: facts for n, (_, facts) in shards.items()}}.items():
             (hidden / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric))
+        made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
+        self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric), made_of)
         final = self.root / f"step_{step:06d}"
         if final.exists():
             self._make_room(final)
@@ -326,7 +327,7 @@ class CheckpointWriter:
         for leftover in self.root.glob(f"{HIDDEN}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def _seal(self, hidden: Path, step: int, metric: float | None) -> None:
+    def _seal(self, hidden: Path, step: int, metric: float | None, made_of: Mapping[str, str]) -> None:
         """Force all files to the disk and write their manifest."""
         files = {}
         for path in sorted(hidden.rglob("*.*")):
@@ -335,6 +336,7 @@ class CheckpointWriter:
         sequence = 1 + max((m["sequence"] for m in manifests(self.root).values()), default=0)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "sequence": sequence, "files": files}
         manifest |= {"metrics": {} if metric is None else {self.best_metric: metric}}
+        manifest |= {"made_of": dict(made_of)} if made_of else {}
         sealed = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1)
         (hidden / MANIFEST).write_text(sealed, encoding="utf-8")
         for written in (hidden / MANIFEST, hidden / "optimizer", hidden):

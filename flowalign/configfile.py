@@ -9,7 +9,7 @@ import copy
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,8 @@ from flowalign import promptcheck
 from flowalign.checkpoint import LOG, has_any
 from flowalign.config import AlignConfig, ConfigError, RewardConfig, SamplingConfig
 from flowalign.configpaths import Config, resolve, shipped_names
-from flowalign.contents import digests, leaves, put, relocated, same
+from flowalign.contents import ACCEPT, digests, leaves, may_hold_other, put, relocated, same
+from flowalign.manifest import manifests
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.trainingcheck import check_caches, check_training, notes_of
 from flowalign.walkcheck import check_walks, filled, refuse_old_grid, renamed_grids, schedule_of
@@ -32,7 +33,7 @@ from rewards.missing import hint
 
 RESOLVED = "config.yaml"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
-_RECORDED = ("versions", "seeds", "run_dir", "contents")
+_RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 _MAY_CHANGE = re.compile(
     r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
     r"|data\.preferences_cache"
@@ -213,20 +214,28 @@ def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def write_resolved(config: AlignConfig | PretrainConfig, run_dir: Path) -> Path:
+def write_resolved(
+    config: AlignConfig | PretrainConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()
+) -> Path:
     """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
 
-    Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved.
+    Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
+    changes of these that were ``accepted``, now and before.
     """
     seeds = {"run": config.seed}
     if isinstance(config, AlignConfig):
         seeds["evaluation"] = config.evaluation.seed
     content = config.model_dump(mode="json")
     # What a run that is continued was begun with stays on record.
-    began = recorded_contents(run_dir) if has_any(run_dir / "checkpoints") else {}
-    contents = {key: began.get(key, digest) for key, digest in digests(content).items()}
+    goes_on = has_any(run_dir / "checkpoints")
+    began = recorded_contents(run_dir) if goes_on else {}
+    changed = {change["key"] for change in accepted}
+    contents = {key: digest if key in changed else began.get(key, digest) for key, digest in digests(content).items()}
+    earlier = plain(_recorded(run_dir, "accepted_changes", list) or []) if goes_on else []
+    changes = [*(change for change in earlier if change not in accepted), *map(dict, accepted)]
     values = shipped_names(content) | {"versions": versions(), "seeds": seeds}
     values |= {"run_dir": os.path.abspath(run_dir), "contents": contents}
+    values |= {"accepted_changes": changes} if changes else {}
     run_dir.mkdir(parents=True, exist_ok=True)
     hidden = run_dir / f".{RESOLVED}"
     hidden.write_text(dump_yaml(values), encoding="utf-8")
@@ -246,8 +255,12 @@ def versions() -> dict[str, str]:
 
 def recorded_contents(run_dir: Path) -> dict[str, str]:
     """Digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
+    return _recorded(run_dir, "contents", dict) or {}
+
+
+def _recorded(run_dir: Path, key: str, kind: type) -> Any:
     path = run_dir / RESOLVED
-    return (_record(read_mapping(path), "contents", dict) or {}) if path.is_file() else {}
+    return _record(read_mapping(path), key, kind) if path.is_file() else None
 
 
 def recorded_versions(run_dir: Path) -> dict[str, str]:
@@ -276,10 +289,16 @@ def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | Pre
     return [key for key in keys if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key)]
 
 
-def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, run_dir: Path) -> None:
+def refuse_changes(
+    old: AlignConfig | PretrainConfig,
+    new: AlignConfig | PretrainConfig,
+    run_dir: Path,
+    accepted: Collection[str] = (),
+) -> None:
     """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``.
 
-    Paths may differ where they hold the same.
+    Paths may differ where they hold the same, and those whose keys are ``accepted`` where they do not. What lies at a
+    path that is the same is compared by `flowalign.made`; here it is for a run of a version that did not record it.
     """
     if type(old) is not type(new):
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
@@ -288,19 +307,40 @@ def refuse_changes(old: AlignConfig | PretrainConfig, new: AlignConfig | Pretrai
     held, values = recorded_contents(run_dir), [leaves(config.model_dump(mode="json")) for config in (old, new)]
     was, now = values
     changed = [
-        key for key in resume_differences(old, new) if not same(was.get(key), now.get(key), held.get(key), run_dir)
+        key
+        for key in resume_differences(old, new)
+        if not same(was.get(key), now.get(key), held.get(key), run_dir)
+        and not (key in accepted and may_hold_other(was.get(key), now.get(key)))
     ]
     if changed:
         key, others = changed[0], ", ".join(changed[1:])
         before, after = (f"with {found[key]!r}" if key in found else "without it" for found in values)
+        accept = (
+            f", or go on with it all the same: {ACCEPT} {key}" if may_hold_other(was.get(key), now.get(key)) else ""
+        )
         raise ConfigError(
             key,
             f"{run_dir} was begun {before} and cannot go on {after}; "
-            f"set it back, or give the run another name{f' (changed as well: {others})' if others else ''}",
+            f"set it back, or give the run another name{accept}{f' (changed as well: {others})' if others else ''}",
         )
+    if _records_what_it_is_made_of(run_dir):
+        return
     for key, digest in digests(new.model_dump(mode="json")).items():
-        if was.get(key) == now.get(key) and held.get(key, digest) != digest:
-            _say_once(f"{key}: {now[key]} holds something else than when {run_dir} was begun; it is used all the same")
+        if was.get(key) != now.get(key) or held.get(key, digest) == digest or key in accepted:
+            continue
+        said = f"{now[key]} holds something else than when {run_dir} was begun"
+        if digest.startswith("file:"):
+            raise ConfigError(
+                key,
+                f"{said}; put back what was there, give the run another name, or go on with what is there now: "
+                f"{ACCEPT} {key}",
+            )
+        _say_once(f"{key}: {said}; it is used all the same")
+
+
+def _records_what_it_is_made_of(run_dir: Path) -> bool:
+    known = manifests(run_dir / "checkpoints")
+    return bool(known) and "made_of" in list(known.values())[-1]
 
 
 def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:

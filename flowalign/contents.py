@@ -22,6 +22,7 @@ LARGE = 64 * 2**20
 END = 2**20
 MANY = 20_000
 TEXTS = (".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".model", ".csv")
+ACCEPT = "--accept-changed"  # the option that takes what has changed
 WRITTEN_BY_RUN = ("runs_dir", "data.preferences_cache")
 
 
@@ -135,6 +136,16 @@ def same(before: Any, after: Any, recorded: str | None, run_dir: Path) -> bool:
         return False
     known = recorded or digest_of(was[0])
     return held == known if known is not None else moved(was[0], run_dir, None) == now[0]
+
+
+def may_hold_other(before: Any, after: Any) -> bool:
+    """Whether two values of one key differ in nothing but where they lead: files, folders, and sets that ship."""
+    places = [
+        (Path(value), "") if isinstance(value, str) and value.startswith("shapes:") else located(value)
+        for value in (before, after)
+    ]
+    was, now = places
+    return was is not None and now is not None and was[1] == now[1]
 
 
 def relocated(values: dict[str, Any], run_dir: Path, began: str | None, held: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ def give_usual_modes(directory: Path) -> None:
 def sha256(path: Path) -> str:
     """Of the content; a file that has not changed since is not read again by this process."""
     facts = path.stat()
-    return _sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ from flowalign.config import LoggingConfig
 from flowalign.mirror import Mirror
 
 TIME_KEYS = ("wall_s", "time/", "throughput/")
+NAMED = 5
+FIRST = b'{"iteration"'  # how each row begins
+LOG = logging.getLogger("flowalign")
 RETRIES = "/retries"  # of a reward server: what its network did, not what the run computed
 
 
@@ -21,11 +28,17 @@ class MetricsWriter:
     """Appends one JSON object a line; NaN and Inf are written as null, so that every reader can parse it."""
 
     def __init__(self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None) -> None:
-        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs."""
+        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs.
+
+        A damaged file is kept as it is beside the new one, which has the rows that can be read.
+        """
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            rows = [row for row in read_metrics(self.path) if keep_until is not None and row["iteration"] <= keep_until]
+            found, damage = ([], None) if keep_until is None else read_damaged(self.path)
+            rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
+            if damage is not None:
+                _say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
             draft = self.path.with_suffix(".part")
             draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
             draft.replace(self.path)
@@ -41,6 +54,14 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._mirror.close()
+
+
+def _kept(path: Path) -> Path:
+    """A copy of ``path``, by a name that is free."""
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
+        number += 1
+    return Path(shutil.copy2(path, kept))
 
 
 class Clock:
@@ -116,15 +137,55 @@ def _known(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
+@dataclass(frozen=True)
+class Damage:
+    """The lines of a metrics file that hold no row, counted from 1."""
+
+    path: Path
+    lines: tuple[int, ...]
+
+    def __str__(self) -> str:
+        named = ", ".join(map(str, self.lines[:NAMED]))
+        more = f" and {len(self.lines) - NAMED} more" if len(self.lines) > NAMED else ""
+        return f"{self.path}, line{'s' * (len(self.lines) > 1)} {named}{more}: damaged, no row can be read there"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, none where it is missing; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """Rows of a metrics file, none where it is missing; a last line that a kill cut short is left out.
+
+    What is damaged is said, once, and the rows around it are kept.
+    """
+    rows, damage = read_damaged(path)
+    if damage is not None:
+        _say_once(str(damage))
     return rows
+
+
+def read_damaged(path: Path) -> tuple[list[dict[str, Any]], Damage | None]:
+    """``read_metrics``, and what is damaged."""
+    *whole, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, lines = [], []
+    for number, line in enumerate(whole, start=1):
+        row = _row(line)
+        if row is None and line.strip():
+            lines.append(number)
+            row = _row(line[line.rfind(FIRST) :]) if FIRST in line else None  # a row written behind half of another
+        rows += [] if row is None else [row]
+    last = _row(cut)
+    return rows + ([] if last is None else [last]), Damage(path, tuple(lines)) if lines else None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    LOG.warning(text)
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,11 +123,13 @@ def pretrain(
     saved: checkpoint.Checkpoint | None = None,
     models: Mapping[str, VelocityModel] | None = None,
     follower: Callable[[dict[str, Tensor]], object] | None = None,
+    facts: Callable[[], dict[str, Any]] = dict,
 ) -> PretrainResult:
     """Train until the last phase ends; continues from ``saved``, see `resumed`.
 
     ``begin`` is called when data and checkpoint are there, before the first step.
     ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
+    ``facts``, asked of the first rank, go into each checkpoint's state.
     Where ``stop`` was asked for, the step under way is the last one, and is checkpointed. Of several ranks the first
     reports and writes, while ``lock`` is its own.
 
@@ -165,7 +167,7 @@ def pretrain(
             report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
         stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
         if stopping or done % config.checkpoint_every == 0 or done == steps:
-            _save(run_dir, config, engine, averages, done, lock)
+            _save(run_dir, config, engine, averages, done, lock, facts)
         if stopping:
             break
     policy.network.eval()
@@ -252,7 +254,13 @@ def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> i
 
 
 def _save(
-    run_dir: Path, config: PretrainConfig, engine: Engine, averages: Averages, step: int, lock: RunLock | None
+    run_dir: Path,
+    config: PretrainConfig,
+    engine: Engine,
+    averages: Averages,
+    step: int,
+    lock: RunLock | None,
+    facts: Callable[[], dict[str, Any]],
 ) -> None:
     model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
     if lock is not None:
@@ -264,6 +272,6 @@ def _save(
             ema=averages.main(),
             averages=averages.others(),
             optimizer_by_rank=optimizer,
-            state={"step": step, "config": json.loads(config.model_dump_json())},
+            state={"step": step, "config": json.loads(config.model_dump_json()), **facts()},
         )
     process_group.barrier()

@@ -92,6 +92,16 @@ def row_check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Call
     return getattr(_builtin(kind, options), "check_row", None)
 
 
+def location_of(spec: str) -> str | None:
+    """``path/to/file.py`` or ``package.module`` of a user's reward; None for ours, a server and an unknown one."""
+    if spec.startswith("url:") or spec in builtin_names():
+        return None
+    try:
+        return _halves(spec if ":" in spec else _entry_point(spec).value)[0]
+    except SpecError:
+        return None
+
+
 def builtin_names() -> list[str]:
     """Names of the scorers in ``rewards/scorers``."""
     return sorted(module.name for module in pkgutil.iter_modules(rewards.scorers.__path__))

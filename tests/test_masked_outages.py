@@ -16,6 +16,7 @@ from rich.console import Console
 
 from flowalign.cluster.journal import RunJournal
 from flowalign.config import AlignConfig, RewardConfig
+from flowalign.made import MadeOf
 from flowalign.metrics import without_times
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import StopRequest
@@ -123,7 +124,7 @@ def test_a_run_names_an_outage_when_it_happens_and_masked_images_when_they_becom
     )
     said = io.StringIO()
     lock = RunLock.take(tmp_path)
-    begun = {"start": 0, "wall_s": 0.0, "base_hash": ""}
+    begun = {"start": 0, "wall_s": 0.0, "made": MadeOf(config, tmp_path)}
     journal = RunJournal(config, tmp_path, Console(file=said), **begun, lock=lock, stop=StopRequest())
     nothing = torch.zeros(4)
     for iteration, (masked, retries) in enumerate([(0, 0), (2, 0), (2, 0), (3, 1), (1, 2), (0, 0)], start=1):

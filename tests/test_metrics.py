@@ -1,6 +1,7 @@
 """metrics.jsonl and its wandb mirror, as real files."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,41 @@ def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"iteration": 1}) + "\n" + '{"iteration": 2, "lo')
     assert read_metrics(path) == [{"iteration": 1}]
+
+
+def damaged(folder: Path) -> Path:
+    """Rows 0 to 6; of line 3 half is left, line 5 is what a power cut leaves, line 6 is no row."""
+    path = folder / "metrics.jsonl"
+    lines = [json.dumps({"iteration": i, "wall_s": 1.0 * i, "loss": i / 10}).encode() for i in range(7)]
+    lines[2], lines[4], lines[5] = lines[2][:20], b"\0" * 40, b"[5]"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def test_rows_behind_a_damaged_line_are_kept_and_the_lines_are_said_once(tmp_path, caplog):
+    path = damaged(tmp_path)
+    for _ in range(2):
+        assert [row["iteration"] for row in read_metrics(path)] == [0, 1, 3, 6]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{path}, lines 3, 5, 6: damaged, no row can be read there"]
+
+
+def test_a_row_that_was_written_behind_half_of_another_is_read(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "loss": 0.{"iteration": 2, "loss": 0.5}\n{"iteration": 3, "loss": NaN}\n\n\xff')
+    assert [row["iteration"] for row in read_metrics(path)] == [2, 3]
+    assert "line 1: damaged" in caplog.text
+
+
+def test_a_resume_keeps_the_rows_behind_a_damaged_line_and_a_copy_of_the_file(tmp_path, caplog):
+    path = damaged(tmp_path)
+    before = path.read_bytes()
+    MetricsWriter(tmp_path, "run", DISABLED, keep_until=3).close()
+    assert [row["iteration"] for row in map(json.loads, path.read_text().splitlines())] == [0, 1, 3]
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_bytes() == before
+    assert "lines 3, 5, 6" in caplog.text and "metrics.damaged-1.jsonl" in caplog.text
+    MetricsWriter(tmp_path, "run", DISABLED, keep_until=3).close()
+    assert [kept.name for kept in tmp_path.glob("*damaged*")] == ["metrics.damaged-1.jsonl"]
 
 
 def test_wandb_offline_writes_a_run_and_closes(tmp_path):

@@ -278,12 +278,20 @@ def test_what_lies_at_the_old_relative_place_is_not_taken_where_it_is_something_
     assert own.data.prompts == str(begun / "prompts.jsonl")
 
 
-def test_content_that_changed_at_its_place_is_said(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_changed_since_a_run_of_an_older_version_was_begun_is_refused_and_a_folder_said(
+    begun: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     check_run(load_align(begun / "moved.yaml").config)
     assert caplog.text == ""
-    (begun / "prompts.jsonl").write_text(json.dumps(ROWS[0]))
+    (begun / "../models/base/scheduler/notes.json").write_text("{}")
     check_run(load_align(begun / "moved.yaml").config)
-    assert "data.prompts: " in caplog.text and "holds something else than when" in caplog.text
+    assert "model.path: " in caplog.text and "holds something else than when" in caplog.text
+    (begun / "prompts.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(
+        ConfigError, match=r"^data.prompts: .* holds something else than when .*--accept-changed data.p"
+    ):
+        check_run(load_align(begun / "moved.yaml").config)
+    check_run(load_align(begun / "moved.yaml").config, ["data.prompts"])
 
 
 def test_a_copied_runs_own_configuration_means_the_copy_and_an_override_another_run(begun: Path) -> None:

@@ -18,6 +18,7 @@ from flowalign.config import ConfigError
 from flowalign.configfile import load_pretrain, write_resolved
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
+from flowalign.made import Accepted
 from flowalign.metrics import read_metrics
 from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrain import autocast, schedule_at, text_length
@@ -89,6 +90,43 @@ def test_a_pretraining_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bi
     assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13))
     with pytest.raises(checkpoint.CheckpointError, match=r"step_000005 is not there; name another: step_000004"):
         run(tmp_path, tiny_pipeline_dir, bank, resume="step_000005")
+
+
+def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_model_unless_told(
+    tmp_path, tiny_pipeline_dir, bank
+):
+    model, own, teacher = tmp_path / "model", tmp_path / "own", tmp_path / "teacher"
+    for source, copy in ((tiny_pipeline_dir, model), (bank, own), (tiny_pipeline_dir, teacher)):
+        shutil.copytree(source, copy)
+    short = {"learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}}
+    kept = {
+        "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
+        "teacher": {"path": str(teacher), "max_sequence_length": 16},
+        "model": {"path": str(model), "max_sequence_length": 16, "inputs": ["guidance"]},
+    }
+
+    def go_on(steps: int, *accepted: str) -> checkpoint.Checkpoint:
+        phases = [{"steps": steps, **short}]
+        taken = Accepted(accepted)
+        wanted = config(tmp_path, model, own, phases=phases, **kept)
+        run_dir = run_pretrain(wanted, Path("."), Console(quiet=True), accepted=taken)
+        return checkpoint.load(run_dir / "checkpoints" / f"step_{steps:06d}")
+
+    assert go_on(1).state["made_of"].keys() == {"model.path", "teacher.path", "latents"}
+    (model / "vae" / "config.json").write_text((model / "vae" / "config.json").read_text() + " ")
+    (teacher / "scheduler" / "scheduler_config.json").write_text("{}")
+    saved = load_bank(own)
+    save_bank(own, LatentBank(saved.shards[0].latents.flip(0), saved.shards[0].rows["original"], saved.prompts))
+    with pytest.raises(ConfigError) as caught:
+        go_on(2)
+    said = str(caught.value)
+    assert said.startswith(f"model.path: {model}/vae/config.json has changed since step_000001 was written")
+    assert "teacher.path: " in said and f"latents: {own}/shard-00000.safetensors has changed" in said
+    with pytest.raises(ConfigError, match=r"^latents: "):
+        go_on(2, "model.path", "teacher.path")
+    changes = go_on(2, "model.path", "teacher.path", "latents").state["accepted_changes"]
+    assert [change["key"] for change in changes] == ["model.path", "teacher.path", "latents"]
+    go_on(3)
 
 
 def test_a_training_run_on_latents_is_found_again_with_its_model_and_bank_after_a_move(

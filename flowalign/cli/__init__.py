@@ -12,6 +12,7 @@ from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import SHIPPED_CLIP, Clip, Extractor, Reference, measure, reference_metrics
 from flowalign.cli.options import (
+    AcceptChanged,
     ConfigFile,
     Guidance,
     Json,
@@ -318,14 +319,17 @@ def launch(
     config: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[Path, typer.Option(help="a launch file, see configs/cluster/")] = ...,  # type: ignore[assignment]
+    accept_changed: AcceptChanged = None,
 ) -> None:
     """Submit the run to an existing Ray cluster as a job, and follow its log."""
     from flowalign.configfile import load_align
 
     load_align(config, overrides or (), require_files=False)
     from flowalign.cluster.launch import launch as submit
+    from flowalign.contents import ACCEPT
 
-    raise typer.Exit(submit(config, cluster, overrides or ()))
+    accepted = [word for key in accept_changed or () for word in (ACCEPT, key)]
+    raise typer.Exit(submit(config, cluster, [*(overrides or ()), *accepted]))
 
 
 @app.command()

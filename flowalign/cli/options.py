@@ -36,6 +36,14 @@ Json = Annotated[
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="take the run directory from a holder elsewhere that is known to be gone")
 ]
+AcceptChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-changed",
+        metavar="KEY",
+        help="go on though what lies at this key has changed since the checkpoint; kept on record; may be repeated",
+    ),
+]
 Source = Annotated[
     Path,
     typer.Argument(

@@ -11,12 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from flowalign.cli.exits import ExitCode
-from flowalign.cli.options import ConfigFile, Json, Overrides, TakeOver
+from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
 
 
-def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False) -> None:
+def align(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    take_over: TakeOver = False,
+    accept_changed: AcceptChanged = None,
+    as_json: Json = False,
+) -> None:
     """Align a model with reinforcement learning; the same command continues an interrupted run.
 
     Exit code 3 says that an alarm stopped it (safety.stop), 75 that it ended early and can be continued.
@@ -31,11 +37,13 @@ def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver =
 
         loaded = load_align(config, overrides or ())
         _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over) as lock:
+        with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
             from flowalign.cluster.run import run_align
+            from flowalign.made import Accepted
 
-            begin = partial(begin_run, loaded.config)
-            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, lock=lock, stop=stop)
+            accepted = Accepted(tuple(accept_changed or ()))
+            begin, asked = partial(begin_run, loaded.config, accepted), {"lock": lock, "stop": stop}
+            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, accepted=accepted, **asked)
             stopped, advice = stop_of(run_dir, loaded.config)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -45,20 +53,35 @@ def align(config: ConfigFile, overrides: Overrides = None, take_over: TakeOver =
 
 
 def pretrain(
-    config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    take_over: TakeOver = False,
+    accept_changed: AcceptChanged = None,
+    as_json: Json = False,
 ) -> None:
     """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
-    _train("pretrain", config, overrides, take_over, as_json)
+    _train("pretrain", config, overrides, take_over, accept_changed, as_json)
 
 
 def distill(
-    config: ConfigFile, overrides: Overrides = None, take_over: TakeOver = False, as_json: Json = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    take_over: TakeOver = False,
+    accept_changed: AcceptChanged = None,
+    as_json: Json = False,
 ) -> None:
     """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
-    _train("distill", config, overrides, take_over, as_json)
+    _train("distill", config, overrides, take_over, accept_changed, as_json)
 
 
-def _train(command: str, config: Path, overrides: list[str] | None, take_over: bool, as_json: bool) -> None:
+def _train(
+    command: str,
+    config: Path,
+    overrides: list[str] | None,
+    take_over: bool,
+    accept_changed: list[str] | None,
+    as_json: bool,
+) -> None:
     from flowalign.cli.running import conduct, held
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
@@ -71,10 +94,14 @@ def _train(command: str, config: Path, overrides: list[str] | None, take_over: b
         loaded = load_pretrain(config, overrides or ())
         if first:
             _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over) if first else nullcontext() as lock:
+        keys = tuple(accept_changed or ())
+        with held(loaded.config, stop, console, take_over, keys) if first else nullcontext() as lock:
             from flowalign.cluster.train import run_pretrain
+            from flowalign.made import Accepted
 
-            begin, asked = partial(begin_run, loaded.config), {"lock": lock, "stop": stop}
+            accepted = Accepted(keys)
+            begin = partial(begin_run, loaded.config, accepted)
+            asked = {"lock": lock, "stop": stop, "accepted": accepted}
             run_dir = run_pretrain(loaded.config, loaded.base_dir, console, begin, phases, command=command, **asked)
             if first:
                 _finish(run_dir, as_json, phases)

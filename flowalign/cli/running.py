@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -36,9 +36,13 @@ def conduct(as_json: bool, unit: str = "iteration") -> Iterator[StopRequest]:
 
 @contextmanager
 def held(
-    config: AlignConfig | PretrainConfig, stop: StopRequest, console: Console, take_over: bool
+    config: AlignConfig | PretrainConfig,
+    stop: StopRequest,
+    console: Console,
+    take_over: bool,
+    accepted: Sequence[str] = (),
 ) -> Iterator[RunLock]:
-    """Hold the run directory of ``config``, which has been looked at first.
+    """Hold the run directory of ``config``, which has been looked at first; see `check_run`.
 
     Raises:
         RunDirectoryError, ConfigError: it cannot be taken; nothing in it was changed.
@@ -46,7 +50,7 @@ def held(
     """
     from flowalign.cli.runs import check_run
 
-    run_dir = check_run(config)
+    run_dir = check_run(config, accepted)
     resumes = (config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume) != "never"
     with ExitStack() as stack:
         with stop.deferred():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from flowalign.configfile import (
 )
 from flowalign.configpaths import recorded_model
 from flowalign.contents import base_hash, base_of
+from flowalign.made import Accepted
+from flowalign.metrics import read_metrics
 from flowalign.mirror import check_wandb
 from flowalign.pretrainconfig import PretrainConfig
 
 
-def check_run(config: AlignConfig | PretrainConfig) -> Path:
-    """The run's directory, untouched: it can be written, and if it is continued, it fits what it was begun with."""
+def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = ()) -> Path:
+    """The run's directory, untouched: it can be written, and if it is continued, it fits what it was begun with, but
+    for what lies at the paths of the ``accepted`` keys."""
     run_dir = Path(config.runs_dir) / config.name
     there = next((path for path in (run_dir, *run_dir.absolute().parents) if path.exists()), Path("/"))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -37,16 +41,19 @@ def check_run(config: AlignConfig | PretrainConfig) -> Path:
         raise ConfigError("runs_dir", f"{run_dir} cannot be written ({there} {what}); choose another")
     resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
     if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
-        refuse_changes(read_resolved(run_dir), config, run_dir)
+        refuse_changes(read_resolved(run_dir), config, run_dir, accepted)
     check_wandb(config.logging)
     return run_dir
 
 
-def begin_run(config: AlignConfig | PretrainConfig) -> Path:
-    """Record the configuration in the run directory, once all that the run needs stands: a refused one leaves none."""
-    run_dir = check_run(config)
+def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = None) -> Path:
+    """Record the configuration in the run directory, once all that the run needs stands: a refused one leaves none.
+
+    So are the changes that were accepted.
+    """
+    run_dir = check_run(config, () if accepted is None else accepted.keys)
     try:
-        write_resolved(config, run_dir)
+        write_resolved(config, run_dir, () if accepted is None else accepted.changes)
     except OSError as error:
         raise ConfigError("runs_dir", f"{run_dir} cannot be written ({error.strerror}); choose another") from error
     return run_dir
@@ -170,10 +177,9 @@ def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[st
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """The last line of metrics.jsonl; empty where there is none."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    """The last row of metrics.jsonl; empty where there is none."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return rows[-1] if rows else {}
 
 
 def say_evaluation(out: Console, result: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flowalign.cluster.teachers import SharedTeacher, ask
 from flowalign.cluster.witness import Witness
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig, RewardConfig
+from flowalign.made.late import Expected, held
 from flowalign.models.encoding import Encoding
 from flowalign.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
@@ -45,12 +46,13 @@ class Mortal:
 class RolloutActor(Mortal):
     """Makes chunks with the weights it was last bound to."""
 
-    def __init__(self, config: AlignConfig, name: str) -> None:
-        self.config, self.name = config, name
+    def __init__(self, config: AlignConfig, name: str, expected: Expected | None = None) -> None:
+        self.config, self.name, self.expected = config, name, expected
 
     def start(self) -> int:
         """Load the model; answers with the process id."""
-        self.worker = RolloutWorker(self.config, self.name)
+        with held(self.expected, self.config):
+            self.worker = RolloutWorker(self.config, self.name)
         return os.getpid()
 
     def bind(self, weights: Weights, version: int) -> BindReceipt:
@@ -127,11 +129,13 @@ class HostedHere(Mortal):
 class RewardActor(Mortal):
     """Scores chunks that it takes from the object store."""
 
-    def __init__(self, config: AlignConfig, base_dir: Path) -> None:
-        self.config, self.base_dir = config, base_dir
+    def __init__(self, config: AlignConfig, base_dir: Path, expected: Expected | None = None) -> None:
+        self.config, self.base_dir, self.expected = config, base_dir, expected
 
     def start(self) -> int:
-        self.worker = RewardWorker(self.config, self.base_dir, lambda r: HostedScorer(r, self.base_dir, self.config))
+        with held(self.expected, self.config):
+            hosted = partial(HostedScorer, base_dir=self.base_dir, config=self.config)
+            self.worker = RewardWorker(self.config, self.base_dir, hosted)
         return os.getpid()
 
     def score(self, chunk: Rollout, evaluation: bool) -> tuple[Scores, float]:
@@ -139,7 +143,10 @@ class RewardActor(Mortal):
 
 
 class TeacherActor(Mortal):
-    """One frozen network for all learner ranks. Where it dies Ray makes it again, and the next call loads it anew."""
+    """One frozen network for all learner ranks. Where it dies Ray makes it again, and the next call loads it anew.
+
+    That call brings along what it must find then, which was not known yet when the actor was first made.
+    """
 
     def __init__(self, config: AlignConfig, name: str) -> None:
         self.config, self.name = config, name
@@ -156,7 +163,17 @@ class TeacherActor(Mortal):
     def encoding(self) -> Encoding:
         return self.shared.teacher.encoding()
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        options: Mapping[str, Any],
+        expected: Expected | None = None,
+    ) -> Tensor:
+        if "shared" not in vars(self):
+            with held(expected, self.config):
+                _ = self.shared
         return self.shared.velocity(x, t, condition, options)
 
 
@@ -166,13 +183,14 @@ class RemoteTeacher:
     def __init__(self, name: str, actor: Any) -> None:
         self.name, self._actor = name, actor
         self._witness: Witness | None = None
+        self.expected: Expected | None = None
 
     def encoding(self) -> Encoding:
         return self._fetch(self._actor.encoding.remote())
 
     @property
     def velocity(self) -> VelocityModel:
-        return ask(lambda *asked: self._fetch(self._actor.velocity.remote(*asked)))
+        return ask(lambda *asked: self._fetch(self._actor.velocity.remote(*asked, self.expected)))
 
     def _fetch(self, ref: Any) -> Any:
         try:
@@ -216,6 +234,11 @@ class LearnerActor(Mortal):
         except Exception as error:
             keep_user_line(error)  # of an algorithm of the user's own
             raise
+
+    def expect(self, teachers: Mapping[str, Expected]) -> None:
+        """What a teacher that is made anew must find."""
+        for name, expected in teachers.items():
+            self.teachers[name].expected = expected
 
     def parameters(self) -> tuple[int, int]:
         return self.worker.parameters

@@ -17,6 +17,7 @@ from flowalign.config import AlignConfig
 from flowalign.evaluate import evaluation_metrics
 from flowalign.evaluated import skipped, standard_errors
 from flowalign.loop import Collected, Count
+from flowalign.made import MadeOf
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import StopRequest
@@ -39,13 +40,12 @@ class RunJournal:
         *,
         start: int,
         wall_s: float,
-        base_hash: str,
+        made: MadeOf,
         lock: RunLock,
         stop: StopRequest,
     ) -> None:
         self.config, self.run_dir, self.console = config, run_dir, console
-        self._lock, self._stop = lock, stop
-        self.base_hash = base_hash
+        self._lock, self._stop, self._made = lock, stop, made
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
@@ -77,6 +77,7 @@ class RunJournal:
 
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
         self._lock.check()
+        self._made.check()
         if collected is not None:
             self.say_faults(f"iteration {iteration}", collected.scores)
             metrics = metrics | self._measure(collected)
@@ -173,9 +174,10 @@ class RunJournal:
                 "seed": self.config.seed,
                 "world_size": len(states),
                 "zero_stage": self.config.learner.zero_stage,
-                "base_hash": self.base_hash,
+                "base_hash": self._made.base_hash(),
                 "wall_s": self.wall_s(),
                 "metrics": {k: v for k, v in metrics.items() if v == v},
+                **self._made.facts(),
             },
         )
         self._steps.append(iteration)

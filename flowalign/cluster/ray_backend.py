@@ -25,6 +25,8 @@ from flowalign.cluster.weight_sync import SyncGuard, check_receipt
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected, Count
+from flowalign.made import MadeOf
+from flowalign.made.late import Expected
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
@@ -34,11 +36,19 @@ class RayBackend:
 
     Raises:
         PlacementError: within seconds, where the actors do not fit.
+        ConfigError: an actor that is made again in mid-run would load something else than the run is ``made`` of.
         ClusterError: Ray cannot be reached, or an actor died while it started.
     """
 
-    def __init__(self, config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        self.config, self.base_dir, self.say = config, base_dir.resolve(), say
+    def __init__(
+        self,
+        config: AlignConfig,
+        base_dir: Path,
+        say: Callable[[str], None] = lambda text: None,
+        made: MadeOf | None = None,
+    ) -> None:
+        self.config, self.base_dir, self.say, self._made = config, base_dir.resolve(), say, made
+        self._started = self._told = False
         self._reuse = reuse_of(config.rollout.cache)
         asked = shares(config)
         self._group: PlacementGroup | None = None
@@ -67,26 +77,45 @@ class RayBackend:
         self.rollouts = Pool(
             "rollout",
             rollout.count,
-            lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}"),
+            lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}", self._expected("model.")),
         )
         self._closers.append(self.rollouts)
         self.rewards = Pool(
             "reward",
             reward.count,
             lambda i: self._actor(
-                RewardActor, reward, rollout.count + i, self.config.cluster.reward_threads, self.base_dir
+                RewardActor,
+                reward,
+                rollout.count + i,
+                self.config.cluster.reward_threads,
+                self.base_dir,
+                self._expected("rewards.", "evaluation.scorer.", "evaluation.gold."),
             ),
         )
         self._closers.append(self.rewards)
         self.learner.start()
         for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
+        self._started = True
         self.rollouts.revive = self._bind_again
         self._guard = SyncGuard()
         self._learned = True
         self._sent: BindReceipt | None = None
         self._weights: Any = None
         self._last: tuple[Rollout, list[Any]] | None = None
+
+    def _expected(self, *sections: str) -> Expected | None:
+        """What a worker that is made after the others must find; nothing for those of the beginning."""
+        return self._made.expected(*sections) if self._made is not None and self._started else None
+
+    def _tell_learner(self) -> None:
+        """Give the ranks, once it is known, what their teachers must find that Ray makes again."""
+        if self._made is None or self._told or not self._made.complete:
+            return
+        if names := teacher_names(build_algorithm(self.config.algorithm)) if self.teachers.actors else []:
+            own = {name: self._made.expected("model.", f"algorithm.teachers.{name}.") for name in names}
+            self.learner.call("expect", own)
+        self._told = True
 
     def _start_teachers(self, asked: Sequence[Share], bundle: int) -> dict[str, Any]:
         """Actors by name. Learner ranks ask them, so it is Ray that makes a dead one again and repeats what it lost."""
@@ -146,6 +175,7 @@ class RayBackend:
         Raises:
             LearnerLost: a rank died.
         """
+        self._tell_learner()
         last = self._last
         refs = last[1] if last is not None and last[0] is rollout else [ray.put(rollout)]
         update = self.learner.call("update", iteration, scores, *refs)[0]

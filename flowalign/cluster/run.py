@@ -20,12 +20,13 @@ from flowalign.config import SHIPPED, AlignConfig
 from flowalign.data.preferences import left_out
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.loop import Run, align
+from flowalign.made import Accepted, MadeOf
 from flowalign.models.inspect import own_schedule
 from flowalign.models.textlength import prompt_note
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.resume import leave_behind, resume_from
-from flowalign.sample import base_hash, sampling_spec
+from flowalign.sample import sampling_spec
 from flowalign.types import PromptBatch, RolloutSpec
 
 
@@ -38,14 +39,17 @@ def run_align(
     *,
     lock: RunLock | None = None,
     stop: StopRequest | None = None,
+    accepted: Accepted | None = None,
 ) -> Path:
     """Run (or resume) an alignment to its last iteration, or to where an alarm stops it; returns the run directory.
 
     ``begin`` is called once all that the run needs stands, before the run directory is written to (but for its lock).
     ``phases``, begun by the caller, is told when work begins and when it ends. Without ``lock`` and ``stop`` it holds
-    the directory and listens for signals by itself.
+    the directory and listens for signals by itself. ``accepted`` names what may have changed since a checkpoint, and is
+    told of what has.
 
     Raises:
+        ConfigError: what the run is made of has changed since its checkpoint, or while it was started.
         EndedEarly: somebody asked for the end; what was learned is in the last checkpoint.
         RunDirectoryError, LockLost: another process holds the run directory, or took it over.
         CheckpointError, ResumeRefused: the run directory cannot be continued.
@@ -57,7 +61,7 @@ def run_align(
         if lock is None:
             lock = stack.enter_context(RunLock.take(run_dir))
             stack.enter_context(stop.watching(lock))
-        _run(config, base_dir, console, begin, phases or Phases(), lock, stop)
+        _run(config, base_dir, console, begin, phases or Phases(), lock, stop, accepted)
     return run_dir
 
 
@@ -69,6 +73,7 @@ def _run(
     phases: Phases,
     lock: RunLock,
     stop: StopRequest,
+    accepted: Accepted | None,
 ) -> None:
     run_dir = lock.run_dir
     resume, say = config.checkpoint.resume, partial(console.print, **PLAIN)
@@ -79,12 +84,15 @@ def _run(
         return
     if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
         return
+    made = MadeOf(config, base_dir, accepted)
+    if saved is not None:
+        made.refuse_changes(saved, say, small=True)
     run = build_run(config, base_dir)
     say(f"run directory: {run_dir}" + ("" if saved else ", begun anew"))
     for line in found(config, run):
         say(line)
     loading = time.monotonic()
-    backend = make_backend(config, base_dir, say)
+    backend = make_backend(config, base_dir, say, made)
     journal = None
     try:
         trained, total = backend.parameters()
@@ -95,14 +103,15 @@ def _run(
         )
         if (line := left_out(config)) is not None:
             say(line)
-        base = base_hash(Path(config.model.path))
         if saved is not None:
-            backend.restore(_states(config, saved, base))
+            made.refuse_changes(saved, say)
+            backend.restore(_states(config, saved, made))
             say(f"resuming {run_dir} after iteration {start}")
+        made.check_steady()
         leave_behind(run_dir, resume, saved, say)
         begin()
         wall = 0.0 if saved is None else float(saved.state["wall_s"])
-        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, base_hash=base, lock=lock, stop=stop)
+        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, made=made, lock=lock, stop=stop)
         phases.begin("work")
         done = align(run, backend, journal, start)
         stopped = journal.stopped
@@ -111,18 +120,21 @@ def _run(
         if journal is not None:
             journal.close()
         backend.close()
+        made.close()
     if done < config.iterations and not stopped:
         raise EndedEarly
 
 
-def make_backend(config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> Any:
+def make_backend(
+    config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None, made: MadeOf | None = None
+) -> Any:
     if config.cluster.backend == "local":
         from flowalign.cluster.local import LocalBackend
 
         return LocalBackend(config, base_dir, say)
     from flowalign.cluster.ray_backend import RayBackend
 
-    return RayBackend(config, base_dir, say)
+    return RayBackend(config, base_dir, say, made)
 
 
 def found(config: AlignConfig, run: Run) -> Iterator[str]:
@@ -179,8 +191,8 @@ def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, Rollo
     return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
 
 
-def _states(config: AlignConfig, saved: checkpoint.Checkpoint, base_hash: str) -> list[dict[str, Any]]:
-    if saved.state["base_hash"] != base_hash:
+def _states(config: AlignConfig, saved: checkpoint.Checkpoint, made: MadeOf) -> list[dict[str, Any]]:
+    if saved.state["base_hash"] != made.base_hash() and not made.has_accepted("model.path"):
         raise checkpoint.CheckpointError(
             f"{saved.path} was trained from another base model than {config.model.path}; "
             "set model.path to the original, or give this run another name"

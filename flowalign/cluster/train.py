@@ -23,6 +23,7 @@ from flowalign.config import ConfigError
 from flowalign.data.latents import load_bank
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
+from flowalign.made import Accepted, MadeOf
 from flowalign.metrics import MetricsWriter
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, count_parameters, load_policy
@@ -78,18 +79,20 @@ def run_pretrain(
     command: str = "pretrain",
     lock: RunLock | None = None,
     stop: StopRequest | None = None,
+    accepted: Accepted | None = None,
 ) -> Path:
     """Run (or resume) a training run to its last step; returns the run directory.
 
     ``begin`` is called in the first rank, once all that the run needs stands, before the run directory is written to
     (but for its lock). ``phases``, begun by the caller, is told when work begins and when it ends. Without ``lock`` and
-    ``stop`` it holds the directory and listens for signals by itself; of several ranks the first holds it.
+    ``stop`` it holds the directory and listens for signals by itself; of several ranks the first holds it. ``accepted``
+    names what may have changed since a checkpoint, and is told of what has.
 
     Raises:
         EndedEarly: somebody asked for the end; what was learned is in the last checkpoint.
         RunDirectoryError, LockLost: another process holds the run directory, or took it over.
         CheckpointError, ResumeRefused: the run directory cannot be continued.
-        LatentsError, ModelError, ConfigError: what the run needs cannot be had.
+        LatentsError, ModelError, ConfigError: what the run needs cannot be had, or has changed since its checkpoint.
         NonFiniteUpdate: loss or gradient is no number any more; the weights before it are in the last checkpoint.
     """
     rank, run_dir = Rank.of_environment(), Path(config.runs_dir) / config.name
@@ -98,7 +101,10 @@ def run_pretrain(
         if lock is None and rank.index == 0:
             lock = stack.enter_context(RunLock.take(run_dir))
             stack.enter_context(stop.watching(lock))
-        _run(config, console, begin, phases or Phases(), command, rank, lock, stop)
+        made = MadeOf(config, base_dir, accepted) if rank.index == 0 else None
+        if made is not None:
+            stack.callback(made.close)
+        _run(config, console, begin, phases or Phases(), command, rank, lock, stop, made)
     return run_dir
 
 
@@ -111,6 +117,7 @@ def _run(
     rank: Rank,
     lock: RunLock | None,
     stop: StopRequest,
+    made: MadeOf | None,
 ) -> None:
     run_dir = Path(config.runs_dir) / config.name
     torch.set_num_threads(config.threads)
@@ -134,6 +141,9 @@ def _run(
     )
     saved = resumed(config, run_dir, rank.index, say)
     start = 0 if saved is None else saved.step
+    if saved is not None and made is not None:
+        made.refuse_changes(saved, say, small=True)
+        made.refuse_changes(saved, say)
     if start:
         console.print(f"resuming {run_dir} after step {start}", **PLAIN)
     take = partial(_take, run_dir, config.resume, saved, say, begin)
@@ -141,6 +151,8 @@ def _run(
 
     def ready() -> None:
         phases.begin("work")
+        if made is not None:
+            made.check_steady()
         if report is not None:
             report.begin()
 
@@ -158,6 +170,7 @@ def _run(
             saved=saved,
             models=roles.models,
             follower=roles.follower,
+            facts=dict if made is None else made.facts,
         )
     finally:
         phases.begin("end")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import resources
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from flowalign.checkpoint import CheckpointError, latest
 from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
-from flowalign.metrics import read_metrics
+from flowalign.made import changes_of
+from flowalign.metrics import read_damaged, read_metrics
 from flowalign.report import alarms, figures, headline
 from flowalign.report.samples import Gallery, read_gallery
 from flowalign.shapes.prompts import TASKS
@@ -76,6 +80,8 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         hacked=alarms.hacked(trained),
         collapsed=alarms.collapsed(trained, config.safety),
         stopped=stopped_by_alarm(run_dir, config.safety),
+        damage=read_damaged(run_dir / "metrics.jsonl")[1],
+        changes=_changes(run_dir),
     )
     path = run_dir / "report.html"
     path.with_suffix(".part").write_text(html, encoding="utf-8")
@@ -86,6 +92,14 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     return read_metrics(path) if path.is_file() else []
+
+
+def _changes(run_dir: Path) -> list[str]:
+    """What changed between two starts of the run, and was accepted."""
+    with suppress(CheckpointError, OSError, ValueError):
+        newest = latest(run_dir / "checkpoints")
+        return [] if newest is None else changes_of(json.loads((newest / "state.json").read_bytes()))
+    return []
 
 
 def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.run import build_run
 from flowalign.cluster.weight_sync import SyncError
-from flowalign.config import AlignConfig, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.made import MadeOf
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
@@ -45,7 +47,8 @@ def local(tiny_pipeline_dir: Path, folder: Path) -> Trace:
 @pytest.fixture(scope="module")
 def two(tiny_pipeline_dir: Path, folder: Path) -> Iterator[RayBackend]:
     """Two rollout workers on a Ray of their own."""
-    backend = RayBackend(small_config(tiny_pipeline_dir, folder, cluster={"rollout_workers": 2}), folder)
+    config = small_config(tiny_pipeline_dir, folder, cluster={"rollout_workers": 2})
+    backend = RayBackend(config, folder, made=MadeOf(config, folder))
     yield backend
     backend.close()
     assert not ray.is_initialized()
@@ -130,6 +133,39 @@ def test_a_hosted_reward_says_why_it_ended_and_what_it_cannot_import(fresh: RayB
         hosted("lacking.py:reward")
     with pytest.raises(WorkerImportError, match=r"^a worker cannot start: ImportError: libcudart\.so\.12: .*torch\.py"):
         hosted("own.py:deadly", PYTHONPATH=str(folder / "hiding"))
+
+
+@contextmanager
+def changed(file: Path) -> Iterator[None]:
+    """Inside, a byte of it is another one, while size and time are the same."""
+    before, times = file.read_bytes(), file.stat()
+    for content in (before[:-1] + bytes([before[-1] ^ 1]), before):
+        file.write_bytes(content)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        if content is not before:
+            yield
+
+
+@pytest.mark.fault
+def test_a_rollout_worker_that_is_made_again_does_not_load_an_autoencoder_that_has_changed(
+    fresh: RayBackend, local: Trace, folder: Path, tiny_pipeline_dir: Path
+) -> None:
+    file = tiny_pipeline_dir / "vae" / "diffusion_pytorch_model.safetensors"
+    with changed(file), pytest.raises(ConfigError, match=rf"^model.path: {file} has changed since the run began"):
+        (folder / "kill").write_text(str(fresh.rollouts.pids[1]))
+        collect(fresh, fresh.config, folder)
+    fresh.rollouts.replace(1, "its files were put back")
+    assert_same_bits(trace(fresh, fresh.config, folder), local)
+
+
+@pytest.mark.fault
+def test_a_reward_worker_that_is_made_again_does_not_run_code_that_has_changed(fresh: RayBackend, folder: Path) -> None:
+    file = folder / "reward.py"
+    with changed(file), pytest.raises(ConfigError, match=rf"^rewards.1.spec: {file} has changed since the run began"):
+        (folder / "kill").write_text("")
+        collect(fresh, fresh.config, folder)
+    fresh.rewards.replace(0, "its files were put back")
+    collect(fresh, fresh.config, folder)
 
 
 def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, folder: Path) -> None:

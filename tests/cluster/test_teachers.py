@@ -28,6 +28,7 @@ from flowalign.cluster.teachers import KEPT_ANSWERS, SharedTeacher, ask
 from flowalign.cluster.workers import LearnerWorker, RolloutWorker
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.configcheck import check_cores
+from flowalign.made import MadeOf
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
@@ -85,7 +86,8 @@ def local(tiny_pipeline_dir: Path, folder: Path, teachers: dict[str, Any]) -> Tr
 
 @pytest.fixture(scope="module")
 def one(cluster: None, tiny_pipeline_dir: Path, folder: Path, teachers: dict[str, Any]) -> Iterator[RayBackend]:
-    backend = RayBackend(config_of(tiny_pipeline_dir, folder, teachers), folder)
+    config = config_of(tiny_pipeline_dir, folder, teachers)
+    backend = RayBackend(config, folder, made=MadeOf(config, folder))
     yield backend
     backend.close()
 
@@ -150,6 +152,22 @@ def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, loca
     ray.get(fresh.teachers.actors[1].__ray_call__.remote(die_at_the_third))
     assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
     assert pids(fresh)[1] != before[1]
+
+
+@pytest.mark.fault
+def test_a_teacher_that_is_made_again_does_not_load_what_has_changed(
+    fresh: RayBackend, local: Trace, teachers: dict[str, Any]
+) -> None:
+    trace(fresh, fresh.config, fresh.base_dir, iterations=1)
+    file = Path(teachers["deep"]["path"]) / "transformer" / "config.json"
+    before = file.read_text()
+    file.write_text(before + " ")
+    os.kill(pids(fresh)[0], signal.SIGKILL)
+    with pytest.raises(ConfigError, match=rf"^algorithm.teachers.deep.path: {file} has changed since the run began"):
+        trace(fresh, fresh.config, fresh.base_dir, iterations=1)
+    file.write_text(before)
+    fresh.restore(fresh.state())
+    trace(fresh, fresh.config, fresh.base_dir, iterations=1)
 
 
 @pytest.mark.usefixtures("cluster")

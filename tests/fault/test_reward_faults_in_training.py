@@ -24,6 +24,7 @@ from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.run import build_run, run_align
 from flowalign.config import AlignConfig
 from flowalign.loop import align
+from flowalign.made import MadeOf
 from flowalign.metrics import read_metrics, without_times
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import StopRequest
@@ -109,7 +110,7 @@ def train(backend: LocalBackend, folder: Path, name: str) -> Path:
     """The backend's run with its journal; returns the run directory."""
     run_dir = folder / "runs" / name
     with RunLock.take(run_dir) as lock:
-        begun = {"start": 0, "wall_s": 0.0, "base_hash": ""}
+        begun = {"start": 0, "wall_s": 0.0, "made": MadeOf(backend.config, folder)}
         journal = RunJournal(backend.config, run_dir, Console(quiet=True), **begun, lock=lock, stop=StopRequest())
         lock.begun = True
         try:

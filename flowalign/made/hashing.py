@@ -1,0 +1,116 @@
+"""sha256 of files, made in the background and trusted as long as the file system says that nothing has been touched.
+
+A ``Stamp`` tells two states of a file apart even where somebody put its modification time back: no program sets the
+time of the last change of an inode. It serves as a shortcut within one run; between runs contents are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+CHUNK = 2**20
+FRESH_NS = 2 * 10**9  # of a file touched so recently, coarse clocks may hide a second change
+
+
+class Stamp(NamedTuple):
+    """A state of a file; links are followed."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last change is so long ago that another one would show in the time."""
+        return time.time_ns() - max(self.changed_ns, self.modified_ns) > FRESH_NS
+
+
+class Unsteady(OSError):
+    """A file that changed while it was read."""
+
+
+def stamp(path: Path) -> Stamp:
+    """The state of a file; raises OSError where there is none."""
+    facts = os.stat(path)
+    return Stamp(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -> str:
+    """sha256 of the content that the file had in the state ``before``, read chunk by chunk.
+
+    Raises:
+        Unsteady: it is not in that state any more. InterruptedError: ``ended`` was set. OSError: it cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            if ended is not None and ended.is_set():
+                raise InterruptedError
+    if stamp(path) != before:
+        raise Unsteady(f"{path} was changed while it was read")
+    return digest.hexdigest()
+
+
+class Hashes:
+    """Hashes of files, the small ones first, in a thread that begins at once; each file is read once."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.stamps: dict[Path, Stamp] = {}
+        self._done: dict[Path, str | OSError] = {}
+        for path in paths:
+            try:
+                self.stamps[path] = stamp(path)
+            except OSError as error:
+                self._done[path] = error
+        # Where the last change is as old as that, the next one shows in the stamp, however coarse the clock is.
+        self.settled = {path for path, found in self.stamps.items() if found.settled}
+        self._ended, self._ready = threading.Event(), threading.Condition()
+        threading.Thread(target=self._work, daemon=True, name="hashes").start()
+
+    def _work(self) -> None:
+        for path, before in sorted(self.stamps.items(), key=lambda item: item[1].size):
+            try:
+                found: str | OSError = hash_file(path, before, self._ended)
+            except InterruptedError:
+                return
+            except OSError as error:
+                found = error
+            with self._ready:
+                self._done[path] = found
+                self._ready.notify_all()
+
+    def of(self, path: Path) -> str:
+        """The hash of one of the files; waits for it.
+
+        Raises:
+            Unsteady: it was changed since. OSError: it cannot be read.
+        """
+        with self._ready:
+            self._ready.wait_for(lambda: path in self._done)
+        found = self._done[path]
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    def failed(self) -> tuple[Path, OSError] | None:
+        """A file that could not be hashed, of those that it was tried with so far."""
+        with self._ready:
+            return next(((path, found) for path, found in self._done.items() if isinstance(found, OSError)), None)
+
+    def complete(self) -> bool:
+        with self._ready:
+            return all(path in self._done for path in self.stamps)
+
+    def close(self) -> None:
+        """End the thread; nobody may ask for a hash that is not there."""
+        self._ended.set()
