@@ -171,7 +171,8 @@ class MadeOf:
         more = f" (and {others})" if others else ""
         said = f"{self._said(refused[0], found[refused[0]])} since {saved.path.name} was written"
         flags = " ".join(f"{ACCEPT} {key}" for key in refused)
-        return f"{said}{more}; put back what was there, give the run another name, or go on with what is there now: {flags}"
+        advice = "put back what was there, give the run another name, or go on with what is there now"
+        return f"{said}{more}; {advice}: {flags}"
 
 
 def changes_of(state: Mapping[str, Any]) -> list[str]:
