@@ -19,6 +19,7 @@ from flowalign import checkpoint
 from flowalign.cli.runs import check_run
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.configfile import load_align
+from flowalign.export.card import write_card
 from flowalign.made import MadeOf
 from flowalign.made.hashing import Hashes, Unsteady, hash_file, stamp
 from flowalign.made.ingredients import files_under, parts_of
@@ -171,6 +172,12 @@ def test_the_command_ends_with_2_before_it_loads_anything_and_goes_on_once_told_
         ("data.prompts", 1, [""]),
         ("rewards.0.spec", 1, ["scale.py"]),
     ]
+    assert "data.prompts was changed after 1: the file itself; the user" in (run / "report.html").read_text()
+    write_card(work, load_align(run / "config.yaml").config, state, kind="pipeline", run_dir=run)
+    card = (work / "README.md").read_text()
+    assert "| Changed on the way | `data.prompts` after 1, `rewards.0.spec` after 1 |" in card
+        "| Changed on the way | `data.prompts` after 1, `rewards.0.spec` after 1 |" in (work / "README.md").read_text()
+    )
     done("align", "one.yaml", "iterations=3")  # the new content is the run's own from now on
     assert checkpoint.load(run / "checkpoints" / "step_000003").state["accepted_changes"] == recorded
 
@@ -247,7 +254,7 @@ def test_a_big_file_that_changes_while_it_is_hashed_is_noticed(tmp_path: Path) -
     with pytest.raises(Unsteady):
         hash_file(big, before, WritesOnce())
     hashes = Hashes([big])
-    assert hashes.of(big) == hash_file(big, stamp(big)) and hashes.failed() is None
+    assert hashes.of(big) == hash_file(big, stamp(big)) and hashes.unsteady() is None
 
 
 def late(work: Path) -> Any:

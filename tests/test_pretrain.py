@@ -18,7 +18,7 @@ from flowalign.config import ConfigError
 from flowalign.configfile import load_pretrain, write_resolved
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
-from flowalign.made import Accepted
+from flowalign.made import Accepted, MadeOf
 from flowalign.metrics import read_metrics
 from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrain import autocast, schedule_at, text_length
@@ -127,6 +127,23 @@ def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_m
     changes = go_on(2, "model.path", "teacher.path", "latents").state["accepted_changes"]
     assert [change["key"] for change in changes] == ["model.path", "teacher.path", "latents"]
     go_on(3)
+
+
+def test_a_bank_that_is_written_to_while_a_run_reads_it_ends_the_run_and_one_that_is_replaced_does_not(
+    tmp_path, tiny_pipeline_dir, bank
+):
+    own = tmp_path / "own"
+    shutil.copytree(bank, own)
+    made = MadeOf(config(tmp_path, tiny_pipeline_dir, own), Path("."))
+    shard = own / "shard-00000.safetensors"
+    Path(shutil.copy(shard, tmp_path / "copy")).replace(shard)  # who has the old file open reads on from that
+    made.facts()
+    made = MadeOf(config(tmp_path, tiny_pipeline_dir, own), Path("."))
+    with shard.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(ConfigError, match=rf"^latents: {shard} was written to while the run read it"):
+        made.facts()
 
 
 def test_a_training_run_on_latents_is_found_again_with_its_model_and_bank_after_a_move(

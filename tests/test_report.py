@@ -275,3 +275,12 @@ def test_a_sum_of_rewards_names_each_with_its_weight_and_leaves_gold_ones_out() 
 def test_a_run_without_rewards_has_no_trained_score() -> None:
     assert headline.trained_reward(config(rewards=[]), [{"loss/dpo": 0.7}]) is None
     assert headline.trained_reward(config(), [{"loss/dpo": 0.7}]) is None
+
+
+def test_the_page_names_the_damaged_lines_of_the_metrics(tmp_path: Path) -> None:
+    path = write_run(tmp_path, 3, evaluated=False) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{}}", *lines[1:]]) + "\n")
+    page = write_report(tmp_path, config(), VERSIONS).read_text()
+    assert f"{path}, line 2: damaged, no row can be read there" in page
+    assert "3 of 20 iterations done" in page

@@ -10,6 +10,7 @@ from typing import Any
 
 from flowalign.algorithm import build_algorithm
 from flowalign.config import AlignConfig, RewardConfig
+from flowalign.made import ACCEPTED
 from flowalign.metrics import read_metrics
 
 Row = Mapping[str, Any]
@@ -104,6 +105,8 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
             f"`{config.model.family}`: the network gives no velocity of a straight path; `pipeline.py` converts it, "
             "and takes the family's own noise levels"
         )
+    if accepted := state.get(ACCEPTED):
+        facts["Changed on the way"] = ", ".join(f"`{change['key']}` after {change['after']}" for change in accepted)
     lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)

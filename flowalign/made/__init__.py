@@ -24,6 +24,7 @@ from flowalign.made.records import UNREADABLE, Record, difference, record_of, sa
 from flowalign.pretrainconfig import PretrainConfig
 
 RECORD, ACCEPTED = "made_of", "accepted_changes"
+_PUT_BACK = "put back what was there, and the same command goes on from the last checkpoint"
 SMALL = 16 * 2**20
 _TRANSFORMER = re.compile(r"transformer/([^/]+\.safetensors)")
 
@@ -48,6 +49,11 @@ class MadeOf:
         self._earlier: list[dict[str, Any]] = []
         self._carried: Record = {}
         self._parts = tuple(parts_of(config, base_dir))
+        self._banks = {
+            part: found
+            for part in self._parts
+            if part.key.endswith("latents") and (found := stamp_of(part)) is not None
+        }
         self._hashes = Hashes({part.path for part in self._parts if part.path is not None and part.known is None})
 
     def refuse_changes(self, saved: Checkpoint, say: Say, *, small: bool = False) -> None:
@@ -93,12 +99,19 @@ class MadeOf:
 
     def check(self) -> None:
         """Raise ConfigError where a file has changed before it could be hashed; takes no time."""
-        failed = self._hashes.failed()
-        if failed is not None and isinstance(failed[1], Unsteady):
-            raise _unsteady(next(part for part in self._parts if part.path == failed[0]))
+        changed = self._hashes.unsteady()
+        if changed is not None:
+            raise _unsteady(next(part for part in self._parts if part.path == changed))
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this; waits for the hashes."""
+        """What a checkpoint keeps of this; waits for the hashes.
+
+        Raises:
+            ConfigError: a bank, which is read all the time, has been written to.
+        """
+        for part, before in self._banks.items():
+            if (now := stamp_of(part)) is not None and now.inode == before.inode and now[2:4] != before[2:4]:
+                raise ConfigError(part.key, f"{part} was written to while the run read it; {_PUT_BACK}")
         made = {**self._carried, **record_of(self._parts, self._hash)}
         changes = [*self._earlier, *self._accepted.changes]
         return {RECORD: made, **({ACCEPTED: changes} if changes else {})}

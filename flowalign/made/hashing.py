@@ -67,6 +67,7 @@ class Hashes:
     def __init__(self, paths: Iterable[Path]) -> None:
         self.stamps: dict[Path, Stamp] = {}
         self._done: dict[Path, str | OSError] = {}
+        self._unsteady: Path | None = None
         for path in paths:
             try:
                 self.stamps[path] = stamp(path)
@@ -75,7 +76,8 @@ class Hashes:
         # Where the last change is as old as that, the next one shows in the stamp, however coarse the clock is.
         self.settled = {path for path, found in self.stamps.items() if found.settled}
         self._ended, self._ready = threading.Event(), threading.Condition()
-        threading.Thread(target=self._work, daemon=True, name="hashes").start()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="hashes")
+        self._thread.start()
 
     def _work(self) -> None:
         for path, before in sorted(self.stamps.items(), key=lambda item: item[1].size):
@@ -87,6 +89,7 @@ class Hashes:
                 found = error
             with self._ready:
                 self._done[path] = found
+                self._unsteady = path if isinstance(found, Unsteady) else self._unsteady
                 self._ready.notify_all()
 
     def of(self, path: Path) -> str:
@@ -102,14 +105,13 @@ class Hashes:
             raise found
         return found
 
-    def failed(self) -> tuple[Path, OSError] | None:
-        """A file that could not be hashed, of those that it was tried with so far."""
-        with self._ready:
-            return next(((path, found) for path, found in self._done.items() if isinstance(found, OSError)), None)
+    def unsteady(self) -> Path | None:
+        """A file that was changed before it was hashed, as far as that is known yet."""
+        return self._unsteady
 
     def complete(self) -> bool:
-        with self._ready:
-            return all(path in self._done for path in self.stamps)
+        """Whether nobody would have to wait."""
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """End the thread; nobody may ask for a hash that is not there."""
