@@ -176,8 +176,6 @@ def test_the_command_ends_with_2_before_it_loads_anything_and_goes_on_once_told_
     write_card(work, load_align(run / "config.yaml").config, state, kind="pipeline", run_dir=run)
     card = (work / "README.md").read_text()
     assert "| Changed on the way | `data.prompts` after 1, `rewards.0.spec` after 1 |" in card
-        "| Changed on the way | `data.prompts` after 1, `rewards.0.spec` after 1 |" in (work / "README.md").read_text()
-    )
     done("align", "one.yaml", "iterations=3")  # the new content is the run's own from now on
     assert checkpoint.load(run / "checkpoints" / "step_000003").state["accepted_changes"] == recorded
 
