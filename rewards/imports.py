@@ -10,14 +10,14 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rewards.interface import SpecError
 from rewards.source import find_module
 
 _OURS = sys.stdlib_module_names | {"flowalign", "rewards"}
-_MOST = 5000
+_MOST = 300
 
 
 def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
@@ -37,16 +37,19 @@ def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
         return {}
     parts = location.split(".")
     root = found.parents[len(parts) if found.name == "__init__.py" else len(parts) - 1]
-    return _reached(found, root, parts[0] if _installed(root) else None)
+    around = [folder / "__init__.py" for folder in list(found.parents)[: list(found.parents).index(root)]]
+    packages = [path for path in around if path != found and path.is_file()]
+    return _reached(found, root, parts[0] if _installed(root) else None, packages)
 
 
 def _installed(root: Path) -> bool:
     return root.resolve() in {Path(place).resolve() for place in sysconfig.get_paths().values()}
 
 
-def _reached(first: Path, root: Path, alone: str | None) -> dict[str, Path]:
-    """``first`` and all that it imports under ``root``; ``alone`` is the one package that is looked at."""
-    found, pending, seen = {"": first}, [first], {first}
+def _reached(first: Path, root: Path, alone: str | None, packages: Sequence[Path] = ()) -> dict[str, Path]:
+    """``first``, the ``packages`` around it and all that these import under ``root``, or ``alone`` in one package."""
+    found, pending, seen = {"": first}, [first, *packages], {first, *packages}
+    found |= {path.relative_to(root).as_posix(): path for path in packages}
     while pending and len(found) < _MOST:
         for path in _imported(pending.pop(), root, alone):
             if path not in seen:
@@ -88,8 +91,6 @@ def _above(folder: Path, levels: int) -> Path:
 
 def _on_the_way(folder: Path, name: list[str]) -> Iterator[Path]:
     """The files that importing ``name`` from ``folder`` runs."""
-    if (folder / "__init__.py").is_file() and name and not (folder / f"{name[0]}.py").is_file():
-        yield folder / "__init__.py"  # `from . import x` also takes what the package itself defines
     for part in name:
         module, package = folder / f"{part}.py", folder / part
         if (package / "__init__.py").is_file():

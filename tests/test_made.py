@@ -390,7 +390,7 @@ def test_code_of_an_importable_module_is_found_without_importing_it(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("raise RuntimeError\n")
-    (tmp_path / "mine" / "scorer.py").write_text("from mine import shared\nimport outside\nimport yaml\n")
+    (tmp_path / "mine" / "scorer.py").write_text("from . import shared\nimport outside\nimport yaml\n")
     (tmp_path / "mine" / "shared.py").write_text("")
     (tmp_path / "outside.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
