@@ -325,7 +325,10 @@ def refuse_changes(
         )
     if _records_what_it_is_made_of(run_dir):
         return
+    evaluates = not isinstance(new, AlignConfig) or new.evaluation.every > 0
     for key, digest in digests(new.model_dump(mode="json")).items():
+        if key.startswith("evaluation.") and not evaluates:
+            continue
         if was.get(key) != now.get(key) or held.get(key, digest) == digest or key in accepted:
             continue
         said = f"{now[key]} holds something else than when {run_dir} was begun"

@@ -102,13 +102,14 @@ def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_m
     kept = {
         "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
         "teacher": {"path": str(teacher), "max_sequence_length": 16},
-        "model": {"path": str(model), "max_sequence_length": 16, "inputs": ["guidance"]},
     }
 
     def go_on(steps: int, *accepted: str) -> checkpoint.Checkpoint:
         phases = [{"steps": steps, **short}]
         taken = Accepted(accepted)
         wanted = config(tmp_path, model, own, phases=phases, **kept)
+        student = wanted.model.model_copy(update={"inputs": ["guidance"]})
+        wanted = wanted.model_copy(update={"model": student})
         run_dir = run_pretrain(wanted, Path("."), Console(quiet=True), accepted=taken)
         return checkpoint.load(run_dir / "checkpoints" / f"step_{steps:06d}")
 
