@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHUNK = 2**20
+MOST_THREADS = 4
 FRESH_NS = 2 * 10**9  # of a file touched so recently, coarse clocks may hide a second change
 
 
@@ -62,7 +63,10 @@ def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -
 
 
 class Hashes:
-    """Hashes of files, the small ones first, in a thread that begins at once; each file is read once."""
+    """Hashes of files, the small ones first, in threads that begin at once; each file is read once.
+
+    On a machine of many cores several files are read side by side.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.stamps: dict[Path, Stamp] = {}
@@ -76,14 +80,18 @@ class Hashes:
         # Where the last change is as old as that, the next one shows in the stamp, however coarse the clock is.
         self.settled = {path for path, found in self.stamps.items() if found.settled}
         self._ended, self._ready = threading.Event(), threading.Condition()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="hashes")
-        self._thread.start()
+        waiting = sorted(self.stamps, key=lambda path: self.stamps[path].size, reverse=True)
+        threads = min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 4))
+        self._threads = [threading.Thread(target=self._work, args=(waiting,), daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
-    def _work(self) -> None:
-        for path, before in sorted(self.stamps.items(), key=lambda item: item[1].size):
+    def _work(self, waiting: list[Path]) -> None:
+        while True:
             try:
-                found: str | OSError = hash_file(path, before, self._ended)
-            except InterruptedError:
+                path = waiting.pop()
+                found: str | OSError = hash_file(path, self.stamps[path], self._ended)
+            except (IndexError, InterruptedError):
                 return
             except OSError as error:
                 found = error
@@ -111,7 +119,7 @@ class Hashes:
 
     def complete(self) -> bool:
         """Whether nobody would have to wait."""
-        return not self._thread.is_alive()
+        return not any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
         """End the thread; nobody may ask for a hash that is not there."""
