@@ -14,7 +14,7 @@ from flowalign.configcheck import nearest
 from flowalign.pathfamilies import canonical
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.textfiles import TextError, is_there, read_object
-from flowalign.yamlfiles import check_finite
+from flowalign.yamlfiles import check_finite, parse_yaml
 from rewards.missing import hint
 
 REWARD_MODELS = ("open_clip", "pickscore", "detector", "colors")
@@ -137,7 +137,7 @@ def resolve_reward(reward: RewardConfig, base: Path, key: str) -> RewardConfig:
 
 
 def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` options given on a command line; values are JSON where they parse as JSON, else text."""
+    """``key=value`` options given on a command line; values are JSON, YAML's numbers and truth values, or text."""
     options = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -146,9 +146,18 @@ def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             options[key] = json.loads(value)
         except (ValueError, RecursionError):
-            options[key] = value
+            options[key] = _scalar(value)
     check_finite(options)
     return options
+
+
+def _scalar(text: str) -> Any:
+    """What a configuration would read, where it is one number, ``true`` or the like; else the text as it is."""
+    try:
+        value = parse_yaml(text, "it")
+    except ConfigError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
 
 
 def _option(value: Any, name: str, base: Path, key: str) -> Any:

@@ -47,6 +47,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self._key(key_node)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
@@ -265,6 +267,6 @@ def _is_another(old: dict[Any, Any], new: dict[Any, Any]) -> bool:
 
 
 def _index(items: list[Any], part: str, at: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
     return int(part)

@@ -91,7 +91,7 @@ def judge(metadata: Mapping[str, Any], detections: Detections, rules: Rules = BE
 
 def keep(metadata: Mapping[str, Any], detections: Detections, rules: Rules) -> dict[str, list[Detection]]:
     """Detections that count, most confident first, ties ordered by box and colour; at most 16 a class."""
-    threshold = rules.counting_threshold if metadata.get("tag") == "counting" else rules.threshold
+    threshold = rules.counting_threshold if canonical(str(metadata.get("tag"))) == "counting" else rules.threshold
     try:
         by_class: dict[str, list[Detection]] = {}
         for name, items in detections.items():

@@ -51,10 +51,13 @@ def read_row(metadata: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return clauses_of(metadata, "include"), clauses_of(metadata, "exclude")
 
 
-def check_row(metadata: Metadata, classes: Collection[str] | None, colors: Collection[str] | None, judge: str) -> None:
+def check_row(
+    metadata: Metadata, classes: Collection[str] | None, colors: Collection[str] | None, judge: str, most: int = 16
+) -> None:
     """Raise InputError for a row that ``judge``, who knows ``classes`` and ``colors`` (None: any), could never judge.
 
-    That is one of another form, or with a class, a colour or a relation that would be 0 for ever.
+    That is one of another form, or one that no image fulfils: with a class, a colour or a relation that is not known,
+    more than the ``most`` objects of a class that are kept, or a number that is wanted and excluded.
     """
     if not isinstance(metadata.get("tag"), str) or not metadata["tag"]:
         raise InputError(f"has no `tag`; {_FORM}")
@@ -63,6 +66,23 @@ def check_row(metadata: Metadata, classes: Collection[str] | None, colors: Colle
         for index, clause in enumerate(clauses):
             _check_keys(f"{part}[{index}]", clause, CLAUSE)
     check_names(metadata, classes, colors, judge)
+    _check_counts(metadata, most)
+
+
+def _check_counts(metadata: Metadata, most: int) -> None:
+    include, exclude = read_row(metadata)
+    for index, clause in enumerate(include):
+        if clause["count"] > most:
+            raise InputError(
+                f"include[{index}].count is {clause['count']}, and at most {most} objects of a class count"
+            )
+    for index, clause in enumerate(exclude):
+        wanted = [one["count"] for one in include if one["class"] == clause["class"]]
+        if wanted and max(wanted) >= clause["count"]:
+            raise InputError(
+                f"exclude[{index}] forbids {clause['count']} of {clause['class']} and more, of which include wants "
+                f"{max(wanted)}; no image has both"
+            )
 
 
 def check_names(

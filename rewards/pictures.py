@@ -39,7 +39,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION, _DNG = 0x0112, 50706
-_NEWSUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_NEWSUBFILE, _BITS, _PHOTOMETRIC, _PLANAR, _COLORS, _SAMPLE_FORMAT = 254, 258, 262, 284, 320, 339
 _LATE = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # what may follow the pixels of a PNG
 _PILLOW = r"PIL\."
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")
@@ -138,6 +138,12 @@ def _check(picture: Image.Image, kind: str) -> None:
         raise PictureError("is a camera's raw file or a thumbnail's TIFF, whose first picture is a small one")
     if 2 in tags.get(_SAMPLE_FORMAT, ()) and tags[_BITS][0] != 32:
         raise PictureError("holds signed numbers, whose range is not known")
+    if tags.get(_PLANAR) == 2 and len(tags[_BITS]) > 1 and max(tags[_BITS]) > 8:
+        raise PictureError(f"keeps its channels apart with {max(tags[_BITS])} bits each, a layout that is not read")
+    if tags.get(_PHOTOMETRIC) == 3 and max(tags.get(_COLORS, (256,))) < 256:
+        raise PictureError("has a palette of 8 bits where TIFF has 16; whoever reads it as it says sees black")
+    if picture.format == "GIF" and picture.tile and picture.tile[0].extents != (0, 0, *picture.size):
+        raise PictureError("is a GIF whose picture fills a part of its canvas")
 
 
 def _tags(picture: Image.Image) -> Mapping[int, Any]:
@@ -166,6 +172,8 @@ def pixels(picture: ImageFile, content: bytes) -> Images:
     elif raw == _DEEP and key is not None:
         clear = (_sixteen_bits(picture, content) == np.array(key)).all(-1, keepdims=True)
         flat = Image.fromarray(np.where(clear, np.uint8(255), np.asarray(picture)))
+    elif picture.format == "BMP" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
+        flat = picture.convert("RGB")  # Windows' tools leave the fourth byte 0 and mean nothing by it
     elif picture.has_transparency_data:
         flat = _on_white(picture)
     else:

@@ -8,7 +8,7 @@ import pytest
 
 from flowalign.config import ConfigError
 from flowalign.configfile import load_align, load_pretrain, read_resolved, write_resolved
-from flowalign.yamlfiles import override
+from flowalign.yamlfiles import override, parse_yaml, plain
 from tests.test_configfile import STAR, config_path, refusal
 
 __all__ = ["config_path"]
@@ -174,3 +174,8 @@ def test_a_decimal_comma_is_shown_with_a_point(config_path: Path) -> None:
         "iterations=1,000": "write it without a comma: 1000",
     }.items():
         assert said in refusal(config_path, assignment)
+
+
+def test_a_merge_key_takes_what_it_names_and_own_keys_win() -> None:
+    text = "rewards:\n- &r {spec: geneval, weight: 1}\n- {<<: *r, name: b, weight: 2}\n"
+    assert plain(parse_yaml(text, "it"))["rewards"][1] == {"spec": "geneval", "weight": 2, "name": "b"}

@@ -191,6 +191,12 @@ def test_a_folder_of_images_with_metadata_reads_like_a_parquet_file(source: Path
     assert all(a == b for a, b in pairs)
 
 
+def test_a_set_is_read_from_the_path_that_is_named_and_not_from_a_pattern(tmp_path: Path) -> None:
+    for name, caption in (("p[1].parquet", "meant"), ("p1.parquet", "another")):
+        Dataset.from_list([{**table(1, 0)[0], "caption": caption}]).to_parquet(str(tmp_path / name))
+    assert [row.caption for row in read_rows(tmp_path / "p[1].parquet") if isinstance(row, Row)] == ["meant"]
+
+
 def test_a_folder_of_parquet_files_with_image_columns_reads_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from flowalign.cli import app
+from flowalign.cli.imagefolder import prompt_rows
 from flowalign.cli.try_reward import Tried, lines_of
+from flowalign.config import ConfigError
+from flowalign.configpaths import scalar_options
 
 ROOT = Path(__file__).resolve().parent.parent
 USER = """
@@ -416,3 +420,55 @@ def test_in_the_callers_own_process_too_a_reward_prints_beside_the_object(folder
     before = sys.stdout
     assert json.loads(run("talks.py:talks", "--images", "pictures", "--json"))["scores"] == {"talks": [1, 1, 1]}
     assert sys.stdout is before
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("key", ["filename", "file_name", "file", "image"])
+def test_a_row_belongs_to_the_file_that_it_names(tmp_path: Path, key: str) -> None:
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    rows = [{key: f"sub/{number}.png", "prompt": str(number)} for number in (2, 0, 1)]
+    assert [row["prompt"] for row in prompt_rows(files, write_rows(tmp_path / "p.JSONL", rows))] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.jsonl", '{"filename": "0.png", "prompt": "a"}\n{"prompt": "b"}', "line 2 names no file, and other rows do"),
+        ("p.jsonl", '{"filename": 0, "prompt": "a"}\n{"filename": 1, "prompt": "b"}', "line 1 has 0 under 'filename'"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}', "line 1 is a JSON object; give the file the ending .jsonl"),
+        ("prompts", 'a\n{"prompt": "b"}', "line 2 is a JSON object"),
+        ("p.txt", "filename,prompt\n0.png,a", "line 1 is the head of a table"),
+        ("p.CSV", "a\nb", "is a table"),
+        ("p.tab", "a\nb", "is a table"),
+        ("p.yaml", "- a\n- b", "is YAML"),
+        ("p.JSON", '{"prompt": "a"}', "holds a mapping, not a list of rows; JSON Lines"),
+    ],
+)
+def test_a_file_of_prompts_that_would_be_read_otherwise_than_it_is_meant_is_refused(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        prompt_rows([tmp_path / "0.png", tmp_path / "1.png"], tmp_path / name)
+
+
+def test_prompts_without_names_need_images_of_one_order(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one, two\na {brace}\n")
+    assert [row["prompt"] for row in prompt_rows([Path("1.png"), Path("2.png")], tmp_path / "p.txt")] == [
+        "one, two",
+        "a {brace}",
+    ]
+    with pytest.raises(ConfigError, match=r"10\.png comes before 2\.png by text"):
+        prompt_rows([Path("10.png"), Path("2.png")], tmp_path / "p.txt")
+
+
+def test_an_option_of_a_command_line_is_the_value_that_a_configuration_would_hold() -> None:
+    given = ["a=False", "b=.5", "c=3e-4", "d=red: dog", "e=[1, 2]", 'f="7"', "g=#fff", "h=", "i=null", "j=007"]
+    assert scalar_options(given) == {
+        "a": False, "b": 0.5, "c": 3e-4, "d": "red: dog", "e": [1, 2], "f": "7", "g": "#fff", "h": "", "i": None,
+        "j": "007",
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
 from rewards.pictures import PictureError, look, read
 
 _OWN_PROMPTS = ("index.json", "results.jsonl")
+_NAMED = ("filename", "file_name", "file", "image")  # where a row names its image
+_EXAMPLE = '{"filename": "0.png", "prompt": "a red dog"}'
 
 Row = dict[str, Any]
 Size = tuple[int, int]
@@ -36,47 +39,102 @@ def own_prompts(folder: Path) -> Path | None:
 
 
 def prompt_rows(files: list[Path], source: Path) -> list[Row]:
-    """One row with ``prompt`` for each file, in the files' order; raises ConfigError where they do not fit."""
+    """One row with ``prompt`` for each file, in the files' order.
+
+    Rows belong to the files that they name under ``filename``, ``file_name``, ``file`` or ``image``. Where none names
+    one, the order counts, which must then be the same by text and by number: 2.png stands before 10.png in one of them.
+
+    Raises:
+        ConfigError: rows and files do not fit.
+    """
     rows = _read(source)
-    names = [Path(str(row.get("filename") or row.get("file") or "")).name for row in rows]
+    names = [_name(row, where) for where, row in rows]
+    if not any(names):
+        return _in_order(files, [row for _, row in rows], source)
     if not all(names):
-        if len(rows) != len(files):
-            raise ConfigError(
-                "--prompts", f"{source} has {len(rows)} rows for {len(files)} images; give one an image, in their order"
-            )
-        return rows
+        raise ConfigError("--prompts", f"{rows[names.index('')][0]} names no file, and other rows do; name one in each")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ConfigError("--prompts", f"{source} has {times} rows for {name}; give one an image")
-    by_name = dict(zip(names, rows, strict=True))
+    by_name = dict(zip(names, (row for _, row in rows), strict=True))
     missing = [file.name for file in files if file.name not in by_name]
     if missing:
         raise ConfigError("--prompts", f"{source} has no row for {missing[0]} ({len(missing)} images without one)")
     return [by_name[file.name] for file in files]
 
 
-def _read(source: Path) -> list[Row]:
+def _name(row: Row, where: str) -> str:
+    """The name of the file that a row is of, or nothing."""
+    key = next((key for key in _NAMED if row.get(key) not in (None, "")), None)
+    if key is None:
+        return ""
+    if not isinstance(row[key], str):
+        raise ConfigError("--prompts", f'{where} has {row[key]!r} under {key!r}; write the file\'s name, as "0.png"')
+    return Path(row[key].replace("\\", "/")).name
+
+
+def _in_order(files: list[Path], rows: list[Row], source: Path) -> list[Row]:
+    if len(rows) != len(files):
+        raise ConfigError(
+            "--prompts", f"{source} has {len(rows)} rows for {len(files)} images; give one an image, in their order"
+        )
+    for one, other in zip(files, sorted(files, key=_by_number), strict=True):
+        if one != other:
+            raise ConfigError(
+                "--prompts",
+                f"{source} names no files, and the images have two orders: {one.name} comes before {other.name} by "
+                'text and after it by number; name the file in each row: {"filename": "2.png", "prompt": "a red dog"}',
+            )
+    return rows
+
+
+def _by_number(file: Path) -> list[tuple[int, str]]:
+    """Names in which 2 comes before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+
+
+def _read(source: Path) -> list[tuple[str, Row]]:
     try:
         rows = _rows(source)
         if not rows:
             raise TextError(f"{source} holds no rows; write one an image")
-        return [_row(row, where) for where, row in rows]
+        return [(where, _row(row, where)) for where, row in rows]
     except TextError as error:
         raise ConfigError("--prompts", str(error)) from error
 
 
 def _rows(source: Path) -> list[tuple[str, Any]]:
     """Each row with where it stands; a text file has a prompt a line."""
-    if source.suffix == ".jsonl":
-        return [(f"{source}, line {number}", row) for number, row in read_rows(source, '{"prompt": "a red dog"}')]
-    if source.suffix in (".csv", ".tsv"):
-        raise TextError(f'{source} is a table; write JSON Lines such as {{"filename": "0.png", "prompt": "a red dog"}}')
-    if source.suffix == ".json":
+    suffix = source.suffix.lower()
+    if suffix in (".jsonl", ".ndjson", ".jsonlines", ".jl"):
+        return [(f"{source}, line {number}", row) for number, row in read_rows(source, _EXAMPLE)]
+    if suffix in (".csv", ".tsv", ".tab"):
+        raise TextError(f"{source} is a table; write JSON Lines such as {_EXAMPLE}")
+    if suffix in (".yaml", ".yml"):
+        raise TextError(f"{source} is YAML; write JSON Lines such as {_EXAMPLE}")
+    if suffix == ".json":
         listed = read_json(source)
         if not isinstance(listed, list):
-            raise TextError(f"{source} holds {kind_of(listed)}, not a list of rows")
+            raise TextError(f"{source} holds {kind_of(listed)}, not a list of rows; JSON Lines have the ending .jsonl")
         return [(f"{source}, row {number}", row) for number, row in enumerate(listed, start=1)]
-    return [(f"{source}, line {number}", {"prompt": line}) for number, line in lines_of(read_text(source))]
+    lines = list(lines_of(read_text(source)))
+    for number, line in lines:
+        _check_prompt(line, f"{source}, line {number}", first=number == lines[0][0])
+    return [(f"{source}, line {number}", {"prompt": line}) for number, line in lines]
+
+
+def _check_prompt(line: str, where: str, first: bool) -> None:
+    """Raise TextError for a line that is no prompt, but a row of another kind of file."""
+    if line.lstrip().startswith("{"):
+        try:
+            parse_json(line, where)
+        except TextError:
+            return
+        raise TextError(f"{where} is a JSON object; give the file the ending .jsonl")
+    columns = [name.strip().strip("\"'").casefold() for name in re.split(r"[,;\t|]", line)]
+    if first and any(name in (*_NAMED, "prompt", "caption", "text") for name in columns) and "" not in columns:
+        if len(columns) > 1 or columns[0] in ("prompt", "caption", "text"):
+            raise TextError(f"{where} is the head of a table; write JSON Lines such as {_EXAMPLE}, or prompts alone")
 
 
 def _row(row: Any, where: str) -> Row:

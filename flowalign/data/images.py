@@ -6,6 +6,7 @@ with ``hub``, whatever name ``datasets.load_dataset`` knows. A column of images 
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -145,7 +146,7 @@ def _parquet_files(source: Path) -> list[Path]:
             f"{source} does not exist{hint(source)}; give a parquet file, or a folder of parquet files or of images "
             "with a metadata.jsonl (a data set on the hub needs --hub)"
         )
-    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    files = [source] if source.is_file() else visible(source, "*.parquet")
     described = [] if files else [file for kind in METADATA for file in source.rglob(f"metadata.{kind}")]
     if not files and not described:
         raise ImagesError(f"{source} holds neither parquet files nor images with a metadata.jsonl or metadata.csv")
@@ -157,6 +158,24 @@ def _parquet_files(source: Path) -> list[Path]:
     return files
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Files below ``folder`` that match, in order, without hidden ones and those of hidden folders."""
+    found = (path for path in folder.rglob(pattern) if path.is_file())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def patterns_of(paths: Sequence[Path | str], below: str = "") -> list[str]:
+    """What ``datasets``, which reads every path as a pattern, takes for these paths and nothing else.
+
+    Raises:
+        ImagesError: a path that it cannot be told.
+    """
+    for path in map(str, paths):
+        if "::" in path or "://" in path:
+            raise ImagesError(f"{path} has `::` or `://` in its name, which is read as an address; rename it")
+    return [glob.escape(str(path)) + below for path in paths]
+
+
 def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: bool) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -165,11 +184,12 @@ def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: 
     if hub:
         name = source
     elif files:
-        name, where = "parquet", {"data_files": {split: [str(file) for file in files]}}
+        name, where = "parquet", {"data_files": {split: patterns_of(files)}}
     elif not any(Path(source).rglob("metadata.jsonl")):
         return _of_tables(Path(source), split)
     else:
-        name, where = "imagefolder", {"data_dir": source}
+        # All files of a folder are one split: by itself `datasets` takes test_b.png and val/ for others.
+        name, where = "imagefolder", {"data_files": {split: patterns_of([source], "/**")}}
     try:
         return load_dataset(name, split=split, streaming=streaming, **where)
     except (DatasetsError, OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from flowalign.config import AlignConfig
 from flowalign.data.bankfiles import DiskFullError, write_json
 from flowalign.data.encodedcache import EncodedCache
 from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
-from flowalign.data.images import Skipped
+from flowalign.data.images import Skipped, patterns_of, visible
 from flowalign.data.pairsampler import Pair, PairSampler
 from flowalign.engine import process_group
 from flowalign.models.base import Policy
@@ -72,7 +72,7 @@ def read_rows(source: Path) -> Iterator[Row | Skipped]:
 
 
 def _files(source: Path) -> list[Path]:
-    return [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    return [source] if source.is_file() else visible(source, "*.parquet")
 
 
 def _count(source: Path) -> int:
@@ -97,8 +97,8 @@ def _open(source: Path) -> Any:
         raise PreferencesError(
             f"data.preferences: {source} holds neither parquet files nor images with a metadata.jsonl"
         )
-    where: dict[str, Any] = {"data_files": {"train": [str(f) for f in files]}} if files else {"data_dir": str(source)}
     try:
+        where = {"data_files": {"train": patterns_of(files) if files else patterns_of([source], "/**")}}
         dataset: Any = load_dataset("parquet" if files else "imagefolder", split="train", streaming=True, **where)
     except (DatasetsError, OSError, ValueError) as error:
         raise PreferencesError(f"data.preferences: {source} cannot be read: {error}") from error

@@ -69,7 +69,7 @@ class GenevalScorer:
 
     def check_row(self, metadata: Metadata) -> None:
         """Raise InputError for a row that could never be judged, or of which the detector finds nothing."""
-        check_row(metadata, *self._known)
+        check_row(metadata, *self._known, self.rules.max_objects)
 
     def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
         """The full verdict on each image (N, H, W, 3); InputError where a row names what the detector cannot find."""

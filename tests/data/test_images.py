@@ -157,6 +157,30 @@ def test_parquet_files_give_their_rows_in_order(tmp_path: Path, typed: bool, str
     assert few.total == 2 and len(list(few)) == 2
 
 
+def test_a_path_is_read_as_it_is_and_not_as_a_pattern(tmp_path: Path) -> None:
+    for name in ("a[1].parquet", "a1.parquet", "b*.parquet", "bz.parquet", ".hidden.parquet"):
+        Dataset.from_dict({"image": [picture()], "text": [name]}).to_parquet(str(tmp_path / name))
+    for name in ("a[1].parquet", "a1.parquet", "b*.parquet"):
+        found = [row.captions["original"] for row in ImageSource(str(tmp_path / name), {}) if isinstance(row, ImageRow)]
+        assert found == [name]
+    assert ImageSource(str(tmp_path), {}).total == len(list(ImageSource(str(tmp_path), {}))) == 4
+    with pytest.raises(ImagesError, match="read as an address; rename it"):
+        (tmp_path / "a::b.parquet").write_bytes((tmp_path / "a1.parquet").read_bytes())
+        ImageSource(str(tmp_path / "a::b.parquet"), {})
+
+
+def test_all_images_of_a_folder_are_one_set_whatever_they_are_called(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "photos [2024]", [])
+    (folder / "test").mkdir()
+    files = ["test_b.png", "val-c.png", "train_a.png", "test/x.png"]
+    for name in files:
+        (folder / name).write_bytes(picture())
+    rows = [{"file_name": name, "text": name} for name in files]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [row.captions["original"] for row in ImageSource(str(folder), {}) if isinstance(row, ImageRow)]
+    assert sorted(found) == sorted(files)
+
+
 def test_a_source_that_cannot_be_used_is_refused_with_what_it_has(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", [{"long": "a"}])
     with pytest.raises(ImagesError, match=r"original=text: .* has no such column; it has long"):

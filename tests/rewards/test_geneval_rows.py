@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rewards.geneval_judge import judge
+from rewards.geneval_rows import check_row
 from rewards.interface import InputError, ScorerError
 from rewards.resolve import row_check
 from rewards.scorers.geneval import GenevalScorer
@@ -152,3 +153,28 @@ def test_a_scorer_refuses_what_its_detector_cannot_find_wherever_the_row_comes_f
     for clause, said in (({"class": "elephant", "count": 1}, "elephant"), ({**STAR, "color": "pink"}, "pink")):
         with pytest.raises(InputError, match=f"is '{said}', which the detector palette does not know"):
             scorer.score(image, ["a"], [row(clause)])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"include": [{"class": "star", "count": 17}]}, r"include\[0\].count is 17, and at most 16"),
+        (
+            {"include": [{"class": "star", "count": 3}], "exclude": [{"class": "Star", "count": 3}]},
+            "forbids 3 of star and more, of which include wants 3",
+        ),
+    ],
+)
+def test_a_row_that_no_image_fulfils_is_refused(row: dict[str, Any], said: str):
+    with pytest.raises(InputError, match=said):
+        check_row({"tag": "counting", "prompt": "stars"} | row, None, None, "the detector")
+
+
+def test_a_tag_in_capitals_has_the_threshold_of_its_task():
+    row = {"include": [{"class": "star", "count": 1}]}
+    found = {"star": [{"box": [0, 0, 9, 9], "score": 0.5}]}
+    assert [judge({"tag": tag} | row, found).correct for tag in ("counting", "Counting", "two_object")] == [
+        False,
+        False,
+        True,
+    ]
