@@ -35,8 +35,10 @@ logging: {{wandb: disabled}}
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 
 
-def start(tmp_path: Path, model: Path, name: str, backend: str) -> subprocess.Popen[bytes]:
-    (tmp_path / "bright.py").write_text(REWARD)
+def start(
+    tmp_path: Path, model: Path, name: str, backend: str, *more: str, reward: str = REWARD
+) -> subprocess.Popen[bytes]:
+    (tmp_path / "bright.py").write_text(reward)
     config = tmp_path / f"{name}.yaml"
     text = CONFIG.format(
         name=name, runs=tmp_path / "runs", model=model, backend=backend, reward=tmp_path / "bright.py:reward"
@@ -44,7 +46,7 @@ def start(tmp_path: Path, model: Path, name: str, backend: str) -> subprocess.Po
     config.write_text(text)
     log = (tmp_path / f"{name}.log").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "flowalign.cli", "align", str(config)]
+    command = [sys.executable, "-m", "flowalign.cli", "align", str(config), *more]
     return subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -95,6 +97,24 @@ def test_three_sigkills_at_random_moments_change_no_bit(tmp_path, tiny_pipeline_
         kill_after(process, run_dir, iteration, chance.random())
     finished(start(tmp_path, tiny_pipeline_dir, "killed", backend), tmp_path / "killed.log")
     assert_same_run(tmp_path / "runs" / "whole", run_dir)
+
+
+@pytest.mark.fault
+def test_a_killed_run_whose_reward_was_turned_ends_with_2_and_says_how_to_go_on_all_the_same(
+    tmp_path, tiny_pipeline_dir
+):
+    run_dir, turned = tmp_path / "runs" / "turned", REWARD.replace("return ", "return -")
+    kill_after(start(tmp_path, tiny_pipeline_dir, "turned", "local"), run_dir, 3, 0.0)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert start(tmp_path, tiny_pipeline_dir, "turned", "local", reward=turned).wait(timeout=200) == 2
+    said = (tmp_path / "turned.log").read_text()
+    assert f"error: rewards.0.spec: {tmp_path / 'bright.py'} has changed since step_00000" in said
+    assert "--accept-changed rewards.0.spec" in said and "Traceback" not in said
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    accept = ("--accept-changed", "rewards.0.spec")
+    finished(start(tmp_path, tiny_pipeline_dir, "turned", "local", *accept, reward=turned), tmp_path / "turned.log")
+    means = [row["reward/total/mean"] for row in read_metrics(run_dir / "metrics.jsonl")[1:]]
+    assert means[0] > 0 > means[-1]
 
 
 @pytest.mark.fault
