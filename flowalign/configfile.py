@@ -283,10 +283,16 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
 
 
 def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
-    """Keys that differ though a resumed run must keep them, as the new configuration has them."""
+    """Keys that differ though a resumed run must keep them, as the new configuration has them. Phases of training may
+    follow those that there were."""
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*after, *(key for key in before if key not in after)]
-    return [key for key in keys if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key)]
+    later = tuple(f"phases.{i}." for i in range(len(getattr(old, "phases", ())), len(getattr(new, "phases", ()))))
+    return [
+        key
+        for key in keys
+        if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key) and not key.startswith(later)
+    ]
 
 
 def refuse_changes(

@@ -109,9 +109,10 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         journal.iteration(done, metrics, collected)
-        stopping = journal.stopping  # asked once: a request that comes later must not skip its checkpoint
+        stopping = journal.stopping  # a request that comes later must not skip its checkpoint
         if stopping or journal.due("checkpoint", done):
             journal.checkpoint(done, backend, metrics)
+            stopping = stopping or journal.stopping
         if stopping:
             return done
     return run.iterations

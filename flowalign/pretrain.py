@@ -27,7 +27,6 @@ from flowalign.models.ema import Ema
 from flowalign.pretrainconfig import PhaseConfig, PretrainConfig
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
-from flowalign.resume import resume_from
 from flowalign.types import TrainBatch
 from flowalign.validation import Validation
 
@@ -160,7 +159,7 @@ def pretrain(
         engine.set_learning_rate(rate)
         metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
         averages.update(engine, step)
-        done = step + 1
+        done = stop.done = step + 1
         row = _validated(validation, config, engine, policy, averages, done, steps)
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
@@ -168,6 +167,7 @@ def pretrain(
         stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
         if stopping or done % config.checkpoint_every == 0 or done == steps:
             _save(run_dir, config, engine, averages, done, lock, facts)
+            stopping = stopping or process_group.agreed(stop.asked)
         if stopping:
             break
     policy.network.eval()
@@ -235,13 +235,12 @@ def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
     return call
 
 
-def resumed(config: PretrainConfig, run_dir: Path, rank: int, say: checkpoint.Say) -> checkpoint.Checkpoint | None:
-    """What the run goes on from: the first rank finds it, and all read the same. A collective call; see `resume_from`.
+def resumed(run_dir: Path, rank: int, saved: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+    """What the run goes on from: ``saved``, which the first rank has found, and all read the same. A collective call.
 
     Raises:
-        CheckpointError: there is nothing that the run can go on from, though it was begun.
+        CheckpointError: it cannot be read.
     """
-    saved = resume_from(run_dir, config.resume, say) if rank == 0 else None
     step = process_group.largest(0 if saved is None else saved.step)
     return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
 

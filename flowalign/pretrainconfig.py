@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from flowalign.config import LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+TextLength = Annotated[int, Field(ge=1, le=512)]
 
 
 class PhaseConfig(Section):
@@ -20,7 +21,9 @@ class PhaseConfig(Section):
     steps: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     final_learning_rate: Annotated[float, Field(ge=0)]
-    max_sequence_lengths: dict[int, float] = Field(default_factory=lambda: {16: 1.0})
+    max_sequence_lengths: dict[TextLength, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {16: 1.0}, min_length=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +63,8 @@ class PretrainConfig(Section):
     ``encoder_dropout`` replaces the output of single text encoders (``clip_l``, ``clip_g``, ``t5``) by that of the
     empty text, each with its own probability, so that one can be left out later (arXiv:2403.03206, sec. 5.3.3: 0.464
     each). ``resume: step_000020`` goes back to that checkpoint. ``sampling`` is recorded with the model, and is how it
-    is sampled. Under ``torchrun`` every process is one data-parallel rank.
+    is sampled, with texts of the length in ``model_as_trained``. Under ``torchrun`` every process is one data-parallel
+    rank.
     """
 
     name: RunName
@@ -100,6 +104,17 @@ class PretrainConfig(Section):
     @property
     def ema_decays(self) -> list[float]:
         return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @property
+    def model_as_trained(self) -> ModelConfig:
+        """``model`` with the text length by which it is validated, sampled and exported: its own where the last phase
+        draws that, else the one which that phase draws most often, the longer of two."""
+        last = self.phases[-1].max_sequence_lengths if self.phases else {}
+        drawn = {length: weight for length, weight in last.items() if weight}
+        if not drawn or self.model.max_sequence_length in drawn:
+            return self.model
+        length = max(drawn, key=lambda length: (drawn[length], length))
+        return self.model.model_copy(update={"max_sequence_length": length})
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -19,8 +19,11 @@ SET_ASIDE = "set_aside"
 RETURNED = "returned_to"
 
 
-def resume_from(run_dir: Path, resume: str, say: Say = LOG.warning) -> Checkpoint | None:
-    """What the run goes on from, read whole; None where it begins. ``resume`` is auto, never or a checkpoint's name.
+def resume_from(
+    run_dir: Path, resume: str, say: Say = LOG.warning, *, key: str = "checkpoint.resume"
+) -> Checkpoint | None:
+    """What the run goes on from, read whole; None where it begins. ``resume`` is auto, never or a checkpoint's name,
+    and ``key`` where it was written.
 
     Damaged newer ones are passed over. A run goes back to a named one once: the same command, given again after an
     interruption, goes on from what has been made since. Nothing is written, see `leave_behind`.
@@ -40,7 +43,7 @@ def resume_from(run_dir: Path, resume: str, say: Say = LOG.warning) -> Checkpoin
         there = ", ".join(f"step_{step:06d}" for step in checkpoint.steps(root))
         wrong = str(error) if (root / resume).exists() else f"{root / resume} is not there"
         raise CheckpointError(
-            f"resume={resume}: {wrong}; {f'name another: {there}' if there else f'{run_dir} has no checkpoint'}"
+            f"{key}: {wrong}; {f'name another: {there}' if there else f'{run_dir} has no checkpoint'}"
         ) from error
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flowalign.calibration import reuse_of
-from flowalign.config import AlignConfig, ConfigError
-from flowalign.pathfamilies import formulation, may_learn
+from flowalign.config import AlignConfig, ConfigError, ModelConfig
+from flowalign.configpaths import recorded_model, shipped_names
+from flowalign.pathfamilies import canonical, formulation, may_learn
 from flowalign.pretrainconfig import PretrainConfig
 
 
@@ -61,7 +63,8 @@ def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
 
 def _notes_of_alignment(config: AlignConfig) -> list[str]:
     updates = config.iterations * config.learner.updates_per_iteration
-    notes = _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
+    notes = [*_recorded_length(config.model), *_other_family("model", config.model)]
+    notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
     if "every" in config.checkpoint.model_fields_set:
         notes += _only_last("checkpoint.every", config.checkpoint.every, config.iterations, "iterations", "is saved")
     return notes
@@ -69,7 +72,9 @@ def _notes_of_alignment(config: AlignConfig) -> list[str]:
 
 def _notes_of_training(config: PretrainConfig) -> list[str]:
     steps = sum(phase.steps for phase in config.phases)
-    notes = _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
+    notes = [*_text_length(config), *_other_family("model", config.model)]
+    notes += [] if config.teacher is None else _other_family("teacher", config.teacher)
+    notes += _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
     notes += _only_last("log_every", config.log_every, steps, "steps", "is logged")
     if "checkpoint_every" in config.model_fields_set:
         notes += _only_last("checkpoint_every", config.checkpoint_every, steps, "steps", "is saved")
@@ -78,6 +83,41 @@ def _notes_of_training(config: PretrainConfig) -> list[str]:
     if config.ema_every > steps:
         notes.append(f"ema_every: {config.ema_every} of {steps} steps; the average stays what the run begins with")
     return notes
+
+
+def _other_family(key: str, model: ModelConfig) -> list[str]:
+    """A network that was trained as one family is read as another; a fresh one is of the family that it is given."""
+    own = str(recorded_model(Path(model.path), f"{key}.path").get("family", "rf"))
+    with suppress(ValueError):  # a family of another version of this project is another one
+        own = canonical(own)
+    if model.transformer is not None or model.family in (None, own):
+        return []
+    return [
+        f"{key}.family: {shipped_names(model.path)} is a model of {own}; its output is read as {model.family}"
+        + (", for which a fresh network (model.transformer) is the usual beginning" if key == "model" else "")
+    ]
+
+
+def _recorded_length(model: ModelConfig) -> list[str]:
+    """The default text length is not the one that the directory records."""
+    own = recorded_model(Path(model.path)).get("max_sequence_length", model.max_sequence_length)
+    if "max_sequence_length" in model.model_fields_set or own == model.max_sequence_length:
+        return []
+    return [
+        f"model.max_sequence_length: {model.max_sequence_length}, the default; {shipped_names(model.path)} was made "
+        f"for {own}"
+    ]
+
+
+def _text_length(config: PretrainConfig) -> list[str]:
+    """A length was written that the last phase never draws."""
+    asked, taken = config.model.max_sequence_length, config.model_as_trained.max_sequence_length
+    if asked == taken or "max_sequence_length" not in config.model.model_fields_set:
+        return []
+    return [
+        f"model.max_sequence_length: {asked} is no length that the last phase trains (max_sequence_lengths); the model "
+        f"is validated, sampled and exported with {taken}"
+    ]
 
 
 def _warm_up(key: str, warmup: int, run: int, unit: str) -> list[str]:

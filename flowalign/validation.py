@@ -25,9 +25,9 @@ class Validation:
     def __init__(self, config: PretrainConfig, policy: Policy) -> None:
         assert config.validation is not None
         own: ValidationConfig = config.validation
-        length = policy.max_sequence_length  # type: ignore[attr-defined]
+        length, before = config.model_as_trained.max_sequence_length, policy.max_sequence_length  # type: ignore[attr-defined]
         captioned = Captioned(Path(own.latents), policy, length, encoder_hash(config.model))
-        policy.max_sequence_length = length  # type: ignore[attr-defined]
+        policy.max_sequence_length = before  # type: ignore[attr-defined]
         drawn = captioned.bank.draw(0, own.num_samples, own.seed, {})
         stratum = torch.arange(own.num_samples) % own.num_times
         t = (stratum + 0.5) / own.num_times

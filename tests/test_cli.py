@@ -193,6 +193,15 @@ def test_a_pipeline_of_ours_is_read_with_the_text_length_it_records_another_with
     assert config_of(SHIPPED / "pipeline", None).model.max_sequence_length == 2
 
 
+def test_a_pipeline_is_not_read_as_another_family_than_it_records(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert config_of(tmp_path, config_path).model.family == "rf"
+    (tmp_path / "flowalign.json").write_text('{"family": "eps/cos"}')
+    assert config_of(tmp_path, None).model.family == "eps/cos"
+    with pytest.raises(ConfigError, match=r"^--config: its model is of rf and \S+ of eps/cos; write model.family"):
+        config_of(tmp_path, config_path)
+
+
 def test_versions_compare_as_numbers() -> None:
     assert release("2.10.1+cpu") == (2, 10, 1) > release("2.9")
     assert release("2.11.0rc1") >= release("2.11")

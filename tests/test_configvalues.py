@@ -179,3 +179,57 @@ def test_a_decimal_comma_is_shown_with_a_point(config_path: Path) -> None:
 def test_a_merge_key_takes_what_it_names_and_own_keys_win() -> None:
     text = "rewards:\n- &r {spec: geneval, weight: 1}\n- {<<: *r, name: b, weight: 2}\n"
     assert plain(parse_yaml(text, "it"))["rewards"][1] == {"spec": "geneval", "weight": 2, "name": "b"}
+
+
+@pytest.fixture
+def pretraining(config_path: Path, tmp_path: Path) -> Path:
+    (tmp_path / "bank").mkdir()
+    for name in ("latents.safetensors", "prompts.json"):
+        (tmp_path / "bank" / name).touch()
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\nlog_every: 1\nwarmup_steps: 0\n"
+        "algorithm: {type: rectified_flow}\nphases: [{steps: 5, learning_rate: 1e-3}]\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        ([], []),
+        (["model.max_sequence_length=16"], []),
+        (["model.max_sequence_length=256"], ["model.max_sequence_length: 256 is no length that the last phase trains"]),
+        (
+            ["model.family=eps/cos", "algorithm.family=eps/cos"],
+            ["model.family: MODEL is a model of rf; its output is read as eps/cos, for which a fresh network"],
+        ),
+        (["model.family=eps/cos", "algorithm.family=eps/cos", "model.transformer={num_layers: 1}"], []),
+        (
+            ["algorithm.type=progressive", "teacher={path: shapes, family: v/cos}"],
+            ["teacher.family: shapes is a model of rf; its output is read as v/cos"],
+        ),
+    ],
+)
+def test_a_text_length_or_a_family_that_a_model_was_not_made_for_is_said(
+    pretraining: Path, config_path: Path, overrides: list[str], noted: list[str]
+) -> None:
+    found = load_pretrain(pretraining, overrides).notes
+    expected = [note.replace("MODEL", str(config_path.parent / "model")) for note in noted]
+    assert len(found) == len(noted) and all(map(str.startswith, found, expected)), found
+
+
+def test_an_alignment_says_so_too(config_path: Path, tmp_path: Path) -> None:
+    found = load_align(config_path, ["model={path: shapes, family: v/cos, max_sequence_length: 2}"]).notes
+    assert [note.partition(";")[0] for note in found] == ["model.family: shapes is a model of rf"]
+    found = load_align(config_path, ["model={path: shapes}", "model.family=rf"]).notes
+    assert found == ()
+    (folder := tmp_path / "model").mkdir()
+    for part in (config_path.parent / "model").iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "flowalign.json").write_text('{"max_sequence_length": 3}')
+    text = config_path.read_text().replace(", max_sequence_length: 16", "")
+    (tmp_path / "run.yaml").write_text(text)
+    said = f"model.max_sequence_length: 256, the default; {folder} was made for 3"
+    assert load_align(tmp_path / "run.yaml").notes == (said,)
+    assert load_align(tmp_path / "run.yaml", ["model.max_sequence_length=256"]).notes == ()

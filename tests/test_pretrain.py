@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import signal
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli.runs import check_run, config_of
 from flowalign.cluster.train import run_pretrain
 from flowalign.config import ConfigError
-from flowalign.configfile import load_pretrain, write_resolved
+from flowalign.configfile import load_pretrain, resume_differences, write_resolved
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
 from flowalign.made import Accepted, MadeOf
@@ -23,6 +25,7 @@ from flowalign.metrics import read_metrics
 from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrain import autocast, schedule_at, text_length
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.stop import EndedEarly
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,9 @@ def test_a_pretraining_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bi
     assert checkpoint.content_hash(a.model) == checkpoint.content_hash(b.model)
     assert checkpoint.content_hash(a.optimizer_of(0)[0]) == checkpoint.content_hash(b.optimizer_of(0)[0])
     assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13))
-    with pytest.raises(checkpoint.CheckpointError, match=r"step_000005 is not there; name another: step_000004"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"^resume: \S+step_000005 is not there; name another: step_000004"
+    ):
         run(tmp_path, tiny_pipeline_dir, bank, resume="step_000005")
 
 
@@ -235,3 +240,57 @@ def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir
     velocity = autocast(policy.velocity, config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
     out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encode_prompts(["a photo of a star"]))
     assert seen == [expected] and out.dtype == torch.float32
+
+
+def test_a_finished_training_says_so_before_anything_is_loaded(tmp_path, tiny_pipeline_dir, bank):
+    phases = [{"steps": 1, "learning_rate": 1e-3, "max_sequence_lengths": {16: 1.0}}]
+    said = Console(file=StringIO(), width=400)
+    own = config(tmp_path, tiny_pipeline_dir, bank, phases=phases)
+    run_dir = run_pretrain(own, Path("."), said)
+    assert f"run directory: {run_dir}, begun anew\n" in said.file.getvalue()
+    nowhere = own.model_copy(update={"model": own.model.model_copy(update={"path": str(tmp_path / "none")})})
+    assert run_pretrain(nowhere, Path("."), said) == run_dir
+    assert said.file.getvalue().endswith(
+        f"{run_dir} has done all 1 steps already; add a phase to `phases` to continue\n"
+    )
+    more = own.model_copy(update={"phases": own.phases * 2})
+    assert resume_differences(own, more) == [] and resume_differences(more, own)
+    run_pretrain(more, Path("."), said)
+    assert f"resuming {run_dir} after step 1\n" in said.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("written", "lengths", "taken"),
+    [
+        ({}, {16: 1.0}, 16),
+        ({}, {2: 0.9, 16: 0.1}, 2),
+        ({}, {2: 0.5, 16: 0.5}, 16),
+        ({}, {2: 0.9, 256: 0.1}, 256),
+        ({"max_sequence_length": 16}, {2: 0.9, 16: 0.1}, 16),
+        ({"max_sequence_length": 7}, {2: 1.0, 7: 0.0}, 2),
+    ],
+)
+def test_a_model_is_sampled_and_exported_with_a_text_length_that_its_last_phase_trains(
+    tmp_path, tiny_pipeline_dir, bank, written, lengths, taken
+):
+    phases = [{"steps": 1, "learning_rate": 1e-3, "max_sequence_lengths": of} for of in ({4: 1.0}, lengths)]
+    content = config(tmp_path, tiny_pipeline_dir, bank, phases=phases).model_dump()
+    own = PretrainConfig.model_validate(content | {"model": {"path": str(tiny_pipeline_dir), **written}})
+    assert own.model_as_trained.max_sequence_length == taken
+    write_resolved(own, tmp_path / "base")
+    assert config_of(tmp_path / "base", None).model.max_sequence_length == taken
+
+
+def test_a_request_that_comes_while_a_checkpoint_is_written_ends_the_run_there(
+    tmp_path, tiny_pipeline_dir, bank, monkeypatch
+):
+    save = CheckpointWriter.save
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(CheckpointWriter, "save", interrupted)
+    with pytest.raises(EndedEarly):
+        run(tmp_path, tiny_pipeline_dir, bank)
+    assert checkpoint.steps(tmp_path / "base" / "checkpoints") == [4]

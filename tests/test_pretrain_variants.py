@@ -30,6 +30,7 @@ from flowalign.models.sd3 import SD3Policy
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.sample import open_policy, sample_checkpoint
 from flowalign.types import LatentBatch, TextPart
+from flowalign.validation import Validation
 
 NAMES = list(FAMILIES)
 
@@ -228,6 +229,23 @@ def test_the_validation_loss_is_that_of_fixed_points_and_of_both_weights(tmp_pat
     assert sum(by_time) / 4 == pytest.approx(found["validation/loss"])
     # A fresh network says 0, so its loss is the mean square of noise - latents.
     assert 0.8 < found["validation/loss"] < 4
+
+
+def test_the_validation_loss_is_that_of_a_text_length_that_is_trained(tmp_path, tiny_pipeline_dir, bank):
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=8))
+    validation = {"latents": str(bank), "num_samples": 8, "num_times": 4}
+    losses = []
+    for length in (4, 256):
+        own = config(
+            tmp_path,
+            tiny_pipeline_dir,
+            bank,
+            model={"max_sequence_length": length},
+            validation=validation,
+            batch_size=8,
+        )
+        losses.append(Validation(own, policy).losses(policy.velocity, "validation"))
+    assert losses[0] == losses[1] and policy.max_sequence_length == 8
 
 
 def test_single_encoders_are_dropped_alone():

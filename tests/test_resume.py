@@ -227,7 +227,7 @@ def test_the_newest_is_what_was_written_last_not_the_highest_step(tmp_path: Path
 def test_a_named_checkpoint_that_is_missing_or_damaged_is_refused_with_those_there(tmp_path: Path, named: str) -> None:
     save(tmp_path, 10, 20, 30)
     flip(tmp_path / "checkpoints" / "step_000020" / "optimizer" / "rank_00000.safetensors")
-    with pytest.raises(CheckpointError, match=rf"resume={named}: .*{named}.*step_000010, .*step_000030"):
+    with pytest.raises(CheckpointError, match=rf"^checkpoint.resume: .*{named}.*step_000010, .*step_000030"):
         resume_from(tmp_path, named)
     assert steps(tmp_path / "checkpoints") == [10, 20, 30] and not (tmp_path / "set_aside").exists()
     with pytest.raises(CheckpointError, match="has no checkpoint"):

@@ -17,10 +17,14 @@ import pytest
 import yaml
 from rich.console import Console
 
+from flowalign.checkpoint import CheckpointWriter
+from flowalign.cli.running import held
 from flowalign.cluster import progress
 from flowalign.cluster.progress import Phases, Progress, duration, iteration_text
+from flowalign.configfile import load_align
 from flowalign.libraries import KNOWN, silence
 from flowalign.models.textlength import cut_prompts, prompt_note
+from flowalign.record.stop import EndedAtOnce, StopRequest
 
 REPO = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
@@ -256,3 +260,23 @@ def test_prompts_that_clip_cuts_are_counted_once_each_and_short_ones_never_token
     said = "1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off"
     assert prompt_note(tiny_pipeline_dir, ["a dog", long]) == said
     assert cut_prompts(config_path.parent, [long]) == (0, 0)  # no pipeline, no tokenizer
+
+
+@pytest.mark.parametrize(
+    ("saved", "finished", "said"),
+    [
+        (6, 8, r"the same command continues it from \S+step_000006, and 2 finished iterations are lost"),
+        (6, 7, r"step_000006, and 1 finished iteration is lost"),
+        (6, 0, r"step_000006, and 0 finished iterations are lost"),
+        (None, 1, r"before the first checkpoint; 1 finished iteration is lost"),
+    ],
+)
+def test_a_second_ctrl_c_says_what_is_kept_and_what_is_lost(
+    config_path: Path, tmp_path: Path, saved: int | None, finished: int, said: str
+):
+    own = load_align(config_path, [f"runs_dir={tmp_path}"]).config
+    if saved is not None:
+        CheckpointWriter(tmp_path / "run" / "checkpoints").save(saved, model={}, state={})
+    with pytest.raises(EndedAtOnce, match=said), held(own, stop := StopRequest(), Console(quiet=True), False):
+        stop.done, stop.at_once = finished, True
+        raise KeyboardInterrupt

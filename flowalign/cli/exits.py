@@ -60,8 +60,8 @@ class Commands(TyperGroup):
         try:
             with _usage():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say_error("interrupted")
+        except KeyboardInterrupt as interrupt:
+            say_error(str(interrupt) or "interrupted")
             raise typer.Exit(ExitCode.AT_ONCE) from None
         except RunFailed as failed:
             said = _sentence(failed.error)

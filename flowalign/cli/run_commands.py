@@ -31,7 +31,7 @@ def align(
 
     console = make_console(as_json)
     phases = opening(console, f"align {config}")
-    with conduct(as_json) as stop:
+    with conduct(as_json, phases) as stop:
         from flowalign.cli.runs import begin_run, report_of, stop_of
         from flowalign.configfile import load_align
 
@@ -87,7 +87,7 @@ def _train(
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
-    with conduct(as_json, "step") as stop:
+    with conduct(as_json, phases, "step") as stop:
         from flowalign.cli.runs import begin_run
         from flowalign.configfile import load_pretrain
 
@@ -131,12 +131,10 @@ def _say_configured(loaded: Any, console: Any) -> None:
 
 
 def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
-    from flowalign.checkpoint import latest
+    from flowalign.cli.running import lying, say_end
     from flowalign.cli.runs import last_metrics
 
-    newest = latest(run_dir / "checkpoints")
-    named = {"run": run_dir, **({} if newest is None else {"checkpoint": newest}), **files}
-    shown = {**named, "metrics": run_dir / "metrics.jsonl", "took": phases}
-    for what, value in shown.items():
-        make_console(as_json).print(f"{what}: {value}")
+    named: dict[str, Path | str] = {**lying(run_dir), **files}
+    metrics = named.pop("metrics", run_dir / "metrics.jsonl")
+    say_end(make_console(as_json), phases, {**named, "metrics": metrics})
     print_json(as_json, {**{what: str(path) for what, path in named.items()}, "metrics": last_metrics(run_dir)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from rich.console import Console
 from flowalign.cli.exits import ExitCode, RunFailed
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import lasting_output, print_json
+from flowalign.cluster.progress import Phases
 from flowalign.config import AlignConfig
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.lock import RunLock
-from flowalign.record.stop import EndedEarly, StopRequest
+from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
 
 
 @contextmanager
-def conduct(as_json: bool, unit: str = "iteration") -> Iterator[StopRequest]:
-    """Inside, signals ask for an early end; where that comes, it is said, and the exit code is 75."""
+def conduct(as_json: bool, phases: Phases, unit: str = "iteration") -> Iterator[StopRequest]:
+    """Inside, signals ask for an early end; where that comes, it is said with where everything lies, and the exit code
+    is 75."""
     alone, first = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0") == "0"
     with StopRequest(unit, alone=alone).on_signals() as stop, lasting_output():
         try:
@@ -30,8 +32,24 @@ def conduct(as_json: bool, unit: str = "iteration") -> Iterator[StopRequest]:
             if first:
                 console = make_console(as_json)
                 console.print(str(early) or "stopped before anything was begun")
+                if early.run_dir is not None:
+                    say_end(console, phases, lying(early.run_dir))
                 print_json(as_json, {"ended": "early", "run": early.run_dir, "checkpoint": early.checkpoint})
             raise typer.Exit(ExitCode.EARLY) from None
+
+
+def lying(run_dir: Path) -> dict[str, Path]:
+    """What a run has left, by the word for it; nothing of a run directory that was removed again."""
+    last, report = _last_checkpoint(run_dir), run_dir / "report.html"
+    named = {"run": run_dir, "checkpoint": last, "report": report, "metrics": run_dir / "metrics.jsonl"}
+    return {what: path for what, path in named.items() if path is not None and path.exists()}
+
+
+def say_end(console: Console, phases: Phases, said: Mapping[str, Path | str]) -> None:
+    """Where everything lies, a line each, and how long the run took."""
+    for what, value in said.items():
+        console.print(f"{what}: {value}")
+    console.print(f"took: {phases}")
 
 
 @contextmanager
@@ -62,7 +80,7 @@ def held(
             yield lock
         except KeyboardInterrupt as interrupt:
             if stop.at_once:
-                raise
+                raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from None
             # What was raised as EndedEarly in Ray's own code comes out as its base class.
             early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
             early.run_dir, early.checkpoint = run_dir, _last_checkpoint(run_dir)
@@ -77,6 +95,18 @@ def held(
             goes_on = "; the same command continues from it" if resumes else ""
             kept = f"the last checkpoint is {last}{goes_on}" if last else "there is no checkpoint yet"
             raise RunFailed(kept, error) from error
+
+
+def _at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:
+    """What a second Ctrl-C cost, and what is left."""
+    last = _last_checkpoint(run_dir)
+    kept = 0 if last is None else int(last.name.removeprefix("step_"))
+    lost = max(0, stop.done - kept) if stop.done else 0
+    what = f"{lost} finished {stop.unit}{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
+    if last is None:
+        return f"stopped at once, before the first checkpoint; {what}"
+    goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
+    return f"stopped at once; {goes_on} {last}, and {what}"
 
 
 def _last_checkpoint(run_dir: Path) -> Path | None:

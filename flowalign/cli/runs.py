@@ -77,7 +77,9 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Ali
     config = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
     if isinstance(config, PretrainConfig):
         cluster = {"threads": config.threads, "device": config.device}
-        config = _bare(config.model, cluster=cluster, evaluation=config.sampling.model_dump())
+        config = _bare(config.model_as_trained, cluster=cluster, evaluation=config.sampling.model_dump())
+    if file is not None and (source / "model_index.json").is_file():
+        _check_family(config, source)
     if model is not None:
         config = _with_model(config, source, run_dir, model)
     if not Path(config.model.path).is_dir() and not (source / "model_index.json").is_file():
@@ -86,6 +88,17 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Ali
             f"{config.model.path}, which {source} was trained from, is not there; say where it is now: --model DIR",
         )
     return config
+
+
+def _check_family(config: AlignConfig, source: Path) -> None:
+    """A pipeline that says what its output means is not read as something else."""
+    own = recorded_model(source).get("family", config.model.family)
+    if own != config.model.family:
+        raise ConfigError(
+            "--config",
+            f"its model is of {config.model.family} and {source} of {own}; write model.family: {own} there, or leave "
+            "--config out",
+        )
 
 
 def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -> AlignConfig:

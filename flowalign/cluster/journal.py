@@ -78,6 +78,7 @@ class RunJournal:
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
         self._lock.check()
         self._made.check()
+        self._stop.done = iteration
         if collected is not None:
             self.say_faults(f"iteration {iteration}", collected.scores)
             metrics = metrics | self._measure(collected)

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from flowalign import checkpoint
 from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.progress import PLAIN, Phases, Progress, duration
@@ -35,7 +36,7 @@ from flowalign.pretrain import pretrain, resumed
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
-from flowalign.resume import leave_behind
+from flowalign.resume import leave_behind, resume_from
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,14 @@ def _run(
     torch.set_num_threads(config.threads)
     console = console if rank.index == 0 else Console(quiet=True)
     config = config.model_copy(update={"device": rank.device(config.device)})
+    say = partial(console.print, **PLAIN)
+    saved, steps = _saved(config, run_dir, rank, say), sum(phase.steps for phase in config.phases)
+    if saved is not None and saved.step >= steps:
+        say(f"{run_dir} has done all {saved.step} steps already; add a phase to `phases` to continue")
+        return
     own = own_schedule(config.model)
     algorithm = build_algorithm(config.algorithm, own)
-    _say_start(config, console, run_dir, rank)
+    _say_start(config, console, run_dir, rank, anew=saved is None)
     if "grid" in config.algorithm and (replaced := own.replacement(config.algorithm.get("shift"))):
         console.print(f"levels: {replaced}", **PLAIN)
     loading = time.monotonic()
@@ -134,12 +140,11 @@ def _run(
     trained, total = count_parameters(policy.network)
     engine = _engine(config, policy, rank)
     beside = "".join(f", beside its {role}" for role in sorted(roles.models))
-    say = partial(console.print, **PLAIN)
     say(
         f"model: {config.model.path}{beside}, {trained:,} of {total:,} parameters are trained; "
         f"loaded in {duration(time.monotonic() - loading)}"
     )
-    saved = resumed(config, run_dir, rank.index, say)
+    saved = resumed(run_dir, rank.index, saved)
     start = 0 if saved is None else saved.step
     if saved is not None and made is not None:
         made.refuse_changes(saved, say, small=True)
@@ -177,8 +182,21 @@ def _run(
         if report is not None:
             report.close()
         engine.close()
-    if result.steps < sum(phase.steps for phase in config.phases):
+    if result.steps < steps:
         raise EndedEarly
+
+
+def _saved(config: PretrainConfig, run_dir: Path, rank: Rank, say: Callable[[str], object]) -> Checkpoint | None:
+    """What the first rank goes on from. The others, which cannot ask it before their engines stand, look at it alone
+    where a run may be finished: then none of them begins.
+
+    Raises:
+        CheckpointError: there is nothing that the run can go on from, though it was begun.
+    """
+    last = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
+    if rank.index and last < sum(phase.steps for phase in config.phases):
+        return None
+    return resume_from(run_dir, config.resume, say, key="resume")
 
 
 def _take(
@@ -299,11 +317,11 @@ class _Reporter:
             self._writer.close()
 
 
-def _say_start(config: PretrainConfig, console: Console, run_dir: Path, rank: Rank) -> None:
+def _say_start(config: PretrainConfig, console: Console, run_dir: Path, rank: Rank, *, anew: bool) -> None:
     steps = sum(phase.steps for phase in config.phases)
     ranks, threads = rank.world_size, config.threads
     for line in (
-        f"run directory: {run_dir}",
+        f"run directory: {run_dir}{', begun anew' if anew else ''}",
         f"{ranks} process{'es' * (ranks > 1)} on {config.device}, {threads} thread{'s' * (threads > 1)} each",
         f"latents: {config.latents}, {steps} steps of {config.batch_size} samples",
     ):

@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flowalign.record.holder import Holder, RunDirectoryError, holder
+from flowalign.record.holder import LOCK, Holder, RunDirectoryError, holder
 from flowalign.record.lock import RunLock
 
 REQUEST = "stop"
 AGAIN_WITHIN_S = 10.0
+_OF_A_RUN = ("config.yaml", "checkpoints", LOCK)  # a new one has its lock alone
 _LOOK_EVERY_S = 1.0
 _ECHO_S = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -28,6 +29,10 @@ class EndedEarly(KeyboardInterrupt):
     checkpoint: Path | None = None
 
 
+class EndedAtOnce(KeyboardInterrupt):
+    """A second Ctrl-C ended a run where it was; says what it goes on from and what is lost."""
+
+
 class NobodyRuns(RunDirectoryError):
     """There is no run to stop in this directory."""
 
@@ -38,9 +43,9 @@ def ask_to_stop(run_dir: Path) -> Holder:
     Raises:
         NobodyRuns: nobody holds the directory. RunDirectoryError: it cannot be written.
     """
-    if not run_dir.is_dir():
+    found = holder(run_dir) if run_dir.is_dir() else None
+    if found is None and not any((run_dir / name).exists() for name in _OF_A_RUN):
         raise NobodyRuns(f"{run_dir} is no run directory; give one such as runs/NAME")
-    found = holder(run_dir)
     if found is None:
         raise NobodyRuns(f"{run_dir} is held by nobody: no run is going on there, so there is nothing to stop")
     draft = run_dir / f".{REQUEST}-{os.getpid()}"
@@ -58,7 +63,7 @@ class StopRequest:
     Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
     the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
     leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt and
-    sets ``at_once``.
+    sets ``at_once``. The run writes into ``done`` how many iterations or steps are finished.
     """
 
     def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
@@ -68,6 +73,7 @@ class StopRequest:
         self._raises, self._begun = alone, False
         self._look_at = 0.0
         self.at_once = False
+        self.done = 0
 
     @property
     def asked(self) -> bool:
@@ -133,7 +139,7 @@ class StopRequest:
             self._raises = False
             raise EndedEarly
         if number == signal.SIGINT:
-            self._tell("; Ctrl-C again within 10 s: at once, without it")
+            self._tell("; Ctrl-C again within 10 s stops at once, without a checkpoint")
         elif first:
             self._tell(f" ({signal.Signals(number).name})")
 

@@ -74,6 +74,8 @@ def test_a_second_run_is_refused_and_the_first_ends_when_it_is_asked(tmp_path: P
     assert asked.returncode == 0 and json.loads(asked.stdout)["holder"]["process"]["pid"] == first.pid
     said = first.communicate(timeout=120)[0]
     assert first.returncode == ExitCode.EARLY and "the same command continues it from" in said
+    last = run_dir / "checkpoints" / f"step_{done(tmp_path):06d}"
+    assert f"run: {run_dir}\ncheckpoint: {last}\nmetrics: {run_dir / 'metrics.jsonl'}\ntook: start " in said
     assert (run_dir / "checkpoints" / f"step_{done(tmp_path):06d}").is_dir()
     assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, done(tmp_path) + 1))
     assert not (run_dir / "lock").exists() and not (run_dir / "stop").exists()
@@ -89,7 +91,9 @@ def test_a_signal_while_the_model_loads_leaves_nothing(tmp_path: Path) -> None:
         assert line
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == ExitCode.EARLY and "stopped before the first iteration" in said, said
+    assert process.returncode == ExitCode.EARLY and re.search(
+        r"^stopped before the first iteration\ntook: start .*\n\Z", said, re.MULTILINE
+    ), said
     assert not (tmp_path / "runs").exists()
 
 
@@ -125,6 +129,7 @@ def test_every_code_of_the_table_is_what_a_process_ends_with(tmp_path: Path) -> 
             time.sleep(0.02)
         said += process.communicate(timeout=100)[0]
         ended[process.returncode] = name
+    assert re.search(r"error: stopped at once; the same command continues it from \S+step_\d+, and \d+ finished", said)
     expected = {0: "finished", 1: "failed", 2: "refused", 3: "alarm", 75: "early", 130: "at once"}
     assert ended == expected, said
 

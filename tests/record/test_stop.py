@@ -120,9 +120,14 @@ def test_a_request_before_the_first_iteration_ends_the_run_there(tmp_path: Path)
         assert not lock.begun
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_where_nobody_runs_there_is_nothing_to_stop(tmp_path: Path, there: bool) -> None:
-    run_dir = tmp_path if there else tmp_path / "none"
-    with pytest.raises(NobodyRuns, match="held by nobody" if there else "no run directory"):
+@pytest.mark.parametrize("there", ["none", "", "config.yaml", "checkpoints"])
+def test_where_nobody_runs_there_is_nothing_to_stop(tmp_path: Path, there: str) -> None:
+    run_dir = tmp_path / "run"
+    if there != "none":
+        (run_dir / there).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        NobodyRuns, match="is held by nobody" if there in ("config.yaml", "checkpoints") else "is no run"
+    ):
         ask_to_stop(run_dir)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
