@@ -18,11 +18,12 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.largest import check_largest
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 from flowalign.walkoptions import Grid, Shift
 from rewards.userfile import load_file, user_line
@@ -59,6 +60,7 @@ class AlgorithmConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: str
+    _within_limits = field_validator("*")(check_largest)
 
 
 class Algorithm(Protocol):

@@ -211,7 +211,7 @@ def read(path: Path) -> Checkpoint:
         )
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

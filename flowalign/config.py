@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from flowalign.largest import check_largest
 from flowalign.pathfamilies import FamilyName
 from flowalign.walkoptions import Grid
 
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"
@@ -35,7 +37,7 @@ class ConfigError(ValueError):
 def _resume(value: Any) -> str:
     """``20``, ``step_20`` and a path that ends so mean ``step_000020``."""
     text = str(value)
-    step = re.fullmatch(r"(?:(?:.*/)?step_)?(\d+)/?", text)
+    step = re.fullmatch(r"(?:(?:.*/)?step_)?(\d{1,12})/?", text)
     if step is not None and not isinstance(value, bool | float):
         return f"step_{int(step[1]):06d}"
     if text in ("auto", "never"):
@@ -47,6 +49,7 @@ class Section(BaseModel):
     """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _within_limits = field_validator("*")(check_largest)
 
     @model_validator(mode="before")
     @classmethod
@@ -189,7 +192,7 @@ class OptimizerConfig(Section):
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -16,9 +16,11 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.largest import IMAGES
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
+LONGEST = 600  # characters of a reason
 COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
 
 
@@ -42,6 +44,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) ->
     others = [e for e in found if e is not first]
     if lacking := [dotted((*prefix, *e["loc"])) for e in others if e["type"] == first["type"] == "missing"]:
         reason += f", and so {'is' if len(lacking) == 1 else 'are'} {', '.join(lacking)}"
+    reason = reason if len(reason) <= LONGEST else f"{reason[: LONGEST - 1]}…"
     if rest := len(others) - len(lacking):
         reason += f" ({rest} more after this)"
     return ConfigError(key, reason)
@@ -276,6 +279,12 @@ def check_numbers(config: AlignConfig, algorithm: Any) -> None:
     plan = algorithm.rollout_plan(0, config.seed)
     _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
+    if images > IMAGES:
+        raise ConfigError(
+            "data.groups_per_iteration",
+            f"{config.data.groups_per_iteration:,} groups of {images // config.data.groups_per_iteration:,} are "
+            f"{images:,} images an iteration; at most {IMAGES:,} are possible",
+        )
     items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
     updates = config.learner.updates_per_iteration
     if updates * config.learner.ranks > items:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,11 @@ def give_usual_modes(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
             path.chmod(mode)
+
+
+def stays_below(name: Any) -> bool:
+    """Whether a file's name, as another file gives it, leads to somewhere below the folder of that one."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
 def sha256(path: Path) -> str:

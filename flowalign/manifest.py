@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flowalign.files import sha256
+from flowalign.files import sha256, stays_below
 from rewards.missing import hint
 
 FORMAT = "flowalign-checkpoint"
@@ -76,12 +76,14 @@ def manifest_of(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("digest")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
     if claimed != digest_of(manifest):
         raise CheckpointError(f"{path / MANIFEST} is corrupt")
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")
+    if outside := [name for name in manifest.get("files", ()) if not stays_below(name)]:
+        raise CheckpointError(f"{path / MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
     return manifest
 
 

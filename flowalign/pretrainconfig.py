@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from flowalign.config import LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig, Section
+from flowalign.config import Beta, LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig, Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=1, le=512)]
@@ -81,7 +81,7 @@ class PretrainConfig(Section):
     micro_batch_size: Positive | None = None
     phases: list[PhaseConfig]
     warmup_steps: Annotated[int, Field(ge=0)] = 200
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] = 0.9995

@@ -14,6 +14,9 @@ from typing import Any
 
 from rewards.missing import hint
 
+MOST_BYTES = 2_000_000_000
+DEEPEST = 64  # lists and mappings inside one another
+_BRACKETS = re.compile(r'[\[{\]}]|"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # outside of texts, and texts
 _MARKS = {
     b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe\x00\x00": "UTF-32",
@@ -45,17 +48,21 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        TextError: there is no such file, it may not be read, or it holds something else.
+        TextError: there is no such file, it may not be read, it has more than ``most`` bytes, or it holds something
+            else.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(most + 1)
     except (OSError, ValueError) as error:  # of a name with a NUL
         near = hint(path) if isinstance(error, FileNotFoundError) else ""
         raise TextError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}){near}") from error
+    if len(content) > most:
+        raise TextError(f"{path} has more than {most:,} bytes, which is too large for a file of its kind")
     return decode(content, str(path))
 
 
@@ -112,12 +119,14 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 def parse_json(text: str, where: str) -> Any:
     """Plain data of a JSON text.
 
-    Refused, though Python's own reader takes them, are keys given twice, numbers that are not finite or too large for
-    a float, and halves of characters (``\\ud83d`` alone).
+    Refused, though Python's own reader takes them, are more than `DEEPEST` levels, keys given twice, numbers that are
+    not finite or too large for a float, and halves of characters (``\\ud83d`` alone).
 
     Raises:
         TextError: says ``where`` and why.
     """
+    if _deep(text):
+        raise TextError(f"{where} is nested too deeply: more than {DEEPEST} lists and mappings inside one another")
     try:
         value = json.loads(
             text, object_pairs_hook=_mapping, parse_constant=_refuse, parse_float=_number, parse_int=_integer
@@ -132,6 +141,18 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         raise TextError(f"{where}: {error}") from error
     return value
+
+
+def _deep(text: str) -> bool:
+    """Whether more than `DEEPEST` brackets are open at once; known before a reader goes down into them."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return False
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth += (found[0] in "[{") - (found[0] in "]}")
+        if depth > DEEPEST:
+            return True
+    return False
 
 
 def read_json(path: Path) -> Any:

@@ -16,11 +16,17 @@ from typing import Any
 import yaml
 
 from flowalign.config import ConfigError
-from flowalign.textfiles import TextError, read_text
+from flowalign.textfiles import DEEPEST, TextError, read_text
 
 LARGEST = 100_000  # values of a file, its anchors written out
+MOST_BYTES = 300_000  # of a file
+MOST_VALUES = 20_000  # that are written in it
+LONGEST = 100_000  # characters of a text
+DIGITS = 300
+LONGEST_KEY = 1_000
 KINDS = ("type", "spec", "kind")  # a mapping with another one of these is another thing
 _INTEGER = re.compile(r"^[-+]?(0|[1-9][\d_]*|0b[01_]+|0o[0-7_]+|0x[\da-fA-F_]+)$")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _FLOAT = re.compile(
     r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
     r"|^\.(nan|NaN|NAN)$"
@@ -44,6 +50,44 @@ class Items(list[Any]):
 
 
 class _Loader(yaml.SafeLoader):
+    """Refuses what is beyond the limits while it reads, by the key that it stands at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._path: list[str] = []
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if parent is not None:  # the key of a key is that of its mapping
+            part = index.value if isinstance(index, yaml.ScalarNode) else index if isinstance(index, int) else "?"
+            self._path.append(str(part))
+        self._depth += 1
+        self._values += 1
+        if self._depth > DEEPEST:
+            raise self._beyond(f"is nested too deeply: more than {DEEPEST} lists and mappings inside one another")
+        if self._values > MOST_VALUES:
+            raise self._beyond(f"is one value more than the {MOST_VALUES:,} that a configuration may have")
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode):
+            self._check(node)
+        self._depth -= 1
+        if parent is not None:
+            self._path.pop()
+        return node
+
+    def _check(self, node: yaml.ScalarNode) -> None:
+        if node.tag.endswith(":int") and len(node.value) > DIGITS:
+            raise self._beyond(f"has {len(node.value):,} digits, which is too large a number")
+        if len(node.value) > LONGEST:
+            raise self._beyond(f"is a text of {len(node.value):,} characters; at most {LONGEST:,} are possible")
+        if found := _NO_TEXT.search(node.value):
+            kind = "a NUL character" if found[0] == "\0" else f"half a character (\\u{ord(found[0]):04x})"
+            raise self._beyond(f"holds {kind}, which no name and no text has")
+
+    def _beyond(self, reason: str) -> ConfigError:
+        shown = self._path if len(self._path) <= 8 else [*self._path[:8], "…"]
+        return ConfigError(".".join(part if len(part) <= 60 else f"{part[:60]}…" for part in shown), reason)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -109,14 +153,17 @@ def parse_yaml(text: str, what: str) -> Any:
     return _parse(text, what)[0]
 
 
-def _parse(text: str, what: str) -> tuple[Any, str | None]:
-    """The data, and how it was written where it is one plain scalar."""
+def _parse(text: str, what: str, key: str = "") -> tuple[Any, str | None]:
+    """The data, and how it was written where it is one plain scalar; with ``key`` it is the value of that."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
         if _size(value, {}) > LARGEST:
-            raise ConfigError("", f"{what} holds more than {LARGEST} values; its anchors multiply")
+            raise ConfigError("", f"holds more than {LARGEST} values; its anchors multiply")
+    except ConfigError as error:
+        place = ".".join(filter(None, [key, error.key]))
+        raise ConfigError(place, error.reason if place else f"{what} {error.reason}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
@@ -126,8 +173,6 @@ def _parse(text: str, what: str) -> tuple[Any, str | None]:
     except RecursionError as error:
         raise ConfigError("", f"{what} is nested too deeply") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError("", f"{what} holds a value that cannot be read ({' '.join(str(error).split())})") from error
     plain_scalar = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
     return value, ("" if node is None else str(node.value)) if plain_scalar else None
@@ -159,9 +204,16 @@ def check_finite(value: Any, key: str = "") -> None:
         try:
             finite = math.isfinite(value)
         except OverflowError:
-            raise ConfigError(key, f"has {len(str(value))} digits, which is too large a number") from None
+            raise ConfigError(key, f"has {_digits(value)} digits, which is too large a number") from None
         if not finite:
             raise ConfigError(key, f"is {value}; every number of a configuration is finite")
+
+
+def _digits(value: int) -> str:
+    try:
+        return f"{len(str(abs(value))):,}"
+    except ValueError:  # Python writes out no number of more than 4,300
+        return "thousands of"
 
 
 def differences(before: Any, after: Any) -> list[str]:
@@ -193,7 +245,7 @@ def _leaves(value: Any, prefix: str = "", text: str | None = None) -> Iterator[t
 def read_mapping(path: Path) -> Mapping:
     """The mapping of keys to values in a file; raises ConfigError naming file and line."""
     try:
-        raw = parse_yaml(read_text(path), str(path))
+        raw = parse_yaml(read_text(path, MOST_BYTES), str(path))
     except TextError as error:
         raise ConfigError("", f"{error}; give the path of a YAML configuration") from error
     if not isinstance(raw, Mapping):
@@ -210,8 +262,10 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
     for index, assignment in enumerate(assignments):
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip() or key != key.strip():
-            raise ConfigError("", f"override {assignment!r} is not key=value, {_spaced(assignments[index:])}")
-        _assign(raw, key, *_parse(value, f"the value of {key}"))
+            raise ConfigError("", f"override {assignment!r:.200} is not key=value, {_spaced(assignments[index:])}")
+        if key.count(".") >= DEEPEST or len(key) > LONGEST_KEY:
+            raise ConfigError("", f"override {key[:60]}… names no key; none is as long")
+        _assign(raw, key, *_parse(value, f"the value of {key}", key))
 
 
 def _spaced(words: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def write_samples(directory: Path, number: int, scores: list[float], side: int =
     folder.mkdir(parents=True)
     index = []
     for i, score in enumerate(scores):
-        Image.fromarray(np.full((side, side, 3), 40 * i + number, np.uint8)).save(folder / f"{i:04d}.png")
+        Image.fromarray(np.full((side, side, 3), (40 * i + number) % 256, np.uint8)).save(folder / f"{i:04d}.png")
         row = {"file": f"{i:04d}.png", "prompt": f"a photo of {i} <circles>", "tag": "counting"}
         index.append({**row, "scores": {} if math.isnan(score) else {"geneval": score}})
     (folder / "index.json").write_text(json.dumps(index))

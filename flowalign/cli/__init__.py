@@ -19,8 +19,10 @@ from flowalign.cli.options import (
     Kind,
     Like,
     Model,
+    NumSamples,
     Overrides,
     Overwrite,
+    Seed,
     Solver,
     Source,
     Steps,
@@ -32,6 +34,7 @@ from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, print_rows, progress
+from flowalign.largest import OTHERWISE
 from rewards.printable import printable
 
 app = typer.Typer(
@@ -56,12 +59,12 @@ app.command("calibrate-cache")(calibrate_cache)
 @app.command()
 def evaluate(
     checkpoint: Source,
-    num_samples: Annotated[int | None, typer.Option(min=1)] = None,
+    num_samples: NumSamples = None,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
     solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=OTHERWISE)] = None,
     weights: Annotated[str | None, typer.Option(metavar="NAME", help="default: as the run evaluates")] = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
@@ -118,11 +121,11 @@ app.command()(measure)
 def sample(
     checkpoint: Source,
     prompt: Annotated[list[str], typer.Option(help="may be given several times")],
-    num_images: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
     solver: Solver = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     weights: Weights = "model",
     latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
     out: Path = Path("samples"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowalign.cli.options import Guidance, Json, Like, Model, Solver, Source, Steps, Weights
+from flowalign.cli.options import Guidance, Json, Like, Model, Seed, Solver, Source, Steps, Weights
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
 
@@ -24,7 +24,7 @@ def make_pairs(
     solver: Solver = None,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     weights: Weights = "model",
     shard_size: Annotated[int, typer.Option(min=1, help="pairs a shard, what an interruption can cost")] = 2048,
     config: Like = None,
@@ -59,12 +59,12 @@ def make_pairs(
 def calibrate_cache(
     checkpoint: Source,
     to: Annotated[Path, typer.Option("--to", help="file to write")],
-    num_samples: Annotated[int, typer.Option(min=1)] = 48,
+    num_samples: Annotated[int, typer.Option(min=1, max=1_000_000)] = 48,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = None,
     degree: Annotated[int, typer.Option(min=1, max=8, help="of the polynomial")] = 4,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     weights: Weights = "model",
     config: Like = None,
     model: Model = None,
@@ -110,7 +110,7 @@ def make_preferences(
     group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     weights: Weights = "model",
     config: Like = None,
     model: Model = None,

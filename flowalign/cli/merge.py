@@ -16,6 +16,7 @@ from torch import Tensor
 from flowalign.cli.runs import config_of
 from flowalign.config import AlignConfig, SamplingConfig
 from flowalign.export import load_pipeline, save_pipeline
+from flowalign.export.markdown import code, text
 from flowalign.files import give_usual_modes
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
@@ -161,8 +162,8 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         held = dict(load_pipeline(draft).transformer.named_parameters())
         if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
             raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")
-        rows = "\n".join(f"| {s:.4g} | `{n}` |" for s, n in zip(record["shares"], record["sources"], strict=True))
-        card = CARD.format(name=to.name, rows=rows, length=record["max_sequence_length"])
+        rows = "\n".join(f"| {s:.4g} | {code(n)} |" for s, n in zip(record["shares"], record["sources"], strict=True))
+        card = CARD.format(name=text(to.name), rows=rows, length=record["max_sequence_length"])
         (draft / "README.md").write_text(card, encoding="utf-8")
         give_usual_modes(draft)
         take_place(draft, to, record)

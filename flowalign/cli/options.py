@@ -10,6 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from flowalign.cli.terminal import reserve_output
+from flowalign.largest import LARGEST, OTHERWISE
+
+Seed = Annotated[int, typer.Option(min=0, max=OTHERWISE)]
+NumSamples = Annotated[int | None, typer.Option(min=1, max=int(LARGEST["num_samples"]))]
 
 
 def model_directory(text: str) -> Path:
@@ -61,7 +65,10 @@ Model = Annotated[
 ]
 Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora, ema, or an average such as ema_0.99")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
-Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps; default: as the run evaluates")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates"),
+]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
 Guidance = Annotated[
     float | None, typer.Option(min=0, callback=finite, help="1 is none; default: as the run evaluates")

@@ -9,12 +9,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from flowalign.checkpoint import LOG, find, has_any, verify
 from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.configcheck import check_pipeline
+from flowalign.configcheck import check_pipeline, explain
 from flowalign.configfile import (
     load_align,
     read_resolved,
@@ -123,7 +124,10 @@ def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -
 def _bare(model: Any, **sections: Any) -> AlignConfig:
     """Enough of a configuration to sample and evaluate a model that no alignment run made."""
     values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
-    return AlignConfig.model_validate({**values, **sections})
+    try:
+        return AlignConfig.model_validate({**values, **sections})
+    except ValidationError as error:
+        raise explain(error, AlignConfig) from error
 
 
 def geneval_suite(

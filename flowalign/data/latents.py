@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flowalign.data.bank import ORIGINAL, Drawn, Embeddings, LatentBank, LatentsError, Shard
 from flowalign.data.bankfiles import write_json, write_tensors
+from flowalign.files import stays_below
 from flowalign.textfiles import TextError, read_json, read_object
 from flowalign.types import Condition
 
@@ -119,7 +120,8 @@ def _manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = read_object(path)
         known = manifest["format"] == FORMAT and manifest["version"] == VERSION
-        files = [entry["file"] for entry in (*manifest["shards"], manifest["prompts"])]
+        named = (*manifest["shards"], manifest["prompts"], *filter(None, [manifest["embeddings"]]))
+        files = [entry["file"] for entry in named]
     except TextError as error:
         raise LatentsError(f"latents: {path} is no manifest of a latent bank ({error})") from error
     except (KeyError, TypeError) as error:
@@ -129,7 +131,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise LatentsError(f"latents: {path} is of {said}, this program reads {FORMAT} version {VERSION}")
     if not manifest["shards"]:
         raise LatentsError(f"latents: {path} names no shard; the bank is empty")
-    if outside := [file for file in files if Path(file).name != file]:
+    if outside := [file for file in files if not stays_below(file) or Path(file).name != file]:
         raise LatentsError(f"latents: {path} names {outside[0]}; the files of a bank lie beside its manifest")
     return manifest
 

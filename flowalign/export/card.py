@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import build_algorithm
-from flowalign.config import AlignConfig, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.export.markdown import code, front, text
 from flowalign.made import ACCEPTED
 from flowalign.metrics import read_metrics
+from flowalign.textfiles import TextError, read_text
+from flowalign.yamlfiles import parse_yaml, plain
+from rewards.printable import printable
 
 Row = Mapping[str, Any]
+MOST_OF_A_CARD = 1_000_000  # bytes
 
 CUSTOM_USE = """from diffusers import DiffusionPipeline
 
@@ -64,31 +68,41 @@ def _front_matter(config: AlignConfig, algorithm: str, kind: str, after: Row) ->
     lines = _licence(Path(config.model.path))
     lines += [f"library_name: {'peft' if kind == 'lora' else 'diffusers'}", "pipeline_tag: text-to-image"]
     if "/" in base:
-        lines += [f"base_model: {json.dumps(base)}"]
+        lines += [f"base_model: {front(base)}"]
         lines += [f"base_model_relation: {'adapter' if kind == 'lora' else 'finetune'}"]
     tags = ["flowalign", "text-to-image", "reinforcement-learning", algorithm.replace("_", "-")]
     tags += ["lora", "diffusers"] if kind == "lora" else []
-    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    lines += ["tags:", *(f"- {front(tag)}" for tag in tags)]
     overall = {key.split("/")[1]: value for key, value in after.items() if key.endswith("/overall")}
     if overall:
         metrics = [{"type": name, "name": f"{name}, overall", "value": round(v, 4)} for name, v in overall.items()]
         dataset = {"type": "geneval", "name": config.evaluation.prompts}
         result = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
-        lines += ["model-index:", f"- {json.dumps({'name': config.name, 'results': [result]})}"]
+        lines += ["model-index:", f"- {front({'name': config.name, 'results': [result]})}"]
     return lines
 
 
 def _licence(base: Path) -> list[str]:
     """The base model's own licence fields, as its card states them; where it states none, a pointer to it."""
     card = base / "README.md"
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
-    fields = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*$", head[1], re.MULTILINE) if head else []
+    try:
+        head = re.match(r"---\n(.*?)\n---", read_text(card, MOST_OF_A_CARD), re.DOTALL) if card.is_file() else None
+        stated = parse_yaml(head[1], str(card)) if head else None
+    except (TextError, ConfigError):
+        stated = None
+    found = plain(stated) if isinstance(stated, dict) else {}
+    fields = [f"{key}: {_simple(found[key])}" for key in ("license", "license_name", "license_link") if found.get(key)]
     return fields or ["license: other", "license_name: same-as-base-model"]
+
+
+def _simple(value: Any) -> str:
+    """A word as it is, all else quoted."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.+-]*", value, re.ASCII) else front(value)
 
 
 def _before(path: Path) -> dict[str, float]:
     rows = read_metrics(path) if path.is_file() else []
-    return next((row for row in rows if row.get("iteration") == 0), {})
+    return next((row for row in rows if isinstance(row, dict) and row.get("iteration") == 0), {})
 
 
 def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -> str:
@@ -96,7 +110,7 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
     algorithm = _algorithm(config, state)
     what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
     facts = {
-        "Base model": f"`{base}`{_hashed(state)}",
+        "Base model": f"{code(base)}{_hashed(state)}",
         **(_training(state["config"], state, kind) if "config" in state else _alignment(config, state, kind)),
         "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
     }
@@ -106,8 +120,10 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
             "and takes the family's own noise levels"
         )
     if accepted := state.get(ACCEPTED):
-        facts["Changed on the way"] = ", ".join(f"`{change['key']}` after {change['after']}" for change in accepted)
-    lines = [f"# {config.name}", "", f"A {what} `{base}` by flowalign with {algorithm}.", "", "## Training", ""]
+        changes = (f"{code(change['key'])} after {text(change['after'])}" for change in accepted)
+        facts["Changed on the way"] = ", ".join(changes)
+    made = f"A {what} {code(base, cell=False)} by flowalign with {text(algorithm)}."
+    lines = [f"# {text(config.name)}", "", made, "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
@@ -120,15 +136,15 @@ def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -
         steps=config.evaluation.num_steps,
         guidance=config.evaluation.guidance_scale,
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
-        base=base,
+        base=printable(base).replace("\\", "/").replace('"', "'"),
     )
     lines += ["## Use", "", f"```python\n{use}```", ""]
-    lines += ["## Licence", "", f"The weights derive from `{base}` and stay under its licence.", ""]
+    lines += ["## Licence", "", f"The weights derive from {code(base, cell=False)} and stay under its licence.", ""]
     return "\n".join(lines)
 
 
 def _hashed(state: Row) -> str:
-    return f" (transformer files sha256 `{state['base_hash'][:16]}`)" if state.get("base_hash") else ""
+    return f" (transformer files sha256 {code(str(state['base_hash'])[:16])})" if state.get("base_hash") else ""
 
 
 def _sigmas(config: AlignConfig) -> str:
@@ -151,9 +167,9 @@ def _alignment(config: AlignConfig, state: Row, kind: str) -> dict[str, str]:
         else f"LoRA, rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g}"
     )
     return {
-        "Algorithm": f"{config.algorithm['type']} · {trained}{averaged}",
-        "Iterations": f"{state['iteration']} of {config.iterations} · seed {config.seed}",
-        "Prompts": f"`{config.data.prompts}`, {config.data.groups_per_iteration} groups an iteration",
+        "Algorithm": f"{text(config.algorithm['type'])} · {trained}{averaged}",
+        "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",
+        "Prompts": f"{code(config.data.prompts)}, {config.data.groups_per_iteration} groups an iteration",
         "Rewards": "; ".join(_reward(reward) for reward in config.rewards),
     }
 
@@ -162,13 +178,13 @@ def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
     """Of a run on latents, from the configuration in its checkpoint."""
     sampling = own["sampling"]
     facts = {
-        "Algorithm": f"{own['algorithm']['type']}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
+        "Algorithm": f"{text(own['algorithm']['type'])}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
         "Steps": f"{state['step']} of {sum(phase['steps'] for phase in own['phases'])} · seed {own['seed']}",
-        "Latents": f"`{Path(own['latents']).name}`, {own['batch_size']} a step",
+        "Latents": f"{code(Path(own['latents']).name)}, {own['batch_size']} a step",
         "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
     }
     facts |= _guidance(own["algorithm"])
-    return facts | ({"Teacher": f"`{base_name(own['teacher']['path'])}`"} if own.get("teacher") else {})
+    return facts | ({"Teacher": code(base_name(own["teacher"]["path"]))} if own.get("teacher") else {})
 
 
 def _steps(count: int) -> str:
@@ -187,16 +203,17 @@ def _guidance(algorithm: Row) -> dict[str, str]:
 
 
 def _reward(reward: RewardConfig) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in reward.options.items())
+    options = ", ".join(text(f"{key}={value}") for key, value in reward.options.items())
     spec = reward.spec.rpartition(":")[2] if ".py:" in reward.spec else reward.spec
-    return f"`{reward.name or spec}` × {reward.weight:g}" + (f" ({options})" if options else "")
+    return f"{code(reward.name or spec)} × {reward.weight:g}" + (f" ({options})" if options else "")
 
 
 def _scores(config: AlignConfig, kind: str, before: Row, after: Row) -> list[str]:
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation
-    how = f"{e.num_samples} samples of `{e.prompts}`, {e.num_steps} Euler steps, guidance {e.guidance_scale:g}"
+    how = f"{e.num_samples} samples of {code(e.prompts, cell=False)}, {e.num_steps} Euler steps"
+    how += f", guidance {e.guidance_scale:g}"
     lines = [
         "## Scores",
         "",
@@ -207,7 +224,7 @@ def _scores(config: AlignConfig, kind: str, before: Row, after: Row) -> list[str
     ]
     for key, value in after.items():
         old = before.get(key)
-        lines.append(f"| {key.removeprefix('eval/')} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
+        lines.append(f"| {text(key.removeprefix('eval/'))} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
     if kind.startswith("ema") != (e.weights == "ema"):
         lines += ["", f"The scores are those of the run's {e.weights} weights, not of the weights exported here."]
     return [*lines, ""]

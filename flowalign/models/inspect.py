@@ -36,6 +36,8 @@ SD35_MEDIUM: dict[str, Any] = {
     "qk_norm": "rms_norm",
 }
 SD35_SHIFT = 3.0
+SIZE, LAYERS = 1_000_000, 1_000
+_REPEATED = ("num_layers", "num_hidden_layers", "num_decoder_layers", "layers_per_block")
 SD35_FROZEN = {
     "vae": 83_819_683,
     "text_encoder": 123_650_304,
@@ -230,7 +232,14 @@ def _clip_tokens(directory: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What a part's own file says of its sizes, none of which is one that no network has."""
     try:
-        return read_object(path)
+        content = read_object(path)
     except TextError as error:
         raise ModelError(f"model.path: {error}") from error
+    for key, value in content.items():
+        most = LAYERS if key in _REPEATED else SIZE
+        sizes = value if isinstance(value, list) else [value]
+        if any(isinstance(size, int) and abs(size) > most for size in sizes):
+            raise ModelError(f"model.path: {path}: {key} is beyond {most:,}, which no network has; the file is damaged")
+    return content

@@ -96,7 +96,7 @@ def _check_value(name: str, value: Any, options: Mapping[str, Any]) -> None:
     elif name == "shift_terminal":
         wanted = "" if value is None or (number and 0 <= value < 1) else "null or a number from 0 to below 1"
     elif name == "num_train_timesteps":
-        wanted = "" if number and value == int(value) and value >= 1 else "a whole number of 1 or more"
+        wanted = "" if number and value == int(value) and 1 <= value <= 10**6 else "a whole number from 1 to 1000000"
     elif name in _POSITIVE:
         wanted = "" if number and value > 0 else "a number above 0"
     elif options["use_dynamic_shifting"]:

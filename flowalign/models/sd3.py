@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowalign.files import stays_below
 from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
@@ -53,7 +54,21 @@ def check_directory(directory: Path) -> None:
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         if not (directory / part).is_dir():
             raise ModelError(f"model.path: {directory} has no folder {part}; the download or export is incomplete")
+    for index in sorted(directory.glob("*/*.safetensors.index.json")):
+        _check_shards(index)
     check_scheduler(directory)
+
+
+def _check_shards(index: Path) -> None:
+    """The files that an index names lie beside it."""
+    try:
+        named = read_object(index).get("weight_map")
+    except TextError as error:
+        raise ModelError(f"model.path: {error}") from error
+    if not isinstance(named, dict):
+        raise ModelError(f"model.path: {index} has no weight_map; the download or export is incomplete")
+    if outside := [name for name in named.values() if not stays_below(name) or Path(name).name != name]:
+        raise ModelError(f"model.path: {index} names {outside[0]}; the files of a part lie beside its index")
 
 
 def pipeline_schedule(directory: Path, height: int | None, width: int | None) -> PipelineSchedule:

@@ -11,16 +11,20 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from flowalign.checkpoint import CheckpointError, latest
 from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
 from flowalign.made import changes_of
 from flowalign.metrics import read_damaged, read_metrics
 from flowalign.report import alarms, figures, headline
-from flowalign.report.samples import Gallery, read_gallery
+from flowalign.report.samples import Gallery, inside, read_gallery
 from flowalign.shapes.prompts import TASKS
+from rewards.printable import printable
 
 Row = dict[str, Any]
+MOST_ITERATIONS = 10**12
 PHASES = ("rollout", "score", "learn", "sync", "idle")
 HEALTH = {
     "replay/max_abs_dlogp": (
@@ -55,14 +59,15 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
     trained = [row for row in rows if row["iteration"] > 0]
     name = headline.main_score(config, rows)
     evaluations = [row for row in rows if f"eval/{name}/overall" in row]
-    gallery = read_gallery(run_dir / "samples", name)
+    gallery = read_gallery(run_dir, name)
     page = resources.files("flowalign.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    # No template marks a text from outside as safe; `_shown` writes out what is invisible or turns the text around.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     environment.filters |= {"number": _number, "signed": _signed, "duration": _duration}
     html = environment.from_string(page).render(
         config=config,
         settings=_settings(config),
-        full_config="\n".join(_yaml(config.model_dump(mode="json"))),
+        full_config=list(_yaml(config.model_dump(mode="json"))),
         versions=dict(versions),
         metric=name,
         done=trained[-1]["iteration"] if trained else 0,
@@ -80,7 +85,7 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         hacked=alarms.hacked(trained),
         collapsed=alarms.collapsed(trained, config.safety),
         stopped=stopped_by_alarm(run_dir, config.safety),
-        damage=read_damaged(run_dir / "metrics.jsonl")[1],
+        damage=read_damaged(metrics)[1] if inside(metrics := run_dir / "metrics.jsonl", run_dir) else None,
         changes=_changes(run_dir),
     )
     path = run_dir / "report.html"
@@ -89,9 +94,22 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
     return path
 
 
+def _shown(value: Any) -> Any:
+    return printable(value) if type(value) is str else value
+
+
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows with an iteration, and of them the numbers and nulls: the run may be somebody else's."""
     path = run_dir / "metrics.jsonl"
-    return read_metrics(path) if path.is_file() else []
+    if not inside(path, run_dir):
+        return []
+    rows = [row for row in read_metrics(path) if isinstance(row, dict)]
+    whole = [row for row in rows if type(row.get("iteration")) is int and 0 <= row["iteration"] < MOST_ITERATIONS]
+    return [{key: value for key, value in row.items() if _may_be_shown(value)} for row in whole]
+
+
+def _may_be_shown(value: Any) -> bool:
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST_ITERATIONS)
 
 
 def _changes(run_dir: Path) -> list[str]:
@@ -132,7 +150,7 @@ def _facts(config: AlignConfig, rows: list[Row], trained: list[Row]) -> dict[str
     }
 
 
-def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str, str | None]:
+def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str, Markup | None]:
     rewards = sorted({key for row in trained for key in row if key.startswith("reward/") and key.endswith("/mean")})
     if len(rewards) == 2 and "reward/total/mean" in rewards:
         rewards.remove("reward/total/mean")

@@ -1,4 +1,8 @@
-"""The report's figures: matplotlib drawings as inline SVG whose inks follow the page's light or dark theme."""
+"""The report's figures: matplotlib drawings as inline SVG whose inks follow the page's light or dark theme.
+
+Names of series come from outside (a reward server calls its scores what it likes): they are drawn as text, never read
+as formulas or markup. What leaves here is markup that a page may contain as it is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup, escape
+
+from rewards.printable import printable
+
 Series = Sequence[float | None]
 
 # Stand-ins that become the page's CSS variables, so that one drawing suits both themes.
@@ -16,6 +24,7 @@ VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#ec4899", "#14b8a6", "#a3a334")
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "flowalign",
     "font.size": 9.5,
     "text.color": INK,
@@ -38,11 +47,13 @@ STYLE: Any = {
     "axes.facecolor": "none",
 }
 SMOOTHING = 9
+LONGEST_NAME = 60
 
 
-def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "") -> str:
+def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "") -> Markup:
     """Curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN."""
     figure, axes = _figure()
+    curves = {}
     for color, (name, values) in zip(_colors(series, bold), series.items(), strict=False):
         y = _floats(values)
         if len(y) > 2 * SMOOTHING:
@@ -50,13 +61,13 @@ def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = 
             y = _running_mean(y)
         marker = "o" if sum(map(math.isfinite, y)) <= 12 else None
         width = 2.8 if name == bold else None
-        axes.plot(x, y, color=color, label=name, marker=marker, markersize=4, linewidth=width)
+        curves[name] = axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=width)[0]
     _iteration_axis(axes, x, label)
-    _legend(figure, axes, len(series))
-    return _svg(figure, f"{', '.join(series)} by iteration")
+    _legend(figure, curves)
+    return _svg(figure, f"{', '.join(map(_short, series))} by iteration")
 
 
-def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> str:
+def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> Markup:
     """Stacked bars, one an iteration; the few that tower over the rest are cut, and the label says so."""
     figure, axes = _figure((13.4, 2.7))
     bottom = [0.0] * len(x)
@@ -71,7 +82,7 @@ def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> st
     return _svg(figure, f"{', '.join(series)} by iteration, stacked")
 
 
-def small(x: Sequence[int], values: Series, *, color: str = COLORS[0], title: str = "") -> str:
+def small(x: Sequence[int], values: Series, *, color: str = COLORS[0], title: str = "") -> Markup:
     """One small curve, raw."""
     figure, axes = _figure((3.4, 1.9))
     axes.plot(x, _floats(values), color=color, linewidth=1.4, marker="o" if len(x) <= 12 else None, markersize=3.5)
@@ -102,16 +113,24 @@ def _iteration_axis(axes: Any, x: Sequence[int], label: str) -> None:
     axes.yaxis.get_major_formatter().set_useOffset(False)
     axes.margins(x=0.02)
     axes.set_xlabel("iteration", loc="right")
-    axes.set_title(label, loc="left", fontsize=9.5, color=MUTED)
+    axes.set_title(_short(label), loc="left", fontsize=9.5, color=MUTED)
     if len(x) == 1:
         axes.set_xlim(x[0] - 1, x[0] + 1)
 
 
-def _legend(figure: Any, axes: Any, count: int) -> None:
-    if count > 1:
-        handles, names = axes.get_legend_handles_labels()
+def _legend(figure: Any, curves: Mapping[str, Any]) -> None:
+    if len(curves) > 1:
         look = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.2, "columnspacing": 1.4}
-        figure.legend(handles, names, loc="outside upper left", ncols=min(count, 4), **look)
+        where = {"loc": "outside upper left", "ncols": min(len(curves), 4)}
+        legend = figure.legend([*curves.values()], [str(number) for number in range(len(curves))], **where, **look)
+        for text, name in zip(legend.get_texts(), curves, strict=True):  # a label that begins with _ is none
+            text.set_parse_math(False)
+            text.set_text(_short(name))
+
+
+def _short(name: str) -> str:
+    shown = printable(name)
+    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + "…"
 
 
 def _floats(values: Series) -> list[float]:
@@ -127,7 +146,7 @@ def _running_mean(values: list[float]) -> list[float]:
     return means
 
 
-def _svg(figure: Any, title: str) -> str:
+def _svg(figure: Any, title: str) -> Markup:
     import matplotlib
 
     buffer = io.StringIO()
@@ -136,13 +155,20 @@ def _svg(figure: Any, title: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|legend|PolyCollection)_\d+"', "", svg
+    # Tags alone are rewritten: between them stands text from outside, in which `<` is written `&lt;`.
+    svg = re.sub(r"<[^>]*>", lambda tag: _rewritten(tag[0]), svg)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
+
+
+def _rewritten(tag: str) -> str:
+    """A tag without ids, namespaces and the drawing's fixed size, in the page's font and inks."""
+    tag = re.sub(
+        r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|legend|PolyCollection)_\d+"', "", tag
     )
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
-    svg = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    if tag.startswith("<svg"):
+        tag = re.sub(r' (?:width|height)="[^"]*"', "", tag)
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", tag)
+    tag = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", tag).replace("xlink:href", "href")
     for stand_in, variable in VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    return svg
+        tag = tag.replace(stand_in, variable)
+    return tag

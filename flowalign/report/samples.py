@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowalign.textfiles import TextError, is_there, read_json
+from rewards.interface import ScorerError
+
 THUMBNAIL = 256
 PIXEL_ART = 128
+MOST_IMAGES = 256  # of a set
+_SET = re.compile(r"iteration_(\d{1,12})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,54 +38,114 @@ class Pair:
 
 @dataclass(frozen=True)
 class Gallery:
-    """``before`` and ``after`` are iterations; ``after`` is None where only one set of samples exists."""
+    """``before`` and ``after`` are iterations; ``after`` is None where only one set of samples exists.
+
+    ``left_out`` is a sentence on what is not shown; empty where all is.
+    """
 
     before: int
     after: int | None
     pairs: list[Pair]
     pixelated: bool
+    left_out: str = ""
 
 
-def read_gallery(samples: Path, metric: str) -> Gallery | None:
-    """The first and the last set of samples, in the order of their index; None where there is none."""
-    found = sorted(path.parent for path in samples.glob("iteration_*/index.json"))
-    if not found:
+def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
+    """The first and the last set of samples, in the order of their index; None where there is none.
+
+    What an index names is shown only where it lies inside the run; the run may be somebody else's, and its page may be
+    published.
+
+    Raises:
+        TextError: an index cannot be understood.
+    """
+    indices = (run_dir / "samples").glob("iteration_*/index.json")
+    named = ((_SET.fullmatch(path.parent.name), path.parent) for path in indices)
+    sets = {int(match[1]): folder for match, folder in named if match is not None}
+    if not sets:
         return None
-    first, last = found[0], found[-1] if len(found) > 1 else None
-    after = {} if last is None else {row["file"]: row for row in _index(last)}
-    pairs, sides = [], []
-    for row in _index(first):
-        then = after.get(row["file"])
-        if then is not None and then["prompt"] != row["prompt"]:
-            then = None
-        before, side = _shown(first, row, metric)
-        later = None if last is None or then is None else _shown(last, then, metric)[0]
-        pairs.append(Pair(row["prompt"], str(row.get("tag") or "").replace("_", " "), before, later))
-        sides.append(side)
-    number = [int(path.name.removeprefix("iteration_")) for path in (first, last or first)]
-    return Gallery(number[0], None if last is None else number[1], pairs, max(sides, default=0) <= PIXEL_ART)
+    first, last = min(sets), max(sets) if len(sets) > 1 else None
+    pictures = _Pictures(run_dir, metric)
+    earlier = pictures.of(sets[first])
+    pixelated = pictures.side <= PIXEL_ART
+    later = {} if last is None else pictures.of(sets[last])
+    pairs = []
+    for file, (row, before) in earlier.items():
+        then, after = later.get(file, (row, None))
+        same = then["prompt"] == row["prompt"]
+        pairs.append(Pair(row["prompt"], str(row.get("tag") or "").replace("_", " "), before, after if same else None))
+    return Gallery(first, last, pairs, pixelated, pictures.left_out())
 
 
-def _index(directory: Path) -> list[dict[str, Any]]:
-    """Rows whose image exists."""
-    rows = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-    return [row for row in rows if (directory / row["file"]).is_file()]
+def inside(path: Path, run_dir: Path) -> bool:
+    """Whether ``path`` is a file that lies in the run, wherever its links lead."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(run_dir.resolve())
+    except (OSError, ValueError):  # of a name that no file can have
+        return False
 
 
-def _shown(directory: Path, row: dict[str, Any], metric: str) -> tuple[Shown, int]:
-    from PIL import Image
+class _Pictures:
+    """What may be shown of a run's samples, and what may not."""
 
-    from rewards.pictures import look, read
+    def __init__(self, run_dir: Path, metric: str) -> None:
+        self._run_dir, self._metric = run_dir, metric
+        self._outside = self._unreadable = 0
+        self.side = 0
 
-    data, kind = (directory / row["file"]).read_bytes(), "png"
-    head = look(data)
-    side = max(head.height, head.width)
-    if side > THUMBNAIL:
-        small = Image.fromarray(read(data))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=88)
-        data, kind = buffer.getvalue(), "jpeg"
-    score = row.get("scores", {}).get(metric)
-    right = bool(score) if score in (0, 1) else None
-    return Shown(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", score, right), side
+    def of(self, directory: Path) -> dict[str, tuple[dict[str, Any], Shown]]:
+        """By file, in the order of the index."""
+        index = directory / "index.json"
+        if not inside(index, self._run_dir):
+            self._outside += 1
+            return {}
+        rows = read_json(index)
+        if not isinstance(rows, list) or not all(map(_is_row, rows)):
+            raise TextError(f"{index} is no list of rows with a file and a prompt; `flowalign align` writes it anew")
+        found = {}
+        for row in rows[:MOST_IMAGES]:
+            file = directory / row["file"]
+            if not inside(file, self._run_dir):
+                # What is not there any more is passed over; a name that leads out, wherever to, is said.
+                self._outside += _leads_out(row["file"]) or is_there(file)
+                continue
+            try:
+                found[row["file"]] = row, self._shown(file, row)
+            except (ScorerError, OSError):
+                self._unreadable += 1
+        return found
+
+    def left_out(self) -> str:
+        """A sentence; empty where all is shown."""
+        said = [f"{self._outside} outside of this run"] if self._outside else []
+        said += [f"{self._unreadable} that cannot be read as pictures"] if self._unreadable else []
+        return f"Left out of what the index names: {' and '.join(said)}." if said else ""
+
+    def _shown(self, file: Path, row: dict[str, Any]) -> Shown:
+        from PIL import Image
+
+        from rewards.pictures import look, read
+
+        data, kind = file.read_bytes(), "png"
+        head = look(data)
+        self.side = max(self.side, head.height, head.width)
+        if max(head.height, head.width) > THUMBNAIL:
+            small = Image.fromarray(read(data))
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=88)
+            data, kind = buffer.getvalue(), "jpeg"
+        scores = row.get("scores")
+        score = scores.get(self._metric) if isinstance(scores, dict) else None
+        if type(score) not in (int, float) or not abs(score) < math.inf:
+            score = None
+        right = bool(score) if score in (0, 1) else None
+        return Shown(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", score, right)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("prompt"), str)
+
+
+def _leads_out(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
