@@ -207,6 +207,15 @@ def test_a_set_of_samples_that_lies_elsewhere_is_left_out_and_said(tmp_path: Pat
     assert "photo of" not in page.text and "1 outside of this run" in page.text
 
 
+def test_a_report_writes_over_nothing_outside_of_its_run(tmp_path: Path) -> None:
+    write_samples(tmp_path / "run", 0, [1.0])
+    (tmp_path / "mine").write_text("precious")
+    for name in ("report.html", "report.part", ".report.html.part"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    made = write_report(tmp_path / "run", config(), {})
+    assert (tmp_path / "mine").read_text() == "precious" and not made.is_symlink()
+
+
 @pytest.mark.parametrize("content", ["[" * 5000, '{"file": 1}', '[{"file": 1, "prompt": "x"}]', "[null]", "no JSON"])
 def test_an_index_that_cannot_be_understood_is_refused_by_name(tmp_path: Path, content: str) -> None:
     write_samples(tmp_path / "run", 0, [1.0])

@@ -89,8 +89,11 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         changes=_changes(run_dir),
     )
     path = run_dir / "report.html"
-    path.with_suffix(".part").write_text(html, encoding="utf-8")
-    path.with_suffix(".part").replace(path)
+    draft = path.with_suffix(".part")
+    draft.unlink(missing_ok=True)  # in somebody else's run it may be a link that leads elsewhere
+    with draft.open("x", encoding="utf-8") as file:
+        file.write(html)
+    draft.replace(path)
     return path
 
 
