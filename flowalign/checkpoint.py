@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.files import save_tensors, sha256
+from flowalign.files import save_tensors, sha256, tensors_size
 from flowalign.manifest import (
     FORMAT,
     MANIFEST,
@@ -47,11 +47,14 @@ from flowalign.manifest import (
     verify,
 )
 from flowalign.manifest import steps as steps
+from flowalign.record.disk import BLOCK, draft_of, on_disk, require_room, swept, writing
+from flowalign.record.kinds import read_regular
 from rewards.missing import hint
 
 LATEST = "latest"
 LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
+SPARE = 16 * BLOCK  # of a checkpoint: its manifest, directories and ``latest``
 LOG = logging.getLogger("flowalign")
 T = TypeVar("T")
 Say = Callable[[str], object]
@@ -164,13 +167,13 @@ def find(path: Path, which: str | None = "model", say: Say = LOG.warning) -> Pat
         return path
     if STEP.fullmatch(path.name) and entries(path.parent):
         raise CheckpointError(f"{fault(path)}; {advice(path)}")
-    if path.name == LATEST and path.is_file():
+    if path.name == LATEST and path.parent.is_dir() and not (path / "checkpoints").is_dir():
         path = path.parent
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory{hint(path)}; give a run directory, a checkpoint or a pipeline directory"
         )
-    root = path if entries(path) else path / "checkpoints"
+    root = path if has_any(path) else path / "checkpoints"
     names = () if which is None else (f"{which}.safetensors", "state.json")
     found = newest(root, lambda one: verify(one, names), say)
     if found is None:
@@ -242,7 +245,7 @@ def newer_than(path: Path) -> list[Path]:
 def _pointed(pointer: Path) -> str | None:
     """The name in ``latest`` or ``last_good``; None where the file does not hold one."""
     with suppress(OSError, UnicodeDecodeError):
-        name = pointer.read_text(encoding="utf-8").strip()
+        name = read_regular(pointer).decode("utf-8").strip()
         return name if STEP.fullmatch(name) else None
     return None
 
@@ -282,29 +285,35 @@ class CheckpointWriter:
     ) -> Path:
         """Write ``step_<step>`` and point ``latest`` at it; an older checkpoint of this step is replaced.
 
-        ``averages`` are those beside ``ema``, by names that begin with ``ema_``.
+        ``averages`` are those beside ``ema``, by names that begin with ``ema_``. Raises DiskError where the disk does
+        not take it: what was there before is untouched, and nothing half-written is left.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        hidden = self._hidden()
-        (hidden / "optimizer").mkdir(parents=True)
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
         tensors = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
         tensors |= {name: moments for name, (moments, _) in shards.items()}
-        for name, weights in tensors.items():
-            save_tensors(weights, hidden / f"{name}.safetensors")
-        for name, document in {"state": state, **{n: facts for n, (_, facts) in shards.items()}}.items():
-            (hidden / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
-        self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric), made_of)
+        documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
+        texts = {name: json.dumps(document, indent=1) for name, document in documents.items()}
         final = self.root / f"step_{step:06d}"
-        if final.exists():
-            self._make_room(final)
-        hidden.rename(final)
-        _sync(self.root)
-        self.point(LATEST, final.name)
-        self._prune()
-        self._sweep()
+        needed = SPARE + on_disk([*map(tensors_size, tensors.values()), *map(len, texts.values())])
+        with writing(f"checkpoint {final}", self.root, needed):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            require_room(f"checkpoint {final}", self.root, needed)
+            with swept(self._hidden()) as hidden:
+                (hidden / "optimizer").mkdir(parents=True)
+                for name, weights in tensors.items():
+                    save_tensors(weights, hidden / f"{name}.safetensors")
+                for name, text in texts.items():
+                    (hidden / f"{name}.json").write_text(text, encoding="utf-8")
+                self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric), made_of)
+                if final.exists():
+                    self._make_room(final)
+                hidden.rename(final)
+            _sync(self.root)
+            self.point(LATEST, final.name)
+            self._prune()
+            self._sweep()
         return final
 
     def mark_good(self, step: int | None) -> None:
@@ -312,12 +321,13 @@ class CheckpointWriter:
         name = None if step is None else f"step_{step:06d}"
         if name == self._named().get(LAST_GOOD):
             return
-        if name is None:
-            (self.root / LAST_GOOD).unlink()
-        else:
-            self.point(LAST_GOOD, name)
-        self._prune()
-        self._sweep()
+        with writing(str(self.root / LAST_GOOD), self.root, BLOCK):
+            if name is None:
+                (self.root / LAST_GOOD).unlink()
+            else:
+                self.point(LAST_GOOD, name)
+            self._prune()
+            self._sweep()
 
     def _hidden(self) -> Path:
         return self.root / f"{HIDDEN}{uuid.uuid4().hex}"
@@ -358,14 +368,13 @@ class CheckpointWriter:
         return {pointer: name for pointer, name in named.items() if name is not None}
 
     def point(self, pointer: str, name: str) -> None:
-        """Write ``latest`` or ``last_good`` anew, by rename."""
-        hidden = self._hidden()
-        hidden.write_text(f"{name}\n", encoding="utf-8")
-        _sync(hidden)
+        """Write ``latest`` or ``last_good`` anew, by rename; raises DiskError."""
         final = self.root / pointer
-        if final.is_dir() and not final.is_symlink():  # somebody's copy of a checkpoint: a file cannot replace it
-            final.rename(self.root / f"{pointer}-{uuid.uuid4().hex[:8]}")
-        hidden.rename(final)
+        with draft_of(final, needed=BLOCK) as hidden:
+            hidden.write_text(f"{name}\n", encoding="utf-8")
+            _sync(hidden)
+            if final.is_dir() and not final.is_symlink():  # somebody's copy of a checkpoint: a file cannot replace it
+                final.rename(self.root / f"{pointer}-{uuid.uuid4().hex[:8]}")
         _sync(self.root)
 
     def _prune(self) -> None:
@@ -381,5 +390,7 @@ class CheckpointWriter:
 
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

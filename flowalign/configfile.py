@@ -26,6 +26,7 @@ from flowalign.configpaths import Config, resolve, shipped_names
 from flowalign.contents import ACCEPT, digests, leaves, may_hold_other, put, relocated, same
 from flowalign.manifest import manifests
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.disk import write_text, writing
 from flowalign.trainingcheck import check_caches, check_training, notes_of
 from flowalign.walkcheck import check_walks, filled, refuse_old_grid, renamed_grids, schedule_of
 from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
@@ -220,7 +221,7 @@ def write_resolved(
     """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
 
     Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
-    changes of these that were ``accepted``, now and before.
+    changes of these that were ``accepted``, now and before. Raises DiskError.
     """
     seeds = {"run": config.seed}
     if isinstance(config, AlignConfig):
@@ -236,10 +237,9 @@ def write_resolved(
     values = shipped_names(content) | {"versions": versions(), "seeds": seeds}
     values |= {"run_dir": os.path.abspath(run_dir), "contents": contents}
     values |= {"accepted_changes": changes} if changes else {}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    hidden = run_dir / f".{RESOLVED}"
-    hidden.write_text(dump_yaml(values), encoding="utf-8")
-    return hidden.replace(run_dir / RESOLVED)
+    with writing(str(run_dir), run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    return write_text(run_dir / RESOLVED, dump_yaml(values))
 
 
 def versions() -> dict[str, str]:

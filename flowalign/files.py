@@ -23,6 +23,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     path.chmod(mode)
 
 
+def tensors_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of these tensors as a safetensors file; its header is taken for somewhat longer than it is."""
+    header = sum(len(name) + 120 for name in tensors)
+    return header + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def give_usual_modes(directory: Path) -> None:
     """The mode of a new file for every file under ``directory``, which other libraries wrote."""
     probe = directory / PROBE

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from flowalign.files import sha256, stays_below
+from flowalign.record.kinds import read_regular, regular_size
 from rewards.missing import hint
 
 FORMAT = "flowalign-checkpoint"
@@ -59,10 +60,16 @@ def check_sizes(path: Path) -> None:
         _check_size(path / name, recorded["bytes"])
 
 
+def has_sizes(path: Path) -> bool:
+    with suppress(CheckpointError):
+        check_sizes(path)
+        return True
+    return False
+
+
 def _check_size(path: Path, size: int) -> None:
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
+        found = regular_size(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if found != size:
@@ -74,7 +81,7 @@ def manifest_of(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory{hint(path)}")
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads(read_regular(path / MANIFEST))
         claimed = manifest.pop("digest")
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
@@ -129,32 +136,47 @@ def advised(path: Path) -> Iterator[None]:
 
 def advice(path: Path) -> str:
     """What to do instead: the newest intact checkpoint beside ``path``."""
-    for sibling in reversed(manifests(path.parent)):
-        with suppress(CheckpointError):
-            if sibling != path and verify(sibling):
-                return f"the newest intact checkpoint beside it is {sibling}: give that{_going_on(sibling)}"
-    return f"no other intact checkpoint is beside it: {begin_another(path.parent.parent)}"
+    sibling = _intact(path.parent, without=path)
+    if sibling is None:
+        return f"no other intact checkpoint is beside it: {begin_another(path.parent.parent)}"
+    command = going_on(path.parent.parent, without=path)
+    train = "" if command is None else f", or train on with `{command}`"
+    return f"the newest intact checkpoint beside it is {sibling}: give that{train}"
 
 
-def _going_on(checkpoint: Path) -> str:
-    command = _command(checkpoint.parent.parent)
-    if command is None:
-        return ""
+def going_on(run_dir: Path, without: Path | None = None) -> str | None:
+    """The command that goes on from the newest intact checkpoint of a run; None where there is none, or no
+    configuration."""
+    command, found = _command(run_dir), _intact(run_dir / "checkpoints", without=without, learned="optimizer/")
+    if command is None or found is None:
+        return None
     key = "resume" if command.startswith("flowalign pretrain") else "checkpoint.resume"
-    return f", or train on from it with `{command} {key}={checkpoint.name}`"
+    return f"{command} {key}={found.name}"
+
+
+def _intact(root: Path, *, without: Path | None, learned: str = "") -> Path | None:
+    """The newest checkpoint but ``without`` whose files are as recorded, of those with a file named as ``learned``."""
+    for path, manifest in reversed(manifests(root).items()):
+        with suppress(CheckpointError):
+            if path != without and any(name.startswith(learned) for name in manifest["files"]) and verify(path):
+                return path
+    return None
 
 
 def begin_another(run_dir: Path) -> str:
     command = _command(run_dir)
-    again = f"begin another run: `{command} name={run_dir.resolve().name}-2`" if command else "begin another run"
-    return f"bring one back from a copy, or {again}"
+    if command is None:
+        return "bring one back from a copy, or begin another run"
+    own = run_dir.resolve()
+    free = next(name for n in count(2) if not own.with_name(name := f"{own.name}-{n}").exists())
+    return f"bring one back from a copy, or begin another run: `{command} {shlex.quote(f'name={free}')}`"
 
 
 def _command(run_dir: Path) -> str | None:
     """What trains in ``run_dir``, as it is typed; None where it has no configuration."""
     config = run_dir / "config.yaml"
     try:
-        text = config.read_text(encoding="utf-8")
+        text = read_regular(config).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     return (

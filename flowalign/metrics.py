@@ -16,6 +16,7 @@ from typing import Any
 
 from flowalign.config import LoggingConfig
 from flowalign.mirror import Mirror
+from flowalign.record.disk import append_line, draft_of, write_text
 
 TIME_KEYS = ("wall_s", "time/", "throughput/")
 NAMED = 5
@@ -39,16 +40,14 @@ class MetricsWriter:
             rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
             if damage is not None:
                 _say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
-            draft = self.path.with_suffix(".part")
-            draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            draft.replace(self.path)
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._mirror = Mirror(run_dir, name, logging)
 
     def write(self, iteration: int, metrics: Mapping[str, float], *, wall_s: float) -> dict[str, Any]:
+        """A row, whole or not at all; raises DiskError."""
         row = {"iteration": iteration, "wall_s": round(wall_s, 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))
         self._mirror.log({k: v for k, v in row.items() if v is not None}, step=iteration)
         return row
 
@@ -61,7 +60,9 @@ def _kept(path: Path) -> Path:
     number = 1
     while (kept := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
         number += 1
-    return Path(shutil.copy2(path, kept))
+    with draft_of(kept, needed=path.stat().st_size) as draft:
+        shutil.copy2(path, draft)
+    return kept
 
 
 class Clock:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from flowalign.record.disk import SICK, swept, writing
 
 RECORD = "flowalign.json"
 # What exports wrote before their record listed it.
@@ -37,17 +41,44 @@ def check_place(to: Path, overwrite: bool) -> None:
         )
 
 
+@contextmanager
+def draft_beside(to: Path) -> Iterator[Path]:
+    """A hidden directory beside ``to``, to be filled; it is gone at the end, with all that was made for it.
+
+    Raises:
+        DirectoryTaken: it cannot be made. DiskError: the disk does not take what is written into it.
+    """
+    made = [path for path in to.absolute().parents if not path.exists()]
+    draft = to.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        try:
+            draft.mkdir(parents=True)
+        except OSError as error:
+            raise DirectoryTaken(f"{to} cannot be written ({error.strerror}); name another directory") from error
+        with writing(f"{to}", to, only=SICK), swept(draft):
+            yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
 def take_place(draft: Path, to: Path, record: dict[str, Any]) -> None:
     """Write the record, which lists the files of ``draft``, and rename it to ``to`` in the place of what is there."""
     files = sorted({*_files(draft), RECORD})
     (draft / RECORD).write_text(json.dumps({**record, "files": files}, indent=1) + "\n", encoding="utf-8")
-    if to.exists():
-        old = to.parent / f".tmp-{uuid.uuid4().hex}"
-        to.rename(old)
+    if not to.exists():
         draft.rename(to)
-        shutil.rmtree(old)
-    else:
+        return
+    old = to.parent / f".tmp-{uuid.uuid4().hex}"
+    to.rename(old)
+    try:
         draft.rename(to)
+    except BaseException:
+        old.rename(to)
+        raise
+    shutil.rmtree(old)
 
 
 def _record(to: Path) -> dict[str, Any]:

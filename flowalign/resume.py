@@ -14,6 +14,9 @@ from pathlib import Path
 
 from flowalign import checkpoint
 from flowalign.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
+from flowalign.manifest import entries, going_on, has_sizes
+from flowalign.record.disk import swept, write_text, writing
+from flowalign.record.kinds import read_regular
 
 SET_ASIDE = "set_aside"
 RETURNED = "returned_to"
@@ -40,11 +43,11 @@ def resume_from(
     try:
         return _resumable(root / resume)
     except CheckpointError as error:
-        there = ", ".join(f"step_{step:06d}" for step in checkpoint.steps(root))
+        there = ", ".join(path.name for path in entries(root) if path.name != resume and has_sizes(path))
         wrong = str(error) if (root / resume).exists() else f"{root / resume} is not there"
-        raise CheckpointError(
-            f"{key}: {wrong}; {f'name another: {there}' if there else f'{run_dir} has no checkpoint'}"
-        ) from error
+        command = going_on(run_dir)
+        other = f"name another: {there}" + (f", as in `{command}`" if command else "")
+        raise CheckpointError(f"{key}: {wrong}; {other if there else f'{run_dir} has no checkpoint'}") from error
 
 
 def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say = LOG.warning) -> None:
@@ -55,11 +58,14 @@ def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say 
     root = run_dir / "checkpoints"
     if saved is None:
         if checkpoint.has_any(root):
-            say(f"{run_dir} is begun anew (resume: {resume}); what it held is kept in {set_aside_all(run_dir)}")
+            with writing(str(run_dir / SET_ASIDE), run_dir):
+                kept = set_aside_all(run_dir)
+            say(f"{run_dir} is begun anew (resume: {resume}); what it held is kept in {kept}")
         return
     newer = checkpoint.newer_than(saved.path)
     if newer:
-        kept = set_aside(run_dir, newer, saved.step)
+        with writing(str(run_dir / SET_ASIDE), run_dir):
+            kept = set_aside(run_dir, newer, saved.step)
         say(
             f"going on from {saved.path}; {', '.join(path.name for path in newer)} and later metrics are kept in {kept}"
         )
@@ -68,16 +74,16 @@ def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say 
         with suppress(OSError):
             (root / RETURNED).unlink()
     elif _returned(root) != resume:
-        (root / RETURNED).write_text(f"{resume}\n", encoding="utf-8")
+        write_text(root / RETURNED, f"{resume}\n")
 
 
 def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
     """Move ``checkpoints`` and the samples after ``step`` to a directory of their own; metrics and configuration are
     copied. Returns it."""
-    kept = _new(run_dir)
-    for name in ("config.yaml", "metrics.jsonl"):
-        if (run_dir / name).is_file():
-            shutil.copy2(run_dir / name, kept / name)
+    with swept(_new(run_dir)) as kept:  # only what is copied can fail for want of room
+        for name in ("config.yaml", "metrics.jsonl"):
+            if (run_dir / name).is_file():
+                shutil.copy2(run_dir / name, kept / name)
     for path in checkpoints:
         path.rename(kept / "checkpoints" / path.name)
     for path in run_dir.glob("samples/iteration_*"):
@@ -93,10 +99,10 @@ def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
 
 def set_aside_all(run_dir: Path) -> Path:
     """Move all that a run has made; the configuration is copied."""
-    kept = _new(run_dir)
-    (kept / "checkpoints").rmdir()
-    if (run_dir / "config.yaml").is_file():
-        shutil.copy2(run_dir / "config.yaml", kept)
+    with swept(_new(run_dir)) as kept:
+        (kept / "checkpoints").rmdir()
+        if (run_dir / "config.yaml").is_file():
+            shutil.copy2(run_dir / "config.yaml", kept)
     for name in ("metrics.jsonl", "samples", "report.html", "checkpoints"):
         if (run_dir / name).exists():
             (run_dir / name).rename(kept / name)
@@ -114,7 +120,7 @@ def _new(run_dir: Path) -> Path:
 def _returned(root: Path) -> str | None:
     """What this run went back to already."""
     try:
-        return (root / RETURNED).read_text(encoding="utf-8").strip()
+        return read_regular(root / RETURNED).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
 

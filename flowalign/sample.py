@@ -5,6 +5,7 @@ Shapes: N samples, C H W latents.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from flowalign import checkpoint
 from flowalign.calibration import reuse_of
@@ -25,6 +27,7 @@ from flowalign.flow import families
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
+from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.rollout import SampleNoise, rollout
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
 
@@ -157,8 +160,6 @@ def sample_checkpoint(
     With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
     noise in diffusers gives the same latents (docs/running.md).
     """
-    from PIL import Image
-
     own = config.evaluation
     texts = tuple(prompt for prompt in prompts for _ in range(num_images))
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
@@ -168,19 +169,30 @@ def sample_checkpoint(
         sampling = asked(own, num_steps, guidance_scale, solver)
         spec = policy_spec(policy, sampling, config.model)
         made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    files = [out_dir / f"{i:04d}.png" for i in range(len(batch))]
-    for file, image in zip(files, made.images, strict=True):
-        Image.fromarray(image.numpy()).save(file)
+    names = [f"{i:04d}.png" for i in range(len(batch))]
     how = sampling.model_dump(exclude_none=True) | {"max_sequence_length": config.model.max_sequence_length}
     how = {name: value for name, value in how.items() if name in MADE_WITH} | {"weights": which, "seed": seed}
     index = [{"file": f"{i:04d}.png", "prompt": text, "sample_id": i, **how} for i, text in enumerate(texts)]
-    (out_dir / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    if save_latents:
-        shape = policy.latent_shape(config.model.height, config.model.width)
-        noise = SampleNoise(seed, batch.sample_ids, shape).draw()
-        save_tensors({"noise": noise, "latents": made.final_NCHW}, out_dir / "latents.safetensors")
-    return files
+    with filled(out_dir) as draft:
+        save_images(draft, names, made.images)
+        write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
+        if save_latents:
+            shape = policy.latent_shape(config.model.height, config.model.width)
+            noise = SampleNoise(seed, batch.sample_ids, shape).draw()
+            save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
+    return [out_dir / name for name in names]
+
+
+def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
+    """PNG files of uint8 (N, H, W, 3). Raises DiskError, which takes those to come to be as large as the one that
+    failed."""
+    from PIL import Image
+
+    for count, (name, image) in enumerate(zip(names, images, strict=True)):
+        png = io.BytesIO()
+        Image.fromarray(image.numpy()).save(png, format="PNG")
+        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (len(names) - count))):
+            (folder / name).write_bytes(png.getvalue())
 
 
 @contextmanager

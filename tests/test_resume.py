@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,11 @@ def half(path: Path) -> None:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def a_file(path: Path) -> None:
     shutil.rmtree(path)
     path.write_bytes(b"\0")
@@ -89,6 +95,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a_list": (lambda p: (p / "MANIFEST.json").write_text("[1, 2]"), "no readable MANIFEST.json"),
     "no_shard": (lambda p: (p / "optimizer" / "rank_00000.safetensors").unlink(), "rank_00000.safetensors cannot be"),
     "shard_a_folder": (lambda p: emptied_file(p / "optimizer" / "rank_00000.json"), "rank_00000.json cannot be read"),
+    "a_fifo": (lambda p: fifo(p / "MANIFEST.json"), "no readable MANIFEST.json"),
+    "weights_a_fifo": (lambda p: fifo(p / "model.safetensors"), "model.safetensors cannot be read (it is a FIFO)"),
     "half": (half, "no readable MANIFEST.json"),
     "empty": (emptied, "no readable MANIFEST.json"),
     "a_file": (a_file, "is not a directory"),
@@ -137,6 +145,8 @@ POINTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (lambda p: p.write_text("step_000030\n"), "latest names step_000030, which is not there"),
     "older": (lambda p: p.write_text("step_000010\n"), "latest names step_000010, which is older"),
     "a_folder": (emptied_file, "latest names no checkpoint"),
+    "a_fifo": (lambda p: fifo(p), "latest names no checkpoint"),
+    "a_link_to_nowhere": (lambda p: (p.unlink(), p.symlink_to("nowhere")), "latest is missing"),
     "a_copied_checkpoint": (
         lambda p: (p.unlink(), shutil.copytree(p.parent / "step_000010", p)),
         "latest names no checkpoint",

@@ -12,6 +12,7 @@ from flowalign.config import CACHED, AlignConfig, ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
 from flowalign.models.teacache import Distances
+from flowalign.record.disk import write_text, writing
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, torch_threads
 
@@ -69,6 +70,7 @@ def calibrate(
         "checkpoint": checkpoint.name,
         **{key: getattr(sampling, key) for key in ("num_steps", "guidance_scale", "solver")},
     }
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with writing(str(to), to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_text(to, json.dumps(found, indent=1) + "\n")
     return found

@@ -35,7 +35,7 @@ def find_duplicates(
     search goes on.
 
     Raises:
-        SpecError: ``clip`` is no directory in open_clip's layout. DiskFullError.
+        SpecError: ``clip`` is no directory in open_clip's layout. DiskError.
     """
     done = work / "duplicates.json"
     if not done.is_file():

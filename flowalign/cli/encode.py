@@ -134,7 +134,7 @@ def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWrit
     """Write the shards of all rows that no finished shard is done with.
 
     Raises:
-        ImagesError: nothing can be used, or the source has changed. DiskFullError.
+        ImagesError: nothing can be used, or the source has changed. DiskError.
     """
     filling = {bucket: Filling() for bucket in cutter.buckets}
     trail, position, total = Trail(source, writer), writer.position, source.total

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.terminal import release_output, say_error, say_trace, sentence
+from flowalign.cli.terminal import failed_midway, release_output, say_error, say_trace, sentence
 from flowalign.libraries import silence
 from rewards.printable import printable, write_out_logs
 
@@ -74,7 +74,7 @@ class Commands(TyperGroup):
             if said is None:
                 raise
             say_error(said)
-            raise typer.Exit(ExitCode.REFUSED) from None
+            raise typer.Exit(ExitCode.FAILED if failed_midway(error) else ExitCode.REFUSED) from None
         finally:
             release_output()
 

@@ -19,6 +19,7 @@ from flowalign.configcheck import check_reward
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.promptcheck import check_prompts
+from flowalign.record.disk import draft_of, write_text, writing
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
 from flowalign.types import PromptBatch
@@ -63,7 +64,8 @@ def make_preferences(
         group_size=group_size,
         seed=seed,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(str(out), out):
+        out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     made = groups = beyond = 0
     without: Counter[str] = Counter()
@@ -105,7 +107,7 @@ def make_preferences(
         "why_without_pair": dict(without),
         "pairs_beyond": beyond,
     }
-    (out / "preferences.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
     return card
 
 
@@ -161,7 +163,8 @@ def _write(rows: list[dict[str, Any]], out: Path, last: bool) -> list[dict[str, 
     kinds = {"jpg": Image(), "label": number, "score": number}
     features = {f"{name}_{i}": kind for name, kind in kinds.items() for i in (0, 1)} | {"caption": text, "tag": text}
     while len(rows) >= SHARD or (last and rows):
-        index = len(list(out.glob("*.parquet")))
-        Dataset.from_list(rows[:SHARD], features=Features(features)).to_parquet(str(out / f"pairs-{index:05d}.parquet"))
+        made = Dataset.from_list(rows[:SHARD], features=Features(features))
+        with draft_of(out / f"pairs-{len(list(out.glob('pairs-*.parquet'))):05d}.parquet") as draft:
+            made.to_parquet(str(draft))
         rows = rows[SHARD:]
     return rows

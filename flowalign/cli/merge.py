@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
 from flowalign.models.sd3 import SD3Policy
-from flowalign.outputs import check_place, take_place
+from flowalign.outputs import check_place, draft_beside, take_place
 from flowalign.sample import open_policy, torch_threads
 
 CARD = """---
@@ -152,9 +150,7 @@ def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> No
 
 def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
     """Reloaded with diffusers and compared before it takes its name; an earlier export is replaced."""
-    draft = to.parent / f".tmp-{uuid.uuid4().hex}"
-    draft.mkdir(parents=True)
-    try:
+    with draft_beside(to) as draft:
         for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
             if part is not None:
                 part.float()
@@ -167,5 +163,3 @@ def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dic
         (draft / "README.md").write_text(card, encoding="utf-8")
         give_usual_modes(draft)
         take_place(draft, to, record)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -16,6 +16,7 @@ from flowalign.cli.terminal import lasting_output, print_json
 from flowalign.cluster.progress import Phases
 from flowalign.config import AlignConfig
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.disk import DiskError
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
 
@@ -63,12 +64,15 @@ def held(
     """Hold the run directory of ``config``, which has been looked at first; see `check_run`.
 
     Raises:
-        RunDirectoryError, ConfigError: it cannot be taken; nothing in it was changed.
+        RunDirectoryError, ConfigError, DiskError: it cannot be taken; nothing in it was changed.
         RunFailed: what is done inside failed after it had begun.
     """
+    from flowalign.cli.room import check_room
     from flowalign.cli.runs import check_run
 
     run_dir = check_run(config, accepted)
+    if (note := check_room(config, run_dir)) is not None:
+        console.print(note)
     resumes = (config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume) != "never"
     with ExitStack() as stack:
         with stop.deferred():
@@ -90,6 +94,8 @@ def held(
             raise early from None
         except Exception as error:
             if not lock.begun:
+                if isinstance(error, DiskError):
+                    error.begun = False
                 raise
             last = _last_checkpoint(run_dir)
             goes_on = "; the same command continues from it" if resumes else ""

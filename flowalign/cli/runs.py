@@ -30,12 +30,19 @@ from flowalign.made import Accepted
 from flowalign.metrics import read_metrics
 from flowalign.mirror import check_wandb
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.disk import filled, write_text
+from flowalign.record.kinds import check_kinds
 
 
 def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = ()) -> Path:
     """The run's directory, untouched: it can be written, and if it is continued, it fits what it was begun with, but
-    for what lies at the paths of the ``accepted`` keys."""
+    for what lies at the paths of the ``accepted`` keys.
+
+    Raises:
+        RunDirectoryError: it holds what a run cannot write to. ConfigError: it cannot be written, or does not fit.
+    """
     run_dir = Path(config.runs_dir) / config.name
+    check_kinds(run_dir)
     there = next((path for path in (run_dir, *run_dir.absolute().parents) if path.exists()), Path("/"))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a directory" if not there.is_dir() else "may not be written to"
@@ -50,13 +57,10 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
 def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = None) -> Path:
     """Record the configuration in the run directory, once all that the run needs stands: a refused one leaves none.
 
-    So are the changes that were accepted.
+    So are the changes that were accepted. Raises DiskError.
     """
     run_dir = check_run(config, () if accepted is None else accepted.keys)
-    try:
-        write_resolved(config, run_dir, () if accepted is None else accepted.changes)
-    except OSError as error:
-        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({error.strerror}); choose another") from error
+    write_resolved(config, run_dir, () if accepted is None else accepted.changes)
     return run_dir
 
 
@@ -167,6 +171,7 @@ def report_of(run_dir: Path) -> Path:
     config = read_resolved(run_dir)
     if not isinstance(config, AlignConfig):
         raise ConfigError("", f"{run_dir} is a pretraining run; reports are of alignment runs")
+    check_kinds(run_dir)
     from flowalign.report import write_report
 
     return write_report(run_dir, config, recorded_versions(run_dir))
@@ -216,12 +221,10 @@ def say_evaluation(out: Console, result: Any) -> None:
 
 def write_evaluation(result: Any, out: Path, summary: dict[str, Any]) -> None:
     """Images, GenEval's results.jsonl and metrics.json."""
-    from PIL import Image
-
     from flowalign.evaluate import write_results_jsonl
+    from flowalign.sample import save_images
 
-    out.mkdir(parents=True, exist_ok=True)
-    for row, image in zip(result.rows, result.images, strict=True):
-        Image.fromarray(image.numpy()).save(out / row["filename"])
-    write_results_jsonl(result.rows, out / "results.jsonl")
-    (out / "metrics.json").write_text(json.dumps(finite(summary), indent=1) + "\n", encoding="utf-8")
+    with filled(out) as draft:
+        save_images(draft, [row["filename"] for row in result.rows], result.images)
+        write_results_jsonl(result.rows, draft / "results.jsonl")
+        write_text(draft / "metrics.json", json.dumps(finite(summary), indent=1) + "\n")

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from flowalign.cluster.progress import PLAIN, Phases
+from flowalign.record.disk import DiskError, refusal
 from rewards.printable import printable, printable_lines
 from rewards.userfile import user_line
 
@@ -66,8 +67,8 @@ def _version() -> str:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error of this project says, in one line, or one of the user's own file with its line; None for any other
-    error, which is a defect.
+    """What an error of this project says, in one line, or one of the disk, or one of the user's own file with its line;
+    None for any other error, which is a defect.
 
     An error that crossed Ray carries the original as its ``cause``.
     """
@@ -77,8 +78,15 @@ def sentence(error: BaseException) -> str | None:
     for cls in type(error).__mro__:
         if cls.__module__.partition(".")[0] in ("flowalign", "rewards"):
             return " ".join(str(error).split())
+    if (refused := refusal(error)) is not None:
+        return refused
     line = user_line(error)
     return None if line is None else f"{type(error).__name__}: {' '.join(str(error).split())} ({line})"
+
+
+def failed_midway(error: BaseException) -> bool:
+    """Whether a disk broke off what had been begun, which is no fault of what was asked."""
+    return getattr(error, "begun", False) if isinstance(error, DiskError) else refusal(error) is not None
 
 
 def say_error(text: str) -> None:

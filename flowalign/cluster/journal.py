@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -19,6 +20,7 @@ from flowalign.evaluated import skipped, standard_errors
 from flowalign.loop import Collected, Count
 from flowalign.made import MadeOf
 from flowalign.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
+from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import StopRequest
 from flowalign.sample import torch_threads
@@ -199,16 +201,25 @@ class RunJournal:
 
 
 def _write_samples(directory: Path, collected: Collected) -> None:
+    """The first images with their scores, all of them or none; raises DiskError."""
     from PIL import Image
 
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
     rollout, scores = collected.rollout, collected.scores
-    index = []
+    index, files = [], {}
     for i in range(min(NUM_SAMPLE_IMAGES, len(rollout))):
-        name = f"{i:04d}.png"
-        Image.fromarray(rollout.images[i].numpy()).save(directory / name)
+        name, png = f"{i:04d}.png", io.BytesIO()
+        Image.fromarray(rollout.images[i].numpy()).save(png, format="PNG")
+        files[name] = png.getvalue()
         own = {k: float(v[i]) for k, v in scores.by_reward.items() if float(v[i]) == float(v[i])}
         row = rollout.batch.metadata[i]
         index.append({"file": name, "prompt": rollout.batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
-    (directory / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    files["index.json"] = (json.dumps(index, indent=1) + "\n").encode()
+    draft = directory.with_name(f".{directory.name}.part")
+    with writing(f"samples {directory}", directory, on_disk(map(len, files.values()))), swept(draft):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        if directory.exists():
+            shutil.rmtree(directory)
+        draft.rename(directory)

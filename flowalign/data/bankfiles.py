@@ -1,12 +1,10 @@
-"""Files that are whole or not there: written hidden, synced, renamed; a full disk is said in one sentence."""
+"""Files that are whole or not there: written hidden, synced, renamed; what a disk refuses is a DiskError."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,24 +13,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from flowalign.data.bank import LatentsError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DiskFullError(LatentsError):
-    """A file that did not fit; whatever was finished before is untouched."""
-
-    def __init__(self, path: Path, needed: int, cause: OSError) -> None:
-        self.path, self.needed, self.cause = path, needed, cause
-        free = shutil.disk_usage(path.parent).free
-        super().__init__(
-            f"{path} needs {megabytes(needed)}, {path.parent} has {megabytes(free)} free ({cause.strerror})"
-        )
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+from flowalign.record.disk import draft_of, on_disk
 
 
 @contextmanager
@@ -40,20 +21,12 @@ def whole_file(path: Path, needed: int) -> Iterator[Any]:
     """A binary file to write, which becomes ``path`` when closed; ``needed`` bytes are what is expected to fit.
 
     Raises:
-        DiskFullError: it did not fit. OSError: anything else.
+        DiskError: the disk does not take it; nothing is left of it.
     """
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        if error.errno in FULL:
-            raise DiskFullError(path, needed, error) from error
-        raise
+    with draft_of(path, needed=on_disk([needed])) as draft, draft.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, parts: Iterable[bytes], size: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from flowalign.data.bank import LatentsError, Shard
-from flowalign.data.bankfiles import FULL, DiskFullError, megabytes, write_json
+from flowalign.data.bankfiles import write_json
 from flowalign.data.images import Skipped
 from flowalign.data.latents import MANIFEST, shard_name, write_manifest, write_shard
+from flowalign.record.disk import FULL, DiskError, size_text, writing
 from flowalign.textfiles import TextError, read_object
 
 WORK, SKIPPED = ".precompute", "skipped.json"
@@ -63,7 +64,7 @@ class BankWriter:
         noise: Tensor | None = None,
     ) -> None:
         """One shard: latents (n, C, h, w) of the rows ``numbers`` with their captions, and their noise where they have
-        one; all shards have or none. Raises DiskFullError.
+        one; all shards have or none. Raises DiskError.
         """
         known = len(self.prompts)
         rows = {
@@ -111,25 +112,28 @@ class BankWriter:
 
     @contextmanager
     def on_full_disk(self, total: int | None) -> Iterator[None]:
-        """Inside, a full disk is told with what was finished and what to do; ``total`` are the source's rows."""
+        """Inside, what the disk refuses is told with what was finished and what to do; ``total`` are the source's rows.
+
+        Raises:
+            DiskError: that.
+        """
         try:
-            yield
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self._say_full(DiskFullError(self.work, 0, error), total)
-        except DiskFullError as error:
+            with writing(str(self.directory), self.directory, only=FULL):  # what is read is another matter
+                yield
+        except DiskError as error:
             self._say_full(error, total)
 
-    def _say_full(self, error: DiskFullError, total: int | None) -> None:
+    def _say_full(self, error: DiskError, total: int | None) -> None:
         rest, rows_left = "", 0 if total is None else total - self.position
         if self.entries and rows_left > 0:
             each = sum(entry["bytes"] for entry in self.entries) / self.count
-            rest = f", and about {megabytes(int(each * rows_left))} are needed for all that is left"
-        raise LatentsError(
-            f"the disk is full: {error}{rest}; {len(self.entries)} finished shards with {self.count} images are kept: "
-            "make room and give the same command again, it goes on from there"
-        ) from error
+            rest = f"; about {size_text(int(each * rows_left))} are needed for all that is left"
+        said = DiskError(
+            f"{error}{rest}; {len(self.entries)} finished shards with {self.count} images are kept: "
+            "the same command goes on from there"
+        )
+        said.begun = self.work.is_dir()
+        raise said from error
 
     def _record(self, number: int) -> Path:
         return self.work / f"{Path(shard_name(number)).stem}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from flowalign.config import ModelConfig
 from flowalign.data.buckets import Bucket, cut
 from flowalign.data.encoderhash import encoder_hash
-from flowalign.files import save_tensors
+from flowalign.files import save_tensors, tensors_size
 from flowalign.models.base import Policy
+from flowalign.record.disk import draft_of, on_disk, writing
 from rewards.pictures import look, read
 
 SMALL = 64  # pixels a side that every model takes, whatever its patches and its table of positions
@@ -68,7 +68,8 @@ class EncodedCache:
 
     def _store(self, key: str, tensors: dict[str, Tensor]) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.part")
-        save_tensors(tensors, draft)
-        draft.replace(path)
+        needed = on_disk([tensors_size(tensors)])
+        with writing(str(path), path, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with draft_of(path, needed=needed, shared=True) as draft:
+            save_tensors(tensors, draft)

@@ -44,7 +44,7 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(directory: Path, number: int, shard: Shard) -> dict[str, Any]:
-    """Write one shard, atomically; returns its entry in the manifest. Raises DiskFullError."""
+    """Write one shard, atomically; returns its entry in the manifest. Raises DiskError."""
     tensors = {"latents": shard.latents.half(), **{CAPTION + name: rows for name, rows in shard.rows.items()}}
     if shard.noise is not None:
         tensors["noise"] = shard.noise.half()
@@ -86,7 +86,7 @@ def write_manifest(
 
 
 def save_bank(directory: Path, bank: LatentBank) -> None:
-    """Write a bank; one that lay there before stops being one first. Raises DiskFullError."""
+    """Write a bank; one that lay there before stops being one first. Raises DiskError."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, "latents.safetensors"):
         (directory / name).unlink(missing_ok=True)

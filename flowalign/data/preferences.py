@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config import AlignConfig
-from flowalign.data.bankfiles import DiskFullError, write_json
+from flowalign.data.bankfiles import write_json
 from flowalign.data.encodedcache import EncodedCache
 from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
 from flowalign.data.images import Skipped, patterns_of, visible
 from flowalign.data.pairsampler import Pair, PairSampler
 from flowalign.engine import process_group
 from flowalign.models.base import Policy
+from flowalign.record.disk import DiskError
 from rewards.missing import hint
 from rewards.pictures import PictureError
 
@@ -216,7 +217,7 @@ def _named(rows: Sequence[dict[str, Any]]) -> str:
 
 def _record(path: Path, skipped: Sequence[Skipped]) -> None:
     """Keep the list beside what was encoded; a folder that nobody may write to goes without."""
-    with suppress(OSError, DiskFullError):
+    with suppress(OSError, DiskError):
         if skipped:
             write_json(path, [vars(row) for row in skipped])
         else:

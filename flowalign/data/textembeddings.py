@@ -5,10 +5,7 @@ Shapes: P prompts, L tokens, D and E widths.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flowalign.data.bank import LatentsError
-from flowalign.data.bankfiles import DiskFullError, write_bytes
+from flowalign.data.bankfiles import write_bytes
 from flowalign.models.base import Policy
+from flowalign.record.disk import on_disk, require_room
 
 _NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
@@ -27,7 +25,7 @@ def write_embeddings(path: Path, policy: Policy, prompts: Sequence[str], dtype: 
     """``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens``, ``null_pooled``; returns the manifest's entry.
 
     Raises:
-        DiskFullError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
+        DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
             large for ``dtype``.
     """
     empty = policy.encode_prompts(("",))
@@ -39,8 +37,7 @@ def write_embeddings(path: Path, policy: Policy, prompts: Sequence[str], dtype: 
         "null_pooled": tuple(pooled.shape),
     }
     header, size = _header(shapes, dtype)
-    if shutil.disk_usage(path.parent).free < size:
-        raise DiskFullError(path, size, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    require_room(str(path), path, on_disk([size]))
 
     def parts() -> Iterator[bytes]:
         yield header

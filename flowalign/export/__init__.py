@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,8 @@ from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
 from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, quietly
 from flowalign.outputs import RECORD as RECORD
-from flowalign.outputs import check_place, take_place
+from flowalign.outputs import check_place, draft_beside, take_place
+from flowalign.record.disk import on_disk, require_room
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import open_policy, policy_spec, torch_threads
 
@@ -125,9 +125,7 @@ def export(
     _check(kind, config, dtype)
     check_place(to, overwrite)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
-    draft = to.parent / f".tmp-{uuid.uuid4().hex}"
-    draft.mkdir(parents=True)
-    try:
+    with draft_beside(to) as draft:
         with torch_threads(config.cluster.threads):
             policy, state = open_policy(found, config, which)
             if not isinstance(policy, SD3Policy):
@@ -147,8 +145,6 @@ def export(
             to, kind, found, int(state["iteration"] if "iteration" in state else state["step"]), digest, *errors
         )
         _keep(draft, to, result, config, state, policy.family)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return result
 
 
@@ -222,6 +218,9 @@ def save_pipeline(policy: SD3Policy, directory: Path) -> None:
     own = bool(policy.inputs) or policy.family != "rf"
     if own or own_pipeline.FAMILY in network.config:
         network.register_to_config(**{own_pipeline.FAMILY: policy.family})
+    parts = [part for part in policy.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
+    require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))
     with quietly():
         policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)

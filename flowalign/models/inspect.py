@@ -191,6 +191,27 @@ def lora_parameters(network: nn.Module, rank: int, targets: Sequence[str]) -> in
     )
 
 
+def trained_parameters(model: ModelConfig) -> int | None:
+    """How many numbers a run over ``model`` learns, from its small files; None where only the loaded network tells."""
+    from diffusers import SD3Transformer2DModel
+
+    from flowalign.models.inputs import CONFIG_KEY
+
+    file = Path(model.path) / "transformer" / "config.json"
+    if model.transformer is not None or not file.is_file():
+        return None
+    config = _read(file)
+    if config.get("_class_name") != SD3Transformer2DModel.__name__:
+        return None
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            **{k: v for k, v in config.items() if not k.startswith("_") and k != CONFIG_KEY}
+        )
+    if model.lora is None:
+        return sum(p.numel() for p in network.parameters())
+    return lora_parameters(network, model.lora.rank, model.lora.targets or default_lora_targets(model.type))
+
+
 def _forward_flops(network: nn.Module, config: Mapping[str, Any], shape: tuple[int, int, int], tokens: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 

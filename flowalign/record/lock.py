@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from flowalign.record.holder import DEAD_AFTER_S, LOCK, Holder, RunDirectoryErro
 
 HEARTBEAT_S = 30.0
 _PATIENCE_S = 2.0
-_BEGUN_WITH = ("config.yaml", ".config.yaml", "metrics.jsonl", "metrics.part", "samples", "wandb", "stop")
+_BEGUN_WITH = ("config.yaml", ".config.yaml.part", "metrics.jsonl", ".metrics.jsonl.part", "samples", "wandb", "stop")
 
 
 class RunHeld(RunDirectoryError):
@@ -167,7 +168,7 @@ def _rename(run_dir: Path, old: str, new: str) -> bool:
 
 
 def _refusal(run_dir: Path, found: Holder, lives: bool | None) -> str:
-    stop = f"end it with `flowalign stop {run_dir}`"
+    stop = f"end it with `flowalign stop {shlex.quote(str(run_dir))}`"
     if lives:
         return f"{run_dir} is held by {found}, which still runs: {stop}, or give this run another name"
     return (

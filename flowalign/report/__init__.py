@@ -18,6 +18,7 @@ from flowalign.collapse import stopped_by_alarm
 from flowalign.config import AlignConfig
 from flowalign.made import changes_of
 from flowalign.metrics import read_damaged, read_metrics
+from flowalign.record.disk import write_text
 from flowalign.report import alarms, figures, headline
 from flowalign.report.samples import Gallery, inside, read_gallery
 from flowalign.shapes.prompts import TASKS
@@ -89,12 +90,7 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         changes=_changes(run_dir),
     )
     path = run_dir / "report.html"
-    draft = path.with_suffix(".part")
-    draft.unlink(missing_ok=True)  # in somebody else's run it may be a link that leads elsewhere
-    with draft.open("x", encoding="utf-8") as file:
-        file.write(html)
-    draft.replace(path)
-    return path
+    return write_text(path, html)
 
 
 def _shown(value: Any) -> Any:

@@ -31,6 +31,7 @@ from flowalign.data.buckets import Bucket, cut
 from flowalign.data.images import ImagesError, ImageSource
 from flowalign.data.latents import LatentsError, load_bank
 from flowalign.models.sd3 import SD3Policy
+from flowalign.record.disk import DiskError
 
 SIZES = ((64, 64), (60, 100), (90, 50))
 CAPTIONS = {"original": "text", "synthetic": "long"}
@@ -257,13 +258,13 @@ def test_a_full_disk_is_said_with_what_is_needed_and_what_is_kept_and_nothing_is
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
 
     try:
-        with pytest.raises(LatentsError) as caught:
+        with pytest.raises(DiskError) as caught:
             precompute(options, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = str(caught.value)
-    assert said.startswith(f"the disk is full: {options.to}/shard-00003.safetensors needs 0.0 MB")
-    assert "3 finished shards with 12 images are kept: make room and give the same command again" in said
+    assert said.startswith(f"{options.to}/shard-00003.safetensors cannot be written: 8.2 kB are needed, no file may")
+    assert "3 finished shards with 12 images are kept: the same command goes on from there" in said
     assert not list(options.to.glob(".*.part"))
     precompute(options)
     precompute(replace(options, to=tmp_path / "undisturbed"))
@@ -286,7 +287,7 @@ def test_a_disk_that_really_is_full_keeps_its_finished_shards(
     options: Options, small_disk: Path, tmp_path: Path
 ) -> None:
     full = replace(options, to=small_disk / "bank")
-    with pytest.raises(LatentsError, match=r"No space left on device.*finished shards with \d+ images are kept"):
+    with pytest.raises(DiskError, match=r"are missing \(No space left.*finished shards with \d+ images are kept"):
         precompute(full)
     kept = len(list(full.to.glob(".precompute/shard-*.json")))
     assert 0 < kept < 6
