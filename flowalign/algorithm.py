@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from flowalign.booleans import refuse_boolean
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.largest import check_largest
@@ -60,6 +61,7 @@ class AlgorithmConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: str
+    _no_boolean = field_validator("*", mode="before")(refuse_boolean)
     _within_limits = field_validator("*")(check_largest)
 
 

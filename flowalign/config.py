@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from flowalign.booleans import refuse_boolean
 from flowalign.largest import check_largest
 from flowalign.pathfamilies import FamilyName
 from flowalign.walkoptions import Grid
@@ -49,6 +50,7 @@ class Section(BaseModel):
     """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _no_boolean = field_validator("*", mode="before")(refuse_boolean)
     _within_limits = field_validator("*")(check_largest)
 
     @model_validator(mode="before")

@@ -127,7 +127,7 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW)
 
 
-def _check(picture: Image.Image, kind: str) -> None:
+def _check(picture: ImageFile, kind: str) -> None:
     """Raise PictureError for what the head already shows."""
     if picture.width * picture.height > MAX_PIXELS:
         raise TooManyPixels(f"has {picture.width}×{picture.height} pixels, more than {MAX_PIXELS}")

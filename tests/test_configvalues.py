@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from flowalign.yamlfiles import override, parse_yaml, plain
 from tests.test_configfile import STAR, config_path, refusal
 
 __all__ = ["config_path"]
+SHAPES = Path(__file__).parents[1] / "configs" / "shapes" / "flow_grpo.yaml"
 
 
 def test_a_mapping_is_merged_and_a_list_and_a_null_replace() -> None:
@@ -233,3 +235,25 @@ def test_an_alignment_says_so_too(config_path: Path, tmp_path: Path) -> None:
     said = f"model.max_sequence_length: 256, the default; {folder} was made for 3"
     assert load_align(tmp_path / "run.yaml").notes == (said,)
     assert load_align(tmp_path / "run.yaml", ["model.max_sequence_length=256"]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("learner.ema_decay=off", "is false (or no, off), which is no number; write a number, or null for none"),
+        ("learner.optimizer.learning_rate=on", "is true (or yes, on), which is no number; write a number"),
+        ("iterations=yes", "is true (or yes, on), which is no number"),
+        ("algorithm.noise_level=true", "is true (or yes, on), which is no number"),
+        ("learner.optimizer.betas=[true, 0.9]", "is true (or yes, on), which is no number"),
+    ],
+)
+def test_a_truth_value_is_no_number(key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{key.split('=')[0]}: {said}")):
+        load_align(SHAPES, [key])
+
+
+def test_a_judge_may_be_asked_a_long_question() -> None:
+    question = "is it a red dog " * 400
+    rewards = "rewards=[{spec: jpeg, options: {question: " + question + "}}]"
+    with pytest.raises(ConfigError, match=r"jpeg.* has no option 'question'"):
+        load_align(SHAPES, [rewards])

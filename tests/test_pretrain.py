@@ -244,19 +244,17 @@ def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir
 
 def test_a_finished_training_says_so_before_anything_is_loaded(tmp_path, tiny_pipeline_dir, bank):
     phases = [{"steps": 1, "learning_rate": 1e-3, "max_sequence_lengths": {16: 1.0}}]
-    said = Console(file=StringIO(), width=400)
+    said = Console(file=(printed := StringIO()), width=400)
     own = config(tmp_path, tiny_pipeline_dir, bank, phases=phases)
     run_dir = run_pretrain(own, Path("."), said)
-    assert f"run directory: {run_dir}, begun anew\n" in said.file.getvalue()
+    assert f"run directory: {run_dir}, begun anew\n" in printed.getvalue()
     nowhere = own.model_copy(update={"model": own.model.model_copy(update={"path": str(tmp_path / "none")})})
     assert run_pretrain(nowhere, Path("."), said) == run_dir
-    assert said.file.getvalue().endswith(
-        f"{run_dir} has done all 1 steps already; add a phase to `phases` to continue\n"
-    )
+    assert printed.getvalue().endswith(f"{run_dir} has done all 1 steps already; add a phase to `phases` to continue\n")
     more = own.model_copy(update={"phases": own.phases * 2})
     assert resume_differences(own, more) == [] and resume_differences(more, own)
     run_pretrain(more, Path("."), said)
-    assert f"resuming {run_dir} after step 1\n" in said.file.getvalue()
+    assert f"resuming {run_dir} after step 1\n" in printed.getvalue()
 
 
 @pytest.mark.parametrize(

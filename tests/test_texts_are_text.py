@@ -55,7 +55,8 @@ def test_a_text_on_the_console_is_neither_markup_nor_emoji_nor_an_escape(termina
 def test_a_count_is_written_over_itself_on_a_terminal() -> None:
     out = TextConsole(file=io.StringIO(), force_terminal=True, width=80)
     show = progress(out, "images")
-    show(1, 2), show(2, 2)
+    show(1, 2)
+    show(2, 2)
     assert out.file.getvalue() == "\r1/2 images\r2/2 images\n"  # type: ignore[attr-defined]
 
 
@@ -177,7 +178,8 @@ def test_the_trace_of_a_defect_is_written_out(capsys: pytest.CaptureFixture[str]
 def test_writing_logs_out_may_be_asked_twice(caplog: pytest.LogCaptureFixture) -> None:
     before = logging.getLogRecordFactory()
     try:
-        write_out_logs(), write_out_logs()
+        write_out_logs()
+        write_out_logs()
         logging.getLogger("flowalign").warning("a\x1b")
         assert caplog.messages == [r"a\x1b"]
     finally:

@@ -99,7 +99,7 @@ def _open(source: Path) -> Any:
             f"data.preferences: {source} holds neither parquet files nor images with a metadata.jsonl"
         )
     try:
-        where = {"data_files": {"train": patterns_of(files) if files else patterns_of([source], "/**")}}
+        where: dict[str, Any] = {"data_files": {"train": patterns_of(files) if files else patterns_of([source], "/**")}}
         dataset: Any = load_dataset("parquet" if files else "imagefolder", split="train", streaming=True, **where)
     except (DatasetsError, OSError, ValueError) as error:
         raise PreferencesError(f"data.preferences: {source} cannot be read: {error}") from error

@@ -1,0 +1,34 @@
+"""Truth values in the place of numbers: YAML reads ``off`` and ``yes`` as such, and pydantic takes them for 0 and 1."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationInfo
+
+
+def refuse_boolean(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """Pass ``value`` unless it, or a member of its list, is true or false where a number belongs.
+
+    Raises:
+        ValueError: says what to write.
+    """
+    field = cls.model_fields[info.field_name or ""]
+    members = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(member, bool) for member in members):
+        kinds = _kinds(field.annotation)
+        if kinds & {int, float} and bool not in kinds:
+            none = ", or null for none" if type(None) in kinds else ""
+            said = "true (or yes, on)" if True in members else "false (or no, off)"
+            raise ValueError(f"is {said}, which is no number; write a number{none}")
+    return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of; those of a section and of ``Any`` are its own affair."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType, list, tuple):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation} if isinstance(annotation, type) else {type(None)} if annotation is None else {bool}
