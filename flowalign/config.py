@@ -216,6 +216,18 @@ class LearnerConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
+class PatienceConfig(Section):
+    """How many seconds an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen.
+
+    ``first_s`` to load, and for what was not done before in this run; then ``factor`` times the longest so far, and at
+    least ``least_s``.
+    """
+
+    first_s: Annotated[float, Field(gt=0)] = 3600
+    least_s: Annotated[float, Field(gt=0)] = 120
+    factor: Annotated[float, Field(ge=1)] = 10
+
+
 class ClusterConfig(Section):
     """Where it runs. Thread counts are explicit: on a CPU they decide both speed and bits.
 
@@ -242,6 +254,7 @@ class ClusterConfig(Section):
     reward_deadline_s: Annotated[float, Field(gt=0)] = 600
     device: str = "cpu"
     max_task_retries: Annotated[int, Field(ge=0)] = 3
+    patience: PatienceConfig = PatienceConfig()
 
     @property
     def has_teacher_actors(self) -> bool:

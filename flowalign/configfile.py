@@ -38,7 +38,7 @@ _RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 _MAY_CHANGE = re.compile(
     r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
     r"|data\.preferences_cache"
-    r"|cluster\.(address|max_task_retries|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
+    r"|cluster\.(address|max_task_retries|patience\.\w+|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
 )
 
 

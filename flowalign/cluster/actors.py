@@ -14,11 +14,12 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel
 from flowalign.checkpoint import content_hash
 from flowalign.cluster.death import Birth, say_hard_exits
+from flowalign.cluster.environment import packages_of, python_with
 from flowalign.cluster.errors import WorkerLost
-from flowalign.cluster.pool import DEATHS, fetch
+from flowalign.cluster.pool import fetch
 from flowalign.cluster.session import worker_env
 from flowalign.cluster.teachers import SharedTeacher, ask
-from flowalign.cluster.witness import Witness
+from flowalign.cluster.witness import DEATHS, Witness
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.made.late import Expected, held
@@ -73,15 +74,22 @@ class HostedScorer:
 
     def __init__(self, reward: RewardConfig, base_dir: Path, config: AlignConfig) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         given = dict(reward.runtime_env or {})
+        packages, options = packages_of(given), {}
+        if packages is not None:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            given = {**given, "py_executable": python_with(reward.label, packages)}
+            del given["pip"]
+            options["scheduling_strategy"] = here
         variables = {**worker_env(config.cluster.reward_threads), **given.pop("env_vars", {})}
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         self.name = reward.label
         self._retried: dict[str, int] = {}
         try:
             # No resources of its own: it shares those of the actor that waits for it.
-            hosted = ray.remote(HostedHere).options(num_cpus=0, runtime_env={**given, "env_vars": variables})
+            hosted = ray.remote(HostedHere).options(num_cpus=0, runtime_env={**given, "env_vars": variables}, **options)
             self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device)
         except (ValueError, TypeError) as error:
             raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None

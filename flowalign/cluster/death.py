@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,14 @@ class Watch:
         known, *_, status = struct.unpack(_PIDFD_INFO, info)
         return status if known & _PIDFD_INFO_EXIT else None
 
+    def kill(self) -> bool:
+        """End it, a stopped process too, never another one that has got its number since; False where it is gone."""
+        if self._fd is None or select.select([self._fd], [], [], 0)[0]:
+            return False
+        with suppress(OSError):
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+        return True
+
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
@@ -98,6 +107,15 @@ def ending(birth: Birth, status: int | None, said: str = "") -> str:
         how = "its process was gone at once, without a message or a signal that it could catch, as after kill -9"
     shown = _that_matter(lines)
     return "; ".join(filter(None, [how, memory, shown and f"its log ends: {shown}"]))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped, as by SIGSTOP or a debugger."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] in "Tt"
 
 
 def oom_kills() -> tuple[str, int] | None:

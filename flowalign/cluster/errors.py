@@ -19,5 +19,9 @@ class LearnerLost(ClusterError):
     """A learner rank died; the run ends at its last checkpoint."""
 
 
+class ClusterLost(ClusterError):
+    """Ray itself is gone, and with it all workers; the run ends at its last checkpoint."""
+
+
 class WorkerImportError(ClusterError, ImportError):
     """A worker could not import this package, or what it was to unpickle."""

@@ -11,7 +11,9 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from flowalign.cluster.errors import WorkerLost
-from flowalign.cluster.pool import DEATHS, Pool, fetch
+from flowalign.cluster.patience import Wait
+from flowalign.cluster.pool import Pool, fetch
+from flowalign.cluster.witness import DEATHS
 from flowalign.types import PromptBatch, Rollout, Scores
 
 
@@ -30,12 +32,25 @@ class Done:
 
 
 class Stage:
-    """One kind of work on chunks: whose it is, which chunks wait for it, which workers are free."""
+    """One kind of work on chunks: whose it is, which chunks wait for it, which workers are free.
 
-    def __init__(self, pool: Pool, submit: Callable[[Any, int], Any]) -> None:
-        self.pool, self.submit = pool, submit
+    ``gives_up_s`` is the time after which a worker that is not stopped would end its work by itself.
+    """
+
+    def __init__(self, pool: Pool, work: str, submit: Callable[[Any, int], Any], gives_up_s: float = 0.0) -> None:
+        self.pool, self.work, self.submit, self.gives_up_s = pool, work, submit, gives_up_s
         self.waiting: deque[int] = deque()
-        self.idle = deque(range(len(pool.actors)))
+        self.idle = deque(index for index in range(len(pool.actors)) if index not in pool.being_made)
+
+
+@dataclass
+class Task:
+    """A chunk that a worker is at."""
+
+    stage: Stage
+    chunk: int
+    worker: int
+    wait: Wait
 
 
 class Pipeline:
@@ -53,6 +68,7 @@ class Pipeline:
         rollout_args: tuple[Any, ...],
         evaluation: bool,
         max_retries: int,
+        score_gives_up_s: float,
     ) -> None:
         count = len(chunks)
         self.chunks, self._rollout_args, self._evaluation = chunks, rollout_args, evaluation
@@ -60,9 +76,11 @@ class Pipeline:
         self.refs: list[Any] = [None] * count
         self._rollout_s = [0.0] * count
         self._done: dict[int, Done] = {}
-        self._rollout, self._score = Stage(rollouts, self._submit_rollout), Stage(rewards, self._submit_score)
+        what = "of an evaluation" if evaluation else "of a chunk"
+        self._rollout = Stage(rollouts, f"rollout {what}", self._submit_rollout)
+        self._score = Stage(rewards, f"scores {what}", self._submit_score, score_gives_up_s)
         self._rollout.waiting.extend(range(count))
-        self._running: dict[Any, tuple[Stage, int, int]] = {}
+        self._running: dict[Any, Task] = {}
         self._failures: Counter[tuple[str, int]] = Counter()
 
     def run(self, count: Callable[[int, int], None] | None = None, say: Callable[[str], None] = _nothing) -> list[Done]:
@@ -72,14 +90,20 @@ class Pipeline:
             WorkerLost: a chunk lost its worker more than ``max_retries`` times.
         """
         self._say = say
+        stages = (self._score, self._rollout)
         while True:
-            for stage in (self._score, self._rollout):
+            for stage in stages:
                 self._dispatch(stage)
-            if not self._running:
+            made_again = {ref: stage for stage in stages for ref in stage.pool.reviving}
+            if not self._running and not any(stage.waiting for stage in stages):
                 break
-            done, _ = ray.wait(list(self._running), num_returns=1)
             before = len(self._done)
-            self._finish(done[0])
+            for ref in self._rollout.pool.vigil.step([*self._running, *made_again]):
+                if ref in made_again:
+                    made_again[ref].idle.append(made_again[ref].pool.revived(ref))
+                else:
+                    self._finish(ref)
+            self._look_for_late()
             if count is not None and len(self._done) > before:
                 count(len(self._done), len(self.chunks))
         return [self._done[chunk] for chunk in range(len(self.chunks))]
@@ -95,27 +119,48 @@ class Pipeline:
     def _dispatch(self, stage: Stage) -> None:
         while stage.waiting and stage.idle:
             chunk, worker = stage.waiting.popleft(), stage.idle.popleft()
-            self._running[stage.submit(stage.pool.actors[worker], chunk)] = (stage, chunk, worker)
+            task = Task(stage, chunk, worker, stage.pool.vigil.wait(stage.work))
+            self._running[stage.submit(stage.pool.actors[worker], chunk)] = task
 
     def _finish(self, ref: Any) -> None:
-        stage, chunk, worker = self._running.pop(ref)
+        task = self._running.pop(ref)
+        stage, chunk = task.stage, task.chunk
         try:
             result = _get(ref)
             if stage is self._rollout:
-                self._rollout_s[chunk] = result
+                self._rollout_s[chunk] = seconds = result
                 self._score.waiting.append(chunk)
             else:
                 scores, seconds = result
                 self._done[chunk] = Done(_get(self.refs[chunk]), scores, self._rollout_s[chunk], seconds)
+            task.wait.answered(seconds)
         except DEATHS as error:
-            why = stage.pool.why(worker, error)
-            self._count_failure(stage, chunk, why)
-            stage.pool.replace(worker, why)
-            stage.waiting.appendleft(chunk)
+            self._repeat(task, stage.pool.why(task.worker, error))
+            return
         except ObjectLostError:
             self._count_failure(self._rollout, chunk, "the node that held what it made is gone")
             self._rollout.waiting.appendleft(chunk)
-        stage.idle.append(worker)
+        stage.idle.append(task.worker)
+
+    def _repeat(self, task: Task, why: str) -> None:
+        """Give the chunk of a worker that is dead, or counts as dead, to another, and make the worker again."""
+        self._count_failure(task.stage, task.chunk, why)
+        task.stage.pool.remake(task.worker, why)
+        task.stage.waiting.appendleft(task.chunk)
+
+    def _look_for_late(self) -> None:
+        """Say who is slow, and end who is late; a reward that is not stopped has until its own deadline has passed."""
+        for pool in (self._rollout.pool, self._score.pool):
+            pool.look_after_revivals()
+        for ref, task in list(self._running.items()):
+            pool, wait = task.stage.pool, task.wait
+            if wait.became_slow():
+                over = f"{pool.name(task.worker)} {wait.so_far()} over chunk {task.chunk + 1} of {len(self.chunks)}"
+                self._say(f"late: {over}; if it goes on so it is ended and made again at {wait.end()}")
+            if wait.late and (wait.waited_s >= task.stage.gives_up_s or pool.stopped(task.worker)):
+                stopped = ", since its process is stopped" if pool.stopped(task.worker) else ""
+                del self._running[ref]
+                self._repeat(task, wait.why() + stopped)
 
     def _count_failure(self, stage: Stage, chunk: int, why: str) -> None:
         kind = stage.pool.kind

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowalign.algorithm import build_algorithm
 from flowalign.calibration import reuse_of
 from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
+from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
-from flowalign.cluster.pool import DEATHS, LearnerGroup, Pool, fetch
+from flowalign.cluster.pool import Pool, fetch
+from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.session import RaySession, worker_env
 from flowalign.cluster.teachers import teacher_names
+from flowalign.cluster.vigil import Came, Vigil
 from flowalign.cluster.weight_sync import SyncGuard, check_receipt
+from flowalign.cluster.witness import DEATHS
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
+from flowalign.evaluate import evaluation_rewards
 from flowalign.loop import Collected, Count
 from flowalign.made import MadeOf
 from flowalign.made.late import Expected
@@ -56,6 +62,9 @@ class RayBackend:
         began = time.monotonic()
         self._session = RaySession(config.cluster.address, asked, config.cluster.device)
         where = "started on this machine" if config.cluster.address is None else f"joined at {config.cluster.address}"
+        self._vigil = Vigil(config.cluster.patience, self._session.check, lambda text: self.say(text))
+        for line in self._session.said:
+            say(line)
         say(f"Ray {where} in {time.monotonic() - began:.1f} s; {_actors(asked)}")
         try:
             self._group = reserve(asked)
@@ -72,14 +81,20 @@ class RayBackend:
         self.learner = LearnerGroup(
             learner.count,
             lambda rank: self._actor(LearnerActor, learner, first_rank + rank, threads, rank, named),
+            self._vigil,
+            self.teachers,
+            self.config.cluster.max_task_retries,
         )
         self._closers.append(self.learner)
         self.rollouts = Pool(
             "rollout",
             rollout.count,
             lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}", self._expected("model.")),
+            self._vigil,
         )
         self._closers.append(self.rollouts)
+        for line in announcements([*self.config.rewards, *evaluation_rewards(self.config)]):
+            self.say(line)
         self.rewards = Pool(
             "reward",
             reward.count,
@@ -91,13 +106,14 @@ class RayBackend:
                 self.base_dir,
                 self._expected("rewards.", "evaluation.scorer.", "evaluation.gold."),
             ),
+            self._vigil,
         )
         self._closers.append(self.rewards)
         self.learner.start()
         for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
         self._started = True
-        self.rollouts.revive = self._bind_again
+        self.rollouts.rebind = self._bind_again
         self._guard = SyncGuard()
         self._learned = True
         self._sent: BindReceipt | None = None
@@ -126,6 +142,7 @@ class RayBackend:
             "teacher",
             len(names),
             lambda i: self._actor(TeacherActor, asked[0], bundle + i, cluster.threads, names[i], **faults),
+            self._vigil,
         )
         self._closers.append(self.teachers)
         return dict(zip(names, self.teachers.actors, strict=True))
@@ -157,8 +174,8 @@ class RayBackend:
         chunks = batch.chunks(self.config.rollout.chunk_size)
         spec = spec if evaluation else replace(spec, reuse=self._reuse)
         version = -1 if self._sent is None else self._sent.version
-        retries = self.config.cluster.max_task_retries
-        pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries)
+        retries, gives_up_s = self.config.cluster.max_task_retries, self._gives_up_s(evaluation)
+        pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries, gives_up_s)
         done = pipeline.run(count, self.say)
         collected = Collected(
             rollout=cat_rollouts([chunk.rollout for chunk in done]),
@@ -168,6 +185,12 @@ class RayBackend:
         )
         self._last = None if evaluation else (collected.rollout, pipeline.refs)
         return collected
+
+    def _gives_up_s(self, evaluation: bool) -> float:
+        """When a reward actor at the latest ends the run by itself, since its scorers take too long."""
+        scorers = evaluation_rewards(self.config) if evaluation else self.config.rewards
+        cluster = self.config.cluster
+        return cluster.reward_deadline_s * len(scorers) + cluster.patience.least_s
 
     def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
         """Learn from a rollout; the one just collected goes from the object store straight to the learner.
@@ -186,32 +209,58 @@ class RayBackend:
     def sync(self, evaluation: bool = False) -> None:
         """Put the learner's weights into the object store once; every rollout worker binds them and says so."""
         published = [actor.publish.options(num_returns=2).remote(evaluation) for actor in self.learner.actors]
-        self._sent = self.learner.wait([receipt for _, receipt in published])[0]
+        self._sent = self.learner.wait([receipt for _, receipt in published], "publish")[0]
         self._weights = published[0][0]
         assert self._sent is not None
-        answers = [actor.bind.remote(self._weights, self._sent.version) for actor in self.rollouts.actors]
-        receipts = [self._receipt(index, answer) for index, answer in enumerate(answers)]
+        self.rollouts.settle()
+        receipts = self._receipts()
         self._guard.check_receipts(self._sent, receipts, self._learned, evaluation)
 
-    def _receipt(self, index: int, answer: Any) -> BindReceipt:
-        why = ""
+    def _receipts(self) -> list[BindReceipt]:
+        """What every rollout worker has bound. Who dies or freezes over it is made again, all of them side by side."""
+        found: dict[int, BindReceipt] = {}
+        dead: dict[int, str] = {}
+        count = len(self.rollouts.actors)
         for _ in range(self.config.cluster.max_task_retries + 1):
-            try:
-                return fetch(answer)
-            except DEATHS as error:
-                why = self.rollouts.why(index, error)
-                self.rollouts.replace(index, why)
-                answer = self._bind(self.rollouts.actors[index])
+            self.rollouts.replace(dead)
+            asked = {self._bind(self.rollouts.actors[i]): i for i in range(count) if i not in found}
+            receipts, dead = self._bound(asked)
+            found |= receipts
+            if not dead:
+                return [found[i] for i in range(count)]
+        index, why = next(iter(dead.items()))
         raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights, the last time so: {why}")
+
+    def _bound(self, asked: Mapping[Any, int]) -> tuple[dict[int, BindReceipt], dict[int, str]]:
+        """The receipts by worker, and why others are dead or count as dead."""
+        found: dict[int, BindReceipt] = {}
+        dead: dict[int, str] = {}
+        waits = {ref: self._vigil.wait("weights") for ref in asked}
+        for ref, came in self._vigil.each(waits):
+            index, wait = asked[ref], waits[ref]
+            if index in dead:
+                continue
+            if came is Came.SLOW:
+                silent = f"{self.rollouts.name(index)} {wait.so_far()}"
+                self.say(f"late: {silent}; if it goes on so it is ended and made again at {wait.end()}")
+            elif came is Came.LATE:
+                dead[index] = wait.why()
+                self.rollouts.end(index)
+            else:
+                try:
+                    found[index] = fetch(ref)
+                    wait.answered()
+                except DEATHS as error:
+                    dead[index] = self.rollouts.why(index, error)
+        return found, dead
 
     def _bind(self, actor: Any) -> Any:
         assert self._sent is not None
         return actor.bind.remote(self._weights, self._sent.version)
 
-    def _bind_again(self, actor: Any) -> None:
+    def _bind_again(self, actor: Any) -> tuple[Any, Callable[[BindReceipt], None]] | None:
         """A rollout worker that was made anew gets the current weights, acknowledged like any other."""
-        if self._sent is not None:
-            check_receipt(self._sent, fetch(self._bind(actor)))
+        return None if self._sent is None else (self._bind(actor), partial(check_receipt, self._sent))
 
     def parameters(self) -> tuple[int, int]:
         """How many are trained, of how many."""
@@ -229,12 +278,12 @@ class RayBackend:
             actor.restore.remote(shared, state["optimizer"], state["version"])
             for actor, state in zip(self.learner.actors, states, strict=True)
         ]
-        self.learner.wait(calls)
+        self.learner.wait(calls, "restore")
         self._learned = True
 
     def close(self) -> None:
         """End the actors, free their places, and stop Ray if it was started here; may be called twice."""
-        if ray.is_initialized():
+        if ray.is_initialized() and not self._session.lost:
             for owner in self._closers:
                 owner.kill()
             if self._group is not None:

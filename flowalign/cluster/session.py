@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +19,16 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_config import JobConfig
 
-from flowalign.cluster.errors import ClusterError
+from flowalign.cluster import guardian
+from flowalign.cluster.errors import ClusterError, ClusterLost
+from flowalign.cluster.folder import delete, own_folder, sweep
 from flowalign.cluster.placement import Share, own_resources, visible_cores
 from flowalign.cluster.tokens import own_token
 
 OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_S, _GRPC_S = 3.0, 5.0
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# A socket's path has at most 107 bytes; Ray adds ray/session_<date>_<time>_<pid>/sockets/plasma_store.1 to the folder.
-_LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
-_SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
+_LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
 _ASKS_FOR_TOKEN = (
     "cluster.address: Ray at {} asks for a token and this process has none, or another: set RAY_AUTH_MODE=token, and "
     "copy ~/.ray/auth_token from its head (docs/cluster.md)"
@@ -39,6 +39,8 @@ PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 class RaySession:
     """Starts Ray where ``address`` is null and none runs in this process, else joins; closes only what it opened.
 
+    ``said`` tells what was left of earlier runs.
+
     Raises:
         PlacementError: this machine cannot hold ``asked``; known before anything is started.
         ClusterError: nothing answers at ``address``.
@@ -47,6 +49,11 @@ class RaySession:
     def __init__(self, address: str | None, asked: Sequence[Share], device: str) -> None:
         self._opened = not ray.is_initialized()
         self._folder: str | None = None
+        self._guardian: Any = None
+        self._processes: dict[str, Any] = {}
+        self._silent_since: float | None = None
+        self._looked = time.monotonic()
+        self.said: list[str] = []
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -70,7 +77,9 @@ class RaySession:
         that is started there later would ask for it."""
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        self.said = sweep()
         self._folder = own_folder()
+        self._guardian = guardian.start(self._folder)
         try:
             ray.init(
                 address="local",
@@ -82,34 +91,55 @@ class RaySession:
         except (OSError, RuntimeError, ValueError, RayError) as error:
             self.close()
             raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
+        started = importlib.import_module("ray._private.worker")._global_node.all_processes
+        self._processes = {name: started[name][0].process for name in ("gcs_server", "raylet") if started.get(name)}
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing that is asked of Ray would be answered."""
+        silent = self._silent_since is not None and time.monotonic() - self._silent_since > _LOST_S
+        return silent or any(process.poll() is not None for process in self._processes.values())
+
+    def check(self) -> None:
+        """Look whether Ray is there; to be asked often.
+
+        Raises:
+            ClusterLost: it is gone: who, and how.
+        """
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise ClusterLost(
+                    f"Ray's {name} (process {process.pid}) is gone, and the workers with it: {_ended(process)}"
+                )
+        if self._opened and self._folder is None and time.monotonic() - self._looked > _LOOK_S:
+            self._look_for_head()
+
+    def _look_for_head(self) -> None:
+        """Of a cluster that was joined."""
+        address = ray.get_runtime_context().gcs_address
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            self._silent_since = None
+        except OSError as error:
+            self._silent_since = self._silent_since or time.monotonic()
+            if self.lost:
+                raise ClusterLost(
+                    f"Ray's head at {address} has not answered for {_LOST_S:g} s ({_one_line(error)})"
+                ) from None
+        self._looked = time.monotonic()
 
     def close(self) -> None:
+        if self._folder is not None and self.lost:
+            guardian.end(self._folder)  # else Ray asks those that do not answer any more
         if self._opened and ray.is_initialized():
             ray.shutdown()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def own_folder() -> str | None:
-    """A private directory for Ray's sockets and logs where Ray's usual one cannot be used; None where it can.
-
-    Raises:
-        ClusterError: no directory on this machine has a short enough path and may be written to.
-    """
-    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if len(os.fsencode(os.path.abspath(usual))) <= _LONGEST_FOLDER and _may_write(usual):
-        return None
-    for folder in _SHORT_FOLDERS:
-        if _may_write(folder):
-            return tempfile.mkdtemp(prefix="flowalign-", dir=folder)  # readable by its owner alone
-    raise ClusterError(
-        f"Ray needs a directory for its sockets: TMPDIR={usual} is not there, may not be written to or has more than "
-        f"{_LONGEST_FOLDER} characters, and so are {', '.join(_SHORT_FOLDERS)}; set TMPDIR to a short one"
-    )
-
-
-def _may_write(folder: str) -> bool:
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+            delete(self._folder)
+            if self._guardian is not None:
+                self._guardian.kill()
+                self._guardian.wait()
+            self._folder, self._processes = None, {}
 
 
 def worker_env(threads: int) -> dict[str, str]:
@@ -208,6 +238,11 @@ def _answer_of_a_head(address: str) -> str:
         except grpc.RpcError as error:
             return str(error.code().name)  # type: ignore[attr-defined]
     return "OK"
+
+
+def _ended(process: Any) -> str:
+    code = process.returncode
+    return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
 def _one_line(error: BaseException) -> str:

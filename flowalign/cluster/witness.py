@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flowalign.cluster.death import Birth, Watch, ending, oom_kills
+from flowalign.cluster.death import Birth, Watch, ending, is_stopped, oom_kills
 from flowalign.cluster.errors import WorkerImportError
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
@@ -61,15 +62,35 @@ class Witness:
             return ending(birth, None if self._watch is None else self._watch.status(), said)
         return _asked_elsewhere(birth, said)
 
+    def stopped(self) -> bool:
+        """Whether its process is stopped; False where that cannot be seen."""
+        if self._birth is None:
+            self._try_to_meet()
+        if self._birth is None:
+            return False
+        if self._birth.node == self._here:
+            return is_stopped(self._birth.pid)
+        try:
+            return bool(_elsewhere(self._birth.node, is_stopped, self._birth.pid))
+        except RayError:
+            return False
+
+    def end(self) -> bool:
+        """Kill the process, a stopped one too; False where it is gone, or is not one of this machine."""
+        if self._watch is None:
+            return False
+        killed = self._watch.kill()
+        self._watch.close()
+        return killed
+
     def close(self) -> None:
         if self._watch is not None:
             self._watch.close()
 
     def _try_to_meet(self) -> None:
-        try:
-            self._birth = ray.get(self._answer, timeout=0)
-        except (RayError, GetTimeoutError):
-            return
+        if ray.wait([self._answer], timeout=0)[0]:
+            with suppress(RayError):
+                self.meet()
 
     def _unmet(self, pid: int, known: Birth | None) -> Birth:
         """What can be said of a process that never said anything: its log goes by its number."""
@@ -94,13 +115,18 @@ def raise_failed_import(error: BaseException) -> None:
 
 def _asked_elsewhere(birth: Birth, said: str) -> str:
     """``ending`` on the machine where the process lived."""
-    where = NodeAffinitySchedulingStrategy(node_id=birth.node, soft=False)
-    task: Any = ray.remote(ending)
-    task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
     try:
-        return ray.get(task.remote(birth, None, said), timeout=_ELSEWHERE_S)
+        return _elsewhere(birth.node, ending, birth, None, said)
     except RayError as error:
         return f"its machine cannot be asked why ({type(error).__name__})"
+
+
+def _elsewhere(node: str, ask: Any, *args: Any) -> Any:
+    """The answer of a function that runs on another machine. Raises RayError where that does not answer."""
+    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    task: Any = ray.remote(ask)
+    task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+    return ray.get(task.remote(*args), timeout=_ELSEWHERE_S)
 
 
 def _own_logs() -> Path | None:

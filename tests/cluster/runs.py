@@ -1,4 +1,4 @@
-"""A small run whose reward takes orders from files: to kill a process, to raise, to answer too little."""
+"""A small run whose reward takes orders from files: to kill or stop a process, to raise, to answer too little."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def brightness(images, prompts, metadata, folder):
             return None
 
     victim = order("kill")
+    for pid in [] if victim is None else victim.split() or [os.getpid()]:
+        os.kill(int(pid), signal.SIGKILL)
+    victim = order("stop")
     if victim is not None:
-        os.kill(int(victim) if victim else os.getpid(), signal.SIGKILL)
+        os.kill(int(victim) if victim else os.getpid(), signal.SIGSTOP)
     if order("leave") is not None:
         os._exit(3)
     if order("crash") is not None:

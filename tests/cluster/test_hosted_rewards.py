@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 import ray
 
+from flowalign.cluster.environment import announcements, folder_of, packages_of, python_with
 from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.run import build_run
-from flowalign.config import AlignConfig
+from flowalign.config import AlignConfig, RewardConfig
 from flowalign.scoring import ScorerHangs, bounded
 from rewards.interface import Checked, ScorerFailed, SpecError
 from tests.cluster.runs import small_config
@@ -72,6 +75,59 @@ def test_a_reward_runs_with_the_packages_and_variables_of_its_own_environment(
     np.testing.assert_allclose(collected.scores.total, 10 + 3 * brightness, rtol=1e-6)
     with pytest.raises(ModuleNotFoundError):
         __import__("only_there")
+
+
+def wheel(folder: Path, version: str) -> Path:
+    """A package of one module, as pip installs it without a network."""
+    file, facts = folder / f"only_wheel-{version}-py3-none-any.whl", f"only_wheel-{version}.dist-info"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("only_wheel.py", f"VERSION = {version!r}\n")
+        made.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: only-wheel\nVersion: {version}\n")
+        made.writestr(
+            f"{facts}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        made.writestr(f"{facts}/RECORD", "")
+    return file
+
+
+def test_packages_of_a_reward_are_installed_once_beside_ours_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packages = packages_of({"pip": [str(wheel(tmp_path, "1.0")), "numpy"]})
+    assert packages is not None
+    reward = RewardConfig(spec="ocr", runtime_env={"pip": packages})
+    assert "is installed, where later runs find it, into" in "".join(announcements([reward, reward]))
+    python = python_with("ocr", packages)
+    asked = "import numpy, torch, only_wheel, pip; print(only_wheel.VERSION, numpy.__file__)"
+    said = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    assert said == ["1.0", np.__file__]
+    held = sum(file.stat().st_size for file in folder_of(packages).rglob("*") if not file.is_symlink())
+    assert held < 1_000_000  # Ray would copy all of ours
+    Path(packages[0]).touch()
+    assert "is installed" in next(announcements([reward]))
+    packages = [str(wheel(tmp_path, "2.0"))]
+    assert python_with("ocr", packages) == python_with("ocr", packages) != python
+    assert "was installed before" in next(announcements([RewardConfig(spec="ocr", runtime_env={"pip": packages})]))
+    with pytest.raises(
+        SpecError, match=r"^reward 'ocr': the packages of its runtime_env cannot be installed into .*no_"
+    ):
+        python_with("ocr", [str(tmp_path / "no_such.whl")])
+    assert packages_of({"pip": {"packages": ["a"], "pip_check": True}}) is None  # Ray's own business
+
+
+@pytest.mark.slow
+def test_a_reward_runs_with_the_packages_that_were_installed_for_it(
+    tiny_pipeline_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "own.py").write_text(
+        "import only_wheel\n\ndef versioned(images, prompts, metadata):\n"
+        "    return [float(only_wheel.VERSION)] * len(images)\n"
+    )
+    reward = {"name": "versioned", "runtime_env": {"pip": [str(wheel(folder, "3.0"))]}}
+    collected = collect(RayBackend, config_of(tiny_pipeline_dir, folder, reward), folder)
+    assert collected.scores.total.eq(3).all()
 
 
 @pytest.mark.slow

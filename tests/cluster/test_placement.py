@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from flowalign.cluster import session
+from flowalign.cluster import folder
 from flowalign.cluster.errors import ClusterError, PlacementError
+from flowalign.cluster.folder import delete, own_folder
 from flowalign.cluster.placement import check_fits, own_resources, shares
-from flowalign.cluster.session import RaySession, own_folder
+from flowalign.cluster.session import RaySession
 from flowalign.config import AlignConfig
 
 
@@ -62,25 +64,27 @@ def test_a_server_that_is_no_ray_is_refused_within_seconds() -> None:
         server.shutdown()
 
 
-@pytest.mark.parametrize("what", ["long", "missing", "a file", "own"])
-def test_rays_directory_is_the_usual_one_where_a_socket_fits_else_a_short_private_one(
+@pytest.mark.parametrize("what", ["long", "missing", "a file", "usual"])
+def test_rays_directory_is_a_private_one_in_the_usual_place_or_where_a_socket_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     (tmp_path / "file").write_text("")
     (tmp_path / ("d" * 90)).mkdir()
-    folders = {"long": tmp_path / ("d" * 90), "missing": "/no/such", "a file": tmp_path / "file", "own": "/tmp"}
+    short = tempfile.mkdtemp(dir="/tmp")
+    folders = {"long": tmp_path / ("d" * 90), "missing": "/no/such", "a file": tmp_path / "file", "usual": short}
     monkeypatch.setenv("TMPDIR", str(folders[what]))
     made = own_folder()
-    assert (made is None) == (what == "own")
-    if made is not None:
-        path = f"{made}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
-        assert len(path) <= 107 and stat.S_IMODE(os.stat(made).st_mode) == 0o700
-        os.rmdir(made)
+    path = f"{made}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+    assert len(path) <= 107 and stat.S_IMODE(os.stat(made).st_mode) == 0o700
+    assert (os.path.dirname(made) == short) == (what == "usual")
+    delete(made)
+    assert not os.path.exists(made)
+    os.rmdir(short)
 
 
 def test_without_any_directory_for_sockets_one_sentence_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/no/such")
-    monkeypatch.setattr(session, "_SHORT_FOLDERS", ("/neither",))
+    monkeypatch.setattr(folder, "_SHORT", ("/neither",))
     with pytest.raises(ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one$"):
         own_folder()

@@ -18,10 +18,11 @@ import ray
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
 from flowalign.cluster.local import LocalBackend
+from flowalign.cluster.patience import Patience
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.run import build_run
 from flowalign.cluster.weight_sync import SyncError
-from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, PatienceConfig, RewardConfig
 from flowalign.made import MadeOf
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
@@ -66,6 +67,16 @@ def fresh(two: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
     return two
 
 
+@pytest.fixture
+def hasty(fresh: RayBackend, folder: Path) -> Iterator[RayBackend]:
+    """One that waits for 6 s, or twice as long as what it has once done took."""
+    vigil = fresh.rollouts.vigil
+    collect(fresh, fresh.config, folder)
+    usual, vigil.patience = vigil.patience, Patience(PatienceConfig(least_s=6, factor=2), vigil.patience.longest)
+    yield fresh
+    vigil.patience = usual
+
+
 def collect(backend: RayBackend, config: AlignConfig, folder: Path) -> Any:
     run = build_run(config, folder)
     backend.sync()
@@ -99,6 +110,33 @@ def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, fo
     assert_same_bits(trace(fresh, fresh.config, folder), local)
     assert fresh.rewards.pids != before
     assert re.match(SIGKILL, fresh.rewards.deaths[-1]) and "memory" not in fresh.rewards.deaths[-1]
+
+
+@pytest.mark.fault
+def test_two_rollout_workers_killed_at_once_change_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
+    before = list(fresh.rollouts.pids)
+    (folder / "kill").write_text(" ".join(map(str, before)))
+    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert not set(before) & set(fresh.rollouts.pids)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["rollout", "reward"])
+def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
+    hasty: RayBackend, local: Trace, folder: Path, kind: str
+) -> None:
+    pool = hasty.rollouts if kind == "rollout" else hasty.rewards
+    before = list(pool.pids)
+    (folder / "stop").write_text(str(before[-1]) if kind == "rollout" else "")
+    hasty.say = (said := []).append
+    assert_same_bits(trace(hasty, hasty.config, folder), local)
+    assert pool.pids[-1] != before[-1] and not Path(f"/proc/{before[-1]}").exists()
+    number = f"{kind} worker {len(before)} of {len(before)}, process {before[-1]}"
+    late = rf"^late: {number} has not answered for \d+ s \(.*; if it goes on so it is ended and made again at \d\d:"
+    assert any(re.search(late, line) for line in said), said
+    lost = rf"^retried: the {kind} worker was lost .*\(it did not answer for \d+ s \(.*, since its process is stopped\)"
+    assert any(re.search(lost, line) for line in said), said
+    assert "memory" not in " ".join(said)
 
 
 @pytest.mark.fault
@@ -154,7 +192,8 @@ def test_a_rollout_worker_that_is_made_again_does_not_load_an_autoencoder_that_h
     with changed(file), pytest.raises(ConfigError, match=rf"^model.path: {file} has changed since the run began"):
         (folder / "kill").write_text(str(fresh.rollouts.pids[1]))
         collect(fresh, fresh.config, folder)
-    fresh.rollouts.replace(1, "its files were put back")
+        fresh.sync()
+    fresh.rollouts.replace({1: "its files were put back"})
     assert_same_bits(trace(fresh, fresh.config, folder), local)
 
 
@@ -164,7 +203,7 @@ def test_a_reward_worker_that_is_made_again_does_not_run_code_that_has_changed(f
     with changed(file), pytest.raises(ConfigError, match=rf"^rewards.1.spec: {file} has changed since the run began"):
         (folder / "kill").write_text("")
         collect(fresh, fresh.config, folder)
-    fresh.rewards.replace(0, "its files were put back")
+    fresh.rewards.replace({0: "its files were put back"})
     collect(fresh, fresh.config, folder)
 
 

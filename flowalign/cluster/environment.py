@@ -1,0 +1,86 @@
+"""Packages that one reward alone needs: installed once beside this Python's own, and found again by later runs.
+
+Ray would copy the whole environment for each run, 7 GB with torch, into its temporary directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import RewardConfig
+from rewards.interface import SpecError, one_line
+
+_READY = "ready"
+
+
+def packages_of(runtime_env: Mapping[str, Any] | None) -> list[str] | None:
+    """What ``pip`` lists; None where it is left to Ray, since it says more than that."""
+    pip = (runtime_env or {}).get("pip")
+    if isinstance(pip, Mapping) and set(pip) == {"packages"}:
+        pip = pip["packages"]
+    if isinstance(pip, list) and pip and all(isinstance(package, str) for package in pip):
+        return pip
+    return None
+
+
+def folder_of(packages: Sequence[str]) -> Path:
+    """Where they are installed: another Python, another list or a changed local file has another directory."""
+    files = [[os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in packages if os.path.isfile(name)]
+    key = json.dumps([sys.version, sys.prefix, sorted(packages), files])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flowalign" / "environments" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def announcements(rewards: Iterable[RewardConfig]) -> Iterator[str]:
+    """A line for each list of packages that is about to be installed, or is found again."""
+    asked = {packages: reward.label for reward in rewards if (packages := tuple(packages_of(reward.runtime_env) or ()))}
+    for packages, label in asked.items():
+        folder = folder_of(packages)
+        how = (
+            "was installed before, in" if (folder / _READY).exists() else "is installed, where later runs find it, into"
+        )
+        yield f"reward {label!r}: {', '.join(packages)} {how} {folder}"
+
+
+def python_with(reward: str, packages: Sequence[str]) -> str:
+    """A Python that has all that this one has, and ``packages``; they are installed where they are not yet.
+
+    Raises:
+        SpecError: they cannot be installed; the last of what pip says.
+    """
+    folder = folder_of(packages)
+    python = str(folder / "bin" / "python")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / _READY).exists():
+            _call(reward, folder, ["-m", "venv", "--without-pip", "--clear", str(folder)])
+            _look_there_too(folder)
+            quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+            _call(reward, folder, ["-m", "pip", "--python", python, "install", *quiet, *packages])
+            (folder / _READY).touch()
+    return python
+
+
+def _call(reward: str, folder: Path, arguments: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        why = one_line(said[-1])
+        raise SpecError(f"reward {reward!r}: the packages of its runtime_env cannot be installed into {folder} ({why})")
+
+
+def _look_there_too(folder: Path) -> None:
+    """Let it find, after its own packages, those of this Python, which pip then takes as installed."""
+    inside = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
+    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    Path(inside, "beside.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in ours))

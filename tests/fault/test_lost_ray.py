@@ -1,0 +1,134 @@
+"""A run's own Ray whose parts are killed, and a run that is killed: nothing stays, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flowalign.cli.exits import ExitCode
+from tests.fault.test_kill_and_resume import assert_same_run, finished, iterations_done, start
+
+pytestmark = pytest.mark.fault
+REPO = Path(__file__).resolve().parents[2]
+WAITS = """
+import logging, os, sys, time
+import ray
+from flowalign.cluster.session import RaySession
+from flowalign.cluster.vigil import Vigil
+from flowalign.config import PatienceConfig
+
+class Sleeper:
+    def pid(self):
+        return os.getpid()
+    def sleep(self):
+        time.sleep(600)
+
+session = RaySession(None, [], "cpu")
+actor = ray.remote(Sleeper).options(num_cpus=0.1).remote()
+print(session._folder, session._processes["gcs_server"].pid, ray.get(actor.pid.remote()), flush=True)
+try:
+    while True:
+        Vigil(PatienceConfig(), session.check).step([actor.sleep.remote()])
+finally:
+    session.close()
+"""
+
+
+def of_ray(folder: str) -> list[str]:
+    """The processes that name ``folder`` or have a file in it open."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            opened = [os.readlink(f) for f in (entry / "fd").iterdir()]
+            command = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if folder in command or any(path.startswith(folder) for path in opened):
+            found.append(f"{entry.name} {command}")
+    return found
+
+
+def nothing_stays(folder: str) -> None:
+    until = time.monotonic() + 60
+    while (of_ray(folder) or Path(folder).exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert of_ray(folder) == [] and not Path(folder).exists()
+
+
+def waiting() -> tuple[subprocess.Popen[str], str, int, int]:
+    """A process that waits for an actor; the directory of its Ray, the head's process and the actor's."""
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", WAITS], env=environment, **pipes)  # type: ignore[call-overload]
+    folder, head, actor = process.stdout.readline().split()
+    return process, folder, int(head), int(actor)
+
+
+def test_without_the_head_of_its_ray_a_process_ends_in_a_sentence_and_leaves_nothing() -> None:
+    process, folder, head, actor = waiting()
+    assert len(of_ray(folder)) >= 5
+    os.kill(actor, signal.SIGSTOP)
+    os.kill(head, signal.SIGKILL)
+    said = process.communicate(timeout=55)[1]  # Ray itself would end the process after 60 s
+    assert f"Ray's gcs_server (process {head}) is gone, and the workers with it: it was killed by SIGKILL" in said
+    nothing_stays(folder)
+
+
+@pytest.mark.slow
+def test_of_a_killed_process_nothing_of_its_ray_stays_not_even_a_stopped_actor() -> None:
+    process, folder, _, actor = waiting()
+    os.kill(actor, signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    nothing_stays(folder)
+
+
+def own_folder_of(pid: int) -> str:
+    """The directory of the Ray of a process that has started one."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if len(words) > 5 and words[3].endswith("guardian.py") and words[4] == str(pid):
+                return words[5]
+        time.sleep(0.1)
+    raise AssertionError(f"{pid} has started no Ray")
+
+
+def part_of_ray(folder: str, name: str) -> int:
+    return int(next(line.split()[0] for line in of_ray(folder) if line.split()[1].split("\0")[0].endswith(f"/{name}")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_whose_ray_or_self_is_killed_goes_on_with_the_same_bits(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    finished(start(tmp_path, tiny_pipeline_dir, "whole", "local"), tmp_path / "whole.log")
+    run_dir = tmp_path / "runs" / "killed"
+    for number, victim in enumerate(("gcs_server", "raylet", "itself")):
+        process = start(tmp_path, tiny_pipeline_dir, "killed", "ray")
+        folder = own_folder_of(process.pid)
+        until = time.monotonic() + 240
+        while iterations_done(run_dir) < 1 + 2 * number and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(process.pid if victim == "itself" else part_of_ray(folder, victim), signal.SIGKILL)
+        code = process.wait(timeout=60)
+        nothing_stays(folder)
+        if victim != "itself":
+            said = (tmp_path / "killed.log").read_text()
+            assert code == ExitCode.FAILED, said[-3000:]
+            line = rf"Ray's {victim} \(process \d+\) is gone.* killed by SIGKILL; .*the same command continues"
+            assert re.search(line, " ".join(said.split())), said[-3000:]
+    finished(start(tmp_path, tiny_pipeline_dir, "killed", "ray"), tmp_path / "killed.log")
+    assert_same_run(tmp_path / "runs" / "whole", run_dir)
