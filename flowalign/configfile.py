@@ -62,15 +62,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     A run's own ``config.yaml`` means this run: its files are looked for around the run directory where they are not at
     their old places, and ``runs_dir`` and ``name`` are those of the directory that it lies in.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bool]:
+    """`read_yaml`, and whether `write_resolved` wrote the file: to others the keys that it records are unknown."""
     raw = read_mapping(path)
+    versions = raw.get("versions")
+    if not isinstance(versions, dict) or "flowalign" not in versions:
+        return raw, False
     recorded = {key: raw.pop(key) for key in _RECORDED if key in raw}
-    if path.name != RESOLVED or "versions" not in recorded:
-        return raw
-    run_dir = path.resolve().parent
+    _refuse_edited_seeds(raw, recorded.get("seeds"))
+    return (_of_run(raw, recorded, path.resolve().parent) if path.name == RESOLVED else raw), True
+
+
+def _refuse_edited_seeds(raw: Mapping[str, Any], seeds: Any) -> None:
+    """Nothing is read from a run's record of its seeds, so that a change in it would have no effect."""
+    if not isinstance(seeds, dict):
+        return
+    evaluation = raw.get("evaluation")
+    own = {"run": raw.get("seed"), "evaluation": evaluation.get("seed") if isinstance(evaluation, dict) else None}
+    for name, key in (("run", "seed"), ("evaluation", "evaluation.seed")):
+        if name in seeds and own[name] is not None and seeds[name] != own[name]:
+            raise ConfigError(
+                f"seeds.{name}", f"is {seeds[name]}, and {key} is {own[name]}; set {key}, seeds only records it"
+            )
+
+
+def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The configuration that the run in ``run_dir`` recorded, wherever the directory was moved to."""
     found = relocated(raw, run_dir, _record(recorded, "run_dir", str), _record(recorded, "contents", dict) or {})
     if found:
-        _say_once(f"{path.parent} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
-    named = Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
+        _say_once(f"{run_dir} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
+    named = Path(os.path.expanduser(str(raw.get("runs_dir", "runs")))) / str(raw.get("name"))
     if (run_dir / "checkpoints").is_dir() and named.resolve() != run_dir:
         put(raw, ["runs_dir"], str(run_dir.parent))
         put(raw, ["name"], run_dir.name)
@@ -103,10 +127,10 @@ def _load(
 ) -> Loaded[Config]:
     """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
     that was written."""
-    raw, base = read_yaml(path), path.resolve().parent
+    (raw, recorded), base = _read(path), path.resolve().parent
     before = copy.deepcopy(raw)
     override(raw, overrides)
-    refuse_old_grid(raw, overrides, recorded="versions" in read_mapping(path))
+    refuse_old_grid(raw, overrides, recorded=recorded)
     overridden = tuple(differences(before, raw))
     while True:
         try:

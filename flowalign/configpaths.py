@@ -26,7 +26,7 @@ Config = TypeVar("Config", AlignConfig, PretrainConfig)
 
 def resolve(config: Config, base: Path) -> Config:
     """Shipped names and relative paths become absolute paths."""
-    update: dict[str, Any] = {"model": resolve_model(config.model, base)}
+    update: dict[str, Any] = {"model": resolve_model(config.model, base), "runs_dir": _runs_dir(config.runs_dir)}
     if isinstance(config, PretrainConfig):
         return config.model_copy(update=update | _training(config, base))
     rewards = [resolve_reward(reward, base, f"rewards.{i}") for i, reward in enumerate(config.rewards)]
@@ -194,6 +194,19 @@ def shipped_names(values: Any) -> Any:
     if isinstance(values, str) and Path(values).parent == SHIPPED:
         return "shapes" if Path(values).name == "pipeline" else f"shapes:{Path(values).name}"
     return values
+
+
+def _runs_dir(value: str) -> str:
+    """As it is written, relative to the working directory; ``~`` and ``~name`` are home directories.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    found = os.path.expanduser(value)
+    if found.startswith("~"):
+        user = value.partition("/")[0]
+        raise ConfigError("runs_dir", f"{value}: {user} is the home of no user here; write the whole path")
+    return found
 
 
 def _path(value: str, base: Path, *, made: bool = False) -> str:

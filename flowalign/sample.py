@@ -42,10 +42,13 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
     """The policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
 
     Raises:
-        CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``.
+        CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``; or
+            other weights than the model are asked of a pipeline.
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
+        if which != "model":
+            raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
         model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
         return load_policy(model, device=config.cluster.device), {}
     found = find_checkpoint(path, which)

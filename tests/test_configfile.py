@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flowalign.configfile import (
     resume_differences,
     write_resolved,
 )
+from flowalign.configpaths import resolve
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.yamlfiles import override, parse_yaml
 from tests._model_directory import write_config
@@ -250,6 +252,68 @@ def test_the_resolved_file_reads_back_equal_and_names_versions_and_seeds(config_
 def test_the_resolved_file_is_itself_a_configuration(config_path: Path, tmp_path: Path) -> None:
     config = load_align(config_path).config
     assert load_align(write_resolved(config, tmp_path)).config == config
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("seeds: 5", "seeds: unknown key; did you mean seed?"),
+        ("run_dir: runs/x", "run_dir: unknown key; did you mean runs_dir?"),
+        ("versions: {torch: '2'}", "versions: unknown key"),
+        ("contents: {}", "contents: unknown key"),
+    ],
+)
+@pytest.mark.parametrize("name", ["run.yaml", "config.yaml"])
+def test_keys_that_only_a_run_records_are_unknown_in_a_file_of_ones_own(
+    tmp_path: Path, line: str, said: str, name: str
+) -> None:
+    path = write_config(tmp_path, f"{line}\n").rename(tmp_path / name)
+    assert refusal(path).startswith(said)
+    assert refusal(path, "seeds=5").startswith(said.partition(":")[0])
+
+
+def test_a_copy_of_a_runs_own_file_is_a_configuration_but_its_record_of_seeds_sets_none(
+    config_path: Path, tmp_path: Path
+) -> None:
+    config = load_align(config_path).config
+    copy = write_resolved(config, tmp_path).rename(tmp_path / "copy.yaml")
+    assert load_align(copy).config == config
+    assert load_align(copy, ["seed=7"]).config.seed == 7
+    copy.write_text(copy.read_text().replace("  run: 0", "  run: 7"))
+    assert refusal(copy) == "seeds.run: is 7, and seed is 0; set seed, seeds only records it"
+
+
+def test_a_tilde_in_runs_dir_is_the_home_directory(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_align(config_path, ["runs_dir=~/x"]).config
+    assert config.runs_dir == str(tmp_path / "x")
+    assert load_align(config_path, ["runs_dir='~'"]).config.runs_dir == str(tmp_path)
+    assert load_align(config_path, ["runs_dir=a~/x"]).config.runs_dir == "a~/x"
+    assert refusal(config_path, "runs_dir=~nobody-of-here/x").startswith("runs_dir: ~nobody-of-here/x: ~nobody-of-here")
+    training = {"name": "a", "latents": "b", "algorithm": {"type": "reflow"}, "phases": [], "runs_dir": "~/x"}
+    assert resolve(PretrainConfig.model_validate(training), tmp_path).runs_dir == str(tmp_path / "x")
+
+
+def test_a_run_that_lies_in_a_directory_called_tilde_stays_there(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = Path("~/runs/tiny")  # as earlier versions made it
+    config = load_align(config_path).config.model_copy(update={"runs_dir": "~/runs"})
+    own = write_resolved(config, run_dir)
+    (run_dir / "checkpoints").mkdir()
+    assert load_align(own).config.runs_dir == str(tmp_path / "~" / "runs")
+
+
+def test_a_configuration_that_can_be_read_once_is_read(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(config_path.parent)
+    reading, writing = os.pipe()
+    os.write(writing, config_path.read_bytes())
+    os.close(writing)
+    assert load_align(Path(f"/dev/fd/{reading}")).config == load_align(config_path).config
+    os.close(reading)
 
 
 def test_shipped_files_are_names_in_the_resolved_file(config_path: Path, tmp_path: Path) -> None:

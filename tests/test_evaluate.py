@@ -90,6 +90,13 @@ def test_base_pipeline_model_and_ema_are_three_different_evaluations(
     assert not torch.equal(plain.images, result.images) and not torch.equal(averaged.images, result.images)
 
 
+@pytest.mark.parametrize("which", ["ema", "nonsense"])
+def test_a_pipeline_has_no_weights_to_choose(base: Path, tmp_path: Path, which: str) -> None:
+    with pytest.raises(CheckpointError, match=f"--weights: .* is a pipeline, .* not {which}"):
+        sample_checkpoint(base, ["a"], config=run_config(base), out_dir=tmp_path / "out", which=which)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_base_pipeline_is_evaluated_without_the_runs_lora(base: Path) -> None:
     small = {"num_samples": 3, "num_steps": 2}
     made = [evaluate_checkpoint(base, config=run_config(base, lora=lora, evaluation=small)) for lora in (False, True)]

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from flowalign.calibration import reuse_of
+from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli.calibrate import calibrate
 from flowalign.cli.make_pairs import HalfNoise, make_pairs
 from flowalign.cluster.run import run_align
@@ -23,7 +25,7 @@ from flowalign.models.build import load_policy
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
 from flowalign.sample import open_policy, policy_spec
-from tests._tiny import run_config
+from tests._tiny import run_config, write_checkpoint
 
 SHAPE = (16, 8, 8)
 
@@ -72,6 +74,25 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):
     for name in names:
         if name != "manifest.json":
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_pairs_are_complete_only_while_checkpoint_and_prompts_hold_the_same(tmp_path, tiny_pipeline_dir):
+    run, prompts, config = tmp_path / "run", tmp_path / "own.jsonl", run_config(tiny_pipeline_dir)
+    prompts.write_text('{"prompt": "a"}\n')
+    first = write_checkpoint(run, config, step=1)
+    asked = {"config": config, "prompts": str(prompts), "pairs": 4, "num_steps": 1}
+    manifest = make_pairs(run, to=tmp_path / "pairs", **asked)
+    write_checkpoint(run, config, step=2)  # which moves the weights equally far
+    assert make_pairs(run, to=tmp_path / "pairs", **asked) == manifest
+    tensors = load_file(run / "checkpoints" / "step_000002" / "model.safetensors")
+    moved = {name: tensor + 1 for name, tensor in tensors.items()}
+    CheckpointWriter(run / "checkpoints").save(3, model=moved, state={})
+    with pytest.raises(LatentsError, match=r"of one that has changed since"):
+        make_pairs(run, to=tmp_path / "pairs", **asked)
+    assert make_pairs(first, to=tmp_path / "pairs", **asked) == manifest
+    prompts.write_text('{"prompt": "b"}\n')
+    with pytest.raises(LatentsError, match=r"of one that has changed since"):
+        make_pairs(first, to=tmp_path / "pairs", **asked)
 
 
 def test_pairs_need_a_solver_without_noise_of_its_own(tmp_path, tiny_pipeline_dir):

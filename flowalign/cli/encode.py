@@ -101,17 +101,17 @@ class Trail:
 
     def __init__(self, source: ImageSource, writer: BankWriter) -> None:
         self._source, self._writer, self._begin = source, writer, writer.position
-        self._digest, self._at = hashlib.sha256(), deque[tuple[int, str]]()
+        self._digest, self._at = RowsDigest(), deque[tuple[int, str]]()
 
     def rows(self) -> Iterator[ImageRow | Skipped]:
         """Those that no finished shard is done with."""
         seen = 0
         for row in self._source:
             seen = row.number + 1
-            self._digest.update(_said(row))
+            self._digest.add(row)
             if seen >= self._begin:
-                self._at.append((seen, self._digest.hexdigest()))
-            if seen == self._begin and self._digest.hexdigest() != self._writer.source_digest:
+                self._at.append((seen, str(self._digest)))
+            if seen == self._begin and self._writer.source_digest not in (str(self._digest), self._digest.sizes):
                 self._refuse()
             if row.number not in self._writer.settled:
                 yield row
@@ -124,14 +124,19 @@ class Trail:
             "name another directory"
         )
 
+    @property
+    def whole(self) -> str:
+        """The digest of all rows, once they were walked."""
+        return str(self._digest)
+
     def digest(self, position: int) -> str:
         while self._at and self._at[0][0] < position:
             self._at.popleft()
         return self._at[0][1]
 
 
-def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWriter, sizes: Sizes, say: Say) -> None:
-    """Write the shards of all rows that no finished shard is done with.
+def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWriter, sizes: Sizes, say: Say) -> str:
+    """Write the shards of all rows that no finished shard is done with; returns the digest of all rows.
 
     Raises:
         ImagesError: nothing can be used, or the source has changed. DiskError.
@@ -166,6 +171,7 @@ def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWrit
     if not writer.count:
         why = "; ".join(f"{row.where} {row.reason}" for row in writer.skipped[:3]) or "it holds no row"
         raise ImagesError(f"{source.source}: none of {len(writer.skipped)} rows can be used ({why})")
+    return trail.whole
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[tuple[Item, Result]]:
@@ -181,8 +187,30 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], *, workers: 
             yield first, future.result()
 
 
+class RowsDigest:
+    """Tells the rows of a source from others. ``sizes`` knows an image by its size alone, as unfinished banks of
+    earlier versions do."""
+
+    def __init__(self) -> None:
+        self._whole, self._sizes = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, row: ImageRow | Skipped) -> None:
+        said = _said(row)
+        self._sizes.update(said)
+        self._whole.update(said)
+        if isinstance(row, ImageRow):
+            self._whole.update(row.content)
+
+    @property
+    def sizes(self) -> str:
+        return self._sizes.hexdigest()
+
+    def __str__(self) -> str:
+        return self._whole.hexdigest()
+
+
 def _said(row: ImageRow | Skipped) -> bytes:
-    """What tells a row from another one, without reading its image."""
+    """What tells a row from another one, without its image."""
     content = [row.where, row.reason] if isinstance(row, Skipped) else [row.where, str(len(row.content))]
     captions = [] if isinstance(row, Skipped) else [text for pair in sorted(row.captions.items()) for text in pair]
     return "\0".join([str(row.number), *content, *captions, "\n"]).encode("utf-8", "surrogatepass")

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.checkpoint import find
 from flowalign.config import AlignConfig, ConfigError
+from flowalign.contents import base_hash
 from flowalign.data.bankwriter import BankWriter, finished
 from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.latents import LatentsError, load_bank
 from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.manifest import digest_of, manifest_of
 from flowalign.rollout import SampleNoise, integrate, refuse_non_finite
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, torch_threads
 
@@ -67,10 +70,11 @@ def make_pairs(
         "shard_size": shard_size,
         **{key: getattr(sampling, key) for key in ("solver", "num_steps", "guidance_scale")},
     }
-    if (done := finished(to, identity)) is not None:
+    made_from = {"checkpoint": _weights_digest(checkpoint, which), "prompts": digest_of({"prompts": rows})}
+    if (done := finished(to, identity, made_from)) is not None:
         return done
     sampler = GroupSampler(rows, groups=chunk, group_size=1, seed=seed)
-    writer = BankWriter(to, identity)
+    writer = BankWriter(to, identity, made_from)
     with torch_threads(config.cluster.threads), writer.on_full_disk(pairs - writer.count):
         policy, _ = open_policy(checkpoint, config, which)
         spec = policy_spec(policy, sampling, config.model)
@@ -119,6 +123,15 @@ class _Shard:
         latents, noise = (torch.cat(part)[:count] for part in (self.latents, self.noise))
         captions = [{ORIGINAL: prompt} for prompt in self.prompts]
         writer.write(latents, range(first, first + count), captions, position, "", noise=noise)
+
+
+def _weights_digest(checkpoint: Path, which: Which) -> str:
+    """What tells the weights that are taken: a run that has gone on since has others."""
+    if (checkpoint / "model_index.json").is_file():
+        return base_hash(checkpoint)
+    found = find(checkpoint, which)
+    recorded = manifest_of(found)["files"].get(f"{which}.safetensors", {})
+    return str(recorded.get("sha256"))
 
 
 def _prompts(source: str) -> list[dict[str, Any]]:

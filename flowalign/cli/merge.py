@@ -74,6 +74,8 @@ def merge(
     """
     if len(sources) < 2:
         raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
+    if which != "model" and all(map(_is_pipeline, sources)):
+        raise MergeError(f"--weights: a pipeline has one set of weights, not {which}; leave it out")
     portions = shares(weights, len(sources))
     check_place(to, overwrite)
     first = _open(sources[0], which, None, model)
@@ -124,18 +126,22 @@ def _average(
 
 def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) -> Source:
     """A source with full weights in float32; text length and image size are the first one's."""
-    config = config_of(path, None, None if (path / "model_index.json").is_file() else base)
+    config = config_of(path, None, None if _is_pipeline(path) else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
     model = config.model.model_copy(update={"dtype": "float32", **sizes})
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
     cluster = config.cluster.model_copy(update={"device": "cpu"})
     config = config.model_copy(update={"model": model, "cluster": cluster})
-    policy, state = open_policy(path, config, which)
+    policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
     if not isinstance(policy, SD3Policy):
         raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")
     fuse_lora(policy)
     return Source(path, config, policy, state.get("base_hash"))
+
+
+def _is_pipeline(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
 
 
 def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 
 from flowalign.cli.deduplicate import find_duplicates
-from flowalign.cli.encode import Cutter, Sizes, encode, in_order
+from flowalign.cli.encode import Cutter, RowsDigest, Sizes, encode, in_order
 from flowalign.config import ConfigError, ModelConfig
-from flowalign.data.bankwriter import BankWriter, finished
+from flowalign.data.bankwriter import FROM, BankWriter, finished
 from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, nearest, parse_bucket
 from flowalign.data.encoderhash import encoder_hash
 from flowalign.data.images import ImageRow, ImagesError, ImageSource
@@ -81,7 +82,9 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
     )
     encoder = encoder_hash(options.model)
     identity = options.identity(source, encoder)
+    files = _files_digest(options)
     if (done := finished(options.to, identity)) is not None:
+        _check_unchanged(options, source, files, done.get(FROM) or {})
         say(f"{options.to} is complete already")
         return done
     policy = _encoders(options)
@@ -98,17 +101,42 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
                 source, options.deduplicate, options.clip, writer.work, device=options.device, ordered=ordered
             )
         cutter = Cutter(buckets, options.random_crop, options.flip, options.seed, removed)
-        encode(source, cutter, policy, writer, sizes, say)
+        rows = encode(source, cutter, policy, writer, sizes, say)
         table = None
         if options.embeddings is not None:
             dtype = getattr(torch, options.embeddings)
             table = write_embeddings(options.to / EMBEDDINGS, policy, list(writer.prompts), dtype)
         counts = [{"pixels": str(bucket), "count": _count(writer, policy, bucket)} for bucket in buckets]
-        manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts})
+        made_from = {"rows": rows} | ({} if files is None or source.reads_elsewhere else {"files": files})
+        manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts, FROM: made_from})
     for bucket in counts:
         if not bucket["count"]:
             say(f"warning: no image fell into the bucket {bucket['pixels']}")
     return manifest
+
+
+def _files_digest(options: Options) -> str | None:
+    """Names, sizes and times of the files of a source on this machine, but for what lies in the bank itself."""
+    if options.hub:
+        return None
+    source, own = Path(options.source).resolve(), options.to.resolve()
+    files = [source] if source.is_file() else (path for path in source.rglob("*") if path.is_file())
+    listed = [(path, path.stat()) for path in files if not path.is_relative_to(own)]
+    said = sorted((path.relative_to(source).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in listed)
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _check_unchanged(options: Options, source: ImageSource, files: str | None, made_from: Mapping[str, str]) -> None:
+    """The bank is of what the source holds now: by its files' names, sizes and times, else by every byte."""
+    if options.hub or "rows" not in made_from or made_from.get("files") == files:
+        return
+    rows = RowsDigest()
+    for row in source:
+        rows.add(row)
+    if str(rows) != made_from["rows"]:
+        raise ImagesError(
+            f"--to: {options.source} has changed since the bank in {options.to} was made; name another directory"
+        )
 
 
 def _count(writer: BankWriter, policy: Policy, bucket: Bucket) -> int:

@@ -22,21 +22,24 @@ from flowalign.data.latents import MANIFEST, shard_name, write_manifest, write_s
 from flowalign.record.disk import FULL, DiskError, size_text, writing
 from flowalign.textfiles import TextError, read_object
 
-WORK, SKIPPED = ".precompute", "skipped.json"
+WORK, SKIPPED, FROM = ".precompute", "skipped.json", "made_from"
 
 
 class BankWriter:
     """A bank under way. ``position`` rows of the source are behind it; of these ``settled`` are done with.
 
     ``source_digest`` is what the caller said of the rows before ``position``. ``identity`` is all that decides the
-    bank's content.
+    bank's content; ``made_from`` has digests of what some of its keys name, and where they are known they decide.
 
     Raises:
         LatentsError: the directory holds something else, or was begun with another identity.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, identity: Mapping[str, Any], made_from: Mapping[str, str] | None = None
+    ) -> None:
         self.directory, self.work, self.identity = directory, directory / WORK, dict(identity)
+        self.made_from = dict(made_from or {})
         self.entries: list[dict[str, Any]] = []
         self.prompts: dict[str, int] = {}
         self.skipped: list[Skipped] = []
@@ -96,7 +99,7 @@ class BankWriter:
         listed = write_json(self.directory / SKIPPED, [vars(row) for row in ordered])
         kinds = [row.kind for row in ordered]
         counts = {kind: kinds.count(kind) for kind in ("image", "caption", "duplicate")}
-        more = {**more, "skipped": {**listed, **counts}, "made": self.identity}
+        more = {FROM: self.made_from, **more, "skipped": {**listed, **counts}, "made": self.identity}
         manifest = write_manifest(
             self.directory,
             self.entries,
@@ -143,19 +146,24 @@ class BankWriter:
         options = self.work / "options.json"
         if (self.directory / MANIFEST).exists() or (self.directory / "latents.safetensors").exists():
             raise LatentsError(
-                f"--to: {self.directory} holds a finished bank of another source or other options; "
-                "name another directory"
+                f"--to: {self.directory} holds a finished bank of another source, of one that has changed since, or "
+                "of other options; name another directory"
             )
         if not options.is_file():
             if self.directory.exists() and any(path != self.work for path in self.directory.iterdir()):
                 raise LatentsError(f"--to: {self.directory} holds other files; name a new or empty directory")
             with self.on_full_disk(None):
                 self.work.mkdir(parents=True, exist_ok=True)
-                write_json(options, self.identity)
+                write_json(options, {**self.identity, FROM: self.made_from})
             return False
         before = _own(options)
-        if changed := [key for key in self.identity if before.get(key) != self.identity[key]]:
+        if changed := _changed(before, self.identity, self.made_from):
             key = changed[0]
+            if before.get(key) == self.identity[key]:
+                raise LatentsError(
+                    f"--to: {self.directory} was begun when {self.identity[key]} held something else ({key}); "
+                    "give what it was then to continue, or name another directory"
+                )
             raise LatentsError(
                 f"--to: {self.directory} was begun with {key} {before.get(key)!r}, now it is {self.identity[key]!r}; "
                 "give the same options to continue, or name another directory"
@@ -184,13 +192,28 @@ class BankWriter:
             number += 1
 
 
-def finished(directory: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a bank that was precomputed with this very identity; None where there is none."""
+def finished(
+    directory: Path, identity: Mapping[str, Any], made_from: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """The manifest of a bank that was made with this very identity, and of the same; None where there is none."""
     path = directory / MANIFEST
     if not path.is_file():
         return None
     manifest = _own(path)
-    return manifest if manifest.get("made") == dict(identity) else None
+    made = manifest.get("made")
+    if not isinstance(made, dict) or made.keys() != identity.keys():
+        return None
+    return None if _changed({**made, FROM: manifest.get(FROM)}, identity, made_from or {}) else manifest
+
+
+def _changed(before: Mapping[str, Any], identity: Mapping[str, Any], made_from: Mapping[str, str]) -> list[str]:
+    """Keys that are not what they were; of what a digest is known of, the name does not matter."""
+    held = before.get(FROM) or {}
+    return [
+        key
+        for key in identity
+        if (held[key] != made_from[key] if key in held and key in made_from else before.get(key) != identity[key])
+    ]
 
 
 def _own(path: Path) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class ImageSource:
         limit: int | None = None,
     ) -> None:
         self.source, self._limit = source, limit
+        self.reads_elsewhere = False  # a row that was read is of a file that is not the source's own
         self._files = [] if hub else _parquet_files(Path(source))
         self._folder = None if hub or self._files else Path(source)
         self._folders = None if hub else RowFolders(Path(source), self._files)
@@ -121,6 +122,9 @@ class ImageSource:
         where = f"row {number}" + (f" ({path})" if path and len(path) <= SHOWN else "")
         if self._folder is not None and path:
             where = _relative(Path(path), self._folder)
+        inside = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(inside, bytes) and (self._folder is None or Path(where).is_absolute()):
+            self.reads_elsewhere = True
         captions = {}
         for kind, column in self.captions.items():
             text = row[column]

@@ -24,7 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flowalign.cli import app, deduplicate
-from flowalign.cli.encode import in_order
+from flowalign.cli.encode import RowsDigest, in_order
 from flowalign.cli.precompute import Options, precompute
 from flowalign.config import SHIPPED, ConfigError, ModelConfig
 from flowalign.data.buckets import Bucket, cut
@@ -237,6 +237,49 @@ def test_another_run_or_a_changed_source_does_not_continue_a_bank(options: Optio
     (folder / "p01.png").write_bytes(picture(99, 20, 20))
     with pytest.raises(ImagesError, match=r"has changed since the bank in .* was begun"):
         precompute(options)
+
+
+def test_a_finished_bank_is_complete_only_while_its_source_holds_the_same(options: Options, folder: Path) -> None:
+    small = replace(options, limit=4, to=folder / "bank")
+    manifest = precompute(small)
+    (folder / "p01.png").touch()  # another time, the same content
+    assert precompute(small) == manifest
+    (folder / "p01.png").write_bytes((folder / "p01.png").read_bytes()[:-1] + b"x")  # of the same size
+    with pytest.raises(ImagesError, match=r"--to: .*pictures has changed since the bank in .*bank was made"):
+        precompute(small)
+
+
+def test_a_bank_of_pictures_that_a_table_names_is_complete_only_while_they_are_the_same(
+    options: Options, folder: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table" / "rows.parquet"
+    table.parent.mkdir()
+    Dataset.from_dict({"image": [str(folder / "p00.png")], "text": ["a"], "long": ["b"]}).to_parquet(str(table))
+    named = replace(options, source=str(table))
+    manifest = precompute(named)
+    assert precompute(named) == manifest
+    (folder / "p00.png").write_bytes(picture(99, 64, 64))
+    with pytest.raises(ImagesError, match="has changed since"):
+        precompute(named)
+
+
+def test_a_bank_that_an_earlier_version_made_stays_complete_and_its_unfinished_one_goes_on(
+    options: Options, tmp_path: Path
+) -> None:
+    manifest = precompute(options)
+    earlier = {key: value for key, value in manifest.items() if key != "made_from"}
+    (options.to / "manifest.json").write_text(json.dumps(earlier))
+    assert precompute(options) == earlier
+    begun = replace(options, to=tmp_path / "begun")
+    with pytest.raises(Stop):
+        precompute(begun, stopping_at(1))
+    sizes = RowsDigest()
+    for row in ImageSource(options.source, CAPTIONS):
+        record = begun.to / ".precompute" / "shard-00001.json"
+        sizes.add(row)
+        if row.number + 1 == json.loads(record.read_text())["position"]:
+            record.write_text(json.dumps({**json.loads(record.read_text()), "source_digest": sizes.sizes}))
+    assert precompute(begun)["count"] == 21
 
 
 def test_a_directory_with_something_else_in_it_is_left_alone(options: Options) -> None:
