@@ -335,7 +335,7 @@ class CheckpointWriter:
     def _sweep(self) -> None:
         """Delete what killed writers, and this one, left hidden."""
         for leftover in self.root.glob(f"{HIDDEN}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
     def _seal(self, hidden: Path, step: int, metric: float | None, made_of: Mapping[str, str]) -> None:
         """Force all files to the disk and write their manifest."""

@@ -318,12 +318,15 @@ class EvaluationConfig(SamplingConfig):
 
 
 class CheckpointConfig(Section):
-    """``resume: step_000020`` goes back to that one; what came later is set aside, as everything is with ``never``."""
+    """``resume: step_000020`` goes back to that one; what came later is set aside, as everything is with ``never``.
+
+    The highest ``best_metric`` of metrics.jsonl are kept; null is the overall of the evaluation's scorer.
+    """
 
     every: Annotated[int, Field(ge=1)] = 20
     keep_last: Positive = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
-    best_metric: str = "eval/geneval/overall"
+    best_metric: str | None = None
     resume: Resume = "auto"
 
 

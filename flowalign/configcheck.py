@@ -51,7 +51,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) ->
 
 
 def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str]:
-    loc: Key = tuple(error["loc"])
+    loc: Key = tuple(part for part in error["loc"] if part != "[key]")  # pydantic's mark where the key itself is wrong
     key = dotted((*prefix, *loc))
     if error["type"] == "extra_forbidden":
         return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"

@@ -199,6 +199,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     if config.evaluation.every:
         scorers = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
         need(promptcheck.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
+        need(promptcheck.check_judged_tasks, config.evaluation, config.evaluation.prompts, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     need(checks.check_device, "cluster.device", config.cluster.device, here)
     if config.cluster.backend == "ray" and here:

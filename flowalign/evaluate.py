@@ -50,7 +50,7 @@ def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) ->
     """``eval/<name>/<tag>``: mean over a task's valid samples; ``eval/<name>/overall``: mean over the tasks.
 
     Where no row has a tag there is only the plain mean, as ``overall``. A task without a valid sample is NaN, and so
-    is then the overall: leaving a task out would flatter.
+    is then the overall: leaving a task out would flatter. Of a reward with ``tasks`` its own tasks count.
     """
     metrics = {}
     for name, tasks in by_task(scores, metadata).items():
@@ -80,6 +80,11 @@ def evaluation_reward(config: AlignConfig) -> RewardConfig:
 def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
     """The evaluation's scorer and, after it, those that are only measured."""
     return [evaluation_reward(config), *config.evaluation.gold]
+
+
+def best_metric(config: AlignConfig) -> str:
+    """The key in metrics.jsonl by which the best checkpoints are kept: ``eval/geneval/overall``, or what is said."""
+    return config.checkpoint.best_metric or f"eval/{evaluation_reward(config).label}/overall"
 
 
 def evaluate_checkpoint(

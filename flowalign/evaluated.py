@@ -14,13 +14,17 @@ UNTAGGED = "untagged"
 
 
 def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """The valid scores by reward and task (``tag``); tasks in the order in which they occur, without a tag one task."""
+    """The valid scores by reward and task (``tag``); tasks in the order in which they occur, without a tag one task.
+
+    A reward that is for some tasks only has no others.
+    """
     tags = [str(row.get("tag") or UNTAGGED) for row in metadata]
     found: dict[str, dict[str, list[float]]] = {}
     for name, values in scores.by_reward.items():
-        tasks = found[name] = {tag: [] for tag in tags}
-        for tag, value in zip(tags, values.tolist(), strict=True):
-            if math.isfinite(value):
+        applies = scores.applies[name].tolist() if name in scores.applies else [True] * len(tags)
+        tasks = found[name] = {tag: [] for tag, own in zip(tags, applies, strict=True) if own}
+        for tag, value, own in zip(tags, values.tolist(), applies, strict=True):
+            if own and math.isfinite(value):
                 tasks[tag].append(value)
     return found
 
@@ -34,7 +38,7 @@ def standard_errors(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> di
     errors: dict[str, float] = {}
     for name, tasks in by_task(scores, metadata).items():
         own = {tag: _standard_error(values) for tag, values in tasks.items()}
-        errors[f"standard_error/{name}/overall"] = math.sqrt(sum(e**2 for e in own.values())) / len(own)
+        errors[f"standard_error/{name}/overall"] = math.hypot(*own.values()) / len(own) if own else math.nan
         if set(own) != {UNTAGGED}:
             errors |= {f"standard_error/{name}/{tag}": error for tag, error in own.items()}
     return errors

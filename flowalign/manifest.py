@@ -83,9 +83,10 @@ def manifest_of(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(read_regular(path / MANIFEST))
         claimed = manifest.pop("digest")
+        found = digest_of(manifest)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
-    if claimed != digest_of(manifest):
+    if claimed != found:
         raise CheckpointError(f"{path / MANIFEST} is corrupt")
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")

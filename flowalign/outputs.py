@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from flowalign.config import ConfigError
 from flowalign.record.disk import SICK, swept, writing
+from flowalign.textfiles import is_there
 
 RECORD = "flowalign.json"
 # What exports wrote before their record listed it.
@@ -23,8 +27,52 @@ class DirectoryTaken(RuntimeError):
     """A directory to write to that holds something: what, and what to do. Nothing was written."""
 
 
+def unwritable(directory: Path) -> str | None:
+    """Why nothing can be written into ``directory``, which is made where it is missing; None where nothing is known to
+    speak against it. Nothing is written."""
+    path = directory.absolute()
+    missing: list[str] = []
+    for place in (path, *path.parents):
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:
+            if place.is_symlink():
+                return f"{place} is a link to nothing"
+            missing.append(place.name)
+            continue
+        except NotADirectoryError:
+            continue  # a file is on the way
+        except (OSError, ValueError) as error:  # of a name with a NUL, or that is too long
+            return f"{place}: {getattr(error, 'strerror', None) or 'no file can have this name'}"
+        if not stat.S_ISDIR(found.st_mode):
+            return f"{place} is not a directory"
+        if not os.access(place, os.W_OK | os.X_OK):
+            return f"{place} may not be written to"
+        longest = os.pathconf(place, "PC_NAME_MAX")
+        long = next((name for name in missing if len(os.fsencode(name)) > longest), None)
+        return long and f"{long[:20]}… is a name of more than {longest} bytes"
+    return None
+
+
+def check_out(key: str, directory: Path) -> None:
+    """Raise ConfigError where a command that has just begun could not leave its files in ``directory`` at its end."""
+    if reason := unwritable(directory):
+        raise ConfigError(key, f"{directory} cannot be written ({reason}); name another directory")
+
+
+def check_file(key: str, file: Path) -> None:
+    """`check_out` of a single file, which may be there already."""
+    if file.is_dir():
+        raise ConfigError(key, f"{file} is a directory; name a file")
+    check_out(key, file.parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ConfigError(key, f"{file} may not be written to; name another file")
+
+
 def check_place(to: Path, overwrite: bool) -> None:
     """Raise DirectoryTaken unless ``to`` is new, empty, or an earlier export that ``overwrite`` allows to replace."""
+    if reason := unwritable(to.parent if is_there(to) else to):
+        raise DirectoryTaken(f"{to} cannot be written ({reason}); name another directory")
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     if not (to / RECORD).is_file():
@@ -78,13 +126,13 @@ def take_place(draft: Path, to: Path, record: dict[str, Any]) -> None:
     except BaseException:
         old.rename(to)
         raise
-    shutil.rmtree(old)
+    old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def _record(to: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((to / RECORD).read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DirectoryTaken(f"{to / RECORD} is no record of an export; name a new or empty directory") from None
 
 

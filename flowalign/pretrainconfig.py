@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowalign.config import Beta, LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig, Section
 
@@ -24,6 +24,13 @@ class PhaseConfig(Section):
     max_sequence_lengths: dict[TextLength, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {16: 1.0}, min_length=1
     )
+
+    @field_validator("max_sequence_lengths")
+    @classmethod
+    def _one_is_drawn(cls, lengths: dict[int, float]) -> dict[int, float]:
+        if not any(lengths.values()):
+            raise ValueError("none has a weight above 0; give one, such as {16: 1.0}")
+        return lengths
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.config import AlignConfig, ConfigError, EvaluationConfig, RewardConfig
 from flowalign.configcheck import nearest
 
 
@@ -52,22 +52,44 @@ def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) 
 
 def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
     """Every task that a reward is for occurs in the prompts, and every prompt has a reward that is trained on."""
-    from flowalign.data.prompts import PromptsError, load_prompts
-
-    try:
-        found = dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in load_prompts(source, base_dir))
-    except PromptsError:
-        return  # check_prompts says it
+    found = _tasks_of(source, base_dir)
+    if not found:
+        return
     for i, reward in enumerate(rewards):
-        if unknown := [task for task in reward.tasks or () if task not in found]:
-            raise ConfigError(
-                f"rewards.{i}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
-            )
+        _check_tasks_there(f"rewards.{i}", reward, source, found)
     trained = [reward for reward in rewards if reward.weight and not reward.gold]
     if trained and all(reward.tasks is not None for reward in trained):
         covered = {task for reward in trained for task in reward.tasks or ()}
         if left := [task for task in found if task not in covered]:
             raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
+
+
+def check_judged_tasks(evaluation: EvaluationConfig, source: str, base_dir: Path) -> None:
+    """Every task that a scorer of an evaluation is for occurs in its prompts."""
+    scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
+    scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
+    if any(reward.tasks for reward in scorers.values()):
+        found = _tasks_of(source, base_dir)
+        for key, reward in scorers.items() if found else ():
+            _check_tasks_there(key, reward, source, found)
+
+
+def _tasks_of(source: str, base_dir: Path) -> list[str]:
+    """The tasks of the prompts in their order; none where they cannot be read, which `check_prompts` says."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError:
+        return []
+    return list(dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in rows))
+
+
+def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Sequence[str]) -> None:
+    if unknown := [task for task in reward.tasks or () if task not in found]:
+        raise ConfigError(
+            f"{key}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
+        )
 
 
 def check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:

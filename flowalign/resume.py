@@ -57,10 +57,12 @@ def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say 
     """
     root = run_dir / "checkpoints"
     if saved is None:
-        if checkpoint.has_any(root):
+        there = checkpoint.has_any(root)
+        if there or any((run_dir / name).exists() for name in ("metrics.jsonl", "samples")):
+            why = f"resume: {resume}" if there or resume == "never" else "it has no checkpoint"
             with writing(str(run_dir / SET_ASIDE), run_dir):
                 kept = set_aside_all(run_dir)
-            say(f"{run_dir} is begun anew (resume: {resume}); what it held is kept in {kept}")
+            say(f"{run_dir} is begun anew ({why}); what it held is kept in {kept}")
         return
     newer = checkpoint.newer_than(saved.path)
     if newer:
@@ -85,11 +87,11 @@ def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
             if (run_dir / name).is_file():
                 shutil.copy2(run_dir / name, kept / name)
     for path in checkpoints:
-        path.rename(kept / "checkpoints" / path.name)
+        _move(path, kept / "checkpoints" / path.name)
     for path in run_dir.glob("samples/iteration_*"):
         if path.name.removeprefix("iteration_").isdigit() and int(path.name.removeprefix("iteration_")) > step:
             (kept / "samples").mkdir(exist_ok=True)
-            path.rename(kept / "samples" / path.name)
+            _move(path, kept / "samples" / path.name)
     with suppress(CheckpointError):
         newest = checkpoint.latest(kept / "checkpoints")
         assert newest is not None
@@ -105,8 +107,17 @@ def set_aside_all(run_dir: Path) -> Path:
             shutil.copy2(run_dir / "config.yaml", kept)
     for name in ("metrics.jsonl", "samples", "report.html", "checkpoints"):
         if (run_dir / name).exists():
-            (run_dir / name).rename(kept / name)
+            _move(run_dir / name, kept / name)
     return kept
+
+
+def _move(path: Path, to: Path) -> None:
+    """A link still leads to where somebody has moved what was there."""
+    if path.is_symlink():
+        to.symlink_to(path.parent.absolute() / path.readlink())
+        path.unlink()
+    else:
+        path.rename(to)
 
 
 def _new(run_dir: Path) -> Path:

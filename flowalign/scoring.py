@@ -161,6 +161,7 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
         causes=causes,
         weights={name: weight for name, weight in weights.items() if weight},
         retries={name: causes for part in parts for name, causes in part.retries.items()},
+        applies={name: torch.from_numpy(own) for name, own in applies.items() if not own.all()},
     )
 
 
@@ -175,6 +176,8 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         retries.setdefault(name, Counter()).update(counts)
     names = dict.fromkeys(name for part in parts for name in part.by_reward)
     nothing = [torch.full_like(part.total, float("nan")) for part in parts]
+    routed = dict.fromkeys(name for part in parts for name in part.applies)
+    everywhere = [torch.ones_like(part.valid) for part in parts]
     return Scores(
         by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
         total=torch.cat([p.total for p in parts]),
@@ -182,6 +185,7 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         causes=causes,
         weights=parts[0].weights,
         retries={name: dict(counts) for name, counts in retries.items()},
+        applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.calibration import reuse_of
-from flowalign.config import AlignConfig, ConfigError, ModelConfig
+from flowalign.config import AlignConfig, ConfigError, ModelConfig, OptimizerConfig
 from flowalign.configpaths import recorded_model, shipped_names
 from flowalign.pathfamilies import canonical, formulation, may_learn
 from flowalign.pretrainconfig import PretrainConfig
@@ -65,9 +65,29 @@ def _notes_of_alignment(config: AlignConfig) -> list[str]:
     updates = config.iterations * config.learner.updates_per_iteration
     notes = [*_recorded_length(config.model), *_other_family("model", config.model)]
     notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
+    notes += _ends_learning(config.learner.optimizer, updates)
+    notes += _keeps_no_best(config)
     if "every" in config.checkpoint.model_fields_set:
         notes += _only_last("checkpoint.every", config.checkpoint.every, config.iterations, "iterations", "is saved")
     return notes
+
+
+def _ends_learning(optimizer: OptimizerConfig, updates: int) -> list[str]:
+    decay = optimizer.decay_steps
+    if decay is None or decay >= updates or optimizer.final_learning_rate:
+        return []
+    return [
+        f"learner.optimizer.decay_steps: {decay} of {updates} updates; after them the learning rate is "
+        "final_learning_rate, 0, and nothing is learned"
+    ]
+
+
+def _keeps_no_best(config: AlignConfig) -> list[str]:
+    """A metric of evaluations in a run without any; which ones they measure, the first of them tells."""
+    metric = config.checkpoint.best_metric
+    if metric is None or not metric.startswith("eval/") or config.evaluation.every or not config.checkpoint.keep_best:
+        return []
+    return [f"checkpoint.best_metric: {metric} is not measured (evaluation.every: 0); no best checkpoint is kept"]
 
 
 def _notes_of_training(config: PretrainConfig) -> list[str]:

@@ -168,7 +168,8 @@ class Scores:
 
     Where ``valid`` is False the total is NaN and must never be used; ``causes`` counts why. A reward is NaN where it
     was refused, or does not apply to a sample's task. ``weights`` are those of the rewards that are trained on;
-    ``retries`` counts by reward and cause what had to be asked again.
+    ``retries`` counts by reward and cause what had to be asked again. ``applies`` says, of rewards that are for some
+    tasks only, which samples they are for.
     """
 
     by_reward: Mapping[str, Tensor]
@@ -177,6 +178,7 @@ class Scores:
     causes: Mapping[str, int] = field(default_factory=dict)
     retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    applies: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

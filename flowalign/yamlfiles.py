@@ -321,6 +321,6 @@ def _is_another(old: dict[Any, Any], new: dict[Any, Any]) -> bool:
 
 
 def _index(items: list[Any], part: str, at: str, key: str) -> int:
-    if not part.isdecimal() or int(part) >= len(items):
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(items):
         raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
     return int(part)

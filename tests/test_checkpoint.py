@@ -112,6 +112,17 @@ def test_retention_keeps_the_last_the_best_and_latest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_000002", "step_000004", "step_000005", "step_000006"]
 
 
+def test_a_checkpoint_that_was_moved_away_and_linked_stays_there_and_ends_no_saving(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save(root, 1, keep_last=1).rename(elsewhere)
+    (root / "step_000001").symlink_to(elsewhere)
+    for step in (2, 3):
+        save(root, step, keep_last=1)
+    assert names(root) == ["latest", "step_000003"] and load(elsewhere).step == 1
+    (root / "step_000004").symlink_to(elsewhere)
+    assert load(save(root, 4, keep_last=1)).step == 4 and load(elsewhere).step == 1
+
+
 def test_going_back_and_saving_an_old_step_again_replaces_it(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, step)

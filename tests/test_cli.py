@@ -234,6 +234,26 @@ def test_a_number_of_a_command_is_finite(arguments: list[str]) -> None:
     assert shown.exit_code == 2 and "is no finite number" in " ".join(shown.stderr.split())
 
 
+def test_a_prompt_in_another_encoding_than_the_terminals_is_refused(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["sample", "shapes", "--prompt", "caf\udce9", "--out", str(tmp_path / "out")])
+    assert shown.exit_code == 2 and r"--prompt: 'caf\udce9' is not UTF-8" in shown.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_encoding_of_the_output_lacks_is_written_out(tmp_path: Path) -> None:
+    code = "from flowalign.cli import app; app.command('say')(lambda: print('a \\u2192 b')); app(['say'])"
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "a \\u2192 b\n"), done.stderr
+
+
+@pytest.mark.parametrize("runs_dir", ["a\0b", "n" * 300, "\ud800", "/dev/null/x"])
+def test_a_runs_dir_that_no_directory_can_be_is_refused_with_its_key(config_path: Path, runs_dir: str) -> None:
+    config = load_align(config_path).config.model_copy(update={"runs_dir": runs_dir})
+    with pytest.raises(ConfigError, match=r"(?s)^runs_dir: .* cannot be written .*choose another"):
+        begin_run(config)
+
+
 def test_an_evaluation_s_prompts_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"tag": "a", "include": [{"class": "horse", "count": 1}], "prompt": "a horse"}\n')

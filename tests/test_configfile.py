@@ -84,6 +84,8 @@ def test_overrides_reach_dotted_keys_list_items_and_absent_sections() -> None:
     [
         ("rewards", "not key=value"),
         ("rewards.1.weight=2", "rewards.1.weight: rewards is a list of 1"),
+        ("rewards.²=clip", "rewards.²: rewards is a list of 1"),
+        (f"rewards.{'9' * 30}=clip", "rewards is a list of 1"),
         ("seed.deep=2", "seed.deep: seed is 0, which has no keys inside"),
         ("seed=[1", "the value of seed is not YAML"),
     ],
@@ -202,6 +204,16 @@ def test_every_row_is_checked_where_geneval_judges_it(config_path: Path, tmp_pat
     assert load_align(config_path, [own, evaluated])
     file.write_text('{"prompt": "a cat"}\n')
     assert refusal(config_path, own).startswith(f"data.prompts: {file}, line 1: has no `tag`; geneval needs rows in")
+
+
+@pytest.mark.parametrize("key", ["evaluation.scorer", "evaluation.gold.0"])
+def test_the_tasks_of_what_judges_an_evaluation_are_those_of_its_prompts(config_path: Path, key: str) -> None:
+    scorer = "{spec: jpeg, tasks: [color]}"
+    given = f"evaluation.gold=[{scorer}]" if key.endswith("0") else f"{key}={scorer}"
+    assert refusal(config_path, given) == (
+        f"{key}.tasks: no prompt of shapes:eval has the task 'color'; did you mean colors?"
+    )
+    assert load_align(config_path, [given, "evaluation.every=0"]).config.evaluation.every == 0
 
 
 def test_a_row_of_another_task_than_genevals_is_not_judged_by_it(config_path: Path, tmp_path: Path) -> None:
@@ -400,6 +412,15 @@ def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path
         load_pretrain(path, ["phases.0.learning_rate=.inf"])
     with pytest.raises(ConfigError, match=r"^phases.0.max_sequence_lengths.16: is nan; every number"):
         load_pretrain(path, ["phases.0.max_sequence_lengths={16: .nan}"])
+    for lengths, said in {
+        "{2: -1}": r"\.2: got -1",
+        "{0: 1}": r"\.0: got 0",
+        "{-3: 1}": r"\.-3: got -3",
+        "{9999: 1}": r"\.9999: got 9999",
+        "{16: 0}": r": none has a weight above 0",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^phases.0.max_sequence_lengths{said}"):
+            load_pretrain(path, [f"phases.0.max_sequence_lengths={lengths}"])
     with pytest.raises(ConfigError, match=r"^model.height: image size 512x64: the model's table of positions ends"):
         load_pretrain(path, ["model.height=512"])
     with pytest.raises(ConfigError, match=r"^phases.0.step: unknown key; did you mean steps"):

@@ -154,6 +154,14 @@ def test_the_command_for_the_other_kind_of_configuration_is_named(config_path: P
         (["learner.optimizer.warmup_steps=9", "learner.updates_per_iteration=3"], []),
         (["checkpoint.every=4"], ["checkpoint.every: 4 of 4 iterations; only the last of them is saved"]),
         (["checkpoint.every=3"], []),
+        (["learner.optimizer.decay_steps=3"], ["learner.optimizer.decay_steps: 3 of 4 updates; after them the"]),
+        (["learner.optimizer.decay_steps=4"], []),
+        (["learner.optimizer.decay_steps=3", "learner.optimizer.final_learning_rate=1e-9"], []),
+        (
+            ["evaluation.every=0", "checkpoint.best_metric=eval/geneval/overall"],
+            ["checkpoint.best_metric: eval/geneval/overall is not measured (evaluation.every: 0)"],
+        ),
+        (["evaluation.every=0", "checkpoint.best_metric=reward/total/mean"], []),
     ],
 )
 def test_what_hardly_was_meant_is_noted(config_path: Path, overrides: list[str], noted: list[str]) -> None:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flowalign.outputs import RECORD, DirectoryTaken, check_place, take_place
+from flowalign.cli import app
+from flowalign.config import ConfigError
+from flowalign.outputs import RECORD, DirectoryTaken, check_file, check_place, take_place, unwritable
 
 
 def exported(to: Path, files: tuple[str, ...] = ("vae/config.json",), **record: object) -> Path:
@@ -18,6 +21,61 @@ def exported(to: Path, files: tuple[str, ...] = ("vae/config.json",), **record: 
         (draft / file).write_text(file)
     take_place(draft, to, {"kind": "ema", "checkpoint": "run/checkpoints/step_000004", **record})
     return to
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("file", "file is not a directory"),
+        ("file/x/y", "file is not a directory"),
+        ("gone", "gone is a link to nothing"),
+        ("gone/x", "gone is a link to nothing"),
+        ("new/" + "n" * 300, "nnn… is a name of more than 255 bytes"),
+        ("a\0b", "no file can have this name"),
+        ("\ud800", "no file can have this name"),
+        ("/dev/null/x", "/dev/null is not a directory"),
+        ("new/deep", None),
+    ],
+)
+def test_where_nothing_can_be_written_is_known_before_anything_is(tmp_path: Path, name: str, why: str | None) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to("nowhere")
+    found = unwritable(tmp_path / name)
+    assert found is None if why is None else found is not None and why in found
+    assert not (tmp_path / "new").exists()
+    if why is not None:
+        with pytest.raises(DirectoryTaken, match=r"cannot be written|exists and is no earlier"):
+            check_place(tmp_path / name, True)
+        with pytest.raises(ConfigError, match=r"^--to: "):
+            check_file("--to", tmp_path / name / "file")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("evaluate shapes", "--out"),
+        ("sample shapes --prompt a", "--out"),
+        ("export runs/x", "--to"),
+        ("merge shapes shapes", "--to"),
+        ("precompute pictures --model shapes", "--to"),
+        ("make-pairs shapes", "--to"),
+        ("make-preferences shapes --reward jpeg", "--out"),
+        ("calibrate-cache shapes", "--to"),
+    ],
+)
+def test_a_command_that_could_not_leave_its_files_does_no_work(tmp_path: Path, command: str, option: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    shown = CliRunner().invoke(app, [*command.split(), option, str(tmp_path / "file" / "x")])
+    assert shown.exit_code == 2, shown.output
+    assert "file is not a directory); name another directory" in " ".join(shown.stderr.split())
+
+
+def test_a_link_to_an_earlier_export_is_replaced_and_what_it_led_to_is_left_alone(tmp_path: Path) -> None:
+    exported(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to("elsewhere")
+    to = exported(tmp_path / "out", ("transformer/config.json",))
+    assert not to.is_symlink() and (to / "transformer").is_dir()
+    assert (tmp_path / "elsewhere" / "vae").is_dir() and not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -91,6 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "grown": (lambda p: (p / "state.json").write_text(" " * 999), "state.json is truncated or has grown"),
     "flipped": (lambda p: flip(p / "ema.safetensors"), "ema.safetensors is corrupt"),
     "no_manifest": (lambda p: (p / "MANIFEST.json").unlink(), "no readable MANIFEST.json"),
+    "nested": (lambda p: (p / "MANIFEST.json").write_text("[" * 100_000), "no readable MANIFEST.json"),
     "no_json": (lambda p: (p / "MANIFEST.json").write_bytes(b"\xff\xfe{"), "no readable MANIFEST.json"),
     "a_list": (lambda p: (p / "MANIFEST.json").write_text("[1, 2]"), "no readable MANIFEST.json"),
     "no_shard": (lambda p: (p / "optimizer" / "rank_00000.safetensors").unlink(), "rank_00000.safetensors cannot be"),
@@ -251,6 +252,31 @@ def test_never_begins_anew_and_keeps_all_that_was_there(tmp_path: Path) -> None:
     kept = tmp_path / "set_aside" / "1"
     assert len(said) == 1 and str(kept) in said[0]
     assert find(kept).name == "step_000020" and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_checkpoints_were_deleted_begins_anew_says_so_and_keeps_its_metrics(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "samples").mkdir()
+    shutil.rmtree(tmp_path / "checkpoints")
+    said: list[str] = []
+    assert resume_from(tmp_path, "auto", said.append) is None
+    kept = tmp_path / "set_aside" / "1"
+    assert said == [f"{tmp_path} is begun anew (it has no checkpoint); what it held is kept in {kept}"]
+    assert len(read_metrics(kept / "metrics.jsonl")) == 11 and (kept / "samples").is_dir()
+    assert not (tmp_path / "metrics.jsonl").exists() and (tmp_path / "config.yaml").is_file()
+    assert resume_from(tmp_path, "auto", said.append) is None and len(said) == 1
+
+
+@pytest.mark.parametrize("resume", ["step_000010", "never"])
+def test_what_was_moved_away_and_linked_is_set_aside_as_a_link_that_leads_there(tmp_path: Path, resume: str) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(run_dir, 10, 20)
+    root = run_dir / "checkpoints"
+    moved = root if resume == "never" else root / "step_000020"
+    moved.rename(elsewhere)
+    moved.symlink_to("../elsewhere" if resume == "never" else "../../elsewhere")
+    resume_from(run_dir, resume, lambda text: None)
+    assert find(run_dir / "set_aside" / "1").name == "step_000020" and not moved.exists()
 
 
 def test_an_older_damaged_checkpoint_is_not_spoken_of(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from flowalign.cli.options import (
     Steps,
     Suite,
     Weights,
+    check_text,
     finite,
 )
 from flowalign.cli.precompute_command import precompute
@@ -78,17 +79,21 @@ def evaluate(
 ) -> None:
     """Sample the evaluation prompts and score them, as the run itself does."""
     from flowalign.cli.runs import config_of, say_evaluation, write_evaluation
+    from flowalign.outputs import check_out
 
+    if out is not None:
+        check_out("--out", out)
     own = config_of(checkpoint, config, model)
     if suite is not None or detector is not None:
         from flowalign.cli.runs import geneval_suite
 
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
     from flowalign.evaluate import evaluate_checkpoint, evaluation_rewards
-    from flowalign.promptcheck import check_prompts
+    from flowalign.promptcheck import check_judged_tasks, check_prompts
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
     check_prompts(key, source, evaluation_rewards(own), Path.cwd())
+    check_judged_tasks(own.evaluation, source, Path.cwd())
     count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
     against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console)
     result = evaluate_checkpoint(
@@ -108,10 +113,12 @@ def evaluate(
     say_evaluation(console, result)
     summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
     summary |= {"standard_errors": result.standard_errors, "made": result.made, "notes": result.notes}
-    if out is not None:
-        write_evaluation(result, out, summary)
-        console.print(f"written to {out}")
-    print_json(as_json, summary)
+    try:
+        if out is not None:
+            write_evaluation(result, out, summary)
+            console.print(f"written to {out}")
+    finally:  # what took so long to find is not lost with a disk
+        print_json(as_json, summary)
 
 
 app.command()(measure)
@@ -135,7 +142,11 @@ def sample(
 ) -> None:
     """Draw images from a checkpoint."""
     from flowalign.cli.runs import config_of
+    from flowalign.outputs import check_out
 
+    check_out("--out", out)
+    for text in prompt:
+        check_text("--prompt", text)
     own = config_of(checkpoint, config, model)
     from flowalign.evaluated import made_with
     from flowalign.models.textlength import prompt_note

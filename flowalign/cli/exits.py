@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -41,6 +42,8 @@ class Commands(TyperGroup):
     """Turns what a command raises into what it says and its exit code; FLOWALIGN_DEBUG=1 shows the traces."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, TextIOWrapper):  # what its encoding lacks is written out, as on standard error
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().__call__(*args, **kwargs)
         except Exception as error:

@@ -33,7 +33,9 @@ def make_pairs(
 ) -> None:
     """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
     from flowalign.cli.runs import config_of
+    from flowalign.outputs import check_out
 
+    check_out("--to", to)
     own = config_of(checkpoint, config, model)
     from flowalign.cli.make_pairs import make_pairs as write_pairs
 
@@ -72,7 +74,9 @@ def calibrate_cache(
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
     from flowalign.cli.runs import config_of
+    from flowalign.outputs import check_file
 
+    check_file("--to", to)
     own = config_of(checkpoint, config, model)
     from flowalign.cli.calibrate import calibrate
 
@@ -120,7 +124,9 @@ def make_preferences(
     from flowalign.cli.runs import config_of
     from flowalign.config import RewardConfig
     from flowalign.configpaths import resolve_reward, scalar_options
+    from flowalign.outputs import check_out
 
+    check_out("--out", out)
     own = config_of(checkpoint, config, model)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
     from flowalign.cli.make_preferences import counts_of

@@ -75,6 +75,14 @@ Guidance = Annotated[
 ]
 
 
+def check_text(key: str, text: str) -> None:
+    """Raise ConfigError for what was given in another encoding than the terminal's: it is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        from flowalign.config import ConfigError
+
+        raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
+
+
 class SolverName(StrEnum):
     euler = "euler"
     heun = "heun"

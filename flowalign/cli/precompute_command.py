@@ -65,8 +65,10 @@ def precompute(
     from flowalign.config import SHIPPED, ConfigError, ModelConfig, RewardConfig
     from flowalign.configcheck import check_device
     from flowalign.configpaths import resolve_reward
+    from flowalign.outputs import check_out
 
     check_device("--device", device)
+    check_out("--to", to)
     if (deduplicate is None) != (clip is None):
         raise ConfigError("--deduplicate", "goes with --clip, which tells near-duplicates; give both or neither")
     if clip is not None:

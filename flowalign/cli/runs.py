@@ -29,6 +29,7 @@ from flowalign.contents import base_hash, base_of
 from flowalign.made import Accepted
 from flowalign.metrics import read_metrics
 from flowalign.mirror import check_wandb
+from flowalign.outputs import unwritable
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
@@ -42,11 +43,10 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
         RunDirectoryError: it holds what a run cannot write to. ConfigError: it cannot be written, or does not fit.
     """
     run_dir = Path(config.runs_dir) / config.name
-    check_kinds(run_dir)
-    there = next((path for path in (run_dir, *run_dir.absolute().parents) if path.exists()), Path("/"))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "is not a directory" if not there.is_dir() else "may not be written to"
-        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({there} {what}); choose another")
+    if os.path.lexists(run_dir):
+        check_kinds(run_dir)
+    if reason := unwritable(run_dir):
+        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({reason}); choose another")
     resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
     if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir, accepted)

@@ -6,6 +6,8 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from flowalign.checkpoint import CheckpointWriter, steps
 from flowalign.cluster.progress import Progress, iteration_text
 from flowalign.collapse import CollapseAlarm
 from flowalign.config import AlignConfig
-from flowalign.evaluate import evaluation_metrics
+from flowalign.evaluate import best_metric, evaluation_metrics
 from flowalign.evaluated import skipped, standard_errors
 from flowalign.loop import Collected, Count
 from flowalign.made import MadeOf
@@ -58,11 +60,13 @@ class RunJournal:
         self._alarm, self._ringing = HackingAlarm(gold, known, **judged), False
         self._collapse, self._signals = CollapseAlarm(safety, known), CollapseSignals(safety)
         policy = config.checkpoint
-        self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, policy.best_metric)
+        self._best = best_metric(config)
+        self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, self._best)
         self._steps = [step for step in steps(self._writer.root) if step <= start]
         self._mark_good()
         self._progress = Progress(console, config.iterations, start)
         self._masked: dict[str, int] = {}
+        self._best_said = not policy.keep_best
 
     def wall_s(self) -> float:
         return time.monotonic() - self._began
@@ -101,6 +105,17 @@ class RunJournal:
             if scores.retries.get(name) or masked > self._masked.get(name, 0):
                 self._progress.say(f"reward {name} in {when}: {said}")
             self._masked[name] = max(masked, self._masked.get(name, 0))
+
+    def _say_best_unknown(self, measured: Iterable[str]) -> None:
+        """Once, where no checkpoint can be the best since what tells it is not measured."""
+        key = self._best
+        if not self._best_said and key not in measured:
+            near = get_close_matches(key, list(measured), n=1)
+            self._progress.say(
+                f"warning: checkpoint.best_metric: {key} is not measured, so no best checkpoint is kept"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        self._best_said = True
 
     def _warn(self, iteration: int, falling: list[str]) -> None:
         if falling and not self._ringing:
@@ -161,9 +176,13 @@ class RunJournal:
             f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples of "
             f"{len(set(collected.rollout.batch.prompts))} prompts{cached}"
         )
+        if self._best.startswith("eval/"):
+            self._say_best_unknown(metrics)
         return metrics
 
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+        if not self._best.startswith("eval/"):
+            self._say_best_unknown(metrics)
         states = backend.state()
         self._lock.check()
         self._writer.save(
@@ -220,6 +239,8 @@ def _write_samples(directory: Path, collected: Collected) -> None:
         draft.mkdir(parents=True)
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        if directory.exists():
+        if directory.is_symlink():  # to where somebody has moved it
+            directory.unlink()
+        elif directory.exists():
             shutil.rmtree(directory)
         draft.rename(directory)

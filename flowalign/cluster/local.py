@@ -9,7 +9,7 @@ from typing import Any
 
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import content_hash
-from flowalign.cluster.weight_sync import SyncGuard
+from flowalign.cluster.weight_sync import SyncGuard, has_learned
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
 from flowalign.loop import Collected, Count
@@ -50,7 +50,7 @@ class LocalBackend:
 
     def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
         update = self.learner.update(rollout, scores, iteration)
-        self._learned = update.metrics["learner/updates"] > 0
+        self._learned = has_learned(update)
         return update
 
     def sync(self, evaluation: bool = False) -> None:

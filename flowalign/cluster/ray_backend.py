@@ -25,7 +25,7 @@ from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.session import RaySession, worker_env
 from flowalign.cluster.teachers import teacher_names
 from flowalign.cluster.vigil import Came, Vigil
-from flowalign.cluster.weight_sync import SyncGuard, check_receipt
+from flowalign.cluster.weight_sync import SyncGuard, check_receipt, has_learned
 from flowalign.cluster.witness import DEATHS
 from flowalign.cluster.workers import BindReceipt
 from flowalign.config import AlignConfig
@@ -203,7 +203,7 @@ class RayBackend:
         refs = last[1] if last is not None and last[0] is rollout else [ray.put(rollout)]
         update = self.learner.call("update", iteration, scores, *refs)[0]
         self._last = None
-        self._learned = update.metrics.get("learner/updates", 1.0) > 0
+        self._learned = has_learned(update)
         return update
 
     def sync(self, evaluation: bool = False) -> None:

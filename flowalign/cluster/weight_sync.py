@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowalign.checkpoint import content_hash
 from flowalign.cluster.workers import BindReceipt
+from flowalign.types import Update
 
 
 class SyncError(RuntimeError):
@@ -25,7 +26,7 @@ class SyncGuard:
     ) -> None:
         """Raises SyncError on a wrong hash, count or version, or where a new version changed no weight.
 
-        ``learned`` False says that the update made no optimizer step, so that equal weights are right.
+        ``learned`` False says that the update was none (`has_learned`), so that equal weights are right.
         """
         self.check_receipts(BindReceipt("learner", version, len(weights), content_hash(weights)), receipts, learned)
 
@@ -41,8 +42,16 @@ class SyncGuard:
         if evaluation:
             return
         if learned and self._last is not None and self._last[0] != sent.version and self._last[1] == sent.content_hash:
-            raise SyncError(f"weight sync: version {sent.version} has the same weights as version {self._last[0]}")
+            raise SyncError(
+                f"weight sync: version {sent.version} has the same weights as version {self._last[0]}: the update was "
+                "lost, or too small to change any of them (learning_rate and grad_norm in metrics.jsonl)"
+            )
         self._last = (sent.version, sent.content_hash)
+
+
+def has_learned(update: Update) -> bool:
+    """Whether an update made an optimizer step that moves weights: with a learning rate of 0 none does."""
+    return update.metrics.get("learner/updates", 1.0) > 0 and update.metrics.get("learning_rate", 1.0) > 0
 
 
 def check_receipt(sent: BindReceipt, bound: BindReceipt) -> None:

@@ -78,15 +78,17 @@ def read(run_dir: Path) -> Holder | None:
         tokens = [name for name in os.listdir(lock) if _TOKEN.fullmatch(name)]
         if not tokens:
             return None
-        text, touched = (lock / tokens[0]).read_text(encoding="utf-8"), (lock / tokens[0]).stat().st_mtime
+        content, touched = (lock / tokens[0]).read_bytes(), (lock / tokens[0]).stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
     silent_s = _now(run_dir) - touched
     try:
-        said = json.loads(text)
+        said = json.loads(content)
         process = Process(**said["process"]) if said["token"] == tokens[0] else None
-        return Holder(tokens[0], process, said["since"], said["directory"], silent_s)
-    except (ValueError, TypeError, KeyError):  # not yet written down
+        if process is not None and not isinstance(process.pid, int):
+            raise ValueError(process.pid)
+        return Holder(tokens[0], process, str(said["since"]), str(said["directory"]), silent_s)
+    except (ValueError, TypeError, KeyError, RecursionError):  # not yet written down, or damaged
         return Holder(tokens[0], None, "", "", silent_s)
 
 

@@ -157,5 +157,5 @@ def _take_request(lock: RunLock) -> bool:
         text = path.read_text(encoding="utf-8")
         path.unlink()
         return json.loads(text)["token"] == lock.token
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False

@@ -120,9 +120,10 @@ def test_of_another_machine_boot_or_container_only_the_silence_is_judged(
     assert "which is gone" in RunLock.take(tmp_path).said
 
 
-def test_a_taker_that_has_not_written_itself_down_is_given_its_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"7"])
+def test_a_taker_that_has_not_written_itself_down_is_given_its_time(tmp_path: Path, content: bytes) -> None:
     held_elsewhere(tmp_path, 10)
-    lock_file(tmp_path).write_text("")
+    lock_file(tmp_path).write_bytes(content)
     with pytest.raises(RunHeld, match="a process that has just taken it over"):
         RunLock.take(tmp_path)
     os.utime(lock_file(tmp_path), (1, 1))
