@@ -11,7 +11,7 @@ import platform
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic
@@ -27,12 +27,14 @@ from flowalign.contents import ACCEPT, digests, leaves, may_hold_other, put, rel
 from flowalign.manifest import manifests
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.disk import write_text, writing
+from flowalign.textfiles import is_there
 from flowalign.trainingcheck import check_caches, check_training, notes_of
 from flowalign.walkcheck import check_walks, filled, refuse_old_grid, renamed_grids, schedule_of
 from flowalign.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
 from rewards.missing import hint
 
 RESOLVED = "config.yaml"
+DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 _RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 _MAY_CHANGE = re.compile(
@@ -138,7 +140,21 @@ def _load(
             return replace(loaded, overridden=overridden, notes=tuple(notes_of(loaded.config)))
         except ConfigError as error:
             if not (isinstance(error.__cause__, ValidationError) and _take_texts(raw, error.__cause__)):
-                raise
+                raise _with_remedy(raw, base, error) from error.__cause__
+
+
+def _with_remedy(raw: dict[str, Any], base: Path, error: ConfigError) -> ConfigError:
+    """The error, with what to do where it speaks of a path that a run was begun with and that is not there any more."""
+    keys, run_dir = error.key.split("."), Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
+    given = _at(raw, keys)
+    if not isinstance(given, str) or not has_any(run_dir / "checkpoints") or not (run_dir / RESOLVED).is_file():
+        return error
+    places = [os.path.normpath(folder / given) for folder in (base, Path.cwd())]
+    was = _at(read_mapping(run_dir / RESOLVED), keys)
+    if was not in places or any(is_there(Path(place)) for place in places):
+        return error
+    remedy = f"{run_dir} was begun with {was}; say where it is now: {error.key}=NEW"
+    return ConfigError(error.key, f"{error.reason}; {remedy}")
 
 
 def _take_texts(raw: dict[str, Any], error: ValidationError) -> bool:
@@ -198,7 +214,13 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     need(promptcheck.check_tasks_taught, config, algorithm)
     if config.evaluation.every:
         scorers = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
-        need(promptcheck.check_prompts, "evaluation.prompts", config.evaluation.prompts, scorers, base)
+        need(
+            partial(promptcheck.check_prompts, advice=DEFAULT_JUDGE if config.evaluation.scorer is None else ""),
+            "evaluation.prompts",
+            config.evaluation.prompts,
+            scorers,
+            base,
+        )
         need(promptcheck.check_judged_tasks, config.evaluation, config.evaluation.prompts, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     need(checks.check_device, "cluster.device", config.cluster.device, here)

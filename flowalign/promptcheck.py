@@ -10,17 +10,17 @@ from flowalign.config import AlignConfig, ConfigError, EvaluationConfig, RewardC
 from flowalign.configcheck import nearest
 
 
-def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path) -> None:
-    """The prompts load, and every reward can judge every row that it is for."""
-    from flowalign.data.prompts import PromptsError, placed_prompts
+def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path, *, advice: str = "") -> None:
+    """The prompts load, and every reward can judge every row that it is for.
+
+    The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
+    """
     from flowalign.scoring import task_of
+    from flowalign.textfiles import and_more
     from rewards.interface import InputError, ScorerError
     from rewards.resolve import row_check
 
-    try:
-        rows = placed_prompts(source, base_dir)
-    except PromptsError as error:
-        raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
+    rows, wrong = _placed(key, source, base_dir)
     for reward in rewards:
         try:
             judges = row_check({"type": reward.spec, **reward.options}, base_dir)
@@ -28,12 +28,28 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
             continue  # check_reward says it
         if judges is None:
             continue
-        for where, row in rows:
+        for place, (where, row) in rows.items():
             if reward.tasks is None or task_of(row) in reward.tasks:
                 try:
                     judges(row)
                 except InputError as error:
-                    raise ConfigError(key, f"{where}: {str(error).removeprefix('metadata: ')}") from error
+                    wrong.setdefault(place, f"{where}: {str(error).removeprefix('metadata: ')}{advice}")
+    if wrong:
+        raise ConfigError(key, wrong[min(wrong)] + and_more(len(wrong) - 1))
+
+
+def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
+    """The rows with where they stand, and what is wrong with others, both by their place in the file."""
+    from flowalign.data.prompts import PromptsError, placed_prompts
+    from flowalign.textfiles import BadRows
+
+    try:
+        return dict(enumerate(placed_prompts(source, base_dir))), {}
+    except PromptsError as error:
+        if not isinstance(error.__cause__, BadRows):
+            raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
+        found = error.__cause__
+        return {line: (f"{base_dir / source}, line {line}", row) for line, row in found.rows}, dict(found.wrong)
 
 
 def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,22 @@ _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 class TextError(ValueError):
     """A text file that cannot be read, or not understood; says which, and in which line."""
+
+
+class BadRows(TextError):
+    """A file of which some rows are wrong: the first is said, and how many more.
+
+    ``wrong`` has a sentence for each of them by line, ``rows`` the others.
+    """
+
+    def __init__(self, wrong: dict[int, str], rows: list[tuple[int, dict[str, Any]]]) -> None:
+        super().__init__(wrong[min(wrong)] + and_more(len(wrong) - 1))
+        self.wrong, self.rows = wrong, rows
+
+
+def and_more(count: int) -> str:
+    """What follows the sentence on the first wrong row."""
+    return f" ({count} more row{'s are' if count > 1 else ' is'} wrong)" if count else ""
 
 
 def is_there(path: Path) -> bool:
@@ -168,11 +184,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path, example: str) -> list[tuple[int, dict[str, Any]]]:
+def read_rows(
+    path: Path, example: str, check: Callable[[dict[str, Any], str], dict[str, Any]] = lambda row, where: row
+) -> list[tuple[int, dict[str, Any]]]:
     """(line, object) of a JSON Lines file; blank lines are passed over. ``example`` is a row for who wrote none.
 
+    ``check`` is given each object with where it stands, and answers with what is taken for it, or a TextError.
+
     Raises:
-        TextError: as ``read_text``; a line is no JSON object; or there is no row.
+        TextError: as ``read_text``; or there is no row.
+        BadRows: a line is no JSON object, or not one that ``check`` takes.
     """
     if path.is_dir():
         raise TextError(f"{path} is a directory; give a JSON Lines file")
@@ -181,16 +202,19 @@ def read_rows(path: Path, example: str) -> list[tuple[int, dict[str, Any]]]:
         raise TextError(f"{path} is a table, not JSON Lines; write a row a line: {example}")
     if text.lstrip().startswith("["):
         raise TextError(f"{path} is a JSON array, not JSON Lines; write each row in a line of its own, without [ , ]")
-    rows = []
+    rows, wrong = [], dict[int, str]()
     for number, line in lines_of(text):
+        where = f"{path}, line {number}"
         try:
-            row = parse_json(line, f"{path}, line {number}")
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise TextError(f"{where} holds {kind_of(row)}, not an object; write a row a line: {example}")
+            rows.append((number, check(row, where)))
         except TextError as error:
-            advice = f"; write a row a line: {example}" if "is not JSON" in str(error) else ""
-            raise TextError(f"{error}{advice}") from error
-        if not isinstance(row, dict):
-            raise TextError(f"{path}, line {number} holds {kind_of(row)}, not an object; write a row a line: {example}")
-        rows.append((number, row))
+            advice = f"; write a row a line: {example}" if f"{where} is not JSON" in str(error) else ""
+            wrong[number] = f"{error}{advice}"
+    if wrong:
+        raise BadRows(wrong, rows)
     if not rows:
         raise TextError(f"{path} is empty; write a row a line: {example}")
     return rows

@@ -31,6 +31,7 @@ from rewards.hosts import Hosts, hosts_of
 from rewards.interface import InputError, Scorer, ScorerError, call
 from rewards.metrics import CONTENT_TYPE as METRICS_TYPE
 from rewards.metrics import ServerMetrics
+from rewards.requestlog import IMAGES, RequestLog
 from rewards.room import Crowded, Room, Stay, TooSlow
 from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, Limits, TooLarge, WireError, decode_request, encode_response
 
@@ -100,6 +101,7 @@ def create_app(
                     batch = await run_in_threadpool(decode_request, body, limits)
                 scores = await asyncio.wrap_future(merger.submit(*batch))
             seen.done(scores)
+            request.scope[IMAGES] = seen.images
         if form:
             return JSONResponse({"scores": {key: _listed(values) for key, values in scores.items()}})
         return Response(encode_response(scores), media_type=CONTENT_TYPE)
@@ -130,6 +132,7 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
     app.add_middleware(_KnownHosts, hosts=hosts)
+    app.add_middleware(RequestLog)
     return app
 
 

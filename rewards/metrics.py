@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter as Counting
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-_log = logging.getLogger("rewards.requests")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -96,14 +94,14 @@ class ServerMetrics:
         self._requests.labels(self._name, outcome).inc()
         self._outcomes[outcome] += 1
         self._scored += seen.images
-        _log.info("%s, %d images, %.3f s", outcome, seen.images, seen.seconds)
 
     def totals(self) -> str:
         """One sentence on all requests so far."""
-        refused = [f"{count} {outcome}" for outcome, count in sorted(self._outcomes.items()) if outcome != "ok"]
-        total = sum(self._outcomes.values())
-        failed = f" ({', '.join(refused)})" if refused else ""
-        return f"{total} request{'' if total == 1 else 's'}{failed}, {self._scored} images scored"
+        refused = {outcome: count for outcome, count in sorted(self._outcomes.items()) if outcome != "ok"}
+        causes = ", ".join(f"{count} {outcome}" for outcome, count in refused.items())
+        failed = f", {sum(refused.values())} of them without scores ({causes})" if refused else ""
+        total, scored = sum(self._outcomes.values()), self._scored
+        return f"{total} request{'s' * (total != 1)} to score{failed}; {scored} image{'s' * (scored != 1)} scored"
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

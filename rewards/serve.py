@@ -12,11 +12,13 @@ import argparse
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -29,6 +31,7 @@ from rewards.interface import ScorerError, SpecError, set_up
 from rewards.metrics import ServerMetrics
 from rewards.porch import Porch
 from rewards.printable import printable, write_out_logs
+from rewards.requestlog import log_requests as log_requests
 from rewards.resolve import resolve
 from rewards.wire import DEFAULT_LIMITS, Limits
 
@@ -56,7 +59,7 @@ def serve(
     doors: Doors = DEFAULT_DOORS,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve one scorer until interrupted; port 0 takes a free one. ``announce`` gets the address once it listens.
+    """Serve one scorer until SIGINT or SIGTERM; port 0 takes a free one. ``announce`` gets the address once it listens.
 
     At the end ``announce`` gets the totals. The logger ``rewards.requests`` has a line a request, at INFO.
 
@@ -122,6 +125,11 @@ class _Server(uvicorn.Server):
         self._listener, self._gate, self._announce = listener, gate, announce
         self._porch: Porch | None = None
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End well: to be interrupted is the normal end of a server, and no error. A second Ctrl-C waits for nobody."""
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
@@ -142,17 +150,6 @@ class _Server(uvicorn.Server):
             gate=self._gate,
             heard=heard,
         )
-
-
-def log_requests(wanted: bool) -> None:
-    """A line for each request on standard error, or none."""
-    log = logging.getLogger("rewards.requests")
-    log.setLevel(logging.INFO if wanted else logging.WARNING)
-    if wanted and not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -32,7 +32,7 @@ def flowalign(*arguments: str, cwd: Path, **environment: str) -> tuple[subproces
     """The command in a process of its own, and the CPU seconds it used: wall time depends on who else is at work."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "flowalign.cli", *arguments],
+        [sys.executable, "-m", "flowalign", *arguments],
         cwd=cwd,
         env={**ENVIRONMENT, **environment},
         capture_output=True,
@@ -260,6 +260,12 @@ def test_an_evaluation_s_prompts_are_checked_before_a_model_is_opened(tmp_path: 
     shown = CliRunner().invoke(app, ["evaluate", "shapes", "--prompts", str(file)])
     assert shown.exit_code == 2
     assert f"--prompts: {file}, line 1: include[0].class is 'horse', which the detector palette" in shown.stderr
+    file.write_text('{"prompt": "a horse"}\n{"prompt": "a dog"}\n{"prompt": 7}\n')
+    shown = CliRunner().invoke(app, ["evaluate", "shapes", "--prompts", str(file)])
+    assert shown.stderr.endswith(
+        "; geneval is the judge where evaluation.scorer names no other; a configuration given with --config may"
+        " (2 more rows are wrong)\n"
+    ) and shown.stderr.startswith(f"error: --prompts: {file}, line 1: ")
 
 
 def test_an_image_beyond_the_positions_of_a_model_is_refused_before_it_is_drawn(config_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowalign.checkpoint import CheckpointWriter
 from flowalign.config import SHIPPED, AlignConfig, ConfigError
 from flowalign.configfile import (
     load_align,
@@ -447,3 +448,16 @@ def test_all_keys_that_are_missing_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: x\nlatents: bank\nalgorithm: {type: rectified_flow}\nphases: [{}]\n")
     with pytest.raises(ConfigError, match=r"^phases.0.steps: is missing, and so is phases.0.learning_rate$"):
         load_pretrain(tmp_path / "run.yaml")
+
+
+def test_a_model_that_was_moved_since_a_run_began_is_asked_for_where_it_is_now(tmp_path: Path) -> None:
+    path = write_config(tmp_path, f"runs_dir: {tmp_path / 'runs'}\n")
+    run_dir = tmp_path / "runs" / "tiny"
+    write_resolved(load_align(path).config, run_dir)
+    CheckpointWriter(run_dir / "checkpoints").save(1, model={}, state={})
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    remedy = f"; {run_dir} was begun with {tmp_path / 'model'}; say where it is now: model.path=NEW"
+    assert refusal(path).startswith("model.path: ") and refusal(path).endswith(remedy)
+    assert load_align(path, ["model.path=elsewhere"]).config.model.path == str(tmp_path / "elsewhere")
+    assert "was begun with" not in refusal(path, "model.path=nowhere")
+    assert "was begun with" not in refusal(path, "name=another")

@@ -193,7 +193,10 @@ def test_what_cannot_be_read_is_left_out_of_a_measure_counted_and_named(
     (folder / "phone.heic").write_bytes(b"")
     found = measured(folder, "--reference", folders[1])
     kept = [i for i in range(12) if i not in (5, 7)]
-    assert list(found["left_out"]["generated"]) == ["0005.png", "0007.png"] and found["left_out"]["reference"] == {}
+    assert (
+        list(found["left_out"]["generated"]) == ["0005.png", "0007.png", "phone.heic"]
+        and found["left_out"]["reference"] == {}
+    )
     assert (found["images"], found["files"]) == (10, [f"{i:04d}.png" for i in kept])
     assert found["clip_scores"] == pytest.approx(
         clip_scores(images[kept], [prompts[i] for i in kept], shipped_clip()), abs=1e-3
@@ -202,6 +205,6 @@ def test_what_cannot_be_read_is_left_out_of_a_measure_counted_and_named(
     assert found["metrics"]["kid"] == pytest.approx(kernel_distance(a, b), rel=1e-4)
     shown = CliRunner().invoke(app, ["measure", str(folder)]).stdout
     lines = [line.strip() for line in shown.splitlines()]
-    assert f"left out 2 of 12 images of {folder}:" in lines
+    assert f"left out 3 of 13 images of {folder}:" in lines
     assert "0007.png is a web page; only PNG, JPEG, WebP, TIFF, BMP and GIF are read" in lines
-    assert any(line.startswith("phone.heic is left out; only PNG") for line in lines)
+    assert "phone.heic is in a format that is not read; PNG, JPEG, WebP, TIFF, BMP and GIF are" in lines

@@ -116,6 +116,7 @@ def test_json_has_files_prompts_and_every_score_in_their_order(folder: Path) -> 
         "prompts": PROMPTS,
         "scores": {"height": [10, 10, 10], "width": [12, 12, 12]},
         "causes": {},
+        "left_out": {},
     }
 
 
@@ -127,6 +128,8 @@ def test_options_and_a_class_with_a_setup_are_tried_as_a_run_would_use_them(fold
 def test_without_prompts_every_prompt_is_empty_and_that_is_said(folder: Path) -> None:
     assert "pictures has no index.json and no --prompts was given" in run("mine.py:words", "--images", "pictures")
     assert scores("mine.py:words", "--images", "pictures") == {"words": [0, 0, 0]}
+    refused = CliRunner().invoke(app, ["try-reward", "geneval", "--images", "pictures"])
+    assert refused.exit_code == 2 and "pictures has no index.json and no --prompts was given" in refused.stdout
 
 
 def test_images_of_several_sizes_and_formats_are_scored_each_in_its_place(folder: Path) -> None:
@@ -219,7 +222,8 @@ def test_pictures_are_judged_as_people_see_them(folder: Path) -> None:
     found = scores("mine.py:brightness", "--images", "pictures")["brightness"]
     assert found == pytest.approx([0.2, 0.4, 0.8, 1, 1, 156 / 255])  # glass, photo and scan come last
     assert scores("mine.py:shape", "--images", "pictures")["width"] == [12, 12, 12, 12, 20, 12]
-    assert "phone.HEIC is left out; only PNG, JPEG, WebP" in run("mine.py:brightness", "--images", "pictures")
+    said = run("mine.py:brightness", "--images", "pictures")
+    assert "left out 1 of 7 images of pictures:\n  phone.HEIC is in a format that is not read; PNG, JPEG" in said
 
 
 def tried(prompt: str = "", **columns: list[float]) -> Tried:
@@ -266,7 +270,25 @@ BAD = {
     "no directory": (lambda p: p.rename(p.parent / "gone"), "--images: pictures is not a directory"),
     "no image": (
         lambda p: [f.rename(f.with_suffix(".txt")) for f in sorted(p.iterdir())],
-        "--images: pictures holds no .png",
+        ".gif file; it holds 0000.txt, 0001.txt, 0002.txt",
+    ),
+    "folders alone": (
+        lambda p: [p.rename(p.parent / "x"), p.mkdir(), *((p / name).mkdir() for name in "abcd"), (p / ".git").mkdir()],
+        "it holds a (a folder, which is not looked into), b (a folder, which is not looked into), c (a folder, "
+        "which is not looked into) and 1 more",
+    ),
+    "phone's pictures": (
+        lambda p: [f.rename(f.with_suffix(".HEIC")) for f in sorted(p.iterdir())[1:]] and (p / "0000.png").unlink(),
+        "it holds 0001.HEIC (a format that is not read), 0002.HEIC (a format that is not read)",
+    ),
+    "nothing": (lambda p: [f.unlink() for f in p.iterdir()], ".gif file; it is empty"),
+    "several rows": (
+        lambda p: (p / "results.jsonl").write_text('{"prompt": "x"}\n{"prmpt": "x"}\n{\n{"prompt": 7}\n'),
+        'pictures/results.jsonl, line 2 has no "prompt" text (2 more rows are wrong)',
+    ),
+    "two rows of a list": (
+        lambda p: (p / "index.json").write_text('[{"prompt": "x"}, 3, {}]'),
+        'pictures/index.json, row 2 has no "prompt" text (1 more row is wrong)',
     ),
     "no picture in it": (lambda p: (p / "a.png").write_bytes(b"GIF89a"), "pictures/a.png is a damaged GIF file"),
     "cut short": (lambda p: (p / "a.png").write_bytes((p / "0000.png").read_bytes()[:-30]), "a.png is a damaged PNG"),

@@ -88,11 +88,13 @@ def evaluate(
         from flowalign.cli.runs import geneval_suite
 
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
+    from flowalign.configfile import DEFAULT_JUDGE
     from flowalign.evaluate import evaluate_checkpoint, evaluation_rewards
     from flowalign.promptcheck import check_judged_tasks, check_prompts
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
-    check_prompts(key, source, evaluation_rewards(own), Path.cwd())
+    default = "" if own.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
+    check_prompts(key, source, evaluation_rewards(own), Path.cwd(), advice=default)
     check_judged_tasks(own.evaluation, source, Path.cwd())
     count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
     against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console)
@@ -306,6 +308,7 @@ def try_reward(
     as_json: Json = False,
 ) -> None:
     """Score a folder of images with one reward and print a table; needs no cluster."""
+    from flowalign.cli.imagefolder import image_files, own_prompts
     from flowalign.cli.try_reward import lines_of
     from flowalign.cli.try_reward import try_reward as run
     from flowalign.config import RewardConfig
@@ -314,17 +317,18 @@ def try_reward(
 
     check_device("--device", device)
     reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
-    tried = run({"type": reward.spec, **reward.options}, reward.label, images, prompts, device=device)
     console = make_console(as_json)
-    if tried.source is None:
+    if prompts is None and image_files(images, "--images") and own_prompts(images) is None:
         console.out(f"{images} has no index.json and no --prompts was given: every prompt is empty")
         console.out("")
+    tried = run({"type": reward.spec, **reward.options}, reward.label, images, prompts, device=device)
     for line in lines_of(tried, console.width if console.is_terminal else None):
         console.out(line)
     for note in tried.notes:
         console.out(note)
     scores = {name: [float(value) for value in values] for name, values in tried.scores.items()}
-    print_json(as_json, {"files": tried.files, "prompts": tried.prompts, "scores": scores, "causes": tried.causes})
+    found = {"files": tried.files, "prompts": tried.prompts, "scores": scores, "causes": tried.causes}
+    print_json(as_json, {**found, "left_out": tried.left_out})
     tried.check_judged()
 
 

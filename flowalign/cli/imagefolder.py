@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowalign.config import ConfigError
-from flowalign.textfiles import TextError, kind_of, lines_of, parse_json, read_json, read_rows, read_text
+from flowalign.textfiles import TextError, and_more, kind_of, lines_of, parse_json, read_json, read_rows, read_text
 from rewards.interface import Images
 from rewards.missing import hint
 from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
@@ -17,6 +17,8 @@ from rewards.pictures import PictureError, look, read
 
 _OWN_PROMPTS = ("index.json", "results.jsonl")
 _NAMED = ("filename", "file_name", "file", "image")  # where a row names its image
+NAMED = 5  # images that are left out and printed; --json has all
+_SHOWN = 3  # of what lies in a folder without pictures
 _EXAMPLE = '{"filename": "0.png", "prompt": "a red dog"}'
 
 Row = dict[str, Any]
@@ -29,8 +31,22 @@ def image_files(folder: Path, key: str) -> list[Path]:
         raise ConfigError(key, f"{folder} is not a directory{hint(folder)}")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_apple_double(path))
     if not files:
-        raise ConfigError(key, f"{folder} holds no {', '.join(SUFFIXES)} file")
+        raise ConfigError(key, f"{folder} holds no {', '.join(SUFFIXES)} file; {_what_lies_in(folder)}")
     return files
+
+
+def _what_lies_in(folder: Path) -> str:
+    """The first few names, each with what it is where that tells why no picture is read."""
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    kinds = {True: " (a folder, which is not looked into)", False: ""}
+    named = [
+        f"{path.name} (a format that is not read)"
+        if path.suffix.lower() in OTHERS
+        else path.name + kinds[path.is_dir()]
+        for path in there[:_SHOWN]
+    ]
+    more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+    return f"it holds {', '.join(named)}{more}" if named else "it is empty"
 
 
 def own_prompts(folder: Path) -> Path | None:
@@ -98,7 +114,15 @@ def _read(source: Path) -> list[tuple[str, Row]]:
         rows = _rows(source)
         if not rows:
             raise TextError(f"{source} holds no rows; write one an image")
-        return [(where, _row(row, where)) for where, row in rows]
+        found, wrong = list[tuple[str, Row]](), list[str]()
+        for where, row in rows:
+            try:
+                found.append((where, _row(row, where)))
+            except TextError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise TextError(wrong[0] + and_more(len(wrong) - 1))
+        return found
     except TextError as error:
         raise ConfigError("--prompts", str(error)) from error
 
@@ -107,7 +131,7 @@ def _rows(source: Path) -> list[tuple[str, Any]]:
     """Each row with where it stands; a text file has a prompt a line."""
     suffix = source.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".jsonlines", ".jl"):
-        return [(f"{source}, line {number}", row) for number, row in read_rows(source, _EXAMPLE)]
+        return [(f"{source}, line {number}", row) for number, row in read_rows(source, _EXAMPLE, _row)]
     if suffix in (".csv", ".tsv", ".tab"):
         raise TextError(f"{source} is a table; write JSON Lines such as {_EXAMPLE}")
     if suffix in (".yaml", ".yml"):
@@ -149,12 +173,21 @@ def _row(row: Any, where: str) -> Row:
     return row
 
 
-def other_pictures(folder: Path) -> list[str]:
-    """What is said of pictures in formats that are not read and that `image_files` therefore leaves out."""
+def other_pictures(folder: Path) -> dict[str, str]:
+    """Pictures in formats that are not read, and that `image_files` therefore leaves out: why, by their names."""
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS and not is_apple_double(path)
     )
-    return [f"{name} is left out; only {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are read" for name in names]
+    return dict.fromkeys(names, f"is in a format that is not read; {', '.join(FORMATS[:-1])} and {FORMATS[-1]} are")
+
+
+def left_out_lines(reasons: Mapping[str, str], total: int, source: str) -> list[str]:
+    """What is left out of ``total`` images, for people: the count and the first few by name; nothing where none is."""
+    if not reasons:
+        return []
+    named = [f"  {name} {reason}" for name, reason in reasons.items()]
+    rest = [f"  and {len(named) - NAMED} more; --json names all"] if len(named) > NAMED else []
+    return [f"left out {len(named)} of {total} images of {source}:", *named[:NAMED], *rest]
 
 
 def sizes_of(files: Sequence[Path]) -> tuple[list[Size | None], dict[int, str]]:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from flowalign.cli.imagefolder import batches_of_one_size, other_pictures, pixels, sizes_of
+from flowalign.cli.imagefolder import batches_of_one_size, left_out_lines, other_pictures, pixels, sizes_of
 from flowalign.config import ConfigError
 from flowalign.features import BATCH, Batches
 from rewards.pictures import PictureError
-
-NAMED = 5  # images that are left out and printed; --json has all
 
 
 @dataclass
 class Pictures:
     """Images of ``source`` by place; ``left_out`` says of some why they are not among the ``batches``.
 
-    A damaged one may only be found when its batch is read. ``others`` are lines about pictures that have no place.
+    A damaged one may only be found when its batch is read. ``others`` are pictures that have no place, and why.
     """
 
     source: str
     names: Sequence[str]
     batches: Callable[[], Batches]
     left_out: dict[int, str] = field(default_factory=dict)
-    others: Sequence[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> list[int]:
@@ -40,14 +38,11 @@ class Pictures:
     @property
     def reasons(self) -> dict[str, str]:
         """Why an image is left out, by its name."""
-        return {self.names[place]: reason for place, reason in sorted(self.left_out.items())}
+        return {self.names[place]: reason for place, reason in sorted(self.left_out.items())} | dict(self.others)
 
     def lines(self) -> list[str]:
         """What was left out, for people: the count and the first few by name."""
-        named = [f"  {name} {reason}" for name, reason in self.reasons.items()]
-        head = [f"left out {len(named)} of {len(self.names)} images of {self.source}:"] if named else []
-        rest = [f"  and {len(named) - NAMED} more; --json names all"] if len(named) > NAMED else []
-        return [*head, *named[:NAMED], *rest, *self.others]
+        return left_out_lines(self.reasons, len(self.names) + len(self.others), self.source)
 
 
 def folder_of(files: Sequence[Path], key: str) -> Pictures:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flowalign.cli.exits import ExitCode
-from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, TakeOver
+from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
 
@@ -54,7 +54,7 @@ def align(
 
 def pretrain(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: PhaseOverrides = None,
     take_over: TakeOver = False,
     accept_changed: AcceptChanged = None,
     as_json: Json = False,
@@ -65,7 +65,7 @@ def pretrain(
 
 def distill(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: PhaseOverrides = None,
     take_over: TakeOver = False,
     accept_changed: AcceptChanged = None,
     as_json: Json = False,

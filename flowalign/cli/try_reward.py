@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flowalign.cli.imagefolder import (
     batches_of_one_size,
     image_files,
+    left_out_lines,
     other_pictures,
     own_prompts,
     pixels,
@@ -43,6 +44,7 @@ class Tried:
     causes: dict[str, dict[str, int]]
     main: str | None = None
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def check_judged(self) -> None:
         """Raise InvalidScores where no image has a usable score, or none of the score ``main`` that a run weighs."""
@@ -79,12 +81,13 @@ def try_reward(
         parts.append((indices, score_batch(label, scorer, pictures, texts, metadata)))
     names, texts = [file.name for file in files], [row["prompt"] for row in rows]
     scores = _joined(parts, len(files))
-    notes, main = other_pictures(images), None
+    others, main = other_pictures(images), None
+    notes = left_out_lines(others, len(files) + len(others), str(images))
     try:
         main = main_key(label, getattr(scorer, "name", None), list(scores))
     except InvalidScores as error:
         notes.append(f"a run would refuse this: {error}")
-    return Tried(names, texts, source, scores, _causes(parts), main, tuple(notes))
+    return Tried(names, texts, source, scores, _causes(parts), main, tuple(notes), others)
 
 
 def _pixels(files: list[Path], index: int) -> Images:

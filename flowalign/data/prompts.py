@@ -18,7 +18,10 @@ from rewards.missing import hint
 
 Row = dict[str, Any]
 SHIPPED = ("shapes:train", "shapes:eval")
-EXAMPLE = '{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}'
+EXAMPLE = (
+    '{"prompt": "a red dog"}, for the reward geneval {"prompt": "a red dog", "tag": "colors", '
+    '"include": [{"class": "dog", "count": 1, "color": "red"}]}'
+)
 TEXTS = ("text", "caption")  # what other tools call a prompt
 
 
@@ -56,8 +59,7 @@ def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, R
 @lru_cache(maxsize=2)
 def _rows(path: Path, *state: int) -> tuple[tuple[str, Row], ...]:
     """The rows of a file in a ``state``: several checks and then the run itself ask for them."""
-    rows = read_rows(path, EXAMPLE)
-    return tuple((f"{path}, line {number}", _checked(row, f"{path}, line {number}")) for number, row in rows)
+    return tuple((f"{path}, line {number}", row) for number, row in read_rows(path, EXAMPLE, _checked))
 
 
 def _checked(row: Row, where: str) -> Row:

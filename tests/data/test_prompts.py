@@ -137,3 +137,11 @@ def test_a_file_that_is_written_again_is_read_again_and_rows_are_the_caller_s_ow
     load_prompts("p.jsonl", tmp_path)[0]["prompt"] = "changed"
     assert load_prompts("p.jsonl", tmp_path) == [{"prompt": "a"}]
     assert read(tmp_path, '{"prompt": "other"}') == ["other"]
+
+
+def test_of_several_wrong_rows_the_first_is_said_and_how_many_more(tmp_path):
+    content = GOOD + '{"prompt": 3}\nno JSON\n' + GOOD + '{"text": "y"}\n'
+    with pytest.raises(PromptsError, match=r'line 2: "prompt" is a number; write a text \(2 more rows are wrong\)$'):
+        read(tmp_path, content)
+    with pytest.raises(PromptsError, match=r"line 3 is not JSON .*\(1 more row is wrong\)$"):
+        read(tmp_path, content.replace("3}", '"b"}'))

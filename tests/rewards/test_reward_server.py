@@ -91,20 +91,23 @@ def test_a_server_says_its_totals_at_its_end_and_a_line_a_request_on_demand(serv
     quiet, talking = serve_reward("brightness"), serve_reward("brightness", "--log-requests")
     for server in (quiet, talking):
         HttpScorer(server.url, batch_size=2).score(*batch)
-        assert raw(server, "POST", "/score", b"no message")[0] == 400
+        refused = raw(server, "POST", "/score", b"no message")
+        assert raw(server, "GET", "/health")[0] == 200 and raw(server, "GET", "/no%1b[31mwhere")[0] == 404
         server.process.send_signal(signal.SIGINT)
     out, err = zip(*(server.process.communicate(timeout=20) for server in (quiet, talking)), strict=True)
-    for said in out:
-        assert re.search(
-            r"user_rewards.py:brightness ends after \d+ s: 4 requests \(1 malformed\), 5 images scored", said
-        )
-    assert "images" not in err[0]
-    lines = [line for line in err[1].splitlines() if "images" in line]
-    assert [re.sub(r"^\S+ \S+ | [\d.]+ s$", "", line) for line in lines] == [
-        "ok, 2 images,",
-        "ok, 2 images,",
-        "ok, 1 images,",
-        "malformed, 0 images,",
+    ended = (
+        r"brightness ends after \d+ s: 4 requests to score, 1 of them without scores \(1 malformed\); 5 images scored"
+    )
+    assert all(re.search(ended, said) for said in out)
+    assert "POST" not in err[0]
+    lines = [line for line in err[1].splitlines() if "127.0.0.1" in line]
+    assert [re.sub(r"^\S+ \S+ 127.0.0.1:\d+ |, [\d.]+ s$", "", line) for line in lines] == [
+        "POST /score: 200, 2 images",
+        "POST /score: 200, 2 images",
+        "POST /score: 200, 1 image",
+        f"POST /score: 400, malformed: {refused[1]['error']['message']}",
+        "GET /health: 200",
+        r"GET /no\x1b[31mwhere: 404, not_found: Not Found",
     ]
 
 
@@ -179,11 +182,14 @@ def test_an_unknown_reward_ends_the_server_with_exit_code_2():
     assert "did you mean 'geneval'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_the_server_quietly(serve_reward):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_to_be_interrupted_is_the_normal_end_of_a_server(serve_reward, number):
     server = serve_reward("brightness")
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(timeout=10) in (0, 130)
-    assert "Traceback" not in server.process.stderr.read()
+    server.process.send_signal(number)
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and err.startswith("WARNING rewards: runs user code from")
+    assert err.count("\n") == 1
+    assert out.endswith("s: 0 requests to score; 0 images scored\n")
 
 
 def test_a_client_that_leaves_in_mid_request_harms_nobody(serve_reward, batch):
