@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from flowalign.booleans import refuse_boolean
-from flowalign.largest import check_largest
 from flowalign.pathfamilies import FamilyName
+from flowalign.section import ConfigError as ConfigError
+from flowalign.section import Section
 from flowalign.walkoptions import Grid
 
 Positive = Annotated[int, Field(ge=1)]
@@ -22,17 +21,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: the key, the reason, the nearest valid name."""
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}" if self.key else self.reason
 
 
 def _resume(value: Any) -> str:
@@ -44,40 +32,6 @@ def _resume(value: Any) -> str:
     if text in ("auto", "never"):
         return text
     raise ValueError(f"got {value!r}; write auto, never, or the one to go back to, such as step_000020")
-
-
-class Section(BaseModel):
-    """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    _no_boolean = field_validator("*", mode="before")(refuse_boolean)
-    _within_limits = field_validator("*")(check_largest)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthands(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        kept = {}
-        for key, value in values.items():
-            field = cls.model_fields.get(key)
-            if value is None and field is not None and not field.is_required() and _is_section(field.annotation):
-                continue
-            single = isinstance(value, str | dict) and field is not None and _wants_list(field.annotation)
-            kept[key] = [value] if single else value
-        return kept
-
-
-def _wants_list(annotation: Any) -> bool:
-    """A list, or a list and null."""
-    if get_origin(annotation) in (Annotated, Union, UnionType):
-        return any(map(_wants_list, get_args(annotation)))
-    return get_origin(annotation) is list
-
-
-def _is_section(annotation: Any) -> bool:
-    """A section or a mapping that may not be null."""
-    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
 
 
 class LoraConfig(Section):

@@ -6,9 +6,10 @@ machine runs out of memory.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationInfo
+if TYPE_CHECKING:
+    from pydantic import ValidationInfo
 
 LARGEST: dict[str, float] = {
     "num_steps": 10_000,

@@ -8,12 +8,11 @@ import yaml
 
 from flowalign.checkpoint import CheckpointWriter
 from flowalign.config import SHIPPED, AlignConfig, ConfigError
+from flowalign.configchanges import refuse_changes, resume_differences
 from flowalign.configfile import (
     load_align,
     load_pretrain,
     read_resolved,
-    refuse_changes,
-    resume_differences,
     write_resolved,
 )
 from flowalign.configpaths import resolve

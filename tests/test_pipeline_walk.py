@@ -17,7 +17,8 @@ from flowalign.cli.merge import merge
 from flowalign.cli.runs import config_of
 from flowalign.cluster.run import build_run, found
 from flowalign.config import SHIPPED, AlignConfig, ConfigError, ModelConfig, SamplingConfig
-from flowalign.configfile import RESOLVED, load_align, read_resolved, refuse_changes, write_resolved
+from flowalign.configchanges import refuse_changes
+from flowalign.configfile import RESOLVED, load_align, read_resolved, write_resolved
 from flowalign.export import export, load_pipeline
 from flowalign.flow.schedule import sigmas
 from flowalign.models.build import load_policy

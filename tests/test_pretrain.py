@@ -17,7 +17,8 @@ from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli.runs import check_run, config_of
 from flowalign.cluster.train import run_pretrain
 from flowalign.config import ConfigError
-from flowalign.configfile import load_pretrain, resume_differences, write_resolved
+from flowalign.configchanges import resume_differences
+from flowalign.configfile import load_pretrain, write_resolved
 from flowalign.data.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.data.shapes_latents import make_bank
 from flowalign.made import Accepted, MadeOf

@@ -15,13 +15,13 @@ from rich.console import Console
 from flowalign.checkpoint import LOG, find, has_any, verify
 from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.configchanges import refuse_changes
 from flowalign.configcheck import check_pipeline, explain
 from flowalign.configfile import (
     load_align,
     read_resolved,
     recorded_contents,
     recorded_versions,
-    refuse_changes,
     write_resolved,
 )
 from flowalign.configpaths import recorded_model
