@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
             raise self._beyond(f"is nested too deeply: more than {DEEPEST} lists and mappings inside one another")
         if self._values > MOST_VALUES:
             raise self._beyond(f"is one value more than the {MOST_VALUES:,} that a configuration may have")
-        node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]
         if isinstance(node, yaml.ScalarNode):
             self._check(node)
         self._depth -= 1
@@ -204,7 +204,7 @@ def check_finite(value: Any, key: str = "") -> None:
         try:
             finite = math.isfinite(value)
         except OverflowError:
-            raise ConfigError(key, f"has {_digits(value)} digits, which is too large a number") from None
+            raise ConfigError(key, f"has {_digits(int(value))} digits, which is too large a number") from None
         if not finite:
             raise ConfigError(key, f"is {value}; every number of a configuration is finite")
 

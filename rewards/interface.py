@@ -201,7 +201,7 @@ def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
     return found
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """An error's text without line breaks, at most 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -137,7 +137,7 @@ class _Pictures:
             data, kind = buffer.getvalue(), "jpeg"
         scores = row.get("scores")
         score = scores.get(self._metric) if isinstance(scores, dict) else None
-        if type(score) not in (int, float) or not abs(score) < math.inf:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf:
             score = None
         right = bool(score) if score in (0, 1) else None
         return Shown(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", score, right)

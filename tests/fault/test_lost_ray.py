@@ -69,6 +69,7 @@ def waiting() -> tuple[subprocess.Popen[str], str, int, int]:
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", WAITS], env=environment, **pipes)  # type: ignore[call-overload]
+    assert process.stdout is not None
     folder, head, actor = process.stdout.readline().split()
     return process, folder, int(head), int(actor)
 
