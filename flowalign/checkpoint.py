@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowalign.destroyed import DestroyedState, fault_of_state
 from flowalign.files import save_tensors, sha256, tensors_size
 from flowalign.manifest import (
     FORMAT,
@@ -285,11 +286,18 @@ class CheckpointWriter:
     ) -> Path:
         """Write ``step_<step>`` and point ``latest`` at it; an older checkpoint of this step is replaced.
 
-        ``averages`` are those beside ``ema``, by names that begin with ``ema_``. Raises DiskError where the disk does
-        not take it: what was there before is untouched, and nothing half-written is left.
+        ``averages`` are those beside ``ema``, by names that begin with ``ema_``.
+
+        Raises:
+            DestroyedState: nothing was written, nothing older deleted.
+            DiskError: the disk does not take it; what was there before is untouched, and nothing half-written is left.
         """
+        parts = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
+        found = fault_of_state(parts, [moments for moments, _ in (optimizer_by_rank or {}).values()])
+        if found is not None:
+            raise DestroyedState(f"{self.root / f'step_{step:06d}'} is not written: something has destroyed {found}")
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
-        tensors = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
+        tensors = {**parts}
         tensors |= {name: moments for name, (moments, _) in shards.items()}
         made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
         documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}

@@ -10,7 +10,7 @@ from typing import Any
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.configcheck import algorithm_of
 from flowalign.configfile import recorded_contents, say_once
-from flowalign.contents import ACCEPT, digests, leaves, may_hold_other, same
+from flowalign.contents import ACCEPT, RATES, digests, leaves, may_hold_other, same
 from flowalign.manifest import manifests
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.walkcheck import renamed_grids
@@ -35,6 +35,19 @@ def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | Pre
     ]
 
 
+def _may_be_accepted(key: str, before: Any, after: Any) -> bool:
+    return bool(RATES.fullmatch(key)) or may_hold_other(before, after)
+
+
+def changed_rates(
+    old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, accepted: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """The ``accepted`` learning rates that differ, as they were and are."""
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    keys = (key for key in accepted if RATES.fullmatch(key) and before.get(key) != after.get(key))
+    return {key: (before.get(key), after.get(key)) for key in keys}
+
+
 def refuse_changes(
     old: AlignConfig | PretrainConfig,
     new: AlignConfig | PretrainConfig,
@@ -56,13 +69,15 @@ def refuse_changes(
         key
         for key in resume_differences(old, new)
         if not same(was.get(key), now.get(key), held.get(key), run_dir)
-        and not (key in accepted and may_hold_other(was.get(key), now.get(key)))
+        and not (key in accepted and _may_be_accepted(key, was.get(key), now.get(key)))
     ]
     if changed:
         key, others = changed[0], ", ".join(changed[1:])
         before, after = (f"with {found[key]!r}" if key in found else "without it" for found in values)
         accept = (
-            f", or go on with it all the same: {ACCEPT} {key}" if may_hold_other(was.get(key), now.get(key)) else ""
+            f", or go on with it all the same: {ACCEPT} {key}"
+            if _may_be_accepted(key, was.get(key), now.get(key))
+            else ""
         )
         raise ConfigError(
             key,

@@ -23,6 +23,8 @@ END = 2**20
 MANY = 20_000
 TEXTS = (".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".model", ".csv")
 ACCEPT = "--accept-changed"  # the option that takes what has changed
+# Settings that it takes as well: what a run whose weights were destroyed has to go on with.
+RATES = re.compile(r"(learner\.optimizer|phases\.\d+)\.(final_)?learning_rate")
 WRITTEN_BY_RUN = ("runs_dir", "data.preferences_cache")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel, fixed_geometry, seeded
+from flowalign.destroyed import naming
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.models.ema import Ema
@@ -45,8 +46,14 @@ class Learner:
 
         The metrics are means over the steps, except ``replay/max_abs_dlogp``, which is the first
         step's: there the policy is still the one that rolled out.
+
+        Raises:
+            NonFiniteUpdate: before weights were touched. DestroyedState: after that; nothing of it may be used.
         """
-        train = self._prepare(batch, scores)
+        with naming(f"iteration {iteration + 1}"):
+            return self._update(self._prepare(batch, scores), iteration)
+
+    def _update(self, train: TrainBatch, iteration: int) -> Update:
         # Once, not with every micro-batch: each of those refers to all prompts of the iteration.
         train = replace(train, condition=train.condition.to(self.device))
         history = []

@@ -20,6 +20,7 @@ from torch import Tensor
 from flowalign import checkpoint
 from flowalign.algorithm import VelocityModel, seeded
 from flowalign.data.feed import Feed
+from flowalign.destroyed import naming
 from flowalign.engine import process_group
 from flowalign.engine.base import Engine
 from flowalign.models.base import Policy
@@ -134,6 +135,7 @@ def pretrain(
 
     Raises:
         EndedEarly: ``stop`` was asked for before the first step.
+        NonFiniteUpdate, DestroyedState: what came of a step is no state to go on from; nothing of it was saved.
         LockLost: another process holds the run directory.
     """
     stop = stop or StopRequest()
@@ -157,8 +159,9 @@ def pretrain(
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
         batch = algorithm.prepare(feed.batch(step, text_length(phase, config.seed, step)), None, called)
         engine.set_learning_rate(rate)
-        metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
-        averages.update(engine, step)
+        with naming(f"step {step + 1}"):
+            metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
+            averages.update(engine, step)
         done = stop.done = step + 1
         row = _validated(validation, config, engine, policy, averages, done, steps)
         if row or done % config.log_every == 0 or done == steps:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flowalign import checkpoint
 from flowalign.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
+from flowalign.destroyed import fault_of_state
 from flowalign.manifest import entries, going_on, has_sizes
 from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
@@ -139,4 +140,8 @@ def _returned(root: Path) -> str | None:
 def _resumable(path: Path) -> Checkpoint:
     found = checkpoint.read(path)
     found.optimizer_of(0)
+    weights = {"model": found.model, **({} if found.ema is None else {"ema": found.ema}), **found.averages}
+    wrong = fault_of_state(weights, [moments for moments, _ in found.optimizer_by_rank.values()])
+    if wrong is not None:  # an older version saved these too
+        raise CheckpointError(f"{path} holds a state that was destroyed, {wrong}")
     return found

@@ -12,6 +12,8 @@ from flowalign.configpaths import recorded_model, shipped_names
 from flowalign.pathfamilies import canonical, formulation, may_learn
 from flowalign.pretrainconfig import PretrainConfig
 
+MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
+
 
 def check_caches(config: AlignConfig) -> None:
     """The calibrations that steps are skipped by can be read; rolling out needs noise that reaches t = 1."""
@@ -64,6 +66,7 @@ def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
 def _notes_of_alignment(config: AlignConfig) -> list[str]:
     updates = config.iterations * config.learner.updates_per_iteration
     notes = [*_recorded_length(config.model), *_other_family("model", config.model)]
+    notes += _rate("learner.optimizer.learning_rate", config.learner.optimizer.learning_rate)
     notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
     notes += _ends_learning(config.learner.optimizer, updates)
     notes += _keeps_no_best(config)
@@ -94,6 +97,8 @@ def _notes_of_training(config: PretrainConfig) -> list[str]:
     steps = sum(phase.steps for phase in config.phases)
     notes = [*_text_length(config), *_other_family("model", config.model)]
     notes += [] if config.teacher is None else _other_family("teacher", config.teacher)
+    rates = {f"phases.{i}.learning_rate": phase.learning_rate for i, phase in enumerate(config.phases)}
+    notes += [note for key, rate in rates.items() for note in _rate(key, rate)]
     notes += _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
     notes += _only_last("log_every", config.log_every, steps, "steps", "is logged")
     if "checkpoint_every" in config.model_fields_set:
@@ -138,6 +143,11 @@ def _text_length(config: PretrainConfig) -> list[str]:
         f"model.max_sequence_length: {asked} is no length that the last phase trains (max_sequence_lengths); the model "
         f"is validated, sampled and exported with {taken}"
     ]
+
+
+def _rate(key: str, rate: float) -> list[str]:
+    said = f"{key}: {rate:g}; AdamW moves every weight by about as much in one update, where 1e-5 to 1e-3 is usual"
+    return [said] if rate > MAX_RATE else []
 
 
 def _warm_up(key: str, warmup: int, run: int, unit: str) -> list[str]:

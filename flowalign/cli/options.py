@@ -46,7 +46,7 @@ AcceptChanged = Annotated[
     typer.Option(
         "--accept-changed",
         metavar="KEY",
-        help="go on though what lies at this key has changed since the checkpoint; kept on record; may be repeated",
+        help="go on though what lies at this key, or this learning rate, has changed; kept on record; may be repeated",
     ),
 ]
 Source = Annotated[

@@ -32,16 +32,15 @@ def align(
     console = make_console(as_json)
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
-        from flowalign.cli.runs import begin_run, report_of, stop_of
+        from flowalign.cli.runs import accepted_of, begin_run, report_of, stop_of
         from flowalign.configfile import load_align
 
         loaded = load_align(config, overrides or ())
         _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
             from flowalign.cluster.run import run_align
-            from flowalign.made import Accepted
 
-            accepted = Accepted(tuple(accept_changed or ()))
+            accepted = accepted_of(loaded.config, accept_changed or ())
             begin, asked = partial(begin_run, loaded.config, accepted), {"lock": lock, "stop": stop}
             run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, accepted=accepted, **asked)
             stopped, advice = stop_of(run_dir, loaded.config)
@@ -88,7 +87,7 @@ def _train(
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases, "step") as stop:
-        from flowalign.cli.runs import begin_run
+        from flowalign.cli.runs import accepted_of, begin_run
         from flowalign.configfile import load_pretrain
 
         loaded = load_pretrain(config, overrides or ())
@@ -97,9 +96,8 @@ def _train(
         keys = tuple(accept_changed or ())
         with held(loaded.config, stop, console, take_over, keys) if first else nullcontext() as lock:
             from flowalign.cluster.train import run_pretrain
-            from flowalign.made import Accepted
 
-            accepted = Accepted(keys)
+            accepted = accepted_of(loaded.config, keys)
             begin = partial(begin_run, loaded.config, accepted)
             asked = {"lock": lock, "stop": stop, "accepted": accepted}
             run_dir = run_pretrain(loaded.config, loaded.base_dir, console, begin, phases, command=command, **asked)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -19,6 +21,9 @@ from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.disk import DiskError
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
+
+LARGE = 1e-4  # what is tried where the learning rate was above 1
+_RATES = ("learning_rate", "final_learning_rate")
 
 
 @contextmanager
@@ -98,6 +103,8 @@ def held(
                     error.begun = False
                 raise
             last = _last_checkpoint(run_dir)
+            if (gentler := _gentler(error, config, run_dir, last)) is not None:
+                raise RunFailed(gentler, error) from error
             goes_on = "; the same command continues from it" if resumes else ""
             kept = f"the last checkpoint is {last}{goes_on}" if last else "there is no checkpoint yet"
             raise RunFailed(kept, error) from error
@@ -113,6 +120,34 @@ def _at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:
         return f"stopped at once, before the first checkpoint; {what}"
     goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
     return f"stopped at once; {goes_on} {last}, and {what}"
+
+
+def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, last: Path | None) -> str | None:
+    """How to go on with a smaller learning rate, where ``error`` says that this one was too large."""
+    from flowalign.destroyed import DestroyedState
+    from flowalign.engine.base import NonFiniteUpdate
+
+    if not isinstance(error, DestroyedState | NonFiniteUpdate):
+        return None
+    rates, command = _rates(config), "align" if isinstance(config, AlignConfig) else "pretrain"
+    words = ["flowalign", command, str(run_dir / "config.yaml")]
+    words += [f"{key}={min(rate / 10, LARGE) if rate > 1 else rate / 10:g}" for key, rate in rates.items()]
+    if last is None:
+        return f"there is no checkpoint yet; begin with a smaller learning rate: {shlex.join(words)}"
+    key = "checkpoint.resume" if command == "align" else "resume"
+    resume = config.checkpoint.resume if isinstance(config, AlignConfig) else config.resume
+    words += [f"{key}=auto"] * (resume == "never") + [word for key in rates for word in ("--accept-changed", key)]
+    return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
+
+
+def _rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
+    """The learning rates of a run, by their keys; where they end only if that is not 0."""
+    if isinstance(config, AlignConfig):
+        sections: dict[str, Any] = {"learner.optimizer": config.learner.optimizer}
+    else:
+        sections = {f"phases.{i}": phase for i, phase in enumerate(config.phases)}
+    named = ((f"{at}.{key}", getattr(held, key)) for at, held in sections.items() for key in _RATES)
+    return {key: rate for key, rate in named if rate}
 
 
 def _last_checkpoint(run_dir: Path) -> Path | None:

@@ -18,6 +18,7 @@ from flowalign.config import AlignConfig, ConfigError, RewardConfig
 from flowalign.configchanges import refuse_changes
 from flowalign.configcheck import check_pipeline, explain
 from flowalign.configfile import (
+    changed_rates,
     load_align,
     read_resolved,
     recorded_contents,
@@ -62,6 +63,14 @@ def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = 
     run_dir = check_run(config, () if accepted is None else accepted.keys)
     write_resolved(config, run_dir, () if accepted is None else accepted.changes)
     return run_dir
+
+
+def accepted_of(config: AlignConfig | PretrainConfig, keys: Collection[str]) -> Accepted:
+    """What ``keys`` allow to differ from the run that ``config`` continues."""
+    run_dir = Path(config.runs_dir) / config.name
+    if not keys or not has_any(run_dir / "checkpoints") or not (run_dir / "config.yaml").is_file():
+        return Accepted(tuple(keys))
+    return Accepted(tuple(keys), changed_rates(read_resolved(run_dir), config, keys))
 
 
 def config_of(source: Path, file: Path | None, model: Path | None = None) -> AlignConfig:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
+from flowalign.destroyed import DestroyedState
+from flowalign.engine import process_group
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate
 
 
@@ -101,3 +103,10 @@ def refuse_non_finite(metrics: dict[str, float], grad_norm: float, step: int) ->
             f"update {step}: loss {metrics['loss']} and gradient norm {grad_norm} must be finite; the weights are "
             "unchanged (a lower learning rate, a smaller max_grad_norm or float32 may help)"
         )
+
+
+def refuse_destroyed(found: str | None, learning_rate: float) -> None:
+    """Raises DestroyedState, on all ranks alike, where any has ``found`` something; a collective call."""
+    said = process_group.first_said(found)
+    if said is not None:
+        raise DestroyedState(f"an update at learning rate {learning_rate:g} has destroyed {said}")

@@ -40,6 +40,16 @@ def read_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
     }
 
 
+def held_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moments themselves, by the names that ``read_state`` gives their copies."""
+    return {
+        f"{key}/{name}": value
+        for name, tensor in named.items()
+        for key, value in optimizer.state.get(tensor, {}).items()
+        if key != "step"
+    }
+
+
 def write_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``read_state``, bit for bit; raises ResumeRefused before anything was changed."""
     started = any(f"{STATE_KEYS[0]}/{name}" in tensors for name in named)

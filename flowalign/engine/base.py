@@ -89,6 +89,7 @@ class Engine(Protocol):
 
         Raises:
             NonFiniteUpdate: before the weights were touched.
+            DestroyedState: weights or moments are destroyed; every rank says the same.
         """
         ...
 

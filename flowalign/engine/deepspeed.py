@@ -16,16 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
+from flowalign.destroyed import fault, fault_of_moments
 from flowalign.engine.accumulate import (
     MetricSum,
     autocast,
     check_share,
     checked_weights,
+    refuse_destroyed,
     refuse_non_finite,
     trainable_parameters,
     weighted,
 )
-from flowalign.engine.adamw import build_adamw, check_facts, layout_hash, read_state, set_learning_rate, write_state
+from flowalign.engine.adamw import (
+    build_adamw,
+    check_facts,
+    held_state,
+    layout_hash,
+    read_state,
+    set_learning_rate,
+    write_state,
+)
 from flowalign.engine.base import EngineSettings, LossFn, ResumeRefused
 from flowalign.types import TrainBatch
 
@@ -154,7 +164,17 @@ class DeepSpeedEngine:
             grad_norm = float(self._engine.get_global_grad_norm() or 0.0) if applied else float("nan")
             refuse_non_finite(metrics, grad_norm, self.steps)
         self.steps += 1
+        refuse_destroyed(self._fault(), learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def _fault(self) -> str | None:
+        """What is destroyed of what this rank steps; the network, which is a copy of it, tells the parameter's name."""
+        optimizer, named = self._state_tensors()
+        found = fault("the weights", named)
+        if found is None:
+            return fault_of_moments(held_state(optimizer, named))
+        own = {n: vars(p)["ds_tensor"] for n, p in self._parameters.items()} if self.settings.zero_stage == 3 else None
+        return fault("the weights", own or self._parameters) or found
 
     def _forget_gradients(self) -> None:
         """ZeRO-3 keeps the last update's gradient of a parameter that this one does not use: start from zeros."""

@@ -82,6 +82,25 @@ def largest(number: int) -> int:
     return int(held.item())
 
 
+def first_said(text: str | None) -> str | None:
+    """The ``text`` of the first rank that has one, on every rank; None where none has. A collective call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = (text or "").encode()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(own)
+    dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+    speaker = next((rank for rank, size in enumerate(sizes.tolist()) if size), None)
+    if speaker is None:
+        return None
+    said = torch.zeros(int(sizes[speaker]), dtype=torch.uint8, device=device)
+    if dist.get_rank() == speaker:
+        said.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    dist.broadcast(said, speaker)
+    return said.cpu().numpy().tobytes().decode()
+
+
 def alike(content: bytes) -> bool:
     """Whether all ranks gave the same; a collective call."""
     number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")

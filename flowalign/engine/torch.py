@@ -10,16 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flowalign.destroyed import fault, fault_of_moments
 from flowalign.engine.accumulate import (
     MetricSum,
     autocast,
     check_share,
     checked_weights,
+    refuse_destroyed,
     refuse_non_finite,
     trainable_parameters,
     weighted,
 )
-from flowalign.engine.adamw import build_adamw, check_facts, layout_hash, read_state, set_learning_rate, write_state
+from flowalign.engine.adamw import (
+    build_adamw,
+    check_facts,
+    held_state,
+    layout_hash,
+    read_state,
+    set_learning_rate,
+    write_state,
+)
 from flowalign.engine.base import EngineSettings, LossFn
 from flowalign.types import TrainBatch
 
@@ -76,6 +86,8 @@ class TorchEngine:
         finally:
             self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        moments = held_state(self._optimizer, self._parameters)
+        refuse_destroyed(fault("the weights", self._parameters) or fault_of_moments(moments), learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _clipped_norm(self) -> float:

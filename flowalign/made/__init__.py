@@ -16,7 +16,7 @@ from typing import Any
 
 from flowalign.checkpoint import Checkpoint, Say
 from flowalign.config import AlignConfig, ConfigError
-from flowalign.contents import ACCEPT
+from flowalign.contents import ACCEPT, RATES
 from flowalign.made.hashing import Hashes, Unsteady
 from flowalign.made.ingredients import Part, parts_of
 from flowalign.made.late import Expected
@@ -31,9 +31,13 @@ _TRANSFORMER = re.compile(r"transformer/([^/]+\.safetensors)")
 
 @dataclass
 class Accepted:
-    """Keys whose content may differ from what the run was made of, and the differences that were found there."""
+    """Keys whose content may differ from what the run was made of, and the differences that were found there.
+
+    Of learning rates, which are compared where configurations are, ``rates`` has both values where they differ.
+    """
 
     keys: Sequence[str] = ()
+    rates: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -68,7 +72,9 @@ class MadeOf:
             self._check_accepted([*own])
             if small:
                 say(_uncompared(saved.path, own))
-            self._accepted.changes = [{"key": key, "after": saved.step, "files": {}} for key in self._accepted.keys]
+            contents = (key for key in self._accepted.keys if not RATES.fullmatch(key))
+            self._accepted.changes = [{"key": key, "after": saved.step, "files": {}} for key in contents]
+            self._accepted.changes += self._other_rates(saved.step)
             return
         self._check_accepted([*own, *recorded])
         known = [key for key in own if key in recorded]
@@ -86,8 +92,15 @@ class MadeOf:
         self._earlier = list(saved.state.get(ACCEPTED, ()))
         self._carried = {key: files for key, files in recorded.items() if key not in own}
         self._accepted.changes = [{"key": key, "after": saved.step, "files": found[key]} for key in found]
+        self._accepted.changes += self._other_rates(saved.step)
         for key, files in found.items():
             say(f"{key}: {self._said(key, files)} since {saved.path.name} was written; accepted, and kept on record")
+
+    def _other_rates(self, step: int) -> list[dict[str, Any]]:
+        return [
+            {"key": key, "after": step, "files": {f"{was} before, {now} then": [str(was), str(now)]}}
+            for key, (was, now) in self._accepted.rates.items()
+        ]
 
     def check_steady(self) -> None:
         """Raise ConfigError where something that was loaded has changed since this was made."""
@@ -171,7 +184,7 @@ class MadeOf:
 
     def _check_accepted(self, known: Sequence[str]) -> None:
         for key in self._accepted.keys:
-            if key not in known:
+            if key not in known and not RATES.fullmatch(key):
                 near = get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it is made of {', '.join(dict.fromkeys(known))}"
                 raise ConfigError(ACCEPT, f"{key} is nothing that this run is made of; {hint}")

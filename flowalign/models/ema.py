@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flowalign.destroyed import DestroyedState, fault
+
 
 class Ema:
     """A float32 CPU shadow, ``shadow = decay * shadow + (1 - decay) * weights``; it aliases nothing it is given.
@@ -21,11 +23,13 @@ class Ema:
         self._shadow = _copies(weights)
 
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Move the shadow towards ``weights`` by 1 - decay."""
+        """Move the shadow towards ``weights`` by 1 - decay; raises DestroyedState where that destroys it."""
         self._check(weights)
         with torch.no_grad():
             for name, shadow in self._shadow.items():
                 shadow.mul_(self.decay).add_(weights[name].detach().to("cpu", torch.float32), alpha=1.0 - self.decay)
+        if (found := fault(f"the average of decay {self.decay:g}", self._shadow)) is not None:
+            raise DestroyedState(f"an update has destroyed {found}")
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the averaged weights."""

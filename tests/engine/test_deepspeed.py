@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -76,6 +77,20 @@ def test_a_non_finite_loss_on_one_rank_leaves_all_weights_bitwise(
         assert poisoned["before"] == poisoned["after"]
         assert poisoned["steps"] == 3
         assert list(poisoned["final"]) == rank[str(stage)]["three_steps"]
+
+
+@every_case
+def test_a_weight_or_moment_that_one_rank_has_lost_is_told_alike_by_all(
+    ran: Runs, world: int, stages: str, stage: int
+) -> None:
+    first, *others = (rank[str(stage)]["destroyed"] for rank in ran(world, stages).train)
+    assert all(said == first for said in others)
+    assert re.match(
+        r"DestroyedState: an update at learning rate 0\.00\d+ has destroyed the weights: \S+ has ", first[0]
+    )
+    assert "has destroyed the optimizer's moments: exp_avg_sq/" in first[1]
+    of_torch = [rank["torch destroyed"] for rank in ran(world, stages).train]
+    assert all(said == of_torch[0] and len(said) == 2 for said in of_torch)
 
 
 @every_case

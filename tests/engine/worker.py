@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import flowalign.engine.deepspeed
 from flowalign.checkpoint import content_hash
+from flowalign.destroyed import DestroyedState
 from flowalign.engine import Engine, NonFiniteUpdate, ResumeRefused, build_engine
 from tests.engine.toy import Network, settings, update
 
@@ -70,6 +71,26 @@ def poisoned(rank: Rank, stage: int) -> dict[str, Any]:
     return result
 
 
+def destroyed(rank: Rank, stage: int, **changes: Any) -> list[str]:
+    """What each rank says where on the last one alone a weight, and then a moment, is lost under an update."""
+    raised = []
+    for part in range(2):
+        engine, network = rank.engine(stage, **changes)
+        update(engine, network, 0)
+        inner: Any = engine
+        optimizer, named = inner._state_tensors() if not changes else (inner._optimizer, inner._parameters)
+        tensor = named.get("never", list(named.values())[-1])  # no loss is made of it
+        lost = tensor.data if part == 0 else optimizer.state[tensor]["exp_avg_sq"]
+        if rank.rank == rank.world - 1:
+            lost.view(-1)[0] = float("nan")
+        try:
+            update(engine, network, 1)
+        except (DestroyedState, NonFiniteUpdate) as error:
+            raised.append(f"{type(error).__name__}: {error}")
+        engine.close()
+    return raised
+
+
 def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
     """Weights from outside replace those of a trained engine, also for its next update and without its hooks."""
     engine, network = rank.engine(stage)
@@ -87,6 +108,7 @@ def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
 
 def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
     results: dict[str, Any] = {"torch": rank.run(0, 5, type="torch")["metrics"]}
+    results["torch destroyed"] = destroyed(rank, 0, type="torch")
     for stage in stages:
         whole = rank.run(stage, 10)
         save_file(rank.run(stage, 5)["weights"], rank.path(stage, "weights5"))
@@ -108,6 +130,7 @@ def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
             "mixed": mixed["metrics"],
             "poisoned": poisoned(rank, stage),
             "reloaded": reloaded(rank, stage),
+            "destroyed": destroyed(rank, stage),
         }
     return results
 

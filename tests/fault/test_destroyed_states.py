@@ -1,0 +1,195 @@
+"""Weights, averages and moments that are destroyed are never saved, sent or paid for with an older checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from flowalign import checkpoint
+from flowalign.checkpoint import CheckpointWriter
+from flowalign.cli import app
+from flowalign.cluster.local import LocalBackend
+from flowalign.cluster.train import run_pretrain
+from flowalign.data.shapes_latents import make_bank
+from flowalign.destroyed import DestroyedState, fault
+from flowalign.engine import build_engine
+from flowalign.metrics import read_metrics
+from flowalign.models.ema import Ema
+from flowalign.models.sd3 import SD3Policy
+from flowalign.pretrainconfig import PretrainConfig
+from flowalign.resume import resume_from
+from tests.engine.toy import Network, settings, update
+from tests.fault.test_exit_codes import CONFIG, start
+from tests.fault.victim import content, work
+
+GRPO = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
+RATE = "learner.optimizer.learning_rate"
+
+
+def test_a_learning_rate_of_1e30_ends_in_a_sentence_whose_command_goes_on_from_the_last_good_checkpoint(tmp_path: Path):
+    own = ["checkpoint={every: 1, keep_last: 1, keep_best: 0}"]
+    run_dir, root = tmp_path / "runs" / "t", tmp_path / "runs" / "t" / "checkpoints"
+    (tmp_path / "t.yaml").write_text(CONFIG)
+    begin = ["align", str(tmp_path / "t.yaml"), f"runs_dir={tmp_path / 'runs'}", *own, "iterations=1"]
+    assert CliRunner().invoke(app, begin).exit_code == 0
+    good = checkpoint.load(root / "step_000001").model
+
+    refused = CliRunner().invoke(app, [*begin, "iterations=2", f"{RATE}=1e30"])
+    assert refused.exit_code == 2 and f"--accept-changed {RATE}" in " ".join(refused.output.split()), refused.output
+
+    process = start(tmp_path, *own, "iterations=2", f"{RATE}=1e30", "--accept-changed", RATE)
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 1 and "Traceback" not in said, said
+    assert f"warning: {RATE}: 1e+30; AdamW moves every weight by about as much" in said
+    error = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert "error: iteration 2: an update at learning rate 1e+30 has destroyed the weights: " in error
+    assert "has values up to 1e+30" in error and "nothing of it was saved or is used" in error
+    assert f"the last good checkpoint is {root / 'step_000001'}; " in error
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000001"]
+    assert (root / "latest").read_text() == "step_000001\n"
+    assert all(torch.equal(good[name], value) for name, value in checkpoint.load(root / "step_000001").model.items())
+    assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1]
+
+    _, *words = shlex.split(error.partition("smaller learning rate: ")[2])
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    (change,) = json.loads((root / "step_000002" / "state.json").read_text())["accepted_changes"]
+    assert (change["key"], change["after"], list(change["files"])) == (RATE, 1, ["1e+30 before, 0.0001 then"])
+
+
+def flipped_weight(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """After the update ``call`` one weight of a LoRA is NaN, as by a bit that flips in memory."""
+    step, calls = torch.optim.AdamW.step, list[int]()
+
+    def stepped(self: torch.optim.AdamW, *asked: Any) -> Any:
+        calls.append(1)
+        step(self, *asked)
+        if len(calls) == call:
+            self.param_groups[0]["params"][-1].data.view(-1)[3] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+
+
+def flipped_average(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    renew, calls = Ema.update, list[int]()
+
+    def renewed(self: Ema, weights: dict[str, Tensor]) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            list(self._shadow.values())[-1].view(-1)[3] = float("nan")
+        renew(self, weights)
+
+    monkeypatch.setattr(Ema, "update", renewed)
+
+
+@pytest.mark.parametrize(
+    ("flip", "said"), [(flipped_weight, "the weights: .*lora_"), (flipped_average, "the average of decay 0.9: .*lora_")]
+)
+def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs_a_checkpoint(
+    tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch, flip: Any, said: str
+):
+    model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16, "lora": {"rank": 2, "alpha": 2}}
+    policy = {"every": 1, "keep_last": 1, "keep_best": 0}
+    config = content("t", tmp_path, tiny_pipeline_dir, iterations=3, model=model, checkpoint=policy, algorithm=GRPO)
+    sent, sync = list[bool](), LocalBackend.sync
+
+    def syncs(self: LocalBackend, evaluation: bool = False) -> None:
+        sync(self, evaluation)
+        sent.append(all(bool(p.isfinite().all()) for p in self.rollouts.policy.network.parameters()))
+
+    monkeypatch.setattr(LocalBackend, "sync", syncs)
+    with monkeypatch.context() as patched:
+        flip(patched, 2)
+        with pytest.raises(DestroyedState, match=f"^iteration 2: an update .*has destroyed {said}.* has 1 of "):
+            work(config)
+    root = tmp_path / "runs" / "t" / "checkpoints"
+    assert sent == [True, True]
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000001"]
+    assert work(config) and sent == [True] * 5  # the same command goes on
+
+
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
+def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
+    tmp_path: Path, tiny_pipeline_dir: Path, command: str
+):
+    make_bank(SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16), tmp_path / "bank", num_images=8, batch=8)
+    model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16}
+    taught = {"teacher": model, "algorithm": {"type": "guidance_distill"}, "model": {**model, "inputs": ["guidance"]}}
+    plain = {"algorithm": {"type": "rectified_flow"}, "model": model}
+    phases = [{"steps": 2, "learning_rate": 1e-4}, {"steps": 2, "learning_rate": 1e30}]
+    config = PretrainConfig.model_validate(
+        {
+            **(plain if command == "pretrain" else taught),
+            **{"name": "t", "runs_dir": str(tmp_path), "latents": str(tmp_path / "bank"), "phases": phases},
+            **{"batch_size": 4, "warmup_steps": 0, "threads": 1, "log_every": 1, "checkpoint_every": 1, "keep_last": 1},
+        }
+    )
+    with pytest.raises(DestroyedState, match=r"^step 3: an update at learning rate 1e\+30 has destroyed the weights"):
+        run_pretrain(config, tmp_path, Console(quiet=True), command=command)
+    root = tmp_path / "t" / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002"]
+    assert all(value.isfinite().all() for value in checkpoint.load(root / "step_000002").model.values())
+
+
+def test_moments_that_are_destroyed_are_told_where_weights_are_finite():
+    network = Network()
+    engine = build_engine(network, settings(type="torch", betas=(0.9, 0.5)))
+    update(engine, network, 0)
+    for state in engine._optimizer.state.values():  # type: ignore[attr-defined]
+        state["exp_avg_sq"].fill_(1e30)  # as of gradients of 1e15: no weight would move any more
+    with pytest.raises(
+        DestroyedState, match=r"destroyed the optimizer's moments: exp_avg_sq/\S+ has values up to 5e\+29"
+    ):
+        update(engine, network, 1)
+    assert all(weight.isfinite().all() for weight in engine.weights().values())
+
+
+def test_what_a_network_can_hold_is_not_taken_for_destroyed():
+    large = {f"block.{i}": torch.full((1000,), 3.0) for i in range(200)}  # a norm of 1,342
+    assert fault("the weights", large) is None
+    assert fault("the weights", {"empty": torch.zeros(0), "count": torch.tensor(7)}) is None
+    assert fault("the weights", {**large, "head": torch.tensor([65504.0, -65504.0])}) is None
+    assert fault("the weights", {**large, "head": torch.full((4,), 1e6)}) is not None
+
+
+@pytest.mark.parametrize("where", ["model", "ema", "ema_0.99", "moments", "reference"])
+def test_a_writer_leaves_everything_as_it_was_where_any_part_is_destroyed(tmp_path: Path, where: str):
+    good, bad = {"w": torch.ones(3)}, {"w": torch.tensor([1.0, float("inf"), 1.0])}
+    held: dict[str, Any] = {"model": good, "ema": good, "averages": {"ema_0.99": good}}
+    moments = {"exp_avg/w": torch.ones(3), "step/w": torch.tensor(1e9), "reference.w": torch.ones(3)}
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(1, **held, optimizer_by_rank={0: (moments, {})}, state={})
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    if where == "ema_0.99":
+        held["averages"] = {where: bad}
+    elif where in held:
+        held[where] = bad
+    else:
+        moments = {**moments, {"moments": "exp_avg/w", "reference": "reference.w"}[where]: bad["w"]}
+    with pytest.raises(DestroyedState, match=r"step_000002 is not written: .* has 1 of 3 values"):
+        writer.save(2, **held, optimizer_by_rank={0: (moments, {})}, state={})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_destroyed_checkpoint_of_an_older_version_is_passed_over_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    writer, said = CheckpointWriter(tmp_path / "checkpoints"), list[str]()
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint, "fault_of_state", lambda *state: None)
+        for step, value in ((1, 1.0), (2, float("nan"))):
+            state = {"w": torch.tensor([value])}
+            writer.save(step, model=state, optimizer_by_rank={0: ({}, {})}, state={})
+    found = resume_from(tmp_path, "auto", said.append)
+    assert found is not None and found.step == 1
+    assert (
+        len(said) == 1 and "step_000002 holds a state that was destroyed, the weights of model: w has 1 of 1" in said[0]
+    )
