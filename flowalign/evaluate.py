@@ -117,7 +117,10 @@ def evaluate_checkpoint(
         parts, rows, seconds = [], [], 0.0
         for chunk, took in timed(roll(policy, batch, spec, config, seed, progress)):
             seconds += took
-            judged = [score_images(s, chunk.images, chunk.batch.prompts, chunk.batch.metadata) for s in scorers]
+            judged = []
+            for scorer in scorers:
+                with scorer.apart:
+                    judged.append(score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata))
             parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
             rows += _result_rows(scorers[0], *parts[-1])
     scores = cat_scores([part for _, part in parts])

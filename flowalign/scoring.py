@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from flowalign.apart import Apart
 from flowalign.config import RewardConfig
 from flowalign.types import Scores
 from rewards.composite import combine
@@ -36,19 +37,25 @@ class ScorerHangs(ScorerError):
 
 @dataclass(frozen=True)
 class NamedScorer:
-    """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for."""
+    """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for.
+
+    Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are.
+    """
 
     name: str
     weight: float
     scorer: Scorer
     tasks: tuple[str, ...] | None = None
+    apart: Apart = field(default_factory=Apart, compare=False)
 
 
 def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hosted: Hosted | None = None) -> NamedScorer:
     """Resolve and set up one configured reward; ``hosted`` makes those that have a ``runtime_env``."""
+    apart = Apart()
     if config.runtime_env is None:
-        scorer = resolve({"type": config.spec, **config.options}, base_dir)
-        set_up(scorer, device)
+        with apart:
+            scorer = resolve({"type": config.spec, **config.options}, base_dir)
+            set_up(scorer, device)
     elif hosted is not None:
         scorer = hosted(config)
     else:
@@ -57,7 +64,7 @@ def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hoste
             "set cluster.backend=ray, or serve it in its environment and name its url"
         )
     tasks = None if config.tasks is None else tuple(config.tasks)
-    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks)
+    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks, apart)
 
 
 def load_scorers(

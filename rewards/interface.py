@@ -6,6 +6,8 @@ Shapes: N images, H W pixels.
 from __future__ import annotations
 
 import inspect
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -161,11 +163,24 @@ def set_up(scorer: Scorer, device: str) -> None:
         setup(device)
     except ScorerError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        _pass_on_interrupt(error)
         what = getattr(scorer, "name", None) or type(scorer).__name__
         raise ScorerFailed(
             f"reward {what!r} raised {type(error).__name__} in setup: {one_line(error)}{_line(error)}"
         ) from error
+
+
+def _pass_on_interrupt(error: BaseException) -> None:
+    """Raise ``error`` on where it is a Ctrl-C, rather than a KeyboardInterrupt that the scorer raised by itself."""
+    if not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread():
+        return
+    handler: Any = signal.getsignal(signal.SIGINT)
+    own, trace = getattr(getattr(handler, "__func__", handler), "__code__", None), error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if own is None or (trace is not None and trace.tb_frame.f_code is own):  # Python's own handler has no frame
+        raise error
 
 
 def call(
@@ -180,7 +195,8 @@ def call(
         scores = scorer.score(images, prompts, metadata)
     except ScorerError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        _pass_on_interrupt(error)
         raise ScorerFailed(f"reward {name!r} raised {type(error).__name__}: {one_line(error)}{_line(error)}") from error
     return as_arrays(name, scores, len(images))
 

@@ -225,7 +225,7 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
             value = value(**options)
         except ScorerError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = user_line(error)
             where = f" ({line})" if line else ""
             what = f"{type(error).__name__}: {one_line(error)}"
@@ -254,7 +254,7 @@ def _load_module(target: str, base_dir: Path) -> ModuleType:
     name, _ = _halves(target)
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             _module(target, base_dir)
         raise SpecError(f"reward module {name} did not import: {type(error).__name__}: {one_line(error)}") from error

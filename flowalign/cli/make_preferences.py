@@ -124,7 +124,8 @@ def _pairs(
     batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The rows of a batch, and why groups gave none."""
-    judged = score_images(scorer, images, batch.prompts, batch.metadata)
+    with scorer.apart:
+        judged = score_images(scorer, images, batch.prompts, batch.metadata)
     scores = merge([judged], {scorer.name: 1.0})
     best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
     judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())

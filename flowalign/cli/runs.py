@@ -15,10 +15,9 @@ from rich.console import Console
 from flowalign.checkpoint import LOG, find, has_any, verify
 from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.configchanges import refuse_changes
+from flowalign.configchanges import changed_rates, refuse_changes
 from flowalign.configcheck import check_pipeline, explain
 from flowalign.configfile import (
-    changed_rates,
     load_align,
     read_resolved,
     recorded_contents,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
 from flowalign.checkpoint import content_hash
+from flowalign.children import end_children
 from flowalign.cluster.death import Birth, say_hard_exits
 from flowalign.cluster.environment import packages_of, python_with
 from flowalign.cluster.errors import WorkerLost
@@ -123,14 +124,15 @@ class HostedHere(Mortal):
         self.reward, self.base_dir, self.device = reward, base_dir, device
 
     def start(self) -> None:
-        self.scorer = load_scorer(self.reward, self.base_dir, self.device).scorer
+        self.named = load_scorer(self.reward, self.base_dir, self.device)
 
     def score(
         self, images: Images, prompts: list[str], metadata: list[Metadata]
     ) -> tuple[Mapping[str, Any], dict[str, int]]:
         """The scores, and what the scorer had to ask again."""
-        scores = call(self.reward.label, self.scorer, images, prompts, metadata)
-        asks = getattr(self.scorer, "retried", None)
+        with self.named.apart:
+            scores = call(self.reward.label, self.named.scorer, images, prompts, metadata)
+        asks = getattr(self.named.scorer, "retried", None)
         return scores, {} if asks is None else asks()
 
 
@@ -145,6 +147,10 @@ class RewardActor(Mortal):
             hosted = partial(HostedScorer, base_dir=self.base_dir, config=self.config)
             self.worker = RewardWorker(self.config, self.base_dir, hosted)
         return os.getpid()
+
+    def end_children(self) -> None:
+        """End what the scorers have started: Ray ends this process without asking it."""
+        end_children()
 
     def score(self, chunk: Rollout, evaluation: bool) -> tuple[Scores, float]:
         return self.worker.score(chunk, evaluation)

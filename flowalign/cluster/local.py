@@ -9,6 +9,7 @@ from typing import Any
 
 from flowalign.calibration import reuse_of
 from flowalign.checkpoint import content_hash
+from flowalign.children import end_children
 from flowalign.cluster.weight_sync import SyncGuard, has_learned
 from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.config import AlignConfig
@@ -72,3 +73,4 @@ class LocalBackend:
 
     def close(self) -> None:
         self.learner.close()
+        end_children()

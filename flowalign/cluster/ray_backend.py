@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -35,6 +37,8 @@ from flowalign.made import MadeOf
 from flowalign.made.late import Expected
 from flowalign.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+
+CHILDREN_S = 3.0
 
 
 class RayBackend:
@@ -281,9 +285,22 @@ class RayBackend:
         self.learner.wait(calls, "restore")
         self._learned = True
 
+    def _end_children(self) -> None:
+        """Let the reward actors end what their scorers started; who does not answer is not waited for long."""
+        workers = getattr(self, "rewards", None)  # nothing of it where the start failed
+        with suppress(RayError):
+            asked = (
+                []
+                if workers is None or not self._closers
+                else [actor.end_children.remote() for actor in workers.actors]
+            )
+            if asked:
+                ray.wait(asked, num_returns=len(asked), timeout=CHILDREN_S)
+
     def close(self) -> None:
         """End the actors, free their places, and stop Ray if it was started here; may be called twice."""
         if ray.is_initialized() and not self._session.lost:
+            self._end_children()
             for owner in self._closers:
                 owner.kill()
             if self._group is not None:

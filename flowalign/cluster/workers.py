@@ -102,7 +102,10 @@ class RewardWorker:
             count = len(chunk)
             return Scores({}, torch.zeros(count), torch.ones(count, dtype=torch.bool)), 0.0
         seconds = self.config.cluster.reward_deadline_s
-        parts = [bounded(s.name, partial(self._score, s, chunk), seconds) for s in scorers]
+        parts = []
+        for scorer in scorers:
+            with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
+                parts.append(bounded(scorer.name, partial(self._score, scorer, chunk), seconds))
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
 
     def _score(self, scorer: NamedScorer, chunk: Rollout) -> Checked:

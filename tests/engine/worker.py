@@ -82,7 +82,7 @@ def destroyed(rank: Rank, stage: int, **changes: Any) -> list[str]:
         tensor = named.get("never", list(named.values())[-1])  # no loss is made of it
         lost = tensor.data if part == 0 else optimizer.state[tensor]["exp_avg_sq"]
         if rank.rank == rank.world - 1:
-            lost.view(-1)[0] = float("nan")
+            lost.view(-1)[0] = 1e30 if part else float("nan")
         try:
             update(engine, network, 1)
         except (DestroyedState, NonFiniteUpdate) as error:
