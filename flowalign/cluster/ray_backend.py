@@ -287,14 +287,9 @@ class RayBackend:
 
     def _end_children(self) -> None:
         """Let the reward actors end what their scorers started; who does not answer is not waited for long."""
-        workers = getattr(self, "rewards", None)  # nothing of it where the start failed
+        actors = self.rewards.actors if hasattr(self, "rewards") and self._closers else []
         with suppress(RayError):
-            asked = (
-                []
-                if workers is None or not self._closers
-                else [actor.end_children.remote() for actor in workers.actors]
-            )
-            if asked:
+            if asked := [actor.end_children.remote() for actor in actors]:
                 ray.wait(asked, num_returns=len(asked), timeout=CHILDREN_S)
 
     def close(self) -> None:
