@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.destroyed import DestroyedState, fault_of_state
-from flowalign.files import save_tensors, sha256, tensors_size
+from flowalign.files import save_tensors, sha256, sync, tensors_size
 from flowalign.manifest import (
     FORMAT,
     MANIFEST,
@@ -297,8 +296,7 @@ class CheckpointWriter:
         if found is not None:
             raise DestroyedState(f"{self.root / f'step_{step:06d}'} is not written: something has destroyed {found}")
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
-        tensors = {**parts}
-        tensors |= {name: moments for name, (moments, _) in shards.items()}
+        tensors = parts | {name: moments for name, (moments, _) in shards.items()}
         made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
         documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
         texts = {name: json.dumps(document, indent=1) for name, document in documents.items()}
@@ -318,7 +316,7 @@ class CheckpointWriter:
                 if final.exists():
                     self._make_room(final)
                 hidden.rename(final)
-            _sync(self.root)
+            sync(self.root)
             self.point(LATEST, final.name)
             self._prune()
             self._sweep()
@@ -349,7 +347,7 @@ class CheckpointWriter:
         """Force all files to the disk and write their manifest."""
         files = {}
         for path in sorted(hidden.rglob("*.*")):
-            _sync(path)
+            sync(path)
             files[path.relative_to(hidden).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         sequence = 1 + max((m["sequence"] for m in manifests(self.root).values()), default=0)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "sequence": sequence, "files": files}
@@ -358,7 +356,7 @@ class CheckpointWriter:
         sealed = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1)
         (hidden / MANIFEST).write_text(sealed, encoding="utf-8")
         for written in (hidden / MANIFEST, hidden / "optimizer", hidden):
-            _sync(written)
+            sync(written)
 
     def _make_room(self, final: Path) -> None:
         """Move an older ``final`` out of the way; ``latest`` first falls back to the newest other one."""
@@ -380,10 +378,10 @@ class CheckpointWriter:
         final = self.root / pointer
         with draft_of(final, needed=BLOCK) as hidden:
             hidden.write_text(f"{name}\n", encoding="utf-8")
-            _sync(hidden)
+            sync(hidden)
             if final.is_dir() and not final.is_symlink():  # somebody's copy of a checkpoint: a file cannot replace it
                 final.rename(self.root / f"{pointer}-{uuid.uuid4().hex[:8]}")
-        _sync(self.root)
+        sync(self.root)
 
     def _prune(self) -> None:
         known = manifests(self.root)
@@ -394,11 +392,3 @@ class CheckpointWriter:
         for path in known:
             if path.name not in keep:
                 path.rename(self._hidden())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
