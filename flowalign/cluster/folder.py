@@ -13,11 +13,13 @@ from pathlib import Path
 
 from flowalign.cluster import guardian
 from flowalign.cluster.errors import ClusterError
+from flowalign.record.disk import free_bytes, size_text, swept
 from flowalign.record.process import Process
 
 PREFIX, OWNER = "flowalign-", "owner"
 # A socket's path has at most 107 bytes.
 _LONGEST = 107 - len(f"/{PREFIX}12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+_LEAST = 4_000_000  # bytes for sockets and the first logs
 _SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 
 
@@ -29,14 +31,22 @@ def own_folder() -> str:
     """
     usual = os.path.abspath(_usual())
     for place in (usual, *_SHORT):
-        if len(os.fsencode(place)) <= _LONGEST and os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
-            folder = tempfile.mkdtemp(prefix=PREFIX, dir=place)
-            Path(folder, OWNER).write_text(json.dumps(asdict(Process.this())), encoding="utf-8")
-            return folder
+        if len(os.fsencode(place)) <= _LONGEST and _may_write(place):
+            with suppress(OSError), swept(Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))) as folder:
+                (folder / OWNER).write_text(json.dumps(asdict(Process.this())), encoding="utf-8")
+                return str(folder)
     raise ClusterError(
-        f"Ray needs a directory for its sockets: TMPDIR={usual} is not there, may not be written to or has more than "
-        f"{_LONGEST} characters, and so are {', '.join(_SHORT)}; set TMPDIR to a short one"
+        f"Ray needs a directory for its sockets and logs: TMPDIR={usual} is not there, may not be written to, has less "
+        f"than {size_text(_LEAST)} free or more than {_LONGEST} characters, and so are {', '.join(_SHORT)}; set TMPDIR "
+        "to a short one with room"
     )
+
+
+def _may_write(place: str) -> bool:
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        return False
+    free = free_bytes(Path(place))
+    return free is None or free >= _LEAST  # Ray on a full disk is silent for a minute, and then names a socket's file
 
 
 def sweep() -> list[str]:

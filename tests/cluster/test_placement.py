@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from flowalign.cluster.folder import delete, own_folder
 from flowalign.cluster.placement import check_fits, own_resources, shares
 from flowalign.cluster.session import RaySession
 from flowalign.config import AlignConfig
+from tests.fault.smalldisk import fill, mounted
 
 
 def asked(**cluster: float):
@@ -83,8 +85,25 @@ def test_rays_directory_is_a_private_one_in_the_usual_place_or_where_a_socket_fi
     os.rmdir(short)
 
 
+def test_rays_directory_lies_elsewhere_where_the_usual_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(tempfile.mkdtemp(dir="/tmp"))
+    with mounted(place / "d", "5m") as disk:
+        monkeypatch.setenv("RAY_TMPDIR", str(disk))
+        delete(made := own_folder())
+        assert os.path.dirname(made) == str(disk)
+        fill(disk, 60_000)
+        delete(made := own_folder())
+        assert os.path.dirname(made) in folder._SHORT and [entry.name for entry in disk.iterdir()] == ["filler"]
+        monkeypatch.setattr(folder, "_SHORT", ())
+        with pytest.raises(ClusterError, match=r"has less than 4.0 MB free"):
+            own_folder()
+    shutil.rmtree(place)
+
+
 def test_without_any_directory_for_sockets_one_sentence_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/no/such")
     monkeypatch.setattr(folder, "_SHORT", ("/neither",))
-    with pytest.raises(ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one$"):
+    with pytest.raises(
+        ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one w"
+    ):
         own_folder()
