@@ -103,7 +103,5 @@ def test_rays_directory_lies_elsewhere_where_the_usual_disk_is_full(monkeypatch:
 def test_without_any_directory_for_sockets_one_sentence_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/no/such")
     monkeypatch.setattr(folder, "_SHORT", ("/neither",))
-    with pytest.raises(
-        ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one w"
-    ):
+    with pytest.raises(ClusterError, match=r"TMPDIR=/no/such is not there.* /neither; set TMPDIR to a short one w"):
         own_folder()
