@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rewards.customcode import never_ask, refuse_custom_code
 from rewards.interface import Images, SpecError, one_line
 from rewards.missing import hint
 
@@ -47,6 +48,8 @@ class OpenClip:
             )
         if path is not None and not (Path(path) / "open_clip_config.json").is_file():
             raise SpecError(f"{owner}: {path} holds no open_clip_config.json; give a directory in open_clip's layout")
+        if path is not None:
+            refuse_custom_code(owner, path)
         if model is not None and checkpoint is None:
             raise SpecError(f"{owner}: model {model!r} has no `checkpoint`; give a local file of its weights")
         if checkpoint is not None and ("/" in checkpoint or Path(checkpoint).suffix) and not Path(checkpoint).is_file():
@@ -70,6 +73,7 @@ class OpenClip:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         self.device = device
+        never_ask()
         try:
             model = open_clip.create_model(
                 self.architecture,

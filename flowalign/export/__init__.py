@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import (
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -27,9 +26,10 @@ from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name, write_card
 from flowalign.files import give_usual_modes, save_tensors
 from flowalign.models.build import has_lora
+from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
-from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, quietly
+from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, plain_pipeline, quietly
 from flowalign.outputs import RECORD as RECORD
 from flowalign.outputs import check_place, draft_beside, take_place
 from flowalign.record.disk import on_disk, require_room
@@ -264,19 +264,20 @@ def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Erro
 def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
     """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants.
 
-    Where the directory has a ``pipeline.py``, its code is run.
+    Where the directory has a ``pipeline.py``, it stands for the one of this package, which takes its place: no code of
+    a directory is run.
+
+    Raises:
+        ModelError: the directory names code of its own.
     """
+    refuse_custom_code(directory)
     index = json.loads((directory / "model_index.json").read_text())
     absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
     more: Any = {"dtype": torch.float32, "local_files_only": True, **absent}
     with quietly():
+        pipeline: Any = plain_pipeline(str(directory), **more)
         if (directory / "pipeline.py").is_file():
-            own = str(directory / "pipeline.py")
-            pipeline: Any = DiffusionPipeline.from_pretrained(
-                str(directory), custom_pipeline=own, trust_remote_code=True, **more
-            )
-        else:
-            pipeline = StableDiffusion3Pipeline.from_pretrained(str(directory), **more)
+            pipeline = own_pipeline.FlowalignPipeline(**pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

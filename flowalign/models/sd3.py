@@ -21,6 +21,7 @@ from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
+from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
@@ -56,6 +57,7 @@ def check_directory(directory: Path) -> None:
             raise ModelError(f"model.path: {directory} has no folder {part}; the download or export is incomplete")
     for index in sorted(directory.glob("*/*.safetensors.index.json")):
         _check_shards(index)
+    refuse_custom_code(directory)
     check_scheduler(directory)
 
 
@@ -121,7 +123,7 @@ def quietly() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _parts(directory: str, **options: Any) -> Any:
+def plain_pipeline(directory: str, **options: Any) -> Any:
     """A plain pipeline of what lies in ``directory``; the code that an export of ours has for diffusers is not run."""
     from diffusers import StableDiffusion3Pipeline
 
@@ -131,7 +133,7 @@ def _parts(directory: str, **options: Any) -> Any:
             found: Any = super().load_config(*args, **kwargs)
             return {**found, "_class_name": "StableDiffusion3Pipeline"}
 
-    return StableDiffusion3Pipeline(**Plain.from_pretrained(directory, **options).components)
+    return StableDiffusion3Pipeline(**Plain.from_pretrained(directory, trust_remote_code=False, **options).components)
 
 
 class SD3Policy:
@@ -177,7 +179,7 @@ class SD3Policy:
         absent = {k: None for k in ("text_encoder_3", "tokenizer_3") if not any(index.get(k) or [])}
         try:
             with quietly():
-                pipeline = _parts(str(directory), dtype=dtype, local_files_only=True, **absent)
+                pipeline = plain_pipeline(str(directory), dtype=dtype, local_files_only=True, **absent)
         except Exception as error:  # the libraries raise whatever a damaged file leads them to
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(f"model.path: {directory} cannot be loaded ({reason}); is it whole?") from error

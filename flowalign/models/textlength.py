@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowalign.models.base import ModelError
+from flowalign.models.customcode import refuse_custom_code
 from flowalign.textfiles import TextError, read_object
 
 _MARKS = 2  # tokens for begin and end
@@ -38,9 +39,10 @@ def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
     long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode("utf-8", "replace")) > room]
     if not long:
         return 0, limit
+    refuse_custom_code(directory)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), local_files_only=True, trust_remote_code=False)
     lengths = map(len, tokenizer(long, add_special_tokens=False)["input_ids"])
     return sum(length > room for length in lengths), limit
 

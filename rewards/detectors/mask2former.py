@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewards.colors import ZeroShotColors
+from rewards.customcode import refuse_custom_code
 from rewards.geneval_rows import canonical, colored_classes
 from rewards.interface import Images, Metadata, SpecError, one_line
 
@@ -82,6 +83,7 @@ class Mask2formerDetector:
         self.path = path
         self.classes = None if classes is None else tuple(classes)
         self.colors = None if clip is None else ZeroShotColors(**clip)
+        refuse_custom_code("mask2former", path)
         self.max_per_image = max_per_image
         self.min_score = min_score
         self.max_colored = max_colored
@@ -120,9 +122,15 @@ class Mask2formerDetector:
         self.device = device
         try:
             loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                self.path, dtype=getattr(torch, self.dtype), local_files_only=True, output_loading_info=True
+                self.path,
+                dtype=getattr(torch, self.dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-            self._processor: Any = AutoImageProcessor.from_pretrained(self.path, local_files_only=True)
+            self._processor: Any = AutoImageProcessor.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise SpecError(f"mask2former: {self.path} did not load ({one_line(error)})") from error
         model, report = loaded

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from rewards.customcode import refuse_custom_code
 from rewards.interface import Images, Metadata, SpecError, one_line
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class PickscoreScorer:
                     f"pickscore: {directory} holds no {files[0]}; give the directory of a transformers CLIPModel"
                     " (`path`) and of its tokenizer and image processor (`processor`)"
                 )
+        refuse_custom_code("pickscore", path, self.processor)
         self.factor = 1.0 if scale == "raw" else 1 / 26
         self.dtype = dtype
         self.device = device
@@ -66,11 +68,13 @@ class PickscoreScorer:
                 self.path,
                 dtype=getattr(torch, self.dtype),
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-            self._images = AutoImageProcessor.from_pretrained(self.processor, local_files_only=True)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, local_files_only=True)
+            local: Any = {"local_files_only": True}
+            self._images = AutoImageProcessor.from_pretrained(self.processor, trust_remote_code=False, **local)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, trust_remote_code=False, **local)
         except (OSError, ValueError, RuntimeError) as error:
             raise SpecError(f"pickscore: {self.path} did not load as a CLIPModel ({one_line(error)})") from error
         model, report = loaded

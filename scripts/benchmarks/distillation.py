@@ -39,7 +39,7 @@ def without_a_block(target: Path, block: int = 2) -> Path:
     draft = target.with_suffix(".part")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(ROOT / "flowalign" / "shapes" / "assets" / "pipeline", draft)
-    network = SD3Transformer2DModel.from_pretrained(draft / "transformer")
+    network = SD3Transformer2DModel.from_pretrained(draft / "transformer", trust_remote_code=False)
     assert isinstance(network, SD3Transformer2DModel)
     network.transformer_blocks = ModuleList([b for i, b in enumerate(network.transformer_blocks) if i != block])
     network.register_to_config(num_layers=len(network.transformer_blocks))

@@ -34,7 +34,7 @@ def text(work: Path, steps: int | None) -> None:
 
 
 def pickscore(work: Path, steps: int | None) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
     save_pickscore(train_pickscore(work, tokenizer, steps=steps or 900), tokenizer, work / "pickscore")
 
 
@@ -43,18 +43,22 @@ def detector(work: Path, steps: int | None) -> None:
 
 
 def colors(work: Path, steps: int | None) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
     save_open_clip(train_colors(work, work / "open_clip", tokenizer, steps=steps or 200), tokenizer, work / "colors")
 
 
 def untrained(work: Path, steps: int | None) -> None:
     """The pipeline with a random transformer, which pretraining starts from."""
     encoders = [
-        CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder_{number}", dtype=torch.float32)
+        CLIPTextModelWithProjection.from_pretrained(
+            work / f"text_encoder_{number}", dtype=torch.float32, trust_remote_code=False
+        )
         for number in (1, 2)
     ]
-    vae = AutoencoderKL.from_pretrained(work / "vae")
-    assemble(vae, CLIPTokenizer.from_pretrained(work / "tokenizer"), encoders).save_pretrained(work / "untrained")
+    vae = AutoencoderKL.from_pretrained(work / "vae", trust_remote_code=False)
+    assemble(vae, CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False), encoders).save_pretrained(
+        work / "untrained"
+    )
 
 
 def finish(work: Path, steps: int | None) -> None:

@@ -60,7 +60,7 @@ def assemble(
 def load(directory: Path) -> StableDiffusion3Pipeline:
     """A pipeline directory in float32; its T5 encoder is absent, which diffusers wants to be told."""
     return StableDiffusion3Pipeline.from_pretrained(
-        str(directory), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+        str(directory), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32, trust_remote_code=False
     )
 
 
