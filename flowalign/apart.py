@@ -121,7 +121,8 @@ def _backends() -> tuple[bool, ...]:
 
 
 def _put_backends(wanted: tuple[bool, ...]) -> None:
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    cuda = torch.backends.cuda
     cudnn.enabled, cudnn.benchmark, cudnn.deterministic = wanted[:3]
     torch.backends.mkldnn.set_flags(wanted[3])
     cuda.enable_flash_sdp(wanted[4])
