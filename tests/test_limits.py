@@ -181,7 +181,8 @@ def test_a_file_without_an_end_is_refused() -> None:
 @pytest.mark.parametrize("depth", [100, 5_000, 900_000])
 def test_nested_prompts_are_refused_with_their_line(config_path: Path, tmp_path: Path, depth: int) -> None:
     row = f'{{"prompt": "a", "x": {"[" * depth}1{"]" * depth}}}'
-    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "[[["}}\n{row}\n')
+    first = '{"prompt": "[[[", "tag": "colors", "include": [{"class": "star", "count": 1}]}'
+    (tmp_path / "p.jsonl").write_text(f"{first}\n{row}\n")
     said = outcome(config_path, f"data.prompts={tmp_path / 'p.jsonl'}")
     assert said.startswith("data.prompts: ") and "p.jsonl, line 2 is nested too deeply: more than 64" in said
 

@@ -11,7 +11,6 @@ import yaml
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from flowalign import checkpoint
 from flowalign.cli import app
 from tests._model_directory import write_config, write_model_directory
 from tests.fault.test_every_algorithm_resumes import CASES, config, write_pairs
@@ -87,22 +86,17 @@ def test_a_window_of_no_step_is_refused_by_its_key(algorithm: str, window: str, 
 
 
 @pytest.mark.parametrize("case", ["flow_grpo random window", "dpo online", "dpo offline", "opd", "nft", "sft", "awm"])
-def test_a_learning_rate_that_makes_nan_stops_the_run_and_keeps_its_checkpoint(
+def test_a_learning_rate_that_destroys_the_weights_stops_the_run_and_saves_nothing(
     case: str, tiny_pipeline_dir: Path, tmp_path: Path
 ):
-    """The first update is finite and throws the weights to 1e30; whatever comes next is not learned from."""
+    """The first update is finite and throws the weights to 1e30; nothing of them is kept, and the same is said again."""
     own = config("nan", case, tmp_path, tiny_pipeline_dir)
     own["checkpoint"] = {"every": 1}
     own["learner"] |= {"optimizer": {"learning_rate": 1e30}, "updates_per_iteration": 1}
     path, saved = written(own), tmp_path / "runs" / "nan" / "checkpoints"
-    expected = "must be finite; the weights are unchanged" if "offline" in case else "its weights have diverged"
-    assert expected in (sentence := said(path, code=1))
-    assert f"the last checkpoint is {saved / 'step_000001'}; the same command continues from it" in sentence
-    before = checkpoint.content_hash(checkpoint.load(saved / "step_000001").model)
-    assert checkpoint.latest(saved) == saved / "step_000001"
-    assert expected in said(path, code=1)  # continued from there it says the same again
-    assert checkpoint.latest(saved) == saved / "step_000001"
-    assert checkpoint.content_hash(checkpoint.load(saved / "step_000001").model) == before
+    for _ in range(2):
+        assert "has destroyed the weights" in said(path, code=1)
+        assert not list(saved.glob("*step_*"))
 
 
 def test_every_algorithm_is_among_the_runs():
