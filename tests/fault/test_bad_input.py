@@ -89,7 +89,7 @@ def test_a_window_of_no_step_is_refused_by_its_key(algorithm: str, window: str, 
 def test_a_learning_rate_that_destroys_the_weights_stops_the_run_and_saves_nothing(
     case: str, tiny_pipeline_dir: Path, tmp_path: Path
 ):
-    """The first update is finite and throws the weights to 1e30; nothing of them is kept, and the same is said again."""
+    """The first update is finite and throws the weights to 1e30; nothing of them is kept, and that is said again."""
     own = config("nan", case, tmp_path, tiny_pipeline_dir)
     own["checkpoint"] = {"every": 1}
     own["learner"] |= {"optimizer": {"learning_rate": 1e30}, "updates_per_iteration": 1}
