@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)  # a loaded machine is no fault of an example
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
