@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flowalign.cli.exits import ExitCode
-from tests.fault.test_kill_and_resume import assert_same_run, finished, iterations_done, start
+from tests.fault.test_kill_and_resume import assert_same_run, finished, start
 
 pytestmark = pytest.mark.fault
 REPO = Path(__file__).resolve().parents[2]
@@ -116,20 +116,23 @@ def part_of_ray(folder: str, name: str) -> int:
 @pytest.mark.timeout(1200)
 def test_a_run_whose_ray_or_self_is_killed_goes_on_with_the_same_bits(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
     finished(start(tmp_path, tiny_pipeline_dir, "whole", "local"), tmp_path / "whole.log")
-    run_dir = tmp_path / "runs" / "killed"
-    for number, victim in enumerate(("gcs_server", "raylet", "itself")):
+    log = tmp_path / "killed.log"
+    log.touch()
+    for victim in ("gcs_server", "raylet", "itself"):
+        before = log.stat().st_size
         process = start(tmp_path, tiny_pipeline_dir, "killed", "ray")
         folder = own_folder_of(process.pid)
         until = time.monotonic() + 240
-        while iterations_done(run_dir) < 1 + 2 * number and process.poll() is None and time.monotonic() < until:
+        while not re.search(r"iteration [3-8]/8", log.read_bytes()[before:].decode()) and time.monotonic() < until:
+            assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.05)
         os.kill(process.pid if victim == "itself" else part_of_ray(folder, victim), signal.SIGKILL)
         code = process.wait(timeout=60)
         nothing_stays(folder)
         if victim != "itself":
-            said = (tmp_path / "killed.log").read_text()
+            said = log.read_text()
             assert code == ExitCode.FAILED, said[-3000:]
             line = rf"Ray's {victim} \(process \d+\) is gone.* killed by SIGKILL; .*the same command continues"
             assert re.search(line, " ".join(said.split())), said[-3000:]
-    finished(start(tmp_path, tiny_pipeline_dir, "killed", "ray"), tmp_path / "killed.log")
-    assert_same_run(tmp_path / "runs" / "whole", run_dir)
+    finished(start(tmp_path, tiny_pipeline_dir, "killed", "ray"), log)
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
