@@ -140,7 +140,7 @@ def _with_remedy(raw: dict[str, Any], base: Path, error: ConfigError) -> ConfigE
     """The error, with what to do where it speaks of a path that a run was begun with and that is not there any more."""
     keys, run_dir = error.key.split("."), Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
     given = _at(raw, keys)
-    if not isinstance(given, str) or not has_any(run_dir / "checkpoints") or not (run_dir / RESOLVED).is_file():
+    if not isinstance(given, str) or not is_there(run_dir / RESOLVED) or not has_any(run_dir / "checkpoints"):
         return error
     places = [os.path.normpath(folder / given) for folder in (base, Path.cwd())]
     was = _at(read_mapping(run_dir / RESOLVED), keys)

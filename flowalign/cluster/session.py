@@ -63,6 +63,7 @@ class RaySession:
             with _hearing_alone():
                 self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
             return
+        address = _found(address)
         _check_answers(address)
         try:
             with _hearing_alone():
@@ -192,6 +193,20 @@ def _visible_gpus(asked: Sequence[Share], device: str) -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _found(address: str) -> str:
+    """The address that Ray takes for ``auto``: of RAY_ADDRESS, or of a Ray on this machine.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    if address != "auto":
+        return address
+    try:
+        return importlib.import_module("ray._private.services").get_ray_address_from_environment(address, None)
+    except ConnectionError as error:
+        raise ClusterError(f"cluster.address: cannot join Ray at auto: {_one_line(error)}") from None
 
 
 def _check_answers(address: str) -> None:

@@ -51,10 +51,14 @@ def test_actor_larger_than_any_node_is_refused_though_the_sum_would_do() -> None
         check_fits(asked(learner_gpus=2), nodes, "the cluster")
 
 
-def test_address_where_nothing_listens_is_refused() -> None:
+def test_address_where_nothing_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=r"^cluster.address: nothing answers at 127.0.0.1:1 "):
         RaySession("127.0.0.1:1", asked(), "cpu")
-    with pytest.raises(ClusterError, match=r"^cluster.address: cannot join Ray at auto: "):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")  # which Ray would try for a minute
+    with pytest.raises(ClusterError, match=r"^cluster.address: nothing answers at 127.0.0.1:2 "):
+        RaySession("auto", asked(), "cpu")
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ClusterError, match=r"^cluster.address: "):  # none, or that of another test
         RaySession("auto", asked(), "cpu")
 
 

@@ -96,7 +96,7 @@ def test_right_requests_are_answered_while_silence_half_heads_and_held_bodies_st
     finally:
         others.terminate()
         opened = json.loads(others.communicate()[0])
-    assert opened["silent"] > 60 and opened["half"] > 120 and opened["body"] > 4
+    assert opened["silent"] > 60 and opened["half"] > 120 and opened["body"] >= 4
     assert logged(server).count("\n") == 1  # that it runs user code
 
 
