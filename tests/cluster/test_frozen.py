@@ -121,6 +121,7 @@ def test_a_stopped_rank_is_named_not_those_that_wait_for_it(tmp_path: Path) -> N
     assert not any(Path(f"/proc/{pid}").exists() for pid in group.pids)
 
 
+@pytest.mark.slow
 def test_a_stopped_teacher_is_ended_in_place_of_the_ranks_that_wait_for_it(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     said: list[str] = []

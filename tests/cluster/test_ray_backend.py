@@ -197,6 +197,7 @@ def test_a_rollout_worker_that_is_made_again_does_not_load_an_autoencoder_that_h
     assert_same_bits(trace(fresh, fresh.config, folder), local)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_reward_worker_that_is_made_again_does_not_run_code_that_has_changed(fresh: RayBackend, folder: Path) -> None:
     file = folder / "reward.py"

@@ -154,6 +154,7 @@ def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, loca
     assert pids(fresh)[1] != before[1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_teacher_that_is_made_again_does_not_load_what_has_changed(
     fresh: RayBackend, local: Trace, teachers: dict[str, Any]
