@@ -21,7 +21,7 @@ from flowalign.config import AlignConfig, ConfigError
 from flowalign.configfile import load_align
 from flowalign.export.card import write_card
 from flowalign.made import MadeOf
-from flowalign.made.hashing import Hashes, Unsteady, hash_file, stamp
+from flowalign.made.hashing import Hashes, Unsteady, hash_file, holds, stamp
 from flowalign.made.ingredients import files_under, parts_of
 from flowalign.made.late import held
 from flowalign.made.records import LISTED
@@ -231,6 +231,35 @@ def test_what_changes_while_the_run_is_starting_is_named(work: Path) -> None:
     (work / "prompts.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(ConfigError, match=r"^data.prompts: .*prompts.jsonl was changed while the run was starting"):
         made.check_steady()
+
+
+def put_anew(file: Path) -> None:
+    """As Ray does with the files of a working directory: an equal file takes the place of another."""
+    other = file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    other.replace(file)
+
+
+def test_an_equal_file_in_the_place_of_another_is_no_change(work: Path) -> None:
+    loaded = load_align(work / "one.yaml")
+    made = MadeOf(loaded.config, loaded.base_dir)
+    put_anew(work / "prompts.jsonl")
+    made.facts()
+    put_anew(work / "prompts.jsonl")
+    made.check_steady()
+    config, expected = late(work)
+    with held(expected["data."], config):
+        put_anew(work / "prompts.jsonl")
+
+
+def test_a_file_that_is_put_anew_while_it_is_hashed_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    before = stamp(file)
+    put_anew(file)
+    assert hash_file(file, before) == hash_file(file, stamp(file))
+    file.write_bytes(b"abcd")
+    assert holds(file, hash_file(file, stamp(file))) and not holds(file, "0" * 64)
 
 
 def test_a_big_file_that_changes_while_it_is_hashed_is_noticed(tmp_path: Path) -> None:

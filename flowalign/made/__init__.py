@@ -17,7 +17,7 @@ from typing import Any
 from flowalign.checkpoint import Checkpoint, Say
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.contents import ACCEPT, RATES
-from flowalign.made.hashing import Hashes, Unsteady
+from flowalign.made.hashing import Hashes, Unsteady, holds
 from flowalign.made.ingredients import Part, parts_of
 from flowalign.made.late import Expected
 from flowalign.made.records import UNREADABLE, Record, difference, record_of, said_of, stamp_of
@@ -177,7 +177,9 @@ class MadeOf:
 
     def _moved(self, part: Part) -> bool:
         before = None if part.path is None else self._hashes.stamps.get(part.path)
-        return before is not None and stamp_of(part) != before
+        if part.path is None or before is None or stamp_of(part) == before:
+            return False
+        return not holds(part.path, self._hash(part))
 
     def _difference(self, key: str, recorded: Mapping[str, str]) -> dict[str, list[str | None]]:
         return difference(recorded, record_of(self._of(key), self._hash)[key])

@@ -47,9 +47,27 @@ def stamp(path: Path) -> Stamp:
 def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -> str:
     """sha256 of the content that the file had in the state ``before``, read chunk by chunk.
 
+    A file that is in another state afterwards is read once more: Ray unpacks a working directory again and again, over
+    equal files.
+
     Raises:
-        Unsteady: it is not in that state any more. InterruptedError: ``ended`` was set. OSError: it cannot be read.
+        Unsteady: its content is another one now. InterruptedError: ``ended`` was set. OSError: it cannot be read.
     """
+    found = _read(path, ended)
+    if (now := stamp(path)) != before and (_read(path, ended) != found or stamp(path) != now):
+        raise Unsteady(f"{path} was changed while it was read")
+    return found
+
+
+def holds(path: Path, known: str) -> bool:
+    """Whether the file's content has the hash ``known``, whatever state it is in."""
+    try:
+        return hash_file(path, stamp(path)) == known
+    except OSError:
+        return False
+
+
+def _read(path: Path, ended: threading.Event | None) -> str:
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
@@ -57,8 +75,6 @@ def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -
             digest.update(view[:count])
             if ended is not None and ended.is_set():
                 raise InterruptedError
-    if stamp(path) != before:
-        raise Unsteady(f"{path} was changed while it was read")
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowalign.config import AlignConfig, ConfigError
-from flowalign.made.hashing import Stamp, Unsteady, hash_file
+from flowalign.made.hashing import Stamp, Unsteady, hash_file, holds
 from flowalign.made.ingredients import Part, parts_of
 from flowalign.made.records import UNREADABLE, Record, difference, record_of, said_of, stamp_of
 
@@ -30,14 +30,15 @@ class Expected:
         """
         parts = tuple(parts_of(config, self.base_dir, self.record.__contains__))
         stamps = {part: stamp_of(part) for part in parts}
-        found = record_of(parts, lambda part: self._hash(part, stamps[part]))
+        hashes = {part: self._hash(part, stamps[part]) for part in parts}
+        found = record_of(parts, hashes.__getitem__)
         for key, files in self.record.items():
             if changed := difference(files, found.get(key, {})):
                 said = said_of([part for part in parts if part.key == key], changed)
                 raise ConfigError(key, f"{said} since the run began, and a worker made anew would load it; {_PUT_BACK}")
         yield
         for part in parts:
-            if stamp_of(part) != stamps[part]:
+            if stamp_of(part) != stamps[part] and not (part.path and holds(part.path, hashes[part])):
                 raise ConfigError(part.key, f"{part} was changed while a worker loaded it; {_PUT_BACK}")
 
     def _hash(self, part: Part, now: Stamp | None) -> str:
