@@ -215,6 +215,7 @@ def _path(value: str, base: Path, *, made: bool = False) -> str:
     One that is at neither place, and is not ``made`` by the run, is taken for a mistyped neighbour where it has one.
     """
     path = Path(os.path.expanduser(value))
-    beside, here = base / path, Path.cwd() / path
+    # The working directory of a launched job is gone at its end: whoever has a whole path does without.
+    beside, here = base / path, path if path.is_absolute() else Path.cwd() / path
     meant = not made and not is_there(here) and hint(beside) and not hint(here)
     return os.path.normpath(beside if meant or is_there(beside) else here)

@@ -9,6 +9,7 @@ import pytest
 
 from flowalign.config import ConfigError
 from flowalign.configfile import load_align, load_pretrain, read_resolved, write_resolved
+from flowalign.configpaths import _path
 from flowalign.yamlfiles import override, parse_yaml, plain
 from tests.test_configfile import STAR, config_path, refusal
 
@@ -265,3 +266,12 @@ def test_a_judge_may_be_asked_a_long_question() -> None:
     rewards = "rewards=[{spec: jpeg, options: {question: " + question + "}}]"
     with pytest.raises(ConfigError, match=r"jpeg.* has no option 'question'"):
         load_align(SHAPES, [rewards])
+
+
+def test_a_configuration_of_whole_paths_needs_no_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert _path("/a/b", tmp_path) == "/a/b"
