@@ -110,9 +110,9 @@ def serve(
 
 
 def public_name(spec: str) -> str:
-    """What strangers may read of a spec: of ``/a/path/file.py:reward`` the file and what it names."""
+    """What strangers may read of a spec, and a run calls it: of ``/a/path/file.py:reward`` what the file names."""
     location, colon, attribute = spec.rpartition(":")
-    return f"{Path(location).name}:{attribute}" if colon and location.endswith(".py") else spec
+    return attribute if colon and location.endswith(".py") else spec
 
 
 class _Server(uvicorn.Server):

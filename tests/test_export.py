@@ -14,7 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from flowalign.checkpoint import CheckpointError
+from flowalign.config import SHIPPED
 from flowalign.export import ExportError, export, load_pipeline
+from flowalign.export.card import base_name
 from flowalign.outputs import DirectoryTaken
 from flowalign.rollout import SampleNoise, integrate
 from flowalign.sample import Which, ode_spec, open_policy, sample_checkpoint
@@ -189,6 +191,7 @@ def test_the_card_states_base_rewards_scores_and_licence(
     text = (made.path / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "other"
+    assert front["tags"][:4] == ["flowalign", "text-to-image", "reinforcement-learning", "flow-grpo"]
     assert front["library_name"] == ("peft" if kind == "lora" else "diffusers")
     assert ModelCard(text).data.eval_results[0].metric_value == 0.5  # type: ignore[index]
     for part in (
@@ -200,6 +203,11 @@ def test_the_card_states_base_rewards_scores_and_licence(
     ):
         assert part in text
     assert ("not of the weights exported here" in text) == (kind == "ema")
+
+
+def test_the_model_of_the_package_goes_by_its_name_in_a_card() -> None:
+    assert base_name(str(SHIPPED / "pipeline")) == "shapes" and base_name("models/pipeline") == "pipeline"
+    assert base_name("hub/models--owner--name/snapshots/1") == "owner/name"
 
 
 def test_the_licence_fields_of_the_base_model_are_kept(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:

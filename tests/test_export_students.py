@@ -177,6 +177,7 @@ def test_every_kind_of_export_loads_and_samples_again(tmp_path, tiny_pipeline_di
         assert type(plain.from_pretrained(out, trust_remote_code=True, **absent)).__name__ == "FlowalignPipeline"
     card = (out / "README.md").read_text()
     assert "custom_pipeline" in card and "sigmas=" not in card
+    assert "reinforcement-learning" not in card and '- "rectified-flow"' not in card.partition("# ")[0]
     if own.model.family != "rf":
         assert f"`{name}`: the network gives no velocity of a straight path" in card and own.model.family == name
         (out / "flowalign.json").unlink()  # the network's own file says it too

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import build_algorithm
+from flowalign.cli.terminal import console, print_rows
 from flowalign.config import ConfigError
 from flowalign.configfile import load_align
 from flowalign.flow.solvers import evaluations, heun
@@ -172,3 +173,19 @@ def test_heun_asks_twice_a_step_but_once_in_the_last(config_path: Path) -> None:
 def _zero(asked_at: list[Tensor], x: Tensor, t: Tensor) -> Tensor:
     asked_at.append(t)
     return torch.zeros_like(x)
+
+
+def test_rows_count_in_fitting_units_and_numbers_and_hold_no_evaluation_that_is_off(config_path: Path) -> None:
+    rows = dict(
+        plan_rows(plan(config_path, "evaluation.every=0", "data.groups_per_iteration=1", "rollout.chunk_size=4"))
+    )
+    assert rows["images"] == "4 = 1 group of 4, in 1 chunk of 4" and "evaluation" not in rows
+    assert rows["update"] == "1 optimizer step, each 8 transitions in 1 micro-batch of 8"
+    assert rows["one forward"].endswith(" MFLOP a sample") and rows["learner"].endswith(" MFLOP an iteration")
+    assert dict(plan_rows(plan(config_path)))["rollout"].endswith(" GFLOP an iteration")
+    assert not any(value.startswith("0.00") for value in rows.values())
+
+
+def test_rows_are_lines_as_long_as_they_are_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rows(console(), [("a", "b" * 200, ""), ("longer", "c", "d")])
+    assert capsys.readouterr().out == f"a       {'b' * 200}\nlonger  c{' ' * 199}  d\n"

@@ -30,12 +30,12 @@ from flowalign.cli.options import (
     Weights,
     check_text,
     finite,
+    storable,
 )
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, print_rows, progress
-from flowalign.largest import OTHERWISE
 from rewards.printable import printable
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def evaluate(
     guidance_scale: Guidance = None,
     solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=OTHERWISE)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
     weights: Annotated[str | None, typer.Option(metavar="NAME", help="default: as the run evaluates")] = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flowalign.features import FeatureExtractor
     from rewards.openclip import OpenClip
 
+FEW = 100  # images of which KID tells little
 METRICS = ("fid", "kid", "precision", "recall", "clip")
 TRUE_SCENES = "shapes:eval"
 SHIPPED_CLIP = "shapes:open_clip"
@@ -157,12 +158,17 @@ def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
     """What a reader of the numbers must know; ``count`` is the size of the smaller set."""
     from flowalign.imagemetrics import rank_deficient
 
-    if "fid" not in metrics or not rank_deficient(count, width):
-        return []
-    return [
-        f"fid: {count} images for {width} features leave the covariance rank-deficient and the distance too large; "
-        "compare it only between sets of the same size, or take kid"
-    ]
+    notes = list[str]()
+    if "fid" in metrics and rank_deficient(count, width):
+        notes.append(
+            f"fid: {count} images for {width} features leave the covariance rank-deficient and the distance too large; "
+            "compare it only between sets of the same size, or take kid"
+        )
+    if "kid" in metrics and count < FEW:
+        notes.append(
+            f"kid: of {count} images it is right on average and scatters widely, below 0 as well; compare it with more"
+        )
+    return notes
 
 
 def say_notes(console: Console, notes: list[str]) -> None:

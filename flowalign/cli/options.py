@@ -12,7 +12,15 @@ import typer
 from flowalign.cli.terminal import reserve_output
 from flowalign.largest import LARGEST, OTHERWISE
 
-Seed = Annotated[int, typer.Option(min=0, max=OTHERWISE)]
+
+def storable(value: int | None) -> int | None:
+    """A seed that 64 bits hold; as a range it would fill the help."""
+    if value is not None and value > OTHERWISE:
+        raise typer.BadParameter(f"{value} is larger than {OTHERWISE}")
+    return value
+
+
+Seed = Annotated[int, typer.Option(min=0, callback=storable)]
 NumSamples = Annotated[int | None, typer.Option(min=1, max=int(LARGEST["num_samples"]))]
 
 
@@ -92,7 +100,9 @@ class SolverName(StrEnum):
     consistency = "consistency"
 
 
-Solver = Annotated[SolverName | None, typer.Option(help="default: as the run evaluates")]
+Solver = Annotated[
+    SolverName | None, typer.Option(metavar="NAME", help=f"{', '.join(SolverName)}; default: as the run evaluates")
+]
 
 
 class Suite(StrEnum):

@@ -143,7 +143,13 @@ class _Lasting:
 
 
 def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
-    """A table without rules: aligned columns, the last one free to wrap."""
+    """A table without rules: aligned columns, the last one free to wrap on a terminal; elsewhere a row is a line."""
+    if not out.is_terminal:
+        texts = [[printable(cell) for cell in row] for row in rows]
+        sizes = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        for row in texts:
+            out.print("  ".join(map(str.ljust, row, sizes)).rstrip())
+        return
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import build_algorithm
-from flowalign.config import AlignConfig, ConfigError, RewardConfig
+from flowalign.config import SHIPPED, AlignConfig, ConfigError, RewardConfig
 from flowalign.export.markdown import code, front, text
 from flowalign.made import ACCEPTED
 from flowalign.metrics import read_metrics
@@ -50,19 +50,21 @@ def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *
     """README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
     after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
     before = _before(run_dir / "metrics.jsonl")
-    front = "\n".join(_front_matter(config, _algorithm(config, state), kind, after))
+    front = "\n".join(_front_matter(config, state, kind, after))
     (directory / "README.md").write_text(
         f"---\n{front}\n---\n\n{_body(config, state, kind, before, after)}", encoding="utf-8"
     )
 
 
 def base_name(path: str) -> str:
-    """``owner/name`` of a model in the hub's cache, else the directory's own name."""
+    """``owner/name`` of a model in the hub's cache, ``shapes``, else the directory's own name."""
+    if Path(path).resolve() == (SHIPPED / "pipeline").resolve():
+        return "shapes"
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", path)
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
 
 
-def _front_matter(config: AlignConfig, algorithm: str, kind: str, after: Row) -> list[str]:
+def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> list[str]:
     """YAML, each value written as JSON, which YAML contains."""
     base = base_name(config.model.path)
     lines = _licence(Path(config.model.path))
@@ -70,7 +72,8 @@ def _front_matter(config: AlignConfig, algorithm: str, kind: str, after: Row) ->
     if "/" in base:
         lines += [f"base_model: {front(base)}"]
         lines += [f"base_model_relation: {'adapter' if kind == 'lora' else 'finetune'}"]
-    tags = ["flowalign", "text-to-image", "reinforcement-learning", algorithm.replace("_", "-")]
+    learned = [] if "config" in state else ["reinforcement-learning"]
+    tags = ["flowalign", "text-to-image", *learned, _tag(config, _algorithm(config, state))]
     tags += ["lora", "diffusers"] if kind == "lora" else []
     lines += ["tags:", *(f"- {front(tag)}" for tag in tags)]
     overall = {key.split("/")[1]: value for key, value in after.items() if key.endswith("/overall")}
@@ -80,6 +83,13 @@ def _front_matter(config: AlignConfig, algorithm: str, kind: str, after: Row) ->
         result = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
         lines += ["model-index:", f"- {front({'name': config.name, 'results': [result]})}"]
     return lines
+
+
+def _tag(config: AlignConfig, algorithm: str) -> str:
+    """The algorithm; of a model that was trained plainly on another family's path, the family."""
+    family = (config.model.family or "rf").partition("(")[0]
+    named = family if algorithm == "rectified_flow" and family != "rf" else algorithm
+    return named.replace("_", "-").replace("/", "-")
 
 
 def _licence(base: Path) -> list[str]:

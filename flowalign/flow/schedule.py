@@ -146,10 +146,11 @@ class PipelineSchedule:
         return sigmas(num_steps, own if static is None else static, "diffusers")
 
     def replacement(self, shift: Shift) -> str | None:
-        """One line where a configured ``shift`` takes the place of the scheduler's own; None where it is that."""
+        """One line where a configured ``shift`` takes the place of the scheduler's own; None where it is that, but of
+        ``auto`` what it is."""
         static = self.shift_of(shift)
         if static is None or (static == self.shift and not self.dynamic):
-            return None
+            return f"shift {static:g} (auto), which is the model's scheduler's own" if shift == "auto" else None
         asked = f"{static:g} (auto)" if shift == "auto" else f"{static:g}"
         own = f"its dynamic one, {self.shift:.4g} at this size" if self.dynamic else f"its own {self.shift:g}"
         return f"shift {asked} replaces the model's scheduler's: {own}, which evaluation, samples and exports keep"

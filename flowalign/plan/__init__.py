@@ -106,7 +106,9 @@ def _odd(config: AlignConfig, geometry: Geometry) -> list[str]:
             f"{geometry.micro_batches_per_step - micro_batches} are padding"
         )
     if geometry.chunks < config.cluster.rollout_workers:
-        notes.append(f"{geometry.chunks} chunks for {config.cluster.rollout_workers} rollout workers: some stay idle")
+        notes.append(
+            f"{_count(geometry.chunks, 'chunk')} for {config.cluster.rollout_workers} rollout workers: some stay idle"
+        )
     return notes
 
 
@@ -115,22 +117,26 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     g, m, memory = plan.geometry, plan.model, plan.memory
     frozen = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in m.frozen.items())
     rows = [
-        ("images", f"{g.images} = {g.groups} groups of {g.group_size}, in {g.chunks} chunks of {g.chunk_size}"),
-        ("trajectory", f"{g.num_steps} steps, {g.window_steps} of them stochastic"),
+        (
+            "images",
+            f"{g.images} = {_count(g.groups, 'group')} of {g.group_size}, "
+            f"in {_count(g.chunks, 'chunk')} of {g.chunk_size}",
+        ),
+        ("trajectory", f"{_count(g.num_steps, 'step')}, {g.window_steps} of them stochastic"),
         ("transitions", f"{g.transitions}"),
         (
             "update",
-            f"{g.optimizer_steps} optimizer steps, each {g.transitions_per_step} transitions "
-            f"in {g.micro_batches_per_step} micro-batches of {g.micro_batch_size}",
+            f"{_count(g.optimizer_steps, 'optimizer step')}, each {_count(g.transitions_per_step, 'transition')} "
+            f"in {_count(g.micro_batches_per_step, 'micro-batch', 'es')} of {g.micro_batch_size}",
         ),
         ("sizes from", m.source),
         ("transformer", f"{m.transformer:,} parameters, {m.trainable:,} of them trained"),
         ("frozen", frozen or "no configuration found"),
         ("latents", f"{'x'.join(map(str, m.latent_shape))}, {m.image_tokens} image and {m.text_tokens} text tokens"),
-        ("one forward", f"{m.flops / 1e9:,.2f} GFLOP a sample"),
-        ("rollout", f"{plan.rollout_flops / 1e12:,.2f} TFLOP an iteration"),
-        ("learner", f"{plan.learner_flops / 1e12:,.2f} TFLOP an iteration"),
-        ("evaluation", f"{g.evaluation_passes * m.flops / 1e12:,.2f} TFLOP each"),
+        ("one forward", f"{_flops(m.flops)} a sample"),
+        ("rollout", f"{_flops(plan.rollout_flops)} an iteration"),
+        ("learner", f"{_flops(plan.learner_flops)} an iteration"),
+        *([("evaluation", f"{_flops(g.evaluation_passes * m.flops)} each")] if g.evaluation_passes else []),
         ("rollout worker", f"{_size(memory.rollout_worker)}, {_size(memory.rollout_weights)} of it weights"),
         (
             "learner rank",
@@ -146,6 +152,18 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         named = ", ".join(f"{name} {_size(count)}" for name, count in memory.teachers.items())
         rows.append(("teachers", f"{where}: {named}"))
     return rows
+
+
+def _count(count: int, what: str, ending: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else ending}"
+
+
+def _flops(count: int) -> str:
+    """In the largest unit of which there is one."""
+    for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 10**6:,.2f} MFLOP"
 
 
 def _size(count: int) -> str:

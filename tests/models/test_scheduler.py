@@ -91,7 +91,8 @@ def test_a_configured_shift_is_a_static_one_of_the_same_scheduler(directory: Pat
 
 
 def test_auto_is_the_own_shift_times_the_root_of_the_size_over_the_model_s_own(directory: Path) -> None:
-    assert walk(directory).shift_of("auto") == 2.5 and walk(directory).replacement("auto") is None
+    assert walk(directory).shift_of("auto") == 2.5 and walk(directory).replacement(2.5) is None
+    assert walk(directory).replacement("auto") == "shift 2.5 (auto), which is the model's scheduler's own"
     half = walk(directory, 32, 64)
     assert half.shift_of("auto") == pytest.approx(2.5 * 0.5**0.5)
     assert torch.equal(half.levels(4, "auto"), sigmas(4, half.shift_of("auto") or 0))

@@ -73,7 +73,7 @@ def test_health_and_info_say_what_runs(shared_server):
     server = shared_server("brightness")
     assert raw(server, "GET", "/health") == (200, {"status": "ok"})
     info = HttpScorer(server.url).info()
-    assert info["name"] == "user_rewards.py:brightness"
+    assert info["name"] == "brightness"
     assert info["limits"]["max_count"] == 1024
 
 
