@@ -235,8 +235,6 @@ class LearnerActor(Mortal):
 
     def start(self, host: str, port: int) -> int:
         """Join the other ranks, of whom rank 0 listens on ``host:port``."""
-        if host == "127.0.0.1" and os.path.exists("/sys/class/net/lo"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = self.config.learner.ranks
         self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
         return os.getpid()

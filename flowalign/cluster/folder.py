@@ -16,9 +16,10 @@ from flowalign.cluster.errors import ClusterError
 from flowalign.record.disk import free_bytes, size_text, swept
 from flowalign.record.process import Process
 
-PREFIX, OWNER = "flowalign-", "owner"
+# Ray lets everybody into the directory that it is given: it gets one inside of that which is its owner's alone.
+PREFIX, OWNER, RAYS = "flowalign-", "owner", "r"
 # A socket's path has at most 107 bytes.
-_LONGEST = 107 - len(f"/{PREFIX}12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+_LONGEST = 107 - len(f"/{PREFIX}12345678/{RAYS}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 _LEAST = 4_000_000  # bytes for sockets and the first logs
 _SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 

@@ -21,9 +21,9 @@ from ray.job_config import JobConfig
 
 from flowalign.cluster import guardian
 from flowalign.cluster.errors import ClusterError, ClusterLost
-from flowalign.cluster.folder import delete, own_folder, sweep
+from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
 from flowalign.cluster.placement import Share, own_resources, visible_cores
-from flowalign.cluster.tokens import own_token
+from flowalign.cluster.tokens import close_token_file, own_token
 
 OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_S, _GRPC_S = 3.0, 5.0
@@ -57,6 +57,7 @@ class RaySession:
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        close_token_file()
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
@@ -74,21 +75,23 @@ class RaySession:
             raise ClusterError(f"cluster.address: cannot join Ray at {address}: {_one_line(error)}") from None
 
     def _start(self, **options: Any) -> None:
-        """A Ray of this run alone. It has a token of its own: Ray would leave one in the user's home, and every cluster
-        that is started there later would ask for it."""
-        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        """A Ray of this run alone, on loopback. It has a token of its own: Ray would leave one in the user's home, which
+        everybody may read, and every cluster that is started there later would ask for it."""
+        told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+        if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         self.said = sweep()
         self._folder = own_folder()
         self._guardian = guardian.start(self._folder)
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=self._folder,
-                **options,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=os.path.join(self._folder, RAYS),
+                    **options,
+                )
         except (OSError, RuntimeError, ValueError, RayError) as error:
             self.close()
             raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
@@ -141,6 +144,18 @@ class RaySession:
                 self._guardian.kill()
                 self._guardian.wait()
             self._folder, self._processes = None, {}
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started inside can be reached from this machine alone. As an option Ray takes no such address: it puts
+    one in its place that others reach, and then listens on every interface."""
+    constants = importlib.import_module("ray._private.ray_constants")
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def worker_env(threads: int) -> dict[str, str]:

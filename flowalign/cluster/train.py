@@ -55,7 +55,8 @@ class Rank:
         if "WORLD_SIZE" not in env:
             return cls()
         numbers = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(*numbers, host=env["MASTER_ADDR"], port=int(env["MASTER_PORT"]))
+        one_host = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+        return cls(*numbers, host=cls.host if one_host else env["MASTER_ADDR"], port=int(env["MASTER_PORT"]))
 
     def device(self, configured: str) -> str:
         """One GPU a process."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,12 +15,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+_LOOPBACK = "127.0.0.1"
+_ONE_HOST = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def join(rank: int, world_size: int, master_port: int, device: torch.device, master_addr: str = "127.0.0.1") -> None:
     """Make this process ``rank`` of ``world_size`` over gloo (CPU) or nccl (CUDA); a collective call.
 
-    A world of one needs no port. Joining again with the same numbers does nothing.
+    A world of one needs no port. Where ``master_addr`` is 127.0.0.1 all ranks share this host, and nothing that they open
+    can be reached from another. Joining again with the same numbers does nothing.
 
     Raises:
         RuntimeError: this process already belongs to another group.
@@ -33,12 +40,30 @@ def join(rank: int, world_size: int, master_port: int, device: torch.device, mas
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if (world_size == 1 or master_addr == _LOOPBACK) and os.path.exists("/sys/class/net/lo"):
+        for name in _ONE_HOST:
+            os.environ.setdefault(name, "lo")
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif master_addr == _LOOPBACK and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = _store_on_loopback(rank, world_size, master_port)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         address = f"tcp://{master_addr}:{master_port}"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
     atexit.register(_leave)
+
+
+def _store_on_loopback(rank: int, world_size: int, port: int) -> dist.TCPStore:
+    """Torch's own store would listen on every interface, whatever the address, and asks nobody for a password."""
+    timeout = default_pg_timeout
+    if rank:
+        return dist.TCPStore(_LOOPBACK, port, world_size, is_master=False, timeout=timeout)
+    listening = socket.create_server((_LOOPBACK, port))
+    # The store closes what it is given.
+    return dist.TCPStore(
+        _LOOPBACK, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listening.detach()
+    )
 
 
 def gather(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[int, tuple[dict[str, Tensor], Any]]:

@@ -81,7 +81,7 @@ def test_rays_directory_is_a_private_one_in_the_usual_place_or_where_a_socket_fi
     folders = {"long": tmp_path / ("d" * 90), "missing": "/no/such", "a file": tmp_path / "file", "usual": short}
     monkeypatch.setenv("TMPDIR", str(folders[what]))
     made = own_folder()
-    path = f"{made}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+    path = f"{made}/{folder.RAYS}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
     assert len(path) <= 107 and stat.S_IMODE(os.stat(made).st_mode) == 0o700
     assert (os.path.dirname(made) == short) == (what == "usual")
     delete(made)
