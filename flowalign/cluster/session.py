@@ -75,7 +75,7 @@ class RaySession:
             raise ClusterError(f"cluster.address: cannot join Ray at {address}: {_one_line(error)}") from None
 
     def _start(self, **options: Any) -> None:
-        """A Ray of this run alone, on loopback. It has a token of its own: Ray would leave one in the user's home, which
+        """A Ray of this run alone, on loopback. It has a token of its own: Ray would leave one in the user's home that
         everybody may read, and every cluster that is started there later would ask for it."""
         told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
         if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
@@ -148,8 +148,8 @@ class RaySession:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that is started inside can be reached from this machine alone. As an option Ray takes no such address: it puts
-    one in its place that others reach, and then listens on every interface."""
+    """A Ray that is started inside can be reached from this machine alone. As an option Ray takes no such address: it
+    puts one in its place that others reach, and then listens on every interface."""
     constants = importlib.import_module("ray._private.ray_constants")
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:

@@ -24,8 +24,8 @@ _ONE_HOST = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def join(rank: int, world_size: int, master_port: int, device: torch.device, master_addr: str = "127.0.0.1") -> None:
     """Make this process ``rank`` of ``world_size`` over gloo (CPU) or nccl (CUDA); a collective call.
 
-    A world of one needs no port. Where ``master_addr`` is 127.0.0.1 all ranks share this host, and nothing that they open
-    can be reached from another. Joining again with the same numbers does nothing.
+    A world of one needs no port. Where ``master_addr`` is 127.0.0.1 all ranks share this host, and nothing that they
+    open can be reached from another. Joining again with the same numbers does nothing.
 
     Raises:
         RuntimeError: this process already belongs to another group.

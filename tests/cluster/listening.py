@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 
+import grpc
+
 _LISTEN = "0A"
+_QUESTIONS = (
+    "NodeInfoGcsService/GetClusterId",
+    "NodeManagerService/GetNodeStats",
+    "ObjectManagerService/Pull",
+    "CoreWorkerService/GetCoreWorkerStats",
+    "LogService/ListLogs",
+)
 
 
 @dataclass(frozen=True)
@@ -70,3 +84,41 @@ def _sockets(table: str, family: socket.AddressFamily) -> dict[str, tuple[str, i
             address = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
             found[fields[9]] = socket.inet_ntop(family, address).removeprefix("::ffff:"), int(port, 16)
     return found
+
+
+def documented() -> list[list[str]]:
+    """The rows of docs/safety.md's first table of what listens: process, what, address, who may ask."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "safety.md").read_text(encoding="utf-8")
+    rows = text.partition("# What listens where")[2].partition("| process | listens |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
+
+
+def name(door: Door, run: int) -> str:
+    """What the table calls the process; ``run`` is the one that was started as a command."""
+    if door.pid == run:
+        return "flowalign align"
+    for known in ("gcs_server", "raylet", "monitor", "dashboard"):
+        if re.search(rf"/{known}(\.py)?( |$)", door.command):
+            return known
+    title = door.command.split()[0] if door.command else "a process without a name"
+    return title if title in ("ray::DashboardAgent", "ray::RuntimeEnvAgent") or "::" not in title else "ray::"
+
+
+def asks_for_token(port: int) -> bool:
+    """Whether one of Ray's ports turns somebody away who has no token."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        return error.code == HTTPStatus.UNAUTHORIZED
+    except (OSError, HTTPException):
+        return any(_refused(port, question) for question in _QUESTIONS)
+    return False
+
+
+def _refused(port: int, question: str) -> bool:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{question}")(b"", timeout=5)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+    return False

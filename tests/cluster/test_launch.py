@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def documented(kind: str) -> list[str]:
 def test_the_documented_lines_set_one_mode_of_authentication_before_every_ray_start() -> None:
     assert documented("head") == [
         "export RAY_AUTH_MODE=token",
-        "ray get-auth-token --generate > /dev/null",
+        "(umask 077; ray get-auth-token --generate > /dev/null)",
         "ray start --head --dashboard-host 0.0.0.0",
     ]
     assert documented("other") == ["export RAY_AUTH_MODE=token", "ray start --address=HEAD:6379"]
@@ -136,6 +137,7 @@ def test_the_documented_lines_start_a_cluster_that_is_joined_and_launched_on(
     try:
         wait_for(port, started[0])
         wait_for(dashboard, started[0])
+        assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
         started.append(start(f"{other} --dashboard-agent-listen-port {second} {size}"))
         config = small_config(tiny_pipeline_dir, tmp_path, cluster={}, iterations=1, logging={"wandb": "disabled"})
         write(tmp_path / "run.yaml", **json.loads(config.model_dump_json(exclude_defaults=True)))

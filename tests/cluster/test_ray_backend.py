@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from flowalign.cluster.weight_sync import SyncError
 from flowalign.config import AlignConfig, ConfigError, PatienceConfig, RewardConfig
 from flowalign.made import MadeOf
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
+from tests.cluster.listening import asks_for_token, documented, doors, name
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
 SIGKILL = "it was killed by SIGKILL|its process was gone at once"  # before Linux 6.15 nobody is told of the signal
@@ -283,3 +286,28 @@ def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sen
     finally:
         backend.close()
     assert ray.is_initialized()
+
+
+def test_an_own_ray_opens_what_is_documented_on_loopback_and_asks_for_its_token(two: RayBackend) -> None:
+    told: dict[str, set[bool]] = {}
+    for process, what, address, who in documented():
+        if "Ray's" in what or "HTTP" in what or "counters" in who:
+            told.setdefault(process.split("`")[1], set()).add(who.startswith("token"))
+            assert address == "127.0.0.1"
+    late = told.keys() - {"monitor", "dashboard"}  # their ports another Ray on this machine may have taken
+    deadline = time.monotonic() + 60  # Ray's agents are the last to open theirs
+    while late - {name(door, os.getpid()) for door in doors(os.getpid())} and time.monotonic() < deadline:
+        time.sleep(1)
+    seen: dict[str, set[bool]] = {}
+    for door in doors(os.getpid()):
+        assert door.address == "127.0.0.1", door
+        seen.setdefault(name(door, os.getpid()), set()).add(asks_for_token(door.port))
+    assert late <= seen.keys()
+    assert seen == {process: told[process] for process in seen}
+
+
+def test_nobody_but_its_user_may_enter_the_directory_of_an_own_ray(two: RayBackend) -> None:
+    folder = two._session._folder
+    assert folder is not None and stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    logs = importlib.import_module("ray._private.worker")._global_node.get_logs_dir_path()
+    assert Path(logs).is_relative_to(folder)

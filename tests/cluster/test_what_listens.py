@@ -1,0 +1,76 @@
+"""What whole runs and servers open, from their first second to their last, by the kernel's table of sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.listening import documented, doors, name
+from tests.cluster.runs import small_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "deepspeed"), (2, "torch")])
+def test_a_run_opens_nothing_but_loopback_from_its_start_to_its_end_and_leaves_no_token(
+    tiny_pipeline_dir: Path, tmp_path: Path, ranks: int, engine: str
+) -> None:
+    """With the umask and the mode of authentication under which Ray would leave a token that everybody may read."""
+    learner = {"engine": engine, "micro_batch_size": 4, "ranks": ranks}
+    config = small_config(tiny_pipeline_dir, tmp_path, cluster={}, learner=learner, iterations=2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(config.model_dump_json(exclude_defaults=True))))
+    (tmp_path / "home").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "NCCL_"))}
+    environment = {**kept, "HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "flowalign.cli", "align", "run.yaml"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            umask=0o022,
+        )
+        opened = set()
+        while run.poll() is None:
+            opened |= set(doors(run.pid))
+            time.sleep(0.3)
+    assert run.returncode == 0, log.read_text()
+    assert {door.address for door in opened} == {"127.0.0.1"}, opened
+    learners = [door for door in opened if "ray::LearnerActor" in door.command]
+    assert len({door.pid for door in learners}) == ranks and len({door.port for door in learners}) >= 2 * ranks
+    assert {name(door, run.pid) for door in opened} <= {row[0].split("`")[1] for row in documented()}
+    assert not (tmp_path / "home" / ".ray" / "auth_token").exists()
+
+
+def test_a_reward_server_opens_one_port_on_loopback(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def bright(images, prompts, metadata):\n    return images.mean(axis=(1, 2, 3))\n"
+    )
+    command = [sys.executable, "-m", "flowalign.cli", "serve-reward", "mine.py:bright", "--port", "0"]
+    server = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None and "http://127.0.0.1:" in server.stdout.readline()
+        assert [door.address for door in doors(server.pid)] == ["127.0.0.1"]
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    assert next(row for row in documented() if "serve-reward" in row[0])[2].startswith("127.0.0.1")
