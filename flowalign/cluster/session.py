@@ -150,7 +150,7 @@ class RaySession:
 def _on_loopback() -> Iterator[None]:
     """A Ray that is started inside can be reached from this machine alone. As an option Ray takes no such address: it
     puts one in its place that others reach, and then listens on every interface."""
-    constants = importlib.import_module("ray._private.ray_constants")
+    constants: Any = importlib.import_module("ray._private.ray_constants")
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
