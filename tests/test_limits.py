@@ -85,7 +85,8 @@ def pretraining(config_path: Path) -> Path:
         "name: base\nmodel: {path: model}\nlatents: bank\nalgorithm: {type: rectified_flow}\n"
         "phases: [{steps: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
     )
-    outcome(path, load=load_pretrain), load_align(config_path)  # what is imported once is not measured
+    outcome(path, load=load_pretrain)
+    load_align(config_path)  # what is imported once is not measured
     return path
 
 

@@ -295,12 +295,15 @@ def test_an_own_ray_opens_what_is_documented_on_loopback_and_asks_for_its_token(
             told.setdefault(process.split("`")[1], set()).add(who.startswith("token"))
             assert address == "127.0.0.1"
     late = told.keys() - {"monitor", "dashboard"}  # their ports another Ray on this machine may have taken
-    deadline = time.monotonic() + 60  # Ray's agents are the last to open theirs
-    while late - {name(door, os.getpid()) for door in doors(os.getpid())} and time.monotonic() < deadline:
+    deadline, opened = time.monotonic() + 60, doors(os.getpid())
+    # Ray's agents are the last to open theirs, and a worker that has just begun has not its title yet.
+    while time.monotonic() < deadline and not late <= {name(door, os.getpid()) for door in opened} <= told.keys():
         time.sleep(1)
+        opened = doors(os.getpid())
     seen: dict[str, set[bool]] = {}
-    for door in doors(os.getpid()):
+    for door in opened:
         assert door.address == "127.0.0.1", door
+        assert name(door, os.getpid()) in told, door
         seen.setdefault(name(door, os.getpid()), set()).add(asks_for_token(door.port))
     assert late <= seen.keys()
     assert seen == {process: told[process] for process in seen}
