@@ -14,11 +14,13 @@ Address = TypeVar("Address")
 
 @dataclass(eq=False)
 class Replica(Generic[Address]):
-    """A server and how it did lately: failures in a row, until when it is left out, its last failure."""
+    """A server and how it did lately: failures in a row, until when it is left out, until when it asked to be left
+    alone, its last failure."""
 
     address: Address
     failures: int = 0
     out_until: float = float("-inf")
+    busy_until: float = float("-inf")
     cause: str = ""
 
 
@@ -26,8 +28,9 @@ class Replicas(Generic[Address]):
     """The servers of one kind, shared by threads.
 
     One that failed ``breaker_failures`` times in a row is left out for ``breaker_reset_s`` seconds and then gets a
-    single request as a trial: an answer brings it back, a failure leaves it out again. Where all would be left out none
-    is. ``clock`` tells seconds.
+    single request as a trial: an answer brings it back, a failure leaves it out again. One that asked to be left alone
+    is, until then. Where all would be left out those are asked that did not ask for it, or else all. ``clock`` tells
+    seconds.
     """
 
     def __init__(
@@ -54,9 +57,10 @@ class Replicas(Generic[Address]):
         """What is left to ask, in turn; the first of it is taken."""
         with self._lock:
             now = self._clock()
-            out = [replica for replica in self.all if now < replica.out_until]
+            busy = [replica for replica in self.all if now < replica.busy_until]
+            out = [replica for replica in self.all if replica in busy or now < replica.out_until]
             if len(out) == len(self.all):
-                out = []
+                out = busy if len(busy) < len(self.all) else []
             in_turn = self.all[self._turn :] + self.all[: self._turn]
             left = [replica for replica in in_turn if replica not in tried and replica not in out]
             if left:
@@ -67,10 +71,18 @@ class Replicas(Generic[Address]):
 
     def answered(self, replica: Replica[Address]) -> None:
         with self._lock:
-            replica.failures, replica.out_until, replica.cause = 0, float("-inf"), ""
+            replica.failures, replica.cause = 0, ""
+            replica.out_until = replica.busy_until = float("-inf")
 
-    def failed(self, replica: Replica[Address], cause: str) -> None:
+    def busy_s(self) -> float:
+        """Seconds until the first may be asked that asked to be left alone; 0 where there is one that did not."""
         with self._lock:
+            return max(0.0, min(replica.busy_until for replica in self.all) - self._clock())
+
+    def failed(self, replica: Replica[Address], cause: str, *, busy_s: float = 0.0) -> None:
+        """Count a failure; the server asked to be left alone for ``busy_s``."""
+        with self._lock:
+            replica.busy_until = self._clock() + busy_s
             replica.failures += 1
             replica.cause = cause
             if replica.failures >= self._failures:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from rewards.deadline import TimedSocket, connect, left
 from rewards.interface import ScorerError, SpecError, one_line
 from rewards.replicas import Replica, Replicas
+from rewards.retryafter import asked_wait_s
 from rewards.wire import DEFAULT_LIMITS, TooLarge
 
 _RETRIABLE = {
@@ -47,12 +48,13 @@ class DeadlineExceeded(ScorerError):
 
 
 class ServerRefused(ScorerError):
-    """The server answered with an error; ``status`` is HTTP's, ``kind`` the server's own."""
+    """The server answered with an error; ``status`` is HTTP's, ``kind`` the server's own, ``wait_s`` its wish."""
 
-    def __init__(self, message: str, status: int, kind: str) -> None:
+    def __init__(self, message: str, status: int, kind: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
+        self.wait_s = wait_s
 
     def __reduce__(self) -> tuple[type[ServerRefused], tuple[str, int, str]]:
         """Exceptions cross processes by their constructor's arguments; the default keeps only the message."""
@@ -67,7 +69,8 @@ class Endpoint:
     can cure lead to one: no connection, a broken one, 408, 429, 502, 503, 504. The next address is asked at once, and
     one that stays silent is left for the next after an equal share of the time. When all have failed they are asked
     again after a wait, ``retries`` times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter.
-    An address that failed ``breaker_failures`` times in a row is left out for ``breaker_reset_s``
+    An address that answered 429 or 503 with ``Retry-After`` is asked again when it says, but after half of the time
+    that is left at the latest, so that another try has as long. An address that failed ``breaker_failures`` times in a row is left out for ``breaker_reset_s``
     (``rewards.replicas``). ``token_env`` names the variable that holds the bearer token. ``hint`` is what to do where
     nothing answers.
 
@@ -118,13 +121,15 @@ class Endpoint:
                     if isinstance(error, ServerRefused) and error.status not in _RETRIABLE:
                         self._replicas.answered(replica)
                         raise
-                    self._replicas.failed(replica, _cause(error))
+                    asked = error.wait_s if isinstance(error, ServerRefused) else 0.0
+                    self._replicas.failed(replica, _cause(error), busy_s=min(asked, (until - time.monotonic()) / 2))
                     self._count(f"{replica.address.url}: {_cause(error)}")
                     failure = error
                 else:
                     self._replicas.answered(replica)
                     return answer
             wait = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1)
+            wait = max(wait, self._replicas.busy_s())
             late = time.monotonic() + wait > until
             if late or attempt == self.retries:
                 raise self._gave_up(late and isinstance(failure, TimeoutError), attempt + 1) from failure
@@ -206,7 +211,7 @@ class Address:
             response = connection.getresponse()
             data = self._read(response)
         if response.status != HTTPStatus.OK:
-            raise _refusal(self._who, response.status, data)
+            raise _refusal(self._who, response.status, data, asked_wait_s(response.status, response.headers))
         return data
 
     def _connected(self, port: int, context: ssl.SSLContext | None, until: float) -> socket.socket:
@@ -256,10 +261,10 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _refusal(who: str, status: int, data: bytes) -> ServerRefused:
+def _refusal(who: str, status: int, data: bytes, wait_s: float) -> ServerRefused:
     try:
         error = json.loads(data)["error"]
         kind, message = str(error.get("type") or "http"), str(error["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
         kind, message = "http", data[:100].decode("utf-8", "replace")
-    return ServerRefused(f"{who} refused the request ({status}, {kind}): {message}", status, kind)
+    return ServerRefused(f"{who} refused the request ({status}, {kind}): {message}", status, kind, wait_s)
