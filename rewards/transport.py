@@ -70,9 +70,9 @@ class Endpoint:
     one that stays silent is left for the next after an equal share of the time. When all have failed they are asked
     again after a wait, ``retries`` times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter.
     An address that answered 429 or 503 with ``Retry-After`` is asked again when it says, but after half of the time
-    that is left at the latest, so that another try has as long. An address that failed ``breaker_failures`` times in a row is left out for ``breaker_reset_s``
-    (``rewards.replicas``). ``token_env`` names the variable that holds the bearer token. ``hint`` is what to do where
-    nothing answers.
+    that is left at the latest, so that another try has as long. An address that failed ``breaker_failures`` times in a
+    row is left out for ``breaker_reset_s`` (``rewards.replicas``). ``token_env`` names the variable that holds the
+    bearer token. ``hint`` is what to do where nothing answers.
 
     Raises:
         SpecError: an address is no http(s) address or is given twice, or a number is out of range.
