@@ -1,9 +1,14 @@
 """A long run on Ray whose workers are killed, frozen and starved of disk: prints one JSON object.
 
-Two rollout workers and two learner ranks. In one of ten iterations, drawn by seed and at least 20 s apart, a rollout or
-reward worker is killed or stopped for good, a rank is killed, or no file may grow any more for the run; where that ends
-the run, the same command is given again. It must end with the bits of the undisturbed run, leave nothing behind, and
-need no more memory, file descriptors and shared memory in its last quarter than in its second (5 % are allowed).
+Two rollout workers and two learner ranks. In one of ten iterations, drawn by seed and at least 20 s apart, a rollout
+worker, the reward worker or a rank is killed or stopped for good, the disk of the run directory is filled, or no file
+of a worker may grow any more; where that ends the run, the same command is given again. It must end with the bits of
+the undisturbed run, leave nothing behind (processes, Ray's directories, hidden drafts in the run directory, files in
+/dev/shm), and need no more memory, file descriptors and shared memory in its last quarter than in its second (5 % are
+allowed).
+
+Who may mount gives the disturbed run a disk of its own, and each run a /dev/shm of its own. Elsewhere no file of the
+run may grow any more in place of a full disk, and all that is new in /dev/shm counts.
 
     python scripts/benchmarks/soak.py --iterations 300 --work DIR     # DIR keeps both runs: given again, it goes on
 
@@ -38,7 +43,11 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERY, APART_S, SILENCE_S = 10, 20.0, 600.0
 GROWTH, NOTHING = 0.05, 1.0  # one descriptor or one MB more is no growth
 ROLES = {"RolloutActor": "rollout", "RewardActor": "reward", "LearnerActor": "rank"}
-FAULTS = {"kill rollout": 4, "kill reward": 2, "freeze rollout": 3, "freeze reward": 2, "kill rank": 1, "starve run": 1}
+FAULTS = {"kill rollout": 4, "kill reward": 2, "freeze rollout": 3, "freeze reward": 2}
+FAULTS |= {"kill rank": 1, "freeze rank": 1, "starve run": 2, "starve rollout": 1}
+DISK, SHARED = "512m", "2g"  # three checkpoints and the rest of a run; twice Ray's object store
+LEFT_ON_DISK = (0, 2_000, 60_000, 40_000_000)  # less than a checkpoint
+IN_OWN_SHARED = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/shm && exec "$@"')
 CONFIG: dict[str, Any] = {
     "model": {"path": "shapes", "dtype": "float32", "max_sequence_length": 2},
     "data": {"prompts": "shapes:train", "groups_per_iteration": 3},
@@ -63,11 +72,14 @@ CONFIG: dict[str, Any] = {
 class Run:
     """One of the two runs in ``work``; its Ray lies in a directory of its own, so that what is left can be seen."""
 
-    def __init__(self, work: Path, name: str, iterations: int) -> None:
-        self.work, self.name, self.iterations = work, name, iterations
-        self.run_dir, self.log = work / "runs" / name, work / f"{name}.log"
+    def __init__(self, work: Path, name: str, iterations: int, disk: Disk | None = None) -> None:
+        self.work, self.name, self.iterations, self.disk = work, name, iterations, disk
+        runs = disk.place if disk else work / "runs"
+        self.run_dir, self.log = runs / name, work / f"{name}.log"
         self.temp = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
-        config = {**CONFIG, "name": name, "runs_dir": str(work / "runs"), "iterations": iterations}
+        self.shared = Disk.mounted(work / f"shm-{name}", SHARED)
+        self._there = set(os.listdir("/dev/shm"))
+        config = {**CONFIG, "name": name, "runs_dir": str(runs), "iterations": iterations}
         (work / f"{name}.yaml").write_text(yaml.safe_dump(config))
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -75,6 +87,8 @@ class Run:
         environment = {**os.environ, "TMPDIR": str(self.temp), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = str(ROOT)
         line = [sys.executable, "-m", "flowalign.cli", "align", str(self.work / f"{self.name}.yaml")]
+        if self.shared:
+            line = [*IN_OWN_SHARED, str(self.shared.place), *line]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(line, cwd=self.work, env=environment, **pipes)  # type: ignore[call-overload]
         threading.Thread(target=self._copy, args=(self.process,), daemon=True).start()
@@ -100,12 +114,25 @@ class Run:
         return found
 
     def left(self) -> dict[str, Any]:
-        """Processes and directories of its Ray; caches of the libraries lie there as well, and are theirs."""
+        """Processes and directories of its Ray (caches of the libraries lie there as well, and are theirs), what a
+        writer has hidden in the run directory, the run's lock, and files in shared memory."""
         until = time.monotonic() + 60
         while time.monotonic() < until and (list(processes_of(str(self.temp))) or list(self.temp.glob("flowalign-*"))):
             time.sleep(0.5)
         folders = [path.name for path in self.temp.glob("flowalign-*")]
-        return {"processes": len(list(processes_of(str(self.temp)))), "files": folders}
+        drafts = [path.name for path in self.run_dir.rglob(".*")] + [path.name for path in self.run_dir.glob("lock")]
+        shared = os.listdir(self.shared.place) if self.shared else sorted({*os.listdir("/dev/shm")} - self._there)
+        processes = len(list(processes_of(str(self.temp))))
+        return {"processes": processes, "files": folders, "drafts": drafts, "shared": shared}
+
+    def close(self) -> None:
+        """Give back what lies outside of ``work``; the run directory is moved there."""
+        shutil.rmtree(self.temp, ignore_errors=True)
+        if self.shared:
+            self.shared.close()
+        if self.disk:
+            shutil.copytree(self.run_dir, self.work / "runs" / self.name, dirs_exist_ok=True)
+            self.disk.close()
 
     def sample(self) -> dict[str, float]:
         """Resident memory and file descriptors of the run and of its workers, and shared memory of all, in MB."""
@@ -118,6 +145,34 @@ class Run:
             row[f"processes/{role}"] = len(pids)
         row["shared"] = max((_status_mb(pid, "RssShmem") for pid in roles.get("ray", [])), default=0.0)
         return row
+
+
+class Disk:
+    """A small disk in memory; of a soak that was broken off it is still there."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    @classmethod
+    def mounted(cls, place: Path, size: str) -> Disk | None:
+        """None where this process may not mount one."""
+        place.mkdir(parents=True, exist_ok=True)
+        line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if place.is_mount() or subprocess.run(line, capture_output=True).returncode == 0:
+            return cls(place)
+        return None
+
+    def fill(self, left: int) -> None:
+        found = os.statvfs(self.place)
+        with (self.place / "filler").open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - left))
+
+    def free(self) -> None:
+        (self.place / "filler").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", "-l", str(self.place)], check=True)
+        self.place.rmdir()
 
 
 def _read(pid: int, name: str) -> str:
@@ -165,13 +220,18 @@ class Faults:
         pids = [run.process.pid] if whom == "run" else run.workers().get(whom, [])
         if not pids:
             return
-        pid = random.Random(f"{self.seed} {iteration}").choice(sorted(pids))
-        if what == "starve":
+        chance = random.Random(f"{self.seed} {iteration}")
+        pid, left = chance.choice(sorted(pids)), chance.choice(LEFT_ON_DISK)
+        facts: dict[str, Any] = {"pid": pid}
+        if kind == "starve run" and run.disk:
+            run.disk.fill(left)
+            facts["left"] = left
+        elif what == "starve":
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         else:
             os.kill(pid, signal.SIGSTOP if what == "freeze" else signal.SIGKILL)
         self._last = time.monotonic()
-        self.done.append({"block": iteration // EVERY, "iteration": iteration, "kind": kind, "pid": pid})
+        self.done.append({"block": iteration // EVERY, "iteration": iteration, "kind": kind, **facts})
         with self.file.open("a") as file:
             file.write(json.dumps(self.done[-1]) + "\n")
 
@@ -193,6 +253,8 @@ def disturbed(run: Run, faults: Faults) -> Counter[str]:
     samples = (run.work / "samples.jsonl").open("a")
     while run.done() < run.iterations or run.process is None or run.process.poll() is None:
         if run.process is None or run.process.poll() is not None:
+            if run.disk:
+                run.disk.free()
             process, started = run.start(), run.done()
         time.sleep(0.5)
         done = run.done()
@@ -250,7 +312,8 @@ def main() -> None:
     asked = parser.parse_args()
     work = (asked.work or Path(tempfile.mkdtemp(prefix="soak-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    whole, shaken = (Run(work, name, asked.iterations) for name in ("whole", "shaken"))
+    whole = Run(work, "whole", asked.iterations)
+    shaken = Run(work, "shaken", asked.iterations, Disk.mounted(work / "disk", DISK))
     began = time.monotonic()
     undisturbed(whole)
     faults, between = Faults(work, asked.seed), time.monotonic()
@@ -271,15 +334,16 @@ def main() -> None:
         "same_bits": same_bits(whole, shaken),
         "growth": grown,
         "left_behind": left,
+        "own_disk": shaken.disk is not None,
     }
     flat = bool(grown) and all(
         part["last"] <= max(part["second"] * (1 + GROWTH), part["second"] + NOTHING) for part in grown.values()
     )
-    nothing = all(part == {"processes": 0, "files": []} for part in left)
+    nothing = not any(any(part.values()) for part in left)
     result["holds"] = result["same_bits"] and flat and nothing and not result["traces"]
     print(json.dumps(result))
     for run in (whole, shaken):
-        shutil.rmtree(run.temp, ignore_errors=True)
+        run.close()
     if asked.work is None:
         shutil.rmtree(work)
     sys.exit(0 if result["holds"] else 1)
