@@ -1,4 +1,4 @@
-"""Real reward servers in subprocesses, and small batches of images."""
+"""Real reward servers in processes of their own, and small batches of images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.rewards._forked import ROOT, Forked
 
 
 class Server:
-    """A ``python -m rewards.serve`` process that listens and may open so many ``files``; or ``code`` that serves."""
+    """A reward server that listens and may open so many ``files``: what ``python -m rewards.serve`` does, or ``serve``
+    with ``doors``. With ``fresh`` it is that command itself, which takes a second longer."""
 
     def __init__(
         self,
@@ -25,20 +26,22 @@ class Server:
         env: dict[str, str] | None = None,
         port: int = 0,
         files: int | None = None,
-        code: str | None = None,
+        doors: dict[str, Any] | None = None,
+        fresh: bool = False,
     ) -> None:
-        what = ["-m", "rewards.serve", *arguments, "--port", str(port)] if code is None else ["-c", code, *arguments]
-        command = [sys.executable, *what]
-        if files is not None:
-            command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *command]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        given, environment = [*arguments, "--port", str(port)], {**os.environ, **(env or {})}
+        self.process: Forked | subprocess.Popen[str]
+        if fresh:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rewards.serve", *given],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        else:
+            self.process = Forked(given, doors=doors, environment=environment, files=files)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"http://\S+:(\d+)", line)

@@ -18,17 +18,12 @@ import numpy as np
 import pytest
 
 from rewards.client import HttpScorer
+from rewards.doors import MIB
 from rewards.wire import encode_request
 from tests.rewards.conftest import ROOT, Batch, Server
 from tests.rewards.test_reward_hostile import megabytes
 
 TOKEN = "of-the-benchmark"
-SERVING = """
-import sys
-from rewards.doors import Doors
-from rewards.serve import serve
-serve(sys.argv[1], port=0, doors=Doors(**eval(sys.argv[2])), announce=lambda line: print(line, flush=True))
-"""
 HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\n"
 SCORE = HEAD + b"Content-Length: %d\r\n\r\n"
 LARGE = encode_request(np.zeros((3, 1024, 1024, 3), np.uint8), ["p"] * 3, [{}] * 3)  # 9 MiB
@@ -39,7 +34,7 @@ def serve(start_server, user_file) -> Callable[..., Server]:
     """A server of a function of the user's file, with doors of this test's own."""
 
     def start(name: str = "brightness", files: int | None = None, **doors: object) -> Server:
-        return start_server(f"{user_file}:{name}", repr(doors), code=SERVING, files=files)
+        return start_server(f"{user_file}:{name}", doors=doors, files=files)
 
     return start
 
@@ -72,8 +67,47 @@ def logged(server: Server) -> str:
     return server.process.communicate(timeout=20)[1]
 
 
-def test_right_requests_are_answered_while_silence_half_heads_and_held_bodies_stay(start_server, user_file, batch):
-    """All of it is opened anew as soon as the server ends it."""
+def test_right_requests_are_answered_while_silence_half_heads_and_held_bodies_stay(serve, batch):
+    """At the first try, long before a deadline ends any of the others."""
+    server = serve(files=128, head_s=300, body_s=300, wait_s=300, held_bytes=64 * MIB)
+    assert_scores(server, batch)
+    before = megabytes(server, "VmRSS")
+    began = time.monotonic()
+    with contextlib.ExitStack() as held:
+        for _ in range(4):
+            body = held.enter_context(connected(server, SCORE % (50 * MIB)))
+            threading.Thread(target=send, args=(body, bytes(40 * MIB)), daemon=True).start()
+        others = [held.enter_context(connected(server)) for _ in range(60)]
+        others += [held.enter_context(connected(server, HEAD)) for _ in range(120)]
+        while megabytes(server, "VmRSS") - before < 30:  # a body is held
+            time.sleep(0.05)
+        for _ in range(5):
+            assert_scores(server, batch, retries=0)
+            assert_scores(server, (batch[0].repeat(60, 1).repeat(60, 2), *batch[1:]), retries=0)  # 6 MB
+        assert time.monotonic() - began < 300 and sum(map(is_open, others)) > 30
+        assert megabytes(server, "VmHWM") - before < 64 + 64
+    assert logged(server).count("\n") == 1  # that it runs user code
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the other side has neither answered nor ended it."""
+    connection.setblocking(False)
+    try:
+        connection.recv(1)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+@pytest.mark.slow
+def test_right_requests_are_answered_while_what_was_ended_is_opened_anew(start_server, user_file, batch):
     server = start_server(
         f"{user_file}:brightness", "--token-env", "T", "--max-held-mib", "64", env={"T": TOKEN}, files=128
     )

@@ -23,6 +23,7 @@ from rewards.interface import SpecError, score_batch
 from rewards.scorers.jpeg import JpegScorer
 from rewards.serve import PortInUse, serve
 from rewards.wire import encode_request
+from tests.rewards._forked import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,22 +170,25 @@ def test_a_port_in_use_is_one_sentence_and_exit_code_2(shared_server):
     server = shared_server("brightness")
     with pytest.raises(PortInUse, match=f"127.0.0.1:{server.port}.*--port"):
         serve("jpeg", port=server.port)
-    command = [sys.executable, "-m", "rewards.serve", "jpeg", "--port", str(server.port)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot listen") and done.stderr.count("\n") == 1
+    code, error = refused("jpeg", "--port", str(server.port))
+    assert code == 2 and error.startswith("error: cannot listen") and error.count("\n") == 1
 
 
 def test_an_unknown_reward_ends_the_server_with_exit_code_2():
-    command = [sys.executable, "-m", "rewards.serve", "genevall", "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2
-    assert "did you mean 'geneval'" in done.stderr and "Traceback" not in done.stderr
+    code, error = refused("genevall", "--port", "0")
+    assert code == 2 and "did you mean 'geneval'" in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_to_be_interrupted_is_the_normal_end_of_a_server(serve_reward, number):
-    server = serve_reward("brightness")
+def refused(*arguments: str) -> tuple[int | None, str]:
+    """Exit code and standard error of a server that does not start."""
+    server = Forked([*arguments], doors=None, environment=os.environ, files=None)
+    _, error = server.communicate(timeout=30)
+    return server.returncode, error
+
+
+@pytest.mark.parametrize(("number", "fresh"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_to_be_interrupted_is_the_normal_end_of_a_server(serve_reward, number, fresh):
+    server = serve_reward("brightness", fresh=fresh)
     server.process.send_signal(number)
     out, err = server.process.communicate(timeout=20)
     assert server.process.returncode == 0 and err.startswith("WARNING rewards: runs user code from")
@@ -262,7 +266,7 @@ def test_the_server_runs_with_the_base_requirements_alone(start_server, tmp_path
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "BLOCKED": " ".join(blocked)}
     lost = [sys.executable, "-c", "import torch"]
     assert subprocess.run(lost, env={**os.environ, **environment}, capture_output=True).returncode == 1
-    server = start_server("jpeg", env=environment)
+    server = start_server("jpeg", env=environment, fresh=True)
     np.testing.assert_array_equal(HttpScorer(server.url).score(*batch)["jpeg"], JpegScorer().score(*batch)["jpeg"])
     form = (
         b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n\r\n'
