@@ -39,7 +39,7 @@ class LoraConfig(Section):
 
     rank: Positive = 32
     alpha: Annotated[float, Field(gt=0)] = 64
-    targets: list[str] | None = None
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 Architecture = Literal["mmdit", "concat", "cross", "uvit"]
@@ -89,6 +89,13 @@ class ModelConfig(Section):
         return self
 
 
+def _texts(weights: Any) -> Any:
+    """Whole numbers that YAML reads as such are names of tasks like others."""
+    if not isinstance(weights, dict):
+        return weights
+    return {str(task) if type(task) is int else task: weight for task, weight in weights.items()}
+
+
 class DataConfig(Section):
     """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file.
 
@@ -98,7 +105,7 @@ class DataConfig(Section):
     """
 
     prompts: str = "shapes:train"
-    task_weights: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    task_weights: Annotated[dict[str, Annotated[int, Field(ge=0)]], BeforeValidator(_texts)] = Field(default_factory=dict)
     groups_per_iteration: Positive = 12
     preferences: str | None = None
     preferences_cache: str | None = None

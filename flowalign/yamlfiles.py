@@ -143,6 +143,14 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """U+0085 is written as an escape: a reader of YAML takes it for the end of a line."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump_yaml(values: Any) -> str:
     """Plain data as YAML that is read back equal."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

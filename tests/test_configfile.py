@@ -129,6 +129,8 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("learner.updates_per_iteration=25", "25 updates on 1 ranks need as many transitions; an iteration has 24"),
         ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
         ("model.path=absent", "is not a directory; give a StableDiffusion3Pipeline directory"),
+        ("model.lora={rank: 2, targets: []}", "model.lora.targets: "),
+        ("data.task_weights={1: 3}", "data.task_weights: no prompt has the task '1'"),
         ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),
         ("model.height=60", "model.height: image size 60x64: both sides must be multiples of 16"),
         ("data.prompts=absent.jsonl", "data.prompts: "),

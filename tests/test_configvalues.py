@@ -10,7 +10,7 @@ import pytest
 from flowalign.config import ConfigError
 from flowalign.configfile import load_align, load_pretrain, read_resolved, write_resolved
 from flowalign.configpaths import _path
-from flowalign.yamlfiles import override, parse_yaml, plain
+from flowalign.yamlfiles import dump_yaml, override, parse_yaml, plain
 from tests.test_configfile import STAR, config_path, refusal
 
 __all__ = ["config_path"]
@@ -275,3 +275,8 @@ def test_a_configuration_of_whole_paths_needs_no_working_directory(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert _path("/a/b", tmp_path) == "/a/b"
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "\x85", "a\u2028b", "\ufeffa", "x\x85 y: z", "\U0001f600", "\x1b[31m"])
+def test_a_text_that_is_written_is_read_back_equal(text: str) -> None:
+    assert parse_yaml(dump_yaml({"a": text, "b": [text]}), "x") == {"a": text, "b": [text]}

@@ -179,6 +179,7 @@ def test_wrong_counts_weights_and_targets_are_refused(world: Path, tmp_path: Pat
         (both, "m", (1.0,), "given 1 times for 2 models"),
         (both, "m", (1.0, -1.0), "got 1, -1; give numbers from 0 up"),
         (both, "m", (0.0, 0.0), "not all 0"),
+        (both, "m", (1e308, 1e308), "whose sum is finite"),
     ):
         with pytest.raises(MergeError, match=said):
             merge(sources, tmp_path / to, weights=weights)

@@ -205,7 +205,10 @@ def export(
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="runs, checkpoints or pipelines")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT...", help="runs, checkpoints, pipelines or shapes", parser=model_directory),
+    ],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     weight: Annotated[
         list[float] | None, typer.Option(callback=finite, help="of each model, in their order; default: all alike")

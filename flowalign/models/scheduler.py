@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def _check_value(name: str, value: Any, options: Mapping[str, Any]) -> None:
     elif name == "shift_terminal":
         wanted = "" if value is None or (number and 0 <= value < 1) else "null or a number from 0 to below 1"
     elif name == "num_train_timesteps":
-        wanted = "" if number and value == int(value) and 1 <= value <= 10**6 else "a whole number from 1 to 1000000"
+        wanted = "" if type(value) is int and 1 <= value <= 10**6 else "a whole number from 1 to 1000000"
     elif name in _POSITIVE:
         wanted = "" if number and value > 0 else "a number above 0"
     elif options["use_dynamic_shifting"]:
@@ -157,9 +158,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"model.path: {path} is missing; the download or export is incomplete")
     try:
-        return read_object(path)
-    except TextError as error:
+        marked, content = path.read_bytes().startswith(codecs.BOM_UTF8), read_object(path)
+    except (OSError, TextError) as error:
         raise ModelError(f"model.path: {error}") from error
+    if marked:  # diffusers would end in a traceback
+        raise ModelError(f"model.path: {path} begins with a byte order mark, which JSON has not; save it without one")
+    return content
 
 
 def _is_consistency_student(directory: Path) -> bool:

@@ -114,6 +114,7 @@ def test_auto_is_the_own_shift_times_the_root_of_the_size_over_the_model_s_own(d
         ({"shift": 0}, "shift is 0; write a number above 0"),
         ({"shift": True}, "shift is True; write a number above 0"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0; write a whole number"),
+        ({"num_train_timesteps": 999.0}, "num_train_timesteps is 999.0; write a whole number"),
         ({"use_karras_sigmas": "yes"}, "use_karras_sigmas is 'yes'; write true or false"),
         ({"shift_terminal": 1.0}, "shift_terminal is 1.0; write null or"),
         ({"use_dynamic_shifting": True, "base_shift": None}, "base_shift is None; write a number"),
@@ -125,6 +126,13 @@ def test_what_is_not_followed_is_refused_by_name(directory: Path, options: dict[
     with pytest.raises(ModelError, match=r"^model\.path: ") as error:
         check_scheduler(rewrite(directory, **options))
     assert said in str(error.value)
+
+
+def test_a_file_that_diffusers_cannot_read_is_refused(directory: Path) -> None:
+    file = directory / "scheduler" / "scheduler_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(ModelError, match="begins with a byte order mark"):
+        check_scheduler(directory)
 
 
 def test_a_scheduler_that_the_index_names_is_refused_too(directory: Path) -> None:

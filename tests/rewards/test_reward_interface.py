@@ -41,6 +41,14 @@ def test_lists_integers_and_booleans_become_float_arrays():
     assert checked.causes == {"a": {}, "b": {}}
 
 
+def test_what_a_masked_array_masks_is_no_score():
+    for masked in (np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]), np.ma.masked_array([1, 2, 3], [0, 1, 0])):
+        checked = validate_scores("x", {"a": masked}, 3)
+        assert checked.valid["a"].tolist() == [True, False, True] and np.isnan(checked.scores["a"][1])
+    checked = validate_scores("x", {"a": np.ma.masked_array([1.0, 2.0, 3.0])}, 3)
+    assert checked.scores["a"].tolist() == [1.0, 2.0, 3.0]
+
+
 def test_nan_inf_and_huge_scores_are_masked_one_by_one_and_counted():
     checked = validate_scores("mine", {"a": [np.nan, np.inf, -np.inf, 1e30, -1e7, 1e6, 0.5]}, 7)
     np.testing.assert_array_equal(checked.valid["a"], [False] * 5 + [True] * 2)
