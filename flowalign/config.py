@@ -19,6 +19,7 @@ from flowalign.walkoptions import Grid
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NotNegative = Annotated[int, Field(ge=0)]
 Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
 SHIPPED = Path(__file__).parent / "shapes" / "assets"
 
@@ -105,7 +106,7 @@ class DataConfig(Section):
     """
 
     prompts: str = "shapes:train"
-    task_weights: Annotated[dict[str, Annotated[int, Field(ge=0)]], BeforeValidator(_texts)] = Field(default_factory=dict)
+    task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
     groups_per_iteration: Positive = 12
     preferences: str | None = None
     preferences_cache: str | None = None

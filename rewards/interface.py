@@ -110,7 +110,9 @@ def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
     where = f"reward {name!r}, score {key!r}"
     _refuse_async(name, value)
     try:
-        array = np.ma.filled(value.astype(np.float64), np.nan) if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
+        if isinstance(value, np.ma.MaskedArray):
+            value = value.astype(np.float64).filled(np.nan)
+        array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidScores(f"{where}: not an array of numbers ({one_line(error)}); return {n} floats") from error
     if array.dtype.kind not in "fiub":

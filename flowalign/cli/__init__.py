@@ -30,6 +30,7 @@ from flowalign.cli.options import (
     Weights,
     check_text,
     finite,
+    model_directory,
     storable,
 )
 from flowalign.cli.precompute_command import precompute

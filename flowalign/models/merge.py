@@ -60,9 +60,8 @@ def shares(weights: Sequence[float], count: int) -> list[float]:
     if weights and len(weights) != count:
         raise MergeError(f"--weight is given {len(weights)} times for {count} models; give one for each, or none")
     if any(not 0 <= weight for weight in weights) or (weights and not 0 < sum(weights) < float("inf")):
-        raise MergeError(
-            f"--weight: got {', '.join(f'{w:g}' for w in weights)}; give numbers from 0 up, not all 0, whose sum is finite"
-        )
+        got = ", ".join(f"{weight:g}" for weight in weights)
+        raise MergeError(f"--weight: got {got}; give numbers from 0 up, not all 0, whose sum is finite")
     return [weight / sum(weights) for weight in weights] or [1 / count] * count
 
 
