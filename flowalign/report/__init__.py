@@ -155,7 +155,9 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
         rewards.remove("reward/total/mean")
     losses = sorted({key for row in trained for key in row if key.startswith("loss/")})
     x = [row["iteration"] for row in trained]
-    drawn = {key.split("/")[1]: [row.get(key) for row in trained] for key in rewards}
+    drawn = {
+        key.removeprefix("reward/").removesuffix("/mean"): [row.get(key) for row in trained] for key in rewards
+    }  # a name may have slashes, as that of a server is its address
     tasks = [task["task"] for task in _table(name, evaluations)]
     curves = {
         task: [row.get(f"eval/{name}/{task.replace(' ', '_')}") for row in evaluations] for task in ["overall", *tasks]

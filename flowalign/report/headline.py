@@ -75,7 +75,8 @@ def _mode(reward: RewardConfig) -> str:
 
 
 def _held(rows: Iterable[Row]) -> set[str]:
-    return {key.split("/")[1] for row in rows for key in row if key.startswith("eval/") and key.endswith("/overall")}
+    keys = {key for row in rows for key in row if key.startswith("eval/") and key.endswith("/overall")}
+    return {key.removeprefix("eval/").removesuffix("/overall") for key in keys}
 
 
 def _finite(value: Any) -> float | None:
