@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posix
 import random
 import signal
 import warnings
@@ -18,6 +19,10 @@ from typer.testing import CliRunner
 from flowalign import apart, checkpoint
 from flowalign.apart import Apart
 from flowalign.cli import app
+from flowalign.cli.make_preferences import make_preferences
+from flowalign.config import AlignConfig, RewardConfig
+from flowalign.data.preferences import Row, read_rows
+from flowalign.evaluate import evaluate_checkpoint
 from flowalign.metrics import read_metrics, without_times
 from tests.fault.victim import content, work
 
@@ -115,6 +120,7 @@ def config(folder: Path, pipeline: Path, name: str, spec: str, **options: Any) -
 def as_it_was():
     """Whatever a failure leaves changed ends with its test."""
     with Apart():
+        os._exit = posix._exit  # the guard that is tested is the run's own
         yield
 
 
@@ -131,6 +137,60 @@ def test_a_reward_that_sets_seeds_types_threads_and_environment_changes_no_bit_o
     changed = [name for name, value in after.items() if "seed" not in name and value != before[name]]
     assert not changed and signal.getsignal(signal.SIGTERM) is handler
     assert "MADE_BY_REWARD" not in os.environ
+
+
+@pytest.mark.slow
+def test_on_ray_such_a_reward_changes_no_bit_either_and_what_a_reward_started_is_gone(tmp_path, tiny_pipeline_dir):
+    rows, models = [], []
+    actors = {"backend": "ray", "threads": 1, "rollout_cpus": 0.5, "reward_cpus": 0.25, "learner_cpus": 0.25}
+    for name, spec, cluster in (("plain", "bright", None), ("spoiled", "Vandal", actors)):
+        made = config(tmp_path, tiny_pipeline_dir, name, spec)
+        if cluster:
+            starts = {"spec": f"{tmp_path / 'own.py'}:starts", "name": "s", "options": {"place": str(tmp_path)}}
+            made = {**made, "cluster": cluster, "rewards": [*made["rewards"], {**starts, "weight": 0.0}]}
+        run_dir = work(made)
+        rows.append([without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")])
+        models.append(checkpoint.load(run_dir / "checkpoints" / "step_000002").model)
+    assert [{key: row[key] for key in one} for one, row in zip(*rows, strict=True)] == rows[0]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert_gone(tmp_path / "pids")
+
+
+def test_such_a_reward_changes_no_image_of_an_evaluation_and_no_pair_that_is_made(tmp_path, tiny_pipeline_dir):
+    before, handler = apart._read(), signal.getsignal(signal.SIGTERM)
+    results, pairs = [], []
+    for name, spec in (("plain", "bright"), ("spoiled", "Vandal")):
+        own = config(tmp_path, tiny_pipeline_dir, name, spec)
+        scorer = own["rewards"][0]
+        own["evaluation"] = {"every": 1, "scorer": scorer, "num_samples": 8, "num_steps": 2}
+        whole = AlignConfig.model_validate(own)
+        results.append(evaluate_checkpoint(tiny_pipeline_dir, config=whole))
+        out = tmp_path / f"pairs of {name}"
+        asked = {"pairs": 2, "group_size": 3, "num_steps": 2, "out": out, "prompts": "shapes:train"}
+        make_preferences(tiny_pipeline_dir, RewardConfig.model_validate(scorer), config=whole, **asked)
+        pairs.append([row for row in read_rows(out) if isinstance(row, Row)])
+    assert torch.equal(results[0].images, results[1].images) and results[0].metrics == results[1].metrics
+    assert len(results[0].images) == 8 and len(pairs[0]) == 2 and pairs[0] == pairs[1]
+    after = apart._read()
+    assert not [name for name, value in after.items() if "seed" not in name and value != before[name]]
+    assert signal.getsignal(signal.SIGTERM) is handler and "MADE_BY_REWARD" not in os.environ
+
+
+def test_a_reward_that_ends_its_process_ends_an_evaluation_and_the_making_of_pairs_in_a_sentence(
+    tmp_path, tiny_pipeline_dir, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    own = config(tmp_path, tiny_pipeline_dir, "t", "ends", how="os._exit(3)", after=0)
+    own["evaluation"] = {"every": 1, "scorer": own["rewards"][0], "num_samples": 2, "num_steps": 1}
+    (tmp_path / "t.yaml").write_text(json.dumps(own))
+    model, told = str(tiny_pipeline_dir), ["--config", "t.yaml", "--num-steps", "1", "--out", "out"]
+    (tmp_path / "leaves.py").write_text("import os\n\ndef leaves(images, prompts, metadata):\n    os._exit(3)\n")
+    pairs = ["--reward", "leaves.py:leaves", "--pairs", "1", "--group-size", "2"]
+    for command in (["evaluate", model, *told], ["make-preferences", model, *told, *pairs]):
+        ended = CliRunner().invoke(app, command)
+        text = " ".join(ended.output.split())
+        assert ended.exit_code == 2 and "raised HardExit: os._exit(3), which would end the whole run" in text, text
+        assert ".py, line" in text and "Traceback" not in text
 
 
 def test_the_streams_of_the_run_go_on_where_they_were():
@@ -171,7 +231,11 @@ def test_a_reward_that_ends_its_process_ends_the_run_in_a_sentence_with_its_name
 
 def test_what_a_reward_started_is_gone_when_the_run_has_ended(tmp_path, tiny_pipeline_dir):
     work(config(tmp_path, tiny_pipeline_dir, "t", "starts", place=str(tmp_path)))
-    pids = (tmp_path / "pids").read_text().split()
+    assert_gone(tmp_path / "pids")
+
+
+def assert_gone(written: Path) -> None:
+    pids = written.read_text().split()
     assert len(pids) == 4
     for pid in pids:
         state = Path("/proc", pid, "stat")
