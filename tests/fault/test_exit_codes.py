@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from flowalign.cli import app
 from flowalign.cli.exits import ExitCode
 from flowalign.metrics import read_metrics
 
@@ -42,10 +44,9 @@ def start(folder: Path, *overrides: str, command: str = "align") -> subprocess.P
     return subprocess.Popen(line, cwd=folder, env=environment, **pipes)  # type: ignore[call-overload]
 
 
-def stop(run_dir: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "flowalign.cli", "stop", str(run_dir), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+def here(*words: str) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(app, list(words))
 
 
 def done(folder: Path) -> int:
@@ -66,12 +67,11 @@ def test_a_second_run_is_refused_and_the_first_ends_when_it_is_asked(tmp_path: P
     first = start(tmp_path)
     wait_for(first, tmp_path, 1)
     before = (run_dir / "config.yaml").read_bytes()
-    second = start(tmp_path, "iterations=300")
-    said = second.communicate(timeout=120)[0]
-    assert second.returncode == ExitCode.REFUSED and f"held by process {first.pid} on" in said
+    second = here("align", str(tmp_path / "t.yaml"), f"runs_dir={tmp_path / 'runs'}", "iterations=300")
+    assert second.exit_code == ExitCode.REFUSED and f"held by process {first.pid} on" in " ".join(second.stderr.split())
     assert (run_dir / "config.yaml").read_bytes() == before
-    asked = stop(run_dir)
-    assert asked.returncode == 0 and json.loads(asked.stdout)["holder"]["process"]["pid"] == first.pid
+    asked = here("stop", str(run_dir), "--json")
+    assert asked.exit_code == 0 and json.loads(asked.stdout)["holder"]["process"]["pid"] == first.pid
     said = first.communicate(timeout=120)[0]
     assert first.returncode == ExitCode.EARLY and "the same command continues it from" in said
     last = run_dir / "checkpoints" / f"step_{done(tmp_path):06d}"
@@ -79,8 +79,8 @@ def test_a_second_run_is_refused_and_the_first_ends_when_it_is_asked(tmp_path: P
     assert (run_dir / "checkpoints" / f"step_{done(tmp_path):06d}").is_dir()
     assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, done(tmp_path) + 1))
     assert not (run_dir / "lock").exists() and not (run_dir / "stop").exists()
-    again = stop(run_dir)
-    assert again.returncode == ExitCode.REFUSED and "held by nobody" in again.stderr
+    again = here("stop", str(run_dir), "--json")
+    assert again.exit_code == ExitCode.REFUSED and "held by nobody" in again.stderr
 
 
 @pytest.mark.fault

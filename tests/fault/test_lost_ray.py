@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flowalign.cli.exits import ExitCode
-from tests.fault.test_kill_and_resume import assert_same_run, finished, start
+from tests.fault.test_kill_and_resume import assert_same_run, finished, here, start, written
 
 pytestmark = pytest.mark.fault
 REPO = Path(__file__).resolve().parents[2]
@@ -112,10 +112,17 @@ def part_of_ray(folder: str, name: str) -> int:
     return int(next(line.split()[0] for line in of_ray(folder) if line.split()[1].split("\0")[0].endswith(f"/{name}")))
 
 
+def whole(folder: Path, pipeline: Path) -> None:
+    """The run that nobody disturbs: without Ray, and with the engine that runs on Ray have."""
+    config = written(folder, pipeline, "whole", "ray")
+    config.write_text(config.read_text().replace("backend: ray", "backend: local"))
+    here(config)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_whose_ray_or_self_is_killed_goes_on_with_the_same_bits(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
-    finished(start(tmp_path, tiny_pipeline_dir, "whole", "local"), tmp_path / "whole.log")
+    whole(tmp_path, tiny_pipeline_dir)
     log = tmp_path / "killed.log"
     log.touch()
     for victim in ("gcs_server", "raylet", "itself"):
