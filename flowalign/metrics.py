@@ -28,13 +28,18 @@ RETRIES = "/retries"  # of a reward server: what its network did, not what the r
 class MetricsWriter:
     """Appends one JSON object a line; NaN and Inf are written as null, so that every reader can parse it."""
 
-    def __init__(self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None) -> None:
-        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs.
+    def __init__(
+        self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None, each: bool = True
+    ) -> None:
+        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs; which of those
+        before it are missing is said, of ``each`` iteration or where there are none.
 
         A damaged file is kept as it is beside the new one, which has the rows that can be read.
         """
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
+        if keep_until is not None and (hole := _hole(self.path, keep_until, each)):
+            _say_once(f"{self.path}: {hole}; the run goes on, and its report and alarms know nothing of them")
         if self.path.exists():
             found, damage = ([], None) if keep_until is None else read_damaged(self.path)
             rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
@@ -53,6 +58,16 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._mirror.close()
+
+
+def _hole(path: Path, last: int, each: bool) -> str | None:
+    """Which of the rows up to ``last`` are not in the file."""
+    there = {row["iteration"] for row in read_damaged(path)[0]}
+    missing = sorted(set(range(1, last + 1)) - there)
+    if not missing or (there and not each):
+        return None
+    ends = f"row {missing[0]} is" if len(missing) == 1 else f"{len(missing)} rows of {missing[0]} to {missing[-1]} are"
+    return f"{ends} missing"
 
 
 def _kept(path: Path) -> Path:

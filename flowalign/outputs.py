@@ -47,7 +47,8 @@ def unwritable(directory: Path) -> str | None:
         if not stat.S_ISDIR(found.st_mode):
             return f"{place} is not a directory"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"{place} may not be written to"
+            readonly = os.statvfs(place).f_flag & os.ST_RDONLY
+            return f"{place} lies on a read-only file system" if readonly else f"{place} may not be written to"
         longest = os.pathconf(place, "PC_NAME_MAX")
         long = next((name for name in missing if len(os.fsencode(name)) > longest), None)
         return long and f"{long[:20]}… is a name of more than {longest} bytes"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flowalign.cli.running import smaller_rates
 from flowalign.config import ConfigError
 from flowalign.configfile import load_align, load_pretrain, read_resolved, write_resolved
 from flowalign.configpaths import _path
@@ -280,3 +281,11 @@ def test_a_configuration_of_whole_paths_needs_no_working_directory(
 @pytest.mark.parametrize("text", ["a\x85b", "\x85", "a\u2028b", "\ufeffa", "x\x85 y: z", "\U0001f600", "\x1b[31m"])
 def test_a_text_that_is_written_is_read_back_equal(text: str) -> None:
     assert parse_yaml(dump_yaml({"a": text, "b": [text]}), "x") == {"a": text, "b": [text]}
+
+
+def test_the_rate_that_a_run_ends_with_is_lowered_only_where_it_is_above_what_is_tried(config_path: Path) -> None:
+    rate, final = "learner.optimizer.learning_rate", "learner.optimizer.final_learning_rate"
+    for given, low, tried in (("1e30", "3e-5", {rate: 1e-4}), ("1e-3", "5e-4", {rate: 1e-4, final: 1e-4})):
+        decay = "learner.optimizer.decay_steps=9"
+        found = smaller_rates(load_align(config_path, [f"{rate}={given}", f"{final}={low}", decay]).config)
+        assert found == pytest.approx(tried)

@@ -95,3 +95,18 @@ def test_idle_time_is_what_no_rollout_worker_used_of_a_collection():
     clock.lap("collect_s")
     clock._laps["collect_s"] = 5.0
     assert clock.metrics(3.0, 1.0, 10)["time/idle_s"] == pytest.approx(2.0)
+
+
+def test_rows_that_are_missing_before_a_resume_are_said(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, "run", DISABLED)
+    for iteration in (1, 4):
+        writer.write(iteration, {"loss": 1.0}, wall_s=0.0)
+    writer.close()
+    MetricsWriter(tmp_path, "run", DISABLED, keep_until=4, each=False).close()
+    assert not caplog.messages
+    MetricsWriter(tmp_path, "run", DISABLED, keep_until=4).close()
+    (tmp_path / "metrics.jsonl").unlink()
+    MetricsWriter(tmp_path, "run", DISABLED, keep_until=1, each=False).close()
+    first, second = caplog.messages
+    assert f"{tmp_path / 'metrics.jsonl'}: 2 rows of 2 to 3 are missing; the run goes on" in first
+    assert "row 1 is missing" in second

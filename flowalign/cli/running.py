@@ -23,7 +23,6 @@ from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
 
 LARGE = 1e-4  # what is tried where the learning rate was above 1
-_RATES = ("learning_rate", "final_learning_rate")
 
 
 @contextmanager
@@ -106,7 +105,8 @@ def held(
             if (gentler := _gentler(error, config, run_dir, last)) is not None:
                 raise RunFailed(gentler, error) from error
             goes_on = "; the same command continues from it" if resumes else ""
-            kept = f"the last checkpoint is {last}{goes_on}" if last else "there is no checkpoint yet"
+            anew = ", and the same command begins anew" if resumes else ""
+            kept = f"the last checkpoint is {last}{goes_on}" if last else f"there is no checkpoint yet{anew}"
             raise RunFailed(kept, error) from error
 
 
@@ -129,9 +129,9 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
 
     if not isinstance(error, DestroyedState | NonFiniteUpdate):
         return None
-    rates, command = _rates(config), "align" if isinstance(config, AlignConfig) else "pretrain"
+    rates, command = smaller_rates(config), "align" if isinstance(config, AlignConfig) else "pretrain"
     words = ["flowalign", command, str(run_dir / "config.yaml")]
-    words += [f"{key}={min(rate / 10, LARGE) if rate > 1 else rate / 10:g}" for key, rate in rates.items()]
+    words += [f"{key}={rate:g}" for key, rate in rates.items()]
     if last is None:
         return f"there is no checkpoint yet; begin with a smaller learning rate: {shlex.join(words)}"
     key = "checkpoint.resume" if command == "align" else "resume"
@@ -140,14 +140,19 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
     return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
 
 
-def _rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
-    """The learning rates of a run, by their keys; where they end only if that is not 0."""
+def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
+    """Smaller learning rates for a run, by their keys; where one ends only if that is above the smaller one."""
     if isinstance(config, AlignConfig):
         sections: dict[str, Any] = {"learner.optimizer": config.learner.optimizer}
     else:
         sections = {f"phases.{i}": phase for i, phase in enumerate(config.phases)}
-    named = ((f"{at}.{key}", getattr(held, key)) for at, held in sections.items() for key in _RATES)
-    return {key: rate for key, rate in named if rate}
+    smaller: dict[str, float] = {}
+    for at, held in sections.items():
+        rate, final = held.learning_rate, held.final_learning_rate
+        tried = min(rate / 10, LARGE) if rate > 1 else rate / 10
+        smaller |= {f"{at}.learning_rate": tried} if rate else {}
+        smaller |= {f"{at}.final_learning_rate": tried} if final > tried else {}
+    return smaller
 
 
 def _last_checkpoint(run_dir: Path) -> Path | None:

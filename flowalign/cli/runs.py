@@ -46,12 +46,17 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
     if os.path.lexists(run_dir):
         check_kinds(run_dir)
     if reason := unwritable(run_dir):
-        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({reason}); choose another")
+        raise ConfigError("runs_dir", f"{run_dir} cannot be written ({reason}); {_other(run_dir)}")
     resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
     if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir, accepted)
     check_wandb(config.logging)
     return run_dir
+
+
+def _other(run_dir: Path) -> str:
+    """What to do about a directory that cannot be written."""
+    return "make it writable, which continues the run, or choose another" if run_dir.is_dir() else "choose another"
 
 
 def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = None) -> Path:

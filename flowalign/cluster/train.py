@@ -294,7 +294,7 @@ class _Reporter:
         """Open the files and the bar; nothing is written before."""
         self._begin()
         run_dir, config = self._lock.run_dir, self._config
-        self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=self._start)
+        self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=self._start, each=False)
         steps = sum(phase.steps for phase in config.phases)
         self._progress = Progress(self._console, steps, self._start, command=self._command)
         self._began = time.monotonic()

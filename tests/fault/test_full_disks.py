@@ -18,6 +18,7 @@ from flowalign import checkpoint
 from flowalign.checkpoint import CheckpointWriter, content_hash
 from flowalign.cli import app
 from flowalign.metrics import read_metrics, without_times
+from flowalign.outputs import unwritable
 from flowalign.record.disk import DiskError, append_line, write_text
 from tests.fault.smalldisk import REWARD, fill, hidden, mounted, remount
 from tests.fault.test_bad_input import said, written
@@ -117,6 +118,8 @@ def test_a_run_whose_disk_takes_no_more_says_why_sweeps_and_the_same_command_end
     assert re.match(sentence, text), text
     assert text.endswith(f"the last checkpoint is {disk}/r/checkpoints/step_000001; the same command continues from it")
     assert not hidden(disk)
+    if apart:
+        assert unwritable(disk / "r") == f"{disk / 'r'} lies on a read-only file system"
     remount(disk, "rw,nr_inodes=10000")
     (disk / "filler").unlink(missing_ok=True)
     if apart:
@@ -148,7 +151,8 @@ def test_a_line_of_metrics_and_a_report_are_written_whole_or_not_at_all(
     path, metrics = run(tmp_path, tiny_pipeline_dir, **rare), disk / "r" / "metrics.jsonl"
     order(tmp_path, 2, f"fill(Path({str(disk)!r}), 0)")
     text = said(path, f"runs_dir={disk}", code=1)
-    assert text.startswith(f"{metrics} cannot be written: ") and text.endswith("there is no checkpoint yet")
+    assert text.startswith(f"{metrics} cannot be written: ")
+    assert text.endswith("no checkpoint yet, and the same command begins anew")
     assert metrics.read_text().endswith("}\n") and 1 < len(read_metrics(metrics)) < 12
     (disk / "filler").unlink()
     align(path, disk)
