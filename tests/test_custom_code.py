@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from flowalign.config import SHIPPED
 from flowalign.export import load_pipeline
@@ -146,6 +151,55 @@ def test_a_question_that_a_library_would_ask_is_not_asked(tmp_path, monkeypatch)
     with pytest.raises(SpecError, match="did not load"):
         scorer.setup("cpu")
     assert not asked and not (path / "was_run").exists()
+
+
+COMMAND = ["-m", "flowalign.cli", "try-reward", "pickscore", "path=model", "--images", "."]
+AFTER_THE_LOOK = """
+from pathlib import Path
+from rewards.resolve import resolve
+from tests.test_custom_code import AUTO, change, change_text
+path = Path("model")
+scorer = resolve({"type": "clip", "path": "model"})
+change_text(path / "open_clip_config.json", hf_tokenizer_name="here")
+change(path / "tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil")
+scorer.setup("cpu")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "code", "said"),
+    [
+        (COMMAND, "pickscore", 2, "model names code of its own in tokenizer_config.json (auto_map)"),
+        pytest.param(["-c", AFTER_THE_LOOK], "open_clip", 1, "did not load", marks=pytest.mark.slow),
+    ],
+    ids=["by a command", "by a library"],
+)
+def test_an_answer_that_waits_in_a_pipe_or_at_a_terminal_is_not_read(tmp_path, words, model, code, said):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    started = []
+    for name, (keyboard, stdin) in {"terminal": pty.openpty(), "pipe": os.pipe()[::-1]}.items():
+        path = copy_of(SHIPPED / model, tmp_path / name / "model")
+        if model == "pickscore":
+            change(path / "tokenizer_config.json", auto_map=AUTO)
+        Image.new("RGB", (16, 16)).save(path.with_name("0.png"))
+        os.write(keyboard, b"y\n")
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen([sys.executable, *words], cwd=path.parent, env=environment, stdin=stdin, **options)
+        started.append((process, keyboard, stdin))
+    for process, keyboard, stdin in started:
+        shown, _ = process.communicate(timeout=250)
+        assert process.returncode == code and said in " ".join(shown.split()), shown
+        assert os.read(stdin, 10) == b"y\n"
+        os.close(keyboard)
+        os.close(stdin)
+    assert not list(tmp_path.rglob("was_run"))
+
+
+def test_a_detector_with_code_of_its_own_is_refused_by_name_before_it_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Evil"}}))
+    detector = {"type": "mask2former", "path": str(tmp_path)}
+    with pytest.raises(SpecError, match=rf"mask2former: {tmp_path} names code of its own in config\.json \(auto_map\)"):
+        resolve({"type": "geneval", "detector": detector})
 
 
 def test_every_load_of_a_model_says_that_its_code_is_not_trusted():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +228,65 @@ def test_a_manifest_that_names_a_file_elsewhere_is_none(tmp_path: Path, name: st
     (written / "MANIFEST.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
     with pytest.raises(CheckpointError, match="lies outside of the checkpoint"):
         verify(written)
+
+
+IN_PROCESSES = """
+import json, os, sys, traceback
+from pathlib import Path
+from typer.main import get_command
+from flowalign.cli import app
+from flowalign.configfile import load_align
+
+load_align(Path(sys.argv[2]))
+command = get_command(app)
+for number, words in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"said_{number}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stdout, code = sys.stderr, 1
+        try:
+            command(["align", *words], prog_name="flowalign")
+        except SystemExit as ended:
+            code = int(ended.code)
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_worst_of_them_end_a_process_with_2_and_none_by_a_signal(config_path: Path, tmp_path: Path) -> None:
+    """A command each, with the stack that a process has; the imports are shared."""
+    deep = {"lists.yaml": "a: " + "[" * 290_000, "maps.yaml": "{a: " * 70_000}
+    deep["closed.yaml"] = "[" * 140_000 + "]" * 140_000
+    deep["prompts.jsonl"] = f'{{"prompt": "a", "x": {"[" * 900_000}{"]" * 900_000}}}\n'
+    deep["circle.yaml"] = "model: &a {lora: *a}"
+    for name, content in deep.items():
+        (tmp_path / name).write_text(content)
+    theirs = tmp_path / "theirs"
+    shutil.copytree(config_path.parent / "model", theirs)
+    (theirs / "transformer" / "config.json").write_text('{"a": ' * 900_000)
+    own = str(config_path)
+    cases = {
+        ("lists.yaml",): "is nested too deeply",
+        ("maps.yaml",): "is nested too deeply",
+        ("closed.yaml",): "is nested too deeply",
+        ("circle.yaml",): "recursive",
+        (own, "data.prompts=prompts.jsonl"): "data.prompts: ",
+        (own, f"model.path={theirs}"): "config.json is nested too deeply",
+        (own, "model=" + "{a: " * 30_000): "is nested too deeply",
+        (own, f"seed={'9' * 10_000}"): "seed: has 10,000 digits",
+        (own, "data.groups_per_iteration=1000000000"): "data.groups_per_iteration: got 1,000,000,000",
+    }
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "10000"}
+    command = [sys.executable, "-c", IN_PROCESSES, json.dumps(list(cases)), own]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    said = [(tmp_path / f"said_{number}").read_text() for number in range(len(cases))]
+    assert done.stdout.splitlines() == ["ended 2"] * len(cases), (done.stdout, said)
+    for text, expected in zip(said, cases.values(), strict=True):
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and expected in lines[0] and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize("wild", ["1000000000000", "-1", "9" * 5000])

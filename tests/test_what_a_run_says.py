@@ -75,7 +75,10 @@ def said(config_path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def screen(config_path: Path, said: list[str]) -> str:
-    """What a terminal gets of the same run, continued to its third iteration."""
+    """What a terminal gets of the same run, continued to its third iteration behind a damaged line of its metrics."""
+    metrics = config_path.parent / RUNS / "run" / "metrics.jsonl"
+    first, second = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(first + first[:30] + "\n" + second)
     main, side = pty.openpty()
     running = subprocess.Popen(
         command(config_path, "iterations=3"), env={**ENVIRONMENT, "TERM": "xterm"}, stdout=side, stderr=side, stdin=side
@@ -124,6 +127,14 @@ def test_metrics_hold_the_spread_that_is_said(config_path, said):
 def test_on_a_terminal_the_bar_of_a_resumed_run_begins_where_the_run_is(screen):
     bars = re.findall(r"align [━╸╺ ]+ *(\d+/\d+)", screen)
     assert bars[0] == "2/3" and bars[-1] == "3/3" and "0/3" not in screen
+
+
+def test_a_resumed_run_names_a_damaged_line_of_its_metrics_keeps_what_stands_behind_it_and_a_copy(config_path, screen):
+    assert "metrics.jsonl, line 2: damaged" in " ".join(screen.split())
+    run = config_path.parent / RUNS / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert len((run / "metrics.damaged-1.jsonl").read_text().splitlines()) == 3
 
 
 def test_on_a_terminal_chunks_are_counted_and_finished_iterations_stay(screen):
