@@ -264,6 +264,17 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
         raise ConfigError(key, str(error)) from error
 
 
+def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
+    """No two rewards answer to one name."""
+    from rewards.interface import ScorerError
+    from rewards.names import Named, check_names
+
+    try:
+        check_names([Named(reward.label, reward.spec, reward.name is not None) for reward in rewards], key)
+    except ScorerError as error:
+        raise ConfigError(key, str(error).removeprefix(f"{key}: ")) from error
+
+
 def check_numbers(config: AlignConfig, algorithm: Any) -> None:
     """Counts that must fit together, and settings that need another one."""
     _check_pairs_wanted(config, algorithm)

@@ -196,6 +196,9 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
         need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base)
     for i, reward in enumerate(config.evaluation.gold):
         need(checks.check_reward, f"evaluation.gold.{i}", reward, base)
+    need(checks.check_reward_names, "rewards", config.rewards)
+    judges = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
+    need(checks.check_reward_names, "evaluation", judges)
     if config.safety.clip is not None:
         need(checks.check_reward, "safety.clip", RewardConfig(spec="clip", options={"path": config.safety.clip}), base)
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
@@ -206,12 +209,11 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     need(promptcheck.check_reward_tasks, config.rewards, config.data.prompts, base)
     need(promptcheck.check_tasks_taught, config, algorithm)
     if config.evaluation.every:
-        scorers = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
         need(
             partial(promptcheck.check_prompts, advice=DEFAULT_JUDGE if config.evaluation.scorer is None else ""),
             "evaluation.prompts",
             config.evaluation.prompts,
-            scorers,
+            judges,
             base,
         )
         need(promptcheck.check_judged_tasks, config.evaluation, config.evaluation.prompts, base)

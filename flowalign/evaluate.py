@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from flowalign.sample import load_weights as load_weights
 from flowalign.sample import sample_checkpoint as sample_checkpoint
 from flowalign.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, score_images
 from flowalign.types import Rollout, Scores
+from rewards.interface import blamed
 from rewards.openclip import OpenClip
 
 
@@ -167,9 +169,10 @@ def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _result_rows(named: NamedScorer, chunk: Rollout, scores: Scores) -> list[dict[str, Any]]:
     """GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
     batch, values = chunk.batch, scores.by_reward[named.name].tolist()
-    explain = getattr(named.scorer, "verdicts", None)
     metadata = [dict(row) for row in batch.metadata]
-    verdicts: list[Any] = explain(chunk.images.numpy(), metadata) if explain else [None] * len(batch)
+    with named.apart, blamed(named.name, " while it explained its scores"):
+        explain, own = getattr(named.scorer, "verdicts", None), copy.deepcopy(metadata)
+        verdicts: list[Any] = explain(chunk.images.numpy().copy(), own) if explain else [None] * len(batch)
     rows = []
     for i, verdict in enumerate(verdicts):
         row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ from flowalign.apart import Apart
 from flowalign.config import RewardConfig
 from flowalign.types import Scores
 from rewards.composite import combine
-from rewards.interface import Checked, Scorer, ScorerError, SpecError, main_key, score_batch, set_up
+from rewards.interface import (
+    Checked,
+    Scorer,
+    ScorerError,
+    SpecError,
+    blamed,
+    main_key,
+    score_batch,
+    set_up,
+)
+from rewards.names import Named, check_names, one_owner, prefixes
 from rewards.resolve import resolve
 
 Hosted = Callable[[RewardConfig], Scorer]
@@ -39,7 +49,8 @@ class ScorerHangs(ScorerError):
 class NamedScorer:
     """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for.
 
-    Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are.
+    Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are. ``before`` begins the
+    names of its further scores.
     """
 
     name: str
@@ -47,6 +58,7 @@ class NamedScorer:
     scorer: Scorer
     tasks: tuple[str, ...] | None = None
     apart: Apart = field(default_factory=Apart, compare=False)
+    before: str = ""
 
 
 def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hosted: Hosted | None = None) -> NamedScorer:
@@ -70,12 +82,11 @@ def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hoste
 def load_scorers(
     configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu", hosted: Hosted | None = None
 ) -> list[NamedScorer]:
-    """Every configured reward; raises SpecError where two go by one name, of which one would be lost."""
-    names = [config.label for config in configs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise SpecError(f"rewards: two rewards go by the name {twice!r}; give each its own `name`")
-    return [load_scorer(config, base_dir, device, hosted) for config in configs]
+    """Every configured reward; raises SpecError where two answer to one name, of which one would be lost."""
+    names = [Named(config.label, config.spec, config.name is not None) for config in configs]
+    check_names(names)
+    scorers = [load_scorer(config, base_dir, device, hosted) for config in configs]
+    return [replace(scorer, before=before) for scorer, before in zip(scorers, prefixes(names), strict=True)]
 
 
 def score_images(
@@ -89,7 +100,7 @@ def score_images(
     rows = np.flatnonzero(applies).tolist()
     if not rows:
         nothing = np.full(len(applies), np.nan)
-        return Checked({named.name: nothing}, {named.name: applies}, {}, applies)
+        return Checked({named.name: nothing}, {named.name: applies}, {}, applies, reward=named.name)
     checked = score_batch(
         named.name,
         named.scorer,
@@ -97,20 +108,19 @@ def score_images(
         [prompts[i] for i in rows],
         [dict(metadata[i]) for i in rows],
     )
-    main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
-    rename = {key: named.name if key == main else key for key in checked.scores}
+    with blamed(named.name):
+        main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
+        asks = getattr(named.scorer, "retried", None)
+        retries = {} if asks is None else {named.name: dict(asks())}
+    rename = {key: named.name if key == main else named.before + key for key in checked.scores}
     return Checked(
         {rename[k]: _spread(v, applies, np.nan) for k, v in checked.scores.items()},
         {rename[k]: _spread(v, applies, False) for k, v in checked.valid.items()},
         {rename[k]: v for k, v in checked.causes.items()},
         applies,
-        _retried(named),
+        retries,
+        named.name,
     )
-
-
-def _retried(named: NamedScorer) -> dict[str, dict[str, int]]:
-    asks = getattr(named.scorer, "retried", None)
-    return {} if asks is None else {named.name: asks()}
 
 
 def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
@@ -155,7 +165,11 @@ def _spread(values: Any, applies: Any, missing: Any) -> Any:
 
 
 def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
-    """Scores of one batch from its scorers: a sample is valid where every weighted reward that applies to it is."""
+    """Scores of one batch from its scorers: a sample is valid where every weighted reward that applies to it is.
+
+    Raises InvalidScores where two rewards answer a score of one name, of which one would be lost.
+    """
+    owners = one_owner({key: part.reward for key in part.scores} for part in parts)
     scores = {k: v for part in parts for k, v in part.scores.items()}
     valid = {k: v for part in parts for k, v in part.valid.items()}
     applies = {k: part.applies for part in parts if part.applies is not None for k in part.scores}
@@ -169,11 +183,12 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
         weights={name: weight for name, weight in weights.items() if weight},
         retries={name: causes for part in parts for name, causes in part.retries.items()},
         applies={name: torch.from_numpy(own) for name, own in applies.items() if not own.all()},
+        owners=owners,
     )
 
 
 def cat_scores(parts: Sequence[Scores]) -> Scores:
-    """Join the scores of consecutive chunks."""
+    """Join the scores of consecutive chunks; raises InvalidScores as ``merge`` does."""
     causes: dict[str, int] = {}
     for part in parts:
         for cause, count in part.causes.items():
@@ -193,6 +208,7 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         weights=parts[0].weights,
         retries={name: dict(counts) for name, counts in retries.items()},
         applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
+        owners=one_owner(part.owners for part in parts),
     )
 
 

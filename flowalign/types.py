@@ -169,7 +169,7 @@ class Scores:
     Where ``valid`` is False the total is NaN and must never be used; ``causes`` counts why. A reward is NaN where it
     was refused, or does not apply to a sample's task. ``weights`` are those of the rewards that are trained on;
     ``retries`` counts by reward and cause what had to be asked again. ``applies`` says, of rewards that are for some
-    tasks only, which samples they are for.
+    tasks only, which samples they are for. ``owners`` says which reward answered a score.
     """
 
     by_reward: Mapping[str, Tensor]
@@ -179,6 +179,7 @@ class Scores:
     retries: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     applies: Mapping[str, Tensor] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +25,7 @@ Metadata = dict[str, Any]
 MAX_MAGNITUDE = 1e6
 PLAIN_FUNCTION = "write a plain function (images, prompts, metadata), which may call asyncio.run"
 _SHOWN = 200
+_ATOMS = {str, int, float, bool, type(None)}
 
 
 @runtime_checkable
@@ -74,7 +77,7 @@ class Checked:
     Every dictionary is keyed by reward name. ``scores`` float64 (N,), NaN where invalid; ``valid`` bool
     (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``). ``applies`` bool (N,) says
     which samples were scored at all; None means all. ``retries`` counts by cause what a scorer had to ask again; one
-    that asks nobody has no entry.
+    that asks nobody has no entry. ``reward`` is the name of the reward that answered.
     """
 
     scores: dict[str, NDArray[np.float64]]
@@ -82,15 +85,23 @@ class Checked:
     causes: dict[str, dict[str, int]]
     applies: NDArray[np.bool_] | None = None
     retries: dict[str, dict[str, int]] = field(default_factory=dict)
+    reward: str = ""
 
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
-    """``scores`` as float64 arrays (N,), values untouched; raises ``InvalidScores`` naming the scorer."""
-    _refuse_async(name, scores)
-    if not isinstance(scores, Mapping) or not scores:
-        got = "an empty dict" if isinstance(scores, Mapping) else type(scores).__name__
-        raise InvalidScores(f"reward {name!r} returned {got}; return a dict of one float array of length {n} a reward")
-    return {_key(name, key): _array(name, key, value, n) for key, value in scores.items()}
+    """``scores`` as float64 arrays (N,), values untouched.
+
+    Raises ``InvalidScores`` naming the scorer, or ``ScorerFailed`` where its answer, which is read by the answer's own
+    methods, raises.
+    """
+    with blamed(name, " while its answer was read"):
+        _refuse_async(name, scores)
+        if not isinstance(scores, Mapping) or not scores:
+            got = "an empty dict" if isinstance(scores, Mapping) else type(scores).__name__
+            raise InvalidScores(
+                f"reward {name!r} returned {got}; return a dict of one float array of length {n} a reward"
+            )
+        return {_key(name, key): _array(name, key, value, n) for key, value in scores.items()}
 
 
 def _refuse_async(name: str, value: Any) -> None:
@@ -103,7 +114,7 @@ def _refuse_async(name: str, value: Any) -> None:
 def _key(name: str, key: Any) -> str:
     if not isinstance(key, str) or not key:
         raise InvalidScores(f"reward {name!r} returned the key {key!r}; reward names are non-empty strings")
-    return key
+    return str.__str__(key)  # of a class of its own only the letters
 
 
 def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
@@ -158,22 +169,33 @@ def check_inputs(images: Any, prompts: list[str], metadata: list[Metadata]) -> N
 
 def set_up(scorer: Scorer, device: str) -> None:
     """Call the scorer's optional ``setup(device)``; raises ``ScorerFailed`` where it raises anything of its own."""
-    setup = getattr(scorer, "setup", None)
-    if setup is None:
-        return
+    what = type(scorer).__name__
+    with blamed(what):
+        what = getattr(scorer, "name", None) or what
+        setup = getattr(scorer, "setup", None)
+    if setup is not None:
+        with blamed(what, " in setup"):
+            setup(device)
+
+
+@contextmanager
+def blamed(name: str, when: str = "") -> Iterator[None]:
+    """Raise ``ScorerFailed`` naming the reward for whatever its code raises inside, ``SystemExit`` and the like too.
+
+    A ``ScorerError`` and a Ctrl-C pass.
+    """
     try:
-        setup(device)
+        yield
     except ScorerError:
         raise
     except BaseException as error:
-        _pass_on_interrupt(error)
-        what = getattr(scorer, "name", None) or type(scorer).__name__
+        pass_on_interrupt(error)
         raise ScorerFailed(
-            f"reward {what!r} raised {type(error).__name__} in setup: {one_line(error)}{_line(error)}"
+            f"reward {name!r} raised {type(error).__name__}{when}: {one_line(error)}{_line(error)}"
         ) from error
 
 
-def _pass_on_interrupt(error: BaseException) -> None:
+def pass_on_interrupt(error: BaseException) -> None:
     """Raise ``error`` on where it is a Ctrl-C, rather than a KeyboardInterrupt that the scorer raised by itself."""
     if not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread():
         return
@@ -190,17 +212,33 @@ def call(
 ) -> dict[str, NDArray[np.float64]]:
     """Score a batch; the arrays are unmasked, pass them to ``validate_scores``.
 
-    Raises ``InputError``, ``InvalidScores`` or, when the scorer itself raises, ``ScorerFailed``.
+    The scorer gets prompts and metadata of its own: what it changes there, nested or not, reaches nobody else. Raises
+    ``InputError``, ``InvalidScores`` or, when the scorer itself or its answer raises, ``ScorerFailed``.
     """
     check_inputs(images, prompts, metadata)
     try:
-        scores = scorer.score(images, prompts, metadata)
-    except ScorerError:
-        raise
-    except BaseException as error:
-        _pass_on_interrupt(error)
-        raise ScorerFailed(f"reward {name!r} raised {type(error).__name__}: {one_line(error)}{_line(error)}") from error
+        own = [_copied(dict(row)) for row in metadata]
+    except RecursionError:
+        raise InputError("metadata is nested too deeply, or holds itself; send plain JSON") from None
+    with blamed(name):
+        scores = scorer.score(images, list(prompts), own)
     return as_arrays(name, scores, len(images))
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; of JSON ten times as fast as ``copy.deepcopy``, and by one frame a level."""
+    kind = type(value)
+    if kind is dict:
+        made = {}
+        for key, one in value.items():
+            made[key] = _copied(one)
+        return made
+    if kind is list:
+        row = []
+        for one in value:
+            row.append(_copied(one))
+        return row
+    return value if kind in _ATOMS else copy.deepcopy(value)
 
 
 def score_batch(name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]) -> Checked:
@@ -220,8 +258,12 @@ def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's text without line breaks, at most 200 characters."""
-    text = " ".join(str(error).split())
+    """An error's text without line breaks, at most 200 characters; an error may have none, or raise for it."""
+    try:
+        text = " ".join(str(error).split())
+    except BaseException as other:
+        pass_on_interrupt(other)
+        text = f"its text raised {type(other).__name__}"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 

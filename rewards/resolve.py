@@ -27,7 +27,17 @@ from typing import Any, cast
 
 import rewards.scorers
 from rewards import source
-from rewards.interface import PLAIN_FUNCTION, Images, Metadata, Scorer, ScorerError, SpecError, one_line
+from rewards.interface import (
+    PLAIN_FUNCTION,
+    Images,
+    Metadata,
+    Scorer,
+    ScorerError,
+    SpecError,
+    blamed,
+    one_line,
+    pass_on_interrupt,
+)
 from rewards.missing import hint
 from rewards.userfile import load_file, user_line
 
@@ -92,6 +102,11 @@ def row_check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Call
     return getattr(_builtin(kind, options), "check_row", None)
 
 
+def further_scores(spec: str) -> tuple[str, ...]:
+    """What one of our scorers answers beside its main score; nothing is known of a user's code or of a server."""
+    return () if ":" in spec or spec not in builtin_names() else getattr(_class(spec), "further", ())
+
+
 def location_of(spec: str) -> str | None:
     """``path/to/file.py`` or ``package.module`` of a user's reward; None for ours, a server and an unknown one."""
     if spec.startswith("url:") or spec in builtin_names():
@@ -122,13 +137,16 @@ def _http(kind: str, options: dict[str, Any]) -> Scorer:
 
 
 def _builtin(name: str, options: dict[str, Any]) -> Scorer:
+    return _construct(name, _class(name), options)
+
+
+def _class(name: str) -> Callable[..., Any]:
     module = importlib.import_module(f"rewards.scorers.{name}")
-    cls = next(
+    return next(
         value
         for key, value in vars(module).items()
         if key.endswith("Scorer") and getattr(value, "__module__", "") == module.__name__
     )
-    return _construct(name, cls, options)
 
 
 def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> Scorer:
@@ -216,7 +234,8 @@ def user_code(target: str, base_dir: str | Path = ".") -> Any:
 
 def _from_code(target: str, options: dict[str, Any], base_dir: Path) -> Scorer:
     """The function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
-    return _as_scorer(target, _halves(target)[1], user_code(target, base_dir), options)
+    with blamed(target, " while it was looked at"):  # where its module or class computes its attributes
+        return _as_scorer(target, _halves(target)[1], user_code(target, base_dir), options)
 
 
 def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> Scorer:
@@ -225,7 +244,8 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
             value = value(**options)
         except ScorerError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            pass_on_interrupt(error)
             line = user_line(error)
             where = f" ({line})" if line else ""
             what = f"{type(error).__name__}: {one_line(error)}"
@@ -254,7 +274,8 @@ def _load_module(target: str, base_dir: Path) -> ModuleType:
     name, _ = _halves(target)
     try:
         module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        pass_on_interrupt(error)
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             _module(target, base_dir)
         raise SpecError(f"reward module {name} did not import: {type(error).__name__}: {one_line(error)}") from error
@@ -266,7 +287,8 @@ def _load_file(path: Path) -> ModuleType:
     _log.warning("runs user code from %s", path)
     try:
         return load_file(path)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        pass_on_interrupt(error)
         line = user_line(error)
         where = f" ({line})" if line and not isinstance(error, SyntaxError) else ""
         raise SpecError(f"reward file {path} did not run: {type(error).__name__}: {one_line(error)}{where}") from error

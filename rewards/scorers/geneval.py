@@ -33,6 +33,7 @@ class GenevalScorer:
     """
 
     name = "geneval"
+    further = ("geneval_strict",)
     range = (0.0, 1.0)
 
     def __init__(

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from asyncio import CancelledError
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowalign.scoring import NamedScorer, bounded, score_images
 from rewards.composite import combine
 from rewards.interface import (
     InputError,
@@ -131,3 +136,90 @@ def test_what_a_users_setup_raises_is_named_with_its_line():
 
     with pytest.raises(ScorerFailed, match=r"'Fragile' raised FileNotFoundError in setup: weights\.bin \(.*line \d+\)"):
         set_up(Fragile(), "cpu")
+
+
+class Leaves(Mapping):
+    """An answer that ends the process where it is asked ``how``."""
+
+    def __init__(self, how, error):
+        self.how, self.error = how, error
+
+    def _at(self, how):
+        if how == self.how:
+            raise self.error
+
+    def __getitem__(self, key):
+        self._at("item")
+        return self if self.how == "array" else [0.0, 0.0, 0.0]
+
+    def __len__(self):
+        self._at("length")
+        return 1
+
+    def __iter__(self):
+        self._at("iteration")
+        return iter(["mine"])
+
+    def keys(self):
+        self._at("keys")
+        return super().keys()
+
+    def items(self):
+        self._at("items")
+        return super().items()
+
+    def __array__(self, *args, **kwargs):
+        self._at("array")
+
+
+class Unsaid(Exception):
+    def __str__(self):
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), CancelledError(), GeneratorExit(), MemoryError("m"), Unsaid()])
+@pytest.mark.parametrize("how", ["item", "length", "iteration", "items", "array"])
+def test_an_answer_that_raises_while_it_is_read_is_named(how, error):
+    with pytest.raises(ScorerFailed, match=rf"reward 'mine' raised {type(error).__name__} while its answer was read"):
+        run(Leaves(how, error))
+
+
+def test_an_error_without_a_text_keeps_the_reward_s_name():
+    with pytest.raises(ScorerFailed, match=r"reward 'mine' raised Unsaid: its text raised SystemExit \("):
+        run(Unsaid())
+
+
+class Attributes:
+    """A scorer that raises where this attribute of it is asked for."""
+
+    def __init__(self, name):
+        self.asked = name
+
+    def __getattr__(self, name):
+        if name == self.__dict__["asked"]:
+            raise SystemExit(0)
+        raise AttributeError(name)
+
+    def score(self, images, prompts, metadata):
+        return {"mine": [0.0] * len(images)}
+
+
+@pytest.mark.parametrize("name", ["name", "retried", "setup"])
+def test_a_scorer_whose_attributes_raise_is_named(name):
+    scorer = NamedScorer("mine", 1.0, Attributes(name))
+    with pytest.raises(ScorerFailed, match=r"reward '(mine|Attributes)' raised SystemExit"):
+        set_up(scorer.scorer, "cpu")
+        score_images(scorer, torch.from_numpy(IMAGES), ["p"] * 3, [{}] * 3)
+
+
+def test_metadata_that_holds_itself_is_refused():
+    row = {}
+    row["row"] = row
+    with pytest.raises(InputError, match="metadata is nested too deeply"):
+        score_batch("mine", Fixed({"mine": [0.0] * 3}), IMAGES, ["p"] * 3, [row] * 3)
+
+
+def test_a_keyboard_interrupt_of_an_answer_is_none_of_the_user():
+    answer = Leaves("items", KeyboardInterrupt())
+    with pytest.raises(ScorerFailed, match="raised KeyboardInterrupt while its answer was read"):
+        bounded("mine", lambda: run(answer), 60.0)
