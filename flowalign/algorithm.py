@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from flowalign.flow.schedule import PipelineSchedule
 from flowalign.largest import check_largest
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 from flowalign.walkoptions import Grid, Shift
+from rewards.kept import load_module
 from rewards.userfile import load_file, user_line
 
 
@@ -128,7 +128,7 @@ def algorithm_class(name: str) -> type[Any]:
         module_name = f"flowalign.algorithms.{module_name}"
     is_file = module_name.endswith(".py")
     try:
-        module = _of_file(str(Path(module_name).resolve())) if is_file else importlib.import_module(module_name)
+        module = _of_file(str(Path(module_name).resolve())) if is_file else load_module(module_name)
     except Exception as error:
         line = user_line(error)
         kind = "" if isinstance(error, ImportError | OSError | SyntaxError) else f"{type(error).__name__}: "

@@ -1,21 +1,23 @@
 """Which of a user's files some code is made of: its own and those beside it that it imports. Nothing is run for that.
 
 It looks where `userfile` looks when the code runs: a neighbour is found under its plain name and by relative imports,
-whatever the working directory is. Imports that only running the code would tell of (``import_module(name)``) are not
-seen.
+whatever the working directory is, compiled modules (``.so``, ``.pyd``, ``.pyc``) included. What these import cannot be
+read off them, so where one lies in a package all of the package counts. Imports of a name that only running the code
+would tell of (``import_module(name)``) are not seen.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
 
-from rewards.interface import SpecError
-from rewards.source import find_module
-
+SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)  # in the order in which Python looks
 _OURS = sys.stdlib_module_names | {"flowalign", "rewards"}
 _MOST = 300
 
@@ -29,21 +31,41 @@ def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
     if location.endswith(".py") or "/" in location:
         file = (base_dir / Path(location).expanduser()).resolve()
         return _reached(file, file.parent, None) if file.is_file() else {}
-    try:
-        found = find_module(location)
-    except SpecError:
-        return {}
+    parts = location.split(".")
+    found = _module(parts)
     if found is None:
         return {}
-    parts = location.split(".")
-    root = found.parents[len(parts) if found.name == "__init__.py" else len(parts) - 1]
-    around = [folder / "__init__.py" for folder in list(found.parents)[: list(found.parents).index(root)]]
-    packages = [path for path in around if path != found and path.is_file()]
-    return _reached(found, root, parts[0] if _installed(root) else None, packages)
+    root = found.parents[len(parts) if found.name.startswith("__init__.") else len(parts) - 1]
+    folders = list(found.parents)[: list(found.parents).index(root)]
+    around = [path for folder in folders if (path := _file(folder)) is not None and path.parent == folder]
+    packages = [path for path in around if path != found]
+    return _reached(found, root, parts[0] if is_installed(root) else None, packages)
 
 
-def _installed(root: Path) -> bool:
-    return root.resolve() in {Path(place).resolve() for place in sysconfig.get_paths().values()}
+def is_installed(path: Path) -> bool:
+    """Whether a file or folder lies where Python keeps its own modules or those of packages."""
+    places = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not places.isdisjoint((path.resolve(), *path.resolve().parents))
+
+
+def _module(parts: list[str]) -> Path | None:
+    """The file that importing a module runs last; no package is imported to find it."""
+    try:
+        top = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        return None
+    if top is None:
+        return None
+    if len(parts) == 1:
+        return Path(top.origin) if top.origin is not None and top.origin.endswith(SUFFIXES) else None
+    places = [Path(root, *parts[1:]) for root in top.submodule_search_locations or ()]
+    return next((found for place in places if (found := _file(place)) is not None), None)
+
+
+def _file(place: Path) -> Path | None:
+    """What Python takes for a module without a suffix: a package, else a file."""
+    names = (*(place / f"__init__{suffix}" for suffix in SUFFIXES), *(f"{place}{suffix}" for suffix in SUFFIXES))
+    return next((path for path in map(Path, names) if path.is_file()), None)
 
 
 def _reached(first: Path, root: Path, alone: str | None, packages: Sequence[Path] = ()) -> dict[str, Path]:
@@ -60,27 +82,40 @@ def _reached(first: Path, root: Path, alone: str | None, packages: Sequence[Path
 
 
 def _imported(file: Path, root: Path, alone: str | None) -> Iterator[Path]:
+    if file.suffix not in SOURCE_SUFFIXES:
+        if file.parent != root and alone is None:
+            yield from _importable(root / file.relative_to(root).parts[0])
+        return
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
+    for level, name in _names(tree):
+        if not level and (name[0] in _OURS or alone not in (None, name[0])):
+            continue
+        start = _above(file.parent, level - 1) if level else root
+        if start.is_relative_to(root):
+            yield from _on_the_way(start, name)
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    """What is imported: how many dots, and the name; its last part may be something in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            start = root
+            yield from ((0, alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = node.module.split(".") if node.module else []
-            names = [[*module, alias.name] for alias in node.names]
-            start = root if not node.level else _above(file.parent, node.level - 1)
-            if not start.is_relative_to(root):
-                continue
-        else:
-            continue
-        absolute = not getattr(node, "level", 0)
-        for name in names:
-            if absolute and (name[0] in _OURS or alone not in (None, name[0])):
-                continue
-            yield from _on_the_way(start, name)
+            yield from ((node.level, [*module, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called, name = getattr(node.func, "attr", getattr(node.func, "id", "")), node.args[0].value
+            if called in ("import_module", "__import__") and isinstance(name, str) and name.strip("."):
+                yield len(name) - len(name.lstrip(".")), name.strip(".").split(".")
+
+
+def _importable(package: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(package):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        yield from (Path(place, name) for name in sorted(files) if name.endswith(SUFFIXES))
 
 
 def _above(folder: Path, levels: int) -> Path:
@@ -92,12 +127,8 @@ def _above(folder: Path, levels: int) -> Path:
 def _on_the_way(folder: Path, name: list[str]) -> Iterator[Path]:
     """The files that importing ``name`` from ``folder`` runs."""
     for part in name:
-        module, package = folder / f"{part}.py", folder / part
-        if (package / "__init__.py").is_file():
-            yield package / "__init__.py"
-        elif module.is_file():
-            yield module
+        found, folder = _file(folder / part), folder / part
+        if found is not None:
+            yield found
+        if not folder.is_dir() or (found is not None and found.parent != folder):
             return
-        elif not package.is_dir():
-            return
-        folder = package

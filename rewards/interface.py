@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.kept import changed
 from rewards.userfile import user_line
 
 Images = NDArray[np.uint8]
@@ -222,6 +223,8 @@ def call(
         raise InputError("metadata is nested too deeply, or holds itself; send plain JSON") from None
     with blamed(name):
         scores = scorer.score(images, list(prompts), own)
+    if (said := changed()) is not None:
+        raise ScorerFailed(f"reward {name!r}: {said}")
     return as_arrays(name, scores, len(images))
 
 

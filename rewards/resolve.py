@@ -38,6 +38,7 @@ from rewards.interface import (
     one_line,
     pass_on_interrupt,
 )
+from rewards.kept import load_module
 from rewards.missing import hint
 from rewards.userfile import load_file, user_line
 
@@ -273,7 +274,7 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
 def _load_module(target: str, base_dir: Path) -> ModuleType:
     name, _ = _halves(target)
     try:
-        module = importlib.import_module(name)
+        module = load_module(name)
     except BaseException as error:
         pass_on_interrupt(error)
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):

@@ -14,10 +14,12 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from rewards.kept import Source, from_content, keep
 
 _PREFIX, _NOTE = "beside_", "in the user's file "
 _NEVER = sys.stdlib_module_names | {"flowalign", "rewards"}  # a neighbour of such a name hides nothing
@@ -34,6 +36,7 @@ def load_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or path.suffix != ".py":
         raise ImportError(f"{path} is not Python source")
     module = importlib.util.module_from_spec(spec)
+    keep(str(path))
     before = sys.modules.get(name)
     sys.modules[name] = module  # before it runs: pydantic and dataclasses look the annotations of its classes up there
     try:
@@ -69,12 +72,12 @@ class _Finder(MetaPathFinder):
         if not fullname.startswith(_PREFIX) or path is None:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and type(spec.loader) is SourceFileLoader:
+        if spec is not None and type(from_content(spec).loader) is Source:
             spec.loader = _Neighbour(fullname, spec.loader.path)
         return spec
 
 
-class _Neighbour(SourceFileLoader):
+class _Neighbour(Source):
     """Runs a file so that its own import statements look beside the first file of its namespace."""
 
     def exec_module(self, module: ModuleType) -> None:

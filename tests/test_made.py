@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,28 @@ def test_code_is_its_file_and_what_it_imports_beside_it_wherever_the_import_stan
         "plain.py",
     ]
     assert files_of_code("absent.py", tmp_path) == {} == files_of_code("no_such_module_at_all")
+
+
+def test_compiled_modules_are_found_in_the_order_in_which_python_looks_and_with_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fast_pkg" / "deep").mkdir(parents=True)
+    native, names = (
+        EXTENSION_SUFFIXES[0],
+        ["fast.py", "old.pyc", "kernel.txt", "fast_pkg/seen.py", "fast_pkg/deep/x.so"],
+    )
+    for name in (*names, f"fast{native}", f"fast_pkg/core{native}", "fast_pkg/__init__.py", "unused.so"):
+        (tmp_path / name).touch()
+    (tmp_path / "own.py").write_text("import fast\nimport_module('.old', __package__)\nfrom fast_pkg import core\n")
+    package = {"fast_pkg/__init__.py", f"fast_pkg/core{native}", "fast_pkg/seen.py", "fast_pkg/deep/x.so"}
+    found = files_of_code("own.py", tmp_path)
+    assert set(found) == {"", f"fast{native}", "old.pyc", *package}
+    monkeypatch.syspath_prepend(tmp_path)
+    assert files_of_code("fast_pkg.core")[""] == tmp_path / f"fast_pkg/core{native}"
+    assert set(files_of_code("fast_pkg.core")) == {"", *package} - {f"fast_pkg/core{native}"}
+    config = run_config(tmp_path, rewards=[{"spec": "own.py:f", "runtime_env": {"working_dir": "."}}])
+    shipped = {part.name for part in parts_of(config, tmp_path) if part.key == "rewards.0.runtime_env.working_dir"}
+    assert shipped == {"own.py", "fast.py", "unused.so", *found} - {""}
 
 
 def test_code_of_an_importable_module_is_found_without_importing_it(

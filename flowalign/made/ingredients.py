@@ -25,7 +25,7 @@ from flowalign.contents import leaves
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.shapes import prompts as shapes
 from flowalign.textfiles import TextError, read_object
-from rewards.imports import files_of_code
+from rewards.imports import SUFFIXES, files_of_code
 from rewards.resolve import location_of
 
 READ_BY_REWARDS = ("path", "processor", "checkpoint", "head")  # the options that are paths, see configpaths.FILES
@@ -140,7 +140,7 @@ def _path(key: str, path: str | Path, beside: str | None = None) -> Iterator[Par
 
 
 def _python(key: str, path: Path) -> Iterator[Part]:
-    return (part for part in _path(key, path) if part.path is not None and part.path.suffix == ".py")
+    return (part for part in _path(key, path) if part.path is not None and part.path.name.endswith(SUFFIXES))
 
 
 def _code(key: str, location: str, base_dir: Path = Path(".")) -> Iterator[Part]:

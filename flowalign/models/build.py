@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
+from rewards.kept import load_module
 
 
 def policy_class(name: str) -> type[Any]:
@@ -24,7 +25,7 @@ def policy_class(name: str) -> type[Any]:
     """
     module_name = name if "." in name else f"flowalign.models.{name}"
     try:
-        module = importlib.import_module(module_name)
+        module = load_module(module_name) if "." in name else importlib.import_module(module_name)
     except Exception as error:  # a module of the user's may raise anything
         raise ModelError(f"model.type: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
     for value in vars(module).values():

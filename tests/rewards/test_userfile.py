@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import py_compile
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 from flowalign.algorithm import UnknownAlgorithm, algorithm_class
 from flowalign.cli.terminal import sentence
 from rewards.interface import ScorerFailed, SpecError, score_batch
+from rewards.kept import load_module
 from rewards.resolve import resolve
 from rewards.userfile import keep_user_line, load_file
 
@@ -137,3 +143,86 @@ def test_try_reward_finds_the_neighbour_from_any_directory(tmp_path: Path) -> No
     command = [sys.executable, "-m", "flowalign.cli", "try-reward", f"{tmp_path / 'own' / 'mine.py'}:reward"]
     done = subprocess.run([*command, "--images", str(tmp_path / "pictures")], capture_output=True, text=True)
     assert done.returncode == 0 and "3.0000" in done.stdout, done.stderr
+
+
+def with_stale_bytecode(file: Path, old: str, new: str) -> None:
+    """As after a copy that keeps times: a ``.pyc`` of other code, whose source had the same size and time."""
+    assert len(old) == len(new)
+    file.write_text(old)
+    os.utime(file, (1e9, 1e9))
+    py_compile.compile(str(file))
+    file.write_text(new)
+    os.utime(file, (1e9, 1e9))
+
+
+def test_code_is_compiled_from_its_source_and_never_from_a_bytecode_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, package = write(tmp_path / "beside", stale="") / "stale.py", tmp_path / "stale_pkg"
+    with_stale_bytecode(folder, "N = 1", "N = 2")
+    with_stale_bytecode(folder.with_name("mine.py"), "import stale; M = stale.N, 1", "import stale; M = stale.N, 2")
+    assert load_file(folder.with_name("mine.py")).M == (2, 2)
+    write(package, __init__="")
+    with_stale_bytecode(package / "inner.py", "N = 1", "N = 2")
+    with_stale_bytecode(
+        package / "own.py", "from stale_pkg.inner import N; M = 1", "from stale_pkg.inner import N; M = 2"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (load_module("stale_pkg.own").N, load_module("stale_pkg.own").M) == (2, 2)
+
+
+def test_a_module_that_is_imported_late_is_what_it_was_when_the_code_was_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = "def reward(images, *rest):\n    from late_one import N\n    return [N] * len(images)\n"
+    write(tmp_path, mine=late, late_one="N = 1")
+    write(
+        tmp_path / "late_pkg", __init__="", mine="def f():\n    from . import inner\n    return inner.N", inner="N = 1"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own, scorer = load_module("late_pkg.mine"), resolve("mine.py:reward", tmp_path)
+    write(tmp_path, late_one="N = -1", late_pkg_in_inner="N = -1")
+    assert scorer.score(*BATCH)["reward"] == [1, 1] and own.f() == 1
+
+
+def compiled(folder: Path, answer: int) -> Path:
+    """A compiled module ``fast`` with a constant ``N``."""
+    source, made = folder / "fast.c", folder / f"fast{EXTENSION_SUFFIXES[-1]}"
+    source.write_text(
+        "#include <Python.h>\n"
+        f'static int fill(PyObject *m) {{ return PyModule_AddIntConstant(m, "N", {answer}); }}\n'
+        "static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};\n"
+        'static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "fast", 0, 0, 0, slots};\n'
+        "PyMODINIT_FUNC PyInit_fast(void) { return PyModuleDef_Init(&def); }\n"
+    )
+    include = sysconfig.get_path("include")
+    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(made)], check=True)
+    return made
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_compiled_module_that_changes_before_a_late_import_is_refused_by_name_even_if_the_code_catches_that(
+    tmp_path: Path,
+) -> None:
+    caught = "try:\n        from fast import N\n    except Exception:\n        N = 0"
+    for late, said in (("from fast import N", "raised CodeChanged: "), (caught, "reward 'r': ")):
+        made = compiled(tmp_path, 1)
+        write(tmp_path, mine=f"def reward(images, *rest):\n    {late}\n    return [N] * len(images)\n")
+        scorer = resolve("mine.py:reward", tmp_path)
+        made.unlink()
+        compiled(tmp_path, -1)
+        with pytest.raises(ScorerFailed, match=f"{said}{made} has changed since the code that imports it was loaded"):
+            score_batch("r", scorer, *BATCH)
+    assert score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH).scores["reward"].tolist() == [-1, -1]
+
+
+def test_a_module_that_was_not_there_when_the_code_was_loaded_is_refused_and_one_of_a_made_name_is_not(
+    tmp_path: Path,
+) -> None:
+    late = "def reward(images, *rest):\n    from new_one import N\n    return [N] * len(images)\n"
+    write(tmp_path, mine=late, made="N = 3", other="def f():\n    return __import__('ma' + 'de').N\n")
+    scorer, other = resolve("mine.py:reward", tmp_path), load_file(tmp_path / "other.py")
+    write(tmp_path, new_one="N = 1")
+    with pytest.raises(ScorerFailed, match=f"{tmp_path / 'new_one.py'} is new since the code that imports it was"):
+        score_batch("r", scorer, *BATCH)
+    assert other.f() == 3
