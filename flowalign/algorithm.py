@@ -26,8 +26,7 @@ from flowalign.flow.schedule import PipelineSchedule
 from flowalign.largest import check_largest
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 from flowalign.walkoptions import Grid, Shift
-from rewards.kept import load_module
-from rewards.userfile import load_file, user_line
+from rewards.userfile import load_file, load_module, user_line
 
 
 class VelocityModel(Protocol):

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.kept import changed
+from rewards.kept import refusals
 from rewards.userfile import user_line
 
 Images = NDArray[np.uint8]
@@ -221,9 +221,10 @@ def call(
         own = [_copied(dict(row)) for row in metadata]
     except RecursionError:
         raise InputError("metadata is nested too deeply, or holds itself; send plain JSON") from None
+    before = len(refusals())
     with blamed(name):
         scores = scorer.score(images, list(prompts), own)
-    if (said := changed()) is not None:
+    for said in refusals()[before:]:
         raise ScorerFailed(f"reward {name!r}: {said}")
     return as_arrays(name, scores, len(images))
 

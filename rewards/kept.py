@@ -39,7 +39,6 @@ def keep(location: str) -> None:
     files = files_of_code(location)
     of_file = location.endswith(".py")
     _locations[location] = None if of_file else location.partition(".")[0]
-    _refused.clear()
     for path in files.values():
         try:
             content = path.read_bytes()
@@ -59,9 +58,9 @@ def load_module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def changed() -> str | None:
-    """What `CodeChanged` has said in this process, in case that a user's code has caught it."""
-    return _refused[0] if _refused else None
+def refusals() -> list[str]:
+    """What `CodeChanged` has said in this process, also where a user's code has caught it."""
+    return list(_refused)
 
 
 def from_content(spec: ModuleSpec) -> ModuleSpec:

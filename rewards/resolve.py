@@ -38,9 +38,8 @@ from rewards.interface import (
     one_line,
     pass_on_interrupt,
 )
-from rewards.kept import load_module
 from rewards.missing import hint
-from rewards.userfile import load_file, user_line
+from rewards.userfile import load_file, load_module, user_line
 
 ENTRY_POINTS = "flowalign.rewards"
 _log = logging.getLogger("rewards")

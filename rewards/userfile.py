@@ -19,7 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.kept import Source, from_content, keep
+from rewards.kept import Source, from_content, keep, load_module
+
+__all__ = ["keep_user_line", "load_file", "load_module", "user_line"]
 
 _PREFIX, _NOTE = "beside_", "in the user's file "
 _NEVER = sys.stdlib_module_names | {"flowalign", "rewards"}  # a neighbour of such a name hides nothing
