@@ -1,6 +1,6 @@
 """Right requests to a reward server while others hold its doors, as JSON: latency, memory, lines in its log.
 
-    python scripts/benchmarks/reward_server_attacks.py --seconds 30
+    python scripts/benchmarks/reward_server_attacks.py > scripts/benchmarks/results/reward_server_attacks.json
 
 The server may open 256 files and wants a token. A process of its own keeps 400 connections that send nothing, 900 that
 send half a head, and 8 requests that hold 200 MB of a body of 255 MB back, all with the right token, and opens each
@@ -159,6 +159,7 @@ def main() -> None:
         right_requests(url, 1)
         report: dict[str, Any] = {
             "benchmark": "reward_server_attacks",
+            "machine": {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},  # others' work, before ours
             "files": options.files,
             "pause_s": options.pause,
             "alone": right_requests(url, options.seconds),
@@ -172,7 +173,7 @@ def main() -> None:
         report["log_bytes"] = log.stat().st_size
         report["after"] = right_requests(url, 2)
         report["megabytes_after"] = megabytes(server.pid, "VmRSS")
-    print(json.dumps(report))
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

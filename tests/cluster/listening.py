@@ -88,8 +88,17 @@ def _sockets(table: str, family: socket.AddressFamily) -> dict[str, tuple[str, i
 
 def documented() -> list[list[str]]:
     """The rows of docs/safety.md's first table of what listens: process, what, address, who may ask."""
+    return _rows("| process | listens |")
+
+
+def documented_of_clusters() -> list[list[str]]:
+    """The rows of its table of clusters that are started by hand: process, port, who may ask."""
+    return _rows("| process | port |")
+
+
+def _rows(head: str) -> list[list[str]]:
     text = (Path(__file__).resolve().parents[2] / "docs" / "safety.md").read_text(encoding="utf-8")
-    rows = text.partition("# What listens where")[2].partition("| process | listens |")[2].partition("\n\n")[0]
+    rows = text.partition("# What listens where")[2].partition(head)[2].partition("\n\n")[0]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:]]
 
 
