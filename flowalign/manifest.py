@@ -156,11 +156,15 @@ def going_on(run_dir: Path, without: Path | None = None) -> str | None:
 
 
 def _intact(root: Path, *, without: Path | None, learned: str = "") -> Path | None:
-    """The newest checkpoint but ``without`` whose files are as recorded, of those with a file named as ``learned``."""
+    """The newest checkpoint but ``without`` whose files are as recorded and whose state is not destroyed, of those with
+    a file named as ``learned``."""
+    from flowalign.destroyed import fault_of_files
+
     for path, manifest in reversed(manifests(root).items()):
         with suppress(CheckpointError):
             if path != without and any(name.startswith(learned) for name in manifest["files"]) and verify(path):
-                return path
+                if fault_of_files(path, manifest["files"]) is None:
+                    return path
     return None
 
 

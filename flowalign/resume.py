@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flowalign import checkpoint
 from flowalign.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
-from flowalign.destroyed import fault_of_state
+from flowalign.destroyed import fault_of_state, fault_of_zeros
 from flowalign.manifest import entries, going_on, has_sizes
 from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
@@ -141,7 +141,8 @@ def _resumable(path: Path) -> Checkpoint:
     found = checkpoint.read(path)
     found.optimizer_of(0)
     weights = {"model": found.model, **({} if found.ema is None else {"ema": found.ema}), **found.averages}
-    wrong = fault_of_state(weights, [moments for moments, _ in found.optimizer_by_rank.values()])
+    moments = [tensors for tensors, _ in found.optimizer_by_rank.values()]
+    wrong = fault_of_zeros(weights) or fault_of_state(weights, moments)
     if wrong is not None:  # an older version saved these too
         raise CheckpointError(f"{path} holds a state that was destroyed, {wrong}")
     return found

@@ -22,6 +22,7 @@ from flowalign.checkpoint import CheckpointError
 from flowalign.checkpoint import find as find_checkpoint
 from flowalign.config import CACHED, AlignConfig, ConfigError, ModelConfig, SamplingConfig
 from flowalign.contents import base_hash
+from flowalign.destroyed import fault, total_norm
 from flowalign.files import save_tensors
 from flowalign.flow import families
 from flowalign.flow.schedule import PipelineSchedule
@@ -50,7 +51,10 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
         if which != "model":
             raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
         model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
-        return load_policy(model, device=config.cluster.device), {}
+        policy = load_policy(model, device=config.cluster.device)
+        if (wrong := fault("the weights", dict(policy.network.named_parameters()))) is not None:
+            raise CheckpointError(f"{path} is a pipeline that was destroyed, {wrong}; take an intact one")
+        return policy, {}
     found = find_checkpoint(path, which)
     policy = load_policy(config.model, device=config.cluster.device)
     state = load_weights(policy, found, which)
@@ -64,7 +68,8 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
 def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str, Any]:
     """Bind a checkpoint's weights, checked against its manifest, to the policy's trainable parameters.
 
-    Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit.
+    Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit, or the weights are
+    destroyed.
     """
     with checkpoint.advised(path):
         manifest = checkpoint.verify(path, (f"{which}.safetensors", "state.json"))
@@ -82,6 +87,9 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
             f"{path} does not fit the configured model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
             "model.path and model.lora must be those of the run"
         )
+    began = total_norm({name: p for name, p in policy.network.named_parameters() if p.requires_grad})
+    if (destroyed := fault(f"the weights of {which}", weights, began=began)) is not None:
+        raise CheckpointError(f"{path} holds a state that was destroyed, {destroyed}; {checkpoint.advice(path)}")
     bind_weights(policy.network, weights)
     return json.loads((path / "state.json").read_bytes())
 

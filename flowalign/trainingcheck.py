@@ -13,6 +13,7 @@ from flowalign.pathfamilies import canonical, formulation, may_learn
 from flowalign.pretrainconfig import PretrainConfig
 
 MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
+MAX_DECAY = 0.1  # the same of weight decay times learning rate
 
 
 def check_caches(config: AlignConfig) -> None:
@@ -66,7 +67,10 @@ def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
 def _notes_of_alignment(config: AlignConfig) -> list[str]:
     updates = config.iterations * config.learner.updates_per_iteration
     notes = [*_recorded_length(config.model), *_other_family("model", config.model)]
-    notes += _rate("learner.optimizer.learning_rate", config.learner.optimizer.learning_rate)
+    optimizer = config.learner.optimizer
+    notes += _rates("learner.optimizer", optimizer.learning_rate, optimizer.final_learning_rate)
+    decayed = max(optimizer.learning_rate, optimizer.final_learning_rate)
+    notes += _decay("learner.optimizer.weight_decay", optimizer.weight_decay, decayed)
     notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
     notes += _ends_learning(config.learner.optimizer, updates)
     notes += _keeps_no_best(config)
@@ -97,8 +101,10 @@ def _notes_of_training(config: PretrainConfig) -> list[str]:
     steps = sum(phase.steps for phase in config.phases)
     notes = [*_text_length(config), *_other_family("model", config.model)]
     notes += [] if config.teacher is None else _other_family("teacher", config.teacher)
-    rates = {f"phases.{i}.learning_rate": phase.learning_rate for i, phase in enumerate(config.phases)}
-    notes += [note for key, rate in rates.items() for note in _rate(key, rate)]
+    for i, phase in enumerate(config.phases):
+        notes += _rates(f"phases.{i}", phase.learning_rate, phase.final_learning_rate)
+    rates = [rate for phase in config.phases for rate in (phase.learning_rate, phase.final_learning_rate)]
+    notes += _decay("weight_decay", config.weight_decay, max(rates))
     notes += _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
     notes += _only_last("log_every", config.log_every, steps, "steps", "is logged")
     if "checkpoint_every" in config.model_fields_set:
@@ -145,9 +151,15 @@ def _text_length(config: PretrainConfig) -> list[str]:
     ]
 
 
-def _rate(key: str, rate: float) -> list[str]:
-    said = f"{key}: {rate:g}; AdamW moves every weight by about as much in one update, where 1e-5 to 1e-3 is usual"
-    return [said] if rate > MAX_RATE else []
+def _rates(section: str, rate: float, final: float) -> list[str]:
+    moves = "AdamW moves every weight by about as much in one update, where 1e-5 to 1e-3 is usual"
+    rates = {"learning_rate": rate} | ({"final_learning_rate": final} if final != rate else {})
+    return [f"{section}.{key}: {value:g}; {moves}" for key, value in rates.items() if value > MAX_RATE]
+
+
+def _decay(key: str, decay: float, rate: float) -> list[str]:
+    said = f"{key}: {decay:g}; at learning rate {rate:g} AdamW takes {decay * rate:.2g} of every weight in one update"
+    return [said] if decay * rate > MAX_DECAY else []
 
 
 def _warm_up(key: str, warmup: int, run: int, unit: str) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowalign.checkpoint import CheckpointError
+from flowalign.checkpoint import CheckpointError, CheckpointWriter
 from flowalign.cli.merge import merge
 from flowalign.cluster.run import run_align
 from flowalign.configfile import load_align, write_resolved
@@ -19,6 +19,7 @@ from flowalign.export import export, load_pipeline
 from flowalign.metrics import read_metrics
 from flowalign.models.merge import MergeError
 from flowalign.outputs import DirectoryTaken
+from flowalign.sample import sample_checkpoint
 from tests._tiny import run_config, write_checkpoint, write_pipeline
 
 
@@ -43,15 +44,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def change_weights(pipeline: Path) -> None:
-    from safetensors.torch import save_file
-
     path = next((pipeline / "transformer").glob("*.safetensors"))
     save_file({name: weight * 0.5 for name, weight in load_file(path).items()}, path, {"format": "pt"})
 
 
 def change_run(run: Path) -> None:
     """The run's checkpoint again, with weights that are another's."""
-    from flowalign.checkpoint import CheckpointWriter, load
+    from flowalign.checkpoint import load
 
     saved = load(run / "checkpoints" / "step_000010")
     moved = [{n: w * 0.9 + 0.01 for n, w in part.items()} for part in (saved.model, saved.ema or {})]
@@ -150,8 +149,6 @@ def test_what_has_no_average_is_refused(world: Path, tmp_path: Path) -> None:
     spelled = Path(shutil.copytree(world / "base", tmp_path / "spelled"))
     for part in ("text_encoder", "text_encoder_2"):
         path = spelled / part / "model.safetensors"
-        from safetensors.torch import save_file
-
         save_file({name: weight * 1.5 for name, weight in load_file(path).items()}, path, {"format": "pt"})
     for other, said in (
         (deep, "deep is of another architecture than .*a: .* tensors differ, first "),
@@ -186,3 +183,39 @@ def test_wrong_counts_weights_and_targets_are_refused(world: Path, tmp_path: Pat
     with pytest.raises(DirectoryTaken, match="exists and is no earlier export"):
         merge(both, tmp_path / "full")
     assert (tmp_path / "full" / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("which", ["model", "ema"])
+def test_destroyed_weights_of_a_checkpoint_are_refused_by_name_wherever_they_are_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, value: float
+) -> None:
+    run, config = tmp_path / "d", run_config(world / "base", name="d")
+    held = {kind: {n: w.clone() for n, w in saved(world / "a", kind).items()} for kind in ("model", "ema")}
+    if value == 0:
+        held[which] = {name: torch.zeros_like(weight) for name, weight in held[which].items()}
+    else:
+        next(iter(held[which].values())).view(-1)[0] = value
+    state = json.loads((world / "a" / "checkpoints" / "step_000010" / "state.json").read_text())
+    with monkeypatch.context() as older:
+        older.setattr("flowalign.checkpoint.fault_of_state", lambda *state: None)
+        CheckpointWriter(run / "checkpoints").save(2, **held, state=state)
+    write_resolved(config, run)
+    said = rf"step_000002 holds a state that was destroyed, the weights of {which}: .* is beside it"
+    with pytest.raises(CheckpointError, match=said):
+        merge([world / "a", run], tmp_path / "m", which=which)
+    with pytest.raises(CheckpointError, match=said):
+        export(run, tmp_path / "x", kind="ema" if which == "ema" else "pipeline", config=config)
+    with pytest.raises(CheckpointError, match=said):
+        sample_checkpoint(run, ["a"], config=config, out_dir=tmp_path / "s", which=which)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
+
+
+def test_a_pipeline_of_destroyed_weights_is_not_merged(world: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(world / "base", tmp_path / "broken"))
+    path = next((broken / "transformer").glob("*.safetensors"))
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] = float("inf")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"broken is a pipeline that was destroyed, the weights: \S+ has 1 of"):
+        merge([world / "a", broken], tmp_path / "m")

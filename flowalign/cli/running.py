@@ -77,6 +77,7 @@ def held(
     run_dir = check_run(config, accepted)
     if (note := check_room(config, run_dir)) is not None:
         console.print(note)
+    began_from = _last_checkpoint(run_dir)
     resumes = (config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume) != "never"
     with ExitStack() as stack:
         with stop.deferred():
@@ -103,7 +104,7 @@ def held(
                 raise
             last = _last_checkpoint(run_dir)
             if (gentler := _gentler(error, config, run_dir, last)) is not None:
-                raise RunFailed(gentler, error) from error
+                raise RunFailed(gentler + _further_back(last, began_from), error) from error
             goes_on = "; the same command continues from it" if resumes else ""
             anew = ", and the same command begins anew" if resumes else ""
             kept = f"the last checkpoint is {last}{goes_on}" if last else f"there is no checkpoint yet{anew}"
@@ -138,6 +139,16 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
     resume = config.checkpoint.resume if isinstance(config, AlignConfig) else config.resume
     words += [f"{key}=auto"] * (resume == "never") + [word for key in rates for word in ("--accept-changed", key)]
     return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
+
+
+def _further_back(last: Path | None, began_from: Path | None) -> str:
+    """What else there is to go on from, where this start has written no checkpoint: the one it read may be at fault."""
+    if last is None or last != began_from:
+        return ""
+    from flowalign.manifest import going_on
+
+    command = going_on(last.parent.parent, without=last)
+    return "" if command is None else f"; where that ends alike, its own state is at fault: {command}"
 
 
 def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:

@@ -83,6 +83,8 @@ def check_facts(facts: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     missing = {"world_size", "rank", "zero_stage", "steps", "layout"} - set(facts)
     if missing:
         raise ResumeRefused(f"this is not an optimizer state of flowalign: its facts lack {', '.join(sorted(missing))}")
+    if not isinstance(facts["steps"], int) or facts["steps"] < 0:
+        raise ResumeRefused(f"the optimizer state counts {facts['steps']} updates: go on from another checkpoint")
     if facts["layout"] != mine["layout"]:
         raise ResumeRefused(
             "the optimizer state belongs to other trainable parameters (names or shapes differ): resume with the "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
-from flowalign.destroyed import fault, fault_of_moments
+from flowalign.destroyed import fault, fault_of_moments, total_norm
 from flowalign.engine.accumulate import (
     MetricSum,
     autocast,
@@ -102,6 +102,7 @@ class DeepSpeedEngine:
         )
         if settings.zero_stage == 3:
             self._clear_padding()
+        self._began = total_norm(self._state_tensors()[1])
 
     def _deepspeed_config(self) -> dict[str, Any]:
         bucket = min(MAX_BUCKET, sum(p.numel() for p in self._parameters.values()))
@@ -170,7 +171,7 @@ class DeepSpeedEngine:
     def _fault(self) -> str | None:
         """What is destroyed of what this rank steps; the network, which is a copy of it, tells the parameter's name."""
         optimizer, named = self._state_tensors()
-        found = fault("the weights", named)
+        found = fault("the weights", named, began=self._began)
         if found is None:
             return fault_of_moments(held_state(optimizer, named))
         own = {n: vars(p)["ds_tensor"] for n, p in self._parameters.items()} if self.settings.zero_stage == 3 else None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flowalign.destroyed import fault, fault_of_moments
+from flowalign.destroyed import fault, fault_of_moments, total_norm
 from flowalign.engine.accumulate import (
     MetricSum,
     autocast,
@@ -60,6 +60,7 @@ class TorchEngine:
         self._optimizer = build_adamw(self._parameters.values(), settings)
         for tensor in self.network.state_dict().values() if world_size > 1 else ():
             dist.broadcast(tensor, 0)
+        self._began = total_norm(self._parameters)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings)
@@ -87,7 +88,8 @@ class TorchEngine:
             self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         moments = held_state(self._optimizer, self._parameters)
-        refuse_destroyed(fault("the weights", self._parameters) or fault_of_moments(moments), learning_rate)
+        found = fault("the weights", self._parameters, began=self._began) or fault_of_moments(moments)
+        refuse_destroyed(found, learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _clipped_norm(self) -> float:

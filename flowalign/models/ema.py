@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flowalign.destroyed import DestroyedState, fault
+from flowalign.destroyed import DestroyedState, fault, total_norm
 
 
 class Ema:
@@ -21,6 +21,7 @@ class Ema:
             raise ValueError(f"ema decay must be in [0, 1], not {decay}")
         self.decay = decay
         self._shadow = _copies(weights)
+        self._began = total_norm(self._shadow)
 
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the shadow towards ``weights`` by 1 - decay; raises DestroyedState where that destroys it."""
@@ -28,7 +29,7 @@ class Ema:
         with torch.no_grad():
             for name, shadow in self._shadow.items():
                 shadow.mul_(self.decay).add_(weights[name].detach().to("cpu", torch.float32), alpha=1.0 - self.decay)
-        if (found := fault(f"the average of decay {self.decay:g}", self._shadow)) is not None:
+        if (found := fault(f"the average of decay {self.decay:g}", self._shadow, began=self._began)) is not None:
             raise DestroyedState(f"an update has destroyed {found}")
 
     def state(self) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from flowalign.cli import app
 from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.train import run_pretrain
 from flowalign.data.shapes_latents import make_bank
-from flowalign.destroyed import DestroyedState, fault
+from flowalign.destroyed import DestroyedState, fault, total_norm
 from flowalign.engine import build_engine
+from flowalign.manifest import advice
 from flowalign.metrics import read_metrics
 from flowalign.models.ema import Ema
 from flowalign.models.sd3 import SD3Policy
@@ -158,6 +159,23 @@ def test_what_a_network_can_hold_is_not_taken_for_destroyed():
     assert fault("the weights", {"empty": torch.zeros(0), "count": torch.tensor(7)}) is None
     assert fault("the weights", {**large, "head": torch.tensor([65504.0, -65504.0])}) is None
     assert fault("the weights", {**large, "head": torch.full((4,), 1e6)}) is not None
+    half = {"block": torch.full((90_000,), 300.0, dtype=torch.float16)}  # a norm of 90,000, which float16 has not
+    assert fault("the weights", half) is None
+    lora = {"lora_A": torch.full((100,), 0.1), "lora_B": torch.zeros(100)}
+    assert fault("the weights", {**lora, "lora_B": torch.ones(100)}, began=total_norm(lora)) is None
+    assert fault("the weights", {"adapter": torch.zeros(4)}, began=0.0) is None
+
+
+def test_weights_that_an_update_makes_vanish_are_destroyed_and_so_is_their_average():
+    network = Network()
+    engine = build_engine(network, settings(type="torch", weight_decay=1e4))
+    engine.set_learning_rate(1e-4 * (1 - 1e-3))  # a thousandth of every weight is left
+    average = Ema(engine.weights(), 0.0)
+    fallen = r"the weights: their norm has fallen from \S+ at the beginning to \S+, so they are all but 0"
+    with pytest.raises(DestroyedState, match=f"an update at learning rate 9.99e-05 has destroyed {fallen}"):
+        update(engine, network, 0)
+    with pytest.raises(DestroyedState, match="destroyed the average of decay 0: their norm has fallen"):
+        average.update({name: weight * 1e-3 for name, weight in average.state().items()})
 
 
 @pytest.mark.parametrize("where", ["model", "ema", "ema_0.99", "moments", "reference"])
@@ -179,17 +197,31 @@ def test_a_writer_leaves_everything_as_it_was_where_any_part_is_destroyed(tmp_pa
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
-def test_a_destroyed_checkpoint_of_an_older_version_is_passed_over_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("weights", "moments", "wrong"),
+    [
+        (float("nan"), {}, "the weights of model: w has 1 of 1"),
+        (0.0, {}, "the weights of model: all of them are 0"),
+        (
+            1.0,
+            {"exp_avg_sq/w": [1.0, -1e-3]},
+            "the optimizer's moments: exp_avg_sq/w has values down to -0.001, which no sum of squares is",
+        ),
+        (1.0, {"step/w": float("nan")}, "the optimizer's count of updates: step/w is nan"),
+        (1.0, {"step/w": -1.0}, "the optimizer's count of updates: step/w is -1.0"),
+    ],
+)
+def test_a_destroyed_checkpoint_of_an_older_version_is_passed_over_by_name_and_never_advised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: float, moments: dict[str, Any], wrong: str
 ):
     writer, said = CheckpointWriter(tmp_path / "checkpoints"), list[str]()
+    bad = {name: torch.tensor(value) for name, value in moments.items()}
     with monkeypatch.context() as older:
         older.setattr(checkpoint, "fault_of_state", lambda *state: None)
-        for step, value in ((1, 1.0), (2, float("nan"))):
-            state = {"w": torch.tensor([value])}
-            writer.save(step, model=state, optimizer_by_rank={0: ({}, {})}, state={})
+        for step, value, held in ((1, 1.0, {}), (2, weights, bad), (3, weights, bad)):
+            writer.save(step, model={"w": torch.tensor([value])}, optimizer_by_rank={0: (held, {})}, state={})
     found = resume_from(tmp_path, "auto", said.append)
     assert found is not None and found.step == 1
-    assert (
-        len(said) == 1 and "step_000002 holds a state that was destroyed, the weights of model: w has 1 of 1" in said[0]
-    )
+    assert len(said) == 1 and f"step_000002 holds a state that was destroyed, {wrong}" in said[0]
+    assert "the newest intact checkpoint beside it is" in (advised := advice(tmp_path / "checkpoints" / "step_000003"))
+    assert "step_000001" in advised
