@@ -13,7 +13,7 @@ from rewards.interface import Images, Metadata, SpecError, check_inputs
 from rewards.transport import DeadlineExceeded as DeadlineExceeded
 from rewards.transport import Endpoint, ServerRefused
 from rewards.transport import ServerUnavailable as ServerUnavailable
-from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, TooLarge, decode_response, encode_request
+from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, TooLarge, WireError, decode_response, encode_request
 
 _log = logging.getLogger("rewards")
 
@@ -70,8 +70,14 @@ class HttpScorer:
         return self.endpoint.retried()
 
     def info(self) -> dict[str, Any]:
-        """What the server says about itself."""
-        return json.loads(self.endpoint.ask("GET", "/info"))
+        """What the server says about itself; raises ``WireError`` where that is no JSON object."""
+        try:
+            found = json.loads(self.endpoint.ask("GET", "/info"))
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"reward server {self.url}: /info is not JSON ({type(error).__name__})") from error
+        if not isinstance(found, dict):
+            raise WireError(f"reward server {self.url}: /info is a JSON {type(found).__name__}, not an object")
+        return found
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
         """The server's scores (N,) by reward name, NaN and Inf as they came.

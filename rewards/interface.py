@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +25,7 @@ Images = NDArray[np.uint8]
 Metadata = dict[str, Any]
 
 MAX_MAGNITUDE = 1e6
+MAX_SCORES, MAX_KEY = 64, 200  # scores that a reward answers, characters of their names
 PLAIN_FUNCTION = "write a plain function (images, prompts, metadata), which may call asyncio.run"
 _SHOWN = 200
 _ATOMS = {str, int, float, bool, type(None)}
@@ -102,7 +104,12 @@ def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
             raise InvalidScores(
                 f"reward {name!r} returned {got}; return a dict of one float array of length {n} a reward"
             )
-        return {_key(name, key): _array(name, key, value, n) for key, value in scores.items()}
+        items = list(islice(scores.items(), MAX_SCORES + 1))
+        if len(items) > MAX_SCORES:
+            raise InvalidScores(
+                f"reward {name!r} returned more than {MAX_SCORES} scores; return those that are looked at"
+            )
+        return {_key(name, key): _array(name, key, value, n) for key, value in items}
 
 
 def _refuse_async(name: str, value: Any) -> None:
@@ -115,7 +122,12 @@ def _refuse_async(name: str, value: Any) -> None:
 def _key(name: str, key: Any) -> str:
     if not isinstance(key, str) or not key:
         raise InvalidScores(f"reward {name!r} returned the key {key!r}; reward names are non-empty strings")
-    return str.__str__(key)  # of a class of its own only the letters
+    key = str.__str__(key)  # of a class of its own only the letters
+    if len(key) > MAX_KEY:
+        raise InvalidScores(
+            f"reward {name!r} returned a key of {len(key)} letters, {key[:40]!r}…; use {MAX_KEY} at most"
+        )
+    return key
 
 
 def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
@@ -261,14 +273,14 @@ def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
     return found
 
 
-def one_line(error: BaseException | str) -> str:
-    """An error's text without line breaks, at most 200 characters; an error may have none, or raise for it."""
+def one_line(error: BaseException | str, most: int = _SHOWN) -> str:
+    """An error's text without line breaks, at most ``most`` characters; an error may have none, or raise for it."""
     try:
         text = " ".join(str(error).split())
     except BaseException as other:
         pass_on_interrupt(other)
         text = f"its text raised {type(other).__name__}"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _line(error: BaseException) -> str:

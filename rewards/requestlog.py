@@ -65,7 +65,7 @@ def _line(scope: Scope, status: int, body: bytearray, seconds: float) -> str:
 
 def _reason(body: bytearray) -> str:
     found: dict[str, Any] = {}
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         found = dict(json.loads(bytes(body))["error"])
     return f"{found['type']}: {found['message']}" if {"type", "message"} <= found.keys() else "no answer was sent"
 

@@ -20,7 +20,7 @@ from rewards.deadline import TimedSocket, connect, left
 from rewards.interface import ScorerError, SpecError, one_line
 from rewards.replicas import Replica, Replicas
 from rewards.retryafter import asked_wait_s
-from rewards.wire import DEFAULT_LIMITS, TooLarge
+from rewards.wire import DEFAULT_LIMITS, TooLarge, WireError
 
 _RETRIABLE = {
     HTTPStatus.REQUEST_TIMEOUT,
@@ -30,6 +30,8 @@ _RETRIABLE = {
     HTTPStatus.GATEWAY_TIMEOUT,
 }
 _CHUNK = 1 << 20
+_ERROR_BYTES = 1 << 16  # of a body that only says why
+_KIND, _MESSAGE = 50, 500  # characters of it that are passed on
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
 _CONNECT_S = 10.0
 _JSON = "application/json"
@@ -226,15 +228,34 @@ class Address:
             raise
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """The body; of an answer that is an error no more than its beginning."""
         chunks, size, limit = [], 0, DEFAULT_LIMITS.max_bytes
-        while chunk := response.read1(_CHUNK):
+        failed = response.status != HTTPStatus.OK
+        if not failed:
+            self._check_length(response, limit)
+        while chunk := response.read1(_ERROR_BYTES if failed else _CHUNK):
             chunks.append(chunk)
             size += len(chunk)
+            if failed and size >= _ERROR_BYTES:
+                return b"".join(chunks)[:_ERROR_BYTES]
             if size > limit:
                 raise TooLarge(f"{self._who} answered with more than {limit} bytes")
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         return b"".join(chunks)
+
+    def _check_length(self, response: http.client.HTTPResponse, limit: int) -> None:
+        """Raise WireError for an answer whose end two readers could see at two places."""
+        said = response.headers.get_all("Content-Length", [])
+        if not said:
+            return
+        if len(said) > 1 or "Transfer-Encoding" in response.headers:
+            raise WireError(f"{self._who} said in two ways how long its answer is; look what answers there")
+        digits = said[0].strip()
+        if not (digits.isascii() and digits.isdigit()):
+            raise WireError(f"{self._who} answered with the Content-Length {digits[:40]!r}; look what answers there")
+        if len(digits.lstrip("0")) > len(str(limit)) or int(digits) > limit:
+            raise TooLarge(f"{self._who} answered with more than {limit} bytes")
 
     def _headers(self, content_type: str) -> dict[str, str]:
         headers = {"Content-Type": content_type}
@@ -265,6 +286,7 @@ def _refusal(who: str, status: int, data: bytes, wait_s: float) -> ServerRefused
     try:
         error = json.loads(data)["error"]
         kind, message = str(error.get("type") or "http"), str(error["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         kind, message = "http", data[:100].decode("utf-8", "replace")
+    kind, message = one_line(kind, _KIND), one_line(message, _MESSAGE)
     return ServerRefused(f"{who} refused the request ({status}, {kind}): {message}", status, kind, wait_s)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import Images, InputError, Metadata, ScorerError, check_inputs
+from rewards.interface import MAX_SCORES, Images, InputError, Metadata, ScorerError, check_inputs
 
 CONTENT_TYPE = "application/x-flowalign-score"
 _REQUEST, _RESPONSE = b"FAQ1", b"FAS1"
@@ -119,9 +119,11 @@ def decode_response(data: bytes, count: int, limits: Limits = DEFAULT_LIMITS) ->
     names = header.get("names")
     if not isinstance(names, list) or not names or not all(_is_text(n) and n for n in names):
         raise WireError(f"response header: names are {_show(names)}, not a list of strings")
+    if len(names) > MAX_SCORES:
+        raise WireError(f"response header: {len(names)} names, limit {MAX_SCORES}; let the reward answer fewer")
     if len(set(names)) != len(names):
         raise WireError(f"response header: repeated names in {_show(names)}")
-    if header.get("count") != count or len(payload) != 8 * count * len(names):
+    if type(header.get("count")) is not int or header["count"] != count or len(payload) != 8 * count * len(names):
         got = _show(header.get("count"))
         raise WireError(f"response holds {got} scores a reward in {len(payload)} bytes, expected {count} a reward")
     table = np.frombuffer(payload, "<f8").reshape(len(names), count).astype(np.float64)
@@ -155,12 +157,22 @@ def _unpack(magic: bytes, data: bytes | bytearray, limits: Limits) -> tuple[dict
     if length > len(view):
         raise WireError(f"header of {length} bytes declared, {len(view)} bytes received")
     try:
-        header = json.loads(bytes(view[:length]).decode("utf-8"))
+        header = json.loads(bytes(view[:length]).decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise WireError(f"header is not JSON in UTF-8 ({type(error).__name__})") from error
     if not isinstance(header, dict):
         raise WireError(f"header is a JSON {type(header).__name__}, not an object")
     return header, view[length:]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; raises WireError where it has a key twice, of which readers take one or the other."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise WireError(f"header: the key {_show(key)} is there twice; send it once")
+        found[key] = value
+    return found
 
 
 def _is_shape(shape: list[Any]) -> bool:

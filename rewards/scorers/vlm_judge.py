@@ -117,7 +117,7 @@ class VlmJudgeScorer:
         answer = self.endpoint.ask("POST", "/chat/completions", body)
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise InputError(
                 f"vlm_judge: {self.endpoint.url} did not answer in the form of /v1/chat/completions ({error!r})"
             ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -13,7 +15,7 @@ import pytest
 
 from rewards import transport as client_module
 from rewards.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
-from rewards.wire import WireError
+from rewards.wire import TooLarge, WireError, encode_response
 
 
 @pytest.fixture
@@ -92,6 +94,8 @@ def test_an_answer_that_drips_in_hits_the_deadline_too(batch):
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy", ServerUnavailable),
         (b"HTTP/1.1 400 Bad\r\nContent-Length: 2\r\n\r\nno", ServerRefused),
         (b"not http at all\r\n\r\n", ServerUnavailable),
+        (b"HTTP/1.1 500 Deep\r\nContent-Length: 30000\r\n\r\n" + b"[" * 30000, ServerRefused),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 6000 + b"\r\n\r\nFAS1", TooLarge),
     ],
 )
 def test_a_foreign_or_truncated_answer_is_a_typed_error(batch, answer, error):
@@ -109,3 +113,63 @@ def test_a_foreign_or_truncated_answer_is_a_typed_error(batch, answer, error):
         with pytest.raises(error):
             HttpScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=1).score(*batch)
         thread.join()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: -5",
+        b"Content-Length: \xb2",
+        b"Content-Length: %d, %d",
+        b"Content-Length: %d\r\nContent-Length: %d",
+        b"Content-Length: %d\r\nTransfer-Encoding: chunked",
+    ],
+)
+def test_right_scores_whose_length_is_not_said_or_in_two_ways_are_refused(batch, head):
+    body = encode_response({"a": np.zeros(len(batch[0]))})
+    said = head.replace(b"%d", str(len(body)).encode())
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if b"chunked" in head else body
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 20)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + said + b"\r\n\r\n" + sent)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with pytest.raises(WireError, match=r"Content-Length|two ways"):
+            HttpScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=0).score(*batch)
+        thread.join()
+
+
+@pytest.mark.fault
+def test_of_an_error_s_text_and_body_only_the_beginning_is_taken(batch):
+    error = {"type": "t" * 5_000, "message": "\n".join("m" * 20_000)}
+    whole = json.dumps({"error": error}).encode()
+    sent = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply() -> None:
+            for body, length in ((whole, len(whole)), (b"x" * (1 << 20), 1 << 40)):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 20)
+                    connection.sendall(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % length)
+                    with contextlib.suppress(OSError):
+                        for _ in range(1000):
+                            connection.sendall(body)
+                            sent.append(len(body))
+                            if body is whole:
+                                break
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        for kind in ("t" * 49 + "…", "http"):
+            with pytest.raises(ServerRefused) as caught:
+                HttpScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=0).score(*batch)
+            assert caught.value.kind == kind and len(str(caught.value)) < 700
+        thread.join()
+    assert sum(sent) < 100 << 20

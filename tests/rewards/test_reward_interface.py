@@ -223,3 +223,16 @@ def test_a_keyboard_interrupt_of_an_answer_is_none_of_the_user():
     answer = Leaves("items", KeyboardInterrupt())
     with pytest.raises(ScorerFailed, match="raised KeyboardInterrupt while its answer was read"):
         bounded("mine", lambda: run(answer), 60.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ([f"k{i}" for i in range(65)], "reward 'mine' returned more than 64 scores"),
+        (["k" * 201], "reward 'mine' returned a key of 201 letters"),
+    ],
+)
+def test_more_scores_or_letters_than_a_report_could_show_are_refused(keys, said):
+    with pytest.raises(InvalidScores, match=said):
+        run({key: [0.0] * 3 for key in keys})
+    assert len(run({key[:200]: [0.0] * 3 for key in keys[:64]}).scores) == min(len(keys), 64)

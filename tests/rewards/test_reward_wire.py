@@ -66,6 +66,7 @@ def test_a_response_keeps_every_bit_nan_and_inf_included():
         message({**GOOD, "prompts": ["\ud800"]}, bytes(12)),
         message({**GOOD, "metadata": [1]}, bytes(12)),
         message({**GOOD, "metadata": {}}, bytes(12)),
+        message(b'{"shape": [1, 2, 2, 3], "prompts": ["p"], "metadata": [{}], "shape": [1, 2, 2, 3]}', bytes(12)),
         struct.pack("<4sI", b"FAQ1", 1000) + b"{}",
     ],
 )
@@ -98,6 +99,9 @@ def test_messages_over_a_limit_are_refused_as_too_large(data, limits):
         message({"names": ["a", "a"], "count": 3}, bytes(48), magic=b"FAS1"),
         message({"names": "a", "count": 3}, bytes(24), magic=b"FAS1"),
         message({"names": [], "count": 3}, magic=b"FAS1"),
+        message(b'{"names": ["a"], "names": ["b"], "count": 3}', bytes(24), magic=b"FAS1"),
+        message({"names": ["a"], "count": 3.0}, bytes(24), magic=b"FAS1"),
+        message({"names": [str(i) for i in range(65)], "count": 3}, bytes(24 * 65), magic=b"FAS1"),
         b"<html>",
     ],
 )
