@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import signal
 from io import StringIO
@@ -146,9 +147,14 @@ def test_a_bank_that_is_written_to_while_a_run_reads_it_ends_the_run_and_one_tha
     Path(shutil.copy(shard, tmp_path / "copy")).replace(shard)  # who has the old file open reads on from that
     made.facts()
     made = MadeOf(config(tmp_path, tiny_pipeline_dir, own), Path("."))
+    before = shard.stat()
+    for touched in (shard, own / "manifest.json"):
+        touched.touch()
+    made.facts()
     with shard.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(ConfigError, match=rf"^latents: {shard} was written to while the run read it"):
         made.facts()
 

@@ -5,8 +5,10 @@ Shapes: M latents of the bank, n of a shard, N of a batch, C h w of a latent, P 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,34 @@ class LatentsError(ValueError):
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """A file that tensors are mapped from: reading them beyond its end kills the process, without a word (SIGBUS)."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> Mapped:
+        """The file as it is now, which is about to be mapped."""
+        found = path.stat()
+        return cls(path, found.st_dev, found.st_ino, found.st_size)
+
+    def check(self) -> None:
+        """Raise LatentsError where the file was cut off since; another one in its place is not the one that is read."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return
+        if (now.st_dev, now.st_ino) == (self.device, self.inode) and now.st_size < self.size:
+            raise LatentsError(
+                f"latents: {self.path} has been cut off to {now.st_size} of {self.size} bytes while it was read; "
+                "put back what was there"
+            )
+
+
+@dataclass(frozen=True)
 class Shard:
     """Latents of one size, (n, C, h, w) float16; for each kind of caption the rows (n,) int64 of their prompts.
 
@@ -31,6 +61,7 @@ class Shard:
     latents: Tensor
     rows: Mapping[str, Tensor]
     noise: Tensor | None = None
+    file: Mapped | None = None
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])
@@ -59,6 +90,7 @@ class Embeddings:
 
     table: Condition
     max_sequence_length: int
+    file: Mapped | None = None
 
     def condition(self, length: int) -> Condition:
         """The table with a T5 part of ``length`` tokens.
@@ -131,7 +163,7 @@ class LatentBank:
         weights the kinds of caption, drawn for each sample; none takes the first.
 
         Raises:
-            LatentsError: ``captions`` names a kind that the bank lacks, or all its weights are 0.
+            LatentsError: ``captions`` names a kind that the bank lacks, all its weights are 0, or a file was cut off.
         """
         shards = self._bucket_of(step, seed)
         ends = torch.tensor([len(shard) for shard in shards]).cumsum(0)
@@ -143,6 +175,8 @@ class LatentBank:
         which = torch.bucketize(index, ends, right=True)
         for number in which.unique().tolist():
             shard, here = shards[number], (which == number).nonzero()[:, 0]
+            if shard.file is not None:
+                shard.file.check()
             own = index[here] - (ends[number] - len(shard))
             latents[here] = shard.latents[own].float()
             rows[here] = torch.stack([shard.rows[name][own] for name in self.captions])[

@@ -39,7 +39,13 @@ class Captioned:
             self._table = self.bank.embeddings.condition(length)
 
     def condition(self, rows: Tensor, length: int) -> Condition:
-        """The captions ``rows`` (N,) of one batch, each once, with their text ``length`` long."""
+        """The captions ``rows`` (N,) of one batch, each once, with their text ``length`` long.
+
+        Raises:
+            LatentsError: the file of the embeddings was cut off.
+        """
+        if self.bank.embeddings is not None and self.bank.embeddings.file is not None:
+            self.bank.embeddings.file.check()
         end = self._table.tokens_PLD.shape[1] + length - self._length
         used, index = torch.unique(rows, return_inverse=True)
         return replace(

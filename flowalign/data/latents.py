@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.data.bank import ORIGINAL, Drawn, Embeddings, LatentBank, LatentsError, Shard
+from flowalign.data.bank import ORIGINAL, Drawn, Embeddings, LatentBank, LatentsError, Mapped, Shard
 from flowalign.data.bankfiles import write_json, write_tensors
 from flowalign.files import stays_below
 from flowalign.textfiles import TextError, read_json, read_object
@@ -162,15 +162,23 @@ def _check_file(directory: Path, entry: Mapping[str, Any], verify: bool) -> None
 
 
 def _shard(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -> Shard:
+    file = _mapped(path)
     tensors = _tensors(path, ["latents", *(CAPTION + name for name in manifest["captions"])])
     rows = {name: tensors[CAPTION + name] for name in manifest["captions"]}
-    shard = Shard(tensors["latents"], rows, tensors.get("noise"))
+    shard = Shard(tensors["latents"], rows, tensors.get("noise"), file)
     found = {"count": len(shard), "bucket": "{}x{}".format(*shard.size), "noise": shard.noise is not None}
     said = {"count": entry["count"], "bucket": entry["bucket"], "noise": manifest["noise"]}
     lengths = {len(one) for one in (*rows.values(), *([] if shard.noise is None else [shard.noise]))}
     if found != said or lengths != {len(shard)}:
         raise LatentsError(f"latents: {path} holds {found}, {MANIFEST} says {said}")
     return shard
+
+
+def _mapped(path: Path) -> Mapped:
+    try:
+        return Mapped.of(path)
+    except OSError as error:
+        raise LatentsError(f"latents: {path} cannot be read ({error.strerror}); make the bank again") from error
 
 
 def _tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
@@ -192,6 +200,7 @@ def _check_rows(names: Path, num_prompts: int, shards: Mapping[str, Shard]) -> N
 
 def _embeddings(directory: Path, entry: Mapping[str, Any], num_prompts: int) -> Embeddings:
     path = directory / entry["file"]
+    file = _mapped(path)
     tensors = _tensors(path, ["tokens", "pooled", "null_tokens", "null_pooled"])
     if len(tensors["tokens"]) != num_prompts or len(tensors["pooled"]) != num_prompts:
         raise LatentsError(f"latents: {path} has {len(tensors['tokens'])} rows for {num_prompts} prompts")
@@ -202,7 +211,7 @@ def _embeddings(directory: Path, entry: Mapping[str, Any], num_prompts: int) -> 
         null_LD=tensors["null_tokens"],
         null_E=tensors["null_pooled"],
     )
-    return Embeddings(table, int(entry["max_sequence_length"]))
+    return Embeddings(table, int(entry["max_sequence_length"]), file)
 
 
 def _old_layout(directory: Path) -> LatentBank:
@@ -212,8 +221,9 @@ def _old_layout(directory: Path) -> LatentBank:
     for path in (weights, names):
         if not path.is_file():
             raise LatentsError(f"latents: {path} is missing; make the bank again")
+    file = _mapped(weights)
     tensors = _tensors(weights, ["latents", "prompt"])
     prompts = _prompts(names)
-    shard = Shard(tensors["latents"], {ORIGINAL: tensors["prompt"]}, tensors.get("noise"))
+    shard = Shard(tensors["latents"], {ORIGINAL: tensors["prompt"]}, tensors.get("noise"), file)
     _check_rows(names, len(prompts), {weights.name: shard})
     return LatentBank.of_shards([shard], prompts)

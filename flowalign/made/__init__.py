@@ -18,7 +18,7 @@ from flowalign.checkpoint import Checkpoint, Say
 from flowalign.config import AlignConfig, ConfigError
 from flowalign.contents import ACCEPT, RATES
 from flowalign.made.hashing import Hashes, Unsteady, holds
-from flowalign.made.ingredients import Part, parts_of
+from flowalign.made.ingredients import Part, is_manifest, parts_of
 from flowalign.made.late import Expected
 from flowalign.made.records import UNREADABLE, Record, difference, record_of, said_of, stamp_of
 from flowalign.pretrainconfig import PretrainConfig
@@ -56,7 +56,7 @@ class MadeOf:
         self._banks = {
             part: found
             for part in self._parts
-            if part.key.endswith("latents") and (found := stamp_of(part)) is not None
+            if part.key.endswith("latents") and not is_manifest(part) and (found := stamp_of(part)) is not None
         }
         self._hashes = Hashes({part.path for part in self._parts if part.path is not None and part.known is None})
 
@@ -123,8 +123,12 @@ class MadeOf:
             ConfigError: a bank, which is read all the time, has been written to.
         """
         for part, before in self._banks.items():
-            if (now := stamp_of(part)) is not None and now.inode == before.inode and now[2:4] != before[2:4]:
+            now = stamp_of(part)
+            if now is None or now == before or now[:2] != before[:2]:  # what lies in its place is not what is read
+                continue
+            if part.path is None or now.size != before.size or not holds(part.path, self._hash(part)):
                 raise ConfigError(part.key, f"{part} was written to while the run read it; {_PUT_BACK}")
+            self._banks[part] = now
         made = {**self._carried, **record_of(self._parts, self._hash)}
         changes = [*self._earlier, *self._accepted.changes]
         return {RECORD: made, **({ACCEPTED: changes} if changes else {})}

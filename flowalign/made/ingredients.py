@@ -57,6 +57,13 @@ def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wante
             yield from parts()
 
 
+def is_manifest(part: Part) -> bool:
+    """Whether it is a bank's manifest, whose ``known`` is of what it says and which is read once."""
+    from flowalign.data.latents import MANIFEST
+
+    return part.key.endswith("latents") and part.name == MANIFEST
+
+
 def _of_training(config: PretrainConfig) -> Iterator[_Source]:
     yield from _of_model("model", config.model.path, config.model.type)
     yield from _of_algorithm(config.algorithm)

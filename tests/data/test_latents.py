@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowalign.algorithm import seeded
+from flowalign.data.bankfiles import write_tensors
+from flowalign.data.feed import Captioned
 from flowalign.data.latents import Embeddings, LatentBank, LatentsError, Shard, load_bank, save_bank
 from flowalign.types import Condition
 
@@ -184,3 +187,33 @@ def test_embeddings_are_shortened_but_never_lengthened() -> None:
     assert torch.equal(short.tokens_PLD, tokens[:, :6]) and torch.equal(short.null_LD, tokens[0, :6])
     with pytest.raises(LatentsError, match="max_sequence_length 6, the run asks for 7"):
         embeddings.condition(7)
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence_and_kills_nobody(tmp_path: Path, embedded: bool) -> None:
+    """In a child: where nobody looks, the kernel ends the process that reads the file's mapping."""
+    save_bank(tmp_path, bank_of_three())
+    bank, name = load_bank(tmp_path), "shard-00000.safetensors"
+    if embedded:
+        entry = write_tensors(tmp_path / "embeddings.safetensors", {
+            "tokens": torch.ones(12, 600, 8), "pooled": torch.ones(12, 4), "null_tokens": torch.ones(600, 8),
+            "null_pooled": torch.ones(4),
+        })  # fmt: skip
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        manifest["embeddings"] = {**entry, "max_sequence_length": 512}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        name = entry["file"]
+    captioned = Captioned(tmp_path, cast(Any, None), 512, "abc") if embedded else None
+    out = tmp_path / "said"
+    if (child := os.fork()) == 0:
+        os.truncate(tmp_path / name, 0)
+        try:
+            for step in range(8):
+                drawn = bank.draw(step, 4, 0)
+                captioned and captioned.condition(drawn.rows, 512)
+        except LatentsError as error:
+            out.write_text(str(error))
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert f"{tmp_path / name} has been cut off to 0 of " in out.read_text()
