@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from rewards.app import _STATUS
 from rewards.doors import DEFAULT_DOORS, LINES_A_MINUTE, MIB, SPARE_FILES
 from rewards.hosts import hosts_of
 from rewards.wire import DEFAULT_LIMITS, TooLarge
+from tests.rewards.conftest import Server
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT_S = uvicorn.Config(app.create_app).timeout_keep_alive
@@ -32,10 +36,22 @@ def refused(headers: list[tuple[bytes, bytes]]) -> int:
     return int(found[0])
 
 
-def test_the_table_of_doors_is_what_the_server_does_where_nothing_is_asked_for() -> None:
+def answer_to_no_http(server: Server) -> tuple[str, int]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"no http\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return response.headers.get_content_type(), response.status
+
+
+def test_the_table_of_doors_is_what_the_server_does_where_nothing_is_asked_for(
+    shared_server: Callable[[str], Server],
+) -> None:
     text = (DOCS / "safety.md").read_text(encoding="utf-8").partition("**The doors of a reward server.**")[2]
     rows = [row.strip("| ").split(" | ") for row in text.partition("\n\n|")[2].partition("\n\n")[0].splitlines()[2:]]
     late, busy = int(_STATUS[room.TooSlow]), int(_STATUS[room.Crowded])
+    kind, unread = answer_to_no_http(shared_server("brightness"))
+    assert kind == "text/plain"
     assert {row[0]: row[1:] for row in rows} == {
         "the head of a request": [f"{DEFAULT_DOORS.head_s:g} s", f"{late}"],
         "its body": [f"{DEFAULT_DOORS.body_s:g} s", f"{late}"],
@@ -51,6 +67,7 @@ def test_the_table_of_doors_is_what_the_server_does_where_nothing_is_asked_for()
             f"the oldest that has asked nothing is closed; with half a head, or where all are at work, {busy}",
         ],
         "lines in the log by strangers": [f"{LINES_A_MINUTE} a minute", "left out and counted"],
+        "what is not HTTP": ["refused, as plain text", f"{unread}"],
         "a `Host` that is not the server's": ["refused", f"{refused([(b'host', b'evil.example')])}"],
         "a web page of another address": ["refused", f"{refused(ORIGIN)}"],
         "no token, or a wrong one, where there is one": ["refused", f"{status_of_a_wrong_token()}"],
