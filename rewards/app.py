@@ -155,11 +155,24 @@ class _KnownHosts:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (said := two_lengths(scope)):
+            await _error(HTTPStatus.BAD_REQUEST, WireError.kind, said, close=True)(scope, receive, send)
+            return
         found = self._hosts.refusal(scope["headers"]) if scope["type"] == "http" else None
         if found is None:
             await self._app(scope, receive, send)
         else:
             await _error(found[0], found[0].name.lower(), found[1])(scope, receive, send)
+
+
+def two_lengths(scope: Scope) -> str:
+    """Why two readers of a request, such as a proxy and this server, could see its end at two places; "" otherwise."""
+    names = [name.lower() for name, _ in scope["headers"]]
+    if b"transfer-encoding" not in names:
+        return ""
+    if b"content-length" in names:
+        return "the request has both Content-Length and Transfer-Encoding; send one of them"
+    return "Transfer-Encoding in a request of HTTP/1.0; send Content-Length" if scope["http_version"] == "1.0" else ""
 
 
 def _listed(values: NDArray[np.float64]) -> list[float | None]:
@@ -198,8 +211,8 @@ def _authorize(request: Request, token: str | None) -> None:
         raise HTTPException(HTTPStatus.UNAUTHORIZED, "wrong or missing token; send `Authorization: Bearer TOKEN`")
 
 
-def _error(status: int, kind: str, message: str) -> JSONResponse:
-    headers = {"Connection": "close"} if status in _CLOSING else {}
+def _error(status: int, kind: str, message: str, close: bool = False) -> JSONResponse:
+    headers = {"Connection": "close"} if close or status in _CLOSING else {}
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = "1"
     return JSONResponse({"error": {"type": kind, "message": message}}, status, headers=headers)

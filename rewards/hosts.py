@@ -7,6 +7,7 @@ A page reaches any address that its browser reaches. It may send requests under 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 Headers = Iterable[tuple[bytes, bytes]]
+# An address of IPv6 in brackets, or a name or address of IPv4; with a port or without (RFC 9110, 7.2).
+_HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]{1,45})\]|([0-9a-z_.-]{0,255}))(?::[0-9]{0,5})?", re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:
@@ -33,7 +36,10 @@ class Hosts:
 
     def knows(self, host: str) -> bool:
         """Whether ``Host`` (name or address, with or without a port) is one of the server's own."""
-        name = _without_port(host)
+        found = _HOST.fullmatch(host)
+        if found is None or (found[1] is not None and not _is_address(found[1])):
+            return False
+        name = _plain(found[1] or found[2])
         if name in self.names or is_loopback(name):
             return True
         return self.numbers and _is_address(name)
@@ -42,6 +48,8 @@ class Hosts:
         """The status and the reason for which a request with these headers is not answered; None where it is."""
         told = {name.lower(): value.decode("latin-1") for name, value in headers}
         host = told.get(b"host")
+        if host is not None and _HOST.fullmatch(host) is None:
+            return HTTPStatus.BAD_REQUEST, f"Host is {host[:80]!r}; send a name or an address, and its port"
         if host is not None and not self.knows(host):
             name = _without_port(host)[:80]
             return (

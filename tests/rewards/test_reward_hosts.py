@@ -14,6 +14,7 @@ from rewards.wire import encode_request
 from tests.rewards.conftest import Server
 
 MISDIRECTED, FORBIDDEN = (421, "misdirected_request"), (403, "forbidden")
+NO_HOST = (400, "bad_request")
 
 
 def ask(server: Server, headers: dict[str, str], batch=None, token: str | None = None) -> tuple[int, str]:
@@ -38,6 +39,16 @@ FOREIGN = [
     ({"Host": "93.184.216.34"}, MISDIRECTED),
     ({"Host": "[2606:2800::1]:80"}, MISDIRECTED),
     ({"Host": ""}, MISDIRECTED),
+    ({"Host": "localhost:evil.example"}, NO_HOST),
+    ({"Host": "[::1]evil.example"}, NO_HOST),
+    ({"Host": "[::1]:80evil.example"}, NO_HOST),
+    ({"Host": "127.0.0.1:18765, evil"}, NO_HOST),
+    ({"Host": "[localhost]"}, NO_HOST),
+    ({"Host": "[127.0.0.1]"}, NO_HOST),
+    ({"Host": "[::1%25evil]"}, NO_HOST),
+    ({"Host": "evil.example@localhost"}, NO_HOST),
+    ({"Host": "localhost/evil.example"}, NO_HOST),
+    ({"Host": "::1"}, NO_HOST),
     ({"Host": "evil.example", "Origin": "http://evil.example"}, MISDIRECTED),
     ({"Origin": "http://evil.example"}, FORBIDDEN),
     ({"Origin": "null"}, FORBIDDEN),
@@ -102,3 +113,27 @@ def test_a_bound_name_is_known_and_numbers_only_beyond_loopback():
     assert hosts_of("gpu7").knows("gpu7:8000") and hosts_of("gpu7").knows("10.0.0.5")
     assert hosts_of("10.0.0.5").knows("10.0.0.5:8000") and not hosts_of("127.0.0.1").knows("10.0.0.5")
     assert not hosts_of("gpu7").knows("gpu7.evil.example") and not hosts_of("gpu7").knows("")
+
+
+@pytest.mark.parametrize(
+    ("version", "lengths", "expected"),
+    [
+        ("1.1", "Content-Length: {chunked}\r\nTransfer-Encoding: chunked", 400),
+        ("1.1", "Transfer-Encoding: chunked\r\nContent-Length: 4", 400),
+        ("1.0", "Transfer-Encoding: chunked\r\nConnection: keep-alive", 400),
+        ("1.1", "Transfer-Encoding: chunked", 200),
+    ],
+)
+def test_a_request_that_a_proxy_could_end_elsewhere_is_refused_and_nothing_after_it_is_read(
+    shared_server, batch, version, lengths, expected
+):
+    server, body = shared_server("brightness"), encode_request(*batch)
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = f"POST /score HTTP/{version}\r\nHost: localhost\r\n{lengths.format(chunked=len(chunks))}\r\n\r\n"
+    after = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 10) as link:
+        link.sendall(head.encode() + chunks + after)
+        answer = b"".join(iter(lambda: link.recv(1 << 16), b""))
+    statuses = [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == ([200, 200] if expected == 200 else [expected]), answer
+    assert expected == 200 or b'"malformed"' in answer
