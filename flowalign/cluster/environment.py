@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flowalign.config import RewardConfig
 from rewards.interface import SpecError, one_line
@@ -63,16 +63,18 @@ def python_with(reward: str, packages: Sequence[str]) -> str:
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / _READY).exists():
-            _call(reward, folder, ["-m", "venv", "--without-pip", "--clear", str(folder)])
+            _call(reward, folder, lock, ["-m", "venv", "--without-pip", "--clear", str(folder)])
             _look_there_too(folder)
             quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-            _call(reward, folder, ["-m", "pip", "--python", python, "install", *quiet, *packages])
+            _call(reward, folder, lock, ["-m", "pip", "--python", python, "install", *quiet, *packages])
             (folder / _READY).touch()
     return python
 
 
-def _call(reward: str, folder: Path, arguments: Sequence[str]) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+def _call(reward: str, folder: Path, lock: IO[str], arguments: Sequence[str]) -> None:
+    """The child holds the lock too: where this process is killed, it writes into the folder until it ends itself."""
+    command, held = [sys.executable, *arguments], (lock.fileno(),)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=held)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
         why = one_line(said[-1])

@@ -14,7 +14,7 @@ from flowalign.config import AlignConfig
 from flowalign.types import Scores
 
 REWARD = """
-import ctypes, os, signal
+import ctypes, os, signal, time
 from pathlib import Path
 
 def brightness(images, prompts, metadata, folder):
@@ -36,6 +36,8 @@ def brightness(images, prompts, metadata, folder):
         os._exit(3)
     if order("crash") is not None:
         ctypes.string_at(0)
+    if order("sleep") is not None:
+        time.sleep(600)
     if order("raise") is not None:
         raise ValueError("the scale is missing")
     scores = images.astype("float64").mean((1, 2, 3)) / 255

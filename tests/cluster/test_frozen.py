@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,46 +14,17 @@ from typing import Any
 import pytest
 import ray
 
-from flowalign.cluster.actors import Mortal
 from flowalign.cluster.errors import ClusterError, LearnerLost
 from flowalign.cluster.patience import Patience
+from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
 from flowalign.config import PatienceConfig
+from tests.cluster.orders import Worker
 
 pytestmark = pytest.mark.fault
 HASTY = PatienceConfig(first_s=12, least_s=12)
-
-
-class Worker(Mortal):
-    """``start`` waits for ``folder/go``; ``ask`` for what a teacher answers."""
-
-    def __init__(self, folder: Path, teacher: Any = None) -> None:
-        self.folder, self.teacher = folder, teacher
-
-    def start(self, *address: Any) -> int:
-        (self.folder / f"started-{os.getpid()}").touch()
-        until = time.monotonic() + 60
-        while not (self.folder / "go").exists():
-            if time.monotonic() > until:
-                raise TimeoutError("nobody let it go")
-            time.sleep(0.02)
-        return os.getpid()
-
-    def address(self) -> tuple[str, int]:
-        return "127.0.0.1", 1
-
-    def stop(self, who: int) -> int:
-        if who in (os.getpid(), 0):
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return os.getpid()
-
-    def answer(self) -> str:
-        return "yes"
-
-    def ask(self) -> str:
-        return ray.get(self.teacher.answer.remote())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +60,76 @@ def test_workers_that_died_together_are_made_again_side_by_side(tmp_path: Path) 
     pool.replace(dict.fromkeys(range(2), "killed by this test"))
     assert set(pool.pids) == started(tmp_path) - set(before) and pool.restarts == 2
     pool.kill()
+
+
+def pools(folder: Path, vigil: Vigil, rollouts: int, rewards: int) -> tuple[Pool, Pool]:
+    """Workers that have started, of a folder each."""
+    made_here = []
+    for kind, size in (("rollout", rollouts), ("reward", rewards)):
+        place = folder / kind
+        place.mkdir()
+        (place / "go").touch()
+        made_here.append(Pool(kind, size, lambda index, place=place: made(place), vigil))
+    for pool in made_here:
+        pool.started()
+    return made_here[0], made_here[1]
+
+
+@pytest.mark.parametrize(
+    ("orders", "lost"), [(["rollout/die 1", "reward/die 1"], (1, 1)), (["reward/die 1", "reward/die 2"], (0, 2))]
+)
+def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_again_side_by_side(
+    tmp_path: Path, orders: list[str], lost: tuple[int, int]
+) -> None:
+    vigil = Vigil(PatienceConfig())
+    rollouts, rewards = pools(tmp_path, vigil, 2, 2)
+    folders = [tmp_path / "rollout", tmp_path / "reward"]
+    before = set(rollouts.pids + rewards.pids)
+    for order in orders:
+        (tmp_path / order).touch()
+    for folder in folders:
+        (folder / "go").unlink()  # from now on none of them is ready before both have begun
+
+    def let_go_once_both_began() -> None:
+        if len({pid for folder in folders for pid in started(folder)} - before) == 2:
+            for folder in folders:
+                (folder / "go").touch()
+
+    vigil._check = let_go_once_both_began
+    done = Pipeline(range(4), rollouts, rewards, (None, 0, 0), False, 3, 600.0).run()
+    assert [(one.rollout, one.scores) for one in done] == [(f"chunk {i}", f"scores of chunk {i}") for i in range(4)]
+    rollouts.settle(), rewards.settle()
+    assert (rollouts.restarts, rewards.restarts) == lost
+    for pool in (rollouts, rewards):
+        pool.kill()
+
+
+def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chunks_made_again(tmp_path: Path) -> None:
+    """One rollout sleeps for ever, another as well and lets nothing else of its process go on; neither is stopped."""
+    said: list[str] = []
+    vigil = Vigil(PatienceConfig())
+    rollouts, rewards = pools(tmp_path, vigil, 3, 1)
+    before = {"rollout": list(rollouts.pids), "reward": list(rewards.pids)}
+    known = {"rollout of a chunk": 0.1, "scores of a chunk": 0.1}
+    vigil.patience = Patience(PatienceConfig(least_s=6, factor=2), known)
+    for order in ("rollout/sleep", "rollout/hold", "reward/stop"):
+        (tmp_path / order).touch()
+    done = Pipeline(range(4), rollouts, rewards, (None, 0, 0), False, 3, 600.0).run(say=said.append)
+    assert [one.scores for one in done] == [f"scores of chunk {i}" for i in range(4)]
+    rollouts.settle()
+    rewards.settle()
+    assert (rollouts.restarts, rewards.restarts) == (2, 1)
+    for kind, pool in (("rollout", rollouts), ("reward", rewards)):
+        late, lost = (
+            [line for line in said if re.match(f"{word}: (the )?{kind} ", line)] for word in ("late", "retried")
+        )
+        assert len(late) == len(lost) == pool.restarts, said
+        assert all("has not answered for " in line and "ended and made again at" in line for line in late)
+        assert all("it did not answer for" in line and "memory" not in line for line in lost)
+        assert all((", since its process is stopped)" in line) == (kind == "reward") for line in lost)
+        ended = set(before[kind]) - set(pool.pids)
+        assert len(ended) == pool.restarts and not any(Path(f"/proc/{pid}").exists() for pid in ended)
+        pool.kill()
 
 
 def test_a_worker_that_is_silent_while_it_starts_ends_the_start_in_a_sentence(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import signal
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,18 @@ import numpy as np
 import pytest
 import ray
 
+from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.environment import announcements, folder_of, packages_of, python_with
 from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.run import build_run
+from flowalign.cluster.session import RaySession
 from flowalign.config import AlignConfig, RewardConfig
 from flowalign.scoring import ScorerHangs, bounded
 from rewards.interface import Checked, ScorerFailed, SpecError
 from tests.cluster.runs import small_config
 
+ROOT = Path(__file__).resolve().parents[2]
 OWN_LIBRARY = "SCALE = 3.0\n"
 REWARD = """
 import os, time
@@ -70,9 +78,14 @@ def test_a_reward_runs_with_the_packages_and_variables_of_its_own_environment(
     path = os.pathsep.join(filter(None, [str(folder / "library"), os.environ.get("PYTHONPATH")]))
     environment = {"env_vars": {"SHIFT": "10", "PYTHONPATH": path}}
     config = config_of(tiny_pipeline_dir, folder, {"name": "tripled", "runtime_env": environment})
-    collected = collect(RayBackend, config, folder)
-    brightness = collected.rollout.images.numpy().mean((1, 2, 3)) / 255
-    np.testing.assert_allclose(collected.scores.total, 10 + 3 * brightness, rtol=1e-6)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    session = RaySession(None, [], "cpu")
+    try:
+        hosted = HostedScorer(config.rewards[0], folder, config)
+        scores = hosted.score(images, ["a"] * 4, [{}] * 4)
+    finally:
+        session.close()
+    np.testing.assert_allclose(scores["tripled"], 10 + 3 * images.mean((1, 2, 3)) / 255, rtol=1e-6)
     with pytest.raises(ModuleNotFoundError):
         __import__("only_there")
 
@@ -116,6 +129,48 @@ def test_packages_of_a_reward_are_installed_once_beside_ours_and_found_again(
     assert packages_of({"pip": {"packages": ["a"], "pip_check": True}}) is None  # Ray's own business
 
 
+def installs(folder: Path, packages: list[str]) -> subprocess.Popen[bytes]:
+    """A process that installs ``packages``, in a moment at which pip is at it, and is stopped."""
+    script = f"from flowalign.cluster.environment import python_with; python_with('ocr', {packages!r})"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(OSError):  # one that has just ended
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                if "pip" in Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0"):
+                    os.kill(int(child), signal.SIGSTOP)
+                    (folder / "pip").write_text(child)
+                    return process
+        time.sleep(0.005)
+    raise AssertionError("nobody called pip")
+
+
+@pytest.mark.fault
+def test_after_a_killed_installation_and_after_the_documented_cleaning_packages_are_installed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    packages = [str(wheel(tmp_path, "1.0"))]
+    process = installs(tmp_path, packages)
+    process.kill()
+    process.wait()
+    lock = folder_of(packages).with_suffix(".lock")
+    with lock.open() as held, pytest.raises(BlockingIOError):  # pip is still there: nobody installs beside it
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(int((tmp_path / "pip").read_text()), signal.SIGCONT)
+    reward = RewardConfig(spec="ocr", runtime_env={"pip": packages})
+    assert "is installed" in next(announcements([reward]))
+    version = ["-c", "import only_wheel; print(only_wheel.VERSION)"]
+    assert subprocess.check_output([python_with("ocr", packages), *version], text=True) == "1.0\n"
+    assert "was installed before" in next(announcements([reward]))
+    cleaning = re.findall(r"`(rm -r [^`]*)`", (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8"))
+    subprocess.run(["bash", "-c", cleaning[0]], check=True)
+    assert len(cleaning) == 1 and not folder_of(packages).parent.exists()
+    assert "is installed" in next(announcements([reward]))
+    assert subprocess.check_output([python_with("ocr", packages), *version], text=True) == "1.0\n"
+
+
 @pytest.mark.slow
 def test_a_reward_runs_with_the_packages_that_were_installed_for_it(
     tiny_pipeline_dir: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,8 +181,11 @@ def test_a_reward_runs_with_the_packages_that_were_installed_for_it(
         "    return [float(only_wheel.VERSION)] * len(images)\n"
     )
     reward = {"name": "versioned", "runtime_env": {"pip": [str(wheel(folder, "3.0"))]}}
-    collected = collect(RayBackend, config_of(tiny_pipeline_dir, folder, reward), folder)
+    said: list[str] = []
+    config = config_of(tiny_pipeline_dir, folder, reward)
+    collected = collect(lambda config, base: RayBackend(config, base, said.append), config, folder)
     assert collected.scores.total.eq(3).all()
+    assert any("is installed, where later runs find it, into" in line for line in said), said
 
 
 @pytest.mark.slow
@@ -153,14 +211,10 @@ def test_without_ray_a_runtime_env_is_refused_with_the_way_out(tiny_pipeline_dir
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("backend", [LocalBackend, RayBackend])
-def test_a_reward_that_hangs_ends_the_run_at_its_deadline(
-    tiny_pipeline_dir: Path, folder: Path, backend: Callable[[AlignConfig, Path], Any]
-) -> None:
-    name = "ray" if backend is RayBackend else "local"
-    config = config_of(tiny_pipeline_dir, folder, {"name": "asleep"}, backend=name, reward_deadline_s=1)
+def test_a_reward_that_hangs_ends_the_run_at_its_deadline(tiny_pipeline_dir: Path, folder: Path) -> None:
+    config = config_of(tiny_pipeline_dir, folder, {"name": "asleep"}, backend="local", reward_deadline_s=1)
     with pytest.raises(ScorerHangs, match=r"'asleep' did not score a chunk within 1 s.*cluster\.reward_deadline_s"):
-        collect(backend, config, folder)
+        collect(LocalBackend, config, folder)
 
 
 def test_bounded_work_answers_raises_and_gives_up() -> None:

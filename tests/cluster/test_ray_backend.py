@@ -26,6 +26,7 @@ from flowalign.cluster.run import build_run
 from flowalign.cluster.weight_sync import SyncError
 from flowalign.config import AlignConfig, ConfigError, PatienceConfig, RewardConfig
 from flowalign.made import MadeOf
+from flowalign.scoring import ScorerHangs
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.listening import asks_for_token, documented, doors, name
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
@@ -115,6 +116,7 @@ def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, fo
     assert re.match(SIGKILL, fresh.rewards.deaths[-1]) and "memory" not in fresh.rewards.deaths[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_two_rollout_workers_killed_at_once_change_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
     before = list(fresh.rollouts.pids)
@@ -124,7 +126,7 @@ def test_two_rollout_workers_killed_at_once_change_no_bit(fresh: RayBackend, loc
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("kind", ["rollout", "reward"])
+@pytest.mark.parametrize("kind", ["rollout", pytest.param("reward", marks=pytest.mark.slow)])
 def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
     hasty: RayBackend, local: Trace, folder: Path, kind: str
 ) -> None:
@@ -147,7 +149,11 @@ def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
     ("order", "said"),
     [
         ("leave", r"^it ended with exit code 3; its log ends: (.* \| )?os\._exit\(3\) at .*reward\.py, line \d+$"),
-        ("crash", r'^it was killed by SIGSEGV; its log ends: Fatal Python error: .* \| File ".*ctypes.* \| File'),
+        pytest.param(
+            "crash",
+            r'^it was killed by SIGSEGV; its log ends: Fatal Python error: .* \| File ".*ctypes.* \| File',
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_reward_that_ends_its_process_is_asked_how(fresh: RayBackend, folder: Path, order: str, said: str) -> None:
@@ -218,6 +224,23 @@ def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, 
         collect(fresh, fresh.config, folder)
     assert type(caught.value) is ScorerFailed
     assert "\n" not in str(caught.value)
+    assert fresh.rewards.restarts == restarts
+
+
+@pytest.mark.fault
+def test_a_reward_that_hangs_ends_the_run_at_its_deadline_and_is_not_tried_again(
+    fresh: RayBackend, folder: Path
+) -> None:
+    def within(actor: Any, seconds: float) -> None:
+        cluster = actor.worker.config.cluster.model_copy(update={"reward_deadline_s": seconds})
+        actor.worker.config = actor.worker.config.model_copy(update={"cluster": cluster})
+
+    usual, restarts = fresh.config.cluster.reward_deadline_s, fresh.rewards.restarts
+    (folder / "sleep").write_text("")
+    ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, 1))
+    with pytest.raises(ScorerHangs, match=r"'brightness' did not score a chunk within 1 s.*cluster\.reward_deadline_s"):
+        collect(fresh, fresh.config, folder)
+    ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, usual))
     assert fresh.rewards.restarts == restarts
 
 

@@ -124,6 +124,7 @@ def test_teachers_in_actors_give_the_bits_of_teachers_in_the_learner(fresh: RayB
     assert computed(fresh) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_teacher_killed_between_two_iterations_changes_no_bit(fresh: RayBackend, local: Trace) -> None:
     before = pids(fresh)
