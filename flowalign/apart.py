@@ -7,6 +7,7 @@ finds again what it left.
 
 from __future__ import annotations
 
+import copy
 import gc
 import locale
 import logging
@@ -20,7 +21,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -28,13 +28,10 @@ import numpy as np
 import torch
 
 from flowalign.children import new_children
+from flowalign.standing import Standing
 
 _ENDS_RUN = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}  # the run's own at all times
 _SMALLEST = sys.float_info.min
-
-
-class HardExit(SystemExit):
-    """A reward called ``os._exit``, which would have ended the whole run without a word."""
 
 
 class Apart:
@@ -42,29 +39,23 @@ class Apart:
 
     def __init__(self) -> None:
         self._own: dict[str, Any] | None = None
+        self._streams: tuple[Any, ...] = ()
 
     def __enter__(self) -> Apart:
-        self._outside, self._leave = _read(), os._exit
+        self._outside = _read()
         self._children = new_children()
         if self._own is not None:
             _write(self._own, self._outside)
-        if os._exit.__module__ == "posix":  # a worker's own, see cluster.death, tells of the end in its log
-            os._exit = partial(_refuse_exit, os._exit, os.getpid())  # type: ignore[assignment]
+        self._standing = Standing(*[self._streams] if self._streams else ())
         return self
 
     def __exit__(self, *raised: object) -> None:
-        os._exit = self._leave
+        self._streams = self._standing.put_back()
         self._own = _read()
         _write(self._outside, self._own)
         self._own["handlers"] = {n: h for n, h in self._own["handlers"].items() if n not in _ENDS_RUN}
         self._own["timer"] = None
         self._children.keep()
-
-
-def _refuse_exit(leave: Callable[[int], Any], owner: int, status: int) -> None:
-    if os.getpid() != owner:  # a child's own end
-        leave(status)
-    raise HardExit(f"os._exit({status}), which would end the whole run")
 
 
 @dataclass(frozen=True)
@@ -198,12 +189,37 @@ def _put_collector(wanted: tuple[bool, Any]) -> None:
     gc.set_threshold(*wanted[1])
 
 
-def _streams() -> tuple[Any, ...]:
-    return sys.stdout, sys.stderr
+def _autocast() -> tuple[Any, ...]:
+    modes = ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return *modes, torch.is_autocast_cache_enabled()
 
 
-def _put_streams(wanted: tuple[Any, ...]) -> None:
-    sys.stdout, sys.stderr = wanted
+def _put_autocast(wanted: tuple[Any, ...]) -> None:
+    for kind, (enabled, dtype) in zip(("cpu", "cuda"), wanted[:2], strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_cache_enabled(wanted[2])
+
+
+def _hooks() -> list[tuple[str, Any]]:
+    """Those that torch calls for every module and every optimizer."""
+    found = []
+    for module in (sys.modules["torch.nn.modules.module"], sys.modules["torch.optim.optimizer"]):
+        for name, value in vars(module).items():
+            if name.startswith("_global_"):
+                found.append((f"{module.__name__}.{name}", copy.copy(value)))
+    return found
+
+
+def _put_hooks(wanted: list[tuple[str, Any]]) -> None:
+    for place, value in wanted:
+        module, _, name = place.rpartition(".")
+        there = getattr(sys.modules[module], name)
+        if isinstance(there, dict):  # others hold it
+            there.clear()
+            there.update(value)
+        else:
+            setattr(sys.modules[module], name, value)
 
 
 _SETTINGS: dict[str, _Setting] = {
@@ -235,5 +251,6 @@ _SETTINGS: dict[str, _Setting] = {
     "recursion": _Setting(sys.getrecursionlimit, sys.setrecursionlimit),
     "sockets": _Setting(socket.getdefaulttimeout, socket.setdefaulttimeout),
     "collector": _Setting(_collector, _put_collector),
-    "streams": _Setting(_streams, _put_streams),
+    "autocast": _Setting(_autocast, _put_autocast),
+    "hooks": _Setting(_hooks, _put_hooks),
 }

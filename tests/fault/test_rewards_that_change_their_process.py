@@ -7,6 +7,8 @@ import os
 import posix
 import random
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import asyncio, gc, locale, logging, os, random, signal, socket, subprocess, sys
 import multiprocessing
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 def spoil(seed):
     torch.manual_seed(seed)
@@ -59,6 +62,14 @@ def spoil(seed):
     socket.setdefaulttimeout(0.001)
     gc.disable()
     signal.setitimer(signal.ITIMER_REAL, 3600)
+    torch.set_autocast_enabled("cpu", True)
+    torch.nn.modules.module.register_module_forward_hook(lambda module, given, made: made * 1.01)
+    register_optimizer_step_post_hook(lambda optimizer, args, options: 1 / 0)
+    with sys.stdout, sys.stderr:
+        sys.stdout.buffer.close()
+    sys.path.clear()
+    sys.modules.pop("jinja2", None)
+    sys.meta_path = sys.path_hooks = []
 
 spoil(1)
 
@@ -240,3 +251,23 @@ def assert_gone(written: Path) -> None:
     for pid in pids:
         state = Path("/proc", pid, "stat")
         assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_a_reward_leaves_to_be_done_at_the_end_ends_no_process_in_its_own_way(tmp_path):
+    (tmp_path / "end.py").write_text(
+        "import atexit, os, sys\n"
+        "from flowalign.apart import Apart\n"
+        "with Apart():\n"
+        "    atexit.register(os._exit, 0)\n"
+        "    atexit.register(lambda: os._exit(0))\n"
+        "    taken_back = atexit.register(print, 'taken back')\n"
+        "    atexit.unregister(taken_back)\n"
+        "    atexit.register(print, 'cleaned up')\n"
+        "    sys.stdout.close(), sys.__stderr__.close(), sys.path.clear(), sys.meta_path.clear()\n"
+        "import this_is_nowhere_else\n"
+        "print(sorted({'its own'})[0])\n"
+        "sys.exit(7)\n"
+    )
+    (tmp_path / "this_is_nowhere_else.py").touch()
+    ended = subprocess.run([sys.executable, tmp_path / "end.py"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "its own\ncleaned up\n", "")
