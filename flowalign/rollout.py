@@ -128,14 +128,18 @@ def skipping_of(network: nn.Module, reuse: Reuse | None, made: list[Any] | None 
     return cached
 
 
-def refuse_non_finite(final_NCHW: Tensor, policy_version: int) -> None:
+def refuse_non_finite(final_NCHW: Tensor, policy_version: int, spec: RolloutSpec) -> None:
     """Raise NonFiniteSamples unless all latents are numbers."""
     broken = int((~final_NCHW.isfinite()).flatten(1).any(1).sum())
-    if broken:
-        raise NonFiniteSamples(
-            f"{broken} of {len(final_NCHW)} samples of policy version {policy_version} are NaN or Inf: its weights "
-            "have diverged; go back to an earlier checkpoint, or begin again with a lower learning rate"
-        )
+    if not broken:
+        return
+    said = f"{broken} of {len(final_NCHW)} samples of policy version {policy_version} are NaN or Inf"
+    usual = {"noise_level": 2, "guidance_scale": 30}
+    extreme = [f"{name} {getattr(spec, name):g}" for name, most in usual.items() if getattr(spec, name) > most]
+    if extreme:
+        raise NonFiniteSamples(f"{said}: {' and '.join(extreme)} is more than a walk bears; take less")
+    advice = "go back to an earlier checkpoint, or begin again with a lower learning rate"
+    raise NonFiniteSamples(f"{said}: its weights have diverged; {advice}")
 
 
 def _step(
@@ -222,7 +226,7 @@ def rollout(
         groups=groups,
         skipping=skipping_of(policy.network, spec.reuse, caches),
     )
-    refuse_non_finite(final, policy_version)
+    refuse_non_finite(final, policy_version, spec)
     images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
     rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
     return Rollout(

@@ -55,7 +55,8 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._path: list[str] = []
-        self._depth = self._values = 0
+        self._depth = self._values = self._merged = 0
+        self._flat: dict[int, bool] = {}  # mappings by their ids, and whether all that they merge is in them
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if parent is not None:  # the key of a key is that of its mapping
@@ -88,15 +89,35 @@ class _Loader(yaml.SafeLoader):
         shown = self._path if len(self._path) <= 8 else [*self._path[:8], "…"]
         return ConfigError(".".join(part if len(part) <= 60 else f"{part[:60]}…" for part in shown), reason)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """PyYAML's, which writes merged mappings out: each once, none with a key given twice, and not more than a
+        configuration may hold."""
+        if self._flat.get(id(node)):
+            return
+        if id(node) in self._flat:
+            raise yaml.MarkedYAMLError(problem="a mapping is merged into itself", problem_mark=node.start_mark)
+        self._flat[id(node)] = False
         seen: set[Any] = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
+                self._count_merged(value_node)
                 continue
             key = self._key(key_node)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
+        super().flatten_mapping(node)
+        self._flat[id(node)] = True
+
+    def _count_merged(self, node: yaml.Node) -> None:
+        for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if isinstance(part, yaml.MappingNode):
+                self.flatten_mapping(part)
+                self._merged += len(part.value)
+            if self._merged > LARGEST:
+                raise ConfigError("", f"holds more than {LARGEST} values; its anchors multiply")
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
         found = Mapping()
         for key_node, value_node in node.value:

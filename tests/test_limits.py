@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -34,20 +34,28 @@ from tests.test_configfile import config_path
 
 __all__ = ["config_path"]
 WILD = ("1000000000", "1e308", "9" * 300, "-1", "-1e-300", ".inf", "-.inf", ".nan")
+NEEDED = {  # what a section cannot be without
+    "evaluation.gold": "evaluation.gold=[{spec: jpeg}]",
+    "evaluation.scorer": "evaluation.scorer={spec: jpeg}",
+    "algorithm.clip_range": "algorithm.clip_range={low: 1, high: 1}",
+    "algorithm.keep": "algorithm.keep={best: 1, worst: 1}",
+    **{f"{of}.cache": f"{of}.cache={{calibration: c.json}}" for of in ("rollout", "evaluation", "sampling")},
+    **{of: f"{of}={{latents: bank}}" for of in ("real_data", "validation")},
+}
 SECONDS = 5.0  # of this process's own time, so that a busy machine changes nothing
 
 
-def numeric(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def numeric(model: type[BaseModel], prefix: str = "", of: Sequence[type] = (int, float)) -> Iterator[str]:
     """An override for every field that takes a number, in sections that may be absent too, with ``%s`` for it."""
     for name, field in model.model_fields.items():
         kinds = list(flat(field.annotation))
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if get_origin(field.annotation) is list and sections:
-            yield from numeric(sections[0], f"{prefix}{name}.0.")
+            yield from numeric(sections[0], f"{prefix}{name}.0.", of)
         elif sections and dict not in kinds:
             for section in sections:
-                yield from numeric(section, f"{prefix}{name}.")
-        elif {int, float} & set(kinds):
+                yield from numeric(section, f"{prefix}{name}.", of)
+        elif set(of) & set(kinds):
             form = "{x: %s}" if dict in kinds else "[%s, %s]" if {tuple, list} & set(kinds) else "%s"
             yield f"{prefix}{name}={form}"
 
@@ -93,21 +101,44 @@ def pretraining(config_path: Path) -> Path:
     return path
 
 
-def test_every_number_of_a_configuration_is_refused_or_planned_at_once(config_path: Path, pretraining: Path) -> None:
-    make_plan(load_align(config_path).config)
+def numbers(config_path: Path, pretraining: Path, *of: type) -> list[tuple[Any, Path, list[str], str]]:
+    """What loads each field that takes a number, with which file and algorithm, and the override of it."""
     files = {load_align: (config_path, AlignConfig), load_pretrain: (pretraining, PretrainConfig)}
-    cases = [(load, path, [], form) for load, (path, schema) in files.items() for form in numeric(schema)]
+    cases: list[tuple[Any, Path, list[str], str]] = [
+        (load, path, [], form) for load, (path, schema) in files.items() for form in numeric(schema, of=of)
+    ]
     for name in known_algorithms():
         chosen = [f"algorithm={{type: {name}}}"]
         of_pretrain = "learns from" not in outcome(pretraining, *chosen, load=load_pretrain)
         load = load_pretrain if of_pretrain else load_align
-        forms = numeric(algorithm_class(name).Config, "algorithm.")
+        forms = numeric(algorithm_class(name).Config, "algorithm.", of)
         cases += [(load, files[load][0], chosen, form) for form in forms]
+    return cases
+
+
+def test_every_number_of_a_configuration_is_refused_or_planned_at_once(config_path: Path, pretraining: Path) -> None:
+    make_plan(load_align(config_path).config)
+    cases = numbers(config_path, pretraining, int, float)
     assert len(cases) > 200
     for number, (load, path, chosen, form) in enumerate(cases):
         for wild in (WILD[number % 3], WILD[3 + number % 5]):  # every field some, every value somewhere
             said = outcome(path, *chosen, form.replace("%s", wild), load=load)
             assert said != "planned" or ("inf" not in wild and "nan" not in wild), (form, wild)
+
+
+def test_no_float_of_a_configuration_may_be_beyond_float32_or_too_small_for_it(
+    config_path: Path, pretraining: Path
+) -> None:
+    taken, cases = [], numbers(config_path, pretraining, float)
+    assert len(cases) > 90
+    for load, path, chosen, form in cases:
+        for wild in ("1e308", "5e-324", "-1e308"):
+            needed = [override for section, override in NEEDED.items() if form.startswith(f"{section}.")]
+            needed += ["algorithm.teachers={one: {path: model}}"] * ("algorithm={type: opd}" in chosen)
+            said = outcome(path, *chosen, *needed, form.replace("%s", wild), load=load)
+            if not said.startswith(form.partition("=")[0]):
+                taken.append((form, wild, said))
+    assert not taken
 
 
 @pytest.mark.slow
@@ -127,6 +158,11 @@ def test_every_wild_number_of_every_key_is_refused_or_planned(config_path: Path,
         ("cluster.reward_deadline_s=.inf", "cluster.reward_deadline_s: is inf; every number"),
         ("cluster.reward_deadline_s=1e30", "cluster.reward_deadline_s: got 1e+30, at most 10,000,000 is possible"),
         ("cluster.threads=1000000", "cluster.threads: got 1,000,000, at most 1,024 is possible"),
+        ("algorithm.guidance_scale=9000", "algorithm.guidance_scale: got 9,000.0, at most 1,000 is possible"),
+        ("algorithm.noise_level=9223372036854775807", "algorithm.noise_level: got 9.22e+18, at most 10 is possible"),
+        ("algorithm.noise_level=1e-30", "algorithm.noise_level: got 1e-30, less than 0.0001 is too small a number"),
+        ("learner.optimizer.eps=1e39", "learner.optimizer.eps: got 1e+39, at most 3.4e+38, the end of float32, is"),
+        ("rewards.0.options.x=1e39", "rewards.0.options.x: got 1e+39, at most 3.4e+38"),
         ("algorithm.num_steps=1000000000", "algorithm.num_steps: got 1,000,000,000, at most 10,000 is possible"),
         ("evaluation.num_steps=1000000000", "evaluation.num_steps: got 1,000,000,000, at most 10,000"),
         ("data.groups_per_iteration=1000000000", "data.groups_per_iteration: got 1,000,000,000, at most 1,000,000"),
@@ -171,6 +207,14 @@ def test_a_file_nested_beyond_measure_is_refused(tmp_path: Path, opening: str, c
         (lambda: b"a: [" + b"1," * 100_000 + b"]", "a.19997: is one value more than the 20,000"),
         (lambda: b"a0: &a0 [1]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9))
             for n in range(1, 60)), "holds more than 100000 values; its anchors multiply"),
+        (lambda: b"m0: &m0 {k: 1}\n" + b"".join(b"m%d: &m%d {<<: [*m%d, *m%d]}\n" % (n, n, n - 1, n - 1)
+            for n in range(1, 40)), "holds more than 100000 values; its anchors multiply"),
+        (lambda: b"a: &a {" + b",".join(b"k%d: 1" % n for n in range(1000)) + b"}\nb: {<<: ["
+            + b",".join([b"*a"] * 200) + b"]}", "holds more than 100000 values; its anchors multiply"),
+        (lambda: b"checkpoint: {<<: {every: 1, every: 2}}", "is not YAML: the key every is given twice"),
+        (lambda: b"a: &a {k: 1,\n k: 2}\nb: {<<: [*a]}", "line 2 is not YAML: the key k is given twice"),
+        (lambda: b"b: {<<: [{k: 1}, {l: 1,\n l: 2}]}", "line 2 is not YAML: the key l is given twice"),
+        (lambda: b"a: &a\n  <<: *a\n  k: 1", "a mapping is merged into itself"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_too_much_is_refused(tmp_path: Path, content: Any, said: str) -> None:

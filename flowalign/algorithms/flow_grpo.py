@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
 from flowalign.advantages import Normalize, best_and_worst, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
 from flowalign.flow import sde
+from flowalign.section import Section
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 from flowalign.walkoptions import Grid, Shift
 
 
-class WindowConfig(BaseModel):
+class WindowConfig(Section):
     """Which steps are stochastic; see ``flowalign.flow.sde.Window``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["full", "fixed", "random", "sliding"] = "full"
     start: Annotated[int, Field(ge=0)] = 0
     size: Annotated[int, Field(ge=1)] | None = None
@@ -49,10 +49,9 @@ class WindowConfig(BaseModel):
         return self
 
 
-class ClipRange(BaseModel):
+class ClipRange(Section):
     """How far the ratio may fall below and rise above 1; one number stands for both. (DAPO, arXiv:2503.14476)"""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     low: float = Field(gt=0)
     high: float = Field(gt=0)
 
@@ -66,10 +65,9 @@ class ClipRange(BaseModel):
         return self.low if self.low == self.high else {"low": self.low, "high": self.high}
 
 
-class Keep(BaseModel):
+class Keep(Section):
     """How many of the best and of the worst samples of a group are learned from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     best: int = Field(ge=1)
     worst: int = Field(ge=1)
 

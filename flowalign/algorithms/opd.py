@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
 from flowalign.flow import forward, sde
+from flowalign.section import Section
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 from flowalign.walkoptions import Grid, Shift
 
@@ -25,13 +26,12 @@ class NoTeacher(ValueError):
     """A sample whose task is nobody's."""
 
 
-class TeacherConfig(BaseModel):
+class TeacherConfig(Section):
     """A frozen network at ``path``: a pipeline directory, a run of this model or one of its checkpoints.
 
     It teaches the samples of its ``tasks``; null: those of every task that no other teacher has.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     path: str
     weights: Literal["model", "ema"] = "model"
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
@@ -39,10 +39,9 @@ class TeacherConfig(BaseModel):
     tasks: list[str] | None = None
 
 
-class DistilledSteps(BaseModel):
+class DistilledSteps(Section):
     """Which steps are distilled: those of ``flowalign.flow.sde.Window``, noise or not."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["full", "fixed", "random"] = "full"
     start: Annotated[int, Field(ge=0)] = 0
     size: Annotated[int, Field(ge=1)] | None = None

@@ -86,7 +86,7 @@ def make_pairs(
             condition = policy.encode_prompts(batch.prompts)
             noise = HalfNoise(seed, batch.sample_ids, shape)
             final = integrate(policy.velocity, condition, noise, spec, device, geometry=chunk)[2].cpu()
-            refuse_non_finite(final, 0)
+            refuse_non_finite(final, 0, spec)
             made.add(final, HalfNoise(seed, batch.sample_ids, shape).draw(), batch.prompts)
             last = (iteration + 1) * chunk >= pairs
             if last:
