@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowalign.data.shapes_latents import make_bank
+from flowalign.models.sd3 import SD3Policy
 from tests.cluster.listening import documented, doors, name
 from tests.cluster.runs import small_config
+from tests.test_pretrain_variants import config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +56,38 @@ def test_a_run_opens_nothing_but_loopback_from_its_start_to_its_end_and_leaves_n
     assert len({door.pid for door in learners}) == ranks and len({door.port for door in learners}) >= 2 * ranks
     assert {name(door, run.pid) for door in opened} <= {row[0].split("`")[1] for row in documented()}
     assert not (tmp_path / "home" / ".ray" / "auth_token").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_of_torchrun_open_nothing_but_loopback_and_its_agent_what_is_documented(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    make_bank(SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4), tmp_path / "bank", num_images=40, batch=20)
+    training = config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", micro_batch_size=4, engine="deepspeed")
+    (tmp_path / "run.yaml").write_text(training.model_dump_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        agent = subprocess.Popen(
+            [*torchrun, "-m", "flowalign.cli", "pretrain", "run.yaml"],
+            cwd=tmp_path,
+            env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=output,
+            stderr=output,
+        )
+        opened = set()
+        while agent.poll() is None:
+            opened |= set(doors(agent.pid))
+            time.sleep(0.1)
+    assert agent.returncode == 0, log.read_text()
+    ranks = {door for door in opened if "torch.distributed.run" not in door.command}
+    assert {door.address for door in ranks} == {"127.0.0.1"}, ranks
+    assert len({door.pid for door in ranks}) == 2
+    safety = " ".join((ROOT / "docs" / "safety.md").read_text(encoding="utf-8").split())
+    documented_agent = re.search(r"The agent of `torchrun` listens .* on every interface", safety)
+    assert documented_agent and {door.address for door in opened - ranks} <= {"::", "0.0.0.0"}, opened - ranks
 
 
 def test_a_reward_server_opens_one_port_on_loopback(tmp_path: Path) -> None:
