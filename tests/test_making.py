@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from flowalign.calibration import reuse_of
 from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli.calibrate import calibrate
 from flowalign.cli.make_pairs import HalfNoise, make_pairs
+from flowalign.cli.make_preferences import make_preferences
 from flowalign.cluster.run import run_align
 from flowalign.cluster.train import run_pretrain
-from flowalign.config import AlignConfig, CacheConfig, ConfigError, ModelConfig, SamplingConfig
+from flowalign.config import AlignConfig, CacheConfig, ConfigError, ModelConfig, RewardConfig, SamplingConfig
 from flowalign.configfile import load_align
 from flowalign.data.latents import LatentsError, load_bank
 from flowalign.metrics import read_metrics
 from flowalign.models.build import load_policy
 from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.disk import DiskError
 from flowalign.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
 from flowalign.sample import open_policy, policy_spec
 from tests._tiny import run_config, write_checkpoint
@@ -74,6 +77,29 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):
     for name in names:
         if name != "manifest.json":
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("command", "most"), [("make-pairs", 10), ("make-pairs", 2048), ("make-preferences", 100)])
+def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(tmp_path, tiny_pipeline_dir, command, most):
+    """EFBIG, the kernel's answer beyond RLIMIT_FSIZE, stands for a full disk."""
+    to, before = tmp_path / "new" / "made", resource.getrlimit(resource.RLIMIT_FSIZE)
+    reward = tmp_path / "mine.py"
+    reward.write_text("def bright(images, *rest):\n    return images.reshape(len(images), -1).mean(1)\n")
+    asked = {"prompts": "shapes:train", "pairs": 2, "num_steps": 1}
+    bright = RewardConfig(spec=f"{reward}:bright")
+    there = set(tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"cannot be written: .*\(ulimit -f\)") as caught:
+            if command == "make-pairs":
+                pairs_of(tiny_pipeline_dir, to, pairs=2, num_steps=1)
+            else:
+                config = run_config(tiny_pipeline_dir)
+                make_preferences(tiny_pipeline_dir, bright, config=config, out=to, group_size=2, **asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.begun
+    assert set(tmp_path.iterdir()) == there
 
 
 def test_pairs_are_complete_only_while_checkpoint_and_prompts_hold_the_same(tmp_path, tiny_pipeline_dir):

@@ -19,7 +19,7 @@ from flowalign.configcheck import check_reward
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.promptcheck import check_prompts
-from flowalign.record.disk import draft_of, write_text, writing
+from flowalign.record.disk import draft_of, folder_for, write_text
 from flowalign.sample import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.scoring import NamedScorer, load_scorer, merge, score_images
 from flowalign.types import PromptBatch
@@ -64,12 +64,10 @@ def make_preferences(
         group_size=group_size,
         seed=seed,
     )
-    with writing(str(out), out):
-        out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     made = groups = beyond = 0
     without: Counter[str] = Counter()
-    with torch_threads(config.cluster.threads):
+    with folder_for(out), torch_threads(config.cluster.threads):
         policy, state = open_policy(checkpoint, config, which)
         scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
         spec = policy_spec(policy, asked(own, num_steps, guidance_scale), config.model)

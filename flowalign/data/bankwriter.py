@@ -19,7 +19,7 @@ from flowalign.data.bank import LatentsError, Shard
 from flowalign.data.bankfiles import write_json
 from flowalign.data.images import Skipped
 from flowalign.data.latents import MANIFEST, shard_name, write_manifest, write_shard
-from flowalign.record.disk import FULL, DiskError, size_text, writing
+from flowalign.record.disk import FULL, DiskError, remove_empty, size_text, writing
 from flowalign.textfiles import TextError, read_object
 
 WORK, SKIPPED, FROM = ".precompute", "skipped.json", "made_from"
@@ -46,6 +46,7 @@ class BankWriter:
         self.settled: set[int] = set()
         self.position, self.source_digest, self.has_noise = 0, "", False
         self._recorded = 0  # of the skipped
+        self._made = [path for path in (directory, *directory.absolute().parents) if not path.exists()]
         if self._begun():
             self._restore()
 
@@ -131,11 +132,16 @@ class BankWriter:
         if self.entries and rows_left > 0:
             each = sum(entry["bytes"] for entry in self.entries) / self.count
             rest = f"; about {size_text(int(each * rows_left))} are needed for all that is left"
-        said = DiskError(
-            f"{error}{rest}; {len(self.entries)} finished shards with {self.count} images are kept: "
-            "the same command goes on from there"
-        )
+        kept = "no shard was finished: the same command begins anew"
+        if self.entries:
+            kept = f"{len(self.entries)} finished shards with {self.count} images are kept: the same command goes on "
+            kept += "from there"
+        said = DiskError(f"{error}{rest}; {kept}")
         said.begun = self.work.is_dir()
+        if not self.entries:
+            (self.directory / shard_name(0)).unlink(missing_ok=True)  # whose record was refused
+            shutil.rmtree(self.work, ignore_errors=True)
+            remove_empty(self._made)
         raise said from error
 
     def _record(self, number: int) -> Path:

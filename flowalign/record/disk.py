@@ -159,6 +159,30 @@ def swept(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def folder_for(folder: Path) -> Iterator[None]:
+    """Make ``folder``, to be written to inside; where that fails, those that were made for it go while they are empty.
+
+    Raises DiskError where it cannot be made.
+    """
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        with writing(str(folder), folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the deepest first, up to one that something lies in."""
+    with suppress(OSError):
+        for path in folders:
+            with suppress(FileNotFoundError):
+                path.rmdir()
+
+
+@contextmanager
 def filled(folder: Path) -> Iterator[Path]:
     """A hidden folder in ``folder`` to write to, whose files move into ``folder`` at the end; where that fails all that
     was made is gone, and what was there before is as it was. Raises DiskError."""
@@ -173,9 +197,7 @@ def filled(folder: Path) -> Iterator[Path]:
                 path.replace(folder / path.name)
             draft.rmdir()
     except BaseException:
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         raise
 
 
