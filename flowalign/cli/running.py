@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def held(
         with stop.deferred():
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))
             stack.enter_context(stop.watching(lock))
+        stop.last_words = partial(_at_once, run_dir, stop, resumes)
         if lock.said:
             console.print(lock.said)
         try:
@@ -98,6 +100,8 @@ def held(
             early.args = (f"stopped{kept}",)
             raise early from None
         except Exception as error:
+            if stop.at_once:  # it came in the midst of a library's call, which made another error of it
+                raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from error
             if not lock.begun:
                 if isinstance(error, DiskError):
                     error.begun = False

@@ -24,7 +24,7 @@ from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.ranks import LearnerGroup
-from flowalign.cluster.session import RaySession, worker_env
+from flowalign.cluster.session import LOST_S, RaySession, worker_env
 from flowalign.cluster.teachers import teacher_names
 from flowalign.cluster.vigil import Came, Vigil
 from flowalign.cluster.weight_sync import SyncGuard, check_receipt, has_learned
@@ -64,9 +64,11 @@ class RayBackend:
         self._group: PlacementGroup | None = None
         self._closers: list[Any] = []
         began = time.monotonic()
-        self._session = RaySession(config.cluster.address, asked, config.cluster.device)
+        cluster, told = config.cluster, lambda text: self.say(text)
+        patience_s = min(LOST_S, cluster.patience.least_s)
+        self._session = RaySession(cluster.address, asked, cluster.device, patience_s, told)
         where = "started on this machine" if config.cluster.address is None else f"joined at {config.cluster.address}"
-        self._vigil = Vigil(config.cluster.patience, self._session.check, lambda text: self.say(text))
+        self._vigil = Vigil(cluster.patience, self._session.check, told)
         for line in self._session.said:
             say(line)
         say(f"Ray {where} in {time.monotonic() - began:.1f} s; {_actors(asked)}")
@@ -294,6 +296,7 @@ class RayBackend:
 
     def close(self) -> None:
         """End the actors, free their places, and stop Ray if it was started here; may be called twice."""
+        self._session.begin_end()
         if ray.is_initialized() and not self._session.lost:
             self._end_children()
             for owner in self._closers:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +22,14 @@ from ray.job_config import JobConfig
 from flowalign.cluster import guardian
 from flowalign.cluster.errors import ClusterError, ClusterLost
 from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
+from flowalign.cluster.lookout import Lookout
 from flowalign.cluster.placement import Share, own_resources, visible_cores
 from flowalign.cluster.tokens import close_token_file, own_token
 
 OBJECT_STORE_BYTES = 1 << 30
 _CONNECT_S, _GRPC_S = 3.0, 5.0
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
+LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
 _ASKS_FOR_TOKEN = (
     "cluster.address: Ray at {} asks for a token and this process has none, or another: set RAY_AUTH_MODE=token, and "
     "copy ~/.ray/auth_token from its head (docs/cluster.md)"
@@ -39,18 +40,28 @@ PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 class RaySession:
     """Starts Ray where ``address`` is null and none runs in this process, else joins; closes only what it opened.
 
-    ``said`` tells what was left of earlier runs.
+    ``said`` tells what was left of earlier runs; ``say`` is told of a Ray that is stopped, which is lost after
+    ``patience_s``.
 
     Raises:
         PlacementError: this machine cannot hold ``asked``; known before anything is started.
         ClusterError: nothing answers at ``address``.
     """
 
-    def __init__(self, address: str | None, asked: Sequence[Share], device: str) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        asked: Sequence[Share],
+        device: str,
+        patience_s: float = LOST_S,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._opened = not ray.is_initialized()
         self._folder: str | None = None
         self._guardian: Any = None
         self._processes: dict[str, Any] = {}
+        self._lookout: Lookout | None = None
+        self._patience_s, self._say = patience_s, say
         self._silent_since: float | None = None
         self._looked = time.monotonic()
         self.said: list[str] = []
@@ -97,19 +108,25 @@ class RaySession:
             raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
         started = importlib.import_module("ray._private.worker")._global_node.all_processes
         self._processes = {name: started[name][0].process for name in ("gcs_server", "raylet") if started.get(name)}
+        self._lookout = Lookout(self._folder, self._processes, self._patience_s)
 
     @property
     def lost(self) -> bool:
         """Whether nothing that is asked of Ray would be answered."""
-        silent = self._silent_since is not None and time.monotonic() - self._silent_since > _LOST_S
-        return silent or any(process.poll() is not None for process in self._processes.values())
+        silent = self._silent_since is not None and time.monotonic() - self._silent_since > LOST_S
+        stopped = self._lookout is not None and (self._lookout.lost or self._lookout.stopped())
+        return silent or bool(stopped) or any(process.poll() is not None for process in self._processes.values())
 
     def check(self) -> None:
-        """Look whether Ray is there; to be asked often.
+        """Look whether Ray is there; to be asked often. While Ray is stopped this waits, and nobody else is late.
 
         Raises:
-            ClusterLost: it is gone: who, and how.
+            ClusterLost: it is gone, or was stopped for too long: who, and how.
         """
+        if self._lookout is not None:
+            self._lookout.wait(self._say)
+            if self._lookout.lost is not None:
+                raise ClusterLost(self._lookout.lost)
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise ClusterLost(
@@ -129,15 +146,28 @@ class RaySession:
             self._silent_since = self._silent_since or time.monotonic()
             if self.lost:
                 raise ClusterLost(
-                    f"Ray's head at {address} has not answered for {_LOST_S:g} s ({_one_line(error)})"
+                    f"Ray's head at {address} has not answered for {LOST_S:g} s ({_one_line(error)})"
                 ) from None
         self._looked = time.monotonic()
 
+    def begin_end(self) -> None:
+        """From now on a Ray of this run has a few seconds; after them it is killed, whatever is still asked of it."""
+        if self._lookout is not None:
+            self._lookout.begin_end()
+
     def close(self) -> None:
+        self.begin_end()
         if self._folder is not None and self.lost:
             guardian.end(self._folder)  # else Ray asks those that do not answer any more
-        if self._opened and ray.is_initialized():
-            ray.shutdown()
+        try:
+            if self._opened and ray.is_initialized():
+                ray.shutdown()
+        finally:
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._lookout is not None:
+            self._lookout.close()
         if self._folder is not None:
             delete(self._folder)
             if self._guardian is not None:

@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from flowalign.record import lastresort
 from flowalign.record.holder import LOCK, Holder, RunDirectoryError, holder
 from flowalign.record.lock import RunLock
 
@@ -63,17 +64,20 @@ class StopRequest:
     Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
     the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
     leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt and
-    sets ``at_once``. The run writes into ``done`` how many iterations or steps are finished.
+    sets ``at_once``; where that ends nothing the process ends 15 s later with ``last_words``. The run writes into
+    ``done`` how many iterations or steps are finished.
     """
 
     def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
         self.unit = unit
         self.lock: RunLock | None = None
-        self._alone, self._asked, self._interrupted = alone, False, -AGAIN_WITHIN_S
+        self._alone, self._asked = alone, False
+        self._again, self._heard_again, self._held = self._pair(), self._pair(), False
         self._raises, self._begun = alone, False
         self._look_at = 0.0
         self.at_once = False
         self.done = 0
+        self.last_words: Callable[[], str] = lambda: "stopped at once"
 
     @property
     def asked(self) -> bool:
@@ -111,7 +115,8 @@ class StopRequest:
         heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
-            yield self
+            with lastresort.hearing(self._hear, lambda: self.last_words()):
+                yield self
         finally:
             self._raises = False
             for number, handler in before.items():
@@ -128,12 +133,28 @@ class StopRequest:
         if raises and self._asked:
             raise EndedEarly
 
+    def _pair(self) -> Callable[[int], bool]:
+        """Answers of every signal whether it is a second Ctrl-C."""
+        before = -AGAIN_WITHIN_S
+
+        def again(number: int) -> bool:
+            nonlocal before
+            if number != signal.SIGINT:
+                return False
+            since, before = time.monotonic() - before, time.monotonic()
+            return since < AGAIN_WITHIN_S and (self._alone or since > _ECHO_S)  # torchrun passes a terminal's on
+
+        return again
+
+    def _hear(self, number: int) -> bool:
+        """In the thread of the last resort, which hears every signal also while the main thread is held somewhere."""
+        self._held = self._heard_again(number) or self._held
+        return self._held
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            since, self._interrupted = time.monotonic() - self._interrupted, time.monotonic()
-            if since < AGAIN_WITHIN_S and (self._alone or since > _ECHO_S):  # torchrun passes a terminal's Ctrl-C on
-                self.at_once = True
-                raise KeyboardInterrupt
+        if self._again(number) or (number == signal.SIGINT and self._held):
+            self.at_once = True
+            raise KeyboardInterrupt
         first, self._asked = not self._asked, True
         if self._raises:
             self._raises = False

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flowalign.record import lastresort
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, NobodyRuns, StopRequest, ask_to_stop
 
@@ -131,3 +132,52 @@ def test_where_nobody_runs_there_is_nothing_to_stop(tmp_path: Path, there: str) 
     ):
         ask_to_stop(run_dir)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+HELD = """
+import ctypes, os, sys
+from flowalign.record import lastresort
+from flowalign.record.stop import StopRequest
+lastresort.GRACE_S = 0.3
+with StopRequest().on_signals() as stop:
+    stop.begin()
+    stop.last_words = lambda: "these words"
+    mutex = ctypes.create_string_buffer(64)
+    print("ready", flush=True)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second time for ever, and no signal interrupts it
+"""
+
+
+def test_a_second_ctrl_c_ends_a_process_that_is_held_in_a_call_which_hears_no_signal() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", HELD], cwd=ROOT, **pipes)  # type: ignore[call-overload]
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        send(process, signal.SIGINT)
+        assert process.poll() is None
+        send(process, signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "error: these words\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
+
+
+def test_what_a_forked_child_hears_is_not_meant_for_its_parent() -> None:
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with lastresort.hearing(lambda number: heard.append(number) or False, lambda: ""):  # type: ignore[func-returns-value]
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(0)
+            os.waitpid(child, 0)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            until = time.monotonic() + 20
+            while signal.SIGUSR1 not in heard and time.monotonic() < until:
+                time.sleep(0.01)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
