@@ -64,8 +64,9 @@ def _module(parts: list[str]) -> Path | None:
 
 def _file(place: Path) -> Path | None:
     """What Python takes for a module without a suffix: a package, else a file."""
-    names = (*(place / f"__init__{suffix}" for suffix in SUFFIXES), *(f"{place}{suffix}" for suffix in SUFFIXES))
-    return next((path for path in map(Path, names) if path.is_file()), None)
+    bases = [f"{place}{os.sep}__init__"] if place.is_dir() else []
+    names = (f"{base}{suffix}" for base in (*bases, place) for suffix in SUFFIXES)
+    return next((Path(name) for name in names if os.path.isfile(name)), None)
 
 
 def _reached(first: Path, root: Path, alone: str | None, packages: Sequence[Path] = ()) -> dict[str, Path]:
@@ -90,7 +91,7 @@ def _imported(file: Path, root: Path, alone: str | None) -> Iterator[Path]:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
-    for level, name in _names(tree):
+    for level, name in dict.fromkeys(_names(tree)):
         if not level and (name[0] in _OURS or alone not in (None, name[0])):
             continue
         start = _above(file.parent, level - 1) if level else root
@@ -98,18 +99,18 @@ def _imported(file: Path, root: Path, alone: str | None) -> Iterator[Path]:
             yield from _on_the_way(start, name)
 
 
-def _names(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+def _names(tree: ast.AST) -> Iterator[tuple[int, tuple[str, ...]]]:
     """What is imported: how many dots, and the name; its last part may be something in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name.split(".")) for alias in node.names)
+            yield from ((0, tuple(alias.name.split("."))) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = node.module.split(".") if node.module else []
-            yield from ((node.level, [*module, alias.name]) for alias in node.names)
+            yield from ((node.level, (*module, alias.name)) for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called, name = getattr(node.func, "attr", getattr(node.func, "id", "")), node.args[0].value
             if called in ("import_module", "__import__") and isinstance(name, str) and name.strip("."):
-                yield len(name) - len(name.lstrip(".")), name.strip(".").split(".")
+                yield len(name) - len(name.lstrip(".")), tuple(name.strip(".").split("."))
 
 
 def _importable(package: Path) -> Iterator[Path]:
@@ -124,7 +125,7 @@ def _above(folder: Path, levels: int) -> Path:
     return folder
 
 
-def _on_the_way(folder: Path, name: list[str]) -> Iterator[Path]:
+def _on_the_way(folder: Path, name: Sequence[str]) -> Iterator[Path]:
     """The files that importing ``name`` from ``folder`` runs."""
     for part in name:
         found, folder = _file(folder / part), folder / part
