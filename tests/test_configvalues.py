@@ -164,6 +164,15 @@ def test_the_command_for_the_other_kind_of_configuration_is_named(config_path: P
             ["checkpoint.best_metric: eval/geneval/overall is not measured (evaluation.every: 0)"],
         ),
         (["evaluation.every=0", "checkpoint.best_metric=reward/total/mean"], []),
+        (
+            ["learner.optimizer.final_learning_rate=1e30"],
+            ["learner.optimizer.final_learning_rate: 1e+30; AdamW moves every weight by about as much"],
+        ),
+        (
+            ["learner.optimizer.weight_decay=10000"],
+            ["learner.optimizer.weight_decay: 10000; at learning rate 0.0001 AdamW takes 1 of every weight in one"],
+        ),
+        (["learner.optimizer.weight_decay=1"], []),
     ],
 )
 def test_what_hardly_was_meant_is_noted(config_path: Path, overrides: list[str], noted: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The rollout on a real, tiny SD3 pipeline: exact replay, fixed noise, and the public pipeline's own latents."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from flowalign.algorithm import build_algorithm, fixed_geometry
 from flowalign.config import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
-from flowalign.rollout import SampleNoise, rollout
+from flowalign.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
 from flowalign.types import PromptBatch, RolloutSpec, Scores, cat_rollouts
 
 PROMPTS = ("a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross")
@@ -249,3 +250,15 @@ def test_several_granularities_make_several_images_of_a_sample(policy):
     assert int((made.images[::2].int() - fine.images.int()).abs().max()) <= 1  # decoded in batches of another size
     assert not torch.equal(made.images[1::2], fine.images)
     assert replays_exactly(policy, algorithm, made, 8)
+
+
+def test_samples_that_are_nan_blame_an_extreme_noise_level_or_guidance_before_the_weights():
+    latents = torch.full((2, 1, 1, 1), math.nan)
+    spec = RolloutSpec("flow", (1.0, 0.5, 0.0), (0, 1), 0.7)
+    for changes, said in (
+        ({}, "2 of 2 samples of policy version 3 are NaN or Inf: its weights have diverged"),
+        ({"noise_level": 9.0}, "NaN or Inf: noise_level 9 is more than a walk bears"),
+        ({"guidance_scale": 500.0}, "NaN or Inf: guidance_scale 500 is more than"),
+    ):
+        with pytest.raises(NonFiniteSamples, match=said):
+            refuse_non_finite(latents, 3, replace(spec, **changes))

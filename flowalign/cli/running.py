@@ -108,7 +108,7 @@ def held(
                 raise
             last = _last_checkpoint(run_dir)
             if (gentler := _gentler(error, config, run_dir, last)) is not None:
-                raise RunFailed(gentler + _further_back(last, began_from), error) from error
+                raise RunFailed(gentler + further_back(last, began_from), error) from error
             goes_on = "; the same command continues from it" if resumes else ""
             anew = ", and the same command begins anew" if resumes else ""
             kept = f"the last checkpoint is {last}{goes_on}" if last else f"there is no checkpoint yet{anew}"
@@ -145,8 +145,8 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
     return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
 
 
-def _further_back(last: Path | None, began_from: Path | None) -> str:
-    """What else there is to go on from, where this start has written no checkpoint: the one it read may be at fault."""
+def further_back(last: Path | None, began_from: Path | None) -> str:
+    """Name what else to go on from, where this start has written no checkpoint: the one it read may be at fault."""
     if last is None or last != began_from:
         return ""
     from flowalign.manifest import going_on

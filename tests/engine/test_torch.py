@@ -103,6 +103,9 @@ def test_a_state_of_other_parameters_or_without_facts_is_refused() -> None:
     tensors, facts = engine.optimizer_state()
     with pytest.raises(ResumeRefused, match="lack"):
         engine.load_optimizer_state(tensors, {})
+    for steps in (-1, float("nan"), "3"):
+        with pytest.raises(ResumeRefused, match=f"counts {steps} updates: go on from another checkpoint"):
+            engine.load_optimizer_state(tensors, {**facts, "steps": steps})
     network.never.requires_grad_(False)
     with pytest.raises(ResumeRefused, match="other trainable parameters"):
         build_engine(network, settings(type="torch")).load_optimizer_state(tensors, facts)

@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 from flowalign import checkpoint
 from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli import app
+from flowalign.cli.running import further_back
 from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.train import run_pretrain
+from flowalign.config import AlignConfig
+from flowalign.configfile import write_resolved
 from flowalign.data.shapes_latents import make_bank
 from flowalign.destroyed import DestroyedState, fault, total_norm
 from flowalign.engine import build_engine
@@ -225,3 +228,15 @@ def test_a_destroyed_checkpoint_of_an_older_version_is_passed_over_by_name_and_n
     assert len(said) == 1 and f"step_000002 holds a state that was destroyed, {wrong}" in said[0]
     assert "the newest intact checkpoint beside it is" in (advised := advice(tmp_path / "checkpoints" / "step_000003"))
     assert "step_000001" in advised
+
+
+def test_where_the_first_update_after_a_start_is_destroyed_the_checkpoint_before_is_named_too(
+    tmp_path: Path, tiny_pipeline_dir: Path
+):
+    root = tmp_path / "t" / "checkpoints"
+    write_resolved(AlignConfig.model_validate(content("t", tmp_path, tiny_pipeline_dir, algorithm=GRPO)), root.parent)
+    for step in (1, 2):
+        CheckpointWriter(root).save(step, model={"w": torch.ones(1)}, optimizer_by_rank={0: ({}, {})}, state={})
+    said = further_back(root / "step_000002", root / "step_000002")
+    assert said.startswith("; where that ends alike") and said.endswith("checkpoint.resume=step_000001")
+    assert further_back(root / "step_000002", root / "step_000001") == ""
