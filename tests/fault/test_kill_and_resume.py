@@ -46,8 +46,10 @@ def written(tmp_path: Path, model: Path, name: str, backend: str, reward: str = 
     return config
 
 
-def start(tmp_path: Path, model: Path, name: str, backend: str, *more: str) -> subprocess.Popen[bytes]:
-    config = written(tmp_path, model, name, backend)
+def start(
+    tmp_path: Path, model: Path, name: str, backend: str, *more: str, reward: str = REWARD
+) -> subprocess.Popen[bytes]:
+    config = written(tmp_path, model, name, backend, reward)
     log = (tmp_path / f"{name}.log").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "flowalign.cli", "align", str(config), *more]

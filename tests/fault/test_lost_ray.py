@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flowalign.cli.exits import ExitCode
-from tests.fault.test_kill_and_resume import assert_same_run, finished, here, start, written
+from flowalign.cluster import guardian
+from tests.cluster.test_launch import RAY, free_ports
+from tests.fault.test_kill_and_resume import REWARD, assert_same_run, finished, here, iterations_done, start, written
 
 pytestmark = pytest.mark.fault
 REPO = Path(__file__).resolve().parents[2]
@@ -109,37 +114,88 @@ def own_folder_of(pid: int) -> str:
 
 
 def part_of_ray(folder: str, name: str) -> int:
-    return int(next(line.split()[0] for line in of_ray(folder) if line.split()[1].split("\0")[0].endswith(f"/{name}")))
+    wanted = "ray::LearnerActor" if name == "rank" else f"/{name}"
+    commands = [line.split()[:2] for line in of_ray(folder)]
+    return int(next(pid for pid, first in commands if wanted in first.split("\0")[0]))
 
 
-def whole(folder: Path, pipeline: Path) -> None:
+def whole(folder: Path, pipeline: Path, reward: str = REWARD) -> None:
     """The run that nobody disturbs: without Ray, and with the engine that runs on Ray have."""
-    config = written(folder, pipeline, "whole", "ray")
+    config = written(folder, pipeline, "whole", "ray", reward)
     config.write_text(config.read_text().replace("backend: ray", "backend: local"))
     here(config)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_whose_ray_or_self_is_killed_goes_on_with_the_same_bits(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+def test_a_run_whose_ray_or_self_is_killed_or_whose_rank_is_frozen_goes_on_with_the_same_bits(
+    tmp_path: Path, tiny_pipeline_dir: Path
+) -> None:
     whole(tmp_path, tiny_pipeline_dir)
     log = tmp_path / "killed.log"
     log.touch()
-    for victim in ("gcs_server", "raylet", "itself"):
+    hasty = "cluster.patience={first_s: 120, least_s: 12, factor: 5}"  # it may be frozen over its first checkpoint
+    for victim in ("gcs_server", "raylet", "rank", "itself"):
         before = log.stat().st_size
-        process = start(tmp_path, tiny_pipeline_dir, "killed", "ray")
+        process = start(tmp_path, tiny_pipeline_dir, "killed", "ray", *[hasty] * (victim == "rank"))
         folder = own_folder_of(process.pid)
         until = time.monotonic() + 240
         while not re.search(r"iteration [3-8]/8", log.read_bytes()[before:].decode()) and time.monotonic() < until:
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.05)
-        os.kill(process.pid if victim == "itself" else part_of_ray(folder, victim), signal.SIGKILL)
-        code = process.wait(timeout=60)
+        pid = process.pid if victim == "itself" else part_of_ray(folder, victim)
+        os.kill(pid, signal.SIGSTOP if victim == "rank" else signal.SIGKILL)
+        code = process.wait(timeout=200)
         nothing_stays(folder)
         if victim != "itself":
             said = log.read_text()
             assert code == ExitCode.FAILED, said[-3000:]
             line = rf"Ray's {victim} \(process \d+\) is gone.* killed by SIGKILL; .*the same command continues"
+            if victim == "rank":
+                line = (
+                    r"the learner \(rank 0 of 1\) was ended: .* since its process is stopped; .*same command continues"
+                )
             assert re.search(line, " ".join(said.split())), said[-3000:]
     finished(start(tmp_path, tiny_pipeline_dir, "killed", "ray"), log)
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
+
+
+@contextmanager
+def cluster(folder: Path, ports: list[int]) -> Iterator[None]:
+    """A head that was started by hand, and nothing of it afterwards."""
+    port, client, agent = map(str, ports)
+    line = [str(RAY), "start", "--head", "--port", port, "--ray-client-server-port", client, "--temp-dir", str(folder)]
+    line += ["--dashboard-agent-listen-port", agent, "--include-dashboard", "false", "--num-cpus", "2"]
+    line += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        guardian.end(str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_that_joined_a_cluster_whose_head_is_lost_ends_in_a_sentence_and_goes_on_with_the_same_bits(
+    tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    slow = REWARD.replace("return", "import ray, time; time.sleep(5 * ray.is_initialized()); return")
+    whole(tmp_path, tiny_pipeline_dir, slow)
+    run_dir, log, ports = tmp_path / "runs" / "joined", tmp_path / "joined.log", free_ports(3)
+    folder, address = Path("/tmp") / f"fl{ports[0]}", f"cluster.address=127.0.0.1:{ports[0]}"
+    with cluster(folder, ports):
+        process = start(tmp_path, tiny_pipeline_dir, "joined", "ray", address, reward=slow)
+        until = time.monotonic() + 240
+        while iterations_done(run_dir) < 2 and time.monotonic() < until:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(part_of_ray(str(folder), "gcs_server"), signal.SIGKILL)
+        code, said = process.wait(timeout=120), " ".join(log.read_text().split())
+        assert code == ExitCode.FAILED, said[-3000:]
+        line = rf"error: Ray's head at \S+:{ports[0]} has not answered for 30 s \(.*; the last checkpoint is .*"
+        assert re.search(f"{line}the same command continues", said), said[-3000:]
+    with cluster(folder, ports):
+        finished(start(tmp_path, tiny_pipeline_dir, "joined", "ray", address, reward=slow), log)
+    assert_same_run(tmp_path / "runs" / "whole", run_dir)
