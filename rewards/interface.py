@@ -135,7 +135,7 @@ def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
     _refuse_async(name, value)
     try:
         if isinstance(value, np.ma.MaskedArray):
-            value = value.astype(np.float64).filled(np.nan)
+            value = np.ma.filled(np.ma.asarray(value, np.float64), np.nan)
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InvalidScores(f"{where}: not an array of numbers ({one_line(error)}); return {n} floats") from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import UTC
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
 _ASKING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def asked_wait_s(status: int, headers: Mapping[str, str]) -> float:
+def asked_wait_s(status: int, headers: Mapping[str, str] | Message) -> float:
     """Seconds until the server wants to be asked again; 0 where it does not say, or says it in no known form.
 
     A date is compared with the answer's own, where it has one: the two clocks need not agree.

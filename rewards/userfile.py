@@ -74,8 +74,8 @@ class _Finder(MetaPathFinder):
         if not fullname.startswith(_PREFIX) or path is None:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and type(from_content(spec).loader) is Source:
-            spec.loader = _Neighbour(fullname, spec.loader.path)
+        if spec is not None and type(found := from_content(spec).loader) is Source:
+            spec.loader = _Neighbour(fullname, found.path)
         return spec
 
 

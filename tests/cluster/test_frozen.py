@@ -24,6 +24,7 @@ from flowalign.config import PatienceConfig
 from tests.cluster.orders import Worker
 
 pytestmark = pytest.mark.fault
+CHUNKS: Any = range(4)  # the actors of this file need none of what a chunk holds
 HASTY = PatienceConfig(first_s=12, least_s=12)
 
 
@@ -96,9 +97,10 @@ def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_ag
                 (folder / "go").touch()
 
     vigil._check = let_go_once_both_began
-    done = Pipeline(range(4), rollouts, rewards, (None, 0, 0), False, 3, 600.0).run()
+    done = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0).run()
     assert [(one.rollout, one.scores) for one in done] == [(f"chunk {i}", f"scores of chunk {i}") for i in range(4)]
-    rollouts.settle(), rewards.settle()
+    rollouts.settle()
+    rewards.settle()
     assert (rollouts.restarts, rewards.restarts) == lost
     for pool in (rollouts, rewards):
         pool.kill()
@@ -114,7 +116,7 @@ def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chu
     vigil.patience = Patience(PatienceConfig(least_s=6, factor=2), known)
     for order in ("rollout/sleep", "rollout/hold", "reward/stop"):
         (tmp_path / order).touch()
-    done = Pipeline(range(4), rollouts, rewards, (None, 0, 0), False, 3, 600.0).run(say=said.append)
+    done = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0).run(say=said.append)
     assert [one.scores for one in done] == [f"scores of chunk {i}" for i in range(4)]
     rollouts.settle()
     rewards.settle()

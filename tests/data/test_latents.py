@@ -210,7 +210,8 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence_and_kills_nobody(
         try:
             for step in range(8):
                 drawn = bank.draw(step, 4, 0)
-                captioned and captioned.condition(drawn.rows, 512)
+                if captioned:
+                    captioned.condition(drawn.rows, 512)
         except LatentsError as error:
             out.write_text(str(error))
         finally:

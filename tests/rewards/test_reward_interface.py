@@ -47,7 +47,7 @@ def test_lists_integers_and_booleans_become_float_arrays():
 
 
 def test_what_a_masked_array_masks_is_no_score():
-    for masked in (np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]), np.ma.masked_array([1, 2, 3], [0, 1, 0])):
+    for masked in (np.ma.masked_equal([1.0, 2.0, 3.0], 2.0), np.ma.masked_equal([1, 2, 3], 2)):
         checked = validate_scores("x", {"a": masked}, 3)
         assert checked.valid["a"].tolist() == [True, False, True] and np.isnan(checked.scores["a"][1])
     checked = validate_scores("x", {"a": np.ma.masked_array([1.0, 2.0, 3.0])}, 3)
