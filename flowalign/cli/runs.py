@@ -33,6 +33,7 @@ from flowalign.outputs import unwritable
 from flowalign.pretrainconfig import PretrainConfig
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
+from flowalign.textfiles import is_there
 
 
 def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = ()) -> Path:
@@ -56,7 +57,7 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
 
 def _other(run_dir: Path) -> str:
     """What to do about a directory that cannot be written."""
-    return "make it writable, which continues the run, or choose another" if run_dir.is_dir() else "choose another"
+    return "make it writable, which continues the run, or choose another" if is_there(run_dir) else "choose another"
 
 
 def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = None) -> Path:
