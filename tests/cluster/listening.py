@@ -23,6 +23,7 @@ _QUESTIONS = (
     "ObjectManagerService/Pull",
     "CoreWorkerService/GetCoreWorkerStats",
     "LogService/ListLogs",
+    "RayletDriver/ClusterInfo",
 )
 
 
@@ -113,19 +114,19 @@ def name(door: Door, run: int) -> str:
     return title if title in ("ray::DashboardAgent", "ray::RuntimeEnvAgent") or "::" not in title else "ray::"
 
 
-def asks_for_token(port: int) -> bool:
+def asks_for_token(port: int, host: str = "127.0.0.1") -> bool:
     """Whether one of Ray's ports turns somebody away who has no token."""
     try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+        urllib.request.urlopen(f"http://{host}:{port}/", timeout=5).close()
     except urllib.error.HTTPError as error:
         return error.code == HTTPStatus.UNAUTHORIZED
     except (OSError, HTTPException):
-        return any(_refused(port, question) for question in _QUESTIONS)
+        return any(_refused(port, host, question) for question in _QUESTIONS)
     return False
 
 
-def _refused(port: int, question: str) -> bool:
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+def _refused(port: int, host: str, question: str) -> bool:
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             channel.unary_unary(f"/ray.rpc.{question}")(b"", timeout=5)
         except grpc.RpcError as error:

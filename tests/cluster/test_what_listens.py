@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +20,9 @@ import yaml
 
 from flowalign.data.shapes_latents import make_bank
 from flowalign.models.sd3 import SD3Policy
-from tests.cluster.listening import documented, doors, name
+from tests.cluster.listening import Door, asks_for_token, documented, documented_of_clusters, doors, name
 from tests.cluster.runs import small_config
+from tests.cluster.test_launch import RAY, TOKEN, free_ports, wait_for
 from tests.test_pretrain_variants import config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +94,64 @@ def test_two_ranks_of_torchrun_open_nothing_but_loopback_and_its_agent_what_is_d
     safety = " ".join((ROOT / "docs" / "safety.md").read_text(encoding="utf-8").split())
     documented_agent = re.search(r"The agent of `torchrun` listens .* on every interface", safety)
     assert documented_agent and {door.address for door in opened - ranks} <= {"::", "0.0.0.0"}, opened - ranks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_head_that_is_started_by_hand_opens_what_is_documented_of_clusters(tmp_path: Path) -> None:
+    """With free ports in the place of those that are documented: other clusters may run on this machine."""
+    ports = dict(zip((6379, 8265, 10001, 52365), free_ports(4), strict=True))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**kept, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    scratch = Path("/tmp") / f"fh{ports[6379]}"  # sockets: their paths must be short
+    line = f"start --head --port {ports[6379]} --dashboard-port {ports[8265]} --dashboard-host 127.0.0.1 "
+    line += f"--ray-client-server-port {ports[10001]} --dashboard-agent-listen-port {ports[52365]} --block "
+    line += f"--temp-dir {scratch} --include-dashboard true --num-cpus 1 --object-store-memory {200 << 20}"
+    with (tmp_path / "log").open("w") as log:
+        head = subprocess.Popen([RAY, *line.split()], env=environment, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        for port in ports.values():
+            wait_for(port, head)
+        opened: dict[int, Door] = {}
+        for _ in range(20):
+            opened |= {door.port: door for door in doors(head.pid)}
+            time.sleep(0.5)
+        local = {
+            port: "127.0.0.1" if door.address in ("0.0.0.0", "::") else door.address for port, door in opened.items()
+        }
+        asking = {port for port, host in local.items() if asks_for_token(port, host)}
+        counting = {port for port in opened if port not in asking and counts(port)}
+    finally:
+        started = {door.pid for door in doors(head.pid)}
+        head.terminate()
+        head.wait(timeout=90)
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
+    rows = {row[0]: row[1:] for row in documented_of_clusters()}
+    said = [(name(door, -1), door.address, port, port in asking, port in counting) for port, door in opened.items()]
+    seen = "\n".join(map(str, said))
+    known = {name.strip("`") for row in rows for name in row.replace(" (the head's)", "").split(", ")}
+    gcs, dashboard, client, agent = (opened[port] for port in ports.values())
+    assert all(any(str(port) in row[0] for row in rows.values()) for port in ports), rows
+    assert name(gcs, -1) == "gcs_server" and gcs.port in asking and gcs.address in ("0.0.0.0", "::"), seen
+    assert name(dashboard, -1) == "dashboard" and dashboard.address == "127.0.0.1", seen
+    node = gcs.command.partition("--node-ip-address=")[2].partition(" ")[0]  # by which the cluster knows the machine
+    assert {client.address, agent.address} <= {"127.0.0.1", node}, seen
+    rest = set(opened) - {dashboard.port}
+    assert rest == asking | counting and counting, seen
+    assert {"gcs_server", "raylet", "dashboard"} <= known & {row[0] for row in said}, seen
+
+
+def counts(port: int) -> bool:
+    """Whether anybody can read counters there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return b"# HELP" in answer.read()
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def test_a_reward_server_opens_one_port_on_loopback(tmp_path: Path) -> None:
