@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flowalign.cli.exits import ExitCode
-from tests.fault.test_lost_ray import nothing_stays
+from tests.fault.test_kill_and_resume import assert_same_run, finished, start
+from tests.fault.test_lost_ray import nothing_stays, own_folder_of, part_of_ray
 
 pytestmark = pytest.mark.fault
 REPO = Path(__file__).resolve().parents[2]
@@ -97,3 +99,29 @@ def test_a_second_ctrl_c_ends_a_process_whose_ray_is_stopped(part: str, how: str
     all_of(process)
     assert process.returncode in (-signal.SIGINT, ExitCode.AT_ONCE)  # Python's own end of it, or the last resort's
     nothing_stays(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_whose_ray_was_stopped_goes_on_with_the_same_bits(tmp_path: Path, tiny_pipeline_dir: Path) -> None:
+    finished(start(tmp_path, tiny_pipeline_dir, "whole", "local"), tmp_path / "whole.log")
+    log = tmp_path / "frozen.log"
+    log.touch()
+    for part, more in (("gcs_server", ()), ("raylet", ("cluster.patience.least_s=10",))):
+        before = log.stat().st_size
+        process = start(tmp_path, tiny_pipeline_dir, "frozen", "ray", *more)
+        folder = own_folder_of(process.pid)
+        until = time.monotonic() + 240
+        while not re.search(r"iteration [3-8]/8", log.read_bytes()[before:].decode()) and time.monotonic() < until:
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(part_of_ray(folder, part), signal.SIGSTOP)
+        process.terminate()
+        code, said = process.wait(timeout=120), " ".join(log.read_text().split())
+        nothing_stays(folder)
+        assert code == ExitCode.FAILED, said[-3000:]
+        line = rf"error: Ray's {part} \(process \d+\) has been stopped for {'10' if more else '30'} s.*; the last .*"
+        assert re.search(rf"{line}the same command continues", said), said[-3000:]
+        assert "retried: " not in said and "Traceback" not in said, said[-3000:]
+    finished(start(tmp_path, tiny_pipeline_dir, "frozen", "ray"), log)
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "frozen")
