@@ -38,11 +38,11 @@ class MetricsWriter:
         """
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
-        if keep_until is not None and (hole := _hole(self.path, keep_until, each)):
+        found, damage = ([], None) if keep_until is None else read_damaged(self.path)
+        rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
+        if hole := _hole(rows, keep_until or 0, each):
             _say_once(f"{self.path}: {hole}; the run goes on, and its report and alarms know nothing of them")
         if self.path.exists():
-            found, damage = ([], None) if keep_until is None else read_damaged(self.path)
-            rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
             if damage is not None:
                 _say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -60,9 +60,9 @@ class MetricsWriter:
         self._mirror.close()
 
 
-def _hole(path: Path, last: int, each: bool) -> str | None:
-    """Which of the rows up to ``last`` are not in the file."""
-    there = {row["iteration"] for row in read_damaged(path)[0]}
+def _hole(rows: Sequence[Mapping[str, Any]], last: int, each: bool) -> str | None:
+    """Which of the rows up to ``last`` are missing."""
+    there = {row["iteration"] for row in rows}
     missing = sorted(set(range(1, last + 1)) - there)
     if not missing or (there and not each):
         return None

@@ -36,22 +36,17 @@ class Hosts:
 
     def knows(self, host: str) -> bool:
         """Whether ``Host`` (name or address, with or without a port) is one of the server's own."""
-        found = _HOST.fullmatch(host)
-        if found is None or (found[1] is not None and not _is_address(found[1])):
-            return False
-        name = _plain(found[1] or found[2])
-        if name in self.names or is_loopback(name):
-            return True
-        return self.numbers and _is_address(name)
+        name = _name(host)
+        return name is not None and (name in self.names or is_loopback(name) or (self.numbers and _is_address(name)))
 
     def refusal(self, headers: Headers) -> tuple[HTTPStatus, str] | None:
         """The status and the reason for which a request with these headers is not answered; None where it is."""
         told = {name.lower(): value.decode("latin-1") for name, value in headers}
         host = told.get(b"host")
-        if host is not None and _HOST.fullmatch(host) is None:
-            return HTTPStatus.BAD_REQUEST, f"Host is {host[:80]!r}; send a name or an address, and its port"
         if host is not None and not self.knows(host):
-            name = _without_port(host)[:80]
+            if (name := _name(host)) is None:
+                return HTTPStatus.BAD_REQUEST, f"Host is {host[:80]!r}; send a name or an address, and its port"
+            name = name[:80]
             return (
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"this server is not {name!r}; ask it by its address, or start it with --allow-host {name}",
@@ -85,12 +80,12 @@ def _same(origin: str, host: str) -> bool:
         return False
 
 
-def _without_port(host: str) -> str:
-    """The name of a ``Host`` header, the address of ``[::1]:8000``."""
-    host = host.strip()
-    if host.startswith("["):
-        return _plain(host[1:].partition("]")[0])
-    return _plain(host.rpartition(":")[0] if host.count(":") == 1 else host)
+def _name(host: str) -> str | None:
+    """The name of a ``Host`` header, the address of ``[::1]:8000``; None where it is none."""
+    found = _HOST.fullmatch(host)
+    if found is None or (found[1] is not None and not _is_address(found[1])):
+        return None
+    return _plain(found[1] or found[2])
 
 
 def _plain(name: str) -> str:

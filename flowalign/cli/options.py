@@ -80,7 +80,10 @@ Steps = Annotated[
 ]
 Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
 Guidance = Annotated[
-    float | None, typer.Option(min=0, max=1_000, callback=finite, help="1 is none; default: as the run evaluates")
+    float | None,
+    typer.Option(
+        min=0, max=LARGEST["guidance_scale"], callback=finite, help="1 is none; default: as the run evaluates"
+    ),
 ]
 
 

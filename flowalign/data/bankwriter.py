@@ -19,7 +19,7 @@ from flowalign.data.bank import LatentsError, Shard
 from flowalign.data.bankfiles import write_json
 from flowalign.data.images import Skipped
 from flowalign.data.latents import MANIFEST, shard_name, write_manifest, write_shard
-from flowalign.record.disk import FULL, DiskError, remove_empty, size_text, writing
+from flowalign.record.disk import FULL, DiskError, missing, remove_empty, size_text, writing
 from flowalign.textfiles import TextError, read_object
 
 WORK, SKIPPED, FROM = ".precompute", "skipped.json", "made_from"
@@ -46,7 +46,7 @@ class BankWriter:
         self.settled: set[int] = set()
         self.position, self.source_digest, self.has_noise = 0, "", False
         self._recorded = 0  # of the skipped
-        self._made = [path for path in (directory, *directory.absolute().parents) if not path.exists()]
+        self._made = missing(directory)
         if self._begun():
             self._restore()
 

@@ -164,7 +164,7 @@ def folder_for(folder: Path) -> Iterator[None]:
 
     Raises DiskError where it cannot be made.
     """
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    made = missing(folder)
     try:
         with writing(str(folder), folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +172,11 @@ def folder_for(folder: Path) -> Iterator[None]:
     except BaseException:
         remove_empty(made)
         raise
+
+
+def missing(folder: Path) -> list[Path]:
+    """``folder`` and those above it that are still to be made, the deepest first."""
+    return [path for path in (folder, *folder.absolute().parents) if not path.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -186,7 +191,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def filled(folder: Path) -> Iterator[Path]:
     """A hidden folder in ``folder`` to write to, whose files move into ``folder`` at the end; where that fails all that
     was made is gone, and what was there before is as it was. Raises DiskError."""
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    made = missing(folder)
     draft = folder / ".made.part"
     try:
         with writing(str(folder), folder, only=SICK), swept(draft):

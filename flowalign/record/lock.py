@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flowalign.record.disk import missing, remove_empty
 from flowalign.record.holder import DEAD_AFTER_S, LOCK, Holder, RunDirectoryError, read, record
 
 HEARTBEAT_S = 30.0
@@ -57,15 +58,15 @@ class RunLock:
             RunHeld: another process holds it.
             RunDirectoryError: it cannot be written.
         """
-        token, made = uuid.uuid4().hex, _missing(run_dir)
+        token, made = uuid.uuid4().hex, missing(run_dir)
         try:
             return cls(run_dir, token, made, _take(run_dir, token, take_over))
         except OSError as error:
-            _remove_empty(made)
+            remove_empty(made)
             reason = f"{run_dir} cannot be written ({error.strerror}); choose another"
             raise RunDirectoryError(f"runs_dir: {reason}") from error
         except BaseException:
-            _remove_empty(made)
+            remove_empty(made)
             raise
 
     def check(self) -> None:
@@ -90,7 +91,7 @@ class RunLock:
             self._file.unlink()
             self._file.parent.rmdir()
         if not self.begun:
-            _remove_empty(self._made)
+            remove_empty(self._made)
 
     def __enter__(self) -> RunLock:
         return self
@@ -176,17 +177,6 @@ def _refusal(run_dir: Path, found: Holder, lives: bool | None) -> str:
         f"from here: {stop}; if it is gone, add --take-over, or wait until it has been silent for "
         f"{DEAD_AFTER_S / 60:g} minutes"
     )
-
-
-def _missing(run_dir: Path) -> list[Path]:
-    """The directories that are still to be made, the innermost first."""
-    return [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-
-
-def _remove_empty(made: list[Path]) -> None:
-    with suppress(OSError):
-        for path in made:
-            path.rmdir()
 
 
 def _delete(path: Path) -> None:

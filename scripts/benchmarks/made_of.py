@@ -1,7 +1,8 @@
 """What it costs to hold the quickstart to what it is made of: prints one JSON object.
 
 Seconds at the start (listing, hashing in the background, comparing with a checkpoint, looking again before the first
-iteration), a worker that starts late, an iteration and a checkpoint; the median of ``--trials``. ``hash_gb_per_s`` is
+iteration), a worker that starts late, an iteration and a checkpoint; the median of ``--trials``. Seconds of reading a
+reward of two files and of a look at a file of a bank are medians of 200. ``hash_gb_per_s`` is
 of a file of ``--megabytes``, from which follows what a larger model takes. Shares are of a measured iteration of the
 same configuration in one process; ``--iterations 0`` leaves it and them out.
 
@@ -25,9 +26,11 @@ from rich.console import Console
 from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.run import run_align
 from flowalign.configfile import Loaded, load_align
+from flowalign.data.bank import Mapped
 from flowalign.made import MadeOf
 from flowalign.made.hashing import Hashes
 from flowalign.metrics import read_metrics
+from rewards.kept import keep
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
 
@@ -60,6 +63,20 @@ def once(loaded: Loaded[Any], seconds: dict[str, list[float]]) -> MadeOf:
     return made
 
 
+def read_s(folder: Path) -> dict[str, float]:
+    """What a reward of two files and a file that a bank is read from cost each time that they are looked at."""
+    (folder / "beside.py").write_text("SCALE = 2.0\n")
+    reward = folder / "reward.py"
+    reward.write_text("import beside\n\n\ndef reward(images, prompts, metadata):\n    return {}\n")
+    mapped = Mapped.of(reward)
+    works: dict[str, Callable[[], Any]] = {"read_reward_s": lambda: keep(str(reward)), "look_at_bank_s": mapped.check}
+    seconds = dict[str, list[float]]()
+    for name, work in works.items():
+        for _ in range(200):
+            timed(seconds, name, work)
+    return {name: round(statistics.median(found), 7) for name, found in seconds.items()}
+
+
 def hash_gb_per_s(megabytes: int, folder: Path) -> float:
     path = folder / "large.bin"
     path.write_bytes(os.urandom(2**20) * megabytes)
@@ -89,6 +106,7 @@ def main() -> None:
     report: dict[str, Any] = {name: round(statistics.median(found), 6) for name, found in seconds.items()}
     report |= {"files": sum(map(len, record.values())), "record_bytes": len(json.dumps(record))}
     with tempfile.TemporaryDirectory() as folder:
+        report |= read_s(Path(folder))
         report["hash_gb_per_s"] = round(hash_gb_per_s(asked.megabytes, Path(folder)), 2)
         if asked.iterations:
             own = iteration_s(asked.iterations, Path(folder))

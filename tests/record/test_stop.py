@@ -135,17 +135,17 @@ def test_where_nobody_runs_there_is_nothing_to_stop(tmp_path: Path, there: str) 
 
 
 HELD = """
-import ctypes, os, sys
+import ctypes, threading
 from flowalign.record import lastresort
 from flowalign.record.stop import StopRequest
 lastresort.GRACE_S = 0.3
 with StopRequest().on_signals() as stop:
     stop.begin()
     stop.last_words = lambda: "these words"
-    mutex = ctypes.create_string_buffer(64)
-    print("ready", flush=True)
-    for _ in range(2):
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)  # the second time for ever, and no signal interrupts it
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # by then this thread is held
+    lock(mutex)  # for ever, and no signal interrupts it
 """
 
 
