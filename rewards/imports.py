@@ -14,12 +14,15 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
 
 SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)  # in the order in which Python looks
 _OURS = sys.stdlib_module_names | {"flowalign", "rewards"}
 _MOST = 300
+# Whether a finder is asked only where a module is, as here: nothing is imported that could be another one.
+looks: ContextVar[bool] = ContextVar("looks", default=False)
 
 
 def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
@@ -50,10 +53,13 @@ def is_installed(path: Path) -> bool:
 
 def _module(parts: list[str]) -> Path | None:
     """The file that importing a module runs last; no package is imported to find it."""
+    looking = looks.set(True)
     try:
         top = importlib.util.find_spec(parts[0])
     except (ImportError, ValueError):
         return None
+    finally:
+        looks.reset(looking)
     if top is None:
         return None
     if len(parts) == 1:

@@ -14,20 +14,18 @@ import linecache
 import os
 import sys
 from collections.abc import Sequence
-from contextvars import ContextVar
 from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec, SourceFileLoader
 from importlib.machinery import SourcelessFileLoader as BytecodeLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from rewards.imports import files_of_code, is_installed
+from rewards.imports import files_of_code, is_installed, looks
 
 _COMPILED = tuple(EXTENSION_SUFFIXES)
 _NEVER = ("flowalign", "rewards")
 _kept: dict[str, bytes] = {}  # by path: a source's content, a compiled module's sha256
 _stems: set[str] = set()  # the last parts of the names under which these are imported
-_looking: ContextVar[bool] = ContextVar("looking", default=False)
 _locations: dict[str, str | None] = {}  # code that was loaded, with the name that its modules begin with
 _refused: list[str] = []
 
@@ -124,7 +122,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         top, last = fullname.partition(".")[0], fullname.rpartition(".")[2]
-        if _looking.get() or (last not in _stems and top not in _locations.values()):
+        if looks.get() or (last not in _stems and top not in _locations.values()):
             return None
         for finder in list(sys.meta_path):
             if type(finder) is not _Finder and (spec := finder.find_spec(fullname, path, target)) is not None:
@@ -135,11 +133,7 @@ class _Finder(MetaPathFinder):
 def _check_new(path: str) -> None:
     """A module that no kept file named, such as one of a name that is made while code runs, is none of this."""
     for location in list(_locations):
-        looking = _looking.set(True)  # finding a module's files asks every finder, this one too
-        try:
-            files = files_of_code(location)
-        finally:
-            _looking.reset(looking)
+        files = files_of_code(location)
         if "" in files and not is_installed(files[""]) and _name(path) in map(_name, files.values()):
             raise _refusal(path, "is new")
 

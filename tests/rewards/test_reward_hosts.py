@@ -44,6 +44,7 @@ FOREIGN = [
     ({"Host": "[::1]:80evil.example"}, NO_HOST),
     ({"Host": "127.0.0.1:18765, evil"}, NO_HOST),
     ({"Host": "[localhost]"}, NO_HOST),
+    ({"Host": "[:::::]"}, NO_HOST),
     ({"Host": "[127.0.0.1]"}, NO_HOST),
     ({"Host": "[::1%25evil]"}, NO_HOST),
     ({"Host": "evil.example@localhost"}, NO_HOST),

@@ -18,6 +18,7 @@ import pytest
 
 from flowalign.algorithm import UnknownAlgorithm, algorithm_class
 from flowalign.cli.terminal import sentence
+from rewards.imports import files_of_code
 from rewards.interface import ScorerFailed, SpecError, score_batch
 from rewards.kept import load_module
 from rewards.resolve import resolve
@@ -226,3 +227,20 @@ def test_a_module_that_was_not_there_when_the_code_was_loaded_is_refused_and_one
     with pytest.raises(ScorerFailed, match=f"{tmp_path / 'new_one.py'} is new since the code that imports it was"):
         score_batch("r", scorer, *BATCH)
     assert other.f() == 3
+
+
+def test_the_files_of_a_module_are_found_though_another_of_its_name_was_loaded_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "other"):
+        (tmp_path / folder / "of_two_folders").mkdir(parents=True)
+        for file in ("__init__.py", "scorer.py"):
+            (tmp_path / folder / "of_two_folders" / file).write_text("")
+    with monkeypatch.context() as first:
+        first.syspath_prepend(tmp_path / "one")
+        load_module("of_two_folders.scorer")
+    for name in ("of_two_folders", "of_two_folders.scorer"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    found = files_of_code("of_two_folders.scorer")
+    assert found[""] == tmp_path / "other" / "of_two_folders" / "scorer.py"
