@@ -137,10 +137,12 @@ def pretrain(
         EndedEarly: ``stop`` was asked for before the first step.
         NonFiniteUpdate, DestroyedState: what came of a step is no state to go on from; nothing of it was saved.
         LockLost: another process holds the run directory.
+        OtherRankFailed: another rank could not go on, and says why.
     """
     stop = stop or StopRequest()
-    feed = Feed(config, policy)
-    validation = None if config.validation is None else Validation(config, policy)
+    with process_group.failing_together():
+        feed = Feed(config, policy)
+        validation = None if config.validation is None else Validation(config, policy)
     steps = sum(phase.steps for phase in config.phases)
     averages = Averages(engine.weights(), config, follower)
     start = 0 if saved is None else _load(saved, engine, averages)
@@ -150,7 +152,8 @@ def pretrain(
     called |= {role: autocast(model, config) for role, model in others.items()}
     if process_group.agreed(stop.asked):
         raise EndedEarly
-    begin()
+    with process_group.failing_together():
+        begin()
     stop.begin()
     began = time.monotonic()
     policy.network.train()
@@ -166,7 +169,8 @@ def pretrain(
         row = _validated(validation, config, engine, policy, averages, done, steps)
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
-            report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
+            with process_group.failing_together():
+                report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
         stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
         if stopping or done % config.checkpoint_every == 0 or done == steps:
             _save(run_dir, config, engine, averages, done, lock, facts)
@@ -245,7 +249,8 @@ def resumed(run_dir: Path, rank: int, saved: checkpoint.Checkpoint | None) -> ch
         CheckpointError: it cannot be read.
     """
     step = process_group.largest(0 if saved is None else saved.step)
-    return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
+    with process_group.failing_together():
+        return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
 
 
 def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> int:
@@ -265,15 +270,15 @@ def _save(
     facts: Callable[[], dict[str, Any]],
 ) -> None:
     model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
-    if lock is not None:
-        lock.check()
-    if engine.rank == 0:
-        checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
-            step,
-            model=model,
-            ema=averages.main(),
-            averages=averages.others(),
-            optimizer_by_rank=optimizer,
-            state={"step": step, "config": json.loads(config.model_dump_json()), **facts()},
-        )
-    process_group.barrier()
+    with process_group.failing_together():
+        if lock is not None:
+            lock.check()
+        if engine.rank == 0:
+            checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
+                step,
+                model=model,
+                ema=averages.main(),
+                averages=averages.others(),
+                optimizer_by_rank=optimizer,
+                state={"step": step, "config": json.loads(config.model_dump_json()), **facts()},
+            )

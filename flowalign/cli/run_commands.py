@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +80,7 @@ def _train(
     accept_changed: list[str] | None,
     as_json: bool,
 ) -> None:
-    from flowalign.cli.running import conduct, held
+    from flowalign.cli.running import conduct, following, held
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     console = make_console(as_json)
@@ -94,7 +93,7 @@ def _train(
         if first:
             _say_configured(loaded, console)
         keys = tuple(accept_changed or ())
-        with held(loaded.config, stop, console, take_over, keys) if first else nullcontext() as lock:
+        with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
             from flowalign.cluster.train import run_pretrain
 
             accepted = accepted_of(loaded.config, keys)

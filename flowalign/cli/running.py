@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flowalign.cli.exits import ExitCode, RunFailed
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import lasting_output, print_json
+from flowalign.cli.terminal import lasting_output, print_json, say_error, sentence
 from flowalign.cluster.progress import Phases
 from flowalign.config import AlignConfig
 from flowalign.pretrainconfig import PretrainConfig
@@ -113,6 +113,21 @@ def held(
             anew = ", and the same command begins anew" if resumes else ""
             kept = f"the last checkpoint is {last}{goes_on}" if last else f"there is no checkpoint yet{anew}"
             raise RunFailed(kept, error) from error
+
+
+@contextmanager
+def following(stop: StopRequest) -> Iterator[None]:
+    """Inside, this is a process that ends where another one of its run fails, with the same code. What that one says is
+    repeated once on each other host."""
+    from flowalign.engine.process_group import OtherRankFailed
+
+    try:
+        yield
+    except OtherRankFailed as error:
+        code = ExitCode.FAILED if stop.begun else ExitCode.REFUSED
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say_error(sentence(error) or str(error))
+        raise typer.Exit(code) from None
 
 
 def _at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:

@@ -22,6 +22,7 @@ from flowalign.checkpoint import Checkpoint
 from flowalign.cluster.progress import PLAIN, Phases, Progress, duration
 from flowalign.config import ConfigError
 from flowalign.data.latents import load_bank
+from flowalign.engine import process_group
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.made import Accepted, MadeOf
@@ -140,6 +141,7 @@ def _run(
     roles = build_roles(config, policy, algorithm)
     trained, total = count_parameters(policy.network)
     engine = _engine(config, policy, rank)
+    stop.meet()
     beside = "".join(f", beside its {role}" for role in sorted(roles.models))
     say(
         f"model: {config.model.path}{beside}, {trained:,} of {total:,} parameters are trained; "
@@ -147,9 +149,10 @@ def _run(
     )
     saved = resumed(run_dir, rank.index, saved)
     start = 0 if saved is None else saved.step
-    if saved is not None and made is not None:
-        made.refuse_changes(saved, say, small=True)
-        made.refuse_changes(saved, say)
+    with process_group.failing_together():
+        if saved is not None and made is not None:
+            made.refuse_changes(saved, say, small=True)
+            made.refuse_changes(saved, say)
     if start:
         console.print(f"resuming {run_dir} after step {start}", **PLAIN)
     take = partial(_take, run_dir, config.resume, saved, say, begin)

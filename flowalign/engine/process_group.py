@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torch.distributed.constants import default_pg_timeout
 
 _LOOPBACK = "127.0.0.1"
 _ONE_HOST = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_LOOK_EVERY_S = 0.2
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank of the same learner has failed, and with it this one ends."""
 
 
 def join(rank: int, world_size: int, master_port: int, device: torch.device, master_addr: str = "127.0.0.1") -> None:
@@ -50,8 +56,29 @@ def join(rank: int, world_size: int, master_port: int, device: torch.device, mas
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         address = f"tcp://{master_addr}:{master_port}"
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+        _heeding_signals(
+            lambda: dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+        )
     atexit.register(_leave)
+
+
+def _heeding_signals(wait: Callable[[], object]) -> None:
+    """``wait``, in a thread: where the first rank has ended before the others met it, a signal of torchrun's has to reach
+    them, and no handler of Python's runs while the main thread waits outside of Python."""
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            wait()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="flowalign-join", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_LOOK_EVERY_S)
+    if failures:
+        raise failures[0]
 
 
 def _store_on_loopback(rank: int, world_size: int, port: int) -> dist.TCPStore:
@@ -124,6 +151,26 @@ def first_said(text: str | None) -> str | None:
         said.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
     dist.broadcast(said, speaker)
     return said.cpu().numpy().tobytes().decode()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Inside, each rank does what it does alone, such as the first one's writing; where one fails all do, instead of
+    waiting for it. No collective call may be made inside; leaving it is one.
+
+    Raises:
+        OtherRankFailed: in the ranks that have not failed themselves.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said = first_said(None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    if said is not None:
+        raise OtherRankFailed(f"another rank has failed: {said}")
 
 
 def alike(content: bytes) -> bool:

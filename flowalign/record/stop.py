@@ -73,7 +73,7 @@ class StopRequest:
         self.lock: RunLock | None = None
         self._alone, self._asked = alone, False
         self._again, self._heard_again, self._held = self._pair(), self._pair(), False
-        self._raises, self._begun = alone, False
+        self._raises, self._begun = True, False
         self._look_at = 0.0
         self.at_once = False
         self.done = 0
@@ -99,6 +99,14 @@ class StopRequest:
         finally:
             _take_request(lock)
             self.lock = None
+
+    @property
+    def begun(self) -> bool:
+        return self._begun
+
+    def meet(self) -> None:
+        """From here on the processes of one run, where there are several, wait for each other."""
+        self._raises = self._raises and self._alone
 
     def begin(self) -> None:
         """From here on there is something to keep. Raises EndedEarly where somebody has asked before."""
