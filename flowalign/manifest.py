@@ -151,8 +151,7 @@ def going_on(run_dir: Path, without: Path | None = None) -> str | None:
     command, found = _command(run_dir), _intact(run_dir / "checkpoints", without=without, learned="optimizer/")
     if command is None or found is None:
         return None
-    key = "resume" if command.startswith("flowalign pretrain") else "checkpoint.resume"
-    return f"{command} {key}={found.name}"
+    return f"{command} {_resume_key(command)}={found.name}"
 
 
 def _intact(root: Path, *, without: Path | None, learned: str = "") -> Path | None:
@@ -174,7 +173,18 @@ def begin_another(run_dir: Path) -> str:
         return "bring one back from a copy, or begin another run"
     own = run_dir.resolve()
     free = next(name for n in count(2) if not own.with_name(name := f"{own.name}-{n}").exists())
-    return f"bring one back from a copy, or begin another run: `{command} {shlex.quote(f'name={free}')}`"
+    words = [command, shlex.quote(f"name={free}"), *_without_return(run_dir, command)]
+    return f"bring one back from a copy, or begin another run: `{' '.join(words)}`"
+
+
+def _without_return(run_dir: Path, command: str) -> list[str]:
+    """A new run has no checkpoint to go back to, as this one did."""
+    returned = re.search(r"^ *resume: step_", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    return [f"{_resume_key(command)}=auto"] if returned else []
+
+
+def _resume_key(command: str) -> str:
+    return "checkpoint.resume" if command.startswith("flowalign align") else "resume"
 
 
 def _command(run_dir: Path) -> str | None:
@@ -184,6 +194,7 @@ def _command(run_dir: Path) -> str | None:
         text = read_regular(config).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    return (
-        f"flowalign {'pretrain' if re.search(r'^phases:', text, re.MULTILINE) else 'align'} {shlex.quote(str(config))}"
-    )
+    command = "align"
+    if re.search(r"^phases:", text, re.MULTILINE):
+        command = "distill" if re.search(r"^teacher:(?! *null)", text, re.MULTILINE) else "pretrain"
+    return f"flowalign {command} {shlex.quote(str(config))}"

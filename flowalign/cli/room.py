@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,5 +96,10 @@ def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
     count = trained_parameters(config.model)
     if count is None:
         return None
-    averages = len(config.ema_decays) if isinstance(config, PretrainConfig) else config.learner.ema_decay is not None
-    return Size(count * 4 * (3 + averages) + SPARE, count * 8)
+    if isinstance(config, PretrainConfig):
+        averages, ranks, stage = len(config.ema_decays), int(os.environ.get("WORLD_SIZE", "1")), config.zero_stage
+    else:
+        learner = config.learner
+        averages, ranks, stage = learner.ema_decay is not None, learner.ranks, learner.zero_stage
+    moments = 2 if stage else 2 * ranks  # with ZeRO each rank has its share, without it each has all
+    return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if stage else 8))

@@ -149,7 +149,9 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
 
     if not isinstance(error, DestroyedState | NonFiniteUpdate):
         return None
-    rates, command = smaller_rates(config), "align" if isinstance(config, AlignConfig) else "pretrain"
+    rates, command = smaller_rates(config), "align"
+    if isinstance(config, PretrainConfig):
+        command = "pretrain" if config.teacher is None else "distill"
     words = ["flowalign", command, str(run_dir / "config.yaml")]
     words += [f"{key}={rate:g}" for key, rate in rates.items()]
     if last is None:

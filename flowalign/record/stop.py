@@ -63,9 +63,10 @@ class StopRequest:
 
     Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
     the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
-    leave the others waiting; they agree before they begin. A second Ctrl-C within 10 s raises KeyboardInterrupt and
-    sets ``at_once``; where that ends nothing the process ends 15 s later with ``last_words``. The run writes into
-    ``done`` how many iterations or steps are finished.
+    leave the others waiting; they agree before they begin. Only SIGTERM, by which torchrun ends them where one has
+    failed, raises until they ``meet``. A second Ctrl-C within 10 s raises KeyboardInterrupt and sets ``at_once``; where
+    that ends nothing the process ends 15 s later with ``last_words``. The run writes into ``done`` how many iterations
+    or steps are finished.
     """
 
     def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
@@ -164,7 +165,7 @@ class StopRequest:
             self.at_once = True
             raise KeyboardInterrupt
         first, self._asked = not self._asked, True
-        if self._raises:
+        if self._raises and (self._alone or number == signal.SIGTERM):
             self._raises = False
             raise EndedEarly
         if number == signal.SIGINT:

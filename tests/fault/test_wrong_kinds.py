@@ -95,6 +95,7 @@ SWAPS = {
     ),
     "metrics.jsonl, a FIFO": ("m.unlink(), os.mkfifo(m)", "metrics.jsonl cannot be written: No such device or address"),
     "samples": ("shutil.rmtree(s), s.write_text('x')", "samples/iteration_000002 cannot be written: .*Not a directory"),
+    "report.html": ("(r / 'report.html').mkdir()", "report.html is a directory, not a file; move it away"),
     "checkpoints": ("shutil.rmtree(c), c.symlink_to('nowhere')", "step_000002 cannot be written: .*File exists; move"),
 }
 

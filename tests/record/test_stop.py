@@ -24,6 +24,8 @@ try:
     with StopRequest(alone=alone).on_signals() as stop:
         if begins:
             stop.begin()
+        if "met" in sys.argv:
+            stop.meet()
         print("ready", flush=True)
         until = time.monotonic() + 20
         while time.monotonic() < until and not (begins and stop.asked and input() == "end"):
@@ -81,6 +83,16 @@ def test_of_several_ranks_none_leaves_the_others_and_an_echoed_ctrl_c_counts_onc
     assert rank.poll() is None
     rank.kill()
     rank.communicate()
+
+
+def test_what_ends_the_other_ranks_where_one_has_failed_ends_a_rank_that_has_not_met_them_yet() -> None:
+    loading, met = start("starting", "rank"), start("starting", "rank", "met")
+    send(loading, signal.SIGTERM)
+    send(met, signal.SIGTERM)
+    assert loading.wait(timeout=10) == 76 and met.poll() is None
+    met.kill()
+    for process in (loading, met):
+        process.communicate()
 
 
 def test_nohup_keeps_a_run_from_hearing_that_the_terminal_closed() -> None:
