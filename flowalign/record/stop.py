@@ -74,7 +74,7 @@ class StopRequest:
         self.lock: RunLock | None = None
         self._alone, self._asked = alone, False
         self._again, self._heard_again, self._held = self._pair(), self._pair(), False
-        self._raises, self._begun = True, False
+        self._raises, self._due, self._begun = True, False, False
         self._look_at = 0.0
         self.at_once = False
         self.done = 0
@@ -139,7 +139,7 @@ class StopRequest:
             yield
         finally:
             self._raises = raises
-        if raises and self._asked:
+        if raises and self._due:
             raise EndedEarly
 
     def _pair(self) -> Callable[[int], bool]:
@@ -165,7 +165,8 @@ class StopRequest:
             self.at_once = True
             raise KeyboardInterrupt
         first, self._asked = not self._asked, True
-        if self._raises and (self._alone or number == signal.SIGTERM):
+        self._due = self._due or self._alone or number == signal.SIGTERM
+        if self._raises and self._due:
             self._raises = False
             raise EndedEarly
         if number == signal.SIGINT:

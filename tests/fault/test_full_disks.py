@@ -123,7 +123,7 @@ def test_a_run_whose_disk_takes_no_more_says_why_sweeps_and_the_same_command_end
     remount(disk, "rw,nr_inodes=10000")
     (disk / "filler").unlink(missing_ok=True)
     if apart:
-        assert "which is gone: taken over" in by_process(path, disk, 0)[0]
+        assert "which is gone: taken over" in align(path, disk)
     else:
         align(path, disk)
     assert bits(disk / "r") == bits(undisturbed)
@@ -189,6 +189,28 @@ def test_a_run_under_ulimit_is_refused_before_anything_starts(tiny_pipeline_dir:
     )
     assert done.returncode == 2 and "no file may exceed 262.1 kB (ulimit -f); raise that limit" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_learner_ranks_on_ray_end_with_the_disk_and_the_same_command_ends_with_the_same_bits(
+    tiny_pipeline_dir: Path, disk: Path, tmp_path: Path
+) -> None:
+    cpus = {"rollout_cpus": 0.25, "reward_cpus": 0.25, "learner_cpus": 0.25}
+    layout: dict[str, Any] = {
+        "cluster": {"backend": "ray", "threads": 1, "rollout_workers": 2, **cpus},
+        "learner": {"ranks": 2, "micro_batch_size": 3},
+    }
+    path = run(tmp_path, tiny_pipeline_dir, **layout)
+    by_process(path, tmp_path, 0)
+    order(tmp_path, 2, f"fill(Path({str(disk)!r}), 60_000)")
+    text = by_process(path, disk, 1)[1]
+    assert re.match(rf"checkpoint \S+/step_000002 {NO_ROOM}", text), text
+    assert text.endswith(f"the last checkpoint is {disk}/r/checkpoints/step_000001; the same command continues from it")
+    assert not hidden(disk)
+    (disk / "filler").unlink()
+    by_process(path, disk, 0)
+    assert bits(disk / "r") == bits(tmp_path / "r")
 
 
 @pytest.mark.parametrize("command", ["export", "sample", "merge", "make-pairs"])
