@@ -182,12 +182,13 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_and_one_with_room_for
 
 
 def test_a_run_under_ulimit_is_refused_before_anything_starts(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
-    path = run(tmp_path, tiny_pipeline_dir)
-    line = f"ulimit -f 256; exec {sys.executable} -m flowalign.cli align {path} runs_dir={tmp_path}/runs"
-    done = subprocess.run(
-        ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 2 and "no file may exceed 262.1 kB (ulimit -f); raise that limit" in done.stderr
+    path, before = run(tmp_path, tiny_pipeline_dir), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (262_144, resource.RLIM_INFINITY))
+    try:
+        text = said(path, f"runs_dir={tmp_path}/runs")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "no file may exceed 262.1 kB (ulimit -f); raise that limit" in text
     assert not (tmp_path / "runs").exists()
 
 

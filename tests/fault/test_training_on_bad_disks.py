@@ -166,7 +166,11 @@ def test_a_training_whose_disk_takes_no_more_says_why_sweeps_and_the_same_comman
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert re.match(sentence, text), text
-    kept = "there is no checkpoint yet" if "link" in case else "; the same command continues from it"
+    kept = (
+        "there is no checkpoint yet, and the same command begins anew"
+        if "link" in case
+        else "; the same command continues from it"
+    )
     assert text.endswith(kept) and not hidden(disk), (text, hidden(disk))
     put_right(disk)
     said(command, path, f"runs_dir={disk}", code=0)
