@@ -145,7 +145,9 @@ def put_right(disk: Path) -> None:
             (disk / name).rename(place)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case == "read-only" else []) for case in CASES]
+)
 def test_a_training_whose_disk_takes_no_more_says_why_sweeps_and_the_same_command_ends_with_the_same_bits(
     case: str, tiny_pipeline_dir: Path, bank: Path, disk: Path, tmp_path: Path
 ) -> None:
