@@ -13,6 +13,8 @@ from tests.fault.illdisk import ill, of_process
 from tests.fault.smalldisk import hidden
 from tests.fault.test_full_disks import bits, run, undisturbed  # noqa: F401
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 EDQUOT, EIO = errno.EDQUOT, errno.EIO
 QUOTA = (
     r"{what} cannot be written: (\S+ \S+ are needed, )?the quota for \S+ is used up \(Disk quota exceeded\); make room"
