@@ -37,7 +37,7 @@ from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for the tests of this file that need one; backends join it and leave it running."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
     ray.shutdown()
 
