@@ -20,12 +20,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from flowalign.booleans import refuse_boolean
+from flowalign.config.booleans import refuse_boolean
+from flowalign.config.largest import check_largest
+from flowalign.config.walk import Grid, Shift
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.largest import check_largest
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
-from flowalign.walkoptions import Grid, Shift
 from rewards.userfile import load_file, load_module, user_line
 
 
@@ -110,7 +110,7 @@ def known_algorithms() -> list[str]:
     import flowalign
 
     path = [f"{p}/algorithms" for p in flowalign.__path__]
-    return sorted(module.name for module in pkgutil.iter_modules(path))
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
 
 
 def algorithm_class(name: str) -> type[Any]:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 
 GIB = 2**30
 MIN_PYTHON = (3, 11)

@@ -23,7 +23,7 @@ fi
 [ -d "$work/detector" ] || build detector
 [ -d "$work/colors" ] || build colors
 [ -d "$work/untrained" ] || build untrained
-[ -f "$work/bank/prompts.json" ] || $python -m flowalign.data.shapes_latents "$work/untrained" "$work/bank" "${bank[@]}"
+[ -f "$work/bank/prompts.json" ] || $python -m flowalign.making.shapes_latents "$work/untrained" "$work/bank" "${bank[@]}"
 .venv/bin/flowalign pretrain configs/shapes/pretrain.yaml \
   "model.path=$work/untrained" "latents=$work/bank" "runs_dir=$work/runs" "${phases[@]}"
 build finish

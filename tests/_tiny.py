@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from flowalign.checkpoint import CheckpointWriter
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
 from flowalign.models.build import load_policy
-from flowalign.sample import base_hash
+from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.samples.opened import base_hash
 from flowalign.shapes.build.autoencoder import new_autoencoder
 from flowalign.shapes.build.pipeline import new_transformer
 from flowalign.shapes.build.text import new_text_encoder, new_tokenizer

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.credit import Normalize, credit
 from flowalign.flow import forward
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 

@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config.walk import Grid, Shift
 from flowalign.flow import path
 from flowalign.flow.losses import pseudo_huber
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
-from flowalign.walkoptions import Grid, Shift
 
 
 class Consistency(Scheduled):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, VelocityModel, seeded
+from flowalign.config.walk import Grid, Shift
 from flowalign.flow import density, forward, path
 from flowalign.types import PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
-from flowalign.walkoptions import Grid, Shift
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 

@@ -14,12 +14,12 @@ import torch
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from flowalign.advantages import Normalize, best_and_worst, credit
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
+from flowalign.algorithms.parts.credit import Normalize, best_and_worst, credit
+from flowalign.config.section import Section
+from flowalign.config.walk import Grid, Shift
 from flowalign.flow import sde
-from flowalign.section import Section
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
-from flowalign.walkoptions import Grid, Shift
 
 
 class WindowConfig(Section):

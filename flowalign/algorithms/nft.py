@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.advantages import Normalize, credit
 from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.credit import Normalize, credit
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config.walk import Grid, Shift
 from flowalign.flow import forward, path, schedule
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
-from flowalign.walkoptions import Grid, Shift
 
 
 class Progressive(Scheduled):

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import DensityConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.config.pathfamilies import FamilyName
+from flowalign.config.walk import Shift
 from flowalign.flow import density, families, path
-from flowalign.pathfamilies import FamilyName
 from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
-from flowalign.walkoptions import Shift
 
 
 class RectifiedFlow(Scheduled):

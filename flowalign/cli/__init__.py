@@ -10,7 +10,7 @@ import typer
 
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
-from flowalign.cli.measure import SHIPPED_CLIP, Clip, Extractor, Reference, measure, reference_metrics
+from flowalign.cli.measure import Clip, Extractor, Reference, measure
 from flowalign.cli.options import (
     AcceptChanged,
     ConfigFile,
@@ -37,6 +37,7 @@ from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, print_rows, progress
+from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
 from rewards.printable import printable
 
 app = typer.Typer(
@@ -79,26 +80,27 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Sample the evaluation prompts and score them, as the run itself does."""
-    from flowalign.cli.runs import config_of, say_evaluation, write_evaluation
-    from flowalign.outputs import check_out
+    from flowalign.cli.runs import say_evaluation, write_evaluation
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
 
     if out is not None:
         check_out("--out", out)
     own = config_of(checkpoint, config, model)
     if suite is not None or detector is not None:
-        from flowalign.cli.runs import geneval_suite
+        from flowalign.intake.suite import geneval_suite
 
         own, num_samples = geneval_suite(own, detector, prompts, num_samples)
-    from flowalign.configfile import DEFAULT_JUDGE
-    from flowalign.evaluate import evaluate_checkpoint, evaluation_rewards
-    from flowalign.promptcheck import check_judged_tasks, check_prompts
+    from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
+    from flowalign.intake.file import DEFAULT_JUDGE
+    from flowalign.measure.evaluate import evaluate_checkpoint, evaluation_rewards
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
     default = "" if own.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
     check_prompts(key, source, evaluation_rewards(own), Path.cwd(), advice=default)
     check_judged_tasks(own.evaluation, source, Path.cwd())
     count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
-    against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console)
+    against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console.print)
     result = evaluate_checkpoint(
         checkpoint,
         config=own,
@@ -144,16 +146,16 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw images from a checkpoint."""
-    from flowalign.cli.runs import config_of
-    from flowalign.outputs import check_out
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
 
     check_out("--out", out)
     for text in prompt:
         check_text("--prompt", text)
     own = config_of(checkpoint, config, model)
-    from flowalign.evaluated import made_with
+    from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
-    from flowalign.sample import asked, sample_checkpoint
+    from flowalign.samples.opened import asked, sample_checkpoint
 
     console = make_console(as_json)
     files = sample_checkpoint(
@@ -190,8 +192,8 @@ def export(
     """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
     from dataclasses import asdict
 
-    from flowalign.cli.runs import config_of
-    from flowalign.outputs import check_place
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_place
 
     check_place(to, overwrite)
     own = config_of(run, None, model)
@@ -220,10 +222,10 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Average models of one architecture into a pipeline directory, from which a run may start."""
-    from flowalign.outputs import check_place
+    from flowalign.record.outputs import check_place
 
     check_place(to, overwrite)
-    from flowalign.cli.merge import merge as write_merge
+    from flowalign.making.merge import merge as write_merge
 
     record = write_merge(sources, to, weights=weight or (), which=weights, model=model, overwrite=overwrite)
     say = plain(make_console(as_json))
@@ -246,7 +248,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
     It takes alignments only: of a pretrain or distill configuration it can say nothing.
     """
-    from flowalign.configfile import load_align
+    from flowalign.intake.file import load_align
 
     loaded = load_align(config, overrides or (), require_files=False)
     from flowalign.plan import make_plan, plan_rows
@@ -278,8 +280,9 @@ def serve_reward(
     log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
-    from flowalign.config import ConfigError, RewardConfig
-    from flowalign.configpaths import resolve_reward, scalar_options
+    from flowalign.config.section import ConfigError
+    from flowalign.config.sections import RewardConfig
+    from flowalign.intake.paths import resolve_reward, scalar_options
     from rewards.batching import Batching
     from rewards.doors import MIB, Doors
     from rewards.serve import log_requests as log
@@ -312,12 +315,12 @@ def try_reward(
     as_json: Json = False,
 ) -> None:
     """Score a folder of images with one reward and print a table; needs no cluster."""
-    from flowalign.cli.imagefolder import image_files, own_prompts
-    from flowalign.cli.try_reward import lines_of
-    from flowalign.cli.try_reward import try_reward as run
-    from flowalign.config import RewardConfig
-    from flowalign.configcheck import check_device
-    from flowalign.configpaths import resolve_reward, scalar_options
+    from flowalign.config.sections import RewardConfig
+    from flowalign.intake.check import check_device
+    from flowalign.intake.paths import resolve_reward, scalar_options
+    from flowalign.making.tried import lines_of
+    from flowalign.making.tried import try_reward as run
+    from flowalign.measure.imagefolder import image_files, own_prompts
 
     check_device("--device", device)
     reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
@@ -344,11 +347,11 @@ def launch(
     accept_changed: AcceptChanged = None,
 ) -> None:
     """Submit the run to an existing Ray cluster as a job, and follow its log."""
-    from flowalign.configfile import load_align
+    from flowalign.intake.file import load_align
 
     load_align(config, overrides or (), require_files=False)
     from flowalign.cluster.launch import launch as submit
-    from flowalign.contents import ACCEPT
+    from flowalign.record.contents import ACCEPT
 
     accepted = [word for key in accept_changed or () for word in (ACCEPT, key)]
     raise typer.Exit(submit(config, cluster, [*(overrides or ()), *accepted]))

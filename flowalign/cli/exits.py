@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from flowalign.cli.terminal import failed_midway, release_output, say_error, say_trace, sentence
-from flowalign.libraries import silence
+from flowalign.record.libraries import silence
 from rewards.printable import printable, write_out_logs
 
 

@@ -32,12 +32,12 @@ def make_pairs(
     as_json: Json = False,
 ) -> None:
     """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
-    from flowalign.cli.runs import config_of
-    from flowalign.outputs import check_out
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
 
     check_out("--to", to)
     own = config_of(checkpoint, config, model)
-    from flowalign.cli.make_pairs import make_pairs as write_pairs
+    from flowalign.making.pairs import make_pairs as write_pairs
 
     console = make_console(as_json)
     manifest = write_pairs(
@@ -73,12 +73,12 @@ def calibrate_cache(
     as_json: Json = False,
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
-    from flowalign.cli.runs import config_of
-    from flowalign.outputs import check_file
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_file
 
     check_file("--to", to)
     own = config_of(checkpoint, config, model)
-    from flowalign.cli.calibrate import calibrate
+    from flowalign.making.calibration import calibrate
 
     console = make_console(as_json)
     found = calibrate(
@@ -121,16 +121,16 @@ def make_preferences(
     as_json: Json = False,
 ) -> None:
     """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
-    from flowalign.cli.runs import config_of
-    from flowalign.config import RewardConfig
-    from flowalign.configpaths import resolve_reward, scalar_options
-    from flowalign.outputs import check_out
+    from flowalign.config.sections import RewardConfig
+    from flowalign.intake.paths import resolve_reward, scalar_options
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
 
     check_out("--out", out)
     own = config_of(checkpoint, config, model)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
-    from flowalign.cli.make_preferences import counts_of
-    from flowalign.cli.make_preferences import make_preferences as write_preferences
+    from flowalign.making.preferences import counts_of
+    from flowalign.making.preferences import make_preferences as write_preferences
 
     console = make_console(as_json)
     card = write_preferences(

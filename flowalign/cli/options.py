@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flowalign.cli.terminal import reserve_output
-from flowalign.largest import LARGEST, OTHERWISE
+from flowalign.config.largest import LARGEST, OTHERWISE
 
 
 def storable(value: int | None) -> int | None:
@@ -26,7 +26,7 @@ NumSamples = Annotated[int | None, typer.Option(min=1, max=int(LARGEST["num_samp
 
 def model_directory(text: str) -> Path:
     """A path, or the shipped pipeline for ``shapes``."""
-    from flowalign.config import SHIPPED
+    from flowalign.config.sections import SHIPPED
 
     return SHIPPED / "pipeline" if text == "shapes" and not Path(text).exists() else Path(text)
 
@@ -90,7 +90,7 @@ Guidance = Annotated[
 def check_text(key: str, text: str) -> None:
     """Raise ConfigError for what was given in another encoding than the terminal's: it is no text."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        from flowalign.config import ConfigError
+        from flowalign.config.section import ConfigError
 
         raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
 

@@ -1,4 +1,4 @@
-"""``flowalign precompute``: its arguments; the work is in ``flowalign.cli.precompute``."""
+"""``flowalign precompute``: its arguments; the work is in ``flowalign.making.bank``."""
 
 from __future__ import annotations
 
@@ -62,10 +62,11 @@ def precompute(
     as_json: Json = False,
 ) -> None:
     """Encode captioned images into a latent bank for pretraining; the same command continues an interrupted one."""
-    from flowalign.config import SHIPPED, ConfigError, ModelConfig, RewardConfig
-    from flowalign.configcheck import check_device
-    from flowalign.configpaths import resolve_reward
-    from flowalign.outputs import check_out
+    from flowalign.config.section import ConfigError
+    from flowalign.config.sections import SHIPPED, ModelConfig, RewardConfig
+    from flowalign.intake.check import check_device
+    from flowalign.intake.paths import resolve_reward
+    from flowalign.record.outputs import check_out
 
     check_device("--device", device)
     check_out("--to", to)
@@ -79,9 +80,9 @@ def precompute(
         max_sequence_length=max_sequence_length,
         dtype=dtype.value,
     )
-    from flowalign.cli.precompute import Options
-    from flowalign.cli.precompute import precompute as write_bank
-    from flowalign.data.latents import load_bank
+    from flowalign.data.banks.latents import load_bank
+    from flowalign.making.bank import Options
+    from flowalign.making.bank import precompute as write_bank
     from flowalign.models.textlength import prompt_note
 
     console = make_console(as_json)
@@ -120,7 +121,7 @@ def precompute(
 
 def _captions(given: Sequence[str]) -> dict[str, str]:
     """``KIND=COLUMN`` options as a mapping."""
-    from flowalign.config import ConfigError
+    from flowalign.config.section import ConfigError
 
     pairs: dict[str, str] = {}
     for text in given:

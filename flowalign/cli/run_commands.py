@@ -31,17 +31,23 @@ def align(
     console = make_console(as_json)
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
-        from flowalign.cli.runs import accepted_of, begin_run, report_of, stop_of
-        from flowalign.configfile import load_align
+        from flowalign.cli.runs import report_of, stop_of
+        from flowalign.intake.file import load_align
+        from flowalign.intake.run_directory import accepted_of, begin_run
 
         loaded = load_align(config, overrides or ())
         _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
-            from flowalign.cluster.run import run_align
+            from flowalign.run.align import local_backend, run_align
 
             accepted = accepted_of(loaded.config, accept_changed or ())
             begin, asked = partial(begin_run, loaded.config, accepted), {"lock": lock, "stop": stop}
-            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, accepted=accepted, **asked)
+            if loaded.config.cluster.backend == "ray":
+                from flowalign.cluster.ray_backend import RayBackend as backend
+            else:
+                backend = local_backend
+            asked |= {"accepted": accepted, "backend": backend}
+            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, **asked)
             stopped, advice = stop_of(run_dir, loaded.config)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -86,15 +92,15 @@ def _train(
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases, "step") as stop:
-        from flowalign.cli.runs import accepted_of, begin_run
-        from flowalign.configfile import load_pretrain
+        from flowalign.intake.file import load_pretrain
+        from flowalign.intake.run_directory import accepted_of, begin_run
 
         loaded = load_pretrain(config, overrides or ())
         if first:
             _say_configured(loaded, console)
         keys = tuple(accept_changed or ())
         with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
-            from flowalign.cluster.train import run_pretrain
+            from flowalign.run.train import run_pretrain
 
             accepted = accepted_of(loaded.config, keys)
             begin = partial(begin_run, loaded.config, accepted)

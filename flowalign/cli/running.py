@@ -16,11 +16,11 @@ from rich.console import Console
 from flowalign.cli.exits import ExitCode, RunFailed
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import lasting_output, print_json, say_error, sentence
-from flowalign.cluster.progress import Phases
-from flowalign.config import AlignConfig
-from flowalign.pretrainconfig import PretrainConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.training import PretrainConfig
 from flowalign.record.disk import DiskError
 from flowalign.record.lock import RunLock
+from flowalign.record.progress import Phases
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
 
 LARGE = 1e-4  # what is tried where the learning rate was above 1
@@ -72,8 +72,8 @@ def held(
         RunDirectoryError, ConfigError, DiskError: it cannot be taken; nothing in it was changed.
         RunFailed: what is done inside failed after it had begun.
     """
-    from flowalign.cli.room import check_room
-    from flowalign.cli.runs import check_run
+    from flowalign.intake.run_directory import check_run
+    from flowalign.run.room import check_room
 
     run_dir = check_run(config, accepted)
     if (note := check_room(config, run_dir)) is not None:
@@ -144,8 +144,8 @@ def _at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:
 
 def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, last: Path | None) -> str | None:
     """How to go on with a smaller learning rate, where ``error`` says that this one was too large."""
-    from flowalign.destroyed import DestroyedState
     from flowalign.engine.base import NonFiniteUpdate
+    from flowalign.record.destroyed import DestroyedState
 
     if not isinstance(error, DestroyedState | NonFiniteUpdate):
         return None
@@ -166,7 +166,7 @@ def further_back(last: Path | None, began_from: Path | None) -> str:
     """Name what else to go on from, where this start has written no checkpoint: the one it read may be at fault."""
     if last is None or last != began_from:
         return ""
-    from flowalign.manifest import going_on
+    from flowalign.record.manifest import going_on
 
     command = going_on(last.parent.parent, without=last)
     return "" if command is None else f"; where that ends alike, its own state is at fault: {command}"
@@ -188,7 +188,7 @@ def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
 
 
 def _last_checkpoint(run_dir: Path) -> Path | None:
-    from flowalign.checkpoint import CheckpointError, latest
+    from flowalign.record.checkpoint import CheckpointError, latest
 
     with suppress(CheckpointError):
         return latest(run_dir / "checkpoints")

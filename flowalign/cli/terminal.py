@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from flowalign.cluster.progress import PLAIN, Phases
 from flowalign.record.disk import DiskError, refusal
+from flowalign.record.progress import PLAIN, Phases
 from rewards.printable import printable, printable_lines
 from rewards.userfile import user_line
 

@@ -12,20 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
-from flowalign.checkpoint import content_hash
-from flowalign.children import end_children
-from flowalign.cluster.death import Birth, say_hard_exits
 from flowalign.cluster.environment import packages_of, python_with
 from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pool import fetch
 from flowalign.cluster.session import worker_env
-from flowalign.cluster.teachers import SharedTeacher, ask
 from flowalign.cluster.witness import DEATHS, Witness
-from flowalign.cluster.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
-from flowalign.config import AlignConfig, RewardConfig
-from flowalign.made.late import Expected, held
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
 from flowalign.models.encoding import Encoding
-from flowalign.scoring import load_scorer
+from flowalign.record.checkpoint import content_hash
+from flowalign.record.death import Birth, say_hard_exits
+from flowalign.run.made.late import Expected, held
+from flowalign.run.teachers import SharedTeacher, ask
+from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
+from flowalign.samples.children import end_children
+from flowalign.samples.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs

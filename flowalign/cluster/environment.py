@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from flowalign.config import RewardConfig
+from flowalign.config.sections import RewardConfig
 from rewards.interface import SpecError, one_line
 
 _READY = "ready"

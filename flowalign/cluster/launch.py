@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.packed import check_hides_nothing
 from flowalign.cluster.tokens import own_token
-from flowalign.config import ConfigError
-from flowalign.textfiles import TextError, read_text
+from flowalign.config.section import ConfigError
+from flowalign.record.textfiles import TextError, read_text
 from rewards.missing import hint
 from rewards.printable import printable, printable_lines
 
@@ -48,7 +48,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     Raises:
         ClusterError: names the file, the key and what to do.
     """
-    from flowalign.yamlfiles import parse_yaml, plain
+    from flowalign.record.yamlfiles import parse_yaml, plain
 
     if not path.is_file():
         raise ClusterError(f"--cluster: {path} does not exist{hint(path)}; start from configs/cluster/example.yaml")

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from flowalign.cluster import guardian
-from flowalign.cluster.death import is_stopped
-from flowalign.cluster.patience import AwakeClock
+from flowalign.record.death import is_stopped
+from flowalign.run.patience import AwakeClock
 
 _LOOK_S = 0.5
 END_S = 10.0

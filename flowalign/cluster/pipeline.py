@@ -11,9 +11,9 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from flowalign.cluster.errors import WorkerLost
-from flowalign.cluster.patience import Wait
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.witness import DEATHS
+from flowalign.run.patience import Wait
 from flowalign.types import PromptBatch, Rollout, Scores
 
 

@@ -12,8 +12,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from flowalign.algorithm import build_algorithm
 from flowalign.cluster.errors import PlacementError
-from flowalign.cluster.teachers import teacher_names
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.run.teachers import teacher_names
 
 WAIT_S = 3.0
 # Phases take turns, so actors of one machine may share its cores; a larger demand is a mistake.

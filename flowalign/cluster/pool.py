@@ -11,9 +11,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from flowalign.cluster.errors import ClusterError, WorkerLost
-from flowalign.cluster.patience import Wait
 from flowalign.cluster.vigil import Came, Vigil
 from flowalign.cluster.witness import DEATHS, Witness, raise_failed_import
+from flowalign.run.patience import Wait
 
 RESTART_S = 300.0
 

@@ -9,10 +9,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from flowalign.cluster.errors import LearnerLost
-from flowalign.cluster.patience import Wait
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.vigil import Came, Vigil
 from flowalign.cluster.witness import DEATHS, Witness
+from flowalign.run.patience import Wait
 
 _OTHERS_S = 2.0
 _KEPT = "the run stops, its last checkpoint is kept and the same command continues it"

@@ -16,7 +16,6 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowalign.algorithm import build_algorithm
-from flowalign.calibration import reuse_of
 from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import WorkerLost
@@ -25,17 +24,18 @@ from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.session import LOST_S, RaySession, worker_env
-from flowalign.cluster.teachers import teacher_names
 from flowalign.cluster.vigil import Came, Vigil
-from flowalign.cluster.weight_sync import SyncGuard, check_receipt, has_learned
 from flowalign.cluster.witness import DEATHS
-from flowalign.cluster.workers import BindReceipt
-from flowalign.config import AlignConfig
-from flowalign.evaluate import evaluation_rewards
-from flowalign.loop import Collected, Count
-from flowalign.made import MadeOf
-from flowalign.made.late import Expected
-from flowalign.scoring import cat_scores
+from flowalign.config.alignment import AlignConfig
+from flowalign.measure.evaluate import evaluation_rewards
+from flowalign.run.loop import Collected, Count
+from flowalign.run.made import MadeOf
+from flowalign.run.made.late import Expected
+from flowalign.run.sync import SyncGuard, check_receipt, has_learned
+from flowalign.run.teachers import teacher_names
+from flowalign.run.workers import BindReceipt
+from flowalign.samples.calibration import reuse_of
+from flowalign.samples.scoring import cat_scores
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
 CHILDREN_S = 3.0

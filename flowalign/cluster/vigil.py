@@ -8,8 +8,8 @@ from typing import Any
 
 import ray
 
-from flowalign.cluster.patience import AwakeClock, Patience, Wait
-from flowalign.config import PatienceConfig
+from flowalign.config.sections import PatienceConfig
+from flowalign.run.patience import AwakeClock, Patience, Wait
 
 STEP_S = 1.0
 

@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flowalign.cluster.death import Birth, Watch, ending, is_stopped, oom_kills
 from flowalign.cluster.errors import WorkerImportError
+from flowalign.record.death import Birth, Watch, ending, is_stopped, oom_kills
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 _ELSEWHERE_S = 30.0

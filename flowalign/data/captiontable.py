@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flowalign.textfiles import TextError, read_text
+from flowalign.record.textfiles import TextError, read_text
 
 FILE, IMAGE = "file_name", "image"  # the column of paths, and what it is called once it is read
 _SPLITS = {

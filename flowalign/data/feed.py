@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import seeded
-from flowalign.config import ConfigError
-from flowalign.data.encoderhash import encoder_hash
-from flowalign.data.latents import Drawn, LatentBank, LatentsError, load_bank
+from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
+from flowalign.data.banks.encoder import encoder_hash
+from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.models.base import Policy
-from flowalign.pretrainconfig import PretrainConfig
 from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
 
 

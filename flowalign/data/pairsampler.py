@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from flowalign.algorithm import seeded
-from flowalign.data.encodedcache import EncodedCache
+from flowalign.data.banks.cache import EncodedCache
 from flowalign.types import Condition, PreferencePairs
 
 Pair = tuple[str, str, str]  # keys of winner, loser and caption

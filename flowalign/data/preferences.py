@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import AlignConfig
-from flowalign.data.bankfiles import write_json
-from flowalign.data.encodedcache import EncodedCache
+from flowalign.config.alignment import AlignConfig
+from flowalign.data.banks.cache import EncodedCache
+from flowalign.data.banks.files import write_json
 from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
 from flowalign.data.images import Skipped, patterns_of, visible
 from flowalign.data.pairsampler import Pair, PairSampler

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from flowalign.algorithm import seeded
+from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
-from flowalign.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.types import PromptBatch
 from rewards.missing import hint
 

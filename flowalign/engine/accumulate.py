@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
-from flowalign.destroyed import DestroyedState
 from flowalign.engine import process_group
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate
+from flowalign.record.destroyed import DestroyedState
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -35,12 +35,12 @@ def build_engine(
     if settings.compile and settings.zero_stage == 3:
         raise ValueError("engine.compile: ZeRO stage 3 cannot run a compiled network; turn one of them off")
     if settings.type == "torch":
-        from flowalign.engine.torch import TorchEngine
+        from flowalign.engine.data_parallel import TorchEngine
 
         if world_size > 1:
             process_group.join(rank, world_size, master_port, device, master_addr)
         return TorchEngine(network, settings, rank=rank, world_size=world_size, device=device)
-    from flowalign.engine.deepspeed import DeepSpeedEngine
+    from flowalign.engine.zero import DeepSpeedEngine
 
     process_group.join(rank, world_size, master_port, device, master_addr)
     return DeepSpeedEngine(network, settings, rank=rank, world_size=world_size, device=device)

@@ -19,22 +19,23 @@ from diffusers import (
 )
 from torch import Tensor
 
-from flowalign import checkpoint
-from flowalign.checkpoint import content_hash
-from flowalign.config import AlignConfig, SamplingConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name, write_card
-from flowalign.files import give_usual_modes, save_tensors
+from flowalign.models.architectures.inputs import CONFIG_KEY
 from flowalign.models.build import has_lora
 from flowalign.models.customcode import refuse_custom_code
-from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
 from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, plain_pipeline, quietly
-from flowalign.outputs import RECORD as RECORD
-from flowalign.outputs import check_place, draft_beside, take_place
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import content_hash
 from flowalign.record.disk import on_disk, require_room
-from flowalign.rollout import SampleNoise, integrate
-from flowalign.sample import open_policy, policy_spec, torch_threads
+from flowalign.record.files import give_usual_modes, save_tensors
+from flowalign.record.outputs import RECORD as RECORD
+from flowalign.record.outputs import check_place, draft_beside, take_place
+from flowalign.samples.opened import open_policy, policy_spec, torch_threads
+from flowalign.samples.rollout import SampleNoise, integrate
 
 Kind = str  # pipeline, lora, ema, or another average such as ema_0.99
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -241,6 +242,7 @@ def _write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Erro
     adapter = network.peft_config["default"]
     adapter.base_model_name_or_path = base_name(config.model.path)
     adapter.inference_mode = True
+    adapter.target_modules = sorted(adapter.target_modules)  # a set, which PEFT would write in any order
     adapter.save_pretrained(str(directory))
     state = get_peft_model_state_dict(network, save_embedding_layers=False)
     weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in state.items()}

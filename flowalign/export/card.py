@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import build_algorithm
-from flowalign.config import SHIPPED, AlignConfig, ConfigError, RewardConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
-from flowalign.made import ACCEPTED
-from flowalign.metrics import read_metrics
-from flowalign.textfiles import TextError, read_text
-from flowalign.yamlfiles import parse_yaml, plain
+from flowalign.record.accepted import ACCEPTED
+from flowalign.record.metrics import read_metrics
+from flowalign.record.textfiles import TextError, read_text
+from flowalign.record.yamlfiles import parse_yaml, plain
 from rewards.printable import printable
 
 Row = Mapping[str, Any]

@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowalign.config.pathfamilies import FORMULATIONS, canonical, edm_parameters
 from flowalign.flow import schedule
 from flowalign.flow.path import PATHS, RF, Path, Scalar, edm_path, per_sample
-from flowalign.pathfamilies import FORMULATIONS, canonical, edm_parameters
 
 Network = Callable[[Tensor, Tensor], Tensor]  # its input (N, ...), its time (N,) in [0, 1] -> its raw output (N, ...)
 EDM_SIGMAS = (0.002, 80.0)  # the noise levels that EDM samples between (arXiv:2206.00364, table 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import VelocityModel
-from flowalign.config import LoraConfig, ModelConfig
+from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
 from rewards.userfile import load_module
 
@@ -55,12 +55,12 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
         dtype=getattr(torch, config.dtype),
     )
     if config.transformer is not None:
-        from flowalign.models.transformer import TransformerSpec, new_transformer
+        from flowalign.models.architectures.fresh import TransformerSpec, new_transformer
 
         spec = TransformerSpec(**config.transformer.model_dump())
         policy.use_network(new_transformer(policy.network.config, spec))  # type: ignore[arg-type]
     if config.inputs:
-        from flowalign.models.inputs import add_inputs
+        from flowalign.models.architectures.inputs import add_inputs
 
         add_inputs(policy.network, config.inputs)
     policy.family = config.family or "rf"

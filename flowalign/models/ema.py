@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flowalign.destroyed import DestroyedState, fault, total_norm
+from flowalign.record.destroyed import DestroyedState, fault, total_norm
 
 
 class Ema:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowalign.config import ModelConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.base import ModelError
 from flowalign.models.build import policy_class
-from flowalign.textfiles import TextError, read_object
+from flowalign.record.textfiles import TextError, read_object
 
 CLIP_TOKENS = 77
 FALLBACK_NAME, FALLBACK_FOLDER = "Stable Diffusion 3.5 medium", "stable-diffusion-3.5-medium"
@@ -81,7 +81,7 @@ def inspect_model(
     """
     from diffusers import SD3Transformer2DModel
 
-    from flowalign.models.inputs import CONFIG_KEY
+    from flowalign.models.architectures.inputs import CONFIG_KEY
 
     fallback = not directory.exists()
     config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
@@ -195,7 +195,7 @@ def trained_parameters(model: ModelConfig) -> int | None:
     """How many numbers a run over ``model`` learns, from its small files; None where only the loaded network tells."""
     from diffusers import SD3Transformer2DModel
 
-    from flowalign.models.inputs import CONFIG_KEY
+    from flowalign.models.architectures.inputs import CONFIG_KEY
 
     file = Path(model.path) / "transformer" / "config.json"
     if model.transformer is not None or not file.is_file():

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowalign.flow import schedule
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import ModelError
-from flowalign.textfiles import TextError, read_object
+from flowalign.record.textfiles import TextError, read_object
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 FILE = "scheduler_config.json"

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.files import stays_below
 from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
-from flowalign.libraries import UNREAD_INPUTS, silence
 from flowalign.models.base import ModelError
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
-from flowalign.textfiles import TextError, read_object
+from flowalign.record.files import stays_below
+from flowalign.record.libraries import UNREAD_INPUTS, silence
+from flowalign.record.textfiles import TextError, read_object
 from flowalign.types import Condition, TextPart
 from rewards.missing import hint
 
@@ -183,7 +183,7 @@ class SD3Policy:
         except Exception as error:  # the libraries raise whatever a damaged file leads them to
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(f"model.path: {directory} cannot be loaded ({reason}); is it whole?") from error
-        from flowalign.models.inputs import restore_inputs
+        from flowalign.models.architectures.inputs import restore_inputs
 
         restore_inputs(pipeline.transformer, Path(directory) / "transformer")
         return cls(pipeline, max_sequence_length=max_sequence_length, device=device)
@@ -195,7 +195,7 @@ class SD3Policy:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        from flowalign.models.inputs import inputs_of
+        from flowalign.models.architectures.inputs import inputs_of
 
         return inputs_of(self.network)
 
@@ -292,7 +292,7 @@ class SD3Policy:
         guidance: float | Tensor | None = None,
     ) -> Tensor:
         if self.inputs:
-            from flowalign.models.inputs import pooled_with_inputs
+            from flowalign.models.architectures.inputs import pooled_with_inputs
 
             dtype = next(self.network.parameters()).dtype
             pooled = pooled_with_inputs(pooled.to(dtype), t, r, guidance, self.inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowalign.models.base import ModelError
 from flowalign.models.customcode import refuse_custom_code
-from flowalign.textfiles import TextError, read_object
+from flowalign.record.textfiles import TextError, read_object
 
 _MARKS = 2  # tokens for begin and end
 _NAMED = 3  # kinds of invisible characters

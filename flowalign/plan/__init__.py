@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import build_algorithm
-from flowalign.config import AlignConfig, ConfigError
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
 from flowalign.models.inspect import FALLBACK_FOLDER, ModelSizes, default_lora_targets, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry, teachers_of
 from flowalign.plan.memory import Memory, plan_memory

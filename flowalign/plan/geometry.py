@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
 from flowalign.flow.guidance import guides
 from flowalign.flow.solvers import evaluations
 from flowalign.models.inspect import extra_inputs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry, teachers_of
 

@@ -1,1 +1,1 @@
-"""What processes leave for each other in a run directory: who holds it, and who asks it to end."""
+"""What a run writes down and reads again: files, checkpoints, metrics, locks, requests to end."""

@@ -13,14 +13,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowalign.checkpoint import CheckpointError, latest
-from flowalign.collapse import stopped_by_alarm
-from flowalign.config import AlignConfig
-from flowalign.made import changes_of
-from flowalign.metrics import read_damaged, read_metrics
+from flowalign.config.alignment import AlignConfig
+from flowalign.record.accepted import changes_of
+from flowalign.record.checkpoint import CheckpointError, latest
 from flowalign.record.disk import write_text
+from flowalign.record.metrics import read_damaged, read_metrics
 from flowalign.report import alarms, figures, headline
 from flowalign.report.samples import Gallery, inside, read_gallery
+from flowalign.safety.collapse import stopped_by_alarm
 from flowalign.shapes.prompts import TASKS
 from rewards.printable import printable
 

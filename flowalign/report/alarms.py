@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowalign.collapse import CollapseAlarm, Finding
-from flowalign.config import SafetyConfig
-from flowalign.metrics import ALARM
+from flowalign.config.alignment import SafetyConfig
+from flowalign.record.metrics import ALARM
+from flowalign.safety.collapse import CollapseAlarm, Finding
 
 Rows = Sequence[Mapping[str, Any]]
 

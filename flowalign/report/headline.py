@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flowalign.config import AlignConfig, RewardConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
 
 Row = Mapping[str, Any]
 STRICT = "_strict"

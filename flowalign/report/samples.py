@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.textfiles import TextError, is_there, read_json
+from flowalign.record.textfiles import TextError, is_there, read_json
 from rewards.interface import ScorerError
 
 THUMBNAIL = 256

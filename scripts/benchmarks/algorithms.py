@@ -24,8 +24,8 @@ from typing import Any
 import algorithms_table
 from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, machine, write
 
-from flowalign.configfile import load_align
-from flowalign.metrics import read_metrics
+from flowalign.intake.file import load_align
+from flowalign.record.metrics import read_metrics
 
 OWN = RESULTS / "algorithms"
 TIMED_ITERATIONS = 5

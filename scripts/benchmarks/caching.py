@@ -24,10 +24,10 @@ import torch
 from cells import RESULTS, ROOT, flowalign, machine, write
 from pictures import CHUNK, Judge, insert_table, opened
 
-from flowalign.config import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
-from flowalign.rollout import SampleNoise, integrate, skipping_of
-from flowalign.sample import policy_spec
-from flowalign.scoring import score_images
+from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
+from flowalign.samples.opened import policy_spec
+from flowalign.samples.rollout import SampleNoise, integrate, skipping_of
+from flowalign.samples.scoring import score_images
 from flowalign.types import RolloutSpec
 
 TARGET = RESULTS / "caching.json"

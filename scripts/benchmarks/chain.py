@@ -20,7 +20,7 @@ import torch
 from cells import RESULTS, ROOT, align, flowalign, machine, write
 from pictures import Judge, opened, train
 
-from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.config.sections import SHIPPED, SamplingConfig
 
 BASE = SHIPPED / "pipeline"
 SAMPLED = {

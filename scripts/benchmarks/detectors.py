@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.sd3 import SD3Policy
-from flowalign.rollout import rollout
-from flowalign.sample import ode_spec
+from flowalign.samples.opened import ode_spec
+from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
 from rewards.detectors.palette import COLORS
 from rewards.geneval_judge import Verdict

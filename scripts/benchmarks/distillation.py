@@ -19,7 +19,7 @@ from typing import Any
 
 from cells import RESULTS, ROOT, STRICT, TASKS, align, flowalign, machine, write
 
-from flowalign.metrics import read_metrics
+from flowalign.record.metrics import read_metrics
 
 HALVES = {"objects": TASKS[:3], "relations": TASKS[3:]}
 STUDENTS: dict[str, dict[str, Any]] = {

@@ -23,9 +23,9 @@ from cells import RESULTS, ROOT, flowalign, machine, write
 from pictures import Judge, bank, insert_table, opened, train
 from PIL import Image
 
-from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.config.sections import SHIPPED, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
-from flowalign.metrics import read_metrics
+from flowalign.record.metrics import read_metrics
 
 OWN, SHEETS = RESULTS / "few_steps", ROOT / "docs" / "figures"
 BASE = SHIPPED / "pipeline"

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from flowalign.apart import Apart
-from flowalign.cluster.local import LocalBackend
-from flowalign.cluster.run import build_run
-from flowalign.configfile import load_align
-from flowalign.destroyed import fault, fault_of_moments
 from flowalign.engine.adamw import held_state
+from flowalign.intake.file import load_align
+from flowalign.record.destroyed import fault, fault_of_moments
+from flowalign.run.align import build_run
+from flowalign.run.local import LocalBackend
+from flowalign.samples.apart import Apart
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
 

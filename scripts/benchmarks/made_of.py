@@ -23,13 +23,13 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.checkpoint import Checkpoint
-from flowalign.cluster.run import run_align
-from flowalign.configfile import Loaded, load_align
-from flowalign.data.bank import Mapped
-from flowalign.made import MadeOf
-from flowalign.made.hashing import Hashes
-from flowalign.metrics import read_metrics
+from flowalign.data.banks.bank import Mapped
+from flowalign.intake.file import Loaded, load_align
+from flowalign.record.checkpoint import Checkpoint
+from flowalign.record.metrics import read_metrics
+from flowalign.run.align import run_align
+from flowalign.run.made import MadeOf
+from flowalign.run.made.hashing import Hashes
 from rewards.kept import keep
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")

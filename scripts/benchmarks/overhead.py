@@ -20,11 +20,11 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.cluster.local import LocalBackend
-from flowalign.cluster.run import build_run, run_align
-from flowalign.configfile import load_align
-from flowalign.metrics import read_metrics
+from flowalign.intake.file import load_align
 from flowalign.models.sd3 import SD3Policy
+from flowalign.record.metrics import read_metrics
+from flowalign.run.align import build_run, run_align
+from flowalign.run.local import LocalBackend
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
 SKIPPED = 2

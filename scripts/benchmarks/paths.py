@@ -25,8 +25,8 @@ import torch
 from cells import RESULTS, ROOT, machine, write
 from pictures import Judge, bank, insert_table, opened, train
 
-from flowalign.config import SamplingConfig
-from flowalign.metrics import read_metrics
+from flowalign.config.sections import SamplingConfig
+from flowalign.record.metrics import read_metrics
 
 OWN = RESULTS / "paths"
 STEPS, WEIGHTS, GUIDANCE = (5, 25, 50), ("ema", "model"), (1.0, 3.0)

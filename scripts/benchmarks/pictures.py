@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from cells import ROOT, flowalign
 
-from flowalign.cli.measure import true_scenes
-from flowalign.cli.runs import config_of
-from flowalign.config import SHIPPED, AlignConfig, ModelConfig, RewardConfig, SamplingConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SHIPPED, ModelConfig, RewardConfig, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
-from flowalign.features import OpenClipFeatures, batches_of, extract
-from flowalign.imagemetrics import clip_score, compare
+from flowalign.intake.recorded import config_of
+from flowalign.making.measuring import true_scenes
+from flowalign.measure.distances import clip_score, compare
+from flowalign.measure.features import OpenClipFeatures, batches_of, extract
 from flowalign.models.base import Policy
-from flowalign.rollout import rollout
-from flowalign.sample import open_policy, policy_spec
-from flowalign.scoring import load_scorer, score_images
+from flowalign.samples.opened import open_policy, policy_spec
+from flowalign.samples.rollout import rollout
+from flowalign.samples.scoring import load_scorer, score_images
 from flowalign.types import Rollout
 from rewards.openclip import OpenClip
 
@@ -30,7 +31,7 @@ CHUNK = 64
 def bank(directory: Path, num_images: int, seed: int, threads: int) -> Path:
     """Rendered training scenes as latents of the shipped autoencoder; made once."""
     if not (directory / "manifest.json").is_file():
-        from flowalign.data.shapes_latents import make_bank
+        from flowalign.making.shapes_latents import make_bank
         from flowalign.models.build import load_policy
 
         torch.set_num_threads(threads)

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, write
 
-from flowalign.config import AlignConfig, RewardConfig
-from flowalign.configfile import load_align
-from flowalign.configpaths import resolve_reward
-from flowalign.evaluate import evaluate_checkpoint
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
+from flowalign.intake.file import load_align
+from flowalign.intake.paths import resolve_reward
+from flowalign.measure.evaluate import evaluate_checkpoint
 
 PIPELINE = ROOT / "flowalign" / "shapes" / "assets" / "pipeline"
 

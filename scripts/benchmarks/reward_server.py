@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 from flowalign.shapes.prompts import evaluation_set, scene
 from flowalign.shapes.render import render
 from rewards.client import HttpScorer

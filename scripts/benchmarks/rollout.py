@@ -20,7 +20,7 @@ import torch
 
 import flowalign.shapes
 from flowalign.models.sd3 import SD3Policy
-from flowalign.rollout import SampleNoise, rollout
+from flowalign.samples.rollout import SampleNoise, rollout
 from flowalign.shapes.prompts import evaluation_set
 from flowalign.types import PromptBatch, RolloutSpec
 

@@ -184,10 +184,6 @@ def _warm_up() -> None:
     """Import what a run imports, on one thread, since threads do not survive a fork."""
     import torch
 
-    import flowalign.cluster.local
-    import flowalign.cluster.run
-    import flowalign.report  # noqa: F401
-
     torch.set_num_threads(1)
     WARM.append(True)
 
@@ -218,7 +214,7 @@ def _undisturbed(folder: Path) -> tuple[Any, float]:
 
 def _trace(folder: Path, name: str) -> Any:
     """The rows of the metrics without times, and the hash of each file of the last checkpoint but its state's times."""
-    from flowalign.metrics import read_metrics, without_times
+    from flowalign.record.metrics import read_metrics, without_times
 
     run_dir = folder / "runs" / name
     rows = [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]

@@ -21,10 +21,10 @@ import torch
 from cells import RESULTS, ROOT, machine, write
 from pictures import Judge, bank, insert_table, opened, train
 
-from flowalign import checkpoint
-from flowalign.config import SHIPPED, SamplingConfig
-from flowalign.metrics import read_metrics
-from flowalign.models.transformer import TransformerSpec, flops, matching, new_transformer
+from flowalign.config.sections import SHIPPED, SamplingConfig
+from flowalign.models.architectures.fresh import TransformerSpec, flops, matching, new_transformer
+from flowalign.record import checkpoint
+from flowalign.record.metrics import read_metrics
 
 OWN = RESULTS / "scaling"
 DEPTHS = (2, 3, 4)

@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from flowalign.cluster.guardian import processes as processes_of
-from flowalign.metrics import read_metrics, without_times
+from flowalign.record.metrics import read_metrics, without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY, APART_S, SILENCE_S = 10, 20.0, 600.0
@@ -276,7 +276,7 @@ def disturbed(run: Run, faults: Faults) -> Counter[str]:
 
 
 def same_bits(one: Run, other: Run) -> bool:
-    from flowalign import checkpoint
+    from flowalign.record import checkpoint
 
     last = f"step_{one.iterations:06d}"
     a, b = (checkpoint.load(run.run_dir / "checkpoints" / last) for run in (one, other))

@@ -21,13 +21,13 @@ import torch
 from cells import RESULTS, ROOT, flowalign, machine, write
 from pictures import CHUNK, Judge, bank, insert_table, opened, train
 
-from flowalign.config import SHIPPED, SamplingConfig
+from flowalign.config.sections import SHIPPED, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow import schedule, solvers
 from flowalign.flow.straightness import reconstruction_error, straightness
-from flowalign.metrics import read_metrics
 from flowalign.models.base import Policy
-from flowalign.rollout import SampleNoise
+from flowalign.record.metrics import read_metrics
+from flowalign.samples.rollout import SampleNoise
 
 OWN = RESULTS / "straightening"
 BASE = SHIPPED / "pipeline"

@@ -4,7 +4,7 @@ import torch
 
 from flowalign.algorithm import build_algorithm
 from flowalign.flow import sde
-from flowalign.rollout import SampleNoise, integrate
+from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.types import PromptBatch, Rollout
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition
 
@@ -16,7 +16,7 @@ def grpo(**changes):
 
 
 def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Rollout:
-    """What ``flowalign.rollout.rollout`` makes, by a model without text and images."""
+    """What ``flowalign.samples.rollout.rollout`` makes, by a model without text and images."""
     spec, count = algorithm.rollout_plan(0, seed), groups * size
     ids = tuple(range(count))
     group_ids = tuple(i // size for i in ids)

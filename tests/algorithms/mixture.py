@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from flowalign.algorithm import VelocityModel, build_algorithm, seeded
-from flowalign.cluster.workers import RefreshedReference
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.flow.path import per_sample
-from flowalign.learner import Learner
 from flowalign.models.build import bind_weights, reference_velocity
-from flowalign.rollout import SampleNoise, integrate, rollout
+from flowalign.run.learner import Learner
+from flowalign.run.workers import RefreshedReference
+from flowalign.samples.rollout import SampleNoise, integrate, rollout
 from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, RolloutSpec, Update, cat_rollouts
 from tests.algorithms.toy import make_scores
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.advantages import group_advantages
 from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.advantages import group_advantages
 from flowalign.algorithm import build_algorithm, step_log_prob
+from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.flow import sde
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from flowalign.advantages import group_advantages
-from flowalign.rollout import SampleNoise, integrate
+from flowalign.algorithms.parts.credit import group_advantages
+from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.types import cat_rollouts
 from tests.algorithms.grpo_rollouts import by_step, g2rpo, grpo, roll_out
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores

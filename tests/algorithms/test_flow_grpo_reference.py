@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from flowalign.algorithm import build_algorithm
-from flowalign.cluster.run import build_run
-from flowalign.cluster.workers import LearnerWorker, RolloutWorker
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.run.align import build_run
+from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Scores
 
 LORA = {"rank": 4, "alpha": 8}

@@ -8,11 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch.distributions import Normal
 
-from flowalign.advantages import best_and_worst, group_advantages
 from flowalign.algorithm import build_algorithm
-from flowalign.configfile import load_align
+from flowalign.algorithms.parts.credit import best_and_worst, group_advantages
 from flowalign.engine import EngineSettings, build_engine
-from flowalign.learner import Learner
+from flowalign.intake.file import load_align
+from flowalign.run.learner import Learner
 from tests.algorithms.grpo_rollouts import assert_all_close, by_step, g2rpo, gradients, grpo, moved, roll_out
 from tests.algorithms.toy import LinearVelocity, condition, make_scores
 

@@ -13,15 +13,17 @@ import torch
 from rich.console import Console
 
 from flowalign.algorithm import build_algorithm
-from flowalign.cluster.run import build_run, run_align
-from flowalign.cluster.workers import LearnerWorker, RolloutWorker
-from flowalign.config import AlignConfig, ConfigError, RewardConfig
-from flowalign.configfile import load_align
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
 from flowalign.export import export, load_pipeline
 from flowalign.flow import sde
-from flowalign.metrics import read_metrics
+from flowalign.intake.file import load_align
 from flowalign.models.base import ModelError
+from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
+from flowalign.run.align import build_run, run_align
+from flowalign.run.workers import LearnerWorker, RolloutWorker
 from tests._model_directory import write_config, write_model_directory
 from tests._tiny import run_config, write_checkpoint, write_pipeline
 

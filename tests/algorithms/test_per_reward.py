@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.advantages import per_reward_advantages
 from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.parts.credit import per_reward_advantages
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
 OPTIONS = {

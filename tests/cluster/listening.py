@@ -41,8 +41,9 @@ def doors(pid: int) -> list[Door]:
     """Those of ``pid`` and of all its descendants."""
     listening = {**_sockets("tcp", socket.AF_INET), **_sockets("tcp6", socket.AF_INET6)}
     return [
-        Door(process, _command(process), *listening[held])
+        Door(process, command, *listening[held])
         for process in _tree(pid)
+        if (command := _command(process))  # one that is just ending has none
         for held in sorted(set(_held(process)) & listening.keys())
     ]
 

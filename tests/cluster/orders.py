@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flowalign.cluster.death import Birth
+from flowalign.record.death import Birth
 
 
 class Worker:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flowalign.checkpoint import content_hash
-from flowalign.cluster.run import build_run
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.record.checkpoint import content_hash
+from flowalign.run.align import build_run
 from flowalign.types import Scores
 
 REWARD = """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.cluster.death import Birth, Watch, ending, oom_kills
 from flowalign.cluster.errors import WorkerImportError
 from flowalign.cluster.witness import raise_failed_import
+from flowalign.record.death import Birth, Watch, ending, oom_kills
 
 NOTHING = "its process was gone at once, without a message or a signal that it could catch, as after kill -9"
 
@@ -59,7 +59,7 @@ def test_without_an_exit_status_the_log_tells_and_nothing_is_guessed(tmp_path: P
     assert ended(tmp_path, crash, watched=False).startswith(
         "it was killed by SIGSEGV; its log ends: Fatal Python error"
     )
-    leave = "import os; from flowalign.cluster.death import say_hard_exits as s; s(); s(); os._exit(5)"
+    leave = "import os; from flowalign.record.death import say_hard_exits as s; s(); s(); os._exit(5)"
     said = ended(tmp_path, leave, watched=False)
     assert said == "it ended with exit code 5; its log ends: os._exit(5) at <string>, line 1"
     assert ended(tmp_path, "import os; os.kill(os.getpid(), 9)", watched=False) == NOTHING
@@ -123,8 +123,6 @@ ModuleNotFoundError: No module named 'peft'"""
 
 
 def test_hard_exits_of_children_say_nothing() -> None:
-    code = (
-        "import os; from flowalign.cluster.death import say_hard_exits as s; s(); os.fork() or os._exit(1); os.wait()"
-    )
+    code = "import os; from flowalign.record.death import say_hard_exits as s; s(); os.fork() or os._exit(1); os.wait()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,12 +15,12 @@ import pytest
 import ray
 
 from flowalign.cluster.errors import ClusterError, LearnerLost
-from flowalign.cluster.patience import Patience
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
-from flowalign.config import PatienceConfig
+from flowalign.config.sections import PatienceConfig
+from flowalign.run.patience import Patience
 from tests.cluster.orders import Worker
 
 pytestmark = pytest.mark.fault

@@ -21,12 +21,13 @@ import ray
 
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.environment import announcements, folder_of, packages_of, python_with
-from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
-from flowalign.cluster.run import build_run
 from flowalign.cluster.session import RaySession
-from flowalign.config import AlignConfig, RewardConfig
-from flowalign.scoring import ScorerHangs, bounded
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
+from flowalign.run.align import build_run
+from flowalign.run.local import LocalBackend
+from flowalign.samples.scoring import ScorerHangs, bounded
 from rewards.interface import Checked, ScorerFailed, SpecError
 from tests.cluster.runs import small_config
 

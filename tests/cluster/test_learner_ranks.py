@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from flowalign.cluster.errors import LearnerLost
-from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.ray_backend import RayBackend
+from flowalign.run.local import LocalBackend
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
 DEEPSPEED = {"engine": "deepspeed", "micro_batch_size": 4, "ema_decay": 0.5, "updates_per_iteration": 2}

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from flowalign.cluster.death import Watch, is_stopped
-from flowalign.cluster.patience import LONGEST_STEP_S, AwakeClock, Patience, Wait
-from flowalign.config import PatienceConfig
+from flowalign.config.sections import PatienceConfig
+from flowalign.record.death import Watch, is_stopped
+from flowalign.run.patience import LONGEST_STEP_S, AwakeClock, Patience, Wait
 
 
 class Time:

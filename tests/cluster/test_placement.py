@@ -17,7 +17,7 @@ from flowalign.cluster.errors import ClusterError, PlacementError
 from flowalign.cluster.folder import delete, own_folder
 from flowalign.cluster.placement import check_fits, own_resources, shares
 from flowalign.cluster.session import RaySession
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
 from tests.fault.smalldisk import fill, mounted
 
 

@@ -19,14 +19,16 @@ import ray
 
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
-from flowalign.cluster.local import LocalBackend
-from flowalign.cluster.patience import Patience
 from flowalign.cluster.ray_backend import RayBackend
-from flowalign.cluster.run import build_run
-from flowalign.cluster.weight_sync import SyncError
-from flowalign.config import AlignConfig, ConfigError, PatienceConfig, RewardConfig
-from flowalign.made import MadeOf
-from flowalign.scoring import ScorerHangs
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import PatienceConfig, RewardConfig
+from flowalign.run.align import build_run
+from flowalign.run.local import LocalBackend
+from flowalign.run.made import MadeOf
+from flowalign.run.patience import Patience
+from flowalign.run.sync import SyncError
+from flowalign.samples.scoring import ScorerHangs
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.listening import Door, asks_for_token, documented, doors, name
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace

@@ -18,19 +18,20 @@ import ray
 import torch
 from torch import Tensor
 
-from flowalign.checkpoint import content_hash
 from flowalign.cluster.errors import PlacementError, WorkerLost
-from flowalign.cluster.local import LocalBackend
 from flowalign.cluster.placement import shares
 from flowalign.cluster.ray_backend import RayBackend
-from flowalign.cluster.run import build_run
-from flowalign.cluster.teachers import KEPT_ANSWERS, SharedTeacher, ask
-from flowalign.cluster.workers import LearnerWorker, RolloutWorker
-from flowalign.config import AlignConfig, ConfigError
-from flowalign.configcheck import check_cores
-from flowalign.made import MadeOf
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.intake.check import check_cores
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
+from flowalign.record.checkpoint import content_hash
+from flowalign.run.align import build_run
+from flowalign.run.local import LocalBackend
+from flowalign.run.made import MadeOf
+from flowalign.run.teachers import KEPT_ANSWERS, SharedTeacher, ask
+from flowalign.run.workers import LearnerWorker, RolloutWorker
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
 

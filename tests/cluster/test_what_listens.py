@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowalign.data.shapes_latents import make_bank
+from flowalign.making.shapes_latents import make_bank
 from flowalign.models.sd3 import SD3Policy
 from tests.cluster.listening import Door, asks_for_token, documented, documented_of_clusters, doors, name
 from tests.cluster.runs import small_config
 from tests.cluster.test_launch import RAY, TOKEN, free_ports, wait_for
-from tests.test_pretrain_variants import config
+from tests.run.test_pretrain_variants import config
 
 ROOT = Path(__file__).resolve().parents[2]
 

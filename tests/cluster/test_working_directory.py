@@ -75,7 +75,7 @@ def test_a_run_ends_well_in_such_a_directory(tmp_path: Path, tiny_pipeline_dir: 
 
 def test_python_m_finds_our_rewards_beside_a_users_file_of_that_name(tmp_path: Path) -> None:
     (tmp_path / "rewards.py").write_text(HIDING)
-    listed = "import flowalign.scoring, rewards; print(rewards.__path__[0])"
+    listed = "import flowalign.samples.scoring, rewards; print(rewards.__path__[0])"
     done = run(tmp_path, "-c", listed)
     assert done.stdout.strip() == str(ROOT / "rewards"), done.stderr
     done = run(tmp_path, "-m", "flowalign.cli", "check-nothing")

@@ -15,9 +15,9 @@ from datasets import config as datasets_config
 from PIL import Image
 
 from flowalign.algorithm import seeded
-from flowalign.cli.imagefolder import image_files
-from flowalign.data.buckets import Bucket, BucketError, buckets_of_area, cut, nearest, parse_bucket
+from flowalign.data.banks.buckets import Bucket, BucketError, buckets_of_area, cut, nearest, parse_bucket
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
+from flowalign.measure.imagefolder import image_files
 
 
 @pytest.fixture(autouse=True)

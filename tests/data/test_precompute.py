@@ -23,13 +23,15 @@ from datasets import config as datasets_config
 from PIL import Image
 from typer.testing import CliRunner
 
-from flowalign.cli import app, deduplicate
-from flowalign.cli.encode import RowsDigest, in_order
-from flowalign.cli.precompute import Options, precompute
-from flowalign.config import SHIPPED, ConfigError, ModelConfig
-from flowalign.data.buckets import Bucket, cut
+from flowalign.cli import app
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import SHIPPED, ModelConfig
+from flowalign.data.banks.buckets import Bucket, cut
+from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.images import ImagesError, ImageSource
-from flowalign.data.latents import LatentsError, load_bank
+from flowalign.making import duplicates as deduplicate
+from flowalign.making.bank import Options, precompute
+from flowalign.making.encode import RowsDigest, in_order
 from flowalign.models.sd3 import SD3Policy
 from flowalign.record.disk import DiskError
 
@@ -39,8 +41,8 @@ VICTIM = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from flowalign.cli.precompute import Options, precompute
-from flowalign.config import ModelConfig
+from flowalign.making.bank import Options, precompute
+from flowalign.config.alignment import ModelConfig
 
 def die(text):
     if text.startswith("shard-00001"):

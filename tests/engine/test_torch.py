@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flowalign.algorithm import LossOutput
-from flowalign.checkpoint import content_hash
 from flowalign.engine import EngineSettings, NonFiniteUpdate, ResumeRefused, build_engine
+from flowalign.record.checkpoint import content_hash
 from flowalign.types import TrainBatch
 from tests.engine.toy import ITEMS, SETTINGS, Network, batch, loss_of, settings, update
 

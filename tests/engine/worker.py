@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import flowalign.engine.deepspeed
-from flowalign.checkpoint import content_hash
-from flowalign.destroyed import DestroyedState
+import flowalign.engine.zero
 from flowalign.engine import Engine, NonFiniteUpdate, ResumeRefused, build_engine
+from flowalign.record.checkpoint import content_hash
+from flowalign.record.destroyed import DestroyedState
 from tests.engine.toy import Network, settings, update
 
 
@@ -161,7 +161,7 @@ def main(folder: str, rank: str, world: str, port: str, stages: str, phase: str)
     def no_compiler(*command: object, **_: object) -> None:
         raise AssertionError(f"DeepSpeed started a program: {command}")
 
-    flowalign.engine.deepspeed.PERSISTENT = 50  # so that ZeRO-3 partitions matrices and keeps biases whole
+    flowalign.engine.zero.PERSISTENT = 50  # so that ZeRO-3 partitions matrices and keeps biases whole
     subprocess.Popen.__init__ = no_compiler  # type: ignore[method-assign]
     member = Rank(Path(folder), int(rank), int(world), int(port))
     for name, run in (("train", train), ("resume", resume)):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.config import ConfigError
-from flowalign.configfile import load_align, load_pretrain
-from flowalign.data.latents import LatentsError, load_bank
+from flowalign.config.section import ConfigError
+from flowalign.data.banks.latents import LatentsError, load_bank
+from flowalign.intake.file import load_align, load_pretrain
 from tests._model_directory import write_config
 
 CUT = '{"_class_name": "StableDiff'

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from flowalign import checkpoint
-from tests.test_moved_runs import CONFIG, done, project, refused
-from tests.test_preferences import table, write_parquet
+from flowalign.record import checkpoint
+from tests.data.test_preferences import table, write_parquet
+from tests.run.test_moved_runs import CONFIG, done, project, refused
 
 DPO = {"type": "diffusion_dpo", "source": "offline", "beta": 500}
 OPD = {"type": "opd", "teachers": {"t": {"path": "teacher"}}, "num_steps": 2, "kind": "flow", "noise_level": 0.6}

@@ -13,23 +13,23 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from flowalign import checkpoint
-from flowalign.checkpoint import CheckpointWriter
 from flowalign.cli import app
 from flowalign.cli.running import further_back
-from flowalign.cluster.local import LocalBackend
-from flowalign.cluster.train import run_pretrain
-from flowalign.config import AlignConfig
-from flowalign.configfile import write_resolved
-from flowalign.data.shapes_latents import make_bank
-from flowalign.destroyed import DestroyedState, fault, total_norm
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.training import PretrainConfig
 from flowalign.engine import build_engine
-from flowalign.manifest import advice
-from flowalign.metrics import read_metrics
+from flowalign.intake.file import write_resolved
+from flowalign.making.shapes_latents import make_bank
 from flowalign.models.ema import Ema
 from flowalign.models.sd3 import SD3Policy
-from flowalign.pretrainconfig import PretrainConfig
-from flowalign.resume import resume_from
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.destroyed import DestroyedState, fault, total_norm
+from flowalign.record.manifest import advice
+from flowalign.record.metrics import read_metrics
+from flowalign.run.local import LocalBackend
+from flowalign.run.resume import resume_from
+from flowalign.run.train import run_pretrain
 from tests.engine.toy import Network, settings, update
 from tests.fault.test_exit_codes import CONFIG, start
 from tests.fault.victim import content, work

@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from flowalign import checkpoint
-from flowalign.metrics import read_metrics, without_times
+from flowalign.record import checkpoint
+from flowalign.record.metrics import read_metrics, without_times
 from tests.fault.victim import content, work
 
 pytestmark = pytest.mark.fault
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Any]:
     server: Any = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.fault.victim", "flowalign.cluster.local", "flowalign.models.sd3"])
+    server.set_forkserver_preload(["tests.fault.victim", "flowalign.run.local", "flowalign.models.sd3"])
     yield server
 
 

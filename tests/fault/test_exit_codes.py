@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from flowalign.cli import app
 from flowalign.cli.exits import ExitCode
-from flowalign.metrics import read_metrics
+from flowalign.record.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flowalign import checkpoint
-from flowalign.checkpoint import CheckpointWriter, content_hash
 from flowalign.cli import app
-from flowalign.metrics import read_metrics, without_times
-from flowalign.outputs import unwritable
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import CheckpointWriter, content_hash
 from flowalign.record.disk import DiskError, append_line, write_text
+from flowalign.record.metrics import read_metrics, without_times
+from flowalign.record.outputs import unwritable
 from tests.fault.smalldisk import REWARD, fill, hidden, mounted, remount
 from tests.fault.test_bad_input import said, written
 from tests.fault.victim import content

@@ -14,9 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowalign import checkpoint
 from flowalign.cli import app
-from flowalign.metrics import read_metrics, without_times
+from flowalign.record import checkpoint
+from flowalign.record.metrics import read_metrics, without_times
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """

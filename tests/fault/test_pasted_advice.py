@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flowalign.checkpoint import steps
 from flowalign.cli import app
+from flowalign.record.checkpoint import steps
 from tests.fault.test_full_disks import align, run
 
 

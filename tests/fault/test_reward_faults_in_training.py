@@ -18,17 +18,17 @@ import torch
 import yaml
 from rich.console import Console
 
-from flowalign import checkpoint
-from flowalign.cluster.journal import RunJournal
-from flowalign.cluster.local import LocalBackend
-from flowalign.cluster.run import build_run, run_align
-from flowalign.config import AlignConfig
-from flowalign.loop import align
-from flowalign.made import MadeOf
-from flowalign.metrics import read_metrics, without_times
+from flowalign.config.alignment import AlignConfig
+from flowalign.record import checkpoint
 from flowalign.record.lock import RunLock
+from flowalign.record.metrics import read_metrics, without_times
 from flowalign.record.stop import StopRequest
-from flowalign.scoring import ScorerHangs, TooManyInvalid
+from flowalign.run.align import build_run, run_align
+from flowalign.run.journal import RunJournal
+from flowalign.run.local import LocalBackend
+from flowalign.run.loop import align
+from flowalign.run.made import MadeOf
+from flowalign.samples.scoring import ScorerHangs, TooManyInvalid
 from rewards.interface import InvalidScores
 from rewards.transport import DeadlineExceeded
 from tests.rewards.conftest import Server

@@ -18,14 +18,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowalign import apart, checkpoint
-from flowalign.apart import Apart
 from flowalign.cli import app
-from flowalign.cli.make_preferences import make_preferences
-from flowalign.config import AlignConfig, RewardConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import Row, read_rows
-from flowalign.evaluate import evaluate_checkpoint
-from flowalign.metrics import read_metrics, without_times
+from flowalign.making.preferences import make_preferences
+from flowalign.measure.evaluate import evaluate_checkpoint
+from flowalign.record import checkpoint
+from flowalign.record.metrics import read_metrics, without_times
+from flowalign.samples import apart
+from flowalign.samples.apart import Apart
 from tests.fault.victim import content, work
 
 GRPO = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
@@ -256,7 +258,7 @@ def assert_gone(written: Path) -> None:
 def test_what_a_reward_leaves_to_be_done_at_the_end_ends_no_process_in_its_own_way(tmp_path):
     (tmp_path / "end.py").write_text(
         "import atexit, os, sys\n"
-        "from flowalign.apart import Apart\n"
+        "from flowalign.samples.apart import Apart\n"
         "with Apart():\n"
         "    atexit.register(os._exit, 0)\n"
         "    atexit.register(lambda: os._exit(0))\n"

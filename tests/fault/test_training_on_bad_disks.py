@@ -16,13 +16,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flowalign.checkpoint import steps
 from flowalign.cli import app
-from flowalign.cli.room import check_room
-from flowalign.config import ConfigError
-from flowalign.data.shapes_latents import make_bank
+from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
+from flowalign.making.shapes_latents import make_bank
 from flowalign.models.sd3 import SD3Policy
-from flowalign.pretrainconfig import PretrainConfig
+from flowalign.record.checkpoint import steps
+from flowalign.run.room import check_room
 from tests.fault.smalldisk import fill, hidden, mounted, remount
 from tests.fault.test_full_disks import ORDERS, ROOT, bits
 from tests.fault.test_pasted_advice import ends_with_2, pasted

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.cluster.run import run_align
-from flowalign.config import AlignConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.run.align import run_align
 
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 

@@ -10,12 +10,12 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.flow import path
 from flowalign.flow.families import FAMILIES, Family, edm, rf_velocity, sampling_sigmas
 from flowalign.flow.families import family as named
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.solvers import euler, heun
-from flowalign.pathfamilies import FORMULATIONS
 
 GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
 NAMES = [*FAMILIES, *GRID]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from flowalign.config import ModelConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule, sigmas
 from flowalign.models.base import ModelError
 from flowalign.models.inspect import own_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowalign.config import ModelConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_policy
 from flowalign.models.sd3 import SHORT, _attention
 

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 
 from flowalign.flow.caching import fit, relative_l1
+from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, new_transformer
 from flowalign.models.base import ModelError
 from flowalign.models.sd3 import LORA_TARGETS
 from flowalign.models.teacache import CachedNetwork, Distances
-from flowalign.models.transformer import CLASSES, TransformerSpec, new_transformer
 
 LIKE = {
     "sample_size": 8,

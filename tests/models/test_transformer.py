@@ -9,19 +9,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from flowalign.config import Architecture
+from flowalign.config.sections import Architecture
+from flowalign.models.architectures.dit import ConcatBlock
+from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, flops, matching, new_transformer, spec_flops
+from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs
 from flowalign.models.base import ModelError
-from flowalign.models.dit import ConcatBlock
-from flowalign.models.inputs import add_inputs, inputs_of, pooled_with_inputs
 from flowalign.models.sd3 import LORA_TARGETS
-from flowalign.models.transformer import (
-    CLASSES,
-    TransformerSpec,
-    flops,
-    matching,
-    new_transformer,
-    spec_flops,
-)
 
 LIKE = {
     "sample_size": 8,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.config import RewardConfig
-from flowalign.configpaths import resolve_reward
+from flowalign.config.sections import RewardConfig
+from flowalign.intake.paths import resolve_reward
 from flowalign.shapes.render import Thing, render, render_with_masks
 from rewards.colors import BENCHMARK_COLORS, ZeroShotColors, crop
 from rewards.detectors.palette import COLORS, SHAPES

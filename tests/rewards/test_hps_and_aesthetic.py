@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 from flowalign.shapes.render import Thing, render
 from rewards import resolve as resolving
 from rewards.detectors.palette import COLORS, SHAPES

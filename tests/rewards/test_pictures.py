@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowalign.cli.encode import Cut, Cutter
-from flowalign.cli.imagefolder import pixels
-from flowalign.cli.imageset import folder_of
-from flowalign.data.buckets import Bucket
+from flowalign.data.banks.buckets import Bucket
 from flowalign.data.images import ImageRow, Skipped
+from flowalign.making.encode import Cut, Cutter
+from flowalign.measure.imagefolder import pixels
+from flowalign.measure.imageset import folder_of
 from rewards.interface import InputError
 from rewards.pictures import PictureError, look, read
 from rewards.servedpictures import decode, look_at

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowalign.scoring import NamedScorer, bounded, score_images
+from flowalign.samples.scoring import NamedScorer, bounded, score_images
 from rewards.composite import combine
 from rewards.interface import (
     InputError,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.config import ConfigError, RewardConfig
-from flowalign.configcheck import check_reward_names
-from flowalign.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+from flowalign.intake.check import check_reward_names
+from flowalign.samples.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
 from rewards.client import HttpScorer
 from rewards.interface import InvalidScores, SpecError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 from rewards import resolve as resolving
 from rewards.interface import set_up, validate_scores
 from tests.rewards._chat_server import ChatServer

@@ -11,8 +11,8 @@ import torch
 import flowalign.shapes
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.sd3 import SD3Policy
-from flowalign.rollout import rollout
-from flowalign.sample import ode_spec
+from flowalign.samples.opened import ode_spec
+from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS, evaluation_set, scene
 from flowalign.shapes.render import render
 from rewards.detectors.palette import COLORS, PaletteDetector

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from flowalign.config import SHIPPED
+from flowalign.config.sections import SHIPPED
 from flowalign.shapes.build.colors import objects
 from rewards.colors import ZeroShotColors
 from rewards.detectors.palette import COLORS, SHAPES

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from flowalign.checkpoint import find
-from flowalign.files import give_usual_modes
+from flowalign.record.checkpoint import find
+from flowalign.record.files import give_usual_modes
 from flowalign.shapes.build.autoencoder import train_autoencoder
 from flowalign.shapes.build.colors import train_colors
 from flowalign.shapes.build.detector import save_detector, train_detector

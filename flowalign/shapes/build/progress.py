@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flowalign.files import save_tensors
+from flowalign.record.files import save_tensors
 
 
 def _save(

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flowalign.files import save_tensors
+from flowalign.record.files import save_tensors
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.progress import train
 from flowalign.shapes.prompts import prompts, sample_prompt, scene

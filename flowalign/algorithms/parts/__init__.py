@@ -1,0 +1,1 @@
+"""Parts that several algorithms share; an algorithm imports these and never another algorithm."""

@@ -1,0 +1,56 @@
+"""What every section of a configuration shares, and the error that says what is wrong in one."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from flowalign.config.booleans import refuse_boolean
+from flowalign.config.largest import check_largest
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: the key, the reason, the nearest valid name."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+class Section(BaseModel):
+    """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    _no_boolean = field_validator("*", mode="before")(refuse_boolean)
+    _within_limits = field_validator("*")(check_largest)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if value is None and field is not None and not field.is_required() and _is_section(field.annotation):
+                continue
+            single = isinstance(value, str | dict) and field is not None and _wants_list(field.annotation)
+            kept[key] = [value] if single else value
+        return kept
+
+
+def _wants_list(annotation: Any) -> bool:
+    """A list, or a list and null."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return any(map(_wants_list, get_args(annotation)))
+    return get_origin(annotation) is list
+
+
+def _is_section(annotation: Any) -> bool:
+    """A section or a mapping that may not be null."""
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))

@@ -1,0 +1,75 @@
+"""Latents of images and embeddings of captions on disk, so that each is computed once for all runs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowalign.config.sections import ModelConfig
+from flowalign.data.banks.buckets import Bucket, cut
+from flowalign.data.banks.encoder import encoder_hash
+from flowalign.models.base import Policy
+from flowalign.record.disk import draft_of, on_disk, writing
+from flowalign.record.files import save_tensors, tensors_size
+from rewards.pictures import look, read
+
+SMALL = 64  # pixels a side that every model takes, whatever its patches and its table of positions
+
+
+class EncodedCache:
+    """Latents of images and embeddings of captions on disk, each in a file that its content and the encoders name.
+
+    Every image is encoded alone, so that its latent never depends on its batch, and kept in float16. Files are
+    written by rename: whoever else encodes the same writes the same.
+    """
+
+    def __init__(self, folder: Path, policy: Policy, model: ModelConfig) -> None:
+        self.folder, self._policy = folder, policy
+        _, rows, columns = policy.latent_shape(model.height, model.width)
+        factor = SMALL // policy.latent_shape(SMALL, SMALL)[1]
+        self._size = Bucket(rows * factor, columns * factor)
+        size = self._size.width, self._size.height
+        salt = encoder_hash(model), model.dtype, str(model.max_sequence_length), str(size)
+        self._salt = " ".join(salt).encode()
+
+    def image(self, content: bytes) -> str:
+        """The key of an image file's latent (C, H, W); raises PictureError where it is no picture.
+
+        What 0.1 read otherwise (turned, transparent, of more than 8 bits) has another key, so that its latents are
+        not taken for these.
+        """
+        key = self._key(b"image" if look(content).plain else b"picture", content)
+        if not self._path(key).is_file():
+            pixels = torch.from_numpy(cut(read(content), self._size, generator=None, crop=False, flip=False))
+            latents = self._policy.encode_images(pixels[None].to(getattr(self._policy, "device", "cpu")))
+            self._store(key, {"latents": latents[0].half()})
+        return key
+
+    def caption(self, text: str) -> str:
+        """The key of a caption's embeddings, (L, D) and (E,)."""
+        key = self._key(b"caption", text.encode())
+        if not self._path(key).is_file():
+            condition = self._policy.encode_prompts((text,))
+            self._store(key, {"tokens": condition.tokens_PLD[0], "pooled": condition.pooled_PE[0]})
+        return key
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        return load_file(self._path(key))
+
+    def _key(self, kind: bytes, content: bytes) -> str:
+        return hashlib.sha256(b"\0".join((kind, self._salt, content))).hexdigest()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _store(self, key: str, tensors: dict[str, Tensor]) -> None:
+        path = self._path(key)
+        needed = on_disk([tensors_size(tensors)])
+        with writing(str(path), path, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with draft_of(path, needed=needed, shared=True) as draft:
+            save_tensors(tensors, draft)

@@ -1,0 +1,76 @@
+"""The embeddings of a bank's prompts in one safetensors file, written row by row: the table may exceed memory.
+
+Shapes: P prompts, L tokens, D and E widths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.data.banks.bank import LatentsError
+from flowalign.data.banks.files import write_bytes
+from flowalign.models.base import Policy
+from flowalign.record.disk import on_disk, require_room
+
+_NAMES = {torch.float16: "F16", torch.float32: "F32"}
+
+
+def write_embeddings(path: Path, policy: Policy, prompts: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens``, ``null_pooled``; returns the manifest's entry.
+
+    Raises:
+        DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
+            large for ``dtype``.
+    """
+    empty = policy.encode_prompts(("",))
+    null, pooled = _narrow(empty.null_LD, dtype), _narrow(empty.null_E, dtype)
+    shapes = {
+        "tokens": (len(prompts), *null.shape),
+        "pooled": (len(prompts), *pooled.shape),
+        "null_tokens": tuple(null.shape),
+        "null_pooled": tuple(pooled.shape),
+    }
+    header, size = _header(shapes, dtype)
+    require_room(str(path), path, on_disk([size]))
+
+    def parts() -> Iterator[bytes]:
+        yield header
+        rows = []
+        for prompt in prompts:
+            row = policy.encode_prompts((prompt,))
+            rows.append(_narrow(row.pooled_PE[0], dtype))
+            yield _bytes(_narrow(row.tokens_PLD[0], dtype))
+        yield from map(_bytes, (*rows, null, pooled))
+
+    entry = write_bytes(path, parts(), size)
+    length = int(policy.max_sequence_length)  # type: ignore[attr-defined]
+    return {**entry, "count": len(prompts), "dtype": str(dtype).removeprefix("torch."), "max_sequence_length": length}
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, int]:
+    """The head of a safetensors file with these tensors one after the other, and the size of the whole file."""
+    described, begin = {}, 0
+    for name, shape in shapes.items():
+        end = begin + torch.Size(shape).numel() * dtype.itemsize
+        described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + begin
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.detach().to(dtype).cpu().contiguous()
+    if not bool(narrow.isfinite().all()):
+        raise LatentsError(f"--embeddings: an embedding does not fit into {dtype}; take float32")
+    return narrow
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()

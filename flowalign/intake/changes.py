@@ -1,0 +1,117 @@
+"""What a run that goes on may have otherwise than it was begun, and the refusal of everything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
+from flowalign.intake.check import algorithm_of
+from flowalign.intake.check_walk import renamed_grids
+from flowalign.intake.file import recorded_contents, say_once
+from flowalign.record.contents import ACCEPT, RATES, digests, leaves, may_hold_other, same
+from flowalign.record.manifest import manifests
+
+_MAY_CHANGE = re.compile(
+    r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
+    r"|data\.preferences_cache"
+    r"|cluster\.(address|max_task_retries|patience\.\w+|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
+)
+
+
+def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
+    """Keys that differ though a resumed run must keep them, as the new configuration has them. Phases of training may
+    follow those that there were."""
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    keys = [*after, *(key for key in before if key not in after)]
+    later = tuple(f"phases.{i}." for i in range(len(getattr(old, "phases", ())), len(getattr(new, "phases", ()))))
+    return [
+        key
+        for key in keys
+        if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key) and not key.startswith(later)
+    ]
+
+
+def _may_be_accepted(key: str, before: Any, after: Any) -> bool:
+    return bool(RATES.fullmatch(key)) or may_hold_other(before, after)
+
+
+def changed_rates(
+    old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, accepted: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """The ``accepted`` learning rates that differ, as they were and are."""
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    keys = (key for key in accepted if RATES.fullmatch(key) and before.get(key) != after.get(key))
+    return {key: (before.get(key), after.get(key)) for key in keys}
+
+
+def refuse_changes(
+    old: AlignConfig | PretrainConfig,
+    new: AlignConfig | PretrainConfig,
+    run_dir: Path,
+    accepted: Collection[str] = (),
+) -> None:
+    """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``.
+
+    Paths may differ where they hold the same, and those whose keys are ``accepted`` where they do not. What lies at a
+    path that is the same is compared by `flowalign.run.made`; here it is for a run of a version that did not record it.
+    """
+    if type(old) is not type(new):
+        raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
+    old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
+    old = renamed_grids(old, new, run_dir)  # type: ignore[type-var]
+    held, values = recorded_contents(run_dir), [leaves(config.model_dump(mode="json")) for config in (old, new)]
+    was, now = values
+    changed = [
+        key
+        for key in resume_differences(old, new)
+        if not same(was.get(key), now.get(key), held.get(key), run_dir)
+        and not (key in accepted and _may_be_accepted(key, was.get(key), now.get(key)))
+    ]
+    if changed:
+        key, others = changed[0], ", ".join(changed[1:])
+        before, after = (f"with {found[key]!r}" if key in found else "without it" for found in values)
+        accept = (
+            f", or go on with it all the same: {ACCEPT} {key}"
+            if _may_be_accepted(key, was.get(key), now.get(key))
+            else ""
+        )
+        raise ConfigError(
+            key,
+            f"{run_dir} was begun {before} and cannot go on {after}; "
+            f"set it back, or give the run another name{accept}{f' (changed as well: {others})' if others else ''}",
+        )
+    if _records_what_it_is_made_of(run_dir):
+        return
+    evaluates = not isinstance(new, AlignConfig) or new.evaluation.every > 0
+    for key, digest in digests(new.model_dump(mode="json")).items():
+        if key.startswith("evaluation.") and not evaluates:
+            continue
+        if was.get(key) != now.get(key) or held.get(key, digest) == digest or key in accepted:
+            continue
+        said = f"{now[key]} holds something else than when {run_dir} was begun"
+        if digest.startswith("file:"):
+            raise ConfigError(
+                key,
+                f"{said}; put back what was there, give the run another name, or go on with what is there now: "
+                f"{ACCEPT} {key}",
+            )
+        say_once(f"{key}: {said}; it is used all the same")
+
+
+def _records_what_it_is_made_of(run_dir: Path) -> bool:
+    known = manifests(run_dir / "checkpoints")
+    return bool(known) and "made_of" in list(known.values())[-1]
+
+
+def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
+    """The algorithm of an earlier run with the defaults of options that did not exist then."""
+    try:
+        parsed = algorithm_of(algorithm)
+    except ConfigError:
+        return algorithm  # said of the new configuration, if it still is so there
+    return {**parsed.config.model_dump(mode="json"), **algorithm}

@@ -1,0 +1,364 @@
+"""What a configuration says wrong, in the user's words; and the checks that span several of its keys."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.largest import IMAGES
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+
+Key = tuple[str | int, ...]
+CORES_PROMISED = 2
+LONGEST = 600  # characters of a reason
+COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean …?``, or all that is known."""
+    choices = list(known)
+    near = get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
+    """The first thing pydantic found as one sentence; the others are counted, and named where all are missing."""
+    found = error.errors(include_url=False)
+    # An unknown key is the likelier cause of a missing one than the other way round.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    key, reason = _sentence(first, model, prefix)
+    others = [e for e in found if e is not first]
+    if lacking := [dotted((*prefix, *e["loc"])) for e in others if e["type"] == first["type"] == "missing"]:
+        reason += f", and so {'is' if len(lacking) == 1 else 'are'} {', '.join(lacking)}"
+    reason = reason if len(reason) <= LONGEST else f"{reason[: LONGEST - 1]}…"
+    if rest := len(others) - len(lacking):
+        reason += f" ({rest} more after this)"
+    return ConfigError(key, reason)
+
+
+def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str]:
+    loc: Key = tuple(part for part in error["loc"] if part != "[key]")  # pydantic's mark where the key itself is wrong
+    key = dotted((*prefix, *loc))
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"
+    if error["type"] == "missing":
+        return key, "is missing"
+    if error["type"] == "value_error":
+        return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
+    if error["type"] == "string_pattern_mismatch":
+        return key, f"got {_shown(error['input'])}; write letters, digits, '.', '_' and '-', a letter or digit first"
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        if near := get_close_matches(str(error["input"]), choices, n=1):
+            reason += f"; did you mean {near[0]}?"
+    if isinstance(error["input"], str) and re.fullmatch(r"[-+]?\d+,\d+", error["input"].strip()):
+        whole = error["type"].startswith("int")
+        text = error["input"].strip().replace(",", "" if whole else ".")
+        reason += f"; write it {'without a comma' if whole else 'with a point'}: {text}"
+    return key, f"got {_shown(error['input'])}, {reason}"
+
+
+def _own_words(text: str, model: type[BaseModel], where: Key) -> tuple[str, str]:
+    """A validator of ours either names its key itself, or speaks of one of the section's fields."""
+    named = re.match(r"^([a-z_]+(?:\.[a-z_]+)*): (.*)$", text, re.DOTALL)
+    if named:
+        return dotted((*where, named[1])), named[2]
+    words = re.findall(r"[a-z_]+", text.replace("noisy steps in a row", "window"))
+    field = next((word for word in words if word in model.model_fields), None)
+    return dotted(where if field is None else (*where, field)), text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], prefix: Key) -> str:
+    known = list(section.model_fields) if section is not None else []
+    if get_close_matches(name, known, n=1, cutoff=0.75):
+        return nearest(name, known)
+    elsewhere = [path for path in [*_leaves(model), *_algorithm_leaves()] if path.rpartition(".")[2] == name]
+    if elsewhere and not prefix:
+        return f"did you mean {elsewhere[0]}?"
+    return nearest(name, known)
+
+
+def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
+    """The section that a path of keys and list indices leads to; names in a mapping of sections are the user's."""
+    found: type[BaseModel] | None = model
+    named = False
+    for part in (part for part in loc if isinstance(part, str)):
+        if named:
+            named = False
+            continue
+        field = found.model_fields.get(part) if found is not None else None
+        found = None if field is None else _model_in(field.annotation)
+        named = field is not None and get_origin(field.annotation) is dict
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _algorithm_leaves() -> list[str]:
+    from flowalign.algorithm import algorithm_class, known_algorithms
+
+    return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]
+
+
+def algorithm_of(raw: dict[str, Any]) -> Any:
+    """The configured algorithm; raises ConfigError where there is none of the name or its options are wrong."""
+    from flowalign.algorithm import UnknownAlgorithm, algorithm_class, known_algorithms
+
+    try:
+        cls = algorithm_class(str(raw["type"]))
+    except UnknownAlgorithm as error:
+        reason = str(error).removeprefix("algorithm.type: ")
+        named, known = str(raw["type"]), known_algorithms()
+        near = get_close_matches(named, known, n=1) or [name for name in known if len(named) > 1 and named in name]
+        raise ConfigError("algorithm.type", f"{reason}; did you mean {near[0]}?" if near else reason) from error
+    if "teachers" in cls.Config.model_fields and "teachers" not in raw:
+        raise ConfigError("algorithm.teachers", "is missing; name one or more, such as {better: {path: runs/better}}")
+    try:
+        return cls(cls.Config.model_validate(raw))
+    except ValidationError as error:
+        raise explain(error, cls.Config, ("algorithm",)) from error
+
+
+def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
+    """`algorithm_of`, which must belong to the command of those that consume ``consumes``."""
+    algorithm = algorithm_of(raw)
+    learns_from = algorithm.consumes.__name__
+    command = COMMANDS.get(learns_from)
+    if command != COMMANDS[consumes]:
+        advice = f"use `flowalign {command}`" if command else "no command makes that"
+        raise ConfigError("algorithm.type", f"{raw['type']} learns from {learns_from}; {advice}")
+    return algorithm
+
+
+def model_family(name: str) -> ModuleType:
+    """The module behind ``model.type``."""
+    import flowalign.models
+
+    modules = pkgutil.iter_modules(flowalign.models.__path__)
+    families = [module.name for module in modules if not module.ispkg and _is_family(module.name)]
+    if "." not in name and name not in families:
+        raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
+    from flowalign.models.base import ModelError
+    from flowalign.models.build import policy_class
+
+    try:
+        return importlib.import_module(policy_class(name).__module__)
+    except ModelError as error:
+        raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
+
+
+def _is_family(name: str) -> bool:
+    """Whether the module defines what loads a directory and encodes prompts; it is parsed, not imported, which would
+    take seconds for all of them."""
+    import flowalign.models
+
+    folder = Path(flowalign.models.__path__[0])
+    file = next(path for path in (folder / f"{name}.py", folder / name / "__init__.py") if path.is_file())
+    tree = ast.parse(file.read_bytes())
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases)
+    ]
+    methods = [{child.name for child in node.body if isinstance(child, ast.FunctionDef)} for node in classes]
+    return any({"load", "encode_prompts"} <= found for found in methods)
+
+
+def check_model(config: Any) -> None:
+    """The model directory exists, is of the family's kind, and takes the image size.
+
+    So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
+    """
+    shape = check_pipeline("model.path", Path(config.model.path), config.model)
+    algorithm, own_teacher = getattr(config, "algorithm", {}), getattr(config, "teacher", None)
+    if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
+        raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
+    for name, teacher in (algorithm.get("teachers") or {}).items():
+        key = f"algorithm.teachers.{name}"
+        own = _checked_teacher(key, teacher, config.model)
+        if own is not None and own != shape:
+            raise ConfigError(f"{key}.path", f"{teacher['path']} has latents of {own}, the model's are {shape}")
+    if isinstance(config, AlignConfig) and config.data.preferences is not None:
+        from flowalign.data.preferences import PreferencesError, check_source
+
+        try:
+            check_source(Path(config.data.preferences))
+        except PreferencesError as error:
+            raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
+
+
+def check_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | None:
+    """The shape of a pipeline's latents, where its family can tell without loading it."""
+    from flowalign.models.inspect import latent_shape
+
+    if any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
+        raise ConfigError(
+            key,
+            f"{path} is a run or a checkpoint; a run starts from a pipeline, so make one: flowalign export {path} "
+            "--to DIR, with --as ema for its averaged weights",
+        )
+    check: Callable[[Path], None] | None = getattr(model_family(model.type), "check_directory", None)
+    try:
+        if check is not None:
+            check(path)
+        return latent_shape(path, model.height, model.width) if model.type == "sd3" else None
+    except ValueError as error:
+        reason = str(error).removeprefix("model.path: ")
+        given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)
+        sized = key.endswith("path") and reason.startswith("image size") and given is not None
+        raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
+
+
+def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[int, int, int] | None:
+    """A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's."""
+    from flowalign.record.checkpoint import CheckpointError, find
+
+    path = Path(teacher["path"])
+    if (path / "model_index.json").is_file():
+        if teacher.get("weights", "model") != "model":
+            raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
+        return check_pipeline(f"{key}.path", path, model)
+    try:
+        find(path, None)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}.path", str(error)) from error
+    return None
+
+
+def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
+    from rewards.interface import ScorerError
+    from rewards.resolve import check
+
+    try:
+        check({"type": reward.spec, **reward.options}, base_dir)
+    except ScorerError as error:
+        raise ConfigError(key, str(error)) from error
+
+
+def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
+    """No two rewards answer to one name."""
+    from rewards.interface import ScorerError
+    from rewards.names import Named, check_names
+
+    try:
+        check_names([Named(reward.label, reward.spec, reward.name is not None) for reward in rewards], key)
+    except ScorerError as error:
+        raise ConfigError(key, str(error).removeprefix(f"{key}: ")) from error
+
+
+def check_numbers(config: AlignConfig, algorithm: Any) -> None:
+    """Counts that must fit together, and settings that need another one."""
+    _check_pairs_wanted(config, algorithm)
+    if algorithm.needs_scores and not config.rewards:
+        raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
+    if config.learner.ema_decay is None:
+        for key, value in (
+            ("algorithm.rollout_weights", algorithm.rollout_weights),
+            ("evaluation.weights", config.evaluation.weights),
+        ):
+            if value == "ema":
+                raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
+    plan = algorithm.rollout_plan(0, config.seed)
+    _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
+    images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
+    if images > IMAGES:
+        raise ConfigError(
+            "data.groups_per_iteration",
+            f"{config.data.groups_per_iteration:,} groups of {images // config.data.groups_per_iteration:,} are "
+            f"{images:,} images an iteration; at most {IMAGES:,} are possible",
+        )
+    items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
+    updates = config.learner.updates_per_iteration
+    if updates * config.learner.ranks > items:
+        raise ConfigError(
+            "learner.updates_per_iteration",
+            f"{updates} updates on {config.learner.ranks} ranks need as many transitions; an iteration has {items}",
+        )
+
+
+def _check_plan(name: str, plan: Any, cached: bool) -> None:
+    """An SDE has noisy steps, and they lie on the schedule; an algorithm of the user's may plan anything."""
+    if plan is None:
+        return
+    begin, end = plan.window
+    if not 0 <= begin <= end <= plan.num_steps:
+        raise ConfigError("algorithm", f"{name} plans noise in steps [{begin}, {end}) of {plan.num_steps}")
+    if cached and end - begin == plan.num_steps:
+        raise ConfigError(
+            "rollout.cache", f"{name} makes noise in every step, and no such step may be cached; leave the cache out"
+        )
+    if plan.kind != "ode" and begin == end:
+        raise ConfigError("algorithm", f"{name} plans no step of kind {plan.kind}, so that it could learn nothing")
+
+
+def _check_pairs_wanted(config: AlignConfig, algorithm: Any) -> None:
+    """Preference pairs are given where the algorithm learns from them, and nowhere else."""
+    wanted, given = algorithm.consumes.__name__ == "PreferencePairs", config.data.preferences is not None
+    if wanted and not given:
+        raise ConfigError(
+            "data.preferences",
+            "is missing; give a parquet file or a folder, such as `flowalign make-preferences` writes",
+        )
+    if given and not wanted:
+        raise ConfigError("data.preferences", f"{config.algorithm['type']} learns from what it rolls out; leave it out")
+
+
+def check_device(key: str, device: str, here: bool = True) -> None:
+    """A device that torch knows, and that this machine has if the run starts ``here``."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(key, f"got {device!r}; write cpu, cuda or cuda:N")
+    if here and device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(key, f"{device}, but torch sees no GPU here; set {key}=cpu")
+
+
+def check_cores(config: AlignConfig) -> None:
+    """The actors fit on this machine; they take turns, so its cores may be promised twice."""
+    c, cores = config.cluster, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = {
+        "cluster.rollout_cpus": c.rollout_workers * c.rollout_cpus,
+        "cluster.reward_cpus": c.reward_workers * c.reward_cpus,
+        "cluster.learner_cpus": config.learner.ranks * c.learner_cpus,
+        "cluster.teacher_cpus": len(config.algorithm.get("teachers") or ()) * c.teacher_cpus * c.has_teacher_actors,
+    }
+    if sum(asked.values()) > CORES_PROMISED * cores:
+        key = max(asked, key=lambda name: asked[name])
+        raise ConfigError(
+            key,
+            f"all actors together need {sum(asked.values()):g} CPUs, this machine has {cores} cores, "
+            f"and at most {CORES_PROMISED * cores} may be asked for; lower it or the number of actors",
+        )

@@ -1,0 +1,129 @@
+"""What prompts say wrong of a run: rows that a reward cannot judge, tasks that no row or no teacher has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.alignment import AlignConfig, EvaluationConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+from flowalign.intake.check import nearest
+
+
+def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path, *, advice: str = "") -> None:
+    """The prompts load, and every reward can judge every row that it is for.
+
+    The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
+    """
+    from flowalign.record.textfiles import and_more
+    from flowalign.samples.scoring import task_of
+    from rewards.interface import InputError, ScorerError
+    from rewards.resolve import row_check
+
+    rows, wrong = _placed(key, source, base_dir)
+    for reward in rewards:
+        try:
+            judges = row_check({"type": reward.spec, **reward.options}, base_dir)
+        except ScorerError:
+            continue  # check_reward says it
+        if judges is None:
+            continue
+        for place, (where, row) in rows.items():
+            if reward.tasks is None or task_of(row) in reward.tasks:
+                try:
+                    judges(row)
+                except InputError as error:
+                    wrong.setdefault(place, f"{where}: {str(error).removeprefix('metadata: ')}{advice}")
+    if wrong:
+        raise ConfigError(key, wrong[min(wrong)] + and_more(len(wrong) - 1))
+
+
+def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
+    """The rows with where they stand, and what is wrong with others, both by their place in the file."""
+    from flowalign.data.prompts import PromptsError, placed_prompts
+    from flowalign.record.textfiles import BadRows
+
+    try:
+        return dict(enumerate(placed_prompts(source, base_dir))), {}
+    except PromptsError as error:
+        if not isinstance(error.__cause__, BadRows):
+            raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
+        found = error.__cause__
+        return {line: (f"{base_dir / source}, line {line}", row) for line, row in found.rows}, dict(found.wrong)
+
+
+def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:
+    """Every weighted task occurs in the prompts, and something is left to draw."""
+    from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError:
+        return  # check_prompts says it
+    try:
+        task_cycle(rows, weights)
+    except PromptsError as error:
+        raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
+
+
+def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
+    """Every task that a reward is for occurs in the prompts, and every prompt has a reward that is trained on."""
+    found = _tasks_of(source, base_dir)
+    if not found:
+        return
+    for i, reward in enumerate(rewards):
+        _check_tasks_there(f"rewards.{i}", reward, source, found)
+    trained = [reward for reward in rewards if reward.weight and not reward.gold]
+    if trained and all(reward.tasks is not None for reward in trained):
+        covered = {task for reward in trained for task in reward.tasks or ()}
+        if left := [task for task in found if task not in covered]:
+            raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
+
+
+def check_judged_tasks(evaluation: EvaluationConfig, source: str, base_dir: Path) -> None:
+    """Every task that a scorer of an evaluation is for occurs in its prompts."""
+    scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
+    scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
+    if any(reward.tasks for reward in scorers.values()):
+        found = _tasks_of(source, base_dir)
+        for key, reward in scorers.items() if found else ():
+            _check_tasks_there(key, reward, source, found)
+
+
+def _tasks_of(source: str, base_dir: Path) -> list[str]:
+    """The tasks of the prompts in their order; none where they cannot be read, which `check_prompts` says."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    try:
+        rows = load_prompts(source, base_dir)
+    except PromptsError:
+        return []
+    return list(dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in rows))
+
+
+def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Sequence[str]) -> None:
+    if unknown := [task for task in reward.tasks or () if task not in found]:
+        raise ConfigError(
+            f"{key}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
+        )
+
+
+def check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:
+    """Every task of the prompts has its teacher."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    if not hasattr(algorithm, "teacher_of"):
+        return
+    try:
+        rows = load_prompts(config.data.prompts)
+    except PromptsError:
+        return  # check_prompts says it
+    weights = config.data.task_weights
+    try:
+        for row in rows:
+            if weights.get(str(row.get("tag", "")), 1):
+                algorithm.teacher_of(row)
+    except ValueError as error:
+        raise ConfigError("algorithm.teachers", str(error).removeprefix("algorithm.teachers: ")) from error

@@ -1,0 +1,326 @@
+"""Configuration files: YAML plus ``key=value`` overrides in, a checked and resolved configuration out.
+
+Everything wrong is a ``ConfigError``. What needs no torch is looked at first, and nothing heavier is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Generic
+
+from pydantic import ValidationError
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig, SamplingConfig
+from flowalign.config.training import PretrainConfig
+from flowalign.intake import check as checks
+from flowalign.intake import check_prompts as promptcheck
+from flowalign.intake.check_training import check_caches, check_training, notes_of
+from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
+from flowalign.intake.paths import Config, resolve, shipped_names
+from flowalign.record.checkpoint import LOG, has_any
+from flowalign.record.contents import digests, put, relocated
+from flowalign.record.disk import write_text, writing
+from flowalign.record.textfiles import is_there
+from flowalign.record.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
+from rewards.missing import hint
+
+RESOLVED = "config.yaml"
+DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
+PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
+_RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[Config]):
+    """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it.
+
+    ``overridden`` lists what differs from the file, ``notes`` what hardly was meant.
+    """
+
+    config: Config
+    base_dir: Path
+    missing: tuple[str, ...] = ()
+    overridden: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, without what ``write_resolved`` records beside the configuration.
+
+    A run's own ``config.yaml`` means this run: its files are looked for around the run directory where they are not at
+    their old places, and ``runs_dir`` and ``name`` are those of the directory that it lies in.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bool]:
+    """`read_yaml`, and whether `write_resolved` wrote the file: to others the keys that it records are unknown."""
+    raw = read_mapping(path)
+    versions = raw.get("versions")
+    if not isinstance(versions, dict) or "flowalign" not in versions:
+        return raw, False
+    recorded = {key: raw.pop(key) for key in _RECORDED if key in raw}
+    _refuse_edited_seeds(raw, recorded.get("seeds"))
+    return (_of_run(raw, recorded, path.resolve().parent) if path.name == RESOLVED else raw), True
+
+
+def _refuse_edited_seeds(raw: Mapping[str, Any], seeds: Any) -> None:
+    """Nothing is read from a run's record of its seeds, so that a change in it would have no effect."""
+    if not isinstance(seeds, dict):
+        return
+    evaluation = raw.get("evaluation")
+    own = {"run": raw.get("seed"), "evaluation": evaluation.get("seed") if isinstance(evaluation, dict) else None}
+    for name, key in (("run", "seed"), ("evaluation", "evaluation.seed")):
+        if name in seeds and own[name] is not None and seeds[name] != own[name]:
+            raise ConfigError(
+                f"seeds.{name}", f"is {seeds[name]}, and {key} is {own[name]}; set {key}, seeds only records it"
+            )
+
+
+def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The configuration that the run in ``run_dir`` recorded, wherever the directory was moved to."""
+    found = relocated(raw, run_dir, _record(recorded, "run_dir", str), _record(recorded, "contents", dict) or {})
+    if found:
+        say_once(f"{run_dir} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
+    named = Path(os.path.expanduser(str(raw.get("runs_dir", "runs")))) / str(raw.get("name"))
+    if (run_dir / "checkpoints").is_dir() and named.resolve() != run_dir:
+        put(raw, ["runs_dir"], str(run_dir.parent))
+        put(raw, ["name"], run_dir.name)
+    return raw
+
+
+def _record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
+    """What was recorded beside a configuration; None where version 0.1 wrote it, or somebody else."""
+    return recorded.get(key) if isinstance(recorded.get(key), kind) else None
+
+
+@lru_cache
+def say_once(text: str) -> None:
+    LOG.warning(text)
+
+
+def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:
+    """Read, override, resolve and check a run; raises ConfigError. Without ``require_files`` what this machine lacks
+    is listed, not refused."""
+    return _load(path, overrides, lambda raw, base: _checked_align(raw, base, require_files))
+
+
+def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
+    """``load_align`` for a training run on latents."""
+    return _load(path, overrides, _checked_pretrain)
+
+
+def _load(
+    path: Path, overrides: Sequence[str], check: Callable[[dict[str, Any], Path], Loaded[Config]]
+) -> Loaded[Config]:
+    """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
+    that was written."""
+    (raw, recorded), base = _read(path), path.resolve().parent
+    before = copy.deepcopy(raw)
+    override(raw, overrides)
+    refuse_old_grid(raw, overrides, recorded=recorded)
+    overridden = tuple(differences(before, raw))
+    while True:
+        try:
+            loaded = check(raw, base)
+            return replace(loaded, overridden=overridden, notes=tuple(notes_of(loaded.config)))
+        except ConfigError as error:
+            if not (isinstance(error.__cause__, ValidationError) and _take_texts(raw, error.__cause__)):
+                raise _with_remedy(raw, base, error) from error.__cause__
+
+
+def _with_remedy(raw: dict[str, Any], base: Path, error: ConfigError) -> ConfigError:
+    """The error, with what to do where it speaks of a path that a run was begun with and that is not there any more."""
+    keys, run_dir = error.key.split("."), Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
+    given = _at(raw, keys)
+    if not isinstance(given, str) or not is_there(run_dir / RESOLVED) or not has_any(run_dir / "checkpoints"):
+        return error
+    places = [os.path.normpath(folder / given) for folder in (base, Path.cwd())]
+    was = _at(read_mapping(run_dir / RESOLVED), keys)
+    if was not in places or any(is_there(Path(place)) for place in places):
+        return error
+    remedy = f"{run_dir} was begun with {was}; say where it is now: {error.key}=NEW"
+    return ConfigError(error.key, f"{error.reason}; {remedy}")
+
+
+def _take_texts(raw: dict[str, Any], error: ValidationError) -> bool:
+    """Put what was written in the place of what YAML made of it, where a text is wanted; whether there was any."""
+    root = raw if error.title in (AlignConfig.__name__, PretrainConfig.__name__) else raw.get("algorithm")
+    taken = False
+    for found in error.errors(include_url=False):
+        if found["type"] not in ("string_type", "literal_error", "list_type"):
+            continue
+        *path, key = found["loc"]
+        container = _at(root, path)
+        text = getattr(container, "texts", {}).get(key)
+        if text is not None and not isinstance(container[key], str):
+            container[key] = text
+            taken = True
+    return taken
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    """What lies at a path of keys and indices; None where nothing does."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Loaded[AlignConfig]:
+    if "phases" in raw and "iterations" not in raw:
+        raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
+    config = resolve(_validate(AlignConfig, raw), base)
+    missing: list[str] = []
+
+    def need(check: Callable[..., None], *args: Any) -> None:
+        try:
+            check(*args)
+        except ConfigError as error:
+            if require_files:
+                raise
+            missing.append(str(error))
+
+    for i, reward in enumerate(config.rewards):
+        need(checks.check_reward, f"rewards.{i}", reward, base)
+    if config.evaluation.scorer is not None:
+        need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base)
+    for i, reward in enumerate(config.evaluation.gold):
+        need(checks.check_reward, f"evaluation.gold.{i}", reward, base)
+    need(checks.check_reward_names, "rewards", config.rewards)
+    judges = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
+    need(checks.check_reward_names, "evaluation", judges)
+    if config.safety.clip is not None:
+        need(checks.check_reward, "safety.clip", RewardConfig(spec="clip", options={"path": config.safety.clip}), base)
+    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    need(checks.check_model, config)
+    need(check_caches, config)
+    need(promptcheck.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
+    need(promptcheck.check_task_weights, config.data.task_weights, config.data.prompts, base)
+    need(promptcheck.check_reward_tasks, config.rewards, config.data.prompts, base)
+    need(promptcheck.check_tasks_taught, config, algorithm)
+    if config.evaluation.every:
+        need(
+            partial(promptcheck.check_prompts, advice=DEFAULT_JUDGE if config.evaluation.scorer is None else ""),
+            "evaluation.prompts",
+            config.evaluation.prompts,
+            judges,
+            base,
+        )
+        need(promptcheck.check_judged_tasks, config.evaluation, config.evaluation.prompts, base)
+    here = config.cluster.backend == "local" or config.cluster.address is None
+    need(checks.check_device, "cluster.device", config.cluster.device, here)
+    if config.cluster.backend == "ray" and here:
+        need(checks.check_cores, config)
+    config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
+    checks.check_numbers(config, algorithm)
+    return Loaded(config, base, tuple(missing))
+
+
+def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
+    if "iterations" in raw and "phases" not in raw:
+        raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
+    config = resolve(_validate(PretrainConfig, raw), base)
+    algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
+    check_training(config, algorithm)
+    checks.check_model(config)
+    checks.check_device("device", config.device)
+    return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
+
+
+def _walked(
+    config: Config, algorithm: Any, section: str, sampling: SamplingConfig, require_files: bool = True
+) -> Config:
+    """``config`` with all keys of its algorithm, whose levels exist, as those of ``sampling`` do."""
+    check_finite(algorithm.config.model_dump(), "algorithm")
+    own = schedule_of(config.model, require_files)
+    check_walks(config.model, algorithm, own, section, sampling)
+    return config.model_copy(update={"algorithm": filled(algorithm.config, config.model, own)})
+
+
+def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+    check_finite(raw)
+    try:
+        config = model.model_validate(plain(raw))
+    except ValidationError as error:
+        raise checks.explain(error, model) from error
+    check_finite(config.model_dump())
+    return config
+
+
+def write_resolved(
+    config: AlignConfig | PretrainConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
+
+    Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
+    changes of these that were ``accepted``, now and before. Raises DiskError.
+    """
+    seeds = {"run": config.seed}
+    if isinstance(config, AlignConfig):
+        seeds["evaluation"] = config.evaluation.seed
+    content = config.model_dump(mode="json")
+    # What a run that is continued was begun with stays on record.
+    goes_on = has_any(run_dir / "checkpoints")
+    began = recorded_contents(run_dir) if goes_on else {}
+    changed = {change["key"] for change in accepted}
+    contents = {key: digest if key in changed else began.get(key, digest) for key, digest in digests(content).items()}
+    earlier = plain(_recorded(run_dir, "accepted_changes", list) or []) if goes_on else []
+    changes = [*(change for change in earlier if change not in accepted), *map(dict, accepted)]
+    values = shipped_names(content) | {"versions": versions(), "seeds": seeds}
+    values |= {"run_dir": os.path.abspath(run_dir), "contents": contents}
+    values |= {"accepted_changes": changes} if changes else {}
+    with writing(str(run_dir), run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    return write_text(run_dir / RESOLVED, dump_yaml(values))
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def recorded_contents(run_dir: Path) -> dict[str, str]:
+    """Digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
+    return _recorded(run_dir, "contents", dict) or {}
+
+
+def _recorded(run_dir: Path, key: str, kind: type) -> Any:
+    path = run_dir / RESOLVED
+    return _record(read_mapping(path), key, kind) if path.is_file() else None
+
+
+def recorded_versions(run_dir: Path) -> dict[str, str]:
+    """The versions that ``run_dir`` was last written with."""
+    path = run_dir / RESOLVED
+    return plain(read_mapping(path).get("versions") or {})
+
+
+def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
+    """The configuration that a run directory was made with; raises ConfigError where there is none."""
+    path = run_dir / RESOLVED
+    if not path.is_file():
+        absent = f"does not exist{hint(run_dir)}"
+        what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else absent
+        raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
+    raw = read_yaml(path)
+    if "phases" in raw:
+        return resolve(_validate(PretrainConfig, raw), run_dir)
+    return resolve(_validate(AlignConfig, raw), run_dir)

@@ -1,0 +1,88 @@
+"""The configuration that belongs to what there is already: a run, a checkpoint, a pipeline directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
+from flowalign.intake.check import check_pipeline, explain
+from flowalign.intake.file import load_align, read_resolved, recorded_contents
+from flowalign.intake.paths import recorded_model
+from flowalign.record.checkpoint import LOG, find, verify
+from flowalign.record.contents import base_hash, base_of
+
+
+def config_of(source: Path, file: Path | None, model: Path | None = None) -> AlignConfig:
+    """The configuration that belongs to a run, to one of its checkpoints, or to a bare pipeline directory.
+
+    ``model`` stands in for the base model of a run that is not at its place any more.
+
+    Raises:
+        ConfigError: there is none, its base model is not there, or ``model`` is another one than it needs.
+    """
+    if file is None and (source / "model_index.json").is_file():
+        if model is not None:
+            raise ConfigError("--model", f"{source} is a whole pipeline, which needs no other; leave --model out")
+        recorded = recorded_model(source)
+        sampling = recorded.pop("sampling", {})
+        return _bare({"path": str(source), **recorded}, evaluation=sampling)
+    run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
+    config = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
+    if isinstance(config, PretrainConfig):
+        cluster = {"threads": config.threads, "device": config.device}
+        config = _bare(config.model_as_trained, cluster=cluster, evaluation=config.sampling.model_dump())
+    if file is not None and (source / "model_index.json").is_file():
+        _check_family(config, source)
+    if model is not None:
+        config = _with_model(config, source, run_dir, model)
+    if not Path(config.model.path).is_dir() and not (source / "model_index.json").is_file():
+        raise ConfigError(
+            "model.path",
+            f"{config.model.path}, which {source} was trained from, is not there; say where it is now: --model DIR",
+        )
+    return config
+
+
+def _check_family(config: AlignConfig, source: Path) -> None:
+    """A pipeline that says what its output means is not read as something else."""
+    own = recorded_model(source).get("family", config.model.family)
+    if own != config.model.family:
+        raise ConfigError(
+            "--config",
+            f"its model is of {config.model.family} and {source} of {own}; write model.family: {own} there, or leave "
+            "--config out",
+        )
+
+
+def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -> AlignConfig:
+    """The configuration with ``model`` for its base, which a LoRA needs as it was."""
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model.absolute())})})
+    check_pipeline("--model", model, config.model)
+    found = find(source, None)
+    state = json.loads((found / "state.json").read_bytes()) if verify(found, ("state.json",)) else {}
+    wanted, given = state.get("base_hash") or base_of(recorded_contents(run_dir).get("model.path")), base_hash(model)
+    if wanted in (None, given):
+        return config
+    if config.model.lora is not None:
+        raise ConfigError(
+            "--model",
+            f"{model} is another model than {found} was trained from (transformer files {given[:12]}, not "
+            f"{wanted[:12]}); a LoRA fits its own base alone",
+        )
+    LOG.warning(f"--model: {model} is another model than {found} was trained from; all but the transformer is its")
+    return config
+
+
+def _bare(model: Any, **sections: Any) -> AlignConfig:
+    """Enough of a configuration to sample and evaluate a model that no alignment run made."""
+    values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
+    try:
+        return AlignConfig.model_validate({**values, **sections})
+    except ValidationError as error:
+        raise explain(error, AlignConfig) from error

@@ -1,0 +1,43 @@
+"""The configuration of a public benchmark's official verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+
+
+def geneval_suite(
+    config: AlignConfig, detector: str | None, prompts: str | None, num_samples: int | None
+) -> tuple[AlignConfig, int]:
+    """The configuration with the public benchmark's official verdicts, and its number of samples: 4 a prompt.
+
+    ``detector`` is a name or JSON options; by default that of the run's own geneval reward, else the palette.
+
+    Raises:
+        ConfigError: the detector cannot be built, or the prompts are not in GenEval's format.
+    """
+    from flowalign.data.prompts import load_prompts
+    from flowalign.intake.check import check_reward
+    from flowalign.intake.check_prompts import check_prompts
+    from flowalign.intake.paths import resolve_reward
+
+    here, source = Path.cwd(), prompts or config.evaluation.prompts
+    configured = [config.evaluation.scorer, *config.rewards]
+    own = [reward.options.get("detector") for reward in configured if reward is not None and reward.spec == "geneval"]
+    chosen: Any = next((known for known in own if known is not None), "palette")
+    if detector is not None:
+        try:
+            chosen = json.loads(detector) if detector.lstrip().startswith("{") else detector
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("--detector", f'is not JSON ({error}); write a name or {{"type": …}}') from error
+    scorer = RewardConfig(spec="geneval", options={"mode": "official", "detector": chosen})
+    scorer = resolve_reward(scorer, here, "--detector")
+    check_reward("--detector", scorer, here)
+    check_prompts("--prompts", source, [scorer], here)
+    evaluation = config.evaluation.model_copy(update={"scorer": scorer})
+    return config.model_copy(update={"evaluation": evaluation}), num_samples or 4 * len(load_prompts(source))

@@ -1,0 +1,1 @@
+"""What commands make from a model or a source: pairs, preferences, banks, merges, calibrations."""

@@ -1,0 +1,194 @@
+"""Encodes a source of captioned images into a latent bank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
+from flowalign.data.banks.buckets import Bucket, BucketError, buckets_of_area, nearest, parse_bucket
+from flowalign.data.banks.embeddings import write_embeddings
+from flowalign.data.banks.encoder import encoder_hash
+from flowalign.data.banks.latents import EMBEDDINGS
+from flowalign.data.banks.writer import FROM, BankWriter, finished
+from flowalign.data.images import ImageRow, ImagesError, ImageSource
+from flowalign.making.duplicates import find_duplicates
+from flowalign.making.encode import Cutter, RowsDigest, Sizes, encode, in_order
+from flowalign.models.base import ModelError, Policy
+from flowalign.models.build import policy_class
+from rewards.pictures import PictureError, look
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to encode and how. Sizes are in pixels; ``buckets`` go before ``resolution`` and ``max_ratio``."""
+
+    source: str
+    to: Path
+    model: ModelConfig
+    captions: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None
+    split: str = "train"
+    hub: bool = False
+    streaming: bool = True
+    limit: int | None = None
+    resolution: int | None = None
+    max_ratio: float = 1.0
+    buckets: tuple[str, ...] = ()
+    random_crop: bool = False
+    flip: bool = False
+    seed: int = 0
+    deduplicate: float | None = None
+    clip: str | None = None
+    embeddings: str | None = None
+    batch_size: int = 16
+    shard_size: int = 2048
+    device: str = "cpu"
+    workers: int = 4
+
+    def identity(self, source: ImageSource, encoder: str) -> dict[str, Any]:
+        """All that decides the bank's content, as plain data."""
+        named = ("split", "limit", "resolution", "max_ratio", "random_crop", "flip", "seed", "shard_size")
+        own = {name: getattr(self, name) for name in (*named, "deduplicate", "clip", "embeddings")}
+        text = {"dtype": self.model.dtype, "max_sequence_length": self.model.max_sequence_length}
+        place = self.source if self.hub else str(Path(self.source).resolve())
+        columns = {"captions": source.captions, "image": self.image, "buckets": list(self.buckets)}
+        return {"source": place, "encoder": encoder, **columns, **own, **text}
+
+
+def precompute(options: Options, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Write the bank, or what is missing of it; returns its manifest. ``say`` is told of each shard and each warning.
+
+    Raises:
+        ConfigError: a size or the directory does not fit. ImagesError: the source cannot be read, or nothing in it can
+            be used. LatentsError: the disk is full, or the directory was begun with other options. ModelError.
+    """
+    source = ImageSource(
+        options.source,
+        options.captions,
+        image=options.image,
+        streaming=options.streaming,
+        hub=options.hub,
+        split=options.split,
+        limit=options.limit,
+    )
+    encoder = encoder_hash(options.model)
+    identity = options.identity(source, encoder)
+    files = _files_digest(options)
+    if (done := finished(options.to, identity)) is not None:
+        _check_unchanged(options, source, files, done.get(FROM) or {})
+        say(f"{options.to} is complete already")
+        return done
+    policy = _encoders(options)
+    buckets = _buckets(options, policy)
+    writer = BankWriter(options.to, identity)
+    sizes = Sizes(options.batch_size, options.shard_size, options.device, options.workers)
+    with writer.on_full_disk(source.total):
+        if options.buckets and not writer.entries:
+            _check_listed(source, buckets)
+        removed: Mapping[int, str] = {}
+        if options.deduplicate is not None and options.clip is not None:
+            ordered = partial(in_order, workers=options.workers)
+            removed = find_duplicates(
+                source, options.deduplicate, options.clip, writer.work, device=options.device, ordered=ordered
+            )
+        cutter = Cutter(buckets, options.random_crop, options.flip, options.seed, removed)
+        rows = encode(source, cutter, policy, writer, sizes, say)
+        table = None
+        if options.embeddings is not None:
+            dtype = getattr(torch, options.embeddings)
+            table = write_embeddings(options.to / EMBEDDINGS, policy, list(writer.prompts), dtype)
+        counts = [{"pixels": str(bucket), "count": _count(writer, policy, bucket)} for bucket in buckets]
+        made_from = {"rows": rows} | ({} if files is None or source.reads_elsewhere else {"files": files})
+        manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts, FROM: made_from})
+    for bucket in counts:
+        if not bucket["count"]:
+            say(f"warning: no image fell into the bucket {bucket['pixels']}")
+    return manifest
+
+
+def _files_digest(options: Options) -> str | None:
+    """Names, sizes and times of the files of a source on this machine, but for what lies in the bank itself."""
+    if options.hub:
+        return None
+    source, own = Path(options.source).resolve(), options.to.resolve()
+    files = [source] if source.is_file() else (path for path in source.rglob("*") if path.is_file())
+    listed = [(path, path.stat()) for path in files if not path.is_relative_to(own)]
+    said = sorted((path.relative_to(source).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in listed)
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _check_unchanged(options: Options, source: ImageSource, files: str | None, made_from: Mapping[str, str]) -> None:
+    """The bank is of what the source holds now: by its files' names, sizes and times, else by every byte."""
+    if options.hub or "rows" not in made_from or made_from.get("files") == files:
+        return
+    rows = RowsDigest()
+    for row in source:
+        rows.add(row)
+    if str(rows) != made_from["rows"]:
+        raise ImagesError(
+            f"--to: {options.source} has changed since the bank in {options.to} was made; name another directory"
+        )
+
+
+def _count(writer: BankWriter, policy: Policy, bucket: Bucket) -> int:
+    _, height, width = policy.latent_shape(bucket.height, bucket.width)
+    return sum(entry["count"] for entry in writer.entries if entry["bucket"] == f"{height}x{width}")
+
+
+def _encoders(options: Options) -> Policy:
+    """The policy without the weights of its network, which nothing here asks."""
+    policy = policy_class(options.model.type).load(
+        Path(options.model.path),
+        max_sequence_length=options.model.max_sequence_length,
+        device=options.device,
+        dtype=getattr(torch, options.model.dtype),
+    )
+    policy.network.to("meta")
+    return policy
+
+
+def _buckets(options: Options, policy: Policy) -> tuple[Bucket, ...]:
+    multiple = _multiple(policy)
+    factor = multiple // policy.latent_shape(multiple, multiple)[1]
+    try:
+        if options.buckets:
+            return tuple(dict.fromkeys(parse_bucket(text, multiple) for text in options.buckets))
+        side = options.resolution or policy.latent_shape(None, None)[1] * factor
+        return buckets_of_area(side, options.max_ratio, multiple)
+    except BucketError as error:
+        raise ConfigError("--bucket" if options.buckets else "--resolution", str(error)) from error
+
+
+def _multiple(policy: Policy) -> int:
+    """The smallest side that the model takes, of which all others are multiples."""
+    for side in count(1):
+        try:
+            policy.latent_shape(side, side)
+        except ModelError:
+            continue
+        return side
+    raise AssertionError
+
+
+def _check_listed(source: ImageSource, buckets: tuple[Bucket, ...]) -> None:
+    """Every bucket that was asked for by name has an image, told from the heads of the files."""
+    empty = dict.fromkeys(buckets)
+    for row in source:
+        if isinstance(row, ImageRow):
+            with suppress(PictureError):  # the encoding names it
+                head = look(row.content)
+                empty.pop(nearest(buckets, head.height, head.width), None)
+        if not empty:
+            return
+    lacking = ", ".join(map(str, empty))
+    raise ImagesError(f"--bucket: no image of {source.source} is nearest to {lacking}; leave it out of the list")

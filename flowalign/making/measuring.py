@@ -1,0 +1,246 @@
+"""Measures a folder of images: references, extractors, and what a reader of the numbers must know."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flowalign.measure.evaluate import EvaluationResult
+    from flowalign.measure.features import FeatureExtractor
+    from flowalign.measure.imageset import Pictures
+    from rewards.openclip import OpenClip
+
+FEW = 100  # images of which KID tells little
+METRICS = ("fid", "kid", "precision", "recall", "clip")
+TRUE_SCENES = "shapes:eval"
+SHIPPED_CLIP = "shapes:open_clip"
+
+
+@dataclass
+class Measured:
+    """What a folder was found to be: a value a metric, what was left out of which set, and notes for its reader."""
+
+    metrics: dict[str, float]
+    content: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    left_out: Mapping[str, Pictures] = field(default_factory=dict)
+
+
+def measure_folder(
+    generated: Path,
+    *,
+    reference: str | None,
+    metrics: str | None,
+    prompts: Path | None,
+    extractor: str,
+    clip: str,
+    num_reference: int | None,
+    seed: int,
+    device: str,
+    show: Callable[[str], Callable[[int, int], None]],
+) -> Measured:
+    """Compare the images of ``generated`` with a reference, and with their prompts.
+
+    ``metrics`` is a list of `METRICS` with commas; None takes all that can be had. ``show("images")`` answers with what
+    is told how many of how many are done.
+
+    Raises:
+        ConfigError: names the option that asks for what cannot be had.
+    """
+    from flowalign.intake.check import check_device
+    from flowalign.measure.imagefolder import image_files, own_prompts, prompt_rows
+    from flowalign.measure.imageset import folder_of
+
+    check_device("--device", device)
+    files = image_files(generated, "GENERATED")
+    source = prompts or own_prompts(generated)
+    wanted = _wanted(metrics, reference, source)
+    texts = [row["prompt"] for row in prompt_rows(files, source)] if source and "clip" in wanted else None
+    pictures = folder_of(files, "GENERATED")
+    values: dict[str, float] = {}
+    content: dict[str, Any] = {"generated": str(generated), "metrics": values}
+    notes, left_out = list[str](), {"generated": pictures}
+    if reference is not None and wanted != ["clip"]:
+        from flowalign.measure.distances import compare
+
+        other = left_out["reference"] = reference_of(reference, num_reference or pictures.count, seed)
+        _check_counts(pictures.count, other.count, wanted)
+        model = extractor_of(extractor, device)
+        found = [_features(model, images, show("images")) for images in (pictures, other)]
+        _check_counts(pictures.count, other.count, wanted)
+        values |= compare(*found, metrics=wanted)
+        content |= {"reference": reference, "reference_images": other.count, "extractor": extractor}
+        notes = notes_of(min(map(len, found)), found[0].shape[1], wanted)
+    if texts is not None:
+        scores = _clip_scores(pictures, texts, clip_of(clip, device))
+        values["clip"] = float(scores.mean())
+        names = [pictures.names[place] for place in pictures.kept]
+        content |= {"clip": clip, "files": names, "clip_scores": scores.tolist()}
+    content |= {"images": pictures.count, "left_out": {key: images.reasons for key, images in left_out.items()}}
+    return Measured({name: values[name] for name in wanted}, {**content, "notes": notes}, notes, left_out)
+
+
+def reference_metrics(
+    reference: str, count: int, extractor: str, clip: str, device: str, say: Callable[[str], None]
+) -> Callable[[EvaluationResult], dict[str, float]]:
+    """Open what ``flowalign evaluate`` compares ``count`` samples with; all that can be wrong is found before they are
+    made. Returns what measures them.
+
+    Raises:
+        ConfigError: the reference, the extractor or the CLIP model is not there, or there are too few images.
+    """
+    from flowalign.measure.evaluate import image_metrics
+
+    other = reference_of(reference, count)
+    _check_counts(count, other.count, ["precision", "recall"])
+    model, scorer = extractor_of(extractor, device), clip_of(clip, device)
+    features = _features(model, other, lambda done, total: None)
+    _check_counts(count, len(features), ["precision", "recall"])
+    notes = notes_of(min(count, other.count), features.shape[1], ["fid"])
+    for line in [*other.lines(), *map("note: {}".format, notes)]:
+        say(line)
+    return lambda result: image_metrics(result, features, model, scorer)
+
+
+def reference_of(reference: str, count: int, seed: int = 0) -> Pictures:
+    """The images of a folder, all of them, or ``count`` true scenes of the evaluation prompts."""
+    from flowalign.config.section import ConfigError
+    from flowalign.measure.imagefolder import image_files
+    from flowalign.measure.imageset import Pictures, folder_of
+
+    if reference == TRUE_SCENES:
+        from flowalign.measure.features import batches_of
+
+        images = true_scenes(count, seed)
+        return Pictures(reference, [str(place) for place in range(count)], partial(batches_of, images))
+    if reference.startswith("shapes:"):
+        raise ConfigError("--reference", f"no {reference!r}; write {TRUE_SCENES} or a folder")
+    return folder_of(image_files(Path(os.path.expanduser(reference)), "--reference"), "--reference")
+
+
+def true_scenes(count: int, seed: int) -> np.ndarray:
+    """What the first ``count`` evaluation prompts ask for, uint8 (count, 64, 64, 3), a function of the seed."""
+    import numpy as np
+
+    from flowalign.shapes.prompts import evaluation_set, scene
+    from flowalign.shapes.render import render
+
+    rng = np.random.default_rng(seed)
+    return np.stack([render(scene(row, rng), rng) for row in evaluation_set(count)])
+
+
+def extractor_of(text: str, device: str) -> FeatureExtractor:
+    """``inception``, ``file.py:function``, an open_clip directory, or ``{"type": …}``."""
+    from flowalign.measure.features import resolve_extractor
+
+    options = _options(text, "--extractor")
+    if "type" not in options:
+        own = text == "inception" or (":" in text and not text.startswith("shapes:"))
+        options = {"type": text} if own else {"type": "open_clip", **options}
+    return resolve_extractor(options, device=device, base_dir=Path.cwd())
+
+
+def clip_of(text: str, device: str) -> OpenClip:
+    """An open_clip directory, or ``{"model": …, "checkpoint": …}``."""
+    from flowalign.config.section import ConfigError
+    from rewards.openclip import OpenClip
+
+    try:
+        model = OpenClip("--clip", **_options(text, "--clip"))
+    except TypeError as error:
+        said = str(error).removeprefix("OpenClip.__init__() ")
+        raise ConfigError("--clip", f"{said}; write model and checkpoint, or path") from error
+    model.setup(device)
+    return model
+
+
+def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
+    """What a reader of the numbers must know; ``count`` is the size of the smaller set."""
+    from flowalign.measure.distances import rank_deficient
+
+    notes = list[str]()
+    if "fid" in metrics and rank_deficient(count, width):
+        notes.append(
+            f"fid: {count} images for {width} features leave the covariance rank-deficient and the distance too large; "
+            "compare it only between sets of the same size, or take kid"
+        )
+    if "kid" in metrics and count < FEW:
+        notes.append(
+            f"kid: of {count} images it is right on average and scatters widely, below 0 as well; compare it with more"
+        )
+    return notes
+
+
+def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:
+    """The metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
+    from flowalign.config.section import ConfigError
+    from flowalign.intake.check import nearest
+
+    possible = [m for m in METRICS if (prompts if m == "clip" else reference) is not None]
+    if metrics is None and not possible:
+        raise ConfigError("--reference", "is missing, and so are prompts; give one of the two")
+    asked = possible if metrics is None else [name.strip() for name in metrics.split(",")]
+    for name in asked:
+        if name not in METRICS:
+            raise ConfigError("--metrics", f"no metric {name!r}; {nearest(name, METRICS)}")
+        if name not in possible:
+            missing, what = ("--prompts", "jsonl or text file") if name == "clip" else ("--reference", "folder")
+            raise ConfigError(missing, f"is missing, and {name} needs it; give a {what}")
+    return [name for name in METRICS if name in asked]
+
+
+def _check_counts(generated: int, reference: int, metrics: list[str]) -> None:
+    from flowalign.config.section import ConfigError
+    from flowalign.measure.distances import NEIGHBOURS
+
+    fewest = NEIGHBOURS + 1 if {"precision", "recall"} & set(metrics) else 2
+    if min(generated, reference) < fewest:
+        counts = f"{generated} generated images and {reference} of the reference"
+        raise ConfigError("--reference", f"{counts}; {', '.join(metrics)} need at least {fewest} of each")
+
+
+def _options(text: str, key: str) -> dict[str, Any]:
+    """JSON as it is, anything else as a ``path``; shipped names and files as absolute paths."""
+    from flowalign.config.section import ConfigError
+    from flowalign.config.sections import RewardConfig
+    from flowalign.intake.paths import resolve_reward
+
+    try:
+        options = json.loads(text) if text.lstrip().startswith("{") else {"path": text}
+    except ValueError as error:
+        raise ConfigError(key, f'is not JSON ({error}); write {{"model": …, "checkpoint": …}}') from error
+    return resolve_reward(RewardConfig(spec="clip", options=options), Path.cwd(), key).options
+
+
+def _features(model: FeatureExtractor, images: Pictures, show: Callable[[int, int], None]) -> np.ndarray:
+    """A row for each image that could be read, in their order."""
+    from flowalign.measure.features import extract
+
+    told = 0
+
+    def done(count: int) -> None:
+        nonlocal told
+        told += count
+        show(told, images.count)
+
+    return extract(model, images.batches(), len(images.names), done)[images.kept]
+
+
+def _clip_scores(images: Pictures, prompts: list[str], clip: OpenClip) -> np.ndarray:
+    """A score for each image that could be read, in their order."""
+    import numpy as np
+
+    from flowalign.measure.distances import clip_scores
+
+    scores = np.empty(len(images.names))
+    for places, pictures in images.batches():
+        scores[list(places)] = clip_scores(pictures, [prompts[i] for i in places], clip)
+    return scores[images.kept]

@@ -1,0 +1,172 @@
+"""``flowalign merge``: the average of runs, checkpoints and pipelines, as a pipeline directory."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SamplingConfig
+from flowalign.export import load_pipeline, save_pipeline
+from flowalign.export.markdown import code, text
+from flowalign.intake.recorded import config_of
+from flowalign.models.build import bind_weights
+from flowalign.models.encoding import Encoding, encoding
+from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
+from flowalign.models.sd3 import SD3Policy
+from flowalign.record.files import give_usual_modes
+from flowalign.record.outputs import check_place, draft_beside, take_place
+from flowalign.samples.opened import open_policy, torch_threads
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [flowalign, text-to-image, merge]
+---
+
+# {name}
+
+A weighted average of transformers, made by `flowalign merge`. All else is that of the first; the weights stay under the
+licence of what they derive from.
+
+| share | model |
+| --- | --- |
+{rows}
+
+Sample with `max_sequence_length={length}`.
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model of a merge, its configuration, and the hash of the base that a run of it started from."""
+
+    path: Path
+    config: AlignConfig
+    policy: SD3Policy
+    base: str | None
+
+
+def merge(
+    sources: Sequence[Path],
+    to: Path,
+    *,
+    weights: Sequence[float] = (),
+    which: str = "model",
+    model: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
+
+    Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
+    checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. ``model`` is the base of runs
+    whose own was moved. Returns what ``to`` records.
+
+    Raises:
+        MergeError: fewer than two models, another architecture, other encoders or another base.
+        DirectoryTaken: ``to`` holds something; ``overwrite`` replaces an earlier export, and nothing else.
+        CheckpointError, ConfigError, ModelError: a source cannot be read.
+    """
+    if len(sources) < 2:
+        raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
+    if which != "model" and all(map(_is_pipeline, sources)):
+        raise MergeError(f"--weights: a pipeline has one set of weights, not {which}; leave it out")
+    portions = shares(weights, len(sources))
+    check_place(to, overwrite)
+    first = _open(sources[0], which, None, model)
+    with torch_threads(first.config.cluster.threads):
+        total = _average(first, sources[1:], portions, which, model)
+        bind_weights(first.policy.network, total)
+    record = {
+        "kind": "merge",
+        "sources": ["/".join(source.resolve().parts[-2:]) for source in sources],
+        "shares": portions,
+        "weights": which,
+        "max_sequence_length": first.config.model.max_sequence_length,
+        "family": first.policy.family,
+    }
+    if first.policy.pipeline.scheduler.config["stochastic_sampling"]:
+        # The first one's scheduler is kept, and by its record a consistency student is known.
+        record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
+    _write(first.policy, total, to, record)
+    return record
+
+
+def _average(
+    first: Source, others: Sequence[Path], portions: Sequence[float], which: str, model: Path | None
+) -> dict[str, Tensor]:
+    """One model is in memory beside the first and the sum."""
+    total: dict[str, Tensor] = {}
+    add(total, first.policy.network, portions[0])
+    own, base, named = encoding(first.policy), first.base, first.path
+    for path, share in zip(others, portions[1:], strict=True):
+        source = _open(path, which, first.config, model)
+        check_architecture(str(path), source.policy.network, str(first.path), first.policy.network)
+        if source.policy.family != first.policy.family:
+            raise MergeError(
+                f"{path} is of the family {source.policy.family} and {first.path} of {first.policy.family}: their "
+                "outputs mean different things and have no average"
+            )
+        _check_encoders(path, encoding(source.policy), first.path, own)
+        if None not in (base, source.base) and base != source.base:
+            raise MergeError(
+                f"{path} was trained from another base model than {named}; averages of such are of no use. If both "
+                f"do descend from one model, merge an export: flowalign export {shlex.quote(str(path))} --to DIR"
+            )
+        if base is None:
+            base, named = source.base, path
+        add(total, source.policy.network, share)
+    return total
+
+
+def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) -> Source:
+    """A source with full weights in float32; text length and image size are the first one's."""
+    config = config_of(path, None, None if _is_pipeline(path) else base)
+    like = (first or config).model
+    sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
+    model = config.model.model_copy(update={"dtype": "float32", **sizes})
+    # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
+    cluster = config.cluster.model_copy(update={"device": "cpu"})
+    config = config.model_copy(update={"model": model, "cluster": cluster})
+    policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
+    if not isinstance(policy, SD3Policy):
+        raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")
+    fuse_lora(policy)
+    return Source(path, config, policy, state.get("base_hash"))
+
+
+def _is_pipeline(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
+
+
+def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> None:
+    if its.latent_shape != own.latent_shape:
+        raise MergeError(f"{path} has latents of {its.latent_shape}, those of {first} are {own.latent_shape}")
+    if not its.same_encoders(own):
+        raise MergeError(
+            f"{path} encodes prompts or images otherwise than {first}; networks that learned with other text encoders "
+            "or another autoencoder have no average"
+        )
+
+
+def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
+    """Reloaded with diffusers and compared before it takes its name; an earlier export is replaced."""
+    with draft_beside(to) as draft:
+        for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
+            if part is not None:
+                part.float()
+        save_pipeline(policy, draft)
+        held = dict(load_pipeline(draft).transformer.named_parameters())
+        if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
+            raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")
+        rows = "\n".join(f"| {s:.4g} | {code(n)} |" for s, n in zip(record["shares"], record["sources"], strict=True))
+        card = CARD.format(name=text(to.name), rows=rows, length=record["max_sequence_length"])
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        give_usual_modes(draft)
+        take_place(draft, to, record)

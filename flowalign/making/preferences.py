@@ -1,0 +1,171 @@
+"""Preference pairs from a checkpoint and a reward: of each group of images the best and the worst."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import seeded
+from flowalign.algorithms.diffusion_dpo import best_worst_pairs
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+from flowalign.data.preferences import PreferencesError
+from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.intake.check import check_reward
+from flowalign.intake.check_prompts import check_prompts
+from flowalign.record.disk import draft_of, folder_for, write_text
+from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
+from flowalign.samples.scoring import NamedScorer, load_scorer, merge, score_images
+from flowalign.types import PromptBatch
+
+SHARD = 500  # pairs a file
+EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
+PATIENCE = 20  # groups that may be drawn for each pair that is wanted
+
+
+def make_preferences(
+    checkpoint: Path,
+    reward: RewardConfig,
+    *,
+    config: AlignConfig,
+    prompts: str,
+    pairs: int,
+    out: Path,
+    group_size: int = 8,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    which: Which = "model",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``pairs-*.parquet`` and ``preferences.json``; returns what the latter holds.
+
+    The columns are Pick-a-Pic v2's, the scores and the tag. Images are PNG; which place the better one has is drawn
+    from ``seed``. Groups whose scores are all equal give no pair and are counted.
+
+    Raises:
+        ConfigError: ``out`` holds a set already, or prompts and reward do not fit.
+        PreferencesError: the reward tells too few images apart.
+    """
+    if any(out.glob("*.parquet")):
+        raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
+    check_reward("--reward", reward, Path.cwd())
+    check_prompts("--prompts", prompts, [reward], Path.cwd())
+    own = config.evaluation
+    sampler = GroupSampler(
+        load_prompts(prompts, Path.cwd()),
+        groups=max(1, config.rollout.chunk_size // group_size),
+        group_size=group_size,
+        seed=seed,
+    )
+    rows: list[dict[str, Any]] = []
+    made = groups = beyond = 0
+    without: Counter[str] = Counter()
+    with folder_for(out), torch_threads(config.cluster.threads):
+        policy, state = open_policy(checkpoint, config, which)
+        scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
+        spec = policy_spec(policy, asked(own, num_steps, guidance_scale), config.model)
+        while made < pairs:
+            batch = sampler.batch(groups // sampler.groups)
+            images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])
+            found, silent = _pairs(batch, images, scorer, seed)
+            without.update(silent)
+            groups += sampler.groups
+            rows += found[: pairs - made]
+            beyond += max(0, len(found) - (pairs - made))
+            made = min(pairs, made + len(found))
+            if len(rows) >= SHARD or made == pairs:
+                rows = _write(rows, out, made == pairs)
+            if progress is not None:
+                progress(made, pairs)
+            if groups >= PATIENCE * pairs > PATIENCE * made:
+                raise PreferencesError(
+                    f"only {made} of {pairs} pairs after {groups} groups of {group_size} images: the reward "
+                    f"{reward.label!r} tells too few of them apart; choose a finer one or larger groups"
+                )
+    card = {
+        "checkpoint": str(checkpoint),
+        "weights": which,
+        "iteration": state.get("iteration"),
+        "reward": reward.model_dump(mode="json"),
+        "prompts": prompts,
+        "group_size": group_size,
+        "num_steps": spec.num_steps,
+        "guidance_scale": spec.guidance_scale,
+        "seed": seed,
+        "pairs": made,
+        "groups": groups,
+        "groups_without_pair": without.total(),
+        "why_without_pair": dict(without),
+        "pairs_beyond": beyond,
+    }
+    write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def counts_of(card: Mapping[str, Any]) -> str:
+    """How many pairs there are and what was left out, and why, for people."""
+    said = f"{card['pairs']} pairs kept of {card['groups']} groups"
+    if card["groups_without_pair"]:
+        why = ", ".join(f"{count} {reason}" for reason, count in card["why_without_pair"].items())
+        said += f"; {card['groups_without_pair']} groups gave none: {why}"
+    return said + (f"; {card['pairs_beyond']} more than was asked for" if card["pairs_beyond"] else "")
+
+
+def _pairs(
+    batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The rows of a batch, and why groups gave none."""
+    with scorer.apart:
+        judged = score_images(scorer, images, batch.prompts, batch.metadata)
+    scores = merge([judged], {scorer.name: 1.0})
+    best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
+    judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())
+    silent = set(batch.group_ids) - {batch.group_ids[winner] for winner in best.tolist()}
+    why = Counter(EQUAL if judged_in[group] > 1 else REFUSED for group in silent)
+    rows = []
+    for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
+        first = int(torch.randint(2, (), generator=seeded(seed, 43, batch.group_ids[winner])))
+        places = (winner, loser) if first else (loser, winner)
+        row: dict[str, Any] = {"caption": batch.prompts[winner], "tag": _tag(batch.metadata[winner])}
+        for i, sample in enumerate(places):
+            row[f"jpg_{i}"] = {"bytes": _png(images[sample]), "path": None}
+            row[f"label_{i}"] = float(sample == winner)
+            row[f"score_{i}"] = float(scores.total[sample])
+        rows.append(row)
+    return rows, why
+
+
+def _tag(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("tag", ""))
+
+
+def _png(image: Tensor) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _write(rows: list[dict[str, Any]], out: Path, last: bool) -> list[dict[str, Any]]:
+    """Full shards, and with ``last`` what is left over, as files; returns the rows that wait for more."""
+    from datasets import Dataset, Features, Image, Value
+
+    number, text = Value("float32"), Value("string")
+    kinds = {"jpg": Image(), "label": number, "score": number}
+    features = {f"{name}_{i}": kind for name, kind in kinds.items() for i in (0, 1)} | {"caption": text, "tag": text}
+    while len(rows) >= SHARD or (last and rows):
+        made = Dataset.from_list(rows[:SHARD], features=Features(features))
+        with draft_of(out / f"pairs-{len(list(out.glob('pairs-*.parquet'))):05d}.parquet") as draft:
+            made.to_parquet(str(draft))
+        rows = rows[SHARD:]
+    return rows

@@ -1,0 +1,1 @@
+"""Evaluations of checkpoints, and distances between sets of images."""

@@ -1,0 +1,53 @@
+"""The validation loss: velocity of the straight path on latents, noises and times that never change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flowalign.algorithm import VelocityModel, seeded
+from flowalign.config.training import PretrainConfig, ValidationConfig
+from flowalign.data.banks.encoder import encoder_hash
+from flowalign.data.feed import Captioned
+from flowalign.flow import path
+from flowalign.flow.forward import velocity_error
+from flowalign.models.base import Policy
+
+
+class Validation:
+    """The fixed points of a run's validation.
+
+    Raises:
+        LatentsError: the bank cannot be read.
+    """
+
+    def __init__(self, config: PretrainConfig, policy: Policy) -> None:
+        assert config.validation is not None
+        own: ValidationConfig = config.validation
+        length, before = config.model_as_trained.max_sequence_length, policy.max_sequence_length  # type: ignore[attr-defined]
+        captioned = Captioned(Path(own.latents), policy, length, encoder_hash(config.model))
+        policy.max_sequence_length = before  # type: ignore[attr-defined]
+        drawn = captioned.bank.draw(0, own.num_samples, own.seed, {})
+        stratum = torch.arange(own.num_samples) % own.num_times
+        t = (stratum + 0.5) / own.num_times
+        noise = torch.randn(drawn.latents.shape, generator=seeded(own.seed, 7))
+        self._strata = [(stratum == k).nonzero().flatten() for k in range(min(own.num_times, own.num_samples))]
+        self._t, self._size, self._device = t, config.micro_batch_size or config.batch_size, config.device
+        self._x, self._target = path.interpolate(drawn.latents, noise, t), path.velocity_target(drawn.latents, noise)
+        self._condition = captioned.condition(drawn.rows, length).to(config.device)
+
+    @torch.no_grad()
+    def losses(self, velocity: VelocityModel, name: str) -> dict[str, float]:
+        """``<name>/loss`` over all points and ``<name>/loss_t0.06`` of each time, of a velocity of the straight path.
+
+        Families other than rectified flow are judged alike, by the velocity they convert to.
+        """
+        errors = []
+        for part in torch.arange(len(self._t)).split(self._size):
+            x, t = self._x[part].to(self._device), self._t[part].to(self._device)
+            made = velocity(x, t, self._condition.take(part.to(self._device)))
+            errors.append(velocity_error(made.cpu(), self._target[part]))
+        error = torch.cat(errors)
+        by_time = {f"{name}/loss_t{float(self._t[rows[0]]):.2f}": float(error[rows].mean()) for rows in self._strata}
+        return {f"{name}/loss": float(error.mean()), **by_time}

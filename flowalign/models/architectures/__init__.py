@@ -1,0 +1,1 @@
+"""Networks other than the pipeline's own."""

@@ -1,0 +1,193 @@
+"""What the paths of a configuration hold: a run is compared by that, and finds its files again after a move.
+
+A digest is ``file:…``, ``folder:…``, ``checkpoint:…`` or ``pipeline:<transformer's weights>:<all else>``. Weights other
+than a transformer's, and large files, count by their sizes: a digest is made at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.sections import SHIPPED
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.files import sha256
+
+LARGE = 64 * 2**20
+END = 2**20
+MANY = 20_000
+TEXTS = (".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".model", ".csv")
+ACCEPT = "--accept-changed"  # the option that takes what has changed
+# Settings that it takes as well: what a run whose weights were destroyed has to go on with.
+RATES = re.compile(r"(learner\.optimizer|phases\.\d+)\.(final_)?learning_rate")
+WRITTEN_BY_RUN = ("runs_dir", "data.preferences_cache")
+
+
+def base_hash(model: Path) -> str:
+    """sha256 over the transformer's weight files of a pipeline directory."""
+    digest = hashlib.sha256()
+    for path in sorted((model / "transformer").glob("*.safetensors")):
+        digest.update(path.name.encode())
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()
+
+
+def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of all leaves; an empty mapping or list is a leaf."""
+    if isinstance(values, dict | list) and values:
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return {k: v for name, value in items for k, v in leaves(value, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: values}
+
+
+def digests(values: Mapping[str, Any]) -> dict[str, str]:
+    """What lies at each absolute path of a configuration, by key; names of shipped files are left out."""
+    found = {}
+    for key, value in leaves(values).items():
+        place = located(value)
+        if key in WRITTEN_BY_RUN or place is None or SHIPPED in (place[0], *place[0].parents):
+            continue
+        made = digest_of(place[0])
+        if made is not None:
+            found[key] = made
+    return found
+
+
+def located(value: Any) -> tuple[Path, str] | None:
+    """The absolute path in a value, and what follows it in ``/path/to/file.py:name``; None where it holds none."""
+    if not isinstance(value, str) or "\0" in value:
+        return None
+    file = re.fullmatch(r"(.+\.py)(:[\w.]+)", value)
+    path, rest = (Path(file[1]), file[2]) if file else (Path(value), "")
+    return (path, rest) if path.is_absolute() and len(path.parts) > 2 else None
+
+
+def digest_of(path: Path) -> str | None:
+    """What lies there, wherever it lies; None where there is nothing that can be read, or too much of it."""
+    try:
+        if path.is_file():
+            return f"file:{_of_file(path)}"
+        if (path / "model_index.json").is_file():
+            return f"pipeline:{base_hash(path)}:{_of_folder(path)}"
+        if (path / checkpoint.MANIFEST).is_file() or (path / "checkpoints").is_dir():
+            return f"checkpoint:{sha256(checkpoint.find(path, None, lambda text: None) / checkpoint.MANIFEST)}"
+        return f"folder:{_of_folder(path)}" if path.is_dir() else None
+    except (OSError, CheckpointError, TooMany):
+        return None
+
+
+class TooMany(Exception):
+    """A folder of more files than are looked at."""
+
+
+def _of_file(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= LARGE:
+        return sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(END))
+        file.seek(-END, os.SEEK_END)
+        digest.update(file.read(END))
+    return digest.hexdigest()
+
+
+def _of_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_files(folder)):
+        size = path.stat().st_size
+        held = sha256(path) if path.suffix in TEXTS and size <= END else ""
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{held}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All but hidden files and what Python leaves; a README says nothing of a model."""
+    count = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        for name in files:
+            if not name.startswith(".") and name.lower() not in ("readme.md", "license", "license.md"):
+                count += 1
+                if count > MANY:
+                    raise TooMany
+                yield Path(place) / name
+
+
+def base_of(digest: str | None) -> str | None:
+    """The hash of the transformer's weights in a pipeline's digest."""
+    return digest.split(":")[1] if digest is not None and digest.startswith("pipeline:") else None
+
+
+def same(before: Any, after: Any, recorded: str | None, run_dir: Path) -> bool:
+    """Whether two values of one key name the same content, at whatever place.
+
+    ``recorded`` is what the first held when the run was begun. Where nothing was recorded (version 0.1) and the first
+    is gone, both must lie at the same place relative to ``run_dir``, before and after a move.
+    """
+    was, now = located(before), located(after)
+    if was is None or now is None or was[1] != now[1]:
+        return False
+    held = digest_of(now[0])
+    if held is None:
+        return False
+    known = recorded or digest_of(was[0])
+    return held == known if known is not None else moved(was[0], run_dir, None) == now[0]
+
+
+def may_hold_other(before: Any, after: Any) -> bool:
+    """Whether two values of one key differ in nothing but where they lead: files, folders, and sets that ship."""
+    places = [
+        (Path(value), "") if isinstance(value, str) and value.startswith("shapes:") else located(value)
+        for value in (before, after)
+    ]
+    was, now = places
+    return was is not None and now is not None and was[1] == now[1]
+
+
+def relocated(values: dict[str, Any], run_dir: Path, began: str | None, held: Mapping[str, str]) -> dict[str, str]:
+    """Put new paths into ``values`` for those that lead nowhere since the run directory was moved; returns them by key.
+
+    ``began`` is where the run directory was, ``held`` what its paths held.
+    """
+    found = {}
+    for key, value in leaves(values).items():
+        place = located(value)
+        if key in WRITTEN_BY_RUN or place is None or place[0].exists():
+            continue
+        new = moved(place[0], run_dir, began)
+        if new is not None and held.get(key) in (None, digest_of(new)):
+            found[key] = f"{new}{place[1]}"
+            put(values, key.split("."), found[key])
+    return found
+
+
+def moved(path: Path, run_dir: Path, began: str | None) -> Path | None:
+    """Where ``path`` lies now; None where it is nowhere.
+
+    As far from the run directory as it was, else by the longest end of it that is found in a folder around that.
+    """
+    here = Path(os.path.abspath(run_dir))
+    if began is not None:
+        guess = Path(os.path.normpath(here / os.path.relpath(path, began)))
+        if guess.exists():
+            return guess
+    for length in range(len(path.parts) - 1, 0, -1):
+        for around in here.parents:
+            if (guess := around.joinpath(*path.parts[-length:])).exists():
+                return guess
+    return None
+
+
+def put(values: Any, key: list[str], value: str) -> None:
+    """Set a value of nested mappings and lists in place, and forget how the old one was written."""
+    for part in key[:-1]:
+        values = values[int(part) if isinstance(values, list) else part]
+    last: Any = int(key[-1]) if isinstance(values, list) else key[-1]
+    values[last] = value
+    getattr(values, "texts", {}).pop(last, None)

@@ -1,0 +1,246 @@
+"""What a run writes while it goes: metrics, same-seed samples, checkpoints, a line of progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.measure.evaluate import best_metric, evaluation_metrics
+from flowalign.measure.evaluated import skipped, standard_errors
+from flowalign.record.checkpoint import CheckpointWriter, steps
+from flowalign.record.disk import on_disk, swept, writing
+from flowalign.record.lock import RunLock
+from flowalign.record.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
+from flowalign.record.progress import Progress, iteration_text
+from flowalign.record.stop import StopRequest
+from flowalign.run.loop import Collected, Count
+from flowalign.run.made import MadeOf
+from flowalign.safety.collapse import CollapseAlarm
+from flowalign.safety.signals import CollapseSignals
+from flowalign.samples.opened import torch_threads
+from flowalign.samples.scoring import faults
+from flowalign.types import Scores
+
+NUM_SAMPLE_IMAGES = 24
+
+
+class RunJournal:
+    """Implements ``flowalign.run.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        run_dir: Path,
+        console: Console,
+        *,
+        start: int,
+        wall_s: float,
+        made: MadeOf,
+        lock: RunLock,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self._lock, self._stop, self._made = lock, stop, made
+        self._began = time.monotonic() - wall_s
+        self._start, self._first = start, time.monotonic()
+        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
+        gold = [reward.label for reward in config.rewards if reward.gold]
+        known = read_metrics(self.metrics.path) if start else []
+        safety = config.safety
+        judged = {"window": safety.window, "standard_errors": safety.standard_errors}
+        self._alarm, self._ringing = HackingAlarm(gold, known, **judged), False
+        self._collapse, self._signals = CollapseAlarm(safety, known), CollapseSignals(safety)
+        policy = config.checkpoint
+        self._best = best_metric(config)
+        self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, self._best)
+        self._steps = [step for step in steps(self._writer.root) if step <= start]
+        self._mark_good()
+        self._progress = Progress(console, config.iterations, start)
+        self._masked: dict[str, int] = {}
+        self._best_said = not policy.keep_best
+
+    def wall_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def due(self, what: str, iteration: int) -> bool:
+        last = iteration == self.config.iterations
+        if what == "checkpoint":
+            return last or iteration % self.config.checkpoint.every == 0
+        every = self.config.evaluation.every
+        return every > 0 and (last or iteration % every == 0)
+
+    def begin(self) -> None:
+        self._stop.begin()
+
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None:
+        self._lock.check()
+        self._made.check()
+        self._stop.done = iteration
+        if collected is not None:
+            self.say_faults(f"iteration {iteration}", collected.scores)
+            metrics = metrics | self._measure(collected)
+        metrics = metrics | self._alarm.update(metrics)
+        self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
+        metrics = metrics | self._watch(iteration, metrics)
+        self.metrics.write(iteration, metrics, wall_s=self.wall_s())
+        per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
+        left = per_iteration * (self.config.iterations - iteration)
+        self._progress.show(iteration, iteration_text(metrics), left)
+
+    def doing(self, what: str) -> Count:
+        return self._progress.doing(what)
+
+    def say_faults(self, when: str, scores: Scores) -> None:
+        """Each outage that retries made up for, and masked images where they are more than were said before."""
+        for name, (masked, said) in faults(scores).items():
+            if scores.retries.get(name) or masked > self._masked.get(name, 0):
+                self._progress.say(f"reward {name} in {when}: {said}")
+            self._masked[name] = max(masked, self._masked.get(name, 0))
+
+    def _say_best_unknown(self, measured: Iterable[str]) -> None:
+        """Once, where no checkpoint can be the best since what tells it is not measured."""
+        key = self._best
+        if not self._best_said and key not in measured:
+            near = get_close_matches(key, list(measured), n=1)
+            self._progress.say(
+                f"warning: checkpoint.best_metric: {key} is not measured, so no best checkpoint is kept"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        self._best_said = True
+
+    def _warn(self, iteration: int, falling: list[str]) -> None:
+        if falling and not self._ringing:
+            self._progress.say(
+                f"warning at iteration {iteration}: the trained reward rises while {', '.join(falling)} falls; "
+                "the policy may be exploiting the reward (alarm/reward_hacking in metrics.jsonl)"
+            )
+        self._ringing = bool(falling)
+
+    def _measure(self, collected: Collected) -> dict[str, float]:
+        """The signals of a collapse and what they cost; on as many threads as any worker, so that bits agree."""
+        began = time.monotonic()
+        with torch_threads(self.config.cluster.threads):
+            measured = self._signals(collected.rollout, collected.scores)
+        return {**measured, "time/safety_s": time.monotonic() - began}
+
+    def _watch(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The alarms of a collapse; says of each that it rings, and that the run ends where it has rung long enough."""
+        before = {found.cause for found in self._collapse.found}
+        alarms = self._collapse.update(iteration, metrics)
+        for found in self._collapse.found:
+            if found.cause not in before:
+                self._progress.say(
+                    f"warning at iteration {iteration}: {found.sentence} (alarm/{found.cause} in metrics.jsonl)"
+                )
+        self._mark_good()
+        if self.stopped:
+            self._progress.say(
+                f"stopping after iteration {iteration}: alarm/{self._collapse.stopping()} has held for "
+                f"{self.config.safety.patience} blocks of {self.config.safety.window} iterations (safety.stop)"
+            )
+        return alarms
+
+    def _mark_good(self) -> None:
+        """``last_good`` names the newest checkpoint from a time when nothing rang."""
+        good = [step for step in self._steps if step <= self._collapse.good_until]
+        self._writer.mark_good(good[-1] if good else None)
+
+    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
+        """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
+        self._lock.check()
+        metadata = collected.rollout.batch.metadata
+        metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
+        self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
+        _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
+        overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
+        spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
+        known = {name: f" ± {error:.3f}" for name, error in spread.items() if error == error}
+        said = ", ".join(f"{name} {value:.3f}{known.get(name, '')}" for name, value in overall.items())
+        metrics |= errors | {"eval/num_samples": float(len(collected.rollout))}
+        cached = ""
+        if collected.rollout.computed:
+            metrics["eval/skipped_steps"] = skipped([collected.rollout])
+            cached = f", {metrics['eval/skipped_steps']:.0%} of the steps skipped"
+        if iteration == 0:
+            self.metrics.write(0, metrics, wall_s=self.wall_s())
+        self._progress.say(
+            f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples of "
+            f"{len(set(collected.rollout.batch.prompts))} prompts{cached}"
+        )
+        if self._best.startswith("eval/"):
+            self._say_best_unknown(metrics)
+        return metrics
+
+    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+        if not self._best.startswith("eval/"):
+            self._say_best_unknown(metrics)
+        states = backend.state()
+        self._lock.check()
+        self._writer.save(
+            iteration,
+            model=states[0]["model"],
+            ema=states[0]["ema"],
+            optimizer_by_rank={rank: state["optimizer"] for rank, state in enumerate(states)},
+            state={
+                "iteration": iteration,
+                "version": states[0]["version"],
+                "seed": self.config.seed,
+                "world_size": len(states),
+                "zero_stage": self.config.learner.zero_stage,
+                "base_hash": self._made.base_hash(),
+                "wall_s": self.wall_s(),
+                "metrics": {k: v for k, v in metrics.items() if v == v},
+                **self._made.facts(),
+            },
+        )
+        self._steps.append(iteration)
+        self._mark_good()
+
+    def close(self) -> None:
+        self._progress.close()
+        self.metrics.close()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.asked or self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """An alarm asked for the end."""
+        return self._collapse.stopping() is not None
+
+
+def _write_samples(directory: Path, collected: Collected) -> None:
+    """The first images with their scores, all of them or none; raises DiskError."""
+    from PIL import Image
+
+    rollout, scores = collected.rollout, collected.scores
+    index, files = [], {}
+    for i in range(min(NUM_SAMPLE_IMAGES, len(rollout))):
+        name, png = f"{i:04d}.png", io.BytesIO()
+        Image.fromarray(rollout.images[i].numpy()).save(png, format="PNG")
+        files[name] = png.getvalue()
+        own = {k: float(v[i]) for k, v in scores.by_reward.items() if float(v[i]) == float(v[i])}
+        row = rollout.batch.metadata[i]
+        index.append({"file": name, "prompt": rollout.batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
+    files["index.json"] = (json.dumps(index, indent=1) + "\n").encode()
+    draft = directory.with_name(f".{directory.name}.part")
+    with writing(f"samples {directory}", directory, on_disk(map(len, files.values()))), swept(draft):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        if directory.is_symlink():  # to where somebody has moved it
+            directory.unlink()
+        elif directory.exists():
+            shutil.rmtree(directory)
+        draft.rename(directory)

@@ -1,0 +1,148 @@
+"""The algorithm-blind update: prepare once, shuffle transitions, pack micro-batches, step the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel, fixed_geometry, seeded
+from flowalign.engine.accumulate import is_maximum
+from flowalign.engine.base import Engine
+from flowalign.models.ema import Ema
+from flowalign.record.destroyed import naming
+from flowalign.types import Condition, Scores, TrainBatch, Update
+
+
+class Learner:
+    """One rank of the learner; every rank gets the same batch and takes its share of micro-batches."""
+
+    def __init__(
+        self,
+        algorithm: Any,
+        models: Mapping[str, VelocityModel],
+        engine: Engine,
+        *,
+        micro_batch_size: int,
+        updates_per_iteration: int = 1,
+        epochs: int = 1,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.algorithm, self.engine = algorithm, engine
+        self.models = {role: fixed_geometry(model, micro_batch_size) for role, model in models.items()}
+        self.micro_batch_size, self.updates, self.epochs = micro_batch_size, updates_per_iteration, epochs
+        self.seed, self.device = seed, device
+        self.version = 0
+        self.ema = None if ema_decay is None else Ema(engine.weights(), ema_decay)
+
+    def update(self, batch: Any, scores: Scores | None, iteration: int) -> Update:
+        """Learn from one batch: ``epochs`` passes, each split into ``updates_per_iteration`` optimizer steps.
+
+        The metrics are means over the steps, except ``replay/max_abs_dlogp``, which is the first
+        step's: there the policy is still the one that rolled out.
+
+        Raises:
+            NonFiniteUpdate: before weights were touched. DestroyedState: after that; nothing of it may be used.
+        """
+        with naming(f"iteration {iteration + 1}"):
+            return self._update(self._prepare(batch, scores), iteration)
+
+    def _update(self, train: TrainBatch, iteration: int) -> Update:
+        # Once, not with every micro-batch: each of those refers to all prompts of the iteration.
+        train = replace(train, condition=train.condition.to(self.device))
+        history = []
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(train), generator=seeded(self.seed, 11, iteration, epoch))
+            for part in order.tensor_split(self.updates):
+                if part.numel():
+                    history.append(self._step(train, part))
+        self.version += 1
+        done = {"learner/updates": float(len(history)), "learner/transitions": float(len(train))}
+        return Update(self.version, {**train.metrics, **_summary(history), **done})
+
+    def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
+        """The algorithm's ``prepare``, without gradients; every rank computes all of it."""
+        models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
+        rolls_out = "rollout" in self.algorithm.models
+        if rolls_out:
+            models["rollout"] = models.pop("policy")
+        with torch.no_grad(), self._rollout_weights_bound(rolls_out):
+            return self.algorithm.prepare(batch, scores, models)
+
+    def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
+        """``model`` over any number of samples from the CPU and back, in the geometry and precision of a step."""
+
+        def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+            condition = condition.to(self.device)
+            parts = [torch.empty_like(x[:0], device="cpu")]
+            for begin in range(0, len(x), self.micro_batch_size):
+                part = slice(begin, begin + self.micro_batch_size)
+                with self.engine.autocast():
+                    made = model(x[part].to(self.device), t[part].to(self.device), condition.take(part), **options)
+                parts.append(made.to("cpu", x.dtype))
+            return torch.cat(parts)
+
+        return call
+
+    @contextmanager
+    def _rollout_weights_bound(self, wanted: bool) -> Iterator[None]:
+        """Inside, the network holds what `weights` gives to rollouts; afterwards its own again, bit for bit.
+
+        Weights and their master copies alone are exchanged, never moments or step counts, on every ZeRO stage. Where
+        the policy itself rolled out there is nothing to do; else it is a collective call that gathers the weights
+        once and loads them twice.
+        """
+        if not wanted or self.algorithm.rollout_weights == "policy" or self.ema is None:
+            yield
+            return
+        own = self.engine.weights()
+        self.engine.load_weights(self.weights())
+        try:
+            yield
+        finally:
+            self.engine.load_weights(own)
+
+    def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
+        shares = list(order.split(self.micro_batch_size))
+        weights = [share.numel() * self.updates / train.total for share in shares]
+        while len(shares) % self.engine.world_size:
+            shares.append(shares[-1])
+            weights.append(0.0)
+        mine = slice(self.engine.rank, None, self.engine.world_size)
+        micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
+        metrics = self.engine.step(self._loss, micro_batches, weights[mine])
+        covered = sum(weights)
+        metrics = {k: v / covered if k.startswith("ratio/") else v for k, v in metrics.items()}
+        if self.ema is not None:
+            self.ema.update(self.engine.weights())
+        return metrics
+
+    def _loss(self, minibatch: TrainBatch) -> Any:
+        return self.algorithm.loss(self.models, minibatch)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
+        if self.algorithm.rollout_weights == "ema" and self.ema is not None:
+            return self.ema.state()
+        return self.engine.weights()
+
+
+def _to(batch: TrainBatch, device: str) -> TrainBatch:
+    if device == "cpu":
+        return batch
+    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
+    return TrainBatch(tensors, batch.condition.to(device), batch.total, batch.shared)
+
+
+def _summary(history: list[dict[str, float]]) -> dict[str, float]:
+    if not history:
+        return {}
+    mean = {key: sum(step[key] for step in history) / len(history) for key in history[0]}
+    first = {key: history[0][key] for key in history[0] if is_maximum(key)}
+    return {**mean, **first}

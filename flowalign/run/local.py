@@ -1,0 +1,76 @@
+"""The same loop in one process, without Ray: same workers, same chunk geometry, same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.record.checkpoint import content_hash
+from flowalign.run.loop import Collected, Count
+from flowalign.run.sync import SyncGuard, has_learned
+from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
+from flowalign.samples.calibration import reuse_of
+from flowalign.samples.children import end_children
+from flowalign.samples.scoring import cat_scores
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+
+
+class LocalBackend:
+    """One rollout worker, one reward worker and one learner rank in this process."""
+
+    def __init__(self, config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self.config = config
+        say(f"local: one process, {config.cluster.threads} thread{'s' * (config.cluster.threads > 1)}")
+        self.rollouts = RolloutWorker(config)
+        self.rewards = RewardWorker(config, base_dir)
+        self.learner = LearnerWorker(config)
+        self._guard = SyncGuard()
+        self._learned = True
+        self._reuse = reuse_of(config.rollout.cache)
+
+    def collect(
+        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected:
+        made, scored = [], []
+        spec = spec if evaluation else replace(spec, reuse=self._reuse)
+        chunks = batch.chunks(self.config.rollout.chunk_size)
+        for chunk in chunks:
+            made.append(self.rollouts.rollout(chunk, spec, seed, self.rollouts.version))
+            scored.append(self.rewards.score(made[-1][0], evaluation))
+            if count is not None:
+                count(len(scored), len(chunks))
+        return Collected(
+            rollout=cat_rollouts([part for part, _ in made]),
+            scores=cat_scores([part for part, _ in scored]),
+            rollout_s=sum(seconds for _, seconds in made),
+            score_s=sum(seconds for _, seconds in scored),
+        )
+
+    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
+        update = self.learner.update(rollout, scores, iteration)
+        self._learned = has_learned(update)
+        return update
+
+    def sync(self, evaluation: bool = False) -> None:
+        weights, version = self.learner.weights(evaluation), self.learner.version()
+        receipt = self.rollouts.bind(weights, version)
+        sent = BindReceipt("learner", version, len(weights), content_hash(weights))
+        self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
+
+    def parameters(self) -> tuple[int, int]:
+        """How many are trained, of how many."""
+        return self.learner.parameters
+
+    def state(self) -> list[dict[str, Any]]:
+        """The learner's state, one entry a rank."""
+        return [self.learner.state()]
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        self.learner.restore(**states[0])
+
+    def close(self) -> None:
+        self.learner.close()
+        end_children()

@@ -1,0 +1,139 @@
+"""The whole alignment run as pseudo-code over protocols; knows neither Ray nor an algorithm's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flowalign.record.metrics import Clock
+from flowalign.samples.scoring import require_valid, reward_metrics
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+
+Count = Callable[[int, int], None]  # (finished chunks, their number)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Samples of one iteration with their scores; seconds of work are means over the workers of a kind."""
+
+    rollout: Rollout
+    scores: Scores
+    rollout_s: float
+    score_s: float
+
+
+class Backend(Protocol):
+    """Where the work happens: in this process or in Ray actors. Both compute the same bits."""
+
+    def collect(
+        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected: ...
+
+    # Without a rollout from what the learner has on disk.
+    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update: ...
+
+    # Every rollout worker acknowledges the weights, or the run stops; for evaluation those of `evaluation.weights`.
+    def sync(self, evaluation: bool = False) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Sampler(Protocol):
+    """Which samples an iteration makes."""
+
+    def batch(self, iteration: int) -> PromptBatch: ...
+
+
+class Journal(Protocol):
+    """Where a run leaves its traces: metrics, images, checkpoints, and what it says meanwhile."""
+
+    def doing(self, what: str) -> Count: ...
+
+    def begin(self) -> None: ...  # before the first iteration; from here on there is something to keep
+
+    def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None: ...
+
+    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
+
+    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None: ...
+
+    def due(self, what: str, iteration: int) -> bool: ...
+
+    @property
+    def stopping(self) -> bool: ...  # somebody or something asked the run to end after this iteration
+
+
+@dataclass(frozen=True)
+class Run:
+    """The fixed parts of a run."""
+
+    algorithm: Any
+    sampler: Sampler
+    evaluation: tuple[PromptBatch, RolloutSpec, int] | None
+    iterations: int
+    seed: int
+    min_valid_fraction: float
+    evaluates_ema: bool = False
+
+
+def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
+    """Roll out, score, learn, sync, until ``run.iterations`` or ``journal.stopping``; answers with the last iteration.
+
+    Iterations are counted from 1 once done.
+    An algorithm without a rollout plan learns from pairs on disk: nothing is rolled out but for evaluations.
+    """
+    backend.sync()
+    if start == 0:
+        _evaluate(run, backend, journal, 0)
+    journal.begin()
+    for iteration in range(start, run.iterations):
+        clock = Clock()
+        spec = run.algorithm.rollout_plan(iteration, run.seed)
+        collected = None
+        if spec is not None:
+            count = journal.doing("rollout")
+            collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed, count=count)
+        clock.lap("collect_s")
+        if collected is not None and run.algorithm.needs_scores:
+            require_valid(collected.scores, run.min_valid_fraction)
+        rollout, scores = (None, None) if collected is None else (collected.rollout, collected.scores)
+        journal.doing("learning")
+        update = backend.update(rollout, scores, iteration)
+        clock.lap("learn_s")
+        done = iteration + 1
+        if collected is not None or journal.due("evaluation", done):
+            backend.sync()
+        clock.lap("sync_s")
+        metrics = {**_measured(collected, clock), **update.metrics}
+        if journal.due("evaluation", done):
+            metrics |= _evaluate(run, backend, journal, done)
+        journal.iteration(done, metrics, collected)
+        stopping = journal.stopping  # a request that comes later must not skip its checkpoint
+        if stopping or journal.due("checkpoint", done):
+            journal.checkpoint(done, backend, metrics)
+            stopping = stopping or journal.stopping
+        if stopping:
+            return done
+    return run.iterations
+
+
+def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
+    if collected is None:
+        return clock.metrics(0.0, 0.0, 0)
+    rewards = reward_metrics(collected.scores) if collected.scores.by_reward else {}
+    return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout))}
+
+
+def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:
+    if run.evaluation is None:
+        return {}
+    batch, spec, seed = run.evaluation
+    if run.evaluates_ema:
+        backend.sync(evaluation=True)
+    count = journal.doing("evaluation")
+    collected = backend.collect(batch, spec, seed=seed, evaluation=True, count=count)
+    metrics = journal.evaluation(iteration, collected)
+    if run.evaluates_ema:
+        backend.sync()
+    return metrics

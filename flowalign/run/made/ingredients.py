@@ -1,0 +1,232 @@
+"""What a run is made of: every file, by the key of the configuration that leads to it and by its name within that.
+
+Names do not depend on where things lie, so that a run can be moved. Shipped prompts, which the package makes and
+nobody reads, bring their hash along; so do the files of banks and checkpoints, whose hashes are written beside them and
+checked by whoever loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowalign.algorithm import algorithm_class
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
+from flowalign.config.training import PretrainConfig
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.contents import leaves
+from flowalign.record.textfiles import TextError, read_object
+from flowalign.shapes import prompts as shapes
+from rewards.imports import SUFFIXES, files_of_code
+from rewards.resolve import location_of
+
+READ_BY_REWARDS = ("path", "processor", "checkpoint", "head")  # the options that are paths, see configpaths.FILES
+_UNREAD = ("readme.md", "license", "license.md")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of ``key``, ``name`` within it (``""`` for what the key itself names); ``known`` is its hash, if known."""
+
+    key: str
+    name: str
+    path: Path | None = None
+    known: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else self.name
+
+
+Wanted = Callable[[str], bool]
+_Source = tuple[str, Callable[[], Iterator[Part]]]
+
+
+def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wanted = lambda key: True) -> Iterator[Part]:
+    """All parts whose key is ``wanted``; what is not there is left out, as loading it says more of that."""
+    sources = _of_training(config) if isinstance(config, PretrainConfig) else _of_alignment(config, base_dir)
+    for key, parts in sources:
+        if wanted(key):
+            yield from parts()
+
+
+def is_manifest(part: Part) -> bool:
+    """Whether it is a bank's manifest, whose ``known`` is of what it says and which is read once."""
+    from flowalign.data.banks.latents import MANIFEST
+
+    return part.key.endswith("latents") and part.name == MANIFEST
+
+
+def _of_training(config: PretrainConfig) -> Iterator[_Source]:
+    yield from _of_model("model", config.model.path, config.model.type)
+    yield from _of_algorithm(config.algorithm)
+    if config.teacher is not None:
+        yield from _of_model("teacher", config.teacher.path, config.teacher.type)
+    sections = {"latents": config, "real_data.latents": config.real_data, "validation.latents": config.validation}
+    for key, section in sections.items():
+        if section is not None:
+            yield _source(key, _bank, section.latents)
+    if getattr(algorithm_class(str(config.algorithm["type"])), "needs_features", False):
+        yield _source("features", _path, config.features)
+
+
+def _of_alignment(config: AlignConfig, base_dir: Path) -> Iterator[_Source]:
+    data, evaluation = config.data, config.evaluation
+    yield from _of_model("model", config.model.path, config.model.type)
+    yield from _of_algorithm(config.algorithm)
+    for name, teacher in dict(config.algorithm.get("teachers") or {}).items():
+        weights = str(teacher.get("weights", "model"))
+        yield _source(f"algorithm.teachers.{name}.path", _teacher, teacher["path"], weights)
+    if data.preferences is not None:
+        yield _source("data.preferences", _path, data.preferences, data.preferences_cache)
+    else:
+        yield _source("data.prompts", _prompts, data.prompts, base_dir)
+    for i, reward in enumerate(config.rewards):
+        yield from _of_reward(f"rewards.{i}", reward, base_dir)
+    if config.safety.clip is not None:
+        yield _source("safety.clip", _path, config.safety.clip)
+    if config.rollout.cache is not None:
+        yield _source("rollout.cache.calibration", _path, config.rollout.cache.calibration)
+    if not evaluation.every:
+        return
+    yield _source("evaluation.prompts", _prompts, evaluation.prompts, base_dir, evaluation.num_samples)
+    if evaluation.scorer is not None:
+        yield from _of_reward("evaluation.scorer", evaluation.scorer, base_dir)
+    for i, reward in enumerate(evaluation.gold):
+        yield from _of_reward(f"evaluation.gold.{i}", reward, base_dir)
+    if evaluation.cache is not None:
+        yield _source("evaluation.cache.calibration", _path, evaluation.cache.calibration)
+
+
+def _source(key: str, find: Callable[..., Iterator[Part]], *args: Any) -> _Source:
+    return key, lambda: find(key, *args)
+
+
+def _of_model(section: str, path: str, kind: str) -> Iterator[_Source]:
+    yield _source(f"{section}.path", _pipeline, Path(path))
+    if "." in kind:
+        yield _source(f"{section}.type", _code, kind)
+
+
+def _of_algorithm(algorithm: Mapping[str, Any]) -> Iterator[_Source]:
+    location = str(algorithm["type"]).partition(":")[0]
+    if "." in location:
+        yield _source("algorithm.type", _code, location)
+
+
+def _of_reward(key: str, reward: RewardConfig, base_dir: Path) -> Iterator[_Source]:
+    """The user's code, and the models that its options name."""
+    location = location_of(reward.spec)
+    if location is not None:
+        yield _source(f"{key}.spec", _code, location, base_dir)
+    for name, value in leaves(reward.options).items():
+        if name.rpartition(".")[2] in READ_BY_REWARDS and isinstance(value, str):
+            yield _source(f"{key}.options.{name}", _path, base_dir / value)
+    for name, value in leaves(reward.runtime_env or {}).items():
+        if name.partition(".")[0] in ("working_dir", "py_modules") and isinstance(value, str):
+            yield _source(f"{key}.runtime_env.{name}", _python, base_dir / value)
+
+
+def _path(key: str, path: str | Path, beside: str | None = None) -> Iterator[Part]:
+    """A file, or all files of a folder but those of ``beside``."""
+    path = Path(path)
+    if path.is_file():
+        yield Part(key, "", path)
+        return
+    left_out = None if beside is None else Path(os.path.abspath(beside))
+    for file in files_under(path):
+        if left_out is None or left_out not in Path(os.path.abspath(file)).parents:
+            yield Part(key, file.relative_to(path).as_posix(), file)
+
+
+def _python(key: str, path: Path) -> Iterator[Part]:
+    return (part for part in _path(key, path) if part.path is not None and part.path.name.endswith(SUFFIXES))
+
+
+def _code(key: str, location: str, base_dir: Path = Path(".")) -> Iterator[Part]:
+    return (Part(key, name, file) for name, file in files_of_code(location, base_dir).items())
+
+
+def _pipeline(key: str, root: Path) -> Iterator[Part]:
+    """What loading a pipeline reads: its index, what an export of ours says of itself, and the folders of its parts."""
+    try:
+        index = read_object(root / "model_index.json")
+    except TextError:
+        yield from _path(key, root)
+        return
+    for name in ("model_index.json", "flowalign.json"):
+        if (root / name).is_file():
+            yield Part(key, name, root / name)
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and any(value)):
+        for file in files_under(root / name):
+            yield Part(key, file.relative_to(root).as_posix(), file)
+
+
+def _teacher(key: str, path: str, weights: str) -> Iterator[Part]:
+    if (Path(path) / "model_index.json").is_file():
+        yield from _pipeline(key, Path(path))
+        return
+    with suppress(CheckpointError, OSError):
+        found = checkpoint.find(Path(path), None, lambda text: None)
+        name = f"{weights}.safetensors"
+        recorded = checkpoint.manifest_of(found)["files"].get(name)
+        if recorded is not None:
+            yield Part(key, name, found / name, recorded["sha256"])
+
+
+def _bank(key: str, path: str) -> Iterator[Part]:
+    """The files that the manifest of a bank names, as it has them; loading a bank holds them against it."""
+    from flowalign.data.banks.latents import MANIFEST
+
+    root = Path(path)
+    try:
+        manifest = read_object(root / MANIFEST)
+        entries = [*manifest["shards"], manifest["prompts"], *filter(None, [manifest["embeddings"]])]
+        found = [Part(key, str(e["file"]), root / str(e["file"]), str(e["sha256"])) for e in entries]
+        facts = [manifest["captions"], [(entry.get("count"), entry.get("max_sequence_length")) for entry in entries]]
+        yield from (*found, Part(key, MANIFEST, root / MANIFEST, _of_json(facts)))
+    except (TextError, KeyError, TypeError):
+        yield from _path(key, root)
+
+
+def _prompts(key: str, source: str, base_dir: Path, samples: int | None = None) -> Iterator[Part]:
+    """A file, or the rows that the package makes; an evaluation of ``samples`` has a set of its own."""
+    if not source.startswith("shapes:"):
+        yield from _path(key, base_dir / source)
+    elif source in ("shapes:train", "shapes:eval"):
+        if source == "shapes:eval" and samples is not None:
+            rows = shapes.evaluation_set(samples)
+        else:
+            rows = shapes.prompts("train" if source == "shapes:train" else "eval")
+        yield Part(key, source, None, _of_json(rows))
+
+
+def _of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """All regular files, links followed, but hidden ones, what Python leaves, and what says nothing of a model."""
+    walked: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in walked:  # a link that leads around
+            folders.clear()
+            continue
+        walked.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in sorted(files):
+            if name.startswith(".") or name.lower() in _UNREAD:
+                continue
+            path = Path(place) / name
+            with suppress(OSError):
+                if stat.S_ISREG(os.stat(path).st_mode):
+                    yield path

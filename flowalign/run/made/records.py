@@ -1,0 +1,55 @@
+"""Hashes by key and file, how two of them differ, and how that is said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from flowalign.run.made.hashing import Stamp, stamp
+from flowalign.run.made.ingredients import Part
+
+LISTED = 1000  # of a key with more files than that, one hash stands for all
+ALL, UNREADABLE = "*", "unreadable"
+
+Record = dict[str, dict[str, str]]
+
+
+def stamp_of(part: Part) -> Stamp | None:
+    if part.path is None:
+        return None
+    try:
+        return stamp(part.path)
+    except OSError:
+        return None
+
+
+def record_of(parts: Iterable[Part], hash_of: Callable[[Part], str]) -> Record:
+    """Hashes by key and name."""
+    record: Record = {}
+    for part in parts:
+        record.setdefault(part.key, {})[part.name] = hash_of(part)
+    return {key: files if len(files) <= LISTED else {ALL: _together(files)} for key, files in record.items()}
+
+
+def _together(files: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{files[name]}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def difference(was: Mapping[str, str], now: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """Before and after, by the name of the file; None where there is none."""
+    names = sorted({*was, *now})
+    return {name: [was.get(name), now.get(name)] for name in names if was.get(name) != now.get(name)}
+
+
+def said_of(parts: Sequence[Part], files: Mapping[str, Sequence[str | None]]) -> str:
+    """``/models/base/vae/config.json has changed (and 2 more files)``."""
+    name, (was, now) = next(iter(files.items()))
+    paths = {part.name: str(part) for part in parts}
+    if ALL in files:
+        return f"a file among the {len(parts)} has changed, been added or gone"
+    what = "is gone" if now is None else "is new" if was is None else "has changed"
+    more = f" (and {len(files) - 1} more file{'s' * (len(files) > 2)})" if len(files) > 1 else ""
+    return f"{paths.get(name, name) or 'the file'} {what}{more}"

@@ -1,0 +1,284 @@
+"""Training on precomputed latents: any algorithm that consumes ``LatentBatch``, with or without a teacher.
+
+A step is a function of (seed, step): interrupted and resumed runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel, seeded
+from flowalign.config.training import PhaseConfig, PretrainConfig
+from flowalign.data.feed import Feed
+from flowalign.engine import process_group
+from flowalign.engine.base import Engine
+from flowalign.measure.validation import Validation
+from flowalign.models.base import Policy
+from flowalign.models.ema import Ema
+from flowalign.record import checkpoint
+from flowalign.record.destroyed import naming
+from flowalign.record.lock import RunLock
+from flowalign.record.stop import EndedEarly, StopRequest
+from flowalign.types import TrainBatch
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Where a run left its last checkpoint, and after how many steps."""
+
+    steps: int
+    checkpoint: Path
+
+
+def schedule_at(phases: list[PhaseConfig], warmup: int, step: int) -> tuple[PhaseConfig, float]:
+    """The phase of a step and its learning rate: linear warm-up once, cosine within each phase."""
+    begin = 0
+    for phase in phases:
+        if step < begin + phase.steps:
+            turn = 0.5 * (1 + math.cos(math.pi * (step - begin) / phase.steps))
+            rate = phase.final_learning_rate + (phase.learning_rate - phase.final_learning_rate) * turn
+            return phase, rate * min(1.0, (step + 1) / max(1, warmup))
+        begin += phase.steps
+    raise ValueError(f"step {step} lies behind the last phase, which ends at {begin}")
+
+
+def text_length(phase: PhaseConfig, seed: int, step: int) -> int:
+    """The T5-part length of a step, drawn by the phase's weights."""
+    lengths = sorted(phase.max_sequence_lengths)
+    weights = torch.tensor([phase.max_sequence_lengths[length] for length in lengths])
+    return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, 3, step)))]
+
+
+class Averages:
+    """The exponential averages of a run's weights, and the network that the first of them is bound to.
+
+    Their decays rise from 0 as ``(1 + n) / (10 + n)`` after n updates. ``follower`` is called with the first average
+    after each update.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: PretrainConfig,
+        follower: Callable[[dict[str, Tensor]], object] | None = None,
+    ) -> None:
+        self._every = config.ema_every
+        self._decays = config.ema_decays
+        self._emas = [Ema(weights, decay) for decay in self._decays]
+        self._follower = follower
+
+    def update(self, engine: Engine, step: int) -> None:
+        """Take in the weights after ``step``, counted from 0; a collective call."""
+        if (step + 1) % self._every:
+            return
+        weights, updates = engine.weights(), step // self._every
+        for ema, decay in zip(self._emas, self._decays, strict=True):
+            ema.decay = min(decay, (1 + updates) / (10 + updates))
+            ema.update(weights)
+        self._follow()
+
+    def main(self) -> dict[str, Tensor]:
+        return self._emas[0].state()
+
+    def others(self) -> dict[str, dict[str, Tensor]]:
+        """All but the first, by the name of their file."""
+        named = zip(self._decays[1:], self._emas[1:], strict=True)
+        return {f"ema_{decay:g}": ema.state() for decay, ema in named}
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Raises CheckpointError where one of the averages was not saved."""
+        for i, (decay, ema) in enumerate(zip(self._decays, self._emas, strict=True)):
+            found = saved.ema if i == 0 else saved.averages.get(f"ema_{decay:g}")
+            if found is None:
+                raise checkpoint.CheckpointError(f"{saved.path} has no average of decay {decay:g}; see ema_decay")
+            ema.load(found)
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._follower is not None:
+            self._follower(self.main())
+
+
+def pretrain(
+    config: PretrainConfig,
+    policy: Policy,
+    algorithm: Any,
+    engine: Engine,
+    run_dir: Path,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+    stop: StopRequest | None = None,
+    lock: RunLock | None = None,
+    *,
+    begin: Callable[[], object] = lambda: None,
+    saved: checkpoint.Checkpoint | None = None,
+    models: Mapping[str, VelocityModel] | None = None,
+    follower: Callable[[dict[str, Tensor]], object] | None = None,
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> PretrainResult:
+    """Train until the last phase ends; continues from ``saved``, see `resumed`.
+
+    ``begin`` is called when data and checkpoint are there, before the first step.
+    ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
+    ``facts``, asked of the first rank, go into each checkpoint's state.
+    Where ``stop`` was asked for, the step under way is the last one, and is checkpointed. Of several ranks the first
+    reports and writes, while ``lock`` is its own.
+
+    Raises:
+        EndedEarly: ``stop`` was asked for before the first step.
+        NonFiniteUpdate, DestroyedState: what came of a step is no state to go on from; nothing of it was saved.
+        LockLost: another process holds the run directory.
+        OtherRankFailed: another rank could not go on, and says why.
+    """
+    stop = stop or StopRequest()
+    with process_group.failing_together():
+        feed = Feed(config, policy)
+        validation = None if config.validation is None else Validation(config, policy)
+    steps = sum(phase.steps for phase in config.phases)
+    averages = Averages(engine.weights(), config, follower)
+    start = 0 if saved is None else _load(saved, engine, averages)
+    called = {"policy": autocast(policy.velocity, config)}
+    others = dict(models or {})
+    called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
+    called |= {role: autocast(model, config) for role, model in others.items()}
+    if process_group.agreed(stop.asked):
+        raise EndedEarly
+    with process_group.failing_together():
+        begin()
+    stop.begin()
+    began = time.monotonic()
+    policy.network.train()
+    done = start
+    for step in range(start, steps):
+        phase, rate = schedule_at(config.phases, config.warmup_steps, step)
+        batch = algorithm.prepare(feed.batch(step, text_length(phase, config.seed, step)), None, called)
+        engine.set_learning_rate(rate)
+        with naming(f"step {step + 1}"):
+            metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
+            averages.update(engine, step)
+        done = stop.done = step + 1
+        row = _validated(validation, config, engine, policy, averages, done, steps)
+        if row or done % config.log_every == 0 or done == steps:
+            speed = config.batch_size * (done - start) / (time.monotonic() - began)
+            with process_group.failing_together():
+                report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
+        stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
+        if stopping or done % config.checkpoint_every == 0 or done == steps:
+            _save(run_dir, config, engine, averages, done, lock, facts)
+            stopping = stopping or process_group.agreed(stop.asked)
+        if stopping:
+            break
+    policy.network.eval()
+    last = checkpoint.latest(run_dir / "checkpoints")
+    assert last is not None
+    return PretrainResult(done, last)
+
+
+def _update(engine: Engine, algorithm: Any, models: Any, batch: TrainBatch, size: int) -> dict[str, float]:
+    """One optimizer step over a batch, whose micro-batches the ranks share."""
+    parts = list(torch.arange(len(batch)).split(size))
+    if len(parts) == engine.world_size == 1:
+        return engine.step(lambda mini: algorithm.loss(models, mini), [batch], [1.0])
+    weights = [len(part) / batch.total for part in parts]
+    while len(parts) % engine.world_size:
+        parts.append(parts[-1])
+        weights.append(0.0)
+    mine = slice(engine.rank, None, engine.world_size)
+    device = next(iter(batch.tensors.values())).device
+    micro_batches = [batch.take(part.to(device)) for part in parts[mine]]
+    return engine.step(lambda mini: algorithm.loss(models, mini), micro_batches, weights[mine])
+
+
+def _validated(
+    validation: Validation | None,
+    config: PretrainConfig,
+    engine: Engine,
+    policy: Policy,
+    averages: Averages,
+    done: int,
+    steps: int,
+) -> dict[str, float]:
+    """The validation loss of the weights and of their average, where it is due."""
+    if validation is None or config.validation is None or (done % config.validation.every and done != steps):
+        return {}
+    policy.network.eval()
+    velocity = autocast(policy.velocity, config)
+    row = validation.losses(velocity, "validation")
+    with _bound(engine, averages.main()):
+        row |= validation.losses(velocity, "validation_ema")
+    policy.network.train()
+    return row
+
+
+@contextmanager
+def _bound(engine: Engine, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the network holds ``weights``; afterwards its own again, bit for bit. A collective call."""
+    own = engine.weights()
+    engine.load_weights(weights)
+    try:
+        yield
+    finally:
+        engine.load_weights(own)
+
+
+def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
+    """``velocity`` in the configured precision; its result is float32."""
+    if config.autocast == "float32":
+        return velocity
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(config.device.split(":")[0], torch.bfloat16):
+            return velocity(*args, **kwargs).float()
+
+    return call
+
+
+def resumed(run_dir: Path, rank: int, saved: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+    """What the run goes on from: ``saved``, which the first rank has found, and all read the same. A collective call.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    step = process_group.largest(0 if saved is None else saved.step)
+    with process_group.failing_together():
+        return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
+
+
+def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> int:
+    engine.load_weights(saved.model)
+    engine.load_optimizer_state(*saved.optimizer_of(engine.rank))
+    averages.load(saved)
+    return int(saved.state["step"])
+
+
+def _save(
+    run_dir: Path,
+    config: PretrainConfig,
+    engine: Engine,
+    averages: Averages,
+    step: int,
+    lock: RunLock | None,
+    facts: Callable[[], dict[str, Any]],
+) -> None:
+    model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
+    with process_group.failing_together():
+        if lock is not None:
+            lock.check()
+        if engine.rank == 0:
+            checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
+                step,
+                model=model,
+                ema=averages.main(),
+                averages=averages.others(),
+                optimizer_by_rank=optimizer,
+                state={"step": step, "config": json.loads(config.model_dump_json()), **facts()},
+            )

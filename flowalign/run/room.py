@@ -1,0 +1,106 @@
+"""Whether the disk of a run directory has room for the checkpoints to come, asked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
+from flowalign.models.inspect import trained_parameters
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import HIDDEN, SPARE, CheckpointError
+from flowalign.record.disk import free_bytes, on_disk, size_text
+from flowalign.record.manifest import manifest_of, manifests
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of a checkpoint and of its largest file, at the least."""
+
+    whole: int
+    largest: int
+
+
+def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | None:
+    """A line where there is not room for all the checkpoints that are kept at a time; None where there is, or where
+    neither size nor room is known.
+
+    Raises:
+        ConfigError: not even the next one fits.
+    """
+    root = run_dir / "checkpoints"
+    to_come, resume = _to_come(config, root)
+    there = 0 if resume == "never" else len(manifests(root))
+    size, free = _size(config, root), free_bytes(root)
+    if not to_come or size is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < size.largest:
+        raise ConfigError(
+            "runs_dir",
+            f"a checkpoint of {run_dir} has a file of {size_text(size.largest)}, and no file may exceed "
+            f"{size_text(limit)} (ulimit -f); raise that limit",
+        )
+    if free is None:
+        return None
+    free += sum(file.stat().st_size for left in root.glob(f"{HIDDEN}*") for file in left.rglob("*") if file.is_file())
+    kept, keys = _kept(config)
+    more = max(1, min(there + to_come, kept + 1) - there)  # the next one is written before the oldest is deleted
+    if free < size.whole:
+        raise ConfigError(
+            "runs_dir",
+            f"a checkpoint of {run_dir} needs {size_text(size.whole)}, its disk has {size_text(free)} free, "
+            f"{size_text(size.whole - free)} are missing; make room, or choose another",
+        )
+    if free < more * size.whole:
+        return (
+            f"warning: the disk of {run_dir} has {size_text(free)} free, room for {free // size.whole} more "
+            f"checkpoint{'s' * (free >= 2 * size.whole)} of {size_text(size.whole)}, and {keys} lead to {more} more; "
+            "make room, or lower them"
+        )
+    return None
+
+
+def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str]:
+    """How many checkpoints are still to be written, and what is gone on from."""
+    if isinstance(config, PretrainConfig):
+        last, every, resume = sum(phase.steps for phase in config.phases), config.checkpoint_every, config.resume
+    else:
+        last, every, resume = config.iterations, config.checkpoint.every, config.checkpoint.resume
+    start = 0
+    if resume != "never":
+        try:
+            newest = checkpoint.latest(root)
+        except CheckpointError:
+            return 0, resume  # which is refused for that
+        start = 0 if newest is None else checkpoint.step_of(newest)
+        start = int(resume.removeprefix("step_")) if resume.startswith("step_") else start
+    return max(0, -(-last // every) - start // every) if start < last else 0, resume
+
+
+def _kept(config: AlignConfig | PretrainConfig) -> tuple[int, str]:
+    if isinstance(config, PretrainConfig):
+        return config.keep_last, f"keep_last={config.keep_last}"
+    kept = config.checkpoint
+    return kept.keep_last + kept.keep_best, f"keep_last={kept.keep_last} and keep_best={kept.keep_best}"
+
+
+def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
+    """As the newest one is, else as the model's configuration tells: float32 weights, averages and two moments."""
+    for path in reversed(manifests(root)):
+        sizes = [file["bytes"] for file in manifest_of(path)["files"].values()]
+        return Size(on_disk(sizes) + SPARE, max(sizes))
+    count = trained_parameters(config.model)
+    if count is None:
+        return None
+    if isinstance(config, PretrainConfig):
+        averages, ranks, stage = len(config.ema_decays), int(os.environ.get("WORLD_SIZE", "1")), config.zero_stage
+    else:
+        learner = config.learner
+        averages, ranks, stage = learner.ema_decay is not None, learner.ranks, learner.zero_stage
+    moments = 2 if stage else 2 * ranks  # with ZeRO each rank has its share, without it each has all
+    return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if stage else 8))

@@ -1,0 +1,147 @@
+"""The frozen networks of the roles ``teacher:<name>``: in each learner rank, or in an actor for all. Free of Ray.
+
+All ranks prepare the same batch, so that a shared teacher gets each request once from every rank.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.config.alignment import AlignConfig
+from flowalign.engine.accumulate import autocast
+from flowalign.engine.base import EngineSettings
+from flowalign.models.base import ModelError, Policy
+from flowalign.models.encoding import Encoding, encoding
+from flowalign.record.checkpoint import CheckpointError, content_hash
+from flowalign.samples.opened import open_policy, torch_threads
+from flowalign.types import Condition
+
+ROLE = "teacher:"
+KEPT_ANSWERS = 64  # micro-batches that one rank may be behind another and still find its answer
+
+
+class Teacher(Protocol):
+    """A teacher, here or in another process."""
+
+    def encoding(self) -> Encoding: ...
+
+    @property
+    def velocity(self) -> VelocityModel: ...
+
+
+class LoadedTeacher:
+    """A teacher in this process.
+
+    Raises:
+        ModelError: what lies at its path cannot be opened, or is no run of this model.
+    """
+
+    def __init__(self, config: AlignConfig, name: str) -> None:
+        wanted, model = build_algorithm(config.algorithm).config.teachers[name], config.model
+        try:
+            self._policy, _ = open_policy(Path(wanted.path), config, wanted.weights)
+        except CheckpointError as error:
+            raise ModelError(
+                f"algorithm.teachers.{name}: {error}. A teacher that is a run shares model.path and model.lora with "
+                f"this one; make a pipeline of any other: flowalign export {wanted.path} --to DIR"
+            ) from error
+        self._encoding = encoding(self._policy, model.height, model.width)
+        self._policy.network.requires_grad_(False).eval()
+        self._policy.keep_network()
+
+    def encoding(self) -> Encoding:
+        return self._encoding
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+        return self._policy.velocity(x, t, condition, **options)
+
+
+class SharedTeacher:
+    """Answers requests of several ranks as the learner would itself: same threads, precision and geometry.
+
+    ``computed`` counts the requests that were not answered before.
+    """
+
+    def __init__(self, config: AlignConfig, name: str) -> None:
+        self.config, self.device = config, torch.device(config.cluster.device)
+        with torch_threads(config.cluster.threads):
+            self.teacher = LoadedTeacher(config, name)
+        self.computed = 0
+        self._answers: OrderedDict[str, Tensor] = OrderedDict()
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
+        """Everything is on the CPU, the answer too."""
+        key = _key(x, t, condition, options)
+        if key not in self._answers:
+            self._answers[key] = self._compute(x, t, condition, options)
+            if len(self._answers) > KEPT_ANSWERS:
+                self._answers.popitem(last=False)
+        return self._answers[key]
+
+    def _compute(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
+        self.computed += 1
+        precision = autocast(self.device, EngineSettings(dtype=self.config.model.dtype))
+        with torch_threads(self.config.cluster.threads), precision:
+            made = self.teacher.velocity(x.to(self.device), t.to(self.device), condition.to(self.device), **options)
+        return made.cpu()
+
+
+def ask(send: Callable[..., Tensor]) -> VelocityModel:
+    """A velocity that is computed where ``send`` leads: its tensors go there from the CPU, with the used prompts."""
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+        return send(x.cpu(), t.cpu(), _used(condition).to("cpu"), options).to(x.device)
+
+    return velocity
+
+
+def load_teachers(
+    config: AlignConfig, algorithm: Any, policy: Policy, shared: Mapping[str, Teacher] | None = None
+) -> dict[str, VelocityModel]:
+    """The networks of the roles ``teacher:<name>``: those of ``shared`` by name, all others loaded here.
+
+    Raises:
+        ModelError: a teacher encodes prompts or images otherwise than the model.
+    """
+    names = teacher_names(algorithm)
+    found = {name: (shared or {}).get(name) or LoadedTeacher(config, name) for name in names}
+    if found:
+        own = encoding(policy, config.model.height, config.model.width)
+        for name, teacher in found.items():
+            _check(name, algorithm.config.teachers[name].path, teacher.encoding(), own)
+    return {ROLE + name: teacher.velocity for name, teacher in found.items()}
+
+
+def teacher_names(algorithm: Any) -> list[str]:
+    return [role.removeprefix(ROLE) for role in algorithm.models if role.startswith(ROLE)]
+
+
+def _check(name: str, path: str, teacher: Encoding, own: Encoding) -> None:
+    """A teacher sees the student's states and prompt embeddings, so that both must mean the same to it."""
+    key = f"algorithm.teachers.{name}"
+    if teacher.latent_shape != own.latent_shape:
+        raise ModelError(f"{key}: {path} has latents of {teacher.latent_shape}, the model's are {own.latent_shape}")
+    if not teacher.same_encoders(own):
+        raise ModelError(
+            f"{key}: {path} encodes prompts or images otherwise than the model; a teacher needs the model's own "
+            "text encoders and autoencoder"
+        )
+
+
+def _used(condition: Condition) -> Condition:
+    rows, index = condition.index_N.unique(return_inverse=True)
+    return replace(condition, tokens_PLD=condition.tokens_PLD[rows], pooled_PE=condition.pooled_PE[rows], index_N=index)
+
+
+def _key(x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> str:
+    tensors = {name: getattr(condition, name) for name in condition.__dataclass_fields__}
+    return content_hash({"x": x, "t": t, **tensors}) + repr(sorted(options.items()))

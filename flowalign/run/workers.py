@@ -1,0 +1,257 @@
+"""What runs inside an actor, free of Ray: the rollout, reward and learner workers of every backend.
+
+Each sets its own thread count around its work, so that all backends compute the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import build_algorithm
+from flowalign.config.alignment import AlignConfig
+from flowalign.data.pairsampler import PairSampler
+from flowalign.data.preferences import check_shared, load_pairs
+from flowalign.engine.base import EngineSettings
+from flowalign.engine.build import build_engine
+from flowalign.measure.evaluate import evaluation_rewards
+from flowalign.models.base import Policy
+from flowalign.models.build import bind_weights, count_parameters, load_policy, reference_velocity
+from flowalign.models.inspect import own_schedule
+from flowalign.record.checkpoint import content_hash
+from flowalign.run.learner import Learner
+from flowalign.run.teachers import Teacher, load_teachers
+from flowalign.samples.opened import torch_threads
+from flowalign.samples.rollout import rollout
+from flowalign.samples.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
+from flowalign.types import PreferencePairs, PromptBatch, Rollout, RolloutSpec, Scores, Update
+from rewards.interface import Checked
+
+REFERENCE = "reference."  # in the optimizer's part of a checkpoint: what a refreshed reference holds
+
+
+@dataclass(frozen=True)
+class BindReceipt:
+    """What an actor bound: the acknowledgement of a weight sync."""
+
+    worker: str
+    version: int
+    tensors: int
+    content_hash: str
+
+
+class RolloutWorker:
+    """Holds a policy and makes chunks of samples with the weights it was last given."""
+
+    def __init__(self, config: AlignConfig, name: str = "rollout-0") -> None:
+        self.config, self.name = config, name
+        with torch_threads(config.cluster.threads):
+            self.policy = load_policy(config.model, device=config.cluster.device)
+        self.version = -1
+
+    def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
+        """Take over trainable weights; answers with what the network holds afterwards."""
+        bind_weights(self.policy.network, weights)
+        held = dict(self.policy.network.named_parameters())
+        self.version = version
+        return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
+
+    def rollout(self, batch: PromptBatch, spec: RolloutSpec, seed: int, version: int) -> tuple[Rollout, float]:
+        """One chunk, and the seconds it took. Refuses to work with weights of another version."""
+        if version != self.version:
+            raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
+        began = time.monotonic()
+        with torch_threads(self.config.cluster.threads):
+            made = rollout(
+                self.policy,
+                batch,
+                spec,
+                seed=seed,
+                policy_version=version,
+                height=self.config.model.height,
+                width=self.config.model.width,
+                decode_batch_size=self.config.rollout.decode_batch_size,
+                geometry=self.config.rollout.chunk_size,
+            )
+        return made, time.monotonic() - began
+
+
+class RewardWorker:
+    """Holds the scorers of a run and scores chunks; ``hosted`` makes those that need an environment of their own."""
+
+    def __init__(self, config: AlignConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
+        self.config = config
+        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
+        with torch_threads(config.cluster.reward_threads):
+            self.training = load_scorers(config.rewards, base_dir, device, hosted)
+            self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted)
+
+    def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
+        """Scores of one chunk, and the seconds they took."""
+        began = time.monotonic()
+        scorers = self.evaluation if evaluation else self.training
+        if not scorers:
+            count = len(chunk)
+            return Scores({}, torch.zeros(count), torch.ones(count, dtype=torch.bool)), 0.0
+        seconds = self.config.cluster.reward_deadline_s
+        parts = []
+        for scorer in scorers:
+            with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
+                parts.append(bounded(scorer.name, partial(self._score, scorer, chunk), seconds))
+        return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
+
+    def _score(self, scorer: NamedScorer, chunk: Rollout) -> Checked:
+        # Thread counts belong to threads: set in the one that scores.
+        with torch_threads(self.config.cluster.reward_threads):
+            return score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata)
+
+
+class LearnerWorker:
+    """One learner rank: policy, reference, engine and the algorithm-blind learner; ``teachers`` live elsewhere."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        teachers: Mapping[str, Teacher] | None = None,
+    ) -> None:
+        self.config = config
+        torch.set_num_threads(config.cluster.threads)
+        self.policy = policy = load_policy(config.model, device=config.cluster.device)
+        self.parameters = count_parameters(policy.network)
+        algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
+        models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy, teachers)}
+        refresh = getattr(algorithm, "reference_refresh", None)
+        self.reference = None if refresh is None else RefreshedReference(policy, refresh)
+        if self.reference is not None:
+            models["reference"] = self.reference.velocity
+        elif "reference" in algorithm.models:
+            models["reference"] = reference_velocity(policy)
+        self.pairs: PairSampler | None = None
+        if algorithm.consumes is PreferencePairs:
+            self.pairs = load_pairs(config, policy, rank=rank, world_size=world_size)
+        engine = build_engine(
+            policy.network,
+            engine_settings(config),
+            rank=rank,
+            world_size=world_size,
+            master_port=port,
+            master_addr=host,
+            device=config.cluster.device,
+        )
+        if self.pairs is not None:
+            check_shared(self.pairs)
+        learner = config.learner
+        self.learner = Learner(
+            algorithm,
+            models,
+            engine,
+            micro_batch_size=learner.micro_batch_size,
+            updates_per_iteration=learner.updates_per_iteration,
+            epochs=learner.epochs,
+            seed=config.seed,
+            ema_decay=learner.ema_decay,
+            device=config.cluster.device,
+        )
+
+    def update(self, batch: Rollout | None, scores: Scores | None, iteration: int) -> Update:
+        """Learn from a rollout, or, where there is none, from the iteration's preference pairs."""
+        with torch_threads(self.config.cluster.threads):
+            if self.pairs is None:
+                update = self.learner.update(batch, scores, iteration)
+            else:
+                update = self.learner.update(self.pairs.batch(iteration), None, iteration)
+                update = replace(update, metrics={**update.metrics, **self.pairs.metrics})
+            if self.reference is not None and self.reference.due(iteration):
+                self.reference.take(self.learner.engine.weights())
+            return update
+
+    def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
+        """What rollouts bind next, or what ``evaluation.weights`` names."""
+        if evaluation and self.config.evaluation.weights == "ema" and self.learner.ema is not None:
+            return self.learner.ema.state()
+        return self.learner.weights()
+
+    def version(self) -> int:
+        return self.learner.version
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint needs from this rank; a collective call."""
+        learner = self.learner
+        tensors, facts = learner.engine.optimizer_state()
+        held = {} if self.reference is None else self.reference.weights()
+        return {
+            "model": learner.engine.weights(),
+            "ema": None if learner.ema is None else learner.ema.state(),
+            "optimizer": ({**tensors, **{REFERENCE + name: weight for name, weight in held.items()}}, facts),
+            "version": learner.version,
+        }
+
+    def restore(
+        self,
+        model: dict[str, Tensor],
+        ema: dict[str, Tensor] | None,
+        optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
+        version: int,
+    ) -> None:
+        """Continue bitwise where ``state`` was taken."""
+        learner = self.learner
+        learner.engine.load_weights(model)
+        tensors, facts = optimizer
+        held = {name.removeprefix(REFERENCE): t for name, t in tensors.items() if name.startswith(REFERENCE)}
+        own = {name: t for name, t in tensors.items() if not name.startswith(REFERENCE)}
+        learner.engine.load_optimizer_state(own, facts)
+        if self.reference is not None:
+            self.reference.take(held)
+        if learner.ema is not None and ema is not None:
+            learner.ema.load(ema)
+        learner.version = version
+
+    def close(self) -> None:
+        self.learner.engine.close()
+
+
+class RefreshedReference:
+    """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
+
+    def __init__(self, policy: Policy, every: int) -> None:
+        self.every = every
+        self._trained = [name for name, p in policy.network.named_parameters() if p.requires_grad]
+        self._frozen = copy.copy(policy)
+        self._frozen.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
+        return self._frozen.velocity(x, t, condition, **options)
+
+    def due(self, iteration: int) -> bool:
+        """Whether iteration ``iteration``, counted from 0, ends with a refresh."""
+        return (iteration + 1) % self.every == 0
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        bind_weights(self._frozen.network, dict(weights))
+
+    def weights(self) -> dict[str, Tensor]:
+        held = dict(self._frozen.network.named_parameters())
+        return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
+
+
+def engine_settings(config: AlignConfig) -> EngineSettings:
+    learner = config.learner
+    return EngineSettings(
+        type=learner.engine,
+        zero_stage=learner.zero_stage,  # type: ignore[arg-type]
+        dtype=config.model.dtype,
+        **learner.optimizer.model_dump(),
+    )

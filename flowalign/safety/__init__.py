@@ -1,0 +1,1 @@
+"""What a run shows of a collapse, and the alarms that follow."""

@@ -1,0 +1,1 @@
+"""From a checkpoint or a policy to samples and their scores."""

@@ -1,0 +1,26 @@
+"""What ``flowalign calibrate-cache`` found, as the rule that skips steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import CacheConfig
+from flowalign.record.textfiles import read_object
+from flowalign.types import Reuse
+
+
+def reuse_of(cache: CacheConfig | None) -> Reuse | None:
+    """The rule that a configuration names; raises ConfigError where its calibration cannot be read."""
+    if cache is None:
+        return None
+    try:
+        coefficients = read_object(Path(cache.calibration))["coefficients"]
+        if not coefficients or isinstance(coefficients, str):
+            raise TypeError("its coefficients are no list of numbers")
+        return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "cache.calibration",
+            f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",
+        ) from error

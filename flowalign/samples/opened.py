@@ -1,0 +1,241 @@
+"""Opens a checkpoint and samples from it the way the run itself evaluates: same chunks, same steps, same bits.
+
+Shapes: N samples, C H W latents.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import CACHED, ModelConfig, SamplingConfig
+from flowalign.flow import families
+from flowalign.flow.schedule import PipelineSchedule
+from flowalign.models.base import Policy
+from flowalign.models.build import bind_weights, load_policy
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.checkpoint import find as find_checkpoint
+from flowalign.record.contents import base_hash
+from flowalign.record.destroyed import fault, total_norm
+from flowalign.record.disk import filled, on_disk, write_text, writing
+from flowalign.record.files import save_tensors
+from flowalign.samples.calibration import reuse_of
+from flowalign.samples.rollout import SampleNoise, rollout
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
+
+# With all of the noise that the coefficients allow, a step noises the prediction of the image anew.
+NOISY: dict[str, SdeKind] = {"ddpm": "ddpm", "consistency": "cps"}
+MADE_WITH = (*SamplingConfig.model_fields, "max_sequence_length")
+Which = str  # model, ema, or the name of another average such as ema_0.99
+Progress = Callable[[int, int], None]
+
+
+def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
+    """The policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
+
+    Raises:
+        CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``; or
+            other weights than the model are asked of a pipeline.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        if which != "model":
+            raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
+        model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
+        policy = load_policy(model, device=config.cluster.device)
+        if (wrong := fault("the weights", dict(policy.network.named_parameters()))) is not None:
+            raise CheckpointError(f"{path} is a pipeline that was destroyed, {wrong}; take an intact one")
+        return policy, {}
+    found = find_checkpoint(path, which)
+    policy = load_policy(config.model, device=config.cluster.device)
+    state = load_weights(policy, found, which)
+    if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
+        raise CheckpointError(
+            f"{found} is a LoRA of another base model than {config.model.path}; say where its own is: --model DIR"
+        )
+    return policy, state
+
+
+def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str, Any]:
+    """Bind a checkpoint's weights, checked against its manifest, to the policy's trainable parameters.
+
+    Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit, or the weights are
+    destroyed.
+    """
+    with checkpoint.advised(path):
+        manifest = checkpoint.verify(path, (f"{which}.safetensors", "state.json"))
+    if f"{which}.safetensors" not in manifest["files"]:
+        there = sorted(file.removesuffix(".safetensors") for file in manifest["files"] if "/" not in file)
+        there = [name for name in there if name == "model" or name.startswith("ema")]
+        raise CheckpointError(
+            f"{path} has no {which} weights; it has {', '.join(there)} (its ema_decay says which averages are kept)"
+        )
+    weights = load_file(path / f"{which}.safetensors")
+    own = {name: p.shape for name, p in policy.network.named_parameters() if p.requires_grad}
+    wrong = sorted(n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape)
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the configured model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
+            "model.path and model.lora must be those of the run"
+        )
+    began = total_norm({name: p for name, p in policy.network.named_parameters() if p.requires_grad})
+    if (destroyed := fault(f"the weights of {which}", weights, began=began)) is not None:
+        raise CheckpointError(f"{path} holds a state that was destroyed, {destroyed}; {checkpoint.advice(path)}")
+    bind_weights(policy.network, weights)
+    return json.loads((path / "state.json").read_bytes())
+
+
+def ode_spec(policy: Policy, num_steps: int, guidance_scale: float) -> RolloutSpec:
+    """Deterministic Euler steps along the levels of the model's own pipeline, at the model's own size."""
+    return policy_spec(policy, SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), ModelConfig())
+
+
+def sampling_spec(
+    sampling: SamplingConfig,
+    *,
+    schedule: PipelineSchedule,
+    family: str | None = "rf",
+    inputs: Sequence[str] | None = (),
+) -> RolloutSpec:
+    """How ``sampling`` says, along the levels that ``schedule``, the model's own pipeline, walks.
+
+    A model of another family than ``rf`` has levels of its own, see `families.sampling_sigmas`.
+
+    Raises:
+        ConfigError: the pipeline has no levels for this number of steps.
+    """
+    kind = families.family(family or "rf")
+    try:
+        if kind.is_rectified_flow:
+            levels = schedule.levels(sampling.num_steps, grid=sampling.grid)
+        else:
+            levels = families.sampling_sigmas(kind, sampling.num_steps, shift=schedule.named_shift)
+    except ValueError as error:
+        raise ConfigError("", str(error)) from error
+    sigmas = tuple(levels.tolist())
+    common = {
+        "guidance_scale": sampling.guidance_scale,
+        "average_velocity": "r" in (inputs or ()),
+        "initial_scale": kind.initial_scale,
+    }
+    common["reuse"] = reuse_of(sampling.cache)
+    if sampling.solver in NOISY:
+        noise_level = sampling.eta if sampling.solver == "ddpm" else 1.0
+        return RolloutSpec(NOISY[sampling.solver], sigmas, (0, sampling.num_steps - 1), noise_level, **common)
+    return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=cast(Solver, sampling.solver), **common)
+
+
+def asked(
+    own: SamplingConfig, num_steps: int | None, guidance_scale: float | None, solver: str | None = None
+) -> SamplingConfig:
+    """``own`` with what a caller asked for instead; raises ConfigError where that does not fit a cache."""
+    update = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
+    made = own.model_copy(update={key: value for key, value in update.items() if value is not None})
+    if made.cache is not None and made.solver not in CACHED:
+        raise ConfigError("--solver", f"{made.solver} cannot be cached; choose {' or '.join(CACHED)}")
+    return made
+
+
+def policy_spec(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> RolloutSpec:
+    """`sampling_spec` of an opened model, at the height and width of ``size``."""
+    schedule = policy.schedule(size.height, size.width)
+    return sampling_spec(sampling, schedule=schedule, family=policy.family, inputs=policy.inputs)
+
+
+def sample_checkpoint(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    config: AlignConfig,
+    out_dir: Path,
+    num_images: int = 1,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+    seed: int = 0,
+    which: Which = "model",
+    save_latents: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Save ``num_images`` PNGs a prompt and ``index.json``, which says how they were made.
+
+    With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
+    noise in diffusers gives the same latents (docs/running.md).
+    """
+    own = config.evaluation
+    texts = tuple(prompt for prompt in prompts for _ in range(num_images))
+    groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
+    batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
+    with torch_threads(config.cluster.threads):
+        policy, _ = open_policy(path, config, which)
+        sampling = asked(own, num_steps, guidance_scale, solver)
+        spec = policy_spec(policy, sampling, config.model)
+        made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
+    names = [f"{i:04d}.png" for i in range(len(batch))]
+    how = sampling.model_dump(exclude_none=True) | {"max_sequence_length": config.model.max_sequence_length}
+    how = {name: value for name, value in how.items() if name in MADE_WITH} | {"weights": which, "seed": seed}
+    index = [{"file": f"{i:04d}.png", "prompt": text, "sample_id": i, **how} for i, text in enumerate(texts)]
+    with filled(out_dir) as draft:
+        save_images(draft, names, made.images)
+        write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
+        if save_latents:
+            shape = policy.latent_shape(config.model.height, config.model.width)
+            noise = SampleNoise(seed, batch.sample_ids, shape).draw()
+            save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
+    return [out_dir / name for name in names]
+
+
+def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
+    """PNG files of uint8 (N, H, W, 3). Raises DiskError, which takes those to come to be as large as the one that
+    failed."""
+    from PIL import Image
+
+    for count, (name, image) in enumerate(zip(names, images, strict=True)):
+        png = io.BytesIO()
+        Image.fromarray(image.numpy()).save(png, format="PNG")
+        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (len(names) - count))):
+            (folder / name).write_bytes(png.getvalue())
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Use ``count`` torch threads for a while: on a CPU they decide the bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def roll(
+    policy: Policy, batch: PromptBatch, spec: RolloutSpec, config: AlignConfig, seed: int, progress: Progress | None
+) -> Iterator[Rollout]:
+    """The chunks of ``batch`` in the run's own geometry."""
+    done = 0
+    for chunk in batch.chunks(config.rollout.chunk_size):
+        yield rollout(
+            policy,
+            chunk,
+            spec,
+            seed=seed,
+            policy_version=0,
+            height=config.model.height,
+            width=config.model.width,
+            decode_batch_size=config.rollout.decode_batch_size,
+            geometry=config.rollout.chunk_size,
+        )
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(batch))

@@ -1,0 +1,257 @@
+"""Images to Scores: several scorers, masked failures, one weighted total.
+
+Shapes: N samples, H W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowalign.config.sections import RewardConfig
+from flowalign.samples.apart import Apart
+from flowalign.types import Scores
+from rewards.composite import combine
+from rewards.interface import (
+    Checked,
+    Scorer,
+    ScorerError,
+    SpecError,
+    blamed,
+    main_key,
+    score_batch,
+    set_up,
+)
+from rewards.names import Named, check_names, one_owner, prefixes
+from rewards.resolve import resolve
+
+Hosted = Callable[[RewardConfig], Scorer]
+
+
+class TooManyInvalid(RuntimeError):
+    """Fewer samples than ``min_valid_fraction`` got a usable score; nothing was updated."""
+
+
+class ScorerHangs(ScorerError):
+    """A scorer did not come back in time."""
+
+    kind = "deadline"
+
+
+@dataclass(frozen=True)
+class NamedScorer:
+    """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for.
+
+    Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are. ``before`` begins the
+    names of its further scores.
+    """
+
+    name: str
+    weight: float
+    scorer: Scorer
+    tasks: tuple[str, ...] | None = None
+    apart: Apart = field(default_factory=Apart, compare=False)
+    before: str = ""
+
+
+def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hosted: Hosted | None = None) -> NamedScorer:
+    """Resolve and set up one configured reward; ``hosted`` makes those that have a ``runtime_env``."""
+    apart = Apart()
+    if config.runtime_env is None:
+        with apart:
+            scorer = resolve({"type": config.spec, **config.options}, base_dir)
+            set_up(scorer, device)
+    elif hosted is not None:
+        scorer = hosted(config)
+    else:
+        raise SpecError(
+            f"reward {config.label!r} has a runtime_env, which only a run on Ray can make; "
+            "set cluster.backend=ray, or serve it in its environment and name its url"
+        )
+    tasks = None if config.tasks is None else tuple(config.tasks)
+    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks, apart)
+
+
+def load_scorers(
+    configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu", hosted: Hosted | None = None
+) -> list[NamedScorer]:
+    """Every configured reward; raises SpecError where two answer to one name, of which one would be lost."""
+    names = [Named(config.label, config.spec, config.name is not None) for config in configs]
+    check_names(names)
+    scorers = [load_scorer(config, base_dir, device, hosted) for config in configs]
+    return [replace(scorer, before=before) for scorer, before in zip(scorers, prefixes(names), strict=True)]
+
+
+def score_images(
+    named: NamedScorer, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> Checked:
+    """One scorer on uint8 images (N, H, W, 3); its main score is renamed to the configured name.
+
+    A scorer with ``tasks`` sees the samples of these tasks only; the others are NaN and counted as no failure.
+    """
+    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in metadata], bool)
+    rows = np.flatnonzero(applies).tolist()
+    if not rows:
+        nothing = np.full(len(applies), np.nan)
+        return Checked({named.name: nothing}, {named.name: applies}, {}, applies, reward=named.name)
+    checked = score_batch(
+        named.name,
+        named.scorer,
+        np.ascontiguousarray(images.numpy()[applies]),
+        [prompts[i] for i in rows],
+        [dict(metadata[i]) for i in rows],
+    )
+    with blamed(named.name):
+        main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
+        asks = getattr(named.scorer, "retried", None)
+        retries = {} if asks is None else {named.name: dict(asks())}
+    rename = {key: named.name if key == main else named.before + key for key in checked.scores}
+    return Checked(
+        {rename[k]: _spread(v, applies, np.nan) for k, v in checked.scores.items()},
+        {rename[k]: _spread(v, applies, False) for k, v in checked.valid.items()},
+        {rename[k]: v for k, v in checked.causes.items()},
+        applies,
+        retries,
+        named.name,
+    )
+
+
+def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
+    """``work()`` of the reward ``name`` in a thread that is given up after ``seconds``.
+
+    The thread cannot be ended; it is a daemon, so that the process can.
+
+    Raises:
+        ScorerHangs: it did not come back. What ``work`` itself raises.
+    """
+    answer: list[Checked | BaseException] = []
+
+    def run() -> None:
+        try:
+            answer.append(work())
+        except BaseException as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=run, name=f"reward {name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise ScorerHangs(
+            f"reward {name!r} did not score a chunk within {seconds:g} s; look why it hangs, "
+            "or raise cluster.reward_deadline_s"
+        )
+    if isinstance(answer[0], BaseException):
+        raise answer[0]
+    return answer[0]
+
+
+def task_of(row: Mapping[str, Any]) -> str:
+    """What routing goes by: a prompt's ``task``, else its ``tag``."""
+    return str(row.get("task") or row.get("tag") or "")
+
+
+def _spread(values: Any, applies: Any, missing: Any) -> Any:
+    """Values of some samples among all of them."""
+    full = np.full(len(applies), missing)
+    full[applies] = values
+    return full
+
+
+def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
+    """Scores of one batch from its scorers: a sample is valid where every weighted reward that applies to it is.
+
+    Raises InvalidScores where two rewards answer a score of one name, of which one would be lost.
+    """
+    owners = one_owner({key: part.reward for key in part.scores} for part in parts)
+    scores = {k: v for part in parts for k, v in part.scores.items()}
+    valid = {k: v for part in parts for k, v in part.valid.items()}
+    applies = {k: part.applies for part in parts if part.applies is not None for k in part.scores}
+    total, every = combine(scores, weights, valid, applies)
+    causes = {f"{name}/{cause}": n for part in parts for name, c in part.causes.items() for cause, n in c.items()}
+    return Scores(
+        by_reward={k: torch.from_numpy(v).float() for k, v in scores.items()},
+        total=torch.from_numpy(total).float(),
+        valid=torch.from_numpy(every),
+        causes=causes,
+        weights={name: weight for name, weight in weights.items() if weight},
+        retries={name: causes for part in parts for name, causes in part.retries.items()},
+        applies={name: torch.from_numpy(own) for name, own in applies.items() if not own.all()},
+        owners=owners,
+    )
+
+
+def cat_scores(parts: Sequence[Scores]) -> Scores:
+    """Join the scores of consecutive chunks; raises InvalidScores as ``merge`` does."""
+    causes: dict[str, int] = {}
+    for part in parts:
+        for cause, count in part.causes.items():
+            causes[cause] = causes.get(cause, 0) + count
+    retries: dict[str, Counter[str]] = {}
+    for name, counts in (item for part in parts for item in part.retries.items()):
+        retries.setdefault(name, Counter()).update(counts)
+    names = dict.fromkeys(name for part in parts for name in part.by_reward)
+    nothing = [torch.full_like(part.total, float("nan")) for part in parts]
+    routed = dict.fromkeys(name for part in parts for name in part.applies)
+    everywhere = [torch.ones_like(part.valid) for part in parts]
+    return Scores(
+        by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
+        total=torch.cat([p.total for p in parts]),
+        valid=torch.cat([p.valid for p in parts]),
+        causes=causes,
+        weights=parts[0].weights,
+        retries={name: dict(counts) for name, counts in retries.items()},
+        applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
+        owners=one_owner(part.owners for part in parts),
+    )
+
+
+def faults(scores: Scores) -> dict[str, tuple[int, str]]:
+    """Of each reward that had to ask again or whose scores were masked: masked samples, and what to say of both."""
+    masked: dict[str, Counter[str]] = {}
+    for key, count in scores.causes.items():
+        name, _, cause = key.rpartition("/")
+        masked.setdefault(name, Counter())[cause] += count
+    found = {}
+    for name in dict.fromkeys([*scores.retries, *masked]):
+        retries, causes = scores.retries.get(name, {}), masked.get(name, Counter())
+        tries = sum(retries.values())
+        said = [f"{tries} {'retry' if tries == 1 else 'retries'} ({_counted(retries)})"] if retries else []
+        said += [f"{causes.total()} of {len(scores.valid)} images masked ({_counted(causes)})"] if causes else []
+        if said:
+            found[name] = (causes.total(), "; ".join(said))
+    return found
+
+
+def _counted(causes: Mapping[str, int]) -> str:
+    return ", ".join(f"{cause} × {count}" if count > 1 else cause for cause, count in causes.items())
+
+
+def require_valid(scores: Scores, fraction: float) -> None:
+    """Raise TooManyInvalid below ``fraction`` of valid samples, naming the causes."""
+    share = scores.valid.float().mean().item()
+    if share < fraction:
+        why = ", ".join(f"{cause}: {count}" for cause, count in sorted(scores.causes.items())) or "no cause recorded"
+        raise TooManyInvalid(
+            f"only {share:.0%} of {len(scores.valid)} samples have a usable reward, "
+            f"min_valid_fraction is {fraction:.0%} ({why}); nothing was updated"
+        )
+
+
+def reward_metrics(scores: Scores) -> dict[str, float]:
+    """``reward/<name>/mean`` and ``std`` over valid samples, the total, the counts of masked ones and of retries."""
+    metrics = {}
+    for name, values in {**scores.by_reward, "total": scores.total}.items():
+        usable = values[torch.isfinite(values)]
+        metrics[f"reward/{name}/mean"] = float(usable.double().mean()) if usable.numel() else float("nan")
+        metrics[f"reward/{name}/std"] = float(usable.double().std(correction=0)) if usable.numel() else float("nan")
+    metrics["reward/invalid_fraction"] = 1 - scores.valid.double().mean().item()
+    metrics |= {f"reward/invalid/{cause}": float(count) for cause, count in scores.causes.items()}
+    metrics |= {f"reward/{name}/retries": float(sum(counts.values())) for name, counts in scores.retries.items()}
+    return metrics

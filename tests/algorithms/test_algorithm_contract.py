@@ -1,0 +1,156 @@
+"""What the forward-process algorithms share: how they roll out, and the points they learn at."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from flowalign.algorithm import ForwardConfig, UnknownAlgorithm, algorithm_class, build_algorithm
+from flowalign.config.section import ConfigError
+from flowalign.flow import schedule
+from flowalign.intake.file import load_align
+from flowalign.types import Rollout
+from tests._model_directory import write_config
+from tests.algorithms.toy import LinearVelocity, make_rollout
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
+ALL = torch.ones(8, dtype=torch.bool)
+
+
+def config(**changes) -> ForwardConfig:
+    return ForwardConfig.model_validate({"type": "any", "num_steps": 6, "timesteps": 4, **changes})
+
+
+def made(own: ForwardConfig) -> Rollout:
+    return make_rollout(LinearVelocity(), own.rollout_spec(schedule.sigmas(own.num_steps)))
+
+
+def part(rollout: Rollout, rows: list[int]) -> Rollout:
+    """The chunk that a worker with these samples would have made."""
+    index = torch.tensor(rows)
+    return replace(
+        rollout,
+        batch=rollout.batch.take(rows),
+        condition=rollout.condition.take(index),
+        final_NCHW=rollout.final_NCHW[index],
+        images=rollout.images[index],
+    )
+
+
+def test_all_steps_of_the_rollout_are_deterministic() -> None:
+    spec = config(shift=3.0, guidance_scale=2.0).rollout_spec(schedule.sigmas(6, shift=3.0))
+    assert (spec.kind, spec.window, spec.noise_level, spec.guidance_scale) == ("ode", (0, 0), 0.0, 2.0)
+    assert list(spec.sigmas) == schedule.sigmas(6, shift=3.0).tolist()
+
+
+def test_a_point_lies_on_the_line_from_its_latent_along_the_target() -> None:
+    """x_t = (1 - t) x_0 + t noise and target = noise - x_0, so x_t - t target = x_0, of each sample's own latent."""
+    own = config(density="uniform")
+    rollout = made(own)
+    sample, item = own.points(rollout, ALL)
+    assert sample.tolist() == [n for n in range(8) for _ in range(4)]
+    x0 = item["x"] - item["t"][:, None, None, None] * item["target"]
+    torch.testing.assert_close(x0, rollout.final_NCHW[sample])
+    noise = item["target"] + rollout.final_NCHW[sample]
+    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
+
+
+@pytest.mark.parametrize("density", ["grid", "logit_normal"])
+def test_points_depend_on_neither_the_order_of_samples_nor_their_split(density: str) -> None:
+    own = config(density=density)
+    rollout = made(own)
+    _, whole = own.points(rollout, ALL)
+    for rows in ([5, 2, 7], [0, 1, 3, 4, 6], list(range(7, -1, -1))):
+        _, alone = own.points(part(rollout, rows), ALL[: len(rows)])
+        for key, value in whole.items():
+            assert torch.equal(alone[key].unflatten(0, (len(rows), 4)), value.unflatten(0, (8, 4))[rows]), key
+
+
+def test_leaving_samples_out_changes_no_point_of_the_others() -> None:
+    own = config()
+    rollout, learns = made(own), torch.arange(8) % 3 == 0
+    sample, item = own.points(rollout, learns)
+    _, whole = own.points(rollout, ALL)
+    assert sample.unique().tolist() == [0, 3, 6]
+    assert torch.equal(item["x"], whole["x"].unflatten(0, (8, 4))[learns].flatten(0, 1))
+
+
+def test_points_change_with_the_seed_and_from_one_iteration_to_the_next() -> None:
+    own = config()
+    rollout = made(own)
+    targets = [own.points(r, ALL)[1]["target"] for r in (rollout, replace(rollout, seed=1))]
+    targets.append(own.points(replace(rollout, policy_version=1), ALL)[1]["target"])
+    assert not any(torch.equal(a, b) for a, b in ((targets[0], targets[1]), (targets[0], targets[2])))
+
+
+def test_no_sample_leaves_no_point() -> None:
+    own = config()
+    sample, item = own.points(made(own), ~ALL)
+    assert len(sample) == 0 and item["x"].shape == (0, 2, 3, 3) and item["t"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"density_params": {"m": 1.0}}, "density_params: the grid"),
+        ({"density": "uniform", "density_params": {"m": 1.0}}, "density_params: .*'m'"),
+        ({"density": "logit_normal", "density_params": {"s": 0.0}}, "density_params: logit_normal needs s > 0"),
+        ({"timesteps": 0}, "greater than or equal to 1"),
+        ({"density": "grids"}, "'grid', 'uniform'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_with_the_key(changes: dict, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        config(**changes)
+
+
+@pytest.mark.parametrize("name", ["nft", "sft", "awm"])
+def test_the_shipped_configuration_of_each_is_valid(name: str) -> None:
+    config = load_align(CONFIGS / f"{name}.yaml", []).config
+    assert config.algorithm["type"] == name and config.algorithm["shift"] is not None
+
+
+OWN = """
+from flowalign.algorithm import AlgorithmConfig
+from flowalign.types import Rollout, RolloutSpec
+
+class Mine:
+    class Config(AlgorithmConfig):
+        group_size: int = 4
+        noisy: int = 1
+    consumes, needs_scores, models, rollout_weights = Rollout, True, ("policy",), "policy"
+    def __init__(self, config): self.config = config
+    def rollout_plan(self, iteration, seed):
+        return RolloutSpec("flow", (1.0, 0.5, 0.0), (0, self.config.noisy), 0.7)
+    def prepare(self, batch, scores, models): ...
+    def loss(self, models, minibatch): ...
+"""
+
+
+def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    name = f"{tmp_path / 'own.py'}:Mine"
+    assert algorithm_class(name) is algorithm_class(name)
+    assert build_algorithm({"type": name, "noisy": 2}).rollout_plan(0, 0).window == (0, 2)
+    with pytest.raises(UnknownAlgorithm, match=r"own\.py has no .Mind.; did you mean Mine\?"):
+        algorithm_class(f"{tmp_path / 'own.py'}:Mind")
+    with pytest.raises(UnknownAlgorithm, match=r"cannot import '.*absent.py': .*No such file"):
+        algorithm_class(f"{tmp_path / 'absent.py'}:Mine")
+
+
+@pytest.mark.parametrize(
+    ("noisy", "said"), [(0, "plans no step of kind flow"), (3, r"plans noise in steps \[0, 3\) of 2")]
+)
+def test_a_plan_that_could_not_be_learned_from_is_refused_before_the_run(tmp_path, noisy, said):
+    (tmp_path / "own.py").write_text(OWN)
+    config = write_config(tmp_path)
+    replaced = f"algorithm={{type: own.py:Mine, noisy: {noisy}}}"
+    with pytest.raises(ConfigError, match=said):
+        load_align(config, [replaced])
+
+
+def test_a_part_of_a_name_is_taken_as_a_hint(tmp_path):
+    with pytest.raises(ConfigError, match=r"algorithm.type: no algorithm 'dpo'.*did you mean diffusion_dpo\?"):
+        load_align(write_config(tmp_path), ["algorithm={type: dpo}"])

@@ -1,0 +1,105 @@
+"""``docs/algorithms.md`` says what is: its example trains, its options are the code's, its table the files'."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from flowalign.algorithm import algorithm_class, known_algorithms
+from flowalign.intake.file import load_align
+from flowalign.record.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+CARDS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))
+ALIGN = [name for name in known_algorithms() if "group_size" in algorithm_class(name).Config.model_fields]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.M | re.S)
+
+
+def commands(part: str) -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+    return [shlex.split(line) for line in lines if part in line]
+
+
+def same(written: Any, default: Any) -> bool:
+    """Whether a default as the page writes it is the code's; of a model only what the page names is compared."""
+    if isinstance(default, BaseModel):
+        default = default.model_dump()
+    if isinstance(written, dict) and isinstance(default, dict):
+        return written.items() <= default.items() if written else not default
+    return written == (list(default) if isinstance(default, tuple) else default)
+
+
+@pytest.mark.parametrize("name", ALIGN)
+def test_every_option_is_there_with_its_default_and_its_source(name: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.+?) \| (.+?) \|$", CARDS[name], re.M)
+    fields = algorithm_class(name).Config.model_fields
+    assert [option for option, *_ in rows] == [field for field in fields if field != "type"]
+    for option, default, *_ in rows:
+        if option != "teachers":
+            assert same(yaml.safe_load(default), fields[option].get_default(call_default_factory=True)), option
+
+
+def test_the_page_has_a_card_for_every_algorithm_that_align_knows() -> None:
+    assert sorted(CARDS) == sorted(ALIGN)
+
+
+def test_the_example_is_one_file_that_trains(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_algorithm.py").write_text(next(block for block in blocks("python") if "my_algorithm.py" in block))
+    (tmp_path / "own.py").write_text(
+        "def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3)) / 255\n"
+    )
+    written = next(words for words in commands("my_algorithm.py") if words[1] == "align")
+    assert (ROOT / written[2]).is_file()
+    small = {
+        "model": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4, "dtype": "float32"},
+        "data.groups_per_iteration": 2,
+        "rewards": [{"spec": "own.py:bright"}],
+        "rollout": {"chunk_size": 8},
+        "learner": {"engine": "torch", "micro_batch_size": 8},
+        "cluster": {"backend": "local", "threads": 1},
+        "evaluation": {"every": 0},
+        "checkpoint": {"best_metric": "reward/total/mean"},
+        "logging.wandb": "disabled",
+        "iterations": 2,
+    }
+    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in small.items()]
+    command = [sys.executable, "-m", "flowalign.cli", "align", str(ROOT / written[2]), *written[3:], *keys]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(tmp_path / "runs" / "reinforce" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert all(row["learner/transitions"] == 2 * 8 * 3 and row["loss/reinforce"] != 0 for row in rows)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "shapes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_page_s_algorithms_have_a_configuration_that_loads(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    if content["algorithm"]["type"] in ALIGN:
+        loaded = load_align(path, require_files=False)
+        assert loaded.config.algorithm["type"] == content["algorithm"]["type"]
+
+
+def test_the_table_is_made_of_the_committed_cells() -> None:
+    directory = ROOT / "scripts" / "benchmarks"
+    code = (
+        "import algorithms, algorithms_table as t\n"
+        "cells = t.load(algorithms.OWN, {name: cell.title for name, cell in algorithms.CELLS.items()})\n"
+        "print(t.markdown(cells))"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=True
+    ).stdout
+    assert made.strip() in PAGE

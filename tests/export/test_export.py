@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from flowalign.config.sections import SHIPPED
+from flowalign.export import ExportError, export, load_pipeline
+from flowalign.export.card import base_name
+from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.outputs import DirectoryTaken
+from flowalign.samples.opened import Which, ode_spec, open_policy, sample_checkpoint
+from flowalign.samples.rollout import SampleNoise, integrate
+from tests._tiny import run_config, write_checkpoint, write_pipeline
+
+PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of two stars"]
+METRICS = {"eval/geneval/overall": 0.5, "eval/geneval/counting": 0.25, "reward/total/mean": 0.4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("base") / "tiny-sd3")
+
+
+@pytest.fixture
+def runs(base: Path, tmp_path: Path) -> dict[str, Path]:
+    made = {}
+    for name in ("full", "lora"):
+        write_checkpoint(tmp_path / name, run_config(base, lora=name == "lora"), metrics=METRICS)
+        made[name] = tmp_path / name
+    return made
+
+
+def rollout_latents(run: Path, base: Path, lora: bool, guidance: float, which: Which = "model") -> torch.Tensor:
+    policy, _ = open_policy(run, run_config(base, lora=lora), which)
+    noise = SampleNoise(5, range(len(PROMPTS)), policy.latent_shape(None, None))
+    return integrate(policy.velocity, policy.encode_prompts(PROMPTS), noise, ode_spec(policy, 10, guidance))[2]
+
+
+def public_latents(pipeline: Any, guidance: float) -> torch.Tensor:
+    noise = SampleNoise(5, range(len(PROMPTS)), (16, 8, 8)).draw()
+    return pipeline(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=10,
+        guidance_scale=guidance,
+        max_sequence_length=16,
+        output_type="latent",
+    ).images
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_an_exported_pipeline_gives_our_latents_from_the_same_noise(
+    runs: dict[str, Path], base: Path, tmp_path: Path, name: str, guidance: float
+) -> None:
+    lora = name == "lora"
+    made = export(runs[name], tmp_path / "out", kind="pipeline", config=run_config(base, lora=lora))
+    assert max(made.velocity_error, made.latents_error) <= 1e-5
+    ours = rollout_latents(runs[name], base, lora, guidance)
+    assert difference(public_latents(load_pipeline(made.path), guidance), ours) <= 1e-5
+    assert difference(public_latents(load_pipeline(base), guidance), ours) > 1e-2
+
+
+@pytest.mark.parametrize("library", ["diffusers", "peft"])
+def test_exported_lora_files_give_our_latents_in_both_layouts(
+    runs: dict[str, Path], base: Path, tmp_path: Path, library: str
+) -> None:
+    made = export(runs["lora"], tmp_path / "out", kind="lora", config=run_config(base, lora=True))
+    pipeline = load_pipeline(base)
+    if library == "diffusers":
+        pipeline.load_lora_weights(str(made.path))
+    else:
+        PeftModel.from_pretrained(pipeline.transformer, str(made.path))  # type: ignore[arg-type]
+    ours = rollout_latents(runs["lora"], base, True, 3.0)
+    assert difference(public_latents(pipeline, 3.0), ours) <= 1e-5
+
+
+def test_a_plain_from_pretrained_reads_the_export_once_the_absent_encoder_is_named(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    made = export(runs["full"], tmp_path / "out", config=run_config(base))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(made.path, text_encoder_3=None, tokenizer_3=None)
+    assert public_latents(pipeline, 1.0).shape == (3, 16, 8, 8)
+
+
+def test_the_ema_export_holds_the_averaged_weights(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    made = export(runs["full"], tmp_path / "out", kind="ema", config=run_config(base))
+    latents = public_latents(load_pipeline(made.path), 1.0)
+    assert difference(latents, rollout_latents(runs["full"], base, False, 1.0, "ema")) <= 1e-5
+    assert difference(latents, rollout_latents(runs["full"], base, False, 1.0)) > 1e-2
+
+
+def test_text_encoders_are_exported_in_float32_and_no_local_path_is(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    made = export(runs["full"], tmp_path / "out", config=run_config(base))
+    dtypes = {w.dtype for part in ("text_encoder", "text_encoder_2") for w in read(made.path / part).values()}
+    assert dtypes == {torch.float32}
+    texts = [path.read_text() for path in made.path.glob("**/*.json") if path.name != "flowalign.json"]
+    assert not [text for text in texts if str(base.parent) in text]
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_half_precision_pipeline_is_compared_with_equally_rounded_weights(
+    runs: dict[str, Path], base: Path, tmp_path: Path, name: str
+) -> None:
+    made = export(runs[name], tmp_path / "out", config=run_config(base, lora=name == "lora"), dtype="bfloat16")
+    assert {w.dtype for w in read(made.path / "transformer").values()} == {torch.bfloat16}
+    assert made.latents_error <= 1e-5
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="differs from the policy"):
+        export(runs["full"], tmp_path / "out", config=run_config(base), tolerance=-1.0)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_without_lora_has_no_lora_to_export(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="export it as pipeline"):
+        export(runs["full"], tmp_path / "out", kind="lora", config=run_config(base))
+
+
+def test_a_directory_that_is_no_earlier_export_is_not_replaced(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(DirectoryTaken, match="no earlier export"):
+        export(runs["full"], tmp_path / "out", config=run_config(base))
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_earlier_export_is_replaced_only_where_that_is_asked_for(
+    runs: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    first = export(runs["lora"], tmp_path / "out", config=run_config(base, lora=True))
+    assert re.fullmatch(
+        r"compared 4 latents of 4 steps, guidance 1 and 3, of the reloaded files with the policy's: largest difference "
+        r"\d\.\de-0\d of \d\.\d",
+        first.compared,
+    )
+    with pytest.raises(
+        DirectoryTaken, match=r"an export \(pipeline\) of .*lora/checkpoints/step_000010; give --overwr"
+    ):
+        export(runs["full"], tmp_path / "out", config=run_config(base))
+    made = export(runs["full"], tmp_path / "out", config=run_config(base), overwrite=True)
+    record = json.loads((made.path / "flowalign.json").read_text())
+    assert record["max_sequence_length"] == 16
+    assert record["checkpoint"].endswith("full/checkpoints/step_000010")
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_lora_of_another_base_is_refused(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    other = write_pipeline(tmp_path / "other")
+    weights = next((other / "transformer").glob("*.safetensors"))
+    save_file({name: w + 1 for name, w in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="another base model"):
+        export(runs["lora"], tmp_path / "out", kind="lora", config=run_config(other, lora=True))
+
+
+def test_a_run_without_a_checkpoint_says_what_to_give(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        export(tmp_path / "new", tmp_path / "out", config=run_config(base))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("full", "pipeline"), ("lora", "lora"), ("full", "ema")])
+def test_the_card_states_base_rewards_scores_and_licence(
+    runs: dict[str, Path], base: Path, tmp_path: Path, name: str, kind: Any
+) -> None:
+    rows = [{"iteration": 0, "eval/geneval/overall": 0.3, "eval/geneval/counting": 0.125}]
+    (runs[name] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = export(runs[name], tmp_path / "out", kind=kind, config=run_config(base, lora=name == "lora"))
+    text = (made.path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "other"
+    assert front["tags"][:4] == ["flowalign", "text-to-image", "reinforcement-learning", "flow-grpo"]
+    assert front["library_name"] == ("peft" if kind == "lora" else "diffusers")
+    assert ModelCard(text).data.eval_results[0].metric_value == 0.5  # type: ignore[index]
+    for part in (
+        "`tiny-sd3`",
+        "flow_grpo",
+        "`geneval` × 1",
+        "| geneval/overall | 0.300 | 0.500 |",
+        "| geneval/counting",
+    ):
+        assert part in text
+    assert ("not of the weights exported here" in text) == (kind == "ema")
+
+
+def test_the_model_of_the_package_goes_by_its_name_in_a_card() -> None:
+    assert base_name(str(SHIPPED / "pipeline")) == "shapes" and base_name("models/pipeline") == "pipeline"
+    assert base_name("hub/models--owner--name/snapshots/1") == "owner/name"
+
+
+def test_the_licence_fields_of_the_base_model_are_kept(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n")
+    made = export(runs["lora"], tmp_path / "out", kind="lora", config=run_config(base, lora=True))
+    (base / "README.md").unlink()
+    assert (made.path / "README.md").read_text().startswith("---\nlicense: apache-2.0\nlibrary_name")
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def test_the_script_in_the_docs_draws_the_same_latents_with_diffusers_alone(
+    runs: dict[str, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    script = text.partition("## The same picture in diffusers")[2].partition("```python\n")[2].partition("```")[0]
+    config = run_config(base, lora=True)
+    prompts = ["a photo of a cat", "two dogs"]
+    options = {"num_steps": 5, "guidance_scale": 2.5, "seed": 3, "save_latents": True}
+    out = tmp_path / "samples"
+    sample_checkpoint(runs["lora"], prompts, config=config, out_dir=out, **options)  # type: ignore[arg-type]
+    export(runs["lora"], tmp_path / "aligned", config=config)
+    capsys.readouterr()
+    exec(compile(script, "docs/running.md", "exec"), {})
+    _, _, found, _, largest = capsys.readouterr().out.split()
+    assert 0 <= float(found) <= 1e-5 * float(largest) and float(largest) > 1

@@ -1,0 +1,112 @@
+"""What an evaluation says of itself, so that 12 samples do not look like a benchmark."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowalign.cli import app
+from flowalign.config.sections import CacheConfig, SamplingConfig
+from flowalign.measure.evaluated import facts, made_with, skipped, standard_errors, text
+from flowalign.types import Rollout, Scores
+from tests._tiny import write_pipeline
+
+NAN = math.nan
+
+
+def scores(**by_reward: list[float]) -> Scores:
+    tensors = {name: torch.tensor(values) for name, values in by_reward.items()}
+    return Scores(tensors, next(iter(tensors.values())), torch.ones(len(next(iter(tensors.values())))) > 0)
+
+
+def rollouts(*counts: tuple[int, int]) -> list[Any]:
+    return [type("Made", (), {"computed": computed, "reused": reused}) for computed, reused in counts]
+
+
+def test_the_standard_error_of_a_task_and_of_the_mean_of_tasks_are_those_of_the_textbook():
+    found = standard_errors(
+        scores(a=[1, 0, 1, 0, 3, 5]), [{"tag": "x"}] * 4 + [{"tag": "y"}] * 2
+    )  # x: stdev sqrt(1/3) over 4; y: sqrt(2) over 2
+    x, y = math.sqrt(1 / 3) / 2, 1.0
+    assert found == pytest.approx(
+        {
+            "standard_error/a/x": x,
+            "standard_error/a/y": y,
+            "standard_error/a/overall": math.sqrt(x**2 + y**2) / 2,
+        }
+    )
+
+
+@pytest.mark.parametrize("values", [[1.0], [NAN, NAN], [1.0, NAN]])
+def test_below_two_valid_samples_no_error_is_known(values: list[float]):
+    assert math.isnan(standard_errors(scores(a=values), [{}] * len(values))["standard_error/a/overall"])
+
+
+def test_masked_samples_do_not_count_in_the_error():
+    whole, masked = scores(a=[0.0, 1.0]), scores(a=[0.0, NAN, 1.0])
+    assert standard_errors(whole, [{}] * 2) == standard_errors(masked, [{}] * 3)
+
+
+def test_the_line_names_samples_prompts_steps_guidance_solver_seed_and_weights():
+    sampling = SamplingConfig(num_steps=28, guidance_scale=4.5, solver="heun")
+    prompts = [f"prompt {i % 6}" for i in range(12)]
+    said = facts(prompts, "geneval.jsonl", 553, sampling, seed=7, weights="ema", rollouts=rollouts((0, 0)), seconds=3)
+    assert text(said) == (
+        "12 samples of 6 of 553 prompts (geneval.jsonl); 28 steps of heun, guidance 4.5, seed 7, weights: ema; 4 img/s"
+    )
+
+
+def test_with_a_cache_the_share_of_skipped_steps_is_said():
+    cache = CacheConfig(calibration="c.json", threshold=0.2)
+    said = facts(
+        ["a"],
+        "p",
+        1,
+        SamplingConfig(cache=cache),
+        seed=0,
+        weights="model",
+        rollouts=rollouts((6, 2), (0, 8)),
+        seconds=1,
+    )
+    assert said["cache"] == {"calibration": "c.json", "threshold": 0.2, "skipped_steps": 10 / 16}
+    assert text(said).endswith("; 62% of the steps skipped by the cache, threshold 0.2")
+
+
+def test_no_evaluation_skips_nothing():
+    assert skipped([]) == skipped(rollouts((0, 0))) == 0.0
+
+
+def test_one_step_is_one_step():
+    made = SamplingConfig(num_steps=1).model_dump() | {"seed": 0, "weights": "model"}
+    assert made_with(made) == "1 step of euler, guidance 1, seed 0, weights: model"
+
+
+def test_evaluate_says_and_writes_how_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_pipeline(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    asked = ["--num-samples", "8", "--num-steps", "2", "--seed", "3", "--out", "out", "--json"]
+    done = CliRunner().invoke(app, ["evaluate", "base", *asked])
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout.splitlines()[-1])
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for summary in (printed, written):
+        made = summary["made"]
+        assert made["num_samples"] == made["num_prompts"] == 8 and made["prompts_there"] > 8
+        assert (made["num_steps"], made["seed"], made["weights"]) == (2, 3, "model") and made["images_per_s"] > 0
+        assert summary["metrics"].keys() == {
+            key.replace("standard_error", "eval") for key in summary["standard_errors"]
+        }
+    said = done.stderr.splitlines()
+    assert (
+        said[0].startswith("8 samples of 8 of ") and "2 steps of euler, guidance 1, seed 3, weights: model" in said[0]
+    )
+
+
+def test_rollouts_without_a_cache_count_nothing():
+    assert (Rollout.computed, Rollout.reused) == (0, 0)
