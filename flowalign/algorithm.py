@@ -26,7 +26,7 @@ from flowalign.config.walk import Grid, Shift
 from flowalign.flow import density, forward, path, sde
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
-from rewards.userfile import load_file, load_module, user_line
+from rewards.usercode.loading import load_file, load_module, user_line
 
 
 class VelocityModel(Protocol):

@@ -1,14 +1,78 @@
-"""Several rewards as one number."""
+"""Several rewards together: what their scores are called, and their weighted sum.
+
+Each score goes by one name, so that none takes the place of another: a reward's main score by the reward's own name,
+its further ones as the scorer calls them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import InvalidScores
+from rewards.interface import InvalidScores, SpecError
+from rewards.resolve import further_scores
+
+TOTAL = "total"
+
+
+class Named(NamedTuple):
+    """A configured reward: the name it goes by, what runs, and whether that name was given to it."""
+
+    label: str
+    spec: str
+    given: bool
+
+
+def prefixes(rewards: Sequence[Named]) -> list[str]:
+    """What stands before the further scores of each: ``name.`` where the same scorer runs under several names."""
+    specs = Counter(reward.spec for reward in rewards)
+    return [f"{reward.label}." if reward.given and specs[reward.spec] > 1 else "" for reward in rewards]
+
+
+def check_names(rewards: Sequence[Named], where: str = "rewards") -> None:
+    """Raise SpecError where two rewards would answer one score, as far as that is known before any has answered."""
+    names = [reward.label for reward in rewards]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{where}: two rewards go by the name {twice!r}; give each its own `name`")
+    try:
+        answers = [[reward.label] for reward in rewards]
+        for reward, prefix, own in zip(rewards, prefixes(rewards), answers, strict=True):
+            own += [prefix + key for key in further_scores(reward.spec) if key != reward.label]
+        one_owner({key: reward.label for key in own} for reward, own in zip(rewards, answers, strict=True))
+    except InvalidScores as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def one_owner(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Which reward answers each score, of parts that know it of theirs.
+
+    Raises InvalidScores where two rewards answer one, or one of several scores is called as the weighted sum is.
+    """
+    owners: dict[str, str] = {}
+    for part in parts:
+        for key, reward in part.items():
+            if owners.setdefault(key, reward) != reward:
+                raise InvalidScores(_shared(key, owners[key], reward))
+    if TOTAL in owners and len(owners) > 1:
+        raise InvalidScores(
+            f"reward {owners[TOTAL]!r} answers a score {TOTAL!r}, as the weighted sum is called; give it another name"
+        )
+    return owners
+
+
+def _shared(key: str, one: str, other: str) -> str:
+    if key not in (one, other):
+        return (
+            f"rewards {one!r} and {other!r} both answer a score {key!r}, and one would be lost; "
+            "let one of them answer it under another name, or leave that reward out"
+        )
+    asked = one if key == other else other
+    return f"reward {asked!r} also answers a score {key!r}, another reward's name; give that one another `name`"
 
 
 class Combined(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a scorer is, the errors it may end in, and the check every score passes before it is used.
+"""What a scorer is, how it is asked, and the check every score passes before it is used.
 
 Shapes: N images, H W pixels.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,16 +16,24 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.kept import refusals
-from rewards.userfile import user_line
+from rewards.errors import (
+    PLAIN_FUNCTION,
+    InputError,
+    InvalidScores,
+    ScorerError,
+    ScorerFailed,
+    one_line,
+    pass_on_interrupt,
+)
+from rewards.errors import SpecError as SpecError
+from rewards.usercode.kept import refusals
+from rewards.usercode.loading import user_line
 
 Images = NDArray[np.uint8]
 Metadata = dict[str, Any]
 
 MAX_MAGNITUDE = 1e6
 MAX_SCORES, MAX_KEY = 64, 200  # scores that a reward answers, characters of their names
-PLAIN_FUNCTION = "write a plain function (images, prompts, metadata), which may call asyncio.run"
-_SHOWN = 200
 _ATOMS = {str, int, float, bool, type(None)}
 
 
@@ -41,36 +47,6 @@ class Scorer(Protocol):
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
         """One float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
         ...
-
-
-class ScorerError(Exception):
-    """Base of every error of this package: one sentence that says what, where and what to do."""
-
-    kind = "scorer_error"
-
-
-class SpecError(ScorerError):
-    """A reward specification that names nothing usable."""
-
-    kind = "bad_spec"
-
-
-class InputError(ScorerError):
-    """Images, prompts or metadata that do not fit together or that a scorer cannot judge."""
-
-    kind = "bad_input"
-
-
-class ScorerFailed(ScorerError):
-    """The scorer raised."""
-
-    kind = "scorer_failed"
-
-
-class InvalidScores(ScorerError):
-    """The scorer returned something that is not one float a sample."""
-
-    kind = "invalid_scores"
 
 
 @dataclass(frozen=True)
@@ -208,18 +184,6 @@ def blamed(name: str, when: str = "") -> Iterator[None]:
         ) from error
 
 
-def pass_on_interrupt(error: BaseException) -> None:
-    """Raise ``error`` on where it is a Ctrl-C, rather than a KeyboardInterrupt that the scorer raised by itself."""
-    if not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread():
-        return
-    handler: Any = signal.getsignal(signal.SIGINT)
-    own, trace = getattr(getattr(handler, "__func__", handler), "__code__", None), error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if own is None or (trace is not None and trace.tb_frame.f_code is own):  # Python's own handler has no frame
-        raise error
-
-
 def call(
     name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]
 ) -> dict[str, NDArray[np.float64]]:
@@ -271,16 +235,6 @@ def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
     if found is None:
         raise InvalidScores(f"reward {label!r} returned {', '.join(keys)}; the weighted one must be called {label!r}")
     return found
-
-
-def one_line(error: BaseException | str, most: int = _SHOWN) -> str:
-    """An error's text without line breaks, at most ``most`` characters; an error may have none, or raise for it."""
-    try:
-        text = " ".join(str(error).split())
-    except BaseException as other:
-        pass_on_interrupt(other)
-        text = f"its text raised {type(other).__name__}"
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _line(error: BaseException) -> str:

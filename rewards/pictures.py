@@ -24,8 +24,8 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from rewards.interface import Images, ScorerError, one_line
-from rewards.picturekinds import FORMATS, kind_of, said_of
-from rewards.picturerows import has_all_rows
+from rewards.picturefiles.kinds import FORMATS, kind_of, said_of
+from rewards.picturefiles.rows import has_all_rows
 
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; beyond it Pillow's own guard ends the reading
 

@@ -26,20 +26,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import rewards.scorers
-from rewards import source
-from rewards.interface import (
-    PLAIN_FUNCTION,
-    Images,
-    Metadata,
-    Scorer,
-    ScorerError,
-    SpecError,
-    blamed,
-    one_line,
-    pass_on_interrupt,
-)
+from rewards.errors import PLAIN_FUNCTION, pass_on_interrupt
+from rewards.interface import Images, Metadata, Scorer, ScorerError, SpecError, blamed, one_line
 from rewards.missing import hint
-from rewards.userfile import load_file, load_module, user_line
+from rewards.usercode import source
+from rewards.usercode.loading import load_file, load_module, user_line
 
 ENTRY_POINTS = "flowalign.rewards"
 _log = logging.getLogger("rewards")
@@ -131,7 +122,7 @@ def _split(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _http(kind: str, options: dict[str, Any]) -> Scorer:
-    from rewards.client import HttpScorer
+    from rewards.http.client import HttpScorer
 
     return _construct(kind, HttpScorer, {"url": kind.removeprefix("url:"), **options})
 

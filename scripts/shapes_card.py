@@ -23,8 +23,8 @@ from flowalign.models.sd3 import SD3Policy
 from flowalign.samples.opened import ode_spec
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
-from rewards.detectors.palette import PaletteDetector
-from rewards.geneval_judge import judge
+from rewards.geneval.detectors.palette import PaletteDetector
+from rewards.geneval.judge import judge
 
 ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"
 SEED = 1234

@@ -283,10 +283,10 @@ def serve_reward(
     from flowalign.config.section import ConfigError
     from flowalign.config.sections import RewardConfig
     from flowalign.intake.paths import resolve_reward, scalar_options
-    from rewards.batching import Batching
-    from rewards.doors import MIB, Doors
-    from rewards.serve import log_requests as log
-    from rewards.serve import serve
+    from rewards.serving.batching import Batching
+    from rewards.serving.doors import MIB, Doors
+    from rewards.serving.requestlog import log_requests as log
+    from rewards.serving.server import serve
 
     log(log_requests)
     token = os.environ.get(token_env) if token_env else None

@@ -18,7 +18,7 @@ from rich.console import Console
 from flowalign.record.disk import DiskError, refusal
 from flowalign.record.progress import PLAIN, Phases
 from rewards.printable import printable, printable_lines
-from rewards.userfile import user_line
+from rewards.usercode.loading import user_line
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -30,7 +30,7 @@ from flowalign.samples.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs
-from rewards.userfile import keep_user_line
+from rewards.usercode.loading import keep_user_line
 
 Weights = dict[str, Tensor]
 

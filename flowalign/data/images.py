@@ -17,7 +17,7 @@ from flowalign.data.captiontable import IMAGE, read_tables, tables_of
 from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
 from flowalign.record.textfiles import TextError, kind_of, read_text
 from rewards.missing import hint
-from rewards.picturekinds import OTHERS, SUFFIXES, is_apple_double
+from rewards.picturefiles.kinds import OTHERS, SUFFIXES, is_apple_double
 
 ORIGINAL = "original"  # the kind of caption where a source has one kind
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell

@@ -269,8 +269,8 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
 
 def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
     """No two rewards answer to one name."""
+    from rewards.composite import Named, check_names
     from rewards.interface import ScorerError
-    from rewards.names import Named, check_names
 
     try:
         check_names([Named(reward.label, reward.spec, reward.name is not None) for reward in rewards], key)

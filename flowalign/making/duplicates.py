@@ -14,7 +14,7 @@ from torch import Tensor
 from flowalign.data.banks.files import write_json, write_tensors
 from flowalign.data.duplicates import near_duplicates
 from flowalign.data.images import ImageRow, ImageSource
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 from rewards.pictures import PictureError, read
 
 CHUNK = 1024  # images whose features lie in a file

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flowalign.measure.evaluate import EvaluationResult
     from flowalign.measure.features import FeatureExtractor
     from flowalign.measure.imageset import Pictures
-    from rewards.openclip import OpenClip
+    from rewards.models.openclip import OpenClip
 
 FEW = 100  # images of which KID tells little
 METRICS = ("fid", "kid", "precision", "recall", "clip")
@@ -151,7 +151,7 @@ def extractor_of(text: str, device: str) -> FeatureExtractor:
 def clip_of(text: str, device: str) -> OpenClip:
     """An open_clip directory, or ``{"model": …, "checkpoint": …}``."""
     from flowalign.config.section import ConfigError
-    from rewards.openclip import OpenClip
+    from rewards.models.openclip import OpenClip
 
     try:
         model = OpenClip("--clip", **_options(text, "--clip"))

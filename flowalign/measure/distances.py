@@ -15,7 +15,7 @@ from scipy.linalg import svdvals
 from scipy.spatial.distance import cdist
 
 from rewards.interface import Images
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 DISTANCES = ("fid", "kid", "precision", "recall")
 NEIGHBOURS = 3

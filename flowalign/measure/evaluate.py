@@ -27,7 +27,7 @@ from flowalign.samples.opened import sample_checkpoint as sample_checkpoint
 from flowalign.samples.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, score_images
 from flowalign.types import Rollout, Scores
 from rewards.interface import blamed
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 
 @dataclass(frozen=True)

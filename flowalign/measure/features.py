@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rewards.interface import Images, ScorerError, SpecError, one_line
 from rewards.missing import hint
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 from rewards.resolve import user_code
 
 BATCH = 32
@@ -109,7 +109,7 @@ def resolve_extractor(
 ) -> FeatureExtractor:
     """The extractor that ``type`` names, ready to be called; the other keys are its options.
 
-    ``open_clip``: as `rewards.openclip.OpenClip`, so ``path`` or ``model`` and ``checkpoint``. ``inception``:
+    ``open_clip``: as `rewards.models.openclip.OpenClip`, so ``path`` or ``model`` and ``checkpoint``. ``inception``:
     ``path``. ``file.py:function`` or ``package.module:function``: a function (images) -> features of the user's own,
     which is run; the options are passed by keyword.
 

@@ -21,7 +21,7 @@ from flowalign.record.textfiles import (
 )
 from rewards.interface import Images
 from rewards.missing import hint
-from rewards.picturekinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
+from rewards.picturefiles.kinds import FORMATS, OTHERS, SUFFIXES, is_apple_double
 from rewards.pictures import PictureError, look, read
 
 _OWN_PROMPTS = ("index.json", "results.jsonl")

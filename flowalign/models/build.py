@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
-from rewards.userfile import load_module
+from rewards.usercode.loading import load_module
 
 
 def policy_class(name: str) -> type[Any]:

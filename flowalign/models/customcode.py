@@ -12,7 +12,7 @@ def refuse_custom_code(directory: Path) -> None:
 
     The ``pipeline.py`` of our own exports is no such code: it is for diffusers, we load the parts.
     """
-    from rewards.customcode import custom_code
+    from rewards.models.customcode import custom_code
 
     if (found := custom_code(directory)) is not None:
         raise ModelError(

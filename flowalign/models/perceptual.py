@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from flowalign.models.base import ModelError, Policy
 from rewards.interface import SpecError
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 
 class ImageFeatures:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flowalign.config.alignment import SafetyConfig
 from flowalign.types import Rollout, Scores
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 MAX_SIDE = 64
 THUMBNAIL = 16

@@ -18,18 +18,8 @@ import torch
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
 from flowalign.types import Scores
-from rewards.composite import combine
-from rewards.interface import (
-    Checked,
-    Scorer,
-    ScorerError,
-    SpecError,
-    blamed,
-    main_key,
-    score_batch,
-    set_up,
-)
-from rewards.names import Named, check_names, one_owner, prefixes
+from rewards.composite import Named, check_names, combine, one_owner, prefixes
+from rewards.interface import Checked, Scorer, ScorerError, SpecError, blamed, main_key, score_batch, set_up
 from rewards.resolve import resolve
 
 Hosted = Callable[[RewardConfig], Scorer]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flowalign.shapes.render import Thing
-from rewards.detectors.palette import COLORS, SHAPES
+from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 Split = Literal["train", "eval"]
 Metadata = dict[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.detectors.palette import BACKGROUND, COLORS, shape_mask
+from rewards.geneval.detectors.palette import BACKGROUND, COLORS, shape_mask
 
 SIZE = 64
 _CELL = 32

@@ -10,7 +10,7 @@ import numpy as np
 
 from rewards.interface import Images, Metadata, SpecError, one_line
 from rewards.missing import hint
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 
 class AestheticScorer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rewards.interface import Images, Metadata
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 
 class ClipScorer:

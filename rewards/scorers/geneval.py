@@ -1,4 +1,4 @@
-"""GenEval as a reward: a detector finds objects, ``rewards.geneval_judge`` compares them with the prompt.
+"""GenEval as a reward: a detector finds objects, ``rewards.geneval.judge`` compares them with the prompt.
 
 ``python -m rewards.scorers.geneval --judge-only`` judges detections made elsewhere: JSON lines
 ``{"metadata": …, "detections": {class: [{"box", "score", "color"}]}}`` in, ``{"correct", "score", …}`` out.
@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rewards.detectors import load_detector
-from rewards.geneval_judge import Rules, Verdict, judge
-from rewards.geneval_rows import check_names, check_row
+from rewards.geneval.detectors import load_detector
+from rewards.geneval.judge import Rules, Verdict, judge
+from rewards.geneval.rows import check_names, check_row
 from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
 from rewards.printable import printable
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rewards.interface import Images, Metadata, SpecError
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 Scale = Literal["cosine", "x100"]
 

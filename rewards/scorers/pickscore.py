@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from rewards.customcode import refuse_custom_code
 from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.models.customcode import refuse_custom_code
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rewards.http.transport import Endpoint
 from rewards.interface import Images, InputError, Metadata, SpecError
-from rewards.transport import Endpoint
 
 _log = logging.getLogger("rewards.vlm_judge")
 

@@ -22,8 +22,8 @@ from flowalign.models.sd3 import SD3Policy
 from flowalign.samples.opened import ode_spec
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
-from rewards.detectors.palette import COLORS
-from rewards.geneval_judge import Verdict
+from rewards.geneval.detectors.palette import COLORS
+from rewards.geneval.judge import Verdict
 from rewards.scorers.geneval import GenevalScorer
 
 SEED = 1234

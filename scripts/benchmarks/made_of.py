@@ -30,7 +30,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
 from flowalign.run.made import MadeOf
 from flowalign.run.made.hashing import Hashes
-from rewards.kept import keep
+from rewards.usercode.kept import keep
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
 

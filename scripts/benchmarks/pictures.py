@@ -23,7 +23,7 @@ from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import rollout
 from flowalign.samples.scoring import load_scorer, score_images
 from flowalign.types import Rollout
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 CHUNK = 64
 

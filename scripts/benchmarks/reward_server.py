@@ -34,7 +34,7 @@ from PIL import Image
 from flowalign.config.sections import SHIPPED
 from flowalign.shapes.prompts import evaluation_set, scene
 from flowalign.shapes.render import render
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 from rewards.interface import Images, Metadata, ScorerError, set_up
 from rewards.resolve import resolve
 from rewards.wire import decode_request, encode_request

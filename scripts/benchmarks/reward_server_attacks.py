@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 from rewards.interface import ScorerError
 
 TOKEN = "of-the-benchmark"

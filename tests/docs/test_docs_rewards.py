@@ -24,13 +24,13 @@ from PIL import Image
 
 import rewards.scorers
 from flowalign.intake.file import load_align
-from rewards.batching import Batching
-from rewards.client import HttpScorer
-from rewards.detectors.mask2former import Mask2formerDetector
-from rewards.detectors.palette import PaletteDetector
-from rewards.doors import SPARE_FILES, Doors
+from rewards.geneval.detectors.mask2former import Mask2formerDetector
+from rewards.geneval.detectors.palette import PaletteDetector
+from rewards.http.client import HttpScorer
 from rewards.resolve import builtin_names, resolve
-from rewards.room import PACE
+from rewards.serving.batching import Batching
+from rewards.serving.doors import SPARE_FILES, Doors
+from rewards.serving.room import PACE
 from rewards.wire import Limits
 from tests.rewards.conftest import Server
 

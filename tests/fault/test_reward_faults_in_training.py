@@ -29,8 +29,8 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.loop import align
 from flowalign.run.made import MadeOf
 from flowalign.samples.scoring import ScorerHangs, TooManyInvalid
+from rewards.http.transport import DeadlineExceeded
 from rewards.interface import InvalidScores
-from rewards.transport import DeadlineExceeded
 from tests.rewards.conftest import Server
 
 REPO = Path(__file__).resolve().parents[2]

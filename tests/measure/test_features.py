@@ -21,7 +21,7 @@ from flowalign.measure.features import (
     resolve_extractor,
 )
 from flowalign.shapes.prompts import evaluation_set
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 CLIP = SHIPPED / "open_clip"
 

@@ -18,7 +18,7 @@ from flowalign.measure.distances import clip_score, clip_scores, frechet_distanc
 from flowalign.measure.evaluate import EvaluationResult
 from flowalign.measure.features import OpenClipFeatures
 from flowalign.shapes.prompts import evaluation_set
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 CLIP = SHIPPED / "open_clip"
 

@@ -21,8 +21,8 @@ from flowalign.config.sections import SHIPPED
 from flowalign.export import load_pipeline
 from flowalign.models.base import ModelError
 from flowalign.models.sd3 import SD3Policy
-from rewards.customcode import custom_code
 from rewards.interface import SpecError
+from rewards.models.customcode import custom_code
 from rewards.resolve import resolve
 
 ROOT = Path(__file__).parents[2]

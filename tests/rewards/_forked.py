@@ -81,8 +81,9 @@ def _serve(
     if files is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
-    from rewards.doors import Doors
-    from rewards.serve import main, serve
+    from rewards.serve import main
+    from rewards.serving.doors import Doors
+    from rewards.serving.server import serve
 
     if doors is not None:
         serve(arguments[0], port=0, doors=Doors(**doors), announce=lambda line: print(line, flush=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
 
-from rewards.detectors.palette import SHAPES
+from rewards.geneval.detectors.palette import SHAPES
 
 
 def tiny_config(queries: int = 12) -> Mask2FormerConfig:

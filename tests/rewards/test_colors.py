@@ -14,8 +14,8 @@ from PIL import Image
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.paths import resolve_reward
 from flowalign.shapes.render import Thing, render, render_with_masks
-from rewards.colors import BENCHMARK_COLORS, ZeroShotColors, crop
-from rewards.detectors.palette import COLORS, SHAPES
+from rewards.geneval.colors import BENCHMARK_COLORS, ZeroShotColors, crop
+from rewards.geneval.detectors.palette import COLORS, SHAPES
 from rewards.interface import SpecError
 
 

@@ -12,10 +12,10 @@ import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from rewards import app, room
-from rewards.app import _STATUS
-from rewards.doors import DEFAULT_DOORS, LINES_A_MINUTE, MIB, SPARE_FILES
-from rewards.hosts import hosts_of
+from rewards.serving import app, room
+from rewards.serving.app import _STATUS
+from rewards.serving.doors import DEFAULT_DOORS, LINES_A_MINUTE, MIB, SPARE_FILES
+from rewards.serving.hosts import hosts_of
 from rewards.wire import DEFAULT_LIMITS, TooLarge
 from tests.rewards.conftest import Server
 

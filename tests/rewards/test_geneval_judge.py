@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.geneval_judge import Rules, geneval_table, judge, relative_position
+from rewards.geneval.judge import Rules, geneval_table, judge, relative_position
 from rewards.interface import InputError
 
 GOLDEN = Path(__file__).parents[3] / "shared/data/golden/geneval_public.jsonl"

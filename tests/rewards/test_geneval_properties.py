@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowalign.shapes.render import Thing, render
-from rewards.geneval_judge import BENCHMARK, judge
+from rewards.geneval.judge import BENCHMARK, judge
 from rewards.resolve import resolve
 
 MODES = ("official", "strict", "partial")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rewards.geneval_judge import judge
-from rewards.geneval_rows import check_row
+from rewards.geneval.judge import judge
+from rewards.geneval.rows import check_row
 from rewards.interface import InputError, ScorerError
 from rewards.resolve import row_check
 from rewards.scorers.geneval import GenevalScorer

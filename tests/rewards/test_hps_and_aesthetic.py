@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from flowalign.config.sections import SHIPPED
 from flowalign.shapes.render import Thing, render
 from rewards import resolve as resolving
-from rewards.detectors.palette import COLORS, SHAPES
+from rewards.geneval.detectors.palette import COLORS, SHAPES
 from rewards.interface import SpecError, score_batch
-from rewards.openclip import OpenClip, trained_with_quick_gelu
+from rewards.models.openclip import OpenClip, trained_with_quick_gelu
 
 PROMPTS = ["a red circle", "a blue star and a cross", "a red circle", "", "a very long prompt " * 50]
 EMPTY: list[dict] = [{}] * 5

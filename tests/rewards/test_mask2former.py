@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.detectors import load_detector
-from rewards.detectors.mask2former import COCO_NAMES, Mask2formerDetector, instances
+from rewards.geneval.detectors import load_detector
+from rewards.geneval.detectors.mask2former import COCO_NAMES, Mask2formerDetector, instances
 from rewards.interface import SpecError
 from rewards.resolve import resolve
 from tests.rewards._mask2former import save_tiny_mask2former

@@ -22,7 +22,7 @@ from flowalign.measure.imagefolder import pixels
 from flowalign.measure.imageset import folder_of
 from rewards.interface import InputError
 from rewards.pictures import PictureError, look, read
-from rewards.servedpictures import decode, look_at
+from rewards.serving.pictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, TooLarge, WireError
 from tests.rewards._files import (
     COLORS,

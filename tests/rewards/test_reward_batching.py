@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from rewards.batching import Batching, Merger, Overloaded, Stopping
 from rewards.interface import InputError
+from rewards.serving.batching import Batching, Merger, Overloaded, Stopping
 
 
 class Recorder:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from rewards import transport
-from rewards.client import DeadlineExceeded, HttpScorer, ServerUnavailable
+from rewards.http import transport
+from rewards.http.client import DeadlineExceeded, HttpScorer, ServerUnavailable
 
 LONGEST = 6.0  # of a request with a deadline of half a second, on a machine that has other things to do
 pytestmark = pytest.mark.fault

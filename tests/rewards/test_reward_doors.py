@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from rewards.client import HttpScorer
-from rewards.doors import MIB
+from rewards.http.client import HttpScorer
+from rewards.serving.doors import MIB
 from rewards.wire import encode_request
 from tests.rewards.conftest import ROOT, Batch, Server
 from tests.rewards.test_reward_hostile import megabytes

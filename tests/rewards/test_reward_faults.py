@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from rewards import transport as client_module
-from rewards.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
+from rewards.http import transport as client_module
+from rewards.http.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
 from rewards.wire import TooLarge, WireError, encode_response
 
 

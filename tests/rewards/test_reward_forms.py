@@ -10,7 +10,7 @@ import uuid
 import numpy as np
 from PIL import Image
 
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 
 
 def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 from rewards.interface import ScorerError
-from rewards.servedpictures import decode, look_at
+from rewards.serving.pictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, encode_request
 from tests.rewards._files import jpeg_without_blocks, png_of, rows
 from tests.rewards.conftest import Server

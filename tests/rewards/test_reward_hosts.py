@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from rewards.client import HttpScorer, ServerRefused
-from rewards.hosts import hosts_of
+from rewards.http.client import HttpScorer, ServerRefused
+from rewards.serving.hosts import hosts_of
 from rewards.wire import encode_request
 from tests.rewards.conftest import Server
 

@@ -13,7 +13,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.check import check_reward_names
 from flowalign.samples.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 from rewards.interface import InvalidScores, SpecError
 
 REWARDS = """

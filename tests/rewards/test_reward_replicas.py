@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rewards import transport
-from rewards.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
+from rewards.http import transport
+from rewards.http.client import DeadlineExceeded, HttpScorer, ServerRefused, ServerUnavailable
+from rewards.http.replicas import Replicas
 from rewards.interface import SpecError
-from rewards.replicas import Replicas
 from rewards.resolve import check, resolve
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rewards.client import HttpScorer
+from rewards.http.client import HttpScorer
 from rewards.interface import InvalidScores, SpecError, score_batch
 from rewards.resolve import builtin_names, check, resolve
 from rewards.scorers.geneval import GenevalScorer

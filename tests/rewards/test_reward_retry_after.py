@@ -12,9 +12,9 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from rewards import transport
-from rewards.client import HttpScorer
-from rewards.retryafter import asked_wait_s
+from rewards.http import transport
+from rewards.http.client import HttpScorer
+from rewards.http.retryafter import asked_wait_s
 from rewards.wire import encode_response
 
 LONG_AGO = 1_000_000_000  # by the server's clock

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rewards import resolve as resolving
-from rewards.detectors.palette import BACKGROUND, COLORS, shape_mask
+from rewards.geneval.detectors.palette import BACKGROUND, COLORS, shape_mask
 from rewards.interface import InputError, SpecError, score_batch
 
 

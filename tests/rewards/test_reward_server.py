@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards.client import HttpScorer, ServerRefused
+from rewards.http.client import HttpScorer, ServerRefused
 from rewards.interface import SpecError, score_batch
 from rewards.scorers.jpeg import JpegScorer
-from rewards.serve import PortInUse, serve
+from rewards.serving.server import PortInUse, serve
 from rewards.wire import encode_request
 from tests.rewards._forked import Forked
 

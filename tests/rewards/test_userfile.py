@@ -18,11 +18,11 @@ import pytest
 
 from flowalign.algorithm import UnknownAlgorithm, algorithm_class
 from flowalign.cli.terminal import sentence
-from rewards.imports import files_of_code
 from rewards.interface import ScorerFailed, SpecError, score_batch
-from rewards.kept import load_module
 from rewards.resolve import resolve
-from rewards.userfile import keep_user_line, load_file
+from rewards.usercode.imports import files_of_code
+from rewards.usercode.kept import load_module
+from rewards.usercode.loading import keep_user_line, load_file
 
 BATCH = (np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
 

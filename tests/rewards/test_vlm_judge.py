@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from rewards import transport
+from rewards.http import transport
+from rewards.http.transport import DeadlineExceeded, ServerRefused, ServerUnavailable
 from rewards.interface import InputError, SpecError, score_batch
 from rewards.resolve import resolve
 from rewards.scorers.vlm_judge import VlmJudgeScorer
-from rewards.transport import DeadlineExceeded, ServerRefused, ServerUnavailable
 from tests.rewards._chat_server import ChatServer, Reply, Request
 
 GOOD = '{"score": 7}'

@@ -84,7 +84,7 @@ def test_large_images_have_the_figures_of_small_ones() -> None:
 
 
 def test_diversity_by_clip_is_one_minus_the_cosine_of_its_features() -> None:
-    from rewards.openclip import OpenClip
+    from rewards.models.openclip import OpenClip
 
     directory = str(SHIPPED / "open_clip")
     images = np.concatenate(

@@ -23,7 +23,7 @@ from flowalign.run.journal import RunJournal
 from flowalign.run.made import MadeOf
 from flowalign.samples.scoring import cat_scores, faults, load_scorers, merge, reward_metrics, score_images
 from flowalign.types import Scores
-from rewards import transport
+from rewards.http import transport
 from rewards.wire import decode_request, encode_response
 
 IMAGES = torch.arange(2 * 8 * 8 * 3).remainder(256).to(torch.uint8).reshape(2, 8, 8, 3)

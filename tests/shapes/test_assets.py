@@ -15,8 +15,8 @@ from flowalign.samples.opened import ode_spec
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS, evaluation_set, scene
 from flowalign.shapes.render import render
-from rewards.detectors.palette import COLORS, PaletteDetector
-from rewards.geneval_judge import judge
+from rewards.geneval.detectors.palette import COLORS, PaletteDetector
+from rewards.geneval.judge import judge
 from rewards.resolve import resolve
 
 ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"

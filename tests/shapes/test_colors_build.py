@@ -5,8 +5,8 @@ import torch
 
 from flowalign.config.sections import SHIPPED
 from flowalign.shapes.build.colors import objects
-from rewards.colors import ZeroShotColors
-from rewards.detectors.palette import COLORS, SHAPES
+from rewards.geneval.colors import ZeroShotColors
+from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 
 def test_objects_are_cut_out_on_grey_and_depend_on_seed_and_step_alone():

@@ -6,8 +6,8 @@ import torch
 from flowalign.shapes.build.detector import examples, new_detector, save_detector
 from flowalign.shapes.prompts import sample_prompt, scene
 from flowalign.shapes.render import render, render_with_masks
-from rewards.detectors import load_detector
-from rewards.detectors.palette import BACKGROUND, SHAPES, PaletteDetector
+from rewards.geneval.detectors import load_detector
+from rewards.geneval.detectors.palette import BACKGROUND, SHAPES, PaletteDetector
 
 
 def test_masks_cover_their_objects_and_nothing_else():

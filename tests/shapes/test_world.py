@@ -2,8 +2,8 @@ import numpy as np
 
 from flowalign.shapes.prompts import TASKS, evaluation_set, meaning, prompts, sample_prompt, scene
 from flowalign.shapes.render import render
-from rewards.detectors.palette import PaletteDetector
-from rewards.geneval_judge import judge
+from rewards.geneval.detectors.palette import PaletteDetector
+from rewards.geneval.judge import judge
 
 
 def rendered(split, count, seed=0):

@@ -26,8 +26,8 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.contents import leaves
 from flowalign.record.textfiles import TextError, read_object
 from flowalign.shapes import prompts as shapes
-from rewards.imports import SUFFIXES, files_of_code
 from rewards.resolve import location_of
+from rewards.usercode.imports import SUFFIXES, files_of_code
 
 READ_BY_REWARDS = ("path", "processor", "checkpoint", "head")  # the options that are paths, see configpaths.FILES
 _UNREAD = ("readme.md", "license", "license.md")

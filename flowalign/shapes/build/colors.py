@@ -18,9 +18,9 @@ from flowalign.shapes.build.pickscore import degrade
 from flowalign.shapes.build.progress import train
 from flowalign.shapes.build.text import tokenize
 from flowalign.shapes.render import Thing, render_with_masks
-from rewards.colors import TEMPLATES, crop
-from rewards.detectors.palette import COLORS, SHAPES
-from rewards.openclip import OpenClip
+from rewards.geneval.colors import TEMPLATES, crop
+from rewards.geneval.detectors.palette import COLORS, SHAPES
+from rewards.models.openclip import OpenClip
 
 _PHRASES = [(color, shape) for shape in SHAPES for color in COLORS]
 

@@ -12,7 +12,7 @@ from flowalign.shapes.build.pickscore import degrade
 from flowalign.shapes.build.progress import train
 from flowalign.shapes.prompts import sample_prompt, scene
 from flowalign.shapes.render import Thing, render_with_masks
-from rewards.detectors.palette import COLORS, SHAPES
+from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 _MEAN, _STD = [0.5] * 3, [0.5] * 3
 _CELLS = [(r, c) for r in range(2) for c in range(2)]

@@ -85,7 +85,7 @@ def _templates(height: int, width: int) -> NDArray[np.bool_]:
 
 
 class PaletteDetector:
-    """Finds coloured shapes on the dark ground; implements ``rewards.detectors.Detector``.
+    """Finds coloured shapes on the dark ground; implements ``rewards.geneval.detectors.Detector``.
 
     A pixel is foreground where its strongest channel stands ``foreground`` (0-255) above the
     ground; its colour is the palette entry with the nearest chromatic direction, so anti-aliased

@@ -1,6 +1,6 @@
 """Which of a user's files some code is made of: its own and those beside it that it imports. Nothing is run for that.
 
-It looks where `userfile` looks when the code runs: a neighbour is found under its plain name and by relative imports,
+It looks where `loading` looks when the code runs: a neighbour is found under its plain name and by relative imports,
 whatever the working directory is, compiled modules (``.so``, ``.pyd``, ``.pyc``) included. What these import cannot be
 read off them, so where one lies in a package all of the package counts. Imports of a name that only running the code
 would tell of (``import_module(name)``) are not seen.

@@ -7,7 +7,7 @@ import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
 
-from rewards.interface import PLAIN_FUNCTION, SpecError
+from rewards.errors import PLAIN_FUNCTION, SpecError
 
 _NUM_ARGUMENTS = 3
 

@@ -13,7 +13,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from rewards.interface import Images, InputError, Metadata
-from rewards.servedpictures import decode, look_at
+from rewards.serving.pictures import decode, look_at
 from rewards.wire import Limits, WireError, check_texts
 
 _FIELDS = ("images", "prompts", "metadata")
@@ -30,7 +30,7 @@ async def read_form(
     and may take its time.
 
     Raises:
-        WireError: no valid form, UTF-8 or JSON. TooLarge, InputError: as ``rewards.servedpictures.look_at``.
+        WireError: no valid form, UTF-8 or JSON. TooLarge, InputError: as ``rewards.serving.pictures.look_at``.
     """
 
     async def pieces() -> AsyncGenerator[bytes, None]:

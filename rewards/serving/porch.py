@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 
-from rewards.doors import Gate, network, refusal
+from rewards.serving.doors import Gate, network, refusal
 
 LONGEST_HEAD = 16 * 1024  # as much as h11 takes
 BURST = 64  # newcomers in one turn of the event loop

@@ -20,7 +20,7 @@ from importlib.machinery import SourcelessFileLoader as BytecodeLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from rewards.imports import files_of_code, is_installed, looks
+from rewards.usercode.imports import files_of_code, is_installed, looks
 
 _COMPILED = tuple(EXTENSION_SUFFIXES)
 _NEVER = ("flowalign", "rewards")

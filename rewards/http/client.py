@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from rewards.http.transport import DeadlineExceeded as DeadlineExceeded
+from rewards.http.transport import Endpoint, ServerRefused
+from rewards.http.transport import ServerUnavailable as ServerUnavailable
 from rewards.interface import Images, Metadata, SpecError, check_inputs
-from rewards.transport import DeadlineExceeded as DeadlineExceeded
-from rewards.transport import Endpoint, ServerRefused
-from rewards.transport import ServerUnavailable as ServerUnavailable
 from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, TooLarge, WireError, decode_response, encode_request
 
 _log = logging.getLogger("rewards")
@@ -23,7 +23,7 @@ class HttpScorer:
 
     ``url`` is its address, or several separated by commas; ``replicas`` are further addresses of the same reward.
     Batches go to them in turn, and to the next one where one fails. The other options are those of
-    ``rewards.transport.Endpoint``, a batch being a request.
+    ``rewards.http.transport.Endpoint``, a batch being a request.
     """
 
     name = "url"

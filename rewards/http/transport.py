@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from rewards.deadline import TimedSocket, connect, left
+from rewards.http.deadline import TimedSocket, connect, left
+from rewards.http.replicas import Replica, Replicas
+from rewards.http.retryafter import asked_wait_s
 from rewards.interface import ScorerError, SpecError, one_line
-from rewards.replicas import Replica, Replicas
-from rewards.retryafter import asked_wait_s
 from rewards.wire import DEFAULT_LIMITS, TooLarge, WireError
 
 _RETRIABLE = {
@@ -73,7 +73,7 @@ class Endpoint:
     again after a wait, ``retries`` times; waits double from 0.5 s to 8 s, each shortened at random by up to a quarter.
     An address that answered 429 or 503 with ``Retry-After`` is asked again when it says, but after half of the time
     that is left at the latest, so that another try has as long. An address that failed ``breaker_failures`` times in a
-    row is left out for ``breaker_reset_s`` (``rewards.replicas``). ``token_env`` names the variable that holds the
+    row is left out for ``breaker_reset_s`` (``rewards.http.replicas``). ``token_env`` names the variable that holds the
     bearer token. ``hint`` is what to do where nothing answers.
 
     Raises:

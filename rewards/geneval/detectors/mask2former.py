@@ -3,7 +3,7 @@
 The instance post-processing is that of the public benchmark's model (Cheng et al. 2022, arXiv:2112.01527, as mmdet runs
 it): softmax over classes without the null class, the 100 best of (query, class), masks where the upsampled logit is
 positive, score = class probability × mean mask probability inside the mask, box around the mask. Colours come from
-``rewards.colors``.
+``rewards.geneval.colors``.
 
 Shapes: Q queries, C classes (the null class is the last, C + 1st logit), h w mask logits, H W image pixels.
 """
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rewards.colors import ZeroShotColors
-from rewards.customcode import refuse_custom_code
-from rewards.geneval_rows import canonical, colored_classes
+from rewards.geneval.colors import ZeroShotColors
+from rewards.geneval.rows import canonical, colored_classes
 from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.models.customcode import refuse_custom_code
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class Instances:
 
 
 class Mask2formerDetector:
-    """Finds COCO objects; implements ``rewards.detectors.Detector``.
+    """Finds COCO objects; implements ``rewards.geneval.detectors.Detector``.
 
     ``path`` is a directory of a transformers ``Mask2FormerForUniversalSegmentation`` trained for instances, such as
     ``facebook/mask2former-swin-small-coco-instance`` saved locally. ``clip`` has the options of the ``clip`` scorer

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.kept import Source, from_content, keep, load_module
+from rewards.usercode.kept import Source, from_content, keep, load_module
 
 __all__ = ["keep_user_line", "load_file", "load_module", "user_line"]
 

@@ -24,15 +24,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rewards.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
-from rewards.doors import DEFAULT_DOORS, Doors
-from rewards.form import read_form
-from rewards.hosts import Hosts, hosts_of
 from rewards.interface import InputError, Scorer, ScorerError, call
-from rewards.metrics import CONTENT_TYPE as METRICS_TYPE
-from rewards.metrics import ServerMetrics
-from rewards.requestlog import IMAGES, RequestLog
-from rewards.room import Crowded, Room, Stay, TooSlow
+from rewards.serving.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
+from rewards.serving.doors import DEFAULT_DOORS, Doors
+from rewards.serving.form import read_form
+from rewards.serving.hosts import Hosts, hosts_of
+from rewards.serving.metrics import CONTENT_TYPE as METRICS_TYPE
+from rewards.serving.metrics import ServerMetrics
+from rewards.serving.requestlog import IMAGES, RequestLog
+from rewards.serving.room import Crowded, Room, Stay, TooSlow
 from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, Limits, TooLarge, WireError, decode_request, encode_response
 
 _log = logging.getLogger("rewards.serve")

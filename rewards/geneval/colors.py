@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rewards.interface import SpecError
-from rewards.openclip import OpenClip
+from rewards.models.openclip import OpenClip
 
 BENCHMARK_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {thing}", "a photo of a {color}-colored {thing}", "a photo of a {color} object")

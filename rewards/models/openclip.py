@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rewards.customcode import never_ask, refuse_custom_code
 from rewards.interface import Images, SpecError, one_line
 from rewards.missing import hint
+from rewards.models.customcode import never_ask, refuse_custom_code
 
 if TYPE_CHECKING:
     import torch

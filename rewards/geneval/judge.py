@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.geneval_rows import canonical, read_row
+from rewards.geneval.rows import canonical, read_row
 from rewards.interface import InputError
 
 Detection = dict[str, Any]

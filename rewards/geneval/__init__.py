@@ -1,0 +1,1 @@
+"""GenEval's rows and judge, its colours, and the detectors that find the objects."""

@@ -1,0 +1,1 @@
+"""Models that scorers and detectors stand on."""

@@ -1,0 +1,1 @@
+"""What picture files tell of themselves before they are decoded."""

@@ -1,0 +1,1 @@
+"""Python files of users: found, read, kept as they were, and run."""
