@@ -121,6 +121,10 @@ class OpenClip:
         embedded = torch.nn.functional.normalize(encoded.float(), dim=-1)
         return embedded[torch.tensor([unique.index(text) for text in texts], device=embedded.device)]
 
+    def cosines(self, images: Images, texts: list[str]) -> torch.Tensor:
+        """float32 cosines (N,) in [-1, 1] of each image with the text of its row."""
+        return (self.images(images) * self.texts(texts)).sum(-1)
+
     def pixels(self, images: Images) -> torch.Tensor:
         """Model input (N, 3, h, w), resized and normalised as a batch."""
         import torch

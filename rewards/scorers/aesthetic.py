@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.interface import Images, SpecError, one_line
 from rewards.missing import hint
+from rewards.models.batched import Batched
 from rewards.models.openclip import OpenClip
 
+if TYPE_CHECKING:
+    import torch
 
-class AestheticScorer:
+
+class AestheticScorer(Batched):
     """``aesthetic``: a head on unit CLIP image embeddings, about 1 to 10 for LAION's; the prompt plays no part.
 
     ``head`` is a safetensors file: one linear layer (``weight`` (1, D), ``bias`` (1,)), or several applied one after
@@ -37,23 +41,21 @@ class AestheticScorer:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
+        super().__init__(device, batch_size)
         if not Path(head).is_file():
             raise SpecError(
                 f"aesthetic: head {head} does not exist{hint(head)}; give a safetensors file of linear layers"
             )
         self.head = head
         self.model = OpenClip(self.name, path=path, model=model, checkpoint=checkpoint, precision=precision)
-        self.device = device
-        self.batch_size = batch_size
-        self._layers: list[tuple[Any, Any]] | None = None
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def setup(self, device: str | None = None) -> None:
+    def load(self) -> None:
         """Load model and head; raises ``SpecError`` where the head is no chain of linear layers that fits the model."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        self.device = device or self.device
         self.model.setup(self.device)
         try:
             tensors = load_file(self.head, device=self.device)
@@ -69,21 +71,11 @@ class AestheticScorer:
             )
         self._layers = layers
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
-        """``{"aesthetic": (N,)}``; images (N, H, W, 3) of any size."""
-        import torch
-
-        if self._layers is None:
-            self.setup()
-        assert self._layers is not None
-        values = []
-        with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                features = self.model.images(images[start : start + self.batch_size])
-                for weight, bias in self._layers:
-                    features = features @ weight.T + bias
-                values.append(features[:, 0].cpu().numpy())
-        return {"aesthetic": np.concatenate(values)}
+    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
+        features = self.model.images(images)
+        for weight, bias in self._layers:
+            features = features @ weight.T + bias
+        return features[:, 0]
 
 
 def _chain(head: str, tensors: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
-from rewards.interface import Images, Metadata
+from rewards.interface import Images
+from rewards.models.batched import Batched
 from rewards.models.openclip import OpenClip
 
+if TYPE_CHECKING:
+    import torch
 
-class ClipScorer:
+
+class ClipScorer(Batched):
     """``clip`` in [-1, 1]: cosine similarity of image and prompt.
 
     The model is a directory with ``open_clip_config.json`` and weights (``path``), or an open_clip architecture
@@ -29,23 +33,11 @@ class ClipScorer:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
+        super().__init__(device, batch_size)
         self.model = OpenClip(self.name, path=path, model=model, checkpoint=checkpoint, precision=precision)
-        self.device = device
-        self.batch_size = batch_size
 
-    def setup(self, device: str | None = None) -> None:
-        """Load the model; raises ``SpecError`` where the weights are not its own."""
-        self.device = device or self.device
+    def load(self) -> None:
         self.model.setup(self.device)
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
-        """``{"clip": (N,)}``; images (N, H, W, 3) of any size."""
-        import torch
-
-        values = []
-        with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                cosine = (self.model.images(images[rows]) * self.model.texts(prompts[rows])).sum(-1)
-                values.append(cosine.float().cpu().numpy())
-        return {"clip": np.concatenate(values)}
+    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
+        return self.model.cosines(images, prompts)

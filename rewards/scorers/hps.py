@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
-
-from rewards.interface import Images, Metadata, SpecError
+from rewards.interface import Images, SpecError
+from rewards.models.batched import Batched
 from rewards.models.openclip import OpenClip
+
+if TYPE_CHECKING:
+    import torch
 
 Scale = Literal["cosine", "x100"]
 
 
-class HpsScorer:
+class HpsScorer(Batched):
     """``hps``: cosine similarity of image and prompt under HPS weights, about 0.2 to 0.35 for photographs.
 
     The published checkpoints (``HPS_v2_compressed.pt``, ``HPS_v2.1_compressed.pt``) are state dicts of
@@ -34,6 +36,7 @@ class HpsScorer:
         device: str = "cpu",
         batch_size: int = 32,
     ) -> None:
+        super().__init__(device, batch_size)
         if scale not in get_args(Scale):
             raise SpecError(f"hps: scale {scale!r} is unknown; write {' or '.join(get_args(Scale))}")
         if path is None and model is None and checkpoint is not None:
@@ -48,22 +51,9 @@ class HpsScorer:
         )
         self.factor = 100.0 if scale == "x100" else 1.0
         self.range = (-self.factor, self.factor)
-        self.device = device
-        self.batch_size = batch_size
 
-    def setup(self, device: str | None = None) -> None:
-        """Load the model; raises ``SpecError`` where the weights are not its own."""
-        self.device = device or self.device
+    def load(self) -> None:
         self.model.setup(self.device)
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
-        """``{"hps": (N,)}``; images (N, H, W, 3) of any size."""
-        import torch
-
-        values = []
-        with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                cosine = (self.model.images(images[rows]) * self.model.texts(prompts[rows])).sum(-1)
-                values.append(self.factor * cosine.cpu().numpy())
-        return {"hps": np.concatenate(values)}
+    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
+        return self.factor * self.model.cosines(images, prompts)

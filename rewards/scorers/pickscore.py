@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from rewards.interface import Images, Metadata, SpecError, one_line
+from rewards.interface import Images, SpecError, one_line
+from rewards.models.batched import Batched
 from rewards.models.customcode import refuse_custom_code
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Scale = Literal["raw", "/26"]
 
 
-class PickscoreScorer:
+class PickscoreScorer(Batched):
     """``pickscore``: logit scale × cosine similarity, about 15 to 26 with the published weights.
 
     ``path`` is the directory of a transformers ``CLIPModel``; ``processor``, if its tokenizer and image
@@ -36,6 +37,7 @@ class PickscoreScorer:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
+        super().__init__(device, batch_size)
         if scale not in get_args(Scale):
             raise SpecError(f"pickscore: scale {scale!r} is unknown; write raw or /26")
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -53,16 +55,13 @@ class PickscoreScorer:
         refuse_custom_code("pickscore", path, self.processor)
         self.factor = 1.0 if scale == "raw" else 1 / 26
         self.dtype = dtype
-        self.device = device
-        self.batch_size = batch_size
         self._model: Any = None
 
-    def setup(self, device: str | None = None) -> None:
+    def load(self) -> None:
         """Load the model from its directory; nothing is downloaded."""
         import torch
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.device = device or self.device
         try:
             loaded: Any = CLIPModel.from_pretrained(
                 self.path,
@@ -84,24 +83,9 @@ class PickscoreScorer:
             raise SpecError(f"pickscore: {self.path} lacks the weights {missing[0]} …; give a whole CLIPModel")
         self._model = model.to(self.device).eval()
 
-    def _loaded(self) -> Any:
-        if self._model is None:
-            self.setup()
-        return self._model
-
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
-        """``{"pickscore": (N,)}``; images (N, H, W, 3) of any size."""
-        import torch
-
-        model = self._loaded()
-        values = []
-        with torch.inference_mode():
-            scale = model.logit_scale.exp().float() * self.factor
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                cosine = (self._image(images[rows]) * self._text(prompts[rows])).sum(-1)
-                values.append((scale * cosine).cpu().numpy())
-        return {"pickscore": np.concatenate(values)}
+    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
+        scale = self._model.logit_scale.exp().float() * self.factor
+        return scale * (self._image(images) * self._text(prompts)).sum(-1)
 
     def _image(self, images: Images) -> torch.Tensor:
         """Unit embeddings (N, D)."""

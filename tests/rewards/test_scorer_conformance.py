@@ -68,6 +68,18 @@ def test_a_scorer_declares_its_name_and_range_and_takes_device_and_batch_size(sp
     assert {"device", "batch_size"} <= set(inspect.signature(type(scorer)).parameters)
 
 
+@pytest.mark.parametrize("spec", ["aesthetic", "clip", "hps", "pickscore"], indirect=True)
+def test_a_model_that_the_first_batch_loads_scores_as_one_that_setup_loaded(spec):
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
+    scores = []
+    for loaded in (True, False):
+        scorer: Any = resolving.resolve({**spec, "batch_size": 2})
+        if loaded:
+            set_up(scorer, "cpu")
+        scores.append(scorer.score(images, ["a red circle"] * 3, [METADATA] * 3)[scorer.name])
+    np.testing.assert_array_equal(*scores)
+
+
 @pytest.mark.parametrize("size", [(40, 56), (1, 1)])
 @pytest.mark.parametrize("spec", OPTIONS, indirect=True)
 def test_a_scorer_gives_each_image_of_a_batch_a_float_within_its_range(spec, size):
