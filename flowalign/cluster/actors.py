@@ -91,7 +91,8 @@ class HostedScorer:
         self._retried: dict[str, int] = {}
         try:
             # No resources of its own: it shares those of the actor that waits for it.
-            hosted = ray.remote(HostedHere).options(num_cpus=0, runtime_env={**given, "env_vars": variables}, **options)
+            environment = {**given, "env_vars": variables}
+            hosted: Any = ray.remote(HostedHere).options(num_cpus=0, runtime_env=environment, **options)
             self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device)
         except (ValueError, TypeError) as error:
             raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None

@@ -72,7 +72,7 @@ def _rows(table: Path) -> Iterator[list[str]]:
             )
     padded = any(name != name.strip() for name in head.split(","))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=padded)
-    header: list[str] = []
+    header, files = list[str](), list[int]()
     begin = 1
     try:
         for row in reader:

@@ -251,8 +251,9 @@ def disturbed(run: Run, faults: Faults) -> Counter[str]:
     codes: Counter[str] = Counter()
     moved, before = time.monotonic(), -1
     samples = (run.work / "samples.jsonl").open("a")
+    process, started = run.start(), run.done()
     while not codes["0"]:  # the last iteration's checkpoint may be what no disk takes
-        if run.process is None or run.process.poll() is not None:
+        if process.poll() is not None:
             if run.disk:
                 run.disk.free()
             process, started = run.start(), run.done()

@@ -45,13 +45,14 @@ def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipelin
     assert manifest["count"] == 20 and manifest["noise"] and [s["count"] for s in manifest["shards"]] == [8, 8, 4]
     bank = load_bank(tmp_path / "pairs")
     drawn = bank.draw(0, 6, 0)
-    assert drawn.noise is not None
+    noise = drawn.noise
+    assert noise is not None
     policy = load_policy(run_config(tiny_pipeline_dir).model)
     spec = policy_spec(policy, SamplingConfig(num_steps=2, solver="heun"), ModelConfig())
 
     class Given(SampleNoise):
         def draw(self):
-            return drawn.noise
+            return noise
 
     condition = policy.encode_prompts([bank.prompts[int(row)] for row in drawn.rows])
     made = integrate(policy.velocity, condition, Given(0, range(6), SHAPE), spec)[2]

@@ -106,8 +106,11 @@ class Hashes:
         while True:
             try:
                 path = waiting.pop()
+            except IndexError:  # threads share the list
+                return
+            try:
                 found: str | OSError = hash_file(path, self.stamps[path], self._ended)
-            except (IndexError, InterruptedError):
+            except InterruptedError:
                 return
             except OSError as error:
                 found = error
