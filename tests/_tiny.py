@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.models.build import load_policy
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.samples.opened import base_hash
 from flowalign.shapes.build.autoencoder import new_autoencoder
 from flowalign.shapes.build.pipeline import new_transformer

@@ -12,7 +12,7 @@ from rich.console import Console
 from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.intake.file import read_resolved, recorded_versions
+from flowalign.intake.resolved import read_resolved, recorded_versions
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
 from flowalign.record.metrics import read_metrics

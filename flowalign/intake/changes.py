@@ -12,7 +12,8 @@ from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.check import algorithm_of
 from flowalign.intake.check_walk import renamed_grids
-from flowalign.intake.file import recorded_contents, say_once
+from flowalign.intake.file import say_once
+from flowalign.intake.resolved import recorded_contents
 from flowalign.record.contents import ACCEPT, RATES, digests, leaves, may_hold_other, same
 from flowalign.record.manifest import manifests
 

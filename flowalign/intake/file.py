@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic
 
@@ -25,17 +23,15 @@ from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
 from flowalign.intake.check_training import check_caches, check_training, notes_of
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
-from flowalign.intake.paths import Config, resolve, shipped_names
+from flowalign.intake.overrides import override
+from flowalign.intake.paths import Config, resolve
 from flowalign.record.checkpoint import LOG, has_any
-from flowalign.record.contents import digests, put, relocated
-from flowalign.record.disk import write_text, writing
+from flowalign.record.contents import put, relocated
 from flowalign.record.textfiles import is_there
-from flowalign.record.yamlfiles import check_finite, differences, dump_yaml, override, plain, read_mapping
-from rewards.missing import hint
+from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
-PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 _RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 
 
@@ -88,7 +84,7 @@ def _refuse_edited_seeds(raw: Mapping[str, Any], seeds: Any) -> None:
 
 def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """The configuration that the run in ``run_dir`` recorded, wherever the directory was moved to."""
-    found = relocated(raw, run_dir, _record(recorded, "run_dir", str), _record(recorded, "contents", dict) or {})
+    found = relocated(raw, run_dir, record(recorded, "run_dir", str), record(recorded, "contents", dict) or {})
     if found:
         say_once(f"{run_dir} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
     named = Path(os.path.expanduser(str(raw.get("runs_dir", "runs")))) / str(raw.get("name"))
@@ -98,7 +94,7 @@ def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> 
     return raw
 
 
-def _record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
+def record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
     """What was recorded beside a configuration; None where version 0.1 wrote it, or somebody else."""
     return recorded.get(key) if isinstance(recorded.get(key), kind) else None
 
@@ -181,7 +177,7 @@ def _at(value: Any, path: Sequence[str | int]) -> Any:
 def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Loaded[AlignConfig]:
     if "phases" in raw and "iterations" not in raw:
         raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
-    config = resolve(_validate(AlignConfig, raw), base)
+    config = resolve(validate(AlignConfig, raw), base)
     missing: list[str] = []
 
     def need(check: Callable[..., None], *args: Any) -> None:
@@ -231,7 +227,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
 def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
     if "iterations" in raw and "phases" not in raw:
         raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
-    config = resolve(_validate(PretrainConfig, raw), base)
+    config = resolve(validate(PretrainConfig, raw), base)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm)
     checks.check_model(config)
@@ -249,7 +245,7 @@ def _walked(
     return config.model_copy(update={"algorithm": filled(algorithm.config, config.model, own)})
 
 
-def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
     check_finite(raw)
     try:
         config = model.model_validate(plain(raw))
@@ -257,70 +253,3 @@ def _validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
         raise checks.explain(error, model) from error
     check_finite(config.model_dump())
     return config
-
-
-def write_resolved(
-    config: AlignConfig | PretrainConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()
-) -> Path:
-    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
-
-    Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
-    changes of these that were ``accepted``, now and before. Raises DiskError.
-    """
-    seeds = {"run": config.seed}
-    if isinstance(config, AlignConfig):
-        seeds["evaluation"] = config.evaluation.seed
-    content = config.model_dump(mode="json")
-    # What a run that is continued was begun with stays on record.
-    goes_on = has_any(run_dir / "checkpoints")
-    began = recorded_contents(run_dir) if goes_on else {}
-    changed = {change["key"] for change in accepted}
-    contents = {key: digest if key in changed else began.get(key, digest) for key, digest in digests(content).items()}
-    earlier = plain(_recorded(run_dir, "accepted_changes", list) or []) if goes_on else []
-    changes = [*(change for change in earlier if change not in accepted), *map(dict, accepted)]
-    values = shipped_names(content) | {"versions": versions(), "seeds": seeds}
-    values |= {"run_dir": os.path.abspath(run_dir), "contents": contents}
-    values |= {"accepted_changes": changes} if changes else {}
-    with writing(str(run_dir), run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    return write_text(run_dir / RESOLVED, dump_yaml(values))
-
-
-def versions() -> dict[str, str]:
-    """Versions of python and of the packages that a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def recorded_contents(run_dir: Path) -> dict[str, str]:
-    """Digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
-    return _recorded(run_dir, "contents", dict) or {}
-
-
-def _recorded(run_dir: Path, key: str, kind: type) -> Any:
-    path = run_dir / RESOLVED
-    return _record(read_mapping(path), key, kind) if path.is_file() else None
-
-
-def recorded_versions(run_dir: Path) -> dict[str, str]:
-    """The versions that ``run_dir`` was last written with."""
-    path = run_dir / RESOLVED
-    return plain(read_mapping(path).get("versions") or {})
-
-
-def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
-    """The configuration that a run directory was made with; raises ConfigError where there is none."""
-    path = run_dir / RESOLVED
-    if not path.is_file():
-        absent = f"does not exist{hint(run_dir)}"
-        what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else absent
-        raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
-    raw = read_yaml(path)
-    if "phases" in raw:
-        return resolve(_validate(PretrainConfig, raw), run_dir)
-    return resolve(_validate(AlignConfig, raw), run_dir)

@@ -12,8 +12,9 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.check import check_pipeline, explain
-from flowalign.intake.file import load_align, read_resolved, recorded_contents
+from flowalign.intake.file import load_align
 from flowalign.intake.paths import recorded_model
+from flowalign.intake.resolved import read_resolved, recorded_contents
 from flowalign.record.checkpoint import LOG, find, verify
 from flowalign.record.contents import base_hash, base_of
 

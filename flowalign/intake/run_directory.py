@@ -10,7 +10,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.changes import changed_rates, refuse_changes
-from flowalign.intake.file import read_resolved, write_resolved
+from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.record.checkpoint import has_any
 from flowalign.record.kinds import check_kinds
 from flowalign.record.mirror import check_wandb

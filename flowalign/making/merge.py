@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import SamplingConfig
-from flowalign.export import load_pipeline, save_pipeline
 from flowalign.export.markdown import code, text
+from flowalign.export.verify import load_pipeline
+from flowalign.export.writing import save_pipeline
 from flowalign.intake.recorded import config_of
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding

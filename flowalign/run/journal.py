@@ -16,7 +16,8 @@ from rich.console import Console
 from flowalign.config.alignment import AlignConfig
 from flowalign.measure.evaluate import best_metric, evaluation_metrics
 from flowalign.measure.evaluated import skipped, standard_errors
-from flowalign.record.checkpoint import CheckpointWriter, steps
+from flowalign.record.checkpoint import steps
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
 from flowalign.record.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics

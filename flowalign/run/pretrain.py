@@ -26,6 +26,7 @@ from flowalign.measure.validation import Validation
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
 from flowalign.record import checkpoint
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import naming
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
@@ -274,7 +275,7 @@ def _save(
         if lock is not None:
             lock.check()
         if engine.rank == 0:
-            checkpoint.CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
+            CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
                 step,
                 model=model,
                 ema=averages.main(),

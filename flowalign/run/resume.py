@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import fault_of_state, fault_of_zeros
 from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
@@ -72,7 +73,7 @@ def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say 
         say(
             f"going on from {saved.path}; {', '.join(path.name for path in newer)} and later metrics are kept in {kept}"
         )
-    checkpoint.CheckpointWriter(root).point(LATEST, saved.path.name)
+    CheckpointWriter(root).point(LATEST, saved.path.name)
     if resume == "auto":
         with suppress(OSError):
             (root / RETURNED).unlink()
@@ -96,7 +97,7 @@ def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
     with suppress(CheckpointError):
         newest = checkpoint.latest(kept / "checkpoints")
         assert newest is not None
-        checkpoint.CheckpointWriter(newest.parent).point(LATEST, newest.name)
+        CheckpointWriter(newest.parent).point(LATEST, newest.name)
     return kept
 
 

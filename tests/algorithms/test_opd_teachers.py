@@ -16,7 +16,8 @@ from flowalign.algorithm import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
-from flowalign.export import export, load_pipeline
+from flowalign.export import export
+from flowalign.export.verify import load_pipeline
 from flowalign.flow import sde
 from flowalign.intake.file import load_align
 from flowalign.models.base import ModelError

@@ -9,9 +9,11 @@ import pytest
 
 from flowalign.cli.running import smaller_rates
 from flowalign.config.section import ConfigError
-from flowalign.intake.file import load_align, load_pretrain, read_resolved, write_resolved
+from flowalign.intake.file import load_align, load_pretrain
+from flowalign.intake.overrides import override
 from flowalign.intake.paths import _path
-from flowalign.record.yamlfiles import dump_yaml, override, parse_yaml, plain
+from flowalign.intake.resolved import read_resolved, write_resolved
+from flowalign.record.yamlfiles import dump_yaml, parse_yaml, plain
 from tests.intake.test_configfile import STAR, config_path, refusal
 
 __all__ = ["config_path"]

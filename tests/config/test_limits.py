@@ -29,7 +29,7 @@ from flowalign.intake.recorded import config_of
 from flowalign.models.base import ModelError
 from flowalign.models.inspect import inspect_model
 from flowalign.plan import make_plan
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.manifest import CheckpointError, digest_of, verify
 from tests.intake.test_configfile import config_path
 

@@ -14,8 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from flowalign.config.sections import SHIPPED
-from flowalign.export import ExportError, export, load_pipeline
+from flowalign.export import ExportError, export
 from flowalign.export.card import base_name
+from flowalign.export.verify import load_pipeline
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.samples.opened import Which, ode_spec, open_policy, sample_checkpoint

@@ -22,7 +22,8 @@ from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import LatentBank, save_bank
-from flowalign.export import ExportError, _share, export, load_pipeline
+from flowalign.export import ExportError, export
+from flowalign.export.verify import load_pipeline, share
 from flowalign.intake.check_training import check_caches
 from flowalign.intake.paths import resolve_model
 from flowalign.intake.recorded import config_of
@@ -319,5 +320,5 @@ def test_the_evaluation_of_a_training_run_names_its_step(tmp_path, tiny_pipeline
 
 def test_a_difference_is_judged_by_the_size_of_what_differs():
     large = torch.full((4,), 8.0)
-    assert _share(large + 8e-5, large) == pytest.approx(1e-5, rel=0.02)
-    assert _share(torch.full((4,), 1e-5), torch.zeros(4)) == pytest.approx(1e-5)
+    assert share(large + 8e-5, large) == pytest.approx(1e-5, rel=0.02)
+    assert share(torch.full((4,), 1e-5), torch.zeros(4)) == pytest.approx(1e-5)

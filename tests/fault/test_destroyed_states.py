@@ -18,12 +18,12 @@ from flowalign.cli.running import further_back
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.engine import build_engine
-from flowalign.intake.file import write_resolved
+from flowalign.intake.resolved import write_resolved
 from flowalign.making.shapes_latents import make_bank
 from flowalign.models.ema import Ema
 from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import DestroyedState, fault, total_norm
 from flowalign.record.manifest import advice
 from flowalign.record.metrics import read_metrics

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointWriter, content_hash
+from flowalign.record.checkpoint import content_hash
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import DiskError, append_line, write_text
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.record.outputs import unwritable

@@ -11,10 +11,12 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.changes import refuse_changes, resume_differences
-from flowalign.intake.file import load_align, load_pretrain, read_resolved, write_resolved
+from flowalign.intake.file import load_align, load_pretrain
+from flowalign.intake.overrides import override
 from flowalign.intake.paths import resolve
-from flowalign.record.checkpoint import CheckpointWriter
-from flowalign.record.yamlfiles import override, parse_yaml
+from flowalign.intake.resolved import read_resolved, write_resolved
+from flowalign.record.checkpointwriter import CheckpointWriter
+from flowalign.record.yamlfiles import parse_yaml
 from tests._model_directory import write_config
 
 STAR = '{"tag": "colors", "include": [{"class": "%s", "count": 1}], "prompt": "a photo"}\n'

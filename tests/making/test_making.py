@@ -22,7 +22,7 @@ from flowalign.making.calibration import calibrate
 from flowalign.making.pairs import HalfNoise, make_pairs
 from flowalign.making.preferences import make_preferences
 from flowalign.models.build import load_policy
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import DiskError
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align

@@ -11,11 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowalign.export import export, load_pipeline
-from flowalign.intake.file import load_align, write_resolved
+from flowalign.export import export
+from flowalign.export.verify import load_pipeline
+from flowalign.intake.file import load_align
+from flowalign.intake.resolved import write_resolved
 from flowalign.making.merge import merge
 from flowalign.models.merge import MergeError
-from flowalign.record.checkpoint import CheckpointError, CheckpointWriter
+from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.run.align import run_align

@@ -150,7 +150,8 @@ def test_weights_of_another_model_are_refused(base: Path, run: Path) -> None:
 
 
 def test_a_checkpoint_without_ema_says_so(base: Path, run: Path, tmp_path: Path) -> None:
-    from flowalign.record.checkpoint import CheckpointWriter, load
+    from flowalign.record.checkpoint import load
+    from flowalign.record.checkpointwriter import CheckpointWriter
 
     saved = load(run / "checkpoints" / "step_000010")
     path = CheckpointWriter(tmp_path).save(1, model=saved.model, state=saved.state)

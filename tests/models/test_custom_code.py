@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from flowalign.config.sections import SHIPPED
-from flowalign.export import load_pipeline
+from flowalign.export.verify import load_pipeline
 from flowalign.models.base import ModelError
 from flowalign.models.sd3 import SD3Policy
 from rewards.interface import SpecError

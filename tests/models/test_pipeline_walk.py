@@ -16,11 +16,13 @@ from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, ModelConfig, SamplingConfig
-from flowalign.export import export, load_pipeline
+from flowalign.export import export
+from flowalign.export.verify import load_pipeline
 from flowalign.flow.schedule import sigmas
 from flowalign.intake.changes import refuse_changes
-from flowalign.intake.file import RESOLVED, load_align, read_resolved, write_resolved
+from flowalign.intake.file import RESOLVED, load_align
 from flowalign.intake.recorded import config_of
+from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.making.merge import merge
 from flowalign.models.build import load_policy
 from flowalign.models.inspect import own_schedule

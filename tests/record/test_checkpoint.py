@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.record.checkpoint import CheckpointError, CheckpointWriter, content_hash, latest, load
+from flowalign.record.checkpoint import CheckpointError, content_hash, latest, load
+from flowalign.record.checkpointwriter import CheckpointWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,7 +140,7 @@ def test_going_back_and_saving_an_old_step_again_replaces_it(tmp_path: Path) -> 
 WRITER = """
 import sys, torch
 from pathlib import Path
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 writer = CheckpointWriter(Path(sys.argv[1]), keep_last=2)
 step = int(sys.argv[2])
 while True:

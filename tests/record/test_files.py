@@ -14,10 +14,10 @@ import torch
 from flowalign.config.sections import LoggingConfig, RewardConfig
 from flowalign.data.banks.files import write_json, write_tensors
 from flowalign.export import export
-from flowalign.intake.file import write_resolved
+from flowalign.intake.resolved import write_resolved
 from flowalign.making.merge import merge
 from flowalign.making.preferences import make_preferences
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.files import save_tensors
 from flowalign.record.metrics import MetricsWriter
 from flowalign.samples.opened import sample_checkpoint

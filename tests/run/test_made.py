@@ -22,6 +22,7 @@ from flowalign.export.card import write_card
 from flowalign.intake.file import load_align
 from flowalign.intake.run_directory import check_run
 from flowalign.record import checkpoint
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.run.made import MadeOf
 from flowalign.run.made.hashing import Hashes, Unsteady, hash_file, holds, stamp
 from flowalign.run.made.ingredients import files_under, parts_of
@@ -199,12 +200,12 @@ def test_a_checkpoint_of_a_version_that_recorded_nothing_goes_on_with_a_line_of_
     saved = checkpoint.load(root / "step_000001")
     state = {key: value for key, value in saved.state.items() if key != "made_of"}
     weights: dict[str, Any] = {"model": saved.model, "optimizer_by_rank": saved.optimizer_by_rank}
-    checkpoint.CheckpointWriter(root).save(1, state=state, **weights)
+    CheckpointWriter(root).save(1, state=state, **weights)
     one_tensor("vae")(work)
     said = done("align", "one.yaml", "iterations=2")
     assert "did not record what a run is made of" in said and "model.path" in said
     assert "made_of" in checkpoint.load(root / "step_000002").state
-    checkpoint.CheckpointWriter(root).save(2, state=state, **weights)
+    CheckpointWriter(root).save(2, state=state, **weights)
     CHANGES["prompts"][1](work)  # a file's hash was recorded even then, in config.yaml
     assert "error: data.prompts: " in refused("align", "one.yaml", "iterations=3")
 
@@ -328,7 +329,7 @@ def test_a_teacher_that_is_a_run_is_the_checkpoint_that_it_had(tmp_path: Path, t
         pass
     moved = checkpoint.load(teacher / "checkpoints" / "step_000001")
     other = {name: tensor + 1 for name, tensor in moved.model.items()}
-    checkpoint.CheckpointWriter(teacher / "checkpoints").save(2, model=other, state=moved.state)
+    CheckpointWriter(teacher / "checkpoints").save(2, model=other, state=moved.state)
     with pytest.raises(ConfigError, match=r"^algorithm.teachers.t.path: .*step_000002/model.safetensors has changed"):
         with held(expected, config):
             pass

@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 from flowalign.cli import app
 from flowalign.config.section import ConfigError
-from flowalign.intake.file import load_align, read_resolved, write_resolved
+from flowalign.intake.file import load_align
 from flowalign.intake.recorded import config_of
+from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.intake.run_directory import check_run
 from flowalign.record import checkpoint
 from flowalign.record.contents import digest_of, located, same

@@ -17,13 +17,14 @@ from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.intake.changes import resume_differences
-from flowalign.intake.file import load_pretrain, write_resolved
+from flowalign.intake.file import load_pretrain
 from flowalign.intake.recorded import config_of
+from flowalign.intake.resolved import write_resolved
 from flowalign.intake.run_directory import check_run
 from flowalign.making.shapes_latents import make_bank
 from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.record.stop import EndedEarly
 from flowalign.run.made import Accepted, MadeOf

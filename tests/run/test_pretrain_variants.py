@@ -134,7 +134,7 @@ def test_a_run_of_another_family_is_trained_resumed_and_sampled(tmp_path, tiny_p
 
 
 def config_of_run(run_dir: Path, config: PretrainConfig):
-    from flowalign.intake.file import write_resolved
+    from flowalign.intake.resolved import write_resolved
 
     write_resolved(config, run_dir)
     return config_of(run_dir, None)

@@ -13,18 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from flowalign.config.alignment import CheckpointConfig, SafetyConfig
-from flowalign.record.checkpoint import (
-    LOG,
-    Checkpoint,
-    CheckpointError,
-    CheckpointWriter,
-    Say,
-    find,
-    latest,
-    newest,
-    read,
-    steps,
-)
+from flowalign.record.checkpoint import LOG, Checkpoint, CheckpointError, Say, find, latest, newest, read, steps
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.run.resume import leave_behind
 from flowalign.run.resume import resume_from as find_saved

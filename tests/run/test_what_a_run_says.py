@@ -21,7 +21,7 @@ from flowalign.cli.running import held
 from flowalign.intake.file import load_align
 from flowalign.models.textlength import cut_prompts, prompt_note
 from flowalign.record import progress
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.libraries import KNOWN, silence
 from flowalign.record.progress import Phases, Progress, duration, iteration_text
 from flowalign.record.stop import EndedAtOnce, StopRequest

@@ -14,7 +14,7 @@ import torch
 from flowalign.config.alignment import SafetyConfig
 from flowalign.config.sections import SHIPPED
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.safety.collapse import CollapseAlarm
 from flowalign.safety.signals import (
     CollapseSignals,

@@ -19,7 +19,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.intake.file import load_align
 from flowalign.intake.run_directory import begin_run
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.report import write_report
 from flowalign.run.align import run_align

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowalign.export import load_pipeline
+from flowalign.export.verify import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 

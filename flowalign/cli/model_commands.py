@@ -1,0 +1,207 @@
+"""What is made of a checkpoint or a run: ``evaluate``, ``sample``, ``export``, ``merge``, ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowalign.cli.measure import Clip, Extractor, Reference
+from flowalign.cli.options import (
+    Guidance,
+    Json,
+    Kind,
+    Like,
+    Model,
+    NumSamples,
+    Overwrite,
+    Seed,
+    Solver,
+    Source,
+    Steps,
+    Suite,
+    Weights,
+    check_text,
+    finite,
+    model_directory,
+    storable,
+)
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import plain, print_json, progress
+from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
+
+
+def evaluate(
+    checkpoint: Source,
+    num_samples: NumSamples = None,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    solver: Solver = None,
+    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="default: as the run evaluates")] = None,
+    suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
+    detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
+    reference: Reference = None,
+    extractor: Extractor = SHIPPED_CLIP,
+    clip: Clip = SHIPPED_CLIP,
+    out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
+    config: Like = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Sample the evaluation prompts and score them, as the run itself does."""
+    from flowalign.cli.runs import say_evaluation, write_evaluation
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
+
+    if out is not None:
+        check_out("--out", out)
+    own = config_of(checkpoint, config, model)
+    if suite is not None or detector is not None:
+        from flowalign.intake.suite import geneval_suite
+
+        own, num_samples = geneval_suite(own, detector, prompts, num_samples)
+    from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
+    from flowalign.intake.file import DEFAULT_JUDGE
+    from flowalign.measure.evaluate import evaluate_checkpoint, evaluation_rewards
+
+    key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
+    default = "" if own.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
+    check_prompts(key, source, evaluation_rewards(own), Path.cwd(), advice=default)
+    check_judged_tasks(own.evaluation, source, Path.cwd())
+    count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
+    against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console.print)
+    result = evaluate_checkpoint(
+        checkpoint,
+        config=own,
+        num_samples=num_samples,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        solver=None if solver is None else solver.value,
+        prompts=prompts,
+        seed=seed,
+        which=weights,
+        progress=progress(console, "samples"),
+    )
+    if against:
+        result.metrics.update(against(result))
+    say_evaluation(console, result)
+    summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
+    summary |= {"standard_errors": result.standard_errors, "made": result.made, "notes": result.notes}
+    try:
+        if out is not None:
+            write_evaluation(result, out, summary)
+            console.print(f"written to {out}")
+    finally:  # what took so long to find is not lost with a disk
+        print_json(as_json, summary)
+
+
+def sample(
+    checkpoint: Source,
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
+    num_steps: Steps = None,
+    guidance_scale: Guidance = None,
+    solver: Solver = None,
+    seed: Seed = 0,
+    weights: Weights = "model",
+    latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
+    out: Path = Path("samples"),
+    config: Like = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images from a checkpoint."""
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_out
+
+    check_out("--out", out)
+    for text in prompt:
+        check_text("--prompt", text)
+    own = config_of(checkpoint, config, model)
+    from flowalign.measure.evaluated import made_with
+    from flowalign.models.textlength import prompt_note
+    from flowalign.samples.opened import asked, sample_checkpoint
+
+    console = make_console(as_json)
+    files = sample_checkpoint(
+        checkpoint,
+        prompt,
+        config=own,
+        out_dir=out,
+        num_images=num_images,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        solver=None if solver is None else solver.value,
+        seed=seed,
+        which=weights,
+        save_latents=latents,
+        progress=progress(console, "images"),
+    )
+    made = asked(own.evaluation, num_steps, guidance_scale, solver and solver.value).model_dump()
+    how = made_with({**made, "seed": seed, "weights": weights})
+    if note := prompt_note(Path(own.model.path), prompt):
+        plain(console)(f"of the prompts {note}")
+    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {how}")
+    print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
+    to: Annotated[Path, typer.Option("--to", help="directory to write")],
+    kind: Kind = "pipeline",
+    overwrite: Overwrite = False,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Write files that diffusers and PEFT load as they are, reloaded and compared before it says done."""
+    from dataclasses import asdict
+
+    from flowalign.intake.recorded import config_of
+    from flowalign.record.outputs import check_place
+
+    check_place(to, overwrite)
+    own = config_of(run, None, model)
+    from flowalign.export import export as write_export
+
+    result = write_export(run, to, kind=kind, config=own, overwrite=overwrite)
+    say = plain(make_console(as_json))
+    say(result.compared)
+    say(f"exported to {to} ({kind}, iteration {result.iteration})")
+    print_json(as_json, asdict(result))
+
+
+def merge(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT...", help="runs, checkpoints, pipelines or shapes", parser=model_directory),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="directory to write")],
+    weight: Annotated[
+        list[float] | None, typer.Option(callback=finite, help="of each model, in their order; default: all alike")
+    ] = None,
+    weights: Weights = "model",
+    overwrite: Overwrite = False,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Average models of one architecture into a pipeline directory, from which a run may start."""
+    from flowalign.record.outputs import check_place
+
+    check_place(to, overwrite)
+    from flowalign.making.merge import merge as write_merge
+
+    record = write_merge(sources, to, weights=weight or (), which=weights, model=model, overwrite=overwrite)
+    say = plain(make_console(as_json))
+    say("compared every tensor of the reloaded files with the average: equal")
+    say(f"merged {len(sources)} models into {to}")
+    print_json(as_json, {**record, "path": str(to)})
+
+
+def report(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """Write report.html, one self-contained file: curves, tables, images before and after."""
+    from flowalign.cli.runs import report_of
+
+    make_console().print(f"report: {report_of(run)}")

@@ -1,0 +1,162 @@
+"""What an export is compared by: answers of the policy and of the reloaded files to the same noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SamplingConfig
+from flowalign.export import pipeline as own_pipeline
+from flowalign.models.architectures.inputs import CONFIG_KEY
+from flowalign.models.customcode import refuse_custom_code
+from flowalign.models.sd3 import SD3Policy, plain_pipeline, quietly
+from flowalign.record.outputs import RECORD as RECORD
+from flowalign.samples.opened import policy_spec
+from flowalign.samples.rollout import SampleNoise, integrate
+
+PROBE_PROMPTS = ("a photo of a red circle", "a photo of two dogs")
+PROBE_STEPS = 4
+PROBE_TIME = 0.6
+PROBE_GUIDANCE = (1.0, 3.0)
+
+
+class Errors(NamedTuple):
+    """What a reloaded export was found to differ by: shares of the largest value, see `share`, and plain numbers."""
+
+    velocity: float
+    latents: float
+    num_latents: int
+    largest_difference: float
+    largest_value: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What our own policy answers to fixed noise: one velocity and, by guidance scale, latents after four steps."""
+
+    noise_NCHW: Tensor
+    velocity_NCHW: Tensor
+    latents: dict[float, Tensor]
+
+
+def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Errors:
+    pairs = [(g, found[g], made) for g, made in expected.latents.items()]
+    return Errors(
+        velocity,
+        largest([share(f, made) / _amplification(g) for g, f, made in pairs]),
+        sum(len(made) for _, _, made in pairs),
+        largest([float((f - made).abs().max()) for _, f, made in pairs]),
+        largest([float(made.abs().max()) for _, _, made in pairs]),
+    )
+
+
+def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
+    """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants.
+
+    Where the directory has a ``pipeline.py``, it stands for the one of this package, which takes its place: no code of
+    a directory is run.
+
+    Raises:
+        ModelError: the directory names code of its own.
+    """
+    refuse_custom_code(directory)
+    index = json.loads((directory / "model_index.json").read_text())
+    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
+    more: Any = {"dtype": torch.float32, "local_files_only": True, **absent}
+    with quietly():
+        pipeline: Any = plain_pipeline(str(directory), **more)
+        if (directory / "pipeline.py").is_file():
+            pipeline = own_pipeline.FlowalignPipeline(**pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def probe(policy: SD3Policy, config: AlignConfig) -> Probe:
+    shape = policy.latent_shape(config.model.height, config.model.width)
+    ids = range(len(PROBE_PROMPTS))
+    noise = SampleNoise(0, ids, shape).draw().to(policy.device)
+    condition = policy.encode_prompts(PROBE_PROMPTS)
+    velocity = policy.velocity(noise, torch.full((len(ids),), PROBE_TIME, device=policy.device), condition)
+    latents = {}
+    for guidance in PROBE_GUIDANCE:
+        sampling = SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance, grid=config.evaluation.grid)
+        spec = policy_spec(policy, sampling, config.model)
+        latents[guidance] = integrate(policy.velocity, condition, SampleNoise(0, ids, shape), spec, policy.device)[2]
+    return Probe(noise, velocity, latents)
+
+
+@torch.no_grad()
+def differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
+    """Velocity and latents of the public pipeline against the probe: largest differences, see `share`.
+
+    Those of guided latents are divided by what guidance makes of rounding.
+    """
+    prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
+    pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
+    # A family walks levels of its own on every grid.
+    even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(own_pipeline.FAMILY) or "rf") == "rf"
+    told = pipeline.scheduler.config["num_train_timesteps"]  # of the time
+    zeros = torch.zeros(len(prompts), extra, device=pooled.device)  # the velocity at the time itself, unguided
+    velocity = pipeline.transformer(
+        hidden_states=noise,
+        encoder_hidden_states=tokens,
+        pooled_projections=torch.cat([pooled, zeros], 1),
+        timestep=torch.full((len(prompts),), PROBE_TIME * told, device=noise.device),
+        return_dict=False,
+    )[0]
+    size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
+    found = {}
+    for guidance in expected.latents:
+        found[guidance] = pipeline(
+            prompts,
+            latents=noise,
+            num_inference_steps=PROBE_STEPS,
+            sigmas=even_levels(PROBE_STEPS) if even else None,
+            guidance_scale=guidance,
+            max_sequence_length=length,
+            output_type="latent",
+            **size,
+        ).images
+    return _errors(share(velocity, expected.velocity_NCHW), found, expected)
+
+
+def even_levels(count: int) -> list[float]:
+    """The ``sigmas`` that make diffusers' scheduler walk ``count`` equal steps, which it shifts itself."""
+    return [round(1 - k / count, 6) for k in range(count)]
+
+
+def euler(like: Any, **changes: Any) -> Any:
+    """A scheduler like ``like``; with ``stochastic_sampling`` each step noises the prediction of the image anew."""
+    return FlowMatchEulerDiscreteScheduler.from_config(like.config, **changes)
+
+
+def share(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest value, which is taken as 1 where it is smaller."""
+    return float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+
+
+def _amplification(guidance: float) -> float:
+    """How much guidance magnifies the rounding of the two velocities that it combines: |g| + |1 - g|."""
+    return guidance + abs(1 - guidance)
+
+
+def largest(errors: Sequence[float]) -> float:
+    """Like max, but NaN wins."""
+    return math.nan if any(math.isnan(error) for error in errors) else max(errors)

@@ -1,0 +1,115 @@
+"""Writes the files of an export, and compares them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    StableDiffusion3Pipeline,
+)
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SamplingConfig
+from flowalign.export import pipeline as own_pipeline
+from flowalign.export.card import base_name
+from flowalign.export.verify import Errors, differences, euler, largest, load_pipeline, probe
+from flowalign.models.build import has_lora
+from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
+from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, quietly
+from flowalign.record.disk import on_disk, require_room
+from flowalign.record.files import save_tensors
+from flowalign.record.outputs import RECORD as RECORD
+
+
+def write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
+    expected = probe(policy, config)
+    network: Any = policy.network
+    if has_lora(network):
+        network.fuse_lora()
+        network.unload_lora()
+    if dtype != torch.float32:
+        network.to(dtype).float()
+        expected = probe(policy, config)
+    network.to(dtype)
+    for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
+        # transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in.
+        if part is not None:
+            part.float()
+    policy.pipeline.scheduler = euler(policy.pipeline.scheduler, **_walking(config.evaluation))
+    # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
+    (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
+    save_pipeline(policy, directory)
+    return differences(expected, load_pipeline(directory, config.cluster.device), config)
+
+
+def save_pipeline(policy: SD3Policy, directory: Path) -> None:
+    """The pipeline as it is; where a plain one would sample it wrongly, with a file that does so rightly, without which
+    diffusers refuses to load it."""
+    network: Any = policy.network
+    own = bool(policy.inputs) or policy.family != "rf"
+    if own or own_pipeline.FAMILY in network.config:
+        network.register_to_config(**{own_pipeline.FAMILY: policy.family})
+    parts = [part for part in policy.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
+    require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))
+    with quietly():
+        policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
+    forget_local_paths(directory)
+    if not own:
+        return
+    shutil.copy(own_pipeline.__file__, directory / f"{OWN_PIPELINE[0]}.py")
+    index = directory / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": list(OWN_PIPELINE)}
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    network: Any = policy.network
+    expected = probe(policy, config)
+    adapter = network.peft_config["default"]
+    adapter.base_model_name_or_path = base_name(config.model.path)
+    adapter.inference_mode = True
+    adapter.target_modules = sorted(adapter.target_modules)  # a set, which PEFT would write in any order
+    adapter.save_pretrained(str(directory))
+    state = get_peft_model_state_dict(network, save_embedding_layers=False)
+    weights = {name: w.detach().to("cpu", torch.float32).contiguous() for name, w in state.items()}
+    save_tensors({f"base_model.model.{n}": w for n, w in weights.items()}, directory / "adapter_model.safetensors")
+    # Readers without PEFT's metadata take alpha = rank, so alpha / rank goes into B.
+    scale = adapter.lora_alpha / adapter.r
+    scaled: Any = {n: w * scale if ".lora_B." in n else w for n, w in weights.items()}
+    StableDiffusion3Pipeline.save_lora_weights(str(directory), transformer_lora_layers=scaled)
+    found = []
+    for library in ("diffusers", "peft"):
+        pipeline = load_pipeline(Path(config.model.path), config.cluster.device)
+        if library == "diffusers":
+            pipeline.load_lora_weights(str(directory))
+        else:
+            PeftModel.from_pretrained(pipeline.transformer, str(directory))
+        found.append(differences(expected, pipeline, config))
+    velocity, latents, counts, difference, value = zip(*found, strict=True)
+    return Errors(largest(velocity), largest(latents), sum(counts), largest(difference), largest(value))
+
+
+def _walking(sampling: SamplingConfig) -> dict[str, Any]:
+    """Options with which the base's scheduler walks the levels that the exported model is sampled along."""
+    found: dict[str, Any] = {"stochastic_sampling": sampling.solver == "consistency"}
+    if sampling.grid != "pipeline":  # handed over as sigmas, or 0.1's static grid: no conversion, but the shift
+        found |= {name: DEFAULTS[name] for name in CONVERSIONS}
+    if sampling.grid == "diffusers":
+        found["use_dynamic_shifting"] = False
+    return found
+
+
+def forget_local_paths(directory: Path) -> None:
+    """Leave out where on this machine the parts came from."""
+    for path in directory.glob("**/*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
