@@ -220,7 +220,7 @@ def test_a_destroyed_checkpoint_of_an_older_version_is_passed_over_by_name_and_n
     writer, said = CheckpointWriter(tmp_path / "checkpoints"), list[str]()
     bad = {name: torch.tensor(value) for name, value in moments.items()}
     with monkeypatch.context() as older:
-        older.setattr(checkpoint, "fault_of_state", lambda *state: None)
+        older.setattr("flowalign.record.checkpointwriter.fault_of_state", lambda *state: None)
         for step, value, held in ((1, 1.0, {}), (2, weights, bad), (3, weights, bad)):
             writer.save(step, model={"w": torch.tensor([value])}, optimizer_by_rank={0: (held, {})}, state={})
     found = resume_from(tmp_path, "auto", said.append)

@@ -201,7 +201,7 @@ def test_destroyed_weights_of_a_checkpoint_are_refused_by_name_wherever_they_are
         next(iter(held[which].values())).view(-1)[0] = value
     state = json.loads((world / "a" / "checkpoints" / "step_000010" / "state.json").read_text())
     with monkeypatch.context() as older:
-        older.setattr("flowalign.record.checkpoint.fault_of_state", lambda *state: None)
+        older.setattr("flowalign.record.checkpointwriter.fault_of_state", lambda *state: None)
         CheckpointWriter(run / "checkpoints").save(2, model=held["model"], ema=held["ema"], state=state)
     write_resolved(config, run)
     said = rf"step_000002 holds a state that was destroyed, the weights of {which}: .* is beside it"
