@@ -42,7 +42,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from flowalign.making.bank import Options, precompute
-from flowalign.config.alignment import ModelConfig
+from flowalign.config.sections import ModelConfig
 
 def die(text):
     if text.startswith("shard-00001"):
