@@ -87,6 +87,12 @@ def test_config_imports_neither_torch_nor_yaml(trees: dict[str, ast.Module]) -> 
     assert [module for module in ("torch", "yaml") if offenders(schema, module)] == []
 
 
+def test_a_hall_has_few_modules_and_everything_else_a_room() -> None:
+    for package, most in {"flowalign": 6, "rewards": 9}.items():
+        hall = [path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")]
+        assert 0 < len(hall) <= most, hall
+
+
 def test_rewards_never_names_flowalign(trees: dict[str, ast.Module]) -> None:
     rewards = {path: tree for path, tree in trees.items() if path.startswith("rewards/")}
     assert offenders(rewards, "flowalign") == []

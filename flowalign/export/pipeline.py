@@ -158,7 +158,7 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
             transformer.raw_forward, transformer.forward = raw, self._velocity(raw, self._family)
 
     @torch.no_grad()
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # the base has 33 by position
+    def __call__(
         self,
         prompt: Any = None,
         *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def doors(pid: int) -> list[Door]:
     return [
         Door(process, command, *listening[held])
         for process in _tree(pid)
-        if (command := _command(process))  # one that is just ending has none
+        if (command := _command(process)) is not None
         for held in sorted(set(_held(process)) & listening.keys())
     ]
 
@@ -60,9 +61,17 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _command(pid: int) -> str:
-    with suppress(OSError):
-        return Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+def _command(pid: int) -> str | None:
+    """Its words; none of a process that has ended meanwhile, which lists none either."""
+    for _ in range(20):
+        try:
+            words = Path("/proc", str(pid), "cmdline").read_bytes()
+            state = Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        except OSError:
+            return None
+        if words or state == "Z":
+            return words.replace(b"\0", b" ").decode(errors="replace").strip() or None
+        time.sleep(0.05)  # between two programs it has no words for a moment
     return ""
 
 

@@ -107,3 +107,12 @@ def test_an_update_that_was_lost_still_ends_a_run() -> None:
                 guard.check_receipts(sent, [sent])
         else:
             guard.check_receipts(sent, [sent])
+
+
+def test_a_run_on_ray_that_is_not_handed_its_backend_is_refused_and_starts_none(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    config = small_config(tiny_pipeline_dir, tmp_path, cluster={"backend": "ray"}, runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match=r"cluster\.backend: ray needs flowalign\.cluster\.ray_backend\.RayBackend"):
+        run_align(config, tmp_path, Console(file=io.StringIO()))
+    assert not (tmp_path / "runs" / config.name / "config.yaml").exists()
