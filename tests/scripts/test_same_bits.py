@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from samebits.compare import Compared, Excepted, compare
 from samebits.words import Rename, in_older_words, older_line, renamed_key
 
@@ -96,7 +93,8 @@ def test_a_manifest_counts_by_whether_its_hashes_of_json_are_right(tmp_path: Pat
         (folder / "run" / "MANIFEST.json").write_text(json.dumps(content))
 
     old, new = side(tmp_path / "a"), side(tmp_path / "b")
-    manifest(old), manifest(new)
+    manifest(old)
+    manifest(new)
     assert compared(old, new).differences == []
     manifest(new, "of another file")
     assert "True and now False" in compared(old, new).differences[0]
