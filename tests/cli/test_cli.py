@@ -74,6 +74,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_wrong_configuration_ends_in_one_sentence_and_exit_code_2(
     config_path: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
+    tries = 3
     done, seconds = flowalign("align", str(config_path), *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -81,10 +82,9 @@ def test_a_wrong_configuration_ends_in_one_sentence_and_exit_code_2(
     assert done.stderr.count("\n") == 1
     assert done.stdout.startswith("flowalign ") and done.stdout.count("\n") == 1
     # A core that is shared with another process counts more CPU seconds: the least of three tells what is needed.
-    again = range(2 if seconds >= 5 else 0)
-    assert (
-        min(seconds, *(flowalign("align", str(config_path), *arguments, cwd=tmp_path)[1] for _ in again), seconds) < 5
-    )
+    while seconds >= 5 and (tries := tries - 1):
+        seconds = min(seconds, flowalign("align", str(config_path), *arguments, cwd=tmp_path)[1])
+    assert seconds < 5
     assert not (tmp_path / "runs").exists()
 
 
