@@ -7,25 +7,22 @@ branch on the declarations below and never on an algorithm's name.
 from __future__ import annotations
 
 import functools
-import hashlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from flowalign.config.booleans import refuse_boolean
 from flowalign.config.largest import check_largest
-from flowalign.config.walk import Grid, Shift
-from flowalign.flow import density, forward, path, sde
+from flowalign.config.walk import Grid
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Condition, RolloutSpec, Scores, TrainBatch
 from rewards.usercode.loading import load_file, load_module, user_line
 
 
@@ -186,123 +183,3 @@ def build_algorithm(config: AlgorithmConfig | Mapping[str, Any], schedule: Pipel
     if schedule is not None:
         algorithm.schedule = schedule
     return algorithm
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator that is a function of a few integers (run seed, iteration, sample id …)."""
-    digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def check_density(kind: str, params: Mapping[str, float]) -> None:
-    """Raise ValueError unless ``params`` are those of a density of ``flow.density``."""
-    try:
-        density.density(kind, **params)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"density_params: {error}") from error
-
-
-class DensityConfig(AlgorithmConfig):
-    """Options of the algorithms that learn from noised latents, one point of each: the density of its time, and the
-    share of the conditions that are dropped."""
-
-    density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "uniform"
-    density_params: dict[str, float] = Field(default_factory=dict)
-    condition_dropout: float = Field(0.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _density_is_one(self) -> Self:
-        check_density(self.density, self.density_params)
-        return self
-
-    def times(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Times of ``shape``, float32 in (0, 1), on the CPU."""
-        return density.sample(self.density, shape, generator, **self.density_params)
-
-
-class ForwardConfig(AlgorithmConfig):
-    """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents.
-
-    Of every image they take ``timesteps`` points ``x_t = (1 - t) x_0 + t noise``. With ``density: grid`` t comes from
-    the rollout's own noise levels, as in the public code of NFT and AWM; else from a density of ``flow.density`` with
-    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance. ``shift`` null is the model's
-    own, ``auto`` the resolution's. With ``rollout_weights: ema`` the learner's average makes the images, and
-    ``ema_decay`` is the learner's: constant, and applied at every optimizer step.
-    """
-
-    group_size: int = Field(24, ge=2)
-    num_steps: int = Field(10, ge=1)
-    shift: Shift = None
-    grid: Grid = "pipeline"
-    guidance_scale: float = Field(1.0, ge=0)
-    norm_preserving: bool = False
-    timesteps: int = Field(9, ge=1)
-    density: Literal["grid", "uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "grid"
-    density_params: dict[str, float] = Field(default_factory=dict)
-    rollout_weights: Literal["policy", "ema"] = "policy"
-
-    @model_validator(mode="after")
-    def _density_is_one(self) -> Self:
-        if self.density == "grid":
-            if self.density_params:
-                raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
-            return self
-        check_density(self.density, self.density_params)
-        return self
-
-    def rollout_spec(self, sigmas: Tensor) -> RolloutSpec:
-        """Every step an ODE step along ``sigmas``: no state is kept, no log-prob exists."""
-        return RolloutSpec(
-            kind="ode",
-            sigmas=tuple(sigmas.tolist()),
-            window=(0, 0),
-            noise_level=0.0,
-            guidance_scale=self.guidance_scale,
-            norm_preserving=self.norm_preserving,
-        )
-
-    def points(self, batch: Rollout, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The points of the samples where ``learns`` (N,) is True, M in all, sample after sample.
-
-        Returns the sample of each (M,), and ``x`` (M, C, H, W), ``t`` (M,) and the velocity ``target`` (M, C, H, W).
-        They are a function of (run seed, policy version, sample id) and the final latents: not of the batch, nor of
-        the workers that made it.
-        """
-        chosen = learns.nonzero().flatten()
-        ids = [batch.batch.sample_ids[n] for n in chosen.tolist()]
-        t_NT, noise_NTCHW = forward.draw(
-            self.density,
-            self.timesteps,
-            batch.final_NCHW.shape[1:],
-            [seeded(batch.seed, 13, batch.policy_version, sample_id) for sample_id in ids],
-            batch.spec.sigmas,
-            **self.density_params,
-        )
-        sample = chosen.repeat_interleave(self.timesteps)
-        x0, noise, t = batch.final_NCHW[sample], noise_NTCHW.flatten(0, 1), t_NT.flatten()
-        return sample, {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}
-
-
-def step_log_prob(spec: RolloutSpec, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The log-prob of a step in the spec's form, a mean over dimensions: (N,)."""
-    if spec.log_prob == "unnormalised":
-        return sde.log_prob_mean_unnormalised(x_next, mean)
-    return sde.log_prob_mean(x_next, mean, std)
-
-
-def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
-    """``model``, called with exactly ``size`` samples: a smaller batch is padded with copies of its first.
-
-    Kernels choose their order of summation by the batch size, so a short last micro-batch would
-    replay the rollout's log-probs only up to rounding.
-    """
-
-    def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
-        count = x.shape[0]
-        if count >= size:
-            return model(x, t, condition, **options)
-        index = torch.cat([torch.arange(count), torch.zeros(size - count, dtype=torch.long)]).to(x.device)
-        options = {k: v[index] if isinstance(v, Tensor) and v.ndim else v for k, v in options.items()}
-        return model(x[index], t[index], condition.take(index), **options)[:count]
-
-    return call

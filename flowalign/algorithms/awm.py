@@ -6,15 +6,16 @@ Shapes: N samples, T points of each, M = N·T items, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
-from flowalign.algorithms.parts.credit import Normalize, credit
-from flowalign.flow import forward
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.credit import CreditConfig, Std
+from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
+from flowalign.flow import forward, objectives
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 _TINY = 1e-10
@@ -26,7 +27,7 @@ class AWM(Scheduled):
     On-policy the gradient is that of the flow-matching loss with every image weighted by its advantage.
     """
 
-    class Config(ForwardConfig):
+    class Config(ForwardConfig, CreditConfig, ReferenceConfig):
         """``clip_range`` null drops the ratio, and the old log-prob's forward pass with it: ``-A·log p``.
 
         That has the gradient of the clipped form as long as the policy is the one that rolled out, that is with one
@@ -45,20 +46,10 @@ class AWM(Scheduled):
         type: str = "awm"
         num_steps: int = Field(14, ge=1)
         timesteps: int = Field(6, ge=1)
-        std: Literal["group", "batch", "none"] = "batch"
-        advantage_clip: float = Field(5.0, gt=0)
-        normalize: Normalize = "total"
+        std: Std = "batch"
         clip_range: float | None = Field(1.0, gt=0)
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
         ghuber_power: float = Field(0.25, gt=0, le=1)
-        beta: float = Field(0.0, ge=0)
-        reference_refresh: Annotated[int, Field(ge=1)] | None = None
-
-        @model_validator(mode="after")
-        def _refreshes_something(self) -> AWM.Config:
-            if self.reference_refresh is not None and self.beta == 0:
-                raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
-            return self
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -87,19 +78,15 @@ class AWM(Scheduled):
         """With β = 0 images of zero advantage are dropped, which changes no gradient."""
         assert scores is not None
         c = self.config
-        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip)
+        own = c.credit(scores, batch.batch.group_ids)
         sample, tensors = c.points(batch, scores.valid if c.beta > 0 else own.advantages != 0)
         condition = batch.condition.take(sample)
         tensors["advantage"] = own.advantages[sample]
         if c.clip_range is not None:
             velocity = models["rollout"](tensors["x"], tensors["t"], condition)
             tensors["old_log_prob"] = self.log_prob(velocity, tensors)
-        magnitude = own.advantages[scores.valid].abs()
-        metrics = {
-            "zero_std_fraction": own.zero_std_fraction,
-            "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
-        }
-        return TrainBatch(tensors, condition, int(scores.valid.sum()) * c.timesteps, {}, metrics)
+        total = int(scores.valid.sum()) * c.timesteps
+        return TrainBatch(tensors, condition, total, {}, own.metrics(scores.valid))
 
     def log_prob(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
         """The surrogate (M,), with ``l = mean (v - u)²``: ``-l``, ``-t l``, or ``-(t / p) ((l + ε)^p - ε^p)``."""
@@ -116,23 +103,12 @@ class AWM(Scheduled):
         c, item = self.config, minibatch.tensors
         velocity = models["policy"](item["x"], item["t"], minibatch.condition)
         log_prob, advantage = self.log_prob(velocity, item), item["advantage"]
-        metrics: dict[str, Tensor] = {}
         if c.clip_range is None:
             loss = (-advantage * log_prob).mean()
+            metrics = {"loss/surrogate": loss.detach()}
         else:
             difference = log_prob - item["old_log_prob"]
-            ratio = difference.exp()
-            clipped = ratio.clamp(1 - c.clip_range, 1 + c.clip_range)
-            loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
-            metrics["ratio/mean"] = ratio.detach().mean()
-            metrics["ratio/clip_fraction"] = ((ratio - 1).abs() > c.clip_range).float().mean()
+            loss, metrics = objectives.clipped_surrogate(difference, advantage, c.clip_range, c.clip_range)
             if c.rollout_weights == "policy":
-                metrics["replay/max_abs_dlogp"] = difference.detach().abs().max()
-        metrics["loss/surrogate"] = loss.detach()
-        if c.beta > 0:
-            with torch.no_grad():
-                reference = models["reference"](item["x"], item["t"], minibatch.condition)
-            kl = forward.velocity_error(velocity, reference).mean()
-            metrics["loss/kl"] = kl.detach()
-            loss = loss + c.beta * kl
-        return LossOutput(loss, metrics)
+                metrics |= objectives.replay_deviation(difference)
+        return with_velocity_kl(LossOutput(loss, metrics), c.beta, velocity, models, minibatch)

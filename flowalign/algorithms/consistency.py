@@ -12,12 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
-from flowalign.config.walk import Grid, Shift
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.points import noised
+from flowalign.algorithms.parts.sampling import WalkConfig
+from flowalign.config.walk import Grid
 from flowalign.flow import path
 from flowalign.flow.losses import pseudo_huber
 from flowalign.flow.path import per_sample
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.flow.randomness import seeded
+from flowalign.types import Condition, LatentBatch, Scores, TrainBatch
 
 
 class Consistency(Scheduled):
@@ -26,7 +29,7 @@ class Consistency(Scheduled):
     ``f(x, 0) = x`` holds whatever the network says, so no skip coefficients are needed.
     """
 
-    class Config(AlgorithmConfig):
+    class Config(WalkConfig):
         """Times are those of a grid of ``num_steps``; ``skip`` steps of it are taken at once, fewer at its end.
 
         ``teacher: model`` takes them by one step of the guided teacher's ODE: distillation, whose student is called
@@ -43,7 +46,6 @@ class Consistency(Scheduled):
         guidance_scale: float = Field(1.0, ge=0)
         num_steps: int = Field(1000, ge=1)
         skip: int = Field(20, ge=1)
-        shift: Shift = None
         grid: Grid = "paper"
         loss: Literal["squared", "pseudo_huber"] = "pseudo_huber"
         c: float | None = Field(None, gt=0)
@@ -75,15 +77,11 @@ class Consistency(Scheduled):
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""
-        c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
-        count = x0.shape[0]
-        sigmas = self.levels()
-        step = torch.randint(c.num_steps, (count,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < c.condition_dropout
+        c, generator, sigmas = self.config, seeded(batch.seed), self.levels()
+        step = torch.randint(c.num_steps, (len(batch.latents_NCHW),), generator=generator)
+        drawn = noised(batch, generator, c.condition_dropout)
         times = {"t": sigmas[step], "s": sigmas[(step + c.skip).clamp_max(c.num_steps)]}
-        tensors = {"x0": x0, **{k: v.to(x0.device) for k, v in {"noise": noise, **times}.items()}}
-        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, **times})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

@@ -13,9 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, VelocityModel, seeded
-from flowalign.config.walk import Grid, Shift
+from flowalign.algorithm import LossOutput, Models, Scheduled, VelocityModel
+from flowalign.algorithms.parts.reference import Refresh
+from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
+from flowalign.flow.density import Name as DensityName
+from flowalign.flow.randomness import seeded
 from flowalign.types import PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
@@ -24,7 +27,7 @@ ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "ro
 class DiffusionDPO(Scheduled):
     """The policy's error on the winner must fall, against the reference's, more than its error on the loser."""
 
-    class Config(AlgorithmConfig):
+    class Config(SamplingConfig):
         """``source: online`` takes the best and the worst of each group, ``offline`` pairs from ``data.preferences``.
 
         ``beta`` 100 is that of Flow-GRPO's public code for this loss on SD 3.5; the paper's 2000 (Stable Diffusion 1.5)
@@ -43,20 +46,14 @@ class DiffusionDPO(Scheduled):
         source: Literal["online", "offline"] = "online"
         beta: float = Field(100.0, gt=0)
         weighting: Literal["constant", "noise"] = "constant"
-        density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
+        density: DensityName = "logit_normal"
         density_params: dict[str, float] = Field(default_factory=dict)
         density_shift: float = Field(1.0, gt=0)
         timesteps: int = Field(1, ge=1)
         winner_weight: float = Field(1.0, ge=0)
         sft_weight: float = Field(0.0, ge=0)
-        reference_refresh: int | None = Field(None, ge=1)
+        reference_refresh: Refresh = None
         group_size: int = Field(8, ge=2)
-        num_steps: int = Field(10, ge=1)
-        shift: Shift = None
-        grid: Grid = "pipeline"
-        guidance_scale: float = Field(1.0, ge=0)
-        norm_preserving: bool = False
-        rollout_weights: Literal["policy", "ema"] = "policy"
 
         @model_validator(mode="before")
         @classmethod
@@ -104,17 +101,7 @@ class DiffusionDPO(Scheduled):
         return self.config.reference_refresh
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
-        c = self.config
-        if c.source == "offline":
-            return None
-        return RolloutSpec(
-            kind="ode",
-            sigmas=tuple(self.levels().tolist()),
-            window=(0, 0),
-            noise_level=0.0,
-            guidance_scale=c.guidance_scale,
-            norm_preserving=c.norm_preserving,
-        )
+        return None if self.config.source == "offline" else self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
         """Pairs with their times and noises, a function of the run's seed, the iteration and the pair."""

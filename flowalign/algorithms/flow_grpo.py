@@ -8,45 +8,23 @@ Shapes: N samples, S window steps, n of them trained, M = N·n transitions, J gr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_serializer, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
-from flowalign.algorithms.parts.credit import Normalize, best_and_worst, credit
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.credit import CreditConfig, best_and_worst
+from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
+from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
+from flowalign.algorithms.parts.window import MovingWindow
 from flowalign.config.section import Section
-from flowalign.config.walk import Grid, Shift
-from flowalign.flow import sde
+from flowalign.flow import objectives, sde
+from flowalign.flow.randomness import seeded
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
-
-
-class WindowConfig(Section):
-    """Which steps are stochastic; see ``flowalign.flow.sde.Window``."""
-
-    kind: Literal["full", "fixed", "random", "sliding"] = "full"
-    start: Annotated[int, Field(ge=0)] = 0
-    size: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[int, Field(ge=1)] | None = None
-    every: Annotated[int, Field(ge=1)] = 25
-    stride: Annotated[int, Field(ge=1)] = 1
-    decay: Annotated[float, Field(ge=0)] = 0.0
-    decay_start: Annotated[int, Field(ge=0)] = 0
-    wrap: bool = True
-
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> WindowConfig:
-        if self.kind == "full" and self.size is not None:
-            raise ValueError("a full window has no size; write kind: fixed, random or sliding")
-        if self.kind == "fixed" and self.stop is not None:
-            raise ValueError("a fixed window ends at start + size; leave stop out")
-        if self.kind != "sliding":
-            still = WindowConfig.model_fields
-            for name in ("every", "stride", "decay", "decay_start", "wrap"):
-                if getattr(self, name) != still[name].default:
-                    raise ValueError(f"{name}: a {self.kind} window does not slide; write kind: sliding")
-        return self
 
 
 class ClipRange(Section):
@@ -75,7 +53,7 @@ class Keep(Section):
 class FlowGRPO(Scheduled):
     """Group-relative advantages, per-(image, step) ratios, optional KL to the frozen reference."""
 
-    class Config(AlgorithmConfig):
+    class Config(SamplingConfig, CreditConfig, ReferenceConfig):
         """``shift`` null is the model's own, ``auto`` the resolution's; ranges follow log-probs that are means.
 
         ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
@@ -116,27 +94,16 @@ class FlowGRPO(Scheduled):
         noise_level: float = Field(0.7, gt=0)
         initial_noise: Literal["own", "group"] = "own"
         share_prefix: bool = False
-        num_steps: int = Field(10, ge=1)
-        shift: Shift = None
-        grid: Grid = "pipeline"
-        window: WindowConfig = WindowConfig()
+        window: MovingWindow = MovingWindow()
         train_steps: Annotated[int, Field(ge=1)] | None = None
         train_steps_by: Literal["sample", "iteration"] = "sample"
         granularities: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
-        guidance_scale: float = Field(1.0, ge=0)
         update_guidance_scale: Annotated[float, Field(ge=0)] | None = None
-        norm_preserving: bool = False
         ratio: Literal["plain", "guard"] = "plain"
         clip_range: ClipRange = ClipRange(low=1e-4, high=1e-4)
-        advantage_clip: float = Field(5.0, gt=0)
-        std: Literal["group", "batch", "none"] = "group"
-        normalize: Normalize = "total"
         keep: Keep | None = None
-        beta: float = Field(0.0, ge=0)
         kl: Literal["mean", "velocity"] = "mean"
-        reference_refresh: Annotated[int, Field(ge=1)] | None = None
         log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
-        rollout_weights: Literal["policy", "ema"] = "policy"
 
         @model_validator(mode="after")
         def _options_fit(self) -> FlowGRPO.Config:
@@ -153,8 +120,6 @@ class FlowGRPO(Scheduled):
                 raise ValueError("share_prefix: the window begins at step 0, so that no step comes before it")
             if self.ratio == "guard" and self.log_prob != "gaussian":
                 raise ValueError("ratio: guard normalises a Gaussian log-prob; set log_prob: gaussian")
-            if self.reference_refresh is not None and self.beta == 0:
-                raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
             keep, size = self.keep, self.group_size
             if keep is not None and keep.best + keep.worst > size:
                 raise ValueError(f"keep: {keep.best} best and {keep.worst} worst are more than group_size, {size}")
@@ -201,18 +166,9 @@ class FlowGRPO(Scheduled):
         """One window for the whole iteration: a function of (seed, iteration) where it moves."""
         c = self.config
         sigmas = self.levels()
-        window = sde.Window(**c.window.model_dump())
-        mask = sde.window_mask(window, c.kind, sigmas, c.noise_level, seeded(seed, 5, iteration), iteration)
-        steps = mask.nonzero().flatten().tolist()
-        if not steps:
-            raise ValueError(f"window: of {c.num_steps} steps of kind {c.kind!r} none inside is stochastic")
-        return RolloutSpec(
-            kind=c.kind,
-            sigmas=tuple(sigmas.tolist()),
-            window=(steps[0], steps[-1] + 1),
-            noise_level=c.noise_level,
-            guidance_scale=c.guidance_scale,
-            norm_preserving=c.norm_preserving,
+        window = c.window.steps(c.kind, sigmas, c.noise_level, seed=seed, iteration=iteration)
+        return replace(
+            c.rollout_spec(sigmas, c.kind, window, c.noise_level),
             keep_means=c.ratio == "guard",
             log_prob=c.log_prob,
             shared_noise=c.initial_noise == "group",
@@ -229,7 +185,7 @@ class FlowGRPO(Scheduled):
         assert scores is not None
         c, images = self.config, len(batch.spec.granularities)
         group_ids, valid = batch.batch.group_ids[::images], scores.valid.reshape(-1, images).any(1)
-        own = credit(scores, group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip, images=images)
+        own = c.credit(scores, group_ids, images)
         kept = valid
         if c.keep is not None:
             kept = best_and_worst(own.advantages, valid, group_ids, best=c.keep.best, worst=c.keep.worst)
@@ -237,16 +193,7 @@ class FlowGRPO(Scheduled):
         steps_Nn = self._trained_steps(batch)
         step = steps_Nn[learns].flatten()
         sample = learns.nonzero().flatten().repeat_interleave(steps_Nn.shape[1])
-        begin, end = batch.spec.window
-        sigma_S = torch.tensor(batch.spec.sigmas[begin : end + 1])
-        tensors = {
-            "x": batch.states_NSCHW[sample, step],
-            "x_next": batch.states_NSCHW[sample, step + 1],
-            "sigma": sigma_S[step],
-            "sigma_next": sigma_S[step + 1],
-            "old_log_prob": batch.log_prob_NS[sample, step],
-            "advantage": own.advantages[sample],
-        }
+        tensors = {**transitions(batch, sample, step), "advantage": own.advantages[sample]}
         if c.ratio == "guard":
             assert batch.means_NSCHW is not None
             tensors["old_mean"] = batch.means_NSCHW[sample, step]
@@ -254,16 +201,11 @@ class FlowGRPO(Scheduled):
         if self._asks_anew:
             item = TrainBatch(tensors, condition, len(sample), {"spec": batch.spec})
             _, old = self._step(models, "rollout", item)
-            tensors["old_log_prob"] = step_log_prob(batch.spec, tensors["x_next"], old.mean, old.std)
+            tensors["old_log_prob"] = log_prob_of(batch.spec, tensors, old)
             if c.ratio == "guard":
                 tensors["old_mean"] = old.mean
-        magnitude = own.advantages[valid].abs()
-        metrics = {
-            "zero_std_fraction": own.zero_std_fraction,
-            "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
-        }
         total = int(kept.sum()) * steps_Nn.shape[1]
-        return TrainBatch(tensors, condition, total, {"spec": batch.spec}, metrics)
+        return TrainBatch(tensors, condition, total, {"spec": batch.spec}, own.metrics(valid))
 
     def _trained_steps(self, batch: Rollout) -> Tensor:
         """Which steps of the window each sample learns from: (N, n), ascending, a function of seed and sample id."""
@@ -284,46 +226,29 @@ class FlowGRPO(Scheduled):
         c, item = self.config, minibatch.tensors
         spec: RolloutSpec = minibatch.shared["spec"]
         velocity, stats = self._step(models, "policy", minibatch)
-        log_prob = step_log_prob(spec, item["x_next"], stats.mean, stats.std)
-        difference = log_prob - item["old_log_prob"]
-        ratio = difference.exp()
+        difference = log_prob_of(spec, item, stats) - item["old_log_prob"]
+        log_ratio, over = difference, None
         if c.ratio == "guard":
-            ratio = sde.normalised_log_ratio(difference, stats.mean, item["old_mean"], stats.std).exp()
+            log_ratio = sde.normalised_log_ratio(difference, stats.mean, item["old_mean"], stats.std)
+            over = item["sigma"] - item["sigma_next"]
         low, high = c.clip_range.low, c.clip_range.high
-        clipped = ratio.clamp(1 - low, 1 + high)
-        advantage = item["advantage"]
-        surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
-        if c.ratio == "guard":
-            surrogate = surrogate / (item["sigma"] - item["sigma_next"])
-        surrogate = surrogate.mean()
-        outside = (1 - ratio > low) | (ratio - 1 > high)
-        metrics = {
-            "loss/surrogate": surrogate.detach(),
-            "ratio/mean": ratio.detach().mean(),
-            "ratio/clip_fraction": outside.float().mean(),
-            "replay/max_abs_dlogp": difference.detach().abs().max(),
-        }
-        loss = surrogate
-        if c.beta > 0:
-            kl = self._kl(models, minibatch, velocity, stats)
-            metrics["loss/kl"] = kl.detach()
-            loss = loss + c.beta * kl
-        return LossOutput(loss, metrics)
+        loss, metrics = objectives.clipped_surrogate(log_ratio, item["advantage"], low, high, over=over)
+        output = LossOutput(loss, metrics | objectives.replay_deviation(difference))
+        return output if c.beta == 0 else with_kl(output, c.beta, self._kl(models, minibatch, velocity, stats))
 
-    def _step(self, models: Models, role: str, minibatch: TrainBatch) -> tuple[Tensor, Any]:
+    def _step(self, models: Models, role: str, minibatch: TrainBatch) -> tuple[Tensor, sde.StepStats]:
         item, spec, own = minibatch.tensors, minibatch.shared["spec"], self.config.update_guidance_scale
         guidance = spec.guidance_scale if own is None else own
         velocity = models[role](
             item["x"], item["sigma"], minibatch.condition, guidance=guidance, norm_preserving=spec.norm_preserving
         )
-        stats = sde.reverse_step(
-            spec.kind, item["x"], velocity, item["sigma"], item["sigma_next"], spec.noise_level, spec.sigma_max
-        )
-        return velocity, stats
+        return velocity, step_of(spec, item, velocity)
 
-    def _kl(self, models: Models, minibatch: TrainBatch, velocity: Tensor, stats: Any) -> Tensor:
+    def _kl(self, models: Models, minibatch: TrainBatch, velocity: Tensor, stats: sde.StepStats) -> objectives.Term:
         with torch.no_grad():
             reference, reference_stats = self._step(models, "reference", minibatch)
         if self.config.kl == "velocity":
-            return (velocity - reference).square().mean()
-        return sde.kl_mean(stats.mean, reference_stats.mean, stats.std).mean()
+            kl = (velocity - reference).square().mean()
+        else:
+            kl = sde.kl_mean(stats.mean, reference_stats.mean, stats.std).mean()
+        return kl, {"loss/kl": kl.detach()}

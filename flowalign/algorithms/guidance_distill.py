@@ -12,9 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
+from flowalign.algorithm import LossOutput, Models
+from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
@@ -62,15 +64,13 @@ class GuidanceDistill:
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw times, noises, dropped conditions and guidances from the batch's own seed."""
         generator, x0 = seeded(batch.seed), batch.latents_NCHW
-        count = x0.shape[0]
-        t = self.config.times((count,), generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < self.config.condition_dropout
-        tensors = {"x": path.interpolate(x0, noise.to(x0.device), t), "t": t.to(x0.device)}
+        t = self.config.times((len(x0),), generator)
+        drawn = noised(batch, generator, self.config.condition_dropout)
+        tensors = {"x": path.interpolate(x0, drawn.noise, t), "t": t}
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
-            tensors["guidance"] = (low + (high - low) * torch.rand(count, generator=generator)).to(x0.device)
-        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+            tensors["guidance"] = low + (high - low) * torch.rand(len(x0), generator=generator)
+        return drawn.batch(tensors)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

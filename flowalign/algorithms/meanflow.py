@@ -6,16 +6,18 @@ Shapes: N samples, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowalign.algorithm import DensityConfig, LossOutput, Models, VelocityModel, seeded
+from flowalign.algorithm import LossOutput, Models, VelocityModel
+from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.flow import path
+from flowalign.flow.density import Name as DensityName
 from flowalign.flow.path import per_sample
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
@@ -41,7 +43,7 @@ class MeanFlow:
         """
 
         type: str = "meanflow"
-        density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
+        density: DensityName = "logit_normal"
         density_params: dict[str, float] = Field(default_factory=lambda: {"m": -0.4, "s": 1.0})
         equal_fraction: float = Field(0.75, ge=0, le=1)
         adaptive_power: float = Field(1.0, ge=0)
@@ -77,16 +79,12 @@ class MeanFlow:
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw both times, noise and dropped conditions from the batch's own seed."""
-        c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
-        count = x0.shape[0]
+        c, generator, count = self.config, seeded(batch.seed), len(batch.latents_NCHW)
         both = c.times((2, count), generator)
         t, r = both.amax(0), both.amin(0)
         r = torch.where(torch.rand(count, generator=generator) < c.equal_fraction, t, r)
-        noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < c.condition_dropout
-        drawn = {"noise": noise, "t": t, "r": r, "dropped": drop}
-        tensors = {"x0": x0, **{name: value.to(x0.device) for name, value in drawn.items()}}
-        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+        drawn = noised(batch, generator, c.condition_dropout)
+        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, "t": t, "r": r, "dropped": drawn.dropped})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         policy, item, condition = models["policy"], minibatch.tensors, minibatch.condition

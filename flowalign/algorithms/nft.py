@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
-from flowalign.algorithms.parts.credit import Normalize, credit
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.credit import CreditConfig, Std
+from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
@@ -28,7 +29,7 @@ class NFT(Scheduled):
     pulls back to v_old once v has moved: valid images are all kept.
     """
 
-    class Config(ForwardConfig):
+    class Config(ForwardConfig, CreditConfig):
         """``beta`` is the paper's: the optimum lies at ``v_old + 2/beta Δ``, so a smaller one reaches further.
 
         ``kl_beta`` weighs the KL to the reference.
@@ -43,9 +44,7 @@ class NFT(Scheduled):
 
         type: str = "nft"
         beta: float = Field(1.0, gt=0)
-        std: Literal["group", "batch", "none"] = "batch"
-        advantage_clip: float = Field(5.0, gt=0)
-        normalize: Normalize = "total"
+        std: Std = "batch"
         weighting: Literal["adaptive", "uniform"] = "adaptive"
         kl_beta: float = Field(0.0, ge=0)
         rollout_weights: Literal["policy", "ema"] = "ema"
@@ -71,7 +70,7 @@ class NFT(Scheduled):
         """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
         assert scores is not None
         c = self.config
-        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, std=c.std, clip=c.advantage_clip)
+        own = c.credit(scores, batch.batch.group_ids)
         sample, tensors = c.points(batch, scores.valid)
         condition = batch.condition.take(sample)
         tensors["old_velocity"] = models["rollout"](tensors["x"], tensors["t"], condition)
@@ -92,13 +91,7 @@ class NFT(Scheduled):
             "loss/velocity_mse": forward.velocity_error(velocity, item["target"]).detach().mean(),
             "old/velocity_mse": forward.velocity_error(velocity, old).detach().mean(),
         }
-        if c.kl_beta > 0:
-            with torch.no_grad():
-                reference = models["reference"](item["x"], item["t"], minibatch.condition)
-            kl = forward.velocity_error(velocity, reference).mean()
-            metrics["loss/kl"] = kl.detach()
-            loss = loss + c.kl_beta * kl
-        return LossOutput(loss, metrics)
+        return with_velocity_kl(LossOutput(loss, metrics), c.kl_beta, velocity, models, minibatch)
 
     def _error(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
         """Squared error (M,): of the velocity, or of ``x̂_0`` over its own mean absolute error (the public code).

@@ -14,11 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded, step_log_prob
+from flowalign.algorithm import LossOutput, Models, Scheduled
 from flowalign.algorithms.parts.credit import Normalize, credit
+from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
+from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.section import Section
-from flowalign.config.walk import Grid, Shift
-from flowalign.flow import forward, sde
+from flowalign.flow import forward, objectives, sde
 from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
 
 
@@ -39,19 +41,10 @@ class TeacherConfig(Section):
     tasks: list[str] | None = None
 
 
-class DistilledSteps(Section):
-    """Which steps are distilled: those of ``flowalign.flow.sde.Window``, noise or not."""
-
-    kind: Literal["full", "fixed", "random"] = "full"
-    start: Annotated[int, Field(ge=0)] = 0
-    size: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[int, Field(ge=1)] | None = None
-
-
 class OPD(Scheduled):
     """The KL from the teacher's step to the student's, at the student's states and on the student's noise levels."""
 
-    class Config(AlgorithmConfig):
+    class Config(SamplingConfig):
         """``kind: ode`` is the noise-free form; another kind with a ``noise_level`` is the SDE form.
 
         Ten ODE steps and one image a prompt are those of DiffusionOPD's public code, which leaves out the last step;
@@ -72,13 +65,7 @@ class OPD(Scheduled):
         group_size: int = Field(1, ge=1)
         kind: Literal["ode", "flow", "dance", "cps"] = "ode"
         noise_level: float = Field(0.0, ge=0)
-        num_steps: int = Field(10, ge=1)
-        shift: Shift = None
-        grid: Grid = "pipeline"
-        window: DistilledSteps = DistilledSteps()
-        guidance_scale: float = Field(1.0, ge=0)
-        norm_preserving: bool = False
-        rollout_weights: Literal["policy", "ema"] = "policy"
+        window: StillWindow = StillWindow()
 
         @model_validator(mode="after")
         def _together(self) -> OPD.Config:
@@ -117,18 +104,8 @@ class OPD(Scheduled):
         sigmas = self.levels()
         # Without noise every step can be distilled, as every step of kind dance can.
         kind, noise_level = ("dance", 1.0) if c.kind == "ode" else (c.kind, c.noise_level)
-        mask = sde.window_mask(
-            sde.Window(**c.window.model_dump()), kind, sigmas, noise_level, seeded(seed, 5, iteration)
-        )
-        steps = mask.nonzero().flatten().tolist()
-        return RolloutSpec(
-            kind=c.kind,
-            sigmas=tuple(sigmas.tolist()),
-            window=(steps[0], steps[-1] + 1),
-            noise_level=c.noise_level,
-            guidance_scale=c.guidance_scale,
-            norm_preserving=c.norm_preserving,
-        )
+        window = c.window.steps(kind, sigmas, noise_level, seed=seed, iteration=iteration)
+        return c.rollout_spec(sigmas, c.kind, window, c.noise_level)
 
     def teacher_of(self, metadata: Mapping[str, Any]) -> str:
         """The teacher of a sample: a function of its metadata's ``task``, or else its ``tag``.
@@ -152,24 +129,16 @@ class OPD(Scheduled):
         count, steps = batch.states_NSCHW.shape[0], batch.states_NSCHW.shape[1] - 1
         sample = torch.arange(count).repeat_interleave(steps)
         step = torch.arange(steps).repeat(count)
-        sigma_S = torch.tensor(spec.sigmas[spec.window[0] : spec.window[1] + 1])
-        tensors = {
-            "x": batch.states_NSCHW[sample, step],
-            "sigma": sigma_S[step],
-            "sigma_next": sigma_S[step + 1],
-            "teacher": teacher_N[sample],
-        }
+        tensors = {**transitions(batch, sample, step), "teacher": teacher_N[sample]}
         condition = batch.condition.take(sample)
         tensors["target"] = self._targets(models, tensors, condition)
         metrics = {}
         if spec.kind != "ode":
-            tensors["x_next"] = batch.states_NSCHW[sample, step + 1]
-            tensors["old_log_prob"] = batch.log_prob_NS[sample, step]
             advantage_N, metrics = self._advantages(batch, scores)
             tensors["advantage"] = advantage_N[sample]
             if self.config.distillation == "advantage":
-                stats = _step(spec, tensors, tensors["target"])
-                dense = step_log_prob(spec, tensors["x_next"], stats.mean, stats.std) - tensors["old_log_prob"]
+                stats = step_of(spec, tensors, tensors["target"])
+                dense = log_prob_of(spec, tensors, stats) - tensors["old_log_prob"]
                 tensors["advantage"] = tensors["advantage"] + dense
         return TrainBatch(tensors, condition, len(sample), {"spec": spec}, metrics)
 
@@ -208,7 +177,7 @@ class OPD(Scheduled):
             guidance=spec.guidance_scale,
             norm_preserving=spec.norm_preserving,
         )
-        student, teacher = _step(spec, item, velocity), _step(spec, item, item["target"])
+        student, teacher = step_of(spec, item, velocity), step_of(spec, item, item["target"])
         if c.kind == "ode":
             divergence = forward.velocity_error(student.mean, teacher.mean) / 2
         else:
@@ -218,10 +187,10 @@ class OPD(Scheduled):
             metrics[f"loss/opd/{name}"] = (divergence.detach() * (item["teacher"] == i)).mean()
         if c.kind == "ode":
             return LossOutput(divergence.mean(), metrics)
-        log_prob = step_log_prob(spec, item["x_next"], student.mean, student.std)
-        surrogate, more = _surrogate(log_prob - item["old_log_prob"], item["advantage"], c.clip_range)
+        difference = log_prob_of(spec, item, student) - item["old_log_prob"]
+        surrogate, more = objectives.clipped_surrogate(difference, item["advantage"], c.clip_range, c.clip_range)
         loss = surrogate if c.distillation == "advantage" else divergence.mean() + surrogate
-        return LossOutput(loss, {**metrics, **more})
+        return LossOutput(loss, {**metrics, **more, **objectives.replay_deviation(difference)})
 
 
 def routes(teachers: Mapping[str, TeacherConfig]) -> dict[str | None, str]:
@@ -234,22 +203,3 @@ def routes(teachers: Mapping[str, TeacherConfig]) -> dict[str | None, str]:
                 raise ValueError(f"teachers: {found[task]} and {name} both have {what}; each task needs one teacher")
             found[task] = name
     return found
-
-
-def _step(spec: RolloutSpec, item: Mapping[str, Tensor], velocity: Tensor) -> sde.StepStats:
-    return sde.reverse_step(
-        spec.kind, item["x"], velocity, item["sigma"], item["sigma_next"], spec.noise_level, spec.sigma_max
-    )
-
-
-def _surrogate(difference: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """``mean max(-A·ratio, -A·clip(ratio, 1 ± c))`` (arXiv:2505.05470, eq. 5)."""
-    ratio = difference.exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped).mean()
-    return loss, {
-        "loss/surrogate": loss.detach(),
-        "ratio/mean": ratio.detach().mean(),
-        "ratio/clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
-        "replay/max_abs_dlogp": difference.detach().abs().max(),
-    }

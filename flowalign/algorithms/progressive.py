@@ -11,17 +11,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Scheduled, seeded
-from flowalign.config.walk import Grid, Shift
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.points import noised
+from flowalign.algorithms.parts.sampling import WalkConfig
+from flowalign.config.walk import Grid
 from flowalign.flow import forward, path, schedule
 from flowalign.flow.path import per_sample
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.flow.randomness import seeded
+from flowalign.types import Condition, LatentBatch, Scores, TrainBatch
 
 
 class Progressive(Scheduled):
     """Regress the student's velocity on the chord of two Euler steps of the teacher, from noised latents."""
 
-    class Config(AlgorithmConfig):
+    class Config(WalkConfig):
         """The student learns the ``num_steps`` times that it will be sampled at, each alike, and no others.
 
         One run is one round: it halves the teacher's steps. A chain to few steps is a run a round, each with the
@@ -37,7 +40,6 @@ class Progressive(Scheduled):
 
         type: str = "progressive"
         num_steps: int = Field(4, ge=1)
-        shift: Shift = None
         grid: Grid = "paper"
         guidance_scale: float = Field(1.0, ge=0)
         condition_dropout: float = Field(0.0, ge=0, le=1)
@@ -72,14 +74,11 @@ class Progressive(Scheduled):
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw a step of the student, noise and dropped conditions from the batch's own seed."""
         c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
-        count = x0.shape[0]
-        step = torch.randint(c.num_steps, (count,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < c.condition_dropout
+        step = torch.randint(c.num_steps, (len(x0),), generator=generator)
+        drawn = noised(batch, generator, c.condition_dropout)
         begin, middle, end = (times[step].to(x0.device) for times in self.times())
-        x = path.interpolate(x0, noise.to(x0.device), begin)
-        tensors = {"x": x, "t": begin, "middle": middle, "end": end}
-        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+        x = path.interpolate(x0, drawn.noise, begin)
+        return drawn.batch({"x": x, "t": begin, "middle": middle, "end": end})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

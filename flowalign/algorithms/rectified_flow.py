@@ -8,11 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import DensityConfig, LossOutput, Models, Scheduled, seeded
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.config.pathfamilies import FamilyName
 from flowalign.config.walk import Shift
-from flowalign.flow import density, families, path
-from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.flow import families, path
+from flowalign.flow.density import Name as DensityName
+from flowalign.flow.randomness import seeded
+from flowalign.types import LatentBatch, Scores, TrainBatch
 
 
 class RectifiedFlow(Scheduled):
@@ -30,7 +33,7 @@ class RectifiedFlow(Scheduled):
 
         type: str = "rectified_flow"
         family: FamilyName = "rf"
-        density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "logit_normal"
+        density: DensityName = "logit_normal"
         shift: Shift = 1.0
         weighting: Literal["family", "velocity", "noise", "data"] = "family"
         condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -53,16 +56,10 @@ class RectifiedFlow(Scheduled):
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw time, noise and dropped conditions from the batch's own seed; the time becomes the straight path's."""
         generator = seeded(batch.seed)
-        x0 = batch.latents_NCHW
-        count = x0.shape[0]
-        config = self.config
-        own = density.sample(config.density, (count,), generator, shift=self._shift, **config.density_params)
-        noise = torch.randn(x0.shape, generator=generator)
-        drop = torch.rand(count, generator=generator) < config.condition_dropout
-        t = own if config.family == "rf" else self.family.rf_time(own)
-        tensors = {"x0": x0, "noise": noise, "t": t, "weight": self._weight(own, t)}
-        tensors = {name: tensor.to(x0.device) for name, tensor in tensors.items()}
-        return TrainBatch(tensors, dropped_conditions(batch.condition, drop), total=count)
+        own = self.config.times((len(batch.latents_NCHW),), generator, self._shift)
+        drawn = noised(batch, generator, self.config.condition_dropout)
+        t = own if self.config.family == "rf" else self.family.rf_time(own)
+        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, "t": t, "weight": self._weight(own, t)})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         x0, noise, t = (minibatch.tensors[k] for k in ("x0", "noise", "t"))

@@ -12,10 +12,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import DensityConfig, LossOutput, Models, seeded
+from flowalign.algorithm import LossOutput, Models
+from flowalign.algorithms.parts.points import DensityConfig, Noised, draw_dropped, draw_noise
 from flowalign.flow import forward, path
+from flowalign.flow.density import Name as DensityName
 from flowalign.flow.losses import feature_distance, pseudo_huber
-from flowalign.types import LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.flow.randomness import seeded
+from flowalign.types import LatentBatch, Scores, TrainBatch
 
 
 class Reflow:
@@ -33,7 +36,7 @@ class Reflow:
         """
 
         type: str = "reflow"
-        density: Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"] = "u_shaped"
+        density: DensityName = "u_shaped"
         loss: Literal["squared", "pseudo_huber", "lpips_huber", "lpips_huber_over_t"] = "pseudo_huber"
         c: float | None = Field(None, gt=0)
 
@@ -62,15 +65,10 @@ class Reflow:
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw times, dropped conditions and noise that is missing from the batch's own seed."""
         generator, x0 = seeded(batch.seed), batch.latents_NCHW
-        count = x0.shape[0]
-        t = self.config.times((count,), generator)
-        drop = torch.rand(count, generator=generator) < self.config.condition_dropout
-        noise = batch.noise_NCHW
-        if noise is None:
-            noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        return TrainBatch(
-            {"x0": x0, "noise": noise, "t": t.to(x0.device)}, dropped_conditions(batch.condition, drop), total=count
-        )
+        t = self.config.times((len(x0),), generator)
+        dropped = draw_dropped(batch, generator, self.config.condition_dropout)
+        noise = draw_noise(batch, generator) if batch.noise_NCHW is None else batch.noise_NCHW
+        return Noised(x0, noise, dropped, batch.condition).batch({"x0": x0, "noise": noise, "t": t})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         x0, noise, t = (minibatch.tensors[k] for k in ("x0", "noise", "t"))

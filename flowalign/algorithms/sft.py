@@ -12,7 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import ForwardConfig, LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
@@ -99,11 +101,5 @@ class SFT(Scheduled):
         c, item = self.config, minibatch.tensors
         velocity = models["policy"](item["x"], item["t"], minibatch.condition)
         loss = (item["weight"] * forward.velocity_error(velocity, item["target"])).mean()
-        metrics = {"loss/weighted_mse": loss.detach()}
-        if c.beta > 0:
-            with torch.no_grad():
-                reference = models["reference"](item["x"], item["t"], minibatch.condition)
-            kl = forward.velocity_error(velocity, reference).mean()
-            metrics["loss/kl"] = kl.detach()
-            loss = loss + c.beta * kl
-        return LossOutput(loss, metrics)
+        output = LossOutput(loss, {"loss/weighted_mse": loss.detach()})
+        return with_velocity_kl(output, c.beta, velocity, models, minibatch)

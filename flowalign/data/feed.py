@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import seeded
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
+from flowalign.flow.randomness import seeded
 from flowalign.models.base import Policy
 from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flowalign.algorithm import seeded
 from flowalign.data.banks.cache import EncodedCache
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, PreferencePairs
 
 Pair = tuple[str, str, str]  # keys of winner, loser and caption

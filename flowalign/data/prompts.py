@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowalign.algorithm import seeded
+from flowalign.flow.randomness import seeded
 from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
 from flowalign.types import PromptBatch

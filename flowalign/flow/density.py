@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -126,7 +126,8 @@ class Shifted:
         return self.base.pdf(shift_sigma(t, 1 / self.s)) * self.s / (self.s + (1 - self.s) * t) ** 2
 
 
-DENSITIES: dict[str, type[Density]] = {
+Name = Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"]
+DENSITIES: dict[Name, type[Density]] = {
     "uniform": Uniform,
     "logit_normal": LogitNormal,
     "mode": Mode,

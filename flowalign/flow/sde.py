@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowalign.flow.path import Scalar, noise_from_velocity, per_sample, x0_from_velocity
 from flowalign.flow.window import Window, sliding_start
+from flowalign.types import RolloutSpec
 
 Kind = Literal["ode", "flow", "dance", "cps", "ddpm"]
 _TOP = 1 - 1e-6  # a level above is 1, whatever float32 made of it: 0.99999988 and 1.0000001 occur in schedulers
@@ -70,6 +71,11 @@ def reverse_step(
     return _stats(x + drift * delta, diffusion * torch.sqrt(-delta))
 
 
+def planned_step(spec: RolloutSpec, x: Tensor, velocity: Tensor, sigma: Scalar, sigma_next: Scalar) -> StepStats:
+    """Take a step inside the window of ``spec``; shapes and result as in `reverse_step`."""
+    return reverse_step(spec.kind, x, velocity, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+
+
 def _coefficient_preserving(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, noise_level: float) -> StepStats:
     angle = noise_level * math.pi / 2
     # t_next cos(angle) is sqrt(t_next² - std²) without the cancellation.
@@ -121,6 +127,13 @@ def log_prob_mean_unnormalised(x_next: Tensor, mean: Tensor) -> Tensor:
     ``x_next``, ``mean`` (N, ...). Returns float32 (N,). (arXiv:2509.05952)
     """
     return -_mean_square(x_next, mean)
+
+
+def step_log_prob(spec: RolloutSpec, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Give the log-prob of a step in the form of ``spec``, a mean over dimensions: float32 (N,)."""
+    if spec.log_prob == "unnormalised":
+        return log_prob_mean_unnormalised(x_next, mean)
+    return log_prob_mean(x_next, mean, std)
 
 
 def kl_mean(mean: Tensor, mean_ref: Tensor, std: Scalar) -> Tensor:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowalign.algorithm import seeded
 from flowalign.data.banks.buckets import Bucket, cut, nearest
 from flowalign.data.banks.writer import BankWriter
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
+from flowalign.flow.randomness import seeded
 from flowalign.models.base import Policy
 from rewards.pictures import PictureError, read
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import seeded
 from flowalign.algorithms.diffusion_dpo import best_worst_pairs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.flow.randomness import seeded
 from flowalign.intake.check import check_reward
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from flowalign.algorithm import VelocityModel, seeded
+from flowalign.algorithm import VelocityModel
 from flowalign.config.training import PretrainConfig, ValidationConfig
 from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.feed import Captioned
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
+from flowalign.flow.randomness import seeded
 from flowalign.models.base import Policy
 
 

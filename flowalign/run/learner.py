@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, fixed_geometry, seeded
+from flowalign.algorithm import VelocityModel
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
+from flowalign.flow.randomness import seeded
 from flowalign.models.ema import Ema
+from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
 from flowalign.types import Condition, Scores, TrainBatch, Update
 

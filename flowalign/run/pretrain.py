@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, seeded
+from flowalign.algorithm import VelocityModel
 from flowalign.config.training import PhaseConfig, PretrainConfig
 from flowalign.data.feed import Feed
 from flowalign.engine import process_group
 from flowalign.engine.base import Engine
+from flowalign.flow.randomness import seeded
 from flowalign.measure.validation import Validation
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema

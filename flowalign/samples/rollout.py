@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.algorithm import VelocityModel, fixed_geometry, seeded, step_log_prob
+from flowalign.algorithm import VelocityModel
 from flowalign.flow import sde, solvers
 from flowalign.flow.caching import Polynomial
+from flowalign.flow.randomness import seeded
+from flowalign.flow.sde import step_log_prob
 from flowalign.models.base import Policy
+from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.types import Condition, PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind
 
 Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row

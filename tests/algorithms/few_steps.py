@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.algorithm import build_algorithm, seeded
+from flowalign.algorithm import build_algorithm
 from flowalign.flow import schedule, solvers
 from flowalign.flow.path import interpolate, per_sample, x0_from_velocity
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, LatentBatch
 from tests.algorithms.mixture import MODES, STD, mixture_velocity
 

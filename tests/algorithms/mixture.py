@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from flowalign.algorithm import VelocityModel, build_algorithm, seeded
+from flowalign.algorithm import VelocityModel, build_algorithm
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.flow.path import per_sample
+from flowalign.flow.randomness import seeded
 from flowalign.models.build import bind_weights, reference_velocity
 from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference

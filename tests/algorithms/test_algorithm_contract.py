@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import ForwardConfig, UnknownAlgorithm, algorithm_class, build_algorithm
+from flowalign.algorithm import UnknownAlgorithm, algorithm_class, build_algorithm
+from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.config.section import ConfigError
 from flowalign.flow import schedule
 from flowalign.intake.file import load_align

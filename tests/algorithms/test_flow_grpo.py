@@ -2,9 +2,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm, step_log_prob
+from flowalign.algorithm import build_algorithm
 from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.flow import sde
+from flowalign.flow.sde import step_log_prob
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
 KINDS = ("flow", "dance", "cps")

@@ -5,9 +5,9 @@ Shapes: N samples, C H W latents.
 
 import torch
 
-from flowalign.algorithm import step_log_prob
 from flowalign.flow import sde
 from flowalign.flow.path import per_sample
+from flowalign.flow.sde import step_log_prob
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores
 
 SHAPE = (2, 3, 3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import seeded
 from flowalign.data.duplicates import near_duplicates
+from flowalign.flow.randomness import seeded
 
 
 def features(num_clusters: int, count: int, seed: int) -> Tensor:

@@ -14,9 +14,9 @@ from datasets import Image as ImageColumn
 from datasets import config as datasets_config
 from PIL import Image
 
-from flowalign.algorithm import seeded
 from flowalign.data.banks.buckets import Bucket, BucketError, buckets_of_area, cut, nearest, parse_bucket
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
+from flowalign.flow.randomness import seeded
 from flowalign.measure.imagefolder import image_files
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowalign.algorithm import seeded
 from flowalign.data.banks.files import write_tensors
 from flowalign.data.banks.latents import Embeddings, LatentBank, LatentsError, Shard, load_bank, save_bank
 from flowalign.data.feed import Captioned
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition
 
 PROMPTS = [f"prompt {i}" for i in range(12)]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowalign.algorithm import LossOutput, seeded
+from flowalign.algorithm import LossOutput
 from flowalign.engine import Engine, EngineSettings
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, TrainBatch
 
 ITEMS = 12

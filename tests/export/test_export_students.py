@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from flowalign.algorithm import seeded
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.config.section import ConfigError
@@ -24,6 +23,7 @@ from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import LatentBank, save_bank
 from flowalign.export import ExportError, export
 from flowalign.export.verify import load_pipeline, share
+from flowalign.flow.randomness import seeded
 from flowalign.intake.check_training import check_caches
 from flowalign.intake.paths import resolve_model
 from flowalign.intake.recorded import config_of

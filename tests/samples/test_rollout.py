@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm, fixed_geometry
+from flowalign.algorithm import build_algorithm
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
+from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
 from flowalign.types import PromptBatch, RolloutSpec, Scores, cat_rollouts
 

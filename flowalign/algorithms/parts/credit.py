@@ -7,11 +7,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from flowalign.algorithm import AlgorithmConfig
 from flowalign.types import Scores
 
 Normalize = Literal["total", "per_reward"]
+Std = Literal["group", "batch", "none"]
+
+
+class CreditConfig(AlgorithmConfig):
+    """Options of `credit`: what an advantage is divided by, where it is clipped, how several rewards become one."""
+
+    advantage_clip: float = Field(5.0, gt=0)
+    normalize: Normalize = "total"
+    std: Std = "group"
+
+    def credit(self, scores: Scores, group_ids: Sequence[int], images: int = 1) -> Credit:
+        """Give the credit of N samples; see the function `credit`."""
+        clip, std = self.advantage_clip, self.std
+        return credit(scores, group_ids, normalize=self.normalize, std=std, clip=clip, images=images)
 
 
 @dataclass(frozen=True)
@@ -21,13 +37,21 @@ class Credit:
     advantages: Tensor
     zero_std_fraction: float
 
+    def metrics(self, valid: Tensor) -> dict[str, float]:
+        """Describe the credit: the silent share, and the mean size of the advantages of ``valid`` (N,) samples."""
+        magnitude = self.advantages[valid].abs()
+        return {
+            "zero_std_fraction": self.zero_std_fraction,
+            "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
+        }
+
 
 def credit(
     scores: Scores,
     group_ids: Sequence[int],
     *,
     normalize: Normalize = "total",
-    std: Literal["group", "batch", "none"] = "group",
+    std: Std = "group",
     clip: float = 5.0,
     images: int = 1,
 ) -> Credit:
@@ -48,7 +72,7 @@ def group_advantages(
     valid: Tensor,
     group_ids: Sequence[int],
     *,
-    std: Literal["group", "batch", "none"] = "group",
+    std: Std = "group",
     clip: float = 5.0,
     eps: float = 1e-4,
 ) -> Credit:
@@ -87,7 +111,7 @@ def per_reward_advantages(
     valid: Tensor,
     group_ids: Sequence[int],
     *,
-    std: Literal["group", "batch", "none"] = "group",
+    std: Std = "group",
     clip: float = 5.0,
     eps: float = 1e-4,
 ) -> Credit:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import seeded
 from flowalign.data.images import ORIGINAL
+from flowalign.flow.randomness import seeded
 from flowalign.types import Condition
 
 

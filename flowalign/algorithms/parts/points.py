@@ -1,0 +1,123 @@
+"""Points of the forward process that losses are taken at: times, noises, dropped conditions.
+
+Shapes: N samples, T points of each, M points, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithm import AlgorithmConfig
+from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.flow import density, forward, path
+from flowalign.flow.density import Name as DensityName
+from flowalign.flow.randomness import seeded
+from flowalign.types import Condition, LatentBatch, Rollout, TrainBatch, dropped_conditions
+
+
+def check_density(kind: str, params: Mapping[str, float]) -> None:
+    """Raise ValueError unless ``params`` are those of a density of ``flow.density``."""
+    try:
+        density.density(kind, **params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"density_params: {error}") from error
+
+
+class DensityConfig(AlgorithmConfig):
+    """Options of the algorithms that learn from noised latents, one point of each: the density of its time, and the
+    share of the conditions that are dropped."""
+
+    density: DensityName = "uniform"
+    density_params: dict[str, float] = Field(default_factory=dict)
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _density_is_one(self) -> Self:
+        check_density(self.density, self.density_params)
+        return self
+
+    def times(self, shape: Sequence[int], generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """Draw times of ``shape``, float32 in (0, 1), on the CPU; ``shift`` above 1 moves them to noisier ones."""
+        return density.sample(self.density, shape, generator, shift=shift, **self.density_params)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """N clean latents and what was drawn for them: noises (N, C, H, W) beside them, and whose condition is dropped.
+
+    ``dropped`` (N,) is on the CPU.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    dropped: Tensor
+    condition: Condition
+
+    def batch(self, tensors: Mapping[str, Tensor]) -> TrainBatch:
+        """Make items of all samples: ``tensors`` (N, ...) go where the latents are."""
+        moved = {name: tensor.to(self.latents.device) for name, tensor in tensors.items()}
+        return TrainBatch(moved, dropped_conditions(self.condition, self.dropped), total=len(self.latents))
+
+
+def noised(batch: LatentBatch, generator: torch.Generator, dropout: float) -> Noised:
+    """Draw a noise for each of N latents, then whose condition is dropped, a share ``dropout`` in the mean."""
+    noise = draw_noise(batch, generator)
+    return Noised(batch.latents_NCHW, noise, draw_dropped(batch, generator, dropout), batch.condition)
+
+
+def draw_noise(batch: LatentBatch, generator: torch.Generator) -> Tensor:
+    """Draw noise (N, C, H, W) from the generator's CPU; it lies where the latents are."""
+    return torch.randn(batch.latents_NCHW.shape, generator=generator).to(batch.latents_NCHW.device)
+
+
+def draw_dropped(batch: LatentBatch, generator: torch.Generator, dropout: float) -> Tensor:
+    """Draw whose condition is dropped: bool (N,) on the CPU."""
+    return torch.rand(batch.latents_NCHW.shape[0], generator=generator) < dropout
+
+
+class ForwardConfig(SamplingConfig):
+    """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents.
+
+    Of every image they take ``timesteps`` points ``x_t = (1 - t) x_0 + t noise``. With ``density: grid`` t comes from
+    the rollout's own noise levels, as in the public code of NFT and AWM; else from a density of ``flow.density`` with
+    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance.
+    """
+
+    timesteps: int = Field(9, ge=1)
+    density: Literal["grid", DensityName] = "grid"
+    density_params: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _density_is_one(self) -> Self:
+        if self.density != "grid":
+            check_density(self.density, self.density_params)
+        elif self.density_params:
+            raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
+        return self
+
+    def points(self, batch: Rollout, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw the points of the samples where ``learns`` (N,) is True, M in all, sample after sample.
+
+        Returns the sample of each (M,), and ``x`` (M, C, H, W), ``t`` (M,) and the velocity ``target`` (M, C, H, W).
+        They are a function of (run seed, policy version, sample id) and the final latents: not of the batch, nor of
+        the workers that made it.
+        """
+        chosen = learns.nonzero().flatten()
+        ids = [batch.batch.sample_ids[n] for n in chosen.tolist()]
+        t_NT, noise_NTCHW = forward.draw(
+            self.density,
+            self.timesteps,
+            batch.final_NCHW.shape[1:],
+            [seeded(batch.seed, 13, batch.policy_version, sample_id) for sample_id in ids],
+            batch.spec.sigmas,
+            **self.density_params,
+        )
+        sample = chosen.repeat_interleave(self.timesteps)
+        x0, noise, t = batch.final_NCHW[sample], noise_NTCHW.flatten(0, 1), t_NT.flatten()
+        return sample, {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}

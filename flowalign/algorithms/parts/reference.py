@@ -1,0 +1,52 @@
+"""What holds a policy near its reference, the frozen network that it began as or that follows it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models
+from flowalign.flow import objectives
+from flowalign.types import TrainBatch
+
+Refresh = Annotated[int, Field(ge=1)] | None
+
+
+class ReferenceConfig(AlgorithmConfig):
+    """Options of a KL to the reference: its weight ``beta``, 0 for none.
+
+    Every ``reference_refresh`` iterations the reference takes the policy's weights; null keeps the run's start.
+    """
+
+    beta: float = Field(0.0, ge=0)
+    reference_refresh: Refresh = None
+
+    @model_validator(mode="after")
+    def _refreshes_something(self) -> Self:
+        if self.reference_refresh is not None and self.beta == 0:
+            raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
+        return self
+
+
+def with_kl(output: LossOutput, beta: float, kl: objectives.Term) -> LossOutput:
+    """Add ``beta`` times the term ``kl`` to a loss, and its metrics."""
+    term, metrics = kl
+    return LossOutput(output.loss + beta * term, {**output.metrics, **metrics})
+
+
+def with_velocity_kl(
+    output: LossOutput, beta: float, velocity: Tensor, models: Models, minibatch: TrainBatch
+) -> LossOutput:
+    """Add ``beta mean |v - v_ref|²`` at a minibatch's points ``x`` (M, C, H, W) and ``t`` (M,); ``velocity`` as ``x``.
+
+    With ``beta`` 0 the output stays as it is and the reference is not asked.
+    """
+    if beta == 0:
+        return output
+    item = minibatch.tensors
+    with torch.no_grad():
+        reference = models["reference"](item["x"], item["t"], minibatch.condition)
+    return with_kl(output, beta, objectives.reference_kl(velocity, reference))
