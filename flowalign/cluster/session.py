@@ -92,20 +92,25 @@ class RaySession:
         if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         self.said = sweep()
-        self._folder = own_folder()
-        self._guardian = guardian.start(self._folder)
-        try:
-            with _on_loopback():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=os.path.join(self._folder, RAYS),
-                    **options,
-                )
-        except (OSError, RuntimeError, ValueError, RayError) as error:
-            self.close()
-            raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
+        for again in (True, False):
+            self._folder = own_folder()
+            self._guardian = guardian.start(self._folder)
+            try:
+                with _on_loopback():
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=os.path.join(self._folder, RAYS),
+                        **options,
+                    )
+                break
+            except (OSError, RuntimeError, ValueError, RayError) as error:
+                guardian.end(self._folder)  # Ray leaves what it had started
+                self.close()
+                if not (again and "gcs" in str(error).lower()):
+                    raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
+                self.said.append(f"Ray did not start and is started again: {_one_line(error)}")
         started = importlib.import_module("ray._private.worker")._global_node.all_processes
         self._processes = {name: started[name][0].process for name in ("gcs_server", "raylet") if started.get(name)}
         self._lookout = Lookout(self._folder, self._processes, self._patience_s)
