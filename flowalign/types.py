@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
-Solver = Literal["euler", "heun", "dpmpp_2m"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,10 @@ class RolloutSpec:
     ``shared_prefix`` as well, the steps before the window are computed once a group. Every sample is finished once
     for each of ``granularities``: by that many of the remaining steps at a time.
 
-    ``solver`` takes the ODE steps. With ``average_velocity`` the network is also given the time that a step leads to.
-    ``initial_scale`` is the standard deviation of the first state, other than 1 where ``sigmas`` begin below 1. With
-    ``reuse`` ODE steps skip the network where little changes, and never those of the window.
+    ``solver``, a name of ``flow.solvers`` with its options, takes the ODE steps. With ``average_velocity`` the network
+    is also given the time that a step leads to. ``initial_scale`` is the standard deviation of the first state, other
+    than 1 where ``sigmas`` begin below 1. With ``reuse`` ODE steps skip the network where little changes, and never
+    those of the window.
     """
 
     kind: SdeKind
@@ -115,7 +115,7 @@ class RolloutSpec:
     shared_noise: bool = False
     shared_prefix: bool = False
     granularities: tuple[int, ...] = (1,)
-    solver: Solver = "euler"
+    solver: str = "euler"
     average_velocity: bool = False
     initial_scale: float = 1.0
     reuse: Reuse | None = None

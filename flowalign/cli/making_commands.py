@@ -46,7 +46,7 @@ def make_pairs(
         prompts=prompts,
         pairs=pairs,
         to=to,
-        solver=None if solver is None else solver.value,
+        solver=solver,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
         seed=seed,

@@ -79,7 +79,7 @@ def evaluate(
         num_samples=num_samples,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
-        solver=None if solver is None else solver.value,
+        solver=solver,
         prompts=prompts,
         seed=seed,
         which=weights,
@@ -134,13 +134,13 @@ def sample(
         num_images=num_images,
         num_steps=num_steps,
         guidance_scale=guidance_scale,
-        solver=None if solver is None else solver.value,
+        solver=solver,
         seed=seed,
         which=weights,
         save_latents=latents,
         progress=progress(console, "images"),
     )
-    made = asked(own.evaluation, num_steps, guidance_scale, solver and solver.value).model_dump()
+    made = asked(own.evaluation, num_steps, guidance_scale, solver).model_dump()
     how = made_with({**made, "seed": seed, "weights": weights})
     if note := prompt_note(Path(own.model.path), prompt):
         plain(console)(f"of the prompts {note}")

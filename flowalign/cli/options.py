@@ -11,6 +11,7 @@ import typer
 
 from flowalign.cli.terminal import reserve_output
 from flowalign.config.largest import LARGEST, OTHERWISE
+from flowalign.config.solvers import solver_names, spelled
 
 
 def storable(value: int | None) -> int | None:
@@ -95,16 +96,19 @@ def check_text(key: str, text: str) -> None:
         raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
 
 
-class SolverName(StrEnum):
-    euler = "euler"
-    heun = "heun"
-    dpmpp_2m = "dpmpp_2m"
-    ddpm = "ddpm"
-    consistency = "consistency"
+def known_solver(text: str) -> str:
+    """Return the solver's name with its options, as it is kept."""
+    try:
+        return spelled(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Solver = Annotated[
-    SolverName | None, typer.Option(metavar="NAME", help=f"{', '.join(SolverName)}; default: as the run evaluates")
+    str | None,
+    typer.Option(
+        metavar="NAME", help=f"{', '.join(solver_names())}; default: as the run evaluates", parser=known_solver
+    ),
 ]
 
 

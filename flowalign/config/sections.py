@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from flowalign.config.pathfamilies import FamilyName
 from flowalign.config.section import Section
+from flowalign.config.solvers import SolverName
 from flowalign.config.walk import Grid
 
 Positive = Annotated[int, Field(ge=1)]
@@ -211,12 +212,6 @@ class ClusterConfig(Section):
         return self.backend == "ray" and self.teachers == "actor"
 
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "ddpm", "consistency"]
-
-
-CACHED = ("euler", "dpmpp_2m")  # solvers that ask for one velocity a step and make no noise
-
-
 class CacheConfig(Section):
     """TeaCache: a step whose input has changed by less than ``threshold`` reuses the last one's residual.
 
@@ -230,25 +225,19 @@ class CacheConfig(Section):
 class SamplingConfig(Section):
     """How a model is sampled where nothing else is said.
 
-    ``euler`` (for the diffusion families that is DDIM), ``heun`` and ``dpmpp_2m`` solve the ODE, ``ddpm`` is ancestral
-    with ``eta`` times the posterior's noise, ``consistency`` noises each prediction of the image anew. ``grid`` is of
-    straight paths: ``pipeline``, the levels that the model's own pipeline walks, or ``paper``, K equal steps. A
-    ``guidance_scale`` of 1 or less is none, unless the network takes it as an input.
+    ``solver`` is a file of ``flow/solvers``, which solves the ODE: ``euler`` (for the diffusion families that is DDIM),
+    ``heun``, ``dpmpp_2m``, with its options in parentheses where it has some. ``ddpm`` is ancestral with ``eta`` times
+    the posterior's noise, ``consistency`` noises each prediction of the image anew. ``grid`` is of straight paths:
+    ``pipeline``, the levels that the model's own pipeline walks, or ``paper``, K equal steps. A ``guidance_scale`` of 1
+    or less is none, unless the network takes it as an input.
     """
 
     num_steps: Positive = 10
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    solver: Solver = "euler"
+    solver: SolverName = "euler"
     grid: Grid = "pipeline"
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     cache: CacheConfig | None = None
-
-    @model_validator(mode="after")
-    def _cache_needs_an_ode(self) -> Self:
-        if self.cache is not None and self.solver not in CACHED:
-            why = "asks twice a step" if self.solver == "heun" else "makes noise in its steps"
-            raise ValueError(f"cache: {self.solver} {why}; only the ODE steps of euler and dpmpp_2m may be cached")
-        return self
 
 
 class LoggingConfig(Section):

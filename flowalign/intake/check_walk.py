@@ -11,6 +11,7 @@ from flowalign.algorithm import Scheduled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.intake.paths import Config
 from flowalign.models.base import ModelError
 from flowalign.models.inspect import own_schedule
@@ -54,7 +55,8 @@ def filled(config: Any, model: ModelConfig, own: PipelineSchedule) -> dict[str, 
 def check_walks(
     model: ModelConfig, algorithm: Any, own: PipelineSchedule, section: str, sampling: SamplingConfig
 ) -> None:
-    """The algorithm's levels exist, and so do those of ``sampling``, the section of that name."""
+    """The algorithm's levels exist, so do those of ``sampling``, the section of that name, and its solver."""
+    check_sampling(section, sampling)
     algorithm.schedule = own
     if isinstance(algorithm, Scheduled):
         try:
@@ -80,6 +82,18 @@ def check_walks(
             f"paper cannot be sampled with a LoRA beside {own.converts} of the model's scheduler, which would make "
             "other levels of it; write pipeline",
         )
+
+
+def check_sampling(section: str, sampling: SamplingConfig) -> None:
+    """Raise ConfigError where the solver has no such option, or its steps cannot be cached."""
+    key = f"{section}.solver"
+    try:
+        check_solver(sampling.solver)
+        if sampling.cache is not None:
+            key = f"{section}.cache"
+            check_cacheable(sampling.solver)
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from error
 
 
 def renamed_grids(old: Config, new: Config, run_dir: Path) -> Config:

@@ -10,9 +10,9 @@ import torch
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import CACHED
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
+from flowalign.flow.solvers import check_cacheable
 from flowalign.models.teacache import Distances
 from flowalign.record.disk import write_text, writing
 from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, torch_threads
@@ -42,8 +42,10 @@ def calibrate(
         CheckpointError, ModelError, PromptsError: what is calibrated cannot be had.
     """
     sampling = asked(config.evaluation, num_steps, guidance_scale).model_copy(update={"cache": None})
-    if sampling.solver not in CACHED:
-        raise ConfigError("evaluation.solver", f"{sampling.solver} cannot be cached; choose {' or '.join(CACHED)}")
+    try:
+        check_cacheable(sampling.solver)
+    except ValueError as error:
+        raise ConfigError("evaluation.solver", str(error)) from error
     batch = evaluation_batch(prompts or config.evaluation.prompts, num_samples, Path.cwd())
     done = 0
     with torch_threads(config.cluster.threads):

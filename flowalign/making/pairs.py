@@ -16,13 +16,12 @@ from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.banks.writer import BankWriter, finished
 from flowalign.data.images import ORIGINAL
 from flowalign.data.prompts import GroupSampler, load_prompts
+from flowalign.flow.solvers import ode_solver
 from flowalign.record.checkpoint import find
 from flowalign.record.contents import base_hash
 from flowalign.record.manifest import digest_of, manifest_of
 from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, torch_threads
 from flowalign.samples.rollout import SampleNoise, integrate, refuse_non_finite
-
-ODE_SOLVERS = ("euler", "heun", "dpmpp_2m")
 
 
 class HalfNoise(SampleNoise):
@@ -58,8 +57,10 @@ def make_pairs(
         PromptsError, CheckpointError, ModelError: what the pairs are made from cannot be had.
     """
     sampling = asked(config.evaluation, num_steps, guidance_scale, solver)
-    if sampling.solver not in ODE_SOLVERS:
-        raise ConfigError("--solver", f"{sampling.solver} makes noise of its own; choose {', '.join(ODE_SOLVERS)}")
+    try:
+        ode_solver(sampling.solver)
+    except ValueError as error:
+        raise ConfigError("--solver", str(error)) from error
     rows, chunk = _prompts(prompts), config.rollout.chunk_size
     encoder = encoder_hash(config.model)
     identity = {

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import CACHED, ModelConfig, SamplingConfig
+from flowalign.config.sections import ModelConfig, SamplingConfig
+from flowalign.config.solvers import NOISY
 from flowalign.flow import families
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_policy
 from flowalign.record import checkpoint
@@ -32,10 +34,8 @@ from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.rollout import SampleNoise, rollout
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, SdeKind, Solver, cat_rollouts
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, cat_rollouts
 
-# With all of the noise that the coefficients allow, a step noises the prediction of the image anew.
-NOISY: dict[str, SdeKind] = {"ddpm": "ddpm", "consistency": "cps"}
 MADE_WITH = (*SamplingConfig.model_fields, "max_sequence_length")
 Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]
@@ -133,17 +133,25 @@ def sampling_spec(
     if sampling.solver in NOISY:
         noise_level = sampling.eta if sampling.solver == "ddpm" else 1.0
         return RolloutSpec(NOISY[sampling.solver], sigmas, (0, sampling.num_steps - 1), noise_level, **common)
-    return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=cast(Solver, sampling.solver), **common)
+    return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=sampling.solver, **common)
 
 
 def asked(
     own: SamplingConfig, num_steps: int | None, guidance_scale: float | None, solver: str | None = None
 ) -> SamplingConfig:
-    """``own`` with what a caller asked for instead; raises ConfigError where that does not fit a cache."""
+    """``own`` with what a caller asked for instead.
+
+    Raises:
+        ConfigError: the solver has no such option, or its steps cannot be cached.
+    """
     update = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
     made = own.model_copy(update={key: value for key, value in update.items() if value is not None})
-    if made.cache is not None and made.solver not in CACHED:
-        raise ConfigError("--solver", f"{made.solver} cannot be cached; choose {' or '.join(CACHED)}")
+    try:
+        check_solver(made.solver)
+        if made.cache is not None:
+            check_cacheable(made.solver)
+    except ValueError as error:
+        raise ConfigError("--solver", str(error)) from error
     return made
 
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import VelocityModel
-from flowalign.flow import sde, solvers
+from flowalign.flow import sde
 from flowalign.flow.caching import Polynomial
 from flowalign.flow.randomness import seeded
 from flowalign.flow.sde import step_log_prob
+from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.types import Condition, PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind
 
 Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
-SOLVERS = {"heun": solvers.heun, "dpmpp_2m": solvers.dpmpp_2m}
 
 
 def no_skipping(steps: int) -> AbstractContextManager[Any]:
@@ -176,7 +176,7 @@ def _walk(
             def velocity(x: Tensor, t: Tensor) -> Tensor:
                 return model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
 
-            return SOLVERS[spec.solver](velocity, x, torch.tensor(sigmas))
+            return ode_solver(spec.solver)(velocity, x, torch.tensor(sigmas))
         for sigma, sigma_next in pairwise(sigmas):
             x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
     return x

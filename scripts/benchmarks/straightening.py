@@ -23,7 +23,8 @@ from pictures import CHUNK, Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
-from flowalign.flow import schedule, solvers
+from flowalign.flow import schedule
+from flowalign.flow.solvers import ode_solver
 from flowalign.flow.straightness import reconstruction_error, straightness
 from flowalign.models.base import Policy
 from flowalign.record.metrics import read_metrics
@@ -67,7 +68,7 @@ def paths(policy: Policy) -> dict[str, Any]:
         noise = SampleNoise(7, chunk.sample_ids, shape).draw()
         found, x0 = straightness(velocity, noise, schedule.sigmas(FINE, grid="paper"))
         straight += found.tolist()
-        for name, solver in (("euler", solvers.euler), ("heun", solvers.heun)):
+        for name, solver in (("euler", ode_solver("euler")), ("heun", ode_solver("heun"))):
             for steps in (8, 16):
                 sigmas = schedule.sigmas(steps, grid="paper")
                 lost[f"{name} {steps}"] += reconstruction_error(velocity, x0, sigmas, solver)[0].tolist()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import build_algorithm
-from flowalign.flow import schedule, solvers
+from flowalign.flow import schedule
 from flowalign.flow.path import interpolate, per_sample, x0_from_velocity
 from flowalign.flow.randomness import seeded
+from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import Condition, LatentBatch
 from tests.algorithms.mixture import MODES, STD, mixture_velocity
 
@@ -155,7 +156,7 @@ def generate(velocity: Any, num_steps: int, noise: Tensor, mode: int | None = No
     """Euler steps from ``noise`` along a linear grid."""
     condition = plane(len(noise), mode)
     sigmas = schedule.sigmas(num_steps, grid="paper")
-    return solvers.euler(lambda x, t: velocity(x, t, condition, **options), noise, sigmas)
+    return euler(lambda x, t: velocity(x, t, condition, **options), noise, sigmas)
 
 
 @torch.no_grad()

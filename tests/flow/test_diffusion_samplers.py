@@ -12,7 +12,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from flowalign.flow.families import FAMILIES, Family, rf_velocity, sampling_sigmas
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import noisy_steps, reverse_step
-from flowalign.flow.solvers import dpmpp_2m, euler
+from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
+from flowalign.flow.solvers.euler import solve as euler
 
 VARIANCE_PRESERVING = ["eps/linear", "v/linear", "v/cos"]
 

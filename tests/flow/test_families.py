@@ -15,7 +15,8 @@ from flowalign.flow import path
 from flowalign.flow.families import FAMILIES, Family, edm, rf_velocity, sampling_sigmas
 from flowalign.flow.families import family as named
 from flowalign.flow.schedule import sigmas
-from flowalign.flow.solvers import euler, heun
+from flowalign.flow.solvers.euler import solve as euler
+from flowalign.flow.solvers.heun import solve as heun
 
 GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
 NAMES = [*FAMILIES, *GRID]

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from flowalign.flow.families import FAMILIES, Family, rf_velocity
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import reverse_step
-from flowalign.flow.solvers import dpmpp_2m
+from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "grids.py"
 # Of the shifts 1.00, 1.01 ... 13.00, those where the scheduler begins at 0.99999988 or 1.0000001.

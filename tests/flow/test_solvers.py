@@ -8,7 +8,9 @@ import torch
 
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import reverse_step
-from flowalign.flow.solvers import dpmpp_2m, euler, heun
+from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
+from flowalign.flow.solvers.euler import solve as euler
+from flowalign.flow.solvers.heun import solve as heun
 
 
 def orders(solver, gaussian, counts: list[int]) -> list[float]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from flowalign.algorithm import build_algorithm
 from flowalign.cli.terminal import console, print_rows
 from flowalign.config.section import ConfigError
-from flowalign.flow.solvers import evaluations, heun
+from flowalign.flow.solvers import evaluations
+from flowalign.flow.solvers.heun import solve as heun
 from flowalign.intake.file import load_align
 from flowalign.models.inspect import SD35_FROZEN, inspect_model
 from flowalign.plan import Plan, make_plan, plan_geometry, plan_rows

@@ -1,0 +1,91 @@
+"""Which solvers there are, how one is named with its options, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowalign.config.solvers as names
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import CacheConfig, SamplingConfig
+from flowalign.config.solvers import names_of_ode, solver_names, spelled
+from flowalign.flow.solvers import check_cacheable, check_solver, evaluations, ode_solver
+from flowalign.intake.check_walk import check_sampling
+from flowalign.samples.opened import asked
+
+
+def relaxed(velocity_fn, x: Tensor, sigmas: Tensor, callback=None, *, by: float = 1.0, rounds: int = 1) -> Tensor:
+    """Euler steps of which each goes ``by`` times as far."""
+    for t, t_next in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
+        for _ in range(rounds):
+            x = x + by * velocity_fn(x, torch.full((len(x),), t)) * (t_next - t)
+    return x
+
+
+@pytest.fixture
+def with_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A solver with two options, as a file of the folder would hold it."""
+    module = ModuleType("flowalign.flow.solvers.relaxed")
+    module.solve = relaxed  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(names, "names_of_ode", lambda: ["euler", "heun", "dpmpp_2m", "relaxed"])
+    yield "relaxed"
+
+
+def test_the_files_of_the_folder_are_the_ode_solvers_and_euler_is_the_first() -> None:
+    assert names_of_ode() == ["euler", "dpmpp_2m", "heun"]
+    assert solver_names() == [*names_of_ode(), "ddpm", "consistency"]
+    assert all(callable(ode_solver(name)) for name in names_of_ode())
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("eulr", r"got 'eulr'; did you mean euler\?"),
+        ("zzz", r"got 'zzz'; known: euler, dpmpp_2m, heun, ddpm, consistency"),
+        ("heun(", r"got 'heun\('; did you mean heun"),
+        ("heun()", r"write heun or heun\(option=2\)"),
+        ("heun(order)", r"write heun or heun\(option=2\)"),
+        ("heun(order=two)", r"write heun or heun\(option=2\)"),
+        ("heun(order=nan)", r"write heun or heun\(option=2\)"),
+        ("heun(a=1, a=2)", r"write heun or heun\(option=2\)"),
+    ],
+)
+def test_a_name_that_says_no_solver_is_refused_with_what_to_write(written: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SamplingConfig(solver=written)
+
+
+def test_options_are_numbers_of_the_solver_and_have_one_spelling(with_options: str) -> None:
+    assert spelled(" relaxed( by = 0.5,rounds=2 ) ") == "relaxed(by=0.5, rounds=2)"
+    assert SamplingConfig(solver="relaxed(by=.50)").solver == "relaxed(by=0.5)"
+    x, grid = torch.tensor([[1.0]]), torch.tensor([1.0, 0.5, 0.0])
+    walked = ode_solver("relaxed(by=0.5, rounds=2)")(lambda x, t: torch.ones_like(x), x, grid)
+    assert walked.item() == 0.0  # two steps of two rounds of half of half
+    assert ode_solver("relaxed")(lambda x, t: 2 * torch.ones_like(x), x, grid).item() == -1.0
+
+
+def test_an_option_that_a_solver_has_not_is_an_error_at_its_key_before_anything_starts(with_options: str) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.solver: relaxed has no option size; its options: by, rounds"):
+        check_sampling("evaluation", SamplingConfig(solver="relaxed(size=1)"))
+    with pytest.raises(ConfigError, match=r"--solver: heun has no option order; it has no options"):
+        asked(SamplingConfig(), 4, None, "heun(order=3)")
+    with pytest.raises(ValueError, match=r"ddpm has no option eta; write ddpm"):
+        check_solver("ddpm(eta=0.5)")
+
+
+def test_a_solver_is_cached_that_asks_once_a_step_and_makes_no_noise(with_options: str) -> None:
+    for name in ("euler", "dpmpp_2m", "relaxed(by=0.5)"):
+        check_cacheable(name)
+    cache = CacheConfig(calibration="c.json")
+    for name, why in (("heun", "asks for more than one velocity a step"), ("ddpm", "makes noise in its steps")):
+        with pytest.raises(ConfigError, match=rf"sampling.cache: {name} {why}; only the ODE steps of euler, dpmpp_2m"):
+            check_sampling("sampling", SamplingConfig(solver=name, cache=cache))
+    with pytest.raises(ConfigError, match=r"--solver: heun asks for more"):
+        asked(SamplingConfig(cache=cache), None, None, "heun")
+    assert [evaluations(name, 10) for name in ("euler", "heun", "relaxed", "ddpm")] == [10, 19, 10, 10]
