@@ -1,0 +1,174 @@
+"""One fact, one home: how many files change for a new solver, path family, density, algorithm or scorer.
+
+Each is added to a copy of the packages, by exactly the edits that are listed here, and then used there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+Edits = dict[str, str | dict[str, str]]  # by file: all of a new one, or what replaces what in it
+
+SOLVER = '''"""Two evaluations a step, the second ``at`` a part of it: 0.5 is the midpoint's, 1 that of Heun."""
+
+
+def solve(velocity_fn, x, sigmas, callback=None, *, at=0.5):
+    for k, (t, s) in enumerate(zip(sigmas.tolist(), sigmas.tolist()[1:])):
+        first = velocity_fn(x, x.new_full((len(x),), t))
+        second = velocity_fn(x + at * (s - t) * first, x.new_full((len(x),), t + at * (s - t)))
+        x = x + (s - t) * ((1 - 1 / (2 * at)) * first + second / (2 * at))
+        if callback is not None:
+            callback(k, x)
+    return x
+
+
+def evaluations(num_steps):
+    return 2 * num_steps
+'''
+LATE = '''@dataclass(frozen=True)
+class Late(Uniform):
+    """Times of the noisier half."""
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return 0.5 + u / 2
+
+
+Name = Literal["late", '''
+SCORER = '''"""How red an image is."""
+
+
+class Red:
+    name = "red"
+    range = (0.0, 1.0)
+
+    def __init__(self, *, most: float = 1.0) -> None:
+        self.most = most
+
+    def score(self, images, prompts, metadata):
+        return {"red": self.most * images[..., 0].mean((1, 2)) / 255}
+'''
+VELOCITY = 'Formulation("cos", "velocity")'
+# A path family is an entry of the table that a configuration is read with; a new path is a value in `flow.path` beside.
+ADDED: dict[str, Edits] = {
+    "solver": {"flowalign/flow/solvers/rk2.py": SOLVER},
+    "density": {
+        "flowalign/flow/density.py": {
+            "Name = Literal[": LATE,
+            '    "uniform": Uniform,': '    "uniform": Uniform,\n    "late": Late,',
+        }
+    },
+    "path family": {
+        "flowalign/config/pathfamilies.py": {
+            '    "edm": F': '    "velocity/cos": Formulation("cos", "velocity"),\n    "edm": F'
+        }
+    },
+    "scorer": {"rewards/scorers/red.py": SCORER},
+}
+
+USES = """
+import json, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from typer.testing import CliRunner
+
+from flowalign.algorithm import build_algorithm
+from flowalign.cli import app
+from flowalign.flow import families
+from flowalign.types import Condition, LatentBatch
+from rewards.resolve import builtin_names, resolve
+
+told = {}
+asked = ["sample", "shapes", "a red circle", "--num-steps", "2", "--to", sys.argv[1], "--solver"]
+done = CliRunner().invoke(app, [*asked, "rk2(at=1)"])
+index = Path(sys.argv[1]) / "index.json"
+told["solver"] = done.output if done.exit_code else json.loads(index.read_text())[0]["solver"]
+wrong = CliRunner().invoke(app, [*asked, "rk2(size=1)"])
+told["wrong option"] = [wrong.exit_code, " ".join(wrong.output.split())]
+
+row = torch.zeros(1, 3, 4)
+condition = Condition(row, row[0, :1], torch.zeros(64, dtype=torch.long), row[0], row[0, 0])
+latents = LatentBatch(torch.randn(64, 2, 4, 4), condition, 5)
+learned = build_algorithm({"type": "rectified_flow", "density": "late", "family": "velocity/cos"})
+told["times"] = float(learned.prepare(latents, None, {}).tensors["t"].min())
+path = families.family("velocity/cos")
+t = torch.tensor([0.25])
+told["path"] = float(path.raw_target(torch.ones(1, 1), torch.zeros(1, 1), t))
+
+told["scorers"] = builtin_names()
+red = resolve({"type": "red", "most": 2.0}).score(np.full((1, 2, 2, 3), 51, np.uint8), ["a"], [{}])
+told["red"] = red["red"].tolist()
+print(json.dumps(told))
+"""
+
+
+def copied(to: Path) -> None:
+    """Copy the code of both packages; what else lies there is linked."""
+    for package in ("flowalign", "rewards"):
+        for path in sorted((ROOT / package).rglob("*")):
+            target = to / path.relative_to(ROOT)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            elif path.suffix == ".py":
+                shutil.copyfile(path, target)
+            elif path.suffix != ".pyc":
+                target.symlink_to(path)
+
+
+def add(to: Path, edits: Edits) -> None:
+    for name, edit in edits.items():
+        file = to / name
+        if isinstance(edit, str):
+            assert not file.exists()
+            file.write_text(edit)
+            continue
+        text = file.read_text()
+        for old, new in edit.items():
+            assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+            text = text.replace(old, new)
+        file.write_text(text)
+
+
+def test_a_solver_a_density_a_path_family_and_a_scorer_are_one_file_each(tmp_path: Path) -> None:
+    copied(tmp_path)
+    for edits in ADDED.values():
+        assert len(edits) == 1
+        add(tmp_path, edits)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", USES, str(tmp_path / "out")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["solver"] == "rk2(at=1)"
+    assert told["wrong option"] == [2, told["wrong option"][1]]
+    assert "rk2 has no option size; its options: at" in told["wrong option"][1]
+    assert told["times"] >= 0.5
+    assert told["path"] == pytest.approx(-math.pi / 2 * math.sin(math.pi / 8))
+    assert "red" in told["scorers"] and told["red"] == [pytest.approx(0.4)]
+
+
+# Facts that still have several homes: an option of the optimizer and a key that holds a path. Fewer is better.
+TODAY = {"weight_decay": 7, "calibration": 9}
+
+
+@pytest.mark.parametrize("key", TODAY)
+def test_how_many_files_name_an_option_of_the_optimizer_and_a_key_with_a_path(key: str) -> None:
+    files = [path for path in (ROOT / "flowalign").rglob("*.py") if re.search(rf"\b{key}\b", path.read_text())]
+    assert len(files) == TODAY[key], sorted(path.relative_to(ROOT).as_posix() for path in files)
