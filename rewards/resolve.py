@@ -132,12 +132,14 @@ def _builtin(name: str, options: dict[str, Any]) -> Scorer:
 
 
 def _class(name: str) -> Callable[..., Any]:
+    """Return the one class of the scorer's file that can ``score``, or ``answer``."""
     module = importlib.import_module(f"rewards.scorers.{name}")
-    return next(
-        value
-        for key, value in vars(module).items()
-        if key.endswith("Scorer") and getattr(value, "__module__", "") == module.__name__
-    )
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    able = [value for value in own if any(callable(getattr(value, ask, None)) for ask in ("score", "answer"))]
+    if len(able) != 1:
+        found = ", ".join(value.__name__ for value in able) or "none"
+        raise SpecError(f"{module.__file__} must hold one class with a method score; it has {found}")
+    return able[0]
 
 
 def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> Scorer:

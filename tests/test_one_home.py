@@ -90,7 +90,7 @@ from flowalign.types import Condition, LatentBatch
 from rewards.resolve import builtin_names, resolve
 
 told = {}
-asked = ["sample", "shapes", "a red circle", "--num-steps", "2", "--to", sys.argv[1], "--solver"]
+asked = ["sample", "shapes", "--prompt", "a red circle", "--num-steps", "2", "--out", sys.argv[1], "--solver"]
 done = CliRunner().invoke(app, [*asked, "rk2(at=1)"])
 index = Path(sys.argv[1]) / "index.json"
 told["solver"] = done.output if done.exit_code else json.loads(index.read_text())[0]["solver"]
@@ -118,11 +118,12 @@ def copied(to: Path) -> None:
     for package in ("flowalign", "rewards"):
         for path in sorted((ROOT / package).rglob("*")):
             target = to / path.relative_to(ROOT)
-            if path.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
-            elif path.suffix == ".py":
+            if path.is_dir() or path.suffix == ".pyc":
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".py":
                 shutil.copyfile(path, target)
-            elif path.suffix != ".pyc":
+            else:
                 target.symlink_to(path)
 
 
