@@ -109,7 +109,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
     [
         ("learner.micro_batchsize=8", "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
         ("algorithm.groupsize=8", "algorithm.groupsize: unknown key; did you mean group_size?"),
-        ("algorithm.window.length=8", "algorithm.window.length: unknown key; known: kind, start, size, stop"),
+        ("algorithm.window.length=8", "algorithm.window.length: unknown key; known: start, size, stop, kind"),
         ("group_size=8", "group_size: unknown key; did you mean algorithm.group_size?"),
         ("learning_rate=8", "learning_rate: unknown key; did you mean learner.optimizer.learning_rate?"),
         ("rewards.0.wieght=8", "rewards.0.wieght: unknown key; did you mean weight?"),
