@@ -13,8 +13,8 @@ from flowalign.config.section import ConfigError
 from flowalign.flow import schedule
 from flowalign.intake.file import load_align
 from flowalign.types import Rollout
-from tests._model_directory import write_config
 from tests.algorithms.toy import LinearVelocity, make_rollout
+from tests.tiny import write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
 ALL = torch.ones(8, dtype=torch.bool)

@@ -25,8 +25,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
 from flowalign.run.align import build_run, run_align
 from flowalign.run.workers import LearnerWorker, RolloutWorker
-from tests._model_directory import write_config, write_model_directory
-from tests._tiny import run_config, write_checkpoint, write_pipeline
+from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline, write_pipeline
 
 
 def worker_config(student: Path, teachers: dict[str, dict[str, Any]], **changes: Any) -> AlignConfig:
@@ -179,8 +178,8 @@ def refusal(config: Path, *overrides: str) -> str:
 
 def test_teachers_are_checked_before_anything_starts(tmp_path):
     config = write_config(tmp_path)
-    write_model_directory(tmp_path / "teacher")
-    write_model_directory(tmp_path / "small")
+    write_configs_of_a_pipeline(tmp_path / "teacher")
+    write_configs_of_a_pipeline(tmp_path / "small")
     path = tmp_path / "small" / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 4}))
 

@@ -19,7 +19,7 @@ from flowalign.doctor import examine, release
 from flowalign.intake.file import load_align
 from flowalign.intake.recorded import config_of
 from flowalign.intake.run_directory import begin_run
-from tests._model_directory import write_config
+from tests.tiny import write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

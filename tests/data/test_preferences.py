@@ -39,7 +39,7 @@ from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.run.align import run_align
 from flowalign.run.workers import LearnerWorker
-from tests._model_directory import write_config
+from tests.tiny import write_config
 
 BRIGHT, DARK = 230, 20
 REWARD = "def brightness(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"

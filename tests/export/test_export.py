@@ -21,7 +21,7 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.samples.opened import Which, ode_spec, open_policy, sample_checkpoint
 from flowalign.samples.rollout import SampleNoise, integrate
-from tests._tiny import run_config, write_checkpoint, write_pipeline
+from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of two stars"]
 METRICS = {"eval/geneval/overall": 0.5, "eval/geneval/counting": 0.25, "reward/total/mean": 0.4}

@@ -12,7 +12,7 @@ import pytest
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.intake.file import load_align, load_pretrain
-from tests._model_directory import write_config
+from tests.tiny import write_config
 
 CUT = '{"_class_name": "StableDiff'
 INDEX, NETWORK, VAE = "model_index.json", "transformer/config.json", "vae/config.json"

@@ -12,9 +12,9 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from flowalign.cli import app
-from tests._model_directory import write_config, write_model_directory
 from tests.fault.test_every_algorithm_resumes import CASES, config, write_pairs
 from tests.fault.victim import content
+from tests.tiny import write_config, write_configs_of_a_pipeline
 
 OFFLINE = {"type": "diffusion_dpo", "source": "offline"}
 
@@ -69,7 +69,7 @@ def test_a_bad_preference_set_starts_no_run(change: Any, expected: str, tiny_pip
 
 def test_a_teacher_of_another_latent_shape_is_refused_before_a_weight_is_read(tmp_path: Path):
     path = write_config(tmp_path)
-    teacher = write_model_directory(tmp_path / "small") / "transformer" / "config.json"
+    teacher = write_configs_of_a_pipeline(tmp_path / "small") / "transformer" / "config.json"
     teacher.write_text(json.dumps({**json.loads(teacher.read_text()), "sample_size": 4}))
     sentence = said(path, "algorithm={type: opd, teachers: {t: {path: small}}}", "rewards=[]")
     assert sentence.startswith("algorithm.teachers.t.path: ")

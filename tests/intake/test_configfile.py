@@ -17,7 +17,7 @@ from flowalign.intake.paths import resolve
 from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.yamlfiles import parse_yaml
-from tests._model_directory import write_config
+from tests.tiny import write_config
 
 STAR = '{"tag": "colors", "include": [{"class": "%s", "count": 1}], "prompt": "a photo"}\n'
 

@@ -18,8 +18,8 @@ from flowalign.data.prompts import load_prompts
 from flowalign.intake.suite import geneval_suite
 from flowalign.shapes.prompts import TASKS, prompts
 from rewards.resolve import resolve
-from tests._tiny import run_config, write_pipeline
 from tests.rewards._mask2former import save_tiny_mask2former
+from tests.tiny import run_config, write_pipeline
 
 PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 KEYS = {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
+from tests.tiny import write_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sd35"
 SMALL = [
@@ -42,14 +42,10 @@ SMALL = [
 @pytest.fixture(scope="module")
 def sd35_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD3.5-medium's architecture (dual attention, QK-RMSNorm, three text encoders), two layers of it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    from flowalign.shapes.build.autoencoder import new_autoencoder
-    from flowalign.shapes.build.text import new_text_encoder, new_tokenizer
-
     torch.manual_seed(0)
-    tokenizer = new_tokenizer()
     t5 = T5Tokenizer()
     changes = {
         "sample_size": 8,
@@ -62,22 +58,14 @@ def sd35_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pos_embed_max_size": 16,
         "dual_attention_layers": [0],
     }
-    parts: dict[str, Any] = {
-        "transformer": SD3Transformer2DModel(**{**SD35_MEDIUM, **changes}),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": new_autoencoder(),
-        "text_encoder": new_text_encoder(tokenizer, 64, "quick_gelu"),
-        "tokenizer": tokenizer,
-        "text_encoder_2": new_text_encoder(tokenizer, 64, "gelu"),
-        "tokenizer_2": tokenizer,
-        "text_encoder_3": T5EncoderModel(
-            T5Config(vocab_size=len(t5), d_model=160, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
-        ),
-        "tokenizer_3": t5,
-    }
-    directory = tmp_path_factory.mktemp("sd35")
-    StableDiffusion3Pipeline(**parts).save_pretrained(str(directory))
-    return directory
+    text = T5Config(vocab_size=len(t5), d_model=160, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+    return write_pipeline(
+        tmp_path_factory.mktemp("sd35"),
+        half=False,
+        transformer=SD3Transformer2DModel(**{**SD35_MEDIUM, **changes}),
+        text_encoder_3=T5EncoderModel(text),
+        tokenizer_3=t5,
+    )
 
 
 @pytest.mark.parametrize("name", ["flow_grpo_geneval", "flow_grpo_pickscore"])

@@ -30,7 +30,7 @@ from flowalign.run.train import run_pretrain
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
-from tests._tiny import run_config, write_checkpoint
+from tests.tiny import run_config, write_checkpoint
 
 SHAPE = (16, 8, 8)
 
@@ -215,7 +215,7 @@ def test_a_run_with_a_cache_replays_its_window_exactly(tmp_path, tiny_pipeline_d
 
 
 def test_a_cache_where_every_step_makes_noise_is_refused(tmp_path, calibration):
-    from tests._model_directory import write_config
+    from tests.tiny import write_config
 
     path = write_config(tmp_path)
     cached = f"rollout.cache={{calibration: {calibration}}}"

@@ -23,7 +23,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.run.align import run_align
 from flowalign.samples.opened import sample_checkpoint
-from tests._tiny import run_config, write_checkpoint, write_pipeline
+from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from flowalign.models.build import load_policy
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.samples.opened import SampleNoise, load_weights, sample_checkpoint
 from flowalign.types import Scores
-from tests._tiny import run_config, write_checkpoint, write_pipeline
+from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 NAN = math.nan
 

@@ -15,7 +15,7 @@ from flowalign.cli import app
 from flowalign.config.sections import CacheConfig, SamplingConfig
 from flowalign.measure.evaluated import facts, made_with, skipped, standard_errors, text
 from flowalign.types import Rollout, Scores
-from tests._tiny import write_pipeline
+from tests.tiny import write_pipeline
 
 NAN = math.nan
 

@@ -29,8 +29,7 @@ from flowalign.models.inspect import own_schedule
 from flowalign.run.align import build_run, found
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate
-from tests._model_directory import write_config, write_model_directory
-from tests._tiny import run_config, write_checkpoint
+from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, "max_shift": 1.8}
@@ -164,7 +163,7 @@ def test_a_shift_that_is_none_is_refused_by_its_key(tmp_path: Path, value: str) 
 @pytest.mark.parametrize("options", [{"invert_sigmas": True}, {"stochastic_sampling": True}, {"beta_start": 0.1}])
 def test_what_is_not_reproduced_is_refused_in_the_model_and_in_a_teacher(tmp_path: Path, options: Any) -> None:
     path = write_config(tmp_path)
-    rewrite(write_model_directory(tmp_path / "other"), **options)
+    rewrite(write_configs_of_a_pipeline(tmp_path / "other"), **options)
     option = next(iter(options))
     with pytest.raises(ConfigError, match=rf"^model\.path: .*{option}"):
         load_align(path, ["model.path=other"])

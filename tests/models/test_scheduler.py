@@ -18,7 +18,7 @@ from flowalign.flow.schedule import PipelineSchedule, sigmas
 from flowalign.models.base import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.models.scheduler import DEFAULTS, FlowScheduler, check_scheduler, checked_options
-from tests._model_directory import write_model_directory
+from tests.tiny import write_configs_of_a_pipeline
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "grids.py"
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
@@ -26,7 +26,7 @@ DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return write_model_directory(tmp_path / "model")
+    return write_configs_of_a_pipeline(tmp_path / "model")
 
 
 def rewrite(directory: Path, file: str = "scheduler/scheduler_config.json", **options: Any) -> Path:

@@ -16,7 +16,7 @@ from flowalign.flow.solvers.heun import solve as heun
 from flowalign.intake.file import load_align
 from flowalign.models.inspect import SD35_FROZEN, inspect_model
 from flowalign.plan import Plan, make_plan, plan_geometry, plan_rows
-from tests._model_directory import write_config, write_model_directory
+from tests.tiny import write_config, write_configs_of_a_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def deeper_model(folder: Path, layers: int) -> Path:
     """A pipeline's configuration files, whose transformer has so many blocks."""
     directory = folder / f"deep{layers}"
     if not directory.exists():
-        path = write_model_directory(directory) / "transformer" / "config.json"
+        path = write_configs_of_a_pipeline(directory) / "transformer" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": layers}))
     return directory
 

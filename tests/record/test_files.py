@@ -21,7 +21,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.files import save_tensors
 from flowalign.record.metrics import MetricsWriter
 from flowalign.samples.opened import sample_checkpoint
-from tests._tiny import run_config, write_checkpoint, write_pipeline
+from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.record.metrics import MetricsWriter
 from flowalign.report import headline, write_report
 from flowalign.shapes.prompts import TASKS
-from tests._tiny import run_config
+from tests.tiny import run_config
 
 VERSIONS = {"flowalign": "0.1.0", "torch": "2.15.0"}
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -29,8 +29,8 @@ from flowalign.run.made.ingredients import files_under, parts_of
 from flowalign.run.made.late import held
 from flowalign.run.made.records import LISTED
 from rewards.usercode.imports import files_of_code
-from tests._tiny import run_config, write_checkpoint
 from tests.run.test_moved_runs import CONFIG, ROWS, done, project, refused
+from tests.tiny import run_config, write_checkpoint
 
 REWARD = """
 from scale import SCALE

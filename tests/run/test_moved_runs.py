@@ -23,7 +23,7 @@ from flowalign.intake.run_directory import check_run
 from flowalign.record import checkpoint
 from flowalign.record.contents import digest_of, located, same
 from flowalign.record.metrics import read_metrics, without_times
-from tests._tiny import run_config, write_checkpoint
+from tests.tiny import run_config, write_checkpoint
 
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 ROWS = [

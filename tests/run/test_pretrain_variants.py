@@ -297,7 +297,7 @@ def test_a_bank_of_other_encoders_is_refused(tmp_path, tiny_pipeline_dir):
 
 
 def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tiny_pipeline_dir):
-    from tests._tiny import run_config
+    from tests.tiny import run_config
 
     own = run_config(tiny_pipeline_dir)
     fresh = own.model.model_copy(update={"transformer": TransformerConfig(num_layers=2)})

@@ -23,7 +23,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.report import write_report
 from flowalign.run.align import run_align
-from tests._model_directory import write_config
+from tests.tiny import write_config
 
 REWARD = """
 def bright(images, prompts, metadata):
