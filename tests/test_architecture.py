@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,26 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def attribute(node: ast.Attribute) -> str:
+    """``a.b.c`` as it is written; nothing where it does not begin with a name."""
+    names, inner = [node.attr], node.value
+    while isinstance(inner, ast.Attribute):
+        names.append(inner.attr)
+        inner = inner.value
+    return ".".join([inner.id, *reversed(names)]) if isinstance(inner, ast.Name) else ""
+
+
+@cache
+def mentioned(tree: ast.AST) -> tuple[frozenset[str], frozenset[str]]:
+    """Everything that is imported, and everything that is reached as an attribute."""
+    reached = (attribute(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return frozenset(imports(tree)), frozenset(reached)
+
+
 def mentions(tree: ast.AST, dotted: str) -> bool:
     """Whether ``dotted`` or something inside it is imported or reached as an attribute."""
-    within = (found == dotted or found.startswith(f"{dotted}.") for found in imports(tree))
-    return any(within) or any(
-        isinstance(node, ast.Attribute) and ast.unparse(node) == dotted for node in ast.walk(tree)
-    )
+    imported, reached = mentioned(tree)
+    return dotted in reached or any(found == dotted or found.startswith(f"{dotted}.") for found in imported)
 
 
 def unsafe_calls(tree: ast.AST) -> Iterator[str]:

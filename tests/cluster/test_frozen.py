@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from flowalign.cluster.errors import ClusterError, LearnerLost
+from flowalign.cluster.errors import ClusterError, LearnerLost, WorkerLost
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
@@ -104,6 +104,26 @@ def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_ag
     assert (rollouts.restarts, rewards.restarts) == lost
     for pool in (rollouts, rewards):
         pool.kill()
+
+
+def test_a_chunk_that_may_not_be_made_again_and_a_rank_that_is_gone_end_the_run_in_a_sentence(tmp_path: Path) -> None:
+    vigil = Vigil(PatienceConfig())
+    rollouts, rewards = pools(tmp_path, vigil, 1, 1)
+    (tmp_path / "reward" / "die 1").touch()
+    with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 4 .*retries=0.*so: it"):
+        Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 0, 600.0).run()
+    for pool in (rollouts, rewards):
+        pool.kill()
+    (tmp_path / "go").touch()
+    group = LearnerGroup(1, lambda rank: made(tmp_path), vigil, Pool("teacher", 0, lambda i: None, vigil), 3)
+    group.start()
+    group.started()
+    os.kill(group.pids[0], signal.SIGKILL)
+    gone = "it was killed by SIGKILL|its process was gone at once"  # older kernels tell nobody of the signal
+    with pytest.raises(LearnerLost, match=rf"rank 0 of 1\) died: ({gone}).*last checkpoint is kept") as lost:
+        group.call("answer")
+    assert "memory" not in str(lost.value)
+    group.kill()
 
 
 def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chunks_made_again(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, f
     assert len(said) == 1 and said[0].startswith("retried: the rollout worker was lost over chunk ")
     assert fresh.rollouts.pids[0] == before[0]
     assert fresh.rollouts.pids[1] != before[1]
+    must_find = fresh.rollouts.actors[1].__ray_call__.remote(lambda actor: set(actor.expected.record))
+    assert "model.path" in ray.get(must_find)
 
 
 @pytest.mark.fault
@@ -127,8 +129,9 @@ def test_two_rollout_workers_killed_at_once_change_no_bit(fresh: RayBackend, loc
     assert not set(before) & set(fresh.rollouts.pids)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("kind", ["rollout", pytest.param("reward", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["rollout", "reward"])
 def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
     hasty: RayBackend, local: Trace, folder: Path, kind: str
 ) -> None:
@@ -195,6 +198,7 @@ def changed(file: Path) -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_rollout_worker_that_is_made_again_does_not_load_an_autoencoder_that_has_changed(
     fresh: RayBackend, local: Trace, folder: Path, tiny_pipeline_dir: Path
@@ -293,6 +297,7 @@ def test_placement_that_cannot_fit_is_refused_before_an_actor_starts(tiny_pipeli
             RayBackend(small_config(tiny_pipeline_dir, folder, cluster=cluster), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sentence(
     fresh: RayBackend, local: Trace, tiny_pipeline_dir: Path, folder: Path

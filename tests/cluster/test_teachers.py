@@ -18,6 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
+from flowalign.cluster.actors import RemoteTeacher, TeacherActor
 from flowalign.cluster.errors import PlacementError, WorkerLost
 from flowalign.cluster.placement import shares
 from flowalign.cluster.ray_backend import RayBackend
@@ -119,6 +120,7 @@ def computed(backend: RayBackend) -> int:
     return sum(ray.get([a.__ray_call__.remote(lambda actor: actor.shared.computed) for a in backend.teachers.actors]))
 
 
+@pytest.mark.slow
 def test_teachers_in_actors_give_the_bits_of_teachers_in_the_learner(fresh: RayBackend, local: Trace) -> None:
     assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
     assert min(local.metrics[0][f"loss/opd/{name}"] for name in ("deep", "shifted")) > 0
@@ -135,18 +137,42 @@ def test_a_teacher_killed_between_two_iterations_changes_no_bit(fresh: RayBacken
     assert after[0] != before[0] and after[1] == before[1]
 
 
+def die_at_the_third(actor: Any) -> None:
+    """The teacher's process is killed over the third question that it is asked from now on."""
+    compute, count = actor.shared.teacher.velocity, iter(range(3))
+
+    def dies(*asked: Any, **options: Any) -> Tensor:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(*asked, **options)
+
+    actor.shared.teacher.velocity = dies
+
+
+@pytest.mark.fault
+def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_one_in_the_learner(
+    cluster: None, tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
+) -> None:
+    config = config_of(tiny_pipeline_dir, tmp_path, teachers)
+    actor = ray.remote(TeacherActor).options(num_cpus=0.1, max_restarts=-1, max_task_retries=3).remote(config, "deep")
+    remote: Any = RemoteTeacher("deep", actor)
+    remote.expected = MadeOf(config, tmp_path).expected("model.", "algorithm.teachers.deep.")
+    before = ray.get(actor.start.remote())
+    alone, asking = LearnerWorker(config), LearnerWorker(config, teachers={"deep": remote})
+    student, run = RolloutWorker(config), build_run(config, Path("."))
+    student.bind(alone.weights(), 0)
+    rollout, _ = student.rollout(run.sampler.batch(0), run.algorithm.rollout_plan(0, 0), 0, 0)
+    ray.get(actor.__ray_call__.remote(die_at_the_third))
+    expected = alone.update(rollout, None, 0).metrics
+    assert asking.update(rollout, None, 0).metrics == expected and expected["loss/opd/deep"] > 0
+    assert content_hash(asking.weights()) == content_hash(alone.weights())
+    assert ray.get(actor.__ray_call__.remote(lambda actor: os.getpid())) != before
+    ray.kill(actor)
+
+
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, local: Trace) -> None:
-    def die_at_the_third(actor: Any) -> None:
-        compute, count = actor.shared.teacher.velocity, iter(range(3))
-
-        def dies(*asked: Any, **options: Any) -> Tensor:
-            if next(count) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return compute(*asked, **options)
-
-        actor.shared.teacher.velocity = dies
-
     before = pids(fresh)
     fresh.sync()
     for actor in fresh.teachers.actors:

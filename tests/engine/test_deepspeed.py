@@ -15,9 +15,13 @@ from flowalign.engine import build_engine
 from tests.engine.conftest import Ran
 from tests.engine.toy import Network, settings, update
 
-# All stages on one rank, and the two ends on two; the middle ones on two ranks are for the night.
-CASES = [(1, "0123", stage) for stage in range(4)] + [(2, "03", 0), (2, "03", 3)]
-NIGHT = [pytest.param(2, "12", stage, marks=pytest.mark.slow) for stage in (1, 2)]
+# Each stage once by day: the middle ones on one rank, the two ends on two; the others are for the night.
+CASES = [(1, "12", 1), (1, "12", 2), (2, "03", 0), (2, "03", 3)]
+NIGHT = [
+    pytest.param(world, stages, int(stage), marks=pytest.mark.slow)
+    for world, stages in ((1, "03"), (2, "12"))
+    for stage in stages
+]
 every_case = pytest.mark.parametrize(("world", "stages", "stage"), [*CASES, *NIGHT])
 Runs = Callable[[int, str], Ran]
 

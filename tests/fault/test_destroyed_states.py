@@ -31,15 +31,17 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.resume import resume_from
 from flowalign.run.train import run_pretrain
 from tests.engine.toy import Network, settings, update
-from tests.fault.test_exit_codes import CONFIG, start
+from tests.fault.test_exit_codes import CONFIG
 from tests.fault.victim import content, work
 
 GRPO = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
 RATE = "learner.optimizer.learning_rate"
 
 
-def test_a_learning_rate_of_1e30_ends_in_a_sentence_whose_command_goes_on_from_the_last_good_checkpoint(tmp_path: Path):
-    own = ["checkpoint={every: 1, keep_last: 1, keep_best: 0}"]
+def test_a_learning_rate_of_1e30_ends_in_a_sentence_whose_command_goes_on_from_the_last_good_checkpoint(
+    tmp_path: Path, tiny_pipeline_dir: Path
+):
+    own = [f"model.path={tiny_pipeline_dir}", "checkpoint={every: 1, keep_last: 1, keep_best: 0}"]
     run_dir, root = tmp_path / "runs" / "t", tmp_path / "runs" / "t" / "checkpoints"
     (tmp_path / "t.yaml").write_text(CONFIG)
     begin = ["align", str(tmp_path / "t.yaml"), f"runs_dir={tmp_path / 'runs'}", *own, "iterations=1"]
@@ -49,9 +51,9 @@ def test_a_learning_rate_of_1e30_ends_in_a_sentence_whose_command_goes_on_from_t
     refused = CliRunner().invoke(app, [*begin, "iterations=2", f"{RATE}=1e30"])
     assert refused.exit_code == 2 and f"--accept-changed {RATE}" in " ".join(refused.output.split()), refused.output
 
-    process = start(tmp_path, *own, "iterations=2", f"{RATE}=1e30", "--accept-changed", RATE)
-    said = process.communicate(timeout=200)[0]
-    assert process.returncode == 1 and "Traceback" not in said, said
+    ended = CliRunner().invoke(app, [*begin, "iterations=2", f"{RATE}=1e30", "--accept-changed", RATE])
+    said = ended.output
+    assert ended.exit_code == 1 and "Traceback" not in said, said
     assert f"warning: {RATE}: 1e+30; AdamW moves every weight by about as much" in said
     error = next(line for line in said.splitlines() if line.startswith("error: "))
     assert "error: iteration 2: an update at learning rate 1e+30 has destroyed the weights: " in error

@@ -96,8 +96,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(row["replay/max_abs_dlogp"] == 0 for row in rows[0][1:])
 
 
+@pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["local", "ray"])
 def test_three_sigkills_at_random_moments_change_no_bit(tmp_path, tiny_pipeline_dir, backend):
     chance = random.Random()
     seed = chance.randrange(10**6)
@@ -129,6 +130,7 @@ def test_a_killed_run_whose_reward_was_turned_ends_with_2_and_says_how_to_go_on_
     assert means[0] > 0 > means[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, tiny_pipeline_dir):
     process = start(tmp_path, tiny_pipeline_dir, "stopped", "local")

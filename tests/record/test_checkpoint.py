@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,7 @@ from torch import Tensor
 
 from flowalign.record.checkpoint import CheckpointError, content_hash, latest, load
 from flowalign.record.checkpointwriter import CheckpointWriter
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.record.writer import write_on
 
 
 def weights(seed: int) -> dict[str, Tensor]:
@@ -137,39 +133,19 @@ def test_going_back_and_saving_an_old_step_again_replaces_it(tmp_path: Path) -> 
     assert content_hash(load(path).model) == content_hash(weights(98))
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from flowalign.record.checkpointwriter import CheckpointWriter
-writer = CheckpointWriter(Path(sys.argv[1]), keep_last=2)
-step = int(sys.argv[2])
-while True:
-    model = {str(i): torch.full((20_000,), float(step)) for i in range(8)}
-    for _ in range(2 if step > 3 else 1):  # the second replaces the first
-        writer.save(step, model=model, state={"step": step}, optimizer_by_rank={0: (model, {"rank": 0})})
-    print(step, flush=True)
-    step += 1
-"""
-
-
 @pytest.mark.fault
 def test_a_writer_killed_at_any_moment_leaves_latest_intact(tmp_path: Path) -> None:
     leftovers, step = 0, 1
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "pycache"), "PYTHONDONTWRITEBYTECODE": ""}
+    server: Any = multiprocessing.get_context("forkserver")  # which imports once for all writers
+    server.set_forkserver_preload(["tests.record.writer"])
     for trial in range(6):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(step)],
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=environment,
-            text=True,
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
+        wrote = server.Event()
+        writer = server.Process(target=write_on, args=(tmp_path, step, wrote))
+        writer.start()
+        assert wrote.wait(timeout=120)
         time.sleep(0.037 * trial)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        writer.kill()
+        writer.join()
         leftovers += len(list(tmp_path.glob(".tmp-*")))
         path = latest(tmp_path)
         assert path is not None
