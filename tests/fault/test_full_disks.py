@@ -255,7 +255,7 @@ def test_a_full_or_read_only_disk_leaves_the_older_checkpoint_file_and_line_as_t
         (lambda: fill(disk, 0), "are missing"),
     ):
         spoil()
-        read_only = f"{disk / 'new'} lies on a read-only file system"
+        read_only = f"{disk} lies on a read-only file system"
         assert unwritable(disk / "new") == (None if "missing" in sentence else read_only)
         for write in (
             lambda: writer.save(2, model=weights, state={"iteration": 2}),
