@@ -39,7 +39,11 @@ def test_no_algorithm_is_left_out():
     assert {str(case.config["type"]) for case in CASES.values()} == aligns
 
 
-@pytest.mark.parametrize("name", CASES)
+# By day one case of each algorithm, and what changes which steps are learned from.
+BY_DAY = ("flow_grpo", "flow_grpo sliding", "flow_grpo g2rpo", "dpo online", "opd ode", "nft", "sft best", "awm")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in BY_DAY else pytest.mark.slow) for n in CASES])
 def test_the_mass_moves_to_the_rewarded_mode_of_each_prompt(name):
     policy = CASES[name].run()
     assert all(mass(policy, prompt) > CASES[name].expected for prompt in CASES[name].prompts)

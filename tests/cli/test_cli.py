@@ -149,6 +149,7 @@ def test_every_command_with_json_keeps_standard_output_for_its_object() -> None:
     assert all(parameter.callback is not None for found in answers.values() for parameter in found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_an_object_that_finds_no_room_is_an_error_and_one_that_nobody_reads_is_not(config_path: Path) -> None:
     line = f"{sys.executable} -m flowalign.cli plan {config_path} --json"

@@ -44,6 +44,7 @@ def started(folder: Path) -> set[int]:
     return {int(path.name.removeprefix("started-")) for path in folder.glob("started-*")}
 
 
+@pytest.mark.slow
 def test_workers_that_died_together_are_made_again_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     pool = Pool("rollout", 2, lambda index: made(tmp_path), Vigil(PatienceConfig()))
@@ -154,6 +155,7 @@ def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chu
         pool.kill()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_silent_while_it_starts_ends_the_start_in_a_sentence(tmp_path: Path) -> None:
     said: list[str] = []
     pool = Pool("rollout", 1, lambda index: made(tmp_path), Vigil(HASTY, say=said.append))

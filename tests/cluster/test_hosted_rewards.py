@@ -146,6 +146,7 @@ def installs(folder: Path, packages: list[str]) -> subprocess.Popen[bytes]:
     raise AssertionError("nobody called pip")
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_after_a_killed_installation_and_after_the_documented_cleaning_packages_are_installed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

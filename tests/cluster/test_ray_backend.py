@@ -168,6 +168,7 @@ def test_a_reward_that_ends_its_process_is_asked_how(fresh: RayBackend, folder: 
     assert "reward.py" in fresh.rewards.deaths[-1] and "memory" not in fresh.rewards.deaths[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_hosted_reward_says_why_it_ended_and_what_it_cannot_import(fresh: RayBackend, folder: Path) -> None:
     (folder / "own.py").write_text("import os\ndef deadly(images, prompts, metadata):\n    os._exit(4)\n")

@@ -52,6 +52,7 @@ def hiding(tmp_path: Path) -> list[str]:
     return [*files, *folders]
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_directory_hide_none_of_ours_nor_of_python_on_a_worker(
     tmp_path: Path, hiding: list[str]
 ) -> None:

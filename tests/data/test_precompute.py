@@ -217,6 +217,7 @@ def test_interrupted_after_each_of_its_shards_it_ends_in_the_same_bytes(
     assert before == {path: path.stat().st_mtime_ns for path in again.to.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_killed_precompute_continues_to_the_same_bytes(options: Options, tmp_path: Path) -> None:
     precompute(options)

@@ -556,6 +556,7 @@ print(process_group.alike(b"the same pairs"), process_group.alike(bytes([rank]))
 """
 
 
+@pytest.mark.slow
 def test_ranks_notice_that_they_hold_different_pairs() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -105,6 +105,7 @@ def sample(pipeline: Any, directory: Path, **options: Any) -> torch.Tensor:
     return pipeline(PROMPTS, latents=noise, **size, **options).images
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_flowalign_takes_our_average_velocity_steps(tiny_pipeline_dir, tmp_path):
     plain = write_export(tmp_path / "plain", tiny_pipeline_dir, ("r", "guidance"))
     baseline = write_export(tmp_path / "baseline", tiny_pipeline_dir, ("r",), "concat")

@@ -83,6 +83,7 @@ def test_a_second_run_is_refused_and_the_first_ends_when_it_is_asked(tmp_path: P
     assert again.exit_code == ExitCode.REFUSED and "held by nobody" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_signal_while_the_model_loads_leaves_nothing(tmp_path: Path) -> None:
     process = start(tmp_path)

@@ -113,6 +113,7 @@ def test_three_sigkills_at_random_moments_change_no_bit(tmp_path, tiny_pipeline_
     assert_same_run(tmp_path / "runs" / "whole", run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_killed_run_whose_reward_was_turned_ends_with_2_and_says_how_to_go_on_all_the_same(
     tmp_path, tiny_pipeline_dir

@@ -79,6 +79,7 @@ def waiting() -> tuple[subprocess.Popen[str], str, int, int]:
     return process, folder, int(head), int(actor)
 
 
+@pytest.mark.slow
 def test_without_the_head_of_its_ray_a_process_ends_in_a_sentence_and_leaves_nothing() -> None:
     process, folder, head, actor = waiting()
     assert len(of_ray(folder)) >= 5

@@ -52,7 +52,7 @@ def a_fifo(path: Path) -> None:
     os.mkfifo(path / "MANIFEST.json")
 
 
-@pytest.mark.parametrize("damage", [cut, a_fifo, shutil.rmtree])
+@pytest.mark.parametrize("damage", [cut, *(pytest.param(d, marks=pytest.mark.slow) for d in (a_fifo, shutil.rmtree))])
 def test_a_damaged_or_missing_checkpoint_is_answered_with_a_command_that_trains_on(
     damage: Callable[[Path], object], made: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_damaged_or_missing_checkpoint_is_answered_with_a_command_that_trains_
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/latest"])
-@pytest.mark.parametrize("latest", ["empty", "a folder"])
+@pytest.mark.parametrize("latest", ["empty", pytest.param("a folder", marks=pytest.mark.slow)])
 def test_a_run_without_an_intact_checkpoint_is_looked_for_in_its_own_folder_and_another_is_begun(
     where: str, latest: str, made: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +89,7 @@ def test_a_run_without_an_intact_checkpoint_is_looked_for_in_its_own_folder_and_
         assert "run directory: " in pasted(said) and steps(folder / "runs" / "r-3" / "checkpoints") == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_is_trained_on_where_it_lies(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)

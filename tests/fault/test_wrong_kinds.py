@@ -100,7 +100,10 @@ SWAPS = {
 }
 
 
-@pytest.mark.parametrize("name", SWAPS)
+BY_DAY = ("metrics.jsonl", "checkpoints")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in BY_DAY else pytest.mark.slow) for n in SWAPS])
 def test_what_becomes_of_another_kind_in_mid_run_ends_it_with_a_sentence(
     name: str, tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:

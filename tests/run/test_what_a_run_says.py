@@ -124,6 +124,7 @@ def test_metrics_hold_the_spread_that_is_said(config_path, said):
     assert all(text in line for text, line in zip(shown, said[6:8], strict=True))
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_bar_of_a_resumed_run_begins_where_the_run_is(screen):
     bars = re.findall(r"align [━╸╺ ]+ *(\d+/\d+)", screen)
     assert bars[0] == "2/3" and bars[-1] == "3/3" and "0/3" not in screen

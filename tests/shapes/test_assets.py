@@ -38,6 +38,7 @@ def test_no_shipped_configuration_names_a_path_of_the_machine_that_made_it():
         assert '"/' not in values, path
 
 
+@pytest.mark.slow
 def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_zero():
     torch.set_num_threads(1)
     policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=2)
