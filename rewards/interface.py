@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,11 +27,14 @@ from rewards.errors import (
     pass_on_interrupt,
 )
 from rewards.errors import SpecError as SpecError
+from rewards.question import Asked as Asked
+from rewards.question import Images as Images
+from rewards.question import Metadata as Metadata
+from rewards.question import Offers as Offers
+from rewards.question import check_inputs as check_inputs
+from rewards.question import declared
 from rewards.usercode.kept import refusals
 from rewards.usercode.loading import user_line
-
-Images = NDArray[np.uint8]
-Metadata = dict[str, Any]
 
 MAX_MAGNITUDE = 1e6
 MAX_SCORES, MAX_KEY = 64, 200  # scores that a reward answers, characters of their names
@@ -41,12 +45,42 @@ _ATOMS = {str, int, float, bool, type(None)}
 class Scorer(Protocol):
     """Scores images; may also have ``setup(device: str)``, called once before the first batch.
 
-    One that asks others may have ``retried() -> dict[str, int]``: what had to be asked again since the last call.
+    One that needs more than this signature gives has ``answer`` in place of ``score``, as ``Answers`` has. One that
+    asks others may have ``retried() -> dict[str, int]``: what had to be asked again since the last call.
     """
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
         """One float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
         ...
+
+
+class Answers(ABC):
+    """A scorer that gets its question as one object, with what it declares in ``needs``."""
+
+    needs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def answer(self, asked: Asked) -> Mapping[str, Any]:
+        """One float array (N,) a reward name."""
+
+    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
+        """Answer what needs no more than this; images are uint8 (N, H, W, 3)."""
+        return self.answer(Asked(images, prompts, metadata))
+
+
+def needs_of(name: str, scorer: Any) -> frozenset[str]:
+    """What a scorer declares that it needs; raises ``SpecError`` where it has no ``answer`` to get that by."""
+    needs = declared(name, getattr(scorer, "needs", ()))
+    if needs and not callable(getattr(scorer, "answer", None)):
+        raise SpecError(f"reward {name!r} has needs and no method `answer`; write answer(self, asked), which gets them")
+    return needs
+
+
+def ask(scorer: Any, asked: Asked) -> Any:
+    """What a scorer answers, by ``answer`` where it declares ``needs`` or has no ``score``."""
+    if hasattr(scorer, "needs") or not hasattr(scorer, "score"):
+        return scorer.answer(asked)
+    return scorer.score(asked.images, asked.prompts, asked.metadata)
 
 
 @dataclass(frozen=True)
@@ -143,19 +177,6 @@ def validate_scores(name: str, scores: Any, n: int) -> Checked:
     return Checked(arrays, valid, causes)
 
 
-def check_inputs(images: Any, prompts: list[str], metadata: list[Metadata]) -> None:
-    """Raises ``InputError`` unless images are uint8 (N, H, W, 3) with N prompts and N metadata."""
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        got = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise InputError(f"images are {got}; pass a uint8 array (N, H, W, 3)")
-    if len(images) == 0:
-        raise InputError("no images; pass at least one")
-    if not len(images) == len(prompts) == len(metadata):
-        raise InputError(
-            f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata; pass as many of each"
-        )
-
-
 def set_up(scorer: Scorer, device: str) -> None:
     """Call the scorer's optional ``setup(device)``; raises ``ScorerFailed`` where it raises anything of its own."""
     what = type(scorer).__name__
@@ -184,25 +205,25 @@ def blamed(name: str, when: str = "") -> Iterator[None]:
         ) from error
 
 
-def call(
-    name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]
-) -> dict[str, NDArray[np.float64]]:
+def call(name: str, scorer: Scorer, asked: Asked) -> dict[str, NDArray[np.float64]]:
     """Score a batch; the arrays are unmasked, pass them to ``validate_scores``.
 
-    The scorer gets prompts and metadata of its own: what it changes there, nested or not, reaches nobody else. Raises
-    ``InputError``, ``InvalidScores`` or, when the scorer itself or its answer raises, ``ScorerFailed``.
+    The scorer gets what it ``needs`` and no more, and prompts and metadata of its own: what it changes there, nested or
+    not, reaches nobody else. Raises ``InputError``, ``InvalidScores`` or, when the scorer itself or its answer raises,
+    ``ScorerFailed``.
     """
-    check_inputs(images, prompts, metadata)
+    check_inputs(asked)
     try:
-        own = [_copied(dict(row)) for row in metadata]
+        own = [_copied(dict(row)) for row in asked.metadata]
     except RecursionError:
         raise InputError("metadata is nested too deeply, or holds itself; send plain JSON") from None
     before = len(refusals())
     with blamed(name):
-        scores = scorer.score(images, list(prompts), own)
+        seen = asked.only(name, needs_of(name, scorer))
+        scores = ask(scorer, replace(seen, prompts=list(asked.prompts), metadata=own))
     for said in refusals()[before:]:
         raise ScorerFailed(f"reward {name!r}: {said}")
-    return as_arrays(name, scores, len(images))
+    return as_arrays(name, scores, len(asked))
 
 
 def _copied(value: Any) -> Any:
@@ -221,9 +242,9 @@ def _copied(value: Any) -> Any:
     return value if kind in _ATOMS else copy.deepcopy(value)
 
 
-def score_batch(name: str, scorer: Scorer, images: Images, prompts: list[str], metadata: list[Metadata]) -> Checked:
+def score_batch(name: str, scorer: Scorer, asked: Asked) -> Checked:
     """``call`` followed by ``validate_scores``: what a reward actor runs."""
-    return validate_scores(name, call(name, scorer, images, prompts, metadata), len(images))
+    return validate_scores(name, call(name, scorer, asked), len(asked))
 
 
 def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:

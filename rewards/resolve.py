@@ -27,8 +27,20 @@ from typing import Any, cast
 
 import rewards.scorers
 from rewards.errors import PLAIN_FUNCTION, pass_on_interrupt
-from rewards.interface import Images, Metadata, Scorer, ScorerError, SpecError, blamed, one_line
+from rewards.interface import (
+    Answers,
+    Asked,
+    Metadata,
+    Offers,
+    Scorer,
+    ScorerError,
+    SpecError,
+    blamed,
+    needs_of,
+    one_line,
+)
 from rewards.missing import hint
+from rewards.question import declared
 from rewards.usercode import source
 from rewards.usercode.loading import load_file, load_module, user_line
 
@@ -37,24 +49,34 @@ _log = logging.getLogger("rewards")
 
 
 @dataclass(frozen=True)
-class FunctionScorer:
+class FunctionScorer(Answers):
     """A plain ``reward(images, prompts, metadata)`` as a scorer; a bare array takes the function's name."""
 
     name: str
     function: Callable[..., Any]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
-        scores = self.function(images, prompts, metadata, **self.options)
+    def answer(self, asked: Asked) -> Mapping[str, Any]:
+        scores = self.function(asked.images, asked.prompts, asked.metadata, **self.options)
         return scores if isinstance(scores, Mapping) else {self.name: scores}
 
 
-def resolve(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Scorer:
+def resolve(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Offers | None = None) -> Scorer:
     """The scorer that ``spec`` names, not yet set up; relative files are looked for under ``base_dir``.
 
-    Runs user code where the spec names it, and says so in the log. Raises ``SpecError``.
+    Runs user code where the spec names it, and says so in the log. Raises ``SpecError``, also for a scorer with needs
+    that ``offers`` does not have; None asks for none of that.
     """
     kind, options = _split(spec)
+    scorer = _resolved(kind, options, base_dir)
+    with blamed(kind, " while it was looked at"):
+        needs = needs_of(kind, scorer)
+    if offers is not None:
+        offers.check(kind, needs)
+    return scorer
+
+
+def _resolved(kind: str, options: dict[str, Any], base_dir: str | Path) -> Scorer:
     if kind.startswith("url:"):
         return _http(kind, options)
     if ":" in kind:
@@ -64,22 +86,25 @@ def resolve(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Scorer
     return _from_code(_entry_point(kind).value, options, Path(base_dir))
 
 
-def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> None:
+def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Offers | None = None) -> None:
     """Raise ``SpecError`` where ``resolve`` would for what can be known without loading models.
 
     Takes milliseconds: user code is parsed, not run; a URL is parsed, not called.
     """
     kind, options = _split(spec)
+    needs: frozenset[str] = frozenset()
     if kind.startswith("url:"):
         _http(kind, options)
     elif ":" not in kind and kind in builtin_names():
-        _builtin(kind, options)
+        needs = needs_of(kind, _builtin(kind, options))
     else:
         target = kind if ":" in kind else _entry_point(kind).value
         location, attribute = _halves(target)
         file = _file(location, Path(base_dir)) if _is_file(location) else _module(target, Path(base_dir))
         if file is not None:
-            source.check_definition(file, attribute, set(options))
+            needs = declared(kind, source.check_definition(file, attribute, set(options)))
+    if offers is not None:
+        offers.check(kind, needs)
 
 
 def row_check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Callable[[Metadata], None] | None:
@@ -244,11 +269,12 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
             what = f"{type(error).__name__}: {one_line(error)}"
             raise SpecError(f"reward {target} could not be built: {what}{where}") from error
         options = {}
-    if any(map(inspect.iscoroutinefunction, (value, getattr(value, "score", None), getattr(value, "__call__", None)))):  # noqa: B004
+    asked = [getattr(value, method, None) for method in ("score", "answer")]
+    if any(map(inspect.iscoroutinefunction, (value, *asked, getattr(value, "__call__", None)))):  # noqa: B004
         raise SpecError(f"reward {target} is async; {PLAIN_FUNCTION}")
-    if callable(getattr(value, "score", None)) and not options:
+    if any(map(callable, asked)) and not options:
         return cast(Scorer, value)
-    if not callable(value) or hasattr(value, "score"):
+    if not callable(value) or hasattr(value, "score") or hasattr(value, "answer"):
         what = type(value).__name__
         raise SpecError(
             f"reward {target} is a {what}, not a function (images, prompts, metadata) or a class with a `score` method"

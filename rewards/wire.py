@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import MAX_SCORES, Images, InputError, Metadata, ScorerError, check_inputs
+from rewards.interface import MAX_SCORES, Asked, InputError, Metadata, ScorerError, check_inputs
 
 CONTENT_TYPE = "application/x-flowalign-score"
 _REQUEST, _RESPONSE = b"FAQ1", b"FAS1"
@@ -53,17 +53,22 @@ class TooLarge(WireError):
     kind = "too_large"
 
 
-def encode_request(images: Images, prompts: list[str], metadata: list[Metadata]) -> bytes:
-    """Raises ``InputError`` for arrays that do not fit and ``WireError`` for metadata that is not JSON."""
-    check_inputs(images, prompts, metadata)
-    header = {"shape": list(images.shape), "prompts": prompts, "metadata": metadata}
-    return _pack(_REQUEST, header, np.ascontiguousarray(images).tobytes())
+def encode_request(asked: Asked) -> bytes:
+    """The bytes of a question that needs no more than images, prompts and metadata.
+
+    Raises ``InputError`` for arrays that do not fit and for what does not travel, ``WireError`` for metadata that is
+    not JSON.
+    """
+    check_inputs(asked)
+    for field in ("references", "groups", "latents"):
+        if getattr(asked, field) is not None:
+            raise InputError(f"{field} do not travel over HTTP; ask a scorer that needs them where the run scores")
+    header = {"shape": list(asked.images.shape), "prompts": asked.prompts, "metadata": asked.metadata}
+    return _pack(_REQUEST, header, np.ascontiguousarray(asked.images).tobytes())
 
 
-def decode_request(
-    data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS
-) -> tuple[Images, list[str], list[Metadata]]:
-    """Images uint8 (N, H, W, 3), which share ``data``'s memory, prompts and metadata.
+def decode_request(data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> Asked:
+    """The question; its images share ``data``'s memory.
 
     Raises ``WireError``, ``TooLarge`` or ``InputError``.
     """
@@ -77,7 +82,7 @@ def decode_request(
         raise WireError(f"{len(payload)} image bytes for shape {shape}; send {count * height * width * 3}")
     prompts, metadata = check_texts(header.get("prompts"), header.get("metadata"), count, "request header")
     check_side(height, width, limits)
-    return np.frombuffer(payload, np.uint8).reshape(shape), prompts, metadata
+    return Asked(np.frombuffer(payload, np.uint8).reshape(shape), prompts, metadata)
 
 
 def check_side(height: int, width: int, limits: Limits = DEFAULT_LIMITS) -> None:

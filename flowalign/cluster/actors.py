@@ -28,7 +28,7 @@ from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, Roll
 from flowalign.samples.children import end_children
 from flowalign.samples.scoring import load_scorer
 from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
-from rewards.interface import Images, Metadata, ScorerFailed, SpecError, call, one_line
+from rewards.interface import Answers, Asked, Offers, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs
 from rewards.usercode.loading import keep_user_line
 
@@ -66,7 +66,7 @@ class RolloutActor(Mortal):
         return self.worker.rollout(batch, spec, seed, version)
 
 
-class HostedScorer:
+class HostedScorer(Answers):
     """A scorer in an actor with the reward's own ``runtime_env``; it ends with the reward actor that made it.
 
     Raises:
@@ -74,7 +74,7 @@ class HostedScorer:
         What the scorer raises.
     """
 
-    def __init__(self, reward: RewardConfig, base_dir: Path, config: AlignConfig) -> None:
+    def __init__(self, reward: RewardConfig, offers: Offers, base_dir: Path, config: AlignConfig) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -93,14 +93,14 @@ class HostedScorer:
             # No resources of its own: it shares those of the actor that waits for it.
             environment = {**given, "env_vars": variables}
             hosted: Any = ray.remote(HostedHere).options(num_cpus=0, runtime_env=environment, **options)
-            self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device)
+            self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device, offers)
         except (ValueError, TypeError) as error:
             raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None
         self._witness = Witness(self._actor)
-        self._fetch(self._actor.start.remote())
+        self.needs = self._fetch(self._actor.start.remote())
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
-        scores, self._retried = self._fetch(self._actor.score.remote(images, prompts, metadata))
+    def answer(self, asked: Asked) -> Mapping[str, Any]:
+        scores, self._retried = self._fetch(self._actor.answer.remote(asked))
         return scores
 
     def retried(self) -> dict[str, int]:
@@ -122,18 +122,18 @@ class HostedScorer:
 class HostedHere(Mortal):
     """The other end of ``HostedScorer``: the scorer itself."""
 
-    def __init__(self, reward: RewardConfig, base_dir: Path, device: str) -> None:
-        self.reward, self.base_dir, self.device = reward, base_dir, device
+    def __init__(self, reward: RewardConfig, base_dir: Path, device: str, offers: Offers) -> None:
+        self.reward, self.base_dir, self.device, self.offers = reward, base_dir, device, offers
 
-    def start(self) -> None:
-        self.named = load_scorer(self.reward, self.base_dir, self.device)
+    def start(self) -> frozenset[str]:
+        """Load the scorer; answers with what it needs."""
+        self.named = load_scorer(self.reward, self.base_dir, self.device, offers=self.offers)
+        return self.named.needs
 
-    def score(
-        self, images: Images, prompts: list[str], metadata: list[Metadata]
-    ) -> tuple[Mapping[str, Any], dict[str, int]]:
+    def answer(self, asked: Asked) -> tuple[Mapping[str, Any], dict[str, int]]:
         """The scores, and what the scorer had to ask again."""
         with self.named.apart:
-            scores = call(self.reward.label, self.named.scorer, images, prompts, metadata)
+            scores = call(self.reward.label, self.named.scorer, asked)
         asks = getattr(self.named.scorer, "retried", None)
         return scores, {} if asks is None else asks()
 
@@ -154,8 +154,11 @@ class RewardActor(Mortal):
         """End what the scorers have started: Ray ends this process without asking it."""
         end_children()
 
-    def score(self, chunk: Rollout, evaluation: bool) -> tuple[Scores, float]:
-        return self.worker.score(chunk, evaluation)
+    def whole_groups(self) -> bool:
+        return self.worker.whole_groups
+
+    def score(self, evaluation: bool, *chunks: Rollout) -> tuple[Scores, float]:
+        return self.worker.score(chunks, evaluation)
 
 
 class TeacherActor(Mortal):

@@ -23,16 +23,17 @@ def _nothing(text: str) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """A chunk that went through both stages, and the seconds each took."""
+    """Chunks that were scored as one, and the seconds that both stages took."""
 
-    rollout: Rollout
+    rollouts: list[Rollout]
     scores: Scores
     rollout_s: float
     score_s: float
 
 
 class Stage:
-    """One kind of work on chunks: whose it is, which chunks wait for it, which workers are free.
+    """One kind of work: whose it is, what waits for it, a chunk or the first of those that are scored as one, and which
+    workers are free.
 
     ``gives_up_s`` is the time after which a worker that is not stopped would end its work by itself.
     """
@@ -45,7 +46,7 @@ class Stage:
 
 @dataclass
 class Task:
-    """A chunk that a worker is at."""
+    """A chunk that a worker is at, or the first of those that are scored as one."""
 
     stage: Stage
     chunk: int
@@ -57,7 +58,8 @@ class Pipeline:
     """Rolls out and scores the chunks of one batch.
 
     Rollouts go from worker to worker through the object store. ``refs`` are those of the rollouts, in
-    the order of the chunks, for whoever needs them next.
+    the order of the chunks, for whoever needs them next. ``units`` are the consecutive chunks that are scored as one,
+    once all of them are there; by default each by itself.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Pipeline:
         evaluation: bool,
         max_retries: int,
         score_gives_up_s: float,
+        units: Sequence[range] | None = None,
     ) -> None:
         count = len(chunks)
         self.chunks, self._rollout_args, self._evaluation = chunks, rollout_args, evaluation
@@ -76,6 +79,9 @@ class Pipeline:
         self.refs: list[Any] = [None] * count
         self._rollout_s = [0.0] * count
         self._done: dict[int, Done] = {}
+        self._units = [range(i, i + 1) for i in range(count)] if units is None else list(units)
+        self._unit_of = {chunk: unit for unit in self._units for chunk in unit}
+        self._missing = set(range(count))
         what = "of an evaluation" if evaluation else "of a chunk"
         self._rollout = Stage(rollouts, f"rollout {what}", self._submit_rollout)
         self._score = Stage(rewards, f"scores {what}", self._submit_score, score_gives_up_s)
@@ -84,7 +90,7 @@ class Pipeline:
         self._failures: Counter[tuple[str, int]] = Counter()
 
     def run(self, count: Callable[[int, int], None] | None = None, say: Callable[[str], None] = _nothing) -> list[Done]:
-        """Rollouts and scores, in the order of the chunks; ``say`` is told of each that has to be repeated.
+        """Rollouts and scores, in the order of the units; ``say`` is told of each that has to be repeated.
 
         Raises:
             WorkerLost: a chunk lost its worker more than ``max_retries`` times.
@@ -105,8 +111,8 @@ class Pipeline:
                     self._finish(ref)
             self._look_for_late()
             if count is not None and len(self._done) > before:
-                count(len(self._done), len(self.chunks))
-        return [self._done[chunk] for chunk in range(len(self.chunks))]
+                count(sum(len(self._unit_of[first]) for first in self._done), len(self.chunks))
+        return [self._done[unit.start] for unit in self._units]
 
     def _submit_rollout(self, actor: Any, chunk: int) -> Any:
         batch = self.chunks[chunk]
@@ -114,7 +120,7 @@ class Pipeline:
         return seconds
 
     def _submit_score(self, actor: Any, chunk: int) -> Any:
-        return actor.score.remote(self.refs[chunk], self._evaluation)
+        return actor.score.remote(self._evaluation, *(self.refs[i] for i in self._unit_of[chunk]))
 
     def _dispatch(self, stage: Stage) -> None:
         while stage.waiting and stage.idle:
@@ -124,22 +130,27 @@ class Pipeline:
 
     def _finish(self, ref: Any) -> None:
         task = self._running.pop(ref)
-        stage, chunk = task.stage, task.chunk
+        stage, chunk, unit = task.stage, task.chunk, self._unit_of[task.chunk]
         try:
             result = _get(ref)
             if stage is self._rollout:
                 self._rollout_s[chunk] = seconds = result
-                self._score.waiting.append(chunk)
+                self._missing.discard(chunk)
+                if self._missing.isdisjoint(unit):
+                    self._score.waiting.append(unit.start)
             else:
                 scores, seconds = result
-                self._done[chunk] = Done(_get(self.refs[chunk]), scores, self._rollout_s[chunk], seconds)
+                made_s = sum(self._rollout_s[i] for i in unit)
+                self._done[chunk] = Done([_get(self.refs[i]) for i in unit], scores, made_s, seconds)
             task.wait.answered(seconds)
         except DEATHS as error:
             self._repeat(task, stage.pool.why(task.worker, error))
             return
         except ObjectLostError:
             self._count_failure(self._rollout, chunk, "the node that held what it made is gone")
-            self._rollout.waiting.appendleft(chunk)
+            again = list(unit) if stage is self._score else [chunk]  # one of them is gone, and nobody says which
+            self._rollout.waiting.extendleft(reversed(again))
+            self._missing.update(again)
         stage.idle.append(task.worker)
 
     def _repeat(self, task: Task, why: str) -> None:
@@ -155,24 +166,30 @@ class Pipeline:
         for ref, task in list(self._running.items()):
             pool, wait = task.stage.pool, task.wait
             if wait.became_slow():
-                over = f"{pool.name(task.worker)} {wait.so_far()} over chunk {task.chunk + 1} of {len(self.chunks)}"
+                over = f"{pool.name(task.worker)} {wait.so_far()} over {self._said(task.stage, task.chunk)}"
                 self._say(f"late: {over}; if it goes on so it is ended and made again at {wait.end()}")
             if wait.late and (wait.waited_s >= task.stage.gives_up_s or pool.stopped(task.worker)):
                 stopped = ", since its process is stopped" if pool.stopped(task.worker) else ""
                 del self._running[ref]
                 self._repeat(task, wait.why() + stopped)
 
+    def _said(self, stage: Stage, chunk: int) -> str:
+        """``chunk 2 of 6``, or of some that are scored as one ``chunks 1 to 3 of 6``."""
+        unit = self._unit_of[chunk]
+        several = stage is self._score and len(unit) > 1
+        return f"chunk{f's {unit[0] + 1} to {unit[-1] + 1}' if several else f' {chunk + 1}'} of {len(self.chunks)}"
+
     def _count_failure(self, stage: Stage, chunk: int, why: str) -> None:
-        kind = stage.pool.kind
+        kind, said = stage.pool.kind, self._said(stage, chunk)
         self._failures[kind, chunk] += 1
         times = self._failures[kind, chunk]
         if times > self._max_retries:
             raise WorkerLost(
-                f"the {kind} worker died {times} times over chunk {chunk + 1} of {len(self.chunks)} "
+                f"the {kind} worker died {times} times over {said} "
                 f"(cluster.max_task_retries={self._max_retries}), the last time so: {why}"
             )
         self._say(
-            f"retried: the {kind} worker was lost over chunk {chunk + 1} of {len(self.chunks)} ({why}); the chunk is "
+            f"retried: the {kind} worker was lost over {said} ({why}); the chunk is "
             f"made again, with the same bits ({times} of at most {self._max_retries} times)"
         )
 

@@ -106,6 +106,15 @@ class Pool:
         except DEATHS as error:
             raise ClusterError(f"a {self.kind} worker died while it started: {self.why(index, error)}") from None
 
+    def ask(self, method: str) -> Any:
+        """What the first actor answers, which has just started; raises ClusterError as ``started``."""
+        ref = getattr(self.actors[0], method).remote()
+        for _, came in self.vigil.each({ref: self.vigil.wait(f"{self.kind} start")}):
+            if came is Came.LATE:
+                raise ClusterError(f"a {self.kind} worker started and did not answer; look at what it loads")
+        self._started(0, ref)
+        return fetch(ref)
+
     def name(self, index: int) -> str:
         pid = f", process {self.pids[index]}" if index < len(self.pids) else ""
         return f"{self.kind} worker {index + 1} of {len(self.actors)}{pid}"

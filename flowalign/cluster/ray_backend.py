@@ -35,7 +35,7 @@ from flowalign.run.sync import SyncGuard, check_receipt, has_learned
 from flowalign.run.teachers import teacher_names
 from flowalign.run.workers import BindReceipt
 from flowalign.samples.calibration import reuse_of
-from flowalign.samples.scoring import cat_scores
+from flowalign.samples.scoring import cat_scores, scored_together
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
 CHILDREN_S = 3.0
@@ -119,6 +119,7 @@ class RayBackend:
         for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
         self._started = True
+        self._whole_groups = self.rewards.ask("whole_groups")
         self.rollouts.rebind = self._bind_again
         self._guard = SyncGuard()
         self._learned = True
@@ -180,23 +181,29 @@ class RayBackend:
         chunks = batch.chunks(self.config.rollout.chunk_size)
         spec = spec if evaluation else replace(spec, reuse=self._reuse)
         version = -1 if self._sent is None else self._sent.version
-        retries, gives_up_s = self.config.cluster.max_task_retries, self._gives_up_s(evaluation)
-        pipeline = Pipeline(chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries, gives_up_s)
+        retries = self.config.cluster.max_task_retries
+        whole = self._whole_groups and not evaluation
+        units = scored_together(chunks, whole)
+        gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if whole else 1)
+        pipeline = Pipeline(
+            chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries, gives_up_s, units
+        )
         done = pipeline.run(count, self.say)
         collected = Collected(
-            rollout=cat_rollouts([chunk.rollout for chunk in done]),
-            scores=cat_scores([chunk.scores for chunk in done]),
-            rollout_s=sum(chunk.rollout_s for chunk in done) / len(self.rollouts.actors),
-            score_s=sum(chunk.score_s for chunk in done) / len(self.rewards.actors),
+            rollout=cat_rollouts([chunk for unit in done for chunk in unit.rollouts]),
+            scores=cat_scores([unit.scores for unit in done]),
+            rollout_s=sum(unit.rollout_s for unit in done) / len(self.rollouts.actors),
+            score_s=sum(unit.score_s for unit in done) / len(self.rewards.actors),
         )
         self._last = None if evaluation else (collected.rollout, pipeline.refs)
         return collected
 
-    def _gives_up_s(self, evaluation: bool) -> float:
-        """When a reward actor at the latest ends the run by itself, since its scorers take too long."""
+    def _gives_up_s(self, evaluation: bool, questions: int) -> float:
+        """When a reward actor at the latest ends the run by itself, since its scorers take too long, each of which may
+        be asked so many ``questions``."""
         scorers = evaluation_rewards(self.config) if evaluation else self.config.rewards
         cluster = self.config.cluster
-        return cluster.reward_deadline_s * len(scorers) + cluster.patience.least_s
+        return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
 
     def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
         """Learn from a rollout; the one just collected goes from the object store straight to the learner.
@@ -305,6 +312,11 @@ class RayBackend:
                 remove_placement_group(self._group)
         self._closers, self._group = [], None
         self._session.close()
+
+
+def _most_asked(chunks: Sequence[PromptBatch], units: Sequence[range]) -> int:
+    """The most chunks or groups that are scored as one."""
+    return max(max(len(unit), len({group for i in unit for group in chunks[i].group_ids})) for unit in units)
 
 
 def _actors(asked: Sequence[Share]) -> str:

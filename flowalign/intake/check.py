@@ -19,6 +19,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.largest import IMAGES
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
+from rewards.interface import Offers
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
@@ -257,12 +258,13 @@ def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[
     return None
 
 
-def check_reward(key: str, reward: RewardConfig, base_dir: Path) -> None:
+def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers) -> None:
+    """The reward can be made of its options, and needs nothing that is not offered to it."""
     from rewards.interface import ScorerError
     from rewards.resolve import check
 
     try:
-        check({"type": reward.spec, **reward.options}, base_dir)
+        check({"type": reward.spec, **reward.options}, base_dir, offers)
     except ScorerError as error:
         raise ConfigError(key, str(error)) from error
 

@@ -29,6 +29,7 @@ from flowalign.record.checkpoint import LOG, has_any
 from flowalign.record.contents import put, relocated
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
+from flowalign.samples.offers import EVALUATION, TRAINING
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
@@ -189,16 +190,17 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
             missing.append(str(error))
 
     for i, reward in enumerate(config.rewards):
-        need(checks.check_reward, f"rewards.{i}", reward, base)
+        need(checks.check_reward, f"rewards.{i}", reward, base, TRAINING)
     if config.evaluation.scorer is not None:
-        need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base)
+        need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
     for i, reward in enumerate(config.evaluation.gold):
-        need(checks.check_reward, f"evaluation.gold.{i}", reward, base)
+        need(checks.check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
     need(checks.check_reward_names, "rewards", config.rewards)
     judges = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
     need(checks.check_reward_names, "evaluation", judges)
     if config.safety.clip is not None:
-        need(checks.check_reward, "safety.clip", RewardConfig(spec="clip", options={"path": config.safety.clip}), base)
+        clip = RewardConfig(spec="clip", options={"path": config.safety.clip})
+        need(checks.check_reward, "safety.clip", clip, base, EVALUATION)
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
     need(checks.check_model, config)
     need(check_caches, config)

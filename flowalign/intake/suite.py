@@ -25,6 +25,7 @@ def geneval_suite(
     from flowalign.intake.check import check_reward
     from flowalign.intake.check_prompts import check_prompts
     from flowalign.intake.paths import resolve_reward
+    from flowalign.samples.offers import EVALUATION
 
     here, source = Path.cwd(), prompts or config.evaluation.prompts
     configured = [config.evaluation.scorer, *config.rewards]
@@ -37,7 +38,7 @@ def geneval_suite(
             raise ConfigError("--detector", f'is not JSON ({error}); write a name or {{"type": …}}') from error
     scorer = RewardConfig(spec="geneval", options={"mode": "official", "detector": chosen})
     scorer = resolve_reward(scorer, here, "--detector")
-    check_reward("--detector", scorer, here)
+    check_reward("--detector", scorer, here, EVALUATION)
     check_prompts("--prompts", source, [scorer], here)
     evaluation = config.evaluation.model_copy(update={"scorer": scorer})
     return config.model_copy(update={"evaluation": evaluation}), num_samples or 4 * len(load_prompts(source))

@@ -22,8 +22,9 @@ from flowalign.flow.randomness import seeded
 from flowalign.intake.check import check_reward
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text
+from flowalign.samples.offers import PREFERENCES
 from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
-from flowalign.samples.scoring import NamedScorer, load_scorer, merge, score_images
+from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
 from flowalign.types import PromptBatch
 
 SHARD = 500  # pairs a file
@@ -57,7 +58,7 @@ def make_preferences(
     """
     if any(out.glob("*.parquet")):
         raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
-    check_reward("--reward", reward, Path.cwd())
+    check_reward("--reward", reward, Path.cwd(), PREFERENCES)
     check_prompts("--prompts", prompts, [reward], Path.cwd())
     own = config.evaluation
     sampler = GroupSampler(
@@ -71,7 +72,8 @@ def make_preferences(
     without: Counter[str] = Counter()
     with folder_for(out), torch_threads(config.cluster.threads):
         policy, state = open_policy(checkpoint, config, which)
-        scorer = load_scorer(reward, Path.cwd(), config.cluster.device if config.cluster.reward_gpus else "cpu")
+        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
+        scorer = load_scorer(reward, Path.cwd(), device, offers=PREFERENCES)
         spec = policy_spec(policy, asked(own, num_steps, guidance_scale), config.model)
         while made < pairs:
             batch = sampler.batch(groups // sampler.groups)
@@ -125,7 +127,7 @@ def _pairs(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The rows of a batch, and why groups gave none."""
     with scorer.apart:
-        judged = score_images(scorer, images, batch.prompts, batch.metadata)
+        judged = score_images(scorer, question(batch, images))
     scores = merge([judged], {scorer.name: 1.0})
     best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
     judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())

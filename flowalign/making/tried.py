@@ -21,7 +21,8 @@ from flowalign.measure.imagefolder import (
     prompt_rows,
     sizes_of,
 )
-from rewards.interface import Checked, Images, InvalidScores, main_key, score_batch, set_up
+from flowalign.samples.offers import TRY_REWARD
+from rewards.interface import Asked, Checked, Images, InvalidScores, main_key, score_batch, set_up
 from rewards.pictures import PictureError
 from rewards.printable import printable
 from rewards.resolve import resolve
@@ -72,13 +73,13 @@ def try_reward(
     rows = [{"prompt": ""} for _ in files] if source is None else prompt_rows(files, source)
     sizes, reasons = sizes_of(files)
     _refuse(files, reasons)
-    scorer = resolve(spec, Path.cwd())
+    scorer = resolve(spec, Path.cwd(), TRY_REWARD)
     set_up(scorer, device)
     parts: list[tuple[list[int], Checked]] = []
     for indices in batches_of_one_size(sizes, batch):
         pictures = np.stack([_pixels(files, i) for i in indices])
         texts, metadata = [rows[i]["prompt"] for i in indices], [rows[i] for i in indices]
-        parts.append((indices, score_batch(label, scorer, pictures, texts, metadata)))
+        parts.append((indices, score_batch(label, scorer, Asked(pictures, texts, metadata))))
     names, texts = [file.name for file in files], [row["prompt"] for row in rows]
     scores = _joined(parts, len(files))
     others, main = other_pictures(images), None

@@ -21,10 +21,11 @@ from flowalign.measure.distances import Features, clip_score, compare
 from flowalign.measure.evaluated import UNTAGGED, by_task, facts, standard_errors
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
 from flowalign.models.textlength import prompt_note
+from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
 from flowalign.samples.opened import load_weights as load_weights
 from flowalign.samples.opened import sample_checkpoint as sample_checkpoint
-from flowalign.samples.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, score_images
+from flowalign.samples.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, question, score_images
 from flowalign.types import Rollout, Scores
 from rewards.interface import blamed
 from rewards.models.openclip import OpenClip
@@ -114,7 +115,7 @@ def evaluate_checkpoint(
     batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples, base_dir)
     sampling, seed = asked(own, num_steps, guidance_scale, solver), own.seed if seed is None else seed
     with torch_threads(config.cluster.threads):
-        scorers = load_scorers(evaluation_rewards(config), base_dir)
+        scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
         policy, state = open_policy(path, config, which)
         spec = policy_spec(policy, sampling, config.model)
         parts, rows, seconds = [], [], 0.0
@@ -123,7 +124,7 @@ def evaluate_checkpoint(
             judged = []
             for scorer in scorers:
                 with scorer.apart:
-                    judged.append(score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata))
+                    judged.append(score_images(scorer, question(chunk.batch, chunk.images, chunk.final_NCHW)))
             parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
             rows += _result_rows(scorers[0], *parts[-1])
     scores = cat_scores([part for _, part in parts])

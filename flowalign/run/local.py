@@ -14,7 +14,7 @@ from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.children import end_children
-from flowalign.samples.scoring import cat_scores
+from flowalign.samples.scoring import cat_scores, scored_together
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
 
 
@@ -37,11 +37,11 @@ class LocalBackend:
         made, scored = [], []
         spec = spec if evaluation else replace(spec, reuse=self._reuse)
         chunks = batch.chunks(self.config.rollout.chunk_size)
-        for chunk in chunks:
-            made.append(self.rollouts.rollout(chunk, spec, seed, self.rollouts.version))
-            scored.append(self.rewards.score(made[-1][0], evaluation))
+        for unit in scored_together(chunks, self.rewards.whole_groups and not evaluation):
+            made += [self.rollouts.rollout(chunks[i], spec, seed, self.rollouts.version) for i in unit]
+            scored.append(self.rewards.score([part for part, _ in made[unit.start :]], evaluation))
             if count is not None:
-                count(len(scored), len(chunks))
+                count(len(made), len(chunks))
         return Collected(
             rollout=cat_rollouts([part for part, _ in made]),
             scores=cat_scores([part for part, _ in scored]),

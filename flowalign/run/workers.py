@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,22 @@ from flowalign.models.inspect import own_schedule
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.learner import Learner
 from flowalign.run.teachers import Teacher, load_teachers
+from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.rollout import rollout
-from flowalign.samples.scoring import Hosted, NamedScorer, bounded, load_scorers, merge, score_images
+from flowalign.samples.scoring import (
+    Hosted,
+    NamedScorer,
+    bounded,
+    load_scorers,
+    merge,
+    question,
+    score_images,
+    together,
+)
 from flowalign.types import PreferencePairs, PromptBatch, Rollout, RolloutSpec, Scores, Update
-from rewards.interface import Checked
+from rewards.interface import Asked, Checked
+from rewards.question import joined
 
 REFERENCE = "reference."  # in the optimizer's part of a checkpoint: what a refreshed reference holds
 
@@ -92,26 +103,44 @@ class RewardWorker:
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         with torch_threads(config.cluster.reward_threads):
             self.training = load_scorers(config.rewards, base_dir, device, hosted)
-            self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted)
+            self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted, EVALUATION)
 
-    def score(self, chunk: Rollout, evaluation: bool = False) -> tuple[Scores, float]:
-        """Scores of one chunk, and the seconds they took."""
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a reward of the training is asked for whole groups, so that chunks may have to wait for others."""
+        return any("group" in scorer.needs for scorer in self.training)
+
+    def score(self, chunks: Sequence[Rollout], evaluation: bool = False) -> tuple[Scores, float]:
+        """Scores of chunks that are scored as one (`scoring.scored_together`), and the seconds they took."""
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
         if not scorers:
-            count = len(chunk)
+            count = sum(map(len, chunks))
             return Scores({}, torch.zeros(count), torch.ones(count, dtype=torch.bool)), 0.0
-        seconds = self.config.cluster.reward_deadline_s
+        asked = [question(chunk.batch, chunk.images, chunk.final_NCHW) for chunk in chunks]
         parts = []
         for scorer in scorers:
             with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
-                parts.append(bounded(scorer.name, partial(self._score, scorer, chunk), seconds))
+                parts.append(self._answers(scorer, asked))
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
 
-    def _score(self, scorer: NamedScorer, chunk: Rollout) -> Checked:
+    def _answers(self, scorer: NamedScorer, asked: Sequence[Asked]) -> Checked:
+        """A scorer of groups gets the chunks joined; any other gets them one by one, the batches of any other run."""
+        seconds = self.config.cluster.reward_deadline_s
+        if "group" in scorer.needs:
+            whole = joined(asked)
+            return bounded(scorer.name, partial(self._score, scorer, whole), seconds * len(set(whole.groups or ())))
+        parts: list[tuple[range, Checked]] = []
+        begin = 0
+        for part in asked:
+            answer = bounded(scorer.name, partial(self._score, scorer, part), seconds)
+            parts.append((range(begin, begin := begin + len(part)), answer))
+        return together(parts, begin)
+
+    def _score(self, scorer: NamedScorer, asked: Asked) -> Checked:
         # Thread counts belong to threads: set in the one that scores.
         with torch_threads(self.config.cluster.reward_threads):
-            return score_images(scorer, chunk.images, chunk.batch.prompts, chunk.batch.metadata)
+            return score_images(scorer, asked)
 
 
 class LearnerWorker:

@@ -14,15 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
-from flowalign.types import Scores
+from flowalign.samples.offers import TRAINING
+from flowalign.types import PromptBatch, Scores
 from rewards.composite import Named, check_names, combine, one_owner, prefixes
-from rewards.interface import Checked, Scorer, ScorerError, SpecError, blamed, main_key, score_batch, set_up
+from rewards.interface import (
+    Asked,
+    Checked,
+    Offers,
+    Scorer,
+    ScorerError,
+    SpecError,
+    blamed,
+    main_key,
+    needs_of,
+    score_batch,
+    set_up,
+)
 from rewards.resolve import resolve
 
-Hosted = Callable[[RewardConfig], Scorer]
+Hosted = Callable[[RewardConfig, Offers], Scorer]
 
 
 class TooManyInvalid(RuntimeError):
@@ -40,7 +54,7 @@ class NamedScorer:
     """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for.
 
     Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are. ``before`` begins the
-    names of its further scores.
+    names of its further scores. ``needs`` is what the scorer declares.
     """
 
     name: str
@@ -49,55 +63,121 @@ class NamedScorer:
     tasks: tuple[str, ...] | None = None
     apart: Apart = field(default_factory=Apart, compare=False)
     before: str = ""
+    needs: frozenset[str] = frozenset()
 
 
-def load_scorer(config: RewardConfig, base_dir: Path, device: str = "cpu", hosted: Hosted | None = None) -> NamedScorer:
+def load_scorer(
+    config: RewardConfig,
+    base_dir: Path,
+    device: str = "cpu",
+    hosted: Hosted | None = None,
+    offers: Offers = TRAINING,
+) -> NamedScorer:
     """Resolve and set up one configured reward; ``hosted`` makes those that have a ``runtime_env``."""
     apart = Apart()
     if config.runtime_env is None:
         with apart:
-            scorer = resolve({"type": config.spec, **config.options}, base_dir)
+            scorer = resolve({"type": config.spec, **config.options}, base_dir, offers)
             set_up(scorer, device)
     elif hosted is not None:
-        scorer = hosted(config)
+        scorer = hosted(config, offers)
     else:
         raise SpecError(
             f"reward {config.label!r} has a runtime_env, which only a run on Ray can make; "
             "set cluster.backend=ray, or serve it in its environment and name its url"
         )
     tasks = None if config.tasks is None else tuple(config.tasks)
-    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks, apart)
+    with apart, blamed(config.label):
+        needs = needs_of(config.label, scorer)
+    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks, apart, needs=needs)
 
 
 def load_scorers(
-    configs: Sequence[RewardConfig], base_dir: Path, device: str = "cpu", hosted: Hosted | None = None
+    configs: Sequence[RewardConfig],
+    base_dir: Path,
+    device: str = "cpu",
+    hosted: Hosted | None = None,
+    offers: Offers = TRAINING,
 ) -> list[NamedScorer]:
     """Every configured reward; raises SpecError where two answer to one name, of which one would be lost."""
     names = [Named(config.label, config.spec, config.name is not None) for config in configs]
     check_names(names)
-    scorers = [load_scorer(config, base_dir, device, hosted) for config in configs]
+    scorers = [load_scorer(config, base_dir, device, hosted, offers) for config in configs]
     return [replace(scorer, before=before) for scorer, before in zip(scorers, prefixes(names), strict=True)]
 
 
-def score_images(
-    named: NamedScorer, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> Checked:
-    """One scorer on uint8 images (N, H, W, 3); its main score is renamed to the configured name.
+def question(batch: PromptBatch, images: torch.Tensor, latents: torch.Tensor | None = None) -> Asked:
+    """All that can be asked of the samples of a batch: their uint8 images (N, H, W, 3), and their latents (N, C, H, W)
+    where they are given."""
+    states = None if latents is None else latents.float().numpy()
+    metadata = [dict(row) for row in batch.metadata]
+    return Asked(images.numpy(), list(batch.prompts), metadata, groups=batch.group_ids, latents=states)
 
-    A scorer with ``tasks`` sees the samples of these tasks only; the others are NaN and counted as no failure.
+
+def score_images(named: NamedScorer, asked: Asked) -> Checked:
+    """The answer of one scorer; its main score is renamed to the configured name.
+
+    A scorer with ``tasks`` sees the samples of these tasks only; the others are NaN and counted as no failure. One that
+    needs groups is asked for one group at a time, and ``asked`` must hold whole ones.
     """
-    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in metadata], bool)
+    groups = dict.fromkeys(asked.groups or ()) if "group" in named.needs else ()
+    if not groups:
+        return _score_rows(named, asked)
+    rows = {group: [i for i, own in enumerate(asked.groups or ()) if own == group] for group in groups}
+    return together([(own, _score_rows(named, asked.take(own))) for own in rows.values()], len(asked))
+
+
+def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[range]:
+    """Which consecutive chunks are scored as one: each by itself, or ``whole_groups`` of as few chunks as hold them."""
+    if not whole_groups:
+        return [range(i, i + 1) for i in range(len(chunks))]
+    last = {group: i for i, chunk in enumerate(chunks) for group in chunk.group_ids}
+    found, begin, end = [], 0, 0
+    for i, chunk in enumerate(chunks):
+        end = max(end, *(last[group] for group in chunk.group_ids))
+        if i == end:
+            found.append(range(begin, i + 1))
+            begin = end = i + 1
+    return found
+
+
+def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Checked:
+    """The answers of one scorer to several questions as that to one of ``count`` samples; each with its rows in it."""
+    if len(parts) == 1:
+        return parts[0][1]
+
+    def spread(values: Callable[[Checked], NDArray[Any] | None], missing: Any) -> NDArray[Any]:
+        full = np.full(count, missing)
+        for rows, part in parts:
+            own = values(part)
+            if own is not None:
+                full[list(rows)] = own
+        return full
+
+    names = dict.fromkeys(key for _, part in parts for key in part.scores)
+    causes: dict[str, Counter[str]] = {}
+    retries: dict[str, Counter[str]] = {}
+    for _, part in parts:
+        for total, counts in ((causes, part.causes), (retries, part.retries)):
+            for key, own in counts.items():
+                total.setdefault(key, Counter()).update(own)
+    return Checked(
+        {key: spread(lambda part, key=key: part.scores.get(key), np.nan) for key in names},
+        {key: spread(lambda part, key=key: part.valid.get(key), False) for key in names},
+        {key: dict(counts) for key, counts in causes.items()},
+        spread(lambda part: part.applies, True),
+        {key: dict(counts) for key, counts in retries.items()},
+        parts[0][1].reward,
+    )
+
+
+def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
+    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in asked.metadata], bool)
     rows = np.flatnonzero(applies).tolist()
     if not rows:
         nothing = np.full(len(applies), np.nan)
         return Checked({named.name: nothing}, {named.name: applies}, {}, applies, reward=named.name)
-    checked = score_batch(
-        named.name,
-        named.scorer,
-        np.ascontiguousarray(images.numpy()[applies]),
-        [prompts[i] for i in rows],
-        [dict(metadata[i]) for i in rows],
-    )
+    checked = score_batch(named.name, named.scorer, asked.take(rows))
     with blamed(named.name):
         main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
         asks = getattr(named.scorer, "retried", None)

@@ -12,13 +12,13 @@ import numpy as np
 from rewards.http.transport import DeadlineExceeded as DeadlineExceeded
 from rewards.http.transport import Endpoint, ServerRefused
 from rewards.http.transport import ServerUnavailable as ServerUnavailable
-from rewards.interface import Images, Metadata, SpecError, check_inputs
+from rewards.interface import Answers, Asked, SpecError, check_inputs
 from rewards.wire import CONTENT_TYPE, DEFAULT_LIMITS, TooLarge, WireError, decode_response, encode_request
 
 _log = logging.getLogger("rewards")
 
 
-class HttpScorer:
+class HttpScorer(Answers):
     """Sends batches of at most ``batch_size`` images to ``POST /score`` of a server (``rewards.serve``).
 
     ``url`` is its address, or several separated by commas; ``replicas`` are further addresses of the same reward.
@@ -58,7 +58,7 @@ class HttpScorer:
         self._names: set[str] = set()
 
     def setup(self, device: str | None = None) -> None:
-        """Ask for ``/health``: raises as ``score`` does where no address answers, warns of each that does not."""
+        """Ask for ``/health``: raises as ``answer`` does where no address answers, warns of each that does not."""
         self.endpoint.ask("GET", "/health")
         down = self.endpoint.unreachable("/health") if len(self.endpoint.addresses) > 1 else {}
         for address, cause in down.items():
@@ -79,20 +79,20 @@ class HttpScorer:
             raise WireError(f"reward server {self.url}: /info is a JSON {type(found).__name__}, not an object")
         return found
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+    def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """The server's scores (N,) by reward name, NaN and Inf as they came.
 
         Raises ``ServerUnavailable``, ``DeadlineExceeded``, ``ServerRefused`` or ``WireError``; never
         answers for a batch that was not scored.
         """
-        check_inputs(images, prompts, metadata)
+        check_inputs(asked)
         parts = []
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            body = encode_request(images[rows], prompts[rows], metadata[rows])
+        for start in range(0, len(asked), self.batch_size):
+            some = asked.take(slice(start, start + self.batch_size))
+            body = encode_request(some)
             if len(body) > DEFAULT_LIMITS.max_bytes:
                 raise TooLarge(f"a batch of {len(body)} bytes, limit {DEFAULT_LIMITS.max_bytes}; lower batch_size")
-            part = decode_response(self.endpoint.ask("POST", "/score", body, CONTENT_TYPE), len(images[rows]))
+            part = decode_response(self.endpoint.ask("POST", "/score", body, CONTENT_TYPE), len(some))
             self._check_names(set(part))
             parts.append(part)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

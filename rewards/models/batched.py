@@ -5,19 +5,19 @@ Shapes: N images, n of one batch, H W pixels.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import Images, Metadata
+from rewards.interface import Answers, Asked, Images
 
 if TYPE_CHECKING:
     import torch
 
 
-class Batched(ABC):
+class Batched(Answers):
     """Answers one float32 score an image, by its own name, from ``values`` of at most ``batch_size`` images at a time.
 
     The model is loaded by ``setup``, or by the first batch where nobody has called that.
@@ -45,15 +45,15 @@ class Batched(ABC):
         self.load()
         self._is_loaded = True
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, NDArray[np.float32]]:
-        """``{name: (N,)}``; images (N, H, W, 3) of any size."""
+    def answer(self, asked: Asked) -> dict[str, NDArray[np.float32]]:
+        """``{name: (N,)}``; images of any size."""
         import torch
 
         if not self._is_loaded:
             self.setup()
         values = []
         with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                values.append(self.values(images[rows], prompts[rows]).cpu().numpy())
+            for start in range(0, len(asked), self.batch_size):
+                part = asked.take(slice(start, start + self.batch_size))
+                values.append(self.values(part.images, part.prompts).cpu().numpy())
         return {self.name: np.concatenate(values)}

@@ -19,13 +19,13 @@ import numpy as np
 from rewards.geneval.detectors import load_detector
 from rewards.geneval.judge import Rules, Verdict, judge
 from rewards.geneval.rows import check_names, check_row
-from rewards.interface import Images, InputError, Metadata, ScorerError, SpecError
+from rewards.interface import Answers, Asked, Images, InputError, Metadata, ScorerError, SpecError
 from rewards.printable import printable
 
 Mode = Literal["official", "strict", "partial"]
 
 
-class GenevalScorer:
+class GenevalScorer(Answers):
     """``geneval`` in [0, 1], from GenEval metadata (``tag``, ``include``, ``exclude``).
 
     Modes: ``official`` (the public benchmark's verdict, 0 or 1), ``strict`` (also exact counts, 0 or 1) and
@@ -82,10 +82,10 @@ class GenevalScorer:
             found += self.detector.detect(images[rows], metadata[rows])
         return [judge(row, objects, self.rules) for row, objects in zip(metadata, found, strict=True)]
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+    def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """``geneval`` (N,) in the configured mode, and beside it ``geneval_strict``, 0 or 1."""
         field = {"official": "correct", "strict": "strict", "partial": "score"}[self.mode]
-        verdicts = self.verdicts(images, metadata)
+        verdicts = self.verdicts(asked.images, asked.metadata)
         return {
             "geneval": np.array([getattr(v, field) for v in verdicts], np.float64),
             "geneval_strict": np.array([v.strict for v in verdicts], np.float64),

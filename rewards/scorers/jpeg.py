@@ -8,12 +8,12 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from rewards.interface import Images, Metadata, SpecError
+from rewards.interface import Answers, Asked, SpecError
 
 Goal = Literal["compressible", "incompressible"]
 
 
-class JpegScorer:
+class JpegScorer(Answers):
     """``jpeg``: minus (``compressible``) or plus (``incompressible``) the encoded size in kilobytes."""
 
     name = "jpeg"
@@ -31,9 +31,9 @@ class JpegScorer:
         self.range = (-np.inf, 0.0) if goal == "compressible" else (0.0, np.inf)
         self.quality = quality
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+    def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """``{"jpeg": (N,)}`` in kilobytes (1000 bytes)."""
-        return {"jpeg": np.array([self.sign * self._size(image) / 1000 for image in images], np.float64)}
+        return {"jpeg": np.array([self.sign * self._size(image) / 1000 for image in asked.images], np.float64)}
 
     def _size(self, image: np.ndarray) -> int:
         buffer = io.BytesIO()

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards.interface import Images, InputError, Metadata, SpecError, one_line
+from rewards.interface import Answers, Asked, InputError, Metadata, SpecError, one_line
 
 _QUOTED = re.compile(r"[\"“”«»]([^\"“”«»]*)[\"“”«»]")
 # The reader shrinks what is longer, and takes minutes or fails where a side is thinner than an eighth of the other.
 _LONGEST, _RATIO = 2000, 8
 
 
-class OcrScorer:
+class OcrScorer(Answers):
     """``ocr`` in [0, 1]: 1 − edit distance / length, both texts without spaces and in lower case.
 
     The wanted text is ``metadata["text"]``, else the first quoted string of the prompt. Where it occurs in what was
@@ -50,12 +50,12 @@ class OcrScorer:
         except ImportError as error:
             raise SpecError(f"ocr: a library is missing ({one_line(error)}); install flowalign[ocr]") from error
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+    def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """``{"ocr": (N,)}``; raises ``InputError`` for a prompt without a text to look for."""
-        wanted = [wanted_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
+        wanted = [wanted_text(prompt, row) for prompt, row in zip(asked.prompts, asked.metadata, strict=True)]
         if self._reader is None:
             self.setup()
-        read = [self.read(image) for image in images]
+        read = [self.read(image) for image in asked.images]
         return {"ocr": np.array([similarity(text, seen) for text, seen in zip(wanted, read, strict=True)], np.float64)}
 
     def read(self, image: np.ndarray) -> str:

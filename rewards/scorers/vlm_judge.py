@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from rewards.http.transport import Endpoint
-from rewards.interface import Images, InputError, Metadata, SpecError
+from rewards.interface import Answers, Asked, InputError, SpecError
 
 _log = logging.getLogger("rewards.vlm_judge")
 
@@ -25,7 +25,7 @@ QUESTION = (
 AGAIN = 'That was not usable: {problem}. Answer with one JSON object and nothing else, such as {{"score": {low}}}.'
 
 
-class VlmJudgeScorer:
+class VlmJudgeScorer(Answers):
     """``vlm_judge`` in [0, 1]: the model's score of each image, ``low`` to ``high``, scaled.
 
     ``url`` is the endpoint up to ``/v1``, ``model`` the name it serves. ``question`` may use ``{prompt}``, ``{low}``
@@ -83,10 +83,10 @@ class VlmJudgeScorer:
         self.device = device
         self.batch_size = batch_size
 
-    def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> dict[str, np.ndarray]:
+    def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """``{"vlm_judge": (N,)}``, NaN where the model gave no usable answer."""
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return {"vlm_judge": np.array(list(pool.map(self._judge, images, prompts)), np.float64)}
+            return {"vlm_judge": np.array(list(pool.map(self._judge, asked.images, asked.prompts)), np.float64)}
 
     def retried(self) -> dict[str, int]:
         """How often a question had to be sent again since the last call, by address and cause."""

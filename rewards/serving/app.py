@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rewards.interface import InputError, Scorer, ScorerError, call
+from rewards.interface import InputError, Offers, Scorer, ScorerError, call, needs_of
 from rewards.serving.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
 from rewards.serving.doors import DEFAULT_DOORS, Doors
 from rewards.serving.form import read_form
@@ -48,6 +48,9 @@ _STATUS = {
 # A refused body may still be on its way; were the connection kept, the next request would read its rest.
 _CLOSING = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.SERVICE_UNAVAILABLE)
 _LEAST_ROOM = 64 * 1024
+OFFERS = Offers(
+    "a reward server", instead="name it by its file under `rewards` of a run, or serve one without that need"
+)
 
 
 def create_app(
@@ -64,8 +67,10 @@ def create_app(
 ) -> FastAPI:
     """The server of one scorer that is already set up; it scores one batch at a time.
 
-    It answers to ``hosts``, by default to loopback and ``doors.allow_hosts``. ``rooms`` are what it fills.
+    It answers to ``hosts``, by default to loopback and ``doors.allow_hosts``. ``rooms`` are what it fills. Raises
+    ``SpecError`` for a scorer with needs, none of which travel over HTTP.
     """
+    OFFERS.check(name, needs_of(name, scorer))
     metrics = ServerMetrics(name) if metrics is None else metrics
     rooms = Rooms(doors) if rooms is None else rooms
     hosts = hosts_of("localhost", doors.allow_hosts) if hosts is None else hosts
@@ -96,10 +101,10 @@ def create_app(
                     async def decoding(size: int) -> None:
                         await held.enter_async_context(rooms.pixels.taken(size))
 
-                    batch = await read_form(request.headers, body, limits, decoding)
+                    asked = await read_form(request.headers, body, limits, decoding)
                 else:
-                    batch = await run_in_threadpool(decode_request, body, limits)
-                scores = await asyncio.wrap_future(merger.submit(*batch))
+                    asked = await run_in_threadpool(decode_request, body, limits)
+                scores = await asyncio.wrap_future(merger.submit(asked))
             seen.done(scores)
             request.scope[IMAGES] = seen.images
         if form:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import Images, Metadata, ScorerError
+from rewards.interface import Asked, ScorerError
+from rewards.question import joined
 
 Scored = dict[str, NDArray[np.float64]]
-Score = Callable[[Images, list[str], list[Metadata]], Scored]
+Score = Callable[[Asked], Scored]
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,12 @@ class Stopping(ScorerError):
 
 @dataclass
 class _Request:
-    images: Images
-    prompts: list[str]
-    metadata: list[Metadata]
+    asked: Asked
     answer: Future[Scored] = field(default_factory=Future)
 
     @property
     def size(self) -> tuple[int, ...]:
-        return self.images.shape[1:]
+        return self.asked.images.shape[1:]
 
 
 class Merger:
@@ -84,22 +83,22 @@ class Merger:
         """Images that wait or are being scored."""
         return self._pending
 
-    def submit(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Future[Scored]:
+    def submit(self, asked: Asked) -> Future[Scored]:
         """The future scores of a request, arrays (N,) by reward name; ends in whatever ``score`` raises.
 
         Raises:
             Overloaded: more than ``max_pending`` images would wait.
             Stopping: the server is going down.
         """
-        request = _Request(images, prompts, metadata)
+        request = _Request(asked)
         with self._lock:
             if self._stopped:
                 raise Stopping("the reward server is stopping; send the batch again")
-            if self._pending and self._pending + len(images) > self.batching.max_pending:
+            if self._pending and self._pending + len(asked) > self.batching.max_pending:
                 raise Overloaded(
                     f"{self._pending} images are waiting, limit {self.batching.max_pending}; send again later"
                 )
-            self._pending += len(images)
+            self._pending += len(asked)
             self._queue.put(request)
         return request.answer
 
@@ -112,12 +111,12 @@ class Merger:
 
     def _run(self) -> None:
         while (batch := self._next()) is not None:
-            count = sum(len(request.images) for request in batch)
+            count = sum(len(request.asked) for request in batch)
             # Who waits no longer is not answered: a cancelled future would refuse the answer.
             if wanted := [request for request in batch if request.answer.set_running_or_notify_cancel()]:
                 began = time.monotonic()
                 self._answer(wanted)
-                self._observe(sum(len(request.images) for request in wanted), time.monotonic() - began)
+                self._observe(sum(len(request.asked) for request in wanted), time.monotonic() - began)
             with self._lock:
                 self._pending -= count
 
@@ -126,12 +125,12 @@ class Merger:
         first = self._held.pop(0) if self._held else self._queue.get()
         if first is None:
             return None
-        batch, room = [first], self.batching.max_images - len(first.images)
-        for request in [held for held in self._held if held.size == first.size and len(held.images) <= room]:
-            if len(request.images) <= room:
+        batch, room = [first], self.batching.max_images - len(first.asked)
+        for request in [held for held in self._held if held.size == first.size and len(held.asked) <= room]:
+            if len(request.asked) <= room:
                 self._held.remove(request)
                 batch.append(request)
-                room -= len(request.images)
+                room -= len(request.asked)
         until = time.monotonic() + self.batching.max_wait_s
         while room > 0:
             try:
@@ -141,20 +140,16 @@ class Merger:
             if request is None:
                 self._queue.put(None)
                 break
-            if request.size != first.size or len(request.images) > room:
+            if request.size != first.size or len(request.asked) > room:
                 self._held.append(request)
                 break
             batch.append(request)
-            room -= len(request.images)
+            room -= len(request.asked)
         return batch
 
     def _answer(self, batch: list[_Request]) -> None:
         try:
-            scored = self._score(
-                batch[0].images if len(batch) == 1 else np.concatenate([request.images for request in batch]),
-                [prompt for request in batch for prompt in request.prompts],
-                [row for request in batch for row in request.metadata],
-            )
+            scored = self._score(joined([request.asked for request in batch]))
         except BaseException as error:
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)
@@ -164,6 +159,6 @@ class Merger:
             return
         start = 0
         for request in batch:
-            rows = slice(start, start + len(request.images))
+            rows = slice(start, start + len(request.asked))
             request.answer.set_result({name: values[rows] for name, values in scored.items()})
             start = rows.stop

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from rewards.interface import Images, InputError, Metadata
+from rewards.interface import Asked, InputError
 from rewards.serving.pictures import decode, look_at
 from rewards.wire import Limits, WireError, check_texts
 
@@ -23,11 +23,11 @@ _PIECE = 1 << 20
 
 async def read_form(
     headers: Headers, body: bytearray, limits: Limits, decoding: Callable[[int], Awaitable[None]]
-) -> tuple[Images, list[str], list[Metadata]]:
-    """Fields ``images`` (files), ``prompts`` (a JSON list, or one plain field an image) and ``metadata`` (a JSON list).
+) -> Asked:
+    """The question of a form: fields ``images`` (files), ``prompts`` and ``metadata``.
 
-    Texts are UTF-8. ``decoding`` is told how many bytes the pictures will take, once all that is cheap was looked at,
-    and may take its time.
+    Prompts are a JSON list or one plain field an image, metadata are a JSON list. Texts are UTF-8. ``decoding`` is told
+    how many bytes the pictures will take, once all that is cheap was looked at, and may take its time.
 
     Raises:
         WireError: no valid form, UTF-8 or JSON. TooLarge, InputError: as ``rewards.serving.pictures.look_at``.
@@ -57,7 +57,7 @@ async def read_form(
         prompts, metadata = _prompts(form, len(files)), _metadata(form, len(files))
         texts = check_texts(prompts, metadata, len(files), "form")
         await decoding(await run_in_threadpool(look_at, files, limits))
-        return await run_in_threadpool(decode, files), *texts
+        return Asked(await run_in_threadpool(decode, files), *texts)
     finally:
         await form.close()
 

@@ -14,7 +14,7 @@ import uvicorn
 
 from rewards.interface import ScorerError, SpecError, set_up
 from rewards.resolve import resolve
-from rewards.serving.app import Rooms, create_app
+from rewards.serving.app import OFFERS, Rooms, create_app
 from rewards.serving.batching import DEFAULT_BATCHING, Batching
 from rewards.serving.doors import DEFAULT_DOORS, Door, Doors, Gate, few_lines
 from rewards.serving.hosts import hosts_of, is_loopback
@@ -55,7 +55,7 @@ def serve(
         raise SpecError(f"host {host} is reachable from outside and needs a token; name its variable with --token-env")
     listener = _listen(host, port)
     with listener:
-        scorer = resolve(spec, base_dir)
+        scorer = resolve(spec, base_dir, OFFERS)
         set_up(scorer, device)
         name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
         metrics = ServerMetrics(name)

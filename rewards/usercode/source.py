@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from rewards.errors import PLAIN_FUNCTION, SpecError
 
@@ -43,8 +45,11 @@ def _python(origin: str | None) -> Path | None:
     return Path(origin) if origin is not None and origin.endswith(".py") else None
 
 
-def check_definition(file: Path, attribute: str, options: set[str]) -> None:
-    """Raise ``SpecError`` unless ``file`` parses and defines a usable ``attribute`` that takes ``options``."""
+def check_definition(file: Path, attribute: str, options: set[str]) -> Collection[str]:
+    """What a usable ``attribute`` of ``file`` that takes ``options`` says of its ``needs``, as far as it can be read.
+
+    Raises ``SpecError`` unless the file parses and defines one.
+    """
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
@@ -54,7 +59,7 @@ def check_definition(file: Path, attribute: str, options: set[str]) -> None:
     names = _defined(tree)
     if attribute not in names:
         if "*" in names:
-            return
+            return ()
         near = get_close_matches(attribute, names, n=1)
         callables = [n for n, node in names.items() if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(callables) or 'nothing callable'}"
@@ -65,8 +70,26 @@ def check_definition(file: Path, attribute: str, options: set[str]) -> None:
         _check_function(where, node, options)
     elif isinstance(node, ast.ClassDef):
         _check_class(where, node, options)
+        return _needs(node)
     elif isinstance(node, ast.Constant | ast.List | ast.Dict | ast.Tuple | ast.Set | ast.JoinedStr):
         raise SpecError(f"{where} is not a function or class; name one that takes (images, prompts, metadata)")
+    return ()
+
+
+def _needs(node: ast.ClassDef) -> Any:
+    """What a class assigns to ``needs`` in its body; nothing where that is not written out."""
+    for child in node.body:
+        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
+        value = getattr(child, "value", None)
+        if value is None or not any(isinstance(target, ast.Name) and target.id == "needs" for target in targets):
+            continue
+        if isinstance(value, ast.Call) and len(value.args) == 1:  # frozenset({…})
+            value = value.args[0]
+        try:
+            return ast.literal_eval(value)
+        except ValueError:
+            return ()
+    return ()
 
 
 def _defined(tree: ast.Module) -> dict[str, ast.stmt | ast.expr]:
@@ -110,9 +133,10 @@ def _check_function(where: str, node: ast.FunctionDef | ast.AsyncFunctionDef, op
 
 def _check_class(where: str, node: ast.ClassDef, options: set[str]) -> None:
     methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
-    if any(isinstance(child, ast.AsyncFunctionDef) and child.name == "score" for child in node.body):
-        raise SpecError(f"{where} has an async method `score`; {PLAIN_FUNCTION}")
-    if not node.bases and "score" not in methods:
+    for child in node.body:
+        if isinstance(child, ast.AsyncFunctionDef) and child.name in ("score", "answer"):
+            raise SpecError(f"{where} has an async method `{child.name}`; {PLAIN_FUNCTION}")
+    if not node.bases and "score" not in methods and "answer" not in methods:
         raise SpecError(f"{where} has no method `score`; write score(self, images, prompts, metadata)")
     if node.bases or node.decorator_list:
         return

@@ -27,7 +27,7 @@ from pictures import CHUNK, Judge, insert_table, opened
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
 from flowalign.samples.opened import policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate, skipping_of
-from flowalign.samples.scoring import score_images
+from flowalign.samples.scoring import question, score_images
 from flowalign.types import RolloutSpec
 
 TARGET = RESULTS / "caching.json"
@@ -63,7 +63,7 @@ def walked(policy: Any, judge: Judge, specs: dict[str, RolloutSpec]) -> dict[str
 
 def verdicts(policy: Any, judge: Judge, latents: list[torch.Tensor]) -> np.ndarray:
     images = torch.cat([policy.decode(part) for part in latents])
-    return np.asarray(score_images(judge.geneval, images, judge.batch.prompts, judge.batch.metadata).scores["geneval"])
+    return np.asarray(score_images(judge.geneval, question(judge.batch, images)).scores["geneval"])
 
 
 def compared(own: dict[str, Any], full: dict[str, Any], right: np.ndarray, right_full: np.ndarray) -> dict[str, Any]:

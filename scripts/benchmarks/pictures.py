@@ -21,7 +21,7 @@ from flowalign.measure.features import OpenClipFeatures, batches_of, extract
 from flowalign.models.base import Policy
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import rollout
-from flowalign.samples.scoring import load_scorer, score_images
+from flowalign.samples.scoring import load_scorer, question, score_images
 from flowalign.types import Rollout
 from rewards.models.openclip import OpenClip
 
@@ -90,7 +90,7 @@ class Judge:
 
     def score(self, made: list[Rollout]) -> dict[str, float]:
         images = torch.cat([chunk.images for chunk in made]).numpy()
-        verdicts = score_images(self.geneval, torch.from_numpy(images), self.batch.prompts, self.batch.metadata)
+        verdicts = score_images(self.geneval, question(self.batch, torch.from_numpy(images)))
         values = verdicts.scores["geneval"]
         measured = compare(self._of(images), self._reference, metrics=("fid", "precision", "recall"))
         measured["clip"] = clip_score(images, list(self.batch.prompts), self._clip)

@@ -35,7 +35,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.shapes.prompts import evaluation_set, scene
 from flowalign.shapes.render import render
 from rewards.http.client import HttpScorer
-from rewards.interface import Images, Metadata, ScorerError, set_up
+from rewards.interface import Asked, Images, Metadata, ScorerError, set_up
 from rewards.resolve import resolve
 from rewards.wire import decode_request, encode_request
 
@@ -187,8 +187,17 @@ def from_raw(data: bytes, shape: list[int]) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def to_wire(images: Images, prompts: list[str], metadata: list[Metadata]) -> bytes:
+    return encode_request(Asked(images, prompts, metadata))
+
+
+def from_wire(data: bytes) -> Batch:
+    asked = decode_request(data)
+    return asked.images, asked.prompts, asked.metadata
+
+
 FORMATS: dict[str, tuple[Callable[..., bytes], Callable[[bytes], Batch]]] = {
-    "wire": (encode_request, decode_request),
+    "wire": (to_wire, from_wire),
     "base64_raw_json": (partial(to_json, np.ndarray.tobytes), partial(from_json, from_raw)),
     "base64_png_json": (partial(to_json, png), partial(from_json, from_png)),
 }

@@ -52,9 +52,9 @@ class Worker:
         self._obey()
         return f"chunk {batch}", 0.0
 
-    def score(self, chunk: str, evaluation: bool) -> tuple[str, float]:
+    def score(self, evaluation: bool, *chunks: str) -> tuple[str, float]:
         self._obey()
-        return f"scores of {chunk}", 0.0
+        return f"scores of {' and '.join(chunks)}", 0.0
 
     def _obey(self) -> None:
         for order in ("die 1", "die 2", "sleep", "hold", "stop"):

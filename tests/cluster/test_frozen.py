@@ -99,7 +99,7 @@ def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_ag
 
     vigil._check = let_go_once_both_began
     done = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0).run()
-    assert [(one.rollout, one.scores) for one in done] == [(f"chunk {i}", f"scores of chunk {i}") for i in range(4)]
+    assert [(one.rollouts, one.scores) for one in done] == [([f"chunk {i}"], f"scores of chunk {i}") for i in range(4)]
     rollouts.settle()
     rewards.settle()
     assert (rollouts.restarts, rewards.restarts) == lost

@@ -27,6 +27,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import RewardConfig
 from flowalign.run.align import build_run
 from flowalign.run.local import LocalBackend
+from flowalign.samples.offers import TRAINING
 from flowalign.samples.scoring import ScorerHangs, bounded
 from rewards.interface import Checked, ScorerFailed, SpecError
 from tests.cluster.runs import small_config
@@ -82,7 +83,7 @@ def test_a_reward_runs_with_the_packages_and_variables_of_its_own_environment(
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     session = RaySession(None, [], "cpu")
     try:
-        hosted = HostedScorer(config.rewards[0], folder, config)
+        hosted = HostedScorer(config.rewards[0], TRAINING, folder, config)
         scores = hosted.score(images, ["a"] * 4, [{}] * 4)
     finally:
         session.close()

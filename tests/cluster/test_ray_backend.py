@@ -28,6 +28,7 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.patience import Patience
 from flowalign.run.sync import SyncError
+from flowalign.samples.offers import TRAINING
 from flowalign.samples.scoring import ScorerHangs
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.cluster.listening import Door, asks_for_token, documented, doors, name
@@ -178,7 +179,7 @@ def test_a_hosted_reward_says_why_it_ended_and_what_it_cannot_import(fresh: RayB
 
     def hosted(spec: str, **variables: str) -> HostedScorer:
         reward = RewardConfig(spec=spec, runtime_env={"env_vars": {"ANY": "1", **variables}})
-        return HostedScorer(reward, folder, fresh.config)
+        return HostedScorer(reward, TRAINING, folder, fresh.config)
 
     with pytest.raises(ScorerFailed, match=r"^reward 'deadly': .* died: it ended with exit code 4; .*own\.py, line 3$"):
         hosted("own.py:deadly").score(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])

@@ -16,7 +16,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.shapes.render import Thing, render
 from rewards import resolve as resolving
 from rewards.geneval.detectors.palette import COLORS, SHAPES
-from rewards.interface import SpecError, score_batch
+from rewards.interface import Asked, SpecError, score_batch
 from rewards.models.openclip import OpenClip, trained_with_quick_gelu
 
 PROMPTS = ["a red circle", "a blue star and a cross", "a red circle", "", "a very long prompt " * 50]
@@ -120,7 +120,7 @@ def test_scores_batched_equal_scores_one_by_one_for_any_image_size(kind, size, c
     images = images_of(*size)
     options = {"head": heads["laion"][0]} if kind == "aesthetic" else {}
     scorer = resolve({"type": kind, "path": clip_dir, "batch_size": 3, **options})
-    checked = score_batch(kind, scorer, images, PROMPTS, EMPTY)
+    checked = score_batch(kind, scorer, Asked(images, PROMPTS, EMPTY))
     assert checked.valid[kind].all()
     single = [scorer.score(images[i : i + 1], PROMPTS[i : i + 1], [{}])[kind] for i in range(5)]
     np.testing.assert_allclose(checked.scores[kind], np.concatenate(single), atol=1e-5)

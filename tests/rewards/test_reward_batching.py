@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from rewards.interface import InputError
+from rewards.interface import Asked, InputError
 from rewards.serving.batching import Batching, Merger, Overloaded, Stopping
 
 
@@ -21,10 +21,11 @@ class Recorder:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, images, prompts, metadata):
+    def __call__(self, asked):
+        images, prompts = asked.images, asked.prompts
         self.gate.wait(10)
         self.sizes.append(len(images))
-        if any(row.get("bad") for row in metadata):
+        if any(row.get("bad") for row in asked.metadata):
             raise InputError("bad row")
         return {"first": images[:, 0, 0, 0].astype(float), "length": np.array([float(len(p)) for p in prompts])}
 
@@ -43,9 +44,9 @@ def merged(recorder, requests, **options):
     """Submit while the first batch is held, so that the rest is there together."""
     merger = Merger(recorder, batching=Batching(max_wait_s=0.05, **options))
     recorder.gate.clear()
-    first = merger.submit(*request(1))
+    first = merger.submit(Asked(*request(1)))
     time.sleep(0.1)
-    futures = [merger.submit(*each) for each in requests]
+    futures = [merger.submit(Asked(*each)) for each in requests]
     recorder.gate.set()
     first.result(5)
     return merger, futures
@@ -85,29 +86,31 @@ def test_one_callers_bad_metadata_fails_that_caller_only(recorder):
 
 def test_a_limit_below_a_request_still_scores_it_alone(recorder):
     merger = Merger(recorder, batching=Batching(max_images=1))
-    assert merger.submit(*request(5, count=6)).result(5)["first"].tolist() == [5] * 6
+    assert merger.submit(Asked(*request(5, count=6))).result(5)["first"].tolist() == [5] * 6
     merger.close()
 
 
 def test_too_many_waiting_images_are_refused_and_the_count_comes_back_to_zero(recorder):
     merger = Merger(recorder, batching=Batching(max_pending=5))
     recorder.gate.clear()
-    held = merger.submit(*request(1, count=4))
+    held = merger.submit(Asked(*request(1, count=4)))
     with pytest.raises(Overloaded, match="4 images are waiting, limit 5"):
-        merger.submit(*request(2, count=2))
+        merger.submit(Asked(*request(2, count=2)))
     recorder.gate.set()
     held.result(5)
-    assert merger.submit(*request(2, count=5)).result(5)["first"].tolist() == [2] * 5
+    assert merger.submit(Asked(*request(2, count=5))).result(5)["first"].tolist() == [2] * 5
     merger.close()
     assert merger.pending == 0
     with pytest.raises(Stopping):
-        merger.submit(*request(1))
+        merger.submit(Asked(*request(1)))
 
 
 def test_a_hundred_threads_each_get_their_own_answer(recorder):
     merger = Merger(recorder)
     with ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(lambda k: merger.submit(*request(k % 200)).result(20)["first"].tolist(), range(400)))
+        answers = list(
+            pool.map(lambda k: merger.submit(Asked(*request(k % 200))).result(20)["first"].tolist(), range(400))
+        )
     assert answers == [[k % 200] * 2 for k in range(400)]
     assert sum(recorder.sizes) == 800 and len(recorder.sizes) < 400
     merger.close()
@@ -116,9 +119,9 @@ def test_a_hundred_threads_each_get_their_own_answer(recorder):
 def test_a_caller_that_no_longer_waits_is_left_out_and_the_others_are_answered(recorder):
     merger = Merger(recorder, batching=Batching(max_wait_s=0.05))
     recorder.gate.clear()
-    held = merger.submit(*request(1))
+    held = merger.submit(Asked(*request(1)))
     time.sleep(0.1)
-    left, stays = merger.submit(*request(2)), merger.submit(*request(3))
+    left, stays = merger.submit(Asked(*request(2))), merger.submit(Asked(*request(3)))
     assert left.cancel()
     recorder.gate.set()
     assert held.result(5)["first"].tolist() == [1, 1] and stays.result(5)["first"].tolist() == [3, 3]

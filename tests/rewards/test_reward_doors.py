@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from rewards.http.client import HttpScorer
+from rewards.interface import Asked
 from rewards.serving.doors import MIB
 from rewards.wire import encode_request
 from tests.rewards.conftest import ROOT, Batch, Server
@@ -26,7 +27,7 @@ from tests.rewards.test_reward_hostile import megabytes
 TOKEN = "of-the-benchmark"
 HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\n"
 SCORE = HEAD + b"Content-Length: %d\r\n\r\n"
-LARGE = encode_request(np.zeros((3, 1024, 1024, 3), np.uint8), ["p"] * 3, [{}] * 3)  # 9 MiB
+LARGE = encode_request(Asked(np.zeros((3, 1024, 1024, 3), np.uint8), ["p"] * 3, [{}] * 3))  # 9 MiB
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_bodies_that_do_not_come_make_way_for_a_connection(serve, batch):
 def test_where_every_connection_is_at_work_a_newcomer_is_told_to_come_again(serve, batch):
     server = serve("slow", connections=2)
     with contextlib.ExitStack() as held:
-        body = encode_request(*batch)
+        body = encode_request(Asked(*batch))
         for _ in range(2):
             held.enter_context(connected(server, SCORE % len(body), body))
         time.sleep(1)  # until they are at work
@@ -235,7 +236,7 @@ def test_requests_beyond_the_room_wait_and_all_are_answered(serve):
 
 def test_where_no_room_comes_the_client_is_told_to_come_again(serve, batch):
     server = serve("slow", held_bytes=100_000, wait_s=0.3)
-    body = encode_request(*batch)
+    body = encode_request(Asked(*batch))
     with connected(server, SCORE % len(body), body):
         time.sleep(0.5)
         with connected(server, SCORE % len(body), body) as second:
@@ -255,7 +256,7 @@ def test_a_server_without_files_left_writes_little_and_comes_back(serve, batch):
 
 def test_a_stranger_cannot_fill_the_log(serve, batch):
     server = serve("broken")
-    body = encode_request(*batch)
+    body = encode_request(Asked(*batch))
     for _ in range(60):
         for sent in (
             b"no http\r\n\r\n",

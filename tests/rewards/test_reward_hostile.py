@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rewards.http.client import HttpScorer
-from rewards.interface import ScorerError
+from rewards.interface import Asked, ScorerError
 from rewards.serving.pictures import decode, look_at
 from rewards.wire import DEFAULT_LIMITS, encode_request
 from tests.rewards._files import jpeg_without_blocks, png_of, rows
@@ -59,7 +59,7 @@ def form(*files: bytes, prompts: bytes | list[bytes] = b"p") -> Sent:
     return b"".join(parts) + f"--{EDGE}--\r\n".encode(), {"Content-Type": f"multipart/form-data; boundary={EDGE}"}
 
 
-GOOD = encode_request(RGB[None], ["p"], [{}])
+GOOD = encode_request(Asked(RGB[None], ["p"], [{}]))
 MANY_LISTS = b"[" + b"[]," * (DEFAULT_LIMITS.max_header_bytes // 3 - 1) + b"0]"
 TEN_THOUSAND = ["p"] * 10_000
 UNUSABLE = (400, "malformed")

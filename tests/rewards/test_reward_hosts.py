@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from rewards.http.client import HttpScorer, ServerRefused
+from rewards.interface import Asked
 from rewards.serving.hosts import hosts_of
 from rewards.wire import encode_request
 from tests.rewards.conftest import Server
@@ -24,7 +25,7 @@ def ask(server: Server, headers: dict[str, str], batch=None, token: str | None =
     if batch is None:
         connection.request("GET", "/info", headers={**headers, **more})
     else:
-        connection.request("POST", "/score", encode_request(*batch), {**headers, **more})
+        connection.request("POST", "/score", encode_request(Asked(*batch)), {**headers, **more})
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -128,7 +129,7 @@ def test_a_bound_name_is_known_and_numbers_only_beyond_loopback():
 def test_a_request_that_a_proxy_could_end_elsewhere_is_refused_and_nothing_after_it_is_read(
     shared_server, batch, version, lengths, expected
 ):
-    server, body = shared_server("brightness"), encode_request(*batch)
+    server, body = shared_server("brightness"), encode_request(Asked(*batch))
     chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     head = f"POST /score HTTP/{version}\r\nHost: localhost\r\n{lengths.format(chunked=len(chunks))}\r\n\r\n"
     after = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

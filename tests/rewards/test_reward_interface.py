@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flowalign.samples.scoring import NamedScorer, bounded, score_images
 from rewards.composite import combine
 from rewards.interface import (
+    Asked,
     InputError,
     InvalidScores,
     ScorerFailed,
@@ -35,7 +35,7 @@ class Fixed:
 
 
 def run(answer):
-    return score_batch("mine", Fixed(answer), IMAGES, ["p"] * 3, [{}] * 3)
+    return score_batch("mine", Fixed(answer), Asked(IMAGES, ["p"] * 3, [{}] * 3))
 
 
 def test_lists_integers_and_booleans_become_float_arrays():
@@ -94,12 +94,12 @@ def test_a_raising_scorer_is_named_with_its_error_and_line():
 @pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[0], IMAGES[..., :2], IMAGES.tolist(), IMAGES[:0]])
 def test_images_that_are_not_uint8_nhw3_are_refused(images):
     with pytest.raises(InputError):
-        check_inputs(images, ["p"] * 3, [{}] * 3)
+        check_inputs(Asked(images, ["p"] * 3, [{}] * 3))
 
 
 def test_unequal_numbers_of_images_and_prompts_are_refused():
     with pytest.raises(InputError, match="3 images, 2 prompts, 3 metadata"):
-        check_inputs(IMAGES, ["p"] * 2, [{}] * 3)
+        check_inputs(Asked(IMAGES, ["p"] * 2, [{}] * 3))
 
 
 def test_weighted_sum_by_hand_and_valid_only_where_every_weighted_reward_is():
@@ -209,14 +209,14 @@ def test_a_scorer_whose_attributes_raise_is_named(name):
     scorer = NamedScorer("mine", 1.0, Attributes(name))
     with pytest.raises(ScorerFailed, match=r"reward '(mine|Attributes)' raised SystemExit"):
         set_up(scorer.scorer, "cpu")
-        score_images(scorer, torch.from_numpy(IMAGES), ["p"] * 3, [{}] * 3)
+        score_images(scorer, Asked(IMAGES, ["p"] * 3, [{}] * 3))
 
 
 def test_metadata_that_holds_itself_is_refused():
     row = {}
     row["row"] = row
     with pytest.raises(InputError, match="metadata is nested too deeply"):
-        score_batch("mine", Fixed({"mine": [0.0] * 3}), IMAGES, ["p"] * 3, [row] * 3)
+        score_batch("mine", Fixed({"mine": [0.0] * 3}), Asked(IMAGES, ["p"] * 3, [row] * 3))
 
 
 def test_a_keyboard_interrupt_of_an_answer_is_none_of_the_user():

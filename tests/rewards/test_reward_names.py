@@ -14,7 +14,7 @@ from flowalign.config.sections import RewardConfig
 from flowalign.intake.check import check_reward_names
 from flowalign.samples.scoring import NamedScorer, cat_scores, load_scorers, merge, score_images
 from rewards.http.client import HttpScorer
-from rewards.interface import InvalidScores, SpecError
+from rewards.interface import Asked, InvalidScores, SpecError
 
 REWARDS = """
 def first(images, prompts, metadata):
@@ -44,7 +44,9 @@ def configured(*names: str, **changes: object) -> list[RewardConfig]:
 def scored(folder: Path, rewards: list[RewardConfig], tags: tuple[str, str] = ("a", "a")):
     (folder / "r.py").write_text(REWARDS)
     scorers = load_scorers(rewards, folder)
-    parts = [score_images(scorer, IMAGES, ["p", "p"], [{"tag": tag} for tag in tags]) for scorer in scorers]
+    parts = [
+        score_images(scorer, Asked(IMAGES.numpy(), ["p", "p"], [{"tag": tag} for tag in tags])) for scorer in scorers
+    ]
     return merge(parts, {scorer.name: scorer.weight for scorer in scorers})
 
 
@@ -66,7 +68,7 @@ def test_a_server_that_answers_another_reward_s_name_is_refused(tmp_path, shared
     (tmp_path / "r.py").write_text(REWARDS)
     server = NamedScorer("index", 1.0, HttpScorer(shared_server("echo").url))
     own = load_scorers(configured("first", name="length"), tmp_path)[0]
-    parts = [score_images(scorer, IMAGES, ["p", "p"], [{"i": 0}, {"i": 1}]) for scorer in (own, server)]
+    parts = [score_images(scorer, Asked(IMAGES.numpy(), ["p", "p"], [{"i": 0}, {"i": 1}])) for scorer in (own, server)]
     with pytest.raises(InvalidScores, match="reward 'index' also answers a score 'length'"):
         merge(parts, {"index": 1.0, "length": 1.0})
 
@@ -124,7 +126,7 @@ def test_what_a_reward_changes_in_metadata_and_prompts_reaches_no_other(tmp_path
     prompts = ["p", "q"]
     for _ in range(2):
         scorer = load_scorers(configured("spoil"), tmp_path)[0]
-        found = score_images(scorer, IMAGES, prompts, rows)
+        found = score_images(scorer, Asked(IMAGES.numpy(), prompts, rows))
         np.testing.assert_array_equal(found.scores["spoil"], [9, 9])  # and not of the row before
     assert rows[0] == {"include": [{"class": "ring", "count": 2}], "of": {"deep": [[1]]}}
     assert prompts == ["p", "q"] and not IMAGES.any()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rewards.http.client import HttpScorer
-from rewards.interface import InvalidScores, SpecError, score_batch
+from rewards.interface import Asked, InvalidScores, SpecError, score_batch
 from rewards.resolve import builtin_names, check, resolve
 from rewards.scorers.geneval import GenevalScorer
 
@@ -43,7 +43,7 @@ def user(tmp_path):
 def test_a_plain_function_of_a_file_is_a_scorer_named_after_it(user, batch, caplog):
     with caplog.at_level(logging.WARNING, logger="rewards"):
         scorer = resolve("mine.py:brightness", user)
-    checked = score_batch("mine.py:brightness", scorer, *batch)
+    checked = score_batch("mine.py:brightness", scorer, Asked(*batch))
     np.testing.assert_allclose(checked.scores["brightness"], batch[0].mean(axis=(1, 2, 3)))
     assert f"runs user code from {user / 'mine.py'}" in caplog.text
 
@@ -232,5 +232,5 @@ def test_an_async_reward_is_refused_by_name_and_nobody_warns_that_it_was_not_awa
     for name in ("hands_on", "one_of_them"):
         scorer = resolve(f"mine.py:{name}", tmp_path)
         with pytest.raises(InvalidScores, match=r"reward 'mine' is async: it returned a coroutine; write a plain"):
-            score_batch("mine", scorer, *batch)
+            score_batch("mine", scorer, Asked(*batch))
     gc.collect()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rewards import resolve as resolving
 from rewards.geneval.detectors.palette import BACKGROUND, COLORS, shape_mask
-from rewards.interface import InputError, SpecError, score_batch
+from rewards.interface import Asked, InputError, SpecError, score_batch
 
 
 def resolve(spec) -> Any:
@@ -82,7 +82,7 @@ def test_model_scorers_score_batched_as_one_by_one_for_any_image_size(kind, size
     images = images_of(*size)
     path = {"clip": clip_dir, "pickscore": pick_dir}[kind]
     scorer = resolve({"type": kind, "path": path, "batch_size": 3})
-    checked = score_batch(kind, scorer, images, PROMPTS, [{}] * 5)
+    checked = score_batch(kind, scorer, Asked(images, PROMPTS, [{}] * 5))
     assert checked.valid[kind].all()
     scale = np.abs(checked.scores[kind]).max() if kind == "pickscore" else 1
     np.testing.assert_allclose(checked.scores[kind], one_by_one(scorer, images), atol=1e-5 * scale)
@@ -210,7 +210,7 @@ def test_geneval_scores_drawn_shapes_in_each_mode():
     expected = {"official": [1, 0, 1, 0], "strict": [1, 0, 0, 0], "partial": [1, 0.5, 0, 0]}
     for mode, values in expected.items():
         scorer = resolve({"type": "geneval", "mode": mode, "batch_size": 3})
-        checked = score_batch("geneval", scorer, images, ["a red circle"] * 4, [red] * 4)
+        checked = score_batch("geneval", scorer, Asked(images, ["a red circle"] * 4, [red] * 4))
         np.testing.assert_array_equal(checked.scores["geneval"], values)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from rewards.http.client import HttpScorer, ServerRefused
-from rewards.interface import SpecError, score_batch
+from rewards.interface import Asked, SpecError, score_batch
 from rewards.scorers.jpeg import JpegScorer
 from rewards.serving.server import PortInUse, serve
 from rewards.wire import encode_request
@@ -118,7 +118,7 @@ def test_a_builtin_scorer_is_served_with_its_options(start_server, batch):
 
 
 def test_nan_inf_and_huge_scores_pass_the_wire_and_are_masked_at_the_caller(shared_server, batch):
-    checked = score_batch("remote", HttpScorer(shared_server("odd").url), *batch)
+    checked = score_batch("remote", HttpScorer(shared_server("odd").url), Asked(*batch))
     assert checked.valid["odd"].tolist() == [False] * 4 + [True]
     assert checked.causes["odd"] == {"nan": 1, "inf": 2, "magnitude": 1}
 
@@ -137,7 +137,7 @@ def test_a_broken_reward_is_a_typed_error_without_a_trace_and_is_not_retried(sha
         HttpScorer(server.url).score(*batch)
     assert (caught.value.status, caught.value.kind) == (500, kind)
     assert "Traceback" not in str(caught.value)
-    status, answer = raw(server, "POST", "/score", encode_request(*batch))
+    status, answer = raw(server, "POST", "/score", encode_request(Asked(*batch)))
     assert status == 500 and set(answer) == {"error"} and "Traceback" not in json.dumps(answer)
 
 
@@ -209,7 +209,7 @@ def test_a_client_that_leaves_in_mid_request_harms_nobody(serve_reward, batch):
 
 def test_a_kept_connection_is_answered_without_delay(shared_server, batch):
     connection = http.client.HTTPConnection("127.0.0.1", shared_server("brightness").port, timeout=10)
-    body, seconds = encode_request(*batch), []
+    body, seconds = encode_request(Asked(*batch)), []
     for _ in range(15):
         began = time.monotonic()
         connection.request("POST", "/score", body)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.interface import InputError
+from rewards.interface import Asked, InputError
 from rewards.wire import (
     Limits,
     TooLarge,
@@ -31,9 +31,9 @@ GOOD = {"shape": [1, 2, 2, 3], "prompts": ["p"], "metadata": [{}]}
 
 
 def test_a_request_survives_the_round_trip(batch):
-    images, prompts, metadata = decode_request(encode_request(*batch))
-    np.testing.assert_array_equal(images, batch[0])
-    assert (prompts, metadata) == batch[1:]
+    asked = decode_request(encode_request(Asked(*batch)))
+    np.testing.assert_array_equal(asked.images, batch[0])
+    assert (asked.prompts, asked.metadata) == batch[1:]
 
 
 def test_a_response_keeps_every_bit_nan_and_inf_included():
@@ -113,11 +113,11 @@ def test_a_response_for_another_number_of_images_or_no_response_is_refused(data)
 def test_metadata_that_is_not_json_and_images_that_do_not_fit_are_refused_before_sending(batch):
     images, prompts, metadata = batch
     with pytest.raises(WireError, match="plain JSON"):
-        encode_request(images, prompts, [{"array": np.zeros(2)}] * 5)
+        encode_request(Asked(images, prompts, [{"array": np.zeros(2)}] * 5))
     with pytest.raises(WireError, match="plain JSON"):
-        encode_request(images, prompts, [{"x": float("nan")}] * 5)
+        encode_request(Asked(images, prompts, [{"x": float("nan")}] * 5))
     with pytest.raises(InputError):
-        encode_request(images, prompts[:4], metadata)
+        encode_request(Asked(images, prompts[:4], metadata))
 
 
 @given(st.binary(max_size=200))

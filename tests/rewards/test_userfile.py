@@ -18,7 +18,7 @@ import pytest
 
 from flowalign.algorithm import UnknownAlgorithm, algorithm_class
 from flowalign.cli.terminal import sentence
-from rewards.interface import ScorerFailed, SpecError, score_batch
+from rewards.interface import Asked, ScorerFailed, SpecError, score_batch
 from rewards.resolve import resolve
 from rewards.usercode.imports import files_of_code
 from rewards.usercode.kept import load_module
@@ -46,7 +46,7 @@ def write(folder: Path, **files: str) -> Path:
 )
 def test_a_neighbour_is_imported_in_every_way(tmp_path: Path, line: str) -> None:
     write(tmp_path, my_helpers="SCALE = 3", mine=f"{line}\ndef reward(images, *rest): return [my_helpers.SCALE] * 2")
-    assert score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH).scores["reward"].tolist() == [3, 3]
+    assert score_batch("r", resolve("mine.py:reward", tmp_path), Asked(*BATCH)).scores["reward"].tolist() == [3, 3]
 
 
 def test_neighbours_of_one_name_in_two_folders_stay_apart_also_when_imported_late(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_error_of_a_users_own_code_is_one_sentence_with_its_line_also_after_a
 def test_a_reward_that_raises_deep_in_a_library_names_the_users_line(tmp_path: Path) -> None:
     write(tmp_path, mine="import json\ndef reward(images, prompts, metadata):\n    return json.loads('{')\n")
     with pytest.raises(ScorerFailed, match=rf"JSONDecodeError: .*\({tmp_path / 'mine.py'}, line 3\)$"):
-        score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH)
+        score_batch("r", resolve("mine.py:reward", tmp_path), Asked(*BATCH))
 
 
 def test_try_reward_finds_the_neighbour_from_any_directory(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_a_compiled_module_that_changes_before_a_late_import_is_refused_by_name_
         made.unlink()
         compiled(tmp_path, -1)
         with pytest.raises(ScorerFailed, match=f"{said}{made} has changed since the code that imports it was loaded"):
-            score_batch("r", scorer, *BATCH)
-    assert score_batch("r", resolve("mine.py:reward", tmp_path), *BATCH).scores["reward"].tolist() == [-1, -1]
+            score_batch("r", scorer, Asked(*BATCH))
+    assert score_batch("r", resolve("mine.py:reward", tmp_path), Asked(*BATCH)).scores["reward"].tolist() == [-1, -1]
 
 
 def test_a_module_that_was_not_there_when_the_code_was_loaded_is_refused_and_one_of_a_made_name_is_not(
@@ -225,7 +225,7 @@ def test_a_module_that_was_not_there_when_the_code_was_loaded_is_refused_and_one
     scorer, other = resolve("mine.py:reward", tmp_path), load_file(tmp_path / "other.py")
     write(tmp_path, new_one="N = 1")
     with pytest.raises(ScorerFailed, match=f"{tmp_path / 'new_one.py'} is new since the code that imports it was"):
-        score_batch("r", scorer, *BATCH)
+        score_batch("r", scorer, Asked(*BATCH))
     assert other.f() == 3
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from rewards.http import transport
 from rewards.http.transport import DeadlineExceeded, ServerRefused, ServerUnavailable
-from rewards.interface import InputError, SpecError, score_batch
+from rewards.interface import Asked, InputError, SpecError, score_batch
 from rewards.resolve import resolve
 from rewards.scorers.vlm_judge import VlmJudgeScorer
 from tests.rewards._chat_server import ChatServer, Reply, Request
@@ -147,7 +147,7 @@ def test_the_conversation_grows_with_every_repair(chat):
 
 def test_a_sample_that_is_never_repaired_is_nan_and_the_others_keep_their_scores(chat):
     server = chat(lambda request: "no idea" if request.image[0, 0, 0] == 1 else GOOD)
-    checked = score_batch("vlm_judge", judge(server, repairs=2), pictures(3), ["a", "b", "c"], [{}] * 3)
+    checked = score_batch("vlm_judge", judge(server, repairs=2), Asked(pictures(3), ["a", "b", "c"], [{}] * 3))
     np.testing.assert_array_equal(checked.scores["vlm_judge"], [0.7, np.nan, 0.7])
     assert checked.valid["vlm_judge"].tolist() == [True, False, True]
     assert checked.causes["vlm_judge"] == {"nan": 1}

@@ -16,6 +16,7 @@ from flowalign.config.sections import RewardConfig
 from flowalign.intake.check_prompts import check_reward_tasks
 from flowalign.record.metrics import HackingAlarm
 from flowalign.samples.scoring import NamedScorer, cat_scores, load_scorer, merge, reward_metrics, score_images
+from rewards.interface import Asked
 
 TASKS = ["position", "counting", "position", "colors"]
 ROWS = [{"tag": task} for task in TASKS]
@@ -39,7 +40,7 @@ class Mean:
 
 
 def scored(*scorers: NamedScorer):
-    parts = [score_images(scorer, IMAGES, [""] * 4, ROWS) for scorer in scorers]
+    parts = [score_images(scorer, Asked(IMAGES.numpy(), [""] * 4, ROWS)) for scorer in scorers]
     return merge(parts, {scorer.name: scorer.weight for scorer in scorers})
 
 
@@ -69,7 +70,7 @@ def test_chunks_with_and_without_a_task_join_to_one_table():
     both = NamedScorer("all", 1.0, Mean())
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        own = [score_images(s, IMAGES[rows], [""] * len(ROWS[rows]), ROWS[rows]) for s in (both, scorer)]
+        own = [score_images(s, Asked(IMAGES[rows].numpy(), [""] * len(ROWS[rows]), ROWS[rows])) for s in (both, scorer)]
         parts.append(merge(own, {"all": 1.0, "where": 1.0}))
     joined = cat_scores(parts)
     assert joined.total.tolist() == [0, 20, 20, 30] and joined.weights == {"all": 1.0, "where": 1.0}

@@ -24,6 +24,7 @@ from flowalign.run.made import MadeOf
 from flowalign.samples.scoring import cat_scores, faults, load_scorers, merge, reward_metrics, score_images
 from flowalign.types import Scores
 from rewards.http import transport
+from rewards.interface import Asked
 from rewards.wire import decode_request, encode_response
 
 IMAGES = torch.arange(2 * 8 * 8 * 3).remainder(256).to(torch.uint8).reshape(2, 8, 8, 3)
@@ -50,7 +51,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
                 elif failure is not None:
                     self.answer(b'{"error": {"type": "overloaded", "message": "later"}}', failure)
                 else:
-                    images, *_ = decode_request(body)
+                    images = decode_request(body).images
                     self.answer(encode_response({"bright": images.reshape(len(images), -1).mean(1)}))
 
             def answer(self, body: bytes, status: int = 200) -> None:
@@ -73,7 +74,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 
 def score(*rewards: RewardConfig, chunks: int = 2) -> Scores:
     scorers = load_scorers(rewards, Path("."))
-    parts = [[score_images(s, IMAGES, ["a", "b"], [{"tag": "x"}, {}]) for s in scorers] for _ in range(chunks)]
+    parts = [
+        [score_images(s, Asked(IMAGES.numpy(), ["a", "b"], [{"tag": "x"}, {}])) for s in scorers] for _ in range(chunks)
+    ]
     return cat_scores([merge(part, {s.name: s.weight for s in scorers}) for part in parts])
 
 
