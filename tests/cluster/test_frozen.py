@@ -127,6 +127,21 @@ def test_a_chunk_that_may_not_be_made_again_and_a_rank_that_is_gone_end_the_run_
     group.kill()
 
 
+def test_chunks_that_are_scored_as_one_are_all_there_though_workers_die_over_them(tmp_path: Path) -> None:
+    rollouts, rewards = pools(tmp_path, Vigil(PatienceConfig()), 2, 1)
+    for order in ("rollout/die 1", "reward/die 1"):
+        (tmp_path / order).touch()
+    said: list[str] = []
+    units = [range(3), range(3, 4)]
+    pipeline = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0, units)
+    done = pipeline.run(say=said.append)
+    assert [one.rollouts for one in done] == [["chunk 0", "chunk 1", "chunk 2"], ["chunk 3"]]
+    assert [one.scores for one in done] == ["scores of chunk 0 and chunk 1 and chunk 2", "scores of chunk 3"]
+    assert (rollouts.restarts, rewards.restarts) == (1, 1)
+    for pool in (rollouts, rewards):
+        pool.kill()
+
+
 def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chunks_made_again(tmp_path: Path) -> None:
     """One rollout sleeps for ever, another as well and lets nothing else of its process go on; neither is stopped."""
     said: list[str] = []
