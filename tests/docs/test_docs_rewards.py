@@ -24,10 +24,14 @@ from PIL import Image
 
 import rewards.scorers
 from flowalign.intake.file import load_align
+from flowalign.samples.offers import EVALUATION, PREFERENCES, TRAINING, TRY_REWARD
 from rewards.geneval.detectors.mask2former import Mask2formerDetector
 from rewards.geneval.detectors.palette import PaletteDetector
 from rewards.http.client import HttpScorer
-from rewards.resolve import builtin_names, resolve
+from rewards.interface import Asked, score_batch
+from rewards.question import NEEDS
+from rewards.resolve import builtin_names, check, resolve
+from rewards.serving.app import OFFERS
 from rewards.serving.batching import Batching
 from rewards.serving.doors import SPARE_FILES, Doors
 from rewards.serving.room import PACE
@@ -131,6 +135,24 @@ def test_the_class_of_the_page_is_a_reward_by_its_file_and_takes_its_option(auth
     striped[:, ::2] = 2
     scorer = resolve({"type": "sharpness.py:Sharpness", "power": 3}, author)
     assert scorer.score(np.stack([flat, striped]), ["", ""], [{}, {}])["sharpness"].tolist() == [0.0, 8.0]
+
+
+def test_the_class_with_needs_of_the_page_is_asked_for_a_group_and_a_run_takes_it(author: Path) -> None:
+    (author / "variety.py").write_text(python("variety.py"))
+    check("variety.py:Variety", author, TRAINING)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    images[3] = 8
+    asked = Asked(images, [""] * 4, [{}] * 4, groups=[5] * 4)
+    scores = score_batch("Variety", resolve("variety.py:Variety", author, TRAINING), asked).scores
+    assert scores["variety"].tolist() == [2.0, 2.0, 2.0, 6.0]
+
+
+def test_the_table_of_needs_is_all_that_is_known_and_says_who_offers_each() -> None:
+    rows = {row[0]: row[2] for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", PAGE, re.M) if row[0] in NEEDS}
+    assert tuple(rows) == ("group", "latents", "references", "gradient") and set(rows) == set(NEEDS)
+    for offers, words in ((TRAINING, "rewards` of a run"), (EVALUATION, "evaluations"), (PREFERENCES, "make-pref")):
+        assert {need for need, who in rows.items() if words in who} == offers.needs
+    assert not OFFERS.needs and not TRY_REWARD.needs
 
 
 def test_the_entry_point_of_the_page_names_that_class_in_the_group_that_is_looked_in() -> None:
