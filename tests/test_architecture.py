@@ -103,7 +103,7 @@ def test_config_imports_neither_torch_nor_yaml(trees: dict[str, ast.Module]) -> 
 
 
 def test_a_hall_has_few_modules_and_everything_else_a_room() -> None:
-    for package, most in {"flowalign": 6, "rewards": 9}.items():
+    for package, most in {"flowalign": 6, "rewards": 10}.items():
         hall = [path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")]
         assert 0 < len(hall) <= most, hall
 
