@@ -9,34 +9,19 @@ the trace is in the log. Requests that come together are scored together (``rewa
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-from typing import Any
 
 from rewards.interface import ScorerError, SpecError
 from rewards.printable import printable, write_out_logs
+from rewards.resolve import options_of
 from rewards.serving.batching import Batching
 from rewards.serving.doors import DEFAULT_DOORS, MIB, Doors
 from rewards.serving.requestlog import log_requests
 from rewards.serving.server import serve
 
 HELD = "MiB of requests held at once, and as many of decoded pictures; more wait"
-
-
-def _spec_of(text: str, options: list[str]) -> dict[str, Any]:
-    """SPEC and ``key=value`` options as one dict; values are JSON where they parse as JSON."""
-    spec: dict[str, Any] = {"type": text}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise SpecError(f"option {option!r} has no value; write key=value")
-        try:
-            spec[key] = json.loads(value)
-        except ValueError:
-            spec[key] = value
-    return spec
 
 
 def main() -> int:
@@ -62,7 +47,7 @@ def main() -> int:
         token = os.environ.get(arguments.token_env) if arguments.token_env else None
         if arguments.token_env and not token:
             raise SpecError(f"the variable {arguments.token_env} (--token-env) is empty; set it to the token")
-        spec = _spec_of(arguments.spec, arguments.options)
+        spec = {**options_of(arguments.options), "type": arguments.spec}
         serve(
             spec,
             arguments.host,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -140,15 +139,12 @@ def resolve_reward(reward: RewardConfig, base: Path, key: str) -> RewardConfig:
 
 def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
     """``key=value`` options given on a command line; values are JSON, YAML's numbers and truth values, or text."""
-    options = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(assignment, "is no option; write key=value")
-        try:
-            options[key] = json.loads(value)
-        except (ValueError, RecursionError):
-            options[key] = _scalar(value)
+    from rewards.resolve import options_of
+
+    without = next((assignment for assignment in assignments if "=" not in assignment), None)
+    if without is not None:
+        raise ConfigError(without, "is no option; write key=value")
+    options = options_of(assignments, _scalar)
     check_finite(options)
     return options
 
