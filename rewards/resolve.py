@@ -22,9 +22,9 @@ from typing import Any
 
 import rewards.scorers
 from rewards.interface import Metadata, Offers, Scorer, SpecError, blamed, needs_of
+from rewards.models.usercode import file_of, from_code, halves, is_file_name, module_of, nearest
 from rewards.question import declared
 from rewards.usercode import source
-from rewards.usercode.scorer import file_of, from_code, halves, is_file_name, module_of, nearest
 
 ENTRY_POINTS = "flowalign.rewards"
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rewards.interface import Images, ScorerError, SpecError, one_line
 from rewards.missing import hint
 from rewards.models.openclip import OpenClip
-from rewards.usercode.scorer import user_code
+from rewards.models.usercode import user_code
 
 BATCH = 32
 INCEPTION_SIZE = 299
