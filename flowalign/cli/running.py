@@ -92,13 +92,7 @@ def held(
         except KeyboardInterrupt as interrupt:
             if stop.at_once:
                 raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from None
-            # What was raised as EndedEarly in Ray's own code comes out as its base class.
-            early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
-            early.run_dir, early.checkpoint = run_dir, _last_checkpoint(run_dir)
-            goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
-            kept = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
-            early.args = (f"stopped{kept}",)
-            raise early from None
+            raise _ended_early(interrupt, run_dir, stop, resumes) from None
         except Exception as error:
             if stop.at_once:  # it came in the midst of a library's call, which made another error of it
                 raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from error
@@ -109,10 +103,24 @@ def held(
             last = _last_checkpoint(run_dir)
             if (gentler := _gentler(error, config, run_dir, last)) is not None:
                 raise RunFailed(gentler + further_back(last, began_from), error) from error
-            goes_on = "; the same command continues from it" if resumes else ""
-            anew = ", and the same command begins anew" if resumes else ""
-            kept = f"the last checkpoint is {last}{goes_on}" if last else f"there is no checkpoint yet{anew}"
-            raise RunFailed(kept, error) from error
+            raise RunFailed(_kept(last, resumes), error) from error
+
+
+def _ended_early(interrupt: KeyboardInterrupt, run_dir: Path, stop: StopRequest, resumes: bool) -> EndedEarly:
+    """Say where the run goes on; what was raised as EndedEarly in Ray's own code comes out as its base class."""
+    early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
+    early.run_dir, early.checkpoint = run_dir, _last_checkpoint(run_dir)
+    goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
+    kept = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
+    early.args = (f"stopped{kept}",)
+    return early
+
+
+def _kept(last: Path | None, resumes: bool) -> str:
+    """Say what a run that failed has kept."""
+    if last is None:
+        return f"there is no checkpoint yet{', and the same command begins anew' if resumes else ''}"
+    return f"the last checkpoint is {last}{'; the same command continues from it' if resumes else ''}"
 
 
 @contextmanager

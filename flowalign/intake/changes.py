@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def refuse_changes(
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
     old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
     old = renamed_grids(old, new, run_dir)  # type: ignore[type-var]
-    held, values = recorded_contents(run_dir), [leaves(config.model_dump(mode="json")) for config in (old, new)]
-    was, now = values
+    held = recorded_contents(run_dir)
+    was, now = (leaves(config.model_dump(mode="json")) for config in (old, new))
     changed = [
         key
         for key in resume_differences(old, new)
@@ -74,20 +74,33 @@ def refuse_changes(
         and not (key in accepted and _may_be_accepted(key, was.get(key), now.get(key)))
     ]
     if changed:
-        key, others = changed[0], ", ".join(changed[1:])
-        before, after = (f"with {found[key]!r}" if key in found else "without it" for found in values)
-        accept = (
-            f", or go on with it all the same: {ACCEPT} {key}"
-            if _may_be_accepted(key, was.get(key), now.get(key))
-            else ""
-        )
-        raise ConfigError(
-            key,
-            f"{run_dir} was begun {before} and cannot go on {after}; "
-            f"set it back, or give the run another name{accept}{f' (changed as well: {others})' if others else ''}",
-        )
-    if _records_what_it_is_made_of(run_dir):
-        return
+        raise _changed(changed, was, now, run_dir)
+    if not _records_what_it_is_made_of(run_dir):
+        _refuse_other_contents(new, was, now, run_dir, accepted)
+
+
+def _changed(keys: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> ConfigError:
+    """Say of the first of ``keys`` how it has changed, and name the others."""
+    key, others = keys[0], ", ".join(keys[1:])
+    before, after = (f"with {found[key]!r}" if key in found else "without it" for found in (was, now))
+    may = _may_be_accepted(key, was.get(key), now.get(key))
+    accept = f", or go on with it all the same: {ACCEPT} {key}" if may else ""
+    return ConfigError(
+        key,
+        f"{run_dir} was begun {before} and cannot go on {after}; "
+        f"set it back, or give the run another name{accept}{f' (changed as well: {others})' if others else ''}",
+    )
+
+
+def _refuse_other_contents(
+    new: AlignConfig | PretrainConfig,
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    run_dir: Path,
+    accepted: Collection[str],
+) -> None:
+    """Raise ConfigError where a file holds something else than when the run was begun; of a folder it is said once."""
+    held = recorded_contents(run_dir)
     evaluates = not isinstance(new, AlignConfig) or new.evaluation.every > 0
     for key, digest in digests(new.model_dump(mode="json")).items():
         if key.startswith("evaluation.") and not evaluates:

@@ -58,27 +58,23 @@ class CheckpointWriter:
             DestroyedState: nothing was written, nothing older deleted.
             DiskError: the disk does not take it; what was there before is untouched, and nothing half-written is left.
         """
+        final = self.root / f"step_{step:06d}"
         parts = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
         found = fault_of_state(parts, [moments for moments, _ in (optimizer_by_rank or {}).values()])
         if found is not None:
-            raise DestroyedState(f"{self.root / f'step_{step:06d}'} is not written: something has destroyed {found}")
+            raise DestroyedState(f"{final} is not written: something has destroyed {found}")
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
         tensors = parts | {name: moments for name, (moments, _) in shards.items()}
         made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
         documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
         texts = {name: json.dumps(document, indent=1) for name, document in documents.items()}
-        final = self.root / f"step_{step:06d}"
         needed = SPARE + on_disk([*map(tensors_size, tensors.values()), *map(len, texts.values())])
         with writing(f"checkpoint {final}", self.root, needed):
             self.root.mkdir(parents=True, exist_ok=True)
             self._sweep()
             require_room(f"checkpoint {final}", self.root, needed)
             with swept(self._hidden()) as hidden:
-                (hidden / "optimizer").mkdir(parents=True)
-                for name, weights in tensors.items():
-                    save_tensors(weights, hidden / f"{name}.safetensors")
-                for name, text in texts.items():
-                    (hidden / f"{name}.json").write_text(text, encoding="utf-8")
+                _write(hidden, tensors, texts)
                 self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric), made_of)
                 if final.exists():
                     self._make_room(final)
@@ -159,3 +155,12 @@ class CheckpointWriter:
         for path in known:
             if path.name not in keep:
                 path.rename(self._hidden())
+
+
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
+    """Write ``name.safetensors`` and ``name.json`` of a checkpoint."""
+    (folder / "optimizer").mkdir(parents=True)
+    for name, weights in tensors.items():
+        save_tensors(weights, folder / f"{name}.safetensors")
+    for name, text in texts.items():
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
