@@ -154,7 +154,8 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
     cluster: None, tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
 ) -> None:
     config = config_of(tiny_pipeline_dir, tmp_path, teachers)
-    actor = ray.remote(TeacherActor).options(num_cpus=0.1, max_restarts=-1, max_task_retries=3).remote(config, "deep")
+    made: Any = ray.remote(TeacherActor)
+    actor = made.options(num_cpus=0.1, max_restarts=-1, max_task_retries=3).remote(config, "deep")
     remote: Any = RemoteTeacher("deep", actor)
     remote.expected = MadeOf(config, tmp_path).expected("model.", "algorithm.teachers.deep.")
     before = ray.get(actor.start.remote())
