@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.reference import Refresh
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
@@ -108,13 +108,15 @@ class DiffusionDPO(Scheduled):
         metrics = {}
         if isinstance(batch, PreferencePairs):
             winner, loser, condition = batch.winner_NCHW, batch.loser_NCHW, batch.condition
-            generators = [seeded(batch.seed, 31, pair) for pair in range(len(condition))]
+            generators = [seeded(batch.seed, Stream.PAIR_POINTS, pair) for pair in range(len(condition))]
         else:
             assert scores is not None
             groups = batch.batch.group_ids
             best, worst = best_worst_pairs(scores.total, scores.valid, groups)
             winner, loser, condition = batch.final_NCHW[best], batch.final_NCHW[worst], batch.condition.take(best)
-            generators = [seeded(batch.seed, 31, batch.policy_version, groups[i]) for i in best.tolist()]
+            generators = [
+                seeded(batch.seed, Stream.PAIR_POINTS, batch.policy_version, groups[i]) for i in best.tolist()
+            ]
             metrics["dpo/dropped_fraction"] = 1 - len(best) / len(set(groups))
         c = self.config
         times = {"shift": c.density_shift, **c.density_params}

@@ -23,7 +23,7 @@ from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transit
 from flowalign.algorithms.parts.window import MovingWindow
 from flowalign.config.section import Section
 from flowalign.flow import objectives, sde
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 
@@ -214,10 +214,10 @@ class FlowGRPO(Scheduled):
         if number is None:
             return torch.arange(steps).expand(count, steps)
         if by == "iteration":
-            generators = [seeded(batch.seed, 19, batch.policy_version)]
+            generators = [seeded(batch.seed, Stream.STEPS_OF_AN_ITERATION, batch.policy_version)]
         else:
             ids = batch.batch.sample_ids[:: len(batch.spec.granularities)]
-            generators = [seeded(batch.seed, 17, sample_id) for sample_id in ids]
+            generators = [seeded(batch.seed, Stream.STEPS_OF_A_SAMPLE, sample_id) for sample_id in ids]
         drawn = [torch.randperm(steps, generator=generator)[:number].sort().values for generator in generators]
         return torch.stack(drawn).expand(count, number)
 

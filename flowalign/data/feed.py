@@ -13,7 +13,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.base import Policy
 from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
 
@@ -91,12 +91,14 @@ class Feed:
         if self._real is not None:
             more = self._real.bank.draw(step, real, config.seed + 1, {})
             latents = torch.cat([latents, _fitting(more, latents, config)])
-            fresh = torch.randn(more.latents.shape, generator=seeded(config.seed, 5, step))
+            fresh = torch.randn(more.latents.shape, generator=seeded(config.seed, Stream.FRESH_NOISE, step))
             noise = None if noise is None else torch.cat([noise, fresh])
             condition = cat_conditions([condition, self._real.condition(more.rows, length)])
         if config.encoder_dropout:
             chances = torch.tensor([config.encoder_dropout.get(name, 0.0) for name in self._parts])
-            drawn_NE = torch.rand(len(condition), len(chances), generator=seeded(config.seed, 6, step))
+            drawn_NE = torch.rand(
+                len(condition), len(chances), generator=seeded(config.seed, Stream.TEXT_DROPOUT, step)
+            )
             condition = without_encoders(condition, list(self._parts.values()), drawn_NE < chances)
         return LatentBatch(
             latents.to(config.device),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from flowalign.data.banks.cache import EncodedCache
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import Condition, PreferencePairs
 
 Pair = tuple[str, str, str]  # keys of winner, loser and caption
@@ -64,11 +64,13 @@ class PairSampler:
             null_LD=self._null["tokens"],
             null_E=self._null["pooled"],
         )
-        return PreferencePairs(winner, loser, condition, seeded(self._seed, 37, iteration).initial_seed())
+        return PreferencePairs(
+            winner, loser, condition, seeded(self._seed, Stream.PAIR_BATCH, iteration).initial_seed()
+        )
 
     def _draw(self, iteration: int) -> list[int]:
         turns = range(iteration * self._count, (iteration + 1) * self._count)
         size = len(self)
         passes = {turn // size for turn in turns}
-        orders = {p: torch.randperm(size, generator=seeded(self._seed, 41, p)).tolist() for p in passes}
+        orders = {p: torch.randperm(size, generator=seeded(self._seed, Stream.PAIR_ORDER, p)).tolist() for p in passes}
         return [orders[turn // size][turn % size] for turn in turns]

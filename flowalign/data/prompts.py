@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
 from flowalign.types import PromptBatch
@@ -120,7 +120,7 @@ class GroupSampler:
         used = passes * self._cycle.count(task) + self._cycle[:place].count(task)
         pool = self._by_task[task]
         index = list(self._by_task).index(task)
-        order = torch.randperm(len(pool), generator=seeded(self.seed, 7, index, used // len(pool)))
+        order = torch.randperm(len(pool), generator=seeded(self.seed, Stream.PROMPT_ORDER, index, used // len(pool)))
         return pool[int(order[used % len(pool)])]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flowalign.data.banks.buckets import Bucket, cut, nearest
 from flowalign.data.banks.writer import BankWriter
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.base import Policy
 from rewards.pictures import PictureError, read
 
@@ -69,7 +69,7 @@ class Cutter:
         except PictureError as error:
             return Skipped(row.number, row.where, "image", str(error))
         bucket = nearest(self.buckets, *image.shape[:2])
-        drawn = seeded(self.seed, 67, row.number) if self.crop or self.flip else None
+        drawn = seeded(self.seed, Stream.CUT, row.number) if self.crop or self.flip else None
         return Cut(row, bucket, cut(image, bucket, generator=drawn, crop=self.crop, flip=self.flip))
 
 

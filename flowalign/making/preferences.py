@@ -18,7 +18,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.intake.check import check_reward
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text
@@ -135,7 +135,7 @@ def _pairs(
     why = Counter(EQUAL if judged_in[group] > 1 else REFUSED for group in silent)
     rows = []
     for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
-        first = int(torch.randint(2, (), generator=seeded(seed, 43, batch.group_ids[winner])))
+        first = int(torch.randint(2, (), generator=seeded(seed, Stream.PAIR_SIDES, batch.group_ids[winner])))
         places = (winner, loser) if first else (loser, winner)
         row: dict[str, Any] = {"caption": batch.prompts[winner], "tag": _tag(batch.metadata[winner])}
         for i, sample in enumerate(places):

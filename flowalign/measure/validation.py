@@ -12,7 +12,7 @@ from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.feed import Captioned
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.base import Policy
 
 
@@ -32,7 +32,7 @@ class Validation:
         drawn = captioned.bank.draw(0, own.num_samples, own.seed, {})
         stratum = torch.arange(own.num_samples) % own.num_times
         t = (stratum + 0.5) / own.num_times
-        noise = torch.randn(drawn.latents.shape, generator=seeded(own.seed, 7))
+        noise = torch.randn(drawn.latents.shape, generator=seeded(own.seed, Stream.VALIDATION_NOISE))
         self._strata = [(stratum == k).nonzero().flatten() for k in range(min(own.num_times, own.num_samples))]
         self._t, self._size, self._device = t, config.micro_batch_size or config.batch_size, config.device
         self._x, self._target = path.interpolate(drawn.latents, noise, t), path.velocity_target(drawn.latents, noise)

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.ema import Ema
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
@@ -60,7 +60,7 @@ class Learner:
         train = replace(train, condition=train.condition.to(self.device))
         history = []
         for epoch in range(self.epochs):
-            order = torch.randperm(len(train), generator=seeded(self.seed, 11, iteration, epoch))
+            order = torch.randperm(len(train), generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
             for part in order.tensor_split(self.updates):
                 if part.numel():
                     history.append(self._step(train, part))

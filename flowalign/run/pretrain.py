@@ -22,7 +22,7 @@ from flowalign.config.training import PhaseConfig, PretrainConfig
 from flowalign.data.feed import Feed
 from flowalign.engine import process_group
 from flowalign.engine.base import Engine
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.measure.validation import Validation
 from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
@@ -58,7 +58,7 @@ def text_length(phase: PhaseConfig, seed: int, step: int) -> int:
     """The T5-part length of a step, drawn by the phase's weights."""
     lengths = sorted(phase.max_sequence_lengths)
     weights = torch.tensor([phase.max_sequence_lengths[length] for length in lengths])
-    return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, 3, step)))]
+    return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, Stream.TEXT_LENGTH, step)))]
 
 
 class Averages:

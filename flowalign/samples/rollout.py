@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.flow import sde
 from flowalign.flow.caching import Polynomial
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.sde import step_log_prob
 from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
@@ -60,7 +60,10 @@ class SampleNoise:
         if self._groups is None:
             return own
         groups, self._groups = self._groups, None
-        made = {group: torch.randn(self._shape, generator=seeded(self._seed, 11, group)) for group in set(groups)}
+        made = {
+            group: torch.randn(self._shape, generator=seeded(self._seed, Stream.GROUP_NOISE, group))
+            for group in set(groups)
+        }
         return torch.stack([made[group] for group in groups])
 
 

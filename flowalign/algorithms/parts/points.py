@@ -17,7 +17,7 @@ from flowalign.algorithm import AlgorithmConfig
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import Condition, LatentBatch, Rollout, TrainBatch, dropped_conditions
 
 
@@ -114,7 +114,7 @@ class ForwardConfig(SamplingConfig):
             self.density,
             self.timesteps,
             batch.final_NCHW.shape[1:],
-            [seeded(batch.seed, 13, batch.policy_version, sample_id) for sample_id in ids],
+            [seeded(batch.seed, Stream.POINTS, batch.policy_version, sample_id) for sample_id in ids],
             batch.spec.sigmas,
             **self.density_params,
         )

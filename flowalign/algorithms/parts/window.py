@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.config.section import Section
 from flowalign.flow import sde
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 
 
 class _Steps(Section):
@@ -25,7 +25,7 @@ class _Steps(Section):
         ``sigmas`` (K + 1,). Raises ValueError where no step of ``kind`` inside has noise, or as `sde.window_mask` does.
         """
         window = sde.Window(**self.model_dump())
-        mask = sde.window_mask(window, kind, sigmas, noise_level, seeded(seed, 5, iteration), iteration)
+        mask = sde.window_mask(window, kind, sigmas, noise_level, seeded(seed, Stream.WINDOW, iteration), iteration)
         steps = mask.nonzero().flatten().tolist()
         if not steps:
             raise ValueError(f"window: of {len(mask)} steps of kind {kind!r} none inside is stochastic")

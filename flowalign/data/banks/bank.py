@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data.images import ORIGINAL
-from flowalign.flow.randomness import seeded
+from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import Condition
 
 
@@ -166,7 +166,7 @@ class LatentBank:
         """
         shards = self._bucket_of(step, seed)
         ends = torch.tensor([len(shard) for shard in shards]).cumsum(0)
-        index = torch.randint(int(ends[-1]), (batch_size,), generator=seeded(seed, 2, step))
+        index = torch.randint(int(ends[-1]), (batch_size,), generator=seeded(seed, Stream.BANK_ROWS, step))
         kinds = self._kinds_of(step, batch_size, seed, captions or {})
         shape = (batch_size, *shards[0].latents.shape[1:])
         latents, rows = torch.empty(shape), torch.empty(batch_size, dtype=torch.int64)
@@ -190,7 +190,7 @@ class LatentBank:
         if len(buckets) == 1:
             return buckets[0]
         counts = torch.tensor(list(self.buckets.values()), dtype=torch.float64)
-        return buckets[int(torch.multinomial(counts, 1, generator=seeded(seed, 59, step)))]
+        return buckets[int(torch.multinomial(counts, 1, generator=seeded(seed, Stream.BANK_SIZE, step)))]
 
     def _kinds_of(self, step: int, batch_size: int, seed: int, weights: Mapping[str, float]) -> Tensor:
         has = ", ".join(self.captions)
@@ -201,4 +201,6 @@ class LatentBank:
         shares = torch.tensor([weights.get(name, 0.0) for name in self.captions], dtype=torch.float64)
         if not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < float("inf"):
             raise LatentsError(f"captions: the weights of {has} are {shares.tolist()}; give positive numbers")
-        return torch.multinomial(shares, batch_size, replacement=True, generator=seeded(seed, 61, step))
+        return torch.multinomial(
+            shares, batch_size, replacement=True, generator=seeded(seed, Stream.CAPTION_KINDS, step)
+        )
