@@ -1,18 +1,13 @@
 """The contract of an algorithm: what it consumes, how trajectories are made, how credit becomes a loss.
 
-An algorithm is one file under ``flowalign/algorithms`` (or any dotted path). Loop and learner
-branch on the declarations below and never on an algorithm's name.
+An algorithm is one file under ``flowalign/algorithms``, or the user's own. Loop, learner, checks, plan and card read
+its declaration, `Needs`, and know no algorithm by its name.
 """
 
 from __future__ import annotations
 
-import functools
-import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -20,10 +15,10 @@ from torch import Tensor
 
 from flowalign.config.booleans import refuse_boolean
 from flowalign.config.largest import check_largest
+from flowalign.config.teachers import TeacherConfig
 from flowalign.config.walk import Grid
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Condition, RolloutSpec, Scores, TrainBatch
-from rewards.usercode.loading import load_file, load_module, user_line
+from flowalign.types import Condition, LatentBatch, PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
 
 
 class VelocityModel(Protocol):
@@ -42,6 +37,7 @@ class VelocityModel(Protocol):
 
 
 Models = Mapping[str, VelocityModel]
+Features = Callable[[Tensor], Sequence[Tensor]]  # latents (N, C, H, W) to maps (N, C', ...), with gradient
 
 
 @dataclass(frozen=True)
@@ -61,100 +57,108 @@ class AlgorithmConfig(BaseModel):
     _within_limits = field_validator("*")(check_largest)
 
 
-class Algorithm(Protocol):
-    """See design: ``prepare`` runs once per batch without gradients, ``loss`` once per micro-batch."""
+Batch = type[Rollout] | type[PreferencePairs] | type[LatentBatch]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen policy that the run began as; every ``refresh`` iterations it takes the policy's weights."""
+
+    refresh: int | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of a run: loop, learner, checks and plan read it and nothing else.
+
+    Beside the policy ``loss`` and ``prepare`` may call the networks that are declared here, by their roles:
+    ``reference``; ``teacher:<name>`` for each of ``teachers``, of which ``teacher_of`` names that of a sample by its
+    metadata; of training on latents a frozen ``teacher`` and ``ema``, the learner's average. ``rollout`` is the network
+    with the weights that made the batch, the policy's or their average as ``rollout_weights`` says: it is there in
+    ``prepare`` only, in the place of ``policy``. ``features`` are a map from latents to maps, as `Features`.
+
+    ``inputs`` are those that its network must have beside the time, ``family`` the path that it is trained on,
+    ``update_guidance_scale`` the guidance of the update where that is not the rollout's.
+    """
+
+    batch: Batch
+    scores: bool = False
+    group_size: int = 1
+    rollout_weights: Literal["policy", "ema"] = "policy"
+    reference: Reference | None = None
+    rollout: bool = False
+    teachers: Mapping[str, TeacherConfig] = field(default_factory=dict)
+    teacher_of: Callable[[Mapping[str, Any]], str] | None = None
+    teacher: bool = False
+    average: bool = False
+    features: bool = False
+    inputs: tuple[str, ...] = ()
+    family: str = "rf"
+    update_guidance_scale: float | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the networks, the policy first."""
+        asked = {"rollout": self.rollout, "reference": self.reference, "teacher": self.teacher, "ema": self.average}
+        return ("policy", *(role for role, wanted in asked.items() if wanted), *map(teacher_role, self.teachers))
+
+
+def teacher_role(name: str) -> str:
+    """Give the role of the teacher ``name``."""
+    return f"teacher:{name}"
+
+
+class Algorithm:
+    """Base of all algorithms: ``prepare`` runs once a batch without gradients, ``loss`` once a micro-batch."""
 
     Config: ClassVar[type[AlgorithmConfig]]
-    config: Any
+    config: Any  # one of its own Config
+    schedule: PipelineSchedule = PipelineSchedule()  # the model's own, as `build_algorithm` is given it
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @property
-    def consumes(self) -> type:
-        """``Rollout``, ``PreferencePairs`` or ``LatentBatch``."""
-        ...
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Roles of the networks it needs: ``policy``, ``reference``, ``teacher:<name>``, ``rollout``.
-
-        ``rollout`` is the network with the weights that made the batch, the policy's or their average as
-        ``rollout_weights`` declares. It is there in ``prepare`` only, in the place of ``policy``.
-        """
-        ...
-
-    @property
-    def needs_scores(self) -> bool: ...
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]: ...
+    def needs(self) -> Needs:
+        """What it asks of a run."""
+        raise NotImplementedError
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
-        """How iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
-        ...
+        """Plan how iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
+        return None
 
     def prepare(self, batch: Any, scores: Scores | None, models: Models) -> TrainBatch:
-        """What is learned from one batch; the learner gives models that take CPU tensors of any number of samples."""
-        ...
+        """Make items of one batch; the models take CPU tensors of any number of samples."""
+        raise NotImplementedError
 
-    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput: ...
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """Give the mean over the items of ``minibatch``; a pure function of them and the networks."""
+        raise NotImplementedError
 
+    def check_schedule(self) -> None:
+        """Raise ValueError, its key first, where it has no levels on the model's own schedule.
 
-class UnknownAlgorithm(ValueError):
-    """``algorithm.type`` names nothing that can be imported."""
+        One that is no `Scheduled` makes its own, and must not take them for the model's where its ``shift`` is null.
+        """
+        if getattr(self.config, "shift", 0) is None and not self.schedule.is_static:
+            raise ValueError(
+                "shift: is null, and this algorithm makes levels of its own, which are not those of the model's "
+                f"pipeline ({self.schedule.converts or 'use_dynamic_shifting'}); give a number, or let it inherit "
+                "flowalign.algorithm.Scheduled"
+            )
 
+    def replaced_levels(self) -> str | None:
+        """Say whose shift its own takes the place of, in one line; None: nobody's."""
+        return None
 
-def known_algorithms() -> list[str]:
-    """Names of the algorithms that ship with the package."""
-    import flowalign
-
-    path = [f"{p}/algorithms" for p in flowalign.__path__]
-    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.ispkg)
-
-
-def algorithm_class(name: str) -> type[Any]:
-    """The class behind ``algorithm.type``: the name of a file under ``flowalign/algorithms``, ``package.module`` or
-    ``path/to/file.py``, the last two with ``:Class`` where they hold several. The user's code is run.
-
-    Raises:
-        UnknownAlgorithm: nothing of that name can be imported, or it holds no algorithm.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name.endswith(".py") and "." not in module_name:
-        if module_name not in known_algorithms():
-            raise UnknownAlgorithm(f"algorithm.type: no algorithm {name!r}; known: {', '.join(known_algorithms())}")
-        module_name = f"flowalign.algorithms.{module_name}"
-    is_file = module_name.endswith(".py")
-    try:
-        module = _of_file(str(Path(module_name).resolve())) if is_file else load_module(module_name)
-    except Exception as error:
-        line = user_line(error)
-        kind = "" if isinstance(error, ImportError | OSError | SyntaxError) else f"{type(error).__name__}: "
-        where = f" ({line})" if line and not isinstance(error, SyntaxError) else ""
-        raise UnknownAlgorithm(f"algorithm.type: cannot import {module_name!r}: {kind}{error}{where}") from error
-    if attribute:
-        found = getattr(module, attribute, None)
-    else:
-        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-        found = next((v for v in own if hasattr(v, "Config") and hasattr(v, "loss")), None)
-    if found is None and attribute:
-        near = get_close_matches(attribute, [name for name, v in vars(module).items() if isinstance(v, type)], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UnknownAlgorithm(f"algorithm.type: {module_name} has no {attribute!r}{hint}")
-    if found is None:
-        raise UnknownAlgorithm(f"algorithm.type: {module_name} holds no class with a Config and a loss")
-    return found
+    def card_facts(self) -> dict[str, str]:
+        """Say what who uses the trained model must know: rows of its card by title."""
+        return {}
 
 
-@functools.cache
-def _of_file(location: str) -> ModuleType:
-    """The module of a file outside any package, imported once a process."""
-    return load_file(Path(location))
+class Scheduled(Algorithm):
+    """Base of the algorithms whose configuration has ``num_steps``, ``shift`` and ``grid``: its walk's levels."""
 
-
-class Scheduled:
-    """What an algorithm inherits whose configuration has ``num_steps``, ``shift`` and ``grid``: its walk's levels."""
-
-    config: Any
-    schedule: PipelineSchedule = PipelineSchedule()  # the model's own, as `build_algorithm` is given it
     _made: tuple[PipelineSchedule, Tensor] | None = None
 
     def levels(self) -> Tensor:
@@ -166,20 +170,7 @@ class Scheduled:
         return self._made[1]
 
     def check_schedule(self) -> None:
-        """Raise ValueError, its key first, where the algorithm has no levels on the model's own schedule."""
         self.levels()
 
-
-def build_algorithm(config: AlgorithmConfig | Mapping[str, Any], schedule: PipelineSchedule | None = None) -> Any:
-    """An algorithm from its config (or the plain mapping of one).
-
-    ``schedule`` is how the model's own pipeline walks, which whoever asks for a plan or for times must give; by
-    default a static scheduler of shift 1.
-    """
-    name = config.type if isinstance(config, AlgorithmConfig) else str(config["type"])
-    cls = algorithm_class(name)
-    parsed = config if isinstance(config, AlgorithmConfig) else cls.Config.model_validate(dict(config))
-    algorithm = cls(parsed)
-    if schedule is not None:
-        algorithm.schedule = schedule
-    return algorithm
+    def replaced_levels(self) -> str | None:
+        return self.schedule.replacement(self.config.shift)

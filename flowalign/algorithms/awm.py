@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
@@ -51,25 +51,19 @@ class AWM(Scheduled):
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
         ghuber_power: float = Field(0.25, gt=0, le=1)
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = Rollout
-    needs_scores = True
+    config: Config
 
     @property
-    def models(self) -> tuple[str, ...]:
-        rollout = () if self.config.clip_range is None else ("rollout",)
-        return ("policy", *rollout, "reference") if self.config.beta > 0 else ("policy", *rollout)
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]:
-        return self.config.rollout_weights
-
-    @property
-    def reference_refresh(self) -> int | None:
-        """After so many iterations, time and again, the reference takes the policy's weights."""
-        return self.config.reference_refresh
+    def needs(self) -> Needs:
+        c = self.config
+        return Needs(
+            Rollout,
+            scores=True,
+            group_size=c.group_size,
+            rollout_weights=c.rollout_weights,
+            reference=c.reference,
+            rollout=c.clip_range is not None,
+        )
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())

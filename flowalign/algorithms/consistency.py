@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
@@ -61,19 +61,11 @@ class Consistency(Scheduled):
                 raise ValueError("c: the squared loss has none; choose pseudo_huber or leave it out")
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = LatentBatch
-    needs_scores = False
-    rollout_weights = "policy"
+    config: Config
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return ("policy", "teacher", "ema") if self.config.teacher == "model" else ("policy", "ema")
-
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    def needs(self) -> Needs:
+        return Needs(LatentBatch, teacher=self.config.teacher == "model", average=True)
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""

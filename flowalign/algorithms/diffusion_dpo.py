@@ -5,7 +5,6 @@ Shapes: N samples, P pairs, C H W latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.algorithm import LossOutput, Models, Scheduled, VelocityModel
+from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, VelocityModel
+from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.algorithms.parts.reference import Refresh
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
@@ -78,27 +78,18 @@ class DiffusionDPO(Scheduled):
                     )
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    models = ("policy", "reference")
+    config: Config
 
     @property
-    def consumes(self) -> type:
-        return Rollout if self.config.source == "online" else PreferencePairs
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.config.source == "online"
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]:
-        return self.config.rollout_weights
-
-    @property
-    def reference_refresh(self) -> int | None:
-        """After so many iterations, time and again, the reference takes the policy's weights."""
-        return self.config.reference_refresh
+    def needs(self) -> Needs:
+        c, online = self.config, self.config.source == "online"
+        return Needs(
+            Rollout if online else PreferencePairs,
+            scores=online,
+            group_size=c.group_size,
+            rollout_weights=c.rollout_weights,
+            reference=Reference(c.reference_refresh),
+        )
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
         return None if self.config.source == "offline" else self.config.rollout_spec(self.levels())
@@ -151,22 +142,6 @@ class DiffusionDPO(Scheduled):
             return LossOutput(preference, metrics)
         metrics["loss/winner"] = winner.detach().mean()
         return LossOutput(preference + c.sft_weight * winner.mean(), metrics)
-
-
-def best_worst_pairs(total: Tensor, valid: Tensor, group_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Samples (P,) with the highest and the lowest valid score of each group, the first of equals.
-
-    Left out are groups with fewer than two valid samples and those whose scores are all equal.
-    """
-    ids = torch.tensor(list(group_ids))
-    pairs = []
-    for group in ids.unique():
-        member = ((ids == group) & valid).nonzero().flatten()
-        own = total[member]
-        if own.numel() > 1 and bool(own.max() > own.min()):
-            pairs.append((int(member[own.argmax()]), int(member[own.argmin()])))
-    best, worst = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return best, worst
 
 
 def _errors(model: VelocityModel, minibatch: TrainBatch, image: Literal["winner", "loser"]) -> Tensor:

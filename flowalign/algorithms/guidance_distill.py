@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models
+from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
@@ -20,7 +20,7 @@ from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class GuidanceDistill:
+class GuidanceDistill(Algorithm):
     """Regress the student's plain velocity on the teacher's guided one, at noised latents."""
 
     class Config(DensityConfig):
@@ -45,21 +45,19 @@ class GuidanceDistill:
                 )
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = LatentBatch
-    models = ("policy", "teacher")
-    needs_scores = False
-    rollout_weights = "policy"
+    config: Config
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """What the student's network takes beside the time."""
-        return () if self.config.guidance_range is None else ("guidance",)
+    def needs(self) -> Needs:
+        inputs = () if self.config.guidance_range is None else ("guidance",)
+        return Needs(LatentBatch, teacher=True, inputs=inputs)
 
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    def card_facts(self) -> dict[str, str]:
+        c = self.config
+        if c.guidance_range is not None:
+            low, high = c.guidance_range
+            return {"Guidance": f"an input of the network, taught from {low:g} to {high:g}; costs no second evaluation"}
+        return {"Guidance": f"{c.guidance_scale:g} is built in: sample with `guidance_scale=1`"}
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw times, noises, dropped conditions and guidances from the batch's own seed."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowalign.algorithm import LossOutput, Models, VelocityModel
+from flowalign.algorithm import Algorithm, LossOutput, Models, Needs, VelocityModel
 from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.flow import path
 from flowalign.flow.density import Name as DensityName
@@ -21,7 +21,7 @@ from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class MeanFlow:
+class MeanFlow(Algorithm):
     """Regress ``u(x, r, t)`` on ``v - (t - r) (v ∂_x u + ∂_t u)``, no gradient through the target; no teacher.
 
     The network has the input ``r``; ``x - (t - r) u(x, r, t)`` is a step from t to r, of any length.
@@ -65,17 +65,11 @@ class MeanFlow:
                 raise ValueError("condition_dropout: guidance needs the null condition; drop some, such as 0.1")
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
-    consumes = LatentBatch
-    models = ("policy",)
-    inputs = ("r",)
-    needs_scores = False
-    rollout_weights = "policy"
-
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    @property
+    def needs(self) -> Needs:
+        return Needs(LatentBatch, inputs=("r",))
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw both times, noise and dropped conditions from the batch's own seed."""

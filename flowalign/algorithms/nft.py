@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled
 from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
@@ -49,19 +49,20 @@ class NFT(Scheduled):
         kl_beta: float = Field(0.0, ge=0)
         rollout_weights: Literal["policy", "ema"] = "ema"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = Rollout
-    needs_scores = True
+    config: Config
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return ("policy", "rollout", "reference") if self.config.kl_beta > 0 else ("policy", "rollout")
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]:
-        return self.config.rollout_weights
+    def needs(self) -> Needs:
+        c = self.config
+        reference = Reference() if c.kl_beta > 0 else None
+        return Needs(
+            Rollout,
+            scores=True,
+            group_size=c.group_size,
+            rollout_weights=c.rollout_weights,
+            reference=reference,
+            rollout=True,
+        )
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())

@@ -8,37 +8,21 @@ Shapes: N samples, S window steps, M = N·S transitions, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.credit import Normalize, credit
 from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.teachers import routes, taught_velocity, teacher_of
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.algorithms.parts.window import StillWindow
-from flowalign.config.section import Section
+from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
-from flowalign.types import Condition, Rollout, RolloutSpec, Scores, TrainBatch
-
-
-class NoTeacher(ValueError):
-    """A sample whose task is nobody's."""
-
-
-class TeacherConfig(Section):
-    """A frozen network at ``path``: a pipeline directory, a run of this model or one of its checkpoints.
-
-    It teaches the samples of its ``tasks``; null: those of every task that no other teacher has.
-    """
-
-    path: str
-    weights: Literal["model", "ema"] = "model"
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    norm_preserving: bool = False
-    tasks: list[str] | None = None
+from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
 
 
 class OPD(Scheduled):
@@ -56,7 +40,7 @@ class OPD(Scheduled):
         """
 
         type: str = "opd"
-        teachers: dict[str, TeacherConfig] = Field({"teacher": TeacherConfig(path="shapes")}, min_length=1)
+        teachers: dict[str, TeacherConfig] = Field(min_length=1, examples=["{better: {path: runs/better}}"])
         distillation: Literal["gradient", "advantage"] = "gradient"
         reward_weight: float = Field(0.0, ge=0)
         clip_range: float = Field(1e-4, gt=0)
@@ -80,23 +64,19 @@ class OPD(Scheduled):
             OPD(self).rollout_plan(0, 0)
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._routes = routes(config.teachers)
-
-    consumes = Rollout
+    config: Config
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return ("policy", *(f"teacher:{name}" for name in self.config.teachers))
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.config.reward_weight > 0
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]:
-        return self.config.rollout_weights
+    def needs(self) -> Needs:
+        c = self.config
+        return Needs(
+            Rollout,
+            scores=c.reward_weight > 0,
+            group_size=c.group_size,
+            rollout_weights=c.rollout_weights,
+            teachers=c.teachers,
+            teacher_of=self.teacher_of,
+        )
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         """One window for the whole iteration; a random one is drawn from (seed, iteration)."""
@@ -108,18 +88,8 @@ class OPD(Scheduled):
         return c.rollout_spec(sigmas, c.kind, window, c.noise_level)
 
     def teacher_of(self, metadata: Mapping[str, Any]) -> str:
-        """The teacher of a sample: a function of its metadata's ``task``, or else its ``tag``.
-
-        Raises:
-            NoTeacher: the task is nobody's.
-        """
-        task = str(metadata.get("task") or metadata.get("tag") or "")
-        name = self._routes.get(task, self._routes.get(None))
-        if name is None:
-            raise NoTeacher(
-                f"algorithm.teachers: no teacher has the task {task!r}; add it to one's, or leave the tasks of one out"
-            )
-        return name
+        """Name the teacher of a sample; raises NoTeacher where its task is nobody's."""
+        return teacher_of(self.config.teachers, metadata)
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """Transitions with the velocity that each one's own teacher has there; every teacher is asked once."""
@@ -131,7 +101,7 @@ class OPD(Scheduled):
         step = torch.arange(steps).repeat(count)
         tensors = {**transitions(batch, sample, step), "teacher": teacher_N[sample]}
         condition = batch.condition.take(sample)
-        tensors["target"] = self._targets(models, tensors, condition)
+        tensors["target"] = taught_velocity(models, self.config.teachers, tensors, condition)
         metrics = {}
         if spec.kind != "ode":
             advantage_N, metrics = self._advantages(batch, scores)
@@ -141,21 +111,6 @@ class OPD(Scheduled):
                 dense = log_prob_of(spec, tensors, stats) - tensors["old_log_prob"]
                 tensors["advantage"] = tensors["advantage"] + dense
         return TrainBatch(tensors, condition, len(sample), {"spec": spec}, metrics)
-
-    def _targets(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """Each transition's own teacher's velocity (M, C, H, W) at the student's state."""
-        target = torch.empty_like(item["x"])
-        for i, (name, teacher) in enumerate(self.config.teachers.items()):
-            own = (item["teacher"] == i).nonzero().flatten()
-            if own.numel():
-                target[own] = models[f"teacher:{name}"](
-                    item["x"][own],
-                    item["sigma"][own],
-                    condition.take(own),
-                    guidance=teacher.guidance_scale,
-                    norm_preserving=teacher.norm_preserving,
-                )
-        return target
 
     def _advantages(self, batch: Rollout, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
         """Of the rewards, weighted (N,); 0 without them."""
@@ -191,15 +146,3 @@ class OPD(Scheduled):
         surrogate, more = objectives.clipped_surrogate(difference, item["advantage"], c.clip_range, c.clip_range)
         loss = surrogate if c.distillation == "advantage" else divergence.mean() + surrogate
         return LossOutput(loss, {**metrics, **more, **objectives.replay_deviation(difference)})
-
-
-def routes(teachers: Mapping[str, TeacherConfig]) -> dict[str | None, str]:
-    """The teacher of each task; that of None has all other tasks. Raises ValueError where two claim one."""
-    found: dict[str | None, str] = {}
-    for name, teacher in teachers.items():
-        for task in [None] if teacher.tasks is None else teacher.tasks:
-            if task in found:
-                what = "all other tasks" if task is None else f"the task {task!r}"
-                raise ValueError(f"teachers: {found[task]} and {name} both have {what}; each task needs one teacher")
-            found[task] = name
-    return found

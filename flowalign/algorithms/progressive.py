@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
@@ -44,16 +44,11 @@ class Progressive(Scheduled):
         guidance_scale: float = Field(1.0, ge=0)
         condition_dropout: float = Field(0.0, ge=0, le=1)
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
-    consumes = LatentBatch
-    models = ("policy", "teacher")
-    needs_scores = False
-    rollout_weights = "policy"
-
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    @property
+    def needs(self) -> Needs:
+        return Needs(LatentBatch, teacher=True)
 
     def check_schedule(self) -> None:
         self.times()

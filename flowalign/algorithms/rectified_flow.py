@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.config.pathfamilies import FamilyName
 from flowalign.config.walk import Shift
@@ -18,7 +18,7 @@ from flowalign.flow.randomness import seeded
 from flowalign.types import LatentBatch, Scores, TrainBatch
 
 
-class RectifiedFlow(Scheduled):
+class RectifiedFlow(Algorithm):
     """Regress the conditional velocity at a random time of a family's path."""
 
     class Config(DensityConfig):
@@ -39,16 +39,14 @@ class RectifiedFlow(Scheduled):
         condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.family = families.family(config.family)
 
-    consumes = LatentBatch
-    models = ("policy",)
-    needs_scores = False
-    rollout_weights = "policy"
+    config: Config
 
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    @property
+    def needs(self) -> Needs:
+        return Needs(LatentBatch, family=self.config.family)
 
     def check_schedule(self) -> None:
         self.schedule.shift_of(self.config.shift)

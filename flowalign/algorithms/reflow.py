@@ -6,13 +6,13 @@ Rectified flow (arXiv:2209.03003, sec. 2.2) with the losses of "Improving the Tr
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models
+from flowalign.algorithm import Algorithm, Features, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, Noised, draw_dropped, draw_noise
 from flowalign.flow import forward, path
 from flowalign.flow.density import Name as DensityName
@@ -21,7 +21,7 @@ from flowalign.flow.randomness import seeded
 from flowalign.types import LatentBatch, Scores, TrainBatch
 
 
-class Reflow:
+class Reflow(Algorithm):
     """Regress ``noise - x0`` on the straight line of a coupled pair; 0 is reached where no two lines cross."""
 
     class Config(DensityConfig):
@@ -46,21 +46,11 @@ class Reflow:
                 raise ValueError("c: the squared loss has none; choose another loss or leave it out")
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = LatentBatch
-    models = ("policy",)
-    needs_scores = False
-    rollout_weights = "policy"
+    config: Config
 
     @property
-    def needs_features(self) -> bool:
-        """Whether ``models["features"]`` is called: latents (N, C, H, W) to a list of maps (N, C', ...), with grad."""
-        return self.config.loss.startswith("lpips")
-
-    def rollout_plan(self, iteration: int, seed: int) -> None:
-        return None
+    def needs(self) -> Needs:
+        return Needs(LatentBatch, features=self.config.loss.startswith("lpips"))
 
     def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
         """Draw times, dropped conditions and noise that is missing from the batch's own seed."""
@@ -83,14 +73,14 @@ class Reflow:
         metrics["loss/huber"] = huber.detach().mean()
         if self.config.loss == "pseudo_huber":
             return LossOutput(huber.mean(), metrics)
-        features: Any = models["features"]
+        features = cast(Features, models["features"])
         perceptual = self._perceptual(features, path.x0_from_velocity(x, velocity, t), x0)
         metrics["loss/lpips"] = perceptual.detach().mean()
         if self.config.loss == "lpips_huber_over_t":
             perceptual = perceptual / t
         return LossOutput(((1 - t) * huber / x0[0].numel() + perceptual).mean(), metrics)
 
-    def _perceptual(self, features: Any, predicted: Tensor, x0: Tensor) -> Tensor:
+    def _perceptual(self, features: Features, predicted: Tensor, x0: Tensor) -> Tensor:
         with torch.no_grad():
             target = features(x0)
         return feature_distance(features(predicted), target)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
@@ -44,19 +44,15 @@ class SFT(Scheduled):
                 )
             return self
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    consumes = Rollout
-    needs_scores = True
+    config: Config
 
     @property
-    def models(self) -> tuple[str, ...]:
-        return ("policy", "reference") if self.config.beta > 0 else ("policy",)
-
-    @property
-    def rollout_weights(self) -> Literal["policy", "ema"]:
-        return self.config.rollout_weights
+    def needs(self) -> Needs:
+        c = self.config
+        reference = Reference() if c.beta > 0 else None
+        return Needs(
+            Rollout, scores=True, group_size=c.group_size, rollout_weights=c.rollout_weights, reference=reference
+        )
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())

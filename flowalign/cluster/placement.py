@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from flowalign.algorithm import build_algorithm
 from flowalign.cluster.errors import PlacementError
 from flowalign.config.alignment import AlignConfig
-from flowalign.run.teachers import teacher_names
+from flowalign.run.teachers import teachers_of
 
 WAIT_S = 3.0
 # Phases take turns, so actors of one machine may share its cores; a larger demand is a mistake.
@@ -47,7 +46,7 @@ class Share:
 def shares(config: AlignConfig) -> tuple[Share, ...]:
     """Rollout workers, reward workers, learner ranks and, if there are any, teachers, in the order of their bundles."""
     c = config.cluster
-    teachers = len(teacher_names(build_algorithm(config.algorithm))) if c.has_teacher_actors else 0
+    teachers = len(teachers_of(config)) if c.has_teacher_actors else 0
     asked = (
         Share("rollout", c.rollout_workers, c.rollout_cpus, c.rollout_gpus, "cluster.rollout_workers"),
         Share("reward", c.reward_workers, c.reward_cpus, c.reward_gpus, "cluster.reward_workers"),

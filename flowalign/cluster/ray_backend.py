@@ -15,7 +15,6 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowalign.algorithm import build_algorithm
 from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import WorkerLost
@@ -32,7 +31,7 @@ from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
 from flowalign.run.sync import SyncGuard, check_receipt, has_learned
-from flowalign.run.teachers import teacher_names
+from flowalign.run.teachers import teachers_of
 from flowalign.run.workers import BindReceipt
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.scoring import cat_scores, scored_together
@@ -135,14 +134,14 @@ class RayBackend:
         """Give the ranks, once it is known, what their teachers must find that Ray makes again."""
         if self._made is None or self._told or not self._made.complete:
             return
-        if names := teacher_names(build_algorithm(self.config.algorithm)) if self.teachers.actors else []:
+        if names := list(teachers_of(self.config)) if self.teachers.actors else []:
             own = {name: self._made.expected("model.", f"algorithm.teachers.{name}.") for name in names}
             self.learner.call("expect", own)
         self._told = True
 
     def _start_teachers(self, asked: Sequence[Share], bundle: int) -> dict[str, Any]:
         """Actors by name. Learner ranks ask them, so it is Ray that makes a dead one again and repeats what it lost."""
-        names = teacher_names(build_algorithm(self.config.algorithm)) if asked else []
+        names = list(teachers_of(self.config)) if asked else []
         cluster = self.config.cluster
         faults = {"max_restarts": -1, "max_task_retries": cluster.max_task_retries}
         self.teachers = Pool(

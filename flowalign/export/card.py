@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
@@ -195,23 +195,13 @@ def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
         "Latents": f"{code(Path(own['latents']).name)}, {own['batch_size']} a step",
         "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
     }
-    facts |= _guidance(own["algorithm"])
+    algorithm = shipped_algorithm(own["algorithm"])
+    facts |= {} if algorithm is None else algorithm.card_facts()
     return facts | ({"Teacher": code(base_name(own["teacher"]["path"]))} if own.get("teacher") else {})
 
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
-
-
-def _guidance(algorithm: Row) -> dict[str, str]:
-    """What a student of a guided teacher needs to be told."""
-    if algorithm["type"] != "guidance_distill":
-        return {}
-    taught = build_algorithm(dict(algorithm)).config
-    if taught.guidance_range is not None:
-        low, high = taught.guidance_range
-        return {"Guidance": f"an input of the network, taught from {low:g} to {high:g}; costs no second evaluation"}
-    return {"Guidance": f"{taught.guidance_scale:g} is built in: sample with `guidance_scale=1`"}
 
 
 def _reward(reward: RewardConfig) -> str:

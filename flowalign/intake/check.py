@@ -7,19 +7,24 @@ import importlib
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.largest import IMAGES
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import RewardConfig
+from flowalign.config.sections import ModelConfig, RewardConfig
+from flowalign.config.teachers import TeacherConfig
+from flowalign.config.training import PretrainConfig
 from rewards.interface import Offers
+
+if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
+    from flowalign.algorithm import Algorithm, Needs
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
@@ -59,7 +64,7 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
     if error["type"] == "extra_forbidden":
         return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"
     if error["type"] == "missing":
-        return key, "is missing"
+        return key, f"is missing{_example(model, loc)}"
     if error["type"] == "value_error":
         return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
     if error["type"] == "string_pattern_mismatch":
@@ -74,6 +79,12 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
         text = error["input"].strip().replace(",", "" if whole else ".")
         reason += f"; write it {'without a comma' if whole else 'with a point'}: {text}"
     return key, f"got {_shown(error['input'])}, {reason}"
+
+
+def _example(model: type[BaseModel], loc: Key) -> str:
+    """What is written under a required key of ``model``, where the key says so."""
+    field = model.model_fields.get(str(loc[0])) if len(loc) == 1 else None
+    return f"; write such as {field.examples[0]}" if field is not None and field.examples else ""
 
 
 def _own_words(text: str, model: type[BaseModel], where: Key) -> tuple[str, str]:
@@ -130,14 +141,14 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _algorithm_leaves() -> list[str]:
-    from flowalign.algorithm import algorithm_class, known_algorithms
+    from flowalign.algorithms import algorithm_class, known_algorithms
 
     return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]
 
 
-def algorithm_of(raw: dict[str, Any]) -> Any:
+def algorithm_of(raw: dict[str, Any]) -> Algorithm:
     """The configured algorithm; raises ConfigError where there is none of the name or its options are wrong."""
-    from flowalign.algorithm import UnknownAlgorithm, algorithm_class, known_algorithms
+    from flowalign.algorithms import UnknownAlgorithm, algorithm_class, known_algorithms
 
     try:
         cls = algorithm_class(str(raw["type"]))
@@ -146,20 +157,18 @@ def algorithm_of(raw: dict[str, Any]) -> Any:
         named, known = str(raw["type"]), known_algorithms()
         near = get_close_matches(named, known, n=1) or [name for name in known if len(named) > 1 and named in name]
         raise ConfigError("algorithm.type", f"{reason}; did you mean {near[0]}?" if near else reason) from error
-    if "teachers" in cls.Config.model_fields and "teachers" not in raw:
-        raise ConfigError("algorithm.teachers", "is missing; name one or more, such as {better: {path: runs/better}}")
     try:
         return cls(cls.Config.model_validate(raw))
     except ValidationError as error:
         raise explain(error, cls.Config, ("algorithm",)) from error
 
 
-def parse_algorithm(raw: dict[str, Any], consumes: str) -> Any:
-    """`algorithm_of`, which must belong to the command of those that consume ``consumes``."""
+def parse_algorithm(raw: dict[str, Any], batch: str) -> Algorithm:
+    """`algorithm_of`, which must belong to the command of those that learn from a ``batch``."""
     algorithm = algorithm_of(raw)
-    learns_from = algorithm.consumes.__name__
+    learns_from = algorithm.needs.batch.__name__
     command = COMMANDS.get(learns_from)
-    if command != COMMANDS[consumes]:
+    if command != COMMANDS[batch]:
         advice = f"use `flowalign {command}`" if command else "no command makes that"
         raise ConfigError("algorithm.type", f"{raw['type']} learns from {learns_from}; {advice}")
     return algorithm
@@ -197,20 +206,20 @@ def _is_family(name: str) -> bool:
     return any({"load", "encode_prompts"} <= found for found in methods)
 
 
-def check_model(config: Any) -> None:
+def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
     """The model directory exists, is of the family's kind, and takes the image size.
 
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
     shape = check_pipeline("model.path", Path(config.model.path), config.model)
-    algorithm, own_teacher = getattr(config, "algorithm", {}), getattr(config, "teacher", None)
+    own_teacher = config.teacher if isinstance(config, PretrainConfig) else None
     if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
         raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
-    for name, teacher in (algorithm.get("teachers") or {}).items():
+    for name, teacher in needs.teachers.items():
         key = f"algorithm.teachers.{name}"
         own = _checked_teacher(key, teacher, config.model)
         if own is not None and own != shape:
-            raise ConfigError(f"{key}.path", f"{teacher['path']} has latents of {own}, the model's are {shape}")
+            raise ConfigError(f"{key}.path", f"{teacher.path} has latents of {own}, the model's are {shape}")
     if isinstance(config, AlignConfig) and config.data.preferences is not None:
         from flowalign.data.preferences import PreferencesError, check_source
 
@@ -220,7 +229,7 @@ def check_model(config: Any) -> None:
             raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
 
 
-def check_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | None:
+def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, int] | None:
     """The shape of a pipeline's latents, where its family can tell without loading it."""
     from flowalign.models.inspect import latent_shape
 
@@ -242,13 +251,13 @@ def check_pipeline(key: str, path: Path, model: Any) -> tuple[int, int, int] | N
         raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
 
 
-def _checked_teacher(key: str, teacher: Mapping[str, Any], model: Any) -> tuple[int, int, int] | None:
+def _checked_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
     """A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's."""
     from flowalign.record.checkpoint import CheckpointError, find
 
-    path = Path(teacher["path"])
+    path = Path(teacher.path)
     if (path / "model_index.json").is_file():
-        if teacher.get("weights", "model") != "model":
+        if teacher.weights != "model":
             raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
         return check_pipeline(f"{key}.path", path, model)
     try:
@@ -280,25 +289,26 @@ def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
         raise ConfigError(key, str(error).removeprefix(f"{key}: ")) from error
 
 
-def check_numbers(config: AlignConfig, algorithm: Any) -> None:
+def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
     """Counts that must fit together, and settings that need another one."""
-    _check_pairs_wanted(config, algorithm)
-    if algorithm.needs_scores and not config.rewards:
+    needs = algorithm.needs
+    _check_pairs_wanted(config, needs)
+    if needs.scores and not config.rewards:
         raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
     if config.learner.ema_decay is None:
         for key, value in (
-            ("algorithm.rollout_weights", algorithm.rollout_weights),
+            ("algorithm.rollout_weights", needs.rollout_weights),
             ("evaluation.weights", config.evaluation.weights),
         ):
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.rollout_plan(0, config.seed)
     _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
-    images = config.data.groups_per_iteration * int(getattr(algorithm.config, "group_size", 1))
+    images = config.data.groups_per_iteration * needs.group_size
     if images > IMAGES:
         raise ConfigError(
             "data.groups_per_iteration",
-            f"{config.data.groups_per_iteration:,} groups of {images // config.data.groups_per_iteration:,} are "
+            f"{config.data.groups_per_iteration:,} groups of {needs.group_size:,} are "
             f"{images:,} images an iteration; at most {IMAGES:,} are possible",
         )
     items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
@@ -325,9 +335,11 @@ def _check_plan(name: str, plan: Any, cached: bool) -> None:
         raise ConfigError("algorithm", f"{name} plans no step of kind {plan.kind}, so that it could learn nothing")
 
 
-def _check_pairs_wanted(config: AlignConfig, algorithm: Any) -> None:
+def _check_pairs_wanted(config: AlignConfig, needs: Needs) -> None:
     """Preference pairs are given where the algorithm learns from them, and nowhere else."""
-    wanted, given = algorithm.consumes.__name__ == "PreferencePairs", config.data.preferences is not None
+    from flowalign.types import PreferencePairs
+
+    wanted, given = needs.batch is PreferencePairs, config.data.preferences is not None
     if wanted and not given:
         raise ConfigError(
             "data.preferences",
@@ -348,14 +360,14 @@ def check_device(key: str, device: str, here: bool = True) -> None:
             raise ConfigError(key, f"{device}, but torch sees no GPU here; set {key}=cpu")
 
 
-def check_cores(config: AlignConfig) -> None:
+def check_cores(config: AlignConfig, needs: Needs) -> None:
     """The actors fit on this machine; they take turns, so its cores may be promised twice."""
     c, cores = config.cluster, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = {
         "cluster.rollout_cpus": c.rollout_workers * c.rollout_cpus,
         "cluster.reward_cpus": c.reward_workers * c.reward_cpus,
         "cluster.learner_cpus": config.learner.ranks * c.learner_cpus,
-        "cluster.teacher_cpus": len(config.algorithm.get("teachers") or ()) * c.teacher_cpus * c.has_teacher_actors,
+        "cluster.teacher_cpus": len(needs.teachers) * c.teacher_cpus * c.has_teacher_actors,
     }
     if sum(asked.values()) > CORES_PROMISED * cores:
         key = max(asked, key=lambda name: asked[name])

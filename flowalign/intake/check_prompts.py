@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig, EvaluationConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
@@ -110,11 +111,11 @@ def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Seque
         )
 
 
-def check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:
+def check_tasks_taught(config: AlignConfig, needs: Needs) -> None:
     """Every task of the prompts has its teacher."""
     from flowalign.data.prompts import PromptsError, load_prompts
 
-    if not hasattr(algorithm, "teacher_of"):
+    if needs.teacher_of is None:
         return
     try:
         rows = load_prompts(config.data.prompts)
@@ -124,6 +125,6 @@ def check_tasks_taught(config: AlignConfig, algorithm: Any) -> None:
     try:
         for row in rows:
             if weights.get(str(row.get("tag", "")), 1):
-                algorithm.teacher_of(row)
+                needs.teacher_of(row)
     except ValueError as error:
         raise ConfigError("algorithm.teachers", str(error).removeprefix("algorithm.teachers: ")) from error

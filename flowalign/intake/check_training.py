@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import canonical, formulation, may_learn
 from flowalign.config.section import ConfigError
@@ -35,7 +35,7 @@ def check_caches(config: AlignConfig) -> None:
         )
 
 
-def check_training(config: PretrainConfig, algorithm: Any) -> None:
+def check_training(config: PretrainConfig, needs: Needs) -> None:
     """The latents are there, and algorithm, network and teacher fit together."""
     if not config.phases:
         raise ConfigError("phases", "is empty; give at least one phase of training")
@@ -46,17 +46,17 @@ def check_training(config: PretrainConfig, algorithm: Any) -> None:
         whole = (Path(bank) / "manifest.json").is_file() or (Path(bank) / "latents.safetensors").is_file()
         if not whole or not (Path(bank) / "prompts.json").is_file():
             raise ConfigError(key, f"{bank} holds no latents; make them first, with flowalign precompute or make-pairs")
-    wants_teacher, name = "teacher" in algorithm.models, config.algorithm["type"]
-    if wants_teacher and config.teacher is None:
+    name = config.algorithm["type"]
+    if needs.teacher and config.teacher is None:
         raise ConfigError("teacher", f"is missing; {name} learns from one, give teacher.path")
-    if config.teacher is not None and not wants_teacher:
+    if config.teacher is not None and not needs.teacher:
         raise ConfigError("teacher", f"{name} learns from none; leave it out")
-    lacking = [key for key in getattr(algorithm, "inputs", ()) if key not in (config.model.inputs or ())]
+    lacking = [key for key in needs.inputs if key not in (config.model.inputs or ())]
     if lacking:
         raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
-    network, trained = config.model.family or "rf", getattr(algorithm.config, "family", "rf")
-    if not may_learn(network, trained):
-        raise ConfigError("model.family", f"is {network}, which cannot learn {trained}; name the same in both")
+    network = config.model.family or "rf"
+    if not may_learn(network, needs.family):
+        raise ConfigError("model.family", f"is {network}, which cannot learn {needs.family}; name the same in both")
     if config.zero_stage == 3 and config.compile:
         raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import Scheduled
+from flowalign.algorithm import Algorithm, AlgorithmConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
@@ -44,7 +44,7 @@ def schedule_of(model: ModelConfig, require_files: bool = True) -> PipelineSched
         raise ConfigError("model.path", str(error).removeprefix("model.path: ")) from error
 
 
-def filled(config: Any, model: ModelConfig, own: PipelineSchedule) -> dict[str, Any]:
+def filled(config: AlgorithmConfig, model: ModelConfig, own: PipelineSchedule) -> dict[str, Any]:
     """All keys of the algorithm; ``shift`` null becomes the model's own, but stays null beside a dynamic one."""
     values: dict[str, Any] = config.model_dump(mode="json")
     if "shift" in values and values["shift"] is None and not own.dynamic and Path(model.path).exists():
@@ -53,23 +53,15 @@ def filled(config: Any, model: ModelConfig, own: PipelineSchedule) -> dict[str, 
 
 
 def check_walks(
-    model: ModelConfig, algorithm: Any, own: PipelineSchedule, section: str, sampling: SamplingConfig
+    model: ModelConfig, algorithm: Algorithm, own: PipelineSchedule, section: str, sampling: SamplingConfig
 ) -> None:
     """The algorithm's levels exist, so do those of ``sampling``, the section of that name, and its solver."""
     check_sampling(section, sampling)
     algorithm.schedule = own
-    if isinstance(algorithm, Scheduled):
-        try:
-            algorithm.check_schedule()
-        except ValueError as error:
-            raise _keyed("algorithm", error) from error
-    elif getattr(algorithm.config, "shift", 0) is None and not own.is_static:
-        raise ConfigError(
-            "algorithm.shift",
-            "is null, and this algorithm makes levels of its own, which are not those of the model's pipeline "
-            f"({own.converts or 'use_dynamic_shifting'}); give a number, or let it inherit "
-            "flowalign.algorithm.Scheduled",
-        )
+    try:
+        algorithm.check_schedule()
+    except ValueError as error:
+        raise _keyed("algorithm", error) from error
     if model.family not in (None, "rf"):
         return
     try:

@@ -15,6 +15,7 @@ from typing import Any, Generic
 
 from pydantic import ValidationError
 
+from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig, SamplingConfig
@@ -202,12 +203,12 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
         clip = RewardConfig(spec="clip", options={"path": config.safety.clip})
         need(checks.check_reward, "safety.clip", clip, base, EVALUATION)
     algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
-    need(checks.check_model, config)
+    need(checks.check_model, config, algorithm.needs)
     need(check_caches, config)
     need(promptcheck.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
     need(promptcheck.check_task_weights, config.data.task_weights, config.data.prompts, base)
     need(promptcheck.check_reward_tasks, config.rewards, config.data.prompts, base)
-    need(promptcheck.check_tasks_taught, config, algorithm)
+    need(promptcheck.check_tasks_taught, config, algorithm.needs)
     if config.evaluation.every:
         need(
             partial(promptcheck.check_prompts, advice=DEFAULT_JUDGE if config.evaluation.scorer is None else ""),
@@ -220,7 +221,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     here = config.cluster.backend == "local" or config.cluster.address is None
     need(checks.check_device, "cluster.device", config.cluster.device, here)
     if config.cluster.backend == "ray" and here:
-        need(checks.check_cores, config)
+        need(checks.check_cores, config, algorithm.needs)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
     return Loaded(config, base, tuple(missing))
@@ -231,14 +232,14 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
         raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
     config = resolve(validate(PretrainConfig, raw), base)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
-    check_training(config, algorithm)
-    checks.check_model(config)
+    check_training(config, algorithm.needs)
+    checks.check_model(config, algorithm.needs)
     checks.check_device("device", config.device)
     return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
 
 
 def _walked(
-    config: Config, algorithm: Any, section: str, sampling: SamplingConfig, require_files: bool = True
+    config: Config, algorithm: Algorithm, section: str, sampling: SamplingConfig, require_files: bool = True
 ) -> Config:
     """``config`` with all keys of its algorithm, whose levels exist, as those of ``sampling`` do."""
     check_finite(algorithm.config.model_dump(), "algorithm")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithms.diffusion_dpo import best_worst_pairs
+from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig

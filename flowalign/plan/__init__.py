@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.models.inspect import FALLBACK_FOLDER, ModelSizes, default_lora_targets, inspect_model, own_schedule
-from flowalign.plan.geometry import Geometry, plan_geometry, teachers_of
+from flowalign.plan.geometry import Geometry, plan_geometry
 from flowalign.plan.memory import Memory, plan_memory
 from rewards.missing import hint
 
@@ -57,10 +57,10 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     geometry = plan_geometry(config, algorithm)
     sizes, teachers = _sizes(config, directory), {}
-    for name, teacher in teachers_of(algorithm).items():
+    for name, teacher in algorithm.needs.teachers.items():
         if (Path(teacher.path) / "model_index.json").is_file():
             teachers[name] = _sizes(config, Path(teacher.path))
-    memory = plan_memory(config, algorithm, geometry, sizes, teachers)
+    memory = plan_memory(config, algorithm.needs, geometry, sizes, teachers)
     return Plan(
         geometry,
         sizes,

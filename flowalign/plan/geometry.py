@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.teachers import TeacherConfig
 from flowalign.flow.guidance import guides
 from flowalign.flow.solvers import evaluations
 from flowalign.models.inspect import extra_inputs
-
-TEACHER = "teacher:"
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,10 @@ class Geometry:
     evaluation_passes: int
 
 
-def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
+def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     """Counts that follow from the configuration and the algorithm's own rollout plan."""
-    spec = algorithm.rollout_plan(0, config.seed)
-    group_size = int(getattr(algorithm.config, "group_size", 1))
-    images = config.data.groups_per_iteration * group_size
+    spec, needs = algorithm.rollout_plan(0, config.seed), algorithm.needs
+    images = config.data.groups_per_iteration * needs.group_size
     num_steps = 0 if spec is None else spec.num_steps
     window = 0 if spec is None else spec.window[1] - spec.window[0]
     transitions = images * max(window, 1)
@@ -54,14 +52,14 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
     per_step = math.ceil(transitions / learner.updates_per_iteration)
     inputs = config.model.inputs
     guided = 1 if spec is None else _passes(spec.guidance_scale, inputs)
-    own = getattr(algorithm.config, "update_guidance_scale", None)
+    own = needs.update_guidance_scale
     update_guided = guided if own is None else _passes(own, inputs)
     items = transitions * learner.epochs * update_guided
     evaluation = config.evaluation
     micro_batches = math.ceil(per_step / learner.micro_batch_size)
     return Geometry(
         groups=config.data.groups_per_iteration,
-        group_size=group_size,
+        group_size=needs.group_size,
         images=images,
         chunks=math.ceil(images / config.rollout.chunk_size),
         chunk_size=config.rollout.chunk_size,
@@ -73,10 +71,9 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
         micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
         micro_batch_size=learner.micro_batch_size,
         rollout_passes=0 if spec is None else images * evaluations(spec.solver, num_steps) * guided,
-        learner_forward_passes=items * sum(not role.startswith(TEACHER) for role in algorithm.models),
+        learner_forward_passes=items * (len(needs.roles) - len(needs.teachers)),
         learner_backward_passes=items,
-        teacher_passes=transitions
-        * max((_teacher_passes(t, inputs) for t in teachers_of(algorithm).values()), default=0),
+        teacher_passes=transitions * max((_teacher_passes(t, inputs) for t in needs.teachers.values()), default=0),
         evaluation_passes=evaluation.num_samples
         * evaluations(evaluation.solver, evaluation.num_steps)
         * _passes(evaluation.guidance_scale, inputs)
@@ -85,18 +82,12 @@ def plan_geometry(config: AlignConfig, algorithm: Any) -> Geometry:
     )
 
 
-def teachers_of(algorithm: Any) -> dict[str, Any]:
-    """The configuration of every teacher, by name."""
-    names = [role.removeprefix(TEACHER) for role in algorithm.models if role.startswith(TEACHER)]
-    return {name: algorithm.config.teachers[name] for name in names}
-
-
 def _passes(guidance_scale: float, inputs: Sequence[str] | None) -> int:
     """Evaluations for one velocity: a network that takes the guidance as an input needs no second."""
     return 2 if guides(guidance_scale) and "guidance" not in (inputs or ()) else 1
 
 
-def _teacher_passes(teacher: Any, inputs: Sequence[str] | None) -> int:
+def _teacher_passes(teacher: TeacherConfig, inputs: Sequence[str] | None) -> int:
     """A teacher that is no pipeline is a run of the model, and takes what the model takes."""
     path = Path(teacher.path)
     return _passes(teacher.guidance_scale, extra_inputs(path) if (path / "model_index.json").is_file() else inputs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig
 from flowalign.models.inspect import ModelSizes
-from flowalign.plan.geometry import Geometry, teachers_of
+from flowalign.plan.geometry import Geometry
 
 # Bytes a token and layer keep for the backward pass, in units of width × element size
 # (arXiv:2205.05198, eq. 1, without the attention scores, which fused attention never stores).
@@ -50,7 +50,7 @@ class Memory:
 
 
 def plan_memory(
-    config: AlignConfig, algorithm: Any, geometry: Geometry, sizes: ModelSizes, teachers: Mapping[str, ModelSizes]
+    config: AlignConfig, needs: Needs, geometry: Geometry, sizes: ModelSizes, teachers: Mapping[str, ModelSizes]
 ) -> Memory:
     """Bytes of a rollout worker, of a learner rank and of each teacher; what could be trained is float32 everywhere.
 
@@ -75,20 +75,18 @@ def plan_memory(
         learner_gradients=trainable // shards[1],
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0],
         learner_ema=trainable if learner.ema_decay is not None else 0,
-        learner_reference=_reference(algorithm, lora, base + trainable),
+        learner_reference=_reference(needs, lora, base + trainable),
         learner_activations=_KEPT_PER_TOKEN * token * micro,
         trajectories=geometry.images * (geometry.window_steps + 2) * latent,
         teachers={
-            name: teachers[name].transformer * 4 if name in teachers else base + trainable
-            for name in teachers_of(algorithm)
+            name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers
         },
         teachers_in_learner=not config.cluster.has_teacher_actors,
     )
 
 
-def _reference(algorithm: Any, lora: bool, network: int) -> int:
+def _reference(needs: Needs, lora: bool, network: int) -> int:
     """A frozen copy of the network; without its adapter a LoRA's network is its own, unless the reference moves."""
-    if "reference" not in algorithm.models:
+    if needs.reference is None:
         return 0
-    refreshed = getattr(algorithm, "reference_refresh", None) is not None
-    return network if refreshed or not lora else 0
+    return network if needs.reference.refresh is not None or not lora else 0

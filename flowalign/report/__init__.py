@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.record.accepted import changes_of
 from flowalign.record.checkpoint import CheckpointError, latest
@@ -136,8 +137,16 @@ def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:
     return table
 
 
+def _group_size(config: AlignConfig) -> int | None:
+    """Images of a group; of an algorithm of the user's, whose code a report does not run, what its options say."""
+    algorithm, written = shipped_algorithm(config.algorithm), config.algorithm.get("group_size")
+    if algorithm is not None:
+        return algorithm.needs.group_size
+    return None if written is None else int(written)
+
+
 def _facts(config: AlignConfig, rows: list[Row], trained: list[Row]) -> dict[str, Any]:
-    per_iteration = config.data.groups_per_iteration * int(config.algorithm.get("group_size", 1))
+    per_iteration = config.data.groups_per_iteration * (_group_size(config) or 1)
     if config.data.preferences is not None:
         per_iteration = 0
     speeds = [s for row in trained if (s := _finite(row.get("throughput/images_per_s"))) is not None]
@@ -204,7 +213,7 @@ def _health(trained: list[Row]) -> list[dict[str, Any]]:
 def _settings(config: AlignConfig) -> dict[str, str]:
     """What a reader asks first about a run."""
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
-    group, pairs = algorithm.get("group_size"), config.data.preferences
+    group, pairs = _group_size(config), config.data.preferences
     optimizer = config.learner.optimizer
     return {
         "Algorithm": str(algorithm["type"]),

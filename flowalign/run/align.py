@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import SHIPPED
 from flowalign.data.preferences import left_out
@@ -148,13 +148,13 @@ def found(config: AlignConfig, run: Run) -> Iterator[str]:
     """What there is to learn from and to evaluate with, how many of the prompts the text encoders cut, and whose shift
     the configuration's replaces."""
     data, model = config.data, Path(config.model.path)
-    batch = f"{data.groups_per_iteration} groups of {run.algorithm.config.group_size} images an iteration"
+    batch = f"{data.groups_per_iteration} groups of {run.algorithm.needs.group_size} images an iteration"
     if data.preferences is not None:
         yield f"preference pairs: {data.preferences}, {data.groups_per_iteration} an iteration"
     elif isinstance(run.sampler, GroupSampler):
         note = prompt_note(model, run.sampler.prompts)
         yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
-    replaced = run.algorithm.schedule.replacement(config.algorithm.get("shift"))
+    replaced = run.algorithm.replaced_levels()
     if replaced is not None and data.preferences is None:
         yield f"levels: {replaced}"
     if run.evaluation is not None:
@@ -176,7 +176,7 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
     sampler = GroupSampler(
         load_prompts(config.data.prompts, base_dir),
         groups=config.data.groups_per_iteration,
-        group_size=algorithm.config.group_size,
+        group_size=algorithm.needs.group_size,
         seed=config.seed,
         task_weights=config.data.task_weights,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel
+from flowalign.algorithm import Algorithm, LossOutput, VelocityModel
 from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
@@ -25,7 +25,7 @@ class Learner:
 
     def __init__(
         self,
-        algorithm: Any,
+        algorithm: Algorithm,
         models: Mapping[str, VelocityModel],
         engine: Engine,
         *,
@@ -36,7 +36,7 @@ class Learner:
         ema_decay: float | None = None,
         device: str = "cpu",
     ) -> None:
-        self.algorithm, self.engine = algorithm, engine
+        self.algorithm, self.needs, self.engine = algorithm, algorithm.needs, engine
         self.models = {role: fixed_geometry(model, micro_batch_size) for role, model in models.items()}
         self.micro_batch_size, self.updates, self.epochs = micro_batch_size, updates_per_iteration, epochs
         self.seed, self.device = seed, device
@@ -71,10 +71,9 @@ class Learner:
     def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
         """The algorithm's ``prepare``, without gradients; every rank computes all of it."""
         models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
-        rolls_out = "rollout" in self.algorithm.models
-        if rolls_out:
+        if self.needs.rollout:
             models["rollout"] = models.pop("policy")
-        with torch.no_grad(), self._rollout_weights_bound(rolls_out):
+        with torch.no_grad(), self._rollout_weights_bound():
             return self.algorithm.prepare(batch, scores, models)
 
     def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
@@ -93,14 +92,14 @@ class Learner:
         return call
 
     @contextmanager
-    def _rollout_weights_bound(self, wanted: bool) -> Iterator[None]:
-        """Inside, the network holds what `weights` gives to rollouts; afterwards its own again, bit for bit.
+    def _rollout_weights_bound(self) -> Iterator[None]:
+        """Inside, the network holds what `weights` gives to rollouts, if that is asked for; afterwards its own again.
 
         Weights and their master copies alone are exchanged, never moments or step counts, on every ZeRO stage. Where
         the policy itself rolled out there is nothing to do; else it is a collective call that gathers the weights
         once and loads them twice.
         """
-        if not wanted or self.algorithm.rollout_weights == "policy" or self.ema is None:
+        if not self.needs.rollout or self.needs.rollout_weights == "policy" or self.ema is None:
             yield
             return
         own = self.engine.weights()
@@ -125,12 +124,12 @@ class Learner:
             self.ema.update(self.engine.weights())
         return metrics
 
-    def _loss(self, minibatch: TrainBatch) -> Any:
+    def _loss(self, minibatch: TrainBatch) -> LossOutput:
         return self.algorithm.loss(self.models, minibatch)
 
     def weights(self) -> dict[str, Tensor]:
         """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
-        if self.algorithm.rollout_weights == "ema" and self.ema is not None:
+        if self.needs.rollout_weights == "ema" and self.ema is not None:
             return self.ema.state()
         return self.engine.weights()
 

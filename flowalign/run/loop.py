@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flowalign.algorithm import Algorithm
 from flowalign.record.metrics import Clock
 from flowalign.samples.scoring import require_valid, reward_metrics
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
@@ -68,7 +69,7 @@ class Journal(Protocol):
 class Run:
     """The fixed parts of a run."""
 
-    algorithm: Any
+    algorithm: Algorithm
     sampler: Sampler
     evaluation: tuple[PromptBatch, RolloutSpec, int] | None
     iterations: int
@@ -95,7 +96,7 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
             count = journal.doing("rollout")
             collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed, count=count)
         clock.lap("collect_s")
-        if collected is not None and run.algorithm.needs_scores:
+        if collected is not None and run.algorithm.needs.scores:
             require_valid(collected.scores, run.min_valid_fraction)
         rollout, scores = (None, None) if collected is None else (collected.rollout, collected.scores)
         journal.doing("learning")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel
+from flowalign.algorithm import Algorithm, Models, VelocityModel
 from flowalign.config.training import PhaseConfig, PretrainConfig
 from flowalign.data.feed import Feed
 from flowalign.engine import process_group
@@ -114,7 +114,7 @@ class Averages:
 def pretrain(
     config: PretrainConfig,
     policy: Policy,
-    algorithm: Any,
+    algorithm: Algorithm,
     engine: Engine,
     run_dir: Path,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -185,7 +185,7 @@ def pretrain(
     return PretrainResult(done, last)
 
 
-def _update(engine: Engine, algorithm: Any, models: Any, batch: TrainBatch, size: int) -> dict[str, float]:
+def _update(engine: Engine, algorithm: Algorithm, models: Models, batch: TrainBatch, size: int) -> dict[str, float]:
     """One optimizer step over a batch, whose micro-batches the ranks share."""
     parts = list(torch.arange(len(batch)).split(size))
     if len(parts) == engine.world_size == 1:

@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.algorithm import VelocityModel, teacher_role
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
 from flowalign.engine.base import EngineSettings
 from flowalign.models.base import ModelError, Policy
@@ -24,7 +26,6 @@ from flowalign.record.checkpoint import CheckpointError, content_hash
 from flowalign.samples.opened import open_policy, torch_threads
 from flowalign.types import Condition
 
-ROLE = "teacher:"
 KEPT_ANSWERS = 64  # micro-batches that one rank may be behind another and still find its answer
 
 
@@ -45,7 +46,7 @@ class LoadedTeacher:
     """
 
     def __init__(self, config: AlignConfig, name: str) -> None:
-        wanted, model = build_algorithm(config.algorithm).config.teachers[name], config.model
+        wanted, model = teachers_of(config)[name], config.model
         try:
             self._policy, _ = open_policy(Path(wanted.path), config, wanted.weights)
         except CheckpointError as error:
@@ -105,24 +106,27 @@ def ask(send: Callable[..., Tensor]) -> VelocityModel:
 
 
 def load_teachers(
-    config: AlignConfig, algorithm: Any, policy: Policy, shared: Mapping[str, Teacher] | None = None
+    config: AlignConfig,
+    wanted: Mapping[str, TeacherConfig],
+    policy: Policy,
+    shared: Mapping[str, Teacher] | None = None,
 ) -> dict[str, VelocityModel]:
-    """The networks of the roles ``teacher:<name>``: those of ``shared`` by name, all others loaded here.
+    """The networks of the teachers ``wanted``, by role: those of ``shared`` by name, all others loaded here.
 
     Raises:
         ModelError: a teacher encodes prompts or images otherwise than the model.
     """
-    names = teacher_names(algorithm)
-    found = {name: (shared or {}).get(name) or LoadedTeacher(config, name) for name in names}
+    found = {name: (shared or {}).get(name) or LoadedTeacher(config, name) for name in wanted}
     if found:
         own = encoding(policy, config.model.height, config.model.width)
         for name, teacher in found.items():
-            _check(name, algorithm.config.teachers[name].path, teacher.encoding(), own)
-    return {ROLE + name: teacher.velocity for name, teacher in found.items()}
+            _check(name, wanted[name].path, teacher.encoding(), own)
+    return {teacher_role(name): teacher.velocity for name, teacher in found.items()}
 
 
-def teacher_names(algorithm: Any) -> list[str]:
-    return [role.removeprefix(ROLE) for role in algorithm.models if role.startswith(ROLE)]
+def teachers_of(config: AlignConfig) -> Mapping[str, TeacherConfig]:
+    """Those that the run's algorithm learns from, by name."""
+    return build_algorithm(config.algorithm).needs.teachers
 
 
 def _check(name: str, path: str, teacher: Encoding, own: Encoding) -> None:

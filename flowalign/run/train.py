@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.algorithm import Needs, VelocityModel
+from flowalign.algorithms import build_algorithm
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
@@ -131,14 +132,13 @@ def _run(
     if saved is not None and saved.step >= steps:
         say(f"{run_dir} has done all {saved.step} steps already; add a phase to `phases` to continue")
         return
-    own = own_schedule(config.model)
-    algorithm = build_algorithm(config.algorithm, own)
+    algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     _say_start(config, console, run_dir, rank, anew=saved is None)
-    if "grid" in config.algorithm and (replaced := own.replacement(config.algorithm.get("shift"))):
+    if replaced := algorithm.replaced_levels():
         console.print(f"levels: {replaced}", **PLAIN)
     loading = time.monotonic()
     policy = load_policy(config.model, device=config.device)
-    roles = build_roles(config, policy, algorithm)
+    roles = build_roles(config, policy, algorithm.needs)
     trained, total = count_parameters(policy.network)
     engine = _engine(config, policy, rank)
     stop.meet()
@@ -210,23 +210,23 @@ def _take(
     begin()
 
 
-def build_roles(config: PretrainConfig, policy: Policy, algorithm: Any) -> Roles:
-    """Load the teacher, copy the policy for its average, take apart the features: what ``algorithm`` declares.
+def build_roles(config: PretrainConfig, policy: Policy, needs: Needs) -> Roles:
+    """Load the teacher, copy the policy for its average, take apart the features: all that an algorithm ``needs``.
 
     Raises:
         ConfigError: a teacher is missing, or does not share the student's latents.
     """
     roles = Roles()
-    if "teacher" in algorithm.models:
+    if needs.teacher:
         if config.teacher is None:
             raise ConfigError("teacher", f"{config.algorithm['type']} needs one; give teacher.path")
         roles.models["teacher"] = _frozen(_teacher(config, policy))
-    if "ema" in algorithm.models:
+    if needs.average:
         average = copy.copy(policy)
         average.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
         roles.models["ema"] = _frozen(average)
         roles.follower = lambda weights: bind_weights(average.network, weights)
-    if getattr(algorithm, "needs_features", False):
+    if needs.features:
         roles.models["features"] = ImageFeatures(policy, Path(config.features))  # type: ignore[assignment]
     return roles
 

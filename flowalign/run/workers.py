@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithm import VelocityModel
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import check_shared, load_pairs
@@ -160,15 +161,17 @@ class LearnerWorker:
         self.policy = policy = load_policy(config.model, device=config.cluster.device)
         self.parameters = count_parameters(policy.network)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
-        models: dict[str, Any] = {"policy": policy.velocity, **load_teachers(config, algorithm, policy, teachers)}
-        refresh = getattr(algorithm, "reference_refresh", None)
-        self.reference = None if refresh is None else RefreshedReference(policy, refresh)
-        if self.reference is not None:
+        models: dict[str, VelocityModel] = {"policy": policy.velocity}
+        models |= load_teachers(config, algorithm.needs.teachers, policy, teachers)
+        needs = algorithm.needs
+        self.reference: RefreshedReference | None = None
+        if needs.reference is not None and needs.reference.refresh is not None:
+            self.reference = RefreshedReference(policy, needs.reference.refresh)
             models["reference"] = self.reference.velocity
-        elif "reference" in algorithm.models:
+        elif needs.reference is not None:
             models["reference"] = reference_velocity(policy)
         self.pairs: PairSampler | None = None
-        if algorithm.consumes is PreferencePairs:
+        if needs.batch is PreferencePairs:
             self.pairs = load_pairs(config, policy, rank=rank, world_size=world_size)
         engine = build_engine(
             policy.network,

@@ -50,6 +50,7 @@ def main() -> None:
     def iterate(iteration: int) -> None:
         backend.sync()
         spec = run.algorithm.rollout_plan(iteration, run.seed)
+        assert spec is not None
         collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
         backend.update(collected.rollout, collected.scores, iteration)
 

@@ -68,6 +68,7 @@ def local(iterations: int) -> dict[str, float]:
     for iteration in range(iterations):
         watch.seconds, began = 0.0, time.perf_counter()
         spec = run.algorithm.rollout_plan(iteration, run.seed)
+        assert spec is not None
         collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
         backend.update(collected.rollout, collected.scores, iteration)
         backend.sync()

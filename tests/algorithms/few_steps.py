@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.flow import schedule
 from flowalign.flow.path import interpolate, per_sample, x0_from_velocity
 from flowalign.flow.randomness import seeded

@@ -2,17 +2,17 @@
 
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.flow import sde
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.types import PromptBatch, Rollout
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition
 
 
-def grpo(**changes):
+def grpo(**changes) -> FlowGRPO:
     window = {"kind": "fixed", "start": 1, "size": 3}
     options = {"num_steps": 6, "noise_level": 0.6, "group_size": 4, "window": window, **changes}
-    return build_algorithm({"type": "flow_grpo", **options})
+    return FlowGRPO(FlowGRPO.Config.model_validate({"type": "flow_grpo", **options}))
 
 
 def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Rollout:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from flowalign.algorithm import VelocityModel, build_algorithm
+from flowalign.algorithm import VelocityModel
+from flowalign.algorithms import build_algorithm
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
@@ -20,6 +21,7 @@ from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
 from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, RolloutSpec, Update, cat_rollouts
+from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
 
 MODES = 2.0 * torch.tensor([[math.cos(a), math.sin(a)] for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)])
@@ -165,18 +167,19 @@ class MixtureRun:
         self.workers, self.chunk = [MixturePolicy() for _ in range(workers)], chunk
         self.prompts, self.groups, self.seed = prompts, groups, seed
         policy: Any = self.policy
-        every = getattr(self.algorithm, "reference_refresh", None)
+        needs = self.algorithm.needs
+        every = None if needs.reference is None else needs.reference.refresh
         self.refreshed = None if every is None else RefreshedReference(policy, every)
         reference = reference_velocity(policy) if self.refreshed is None else self.refreshed.velocity
         known = {"policy": policy.velocity, "reference": reference, **(models or {})}
         settings = EngineSettings(type="torch", learning_rate=learning_rate)
         self.learner = Learner(
             self.algorithm,
-            {role: model for role, model in known.items() if role in self.algorithm.models},
+            {role: model for role, model in known.items() if role in needs.roles},
             build_engine(policy.network, settings, **(place or {})),
             **{"micro_batch_size": 256, "seed": seed, **learner},
         )
-        self.pairs = None if self.algorithm.consumes is Rollout else LabelledPairs(prompts)
+        self.pairs = None if needs.batch is Rollout else LabelledPairs(prompts)
 
     def step(self, iteration: int) -> Update:
         if self.pairs is not None:
@@ -184,7 +187,7 @@ class MixtureRun:
         else:
             made = self.rollout(iteration)
             modes = [int(prompt) for prompt in made.batch.prompts]
-            scores = make_scores(reward(made.final_NCHW, modes)) if self.algorithm.needs_scores else None
+            scores = make_scores(reward(made.final_NCHW, modes)) if self.algorithm.needs.scores else None
             update = self.learner.update(made, scores, iteration)
         if self.refreshed is not None and self.refreshed.due(iteration):
             self.refreshed.take(self.learner.engine.weights())
@@ -193,8 +196,8 @@ class MixtureRun:
     def rollout(self, iteration: int) -> Rollout:
         for worker in self.workers:
             bind_weights(worker.network, self.learner.weights())
-        batch = prompt_batch(iteration, self.prompts, self.groups, self.algorithm.config.group_size)
-        spec, version, made = self.algorithm.rollout_plan(iteration, self.seed), self.learner.version, []
+        batch = prompt_batch(iteration, self.prompts, self.groups, self.algorithm.needs.group_size)
+        spec, version, made = plan_of(self.algorithm, iteration, self.seed), self.learner.version, []
         for i, chunk in enumerate(batch.chunks(self.chunk or len(batch))):
             worker: Any = self.workers[i % len(self.workers)]
             made.append(rollout(worker, chunk, spec, seed=self.seed, policy_version=version, geometry=self.chunk))

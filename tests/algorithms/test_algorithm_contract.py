@@ -7,12 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import UnknownAlgorithm, algorithm_class, build_algorithm
+from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.config.section import ConfigError
 from flowalign.flow import schedule
 from flowalign.intake.file import load_align
 from flowalign.types import Rollout
+from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout
 from tests.tiny import write_config
 
@@ -114,15 +115,16 @@ def test_the_shipped_configuration_of_each_is_valid(name: str) -> None:
 
 
 OWN = """
-from flowalign.algorithm import AlgorithmConfig
+from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs
 from flowalign.types import Rollout, RolloutSpec
 
-class Mine:
+class Mine(Algorithm):
     class Config(AlgorithmConfig):
         group_size: int = 4
         noisy: int = 1
-    consumes, needs_scores, models, rollout_weights = Rollout, True, ("policy",), "policy"
-    def __init__(self, config): self.config = config
+    @property
+    def needs(self):
+        return Needs(Rollout, scores=True, group_size=self.config.group_size)
     def rollout_plan(self, iteration, seed):
         return RolloutSpec("flow", (1.0, 0.5, 0.0), (0, self.config.noisy), 0.7)
     def prepare(self, batch, scores, models): ...
@@ -134,11 +136,13 @@ def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     name = f"{tmp_path / 'own.py'}:Mine"
     assert algorithm_class(name) is algorithm_class(name)
-    assert build_algorithm({"type": name, "noisy": 2}).rollout_plan(0, 0).window == (0, 2)
+    assert plan_of(build_algorithm({"type": name, "noisy": 2})).window == (0, 2)
     with pytest.raises(UnknownAlgorithm, match=r"own\.py has no .Mind.; did you mean Mine\?"):
         algorithm_class(f"{tmp_path / 'own.py'}:Mind")
     with pytest.raises(UnknownAlgorithm, match=r"cannot import '.*absent.py': .*No such file"):
         algorithm_class(f"{tmp_path / 'absent.py'}:Mine")
+    with pytest.raises(UnknownAlgorithm, match=r"own\.py:AlgorithmConfig is no subclass of .*Algorithm"):
+        algorithm_class(f"{tmp_path / 'own.py'}:AlgorithmConfig")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithm import Reference
+from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.awm import AWM
 from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
@@ -13,8 +15,8 @@ REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 WEIGHTINGS = ("uniform", "t", "ghuber")
 
 
-def awm(**changes):
-    return build_algorithm({"type": "awm", "group_size": 4, "num_steps": 6, "timesteps": 3, **changes})
+def awm(**changes) -> AWM:
+    return AWM(AWM.Config.model_validate({"type": "awm", "group_size": 4, "num_steps": 6, "timesteps": 3, **changes}))
 
 
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
@@ -69,7 +71,7 @@ def test_without_a_clip_range_the_loss_is_minus_the_advantage_times_the_log_prob
     output = algorithm.loss({"policy": policy}, by_hand(target=(2.0, 0.0), advantage=2.0))
     assert output.loss.item() == pytest.approx(5.0)
     assert gradients(output, policy)[0].flatten().tolist() == pytest.approx([-2.0, 4.0])
-    assert algorithm.models == ("policy",)
+    assert algorithm.needs.roles == ("policy",)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -165,6 +167,6 @@ def test_the_smallest_error_has_a_finite_gradient():
 
 def test_a_reference_that_follows_the_policy_needs_a_kl():
     refreshed = build_algorithm({"type": "awm", "beta": 1.0, "reference_refresh": 4})
-    assert refreshed.reference_refresh == 4 and "reference" in refreshed.models
+    assert refreshed.needs.reference == Reference(refresh=4)
     with pytest.raises(ValidationError, match="without a KL there is no reference"):
         build_algorithm({"type": "awm", "reference_refresh": 4})

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.algorithm import UnknownAlgorithm, algorithm_class, build_algorithm, known_algorithms
+from flowalign.algorithm import Algorithm
+from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
 from flowalign.types import LatentBatch, Rollout, RolloutSpec
+from tests.algorithms.every import DEFAULTS
 from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
 
-NAMES = known_algorithms()
 # Options that change which networks are asked, or for what; every algorithm runs with its defaults as well.
 VARIANTS = {
     "consistency heun": {"type": "consistency", "solver": "heun", "guidance_scale": 3, "loss": "squared"},
@@ -20,22 +21,23 @@ VARIANTS = {
     "reflow lpips": {"type": "reflow", "loss": "lpips_huber"},
     "reflow lpips over t": {"type": "reflow", "loss": "lpips_huber_over_t"},
 }
-CONFIGS = {**{name: {"type": name} for name in NAMES}, **VARIANTS}
+CONFIGS = {**DEFAULTS, **VARIANTS}
 
 
 def models_for(algorithm) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.models)}
-    if getattr(algorithm, "needs_features", False):
+    models: dict[str, nn.Module] = {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.needs.roles)}
+    if algorithm.needs.features:
         models["features"] = TwoMaps()
     return models
 
 
 def batch_for(algorithm, policy):
-    """A batch of what the algorithm consumes, and scores if it needs them."""
-    scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if algorithm.needs_scores else None
-    if algorithm.consumes is Rollout:
+    """A batch of what the algorithm learns from, and scores if it needs them."""
+    needs = algorithm.needs
+    scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if needs.scores else None
+    if needs.batch is Rollout:
         return make_rollout(policy, algorithm.rollout_plan(0, 0)), scores
-    assert algorithm.consumes is LatentBatch, f"teach this test to make a {algorithm.consumes.__name__}"
+    assert needs.batch is LatentBatch, f"teach this test to make a {needs.batch.__name__}"
     latents, noise = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0))
     return LatentBatch(latents, condition(8), 0, noise), scores
 
@@ -92,13 +94,16 @@ def test_the_config_survives_a_round_trip_and_refuses_unknown_keys(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_declarations_are_there(name):
+def test_what_it_needs_fits_together(name):
     algorithm = build_algorithm(CONFIGS[name])
-    assert "policy" in algorithm.models and isinstance(algorithm.needs_scores, bool)
-    assert algorithm.rollout_weights in ("policy", "ema")
-    assert set(getattr(algorithm, "inputs", ())) <= {"r", "guidance"}
+    needs = algorithm.needs
+    assert isinstance(algorithm, Algorithm) and needs.roles[0] == "policy" and needs.group_size >= 1
+    assert needs.batch is Rollout or not (needs.scores or needs.rollout or needs.rollout_weights == "ema")
+    assert needs.batch is LatentBatch or not (needs.teacher or needs.average or needs.features)
+    assert set(needs.inputs) <= {"r", "guidance"} and (needs.teacher_of is None) == (not needs.teachers)
     plan = algorithm.rollout_plan(0, 0)
-    assert (algorithm.consumes is Rollout) == isinstance(plan, RolloutSpec)
+    assert (needs.batch is Rollout) == isinstance(plan, RolloutSpec)
+    assert all(isinstance(row, str) for row in algorithm.card_facts().values())
 
 
 def test_an_unknown_algorithm_is_refused_with_the_known_names():

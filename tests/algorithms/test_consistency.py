@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.types import LatentBatch
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, ConstantVelocity, LinearVelocity, condition
@@ -54,7 +54,7 @@ def test_a_heun_step_to_data_is_an_euler_step():
 def test_without_a_teacher_both_states_lie_on_one_line_of_data_and_noise():
     # All data at one point: every line ends there, and x - t v finds it exactly for v = (x - point) / t.
     algorithm, train = prepared(latents=torch.full((50, *SHAPE), 2.0), teacher="none")
-    assert algorithm.models == ("policy", "ema")
+    assert algorithm.needs.roles == ("policy", "ema")
 
     def velocity(x, t, *args, **options):
         return (x - 2) / t.clamp_min(1e-6).view(-1, 1, 1, 1)

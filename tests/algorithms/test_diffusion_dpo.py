@@ -5,9 +5,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
-from flowalign.algorithms.diffusion_dpo import best_worst_pairs
+from flowalign.algorithm import Reference
+from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.types import PreferencePairs, PromptBatch, Rollout
+from tests.algorithms.every import plan_of
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
 
 DIMENSIONS = math.prod(SHAPE)
@@ -35,7 +37,7 @@ def rollout_of(final, groups, version=0):
     return Rollout(
         batch=PromptBatch(("p",) * count, tuple(groups), ids, ({},) * count),
         condition=condition(count),
-        spec=online.rollout_plan(0, 0),
+        spec=plan_of(online),
         states_NSCHW=final.new_zeros(count, 0, *SHAPE),
         log_prob_NS=final.new_zeros(count, 0),
         final_NCHW=final,
@@ -229,11 +231,11 @@ def test_an_online_pair_gets_new_noise_with_every_policy_version():
 
 def test_what_it_declares_depends_on_the_source():
     offline, online = dpo(), build_algorithm({"type": "diffusion_dpo", "reference_refresh": 40})
-    assert offline.consumes is PreferencePairs and online.consumes is Rollout
-    assert (offline.needs_scores, online.needs_scores) == (False, True)
-    assert offline.rollout_plan(0, 0) is None and online.rollout_plan(0, 0).kind == "ode"
-    assert (offline.reference_refresh, online.reference_refresh) == (None, 40)
-    assert (offline.config.group_size, online.config.group_size) == (2, 8)
+    assert offline.needs.batch is PreferencePairs and online.needs.batch is Rollout
+    assert (offline.needs.scores, online.needs.scores) == (False, True)
+    assert offline.rollout_plan(0, 0) is None and plan_of(online).kind == "ode"
+    assert (offline.needs.reference, online.needs.reference) == (Reference(), Reference(refresh=40))
+    assert (offline.needs.group_size, online.needs.group_size) == (2, 8)
 
 
 @pytest.mark.parametrize(

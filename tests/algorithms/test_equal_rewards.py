@@ -8,12 +8,12 @@ the average once it has moved away.
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from tests.algorithms.cases import CASES
 from tests.algorithms.mixture import MixtureRun
 from tests.algorithms.toy import make_scores
 
-REWARDED = [name for name, case in CASES.items() if build_algorithm(case.config).needs_scores]
+REWARDED = [name for name, case in CASES.items() if build_algorithm(case.config).needs.scores]
 KEEPS = [name for name in REWARDED if CASES[name].config["type"] == "nft" or CASES[name].config.get("beta", 0) == 0.02]
 
 

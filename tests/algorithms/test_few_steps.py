@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import algorithm_class, known_algorithms
 from flowalign.types import LatentBatch
+from tests.algorithms.every import every_algorithm
 from tests.algorithms.few_steps import (
     Student,
     average_steps,
@@ -77,5 +77,5 @@ def test_guidance_distillation_makes_the_guided_teachers_samples_in_one_call_a_s
 
 def test_no_algorithm_of_few_steps_is_left_out():
     tried = {"reflow", "consistency", "meanflow", "progressive", "guidance_distill"}
-    of_latents = {name for name in known_algorithms() if algorithm_class(name).consumes is LatentBatch}
+    of_latents = {name for name, own in every_algorithm().items() if own.needs.batch is LatentBatch}
     assert of_latents - {"rectified_flow"} == tried

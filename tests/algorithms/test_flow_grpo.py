@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.flow import sde
 from flowalign.flow.sde import step_log_prob
@@ -11,8 +11,12 @@ from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 KINDS = ("flow", "dance", "cps")
 
 
-def grpo(**changes):
-    return build_algorithm({"type": "flow_grpo", "num_steps": 6, "noise_level": 0.6, "group_size": 4, **changes})
+def grpo(**changes) -> FlowGRPO:
+    return FlowGRPO(
+        FlowGRPO.Config.model_validate(
+            {"type": "flow_grpo", "num_steps": 6, "noise_level": 0.6, "group_size": 4, **changes}
+        )
+    )
 
 
 def scored(algorithm, model, rewards=None, seed=0):

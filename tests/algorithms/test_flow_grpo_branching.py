@@ -185,7 +185,7 @@ def test_rollout_and_update_are_guided_each_by_its_own_scale_and_the_ratio_begin
         return model(*args, guidance=guidance, **options)
 
     algorithm = grpo(guidance_scale=rollout_scale, update_guidance_scale=update_scale, ratio=ratio)
-    assert ("rollout" in algorithm.models) == (update_scale is not None)
+    assert algorithm.needs.rollout == (update_scale is not None)
     made = roll_out(algorithm, model)
     scores = make_scores(torch.linspace(0, 1, len(made)))
     with torch.no_grad():

@@ -10,11 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithm import Reference
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.run.align import build_run
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Scores
+from tests.algorithms.every import plan_of
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -39,7 +41,7 @@ def grpo_config(pipeline: Path, lora: Any, **algorithm: Any) -> AlignConfig:
 def update(config: AlignConfig, student: RolloutWorker, learner: LearnerWorker, iteration: int) -> Mapping[str, float]:
     """One iteration, with the brightness of a pixel as its reward."""
     student.bind(learner.weights(), learner.version())
-    spec = build_algorithm(config.algorithm).rollout_plan(iteration, 0)
+    spec = plan_of(build_algorithm(config.algorithm), iteration)
     batch = build_run(config, Path(".")).sampler.batch(iteration)
     rollout, _ = student.rollout(batch, spec, 0, learner.version())
     total = rollout.final_NCHW.mean((1, 2, 3))
@@ -87,5 +89,6 @@ def test_without_a_refresh_the_reference_stays_the_start(tiny_pipeline_dir: Path
 def test_a_refresh_without_a_kl_is_refused() -> None:
     with pytest.raises(ValidationError, match="reference_refresh: without a KL there is no reference; set beta"):
         build_algorithm({"type": "flow_grpo", "reference_refresh": 10})
-    assert build_algorithm({"type": "flow_grpo", "beta": 0.1, "reference_refresh": 10}).reference_refresh == 10
-    assert build_algorithm({"type": "flow_grpo", "beta": 0.1}).reference_refresh is None
+    refreshed = build_algorithm({"type": "flow_grpo", "beta": 0.1, "reference_refresh": 10})
+    assert refreshed.needs.reference == Reference(refresh=10)
+    assert build_algorithm({"type": "flow_grpo", "beta": 0.1}).needs.reference == Reference()

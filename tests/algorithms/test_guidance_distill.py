@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, LatentBatch
 from tests.algorithms.toy import SHAPE
@@ -45,7 +45,8 @@ def test_a_student_that_is_the_guided_teacher_has_loss_0():
 def test_a_student_that_is_told_its_guidance_has_loss_0_where_it_follows_it():
     seen = []
 
-    def student(x, t, condition, *, guidance, **options):
+    def student(x, t, condition, *, guidance=None, **options):
+        assert guidance is not None
         seen.append(guidance)
         return teacher(x, t, condition, guidance=per_sample(guidance, x))
 
@@ -64,7 +65,7 @@ def test_a_dropped_condition_is_taught_the_unconditional_velocity():
 
 
 def test_the_input_is_declared_where_it_is_needed():
-    assert prepared()[0].inputs == () and prepared(guidance_range=[1, 5])[0].inputs == ("guidance",)
+    assert prepared()[0].needs.inputs == () and prepared(guidance_range=[1, 5])[0].needs.inputs == ("guidance",)
 
 
 def test_an_empty_range_is_refused():

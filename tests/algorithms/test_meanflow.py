@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.meanflow import curvature
 from flowalign.flow.path import per_sample
 from flowalign.models.architectures.inputs import add_inputs, pooled_with_inputs
@@ -128,7 +128,7 @@ def test_a_gaussians_average_velocity_keeps_the_meanflow_identity():
 def test_the_loss_is_0_where_all_data_are_one_point_and_the_velocity_its_straight_one():
     algorithm, train = prepared(latents=torch.full((50, *SHAPE), 2.0), equal_fraction=0.3)
 
-    def straight(x, t, condition, *, r):
+    def straight(x, t, condition, *, r=None, **options):
         return (x - 2) / per_sample(t, x)
 
     assert float(algorithm.loss({"policy": straight}, train).metrics["loss/average_velocity_mse"]) < 1e-8
@@ -160,7 +160,7 @@ def test_the_times_are_ordered_and_three_quarters_alike():
 
 def test_guidance_mixes_the_data_with_both_of_the_networks_own_velocities():
     # The network says 7 for the prompt (pooled 1) and 3 without; dropped samples keep the plain velocity.
-    def policy(x, t, condition, *, r):
+    def policy(x, t, condition, *, r=None, **options):
         return torch.where(condition.expand()[1].view(-1, 1, 1, 1) == 0, 3.0, 7.0).expand(x.shape)
 
     options = {"omega": 0.5, "kappa": 0.2, "adaptive_power": 0, "condition_dropout": 0.4}
@@ -174,7 +174,7 @@ def test_guidance_mixes_the_data_with_both_of_the_networks_own_velocities():
 
 
 def test_guidance_mixes_each_sample_of_latents_with_another_number_of_dimensions():
-    def policy(x, t, condition, *, r):
+    def policy(x, t, condition, *, r=None, **options):
         return torch.zeros_like(x)
 
     latents = torch.randn(4, 2, 4, 3, 2, generator=torch.Generator().manual_seed(0))  # as many channels as samples
@@ -191,7 +191,7 @@ def test_the_adaptive_weight_divides_each_samples_error_by_its_power(power):
     algorithm, train = prepared(equal_fraction=1, adaptive_power=power, c=0.1, condition_dropout=0)
     value = torch.tensor(0.5, requires_grad=True)
     error = (train.tensors["noise"] - train.tensors["x0"] - 0.5).square().flatten(1).sum(1)
-    loss = algorithm.loss({"policy": lambda x, t, condition, *, r: value.expand(x.shape)}, train).loss
+    loss = algorithm.loss({"policy": lambda x, t, condition, **options: value.expand(x.shape)}, train).loss
     torch.testing.assert_close(loss.detach(), (error / (error + 0.1) ** power).mean())
     slope = -2 * (train.tensors["noise"] - train.tensors["x0"] - 0.5).flatten(1).sum(1)
     expected = (slope / (error + 0.1) ** power).mean()  # the weight is not differentiated

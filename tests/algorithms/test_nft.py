@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
 
@@ -145,7 +145,7 @@ def test_an_invalid_sample_reaches_no_loss():
 def test_kl_is_the_velocitys_square_distance_to_the_reference_with_a_gradient_for_the_policy_only():
     algorithm = nft(kl_beta=2.0, rollout_weights="policy")
     models = {"policy": LinearVelocity(0), "rollout": LinearVelocity(0), "reference": LinearVelocity(1)}
-    assert algorithm.models == ("policy", "rollout", "reference")
+    assert algorithm.needs.roles == ("policy", "rollout", "reference")
     train = prepared(algorithm, models, torch.full((8,), 0.3))  # no advantage: the KL alone has a gradient
     output = algorithm.loss(models, train)
     ours, theirs = (models[role](train.tensors["x"], None, None) for role in ("policy", "reference"))

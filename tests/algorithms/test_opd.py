@@ -4,8 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
-from flowalign.algorithms.opd import NoTeacher
+from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.opd import OPD
+from flowalign.algorithms.parts.teachers import NoTeacher
 from flowalign.flow import sde
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
 
@@ -13,8 +14,10 @@ SDE = {"kind": "flow", "noise_level": 0.6}
 TASKS = ("position", "counting", "position", "colors", "counting", "counting", "colors", "position")
 
 
-def opd(**changes):
-    return build_algorithm({"type": "opd", "num_steps": 6, "teachers": {"one": {"path": "t"}}, **changes})
+def opd(**changes) -> OPD:
+    return OPD(
+        OPD.Config.model_validate({"type": "opd", "num_steps": 6, "teachers": {"one": {"path": "t"}}, **changes})
+    )
 
 
 def two_teachers(**changes):
@@ -229,9 +232,9 @@ def test_a_random_window_is_a_function_of_seed_and_iteration_and_moves():
 
 
 def test_it_needs_scores_only_with_a_reward():
-    assert not opd().needs_scores
-    assert opd(reward_weight=1.0, group_size=4, **SDE).needs_scores
-    assert two_teachers().models == ("policy", "teacher:place", "teacher:rest")
+    assert not opd().needs.scores
+    assert opd(reward_weight=1.0, group_size=4, **SDE).needs.scores
+    assert two_teachers().needs.roles == ("policy", "teacher:place", "teacher:rest")
 
 
 @pytest.mark.parametrize(

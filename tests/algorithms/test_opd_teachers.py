@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
@@ -25,6 +25,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
 from flowalign.run.align import build_run, run_align
 from flowalign.run.workers import LearnerWorker, RolloutWorker
+from tests.algorithms.every import plan_of
 from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline, write_pipeline
 
 
@@ -52,7 +53,7 @@ def updates(config: AlignConfig, count: int = 1) -> list[Mapping[str, float]]:
     try:
         for iteration in range(count):
             student.bind(learner.weights(), learner.version())
-            rollout, _ = student.rollout(sampler.batch(iteration), algorithm.rollout_plan(iteration, 0), 0, iteration)
+            rollout, _ = student.rollout(sampler.batch(iteration), plan_of(algorithm, iteration), 0, iteration)
             made.append(learner.update(rollout, None, iteration).metrics)
     finally:
         learner.close()
@@ -99,7 +100,7 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     config = worker_config(tiny_pipeline_dir, {"other": {"path": str(teacher)}}, algorithm=algorithm)
     student, learner = RolloutWorker(config), LearnerWorker(config)
     student.bind(learner.weights(), 0)
-    spec = build_algorithm(config.algorithm).rollout_plan(0, 0)
+    spec = plan_of(build_algorithm(config.algorithm))
     rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), spec, 0, 0)
     metrics = learner.update(rollout, None, 0).metrics
     learner.close()
@@ -189,7 +190,8 @@ def test_teachers_are_checked_before_anything_starts(tmp_path):
     loaded = load_align(config, [taught("t: {path: teacher}"), "rewards=[]"]).config
     assert loaded.algorithm["teachers"]["t"]["path"] == str(tmp_path / "teacher")
     assert loaded.algorithm["shift"] == 2.5
-    assert refusal(config, "algorithm={type: opd}").startswith("algorithm.teachers: is missing; name one or more")
+    asked = "algorithm.teachers: is missing; write such as {better: {path: runs/better}}"
+    assert refusal(config, "algorithm={type: opd}") == asked
     assert "algorithm.teachers.t.path: " in refusal(config, taught("t: {path: absent}"))
     assert "has latents of (16, 4, 4), the model's are (16, 8, 8)" in refusal(config, taught("t: {path: small}"))
     assert "algorithm.teachers.t.weights" in refusal(config, taught("t: {path: teacher, weights: ema}"))

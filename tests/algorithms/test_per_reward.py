@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.credit import per_reward_advantages
+from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
 OPTIONS = {
@@ -24,7 +25,7 @@ def test_credit_may_come_from_each_reward_by_itself(name):
     for normalize in ("total", "per_reward"):
         algorithm = build_algorithm({"type": name, "group_size": 4, "normalize": normalize, **OPTIONS[name]})
         model = LinearVelocity()
-        rollout = make_rollout(model, algorithm.rollout_plan(0, 0))
+        rollout = make_rollout(model, plan_of(algorithm))
         with torch.no_grad():
             train = algorithm.prepare(rollout, scores, dict.fromkeys(("policy", "rollout", "reference"), model))
         learned[normalize] = train.tensors["optimality" if name == "nft" else "advantage"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.progressive import Progressive
 from flowalign.flow import schedule
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import LatentBatch
@@ -11,23 +11,26 @@ from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, ConstantVelocity, LinearVelocity, condition
 
 
+def progressive(**config) -> Progressive:
+    return Progressive(Progressive.Config.model_validate({"type": "progressive", **config}))
+
+
 def prepared(**config):
-    algorithm = build_algorithm({"type": "progressive", **config})
+    algorithm = progressive(**config)
     latents = torch.randn(100, *SHAPE, generator=torch.Generator().manual_seed(0))
     return algorithm, algorithm.prepare(LatentBatch(latents, condition(100), 0), None, {})
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (5, 3.0)])
 def test_the_teachers_times_are_those_of_the_grid_with_twice_the_steps(steps, shift):
-    begin, middle, end = build_algorithm({"type": "progressive", "num_steps": steps, "shift": shift}).times()
+    begin, middle, end = progressive(num_steps=steps, shift=shift).times()
     doubled = schedule.sigmas(2 * steps, shift=shift, grid="paper")
     torch.testing.assert_close(torch.stack([begin, middle], 1).flatten(), doubled[:-1])
     assert float(end[-1]) == 0 and torch.equal(end[:-1], begin[1:])
 
 
 def test_the_middle_of_a_step_lies_within_it_on_the_other_grid_too():
-    config = {"type": "progressive", "num_steps": 4, "shift": 3, "grid": "diffusers"}
-    begin, middle, end = build_algorithm(config).times()
+    begin, middle, end = progressive(num_steps=4, shift=3, grid="diffusers").times()
     torch.testing.assert_close(begin, schedule.sigmas(4, shift=3.0)[:-1])
     assert bool(((begin > middle) & (middle > end)).all())
 

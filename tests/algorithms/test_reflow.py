@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.flow import schedule
 from flowalign.flow.path import per_sample
 from flowalign.flow.solvers.euler import solve as euler
@@ -81,7 +81,7 @@ def test_times_are_u_shaped():
 
 
 def test_features_are_needed_by_the_perceptual_losses_alone():
-    needs = [build_algorithm({"type": "reflow", "loss": loss}).needs_features for loss in LOSSES]
+    needs = [build_algorithm({"type": "reflow", "loss": loss}).needs.features for loss in LOSSES]
     assert needs == [False, False, True, True]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from flowalign.algorithm import algorithm_class, known_algorithms
 from flowalign.flow import path
 from flowalign.types import LatentBatch
 from tests.algorithms.cases import CASES
+from tests.algorithms.every import every_algorithm
 from tests.algorithms.mixture import MODES, STD, LabelledPairs, MixturePolicy, mass, mixture_velocity, reward
 
 
@@ -35,7 +35,7 @@ def test_of_a_labelled_pair_the_winner_alone_is_near_the_mode_of_its_prompt():
 
 
 def test_no_algorithm_is_left_out():
-    aligns = {name for name in known_algorithms() if algorithm_class(name).consumes is not LatentBatch}
+    aligns = {name for name, own in every_algorithm().items() if own.needs.batch is not LatentBatch}
     assert {str(case.config["type"]) for case in CASES.values()} == aligns
 
 

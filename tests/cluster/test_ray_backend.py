@@ -31,6 +31,7 @@ from flowalign.run.sync import SyncError
 from flowalign.samples.offers import TRAINING
 from flowalign.samples.scoring import ScorerHangs
 from rewards.interface import InvalidScores, ScorerFailed, SpecError
+from tests.algorithms.every import plan_of
 from tests.cluster.listening import Door, asks_for_token, documented, doors, name
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
@@ -87,7 +88,7 @@ def hasty(fresh: RayBackend, folder: Path) -> Iterator[RayBackend]:
 def collect(backend: RayBackend, config: AlignConfig, folder: Path) -> Any:
     run = build_run(config, folder)
     backend.sync()
-    return backend.collect(run.sampler.batch(0), run.algorithm.rollout_plan(0, run.seed), seed=run.seed)
+    return backend.collect(run.sampler.batch(0), plan_of(run.algorithm, seed=run.seed), seed=run.seed)
 
 
 def test_two_rollout_workers_give_the_bits_of_the_local_backend(fresh: RayBackend, local: Trace, folder: Path) -> None:

@@ -18,6 +18,7 @@ import ray
 import torch
 from torch import Tensor
 
+from flowalign.algorithms import build_algorithm
 from flowalign.cluster.actors import RemoteTeacher, TeacherActor
 from flowalign.cluster.errors import PlacementError, WorkerLost
 from flowalign.cluster.placement import shares
@@ -33,6 +34,7 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.teachers import KEPT_ANSWERS, SharedTeacher, ask
 from flowalign.run.workers import LearnerWorker, RolloutWorker
+from tests.algorithms.every import plan_of
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
 
@@ -108,7 +110,9 @@ def fresh(one: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
 def questions(config: AlignConfig, iteration: int) -> int:
     """Micro-batches of 4 that the teachers are asked for: of a sample's 3 steps each."""
     run = build_run(config, Path("."))
-    named = Counter(map(run.algorithm.teacher_of, run.sampler.batch(iteration).metadata))
+    teacher_of = run.algorithm.needs.teacher_of
+    assert teacher_of is not None
+    named = Counter(map(teacher_of, run.sampler.batch(iteration).metadata))
     return sum(math.ceil(3 * count / 4) for count in named.values())
 
 
@@ -212,7 +216,8 @@ def test_a_teacher_that_cannot_be_placed_is_refused_before_anything_starts(
         with pytest.raises(PlacementError, match=said):
             RayBackend(config_of(tiny_pipeline_dir, tmp_path, teachers, **cluster), tmp_path)
     with pytest.raises(ConfigError, match=r"^cluster.teacher_cpus: all actors together need"):
-        check_cores(config_of(tiny_pipeline_dir, tmp_path, teachers, teacher_cpus=10_000))
+        config = config_of(tiny_pipeline_dir, tmp_path, teachers, teacher_cpus=10_000)
+        check_cores(config, build_algorithm(config.algorithm).needs)
 
 
 def test_teachers_take_a_place_only_as_actors(
@@ -322,7 +327,7 @@ def test_learners_that_share_teachers_compute_the_bits_of_one_with_its_own(
     alone, *ranks = [LearnerWorker(config, teachers=given) for given in (None, asked, asked)]
     student, run = RolloutWorker(config), build_run(config, Path("."))
     student.bind(alone.weights(), 0)
-    rollout, _ = student.rollout(run.sampler.batch(0), run.algorithm.rollout_plan(0, 0), 0, 0)
+    rollout, _ = student.rollout(run.sampler.batch(0), plan_of(run.algorithm), 0, 0)
     expected = alone.update(rollout, None, 0).metrics
     assert [rank.update(rollout, None, 0).metrics for rank in ranks] == [expected] * 2
     assert all(content_hash(rank.weights()) == content_hash(alone.weights()) for rank in ranks)

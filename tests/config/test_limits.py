@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from flowalign.algorithm import algorithm_class, known_algorithms
+from flowalign.algorithms import algorithm_class, known_algorithms
 from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError

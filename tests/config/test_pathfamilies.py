@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.config.pathfamilies import FORMULATIONS, canonical, formulation, may_learn
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
@@ -102,8 +102,8 @@ def test_a_family_is_written_in_a_file_and_on_the_command_line(tmp_path: Path) -
     )
     written = ["model.family=edm(0.00, 0.60)", "algorithm.family=edm(0,.6)"]
     config = load_pretrain(path, written).config
-    algorithm = build_algorithm(config.algorithm)
-    assert config.model.family == algorithm.config.family == "edm(0.0, 0.6)" == algorithm.family.name
+    needs = build_algorithm(config.algorithm).needs
+    assert config.model.family == needs.family == "edm(0.0, 0.6)" == families.family(needs.family).name
     with pytest.raises(ConfigError, match=r"^model\.family: is edm/rf, which cannot learn edm\(0\.0, 0\.6\)"):
         load_pretrain(path, written[1:])
     with pytest.raises(ConfigError, match=r"^algorithm\.family: got 'edm/coz'; did you mean edm/cos\?"):

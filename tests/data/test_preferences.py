@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError

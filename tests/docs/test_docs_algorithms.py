@@ -14,14 +14,16 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flowalign.algorithm import algorithm_class, known_algorithms
+from flowalign.algorithms import algorithm_class
 from flowalign.intake.file import load_align
 from flowalign.record.metrics import read_metrics
+from flowalign.types import LatentBatch
+from tests.algorithms.every import every_algorithm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
 CARDS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))
-ALIGN = [name for name in known_algorithms() if "group_size" in algorithm_class(name).Config.model_fields]
+ALIGN = [name for name, own in every_algorithm().items() if own.needs.batch is not LatentBatch]
 
 
 def blocks(language: str) -> list[str]:

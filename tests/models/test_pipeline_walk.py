@@ -11,7 +11,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.progressive import Progressive
+from flowalign.algorithms.rectified_flow import RectifiedFlow
 from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -29,6 +31,7 @@ from flowalign.models.inspect import own_schedule
 from flowalign.run.align import build_run, found
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate
+from tests.algorithms.every import plan_of
 from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
@@ -108,7 +111,7 @@ def test_rollouts_evaluations_and_samples_of_a_run_walk_one_grid(tmp_path: Path)
     expected = tuple(own.levels(10).tolist())
     assert own.dynamic and expected != tuple(own_schedule(ModelConfig(path=config.model.path)).levels(10).tolist())
     run = build_run(config, tmp_path)
-    assert run.algorithm.rollout_plan(0, 0).sigmas == expected
+    assert plan_of(run.algorithm).sigmas == expected
     assert run.evaluation is not None and run.evaluation[1].sigmas == expected
 
 
@@ -126,7 +129,7 @@ def test_rollouts_evaluations_and_samples_of_a_run_walk_one_grid(tmp_path: Path)
 )
 def test_every_algorithm_that_rolls_out_walks_the_model_s_own_levels(tmp_path: Path, algorithm: Any) -> None:
     own = own_schedule(ModelConfig(path=str(shapes_with(tmp_path / "model", DYNAMIC))))
-    assert build_algorithm(algorithm, own).rollout_plan(0, 0).sigmas == tuple(own.levels(10).tolist())
+    assert plan_of(build_algorithm(algorithm, own)).sigmas == tuple(own.levels(10).tolist())
 
 
 def test_a_configured_shift_replaces_the_scheduler_s_and_one_line_says_so(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_a_configured_shift_replaces_the_scheduler_s_and_one_line_says_so(tmp_pa
     small = [f"model={{path: {model}, max_sequence_length: 2}}", "evaluation.every=0"]
     config = load_align(path, [*small, "algorithm.shift=3"]).config
     run = build_run(config, tmp_path)
-    assert run.algorithm.rollout_plan(0, 0).sigmas == tuple(sigmas(10, 3.0).tolist())
+    assert plan_of(run.algorithm).sigmas == tuple(sigmas(10, 3.0).tolist())
     assert [line for line in found(config, run) if "shift" in line] == [
         "levels: shift 3 replaces the model's scheduler's: its dynamic one, 2.138 at this size, which evaluation, "
         "samples and exports keep"
@@ -148,7 +151,7 @@ def test_auto_stays_in_the_configuration_and_follows_the_size(tmp_path: Path) ->
     path = write_config(tmp_path)
     config = load_align(path, ["algorithm.shift=auto", "model.height=32"]).config
     assert config.algorithm["shift"] == "auto"
-    assert build_run(config, tmp_path).algorithm.rollout_plan(0, 0).sigmas == tuple(sigmas(10, 2.5 * 0.5**0.5).tolist())
+    assert plan_of(build_run(config, tmp_path).algorithm).sigmas == tuple(sigmas(10, 2.5 * 0.5**0.5).tolist())
     rewrite(tmp_path / "model", **DYNAMIC)
     with pytest.raises(ConfigError, match=r"algorithm\.shift: auto is for a static shift"):
         load_align(path, ["algorithm.shift=auto"])
@@ -223,7 +226,7 @@ def test_a_run_of_0_1_on_another_walk_goes_on_from_its_own_file_alone(tmp_path: 
     again = load_align(run_dir / RESOLVED).config
     refuse_changes(read_resolved(run_dir), again, run_dir)
     run = build_run(again, tmp_path)
-    assert run.algorithm.rollout_plan(0, 0).sigmas == tuple(sigmas(10, 2.5).tolist())
+    assert plan_of(run.algorithm).sigmas == tuple(sigmas(10, 2.5).tolist())
     assert run.evaluation is not None and run.evaluation[1].sigmas == tuple(sigmas(10, 2.5).tolist())
     with pytest.raises(ConfigError, match="called pipeline now"):
         load_align(run_dir / RESOLVED, ["algorithm.grid=diffusers"])
@@ -308,15 +311,14 @@ def test_one_step_of_a_terminal_shift_is_refused_before_anything_starts(tmp_path
 def test_an_algorithm_that_makes_its_own_levels_is_refused_beside_a_dynamic_shift(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     (tmp_path / "own.py").write_text(
-        "from flowalign.algorithm import AlgorithmConfig\n"
+        "from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs\n"
         "from flowalign.flow.schedule import sigmas\n"
         "from flowalign.types import Rollout, RolloutSpec\n"
-        "class Own:\n"
+        "class Own(Algorithm):\n"
         "    class Config(AlgorithmConfig):\n"
         "        group_size: int = 4\n"
         "        shift: float | None = None\n"
-        "    consumes, needs_scores, models, rollout_weights = Rollout, True, ('policy',), 'policy'\n"
-        "    def __init__(self, config): self.config = config\n"
+        "    needs = Needs(Rollout, scores=True, group_size=4)\n"
         "    def rollout_plan(self, iteration, seed):\n"
         "        return RolloutSpec('flow', tuple(sigmas(4, self.config.shift or 1.0).tolist()), (0, 2), 0.7)\n"
         "    def loss(self, models, minibatch): ...\n"
@@ -331,7 +333,9 @@ def test_an_algorithm_that_makes_its_own_levels_is_refused_beside_a_dynamic_shif
 
 def test_progressive_has_times_between_the_levels_of_a_dynamic_shift_but_not_of_a_conversion(tmp_path: Path) -> None:
     own = own_schedule(ModelConfig(path=str(shapes_with(tmp_path / "dynamic", DYNAMIC))))
-    found = build_algorithm({"type": "progressive", "num_steps": 4}, own).times()
+    halved = build_algorithm({"type": "progressive", "num_steps": 4}, own)
+    assert isinstance(halved, Progressive)
+    found = halved.times()
     doubled = own.levels(8, grid="paper")
     torch.testing.assert_close(torch.stack(found), torch.stack([doubled[:-2:2], doubled[1::2], doubled[2::2]]))
     karras = own_schedule(ModelConfig(path=str(shapes_with(tmp_path / "karras", {"use_karras_sigmas": True}))))
@@ -343,7 +347,8 @@ def test_the_density_of_pretraining_takes_the_resolution_s_shift(tmp_path: Path)
     model = shapes_with(tmp_path / "model", {"shift": 3.0})
     for value, expected in ((1.5, 1.5), ("auto", 3.0 * 0.5), (None, 3.0)):
         own = own_schedule(ModelConfig(path=str(model), height=32, width=32))
-        assert build_algorithm({"type": "rectified_flow", "shift": value}, own)._shift == pytest.approx(expected)
+        flow = build_algorithm({"type": "rectified_flow", "shift": value}, own)
+        assert isinstance(flow, RectifiedFlow) and flow._shift == pytest.approx(expected)
 
 
 def test_what_a_run_resolves_is_written_as_it_was_meant(tmp_path: Path) -> None:

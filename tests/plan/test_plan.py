@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.cli.terminal import console, print_rows
 from flowalign.config.section import ConfigError
 from flowalign.flow.solvers import evaluations

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowalign.algorithm import UnknownAlgorithm, algorithm_class
+from flowalign.algorithms import UnknownAlgorithm, algorithm_class
 from flowalign.cli.terminal import sentence
 from rewards.interface import Asked, ScorerFailed, SpecError, score_batch
 from rewards.resolve import resolve

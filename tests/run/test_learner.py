@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.nft import NFT
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.learner import Learner
+from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
 GRPO = {"type": "flow_grpo", "num_steps": 6, "noise_level": 0.6, "group_size": 4}
@@ -28,7 +29,7 @@ def learner(model, *, seed=0, algorithm=GRPO, engine=None, **changes):
 
 
 def batch(model, algorithm=GRPO):
-    rollout = make_rollout(model, build_algorithm(algorithm).rollout_plan(0, 0))
+    rollout = make_rollout(model, plan_of(build_algorithm(algorithm)))
     return rollout, make_scores(REWARDS)
 
 
@@ -81,7 +82,7 @@ def test_updates_raise_the_reward_of_a_toy():
     own = learner(model)
     means = []
     for iteration in range(30):
-        spec = own.algorithm.rollout_plan(iteration, 0)
+        spec = plan_of(own.algorithm, iteration)
         rollout = make_rollout(model, spec, groups=4, size=8, seed=iteration)
         reward = rollout.final_NCHW.flatten(1).mean(1)
         means.append(float(reward.mean()))

@@ -29,6 +29,7 @@ from flowalign.models.build import load_policy
 from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
+from flowalign.run.made.ingredients import parts_of
 from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy, sample_checkpoint
 from flowalign.types import LatentBatch, TextPart
@@ -160,14 +161,23 @@ def test_a_flow_may_begin_from_an_edm_network_and_computes_the_same_at_first(tin
 
 
 def test_a_network_of_one_family_does_not_learn_a_path_that_it_cannot_reach(tmp_path, tiny_pipeline_dir, bank):
-    from flowalign.algorithm import build_algorithm
+    from flowalign.algorithms import build_algorithm
     from flowalign.intake.check_training import check_training
 
     wrong = config(tmp_path, tiny_pipeline_dir, bank, model={"family": "eps/linear"})
     with pytest.raises(ConfigError, match=r"model.family: is eps/linear, which cannot learn rf"):
-        check_training(wrong, build_algorithm(wrong.algorithm))
+        check_training(wrong, build_algorithm(wrong.algorithm).needs)
     right = config(tmp_path, tiny_pipeline_dir, bank, model={"family": "edm"})
-    check_training(right, build_algorithm(right.algorithm))
+    check_training(right, build_algorithm(right.algorithm).needs)
+
+
+def test_a_reflow_is_made_of_features_only_where_its_loss_asks_them(tiny_pipeline_dir, bank, tmp_path):
+    made = {}
+    for loss in ("squared", "lpips_huber"):
+        changes = {"algorithm": {"type": "reflow", "loss": loss}, "features": str(tiny_pipeline_dir)}
+        own = config(tmp_path, tiny_pipeline_dir, bank, **changes)
+        made[loss] = {part.key for part in parts_of(own, tmp_path)}
+    assert made["lpips_huber"] - made["squared"] == {"features"}
 
 
 def test_several_averages_are_kept_resumed_bit_for_bit_and_sampled_by_name(tmp_path, tiny_pipeline_dir, bank):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
@@ -27,8 +27,8 @@ def prompt_batch(count=12):
     return PromptBatch(tuple(PROMPTS[i // 4 % 3] for i in ids), tuple(i // 4 for i in ids), ids, ({},) * count)
 
 
-def grpo(**changes):
-    return build_algorithm({"type": "flow_grpo", "num_steps": 4, "group_size": 4, **changes})
+def grpo(**changes) -> FlowGRPO:
+    return FlowGRPO(FlowGRPO.Config.model_validate({"type": "flow_grpo", "num_steps": 4, "group_size": 4, **changes}))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig
+from flowalign.config.section import Section
 from flowalign.types import Scores
 
 Normalize = Literal["total", "per_reward"]
@@ -28,6 +29,17 @@ class CreditConfig(AlgorithmConfig):
         """Give the credit of N samples; see the function `credit`."""
         clip, std = self.advantage_clip, self.std
         return credit(scores, group_ids, normalize=self.normalize, std=std, clip=clip, images=images)
+
+
+class Keep(Section):
+    """How many of the best and of the worst samples of a group are learned from."""
+
+    best: int = Field(ge=1)
+    worst: int = Field(ge=1)
+
+    def of(self, values: Tensor, valid: Tensor, group_ids: Sequence[int]) -> Tensor:
+        """Choose them by ``values`` (N,): bool (N,); see `best_and_worst`."""
+        return best_and_worst(values, valid, group_ids, best=self.best, worst=self.worst)
 
 
 @dataclass(frozen=True)

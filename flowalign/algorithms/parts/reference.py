@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models
+from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Reference
 from flowalign.flow import objectives
 from flowalign.types import TrainBatch
 
@@ -29,6 +29,11 @@ class ReferenceConfig(AlgorithmConfig):
         if self.reference_refresh is not None and self.beta == 0:
             raise ValueError("reference_refresh: without a KL there is no reference; set beta, or leave it out")
         return self
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference that is needed, if one is."""
+        return Reference(self.reference_refresh) if self.beta > 0 else None
 
 
 def with_kl(output: LossOutput, beta: float, kl: objectives.Term) -> LossOutput:

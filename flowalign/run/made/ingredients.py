@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import algorithm_class
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import RewardConfig
 from flowalign.config.training import PretrainConfig
@@ -74,7 +74,7 @@ def _of_training(config: PretrainConfig) -> Iterator[_Source]:
     for key, section in sections.items():
         if section is not None:
             yield _source(key, _bank, section.latents)
-    if getattr(algorithm_class(str(config.algorithm["type"])), "needs_features", False):
+    if build_algorithm(config.algorithm).needs.features:
         yield _source("features", _path, config.features)
 
 
@@ -82,9 +82,8 @@ def _of_alignment(config: AlignConfig, base_dir: Path) -> Iterator[_Source]:
     data, evaluation = config.data, config.evaluation
     yield from _of_model("model", config.model.path, config.model.type)
     yield from _of_algorithm(config.algorithm)
-    for name, teacher in dict(config.algorithm.get("teachers") or {}).items():
-        weights = str(teacher.get("weights", "model"))
-        yield _source(f"algorithm.teachers.{name}.path", _teacher, teacher["path"], weights)
+    for name, teacher in build_algorithm(config.algorithm).needs.teachers.items():
+        yield _source(f"algorithm.teachers.{name}.path", _teacher, teacher.path, teacher.weights)
     if data.preferences is not None:
         yield _source("data.preferences", _path, data.preferences, data.preferences_cache)
     else:

@@ -1,0 +1,26 @@
+"""Ratios of new to old probabilities, and how far they may go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_serializer, model_validator
+
+from flowalign.config.section import Section
+
+
+class ClipRange(Section):
+    """How far the ratio may fall below and rise above 1; one number stands for both. (DAPO, arXiv:2503.14476)"""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_one_number(cls, value: Any) -> Any:
+        return value if isinstance(value, (Mapping, ClipRange)) else {"low": value, "high": value}
+
+    @model_serializer
+    def _to_one_number(self) -> float | dict[str, float]:
+        return self.low if self.low == self.high else {"low": self.low, "high": self.high}

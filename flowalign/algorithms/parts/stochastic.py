@@ -1,0 +1,105 @@
+"""Trajectories with noise in a window of their steps: how they are made, and which of these steps are learned from.
+
+Shapes: N samples, S window steps, n of them trained, J granularities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.window import MovingWindow
+from flowalign.flow.randomness import Stream, seeded
+from flowalign.flow.schedule import PipelineSchedule
+from flowalign.types import Rollout, RolloutSpec
+
+
+class StochasticConfig(SamplingConfig):
+    """Options of walks of which a window's steps have noise, of ``kind`` and ``noise_level``.
+
+    ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
+    stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818). Then ``share_prefix``
+    computes the steps before the window once a group (the branching of Flow-GRPO-Fast's public code and of
+    arXiv:2510.01982).
+
+    ``window: {kind: sliding}`` moves along the schedule (MixGRPO, arXiv:2507.21802).
+
+    ``train_steps`` learns from that many of the window's steps, drawn anew for each sample (DanceGRPO, whose public
+    code takes 60 %) or for the whole iteration; null takes all.
+
+    ``granularities`` finishes every sample once for each number, by that many ODE steps of the grid at a time; each
+    image is scored. With a window of one step, ``initial_noise: group`` and ``share_prefix`` this is G²RPO
+    (arXiv:2510.01982; published: 1, 2; its code takes the first step after the noise alone, here all are taken at the
+    granularity, but for a shorter last one).
+    """
+
+    kind: Literal["flow", "dance", "cps"] = "flow"
+    noise_level: float = Field(0.7, gt=0)
+    initial_noise: Literal["own", "group"] = "own"
+    share_prefix: bool = False
+    window: MovingWindow = MovingWindow()
+    train_steps: Annotated[int, Field(ge=1)] | None = None
+    train_steps_by: Literal["sample", "iteration"] = "sample"
+    granularities: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
+    log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
+
+    @model_validator(mode="after")
+    def _walk_is_one(self) -> Self:
+        begin, end = self.plan(PipelineSchedule().levels(self.num_steps, self.shift, self.grid), 0, 0).window
+        if self.train_steps is not None and self.train_steps > end - begin:
+            raise ValueError(f"train_steps: is {self.train_steps}, but the window has {end - begin} steps")
+        if self.train_steps is None and self.train_steps_by != "sample":
+            raise ValueError("train_steps_by: without train_steps all steps of the window are trained")
+        if self.share_prefix and self.initial_noise != "group":
+            raise ValueError("share_prefix: set initial_noise: group, or the steps before the window are not the same")
+        if self.share_prefix and self.window.start == 0 and self.window.kind in ("full", "fixed"):
+            raise ValueError("share_prefix: the window begins at step 0, so that no step comes before it")
+        self._check_granularities()
+        return self
+
+    def _check_granularities(self) -> None:
+        window, ordered = self.window, sorted(self.granularities)
+        if len(set(ordered)) < len(ordered):
+            raise ValueError(f"granularities: {list(self.granularities)} would score an image twice")
+        end = window.start + (window.size or 0) if window.kind == "fixed" else window.stop or self.num_steps
+        left = self.num_steps - end
+        if len(ordered) > 1 and left <= ordered[-2]:
+            raise ValueError(
+                f"granularities: {left} steps are left when the window ends at {end}, and {ordered[-2]} or "
+                f"{ordered[-1]} of them at a time are the same; end it earlier"
+            )
+
+    def plan(self, sigmas: Tensor, iteration: int, seed: int) -> RolloutSpec:
+        """Plan the walks of an iteration along ``sigmas`` (K + 1,); a moving window is a function of (seed, iteration).
+
+        Raises ValueError as `MovingWindow.steps` does.
+        """
+        window = self.window.steps(self.kind, sigmas, self.noise_level, seed=seed, iteration=iteration)
+        return replace(
+            self.rollout_spec(sigmas, self.kind, window, self.noise_level),
+            log_prob=self.log_prob,
+            shared_noise=self.initial_noise == "group",
+            shared_prefix=self.share_prefix,
+            granularities=self.granularities,
+        )
+
+    def trained_steps(self, batch: Rollout) -> Tensor:
+        """Draw the steps of the window that each sample learns from: (N, n), ascending.
+
+        They are a function of seed and sample id, or of seed and policy version where all samples have the same.
+        """
+        count, steps = batch.log_prob_NS.shape
+        if self.train_steps is None:
+            return torch.arange(steps).expand(count, steps)
+        if self.train_steps_by == "iteration":
+            generators = [seeded(batch.seed, Stream.STEPS_OF_AN_ITERATION, batch.policy_version)]
+        else:
+            ids = batch.batch.sample_ids[:: len(batch.spec.granularities)]
+            generators = [seeded(batch.seed, Stream.STEPS_OF_A_SAMPLE, sample_id) for sample_id in ids]
+        drawn = [torch.randperm(steps, generator=generator)[: self.train_steps] for generator in generators]
+        return torch.stack(drawn).sort(1).values.expand(count, self.train_steps)
