@@ -83,7 +83,7 @@ import numpy as np
 import torch
 from typer.testing import CliRunner
 
-from flowalign.algorithm import build_algorithm
+from flowalign.algorithms import build_algorithm
 from flowalign.cli import app
 from flowalign.flow import families
 from flowalign.types import Condition, LatentBatch
