@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import ray
@@ -90,7 +91,7 @@ class RaySession:
         everybody may read, and every cluster that is started there later would ask for it."""
         told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
         if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ["RAY_AUTH_TOKEN"] = _token_of_this_process()
         self.said = sweep()
         for again in (True, False):
             self._folder = own_folder()
@@ -179,6 +180,12 @@ class RaySession:
                 self._guardian.kill()
                 self._guardian.wait()
             self._folder, self._processes = None, {}
+
+
+@cache
+def _token_of_this_process() -> str:
+    """Make the token of every Ray that this process starts: Ray reads it once a process, whatever is told later."""
+    return secrets.token_hex(32)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from flowalign.config.pathfamilies import FamilyName
 from flowalign.config.section import Section
-from flowalign.config.solvers import SolverName
+from flowalign.config.solvers import spelled
 from flowalign.config.walk import Grid
 
 Positive = Annotated[int, Field(ge=1)]
@@ -210,6 +210,9 @@ class ClusterConfig(Section):
     @property
     def has_teacher_actors(self) -> bool:
         return self.backend == "ray" and self.teachers == "actor"
+
+
+SolverName = Annotated[str, AfterValidator(spelled)]
 
 
 class CacheConfig(Section):

@@ -1,6 +1,6 @@
 """The solvers that a configuration may name: the files of ``flow/solvers``, and samplers that make noise.
 
-No torch here, as in ``config``: a solver's file is listed, not imported. Whether its options exist, and whether its
+Neither torch nor pydantic here, since the command line lists them: a solver's file is listed, not imported. Whether its options exist, and whether its
 steps can be cached, ``flow.solvers`` checks before anything starts.
 """
 
@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator
+from typing import Any, Literal
 
 # Samplers whose steps are those of an SDE, by the kind of `flow.sde`: with all of the noise that the coefficients of
 # `cps` allow, a step noises the prediction of the image anew.
@@ -69,6 +67,3 @@ def spelled(value: Any) -> str:
     """Return the one spelling of a solver with its options; raises as `parsed` does."""
     name, options = parsed(str(value))
     return f"{name}({', '.join(f'{key}={number!r}' for key, number in options.items())})" if options else name
-
-
-SolverName = Annotated[str, AfterValidator(spelled)]

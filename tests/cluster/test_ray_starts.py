@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -51,3 +53,22 @@ def test_a_ray_whose_head_dies_while_it_starts_is_started_again_and_leaves_nothi
     finally:
         session.close()
     assert not own_heads()
+
+
+TWICE = """
+import os, ray
+from flowalign.cluster.session import RaySession
+for _ in range(2):
+    session = RaySession(None, [], "cpu")
+    print(ray.get(ray.remote(lambda: 5).remote()), session.said)
+    session.close()
+    os.environ.pop("RAY_AUTH_TOKEN")
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ray_of_a_process_starts_though_its_token_was_taken_from_the_environment() -> None:
+    """Ray reads the token once a process: another one would shut the process out of its own Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run([sys.executable, "-c", TWICE], env=kept, capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["5 []", "5 []"], done.stderr[-2000:]

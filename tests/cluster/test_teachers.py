@@ -166,7 +166,9 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
     alone, asking = LearnerWorker(config), LearnerWorker(config, teachers={"deep": remote})
     student, run = RolloutWorker(config), build_run(config, Path("."))
     student.bind(alone.weights(), 0)
-    rollout, _ = student.rollout(run.sampler.batch(0), run.algorithm.rollout_plan(0, 0), 0, 0)
+    spec = run.algorithm.rollout_plan(0, 0)
+    assert spec is not None
+    rollout, _ = student.rollout(run.sampler.batch(0), spec, 0, 0)
     ray.get(actor.__ray_call__.remote(die_at_the_third))
     expected = alone.update(rollout, None, 0).metrics
     assert asking.update(rollout, None, 0).metrics == expected and expected["loss/opd/deep"] > 0
