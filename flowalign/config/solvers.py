@@ -1,7 +1,7 @@
 """The solvers that a configuration may name: the files of ``flow/solvers``, and samplers that make noise.
 
-Neither torch nor pydantic here, since the command line lists them: a solver's file is listed, not imported. Whether its options exist, and whether its
-steps can be cached, ``flow.solvers`` checks before anything starts.
+Neither torch nor pydantic here, since the command line lists them: a solver's file is listed, not imported. Whether its
+options exist, and whether its steps can be cached, ``flow.solvers`` checks before anything starts.
 """
 
 from __future__ import annotations
