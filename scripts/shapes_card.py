@@ -18,8 +18,11 @@ import numpy as np
 import torch
 
 import flowalign.shapes
+from flowalign.config.sections import ModelConfig
 from flowalign.data.prompts import evaluation_batch
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.base import Policy
+from flowalign.models.build import load_policy
+from flowalign.models.families.sd3.loading import assembled
 from flowalign.samples.opened import ode_spec
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
@@ -44,18 +47,20 @@ def verdicts(images: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, dict[s
     return table
 
 
-def sampled(policy: SD3Policy, count: int, *, tail: int, guidance: float) -> dict[str, dict[str, float]]:
-    policy.max_sequence_length = tail
+def sampled(policy: Policy, count: int, *, tail: int, guidance: float) -> dict[str, dict[str, float]]:
     batch, spec = evaluation_batch("shapes:eval", count), ode_spec(policy, 10, guidance)
-    parts = [rollout(policy, part, spec, seed=SEED, policy_version=0).images.numpy() for part in batch.chunks(48)]
+    parts = [
+        rollout(policy, part, spec, seed=SEED, policy_version=0, length=tail).images.numpy()
+        for part in batch.chunks(48)
+    ]
     return verdicts(np.concatenate(parts), [dict(row) for row in batch.metadata])
 
 
-def plain(policy: SD3Policy, count: int) -> dict[str, dict[str, float]]:
+def plain(policy: Policy, count: int) -> dict[str, dict[str, float]]:
     batch = evaluation_batch("shapes:eval", count)
-    policy.pipeline.set_progress_bar_config(disable=True)
+    pipeline = assembled(policy)
+    pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
-    pipeline: Any = policy.pipeline  # its __call__ may return a tuple, says its annotation
     parts = [pipeline(list(part.prompts), output_type="np", generator=generator).images for part in batch.chunks(24)]
     images = np.rint(np.concatenate(parts) * 255).astype(np.uint8)
     return verdicts(images, [dict(row) for row in batch.metadata])
@@ -75,7 +80,7 @@ def main() -> None:
     parser.add_argument("--machine", default="2 CPU cores")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    policy = SD3Policy.load(ASSETS / "pipeline", max_sequence_length=2)
+    policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
     rows = {
         f"10 ODE steps, no guidance, text tail 2 ({options.samples} samples)": sampled(
             policy, options.samples, tail=2, guidance=1.0

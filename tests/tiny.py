@@ -140,7 +140,7 @@ def write_checkpoint(
         moved.append(
             {
                 name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator)
-                for name, p in policy.network.named_parameters()
+                for name, p in policy.network.module.named_parameters()
                 if p.requires_grad
             }
         )

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from flowalign.record.disk import DiskError, refusal
+from flowalign.record.disk import refusal
 from flowalign.record.progress import PLAIN, Phases
 from rewards.printable import printable, printable_lines
 from rewards.usercode.loading import user_line
@@ -85,8 +85,9 @@ def sentence(error: BaseException) -> str | None:
 
 
 def failed_midway(error: BaseException) -> bool:
-    """Whether a disk broke off what had been begun, which is no fault of what was asked."""
-    return getattr(error, "begun", False) if isinstance(error, DiskError) else refusal(error) is not None
+    """Whether a disk or a dead process broke off what had been begun, which is no fault of what was asked."""
+    begun: bool | None = getattr(error, "begun", None)
+    return refusal(error) is not None if begun is None else begun
 
 
 def say_error(text: str) -> None:

@@ -19,7 +19,6 @@ from flowalign.cluster.session import worker_env
 from flowalign.cluster.witness import DEATHS, Witness
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import RewardConfig
-from flowalign.models.encoding import Encoding
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.death import Birth, say_hard_exits
 from flowalign.run.made.late import Expected, held
@@ -179,8 +178,11 @@ class TeacherActor(Mortal):
     def shared(self) -> SharedTeacher:
         return SharedTeacher(self.config, self.name)
 
-    def encoding(self) -> Encoding:
-        return self.shared.teacher.encoding()
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.shared.teacher.latent_shape()
+
+    def encoders(self, precision: str) -> str | None:
+        return self.shared.teacher.encoders(precision)
 
     def velocity(
         self,
@@ -204,8 +206,11 @@ class RemoteTeacher:
         self._witness: Witness | None = None
         self.expected: Expected | None = None
 
-    def encoding(self) -> Encoding:
-        return self._fetch(self._actor.encoding.remote())
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self._fetch(self._actor.latent_shape.remote())
+
+    def encoders(self, precision: str) -> str | None:
+        return self._fetch(self._actor.encoders.remote(precision))
 
     @property
     def velocity(self) -> VelocityModel:

@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
-from flowalign.data.banks.encoder import encoder_hash
+from flowalign.data.banks.captions import CaptionTable
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.base import Policy
+from flowalign.models.family import family_of
+from flowalign.models.fingerprint import encoder_hash
 from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
 
 
 class Captioned:
-    """A bank with the embeddings of its captions: those it was precomputed with, else the policy's own.
+    """A bank with the embeddings of its captions: those it was precomputed with, else those of a `CaptionTable`.
 
-    ``encoder`` is the hash of what encodes images and texts for the policy.
+    ``encoder`` is the hash of what encodes images and texts for the model.
     """
 
-    def __init__(self, directory: Path, policy: Policy, length: int, encoder: str) -> None:
+    def __init__(self, directory: Path, model: ModelConfig, length: int, encoder: str, spare: Path) -> None:
         self.bank: LatentBank = load_bank(directory)
         if self.bank.encoder is not None and self.bank.encoder != encoder:
             raise LatentsError(
@@ -33,8 +35,7 @@ class Captioned:
             )
         self._length = length
         if self.bank.embeddings is None:
-            policy.max_sequence_length = length  # type: ignore[attr-defined]
-            self._table = policy.encode_prompts(self.bank.prompts).to("cpu")
+            self._table = CaptionTable(directory, self.bank.prompts, model, length, encoder, spare).read()
         else:
             self._table = self.bank.embeddings.condition(length)
 
@@ -57,26 +58,51 @@ class Captioned:
         )
 
 
+def longest_text(config: PretrainConfig) -> int:
+    return max(length for phase in config.phases for length in phase.max_sequence_lengths)
+
+
+def spare_of(config: PretrainConfig) -> Path:
+    """Where embeddings of captions lie if they cannot lie beside their bank."""
+    return Path(config.runs_dir) / config.name / "captions"
+
+
+def tables(config: PretrainConfig) -> list[CaptionTable]:
+    """The tables of all captions that a run learns from or validates with, but of banks that have their own."""
+    asked = [(config.latents, longest_text(config))]
+    asked += [] if config.real_data is None else [(config.real_data.latents, longest_text(config))]
+    own = config.model_as_trained.max_sequence_length
+    asked += [] if config.validation is None else [(config.validation.latents, own)]
+    banks = [(Path(place), load_bank(Path(place), verify=False), length) for place, length in asked]
+    lacking = [(place, bank.prompts, length) for place, bank, length in banks if bank.embeddings is None]
+    encoder = encoder_hash(config.model) if lacking else ""
+    spare = spare_of(config)
+    return [CaptionTable(place, prompts, config.model, length, encoder, spare) for place, prompts, length in lacking]
+
+
 class Feed:
     """The batches of a run.
 
     Raises:
         LatentsError: a bank cannot be read, has other captions than the run asks for, or no noise to mix with.
+        NotEncoded: its captions have no embeddings on disk.
         ConfigError: an encoder that is to be dropped does not exist.
     """
 
-    def __init__(self, config: PretrainConfig, policy: Policy) -> None:
-        longest = max(length for phase in config.phases for length in phase.max_sequence_lengths)
+    def __init__(self, config: PretrainConfig) -> None:
+        longest, model = longest_text(config), config.model
         self._config = config
-        self._parts = policy.text_parts
+        self._parts = family_of(model.type).text_parts(Path(model.path))
         if unknown := sorted(set(config.encoder_dropout) - set(self._parts)):
             raise ConfigError(
                 "encoder_dropout", f"the model has no encoder {unknown[0]!r}; it has {', '.join(self._parts)}"
             )
-        encoder = encoder_hash(config.model)
-        self._main = Captioned(Path(config.latents), policy, longest, encoder)
+        encoder = encoder_hash(model)
+        self._main = Captioned(Path(config.latents), model, longest, encoder, spare_of(config))
         real = config.real_data
-        self._real = None if real is None else Captioned(Path(real.latents), policy, longest, encoder)
+        self._real = None
+        if real is not None:
+            self._real = Captioned(Path(real.latents), model, longest, encoder, spare_of(config))
         if self._real is not None and not self._main.bank.has_noise:
             raise LatentsError(f"real_data: {config.latents} has no noise of its own; it is real data itself")
 

@@ -17,7 +17,7 @@ from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
 from flowalign.data.images import Skipped, patterns_of, visible
 from flowalign.data.pairsampler import Pair, PairSampler
 from flowalign.engine import process_group
-from flowalign.models.base import Policy
+from flowalign.models.encoders import Encoders
 from flowalign.record.disk import DiskError
 from rewards.missing import hint
 from rewards.pictures import PictureError
@@ -133,18 +133,21 @@ def _row(row: dict[str, Any], number: int, source: Path, folders: Sequence[Path]
     return Row(number, (images[0], images[1]), caption, winner)
 
 
-def load_pairs(config: AlignConfig, policy: Policy, *, rank: int = 0, world_size: int = 1) -> PairSampler:
-    """The sampler of a run, after encoding with ``policy`` what no earlier run has encoded.
+def load_pairs(config: AlignConfig, encoders: Encoders | None, *, rank: int = 0, world_size: int = 1) -> PairSampler:
+    """The sampler of a run, after encoding with ``encoders``, if there are some, what no earlier run has encoded.
 
     Pairs without a caption or with an image that cannot be read are left out and named in the cache's ``skipped.json``.
 
     Raises:
         PreferencesError: the set is missing or malformed, all of its pairs are ties, or more than `MOST_LEFT_OUT` of
             them cannot be used.
+        NotEncoded: without encoders, something is not on disk.
     """
     source, folder = _places(config)
-    cache = EncodedCache(folder, policy, config.model)
-    if world_size > 1:  # each rank its own share first, so that they need not all encode everything
+    cache = EncodedCache(folder, encoders, config.model)
+    if (
+        world_size > 1 and encoders is not None
+    ):  # each rank its own share first, so that they need not all encode everything
         for row in islice(read_rows(source), rank, None, world_size):
             _encode(row, cache)
     total, ties = _count(source), 0

@@ -17,7 +17,7 @@ from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
 from flowalign.export.writing import write_lora, write_pipeline
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.files import give_usual_modes
@@ -94,13 +94,12 @@ def export(
     with draft_beside(to) as draft:
         with torch_threads(config.cluster.threads):
             policy, state = open_policy(found, config, which)
-            if not isinstance(policy, SD3Policy):
+            if not isinstance(policy.encoders, SD3Encoders):
                 raise ExportError(f"export knows models of type sd3, not {config.model.type}")
-            if type(policy.network) is not SD3Transformer2DModel:
-                raise ExportError(
-                    f"diffusers has no class for a {type(policy.network).__name__}; evaluate the run itself"
-                )
-            trained = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+            module = policy.network.module
+            if type(module) is not SD3Transformer2DModel:
+                raise ExportError(f"diffusers has no class for a {type(module).__name__}; evaluate the run itself")
+            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
             if kind == "lora":
                 errors = write_lora(policy, draft, config)
@@ -110,7 +109,7 @@ def export(
         result = ExportResult(
             to, kind, found, int(state["iteration"] if "iteration" in state else state["step"]), digest, *errors
         )
-        _keep(draft, to, result, config, state, policy.family)
+        _keep(draft, to, result, config, state, policy.network.family)
     return result
 
 

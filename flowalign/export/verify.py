@@ -20,8 +20,10 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.models.architectures.inputs import CONFIG_KEY
+from flowalign.models.base import Policy
 from flowalign.models.customcode import refuse_custom_code
-from flowalign.models.sd3 import SD3Policy, plain_pipeline, quietly
+from flowalign.models.families.sd3.loading import plain_pipeline, quietly
+from flowalign.models.guided import guided
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.samples.opened import policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate
@@ -84,17 +86,18 @@ def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipel
 
 
 @torch.no_grad()
-def probe(policy: SD3Policy, config: AlignConfig) -> Probe:
-    shape = policy.latent_shape(config.model.height, config.model.width)
+def probe(policy: Policy, config: AlignConfig) -> Probe:
+    network, device = policy.network, policy.network.device
+    shape, model = network.latent_shape(config.model.height, config.model.width), guided(network)
     ids = range(len(PROBE_PROMPTS))
-    noise = SampleNoise(0, ids, shape).draw().to(policy.device)
-    condition = policy.encode_prompts(PROBE_PROMPTS)
-    velocity = policy.velocity(noise, torch.full((len(ids),), PROBE_TIME, device=policy.device), condition)
+    noise = SampleNoise(0, ids, shape).draw().to(device)
+    condition = policy.encoders.encode_prompts(PROBE_PROMPTS, config.model.max_sequence_length)
+    velocity = model(noise, torch.full((len(ids),), PROBE_TIME, device=device), condition)
     latents = {}
     for guidance in PROBE_GUIDANCE:
         sampling = SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance, grid=config.evaluation.grid)
         spec = policy_spec(policy, sampling, config.model)
-        latents[guidance] = integrate(policy.velocity, condition, SampleNoise(0, ids, shape), spec, policy.device)[2]
+        latents[guidance] = integrate(model, condition, SampleNoise(0, ids, shape), spec, device)[2]
     return Probe(noise, velocity, latents)
 
 

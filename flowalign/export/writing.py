@@ -17,47 +17,53 @@ from flowalign.config.sections import SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name
 from flowalign.export.verify import Errors, differences, euler, largest, load_pipeline, probe
-from flowalign.models.build import has_lora
+from flowalign.models.base import Policy
+from flowalign.models.families.sd3.files import OWN_PIPELINE
+from flowalign.models.families.sd3.loading import assembled, quietly
+from flowalign.models.merge import fuse_lora
+from flowalign.models.network import Network
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
-from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy, quietly
 from flowalign.record.disk import on_disk, require_room
 from flowalign.record.files import save_tensors
 from flowalign.record.outputs import RECORD as RECORD
 
 
-def write_pipeline(policy: SD3Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
+def write_pipeline(policy: Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
     expected = probe(policy, config)
-    network: Any = policy.network
-    if has_lora(network):
-        network.fuse_lora()
-        network.unload_lora()
+    fuse_lora(policy.network)
+    module = policy.network.module
     if dtype != torch.float32:
-        network.to(dtype).float()
+        module.to(dtype).float()
         expected = probe(policy, config)
-    network.to(dtype)
-    for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
-        # transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in.
-        if part is not None:
-            part.float()
-    policy.pipeline.scheduler = euler(policy.pipeline.scheduler, **_walking(config.evaluation))
+    module.to(dtype)
+    pipeline = assembled(policy)
+    widen_encoders(pipeline)
+    pipeline.scheduler = euler(pipeline.scheduler, **_walking(config.evaluation))
     # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
     (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
-    save_pipeline(policy, directory)
+    save_pipeline(pipeline, policy.network, directory)
     return differences(expected, load_pipeline(directory, config.cluster.device), config)
 
 
-def save_pipeline(policy: SD3Policy, directory: Path) -> None:
-    """The pipeline as it is; where a plain one would sample it wrongly, with a file that does so rightly, without which
-    diffusers refuses to load it."""
-    network: Any = policy.network
-    own = bool(policy.inputs) or policy.family != "rf"
-    if own or own_pipeline.FAMILY in network.config:
-        network.register_to_config(**{own_pipeline.FAMILY: policy.family})
-    parts = [part for part in policy.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+def widen_encoders(pipeline: Any) -> None:
+    """transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in."""
+    for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        if part is not None:
+            part.float()
+
+
+def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
+    """The pipeline of ``network`` as it is; where a plain one would sample it wrongly, with a file that does so
+    rightly, without which diffusers refuses to load it."""
+    own = bool(network.inputs) or network.family != "rf"
+    transformer = pipeline.transformer
+    if own or own_pipeline.FAMILY in transformer.config:
+        transformer.register_to_config(**{own_pipeline.FAMILY: network.family})
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
     require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))
     with quietly():
-        policy.pipeline.save_pretrained(str(directory), safe_serialization=True)
+        pipeline.save_pretrained(str(directory), safe_serialization=True)
     forget_local_paths(directory)
     if not own:
         return
@@ -67,11 +73,11 @@ def save_pipeline(policy: SD3Policy, directory: Path) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lora(policy: SD3Policy, directory: Path, config: AlignConfig) -> Errors:
+def write_lora(policy: Policy, directory: Path, config: AlignConfig) -> Errors:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
-    network: Any = policy.network
+    network: Any = policy.network.module
     expected = probe(policy, config)
     adapter = network.peft_config["default"]
     adapter.base_model_name_or_path = base_name(config.model.path)

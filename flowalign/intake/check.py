@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import os
-import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +21,7 @@ from rewards.interface import Offers
 
 if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
     from flowalign.algorithm import Algorithm, Needs
+    from flowalign.models.family import ModelFamily
 
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
@@ -174,36 +171,18 @@ def parse_algorithm(raw: dict[str, Any], batch: str) -> Algorithm:
     return algorithm
 
 
-def model_family(name: str) -> ModuleType:
-    """The module behind ``model.type``."""
-    import flowalign.models
+def model_family(name: str) -> ModelFamily:
+    """The family behind ``model.type``."""
+    from flowalign.models.base import ModelError
+    from flowalign.models.family import family_of, known_families
 
-    modules = pkgutil.iter_modules(flowalign.models.__path__)
-    families = [module.name for module in modules if not module.ispkg and _is_family(module.name)]
+    families = known_families()
     if "." not in name and name not in families:
         raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
-    from flowalign.models.base import ModelError
-    from flowalign.models.build import policy_class
-
     try:
-        return importlib.import_module(policy_class(name).__module__)
+        return family_of(name)
     except ModelError as error:
         raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
-
-
-def _is_family(name: str) -> bool:
-    """Whether the module defines what loads a directory and encodes prompts; it is parsed, not imported, which would
-    take seconds for all of them."""
-    import flowalign.models
-
-    folder = Path(flowalign.models.__path__[0])
-    file = next(path for path in (folder / f"{name}.py", folder / name / "__init__.py") if path.is_file())
-    tree = ast.parse(file.read_bytes())
-    classes = [
-        node for node in tree.body if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases)
-    ]
-    methods = [{child.name for child in node.body if isinstance(child, ast.FunctionDef)} for node in classes]
-    return any({"load", "encode_prompts"} <= found for found in methods)
 
 
 def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
@@ -229,21 +208,18 @@ def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
             raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
 
 
-def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, int] | None:
-    """The shape of a pipeline's latents, where its family can tell without loading it."""
-    from flowalign.models.inspect import latent_shape
-
+def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, int]:
+    """The shape of a pipeline's latents, told without loading it."""
     if any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
         raise ConfigError(
             key,
             f"{path} is a run or a checkpoint; a run starts from a pipeline, so make one: flowalign export {path} "
             "--to DIR, with --as ema for its averaged weights",
         )
-    check: Callable[[Path], None] | None = getattr(model_family(model.type), "check_directory", None)
+    family = model_family(model.type)
     try:
-        if check is not None:
-            check(path)
-        return latent_shape(path, model.height, model.width) if model.type == "sd3" else None
+        family.check(path)
+        return family.latent_shape(path, model.height, model.width)
     except ValueError as error:
         reason = str(error).removeprefix("model.path: ")
         given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)

@@ -17,15 +17,18 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, BucketError, buckets_of_area, nearest, parse_bucket
 from flowalign.data.banks.embeddings import write_embeddings
-from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import EMBEDDINGS
 from flowalign.data.banks.writer import FROM, BankWriter, finished
 from flowalign.data.images import ImageRow, ImagesError, ImageSource
 from flowalign.making.duplicates import find_duplicates
 from flowalign.making.encode import Cutter, RowsDigest, Sizes, encode, in_order
-from flowalign.models.base import ModelError, Policy
-from flowalign.models.build import policy_class
+from flowalign.models.base import ModelError
+from flowalign.models.build import load_encoders
+from flowalign.models.family import family_of
+from flowalign.models.fingerprint import encoder_hash
 from rewards.pictures import PictureError, look
+
+Shape = Callable[[int | None, int | None], tuple[int, int, int]]  # of latents, of an image size in pixels
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
         _check_unchanged(options, source, files, done.get(FROM) or {})
         say(f"{options.to} is complete already")
         return done
-    policy = _encoders(options)
-    buckets = _buckets(options, policy)
+    encoders = load_encoders(options.model).to(options.device)
+    shape = partial(family_of(options.model.type).latent_shape, Path(options.model.path))
+    buckets = _buckets(options, shape)
     writer = BankWriter(options.to, identity)
     sizes = Sizes(options.batch_size, options.shard_size, options.device, options.workers)
     with writer.on_full_disk(source.total):
@@ -102,12 +106,13 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
                 source, options.deduplicate, options.clip, writer.work, device=options.device, ordered=ordered
             )
         cutter = Cutter(buckets, options.random_crop, options.flip, options.seed, removed)
-        rows = encode(source, cutter, policy, writer, sizes, say)
+        rows = encode(source, cutter, encoders, writer, sizes, say)
         table = None
         if options.embeddings is not None:
             dtype = getattr(torch, options.embeddings)
-            table = write_embeddings(options.to / EMBEDDINGS, policy, list(writer.prompts), dtype)
-        counts = [{"pixels": str(bucket), "count": _count(writer, policy, bucket)} for bucket in buckets]
+            length = options.model.max_sequence_length
+            table = write_embeddings(options.to / EMBEDDINGS, encoders, list(writer.prompts), length, dtype)
+        counts = [{"pixels": str(bucket), "count": _count(writer, shape, bucket)} for bucket in buckets]
         made_from = {"rows": rows} | ({} if files is None or source.reads_elsewhere else {"files": files})
         manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts, FROM: made_from})
     for bucket in counts:
@@ -140,40 +145,28 @@ def _check_unchanged(options: Options, source: ImageSource, files: str | None, m
         )
 
 
-def _count(writer: BankWriter, policy: Policy, bucket: Bucket) -> int:
-    _, height, width = policy.latent_shape(bucket.height, bucket.width)
+def _count(writer: BankWriter, shape: Shape, bucket: Bucket) -> int:
+    _, height, width = shape(bucket.height, bucket.width)
     return sum(entry["count"] for entry in writer.entries if entry["bucket"] == f"{height}x{width}")
 
 
-def _encoders(options: Options) -> Policy:
-    """The policy without the weights of its network, which nothing here asks."""
-    policy = policy_class(options.model.type).load(
-        Path(options.model.path),
-        max_sequence_length=options.model.max_sequence_length,
-        device=options.device,
-        dtype=getattr(torch, options.model.dtype),
-    )
-    policy.network.to("meta")
-    return policy
-
-
-def _buckets(options: Options, policy: Policy) -> tuple[Bucket, ...]:
-    multiple = _multiple(policy)
-    factor = multiple // policy.latent_shape(multiple, multiple)[1]
+def _buckets(options: Options, shape: Shape) -> tuple[Bucket, ...]:
+    multiple = _multiple(shape)
+    factor = multiple // shape(multiple, multiple)[1]
     try:
         if options.buckets:
             return tuple(dict.fromkeys(parse_bucket(text, multiple) for text in options.buckets))
-        side = options.resolution or policy.latent_shape(None, None)[1] * factor
+        side = options.resolution or shape(None, None)[1] * factor
         return buckets_of_area(side, options.max_ratio, multiple)
     except BucketError as error:
         raise ConfigError("--bucket" if options.buckets else "--resolution", str(error)) from error
 
 
-def _multiple(policy: Policy) -> int:
+def _multiple(shape: Shape) -> int:
     """The smallest side that the model takes, of which all others are multiples."""
     for side in count(1):
         try:
-            policy.latent_shape(side, side)
+            shape(side, side)
         except ModelError:
             continue
         return side

@@ -13,6 +13,7 @@ from flowalign.config.section import ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
 from flowalign.flow.solvers import check_cacheable
+from flowalign.models.guided import guided
 from flowalign.models.teacache import Distances
 from flowalign.record.disk import write_text, writing
 from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, torch_threads
@@ -50,14 +51,15 @@ def calibrate(
     done = 0
     with torch_threads(config.cluster.threads):
         policy, _ = open_policy(checkpoint, config, which)
-        device = getattr(policy, "device", "cpu")
+        network = policy.network
         spec = policy_spec(policy, sampling, config.model)
-        shape = policy.latent_shape(config.model.height, config.model.width)
-        with Distances(policy.network) as distances:
+        shape = network.latent_shape(config.model.height, config.model.width)
+        with Distances(network.module) as distances:
             for chunk in batch.chunks(config.rollout.chunk_size):
                 distances.reset()
                 noise = SampleNoise(seed, chunk.sample_ids, shape)
-                integrate(policy.velocity, policy.encode_prompts(chunk.prompts), noise, spec, device)
+                condition = policy.encoders.encode_prompts(chunk.prompts, config.model.max_sequence_length)
+                integrate(guided(network), condition, noise, spec, network.device)
                 done += len(chunk)
                 if progress is not None:
                     progress(done, len(batch))

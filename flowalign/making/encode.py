@@ -20,7 +20,7 @@ from flowalign.data.banks.buckets import Bucket, cut, nearest
 from flowalign.data.banks.writer import BankWriter
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.base import Policy
+from flowalign.models.encoders import Encoders
 from rewards.pictures import PictureError, read
 
 AHEAD = 4  # rows that are decoded in advance, for each worker
@@ -85,10 +85,10 @@ class Filling:
         self.rows.append(ImageRow(cut.row.number, cut.row.where, b"", cut.row.captions))
         self.waiting.append(cut.pixels)
 
-    def encode(self, policy: Policy, device: str) -> None:
+    def encode(self, encoders: Encoders, device: str) -> None:
         if self.waiting:
             images = torch.from_numpy(np.stack(self.waiting)).to(device)
-            self.latents += list(policy.encode_images(images).half().cpu())
+            self.latents += list(encoders.encode_images(images).half().cpu())
             self.waiting.clear()
 
 
@@ -135,7 +135,7 @@ class Trail:
         return self._at[0][1]
 
 
-def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWriter, sizes: Sizes, say: Say) -> str:
+def encode(source: ImageSource, cutter: Cutter, encoders: Encoders, writer: BankWriter, sizes: Sizes, say: Say) -> str:
     """Write the shards of all rows that no finished shard is done with; returns the digest of all rows.
 
     Raises:
@@ -148,7 +148,7 @@ def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWrit
 
     def write(bucket: Bucket) -> None:
         shard, filling[bucket] = filling[bucket], Filling()
-        shard.encode(policy, sizes.device)
+        shard.encode(encoders, sizes.device)
         numbers, captions = [row.number for row in shard.rows], [row.captions for row in shard.rows]
         writer.write(torch.stack(shard.latents), numbers, captions, position, trail.digest(position))
         of = "" if total is None else f", {position} of {total} rows"
@@ -162,7 +162,7 @@ def encode(source: ImageSource, cutter: Cutter, policy: Policy, writer: BankWrit
         shard = filling[found.bucket]
         shard.add(found)
         if len(shard.waiting) == sizes.batch:
-            shard.encode(policy, sizes.device)
+            shard.encode(encoders, sizes.device)
         if len(shard.rows) == sizes.shard:
             write(found.bucket)
     for bucket in cutter.buckets:

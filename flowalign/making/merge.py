@@ -15,12 +15,15 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.markdown import code, text
 from flowalign.export.verify import load_pipeline
-from flowalign.export.writing import save_pipeline
+from flowalign.export.writing import save_pipeline, widen_encoders
 from flowalign.intake.recorded import config_of
+from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
+from flowalign.models.families.sd3.encoders import SD3Encoders
+from flowalign.models.families.sd3.loading import assembled
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.network import Network
 from flowalign.record.files import give_usual_modes
 from flowalign.record.outputs import check_place, draft_beside, take_place
 from flowalign.samples.opened import open_policy, torch_threads
@@ -50,7 +53,7 @@ class Source:
 
     path: Path
     config: AlignConfig
-    policy: SD3Policy
+    policy: Policy
     base: str | None
 
 
@@ -83,19 +86,20 @@ def merge(
     first = _open(sources[0], which, None, model)
     with torch_threads(first.config.cluster.threads):
         total = _average(first, sources[1:], portions, which, model)
-        bind_weights(first.policy.network, total)
+        bind_weights(first.policy.network.module, total)
     record = {
         "kind": "merge",
         "sources": ["/".join(source.resolve().parts[-2:]) for source in sources],
         "shares": portions,
         "weights": which,
         "max_sequence_length": first.config.model.max_sequence_length,
-        "family": first.policy.family,
+        "family": first.policy.network.family,
     }
-    if first.policy.pipeline.scheduler.config["stochastic_sampling"]:
+    pipeline = assembled(first.policy)
+    if pipeline.scheduler.config["stochastic_sampling"]:
         # The first one's scheduler is kept, and by its record a consistency student is known.
         record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
-    _write(first.policy, total, to, record)
+    _write(pipeline, first.policy.network, total, to, record)
     return record
 
 
@@ -104,17 +108,19 @@ def _average(
 ) -> dict[str, Tensor]:
     """One model is in memory beside the first and the sum."""
     total: dict[str, Tensor] = {}
-    add(total, first.policy.network, portions[0])
-    own, base, named = encoding(first.policy), first.base, first.path
+    network, length = first.policy.network, first.config.model.max_sequence_length
+    add(total, network.module, portions[0])
+    own, base, named = encoding(first.policy, length), first.base, first.path
     for path, share in zip(others, portions[1:], strict=True):
         source = _open(path, which, first.config, model)
-        check_architecture(str(path), source.policy.network, str(first.path), first.policy.network)
-        if source.policy.family != first.policy.family:
+        its = source.policy.network
+        check_architecture(str(path), its.module, str(first.path), network.module)
+        if its.family != network.family:
             raise MergeError(
-                f"{path} is of the family {source.policy.family} and {first.path} of {first.policy.family}: their "
+                f"{path} is of the family {its.family} and {first.path} of {network.family}: their "
                 "outputs mean different things and have no average"
             )
-        _check_encoders(path, encoding(source.policy), first.path, own)
+        _check_encoders(path, encoding(source.policy, length), first.path, own)
         if None not in (base, source.base) and base != source.base:
             raise MergeError(
                 f"{path} was trained from another base model than {named}; averages of such are of no use. If both "
@@ -122,7 +128,7 @@ def _average(
             )
         if base is None:
             base, named = source.base, path
-        add(total, source.policy.network, share)
+        add(total, its.module, share)
     return total
 
 
@@ -136,9 +142,9 @@ def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) 
     cluster = config.cluster.model_copy(update={"device": "cpu"})
     config = config.model_copy(update={"model": model, "cluster": cluster})
     policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
-    if not isinstance(policy, SD3Policy):
+    if not isinstance(policy.encoders, SD3Encoders):
         raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")
-    fuse_lora(policy)
+    fuse_lora(policy.network)
     return Source(path, config, policy, state.get("base_hash"))
 
 
@@ -156,13 +162,11 @@ def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> No
         )
 
 
-def _write(policy: SD3Policy, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
+def _write(pipeline: Any, network: Network, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
     """Reloaded with diffusers and compared before it takes its name; an earlier export is replaced."""
     with draft_beside(to) as draft:
-        for part in (policy.pipeline.text_encoder, policy.pipeline.text_encoder_2, policy.pipeline.text_encoder_3):
-            if part is not None:
-                part.float()
-        save_pipeline(policy, draft)
+        widen_encoders(pipeline)
+        save_pipeline(pipeline, network, draft)
         held = dict(load_pipeline(draft).transformer.named_parameters())
         if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
             raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")

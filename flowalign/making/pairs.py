@@ -11,12 +11,13 @@ from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.banks.writer import BankWriter, finished
 from flowalign.data.images import ORIGINAL
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.flow.solvers import ode_solver
+from flowalign.models.fingerprint import encoder_hash
+from flowalign.models.guided import guided
 from flowalign.record.checkpoint import find
 from flowalign.record.contents import base_hash
 from flowalign.record.manifest import digest_of, manifest_of
@@ -79,15 +80,15 @@ def make_pairs(
     writer = BankWriter(to, identity, made_from)
     with torch_threads(config.cluster.threads), writer.on_full_disk(pairs - writer.count):
         policy, _ = open_policy(checkpoint, config, which)
+        network = policy.network
         spec = policy_spec(policy, sampling, config.model)
-        shape = policy.latent_shape(config.model.height, config.model.width)
+        shape = network.latent_shape(config.model.height, config.model.width)
         made = _Shard()
         for iteration in range(writer.position, -(-pairs // chunk)):
             batch = sampler.batch(iteration)
-            device = getattr(policy, "device", "cpu")
-            condition = policy.encode_prompts(batch.prompts)
+            condition = policy.encoders.encode_prompts(batch.prompts, config.model.max_sequence_length)
             noise = HalfNoise(seed, batch.sample_ids, shape)
-            final = integrate(policy.velocity, condition, noise, spec, device, geometry=chunk)[2].cpu()
+            final = integrate(guided(network), condition, noise, spec, network.device, geometry=chunk)[2].cpu()
             refuse_non_finite(final, 0, spec)
             made.add(final, HalfNoise(seed, batch.sample_ids, shape).draw(), batch.prompts)
             last = (iteration + 1) * chunk >= pairs

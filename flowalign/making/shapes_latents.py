@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flowalign.data.banks.latents import LatentBank, save_bank
-from flowalign.models.base import Policy
+from flowalign.models.encoders import Encoders
 from flowalign.shapes.prompts import sample_prompt, scene
 from flowalign.shapes.render import render
 
@@ -17,8 +17,10 @@ DUPLICATES = 0.35  # the captions of so many pictures leave one object out, as c
 
 
 @torch.no_grad()
-def make_bank(policy: Policy, directory: Path, *, num_images: int = 120_000, batch: int = 250, seed: int = 0) -> None:
-    """Render training prompts, encode them with the policy's autoencoder (bf16 autocast), write the bank."""
+def make_bank(
+    encoders: Encoders, directory: Path, *, num_images: int = 120_000, batch: int = 250, seed: int = 0
+) -> None:
+    """Render training prompts, encode them with the autoencoder (bf16 autocast), write the bank."""
     rng = np.random.default_rng([seed, 2])
     rows: dict[str, int] = {}
     latents, index = [], []
@@ -26,7 +28,7 @@ def make_bank(policy: Policy, directory: Path, *, num_images: int = 120_000, bat
         chosen = [sample_prompt("train", rng, TASK_WEIGHTS) for _ in range(batch)]
         images = np.stack([render(scene(row, rng, DUPLICATES), rng) for row in chosen])
         with torch.autocast("cpu", torch.bfloat16):
-            latents.append(policy.encode_images(torch.from_numpy(images)).half())
+            latents.append(encoders.encode_images(torch.from_numpy(images)).half())
         index += [rows.setdefault(row["prompt"], len(rows)) for row in chosen]
     save_bank(directory, LatentBank(torch.cat(latents), torch.tensor(index), list(rows)))
 
@@ -36,7 +38,7 @@ def main() -> None:
     import argparse
 
     from flowalign.config.sections import ModelConfig
-    from flowalign.models.build import load_policy
+    from flowalign.models.build import load_encoders
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("pipeline")
@@ -45,8 +47,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    policy = load_policy(ModelConfig(path=arguments.pipeline, max_sequence_length=2))
-    make_bank(policy, arguments.out, num_images=arguments.num_images)
+    encoders = load_encoders(ModelConfig(path=arguments.pipeline), text=False)
+    make_bank(encoders, arguments.out, num_images=arguments.num_images)
 
 
 if __name__ == "__main__":

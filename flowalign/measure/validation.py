@@ -8,12 +8,11 @@ import torch
 
 from flowalign.algorithm import VelocityModel
 from flowalign.config.training import PretrainConfig, ValidationConfig
-from flowalign.data.banks.encoder import encoder_hash
-from flowalign.data.feed import Captioned
+from flowalign.data.feed import Captioned, spare_of
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.base import Policy
+from flowalign.models.fingerprint import encoder_hash
 
 
 class Validation:
@@ -23,12 +22,11 @@ class Validation:
         LatentsError: the bank cannot be read.
     """
 
-    def __init__(self, config: PretrainConfig, policy: Policy) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         assert config.validation is not None
         own: ValidationConfig = config.validation
-        length, before = config.model_as_trained.max_sequence_length, policy.max_sequence_length  # type: ignore[attr-defined]
-        captioned = Captioned(Path(own.latents), policy, length, encoder_hash(config.model))
-        policy.max_sequence_length = before  # type: ignore[attr-defined]
+        length = config.model_as_trained.max_sequence_length
+        captioned = Captioned(Path(own.latents), config.model, length, encoder_hash(config.model), spare_of(config))
         drawn = captioned.bank.draw(0, own.num_samples, own.seed, {})
         stratum = torch.arange(own.num_samples) % own.num_times
         t = (stratum + 0.5) / own.num_times

@@ -1,9 +1,8 @@
-"""A policy from its configuration: model family, LoRA, and the frozen reference."""
+"""Networks and encoders from their configuration: model family, LoRA, and the frozen reference."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,33 +13,30 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError, Policy
-from rewards.usercode.loading import load_module
-
-
-def policy_class(name: str) -> type[Any]:
-    """The class in ``flowalign/models/<name>.py`` (or a dotted path) that can ``load`` a directory.
-
-    Raises:
-        ModelError: there is no such module, it does not import, or holds no such class.
-    """
-    module_name = name if "." in name else f"flowalign.models.{name}"
-    try:
-        module = load_module(module_name) if "." in name else importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's may raise anything
-        raise ModelError(f"model.type: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
-    for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__ and _is_policy(value):
-            return value
-    raise ModelError(f"model.type: {module_name} holds no policy class")
-
-
-def _is_policy(value: type[Any]) -> bool:
-    protocol = getattr(value, "_is_protocol", False)
-    return not protocol and hasattr(value, "encode_prompts") and callable(getattr(value, "load", None))
+from flowalign.models.encoders import Encoders
+from flowalign.models.family import family_of
+from flowalign.models.guided import frozen, guided
+from flowalign.models.network import Network
 
 
 def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
-    """Load the pipeline directory and, if asked, put a fresh LoRA on its transformer.
+    """Load both halves of a pipeline directory, see `load_network`, and move them to ``device``.
+
+    Raises:
+        ModelError: the directory, the fresh network or its inputs cannot be had.
+    """
+    network, encoders = load_network(config), load_encoders(config)
+    network.module.to(device)
+    return Policy(network, encoders.to(device))
+
+
+def load_encoders(config: ModelConfig, *, text: bool = True) -> Encoders:
+    """What does not learn, on the CPU; without ``text`` the autoencoder alone. Raises ModelError."""
+    return family_of(config.type).load_encoders(Path(config.path), dtype=getattr(torch, config.dtype), text=text)
+
+
+def load_network(config: ModelConfig) -> Network:
+    """The network of a pipeline directory, on the CPU, and if asked a fresh LoRA on it; no encoder is loaded.
 
     Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
     trainable is float32, whatever ``config.dtype`` says of the rest.
@@ -48,33 +44,28 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
     """
-    policy = policy_class(config.type).load(
-        Path(config.path),
-        max_sequence_length=config.max_sequence_length,
-        device=device,
-        dtype=getattr(torch, config.dtype),
-    )
+    network = family_of(config.type).load_network(Path(config.path), dtype=getattr(torch, config.dtype))
     if config.transformer is not None:
         from flowalign.models.architectures.fresh import TransformerSpec, new_transformer
 
         spec = TransformerSpec(**config.transformer.model_dump())
-        policy.use_network(new_transformer(policy.network.config, spec))  # type: ignore[arg-type]
+        network.module = new_transformer(network.module.config, spec).eval()  # type: ignore[arg-type]
     if config.inputs:
         from flowalign.models.architectures.inputs import add_inputs
 
-        add_inputs(policy.network, config.inputs)
-    policy.family = config.family or "rf"
+        add_inputs(network.module, config.inputs)
+    network.family = config.family or "rf"
     if config.lora is None:
-        policy.network.requires_grad_(True)
+        network.module.requires_grad_(True)
     else:
-        add_lora(policy, config.lora)
-    for parameter in policy.network.parameters():
+        add_lora(network, config.lora)
+    for parameter in network.module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return policy
+    return network
 
 
-def add_lora(policy: Policy, config: LoraConfig, *, seed: int = 0) -> None:
+def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
     """A PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone.
 
     Raises:
@@ -82,17 +73,17 @@ def add_lora(policy: Policy, config: LoraConfig, *, seed: int = 0) -> None:
     """
     from peft import LoraConfig as PeftConfig
 
-    policy.network.requires_grad_(False)
+    network.module.requires_grad_(False)
     adapter = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
-        target_modules=config.targets or policy.lora_targets,
+        target_modules=config.targets or network.lora_targets,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            policy.network.add_adapter(adapter)  # type: ignore[operator]
+            network.module.add_adapter(adapter)  # type: ignore[operator]
         except ValueError as error:
             raise ModelError(f"model.lora.targets: {' '.join(str(error).split())}") from error
 
@@ -107,24 +98,24 @@ def has_lora(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def reference_velocity(policy: Policy) -> VelocityModel:
-    """The frozen start of the run: the network without its adapter, or a frozen copy of it."""
-    if has_lora(policy.network):
-
-        @torch.no_grad()
-        def without_adapter(x: Tensor, t: Tensor, condition: Any, **kwargs: Any) -> Tensor:
-            with disabled_adapters(policy.network):
-                return policy.velocity(x, t, condition, **kwargs)
-
-        return without_adapter
-    frozen = copy.copy(policy)
-    frozen.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
+def reference_velocity(network: Network, device: str | torch.device | None = None) -> VelocityModel:
+    """The frozen start of the run: the network without its adapter, or a frozen copy of it, on ``device``."""
+    if not has_lora(network.module):
+        return frozen(frozen_copy(network, device))
+    velocity = guided(network)
 
     @torch.no_grad()
-    def frozen_copy(x: Tensor, t: Tensor, condition: Any, **kwargs: Any) -> Tensor:
-        return frozen.velocity(x, t, condition, **kwargs)
+    def without_adapter(x: Tensor, t: Tensor, condition: Any, **kwargs: Any) -> Tensor:
+        with disabled_adapters(network.module):
+            return velocity(x, t, condition, **kwargs)
 
-    return frozen_copy
+    return without_adapter
+
+
+def frozen_copy(network: Network, device: str | torch.device | None = None) -> Network:
+    """A network with its own copy of the weights, which do not learn; ``device`` None is the network's."""
+    module = copy.deepcopy(network.module).requires_grad_(False).eval()
+    return network.with_module(module if device is None else module.to(device))
 
 
 @contextmanager

@@ -25,11 +25,13 @@ class Encoding:
         return _alike(self.tokens, other.tokens) and _alike(self.latents, other.latents)
 
 
-def encoding(policy: Policy, height: int | None = None, width: int | None = None) -> Encoding:
-    tokens = policy.encode_prompts((PROMPT,)).tokens_PLD
+def encoding(policy: Policy, length: int, height: int | None = None, width: int | None = None) -> Encoding:
+    """``length`` is that of the text, height and width those of an image in pixels."""
+    network, encoders = policy.network, policy.encoders
+    tokens = encoders.encode_prompts((PROMPT,), length).tokens_PLD
     image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)
-    latents = policy.encode_images(image.to(tokens.device))
-    return Encoding(policy.latent_shape(height, width), tokens.float().cpu(), latents.float().cpu())
+    latents = encoders.encode_images(image.to(tokens.device))
+    return Encoding(network.latent_shape(height, width), tokens.float().cpu(), latents.float().cpu())
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.base import ModelError
-from flowalign.models.build import policy_class
+from flowalign.models.family import family_of
 from flowalign.record.textfiles import TextError, read_object
 
 CLIP_TOKENS = 77
@@ -157,8 +156,7 @@ def image_tokens(directory: Path, height: int | None = None, width: int | None =
 def own_schedule(model: ModelConfig) -> PipelineSchedule:
     """The noise levels that the pipeline at ``model.path`` walks at the configured size, from its small files alone.
 
-    A family states them as ``pipeline_schedule(directory, height, width)``; of one that does not its scheduler's shift
-    is taken as a static one. Where the directory does not exist Stable Diffusion 3.5 medium stands in.
+    Where the directory does not exist Stable Diffusion 3.5 medium stands in.
 
     Raises:
         ModelError: the files are missing or unreadable, or say what is not reproduced.
@@ -168,18 +166,12 @@ def own_schedule(model: ModelConfig) -> PipelineSchedule:
         tokens = image_tokens(directory, model.height, model.width)
         resolution = resolution_shift(tokens, image_tokens(directory))
         return PipelineSchedule(SD35_SHIFT, resolution, named_shift=SD35_SHIFT)
-    family = sys.modules[policy_class(model.type).__module__]
-    states: Callable[..., PipelineSchedule] | None = getattr(family, "pipeline_schedule", None)
-    if states is not None:
-        return states(directory, model.height, model.width)
-    path = directory / "scheduler" / "scheduler_config.json"
-    shift = float(_read(path).get("shift", 1.0)) if path.is_file() else 1.0
-    return PipelineSchedule(shift, named_shift=shift)
+    return family_of(model.type).schedule(directory, model.height, model.width)
 
 
 def default_lora_targets(family: str) -> tuple[str, ...]:
     """What a LoRA of this model family adapts unless the configuration says otherwise."""
-    return tuple(getattr(sys.modules[policy_class(family).__module__], "LORA_TARGETS", ()))
+    return family_of(family).lora_targets
 
 
 def lora_parameters(network: nn.Module, rank: int, targets: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.models.base import ModelError, Policy
+from flowalign.models.base import ModelError
 from flowalign.models.build import has_lora
+from flowalign.models.network import Network
 
 # What a configuration may differ in without its network computing anything else.
 _NEUTRAL = ("sample_size",)
@@ -23,12 +24,12 @@ class MergeError(ModelError):
     """Models that cannot be averaged: which, and in what they differ."""
 
 
-def fuse_lora(policy: Policy) -> None:
+def fuse_lora(network: Network) -> None:
     """Add a LoRA to the weights it adapts and take it off; a network without one stays as it is."""
-    network: Any = policy.network
-    if has_lora(network):
-        network.fuse_lora()
-        network.unload_lora()
+    module: Any = network.module
+    if has_lora(module):
+        module.fuse_lora()
+        module.unload_lora()
 
 
 def check_architecture(name: str, network: nn.Module, first_name: str, first: nn.Module) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from flowalign.models.base import ModelError, Policy
+from flowalign.models.base import ModelError
+from flowalign.models.encoders import Encoders
 from rewards.interface import SpecError
 from rewards.models.openclip import OpenClip
 
@@ -24,10 +25,10 @@ class ImageFeatures:
         ModelError: ``directory`` is none such, or its architecture gives no intermediate maps.
     """
 
-    def __init__(self, policy: Policy, directory: Path) -> None:
+    def __init__(self, encoders: Encoders, directory: Path) -> None:
         clip = OpenClip("features", path=str(directory))
         try:
-            clip.setup(str(policy.device))  # type: ignore[attr-defined]
+            clip.setup(str(encoders.device))
         except SpecError as error:
             raise ModelError(str(error)) from error
         self._tower: Any = clip.loaded.visual.requires_grad_(False)
@@ -37,11 +38,11 @@ class ImageFeatures:
         self._mean, self._std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         size = self._tower.image_size
         self._size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        self._policy: Any = policy
+        self._encoders = encoders
 
     def __call__(self, latents_NCHW: Tensor) -> list[Tensor]:
         """A map (N, C, h, w) of each layer, differentiable in the latents (N, C, H, W)."""
-        pixels = self._policy.decode_pixels(latents_NCHW).clamp(0, 1)
+        pixels = self._encoders.decode_pixels(latents_NCHW).clamp(0, 1)
         if pixels.shape[-2:] != self._size:
             pixels = interpolate(pixels, self._size, mode="bicubic", antialias=True)
         pixels = (pixels - self._mean.to(pixels.device)) / self._std.to(pixels.device)

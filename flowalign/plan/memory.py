@@ -71,7 +71,7 @@ def plan_memory(
         rollout_weights=others + base + trainable,
         # Without gradients one layer's activations are alive at a time.
         rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
-        learner_weights=others + base + trainable // shards[2],
+        learner_weights=base + trainable // shards[2],
         learner_gradients=trainable // shards[1],
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0],
         learner_ema=trainable if learner.ema_decay is not None else 0,

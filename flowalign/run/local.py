@@ -26,7 +26,7 @@ class LocalBackend:
         say(f"local: one process, {config.cluster.threads} thread{'s' * (config.cluster.threads > 1)}")
         self.rollouts = RolloutWorker(config)
         self.rewards = RewardWorker(config, base_dir)
-        self.learner = LearnerWorker(config)
+        self.learner = LearnerWorker(config, encoders=self.rollouts.policy.encoders)
         self._guard = SyncGuard()
         self._learned = True
         self._reuse = reuse_of(config.rollout.cache)

@@ -24,8 +24,9 @@ from flowalign.engine import process_group
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.measure.validation import Validation
-from flowalign.models.base import Policy
 from flowalign.models.ema import Ema
+from flowalign.models.guided import guided
+from flowalign.models.network import Network
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import naming
@@ -113,7 +114,7 @@ class Averages:
 
 def pretrain(
     config: PretrainConfig,
-    policy: Policy,
+    network: Network,
     algorithm: Algorithm,
     engine: Engine,
     run_dir: Path,
@@ -143,12 +144,12 @@ def pretrain(
     """
     stop = stop or StopRequest()
     with process_group.failing_together():
-        feed = Feed(config, policy)
-        validation = None if config.validation is None else Validation(config, policy)
+        feed = Feed(config)
+        validation = None if config.validation is None else Validation(config)
     steps = sum(phase.steps for phase in config.phases)
     averages = Averages(engine.weights(), config, follower)
     start = 0 if saved is None else _load(saved, engine, averages)
-    called = {"policy": autocast(policy.velocity, config)}
+    called = {"policy": autocast(guided(network), config)}
     others = dict(models or {})
     called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
     called |= {role: autocast(model, config) for role, model in others.items()}
@@ -158,7 +159,7 @@ def pretrain(
         begin()
     stop.begin()
     began = time.monotonic()
-    policy.network.train()
+    network.module.train()
     done = start
     for step in range(start, steps):
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
@@ -168,7 +169,7 @@ def pretrain(
             metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
             averages.update(engine, step)
         done = stop.done = step + 1
-        row = _validated(validation, config, engine, policy, averages, done, steps)
+        row = _validated(validation, config, engine, network, averages, done, steps)
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
             with process_group.failing_together():
@@ -179,7 +180,7 @@ def pretrain(
             stopping = stopping or process_group.agreed(stop.asked)
         if stopping:
             break
-    policy.network.eval()
+    network.module.eval()
     last = checkpoint.latest(run_dir / "checkpoints")
     assert last is not None
     return PretrainResult(done, last)
@@ -204,7 +205,7 @@ def _validated(
     validation: Validation | None,
     config: PretrainConfig,
     engine: Engine,
-    policy: Policy,
+    network: Network,
     averages: Averages,
     done: int,
     steps: int,
@@ -212,12 +213,12 @@ def _validated(
     """The validation loss of the weights and of their average, where it is due."""
     if validation is None or config.validation is None or (done % config.validation.every and done != steps):
         return {}
-    policy.network.eval()
-    velocity = autocast(policy.velocity, config)
+    network.module.eval()
+    velocity = autocast(guided(network), config)
     row = validation.losses(velocity, "validation")
     with _bound(engine, averages.main()):
         row |= validation.losses(velocity, "validation_ema")
-    policy.network.train()
+    network.module.train()
     return row
 
 

@@ -20,10 +20,12 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
 from flowalign.engine.base import EngineSettings
-from flowalign.models.base import ModelError, Policy
-from flowalign.models.encoding import Encoding, encoding
+from flowalign.models.base import ModelError
+from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
+from flowalign.models.guided import frozen
+from flowalign.models.network import Network
 from flowalign.record.checkpoint import CheckpointError, content_hash
-from flowalign.samples.opened import open_policy, torch_threads
+from flowalign.samples.opened import is_pipeline, model_of, open_network, torch_threads
 from flowalign.types import Condition
 
 KEPT_ANSWERS = 64  # micro-batches that one rank may be behind another and still find its answer
@@ -32,7 +34,11 @@ KEPT_ANSWERS = 64  # micro-batches that one rank may be behind another and still
 class Teacher(Protocol):
     """A teacher, here or in another process."""
 
-    def encoding(self) -> Encoding: ...
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    def encoders(self, precision: str) -> str | None:
+        """The hash of the files that it encodes with, rounded so; None where they are the model's own."""
+        ...
 
     @property
     def velocity(self) -> VelocityModel: ...
@@ -48,22 +54,22 @@ class LoadedTeacher:
     def __init__(self, config: AlignConfig, name: str) -> None:
         wanted, model = teachers_of(config)[name], config.model
         try:
-            self._policy, _ = open_policy(Path(wanted.path), config, wanted.weights)
+            network, _ = open_network(Path(wanted.path), config, wanted.weights)
         except CheckpointError as error:
             raise ModelError(
                 f"algorithm.teachers.{name}: {error}. A teacher that is a run shares model.path and model.lora with "
                 f"this one; make a pipeline of any other: flowalign export {wanted.path} --to DIR"
             ) from error
-        self._encoding = encoding(self._policy, model.height, model.width)
-        self._policy.network.requires_grad_(False).eval()
-        self._policy.keep_network()
+        network.module.requires_grad_(False).eval()
+        self._shape, self.velocity = network.latent_shape(model.height, model.width), frozen(network)
+        own = Path(wanted.path)
+        self._encoders = encoders_of(model_of(own, config)) if is_pipeline(own) else None
 
-    def encoding(self) -> Encoding:
-        return self._encoding
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self._shape
 
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
-        return self._policy.velocity(x, t, condition, **options)
+    def encoders(self, precision: str) -> str | None:
+        return None if self._encoders is None else self._encoders(precision)
 
 
 class SharedTeacher:
@@ -108,19 +114,30 @@ def ask(send: Callable[..., Tensor]) -> VelocityModel:
 def load_teachers(
     config: AlignConfig,
     wanted: Mapping[str, TeacherConfig],
-    policy: Policy,
+    network: Network,
     shared: Mapping[str, Teacher] | None = None,
+    *,
+    compares: bool = True,
 ) -> dict[str, VelocityModel]:
     """The networks of the teachers ``wanted``, by role: those of ``shared`` by name, all others loaded here.
+
+    ``compares`` reads the files of all encoders, which one rank does for all.
 
     Raises:
         ModelError: a teacher encodes prompts or images otherwise than the model.
     """
     found = {name: (shared or {}).get(name) or LoadedTeacher(config, name) for name in wanted}
-    if found:
-        own = encoding(policy, config.model.height, config.model.width)
-        for name, teacher in found.items():
-            _check(name, wanted[name].path, teacher.encoding(), own)
+    shape, own = network.latent_shape(config.model.height, config.model.width), encoders_of(config.model)
+    for name, teacher in found.items():
+        key, path = f"algorithm.teachers.{name}", wanted[name].path
+        if teacher.latent_shape() != shape:
+            raise ModelError(f"{key}: {path} has latents of {teacher.latent_shape()}, the model's are {shape}")
+        # It sees the student's states and prompt embeddings, so that both must mean the same to it.
+        if compares and not _encodes_alike(teacher, own):
+            raise ModelError(
+                f"{key}: {path} encodes prompts or images otherwise than the model; a teacher needs the model's own "
+                "text encoders and autoencoder"
+            )
     return {teacher_role(name): teacher.velocity for name, teacher in found.items()}
 
 
@@ -129,16 +146,8 @@ def teachers_of(config: AlignConfig) -> Mapping[str, TeacherConfig]:
     return build_algorithm(config.algorithm).needs.teachers
 
 
-def _check(name: str, path: str, teacher: Encoding, own: Encoding) -> None:
-    """A teacher sees the student's states and prompt embeddings, so that both must mean the same to it."""
-    key = f"algorithm.teachers.{name}"
-    if teacher.latent_shape != own.latent_shape:
-        raise ModelError(f"{key}: {path} has latents of {teacher.latent_shape}, the model's are {own.latent_shape}")
-    if not teacher.same_encoders(own):
-        raise ModelError(
-            f"{key}: {path} encodes prompts or images otherwise than the model; a teacher needs the model's own "
-            "text encoders and autoencoder"
-        )
+def _encodes_alike(teacher: Teacher, own: Encoders) -> bool:
+    return any(teacher.encoders(precision) in (None, own(precision)) for precision in PRECISIONS)
 
 
 def _used(condition: Condition) -> Condition:

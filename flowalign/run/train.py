@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -24,10 +23,11 @@ from flowalign.data.banks.latents import load_bank
 from flowalign.engine import process_group
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
-from flowalign.models.base import Policy
-from flowalign.models.build import bind_weights, count_parameters, load_policy
-from flowalign.models.encoding import encoding
+from flowalign.models.build import bind_weights, count_parameters, frozen_copy, load_encoders, load_network
+from flowalign.models.fingerprint import encoders_of, same_encoders
+from flowalign.models.guided import frozen
 from flowalign.models.inspect import own_schedule
+from flowalign.models.network import Network
 from flowalign.models.perceptual import ImageFeatures
 from flowalign.models.textlength import prompt_note
 from flowalign.record import checkpoint
@@ -36,6 +36,7 @@ from flowalign.record.lock import RunLock
 from flowalign.record.metrics import MetricsWriter
 from flowalign.record.progress import PLAIN, Phases, Progress, duration
 from flowalign.record.stop import EndedEarly, StopRequest
+from flowalign.run.encoded import encode_captions
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.pretrain import pretrain, resumed
 from flowalign.run.resume import leave_behind, resume_from
@@ -137,16 +138,19 @@ def _run(
     if replaced := algorithm.replaced_levels():
         console.print(f"levels: {replaced}", **PLAIN)
     loading = time.monotonic()
-    policy = load_policy(config.model, device=config.device)
-    roles = build_roles(config, policy, algorithm.needs)
-    trained, total = count_parameters(policy.network)
-    engine = _engine(config, policy, rank)
+    network = load_network(config.model)
+    roles = build_roles(config, network, algorithm.needs)
+    trained, total = count_parameters(network.module)
+    engine = _engine(config, network, rank)
     stop.meet()
     beside = "".join(f", beside its {role}" for role in sorted(roles.models))
     say(
         f"model: {config.model.path}{beside}, {trained:,} of {total:,} parameters are trained; "
         f"loaded in {duration(time.monotonic() - loading)}"
     )
+    with process_group.failing_together():
+        if rank.local == 0:  # of each machine
+            encode_captions(config)
     saved = resumed(run_dir, rank.index, saved)
     start = 0 if saved is None else saved.step
     with process_group.failing_together():
@@ -168,7 +172,7 @@ def _run(
     try:
         result = pretrain(
             config,
-            policy,
+            network,
             algorithm,
             engine,
             run_dir,
@@ -210,7 +214,7 @@ def _take(
     begin()
 
 
-def build_roles(config: PretrainConfig, policy: Policy, needs: Needs) -> Roles:
+def build_roles(config: PretrainConfig, network: Network, needs: Needs) -> Roles:
     """Load the teacher, copy the policy for its average, take apart the features: all that an algorithm ``needs``.
 
     Raises:
@@ -220,41 +224,32 @@ def build_roles(config: PretrainConfig, policy: Policy, needs: Needs) -> Roles:
     if needs.teacher:
         if config.teacher is None:
             raise ConfigError("teacher", f"{config.algorithm['type']} needs one; give teacher.path")
-        roles.models["teacher"] = _frozen(_teacher(config, policy))
+        roles.models["teacher"] = frozen(_teacher(config, network))
     if needs.average:
-        average = copy.copy(policy)
-        average.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
-        roles.models["ema"] = _frozen(average)
-        roles.follower = lambda weights: bind_weights(average.network, weights)
+        average = frozen_copy(network, config.device)
+        roles.models["ema"] = frozen(average)
+        roles.follower = lambda weights: bind_weights(average.module, weights)
     if needs.features:
-        roles.models["features"] = ImageFeatures(policy, Path(config.features))  # type: ignore[assignment]
+        decoder = load_encoders(config.model, text=False).to(config.device)
+        roles.models["features"] = ImageFeatures(decoder, Path(config.features))  # type: ignore[assignment]
     return roles
 
 
-def _teacher(config: PretrainConfig, policy: Policy) -> Policy:
+def _teacher(config: PretrainConfig, network: Network) -> Network:
     assert config.teacher is not None
-    teacher = load_policy(config.teacher, device=config.device)
-    mine, theirs = encoding(policy), encoding(teacher)
-    if mine.latent_shape != theirs.latent_shape or not mine.same_encoders(theirs):
+    teacher = load_network(config.teacher)
+    mine, theirs = network.latent_shape(), teacher.latent_shape()
+    if mine != theirs or not same_encoders(encoders_of(config.model), encoders_of(config.teacher)):
         raise ConfigError(
             "teacher.path",
-            f"{config.teacher.path} has latents {theirs.latent_shape} or encoders other than the student's "
-            f"{mine.latent_shape}; a teacher must share the student's autoencoder and text encoders",
+            f"{config.teacher.path} has latents {theirs} or encoders other than the student's {mine}; a teacher must "
+            "share the student's autoencoder and text encoders",
         )
-    teacher.keep_network()
-    teacher.network.requires_grad_(False).eval()
+    teacher.module.requires_grad_(False).eval().to(config.device)
     return teacher
 
 
-def _frozen(policy: Policy) -> VelocityModel:
-    @torch.no_grad()
-    def velocity(x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
-        return policy.velocity(x, t, condition, **options)
-
-    return velocity
-
-
-def _engine(config: PretrainConfig, policy: Policy, rank: Rank) -> Engine:
+def _engine(config: PretrainConfig, network: Network, rank: Rank) -> Engine:
     settings = EngineSettings(
         type=config.engine,
         zero_stage=config.zero_stage,  # type: ignore[arg-type]
@@ -265,7 +260,7 @@ def _engine(config: PretrainConfig, policy: Policy, rank: Rank) -> Engine:
         compile=config.compile,
     )
     return build_engine(
-        policy.network,
+        network.module,
         settings,
         rank=rank.index,
         world_size=rank.world_size,

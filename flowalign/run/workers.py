@@ -5,7 +5,6 @@ Each sets its own thread count around its work, so that all backends compute the
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +19,24 @@ from flowalign.algorithm import VelocityModel
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.data.pairsampler import PairSampler
-from flowalign.data.preferences import check_shared, load_pairs
+from flowalign.data.preferences import check_shared
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.measure.evaluate import evaluation_rewards
-from flowalign.models.base import Policy
-from flowalign.models.build import bind_weights, count_parameters, load_policy, reference_velocity
+from flowalign.models.build import (
+    bind_weights,
+    count_parameters,
+    frozen_copy,
+    load_network,
+    load_policy,
+    reference_velocity,
+)
+from flowalign.models.encoders import Encoders
+from flowalign.models.guided import frozen, guided
 from flowalign.models.inspect import own_schedule
+from flowalign.models.network import Network
 from flowalign.record.checkpoint import content_hash
+from flowalign.run.encoded import pairs_of
 from flowalign.run.learner import Learner
 from flowalign.run.teachers import Teacher, load_teachers
 from flowalign.samples.offers import EVALUATION
@@ -71,8 +80,8 @@ class RolloutWorker:
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
         """Take over trainable weights; answers with what the network holds afterwards."""
-        bind_weights(self.policy.network, weights)
-        held = dict(self.policy.network.named_parameters())
+        bind_weights(self.policy.network.module, weights)
+        held = dict(self.policy.network.module.named_parameters())
         self.version = version
         return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
 
@@ -88,6 +97,7 @@ class RolloutWorker:
                 spec,
                 seed=seed,
                 policy_version=version,
+                length=self.config.model.max_sequence_length,
                 height=self.config.model.height,
                 width=self.config.model.width,
                 decode_batch_size=self.config.rollout.decode_batch_size,
@@ -145,7 +155,10 @@ class RewardWorker:
 
 
 class LearnerWorker:
-    """One learner rank: policy, reference, engine and the algorithm-blind learner; ``teachers`` live elsewhere."""
+    """One learner rank: network, reference, engine and the algorithm-blind learner; ``teachers`` live elsewhere.
+
+    It holds no encoders: pairs are encoded by ``encoders``, which somebody else in this process holds, or apart.
+    """
 
     def __init__(
         self,
@@ -155,26 +168,27 @@ class LearnerWorker:
         port: int = 0,
         host: str = "127.0.0.1",
         teachers: Mapping[str, Teacher] | None = None,
+        encoders: Encoders | None = None,
     ) -> None:
         self.config = config
         torch.set_num_threads(config.cluster.threads)
-        self.policy = policy = load_policy(config.model, device=config.cluster.device)
-        self.parameters = count_parameters(policy.network)
+        self.network = network = load_network(config.model)
+        self.parameters = count_parameters(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
-        models: dict[str, VelocityModel] = {"policy": policy.velocity}
-        models |= load_teachers(config, algorithm.needs.teachers, policy, teachers)
-        needs = algorithm.needs
+        needs, device = algorithm.needs, config.cluster.device
+        models: dict[str, VelocityModel] = {"policy": guided(network)}
+        models |= load_teachers(config, needs.teachers, network, teachers, compares=rank == 0)
         self.reference: RefreshedReference | None = None
         if needs.reference is not None and needs.reference.refresh is not None:
-            self.reference = RefreshedReference(policy, needs.reference.refresh)
+            self.reference = RefreshedReference(network, needs.reference.refresh, device)
             models["reference"] = self.reference.velocity
         elif needs.reference is not None:
-            models["reference"] = reference_velocity(policy)
+            models["reference"] = reference_velocity(network, device)
         self.pairs: PairSampler | None = None
         if needs.batch is PreferencePairs:
-            self.pairs = load_pairs(config, policy, rank=rank, world_size=world_size)
+            self.pairs = pairs_of(config, encoders, rank=rank, world_size=world_size)
         engine = build_engine(
-            policy.network,
+            network.module,
             engine_settings(config),
             rank=rank,
             world_size=world_size,
@@ -257,25 +271,21 @@ class LearnerWorker:
 class RefreshedReference:
     """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
 
-    def __init__(self, policy: Policy, every: int) -> None:
+    def __init__(self, network: Network, every: int, device: str | torch.device | None = None) -> None:
         self.every = every
-        self._trained = [name for name, p in policy.network.named_parameters() if p.requires_grad]
-        self._frozen = copy.copy(policy)
-        self._frozen.network = copy.deepcopy(policy.network).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, condition: Any, **options: Any) -> Tensor:
-        return self._frozen.velocity(x, t, condition, **options)
+        self._trained = [name for name, p in network.module.named_parameters() if p.requires_grad]
+        own = frozen_copy(network, device)
+        self._module, self.velocity = own.module, frozen(own)
 
     def due(self, iteration: int) -> bool:
         """Whether iteration ``iteration``, counted from 0, ends with a refresh."""
         return (iteration + 1) % self.every == 0
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        bind_weights(self._frozen.network, dict(weights))
+        bind_weights(self._module, dict(weights))
 
     def weights(self) -> dict[str, Tensor]:
-        held = dict(self._frozen.network.named_parameters())
+        held = dict(self._module.named_parameters())
         return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
 
 

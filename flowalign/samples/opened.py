@@ -24,7 +24,8 @@ from flowalign.flow import families
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.models.base import Policy
-from flowalign.models.build import bind_weights, load_policy
+from flowalign.models.build import bind_weights, load_encoders, load_network
+from flowalign.models.network import Network
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
@@ -48,27 +49,44 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
         CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``; or
             other weights than the model are asked of a pipeline.
     """
-    path = Path(path)
-    if (path / "model_index.json").is_file():
-        if which != "model":
-            raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
-        model = config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
-        policy = load_policy(model, device=config.cluster.device)
-        if (wrong := fault("the weights", dict(policy.network.named_parameters()))) is not None:
+    network, state = open_network(path, config, which)
+    encoders = load_encoders(model_of(path, config)).to(config.cluster.device)
+    return Policy(network, encoders), state
+
+
+def model_of(path: Path, config: AlignConfig) -> ModelConfig:
+    """What is loaded of ``path``: the pipeline that it is, or the configured model that its weights are of."""
+    if not is_pipeline(path):
+        return config.model
+    return config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
+
+
+def is_pipeline(path: Path) -> bool:
+    return (Path(path) / "model_index.json").is_file()
+
+
+def open_network(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Network, dict[str, Any]]:
+    """The network alone of what `open_policy` opens. Raises CheckpointError as it does."""
+    path, pipeline = Path(path), is_pipeline(path)
+    if pipeline and which != "model":
+        raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
+    found = path if pipeline else find_checkpoint(path, which)
+    network = load_network(model_of(path, config))
+    network.module.to(config.cluster.device)
+    if pipeline:
+        if (wrong := fault("the weights", dict(network.module.named_parameters()))) is not None:
             raise CheckpointError(f"{path} is a pipeline that was destroyed, {wrong}; take an intact one")
-        return policy, {}
-    found = find_checkpoint(path, which)
-    policy = load_policy(config.model, device=config.cluster.device)
-    state = load_weights(policy, found, which)
+        return network, {}
+    state = load_weights(network, found, which)
     if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
         raise CheckpointError(
             f"{found} is a LoRA of another base model than {config.model.path}; say where its own is: --model DIR"
         )
-    return policy, state
+    return network, state
 
 
-def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str, Any]:
-    """Bind a checkpoint's weights, checked against its manifest, to the policy's trainable parameters.
+def load_weights(network: Network, path: Path, which: Which = "model") -> dict[str, Any]:
+    """Bind a checkpoint's weights, checked against its manifest, to the network's trainable parameters.
 
     Returns its state.json. Raises CheckpointError where names, shapes or ``which`` do not fit, or the weights are
     destroyed.
@@ -82,17 +100,17 @@ def load_weights(policy: Policy, path: Path, which: Which = "model") -> dict[str
             f"{path} has no {which} weights; it has {', '.join(there)} (its ema_decay says which averages are kept)"
         )
     weights = load_file(path / f"{which}.safetensors")
-    own = {name: p.shape for name, p in policy.network.named_parameters() if p.requires_grad}
+    own = {name: p.shape for name, p in network.module.named_parameters() if p.requires_grad}
     wrong = sorted(n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape)
     if wrong:
         raise CheckpointError(
             f"{path} does not fit the configured model: {len(wrong)} tensors differ, first {wrong[0]!r}; "
             "model.path and model.lora must be those of the run"
         )
-    began = total_norm({name: p for name, p in policy.network.named_parameters() if p.requires_grad})
+    began = total_norm({name: p for name, p in network.module.named_parameters() if p.requires_grad})
     if (destroyed := fault(f"the weights of {which}", weights, began=began)) is not None:
         raise CheckpointError(f"{path} holds a state that was destroyed, {destroyed}; {checkpoint.advice(path)}")
-    bind_weights(policy.network, weights)
+    bind_weights(network.module, weights)
     return json.loads((path / "state.json").read_bytes())
 
 
@@ -157,8 +175,9 @@ def asked(
 
 def policy_spec(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> RolloutSpec:
     """`sampling_spec` of an opened model, at the height and width of ``size``."""
-    schedule = policy.schedule(size.height, size.width)
-    return sampling_spec(sampling, schedule=schedule, family=policy.family, inputs=policy.inputs)
+    network = policy.network
+    schedule = network.schedule(size.height, size.width)
+    return sampling_spec(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
 
 
 def sample_checkpoint(
@@ -198,7 +217,7 @@ def sample_checkpoint(
         save_images(draft, names, made.images)
         write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
         if save_latents:
-            shape = policy.latent_shape(config.model.height, config.model.width)
+            shape = policy.network.latent_shape(config.model.height, config.model.width)
             noise = SampleNoise(seed, batch.sample_ids, shape).draw()
             save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
     return [out_dir / name for name in names]
@@ -239,6 +258,7 @@ def roll(
             spec,
             seed=seed,
             policy_version=0,
+            length=config.model.max_sequence_length,
             height=config.model.height,
             width=config.model.width,
             decode_batch_size=config.rollout.decode_batch_size,

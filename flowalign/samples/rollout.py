@@ -21,6 +21,7 @@ from flowalign.flow.sde import step_log_prob
 from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
+from flowalign.models.guided import guided
 from flowalign.types import Condition, PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind
 
 Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
@@ -73,7 +74,7 @@ def integrate(
     condition: Condition,
     noise: SampleNoise,
     spec: RolloutSpec,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     *,
     geometry: int | None = None,
     groups: Sequence[int] | None = None,
@@ -202,38 +203,39 @@ def rollout(
     *,
     seed: int,
     policy_version: int,
+    length: int,
     height: int | None = None,
     width: int | None = None,
     decode_batch_size: int = 48,
-    condition: Condition | None = None,
     geometry: int | None = None,
 ) -> Rollout:
     """Make the samples of one chunk; the result lies on the CPU, an image for every sample and granularity.
 
+    ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels.
     ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
     samples replay exactly too.
 
     Raises:
         NonFiniteSamples: the policy has diverged.
     """
-    device = getattr(policy, "device", "cpu")
-    condition = policy.encode_prompts(batch.prompts) if condition is None else condition
-    shape = policy.latent_shape(height, width)
+    network, encoders = policy.network, policy.encoders
+    condition = encoders.encode_prompts(batch.prompts, length)
+    shape = network.latent_shape(height, width)
     noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
     groups = batch.group_ids if spec.shared_noise and spec.shared_prefix else None
     caches: list[Any] = []
     states, log_probs, final, means = integrate(
-        policy.velocity,
+        guided(network),
         condition,
         noise,
         spec,
-        device,
+        network.device,
         geometry=geometry,
         groups=groups,
-        skipping=skipping_of(policy.network, spec.reuse, caches),
+        skipping=skipping_of(network.module, spec.reuse, caches),
     )
     refuse_non_finite(final, policy_version, spec)
-    images = torch.cat([policy.decode(part).cpu() for part in final.split(decode_batch_size)])
+    images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])
     rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
     return Rollout(
         batch=batch.take(rows),

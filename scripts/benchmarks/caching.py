@@ -25,6 +25,7 @@ from cells import RESULTS, ROOT, flowalign, machine, write
 from pictures import CHUNK, Judge, insert_table, opened
 
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
+from flowalign.models.guided import guided
 from flowalign.samples.opened import policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate, skipping_of
 from flowalign.samples.scoring import question, score_images
@@ -49,20 +50,20 @@ def walked(policy: Any, judge: Judge, specs: dict[str, RolloutSpec]) -> dict[str
     """Latents and network seconds a chunk of each spec, the chunks of all specs in turn."""
     found: dict[str, dict[str, Any]] = {name: {"latents": [], "seconds": []} for name in specs}
     for number, chunk in enumerate(judge.batch.chunks(CHUNK)):
-        condition = policy.encode_prompts(chunk.prompts)
+        condition = policy.encoders.encode_prompts(chunk.prompts, 2)
         names = list(specs)[number % len(specs) :] + list(specs)[: number % len(specs)]
         for name in names:
-            spec, noise = specs[name], SampleNoise(7, chunk.sample_ids, policy.latent_shape(None, None))
+            spec, noise = specs[name], SampleNoise(7, chunk.sample_ids, policy.network.latent_shape(None, None))
             began = time.perf_counter()
-            skipping = skipping_of(policy.network, spec.reuse)
-            latents = integrate(policy.velocity, condition, noise, spec, geometry=CHUNK, skipping=skipping)[2]
+            skipping = skipping_of(policy.network.module, spec.reuse)
+            latents = integrate(guided(policy.network), condition, noise, spec, geometry=CHUNK, skipping=skipping)[2]
             found[name]["seconds"].append(time.perf_counter() - began)
             found[name]["latents"].append(latents)
     return found
 
 
 def verdicts(policy: Any, judge: Judge, latents: list[torch.Tensor]) -> np.ndarray:
-    images = torch.cat([policy.decode(part) for part in latents])
+    images = torch.cat([policy.encoders.decode(part) for part in latents])
     return np.asarray(score_images(judge.geneval, question(judge.batch, images)).scores["geneval"])
 
 

@@ -24,8 +24,8 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from flowalign.flow import schedule, sde
+from flowalign.models.families.sd3.files import walk_of
 from flowalign.models.scheduler import checked_options
-from flowalign.models.sd3 import walk_of
 
 KINDS: tuple[sde.Kind, ...] = ("flow", "dance", "cps")
 NOISE_LEVEL = {"flow": 0.7, "dance": 0.3, "cps": 0.8}

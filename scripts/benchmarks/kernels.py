@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flowalign.shapes
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.families.sd3.loading import load_encoders
 
 SHIPPED = Path(flowalign.shapes.__path__[0]) / "assets" / "pipeline"
 
@@ -57,8 +57,8 @@ def main() -> None:
         for tokens in (34, 288)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     }
-    policies = {"contiguous": SD3Policy.load(SHIPPED, max_sequence_length=2)}
-    policies["channels_last"] = SD3Policy.load(SHIPPED, max_sequence_length=2)
+    policies = {"contiguous": load_encoders(SHIPPED)}
+    policies["channels_last"] = load_encoders(SHIPPED)
     policies["contiguous"].vae.to(memory_format=torch.contiguous_format)
     latents = torch.randn(48, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     images = [policy.decode(latents).int() for policy in policies.values()]

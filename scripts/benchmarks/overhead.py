@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from flowalign.intake.file import load_align
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import build_run, run_align
 from flowalign.run.local import LocalBackend
@@ -58,10 +58,11 @@ def local(iterations: int) -> dict[str, float]:
     backend = LocalBackend(loaded.config, loaded.base_dir)
     run = build_run(loaded.config, loaded.base_dir)
     watch = Stopwatch()
-    for policy in (backend.rollouts.policy, backend.learner.policy):
-        watch.watch(policy, "_forward")
-        assert isinstance(policy, SD3Policy)
-        watch.watch(policy.vae, "decode")
+    rolls = backend.rollouts.policy
+    for network in (rolls.network, backend.learner.network):
+        watch.watch(network, "velocity")
+    assert isinstance(rolls.encoders, SD3Encoders)
+    watch.watch(rolls.encoders.vae, "decode")
     watch.watch(torch.autograd, "backward")
     shares, totals = [], []
     backend.sync()

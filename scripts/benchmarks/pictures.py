@@ -32,11 +32,11 @@ def bank(directory: Path, num_images: int, seed: int, threads: int) -> Path:
     """Rendered training scenes as latents of the shipped autoencoder; made once."""
     if not (directory / "manifest.json").is_file():
         from flowalign.making.shapes_latents import make_bank
-        from flowalign.models.build import load_policy
+        from flowalign.models.build import load_encoders
 
         torch.set_num_threads(threads)
-        policy = load_policy(ModelConfig(path=str(SHIPPED / "pipeline"), max_sequence_length=2))
-        make_bank(policy, directory, num_images=num_images, seed=seed)
+        encoders = load_encoders(ModelConfig(path=str(SHIPPED / "pipeline")), text=False)
+        make_bank(encoders, directory, num_images=num_images, seed=seed)
     return directory
 
 
@@ -86,7 +86,7 @@ class Judge:
     def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Rollout]:
         spec = policy_spec(policy, sampling, ModelConfig())
         chunks = self.batch.chunks(CHUNK)
-        return [rollout(policy, chunk, spec, seed=seed, policy_version=0, geometry=CHUNK) for chunk in chunks]
+        return [rollout(policy, chunk, spec, seed=seed, policy_version=0, length=2, geometry=CHUNK) for chunk in chunks]
 
     def score(self, made: list[Rollout]) -> dict[str, float]:
         images = torch.cat([chunk.images for chunk in made]).numpy()

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 import flowalign.shapes
-from flowalign.models.sd3 import SD3Policy
+from flowalign.config.sections import ModelConfig
+from flowalign.models.build import load_policy
+from flowalign.models.families.sd3.loading import assembled
 from flowalign.samples.rollout import SampleNoise, rollout
 from flowalign.shapes.prompts import evaluation_set
 from flowalign.types import PromptBatch, RolloutSpec
@@ -46,19 +48,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    policy = SD3Policy.load(options.model, max_sequence_length=options.max_sequence_length, device=options.device)
-    policy.pipeline.set_progress_bar_config(disable=True)
+    policy = load_policy(ModelConfig(path=str(options.model)), device=options.device)
     rows = evaluation_set(options.batch)
     ids = tuple(range(options.batch))
     batch = PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
-    sigmas = policy.schedule().levels(options.steps)
+    sigmas = policy.network.schedule().levels(options.steps)
     spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=options.guidance)
-    shape = policy.latent_shape()
+    shape = policy.network.latent_shape()
 
     def ours() -> object:
-        return rollout(policy, batch, spec, seed=0, policy_version=0, decode_batch_size=options.batch)
+        return rollout(
+            policy,
+            batch,
+            spec,
+            seed=0,
+            policy_version=0,
+            length=options.max_sequence_length,
+            decode_batch_size=options.batch,
+        )
 
-    pipeline: Any = policy.pipeline  # its __call__ may return a tuple, says its annotation
+    pipeline = assembled(policy)
+    pipeline.set_progress_bar_config(disable=True)
 
     def theirs(output: str = "np", **prompt: Any) -> torch.Tensor:
         return pipeline(
@@ -70,10 +80,21 @@ def main() -> None:
             output_type=output,
         ).images
 
-    made = rollout(policy, batch, spec, seed=0, policy_version=0, decode_batch_size=options.batch)
+    made = rollout(
+        policy,
+        batch,
+        spec,
+        seed=0,
+        policy_version=0,
+        length=options.max_sequence_length,
+        decode_batch_size=options.batch,
+    )
     difference = float((made.final_NCHW - theirs("latent").cpu()).abs().max())
     # The pipeline encodes its prompts as one batch, ours one by one: given our embeddings nothing else may differ.
-    both = [policy.encode_prompts(list(batch.prompts)), policy.encode_prompts([""] * options.batch)]
+    both = [
+        policy.encoders.encode_prompts(list(batch.prompts), options.max_sequence_length),
+        policy.encoders.encode_prompts([""] * options.batch, options.max_sequence_length),
+    ]
     (tokens, pooled), (null, null_pooled) = (condition.expand() for condition in both)
     embeddings = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
     embeddings |= {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": null_pooled}

@@ -27,6 +27,7 @@ from flowalign.flow import schedule
 from flowalign.flow.solvers import ode_solver
 from flowalign.flow.straightness import reconstruction_error, straightness
 from flowalign.models.base import Policy
+from flowalign.models.guided import guided
 from flowalign.record.metrics import read_metrics
 from flowalign.samples.rollout import SampleNoise
 
@@ -57,13 +58,13 @@ def measured(policy: Policy, judge: Judge) -> dict[str, Any]:
 @torch.no_grad()
 def paths(policy: Policy) -> dict[str, Any]:
     """Straightness on a fine grid, and reconstruction errors of what it ends in, of unguided velocities."""
-    batch, shape = evaluation_batch("shapes:eval", WALKED), policy.latent_shape(None, None)
+    batch, shape = evaluation_batch("shapes:eval", WALKED), policy.network.latent_shape(None, None)
     straight, lost = [], {f"{name} {steps}": [] for name in ("euler", "heun") for steps in (8, 16)}
     for chunk in batch.chunks(CHUNK):
-        condition = policy.encode_prompts(chunk.prompts)
+        condition = policy.encoders.encode_prompts(chunk.prompts, 2)
 
         def velocity(x: torch.Tensor, t: torch.Tensor, condition: Any = condition) -> torch.Tensor:
-            return policy.velocity(x, t, condition)
+            return guided(policy.network)(x, t, condition)
 
         noise = SampleNoise(7, chunk.sample_ids, shape).draw()
         found, x0 = straightness(velocity, noise, schedule.sigmas(FINE, grid="paper"))

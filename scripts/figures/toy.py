@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.models.base import Policy
 from tests.algorithms.cases import CASES, Case
-from tests.algorithms.mixture import MODES, RADIUS, MixturePolicy, mass, samples
+from tests.algorithms.mixture import MODES, RADIUS, mass, mixture_policy, samples
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -42,7 +43,7 @@ def panel(axes: pyplot.Axes, made: dict[int, Tensor], title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-def draw(name: str, case: Case, before: MixturePolicy, after: MixturePolicy, path: Path) -> None:
+def draw(name: str, case: Case, before: Policy, after: Policy, path: Path) -> None:
     """Before and after side by side, with the share of each prompt's mass that lies at its rewarded mode."""
     figure, panels = pyplot.subplots(1, 2, figsize=(5.2, 3.15), dpi=100)
     for axes, policy, when in zip(panels, (before, after), ("before", "after"), strict=True):
@@ -66,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    before, results = MixturePolicy(), {}
+    before, results = mixture_policy(), {}
     for name in options.only:
         case, began = CASES[name], time.perf_counter()
         if case.models is not None:

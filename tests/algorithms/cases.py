@@ -8,7 +8,9 @@ from functools import cache
 from typing import Any
 
 from flowalign.algorithm import VelocityModel
-from tests.algorithms.mixture import MixturePolicy, MixtureRun, knows_only
+from flowalign.models.base import Policy
+from flowalign.models.guided import guided
+from tests.algorithms.mixture import MixtureRun, knows_only
 
 GRPO: dict[str, Any] = {"type": "flow_grpo", "group_size": 16, "num_steps": 10, "clip_range": 1e-2}
 FORWARD: dict[str, Any] = {"group_size": 16, "num_steps": 10, "timesteps": 4}
@@ -37,7 +39,7 @@ class Case:
         models = None if self.models is None else self.models()
         return MixtureRun(self.config, prompts=self.prompts, models=models, **{**self.options, **changes})
 
-    def run(self) -> MixturePolicy:
+    def run(self) -> Policy:
         """The policy after all iterations."""
         run = self.build()
         for iteration in range(self.iterations):
@@ -48,7 +50,7 @@ class Case:
 @cache
 def aligned_teachers() -> Mapping[str, VelocityModel]:
     """Policies that Flow-GRPO has aligned to one prompt each."""
-    return {f"teacher:{mode}": Case(GRPO, prompts=(mode,)).run().velocity for mode in (0, 1)}
+    return {f"teacher:{mode}": guided(Case(GRPO, prompts=(mode,)).run().network) for mode in (0, 1)}
 
 
 SFT = {"type": "sft", **FORWARD, "num_steps": 20}

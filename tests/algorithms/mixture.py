@@ -3,9 +3,11 @@
 Shapes: N samples, P pairs, M modes, C H W latents.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,11 @@ from flowalign.algorithms import build_algorithm
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
+from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, reference_velocity
+from flowalign.models.encoders import Encoders
+from flowalign.models.guided import guided
+from flowalign.models.network import Network
 from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
@@ -47,7 +53,7 @@ def knows_only(mode: int) -> VelocityModel:
     return velocity
 
 
-class MixtureNetwork(nn.Module):
+class MixtureModule(nn.Module):
     """The mixture's velocity plus a small network that starts as zero and alone sees the prompt."""
 
     def __init__(self) -> None:
@@ -69,28 +75,40 @@ class MixtureNetwork(nn.Module):
         return (mixture_velocity(flat, t) + residual).reshape(x.shape)
 
 
-class MixturePolicy:
-    """A policy whose latents are points of the plane, (2, 1, 1), and whose prompts are the modes' numbers."""
+class MixtureNetwork:
+    """A network whose latents are points of the plane, (2, 1, 1)."""
 
-    shift, device = 1.0, "cpu"
+    family, device, inputs = "rf", torch.device("cpu"), ()
 
-    def __init__(self) -> None:
-        self.network = MixtureNetwork()
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = MixtureModule() if module is None else module
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+    def with_module(self, module: nn.Module) -> MixtureNetwork:
+        return MixtureNetwork(module)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition, **numbers: Any) -> Tensor:
+        return self.module(x, t, condition)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        return 2, 1, 1
+
+
+class MixtureEncoders:
+    """Prompts are the modes' numbers; a picture shows nothing."""
+
+    def encode_prompts(self, prompts: Sequence[str], length: int = 1) -> Condition:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         pooled = one_hot(torch.tensor([int(prompt) for prompt in rows]), len(MODES)).float()
         index = torch.tensor([rows[prompt] for prompt in prompts])
         return Condition(torch.zeros(len(rows), 1, 1), pooled, index, torch.zeros(1, 1), torch.zeros(len(MODES)))
 
-    def velocity(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False) -> Tensor:
-        return self.network(x, t, condition)
-
     def decode(self, latents: Tensor) -> Tensor:
         return torch.zeros(len(latents), 1, 1, 3, dtype=torch.uint8)
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        return 2, 1, 1
+
+def mixture_policy() -> Policy:
+    network, encoders = MixtureNetwork(), MixtureEncoders()
+    return Policy(cast(Network, network), cast(Encoders, encoders))
 
 
 def reward(latents: Tensor, modes: Sequence[int]) -> Tensor:
@@ -98,14 +116,14 @@ def reward(latents: Tensor, modes: Sequence[int]) -> Tensor:
     return ((latents.flatten(1) - MODES[list(modes)]).norm(dim=1) < RADIUS).float()
 
 
-def samples(policy: MixturePolicy, prompt: int, count: int = 1000, seed: int = 1234) -> Tensor:
+def samples(policy: Policy, prompt: int, count: int = 1000, seed: int = 1234) -> Tensor:
     """What the policy makes of a prompt, (N, 2, 1, 1): 20 ODE steps, fixed seed."""
     spec = RolloutSpec("ode", tuple(torch.linspace(1, 0, 21).tolist()), (0, 0), 0.0)
     noise = SampleNoise(seed, range(count), (2, 1, 1))
-    return integrate(policy.velocity, policy.encode_prompts([str(prompt)] * count), noise, spec)[2]
+    return integrate(guided(policy.network), policy.encoders.encode_prompts([str(prompt)] * count, 1), noise, spec)[2]
 
 
-def mass(policy: MixturePolicy, prompt: int, mode: int | None = None, count: int = 1000) -> float:
+def mass(policy: Policy, prompt: int, mode: int | None = None, count: int = 1000) -> float:
     """The share of a prompt's samples near ``mode``, by default the one it names."""
     return float(reward(samples(policy, prompt, count), [prompt if mode is None else mode] * count).mean())
 
@@ -114,7 +132,7 @@ class LabelledPairs:
     """Preference pairs (P) of the base's own samples: who is near the mode that the prompt names has won."""
 
     def __init__(self, prompts: Sequence[int], count: int = 400) -> None:
-        base, winners, losers, chosen = MixturePolicy(), [], [], []
+        base, winners, losers, chosen = mixture_policy(), [], [], []
         for prompt in prompts:
             one, other = samples(base, prompt, 2 * count, seed=5).split(count)
             good, bad = (reward(half, [prompt] * count) for half in (one, other))
@@ -124,7 +142,7 @@ class LabelledPairs:
             losers.append(torch.where(first, other[decided], one[decided]))
             chosen += [str(prompt)] * int(decided.sum())
         self.winner_NCHW, self.loser_NCHW = torch.cat(winners), torch.cat(losers)
-        self.condition = base.encode_prompts(chosen)
+        self.condition = base.encoders.encode_prompts(chosen, 1)
 
     def batch(self, iteration: int, count: int, seed: int) -> PreferencePairs:
         own = seeded(seed, 37, iteration)
@@ -163,20 +181,19 @@ class MixtureRun:
         place: Mapping[str, Any] | None = None,
         **learner: Any,
     ) -> None:
-        self.algorithm, self.policy = build_algorithm(config), MixturePolicy()
-        self.workers, self.chunk = [MixturePolicy() for _ in range(workers)], chunk
+        self.algorithm, self.policy = build_algorithm(config), mixture_policy()
+        self.workers, self.chunk = [mixture_policy() for _ in range(workers)], chunk
         self.prompts, self.groups, self.seed = prompts, groups, seed
-        policy: Any = self.policy
-        needs = self.algorithm.needs
+        network, needs = self.policy.network, self.algorithm.needs
         every = None if needs.reference is None else needs.reference.refresh
-        self.refreshed = None if every is None else RefreshedReference(policy, every)
-        reference = reference_velocity(policy) if self.refreshed is None else self.refreshed.velocity
-        known = {"policy": policy.velocity, "reference": reference, **(models or {})}
+        self.refreshed = None if every is None else RefreshedReference(network, every)
+        reference = reference_velocity(network) if self.refreshed is None else self.refreshed.velocity
+        known = {"policy": guided(network), "reference": reference, **(models or {})}
         settings = EngineSettings(type="torch", learning_rate=learning_rate)
         self.learner = Learner(
             self.algorithm,
             {role: model for role, model in known.items() if role in needs.roles},
-            build_engine(policy.network, settings, **(place or {})),
+            build_engine(network.module, settings, **(place or {})),
             **{"micro_batch_size": 256, "seed": seed, **learner},
         )
         self.pairs = None if needs.batch is Rollout else LabelledPairs(prompts)
@@ -195,10 +212,12 @@ class MixtureRun:
 
     def rollout(self, iteration: int) -> Rollout:
         for worker in self.workers:
-            bind_weights(worker.network, self.learner.weights())
+            bind_weights(worker.network.module, self.learner.weights())
         batch = prompt_batch(iteration, self.prompts, self.groups, self.algorithm.needs.group_size)
         spec, version, made = plan_of(self.algorithm, iteration, self.seed), self.learner.version, []
         for i, chunk in enumerate(batch.chunks(self.chunk or len(batch))):
-            worker: Any = self.workers[i % len(self.workers)]
-            made.append(rollout(worker, chunk, spec, seed=self.seed, policy_version=version, geometry=self.chunk))
+            worker = self.workers[i % len(self.workers)]
+            made.append(
+                rollout(worker, chunk, spec, seed=self.seed, policy_version=version, length=1, geometry=self.chunk)
+            )
         return cat_rollouts(made)

@@ -7,7 +7,7 @@ from flowalign.flow import path
 from flowalign.types import LatentBatch
 from tests.algorithms.cases import CASES
 from tests.algorithms.every import every_algorithm
-from tests.algorithms.mixture import MODES, STD, LabelledPairs, MixturePolicy, mass, mixture_velocity, reward
+from tests.algorithms.mixture import MODES, STD, LabelledPairs, mass, mixture_policy, mixture_velocity, reward
 
 
 def test_the_velocity_is_the_one_of_the_mixtures_own_score():
@@ -22,7 +22,7 @@ def test_the_velocity_is_the_one_of_the_mixtures_own_score():
 
 
 def test_the_base_makes_all_modes_alike_whatever_the_prompt():
-    base = MixturePolicy()
+    base = mixture_policy()
     assert [mass(base, 0, mode) for mode in range(3)] == [mass(base, 1, mode) for mode in range(3)]
     assert all(mass(base, 0, mode) == pytest.approx(1 / 3, abs=0.05) for mode in range(3))
 

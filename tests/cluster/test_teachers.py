@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,19 +291,20 @@ def test_an_equal_question_is_answered_once_and_old_answers_are_forgotten(
 ) -> None:
     config = config_of(tiny_pipeline_dir, tmp_path, teachers)
     shared, policy = SharedTeacher(config, "deep"), load_policy(config.model)
+    encode = partial(policy.encoders.encode_prompts, length=config.model.max_sequence_length)
     velocity = ask(shared.velocity)
     generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, *policy.latent_shape(None, None), generator=generator), torch.tensor([0.5, 0.2])
-    condition = policy.encode_prompts(("a red circle", "two dogs", "two dogs")).take(torch.tensor([2, 1]))
+    x, t = torch.randn(2, *policy.network.latent_shape(None, None), generator=generator), torch.tensor([0.5, 0.2])
+    condition = encode(("a red circle", "two dogs", "two dogs")).take(torch.tensor([2, 1]))
     first = velocity(x, t, condition, guidance=2.0)
     assert torch.equal(first, shared.teacher.velocity(x, t, condition, guidance=2.0))
-    for same in (condition, condition.take(torch.tensor([0, 0])), policy.encode_prompts(("two dogs",) * 2)):
+    for same in (condition, condition.take(torch.tensor([0, 0])), encode(("two dogs",) * 2)):
         assert torch.equal(velocity(x, t, same, guidance=2.0), first)
     assert shared.computed == 1
     changed = [
         velocity(x + 1, t, condition, guidance=2.0),
         velocity(x, t / 2, condition, guidance=2.0),
-        velocity(x, t, policy.encode_prompts(("a red circle",) * 2), guidance=2.0),
+        velocity(x, t, encode(("a red circle",) * 2), guidance=2.0),
         velocity(x, t, condition, guidance=3.0),
     ]
     assert shared.computed == 5 and not any(torch.equal(answer, first) for answer in changed)
@@ -317,7 +319,8 @@ class Asked:
     """A shared teacher as a rank sees it, without Ray between them."""
 
     def __init__(self, shared: SharedTeacher) -> None:
-        self.encoding, self.velocity = shared.teacher.encoding, ask(shared.velocity)
+        self.latent_shape, self.encoders = shared.teacher.latent_shape, shared.teacher.encoders
+        self.velocity = ask(shared.velocity)
 
 
 def test_learners_that_share_teachers_compute_the_bits_of_one_with_its_own(

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowalign.config.sections import ModelConfig
 from flowalign.making.shapes_latents import make_bank
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.build import load_encoders
 from tests.cluster.listening import Door, asks_for_token, documented, documented_of_clusters, doors, name
 from tests.cluster.runs import small_config
 from tests.cluster.test_launch import RAY, TOKEN, free_ports, wait_for
@@ -69,7 +70,7 @@ def test_a_run_opens_nothing_but_loopback_from_its_start_to_its_end_and_leaves_n
 def test_two_ranks_of_torchrun_open_nothing_but_loopback_and_its_agent_what_is_documented(
     tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
-    make_bank(SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4), tmp_path / "bank", num_images=40, batch=20)
+    make_bank(load_encoders(ModelConfig(path=str(tiny_pipeline_dir))), tmp_path / "bank", num_images=40, batch=20)
     training = config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", micro_batch_size=4, engine="deepspeed")
     (tmp_path / "run.yaml").write_text(training.model_dump_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

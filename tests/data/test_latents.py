@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_a_sentence_and_kills_nobody(
         manifest["embeddings"] = {**entry, "max_sequence_length": 512}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         name = entry["file"]
-    captioned = Captioned(tmp_path, cast(Any, None), 512, "abc") if embedded else None
+    captioned = Captioned(tmp_path, cast(Any, None), 512, "abc", tmp_path) if embedded else None
     out = tmp_path / "said"
     if (child := os.fork()) == 0:
         os.truncate(tmp_path / name, 0)

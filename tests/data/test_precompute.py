@@ -32,7 +32,7 @@ from flowalign.data.images import ImagesError, ImageSource
 from flowalign.making import duplicates as deduplicate
 from flowalign.making.bank import Options, precompute
 from flowalign.making.encode import RowsDigest, in_order
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.build import load_policy
 from flowalign.record.disk import DiskError
 
 SIZES = ((64, 64), (60, 100), (90, 50))
@@ -105,7 +105,7 @@ def test_every_image_is_encoded_in_its_bucket_with_both_of_its_captions(options:
     assert manifest["image_buckets"] == [{"pixels": size, "count": 7} for size in ("48x80", "64x64", "80x48")]
     bank = load_bank(options.to)
     assert len(bank) == 21 and bank.buckets == {(6, 10): 7, (8, 8): 7, (10, 6): 7}
-    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=16)
+    policy = load_policy(ModelConfig(path=options.model.path))
     seen = []
     for shard in bank.shards:
         bucket = Bucket(*(8 * side for side in shard.size))
@@ -115,7 +115,7 @@ def test_every_image_is_encoded_in_its_bucket_with_both_of_its_captions(options:
             image = np.asarray(Image.open(folder / f"p{number:02}.png"))
             pixels = torch.from_numpy(cut(image, bucket, generator=None, crop=False, flip=False))
             torch.testing.assert_close(
-                shard.latents[n].float(), policy.encode_images(pixels[None])[0], rtol=0, atol=5e-3
+                shard.latents[n].float(), policy.encoders.encode_images(pixels[None])[0], rtol=0, atol=5e-3
             )
             seen.append(number)
     assert sorted(seen) == list(range(21))
@@ -130,8 +130,8 @@ def test_the_options_of_the_command_reach_the_bank_and_its_embeddings_are_the_mo
     assert said["count"] == 5 and said["captions"] == ["original"]
     bank = load_bank(options.to)
     assert bank.buckets == {(8, 8): 5} and bank.embeddings is not None
-    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=8)
-    own, found = policy.encode_prompts(bank.prompts), bank.embeddings.condition(8)
+    policy = load_policy(ModelConfig(path=options.model.path))
+    own, found = policy.encoders.encode_prompts(bank.prompts, 8), bank.embeddings.condition(8)
     for name in ("tokens_PLD", "pooled_PE", "index_N", "null_LD", "null_E"):
         assert torch.equal(getattr(own, name), getattr(found, name)), name
 
@@ -429,8 +429,8 @@ def test_scans_phone_photos_and_paths_in_a_parquet_file_are_banked_as_people_see
     assert done.exit_code == 0, done.output
     (shard,) = load_bank(options.to).shards
     seen = [np.repeat((scan >> 8).astype(np.uint8)[..., None], 3, 2), photo, np.full((64, 64, 3), 255, np.uint8)]
-    policy = SD3Policy.load(Path(options.model.path), max_sequence_length=16)
-    assert torch.equal(shard.latents, policy.encode_images(torch.from_numpy(np.stack(seen))).half())
+    policy = load_policy(ModelConfig(path=options.model.path))
+    assert torch.equal(shard.latents, policy.encoders.encode_images(torch.from_numpy(np.stack(seen))).half())
     in_column = "in the column image"
     assert skipped(options.to) == {
         "row 3 (images/moving.gif)": ("image", "is a GIF with several frames"),

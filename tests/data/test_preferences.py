@@ -29,11 +29,11 @@ from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.cache import EncodedCache
-from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.images import Skipped
 from flowalign.data.preferences import PreferencesError, Row, check_source, left_out, load_pairs, read_rows
 from flowalign.intake.file import load_align
-from flowalign.models.build import load_policy
+from flowalign.models.build import load_encoders, load_policy
+from flowalign.models.fingerprint import encoder_hash
 from flowalign.plan import plan_geometry
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics, without_times
@@ -100,13 +100,13 @@ def source(tmp_path: Path) -> Path:
 
 def latent_of(policy: Any, content: bytes) -> Tensor:
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(content))))
-    return policy.encode_images(pixels[None])[0].half().float()
+    return policy.encoders.encode_images(pixels[None])[0].half().float()
 
 
 def test_a_parquet_file_gives_the_preferred_image_as_the_winner_and_counts_ties(
     source: Path, tiny_pipeline_dir: Path, policy: Any
 ) -> None:
-    sampler = load_pairs(offline_config(tiny_pipeline_dir, source), policy)
+    sampler = load_pairs(offline_config(tiny_pipeline_dir, source), policy.encoders)
     assert sampler.metrics == {"preferences/pairs": 6, "preferences/ties": 1}
     rows = table()
     winners = {i: latent_of(policy, row["jpg_0" if row["label_0"] else "jpg_1"]) for i, row in enumerate(rows[:6])}
@@ -118,7 +118,7 @@ def test_a_parquet_file_gives_the_preferred_image_as_the_winner_and_counts_ties(
         for n in range(4):
             i = next(i for i, latent in winners.items() if torch.equal(latent, batch.winner_NCHW[n]))
             assert torch.equal(batch.loser_NCHW[n], losers[i])
-            expected = policy.encode_prompts((rows[i]["caption"],))
+            expected = policy.encoders.encode_prompts((rows[i]["caption"],), 16)
             assert torch.equal(tokens[n], expected.tokens_PLD[0]) and torch.equal(
                 batch.condition.null_LD, expected.null_LD
             )
@@ -127,7 +127,9 @@ def test_a_parquet_file_gives_the_preferred_image_as_the_winner_and_counts_ties(
 
 
 def test_a_batch_is_a_function_of_seed_and_iteration(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
-    one, again, other = (load_pairs(offline_config(tiny_pipeline_dir, source, seed=seed), policy) for seed in (3, 3, 4))
+    one, again, other = (
+        load_pairs(offline_config(tiny_pipeline_dir, source, seed=seed), policy.encoders) for seed in (3, 3, 4)
+    )
     for iteration in (0, 5):
         a, b, c = (sampler.batch(iteration) for sampler in (one, again, other))
         assert torch.equal(a.winner_NCHW, b.winner_NCHW) and a.seed == b.seed
@@ -137,12 +139,12 @@ def test_a_batch_is_a_function_of_seed_and_iteration(source: Path, tiny_pipeline
 
 def test_images_and_captions_are_encoded_once(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
     config = offline_config(tiny_pipeline_dir, source)
-    load_pairs(config, policy)
+    load_pairs(config, policy.encoders)
     files = {path: path.stat().st_mtime_ns for path in Path(f"{source}.cache").rglob("*.safetensors")}
     assert len(files) == 12 + 4 + 1  # images of pairs that are no ties, captions, the empty caption
     renamed = source.rename(source.with_name("moved.parquet"))
     data = {"groups_per_iteration": 4, "preferences": str(renamed), "preferences_cache": f"{source}.cache"}
-    load_pairs(config.model_copy(update={"data": config.data.model_validate(data)}), policy)
+    load_pairs(config.model_copy(update={"data": config.data.model_validate(data)}), policy.encoders)
     assert {path: path.stat().st_mtime_ns for path in Path(f"{source}.cache").rglob("*")}.items() >= files.items()
     assert len(list(Path(f"{source}.cache").rglob("*.safetensors"))) == len(files)
 
@@ -167,13 +169,13 @@ def test_another_precision_is_encoded_anew(source: Path, tiny_pipeline_dir: Path
     for dtype in ("float32", "bfloat16"):
         model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16, "dtype": dtype}
         config = offline_config(tiny_pipeline_dir, source, model=model)
-        load_pairs(config, load_policy(config.model))
+        load_pairs(config, load_encoders(config.model))
     assert len(list(Path(f"{source}.cache").rglob("*.safetensors"))) == 2 * (12 + 4 + 1)
 
 
 def test_ranks_that_share_the_work_draw_the_same_pairs(source: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
     config = offline_config(tiny_pipeline_dir, source)
-    batches = [load_pairs(config, policy, rank=rank, world_size=2).batch(1) for rank in (0, 1)]
+    batches = [load_pairs(config, policy.encoders, rank=rank, world_size=2).batch(1) for rank in (0, 1)]
     assert torch.equal(batches[0].winner_NCHW, batches[1].winner_NCHW) and batches[0].seed == batches[1].seed
 
 
@@ -215,7 +217,9 @@ def test_a_folder_of_parquet_files_with_image_columns_reads_in_order(tmp_path: P
 
 def test_an_image_of_another_size_is_fitted_to_the_run_s(tmp_path: Path, tiny_pipeline_dir: Path, policy: Any) -> None:
     rows = [{**table(1, 0)[0], "jpg_0": picture(DARK, 1, 96, "JPEG"), "jpg_1": picture(BRIGHT, 2, 48)}]
-    batch = load_pairs(offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "a.parquet", rows)), policy).batch(0)
+    batch = load_pairs(
+        offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "a.parquet", rows)), policy.encoders
+    ).batch(0)
     assert batch.winner_NCHW.shape == (4, 16, 8, 8)
 
 
@@ -246,7 +250,7 @@ def test_a_bad_set_is_refused_in_one_sentence(
 ) -> None:
     path = write_parquet(tmp_path / "bad.parquet", rows)
     with pytest.raises(PreferencesError, match=said) as caught:
-        load_pairs(offline_config(tiny_pipeline_dir, path), policy)
+        load_pairs(offline_config(tiny_pipeline_dir, path), policy.encoders)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -457,11 +461,13 @@ def test_pairs_show_what_people_see_and_latents_of_0_1_serve_only_pictures_that_
     ]
     config = offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "seen.parquet", rows))
     folder = Path(f"{tmp_path / 'seen.parquet'}.cache")
-    cache = EncodedCache(folder, policy, config.model)
+    cache = EncodedCache(folder, policy.encoders, config.model)
     for content in contents:  # what 0.1 left behind
         cache._store(cache._key(b"image", content), {"latents": torch.full((16, 8, 8), 7.0).half()})
-    found = {tuple(latent.flatten().tolist()) for latent in load_pairs(config, policy).batch(0).winner_NCHW}
-    latents = [policy.encode_images(torch.from_numpy(picture)[None])[0].half().float() for picture in seen.values()]
+    found = {tuple(latent.flatten().tolist()) for latent in load_pairs(config, policy.encoders).batch(0).winner_NCHW}
+    latents = [
+        policy.encoders.encode_images(torch.from_numpy(picture)[None])[0].half().float() for picture in seen.values()
+    ]
     expected = [*latents[:3], torch.full((16, 8, 8), 7.0)]
     assert found == {tuple(latent.flatten().tolist()) for latent in expected}
 
@@ -482,11 +488,13 @@ def test_pairs_that_cannot_be_used_are_left_out_counted_and_named_on_every_rank(
 ) -> None:
     source = write_parquet(tmp_path / "pairs.parquet", blemished())
     config = offline_config(tiny_pipeline_dir, source)
-    ranks = [load_pairs(config, policy, rank=rank, world_size=2) for rank in (0, 1)]
+    ranks = [load_pairs(config, policy.encoders, rank=rank, world_size=2) for rank in (0, 1)]
     assert ranks[0].metrics == {"preferences/pairs": 9, "preferences/ties": 0, "preferences/left_out": 3}
     assert ranks[0].digest == ranks[1].digest
     whole = [row for number, row in enumerate(blemished()) if number not in (1, 4, 8)]
-    alone = load_pairs(offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "whole.parquet", whole)), policy)
+    alone = load_pairs(
+        offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "whole.parquet", whole)), policy.encoders
+    )
     assert torch.equal(ranks[1].batch(2).winner_NCHW, alone.batch(2).winner_NCHW)
     listed = Path(f"{source}.cache") / "skipped.json"
     assert [(row["number"], row["where"], row["kind"], row["reason"]) for row in json.loads(listed.read_text())] == [
@@ -497,7 +505,7 @@ def test_pairs_that_cannot_be_used_are_left_out_counted_and_named_on_every_rank(
     said = left_out(config)
     assert said is not None and said.startswith(f"left out 3 preference pairs of {source} (row 1, jpg_1 is a web page;")
     write_parquet(source, whole)
-    load_pairs(config, policy)
+    load_pairs(config, policy.encoders)
     assert left_out(config) is None and not listed.exists()
 
 

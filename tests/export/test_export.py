@@ -17,6 +17,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.export import ExportError, export
 from flowalign.export.card import base_name
 from flowalign.export.verify import load_pipeline
+from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.samples.opened import Which, ode_spec, open_policy, sample_checkpoint
@@ -43,8 +44,10 @@ def runs(base: Path, tmp_path: Path) -> dict[str, Path]:
 
 def rollout_latents(run: Path, base: Path, lora: bool, guidance: float, which: Which = "model") -> torch.Tensor:
     policy, _ = open_policy(run, run_config(base, lora=lora), which)
-    noise = SampleNoise(5, range(len(PROMPTS)), policy.latent_shape(None, None))
-    return integrate(policy.velocity, policy.encode_prompts(PROMPTS), noise, ode_spec(policy, 10, guidance))[2]
+    noise = SampleNoise(5, range(len(PROMPTS)), policy.network.latent_shape(None, None))
+    return integrate(
+        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 16), noise, ode_spec(policy, 10, guidance)
+    )[2]
 
 
 def public_latents(pipeline: Any, guidance: float) -> torch.Tensor:

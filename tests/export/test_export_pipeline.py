@@ -24,7 +24,9 @@ from flowalign.flow.schedule import sigmas
 from flowalign.models.architectures import dit
 from flowalign.models.architectures.fresh import TransformerSpec, new_transformer
 from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
-from flowalign.models.sd3 import OWN_PIPELINE, SD3Policy
+from flowalign.models.build import load_policy
+from flowalign.models.families.sd3.files import OWN_PIPELINE
+from flowalign.models.guided import guided
 from flowalign.samples.opened import policy_spec
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
@@ -191,13 +193,13 @@ def test_the_files_own_levels_times_and_coefficients_are_ours(name, shift):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_is_sampled_as_ours_is(tiny_pipeline_dir, tmp_path, name):
     directory = write_family(tmp_path, tiny_pipeline_dir, name)
-    policy = SD3Policy.load(directory, max_sequence_length=4)
-    policy.family = name
+    policy = load_policy(ModelConfig(path=str(directory)))
+    policy.network.family = name
     spec = policy_spec(policy, SamplingConfig(num_steps=STEPS, guidance_scale=3.0), ModelConfig())
-    condition, x = policy.encode_prompts(PROMPTS), torch.load(directory / "noise.pt") * spec.initial_scale
+    condition, x = policy.encoders.encode_prompts(PROMPTS, 4), torch.load(directory / "noise.pt") * spec.initial_scale
     for now, after in pairwise(spec.sigmas):
         with torch.no_grad():
-            velocity = policy.velocity(x, torch.full((2,), now), condition, guidance=3.0)
+            velocity = guided(policy.network)(x, torch.full((2,), now), condition, guidance=3.0)
         x = x + (torch.tensor(after) - torch.tensor(now)) * velocity
     made = sample(loaded(directory), directory, num_inference_steps=STEPS, guidance_scale=3.0)
     assert float((made - x).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max()))

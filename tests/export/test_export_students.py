@@ -19,7 +19,6 @@ from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
-from flowalign.data.banks.encoder import encoder_hash
 from flowalign.data.banks.latents import LatentBank, save_bank
 from flowalign.export import ExportError, export
 from flowalign.export.verify import load_pipeline, share
@@ -31,9 +30,12 @@ from flowalign.intake.run_directory import begin_run
 from flowalign.making.merge import merge
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.models.base import ModelError
+from flowalign.models.build import load_policy
+from flowalign.models.families.sd3.loading import load_encoders
+from flowalign.models.fingerprint import encoder_hash
+from flowalign.models.guided import guided
 from flowalign.models.inspect import inspect_model
 from flowalign.models.merge import MergeError
-from flowalign.models.sd3 import SD3Policy
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy, policy_spec
@@ -75,7 +77,9 @@ def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:
     config = config_of(source, None)
     policy, _ = open_policy(source, config, which)
     spec = policy_spec(policy, config.evaluation, config.model)
-    return integrate(policy.velocity, policy.encode_prompts([prompt]), SampleNoise(5, [3], SHAPE), spec)[2]
+    return integrate(
+        guided(policy.network), policy.encoders.encode_prompts([prompt], 4), SampleNoise(5, [3], SHAPE), spec
+    )[2]
 
 
 def theirs(directory: Path, prompt: str, **options) -> torch.Tensor:
@@ -229,11 +233,11 @@ def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_di
     run = trained(tmp_path, tiny_pipeline_dir, bank, **own)
     out = export(run, tmp_path / "out", config=config_of(run, None)).path
     (out / "pipeline.py").write_text("raise RuntimeError('this was run')\n")
-    assert type(SD3Policy.load(out, max_sequence_length=4).pipeline) is StableDiffusion3Pipeline
+    assert type(load_encoders(out).pipeline) is StableDiffusion3Pipeline
     index = out / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": ["pipeline", "OtherPipeline"]}))
     with pytest.raises(ModelError, match="models of type sd3 need a StableDiffusion3Pipeline"):
-        SD3Policy.load(out, max_sequence_length=4)
+        load_policy(ModelConfig(path=str(out)))
 
 
 @pytest.mark.parametrize(("architecture", "name"), [("cross", "CrossDiT"), ("uvit", "UViT")])
@@ -258,9 +262,9 @@ def test_a_guided_student_is_told_its_scale(tmp_path, tiny_pipeline_dir, bank):
     assert "taught from 1 to 5" in (tmp_path / "out" / "README.md").read_text()
     own = config_of(run, None)
     policy, _ = open_policy(run, own)
-    condition, x, t = policy.encode_prompts([PROMPT]), torch.randn(1, *SHAPE), torch.tensor([0.5])
+    condition, x, t = policy.encoders.encode_prompts([PROMPT], 4), torch.randn(1, *SHAPE), torch.tensor([0.5])
     with torch.no_grad():
-        low, high = (policy.velocity(x, t, condition, guidance=scale) for scale in (1.0, 4.0))
+        low, high = (guided(policy.network)(x, t, condition, guidance=scale) for scale in (1.0, 4.0))
     assert not torch.equal(low, high)
 
 
@@ -303,10 +307,10 @@ def test_loading_warns_of_weights_that_are_lost_and_not_of_those_of_inputs(tmp_p
     monitored.addHandler(caplog.handler)
     try:
         caplog.clear()
-        SD3Policy.load(made, max_sequence_length=4)
+        load_policy(ModelConfig(path=str(made)))
         assert "were not used" not in caplog.text
         save_file({**load_file(weights), "stray.weight": torch.zeros(2)}, weights)
-        SD3Policy.load(made, max_sequence_length=4)
+        load_policy(ModelConfig(path=str(made)))
         assert "were not used" in caplog.text and "stray.weight" in caplog.text
     finally:
         monitored.removeHandler(caplog.handler)

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from flowalign.cli import app
 from flowalign.cli.running import further_back
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.engine import build_engine
 from flowalign.intake.resolved import write_resolved
 from flowalign.making.shapes_latents import make_bank
+from flowalign.models.build import load_encoders
 from flowalign.models.ema import Ema
-from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import DestroyedState, fault, total_norm
@@ -109,7 +110,7 @@ def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs
 
     def syncs(self: LocalBackend, evaluation: bool = False) -> None:
         sync(self, evaluation)
-        sent.append(all(bool(p.isfinite().all()) for p in self.rollouts.policy.network.parameters()))
+        sent.append(all(bool(p.isfinite().all()) for p in self.rollouts.policy.network.module.parameters()))
 
     monkeypatch.setattr(LocalBackend, "sync", syncs)
     with monkeypatch.context() as patched:
@@ -126,7 +127,7 @@ def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs
 def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
     tmp_path: Path, tiny_pipeline_dir: Path, command: str
 ):
-    make_bank(SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16), tmp_path / "bank", num_images=8, batch=8)
+    make_bank(load_encoders(ModelConfig(path=str(tiny_pipeline_dir))), tmp_path / "bank", num_images=8, batch=8)
     model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16}
     taught = {"teacher": model, "algorithm": {"type": "guidance_distill"}, "model": {**model, "inputs": ["guidance"]}}
     plain = {"algorithm": {"type": "rectified_flow"}, "model": model}

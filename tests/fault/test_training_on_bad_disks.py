@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.making.shapes_latents import make_bank
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.build import load_encoders
 from flowalign.record.checkpoint import steps
 from flowalign.run.room import check_room
 from tests.fault.smalldisk import fill, hidden, mounted, remount
@@ -57,7 +58,7 @@ class Distill(Ordered, GuidanceDistill):
 @pytest.fixture(scope="module")
 def bank(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bank")
-    make_bank(SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4), folder, num_images=8, batch=8)
+    make_bank(load_encoders(ModelConfig(path=str(tiny_pipeline_dir))), folder, num_images=8, batch=8)
     return folder
 
 

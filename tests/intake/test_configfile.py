@@ -142,7 +142,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("model.width=144", "model.width: image size 64x144: the model's table of positions ends at 128 pixels a side"),
         ("algorithm={type: opd, teachers: {t: {path: model}}, height: 1}", "algorithm.height: unknown key"),
         *((f"model.type={name}", f"model.type: no model family '{name}'; known: sd3") for name in NO_FAMILY),
-        ("model.type=json.decoder", "model.type: json.decoder holds no policy class"),
+        ("model.type=json.decoder", "model.type: json.decoder holds no FAMILY"),
         ("model.type=..sd3", "model.type: cannot import '..sd3'"),
         ("model.type=no_such.module", "model.type: cannot import 'no_such.module'"),
         ("rewards.0.weight=.nan", "rewards.0.weight: is nan; every number of a configuration is finite"),

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from flowalign.intake.file import load_align
+from flowalign.models.families.sd3.loading import load_encoders
 from flowalign.models.inspect import SD35_MEDIUM
-from flowalign.models.sd3 import SD3Policy
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
@@ -83,8 +83,8 @@ def test_a_published_recipe_runs_on_a_small_model_of_its_architecture(sd35_dir, 
 
 
 def test_the_t5_part_of_the_text_is_encoded_and_not_zero(sd35_dir):
-    policy = SD3Policy.load(sd35_dir, max_sequence_length=16)
-    condition = policy.encode_prompts(["a photo of a red circle"])
-    clip_tokens = policy.pipeline.tokenizer_max_length
+    encoders = load_encoders(sd35_dir)
+    condition = encoders.encode_prompts(["a photo of a red circle"], 16)
+    clip_tokens = encoders.pipeline.tokenizer_max_length
     assert condition.tokens_PLD.shape == (1, clip_tokens + 16, 160)
     assert bool((condition.tokens_PLD[:, clip_tokens:] != 0).any())

@@ -22,6 +22,7 @@ from flowalign.making.calibration import calibrate
 from flowalign.making.pairs import HalfNoise, make_pairs
 from flowalign.making.preferences import make_preferences
 from flowalign.models.build import load_policy
+from flowalign.models.guided import guided
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import DiskError
 from flowalign.record.metrics import read_metrics
@@ -54,8 +55,8 @@ def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipelin
         def draw(self):
             return noise
 
-    condition = policy.encode_prompts([bank.prompts[int(row)] for row in drawn.rows])
-    made = integrate(policy.velocity, condition, Given(0, range(6), SHAPE), spec)[2]
+    condition = policy.encoders.encode_prompts([bank.prompts[int(row)] for row in drawn.rows], 16)
+    made = integrate(guided(policy.network), condition, Given(0, range(6), SHAPE), spec)[2]
     torch.testing.assert_close(drawn.latents, made, rtol=2e-3, atol=2e-3)
 
 
@@ -132,7 +133,7 @@ def test_pairs_need_a_solver_without_noise_of_its_own(tmp_path, tiny_pipeline_di
 def test_a_model_that_has_diverged_makes_no_pairs(tmp_path, tiny_pipeline_dir, monkeypatch):
     def broken(*args, **options):
         policy, state = open_policy(*args, **options)
-        next(policy.network.parameters()).data.fill_(float("nan"))
+        next(policy.network.module.parameters()).data.fill_(float("nan"))
         return policy, state
 
     monkeypatch.setattr("flowalign.making.pairs.open_policy", broken)
@@ -179,10 +180,10 @@ def calibration(tiny_pipeline_dir, tmp_path_factory) -> Path:
 
 def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, calibration):
     policy = load_policy(run_config(tiny_pipeline_dir).model)
-    condition = policy.encode_prompts(["a photo of a star"] * 4)
+    condition = policy.encoders.encode_prompts(["a photo of a star"] * 4, 16)
     full = policy_spec(policy, SamplingConfig(num_steps=8), ModelConfig())
     calls: list[int] = []
-    block = policy.network.get_submodule("transformer_blocks.0.attn")
+    block = policy.network.module.get_submodule("transformer_blocks.0.attn")
     block.register_forward_hook(lambda module, args, out: calls.append(1))
 
     def walked(threshold: float | None) -> tuple[torch.Tensor, int]:
@@ -190,8 +191,8 @@ def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, c
         spec = replace(full, reuse=reuse_of(cache))
         calls.clear()
         noise = SampleNoise(0, range(4), SHAPE)
-        skipping = skipping_of(policy.network, spec.reuse)
-        return integrate(policy.velocity, condition, noise, spec, skipping=skipping)[2], len(calls)
+        skipping = skipping_of(policy.network.module, spec.reuse)
+        return integrate(guided(policy.network), condition, noise, spec, skipping=skipping)[2], len(calls)
 
     plain, all_steps = walked(None)
     never, as_many = walked(1e-9)

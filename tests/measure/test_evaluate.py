@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowalign.measure.evaluate import EvaluationResult, evaluate_checkpoint, evaluation_metrics, write_results_jsonl
-from flowalign.models.build import load_policy
+from flowalign.models.build import load_network, load_policy
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.samples.opened import SampleNoise, load_weights, sample_checkpoint
 from flowalign.types import Scores
@@ -140,13 +140,13 @@ def test_samples_are_saved_with_the_noise_that_made_them(base: Path, run: Path, 
     assert torch.equal(saved["noise"], SampleNoise(3, range(4), (16, 8, 8)).draw())
     policy = load_policy(run_config(base).model)
     with Image.open(files[2]) as image:
-        assert torch.equal(torch.from_numpy(np.array(image)), policy.decode(saved["latents"])[2])
+        assert torch.equal(torch.from_numpy(np.array(image)), policy.encoders.decode(saved["latents"])[2])
 
 
 def test_weights_of_another_model_are_refused(base: Path, run: Path) -> None:
     policy = load_policy(run_config(base, lora=True).model)
     with pytest.raises(CheckpointError, match="does not fit the configured model"):
-        load_weights(policy, run / "checkpoints" / "step_000010")
+        load_weights(policy.network, run / "checkpoints" / "step_000010")
 
 
 def test_a_checkpoint_without_ema_says_so(base: Path, run: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_checkpoint_without_ema_says_so(base: Path, run: Path, tmp_path: Path)
     saved = load(run / "checkpoints" / "step_000010")
     path = CheckpointWriter(tmp_path).save(1, model=saved.model, state=saved.state)
     with pytest.raises(CheckpointError, match="no ema weights"):
-        load_weights(load_policy(run_config(base).model), path, "ema")
+        load_weights(load_network(run_config(base).model), path, "ema")
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])

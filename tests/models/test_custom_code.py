@@ -17,17 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.config.sections import SHIPPED
+from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.export.verify import load_pipeline
 from flowalign.models.base import ModelError
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.build import load_policy
 from rewards.interface import SpecError
 from rewards.models.customcode import custom_code
 from rewards.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 CODE = "from pathlib import Path\nPath(__file__).with_name('was_run').touch()\nraise RuntimeError('this was run')\n"
-TENSORS_ALONE = ("PeftModel",)  # takes no such argument
+TENSORS_ALONE = ("PeftModel", "SD3Transformer2DModel")  # take no such argument
 
 
 def copy_of(directory: Path, to: Path) -> Path:
@@ -124,7 +124,7 @@ def test_a_pipeline_with_code_of_its_own_is_refused_by_name_before_it_is_loaded(
     assert custom_code(path) is None
     (path / "vae" / "evil.py").write_text(CODE)
     make(path)
-    for load in (lambda: SD3Policy.load(path, max_sequence_length=4), lambda: load_pipeline(path)):
+    for load in (lambda: load_policy(ModelConfig(path=str(path))), lambda: load_pipeline(path)):
         with pytest.raises(ModelError, match=f"{path} names code of its own in {said}"):
             load()
     assert not list(path.rglob("was_run"))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.models.architectures.inputs import PREFIX, add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.models.base import ModelError
-from flowalign.models.sd3 import LORA_TARGETS
+from flowalign.models.families.sd3.network import LORA_TARGETS
 from flowalign.shapes.build.pipeline import new_transformer
 
 BOTH = ("r", "guidance")

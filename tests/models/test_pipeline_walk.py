@@ -27,6 +27,7 @@ from flowalign.intake.recorded import config_of
 from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.making.merge import merge
 from flowalign.models.build import load_policy
+from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
 from flowalign.run.align import build_run, found
 from flowalign.samples.opened import open_policy, policy_spec
@@ -86,8 +87,10 @@ def test_our_latents_are_those_of_the_public_pipeline(tmp_path: Path, name: str)
     )
     policy = load_policy(model)
     spec = policy_spec(policy, SamplingConfig(num_steps=5, guidance_scale=2.0), model)
-    shape = policy.latent_shape(height, width)
-    ours = integrate(policy.velocity, policy.encode_prompts(PROMPTS), SampleNoise(3, (0, 1), shape), spec)[2]
+    shape = policy.network.latent_shape(height, width)
+    ours = integrate(
+        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 2), SampleNoise(3, (0, 1), shape), spec
+    )[2]
     public: Any = load_pipeline(Path(model.path))
     theirs: torch.Tensor = public(
         PROMPTS,

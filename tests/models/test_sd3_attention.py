@@ -7,19 +7,19 @@ import torch
 
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_policy
-from flowalign.models.sd3 import SHORT, _attention
+from flowalign.models.families.sd3.network import SHORT, _attention
+from flowalign.models.guided import guided
 
 
 def operators(policy, length: int, mixed: bool) -> set[str]:
     """Names of the attention operators that one velocity with its backward pass runs."""
-    policy.max_sequence_length = length
-    condition = policy.encode_prompts(["a photo of a red circle"] * 2)
-    x = torch.randn(2, *policy.latent_shape(None, None), generator=torch.Generator().manual_seed(0))
+    condition = policy.encoders.encode_prompts(["a photo of a red circle"] * 2, length)
+    x = torch.randn(2, *policy.network.latent_shape(None, None), generator=torch.Generator().manual_seed(0))
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen,
         torch.autocast("cpu", torch.bfloat16, enabled=mixed),
     ):
-        policy.velocity(x, torch.full((2,), 0.5), condition).square().sum().backward()
+        guided(policy.network)(x, torch.full((2,), 0.5), condition).square().sum().backward()
     return {event.key for event in seen.key_averages() if "attention" in event.key}
 
 

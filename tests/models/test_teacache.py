@@ -11,7 +11,7 @@ from peft import LoraConfig
 from flowalign.flow.caching import fit, relative_l1
 from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, new_transformer
 from flowalign.models.base import ModelError
-from flowalign.models.sd3 import LORA_TARGETS
+from flowalign.models.families.sd3.network import LORA_TARGETS
 from flowalign.models.teacache import CachedNetwork, Distances
 
 LIKE = {

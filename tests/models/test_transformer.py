@@ -14,7 +14,7 @@ from flowalign.models.architectures.dit import ConcatBlock
 from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, flops, matching, new_transformer, spec_flops
 from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs
 from flowalign.models.base import ModelError
-from flowalign.models.sd3 import LORA_TARGETS
+from flowalign.models.families.sd3.network import LORA_TARGETS
 
 LIKE = {
     "sample_size": 8,

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import LatentBank, LatentsError, load_bank, save_bank
 from flowalign.intake.changes import resume_differences
@@ -22,7 +23,8 @@ from flowalign.intake.recorded import config_of
 from flowalign.intake.resolved import write_resolved
 from flowalign.intake.run_directory import check_run
 from flowalign.making.shapes_latents import make_bank
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.build import load_policy
+from flowalign.models.guided import guided
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
@@ -35,8 +37,8 @@ from flowalign.run.train import run_pretrain
 @pytest.fixture(scope="module")
 def bank(tiny_pipeline_dir, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("bank")
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16)
-    make_bank(policy, directory, num_images=60, batch=20)
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    make_bank(policy.encoders, directory, num_images=60, batch=20)
     return directory
 
 
@@ -244,10 +246,12 @@ def test_a_bank_that_is_missing_or_inconsistent_is_refused(tmp_path):
 @pytest.mark.parametrize(("precision", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir, bank, precision, expected):
     seen = []
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=16)
-    policy.network.get_submodule("proj_out").register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    velocity = autocast(policy.velocity, config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
-    out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encode_prompts(["a photo of a star"]))
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    policy.network.module.get_submodule("proj_out").register_forward_hook(
+        lambda module, args, out: seen.append(out.dtype)
+    )
+    velocity = autocast(guided(policy.network), config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
+    out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encoders.encode_prompts(["a photo of a star"], 16))
     assert seen == [expected] and out.dtype == torch.float32
 
 

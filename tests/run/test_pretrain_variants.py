@@ -18,7 +18,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import Architecture, ModelConfig, SamplingConfig, TransformerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import LatentBank, LatentsError, save_bank
-from flowalign.data.feed import Feed, without_encoders
+from flowalign.data.feed import Feed, tables, without_encoders
 from flowalign.flow import path
 from flowalign.flow.families import FAMILIES
 from flowalign.intake.recorded import config_of
@@ -26,7 +26,8 @@ from flowalign.making.shapes_latents import make_bank
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.measure.validation import Validation
 from flowalign.models.build import load_policy
-from flowalign.models.sd3 import SD3Policy
+from flowalign.models.encoders import Encoders
+from flowalign.models.guided import guided
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.made.ingredients import parts_of
@@ -37,11 +38,18 @@ from flowalign.types import LatentBatch, TextPart
 NAMES = list(FAMILIES)
 
 
+def encoded(own: PretrainConfig, encoders: Encoders) -> PretrainConfig:
+    """The same configuration, with the captions of its banks on disk."""
+    for table in tables(own):
+        table.write(encoders)
+    return own
+
+
 @pytest.fixture(scope="module")
 def bank(tiny_pipeline_dir, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("bank")
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4)
-    make_bank(policy, directory, num_images=40, batch=20)
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    make_bank(policy.encoders, directory, num_images=40, batch=20)
     return directory
 
 
@@ -72,17 +80,17 @@ def run(*args, **kwargs) -> Path:
 
 @pytest.mark.parametrize("family", NAMES)
 def test_the_loss_of_a_family_is_the_mean_square_of_its_networks_own_output(tiny_pipeline_dir, family):
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4, device="cpu")
-    policy.family = family
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    policy.network.family = family
     raw: list[torch.Tensor] = []
-    policy.network.register_forward_hook(lambda module, args, out: raw.append(out[0].detach()))
+    policy.network.module.register_forward_hook(lambda module, args, out: raw.append(out[0].detach()))
     kinds = {"rf": {}, "edm": {"density": "uniform"}}.get(family, {"density": "uniform"})
     algorithm = RectifiedFlow(RectifiedFlow.Config(family=family, condition_dropout=0, **kinds))
-    condition = policy.encode_prompts(["a photo of a red circle"] * 4)
+    condition = policy.encoders.encode_prompts(["a photo of a red circle"] * 4, 4)
     x0 = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = algorithm.prepare(LatentBatch(x0, condition, 5), None, {})
     with torch.no_grad():
-        loss = algorithm.loss({"policy": policy.velocity}, batch).loss
+        loss = algorithm.loss({"policy": guided(policy.network)}, batch).loss
     own = FAMILIES[family].own_time(batch.tensors["t"])
     target = FAMILIES[family].raw_target(x0, batch.tensors["noise"], own)
     expected = (raw[-1] - target).square().mean()
@@ -144,12 +152,12 @@ def config_of_run(run_dir: Path, config: PretrainConfig):
 def test_a_flow_may_begin_from_an_edm_network_and_computes_the_same_at_first(tiny_pipeline_dir):
     edm = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=4, family="edm"))
     x, t = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.8])
-    condition = edm.encode_prompts(["a photo of a star", "a photo of a heart"])
+    condition = edm.encoders.encode_prompts(["a photo of a star", "a photo of a heart"], 4)
     family = FAMILIES["edm"]
     own = family.own_time(t)
     z = x * family.scale(own).float().view(-1, 1, 1, 1)
     with torch.no_grad():
-        raw = edm.network(
+        raw = edm.network.module(
             hidden_states=family.network_input(z, own),
             encoder_hidden_states=condition.expand()[0],
             pooled_projections=condition.expand()[1],
@@ -157,7 +165,7 @@ def test_a_flow_may_begin_from_an_edm_network_and_computes_the_same_at_first(tin
             return_dict=False,
         )[0]
         data, noise = family.x0(z, raw, own), family.noise(z, raw, own)
-        torch.testing.assert_close(edm.velocity(x, t, condition), (noise - data).float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(guided(edm.network)(x, t, condition), (noise - data).float(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_of_one_family_does_not_learn_a_path_that_it_cannot_reach(tmp_path, tiny_pipeline_dir, bank):
@@ -195,7 +203,7 @@ def test_several_averages_are_kept_resumed_bit_for_bit_and_sampled_by_name(tmp_p
     assert any(not torch.equal(a.ema[name], a.averages["ema_0.05"][name]) for name in a.ema)
     own = config_of_run(whole, config(tmp_path / "whole", tiny_pipeline_dir, bank, **changes))
     policy, _ = open_policy(whole, own, "ema_0.05")
-    name, parameter = next(iter(policy.network.named_parameters()))
+    name, parameter = next(iter(policy.network.module.named_parameters()))
     assert torch.equal(parameter.detach(), a.averages["ema_0.05"][name])
     with pytest.raises(checkpoint.CheckpointError, match=r"no ema_0.7 weights; it has ema, ema_0.05, model"):
         open_policy(whole, own, "ema_0.7")
@@ -204,7 +212,7 @@ def test_several_averages_are_kept_resumed_bit_for_bit_and_sampled_by_name(tmp_p
 def test_averages_follow_the_weights_by_hand(tmp_path, tiny_pipeline_dir, bank):
     run_dir = run(tmp_path, tiny_pipeline_dir, bank, ema_decay=0.999, checkpoint_every=1, keep_last=4)
     at = [checkpoint.load(run_dir / "checkpoints" / f"step_00000{n}") for n in (1, 2)]
-    start = dict(load_policy(ModelConfig(path=str(tiny_pipeline_dir))).network.named_parameters())
+    start = dict(load_policy(ModelConfig(path=str(tiny_pipeline_dir))).network.module.named_parameters())
     name = next(iter(start))
     first = 0.1 * start[name].detach() + 0.9 * at[0].model[name]  # the decay of update n is (1 + n) / (10 + n)
     second = 2 / 11 * first + 9 / 11 * at[1].model[name]
@@ -255,8 +263,8 @@ def test_the_validation_loss_is_that_of_a_text_length_that_is_trained(tmp_path, 
             validation=validation,
             batch_size=8,
         )
-        losses.append(Validation(own, policy).losses(policy.velocity, "validation"))
-    assert losses[0] == losses[1] and getattr(policy, "max_sequence_length", None) == 8
+        losses.append(Validation(encoded(own, policy.encoders)).losses(guided(policy.network), "validation"))
+    assert losses[0] == losses[1]
 
 
 def test_single_encoders_are_dropped_alone():
@@ -270,40 +278,40 @@ def test_single_encoders_are_dropped_alone():
 
 
 def test_dropping_all_encoders_is_the_empty_text(tmp_path, tiny_pipeline_dir, bank):
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4)
-    every = dict.fromkeys(policy.text_parts, 1.0)
-    batch = Feed(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout=every), policy).batch(0, 4)
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    every = dict.fromkeys(policy.encoders.text_parts, 1.0)
+    batch = Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout=every), policy.encoders)).batch(0, 4)
     tokens, pooled = batch.condition.expand()
-    clip = policy.text_parts["clip_g"].tokens[1]
+    clip = policy.encoders.text_parts["clip_g"].tokens[1]
     assert torch.equal(tokens[0, :clip], batch.condition.null_LD[:clip]) and torch.equal(
         pooled[0], batch.condition.null_E
     )
-    kept = Feed(config(tmp_path, tiny_pipeline_dir, bank), policy).batch(0, 4)
+    kept = Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank), policy.encoders)).batch(0, 4)
     assert torch.equal(kept.latents_NCHW, batch.latents_NCHW) and not torch.equal(kept.condition.expand()[1], pooled)
     with pytest.raises(ConfigError, match=r"no encoder 'clip'; it has clip_l, clip_g"):
-        Feed(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout={"clip": 0.5}), policy)
+        Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout={"clip": 0.5}), policy.encoders))
 
 
 def test_real_data_has_fresh_noise_beside_the_pairs_own(tmp_path, tiny_pipeline_dir, bank):
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4)
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
     latents, noise = torch.full((6, 16, 8, 8), 2.0).half(), torch.full((6, 16, 8, 8), 3.0).half()
     save_bank(tmp_path / "pairs", LatentBank(latents, torch.zeros(6).long(), ["a photo of a star"], noise))
     mixed = config(tmp_path, tiny_pipeline_dir, tmp_path / "pairs", real_data={"latents": str(bank), "fraction": 0.25})
-    batch = Feed(mixed, policy).batch(0, 4)
+    batch = Feed(encoded(mixed, policy.encoders)).batch(0, 4)
     assert batch.noise_NCHW is not None and len(batch.condition) == 8
     assert bool((batch.latents_NCHW[:6] == 2).all()) and bool((batch.noise_NCHW[:6] == 3).all())
     assert 0.8 < float(batch.noise_NCHW[6:].std()) < 1.2 and float(batch.latents_NCHW[6:].std()) > 0
     with pytest.raises(LatentsError, match="real data itself"):
-        Feed(config(tmp_path, tiny_pipeline_dir, bank, real_data={"latents": str(bank)}), policy)
+        Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank, real_data={"latents": str(bank)}), policy.encoders))
 
 
 def test_a_bank_of_other_encoders_is_refused(tmp_path, tiny_pipeline_dir):
-    policy = SD3Policy.load(tiny_pipeline_dir, max_sequence_length=4)
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
     bank = LatentBank(torch.zeros(2, 16, 8, 8).half(), torch.zeros(2).long(), ["a photo of a star"])
     bank.encoder = "of another model"
     save_bank(tmp_path / "other", bank)
     with pytest.raises(LatentsError, match="encoded by another autoencoder"):
-        Feed(config(tmp_path, tiny_pipeline_dir, tmp_path / "other"), policy)
+        Feed(encoded(config(tmp_path, tiny_pipeline_dir, tmp_path / "other"), policy.encoders))
 
 
 def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tiny_pipeline_dir):
@@ -312,7 +320,7 @@ def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tin
     own = run_config(tiny_pipeline_dir)
     fresh = own.model.model_copy(update={"transformer": TransformerConfig(num_layers=2)})
     policy, _ = open_policy(tiny_pipeline_dir, own.model_copy(update={"model": fresh}))
-    assert len(policy.network.get_submodule("transformer_blocks")) == 1  # type: ignore[arg-type]
+    assert len(policy.network.module.get_submodule("transformer_blocks")) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
@@ -330,16 +338,16 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
     from flowalign.samples.rollout import SampleNoise, integrate
 
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=4))
-    condition = policy.encode_prompts(["a photo of a star"])
+    condition = policy.encoders.encode_prompts(["a photo of a star"], 4)
     spec = policy_spec(policy, SamplingConfig(num_steps=3, solver="consistency"), ModelConfig())
-    final = integrate(policy.velocity, condition, SampleNoise(3, [0], (16, 8, 8)), spec)[2]
+    final = integrate(guided(policy.network), condition, SampleNoise(3, [0], (16, 8, 8)), spec)[2]
     noise = SampleNoise(3, [0], (16, 8, 8))
     x = noise.draw()
     with torch.no_grad():
         for t, t_next in zip(spec.sigmas, spec.sigmas[1:], strict=False):
-            clean = x - t * policy.velocity(x, torch.tensor([t]), condition)
+            clean = x - t * guided(policy.network)(x, torch.tensor([t]), condition)
             x = clean if t_next == 0 else (1 - t_next) * clean + t_next * noise.draw()
-    assert spec.sigmas == tuple(schedule.sigmas(3, shift=policy.schedule(None, None).shift).tolist())
+    assert spec.sigmas == tuple(schedule.sigmas(3, shift=policy.network.schedule(None, None).shift).tolist())
     torch.testing.assert_close(final, x, rtol=1e-4, atol=1e-4)
 
 

@@ -10,7 +10,9 @@ from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
+from flowalign.models.families.sd3.loading import assembled
 from flowalign.models.fixed_geometry import fixed_geometry
+from flowalign.models.guided import guided
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
 from flowalign.types import PromptBatch, RolloutSpec, Scores, cat_rollouts
 
@@ -35,10 +37,10 @@ def grpo(**changes) -> FlowGRPO:
 @pytest.mark.parametrize("window", [{"kind": "full"}, {"kind": "fixed", "start": 1, "size": 2}])
 def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout_s_size(policy, guidance, window):
     algorithm = grpo(guidance_scale=guidance, window=window)
-    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0)
+    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16)
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(12, dtype=torch.bool))
-    models = {"policy": fixed_geometry(policy.velocity, 12)}
+    models = {"policy": fixed_geometry(guided(policy.network), 12)}
     train = algorithm.prepare(made, scores, models)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:-5]
     parts = order.split(12)
@@ -50,8 +52,8 @@ def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout
 
 def test_chunks_and_their_order_do_not_change_a_sample(policy):
     spec, batch = grpo().rollout_plan(0, 0), prompt_batch()
-    parts = [rollout(policy, c, spec, seed=3, policy_version=0) for c in reversed(batch.chunks(4))]
-    whole = cat_rollouts([rollout(policy, c, spec, seed=3, policy_version=0) for c in batch.chunks(4)])
+    parts = [rollout(policy, c, spec, seed=3, policy_version=0, length=16) for c in reversed(batch.chunks(4))]
+    whole = cat_rollouts([rollout(policy, c, spec, seed=3, policy_version=0, length=16) for c in batch.chunks(4)])
     joined = cat_rollouts(list(reversed(parts)))
     assert torch.equal(whole.final_NCHW, joined.final_NCHW) and torch.equal(whole.images, joined.images)
     assert torch.equal(whole.log_prob_NS, joined.log_prob_NS)
@@ -83,11 +85,11 @@ def test_images_of_one_group_differ_by_the_window_alone_when_they_share_their_no
     batch = replace(batch, prompts=(batch.prompts[0],) * 4, group_ids=(9,) * 4)
     plan = replace(grpo(initial_noise="group").rollout_plan(0, 0), window=(0, 1))
     assert plan.shared_noise
-    made = rollout(policy, batch, plan, seed=3, policy_version=0)
+    made = rollout(policy, batch, plan, seed=3, policy_version=0, length=16)
     states = made.states_NSCHW
     assert torch.equal(states[0, 0], states[3, 0]) and not torch.equal(states[0, 1], states[3, 1])
     still = replace(plan, kind="ode", window=(0, 0), noise_level=0.0)
-    finals = rollout(policy, batch, still, seed=3, policy_version=0).final_NCHW
+    finals = rollout(policy, batch, still, seed=3, policy_version=0, length=16).final_NCHW
     torch.testing.assert_close(finals[0], finals[3])
 
 
@@ -96,9 +98,10 @@ def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, g
     sigmas = grpo().rollout_plan(0, 0).sigmas
     spec = RolloutSpec("ode", sigmas, (0, 0), 0.0, guidance_scale=guidance)
     batch = prompt_batch(4)
-    ours = rollout(policy, batch, spec, seed=3, policy_version=0)
-    policy.pipeline.set_progress_bar_config(disable=True)
-    theirs = policy.pipeline(
+    ours = rollout(policy, batch, spec, seed=3, policy_version=0, length=16)
+    pipeline = assembled(policy)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
         prompt=list(batch.prompts),
         num_inference_steps=4,
         guidance_scale=guidance,
@@ -111,7 +114,7 @@ def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, g
 
 def test_a_window_of_the_rollout_holds_its_states_and_nothing_else(policy):
     spec = grpo(window={"kind": "fixed", "start": 1, "size": 2}).rollout_plan(0, 0)
-    made = rollout(policy, prompt_batch(4), spec, seed=0, policy_version=0)
+    made = rollout(policy, prompt_batch(4), spec, seed=0, policy_version=0, length=16)
     assert made.states_NSCHW.shape == (4, 3, 16, 8, 8) and made.log_prob_NS.shape == (4, 2)
     assert made.images.shape == (4, 64, 64, 3) and made.images.dtype == torch.uint8
 
@@ -119,69 +122,71 @@ def test_a_window_of_the_rollout_holds_its_states_and_nothing_else(policy):
 def test_the_reference_of_a_lora_is_the_network_without_it(tiny_pipeline_dir):
     base = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=16))
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=16))
-    add_lora(policy, LoraConfig(rank=4, alpha=8))
-    trainable = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+    add_lora(policy.network, LoraConfig(rank=4, alpha=8))
+    trainable = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
     assert trainable and all("lora" in name for name in trainable)
     noisy = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for name, p in trainable.items()}
-    assert bind_weights(policy.network, noisy) == len(trainable)
-    condition = base.encode_prompts(PROMPTS)
+    assert bind_weights(policy.network.module, noisy) == len(trainable)
+    condition = base.encoders.encode_prompts(PROMPTS, 16)
     x, t = torch.randn(3, 16, 8, 8), torch.tensor([0.9, 0.5, 0.1])
-    expected = base.velocity(x, t, condition)
-    assert not torch.allclose(policy.velocity(x, t, condition), expected)
-    assert torch.equal(reference_velocity(policy)(x, t, condition), expected)
+    expected = guided(base.network)(x, t, condition)
+    assert not torch.allclose(guided(policy.network)(x, t, condition), expected)
+    assert torch.equal(reference_velocity(policy.network)(x, t, condition), expected)
     assert all(p.requires_grad for p in trainable.values())
 
 
 def test_a_backward_pass_survives_a_reference_call_in_between(tiny_pipeline_dir):
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=16, lora=LoraConfig(rank=4)))
-    condition = policy.encode_prompts(PROMPTS)
+    condition = policy.encoders.encode_prompts(PROMPTS, 16)
     x, t = torch.randn(3, 16, 8, 8), torch.tensor([0.9, 0.5, 0.1])
-    loss = policy.velocity(x, t, condition).square().mean()
-    with disabled_adapters(policy.network):
-        policy.velocity(x, t, condition)
+    loss = guided(policy.network)(x, t, condition).square().mean()
+    with disabled_adapters(policy.network.module):
+        guided(policy.network)(x, t, condition)
     loss.backward()
-    grads = [p.grad for p in policy.network.parameters() if p.requires_grad]
+    grads = [p.grad for p in policy.network.module.parameters() if p.requires_grad]
     assert any(g is not None and bool((g != 0).any()) for g in grads)
 
 
 def test_a_frozen_reference_does_not_move_with_the_policy(tiny_pipeline_dir):
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=16))
-    reference = reference_velocity(policy)
-    condition = policy.encode_prompts(PROMPTS)
+    reference = reference_velocity(policy.network)
+    condition = policy.encoders.encode_prompts(PROMPTS, 16)
     x, t = torch.randn(3, 16, 8, 8), torch.tensor([0.9, 0.5, 0.1])
     before = reference(x, t, condition)
     with torch.no_grad():
-        for p in policy.network.parameters():
+        for p in policy.network.module.parameters():
             p.add_(0.1)
     assert torch.equal(reference(x, t, condition), before)
-    assert not torch.allclose(policy.velocity(x, t, condition), before)
+    assert not torch.allclose(guided(policy.network)(x, t, condition), before)
 
 
 def test_a_prompt_is_embedded_alike_whatever_comes_with_it(policy):
-    alone = policy.encode_prompts(PROMPTS[:1])
-    among = policy.encode_prompts(PROMPTS)
+    alone = policy.encoders.encode_prompts(PROMPTS[:1], 16)
+    among = policy.encoders.encode_prompts(PROMPTS, 16)
     assert torch.equal(alone.tokens_PLD[0], among.tokens_PLD[0])
-    twice = policy.encode_prompts(PROMPTS[:1] * 3)
+    twice = policy.encoders.encode_prompts(PROMPTS[:1] * 3, 16)
     assert twice.tokens_PLD.shape[0] == 1 and twice.index_N.tolist() == [0, 0, 0]
 
 
 def test_an_image_size_that_does_not_fit_the_patches_is_refused(policy):
-    assert policy.latent_shape(None, None) == (16, 8, 8)
+    assert policy.network.latent_shape(None, None) == (16, 8, 8)
     with pytest.raises(ModelError, match="multiples of 16"):
-        policy.latent_shape(72, 64)
+        policy.network.latent_shape(72, 64)
 
 
 def test_binding_a_foreign_tensor_is_refused(policy):
     with pytest.raises(ModelError, match="does not fit"):
-        bind_weights(policy.network, {"nothing.weight": torch.zeros(1)})
+        bind_weights(policy.network.module, {"nothing.weight": torch.zeros(1)})
 
 
 def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
     algorithm = grpo()
-    made = rollout(policy, prompt_batch(4), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, geometry=12)
+    made = rollout(
+        policy, prompt_batch(4), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16, geometry=12
+    )
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2])
     scores = Scores({"r": rewards}, rewards, torch.ones(4, dtype=torch.bool))
-    models = {"policy": fixed_geometry(policy.velocity, 12)}
+    models = {"policy": fixed_geometry(guided(policy.network), 12)}
     train = algorithm.prepare(made, scores, models)
     with torch.no_grad():
         outputs = [algorithm.loss(models, train.take(part)) for part in torch.arange(len(train)).split(12)]
@@ -193,7 +198,7 @@ def replays_exactly(policy, algorithm, made, geometry):
     count = len(made)
     rewards = torch.randn(count, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(count, dtype=torch.bool))
-    models = {"policy": fixed_geometry(policy.velocity, geometry)}
+    models = {"policy": fixed_geometry(guided(policy.network), geometry)}
     train = algorithm.prepare(made, scores, models)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -207,7 +212,7 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
     apart = grpo(initial_noise="group", window=window, guidance_scale=guidance)
     shared = grpo(initial_noise="group", window=window, guidance_scale=guidance, share_prefix=True)
     plans = apart.rollout_plan(0, 0), shared.rollout_plan(0, 0)
-    a, b = (rollout(policy, prompt_batch(), plan, seed=3, policy_version=0, geometry=12) for plan in plans)
+    a, b = (rollout(policy, prompt_batch(), plan, seed=3, policy_version=0, length=16, geometry=12) for plan in plans)
     torch.testing.assert_close(a.states_NSCHW, b.states_NSCHW, rtol=0, atol=1e-4)
     torch.testing.assert_close(a.final_NCHW, b.final_NCHW, rtol=0, atol=1e-4)
     for group in range(3):
@@ -219,7 +224,9 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
 def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
     algorithm = grpo(initial_noise="group", window={"kind": "fixed", "start": 2, "size": 2}, share_prefix=True)
     plan = algorithm.rollout_plan(0, 0)
-    chunks = [rollout(policy, c, plan, seed=3, policy_version=0, geometry=6) for c in prompt_batch().chunks(6)]
+    chunks = [
+        rollout(policy, c, plan, seed=3, policy_version=0, length=16, geometry=6) for c in prompt_batch().chunks(6)
+    ]
     made = cat_rollouts(chunks)
     starts = made.states_NSCHW[4:8, 0]
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[2], starts[3])
@@ -229,7 +236,7 @@ def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
 
 def test_a_normalised_ratio_is_exactly_1_on_the_rollout_s_weights(policy):
     algorithm = grpo(ratio="guard", window={"kind": "fixed", "start": 1, "size": 2})
-    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0)
+    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16)
     assert made.means_NSCHW is not None and made.means_NSCHW.shape == (12, 2, 16, 8, 8)
     assert replays_exactly(policy, algorithm, made, 12)
 
@@ -238,14 +245,16 @@ def test_several_granularities_make_several_images_of_a_sample(policy):
     options = {"initial_noise": "group", "share_prefix": True, "window": {"kind": "fixed", "start": 1, "size": 1}}
     algorithm = grpo(**options, granularities=(1, 2))
     spec = algorithm.rollout_plan(0, 0)
-    parts = [rollout(policy, c, spec, seed=3, policy_version=0, geometry=8) for c in prompt_batch().chunks(8)]
+    parts = [
+        rollout(policy, c, spec, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)
+    ]
     made = cat_rollouts(parts)
     assert made.images.shape == (24, 64, 64, 3) and made.states_NSCHW.shape == (12, 2, 16, 8, 8)
     assert made.batch.prompts == tuple(p for p in prompt_batch().prompts for _ in range(2))
     assert len(made.condition) == len(made.batch) == 24
     one = grpo(**options).rollout_plan(0, 0)
     fine = cat_rollouts(
-        [rollout(policy, c, one, seed=3, policy_version=0, geometry=8) for c in prompt_batch().chunks(8)]
+        [rollout(policy, c, one, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)]
     )
     assert torch.equal(made.final_NCHW[::2], fine.final_NCHW)
     assert int((made.images[::2].int() - fine.images.int()).abs().max()) <= 1  # decoded in batches of another size

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, cut
-from flowalign.data.banks.encoder import encoder_hash
-from flowalign.models.base import Policy
+from flowalign.data.banks.captions import NotEncoded
+from flowalign.models.encoders import Encoders
+from flowalign.models.family import family_of
+from flowalign.models.fingerprint import encoder_hash
 from flowalign.record.disk import draft_of, on_disk, writing
 from flowalign.record.files import save_tensors, tensors_size
 from rewards.pictures import look, read
@@ -24,13 +26,15 @@ class EncodedCache:
     """Latents of images and embeddings of captions on disk, each in a file that its content and the encoders name.
 
     Every image is encoded alone, so that its latent never depends on its batch, and kept in float16. Files are
-    written by rename: whoever else encodes the same writes the same.
+    written by rename: whoever else encodes the same writes the same. Without ``encoders`` what is missing raises
+    NotEncoded.
     """
 
-    def __init__(self, folder: Path, policy: Policy, model: ModelConfig) -> None:
-        self.folder, self._policy = folder, policy
-        _, rows, columns = policy.latent_shape(model.height, model.width)
-        factor = SMALL // policy.latent_shape(SMALL, SMALL)[1]
+    def __init__(self, folder: Path, encoders: Encoders | None, model: ModelConfig) -> None:
+        self.folder, self._encoders, self._length = folder, encoders, model.max_sequence_length
+        shape, path = family_of(model.type).latent_shape, Path(model.path)
+        _, rows, columns = shape(path, model.height, model.width)
+        factor = SMALL // shape(path, SMALL, SMALL)[1]
         self._size = Bucket(rows * factor, columns * factor)
         size = self._size.width, self._size.height
         salt = encoder_hash(model), model.dtype, str(model.max_sequence_length), str(size)
@@ -45,7 +49,8 @@ class EncodedCache:
         key = self._key(b"image" if look(content).plain else b"picture", content)
         if not self._path(key).is_file():
             pixels = torch.from_numpy(cut(read(content), self._size, generator=None, crop=False, flip=False))
-            latents = self._policy.encode_images(pixels[None].to(getattr(self._policy, "device", "cpu")))
+            encoders = self._own(key)
+            latents = encoders.encode_images(pixels[None].to(encoders.device))
             self._store(key, {"latents": latents[0].half()})
         return key
 
@@ -53,9 +58,14 @@ class EncodedCache:
         """The key of a caption's embeddings, (L, D) and (E,)."""
         key = self._key(b"caption", text.encode())
         if not self._path(key).is_file():
-            condition = self._policy.encode_prompts((text,))
+            condition = self._own(key).encode_prompts((text,), self._length)
             self._store(key, {"tokens": condition.tokens_PLD[0], "pooled": condition.pooled_PE[0]})
         return key
+
+    def _own(self, key: str) -> Encoders:
+        if self._encoders is None:
+            raise NotEncoded(f"{self._path(key)} is missing, and nothing here encodes it")
+        return self._encoders
 
     def read(self, key: str) -> dict[str, Tensor]:
         return load_file(self._path(key))

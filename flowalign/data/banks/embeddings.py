@@ -15,20 +15,22 @@ from torch import Tensor
 
 from flowalign.data.banks.bank import LatentsError
 from flowalign.data.banks.files import write_bytes
-from flowalign.models.base import Policy
+from flowalign.models.encoders import Encoders
 from flowalign.record.disk import on_disk, require_room
 
 _NAMES = {torch.float16: "F16", torch.float32: "F32"}
 
 
-def write_embeddings(path: Path, policy: Policy, prompts: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+def write_embeddings(
+    path: Path, encoders: Encoders, prompts: Sequence[str], length: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens``, ``null_pooled``; returns the manifest's entry.
 
     Raises:
         DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
             large for ``dtype``.
     """
-    empty = policy.encode_prompts(("",))
+    empty = encoders.encode_prompts(("",), length)
     null, pooled = _narrow(empty.null_LD, dtype), _narrow(empty.null_E, dtype)
     shapes = {
         "tokens": (len(prompts), *null.shape),
@@ -43,13 +45,12 @@ def write_embeddings(path: Path, policy: Policy, prompts: Sequence[str], dtype: 
         yield header
         rows = []
         for prompt in prompts:
-            row = policy.encode_prompts((prompt,))
+            row = encoders.encode_prompts((prompt,), length)
             rows.append(_narrow(row.pooled_PE[0], dtype))
             yield _bytes(_narrow(row.tokens_PLD[0], dtype))
         yield from map(_bytes, (*rows, null, pooled))
 
     entry = write_bytes(path, parts(), size)
-    length = int(policy.max_sequence_length)  # type: ignore[attr-defined]
     return {**entry, "count": len(prompts), "dtype": str(dtype).removeprefix("torch."), "max_sequence_length": length}
 
 

@@ -1,19 +1,24 @@
-"""One hash for what encodes images and prompts, which an export in another precision keeps."""
+"""Hashes of the files that encode images and prompts, which an export in another precision keeps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from flowalign.config.sections import ModelConfig
+from flowalign.models.family import family_of
 
 TRAINED = ("transformer", "scheduler")
 SCALES = ("scaling_factor", "shift_factor")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+Encoders = Callable[[str], str]  # a precision -> a hash
 
 
 def encoder_hash(model: ModelConfig) -> str:
@@ -22,11 +27,33 @@ def encoder_hash(model: ModelConfig) -> str:
     Weights count as float32, tokenizers by their vocabulary: saving a pipeline anew may change precision, key order
     and padding, none of which changes what the same call encodes. Other files of other parts count byte by byte.
     """
-    root, digest = Path(model.path), hashlib.sha256(model.type.encode())
-    for part in sorted(path for path in root.iterdir() if path.is_dir() and path.name not in TRAINED):
+    root = Path(model.path)
+    parts = (path for path in root.iterdir() if path.is_dir() and path.name not in TRAINED)
+    return _fingerprint(model.type, parts, torch.float32)
+
+
+def encoders_of(model: ModelConfig) -> Encoders:
+    """The hash of the files that decide what ``model`` encodes to, its weights rounded to a precision that is asked."""
+    family, root = family_of(model.type), Path(model.path)
+
+    def rounded(precision: str) -> str:
+        parts = [root / name for name in family.encoder_parts if (root / name).is_dir()]
+        return _fingerprint(model.type, parts, getattr(torch, precision))
+
+    return cache(rounded)
+
+
+def same_encoders(own: Encoders, others: Encoders) -> bool:
+    """Whether both are of the same files, or one is a copy of the other in half precision."""
+    return any(own(precision) == others(precision) for precision in PRECISIONS)
+
+
+def _fingerprint(kind: str, parts: Iterable[Path], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for part in sorted(parts):
         digest.update(part.name.encode())
         if any(part.glob("*.safetensors")):
-            _weights(part, digest)
+            _weights(part, digest, dtype)
         elif part.name.startswith("tokenizer"):
             digest.update(_vocabulary(part))
         else:
@@ -35,7 +62,7 @@ def encoder_hash(model: ModelConfig) -> str:
     return digest.hexdigest()
 
 
-def _weights(part: Path, digest: hashlib._Hash) -> None:
+def _weights(part: Path, digest: hashlib._Hash, dtype: torch.dtype) -> None:
     """Every tensor by name, whatever file it lies in, and an autoencoder's scale and shift."""
     where = {}
     for path in sorted(part.glob("*.safetensors")):
@@ -44,7 +71,7 @@ def _weights(part: Path, digest: hashlib._Hash) -> None:
     for name in sorted(where):
         with safe_open(where[name], framework="pt") as file:
             tensor = file.get_tensor(name)
-        wide = tensor.float() if tensor.is_floating_point() else tensor
+        wide = tensor.to(dtype) if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(wide.shape)}".encode())
         digest.update(wide.contiguous().view(-1).view(torch.uint8).numpy().data)
     config = part / "config.json"

@@ -1,0 +1,1 @@
+"""One module a model family, each with a value ``FAMILY``."""

@@ -1,0 +1,72 @@
+"""Guidance and the conversion of paths, over any network.
+
+Shapes: N samples, P prompts, C H W latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import VelocityModel
+from flowalign.flow import families
+from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
+from flowalign.models.network import Network
+from flowalign.types import Condition
+
+
+def straight(family: str, output: families.Network) -> families.Network:
+    """The velocity of the straight path of what a network of ``family`` says itself, ``output(z, its own time)``."""
+    return output if family == "rf" else families.rf_velocity(families.family(family), output)
+
+
+def guided(network: Network) -> VelocityModel:
+    """The velocity of ``network``, guided where ``guidance`` is above 1: both passes in one batched call.
+
+    A network that takes the guidance as an input is handed it as it is, and called once.
+    """
+
+    def velocity(
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        r: Tensor | None = None,
+        guidance: float | Tensor | None = None,
+        norm_preserving: bool = False,
+    ) -> Tensor:
+        if guidance is None or "guidance" in network.inputs or not guides(guidance):
+            return network.velocity(x, t, condition, r=r, guidance=guidance if "guidance" in network.inputs else None)
+        both = network.velocity(
+            torch.cat([x, x]), torch.cat([t, t]), doubled(condition), r=None if r is None else torch.cat([r, r])
+        )
+        null, conditional = both.chunk(2)
+        if not norm_preserving:
+            return cfg(conditional, null, guidance)
+        return cfg_norm_preserving(conditional, null, guidance, patch_size=network.patch_size)
+
+    return velocity
+
+
+def doubled(condition: Condition) -> Condition:
+    """The empty prompt for each sample, then the condition of all of them."""
+    rows = condition.tokens_PLD.shape[0]
+    return replace(
+        condition,
+        tokens_PLD=torch.cat([condition.tokens_PLD, condition.null_LD[None]]),
+        pooled_PE=torch.cat([condition.pooled_PE, condition.null_E[None]]),
+        index_N=torch.cat([torch.full_like(condition.index_N, rows), condition.index_N]),
+    )
+
+
+def frozen(network: Network) -> VelocityModel:
+    """`guided` without gradients."""
+    velocity = guided(network)
+
+    @torch.no_grad()
+    def without_gradients(*args: object, **options: object) -> Tensor:
+        return velocity(*args, **options)  # type: ignore[arg-type]
+
+    return without_gradients

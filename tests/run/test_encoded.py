@@ -1,0 +1,90 @@
+"""What a learner holds of a model, and the process that encodes for it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from flowalign.data.preferences import PreferencesError
+from flowalign.models.build import load_encoders
+from flowalign.run import encoded
+from flowalign.run.encoded import EncodingFailed, pairs_of
+from flowalign.run.workers import LearnerWorker
+from tests.data.test_preferences import offline_config, table, write_parquet
+
+
+def modules_held() -> list[str]:
+    """Encoders and autoencoders that are alive in this process."""
+    gc.collect()
+    return [
+        type(found).__name__
+        for found in gc.get_objects()
+        if isinstance(found, PreTrainedModel) or type(found).__name__ == "AutoencoderKL"
+    ]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_parquet(tmp_path / "pairs.parquet", table(4, 0))
+
+
+def test_a_learner_of_pairs_holds_no_encoder_and_draws_what_one_with_encoders_draws(
+    pairs: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    config = offline_config(tiny_pipeline_dir, pairs)
+    before = modules_held()
+    worker = LearnerWorker(config)
+    try:
+        assert modules_held() == before
+        assert worker.pairs is not None
+        made = worker.pairs.batch(1)
+    finally:
+        worker.close()
+    own = offline_config(tiny_pipeline_dir, Path(shutil.copy(pairs, tmp_path / "again.parquet")))
+    expected = pairs_of(own, load_encoders(config.model)).batch(1)
+    for one, other in ((made.winner_NCHW, expected.winner_NCHW), (made.loser_NCHW, expected.loser_NCHW)):
+        assert torch.equal(one, other)
+    assert torch.equal(made.condition.tokens_PLD, expected.condition.tokens_PLD)
+
+
+def test_what_is_encoded_already_starts_no_process(
+    pairs: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = offline_config(tiny_pipeline_dir, pairs)
+    pairs_of(config, load_encoders(config.model))
+    monkeypatch.setattr(encoded.subprocess, "Popen", None)
+    assert len(pairs_of(config, None)) > 0
+
+
+def test_an_error_of_the_encoding_process_arrives_as_itself(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    broken = [{**row, "jpg_0": b"no picture"} for row in table(4, 0)]
+    config = offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "broken.parquet", broken))
+    asked: dict[str, Any] = {"config": config.model_dump(mode="json"), "rank": 0, "world_size": 1}
+    with pytest.raises(PreferencesError, match="cannot be used"):
+        encoded.encode_apart("pairs", asked)
+
+
+def test_a_killed_encoding_process_is_named_and_done_again(
+    pairs: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = offline_config(tiny_pipeline_dir, pairs)
+
+    class Killed(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            os.kill(self.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoded.subprocess, "Popen", Killed)
+        with pytest.raises(EncodingFailed, match=r"encodes the pairs was ended by SIGKILL; .*same command again"):
+            pairs_of(config, None)
+    assert len(pairs_of(config, load_encoders(config.model))) > 0
