@@ -10,6 +10,7 @@ stands: RSS, PSS, and the most it ever had. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -144,7 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         pipeline, older = Path(work, "pipeline"), Path(work, "older")
-        size = write_pipeline(pipeline)
+        with contextlib.redirect_stdout(sys.stderr):  # where libraries greet on standard output
+            size = write_pipeline(pipeline)
         worktree = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*worktree, "add", "--detach", str(older), options.against], check=True, capture_output=True)
         try:
