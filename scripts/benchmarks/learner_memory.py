@@ -58,7 +58,7 @@ def write_pipeline(directory: Path) -> int:
 
     torch.manual_seed(0)
     tokenizer, t5_tokenizer = new_tokenizer(), T5Tokenizer()
-    sizes = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_heads": 16, "num_layers": 12}
+    sizes: dict[str, Any] = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_heads": 16, "num_layers": 12}
     t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **sizes))
     vae = new_autoencoder()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
