@@ -1,6 +1,6 @@
 """Resident memory of a learner rank with a pipeline that bears a T5, before a commit and after.
 
-    python scripts/benchmarks/learner_memory.py --against COMMIT > learner_memory.json
+    python -P scripts/benchmarks/learner_memory.py --against COMMIT > learner_memory.json
 
 A tiny Stable Diffusion 3 pipeline gets a T5 of random weights. Each checkout makes a `LearnerWorker` of Flow-GRPO, and
 of preference pairs, in a process of its own, as an actor of Ray does, and says what the kernel counts of it once it
