@@ -46,6 +46,7 @@ RENAMES: tuple[Rename, ...] = ()
 EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*lora*", "*adapter_config.json", "target_modules", "PEFT wrote a set, in any order; it is sorted now"),
     Excepted("reflow*", "*.json", "made_of*features*", "reflows without a perceptual loss counted features"),
+    Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),
 )
 
 
