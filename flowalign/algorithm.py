@@ -18,7 +18,7 @@ from flowalign.config.largest import check_largest
 from flowalign.config.teachers import TeacherConfig
 from flowalign.config.walk import Grid
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Condition, LatentBatch, PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Condition, LatentBatch, Metric, PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
 
 
 class VelocityModel(Protocol):
@@ -42,10 +42,13 @@ Features = Callable[[Tensor], Sequence[Tensor]]  # latents (N, C, H, W) to maps 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss, the mean over a minibatch's items, and detached metrics (each a mean as well)."""
+    """A scalar loss, the mean over a minibatch's items, and detached metrics.
+
+    A metric that is a tensor is a mean and is put together as the loss is; `Mean` and `Max` say otherwise.
+    """
 
     loss: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
 class AlgorithmConfig(BaseModel):

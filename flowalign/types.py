@@ -230,6 +230,28 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A metric that is averaged over the items that were there; a bare tensor is averaged over ``total``, as a loss."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Max:
+    """A metric whose largest value counts, over micro-batches and ranks; of several updates the first one's."""
+
+    value: Tensor
+
+
+Metric = Tensor | Mean | Max
+
+
+def value_of(metric: Metric) -> Tensor:
+    """Give the number of a metric, however it is put together with others."""
+    return metric.value if isinstance(metric, Mean | Max) else metric
+
+
+@dataclass(frozen=True)
 class Update:
     """The learner's answer to one batch: the new policy version and its metrics."""
 

@@ -15,6 +15,7 @@ from flowalign.algorithm import LossOutput
 from flowalign.engine import process_group
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate
 from flowalign.record.destroyed import DestroyedState
+from flowalign.types import Max, value_of
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,31 +57,29 @@ def weighted(loss: Tensor, weight: float) -> Tensor:
     return loss * torch.where(finite, weight, math.nan).to(loss.dtype)
 
 
-def is_maximum(name: str) -> bool:
-    return name.rpartition("/")[2].startswith("max_")
-
-
 class MetricSum:
     """Loss and metrics of one update, on the device until ``reduce``."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.values: dict[str, Tensor] = {}
+        self._maxima: set[str] = set()
 
     def add(self, output: LossOutput, weight: float) -> None:
-        for name, value in {**output.metrics, "loss": output.loss}.items():
-            value = torch.as_tensor(value).detach().to(self.device, torch.float64)
-            if not is_maximum(name):
+        for name, metric in {**output.metrics, "loss": output.loss}.items():
+            value = torch.as_tensor(value_of(metric)).detach().to(self.device, torch.float64)
+            if not isinstance(metric, Max):
                 zero = torch.zeros((), device=self.device, dtype=torch.float64)
                 self.values[name] = self.values.get(name, zero) + value * weight
             else:
+                self._maxima.add(name)
                 none = torch.full((), -math.inf, device=self.device, dtype=torch.float64)
                 self.values[name] = torch.maximum(self.values.get(name, none), value if weight else none)
 
     def reduce(self, world_size: int) -> dict[str, float]:
         """Sums (maxima) over micro-batches and ranks; a collective call."""
-        sums = sorted(name for name in self.values if not is_maximum(name))
-        maxima = sorted(name for name in self.values if is_maximum(name))
+        sums = sorted(name for name in self.values if name not in self._maxima)
+        maxima = sorted(name for name in self.values if name in self._maxima)
         result: dict[str, float] = {}
         for names, how in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
             if names:

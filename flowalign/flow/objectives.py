@@ -1,6 +1,6 @@
 """Terms that losses are made of: pure functions of tensors, each with its metrics.
 
-A term is a scalar, the mean over M items, and detached scalars by name. Shapes: M items, ``...`` their own dimensions.
+A term is a scalar, the mean over M items, and detached metrics by name. Shapes: M items, ``...`` their own dimensions.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import forward
+from flowalign.types import Max, Mean, Metric
 
-Term = tuple[Tensor, dict[str, Tensor]]
+Term = tuple[Tensor, dict[str, Metric]]
 
 
 def clipped_surrogate(
@@ -28,14 +29,14 @@ def clipped_surrogate(
     outside = (1 - ratio > low) | (ratio - 1 > high)
     return loss, {
         "loss/surrogate": loss.detach(),
-        "ratio/mean": ratio.detach().mean(),
-        "ratio/clip_fraction": outside.float().mean(),
+        "ratio/mean": Mean(ratio.detach().mean()),
+        "ratio/clip_fraction": Mean(outside.float().mean()),
     }
 
 
-def replay_deviation(difference: Tensor) -> dict[str, Tensor]:
+def replay_deviation(difference: Tensor) -> dict[str, Metric]:
     """Measure how far log-probs lie from those of the rollout: the largest of ``difference`` (M,)."""
-    return {"replay/max_abs_dlogp": difference.detach().abs().max()}
+    return {"replay/max_abs_dlogp": Max(difference.detach().abs().max())}
 
 
 def reference_kl(velocity: Tensor, reference: Tensor) -> Term:

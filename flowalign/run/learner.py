@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import Algorithm, LossOutput, VelocityModel
-from flowalign.engine.accumulate import is_maximum
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.ema import Ema
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
-from flowalign.types import Condition, Scores, TrainBatch, Update
+from flowalign.types import Condition, Max, Mean, Scores, TrainBatch, Update
 
 
 class Learner:
@@ -41,13 +40,14 @@ class Learner:
         self.micro_batch_size, self.updates, self.epochs = micro_batch_size, updates_per_iteration, epochs
         self.seed, self.device = seed, device
         self.version = 0
+        self._kinds: dict[str, type] = {}  # of each metric of the loss: how it is put together
         self.ema = None if ema_decay is None else Ema(engine.weights(), ema_decay)
 
     def update(self, batch: Any, scores: Scores | None, iteration: int) -> Update:
         """Learn from one batch: ``epochs`` passes, each split into ``updates_per_iteration`` optimizer steps.
 
-        The metrics are means over the steps, except ``replay/max_abs_dlogp``, which is the first
-        step's: there the policy is still the one that rolled out.
+        The metrics are means over the steps, except those that are a `Max`, which are the first step's: there the
+        policy is still the one that rolled out.
 
         Raises:
             NonFiniteUpdate: before weights were touched. DestroyedState: after that; nothing of it may be used.
@@ -66,7 +66,7 @@ class Learner:
                     history.append(self._step(train, part))
         self.version += 1
         done = {"learner/updates": float(len(history)), "learner/transitions": float(len(train))}
-        return Update(self.version, {**train.metrics, **_summary(history), **done})
+        return Update(self.version, {**train.metrics, **_summary(history, self._kinds), **done})
 
     def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
         """The algorithm's ``prepare``, without gradients; every rank computes all of it."""
@@ -119,13 +119,15 @@ class Learner:
         micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
         metrics = self.engine.step(self._loss, micro_batches, weights[mine])
         covered = sum(weights)
-        metrics = {k: v / covered if k.startswith("ratio/") else v for k, v in metrics.items()}
+        metrics = {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
         if self.ema is not None:
             self.ema.update(self.engine.weights())
         return metrics
 
     def _loss(self, minibatch: TrainBatch) -> LossOutput:
-        return self.algorithm.loss(self.models, minibatch)
+        output = self.algorithm.loss(self.models, minibatch)
+        self._kinds |= {name: type(metric) for name, metric in output.metrics.items()}
+        return output
 
     def weights(self) -> dict[str, Tensor]:
         """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
@@ -141,9 +143,9 @@ def _to(batch: TrainBatch, device: str) -> TrainBatch:
     return TrainBatch(tensors, batch.condition.to(device), batch.total, batch.shared)
 
 
-def _summary(history: list[dict[str, float]]) -> dict[str, float]:
+def _summary(history: list[dict[str, float]], kinds: Mapping[str, type]) -> dict[str, float]:
     if not history:
         return {}
     mean = {key: sum(step[key] for step in history) / len(history) for key in history[0]}
-    first = {key: history[0][key] for key in history[0] if is_maximum(key)}
+    first = {key: history[0][key] for key in history[0] if kinds.get(key) is Max}
     return {**mean, **first}

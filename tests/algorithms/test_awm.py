@@ -8,7 +8,7 @@ from flowalign.algorithm import Reference
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.awm import AWM
 from flowalign.algorithms.parts.credit import group_advantages
-from flowalign.types import TrainBatch
+from flowalign.types import TrainBatch, value_of
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
@@ -61,8 +61,8 @@ def test_the_clipped_loss_is_the_one_computed_by_hand(advantage, expected):
     batch = by_hand(target=(2.0, 0.0), old_log_prob=-2.5 - math.log(1.2), advantage=advantage)
     output = awm(weighting="uniform", clip_range=0.1).loss({"policy": ConstantVelocity(1.0, 2.0)}, batch)
     assert output.loss.item() == pytest.approx(expected)
-    assert output.metrics["ratio/mean"].item() == pytest.approx(1.2)
-    assert output.metrics["ratio/clip_fraction"] == 1
+    assert value_of(output.metrics["ratio/mean"]) == pytest.approx(1.2)
+    assert value_of(output.metrics["ratio/clip_fraction"]) == 1
 
 
 def test_without_a_clip_range_the_loss_is_minus_the_advantage_times_the_log_prob():
@@ -92,14 +92,14 @@ def test_on_policy_both_forms_have_the_gradient_of_the_advantage_weighted_matchi
 def test_replay_on_the_rollout_weights_is_exact():
     model, algorithm = LinearVelocity(), awm()
     output = algorithm.loss({"policy": model}, prepared(algorithm, {"policy": model, "rollout": model}))
-    assert output.metrics["replay/max_abs_dlogp"] == 0
-    assert output.metrics["ratio/mean"] == 1
+    assert value_of(output.metrics["replay/max_abs_dlogp"]) == 0
+    assert value_of(output.metrics["ratio/mean"]) == 1
 
 
 def test_rollouts_of_an_average_are_another_policys_and_no_replay():
     algorithm, models = awm(rollout_weights="ema"), {"policy": LinearVelocity(0), "rollout": LinearVelocity(1)}
     output = algorithm.loss(models, prepared(algorithm, models))
-    assert "replay/max_abs_dlogp" not in output.metrics and output.metrics["ratio/mean"] != 1
+    assert "replay/max_abs_dlogp" not in output.metrics and value_of(output.metrics["ratio/mean"]) != 1
 
 
 def test_equal_rewards_leave_nothing_to_learn():

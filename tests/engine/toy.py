@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowalign.algorithm import LossOutput
 from flowalign.engine import Engine, EngineSettings
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, TrainBatch
+from flowalign.types import Condition, Max, TrainBatch
 
 ITEMS = 12
 SETTINGS = {"learning_rate": 1e-2, "weight_decay": 0.05, "warmup_steps": 3, "max_grad_norm": 1.0}
@@ -45,7 +45,7 @@ def loss_of(network: nn.Module, poison: float = 0.0) -> Callable[[TrainBatch], L
     def loss(minibatch: TrainBatch) -> LossOutput:
         error = network(minibatch.tensors["x"], minibatch.shared["step"] % 2 == 1).float() - minibatch.tensors["y"]
         value = error.square().mean()
-        return LossOutput(value + poison, {"error": error.mean(), "replay/max_error": error.abs().max()})
+        return LossOutput(value + poison, {"error": error.mean(), "replay/max_error": Max(error.abs().max())})
 
     return loss
 
