@@ -45,7 +45,10 @@ def loss_of(network: nn.Module, poison: float = 0.0) -> Callable[[TrainBatch], L
     def loss(minibatch: TrainBatch) -> LossOutput:
         error = network(minibatch.tensors["x"], minibatch.shared["step"] % 2 == 1).float() - minibatch.tensors["y"]
         value = error.square().mean()
-        return LossOutput(value + poison, {"error": error.mean(), "replay/max_error": Max(error.abs().max())})
+        mean = error.mean()
+        return LossOutput(
+            value + poison, {"error": mean, "max_by_name": mean, "replay/max_error": Max(error.abs().max())}
+        )
 
     return loss
 

@@ -32,7 +32,7 @@ def test_the_kl_to_a_reference_is_the_mean_square_and_its_gradient_is_the_policy
     assert float(kl) == pytest.approx(((1 + 4) / 2 + 4 / 2) / 2)
     kl.backward()
     assert velocity.grad is not None and velocity.grad.tolist() == [[0.5, 1.0], [0.0, -1.0]]
-    assert not metrics["loss/kl"].requires_grad
+    assert not value_of(metrics["loss/kl"]).requires_grad
 
 
 def test_every_density_has_its_name_in_the_configurations() -> None:
