@@ -84,8 +84,7 @@ class Engine(Protocol):
         """One optimizer update.
 
         Returns loss, grad_norm, learning_rate and the weighted metrics, each summed over micro-batches
-        and ranks. A metric whose last name part starts with ``max_`` is their maximum instead,
-        micro-batches of weight 0 left out.
+        and ranks. A metric that is a `Max` is their maximum instead, micro-batches of weight 0 left out.
 
         Raises:
             NonFiniteUpdate: before the weights were touched.
