@@ -6,6 +6,7 @@ Shapes: N samples, T points of each, M = N·T items, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -56,14 +57,7 @@ class AWM(Scheduled):
     @property
     def needs(self) -> Needs:
         c = self.config
-        return Needs(
-            Rollout,
-            scores=True,
-            group_size=c.group_size,
-            rollout_weights=c.rollout_weights,
-            reference=c.reference,
-            rollout=c.clip_range is not None,
-        )
+        return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())

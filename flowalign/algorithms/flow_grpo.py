@@ -70,15 +70,8 @@ class FlowGRPO(Scheduled):
     @property
     def needs(self) -> Needs:
         c = self.config
-        return Needs(
-            Rollout,
-            scores=True,
-            group_size=c.group_size,
-            rollout_weights=c.rollout_weights,
-            reference=c.reference,
-            rollout=self._asks_anew,
-            update_guidance_scale=c.update_guidance_scale,
-        )
+        needs = replace(c.rollout_needs, scores=True, reference=c.reference, rollout=self._asks_anew)
+        return replace(needs, update_guidance_scale=c.update_guidance_scale)
 
     @property
     def _asks_anew(self) -> bool:

@@ -8,6 +8,7 @@ Shapes: N samples, S window steps, M = N·S transitions, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -69,14 +70,8 @@ class OPD(Scheduled):
     @property
     def needs(self) -> Needs:
         c = self.config
-        return Needs(
-            Rollout,
-            scores=c.reward_weight > 0,
-            group_size=c.group_size,
-            rollout_weights=c.rollout_weights,
-            teachers=c.teachers,
-            teacher_of=self.teacher_of,
-        )
+        scores = c.reward_weight > 0
+        return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         """One window for the whole iteration; a random one is drawn from (seed, iteration)."""

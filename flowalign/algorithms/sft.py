@@ -6,6 +6,7 @@ Shapes: N samples, T points of each, M = N·T items, C H W latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -50,9 +51,7 @@ class SFT(Scheduled):
     def needs(self) -> Needs:
         c = self.config
         reference = Reference() if c.beta > 0 else None
-        return Needs(
-            Rollout, scores=True, group_size=c.group_size, rollout_weights=c.rollout_weights, reference=reference
-        )
+        return replace(c.rollout_needs, scores=True, reference=reference)
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig
+from flowalign.algorithm import AlgorithmConfig, Needs
 from flowalign.config.walk import Grid, Shift
-from flowalign.types import RolloutSpec, SdeKind
+from flowalign.types import Rollout, RolloutSpec, SdeKind
 
 
 class WalkConfig(AlgorithmConfig):
@@ -31,6 +31,11 @@ class SamplingConfig(WalkConfig):
     guidance_scale: float = Field(1.0, ge=0)
     norm_preserving: bool = False
     rollout_weights: Literal["policy", "ema"] = "policy"
+
+    @property
+    def rollout_needs(self) -> Needs:
+        """What every algorithm that learns from its own rollouts asks of a run; `dataclasses.replace` adds the rest."""
+        return Needs(Rollout, group_size=self.group_size, rollout_weights=self.rollout_weights)
 
     def rollout_spec(
         self, sigmas: Tensor, kind: SdeKind = "ode", window: tuple[int, int] = (0, 0), noise_level: float = 0.0
