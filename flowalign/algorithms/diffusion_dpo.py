@@ -5,6 +5,7 @@ Shapes: N samples, P pairs, C H W latents.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -83,13 +84,8 @@ class DiffusionDPO(Scheduled):
     @property
     def needs(self) -> Needs:
         c, online = self.config, self.config.source == "online"
-        return Needs(
-            Rollout if online else PreferencePairs,
-            scores=online,
-            group_size=c.group_size,
-            rollout_weights=c.rollout_weights,
-            reference=Reference(c.reference_refresh),
-        )
+        batch = Rollout if online else PreferencePairs
+        return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
 
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
         return None if self.config.source == "offline" else self.config.rollout_spec(self.levels())
