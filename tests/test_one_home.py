@@ -124,7 +124,7 @@ algorithm: {{group_size: 4, num_steps: 2}}
 rewards: [{{spec: red}}]
 learner: {{engine: torch, micro_batch_size: 8}}
 cluster: {{backend: local, threads: 1}}
-evaluation: {{interval: 0}}
+evaluation: {{every: 0}}
 """
 USES = """
 import json, sys
@@ -141,7 +141,7 @@ from flowalign.types import Condition, LatentBatch
 from rewards.resolve import builtin_names, resolve
 
 told = {}
-asked = ["sample", "shapes", "--prompt", "a red circle", "--num-steps", "2", "--out", sys.argv[1], "--solver"]
+asked = ["sample", sys.argv[3], "--prompt", "a red circle", "--num-steps", "2", "--out", sys.argv[1], "--solver"]
 done = CliRunner().invoke(app, [*asked, "rk2(at=1)"])
 index = Path(sys.argv[1]) / "index.json"
 told["solver"] = done.output if done.exit_code else json.loads(index.read_text())[0]["solver"]
@@ -207,7 +207,7 @@ def test_a_solver_a_density_a_path_family_a_scorer_an_algorithm_and_a_model_fami
     run.write_text(RUN.format(pipeline=tiny_pipeline_dir, runs=tmp_path / "runs"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", USES, str(tmp_path / "out"), str(run)],
+        [sys.executable, "-c", USES, str(tmp_path / "out"), str(run), str(tiny_pipeline_dir)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
