@@ -282,25 +282,3 @@ def cat_conditions(parts: Sequence[Condition]) -> Condition:
         pooled_PE=torch.cat([p.pooled_PE for p in parts]),
         index_N=torch.cat([p.index_N + o for p, o in zip(parts, offsets, strict=True)]),
     )
-
-
-def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Join chunks of one iteration, in the order given; they must share spec, seed and policy version."""
-    keys = {(p.spec, p.seed, p.policy_version) for p in parts}
-    if len(keys) != 1:
-        raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
-    names = ("prompts", "group_ids", "sample_ids", "metadata")
-    batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
-    means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
-    return replace(
-        parts[0],
-        batch=batch,
-        condition=cat_conditions([p.condition for p in parts]),
-        states_NSCHW=torch.cat([p.states_NSCHW for p in parts]),
-        log_prob_NS=torch.cat([p.log_prob_NS for p in parts]),
-        final_NCHW=torch.cat([p.final_NCHW for p in parts]),
-        images=torch.cat([p.images for p in parts]),
-        means_NSCHW=torch.cat(means) if means else None,
-        computed=sum(p.computed for p in parts),
-        reused=sum(p.reused for p in parts),
-    )

@@ -38,21 +38,14 @@ def make_pairs(
     check_out("--to", to)
     own = config_of(checkpoint, config, model)
     from flowalign.making.pairs import make_pairs as write_pairs
+    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
+    source = sampled_model(
+        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
+    )
     manifest = write_pairs(
-        checkpoint,
-        config=own,
-        prompts=prompts,
-        pairs=pairs,
-        to=to,
-        solver=solver,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        which=weights,
-        shard_size=shard_size,
-        progress=progress(console, "pairs"),
+        source, to, prompts=prompts, pairs=pairs, shard_size=shard_size, progress=progress(console, "pairs")
     )
     console.print(f"{manifest['count']} pairs in {to}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
@@ -79,21 +72,14 @@ def calibrate_cache(
     check_file("--to", to)
     own = config_of(checkpoint, config, model)
     from flowalign.making.calibration import calibrate
+    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    found = calibrate(
-        checkpoint,
-        to,
-        config=own,
-        prompts=prompts,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        degree=degree,
-        seed=seed,
-        which=weights,
-        progress=progress(console, "samples"),
+    source = sampled_model(
+        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale
     )
+    shown = progress(console, "samples")
+    found = calibrate(source, to, prompts=prompts, num_samples=num_samples, degree=degree, progress=shown)
     print_rows(console, [(key, str(found[key])) for key in ("distances", "relative_error", "input_range")])
     if found["relative_error"] > POOR_FIT:
         console.print(
@@ -131,21 +117,13 @@ def make_preferences(
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
     from flowalign.making.preferences import counts_of
     from flowalign.making.preferences import make_preferences as write_preferences
+    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    card = write_preferences(
-        checkpoint,
-        named,
-        config=own,
-        prompts=prompts,
-        pairs=pairs,
-        out=out,
-        group_size=group_size,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        which=weights,
-        progress=progress(console, "pairs"),
+    source = sampled_model(
+        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale
     )
+    shown = progress(console, "pairs")
+    card = write_preferences(source, named, out, prompts=prompts, pairs=pairs, group_size=group_size, progress=shown)
     console.print(f"{counts_of(card)}; written to {out}")
     print_json(as_json, {**card, "out": str(out)})

@@ -54,48 +54,34 @@ def evaluate(
     """Sample the evaluation prompts and score them, as the run itself does."""
     from flowalign.cli.runs import say_evaluation, write_evaluation
     from flowalign.intake.recorded import config_of
+    from flowalign.intake.suite import asked_evaluation
     from flowalign.record.outputs import check_out
 
     if out is not None:
         check_out("--out", out)
     own = config_of(checkpoint, config, model)
-    if suite is not None or detector is not None:
-        from flowalign.intake.suite import geneval_suite
+    own, num_samples = asked_evaluation(own, suite is not None, detector, prompts, num_samples)
+    from flowalign.measure.evaluate import evaluate_checkpoint
+    from flowalign.samples.sampled import sampled_model
 
-        own, num_samples = geneval_suite(own, detector, prompts, num_samples)
-    from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
-    from flowalign.intake.file import DEFAULT_JUDGE
-    from flowalign.measure.evaluate import evaluate_checkpoint, evaluation_rewards
-
-    key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", own.evaluation.prompts)
-    default = "" if own.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
-    check_prompts(key, source, evaluation_rewards(own), Path.cwd(), advice=default)
-    check_judged_tasks(own.evaluation, source, Path.cwd())
-    count, console = num_samples or own.evaluation.num_samples, make_console(as_json)
-    against = reference and reference_metrics(reference, count, extractor, clip, own.cluster.device, console.print)
-    result = evaluate_checkpoint(
-        checkpoint,
-        config=own,
-        num_samples=num_samples,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        prompts=prompts,
-        seed=seed,
-        which=weights,
-        progress=progress(console, "samples"),
+    console = make_console(as_json)
+    against = reference and reference_metrics(
+        reference, num_samples, extractor, clip, own.cluster.device, console.print
     )
+    source = sampled_model(
+        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
+    )
+    shown = progress(console, "samples")
+    result = evaluate_checkpoint(source, num_samples=num_samples, prompts=prompts, progress=shown)
     if against:
         result.metrics.update(against(result))
     say_evaluation(console, result)
-    summary = {"checkpoint": str(checkpoint), "iteration": result.iteration, "metrics": result.metrics}
-    summary |= {"standard_errors": result.standard_errors, "made": result.made, "notes": result.notes}
     try:
         if out is not None:
-            write_evaluation(result, out, summary)
+            write_evaluation(result, out)
             console.print(f"written to {out}")
     finally:  # what took so long to find is not lost with a disk
-        print_json(as_json, summary)
+        print_json(as_json, result.summary)
 
 
 def sample(
@@ -123,28 +109,17 @@ def sample(
     own = config_of(checkpoint, config, model)
     from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
-    from flowalign.samples.opened import asked, sample_checkpoint
+    from flowalign.samples.sampled import sample_checkpoint, sampled_model
 
     console = make_console(as_json)
-    files = sample_checkpoint(
-        checkpoint,
-        prompt,
-        config=own,
-        out_dir=out,
-        num_images=num_images,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        seed=seed,
-        which=weights,
-        save_latents=latents,
-        progress=progress(console, "images"),
+    source = sampled_model(
+        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
     )
-    made = asked(own.evaluation, num_steps, guidance_scale, solver).model_dump()
-    how = made_with({**made, "seed": seed, "weights": weights})
+    shown = progress(console, "images")
+    files = sample_checkpoint(source, prompt, out, num_images=num_images, save_latents=latents, progress=shown)
     if note := prompt_note(Path(own.model.path), prompt):
         plain(console)(f"of the prompts {note}")
-    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {how}")
+    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {made_with(source.made_with)}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
 
 

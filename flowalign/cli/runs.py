@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,6 +16,9 @@ from flowalign.intake.resolved import read_resolved, recorded_versions
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
 from flowalign.record.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from flowalign.measure.evaluate import EvaluationResult
 
 
 def report_of(run_dir: Path) -> Path:
@@ -56,7 +59,7 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
     return rows[-1] if rows else {}
 
 
-def say_evaluation(out: Console, result: Any) -> None:
+def say_evaluation(out: Console, result: EvaluationResult) -> None:
     """What an evaluation found, each value with its standard error, of how many samples, made how."""
     from flowalign.measure.evaluated import text
 
@@ -71,12 +74,12 @@ def say_evaluation(out: Console, result: Any) -> None:
     print_rows(out, rows)
 
 
-def write_evaluation(result: Any, out: Path, summary: dict[str, Any]) -> None:
+def write_evaluation(result: EvaluationResult, out: Path) -> None:
     """Images, GenEval's results.jsonl and metrics.json."""
     from flowalign.measure.evaluate import write_results_jsonl
-    from flowalign.samples.opened import save_images
+    from flowalign.samples.sampled import save_images
 
     with filled(out) as draft:
         save_images(draft, [row["filename"] for row in result.rows], result.images)
         write_results_jsonl(result.rows, draft / "results.jsonl")
-        write_text(draft / "metrics.json", json.dumps(finite(summary), indent=1) + "\n")
+        write_text(draft / "metrics.json", json.dumps(finite(result.summary), indent=1) + "\n")

@@ -25,8 +25,9 @@ from flowalign.run.made.late import Expected, held
 from flowalign.run.teachers import SharedTeacher, ask
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.children import end_children
+from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.scoring import load_scorer
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update
 from rewards.interface import Answers, Asked, Offers, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs
 from rewards.usercode.loading import keep_user_line

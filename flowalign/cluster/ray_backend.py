@@ -34,8 +34,8 @@ from flowalign.run.sync import SyncGuard, check_receipt, has_learned
 from flowalign.run.teachers import teachers_of
 from flowalign.run.workers import BindReceipt
 from flowalign.samples.calibration import reuse_of
-from flowalign.samples.scoring import cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
 
 CHILDREN_S = 3.0
 

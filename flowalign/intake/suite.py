@@ -1,4 +1,4 @@
-"""The configuration of a public benchmark's official verdicts."""
+"""What is evaluated on demand: by the run's own judge, or by a public benchmark's official verdicts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,29 @@ from typing import Any
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
+
+
+def asked_evaluation(
+    config: AlignConfig, suite: bool, detector: str | None, prompts: str | None, num_samples: int | None
+) -> tuple[AlignConfig, int]:
+    """The configuration of an evaluation that is asked for, and its number of samples; it can judge its prompts.
+
+    ``suite`` or a ``detector`` asks for `geneval_suite`.
+
+    Raises:
+        ConfigError: the prompts cannot be read, or what judges them cannot judge these.
+    """
+    if suite or detector is not None:
+        config, num_samples = geneval_suite(config, detector, prompts, num_samples)
+    from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
+    from flowalign.intake.file import DEFAULT_JUDGE
+    from flowalign.measure.evaluate import evaluation_rewards
+
+    key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", config.evaluation.prompts)
+    default = "" if config.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
+    check_prompts(key, source, evaluation_rewards(config), Path.cwd(), advice=default)
+    check_judged_tasks(config.evaluation, source, Path.cwd())
+    return config, num_samples or config.evaluation.num_samples
 
 
 def geneval_suite(

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.banks.writer import BankWriter, finished
 from flowalign.data.images import ORIGINAL
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.flow.solvers import ode_solver
+from flowalign.models.base import Policy
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import find
 from flowalign.record.contents import base_hash
 from flowalign.record.manifest import digest_of, manifest_of
-from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, torch_threads
+from flowalign.samples.opened import Progress, Which, silent
 from flowalign.samples.rollout import SampleNoise, integrate, refuse_non_finite
+from flowalign.samples.sampled import SampledModel
+from flowalign.types import PromptBatch, RolloutSpec
 
 
 class HalfNoise(SampleNoise):
@@ -33,19 +35,13 @@ class HalfNoise(SampleNoise):
 
 
 def make_pairs(
-    checkpoint: Path,
+    model: SampledModel,
+    to: Path,
     *,
-    config: AlignConfig,
     prompts: str,
     pairs: int,
-    to: Path,
-    solver: str | None = None,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    which: Which = "model",
     shard_size: int = 2048,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write a bank of ``pairs`` latents with their noise and prompts; an interrupted one goes on with its next shard.
 
@@ -57,49 +53,64 @@ def make_pairs(
         NonFiniteSamples: the model has diverged.
         PromptsError, CheckpointError, ModelError: what the pairs are made from cannot be had.
     """
-    sampling = asked(config.evaluation, num_steps, guidance_scale, solver)
     try:
-        ode_solver(sampling.solver)
+        ode_solver(model.sampling.solver)
     except ValueError as error:
         raise ConfigError("--solver", str(error)) from error
-    rows, chunk = _prompts(prompts), config.rollout.chunk_size
-    encoder = encoder_hash(config.model)
-    identity = {
-        "checkpoint": str(checkpoint.resolve()),
-        "weights": which,
-        "prompts": prompts,
-        "pairs": pairs,
-        "seed": seed,
-        "shard_size": shard_size,
-        **{key: getattr(sampling, key) for key in ("solver", "num_steps", "guidance_scale")},
-    }
-    made_from = {"checkpoint": _weights_digest(checkpoint, which), "prompts": digest_of({"prompts": rows})}
+    rows = _prompts(prompts)
+    encoder = encoder_hash(model.config.model)
+    identity = _identity(model, prompts, pairs, shard_size)
+    made_from = {"checkpoint": _weights_digest(model.path, model.which), "prompts": digest_of({"prompts": rows})}
     if (done := finished(to, identity, made_from)) is not None:
         return done
-    sampler = GroupSampler(rows, groups=chunk, group_size=1, seed=seed)
+    sampler = GroupSampler(rows, groups=model.config.rollout.chunk_size, group_size=1, seed=model.seed)
     writer = BankWriter(to, identity, made_from)
-    with torch_threads(config.cluster.threads), writer.on_full_disk(pairs - writer.count):
-        policy, _ = open_policy(checkpoint, config, which)
-        network = policy.network
-        spec = policy_spec(policy, sampling, config.model)
-        shape = network.latent_shape(config.model.height, config.model.width)
-        made = _Shard()
+    with writer.on_full_disk(pairs - writer.count):
+        _write_shards(model, sampler, writer, pairs, shard_size, progress)
+        return writer.finish([ORIGINAL], encoder, None, {})
+
+
+def _identity(model: SampledModel, prompts: str, pairs: int, shard_size: int) -> dict[str, Any]:
+    """All that decides the bank's content, as plain data."""
+    return {
+        "checkpoint": str(model.path.resolve()),
+        "weights": model.which,
+        "prompts": prompts,
+        "pairs": pairs,
+        "seed": model.seed,
+        "shard_size": shard_size,
+        **{key: getattr(model.sampling, key) for key in ("solver", "num_steps", "guidance_scale")},
+    }
+
+
+def _write_shards(
+    model: SampledModel, sampler: GroupSampler, writer: BankWriter, pairs: int, shard_size: int, progress: Progress
+) -> None:
+    """Make the pairs that ``writer`` lacks, a chunk at a time."""
+    made, chunk = _Shard(), sampler.groups
+    with model.opened() as (policy, _, spec):
         for iteration in range(writer.position, -(-pairs // chunk)):
             batch = sampler.batch(iteration)
-            condition = policy.encoders.encode_prompts(batch.prompts, config.model.max_sequence_length)
-            noise = HalfNoise(seed, batch.sample_ids, shape)
-            final = integrate(guided(network), condition, noise, spec, network.device, geometry=chunk)[2].cpu()
-            refuse_non_finite(final, 0, spec)
-            made.add(final, HalfNoise(seed, batch.sample_ids, shape).draw(), batch.prompts)
+            made.add(*_walked(model, policy, spec, batch), batch.prompts)
             last = (iteration + 1) * chunk >= pairs
             if last:
                 made.cut(pairs - writer.count)
             if last or len(made) >= shard_size:
                 made.write(writer, iteration + 1)
                 made = _Shard()
-            if progress is not None:
-                progress(min(pairs, (iteration + 1) * chunk), pairs)
-        return writer.finish([ORIGINAL], encoder, None, {})
+            progress(min(pairs, (iteration + 1) * chunk), pairs)
+
+
+def _walked(model: SampledModel, policy: Policy, spec: RolloutSpec, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    """The latents of a chunk and the noise that they were walked from, (N, C, H, W) on the CPU."""
+    size, network = model.config.model, policy.network
+    shape = network.latent_shape(size.height, size.width)
+    condition = policy.encoders.encode_prompts(batch.prompts, size.max_sequence_length)
+    noise = HalfNoise(model.seed, batch.sample_ids, shape)
+    geometry = model.config.rollout.chunk_size
+    final = integrate(guided(network), condition, noise, spec, network.device, geometry=geometry)[2].cpu()
+    refuse_non_finite(final, 0, spec)
+    return final, HalfNoise(model.seed, batch.sample_ids, shape).draw()
 
 
 class _Shard:

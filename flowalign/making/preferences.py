@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.parts.pairs import best_worst_pairs
-from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
@@ -23,9 +22,10 @@ from flowalign.intake.check import check_reward
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text
 from flowalign.samples.offers import PREFERENCES
-from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
+from flowalign.samples.opened import Progress, roll, silent
+from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
-from flowalign.types import PromptBatch
+from flowalign.types import PromptBatch, RolloutSpec
 
 SHARD = 500  # pairs a file
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
@@ -33,24 +33,19 @@ PATIENCE = 20  # groups that may be drawn for each pair that is wanted
 
 
 def make_preferences(
-    checkpoint: Path,
+    model: SampledModel,
     reward: RewardConfig,
+    out: Path,
     *,
-    config: AlignConfig,
     prompts: str,
     pairs: int,
-    out: Path,
     group_size: int = 8,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    which: Which = "model",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write ``pairs-*.parquet`` and ``preferences.json``; returns what the latter holds.
 
     The columns are Pick-a-Pic v2's, the scores and the tag. Images are PNG; which place the better one has is drawn
-    from ``seed``. Groups whose scores are all equal give no pair and are counted.
+    from the model's seed. Groups whose scores are all equal give no pair and are counted.
 
     Raises:
         ConfigError: ``out`` holds a set already, or prompts and reward do not fit.
@@ -60,57 +55,88 @@ def make_preferences(
         raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
     check_reward("--reward", reward, Path.cwd(), PREFERENCES)
     check_prompts("--prompts", prompts, [reward], Path.cwd())
-    own = config.evaluation
-    sampler = GroupSampler(
-        load_prompts(prompts, Path.cwd()),
-        groups=max(1, config.rollout.chunk_size // group_size),
-        group_size=group_size,
-        seed=seed,
-    )
-    rows: list[dict[str, Any]] = []
-    made = groups = beyond = 0
-    without: Counter[str] = Counter()
-    with folder_for(out), torch_threads(config.cluster.threads):
-        policy, state = open_policy(checkpoint, config, which)
-        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
-        scorer = load_scorer(reward, Path.cwd(), device, offers=PREFERENCES)
-        spec = policy_spec(policy, asked(own, num_steps, guidance_scale), config.model)
-        while made < pairs:
-            batch = sampler.batch(groups // sampler.groups)
-            images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, config, seed, None)])
-            found, silent = _pairs(batch, images, scorer, seed)
-            without.update(silent)
-            groups += sampler.groups
-            rows += found[: pairs - made]
-            beyond += max(0, len(found) - (pairs - made))
-            made = min(pairs, made + len(found))
-            if len(rows) >= SHARD or made == pairs:
-                rows = _write(rows, out, made == pairs)
-            if progress is not None:
-                progress(made, pairs)
-            if groups >= PATIENCE * pairs > PATIENCE * made:
-                raise PreferencesError(
-                    f"only {made} of {pairs} pairs after {groups} groups of {group_size} images: the reward "
-                    f"{reward.label!r} tells too few of them apart; choose a finer one or larger groups"
-                )
-    card = {
-        "checkpoint": str(checkpoint),
-        "weights": which,
+    groups = max(1, model.config.rollout.chunk_size // group_size)
+    sampler = GroupSampler(load_prompts(prompts, Path.cwd()), groups=groups, group_size=group_size, seed=model.seed)
+    with folder_for(out), model.opened() as (policy, state, spec):
+        cluster = model.config.cluster
+        scorer = load_scorer(reward, Path.cwd(), cluster.device if cluster.reward_gpus else "cpu", offers=PREFERENCES)
+        drawn = _Drawn(pairs)
+        while drawn.made < pairs:
+            batch = sampler.batch(drawn.groups // sampler.groups)
+            images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, model.config, model.seed)])
+            drawn.add(*_pairs(batch, images, scorer, model.seed), sampler.groups)
+            drawn.write(out)
+            progress(drawn.made, pairs)
+            drawn.check_patience(reward.label, group_size)
+    card = _card(model, reward, state, spec, prompts, group_size) | drawn.counts
+    write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def _card(
+    model: SampledModel,
+    reward: RewardConfig,
+    state: Mapping[str, Any],
+    spec: RolloutSpec,
+    prompts: str,
+    group_size: int,
+) -> dict[str, Any]:
+    """What the pairs were made from, and how."""
+    return {
+        "checkpoint": str(model.path),
+        "weights": model.which,
         "iteration": state.get("iteration"),
         "reward": reward.model_dump(mode="json"),
         "prompts": prompts,
         "group_size": group_size,
         "num_steps": spec.num_steps,
         "guidance_scale": spec.guidance_scale,
-        "seed": seed,
-        "pairs": made,
-        "groups": groups,
-        "groups_without_pair": without.total(),
-        "why_without_pair": dict(without),
-        "pairs_beyond": beyond,
+        "seed": model.seed,
     }
-    write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
-    return card
+
+
+class _Drawn:
+    """The pairs so far: those that wait for their file, how many there are, and of how many groups."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.made = self.groups = self.beyond = 0
+        self._waiting: list[dict[str, Any]] = []
+        self._without: Counter[str] = Counter()
+
+    def add(self, found: Sequence[dict[str, Any]], without: Counter[str], groups: int) -> None:
+        """Take as many rows as are wanted, of so many more groups; ``without`` says why some gave none."""
+        self.groups += groups
+        self._without.update(without)
+        taken = found[: self.wanted - self.made]
+        self._waiting += taken
+        self.made += len(taken)
+        self.beyond += len(found) - len(taken)
+
+    def write(self, out: Path) -> None:
+        """Write the files that are full, and at the end the last one."""
+        whole = self.made == self.wanted
+        if len(self._waiting) >= SHARD or whole:
+            self._waiting = _write(self._waiting, out, whole)
+
+    def check_patience(self, label: str, group_size: int) -> None:
+        """Raise PreferencesError where too many groups gave too few pairs."""
+        if self.groups >= PATIENCE * self.wanted > PATIENCE * self.made:
+            raise PreferencesError(
+                f"only {self.made} of {self.wanted} pairs after {self.groups} groups of {group_size} images: the "
+                f"reward {label!r} tells too few of them apart; choose a finer one or larger groups"
+            )
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the card says of them."""
+        return {
+            "pairs": self.made,
+            "groups": self.groups,
+            "groups_without_pair": self._without.total(),
+            "why_without_pair": dict(self._without),
+            "pairs_beyond": self.beyond,
+        }
 
 
 def counts_of(card: Mapping[str, Any]) -> str:

@@ -21,12 +21,12 @@ from flowalign.measure.distances import Features, clip_score, compare
 from flowalign.measure.evaluated import UNTAGGED, by_task, facts, standard_errors
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
 from flowalign.models.textlength import prompt_note
+from flowalign.samples.joined import cat_scores
 from flowalign.samples.offers import EVALUATION
-from flowalign.samples.opened import Progress, Which, asked, open_policy, policy_spec, roll, torch_threads
-from flowalign.samples.opened import load_weights as load_weights
-from flowalign.samples.opened import sample_checkpoint as sample_checkpoint
-from flowalign.samples.scoring import NamedScorer, cat_scores, faults, load_scorers, merge, question, score_images
-from flowalign.types import Rollout, Scores
+from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
+from flowalign.samples.sampled import SampledModel
+from flowalign.samples.scoring import NamedScorer, faults, load_scorers, merge, question, score_images
+from flowalign.types import PromptBatch, Rollout, Scores
 from rewards.interface import blamed
 from rewards.models.openclip import OpenClip
 
@@ -48,6 +48,12 @@ class EvaluationResult:
     standard_errors: dict[str, float] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What metrics.json holds, as plain data."""
+        summary = {"checkpoint": str(self.source), "iteration": self.iteration, "metrics": self.metrics}
+        return summary | {"standard_errors": self.standard_errors, "made": self.made, "notes": self.notes}
 
 
 def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -92,65 +98,57 @@ def best_metric(config: AlignConfig) -> str:
 
 
 def evaluate_checkpoint(
-    path: Path,
+    model: SampledModel,
     *,
-    config: AlignConfig,
     num_samples: int | None = None,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    solver: str | None = None,
     prompts: str | None = None,
-    seed: int | None = None,
-    which: Which | None = None,
     base_dir: Path = Path("."),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> EvaluationResult:
-    """Sample the evaluation prompts and score them; what is not given is as in ``config.evaluation``.
+    """Sample the evaluation prompts and score them; what is not given is as in ``model.config.evaluation``.
 
-    ``path`` is a run directory, a checkpoint or a pipeline directory. ``progress(done, total)`` is called after each
-    chunk. Raises CheckpointError, PromptsError, ModelError or ScorerError.
+    ``progress(done, total)`` is called after each chunk. Raises CheckpointError, PromptsError, ModelError or
+    ScorerError.
     """
-    own = config.evaluation
-    which = which or ("ema" if own.weights == "ema" and not (Path(path) / "model_index.json").is_file() else "model")
-    batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples, base_dir)
-    sampling, seed = asked(own, num_steps, guidance_scale, solver), own.seed if seed is None else seed
+    config, own = model.config, model.config.evaluation
+    source = prompts or own.prompts
+    batch = evaluation_batch(source, num_samples or own.num_samples, base_dir)
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
-        policy, state = open_policy(path, config, which)
-        spec = policy_spec(policy, sampling, config.model)
-        parts, rows, seconds = [], [], 0.0
-        for chunk, took in timed(roll(policy, batch, spec, config, seed, progress)):
-            seconds += took
-            judged = []
-            for scorer in scorers:
-                with scorer.apart:
-                    judged.append(score_images(scorer, question(chunk.batch, chunk.images, chunk.final_NCHW)))
-            parts.append((chunk, merge(judged, {scorers[0].name: 1.0})))
-            rows += _result_rows(scorers[0], *parts[-1])
-    scores = cat_scores([part for _, part in parts])
-    note = prompt_note(Path(config.model.path), batch.prompts)
-    cut = (f"of the prompts {note}",) if note else ()
-    images = torch.cat([chunk.images for chunk, _ in parts])
+        with model.opened() as (policy, state, spec):
+            parts, rows, seconds = [], [], 0.0
+            for chunk, took in timed(roll(policy, batch, spec, config, model.seed, progress)):
+                parts.append((chunk, _scored(scorers, chunk)))
+                rows += _result_rows(scorers[0], *parts[-1])
+                seconds += took
+    rollouts, scores = [chunk for chunk, _ in parts], cat_scores([part for _, part in parts])
+    there = len({row["prompt"] for row in load_prompts(source, base_dir)})
     return EvaluationResult(
-        Path(path),
-        which,
+        model.path,
+        model.which,
         state.get("iteration", state.get("step")),
         evaluation_metrics(scores, batch.metadata),
         rows,
-        images,
+        torch.cat([chunk.images for chunk in rollouts]),
         standard_errors(scores, batch.metadata),
-        facts(
-            batch.prompts,
-            prompts or own.prompts,
-            len({row["prompt"] for row in load_prompts(prompts or own.prompts, base_dir)}),
-            sampling,
-            seed=seed,
-            weights=which,
-            rollouts=[chunk for chunk, _ in parts],
-            seconds=seconds,
-        ),
-        (*cut, *(f"reward {name}: {said}" for name, (_, said) in faults(scores).items())),
+        facts(batch.prompts, source, there, model.sampling, model.seed, model.which, rollouts, seconds),
+        _notes(config, batch, scores),
     )
+
+
+def _scored(scorers: Sequence[NamedScorer], chunk: Rollout) -> Scores:
+    judged = []
+    for scorer in scorers:
+        with scorer.apart:
+            judged.append(score_images(scorer, question(chunk.batch, chunk.images, chunk.final_NCHW)))
+    return merge(judged, {scorers[0].name: 1.0})
+
+
+def _notes(config: AlignConfig, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
+    """How many prompts the text encoders cut, and what was retried or masked."""
+    cut = prompt_note(Path(config.model.path), batch.prompts)
+    said = [f"of the prompts {cut}"] if cut else []
+    return (*said, *(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()))
 
 
 def timed(chunks: Iterator[Rollout]) -> Iterator[tuple[Rollout, float]]:

@@ -53,7 +53,6 @@ def facts(
     source: str,
     prompts_there: int,
     sampling: SamplingConfig,
-    *,
     seed: int,
     weights: str,
     rollouts: Sequence[Rollout],

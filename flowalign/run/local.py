@@ -14,8 +14,8 @@ from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.children import end_children
-from flowalign.samples.scoring import cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update, cat_rollouts
+from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
+from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
 
 
 class LocalBackend:

@@ -122,7 +122,7 @@ class RewardWorker:
         return any("group" in scorer.needs for scorer in self.training)
 
     def score(self, chunks: Sequence[Rollout], evaluation: bool = False) -> tuple[Scores, float]:
-        """Scores of chunks that are scored as one (`scoring.scored_together`), and the seconds they took."""
+        """Scores of chunks that are scored as one (`joined.scored_together`), and the seconds they took."""
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
         if not scorers:

@@ -5,7 +5,6 @@ Shapes: N samples, C H W latents.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -31,15 +29,16 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
-from flowalign.record.disk import filled, on_disk, write_text, writing
-from flowalign.record.files import save_tensors
 from flowalign.samples.calibration import reuse_of
-from flowalign.samples.rollout import SampleNoise, rollout
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, cat_rollouts
+from flowalign.samples.rollout import rollout
+from flowalign.types import PromptBatch, Rollout, RolloutSpec
 
-MADE_WITH = (*SamplingConfig.model_fields, "max_sequence_length")
 Which = str  # model, ema, or the name of another average such as ema_0.99
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # how many of how many are done
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
@@ -180,61 +179,6 @@ def policy_spec(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> 
     return sampling_spec(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
 
 
-def sample_checkpoint(
-    path: Path,
-    prompts: Sequence[str],
-    *,
-    config: AlignConfig,
-    out_dir: Path,
-    num_images: int = 1,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    solver: str | None = None,
-    seed: int = 0,
-    which: Which = "model",
-    save_latents: bool = False,
-    progress: Progress | None = None,
-) -> list[Path]:
-    """Save ``num_images`` PNGs a prompt and ``index.json``, which says how they were made.
-
-    With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
-    noise in diffusers gives the same latents (docs/running.md).
-    """
-    own = config.evaluation
-    texts = tuple(prompt for prompt in prompts for _ in range(num_images))
-    groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
-    batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
-    with torch_threads(config.cluster.threads):
-        policy, _ = open_policy(path, config, which)
-        sampling = asked(own, num_steps, guidance_scale, solver)
-        spec = policy_spec(policy, sampling, config.model)
-        made = cat_rollouts(list(roll(policy, batch, spec, config, seed, progress)))
-    names = [f"{i:04d}.png" for i in range(len(batch))]
-    how = sampling.model_dump(exclude_none=True) | {"max_sequence_length": config.model.max_sequence_length}
-    how = {name: value for name, value in how.items() if name in MADE_WITH} | {"weights": which, "seed": seed}
-    index = [{"file": f"{i:04d}.png", "prompt": text, "sample_id": i, **how} for i, text in enumerate(texts)]
-    with filled(out_dir) as draft:
-        save_images(draft, names, made.images)
-        write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
-        if save_latents:
-            shape = policy.network.latent_shape(config.model.height, config.model.width)
-            noise = SampleNoise(seed, batch.sample_ids, shape).draw()
-            save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
-    return [out_dir / name for name in names]
-
-
-def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
-    """PNG files of uint8 (N, H, W, 3). Raises DiskError, which takes those to come to be as large as the one that
-    failed."""
-    from PIL import Image
-
-    for count, (name, image) in enumerate(zip(names, images, strict=True)):
-        png = io.BytesIO()
-        Image.fromarray(image.numpy()).save(png, format="PNG")
-        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (len(names) - count))):
-            (folder / name).write_bytes(png.getvalue())
-
-
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Use ``count`` torch threads for a while: on a CPU they decide the bits."""
@@ -247,7 +191,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def roll(
-    policy: Policy, batch: PromptBatch, spec: RolloutSpec, config: AlignConfig, seed: int, progress: Progress | None
+    policy: Policy, batch: PromptBatch, spec: RolloutSpec, config: AlignConfig, seed: int, progress: Progress = silent
 ) -> Iterator[Rollout]:
     """The chunks of ``batch`` in the run's own geometry."""
     done = 0
@@ -265,5 +209,4 @@ def roll(
             geometry=config.rollout.chunk_size,
         )
         done += len(chunk)
-        if progress is not None:
-            progress(done, len(batch))
+        progress(done, len(batch))

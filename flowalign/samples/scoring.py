@@ -127,20 +127,6 @@ def score_images(named: NamedScorer, asked: Asked) -> Checked:
     return together([(own, _score_rows(named, asked.take(own))) for own in rows.values()], len(asked))
 
 
-def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[range]:
-    """Which consecutive chunks are scored as one: each by itself, or ``whole_groups`` of as few chunks as hold them."""
-    if not whole_groups:
-        return [range(i, i + 1) for i in range(len(chunks))]
-    last = {group: i for i, chunk in enumerate(chunks) for group in chunk.group_ids}
-    found, begin, end = [], 0, 0
-    for i, chunk in enumerate(chunks):
-        end = max(end, *(last[group] for group in chunk.group_ids))
-        if i == end:
-            found.append(range(begin, i + 1))
-            begin = end = i + 1
-    return found
-
-
 def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Checked:
     """The answers of one scorer to several questions as that to one of ``count`` samples; each with its rows in it."""
     if len(parts) == 1:
@@ -254,31 +240,6 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
         retries={name: causes for part in parts for name, causes in part.retries.items()},
         applies={name: torch.from_numpy(own) for name, own in applies.items() if not own.all()},
         owners=owners,
-    )
-
-
-def cat_scores(parts: Sequence[Scores]) -> Scores:
-    """Join the scores of consecutive chunks; raises InvalidScores as ``merge`` does."""
-    causes: dict[str, int] = {}
-    for part in parts:
-        for cause, count in part.causes.items():
-            causes[cause] = causes.get(cause, 0) + count
-    retries: dict[str, Counter[str]] = {}
-    for name, counts in (item for part in parts for item in part.retries.items()):
-        retries.setdefault(name, Counter()).update(counts)
-    names = dict.fromkeys(name for part in parts for name in part.by_reward)
-    nothing = [torch.full_like(part.total, float("nan")) for part in parts]
-    routed = dict.fromkeys(name for part in parts for name in part.applies)
-    everywhere = [torch.ones_like(part.valid) for part in parts]
-    return Scores(
-        by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
-        total=torch.cat([p.total for p in parts]),
-        valid=torch.cat([p.valid for p in parts]),
-        causes=causes,
-        weights=parts[0].weights,
-        retries={name: dict(counts) for name, counts in retries.items()},
-        applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
-        owners=one_owner(part.owners for part in parts),
     )
 
 

@@ -23,6 +23,7 @@ from flowalign.config.sections import RewardConfig
 from flowalign.intake.file import load_align
 from flowalign.intake.paths import resolve_reward
 from flowalign.measure.evaluate import evaluate_checkpoint
+from flowalign.samples.sampled import sampled_model
 
 PIPELINE = ROOT / "flowalign" / "shapes" / "assets" / "pipeline"
 
@@ -31,8 +32,8 @@ def judged(path: Path, config: AlignConfig, which: Any, samples: int) -> tuple[n
     """The held-out scores (N,) of a model's evaluation images, and its GenEval."""
     held_out = resolve_reward(RewardConfig.model_validate(HELD_OUT), ROOT, "held out")
     scored = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"scorer": held_out})})
-    rows = evaluate_checkpoint(path, config=scored, num_samples=samples, which=which).rows
-    metrics = evaluate_checkpoint(path, config=config, num_samples=samples, which=which).metrics
+    rows = evaluate_checkpoint(sampled_model(path, scored, which=which), num_samples=samples).rows
+    metrics = evaluate_checkpoint(sampled_model(path, config, which=which), num_samples=samples).metrics
     return np.array([row["score"] for row in rows]), metrics
 
 

@@ -25,8 +25,9 @@ from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
+from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
-from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, RolloutSpec, Update, cat_rollouts
+from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, RolloutSpec, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flowalign.algorithms.parts.credit import group_advantages
+from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import SampleNoise, integrate
-from flowalign.types import cat_rollouts, value_of
+from flowalign.types import value_of
 from tests.algorithms.grpo_rollouts import by_step, g2rpo, grpo, roll_out
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
 

@@ -20,8 +20,9 @@ from flowalign.export.verify import load_pipeline
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
-from flowalign.samples.opened import Which, ode_spec, open_policy, sample_checkpoint
+from flowalign.samples.opened import Which, ode_spec, open_policy
 from flowalign.samples.rollout import SampleNoise, integrate
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of two stars"]
@@ -233,9 +234,9 @@ def test_the_script_in_the_docs_draws_the_same_latents_with_diffusers_alone(
     script = text.partition("## The same picture in diffusers")[2].partition("```python\n")[2].partition("```")[0]
     config = run_config(base, lora=True)
     prompts = ["a photo of a cat", "two dogs"]
-    options = {"num_steps": 5, "guidance_scale": 2.5, "seed": 3, "save_latents": True}
+    model = sampled_model(runs["lora"], config, num_steps=5, guidance_scale=2.5, seed=3)
     out = tmp_path / "samples"
-    sample_checkpoint(runs["lora"], prompts, config=config, out_dir=out, **options)  # type: ignore[arg-type]
+    sample_checkpoint(model, prompts, out, save_latents=True)
     export(runs["lora"], tmp_path / "aligned", config=config)
     capsys.readouterr()
     exec(compile(script, "docs/running.md", "exec"), {})

@@ -40,6 +40,7 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate
+from flowalign.samples.sampled import sampled_model
 
 SHAPE = (16, 8, 8)
 PROMPT = "a photo of a red star"
@@ -318,7 +319,7 @@ def test_loading_warns_of_weights_that_are_lost_and_not_of_those_of_inputs(tmp_p
 
 def test_the_evaluation_of_a_training_run_names_its_step(tmp_path, tiny_pipeline_dir, bank):
     run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm={"type": "rectified_flow"})
-    result = evaluate_checkpoint(run, config=config_of(run, None), num_samples=2, num_steps=1)
+    result = evaluate_checkpoint(sampled_model(run, config_of(run, None), num_steps=1), num_samples=2)
     assert result.iteration == 2
 
 

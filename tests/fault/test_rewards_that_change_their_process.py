@@ -28,6 +28,7 @@ from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.samples import apart
 from flowalign.samples.apart import Apart
+from flowalign.samples.sampled import sampled_model
 from tests.fault.victim import content, work
 
 GRPO = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
@@ -177,10 +178,11 @@ def test_such_a_reward_changes_no_image_of_an_evaluation_and_no_pair_that_is_mad
         scorer = own["rewards"][0]
         own["evaluation"] = {"every": 1, "scorer": scorer, "num_samples": 8, "num_steps": 2}
         whole = AlignConfig.model_validate(own)
-        results.append(evaluate_checkpoint(tiny_pipeline_dir, config=whole))
+        results.append(evaluate_checkpoint(sampled_model(tiny_pipeline_dir, whole)))
         out = tmp_path / f"pairs of {name}"
-        asked = {"pairs": 2, "group_size": 3, "num_steps": 2, "out": out, "prompts": "shapes:train"}
-        make_preferences(tiny_pipeline_dir, RewardConfig.model_validate(scorer), config=whole, **asked)
+        asked = {"pairs": 2, "group_size": 3, "out": out, "prompts": "shapes:train"}
+        model = sampled_model(tiny_pipeline_dir, whole, seed=0, num_steps=2)
+        make_preferences(model, RewardConfig.model_validate(scorer), **asked)
         pairs.append([row for row in read_rows(out) if isinstance(row, Row)])
     assert torch.equal(results[0].images, results[1].images) and results[0].metrics == results[1].metrics
     assert len(results[0].images) == 8 and len(pairs[0]) == 2 and pairs[0] == pairs[1]

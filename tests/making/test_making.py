@@ -31,14 +31,15 @@ from flowalign.run.train import run_pretrain
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
+from flowalign.samples.sampled import sampled_model
 from tests.tiny import run_config, write_checkpoint
 
 SHAPE = (16, 8, 8)
 
 
-def pairs_of(model: Path, to: Path, **options):
-    content = {"prompts": "shapes:train", "pairs": 20, "num_steps": 2, "solver": "heun", "shard_size": 8, **options}
-    return make_pairs(model, config=run_config(model), to=to, **content)
+def pairs_of(model: Path, to: Path, num_steps=2, solver="heun", seed=0, **options):
+    walked = sampled_model(model, run_config(model), num_steps=num_steps, solver=solver, seed=seed)
+    return make_pairs(walked, to, **{"prompts": "shapes:train", "pairs": 20, "shard_size": 8, **options})
 
 
 def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipeline_dir):
@@ -89,7 +90,7 @@ def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(tmp_path
     to, before = tmp_path / "new" / "made", resource.getrlimit(resource.RLIMIT_FSIZE)
     reward = tmp_path / "mine.py"
     reward.write_text("def bright(images, *rest):\n    return images.reshape(len(images), -1).mean(1)\n")
-    asked = {"prompts": "shapes:train", "pairs": 2, "num_steps": 1}
+    asked = {"prompts": "shapes:train", "pairs": 2}
     bright = RewardConfig(spec=f"{reward}:bright")
     there = set(tmp_path.iterdir())
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
@@ -98,8 +99,8 @@ def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(tmp_path
             if command == "make-pairs":
                 pairs_of(tiny_pipeline_dir, to, pairs=2, num_steps=1)
             else:
-                config = run_config(tiny_pipeline_dir)
-                make_preferences(tiny_pipeline_dir, bright, config=config, out=to, group_size=2, **asked)
+                model = sampled_model(tiny_pipeline_dir, run_config(tiny_pipeline_dir), num_steps=1)
+                make_preferences(model, bright, to, group_size=2, **asked)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.begun
@@ -110,19 +111,20 @@ def test_pairs_are_complete_only_while_checkpoint_and_prompts_hold_the_same(tmp_
     run, prompts, config = tmp_path / "run", tmp_path / "own.jsonl", run_config(tiny_pipeline_dir)
     prompts.write_text('{"prompt": "a"}\n')
     first = write_checkpoint(run, config, step=1)
-    asked = {"config": config, "prompts": str(prompts), "pairs": 4, "num_steps": 1}
-    manifest = make_pairs(run, to=tmp_path / "pairs", **asked)
+    asked = {"prompts": str(prompts), "pairs": 4}
+    model, newest = (sampled_model(path, config, num_steps=1) for path in (first, run))
+    manifest = make_pairs(newest, tmp_path / "pairs", **asked)
     write_checkpoint(run, config, step=2)  # which moves the weights equally far
-    assert make_pairs(run, to=tmp_path / "pairs", **asked) == manifest
+    assert make_pairs(newest, tmp_path / "pairs", **asked) == manifest
     tensors = load_file(run / "checkpoints" / "step_000002" / "model.safetensors")
     moved = {name: tensor + 1 for name, tensor in tensors.items()}
     CheckpointWriter(run / "checkpoints").save(3, model=moved, state={})
     with pytest.raises(LatentsError, match=r"of one that has changed since"):
-        make_pairs(run, to=tmp_path / "pairs", **asked)
-    assert make_pairs(first, to=tmp_path / "pairs", **asked) == manifest
+        make_pairs(newest, tmp_path / "pairs", **asked)
+    assert make_pairs(model, tmp_path / "pairs", **asked) == manifest
     prompts.write_text('{"prompt": "b"}\n')
     with pytest.raises(LatentsError, match=r"of one that has changed since"):
-        make_pairs(first, to=tmp_path / "pairs", **asked)
+        make_pairs(model, tmp_path / "pairs", **asked)
 
 
 def test_pairs_need_a_solver_without_noise_of_its_own(tmp_path, tiny_pipeline_dir):
@@ -136,7 +138,7 @@ def test_a_model_that_has_diverged_makes_no_pairs(tmp_path, tiny_pipeline_dir, m
         next(policy.network.module.parameters()).data.fill_(float("nan"))
         return policy, state
 
-    monkeypatch.setattr("flowalign.making.pairs.open_policy", broken)
+    monkeypatch.setattr("flowalign.samples.sampled.open_policy", broken)
     with pytest.raises(NonFiniteSamples, match="have diverged"):
         pairs_of(tiny_pipeline_dir, tmp_path / "pairs")
     assert not list((tmp_path / "pairs").glob("shard-*"))
@@ -172,7 +174,9 @@ def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
 @pytest.fixture(scope="module")
 def calibration(tiny_pipeline_dir, tmp_path_factory) -> Path:
     to = tmp_path_factory.mktemp("cache") / "cache.json"
-    found = calibrate(tiny_pipeline_dir, to, config=run_config(tiny_pipeline_dir), num_samples=6, num_steps=8, degree=2)
+    found = calibrate(
+        sampled_model(tiny_pipeline_dir, run_config(tiny_pipeline_dir), num_steps=8), to, num_samples=6, degree=2
+    )
     assert found["distances"] == 6 * 7  # a chunk that is not full counts no sample twice
     assert json.loads(to.read_text()) == found
     return to

@@ -22,7 +22,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.record.outputs import DirectoryTaken
 from flowalign.run.align import run_align
-from flowalign.samples.opened import sample_checkpoint
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 
@@ -210,7 +210,7 @@ def test_destroyed_weights_of_a_checkpoint_are_refused_by_name_wherever_they_are
     with pytest.raises(CheckpointError, match=said):
         export(run, tmp_path / "x", kind="ema" if which == "ema" else "pipeline", config=config)
     with pytest.raises(CheckpointError, match=said):
-        sample_checkpoint(run, ["a"], config=config, out_dir=tmp_path / "s", which=which)
+        sample_checkpoint(sampled_model(run, config, which=which), ["a"], tmp_path / "s")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from flowalign.measure.evaluate import EvaluationResult, evaluate_checkpoint, evaluation_metrics, write_results_jsonl
 from flowalign.models.build import load_network, load_policy
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.samples.opened import SampleNoise, load_weights, sample_checkpoint
+from flowalign.samples.opened import SampleNoise, load_weights
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import Scores
 from tests.tiny import run_config, write_checkpoint, write_pipeline
 
@@ -35,7 +36,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(base: Path, run: Path) -> EvaluationResult:
-    return evaluate_checkpoint(run, config=run_config(base))
+    return evaluate_checkpoint(sampled_model(run, run_config(base)))
 
 
 def scores(**by_reward: list[float]) -> Scores:
@@ -77,15 +78,15 @@ def test_an_evaluation_covers_every_task_and_names_its_checkpoint(result: Evalua
 
 
 def test_the_same_evaluation_twice_is_bitwise_equal(base: Path, run: Path, result: EvaluationResult) -> None:
-    again = evaluate_checkpoint(run / "checkpoints" / "step_000010", config=run_config(base))
+    again = evaluate_checkpoint(sampled_model(run / "checkpoints" / "step_000010", run_config(base)))
     assert torch.equal(again.images, result.images) and again.rows == result.rows
 
 
 def test_base_pipeline_model_and_ema_are_three_different_evaluations(
     base: Path, run: Path, result: EvaluationResult
 ) -> None:
-    plain = evaluate_checkpoint(base, config=run_config(base))
-    averaged = evaluate_checkpoint(run, config=run_config(base), which="ema")
+    plain = evaluate_checkpoint(sampled_model(base, run_config(base)))
+    averaged = evaluate_checkpoint(sampled_model(run, run_config(base), which="ema"))
     assert plain.iteration is None
     assert not torch.equal(plain.images, result.images) and not torch.equal(averaged.images, result.images)
 
@@ -93,13 +94,14 @@ def test_base_pipeline_model_and_ema_are_three_different_evaluations(
 @pytest.mark.parametrize("which", ["ema", "nonsense"])
 def test_a_pipeline_has_no_weights_to_choose(base: Path, tmp_path: Path, which: str) -> None:
     with pytest.raises(CheckpointError, match=f"--weights: .* is a pipeline, .* not {which}"):
-        sample_checkpoint(base, ["a"], config=run_config(base), out_dir=tmp_path / "out", which=which)
+        sample_checkpoint(sampled_model(base, run_config(base), which=which), ["a"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_base_pipeline_is_evaluated_without_the_runs_lora(base: Path) -> None:
     small = {"num_samples": 3, "num_steps": 2}
-    made = [evaluate_checkpoint(base, config=run_config(base, lora=lora, evaluation=small)) for lora in (False, True)]
+    configs = [run_config(base, lora=lora, evaluation=small) for lora in (False, True)]
+    made = [evaluate_checkpoint(sampled_model(base, config)) for config in configs]
     assert torch.equal(made[0].images, made[1].images)
 
 
@@ -114,10 +116,8 @@ def test_results_are_written_in_the_public_benchmarks_format(result: EvaluationR
 def test_progress_is_told_after_each_chunk(base: Path) -> None:
     told: list[tuple[int, int]] = []
     evaluate_checkpoint(
-        base,
-        config=run_config(base),
+        sampled_model(base, run_config(base), num_steps=1),
         num_samples=10,
-        num_steps=1,
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(8, 10), (10, 10)]
@@ -125,12 +125,10 @@ def test_progress_is_told_after_each_chunk(base: Path) -> None:
 
 def test_samples_are_saved_with_the_noise_that_made_them(base: Path, run: Path, tmp_path: Path) -> None:
     files = sample_checkpoint(
-        run,
+        sampled_model(run, run_config(base), seed=3),
         ["a photo of a circle", "a photo of a star"],
-        config=run_config(base),
-        out_dir=tmp_path / "out",
+        tmp_path / "out",
         num_images=2,
-        seed=3,
         save_latents=True,
     )
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -163,4 +161,4 @@ def test_a_checkpoint_without_ema_says_so(base: Path, run: Path, tmp_path: Path)
 def test_a_path_that_holds_nothing_is_refused_in_one_sentence(base: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="give a run directory"):
-        evaluate_checkpoint(tmp_path / name, config=run_config(base))
+        evaluate_checkpoint(sampled_model(tmp_path / name, run_config(base)))

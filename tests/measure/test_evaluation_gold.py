@@ -9,6 +9,7 @@ from rich.console import Console
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
+from flowalign.samples.sampled import sampled_model
 from tests.cluster.runs import small_config
 
 EVALUATION = {"every": 2, "num_samples": 6, "num_steps": 2}
@@ -28,7 +29,7 @@ def test_a_run_and_a_later_evaluation_measure_them_beside_geneval(tiny_pipeline_
     evaluated = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/bright/overall" in row]
     assert [row["iteration"] for row in evaluated] == [0, 2]
     assert all("eval/geneval/overall" in row and "reward/bright/mean" not in row for row in evaluated)
-    later = evaluate_checkpoint(run_dir, config=config, base_dir=tmp_path)
+    later = evaluate_checkpoint(sampled_model(run_dir, config), base_dir=tmp_path)
     assert later.metrics["eval/bright/overall"] == pytest.approx(evaluated[-1]["eval/bright/overall"], abs=1e-9)
     assert {row["score"] for row in later.rows} <= {0.0, 1.0}  # GenEval's verdicts, not brightness
 

@@ -20,7 +20,7 @@ from flowalign.making.preferences import make_preferences
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.files import save_tensors
 from flowalign.record.metrics import MetricsWriter
-from flowalign.samples.opened import sample_checkpoint
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
 
 
@@ -72,12 +72,13 @@ def test_what_other_libraries_write_for_us_has_the_umasks_mode(tmp_path: Path) -
         export(lora, out / "lora", kind="lora", config=config)
         export(run, out / "pipeline", config=whole)
         merge([tmp_path / "run", tmp_path / "run"], out / "merged")
-        sample_checkpoint(run, ["a red circle"], config=whole, out_dir=out / "images", num_steps=1, save_latents=True)
+        sample_checkpoint(sampled_model(run, whole, num_steps=1), ["a red circle"], out / "images", save_latents=True)
         bright = tmp_path / "bright.py"
         bright.write_text(
             "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1)\n"
         )
         reward = RewardConfig(spec=f"{bright}:reward")
-        make_preferences(run, reward, config=whole, prompts="shapes:train", pairs=1, out=out / "pairs", group_size=2)
+        model = sampled_model(run, whole)
+        make_preferences(model, reward, out / "pairs", prompts="shapes:train", pairs=1, group_size=2)
     assert {path.suffix for path in out.rglob("*")} >= {".safetensors", ".json", ".md", ".png", ".parquet"}
     assert modes(out) == {0o640}

@@ -32,7 +32,8 @@ from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.made.ingredients import parts_of
 from flowalign.run.train import run_pretrain
-from flowalign.samples.opened import open_policy, sample_checkpoint
+from flowalign.samples.opened import open_policy
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch, TextPart
 
 NAMES = list(FAMILIES)
@@ -138,7 +139,9 @@ def test_a_run_of_another_family_is_trained_resumed_and_sampled(tmp_path, tiny_p
     assert own.model.family == family and own.evaluation.num_steps == 3
     for solver in ("euler", "dpmpp_2m", "ddpm"):
         evaluation = own.evaluation.model_copy(update={"num_samples": 6, "solver": solver})
-        result = evaluate_checkpoint(run_dir, config=own.model_copy(update={"evaluation": evaluation}), which="ema")
+        result = evaluate_checkpoint(
+            sampled_model(run_dir, own.model_copy(update={"evaluation": evaluation}), which="ema")
+        )
         assert 0 <= result.metrics["eval/geneval/overall"] <= 1
 
 
@@ -328,7 +331,7 @@ def test_a_fresh_network_of_every_architecture_is_trained_and_sampled(tmp_path, 
     changes = {"model": {"transformer": {"architecture": architecture, "num_layers": 1, "qk_norm": False}}}
     run_dir = run(tmp_path, tiny_pipeline_dir, bank, **changes)
     own = config_of_run(run_dir, config(tmp_path, tiny_pipeline_dir, bank, **changes))
-    made = sample_checkpoint(run_dir, ["a photo of a star"], config=own, out_dir=tmp_path / "images", num_steps=2)
+    made = sample_checkpoint(sampled_model(run_dir, own, num_steps=2), ["a photo of a star"], tmp_path / "images")
     assert len(made) == 1 and made[0].is_file()
 
 

@@ -17,6 +17,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
 from flowalign.run.sync import SyncError, SyncGuard
 from flowalign.run.workers import BindReceipt
+from flowalign.samples.sampled import sampled_model
 from tests.cluster.runs import small_config
 
 GOLD = {"spec": "own.py:bright", "tasks": ["colors", "counting"]}
@@ -65,7 +66,7 @@ def test_the_overall_of_a_scorer_for_some_tasks_is_that_of_its_tasks(config: Ali
     run_dir = Path(config.runs_dir) / config.name
     first = next(row for row in read_metrics(run_dir / "metrics.jsonl") if row["iteration"] == 2)
     later = evaluate_checkpoint(
-        run_dir / "checkpoints" / "step_000002", config=config, base_dir=Path(config.runs_dir).parent
+        sampled_model(run_dir / "checkpoints" / "step_000002", config), base_dir=Path(config.runs_dir).parent
     ).metrics
     for row in (first, later):
         own = {key: value for key, value in row.items() if key.startswith("eval/bright/")}
@@ -79,8 +80,7 @@ def test_a_scorer_that_no_sample_is_for_has_no_overall_and_ends_nothing(config: 
     gold = config.evaluation.gold[0].model_copy(update={"tasks": ["another"]})
     few = config.evaluation.model_copy(update={"gold": [gold], "num_samples": 3, "num_steps": 1})
     found = evaluate_checkpoint(
-        Path(config.model.path),
-        config=config.model_copy(update={"evaluation": few}),
+        sampled_model(Path(config.model.path), config.model_copy(update={"evaluation": few})),
         base_dir=Path(config.runs_dir).parent,
     )
     assert math.isnan(found.metrics["eval/bright/overall"]) and math.isnan(

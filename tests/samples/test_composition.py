@@ -15,7 +15,8 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.check_prompts import check_reward_tasks
 from flowalign.record.metrics import HackingAlarm
-from flowalign.samples.scoring import NamedScorer, cat_scores, load_scorer, merge, reward_metrics, score_images
+from flowalign.samples.joined import cat_scores
+from flowalign.samples.scoring import NamedScorer, load_scorer, merge, reward_metrics, score_images
 from rewards.interface import Asked
 
 TASKS = ["position", "counting", "position", "colors"]

@@ -21,7 +21,8 @@ from flowalign.record.metrics import without_times
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal
 from flowalign.run.made import MadeOf
-from flowalign.samples.scoring import cat_scores, faults, load_scorers, merge, reward_metrics, score_images
+from flowalign.samples.joined import cat_scores
+from flowalign.samples.scoring import faults, load_scorers, merge, reward_metrics, score_images
 from flowalign.types import Scores
 from rewards.http import transport
 from rewards.interface import Asked

@@ -13,8 +13,9 @@ from flowalign.models.build import add_lora, bind_weights, disabled_adapters, lo
 from flowalign.models.families.sd3.loading import assembled
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
+from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
-from flowalign.types import PromptBatch, RolloutSpec, Scores, cat_rollouts, value_of
+from flowalign.types import PromptBatch, RolloutSpec, Scores, value_of
 
 PROMPTS = ("a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross")
 

@@ -14,7 +14,7 @@ from flowalign.cluster.ray_backend import RayBackend
 from flowalign.run.align import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Collected
-from flowalign.samples.scoring import scored_together
+from flowalign.samples.joined import scored_together
 from flowalign.types import PromptBatch
 from tests.cluster.runs import small_config
 

@@ -1,0 +1,73 @@
+"""Chunks of one iteration: which of them are scored as one, and all of them joined."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from flowalign.types import PromptBatch, Rollout, Scores, cat_conditions
+from rewards.composite import one_owner
+
+
+def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[range]:
+    """Which consecutive chunks are scored as one: each by itself, or ``whole_groups`` of as few chunks as hold them."""
+    if not whole_groups:
+        return [range(i, i + 1) for i in range(len(chunks))]
+    last = {group: i for i, chunk in enumerate(chunks) for group in chunk.group_ids}
+    found, begin, end = [], 0, 0
+    for i, chunk in enumerate(chunks):
+        end = max(end, *(last[group] for group in chunk.group_ids))
+        if i == end:
+            found.append(range(begin, i + 1))
+            begin = end = i + 1
+    return found
+
+
+def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Join chunks of one iteration, in the order given; they must share spec, seed and policy version."""
+    keys = {(p.spec, p.seed, p.policy_version) for p in parts}
+    if len(keys) != 1:
+        raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
+    names = ("prompts", "group_ids", "sample_ids", "metadata")
+    batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
+    means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
+    return replace(
+        parts[0],
+        batch=batch,
+        condition=cat_conditions([p.condition for p in parts]),
+        states_NSCHW=torch.cat([p.states_NSCHW for p in parts]),
+        log_prob_NS=torch.cat([p.log_prob_NS for p in parts]),
+        final_NCHW=torch.cat([p.final_NCHW for p in parts]),
+        images=torch.cat([p.images for p in parts]),
+        means_NSCHW=torch.cat(means) if means else None,
+        computed=sum(p.computed for p in parts),
+        reused=sum(p.reused for p in parts),
+    )
+
+
+def cat_scores(parts: Sequence[Scores]) -> Scores:
+    """Join the scores of consecutive chunks; raises InvalidScores as ``merge`` does."""
+    causes: dict[str, int] = {}
+    for part in parts:
+        for cause, count in part.causes.items():
+            causes[cause] = causes.get(cause, 0) + count
+    retries: dict[str, Counter[str]] = {}
+    for name, counts in (item for part in parts for item in part.retries.items()):
+        retries.setdefault(name, Counter()).update(counts)
+    names = dict.fromkeys(name for part in parts for name in part.by_reward)
+    nothing = [torch.full_like(part.total, float("nan")) for part in parts]
+    routed = dict.fromkeys(name for part in parts for name in part.applies)
+    everywhere = [torch.ones_like(part.valid) for part in parts]
+    return Scores(
+        by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
+        total=torch.cat([p.total for p in parts]),
+        valid=torch.cat([p.valid for p in parts]),
+        causes=causes,
+        weights=parts[0].weights,
+        retries={name: dict(counts) for name, counts in retries.items()},
+        applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
+        owners=one_owner(part.owners for part in parts),
+    )

@@ -1,0 +1,135 @@
+"""What a command samples from and how, and the samples as image files.
+
+Shapes: N samples, C H W latents.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import SamplingConfig
+from flowalign.models.base import Policy
+from flowalign.record.disk import filled, on_disk, write_text, writing
+from flowalign.record.files import save_tensors
+from flowalign.samples.joined import cat_rollouts
+from flowalign.samples.opened import (
+    Progress,
+    Which,
+    asked,
+    is_pipeline,
+    open_policy,
+    policy_spec,
+    roll,
+    silent,
+    torch_threads,
+)
+from flowalign.samples.rollout import SampleNoise
+from flowalign.types import PromptBatch, RolloutSpec
+
+
+@dataclass(frozen=True)
+class SampledModel:
+    """A model that is sampled from, and how: ``path`` is a run, a checkpoint or a pipeline directory, ``config`` its
+    configuration; ``which`` weights are taken. See `sampled_model`."""
+
+    path: Path
+    config: AlignConfig
+    which: Which
+    seed: int
+    sampling: SamplingConfig
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Policy, dict[str, Any], RolloutSpec]]:
+        """Yield the policy, its state.json and how it is sampled; inside, torch has as many threads as in the run.
+
+        Raises:
+            CheckpointError, ModelError: as `open_policy` does.
+        """
+        with torch_threads(self.config.cluster.threads):
+            policy, state = open_policy(self.path, self.config, self.which)
+            yield policy, state, policy_spec(policy, self.sampling, self.config.model)
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What is recorded with each sample of how it was made."""
+        how = self.sampling.model_dump(include=set(SamplingConfig.model_fields), exclude_none=True)
+        return how | {
+            "max_sequence_length": self.config.model.max_sequence_length,
+            "weights": self.which,
+            "seed": self.seed,
+        }
+
+
+def sampled_model(
+    path: Path,
+    config: AlignConfig,
+    *,
+    which: Which | None = None,
+    seed: int | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+) -> SampledModel:
+    """The model at ``path`` with what a caller asks for; what is not given is as in ``config.evaluation``.
+
+    Raises:
+        ConfigError: the solver has no such option, or its steps cannot be cached.
+    """
+    own, path = config.evaluation, Path(path)
+    if which is None:
+        which = "ema" if own.weights == "ema" and not is_pipeline(path) else "model"
+    seed = own.seed if seed is None else seed
+    return SampledModel(path, config, which, seed, asked(own, num_steps, guidance_scale, solver))
+
+
+def sample_checkpoint(
+    model: SampledModel,
+    prompts: Sequence[str],
+    out_dir: Path,
+    *,
+    num_images: int = 1,
+    save_latents: bool = False,
+    progress: Progress = silent,
+) -> list[Path]:
+    """Save ``num_images`` PNGs a prompt and ``index.json``, which says how they were made.
+
+    With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
+    noise in diffusers gives the same latents (docs/running.md).
+    """
+    texts = tuple(prompt for prompt in prompts for _ in range(num_images))
+    groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
+    batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
+    with model.opened() as (policy, _, spec):
+        made = cat_rollouts(list(roll(policy, batch, spec, model.config, model.seed, progress)))
+    names = [f"{i:04d}.png" for i in range(len(batch))]
+    index = [{"file": names[i], "prompt": text, "sample_id": i, **model.made_with} for i, text in enumerate(texts)]
+    with filled(out_dir) as draft:
+        save_images(draft, names, made.images)
+        write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
+        if save_latents:
+            size = model.config.model
+            shape = policy.network.latent_shape(size.height, size.width)
+            noise = SampleNoise(model.seed, batch.sample_ids, shape).draw()
+            save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
+    return [out_dir / name for name in names]
+
+
+def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
+    """PNG files of uint8 (N, H, W, 3). Raises DiskError, which takes those to come to be as large as the one that
+    failed."""
+    from PIL import Image
+
+    for count, (name, image) in enumerate(zip(names, images, strict=True)):
+        png = io.BytesIO()
+        Image.fromarray(image.numpy()).save(png, format="PNG")
+        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (len(names) - count))):
+            (folder / name).write_bytes(png.getvalue())
