@@ -62,13 +62,7 @@ class VlmJudgeScorer(Answers):
             raise SpecError("vlm_judge: repairs must be >= 0 and concurrency >= 1")
         self.model, self.question = model, question
         self.low, self.high = low, high
-        try:
-            self._asked("a prompt")
-        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-            raise SpecError(
-                f"vlm_judge: question is no template ({error!r}); it may use {{prompt}}, {{low}} and {{high}}, "
-                "and writes other braces twice"
-            ) from error
+        self._check_question()
         self.endpoint = Endpoint(
             url,
             what="vlm_judge",
@@ -82,6 +76,15 @@ class VlmJudgeScorer(Answers):
         self.concurrency = concurrency
         self.device = device
         self.batch_size = batch_size
+
+    def _check_question(self) -> None:
+        try:
+            self._asked("a prompt")
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            raise SpecError(
+                f"vlm_judge: question is no template ({error!r}); it may use {{prompt}}, {{low}} and {{high}}, "
+                "and writes other braces twice"
+            ) from error
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
         """``{"vlm_judge": (N,)}``, NaN where the model gave no usable answer."""

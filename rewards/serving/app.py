@@ -10,7 +10,7 @@ import hmac
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rewards.interface import InputError, Offers, Scorer, ScorerError, call, needs_of
+from rewards.interface import Asked, InputError, Offers, Scorer, ScorerError, call, needs_of
 from rewards.serving.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
 from rewards.serving.doors import DEFAULT_DOORS, Doors
 from rewards.serving.form import read_form
@@ -78,60 +78,14 @@ def create_app(
     merger = Merger(partial(call, name, scorer), batching=batching, observe=metrics.batch)
     metrics.watch_pending(lambda: merger.pending)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(merger.close)
-
-    app = FastAPI(title=f"reward server: {name}", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-
-    @app.post("/score")
-    async def post_score(request: Request) -> Response:
-        _authorize(request, token)
-        with metrics.request() as seen:
-            form = request.headers.get("content-type", "").startswith("multipart/form-data")
-            async with AsyncExitStack() as held:
-                size = _declared(request, limits)
-                # The files of a form are copied out of it.
-                stay = await held.enter_async_context(rooms.bodies.taken(max(size * (1 + form), _LEAST_ROOM)))
-                async with rooms.bodies.reading(stay, doors.body_s):
-                    body = await _body(request, limits, stay)
-                if form:
-
-                    async def decoding(size: int) -> None:
-                        await held.enter_async_context(rooms.pixels.taken(size))
-
-                    asked = await read_form(request.headers, body, limits, decoding)
-                else:
-                    asked = await run_in_threadpool(decode_request, body, limits)
-                scores = await asyncio.wrap_future(merger.submit(asked))
-            seen.done(scores)
-            request.scope[IMAGES] = seen.images
-        if form:
-            return JSONResponse({"scores": {key: _listed(values) for key, values in scores.items()}})
-        return Response(encode_response(scores), media_type=CONTENT_TYPE)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def prometheus(request: Request) -> Response:
-        _authorize(request, token)
-        return Response(metrics.text(), media_type=METRICS_TYPE)
-
-    @app.get("/info")
-    async def info() -> dict[str, Any]:
-        scale = getattr(scorer, "range", None)
-        return {
-            "name": name,
-            "scorer": type(scorer).__name__,
-            "range": None if scale is None else [None if abs(edge) == float("inf") else edge for edge in scale],
-            "content_type": CONTENT_TYPE,
-            "limits": asdict(limits),
-            "batching": asdict(batching),
-        }
-
+    answers = _Answers(name, scorer, token, limits, batching, metrics, doors, rooms, merger)
+    app = FastAPI(
+        title=f"reward server: {name}", docs_url=None, redoc_url=None, openapi_url=None, lifespan=answers.lifespan
+    )
+    app.post("/score")(answers.score)
+    app.get("/health")(answers.health)
+    app.get("/metrics")(answers.prometheus)
+    app.get("/info")(answers.info)
     app.add_exception_handler(ScorerError, _scorer_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
@@ -139,6 +93,73 @@ def create_app(
     app.add_middleware(_KnownHosts, hosts=hosts)
     app.add_middleware(RequestLog)
     return app
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the server of one scorer answers, a method a path."""
+
+    name: str
+    scorer: Scorer
+    token: str | None
+    limits: Limits
+    batching: Batching
+    metrics: ServerMetrics
+    doors: Doors
+    rooms: Rooms
+    merger: Merger
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(self.merger.close)
+
+    async def score(self, request: Request) -> Response:
+        _authorize(request, self.token)
+        with self.metrics.request() as seen:
+            form = request.headers.get("content-type", "").startswith("multipart/form-data")
+            async with AsyncExitStack() as held:
+                asked = await self._asked(request, form, held)
+                scores = await asyncio.wrap_future(self.merger.submit(asked))
+            seen.done(scores)
+            request.scope[IMAGES] = seen.images
+        if form:
+            return JSONResponse({"scores": {key: _listed(values) for key, values in scores.items()}})
+        return Response(encode_response(scores), media_type=CONTENT_TYPE)
+
+    async def _asked(self, request: Request, form: bool, held: AsyncExitStack) -> Asked:
+        """Read what a request asks; ``held`` holds the room that it takes."""
+        bodies = self.rooms.bodies
+        size = _declared(request, self.limits)
+        # The files of a form are copied out of it.
+        stay = await held.enter_async_context(bodies.taken(max(size * (1 + form), _LEAST_ROOM)))
+        async with bodies.reading(stay, self.doors.body_s):
+            body = await _body(request, self.limits, stay)
+        if not form:
+            return await run_in_threadpool(decode_request, body, self.limits)
+
+        async def decoding(size: int) -> None:
+            await held.enter_async_context(self.rooms.pixels.taken(size))
+
+        return await read_form(request.headers, body, self.limits, decoding)
+
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def prometheus(self, request: Request) -> Response:
+        _authorize(request, self.token)
+        return Response(self.metrics.text(), media_type=METRICS_TYPE)
+
+    async def info(self) -> dict[str, Any]:
+        scale = getattr(self.scorer, "range", None)
+        return {
+            "name": self.name,
+            "scorer": type(self.scorer).__name__,
+            "range": None if scale is None else [None if abs(edge) == float("inf") else edge for edge in scale],
+            "content_type": CONTENT_TYPE,
+            "limits": asdict(self.limits),
+            "batching": asdict(self.batching),
+        }
 
 
 class Rooms:

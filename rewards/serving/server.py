@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from rewards.interface import ScorerError, SpecError, set_up
 from rewards.resolve import resolve
@@ -53,13 +54,11 @@ def serve(
     """
     if token is None and not is_loopback(host):
         raise SpecError(f"host {host} is reachable from outside and needs a token; name its variable with --token-env")
-    listener = _listen(host, port)
-    with listener:
+    with _listen(host, port) as listener:
         scorer = resolve(spec, base_dir, OFFERS)
         set_up(scorer, device)
         name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
         metrics = ServerMetrics(name)
-        listener.listen(_QUEUE)
         rooms = Rooms(doors)
         gate = Gate(doors, rooms.give_way)
         metrics.watch_connections(lambda: gate.open, lambda: gate.turned_away)
@@ -74,24 +73,38 @@ def serve(
             hosts=hosts_of(host, doors.allow_hosts),
             rooms=rooms,
         )
-        address = f"[{host}]" if ":" in host else host
-        line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            app,
-            http=Door,
-            ws="none",
-            loop="asyncio",
-            log_level="error",  # a stranger's bad request is told to the stranger
-            access_log=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
-        began = time.monotonic()
-        try:
-            with few_lines("asyncio", "uvicorn.error", "rewards.serve"):
-                _Server(config, listener, gate, lambda: announce(line)).run(sockets=[])
-        finally:
-            announce(f"reward server of {name} ends after {time.monotonic() - began:.0f} s: {metrics.totals()}")
+        listener.listen(_QUEUE)
+        _run(app, listener, gate, host, announce, name, metrics)
+
+
+def _run(
+    app: FastAPI,
+    listener: socket.socket,
+    gate: Gate,
+    host: str,
+    announce: Callable[[str], None],
+    name: str,
+    metrics: ServerMetrics,
+) -> None:
+    """Serve ``app`` until it is told to end; say where at the beginning, and at the end how much it scored."""
+    address = f"[{host}]" if ":" in host else host
+    line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
+    config = uvicorn.Config(
+        app,
+        http=Door,
+        ws="none",
+        loop="asyncio",
+        log_level="error",  # a stranger's bad request is told to the stranger
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    began = time.monotonic()
+    try:
+        with few_lines("asyncio", "uvicorn.error", "rewards.serve"):
+            _Server(config, listener, gate, lambda: announce(line)).run(sockets=[])
+    finally:
+        announce(f"reward server of {name} ends after {time.monotonic() - began:.0f} s: {metrics.totals()}")
 
 
 def public_name(spec: str) -> str:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from flowalign.measure.evaluate import EvaluationResult, evaluate_checkpoint, evaluation_metrics, write_results_jsonl
 from flowalign.models.build import load_network, load_policy
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.samples.opened import SampleNoise, load_weights
+from flowalign.samples.opened import load_weights
+from flowalign.samples.rollout import SampleNoise
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import Scores
 from tests.tiny import run_config, write_checkpoint, write_pipeline
