@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +11,7 @@ from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
 from flowalign.cli.model_commands import evaluate, export, merge, report, sample
-from flowalign.cli.options import (
-    AcceptChanged,
-    ConfigFile,
-    Json,
-    Overrides,
-    finite,
-)
+from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, finite, token_of
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
@@ -90,7 +83,6 @@ def serve_reward(
     log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
-    from flowalign.config.section import ConfigError
     from flowalign.config.sections import RewardConfig
     from flowalign.intake.paths import resolve_reward, scalar_options
     from rewards.serving.batching import Batching
@@ -99,9 +91,7 @@ def serve_reward(
     from rewards.serving.server import serve
 
     log(log_requests)
-    token = os.environ.get(token_env) if token_env else None
-    if token_env and not token:
-        raise ConfigError("--token-env", f"the variable {token_env} is empty; set it to the token")
+    token = token_of(token_env)
     reward = resolve_reward(RewardConfig(spec=scorer, options=scalar_options(options or ())), Path.cwd(), scorer)
     serve(
         {"type": reward.spec, **reward.options},

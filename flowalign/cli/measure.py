@@ -10,7 +10,7 @@ import typer
 from flowalign.cli.options import Json
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
-from flowalign.making.measuring import METRICS, SHIPPED_CLIP, measure_folder
+from flowalign.making.measuring import METRICS, SHIPPED_CLIP, Options, measure_folder
 
 Reference = Annotated[str | None, typer.Option(help="a folder of images, or shapes:eval: true scenes, freshly drawn")]
 Extractor = Annotated[
@@ -33,18 +33,8 @@ def measure(
 ) -> None:
     """Compare a folder of images with a reference, and with its prompts: FID, KID, precision, recall, CLIP score."""
     console = make_console(as_json)
-    found = measure_folder(
-        generated,
-        reference=reference,
-        metrics=metrics,
-        prompts=prompts,
-        extractor=extractor,
-        clip=clip,
-        num_reference=num_reference,
-        seed=seed,
-        device=device,
-        show=lambda what: progress(console, what),
-    )
+    options = Options(reference, metrics, prompts, extractor, clip, num_reference, seed, device)
+    found = measure_folder(generated, options, lambda what: progress(console, what))
     print_rows(console, [(name, f"{value:.4f}") for name, value in found.metrics.items()])
     for line in [
         *map("note: {}".format, found.notes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +39,16 @@ def finite(value: Any) -> Any:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is no finite number")
     return value
+
+
+def token_of(variable: str | None) -> str | None:
+    """What an environment variable holds. Raises ConfigError where it is named and empty."""
+    token = os.environ.get(variable) if variable else None
+    if variable and not token:
+        from flowalign.config.section import ConfigError
+
+        raise ConfigError("--token-env", f"the variable {variable} is empty; set it to the token")
+    return token
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]

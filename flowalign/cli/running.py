@@ -79,7 +79,7 @@ def held(
     if (note := check_room(config, run_dir)) is not None:
         console.print(note)
     began_from = _last_checkpoint(run_dir)
-    resumes = (config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume) != "never"
+    resumes = _resume(config) != "never"
     with ExitStack() as stack:
         with stop.deferred():
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))
@@ -96,14 +96,15 @@ def held(
         except Exception as error:
             if stop.at_once:  # it came in the midst of a library's call, which made another error of it
                 raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from error
-            if not lock.begun:
-                if isinstance(error, DiskError):
-                    error.begun = False
-                raise
-            last = _last_checkpoint(run_dir)
-            if (gentler := _gentler(error, config, run_dir, last)) is not None:
-                raise RunFailed(gentler + further_back(last, began_from), error) from error
-            raise RunFailed(_kept(last, resumes), error) from error
+            if lock.begun:
+                raise _failed(error, config, run_dir, began_from, resumes) from error
+            if isinstance(error, DiskError):
+                error.begun = False
+            raise
+
+
+def _resume(config: AlignConfig | PretrainConfig) -> str:
+    return config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
 
 
 def _ended_early(interrupt: KeyboardInterrupt, run_dir: Path, stop: StopRequest, resumes: bool) -> EndedEarly:
@@ -114,6 +115,15 @@ def _ended_early(interrupt: KeyboardInterrupt, run_dir: Path, stop: StopRequest,
     kept = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
     early.args = (f"stopped{kept}",)
     return early
+
+
+def _failed(
+    error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, began_from: Path | None, resumes: bool
+) -> RunFailed:
+    """Say what a run that failed has kept, and how to go on where its learning rate was too large."""
+    last = _last_checkpoint(run_dir)
+    gentler = _gentler(error, config, run_dir, last)
+    return RunFailed(_kept(last, resumes) if gentler is None else gentler + further_back(last, began_from), error)
 
 
 def _kept(last: Path | None, resumes: bool) -> str:
@@ -165,8 +175,8 @@ def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Pa
     if last is None:
         return f"there is no checkpoint yet; begin with a smaller learning rate: {shlex.join(words)}"
     key = "checkpoint.resume" if command == "align" else "resume"
-    resume = config.checkpoint.resume if isinstance(config, AlignConfig) else config.resume
-    words += [f"{key}=auto"] * (resume == "never") + [word for key in rates for word in ("--accept-changed", key)]
+    words += [f"{key}=auto"] * (_resume(config) == "never")
+    words += [word for key in rates for word in ("--accept-changed", key)]
     return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
 
 

@@ -17,6 +17,7 @@ from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
 from flowalign.export.writing import write_lora, write_pipeline
+from flowalign.models.base import Policy
 from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
@@ -93,22 +94,13 @@ def export(
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     with draft_beside(to) as draft:
         with torch_threads(config.cluster.threads):
-            policy, state = open_policy(found, config, which)
-            if not isinstance(policy.encoders, SD3Encoders):
-                raise ExportError(f"export knows models of type sd3, not {config.model.type}")
-            module = policy.network.module
-            if type(module) is not SD3Transformer2DModel:
-                raise ExportError(f"diffusers has no class for a {type(module).__name__}; evaluate the run itself")
-            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            policy, state = _opened(found, config, which)
+            trained = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
-            if kind == "lora":
-                errors = write_lora(policy, draft, config)
-            else:
-                errors = write_pipeline(policy, draft, config, getattr(torch, dtype))
+            errors = _write(policy, draft, config, kind, dtype)
         _refuse_difference(errors, tolerance, to)
-        result = ExportResult(
-            to, kind, found, int(state["iteration"] if "iteration" in state else state["step"]), digest, *errors
-        )
+        iteration = int(state["iteration"] if "iteration" in state else state["step"])
+        result = ExportResult(to, kind, found, iteration, digest, *errors)
         _keep(draft, to, result, config, state, policy.network.family)
     return result
 
@@ -120,6 +112,23 @@ def _check(kind: Kind, config: AlignConfig, dtype: Dtype) -> None:
         raise ExportError("this run trained all weights and has no LoRA to export; export it as pipeline")
     if kind == "lora" and dtype != "float32":
         raise ExportError(f"LoRA files are written in float32, not {dtype}; leave dtype out")
+
+
+def _opened(found: Path, config: AlignConfig, which: str) -> tuple[Policy, dict[str, Any]]:
+    """The policy of a checkpoint and its state.json, if diffusers has a class for it."""
+    policy, state = open_policy(found, config, which)
+    if not isinstance(policy.encoders, SD3Encoders):
+        raise ExportError(f"export knows models of type sd3, not {config.model.type}")
+    module = policy.network.module
+    if type(module) is not SD3Transformer2DModel:
+        raise ExportError(f"diffusers has no class for a {type(module).__name__}; evaluate the run itself")
+    return policy, state
+
+
+def _write(policy: Policy, draft: Path, config: AlignConfig, kind: Kind, dtype: Dtype) -> Errors:
+    if kind == "lora":
+        return write_lora(policy, draft, config)
+    return write_pipeline(policy, draft, config, getattr(torch, dtype))
 
 
 def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:

@@ -61,14 +61,15 @@ def reverse_step(
         return _posterior(x, velocity, t, t_next, noise_level)
     if kind == "ode":
         return _stats(x + velocity * delta, torch.zeros_like(delta))
-    if kind == "flow":
-        if sigma_max is None:
-            raise ValueError("kind 'flow' needs sigma_max, the second sigma of the schedule, for the step at sigma 1")
-        diffusion = noise_level * torch.sqrt(t / (1 - torch.where(t > _TOP, per_sample(sigma_max, x), t)))
-    else:
-        diffusion = torch.full_like(t, noise_level)
+    diffusion = torch.full_like(t, noise_level) if kind == "dance" else _flow_diffusion(x, t, noise_level, sigma_max)
     drift = velocity + diffusion * diffusion / (2 * t) * noise_from_velocity(x, velocity, t)
     return _stats(x + drift * delta, diffusion * torch.sqrt(-delta))
+
+
+def _flow_diffusion(x: Tensor, t: Tensor, noise_level: float, sigma_max: Scalar | None) -> Tensor:
+    if sigma_max is None:
+        raise ValueError("kind 'flow' needs sigma_max, the second sigma of the schedule, for the step at sigma 1")
+    return noise_level * torch.sqrt(t / (1 - torch.where(t > _TOP, per_sample(sigma_max, x), t)))
 
 
 def planned_step(spec: RolloutSpec, x: Tensor, velocity: Tensor, sigma: Scalar, sigma_next: Scalar) -> StepStats:

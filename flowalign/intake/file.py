@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Generic
 
 from pydantic import ValidationError
 
-from flowalign.algorithm import Algorithm
+from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig, SamplingConfig
@@ -180,51 +180,63 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     if "phases" in raw and "iterations" not in raw:
         raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
     config = resolve(validate(AlignConfig, raw), base)
-    missing: list[str] = []
+    missing = _lacking(_reward_checks(config, base), require_files)
+    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
+    config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
+    checks.check_numbers(config, algorithm)
+    return Loaded(config, base, tuple(missing))
 
-    def need(check: Callable[..., None], *args: Any) -> None:
+
+def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list[str]:
+    """What this machine lacks for a run, a sentence each; with ``require_files`` the first is raised."""
+    missing = []
+    for check in checked:
         try:
-            check(*args)
+            check()
         except ConfigError as error:
             if require_files:
                 raise
             missing.append(str(error))
+    return missing
 
+
+def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], None]]:
+    """Every reward and every judge can be had."""
     for i, reward in enumerate(config.rewards):
-        need(checks.check_reward, f"rewards.{i}", reward, base, TRAINING)
+        yield partial(checks.check_reward, f"rewards.{i}", reward, base, TRAINING)
     if config.evaluation.scorer is not None:
-        need(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
+        yield partial(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
     for i, reward in enumerate(config.evaluation.gold):
-        need(checks.check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
-    need(checks.check_reward_names, "rewards", config.rewards)
-    judges = [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
-    need(checks.check_reward_names, "evaluation", judges)
+        yield partial(checks.check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
+    yield partial(checks.check_reward_names, "rewards", config.rewards)
+    yield partial(checks.check_reward_names, "evaluation", _judges(config))
     if config.safety.clip is not None:
         clip = RewardConfig(spec="clip", options={"path": config.safety.clip})
-        need(checks.check_reward, "safety.clip", clip, base, EVALUATION)
-    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
-    need(checks.check_model, config, algorithm.needs)
-    need(check_caches, config)
-    need(promptcheck.check_prompts, "data.prompts", config.data.prompts, config.rewards, base)
-    need(promptcheck.check_task_weights, config.data.task_weights, config.data.prompts, base)
-    need(promptcheck.check_reward_tasks, config.rewards, config.data.prompts, base)
-    need(promptcheck.check_tasks_taught, config, algorithm.needs)
-    if config.evaluation.every:
-        need(
-            partial(promptcheck.check_prompts, advice=DEFAULT_JUDGE if config.evaluation.scorer is None else ""),
-            "evaluation.prompts",
-            config.evaluation.prompts,
-            judges,
-            base,
-        )
-        need(promptcheck.check_judged_tasks, config.evaluation, config.evaluation.prompts, base)
+        yield partial(checks.check_reward, "safety.clip", clip, base, EVALUATION)
+
+
+def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
+    """Model and prompts are there and fit what learns and judges; the machine can hold the run."""
+    prompts, evaluation = config.data.prompts, config.evaluation
+    yield partial(checks.check_model, config, needs)
+    yield partial(check_caches, config)
+    yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards, base)
+    yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts, base)
+    yield partial(promptcheck.check_reward_tasks, config.rewards, prompts, base)
+    yield partial(promptcheck.check_tasks_taught, config, needs)
+    if evaluation.every:
+        key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.scorer is None else ""
+        yield partial(promptcheck.check_prompts, key, evaluation.prompts, _judges(config), base, advice=advice)
+        yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
-    need(checks.check_device, "cluster.device", config.cluster.device, here)
+    yield partial(checks.check_device, "cluster.device", config.cluster.device, here)
     if config.cluster.backend == "ray" and here:
-        need(checks.check_cores, config, algorithm.needs)
-    config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
-    checks.check_numbers(config, algorithm)
-    return Loaded(config, base, tuple(missing))
+        yield partial(checks.check_cores, config, needs)
+
+
+def _judges(config: AlignConfig) -> list[RewardConfig]:
+    return [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:

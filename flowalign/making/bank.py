@@ -24,6 +24,7 @@ from flowalign.making.duplicates import find_duplicates
 from flowalign.making.encode import Cutter, RowsDigest, Sizes, encode, in_order
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_encoders
+from flowalign.models.encoders import Encoders
 from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
 from rewards.pictures import PictureError, look
@@ -58,6 +59,18 @@ class Options:
     device: str = "cpu"
     workers: int = 4
 
+    def opened(self) -> ImageSource:
+        """The source. Raises ImagesError where it cannot be read."""
+        return ImageSource(
+            self.source,
+            self.captions,
+            image=self.image,
+            streaming=self.streaming,
+            hub=self.hub,
+            split=self.split,
+            limit=self.limit,
+        )
+
     def identity(self, source: ImageSource, encoder: str) -> dict[str, Any]:
         """All that decides the bank's content, as plain data."""
         named = ("split", "limit", "resolution", "max_ratio", "random_crop", "flip", "seed", "shard_size")
@@ -75,15 +88,7 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
         ConfigError: a size or the directory does not fit. ImagesError: the source cannot be read, or nothing in it can
             be used. LatentsError: the disk is full, or the directory was begun with other options. ModelError.
     """
-    source = ImageSource(
-        options.source,
-        options.captions,
-        image=options.image,
-        streaming=options.streaming,
-        hub=options.hub,
-        split=options.split,
-        limit=options.limit,
-    )
+    source = options.opened()
     encoder = encoder_hash(options.model)
     identity = options.identity(source, encoder)
     files = _files_digest(options)
@@ -99,19 +104,10 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
     with writer.on_full_disk(source.total):
         if options.buckets and not writer.entries:
             _check_listed(source, buckets)
-        removed: Mapping[int, str] = {}
-        if options.deduplicate is not None and options.clip is not None:
-            ordered = partial(in_order, workers=options.workers)
-            removed = find_duplicates(
-                source, options.deduplicate, options.clip, writer.work, device=options.device, ordered=ordered
-            )
+        removed = _duplicates(options, source, writer)
         cutter = Cutter(buckets, options.random_crop, options.flip, options.seed, removed)
         rows = encode(source, cutter, encoders, writer, sizes, say)
-        table = None
-        if options.embeddings is not None:
-            dtype = getattr(torch, options.embeddings)
-            length = options.model.max_sequence_length
-            table = write_embeddings(options.to / EMBEDDINGS, encoders, list(writer.prompts), length, dtype)
+        table = _write_captions(options, encoders, list(writer.prompts))
         counts = [{"pixels": str(bucket), "count": _count(writer, shape, bucket)} for bucket in buckets]
         made_from = {"rows": rows} | ({} if files is None or source.reads_elsewhere else {"files": files})
         manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts, FROM: made_from})
@@ -119,6 +115,23 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
         if not bucket["count"]:
             say(f"warning: no image fell into the bucket {bucket['pixels']}")
     return manifest
+
+
+def _duplicates(options: Options, source: ImageSource, writer: BankWriter) -> Mapping[int, str]:
+    """The rows that are near-duplicates, where they are asked for, and of which earlier one."""
+    if options.deduplicate is None or options.clip is None:
+        return {}
+    ordered = partial(in_order, workers=options.workers)
+    threshold, clip = options.deduplicate, options.clip
+    return find_duplicates(source, threshold, clip, writer.work, device=options.device, ordered=ordered)
+
+
+def _write_captions(options: Options, encoders: Encoders, prompts: list[str]) -> dict[str, Any] | None:
+    """Store the captions' embeddings, where they are asked for; return what the manifest says of them."""
+    if options.embeddings is None:
+        return None
+    dtype, length = getattr(torch, options.embeddings), options.model.max_sequence_length
+    return write_embeddings(options.to / EMBEDDINGS, encoders, prompts, length, dtype)
 
 
 def _files_digest(options: Options) -> str | None:

@@ -22,6 +22,7 @@ FEW = 100  # images of which KID tells little
 METRICS = ("fid", "kid", "precision", "recall", "clip")
 TRUE_SCENES = "shapes:eval"
 SHIPPED_CLIP = "shapes:open_clip"
+Show = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass
@@ -34,23 +35,28 @@ class Measured:
     left_out: Mapping[str, Pictures] = field(default_factory=dict)
 
 
-def measure_folder(
-    generated: Path,
-    *,
-    reference: str | None,
-    metrics: str | None,
-    prompts: Path | None,
-    extractor: str,
-    clip: str,
-    num_reference: int | None,
-    seed: int,
-    device: str,
-    show: Callable[[str], Callable[[int, int], None]],
-) -> Measured:
+@dataclass(frozen=True)
+class Options:
+    """What a folder is compared with, and by which models.
+
+    ``metrics`` is a list of `METRICS` with commas; None takes all that can be had. ``prompts`` are by default the
+    folder's own; ``num_reference`` true scenes, as many as images.
+    """
+
+    reference: str | None = None
+    metrics: str | None = None
+    prompts: Path | None = None
+    extractor: str = SHIPPED_CLIP
+    clip: str = SHIPPED_CLIP
+    num_reference: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+
+def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
     """Compare the images of ``generated`` with a reference, and with their prompts.
 
-    ``metrics`` is a list of `METRICS` with commas; None takes all that can be had. ``show("images")`` answers with what
-    is told how many of how many are done.
+    ``show("images")`` answers with what is told how many of how many are done.
 
     Raises:
         ConfigError: names the option that asks for what cannot be had.
@@ -59,33 +65,41 @@ def measure_folder(
     from flowalign.measure.imagefolder import image_files, own_prompts, prompt_rows
     from flowalign.measure.imageset import folder_of
 
-    check_device("--device", device)
+    check_device("--device", options.device)
     files = image_files(generated, "GENERATED")
-    source = prompts or own_prompts(generated)
-    wanted = _wanted(metrics, reference, source)
+    source, reference = options.prompts or own_prompts(generated), options.reference
+    wanted = _wanted(options.metrics, reference, source)
     texts = [row["prompt"] for row in prompt_rows(files, source)] if source and "clip" in wanted else None
     pictures = folder_of(files, "GENERATED")
     values: dict[str, float] = {}
     content: dict[str, Any] = {"generated": str(generated), "metrics": values}
     notes, left_out = list[str](), {"generated": pictures}
     if reference is not None and wanted != ["clip"]:
-        from flowalign.measure.distances import compare
-
-        other = left_out["reference"] = reference_of(reference, num_reference or pictures.count, seed)
-        _check_counts(pictures.count, other.count, wanted)
-        model = extractor_of(extractor, device)
-        found = [_features(model, images, show("images")) for images in (pictures, other)]
-        _check_counts(pictures.count, other.count, wanted)
-        values |= compare(*found, metrics=wanted)
-        content |= {"reference": reference, "reference_images": other.count, "extractor": extractor}
-        notes = notes_of(min(map(len, found)), found[0].shape[1], wanted)
+        other = reference_of(reference, options.num_reference or pictures.count, options.seed)
+        left_out["reference"] = other
+        distances, notes = _distances(pictures, other, wanted, options, show)
+        values |= distances
+        content |= {"reference": reference, "reference_images": other.count, "extractor": options.extractor}
     if texts is not None:
-        scores = _clip_scores(pictures, texts, clip_of(clip, device))
+        scores = _clip_scores(pictures, texts, clip_of(options.clip, options.device))
         values["clip"] = float(scores.mean())
         names = [pictures.names[place] for place in pictures.kept]
-        content |= {"clip": clip, "files": names, "clip_scores": scores.tolist()}
+        content |= {"clip": options.clip, "files": names, "clip_scores": scores.tolist()}
     content |= {"images": pictures.count, "left_out": {key: images.reasons for key, images in left_out.items()}}
     return Measured({name: values[name] for name in wanted}, {**content, "notes": notes}, notes, left_out)
+
+
+def _distances(
+    pictures: Pictures, other: Pictures, wanted: list[str], options: Options, show: Show
+) -> tuple[dict[str, float], list[str]]:
+    """The metrics that compare two sets, and what a reader of them must know."""
+    from flowalign.measure.distances import compare
+
+    _check_counts(pictures.count, other.count, wanted)
+    model = extractor_of(options.extractor, options.device)
+    found = [_features(model, images, show("images")) for images in (pictures, other)]
+    _check_counts(pictures.count, other.count, wanted)
+    return compare(*found, metrics=wanted), notes_of(min(map(len, found)), found[0].shape[1], wanted)
 
 
 def reference_metrics(

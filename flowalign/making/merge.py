@@ -87,7 +87,18 @@ def merge(
     with torch_threads(first.config.cluster.threads):
         total = _average(first, sources[1:], portions, which, model)
         bind_weights(first.policy.network.module, total)
-    record = {
+    record = _record(first, sources, portions, which)
+    pipeline = assembled(first.policy)
+    if pipeline.scheduler.config["stochastic_sampling"]:
+        # The first one's scheduler is kept, and by its record a consistency student is known.
+        record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
+    _write(pipeline, first.policy.network, total, to, record)
+    return record
+
+
+def _record(first: Source, sources: Sequence[Path], portions: Sequence[float], which: str) -> dict[str, Any]:
+    """What is recorded of what was merged."""
+    return {
         "kind": "merge",
         "sources": ["/".join(source.resolve().parts[-2:]) for source in sources],
         "shares": portions,
@@ -95,12 +106,6 @@ def merge(
         "max_sequence_length": first.config.model.max_sequence_length,
         "family": first.policy.network.family,
     }
-    pipeline = assembled(first.policy)
-    if pipeline.scheduler.config["stochastic_sampling"]:
-        # The first one's scheduler is kept, and by its record a consistency student is known.
-        record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
-    _write(pipeline, first.policy.network, total, to, record)
-    return record
 
 
 def _average(

@@ -78,16 +78,9 @@ def inspect_model(
     Raises:
         ModelError: a configuration file is missing or unreadable, or the image size does not fit.
     """
-    from diffusers import SD3Transformer2DModel
-
-    from flowalign.models.architectures.inputs import CONFIG_KEY
-
     fallback = not directory.exists()
     config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
-    with torch.device("meta"):
-        network = SD3Transformer2DModel(
-            **{k: v for k, v in config.items() if not k.startswith("_") and k != CONFIG_KEY}
-        )
+    network = _without_weights(config)
     shape = latent_shape(directory, height, width)
     clip = CLIP_TOKENS if fallback else _clip_tokens(directory)
     total = sum(p.numel() for p in network.parameters())
@@ -104,6 +97,16 @@ def inspect_model(
         width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
         num_layers=int(config["num_layers"]),
     )
+
+
+def _without_weights(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a ``config.json`` on the meta device."""
+    from diffusers import SD3Transformer2DModel
+
+    from flowalign.models.architectures.inputs import CONFIG_KEY
+
+    with torch.device("meta"):
+        return SD3Transformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_") and k != CONFIG_KEY})
 
 
 def latent_shape(directory: Path, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -60,14 +60,10 @@ class CheckpointWriter:
         """
         final = self.root / f"step_{step:06d}"
         parts = {"model": model, **({} if ema is None else {"ema": ema}), **(averages or {})}
-        found = fault_of_state(parts, [moments for moments, _ in (optimizer_by_rank or {}).values()])
-        if found is not None:
-            raise DestroyedState(f"{final} is not written: something has destroyed {found}")
         shards = {f"optimizer/rank_{rank:05d}": shard for rank, shard in (optimizer_by_rank or {}).items()}
-        tensors = parts | {name: moments for name, (moments, _) in shards.items()}
-        made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
-        documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
-        texts = {name: json.dumps(document, indent=1) for name, document in documents.items()}
+        if (found := fault_of_state(parts, [moments for moments, _ in shards.values()])) is not None:
+            raise DestroyedState(f"{final} is not written: something has destroyed {found}")
+        tensors, texts = _files(parts, shards, state)
         needed = SPARE + on_disk([*map(tensors_size, tensors.values()), *map(len, texts.values())])
         with writing(f"checkpoint {final}", self.root, needed):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -75,7 +71,7 @@ class CheckpointWriter:
             require_room(f"checkpoint {final}", self.root, needed)
             with swept(self._hidden()) as hidden:
                 _write(hidden, tensors, texts)
-                self._seal(hidden, step, state.get("metrics", {}).get(self.best_metric), made_of)
+                self._seal(hidden, step, state)
                 if final.exists():
                     self._make_room(final)
                 hidden.rename(final)
@@ -106,7 +102,7 @@ class CheckpointWriter:
         for leftover in self.root.glob(f"{HIDDEN}*"):
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
-    def _seal(self, hidden: Path, step: int, metric: float | None, made_of: Mapping[str, str]) -> None:
+    def _seal(self, hidden: Path, step: int, state: Mapping[str, Any]) -> None:
         """Force all files to the disk and write their manifest."""
         files = {}
         for path in sorted(hidden.rglob("*.*")):
@@ -114,8 +110,10 @@ class CheckpointWriter:
             files[path.relative_to(hidden).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         sequence = 1 + max((m["sequence"] for m in manifests(self.root).values()), default=0)
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "sequence": sequence, "files": files}
+        metric = state.get("metrics", {}).get(self.best_metric)
         manifest |= {"metrics": {} if metric is None else {self.best_metric: metric}}
-        manifest |= {"made_of": dict(made_of)} if made_of else {}
+        made_of = {key: digest_of(files) for key, files in state.get("made_of", {}).items()}
+        manifest |= {"made_of": made_of} if made_of else {}
         sealed = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1)
         (hidden / MANIFEST).write_text(sealed, encoding="utf-8")
         for written in (hidden / MANIFEST, hidden / "optimizer", hidden):
@@ -155,6 +153,15 @@ class CheckpointWriter:
         for path in known:
             if path.name not in keep:
                 path.rename(self._hidden())
+
+
+def _files(
+    parts: Mapping[str, Mapping[str, Tensor]], shards: Mapping[str, OptimizerState], state: Mapping[str, Any]
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
+    """The tensors and the JSON texts of a checkpoint, by the names of their files."""
+    tensors = {**parts, **{name: moments for name, (moments, _) in shards.items()}}
+    documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
+    return tensors, {name: json.dumps(document, indent=1) for name, document in documents.items()}
 
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:

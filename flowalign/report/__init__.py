@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib import resources
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -24,6 +24,9 @@ from flowalign.report.samples import Gallery, inside, read_gallery
 from flowalign.safety.collapse import stopped_by_alarm
 from flowalign.shapes.prompts import TASKS
 from rewards.printable import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 Row = dict[str, Any]
 MOST_ITERATIONS = 10**12
@@ -53,8 +56,6 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
 
     It needs no network. What the run does not have yet (an evaluation, samples, metrics) is said, not drawn.
     """
-    from jinja2 import Environment
-
     run_dir = Path(run_dir)
     by_iteration = {row["iteration"]: row for row in _metrics(run_dir)}
     rows = [by_iteration[iteration] for iteration in sorted(by_iteration)]
@@ -62,11 +63,7 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
     name = headline.main_score(config, rows)
     evaluations = [row for row in rows if f"eval/{name}/overall" in row]
     gallery = read_gallery(run_dir, name)
-    page = resources.files("flowalign.report").joinpath("template.html").read_text(encoding="utf-8")
-    # No template marks a text from outside as safe; `_shown` writes out what is invisible or turns the text around.
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
-    environment.filters |= {"number": _number, "signed": _signed, "duration": _duration}
-    html = environment.from_string(page).render(
+    html = _template().render(
         config=config,
         settings=_settings(config),
         full_config=list(_yaml(config.model_dump(mode="json"))),
@@ -90,8 +87,17 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
         damage=read_damaged(metrics)[1] if inside(metrics := run_dir / "metrics.jsonl", run_dir) else None,
         changes=_changes(run_dir),
     )
-    path = run_dir / "report.html"
-    return write_text(path, html)
+    return write_text(run_dir / "report.html", html)
+
+
+def _template() -> Template:
+    """The page, which marks no text from outside as safe; `_shown` writes out what is invisible or turns it around."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
+    environment.filters |= {"number": _number, "signed": _signed, "duration": _duration}
+    page = resources.files("flowalign.report").joinpath("template.html").read_text(encoding="utf-8")
+    return environment.from_string(page)
 
 
 def _shown(value: Any) -> Any:

@@ -114,13 +114,7 @@ def _run(
     backend = make_backend(config, base_dir, say, made)
     journal = None
     try:
-        trained, total = backend.parameters()
-        adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
-        say(
-            f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
-            f"loaded in {duration(time.monotonic() - loading)}"
-        )
-        if (line := left_out(config)) is not None:
+        for line in _loaded(config, *backend.parameters(), seconds=time.monotonic() - loading):
             say(line)
         if saved is not None:
             made.refuse_changes(saved, say)
@@ -142,6 +136,17 @@ def _run(
         made.close()
     if done < config.iterations and not stopped:
         raise EndedEarly
+
+
+def _loaded(config: AlignConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
+    """What the backend has loaded: the model, and preference pairs that it leaves out."""
+    adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
+    yield (
+        f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
+        f"loaded in {duration(seconds)}"
+    )
+    if (line := left_out(config)) is not None:
+        yield line
 
 
 def found(config: AlignConfig, run: Run) -> Iterator[str]:

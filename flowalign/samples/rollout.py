@@ -99,15 +99,8 @@ def integrate(
     else:
         first, place = (index.to(device) for index in _groups(groups, condition))
         x = _walk(velocity, condition.take(first), x[first], spec.sigmas[: begin + 1], spec, skipping)[place]
-    for _ in range(begin):
-        noise.draw()
-    states, log_probs, means = [x], [], []
-    for sigma, sigma_next in pairwise(spec.sigmas[begin : end + 1]):
-        stats = _step(network, condition, x, sigma, sigma_next, spec.kind, spec)
-        x = stats.mean + stats.std * noise.draw().to(device)
-        states.append(x)
-        log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
-        means.append(stats.mean)
+    states, log_probs, means = _sample_window(network, condition, x, noise, spec)
+    x = states[-1]
     rest = [(*spec.sigmas[end : spec.num_steps : stride], spec.sigmas[-1]) for stride in spec.granularities]
     final = torch.stack([_walk(network, condition, x, sigmas, spec, skipping) for sigmas in rest], 1).flatten(0, 1)
     if not means:
@@ -184,6 +177,26 @@ def _walk(
         for sigma, sigma_next in pairwise(sigmas):
             x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
     return x
+
+
+def _sample_window(
+    model: VelocityModel, condition: Condition, x: Tensor, noise: SampleNoise, spec: RolloutSpec
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Take the stochastic steps: the states before, between and after them, and of each its log-probs and its means.
+
+    The noise of the steps before them is drawn and not used.
+    """
+    begin, end = spec.window
+    for _ in range(begin):
+        noise.draw()
+    states, log_probs, means = [x], [], []
+    for sigma, sigma_next in pairwise(spec.sigmas[begin : end + 1]):
+        stats = _step(model, condition, x, sigma, sigma_next, spec.kind, spec)
+        x = stats.mean + stats.std * noise.draw().to(x.device)
+        states.append(x)
+        log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
+        means.append(stats.mean)
+    return states, log_probs, means
 
 
 def _groups(groups: Sequence[int], condition: Condition) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from rewards.interface import ScorerError, SpecError, set_up
+from rewards.interface import Scorer, ScorerError, SpecError, set_up
 from rewards.resolve import resolve
 from rewards.serving.app import OFFERS, Rooms, create_app
 from rewards.serving.batching import DEFAULT_BATCHING, Batching
@@ -55,13 +55,10 @@ def serve(
     if token is None and not is_loopback(host):
         raise SpecError(f"host {host} is reachable from outside and needs a token; name its variable with --token-env")
     with _listen(host, port) as listener:
-        scorer = resolve(spec, base_dir, OFFERS)
-        set_up(scorer, device)
-        name = public_name(spec if isinstance(spec, str) else str(spec["type"]))
+        name, scorer = _loaded(spec, base_dir, device)
         metrics = ServerMetrics(name)
         rooms = Rooms(doors)
         gate = Gate(doors, rooms.give_way)
-        metrics.watch_connections(lambda: gate.open, lambda: gate.turned_away)
         app = create_app(
             name,
             scorer,
@@ -77,6 +74,13 @@ def serve(
         _run(app, listener, gate, host, announce, name, metrics)
 
 
+def _loaded(spec: str | Mapping[str, Any], base_dir: str | Path, device: str) -> tuple[str, Scorer]:
+    """What strangers may call the scorer, and the scorer itself, set up."""
+    scorer = resolve(spec, base_dir, OFFERS)
+    set_up(scorer, device)
+    return public_name(spec if isinstance(spec, str) else str(spec["type"])), scorer
+
+
 def _run(
     app: FastAPI,
     listener: socket.socket,
@@ -89,6 +93,7 @@ def _run(
     """Serve ``app`` until it is told to end; say where at the beginning, and at the end how much it scored."""
     address = f"[{host}]" if ":" in host else host
     line = f"reward server of {name} listens on http://{address}:{listener.getsockname()[1]}"
+    metrics.watch_connections(lambda: gate.open, lambda: gate.turned_away)
     config = uvicorn.Config(
         app,
         http=Door,

@@ -43,6 +43,23 @@ def _restore(path: Path, model: nn.Module, average: dict[str, torch.Tensor], opt
         return int(file.metadata()["step"])
 
 
+def _scheduled(learning_rate: float, step: int, steps: int) -> float:
+    """The learning rate of a step: linear warm-up, cosine decay."""
+    warm = min(1.0, (step + 1) / 100)
+    decay = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item())
+    return learning_rate * warm * max(decay, 0.02)
+
+
+@torch.no_grad()
+def _follow(average: dict[str, torch.Tensor], model: nn.Module, decay: float) -> None:
+    """Take the model's weights into their exponential average; what is no float is copied."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)
+
+
 def train(
     name: str,
     model: nn.Module,
@@ -68,22 +85,14 @@ def train(
     began = time.monotonic()
     model.train()
     for step in range(start, steps):
-        warm = min(1.0, (step + 1) / 100)
-        decay = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm * max(decay, 0.02)
+            group["lr"] = _scheduled(learning_rate, step, steps)
         loss, metrics = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            keep = min(ema_decay, (step + 1) / (step + 10))
-            for key, value in model.state_dict().items():
-                if value.is_floating_point():
-                    average[key].lerp_(value, 1 - keep)
-                else:
-                    average[key].copy_(value)
+        _follow(average, model, min(ema_decay, (step + 1) / (step + 10)))
         if (step + 1) % save_every == 0 or step + 1 == steps:
             _save(path, model, average, optimizer, step + 1)
             line = {"stage": name, "step": step + 1, "of": steps, "loss": round(loss.item(), 5), **metrics}
