@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -22,8 +20,7 @@ from flowalign.record.disk import DiskError
 from flowalign.record.lock import RunLock
 from flowalign.record.progress import Phases
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
-
-LARGE = 1e-4  # what is tried where the learning rate was above 1
+from flowalign.run.advice import further_back, gentler, kept, last_checkpoint, lost_at_once, resumes_by
 
 
 @contextmanager
@@ -46,7 +43,7 @@ def conduct(as_json: bool, phases: Phases, unit: str = "iteration") -> Iterator[
 
 def lying(run_dir: Path) -> dict[str, Path]:
     """What a run has left, by the word for it; nothing of a run directory that was removed again."""
-    last, report = _last_checkpoint(run_dir), run_dir / "report.html"
+    last, report = last_checkpoint(run_dir), run_dir / "report.html"
     named = {"run": run_dir, "checkpoint": last, "report": report, "metrics": run_dir / "metrics.jsonl"}
     return {what: path for what, path in named.items() if path is not None and path.exists()}
 
@@ -78,24 +75,24 @@ def held(
     run_dir = check_run(config, accepted)
     if (note := check_room(config, run_dir)) is not None:
         console.print(note)
-    began_from = _last_checkpoint(run_dir)
-    resumes = _resume(config) != "never"
+    began_from = last_checkpoint(run_dir)
+    resumes = resumes_by(config) != "never"
     with ExitStack() as stack:
         with stop.deferred():
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))
             stack.enter_context(stop.watching(lock))
-        stop.last_words = partial(_at_once, run_dir, stop, resumes)
+        stop.last_words = partial(lost_at_once, run_dir, stop, resumes)
         if lock.said:
             console.print(lock.said)
         try:
             yield lock
         except KeyboardInterrupt as interrupt:
             if stop.at_once:
-                raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from None
+                raise EndedAtOnce(lost_at_once(run_dir, stop, resumes)) from None
             raise _ended_early(interrupt, run_dir, stop, resumes) from None
         except Exception as error:
             if stop.at_once:  # it came in the midst of a library's call, which made another error of it
-                raise EndedAtOnce(_at_once(run_dir, stop, resumes)) from error
+                raise EndedAtOnce(lost_at_once(run_dir, stop, resumes)) from error
             if lock.begun:
                 raise _failed(error, config, run_dir, began_from, resumes) from error
             if isinstance(error, DiskError):
@@ -103,17 +100,13 @@ def held(
             raise
 
 
-def _resume(config: AlignConfig | PretrainConfig) -> str:
-    return config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
-
-
 def _ended_early(interrupt: KeyboardInterrupt, run_dir: Path, stop: StopRequest, resumes: bool) -> EndedEarly:
     """Say where the run goes on; what was raised as EndedEarly in Ray's own code comes out as its base class."""
     early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
-    early.run_dir, early.checkpoint = run_dir, _last_checkpoint(run_dir)
+    early.run_dir, early.checkpoint = run_dir, last_checkpoint(run_dir)
     goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
-    kept = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
-    early.args = (f"stopped{kept}",)
+    where = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
+    early.args = (f"stopped{where}",)
     return early
 
 
@@ -121,16 +114,9 @@ def _failed(
     error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, began_from: Path | None, resumes: bool
 ) -> RunFailed:
     """Say what a run that failed has kept, and how to go on where its learning rate was too large."""
-    last = _last_checkpoint(run_dir)
-    gentler = _gentler(error, config, run_dir, last)
-    return RunFailed(_kept(last, resumes) if gentler is None else gentler + further_back(last, began_from), error)
-
-
-def _kept(last: Path | None, resumes: bool) -> str:
-    """Say what a run that failed has kept."""
-    if last is None:
-        return f"there is no checkpoint yet{', and the same command begins anew' if resumes else ''}"
-    return f"the last checkpoint is {last}{'; the same command continues from it' if resumes else ''}"
+    last = last_checkpoint(run_dir)
+    said = gentler(error, config, run_dir, last)
+    return RunFailed(kept(last, resumes) if said is None else said + further_back(last, began_from), error)
 
 
 @contextmanager
@@ -146,68 +132,3 @@ def following(stop: StopRequest) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say_error(sentence(error) or str(error))
         raise typer.Exit(code) from None
-
-
-def _at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:
-    """What a second Ctrl-C cost, and what is left."""
-    last = _last_checkpoint(run_dir)
-    kept = 0 if last is None else int(last.name.removeprefix("step_"))
-    lost = max(0, stop.done - kept) if stop.done else 0
-    what = f"{lost} finished {stop.unit}{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
-    if last is None:
-        return f"stopped at once, before the first checkpoint; {what}"
-    goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
-    return f"stopped at once; {goes_on} {last}, and {what}"
-
-
-def _gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, last: Path | None) -> str | None:
-    """How to go on with a smaller learning rate, where ``error`` says that this one was too large."""
-    from flowalign.engine.base import NonFiniteUpdate
-    from flowalign.record.destroyed import DestroyedState
-
-    if not isinstance(error, DestroyedState | NonFiniteUpdate):
-        return None
-    rates, command = smaller_rates(config), "align"
-    if isinstance(config, PretrainConfig):
-        command = "pretrain" if config.teacher is None else "distill"
-    words = ["flowalign", command, str(run_dir / "config.yaml")]
-    words += [f"{key}={rate:g}" for key, rate in rates.items()]
-    if last is None:
-        return f"there is no checkpoint yet; begin with a smaller learning rate: {shlex.join(words)}"
-    key = "checkpoint.resume" if command == "align" else "resume"
-    words += [f"{key}=auto"] * (_resume(config) == "never")
-    words += [word for key in rates for word in ("--accept-changed", key)]
-    return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
-
-
-def further_back(last: Path | None, began_from: Path | None) -> str:
-    """Name what else to go on from, where this start has written no checkpoint: the one it read may be at fault."""
-    if last is None or last != began_from:
-        return ""
-    from flowalign.record.manifest import going_on
-
-    command = going_on(last.parent.parent, without=last)
-    return "" if command is None else f"; where that ends alike, its own state is at fault: {command}"
-
-
-def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
-    """Smaller learning rates for a run, by their keys; where one ends only if that is above the smaller one."""
-    if isinstance(config, AlignConfig):
-        sections: dict[str, Any] = {"learner.optimizer": config.learner.optimizer}
-    else:
-        sections = {f"phases.{i}": phase for i, phase in enumerate(config.phases)}
-    smaller: dict[str, float] = {}
-    for at, held in sections.items():
-        rate, final = held.learning_rate, held.final_learning_rate
-        tried = min(rate / 10, LARGE) if rate > 1 else rate / 10
-        smaller |= {f"{at}.learning_rate": tried} if rate else {}
-        smaller |= {f"{at}.final_learning_rate": tried} if final > tried else {}
-    return smaller
-
-
-def _last_checkpoint(run_dir: Path) -> Path | None:
-    from flowalign.record.checkpoint import CheckpointError, latest
-
-    with suppress(CheckpointError):
-        return latest(run_dir / "checkpoints")
-    return None

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.cli.running import smaller_rates
 from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align, load_pretrain
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import _path
 from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.record.yamlfiles import dump_yaml, parse_yaml, plain
+from flowalign.run.advice import smaller_rates
 from tests.intake.test_configfile import STAR, config_path, refusal
 
 __all__ = ["config_path"]

@@ -14,7 +14,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from flowalign.cli import app
-from flowalign.cli.running import further_back
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
@@ -28,6 +27,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import DestroyedState, fault, total_norm
 from flowalign.record.manifest import advice
 from flowalign.record.metrics import read_metrics
+from flowalign.run.advice import further_back
 from flowalign.run.local import LocalBackend
 from flowalign.run.resume import resume_from
 from flowalign.run.train import run_pretrain
