@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,21 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
+from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
-from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
-from flowalign.cluster.pool import Pool, fetch
+from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.session import LOST_S, RaySession, worker_env
-from flowalign.cluster.vigil import Came, Vigil
-from flowalign.cluster.witness import DEATHS
+from flowalign.cluster.vigil import Vigil
 from flowalign.config.alignment import AlignConfig
 from flowalign.measure.evaluate import evaluation_rewards
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
-from flowalign.run.sync import SyncGuard, check_receipt, has_learned
+from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
-from flowalign.run.workers import BindReceipt
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
 from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
@@ -83,14 +80,7 @@ class RayBackend:
         threads = self.config.cluster.threads
         first_rank = rollout.count + reward.count
         named = self._start_teachers(asked[3:], first_rank + learner.count)
-        self.learner = LearnerGroup(
-            learner.count,
-            lambda rank: self._actor(LearnerActor, learner, first_rank + rank, threads, rank, named),
-            self._vigil,
-            self.teachers,
-            self.config.cluster.max_task_retries,
-        )
-        self._closers.append(self.learner)
+        self._start_learner(learner, first_rank, named)
         self.rollouts = Pool(
             "rollout",
             rollout.count,
@@ -119,11 +109,8 @@ class RayBackend:
             workers.started()
         self._started = True
         self._whole_groups = self.rewards.ask("whole_groups")
-        self.rollouts.rebind = self._bind_again
-        self._guard = SyncGuard()
-        self._learned = True
-        self._sent: BindReceipt | None = None
-        self._weights: Any = None
+        retries = self.config.cluster.max_task_retries
+        self._delivery = Delivery(self.learner, self.rollouts, self._vigil, retries, lambda text: self.say(text))
         self._last: tuple[Rollout, list[Any]] | None = None
 
     def _expected(self, *sections: str) -> Expected | None:
@@ -153,6 +140,17 @@ class RayBackend:
         self._closers.append(self.teachers)
         return dict(zip(names, self.teachers.actors, strict=True))
 
+    def _start_learner(self, learner: Share, bundle: int, teachers: Mapping[str, Any]) -> None:
+        cluster = self.config.cluster
+        self.learner = LearnerGroup(
+            learner.count,
+            lambda rank: self._actor(LearnerActor, learner, bundle + rank, cluster.threads, rank, teachers),
+            self._vigil,
+            self.teachers,
+            cluster.max_task_retries,
+        )
+        self._closers.append(self.learner)
+
     def _actor(self, cls: type[Any], share: Share, bundle: int, threads: int, *args: Any, **faults: int) -> Any:
         group, resources = self._group, share.bundle()
         assert group is not None
@@ -179,7 +177,7 @@ class RayBackend:
         """
         chunks = batch.chunks(self.config.rollout.chunk_size)
         spec = spec if evaluation else replace(spec, reuse=self._reuse)
-        version = -1 if self._sent is None else self._sent.version
+        version = self._delivery.version
         retries = self.config.cluster.max_task_retries
         whole = self._whole_groups and not evaluation
         units = scored_together(chunks, whole)
@@ -215,64 +213,12 @@ class RayBackend:
         refs = last[1] if last is not None and last[0] is rollout else [ray.put(rollout)]
         update = self.learner.call("update", iteration, scores, *refs)[0]
         self._last = None
-        self._learned = has_learned(update)
+        self._delivery.learned = has_learned(update)
         return update
 
     def sync(self, evaluation: bool = False) -> None:
-        """Put the learner's weights into the object store once; every rollout worker binds them and says so."""
-        published = [actor.publish.options(num_returns=2).remote(evaluation) for actor in self.learner.actors]
-        self._sent = self.learner.wait([receipt for _, receipt in published], "publish")[0]
-        self._weights = published[0][0]
-        assert self._sent is not None
-        self.rollouts.settle()
-        receipts = self._receipts()
-        self._guard.check_receipts(self._sent, receipts, self._learned, evaluation)
-
-    def _receipts(self) -> list[BindReceipt]:
-        """What every rollout worker has bound. Who dies or freezes over it is made again, all of them side by side."""
-        found: dict[int, BindReceipt] = {}
-        dead: dict[int, str] = {}
-        count = len(self.rollouts.actors)
-        for _ in range(self.config.cluster.max_task_retries + 1):
-            self.rollouts.replace(dead)
-            asked = {self._bind(self.rollouts.actors[i]): i for i in range(count) if i not in found}
-            receipts, dead = self._bound(asked)
-            found |= receipts
-            if not dead:
-                return [found[i] for i in range(count)]
-        index, why = next(iter(dead.items()))
-        raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights, the last time so: {why}")
-
-    def _bound(self, asked: Mapping[Any, int]) -> tuple[dict[int, BindReceipt], dict[int, str]]:
-        """The receipts by worker, and why others are dead or count as dead."""
-        found: dict[int, BindReceipt] = {}
-        dead: dict[int, str] = {}
-        waits = {ref: self._vigil.wait("weights") for ref in asked}
-        for ref, came in self._vigil.each(waits):
-            index, wait = asked[ref], waits[ref]
-            if index in dead:
-                continue
-            if came is Came.SLOW:
-                silent = f"{self.rollouts.name(index)} {wait.so_far()}"
-                self.say(f"late: {silent}; if it goes on so it is ended and made again at {wait.end()}")
-            elif came is Came.LATE:
-                dead[index] = wait.why()
-                self.rollouts.end(index)
-            else:
-                try:
-                    found[index] = fetch(ref)
-                    wait.answered()
-                except DEATHS as error:
-                    dead[index] = self.rollouts.why(index, error)
-        return found, dead
-
-    def _bind(self, actor: Any) -> Any:
-        assert self._sent is not None
-        return actor.bind.remote(self._weights, self._sent.version)
-
-    def _bind_again(self, actor: Any) -> tuple[Any, Callable[[BindReceipt], None]] | None:
-        """A rollout worker that was made anew gets the current weights, acknowledged like any other."""
-        return None if self._sent is None else (self._bind(actor), partial(check_receipt, self._sent))
+        """Bring the learner's weights to every rollout worker, as `Delivery.send` does."""
+        self._delivery.send(evaluation)
 
     def parameters(self) -> tuple[int, int]:
         """How many are trained, of how many."""
@@ -291,7 +237,7 @@ class RayBackend:
             for actor, state in zip(self.learner.actors, states, strict=True)
         ]
         self.learner.wait(calls, "restore")
-        self._learned = True
+        self._delivery.learned = True
 
     def _end_children(self) -> None:
         """Let the reward actors end what their scorers started; who does not answer is not waited for long."""

@@ -23,18 +23,14 @@ from ray.job_config import JobConfig
 from flowalign.cluster import guardian
 from flowalign.cluster.errors import ClusterError, ClusterLost
 from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
+from flowalign.cluster.heads import ASKS_FOR_TOKEN, address_of, check_answers, one_line
 from flowalign.cluster.lookout import Lookout
 from flowalign.cluster.placement import Share, own_resources, visible_cores
-from flowalign.cluster.tokens import close_token_file, own_token
+from flowalign.cluster.tokens import close_token_file
 
 OBJECT_STORE_BYTES = 1 << 30
-_CONNECT_S, _GRPC_S = 3.0, 5.0
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
-_ASKS_FOR_TOKEN = (
-    "cluster.address: Ray at {} asks for a token and this process has none, or another: set RAY_AUTH_MODE=token, and "
-    "copy ~/.ray/auth_token from its head (docs/cluster.md)"
-)
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 
 
@@ -76,15 +72,15 @@ class RaySession:
             with _hearing_alone():
                 self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
             return
-        address = _found(address)
-        _check_answers(address)
+        address = address_of(address)
+        check_answers(address)
         try:
             with _hearing_alone():
                 ray.init(address=address, **quiet)
         except AuthenticationError:
-            raise ClusterError(_ASKS_FOR_TOKEN.format(address)) from None
+            raise ClusterError(ASKS_FOR_TOKEN.format(address)) from None
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise ClusterError(f"cluster.address: cannot join Ray at {address}: {_one_line(error)}") from None
+            raise ClusterError(f"cluster.address: cannot join Ray at {address}: {one_line(error)}") from None
 
     def _start(self, **options: Any) -> None:
         """A Ray of this run alone, on loopback. It has a token of its own: Ray would leave one in the user's home that
@@ -110,8 +106,8 @@ class RaySession:
                 guardian.end(self._folder)  # Ray leaves what it had started
                 self.close()
                 if not (again and "gcs" in str(error).lower()):
-                    raise ClusterError(f"Ray cannot start on this machine: {_one_line(error)}") from None
-                self.said.append(f"Ray did not start and is started again: {_one_line(error)}")
+                    raise ClusterError(f"Ray cannot start on this machine: {one_line(error)}") from None
+                self.said.append(f"Ray did not start and is started again: {one_line(error)}")
         started = importlib.import_module("ray._private.worker")._global_node.all_processes
         self._processes = {name: started[name][0].process for name in ("gcs_server", "raylet") if started.get(name)}
         self._lookout = Lookout(self._folder, self._processes, self._patience_s)
@@ -152,7 +148,7 @@ class RaySession:
             self._silent_since = self._silent_since or time.monotonic()
             if self.lost:
                 raise ClusterLost(
-                    f"Ray's head at {address} has not answered for {LOST_S:g} s ({_one_line(error)})"
+                    f"Ray's head at {address} has not answered for {LOST_S:g} s ({one_line(error)})"
                 ) from None
         self._looked = time.monotonic()
 
@@ -252,70 +248,6 @@ def _visible_gpus(asked: Sequence[Share], device: str) -> int:
     return torch.cuda.device_count()
 
 
-def _found(address: str) -> str:
-    """The address that Ray takes for ``auto``: of RAY_ADDRESS, or of a Ray on this machine.
-
-    Raises:
-        ClusterError: there is none.
-    """
-    if address != "auto":
-        return address
-    try:
-        return importlib.import_module("ray._private.services").get_ray_address_from_environment(address, None)
-    except ConnectionError as error:
-        raise ClusterError(f"cluster.address: cannot join Ray at auto: {_one_line(error)}") from None
-
-
-def _check_answers(address: str) -> None:
-    """Ray retries a dead address for a minute; a socket knows at once."""
-    host, separator, port = address.rpartition(":")
-    if "://" in address:
-        raise ClusterError(f"cluster.address: {address} is a URL; give auto or host:port, or use `flowalign launch`")
-    if not separator:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"cluster.address: nothing answers at {address} ({_one_line(error)}); give the host:port that "
-            "`ray start` printed, or null to start Ray here"
-        ) from None
-    answer = _answer_of_a_head(address)
-    if answer == "UNAUTHENTICATED":
-        raise ClusterError(_ASKS_FOR_TOKEN.format(address))
-    if answer not in ("OK", ""):
-        raise ClusterError(
-            f"cluster.address: what answers at {address} is no head of a Ray cluster; give the host:port that "
-            "`ray start` printed (6379 by default, not that of the dashboard)"
-        )
-
-
-def _answer_of_a_head(address: str) -> str:
-    """The gRPC status of a question that every head of a Ray cluster answers; empty where it cannot be asked.
-
-    Ray itself tries for ten minutes to talk to a dashboard, and twenty times without a token.
-    """
-    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return ""  # only Ray has the certificates
-    try:
-        import grpc
-    except ImportError:
-        return ""
-    token = own_token() if os.environ.get("RAY_AUTH_MODE") == "token" else None
-    headers = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
-        try:
-            ask(b"", timeout=_GRPC_S, metadata=tuple(headers))  # type: ignore[arg-type]
-        except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]
-    return "OK"
-
-
 def _ended(process: Any) -> str:
     code = process.returncode
     return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
