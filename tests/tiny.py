@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowalign.config.alignment import AlignConfig
+    from flowalign.config.training import PretrainConfig
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
 PARTS: dict[str, dict[str, Any]] = {
@@ -121,6 +122,22 @@ def run_config(pipeline: Path, *, lora: bool = False, **changes: Any) -> AlignCo
         "evaluation": {"num_samples": 12, "num_steps": 4},
     }
     return AlignConfig.model_validate({**content, **changes})
+
+
+def encoded_here(config: PretrainConfig) -> PretrainConfig:
+    """Encode the captions of a run in this process, which has imported what that takes; return the configuration.
+
+    A run does so in a process that ends (`flowalign.run.encoded`), which costs a test ten seconds of imports.
+    """
+    from flowalign.data.feed import tables
+    from flowalign.models.build import load_encoders
+
+    lacking = [table for table in tables(config) if not table.path.is_file()]
+    encoders = load_encoders(config.model) if lacking else None
+    for table in lacking:
+        assert encoders is not None
+        table.write(encoders)
+    return config
 
 
 def write_checkpoint(

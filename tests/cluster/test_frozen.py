@@ -80,6 +80,7 @@ def pools(folder: Path, vigil: Vigil, rollouts: int, rewards: int) -> tuple[Pool
 @pytest.mark.parametrize(
     ("orders", "lost"), [(["rollout/die 1", "reward/die 1"], (1, 1)), (["reward/die 1", "reward/die 2"], (0, 2))]
 )
+@pytest.mark.slow
 def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_again_side_by_side(
     tmp_path: Path, orders: list[str], lost: tuple[int, int]
 ) -> None:

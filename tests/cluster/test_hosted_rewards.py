@@ -105,6 +105,7 @@ def wheel(folder: Path, version: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_packages_of_a_reward_are_installed_once_beside_ours_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def die_at_the_third(actor: Any) -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_one_in_the_learner(
     cluster: None, tiny_pipeline_dir: Path, tmp_path: Path, teachers: dict[str, Any]
 ) -> None:

@@ -292,6 +292,7 @@ def test_a_configuration_names_its_pairs_exactly_where_the_algorithm_learns_from
 
 def test_the_first_update_of_a_learner_starts_at_log_2(source: Path, tiny_pipeline_dir: Path) -> None:
     config = offline_config(tiny_pipeline_dir, source)
+    load_pairs(config, load_encoders(config.model))  # or a process is started that encodes them
     worker = LearnerWorker(config)
     try:
         metrics = worker.update(None, None, 0).metrics
@@ -304,7 +305,9 @@ def test_the_first_update_of_a_learner_starts_at_log_2(source: Path, tiny_pipeli
 def test_the_reference_takes_the_policy_s_weights_every_few_iterations(source: Path, tiny_pipeline_dir: Path) -> None:
     algorithm = {"type": "diffusion_dpo", "source": "offline", "reference_refresh": 2}
     margins = []
-    worker = LearnerWorker(offline_config(tiny_pipeline_dir, source, algorithm=algorithm))
+    config = offline_config(tiny_pipeline_dir, source, algorithm=algorithm)
+    load_pairs(config, load_encoders(config.model))
+    worker = LearnerWorker(config)
     try:
         for iteration in range(4):
             margins.append(worker.update(None, None, iteration).metrics["dpo/margin"])

@@ -41,6 +41,7 @@ from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import sampled_model
+from tests.tiny import encoded_here
 
 SHAPE = (16, 8, 8)
 PROMPT = "a photo of a red star"
@@ -71,7 +72,7 @@ def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
     }
     config = PretrainConfig.model_validate(content)
     begin_run(config)
-    return run_pretrain(config, Path("."), Console(quiet=True))
+    return run_pretrain(encoded_here(config), Path("."), Console(quiet=True))
 
 
 def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:

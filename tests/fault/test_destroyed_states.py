@@ -123,7 +123,7 @@ def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs
     assert work(config) and sent == [True] * 5  # the same command goes on
 
 
-@pytest.mark.parametrize("command", ["pretrain", "distill"])
+@pytest.mark.parametrize("command", ["pretrain", pytest.param("distill", marks=pytest.mark.slow)])
 def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
     tmp_path: Path, tiny_pipeline_dir: Path, command: str
 ):

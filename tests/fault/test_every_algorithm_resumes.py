@@ -126,7 +126,7 @@ def everything(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, A
     return tensors, [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
-BY_DAY = {"flow_grpo random window": 2, "dpo offline": 1}  # kills: the one that goes on after a kill is killed too
+BY_DAY = {"flow_grpo random window": 1, "dpo offline": 1}  # kills: the one that goes on after a kill is killed too
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in BY_DAY else pytest.mark.slow) for c in CASES])

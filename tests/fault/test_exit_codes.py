@@ -136,6 +136,7 @@ def test_every_code_of_the_table_is_what_a_process_ends_with(tmp_path: Path) -> 
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_the_tee_behind_a_run_may_die_of_the_same_ctrl_c(tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(process, tmp_path, 1)

@@ -66,6 +66,7 @@ def all_of(process: subprocess.Popen[str]) -> str:
         process.kill()
 
 
+@pytest.mark.slow
 def test_while_its_ray_is_stopped_a_process_blames_that_alone_and_ends_in_a_sentence_leaving_nothing() -> None:
     process, folder, parts = waiting(2)
     raylet = f"Ray's raylet (process {parts['raylet']})"

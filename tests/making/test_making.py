@@ -32,7 +32,7 @@ from flowalign.samples.calibration import reuse_of
 from flowalign.samples.opened import open_policy, policy_spec
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
 from flowalign.samples.sampled import sampled_model
-from tests.tiny import run_config, write_checkpoint
+from tests.tiny import encoded_here, run_config, write_checkpoint
 
 SHAPE = (16, 8, 8)
 
@@ -150,7 +150,7 @@ def test_noise_is_what_a_bank_can_hold():
     torch.testing.assert_close(drawn, SampleNoise(0, [1, 2], SHAPE).draw(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["pseudo_huber", "lpips_huber"])
+@pytest.mark.parametrize("loss", [pytest.param("pseudo_huber", marks=pytest.mark.slow), "lpips_huber"])
 def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
     pairs_of(tiny_pipeline_dir, tmp_path / "pairs")
     content = {
@@ -165,7 +165,7 @@ def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
         "threads": 1,
         "log_every": 1,
     }
-    run_dir = run_pretrain(PretrainConfig.model_validate(content), Path("."), Console(quiet=True))
+    run_dir = run_pretrain(encoded_here(PretrainConfig.model_validate(content)), Path("."), Console(quiet=True))
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     assert ("loss/lpips" in rows[0]) == (loss == "lpips_huber")

@@ -32,6 +32,7 @@ from flowalign.record.stop import EndedEarly
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.pretrain import autocast, schedule_at, text_length
 from flowalign.run.train import run_pretrain
+from tests.tiny import encoded_here
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def config(runs: Path, model: Path, bank: Path, **changes) -> PretrainConfig:
 
 
 def run(*args, **kwargs) -> Path:
-    return run_pretrain(config(*args, **kwargs), Path("."), Console(quiet=True))
+    return run_pretrain(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
 
 
 def test_an_interrupted_pretraining_resumes_bit_for_bit(tmp_path, tiny_pipeline_dir, bank):
@@ -121,7 +122,7 @@ def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_m
         wanted = config(tmp_path, model, own, phases=phases, **kept)
         student = wanted.model.model_copy(update={"inputs": ["guidance"]})
         wanted = wanted.model_copy(update={"model": student})
-        run_dir = run_pretrain(wanted, Path("."), Console(quiet=True), accepted=taken)
+        run_dir = run_pretrain(encoded_here(wanted), Path("."), Console(quiet=True), accepted=taken)
         return checkpoint.load(run_dir / "checkpoints" / f"step_{steps:06d}")
 
     assert go_on(1).state["made_of"].keys() == {"model.path", "teacher.path", "latents"}
@@ -227,7 +228,8 @@ def test_captions_that_are_cut_or_hold_what_nobody_sees_are_counted_and_no_shift
     phase = {"steps": 1, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}}
     own = {"algorithm": {"type": f"{tmp_path / 'own.py'}:Own", "grid": "pipeline"}, "phases": [phase], "batch_size": 4}
     said = Console(record=True, width=300, file=io.StringIO())
-    run_pretrain(config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", **own), Path("."), said)
+    asked = encoded_here(config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", **own))
+    run_pretrain(asked, Path("."), said)
     expected = (
         f"captions: {len(prompts)}; 1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off; "
         "1 holds invisible characters (no-break space), which an encoder reads"

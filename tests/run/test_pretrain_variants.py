@@ -35,6 +35,7 @@ from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch, TextPart
+from tests.tiny import encoded_here
 
 NAMES = list(FAMILIES)
 
@@ -76,7 +77,7 @@ def config(runs: Path, pipeline: Path, bank: Path, /, **changes) -> PretrainConf
 
 
 def run(*args, **kwargs) -> Path:
-    return run_pretrain(config(*args, **kwargs), Path("."), Console(quiet=True))
+    return run_pretrain(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -87,5 +87,6 @@ def test_a_group_that_two_chunks_made_is_scored_once_and_whole_and_no_other_scor
     assert found.scores.by_reward["brightness"].equal(without.scores.by_reward["brightness"])
 
 
+@pytest.mark.slow
 def test_a_group_that_two_rollout_actors_made_is_scored_once_and_whole_in_a_third(collect: Collect) -> None:
     assert_spread(collect("ray", runtime_env={"env_vars": {"ANY": "1"}}))
