@@ -1,0 +1,97 @@
+"""The quickstart's seconds an iteration and peak memory, this checkout and another commit taking turns.
+
+    python -P scripts/benchmarks/quickstart.py --against COMMIT [--tries 3] [override ...] > quickstart.json
+
+Each try runs ``flowalign align configs/shapes/flow_grpo.yaml`` without evaluations,
+in a process of its own; overrides are handed to both. The first iteration warms up and is left out. Memory is the sum
+of the processes' private and shared shares (PSS), looked at every half second. Prints one JSON object: medians, spread
+and the ratio of this checkout to the other one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+
+
+def pss(process: psutil.Process) -> int:
+    """Bytes that a process and those below it hold."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += one.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def run(checkout: Path, overrides: list[str]) -> dict[str, Any]:
+    """Align once; seconds of each iteration but the first, and the most memory in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "flowalign.cli", "align", str(checkout / "configs" / "shapes" / "flow_grpo.yaml")]
+        line += ["evaluation.every=0", "name=timed", f"runs_dir={folder}", *overrides]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        process = psutil.Popen(
+            line, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, pss(process))
+            time.sleep(0.5)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(line)} ended with {process.returncode}: {process.stderr.read()[-2000:]}")
+        rows = [json.loads(row) for row in Path(folder, "timed", "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["time/iteration_s"] for row in rows[1:]]
+    return {"seconds": seconds, "peak_mib": round(peak / MIB, 1)}
+
+
+def summary(tries: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [second for one in tries for second in one["seconds"]]
+    return {
+        "iteration_s": round(statistics.median(seconds), 3),
+        "iteration_s_all": [round(second, 3) for second in seconds],
+        "peak_mib": statistics.median(one["peak_mib"] for one in tries),
+        "peak_mib_all": [one["peak_mib"] for one in tries],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", required=True, help="a commit, or the folder of a checkout")
+    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    git = ["git", "-C", str(ROOT), "worktree"]
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(options.against)
+        other = named if named.is_dir() else Path(folder, "other")
+        if not named.is_dir():
+            subprocess.run([*git, "add", "--detach", str(other), options.against], check=True, capture_output=True)
+        try:
+            tries: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+            for _ in range(options.tries):
+                tries["before"].append(run(other, options.overrides))
+                tries["now"].append(run(ROOT, options.overrides))
+        finally:
+            if not named.is_dir():
+                subprocess.run([*git, "remove", "--force", str(other)], check=True)
+    found = {side: summary(made) for side, made in tries.items()}
+    ratios = {key: round(found["now"][key] / found["before"][key], 4) for key in ("iteration_s", "peak_mib")}
+    print(json.dumps({"against": options.against, "overrides": options.overrides, **found, "ratio": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
