@@ -22,7 +22,10 @@ from flowalign.types import Condition, LatentBatch, Metric, PreferencePairs, Rol
 
 
 class VelocityModel(Protocol):
-    """A network as a function: ``velocity(x_t, t, condition)`` with x (N, C, H, W) and t (N,) in [0, 1]."""
+    """A network as a function: ``velocity(x_t, t, condition)`` with x (N, C, H, W) and t (N,) in [0, 1].
+
+    Where an algorithm needs a ``signed_time`` t may be negative, down to -1.
+    """
 
     def __call__(
         self,
@@ -71,6 +74,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Second:
+    """A second network that is trained: it begins as the policy does, and has an optimizer of its own.
+
+    For each update of the policy it makes ``updates``, before it and each on its own share of the same items, or fewer
+    where there are fewer items. Its learning rate is constant; None is the one that the policy's begins with.
+    """
+
+    updates: int = 1
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an algorithm asks of a run: loop, learner, checks and plan read it and nothing else.
 
@@ -79,6 +94,11 @@ class Needs:
     metadata; of training on latents a frozen ``teacher`` and ``ema``, the learner's average. ``rollout`` is the network
     with the weights that made the batch, the policy's or their average as ``rollout_weights`` says: it is there in
     ``prepare`` only, in the place of ``policy``. ``features`` are a map from latents to maps, as `Features`.
+
+    ``second`` is a network that is trained beside the policy, by `Algorithm.second_loss`, in an alignment. In ``loss``
+    it gives no gradients, and in ``second_loss`` the policy gives none. With
+    ``whole_groups`` an item is a group: its tensors have ``group_size`` rows where those of others have one, its
+    condition is one, and shuffling and sharing keep it together. ``signed_time`` asks for velocities at t in [-1, 1].
 
     ``inputs`` are those that its network must have beside the time, ``family`` the path that it is trained on,
     ``update_guidance_scale`` the guidance of the update where that is not the rollout's.
@@ -90,6 +110,9 @@ class Needs:
     rollout_weights: Literal["policy", "ema"] = "policy"
     reference: Reference | None = None
     rollout: bool = False
+    second: Second | None = None
+    whole_groups: bool = False
+    signed_time: bool = False
     teachers: Mapping[str, TeacherConfig] = field(default_factory=dict)
     teacher_of: Callable[[Mapping[str, Any]], str] | None = None
     teacher: bool = False
@@ -100,9 +123,19 @@ class Needs:
     update_guidance_scale: float | None = None
 
     @property
+    def item_samples(self) -> int:
+        """Samples of one item."""
+        return self.group_size if self.whole_groups else 1
+
+    def whole(self, micro_batch_size: int) -> int:
+        """Samples of a micro-batch of at most ``micro_batch_size``: those of whole items, and of one at least."""
+        return max(1, micro_batch_size // self.item_samples) * self.item_samples
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """Roles of the networks, the policy first."""
-        asked = {"rollout": self.rollout, "reference": self.reference, "teacher": self.teacher, "ema": self.average}
+        asked = {"rollout": self.rollout, "reference": self.reference, "second": self.second}
+        asked |= {"teacher": self.teacher, "ema": self.average}
         return ("policy", *(role for role, wanted in asked.items() if wanted), *map(teacher_role, self.teachers))
 
 
@@ -136,6 +169,10 @@ class Algorithm:
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Give the mean over the items of ``minibatch``; a pure function of them and the networks."""
+        raise NotImplementedError
+
+    def second_loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """Give the loss that the network ``second`` learns by, as `loss` does for the policy."""
         raise NotImplementedError
 
     def check_schedule(self) -> None:

@@ -287,8 +287,15 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
             f"{config.data.groups_per_iteration:,} groups of {needs.group_size:,} are "
             f"{images:,} images an iteration; at most {IMAGES:,} are possible",
         )
-    items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1)
+    items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1) // needs.item_samples
     updates = config.learner.updates_per_iteration
+    own = needs.second.updates if needs.second is not None else 1
+    if updates * own > items:
+        raise ConfigError(
+            "learner.updates_per_iteration",
+            f"{updates} updates, before each of which the second network makes {own}, need as many transitions; an "
+            f"iteration has {items}",
+        )
     if updates * config.learner.ranks > items:
         raise ConfigError(
             "learner.updates_per_iteration",

@@ -47,6 +47,8 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
         if not whole or not (Path(bank) / "prompts.json").is_file():
             raise ConfigError(key, f"{bank} holds no latents; make them first, with flowalign precompute or make-pairs")
     name = config.algorithm["type"]
+    if needs.second is not None:
+        raise ConfigError("algorithm.type", f"{name} trains a second network, which `flowalign align` alone does")
     if needs.teacher and config.teacher is None:
         raise ConfigError("teacher", f"is missing; {name} learns from one, give teacher.path")
     if config.teacher is not None and not needs.teacher:
@@ -57,8 +59,15 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     network = config.model.family or "rf"
     if not may_learn(network, needs.family):
         raise ConfigError("model.family", f"is {network}, which cannot learn {needs.family}; name the same in both")
+    check_signed_time(config.model, needs, name)
     if config.zero_stage == 3 and config.compile:
         raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")
+
+
+def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:
+    """Of all families the straight path alone has times below 0."""
+    if needs.signed_time and model.family not in (None, "rf"):
+        raise ConfigError("model.family", f"is {model.family}, which has no times below 0, and {name} asks for them")
 
 
 def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:

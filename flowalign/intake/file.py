@@ -22,7 +22,7 @@ from flowalign.config.sections import RewardConfig, SamplingConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
-from flowalign.intake.check_training import check_caches, check_training, notes_of
+from flowalign.intake.check_training import check_caches, check_signed_time, check_training, notes_of
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import Config, resolve
@@ -185,6 +185,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
+    check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
     return Loaded(config, base, tuple(missing))
 
 

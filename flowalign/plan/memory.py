@@ -61,6 +61,7 @@ def plan_memory(
     lora = config.model.lora is not None
     trainable = sizes.trainable * 4
     base = sizes.transformer * element if lora else 0
+    trained = 1 if needs.second is None else 2
     shards = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
     token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
@@ -71,9 +72,9 @@ def plan_memory(
         rollout_weights=others + base + trainable,
         # Without gradients one layer's activations are alive at a time.
         rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
-        learner_weights=base + trainable // shards[2],
-        learner_gradients=trainable // shards[1],
-        learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0],
+        learner_weights=(base + trainable // shards[2]) * trained,
+        learner_gradients=trainable // shards[1] * trained,
+        learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
         learner_ema=trainable if learner.ema_decay is not None else 0,
         learner_reference=_reference(needs, lora, base + trainable),
         learner_activations=_KEPT_PER_TOKEN * token * micro,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, LossOutput, VelocityModel
+from flowalign.algorithm import Algorithm, LossOutput, Models, VelocityModel
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.ema import Ema
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
 from flowalign.types import Condition, Max, Mean, Scores, TrainBatch, Update
+
+Loss = Callable[[Models, TrainBatch], LossOutput]
 
 
 class Learner:
@@ -34,10 +36,15 @@ class Learner:
         seed: int = 0,
         ema_decay: float | None = None,
         device: str = "cpu",
+        second: Engine | None = None,
     ) -> None:
-        self.algorithm, self.needs, self.engine = algorithm, algorithm.needs, engine
-        self.models = {role: fixed_geometry(model, micro_batch_size) for role, model in models.items()}
-        self.micro_batch_size, self.updates, self.epochs = micro_batch_size, updates_per_iteration, epochs
+        self.algorithm, self.needs, self.engine, self.second = algorithm, algorithm.needs, engine, second
+        self.micro_batch_size, self.updates, self.epochs = (
+            self.needs.whole(micro_batch_size),
+            updates_per_iteration,
+            epochs,
+        )
+        self.models = {role: fixed_geometry(model, self.micro_batch_size) for role, model in models.items()}
         self.seed, self.device = seed, device
         self.version = 0
         self._kinds: dict[str, type] = {}  # of each metric of the loss: how it is put together
@@ -63,7 +70,8 @@ class Learner:
             order = torch.randperm(len(train), generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
             for part in order.tensor_split(self.updates):
                 if part.numel():
-                    history.append(self._step(train, part))
+                    second = self._second_steps(train, part)
+                    history.append({**self._step(train, part), **second})
         self.version += 1
         done = {"learner/updates": float(len(history)), "learner/transitions": float(len(train))}
         return Update(self.version, {**train.metrics, **_summary(history, self._kinds), **done})
@@ -110,30 +118,57 @@ class Learner:
             self.engine.load_weights(own)
 
     def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
-        shares = list(order.split(self.micro_batch_size))
-        weights = [share.numel() * self.updates / train.total for share in shares]
-        while len(shares) % self.engine.world_size:
-            shares.append(shares[-1])
-            weights.append(0.0)
-        mine = slice(self.engine.rank, None, self.engine.world_size)
-        micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
-        metrics = self.engine.step(self._loss, micro_batches, weights[mine])
-        covered = sum(weights)
-        metrics = {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
+        metrics = self._learn(self.engine, self.algorithm.loss, train, order, self.updates, train.total)
         if self.ema is not None:
             self.ema.update(self.engine.weights())
         return metrics
 
-    def _loss(self, minibatch: TrainBatch) -> LossOutput:
-        output = self.algorithm.loss(self.models, minibatch)
-        self._kinds |= {name: type(metric) for name, metric in output.metrics.items()}
-        return output
+    def _second_steps(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
+        """The updates of the second network, if there is one, by the items of one of the policy's; means of metrics."""
+        if self.second is None or self.needs.second is None:
+            return {}
+        loss, shares = self.algorithm.second_loss, order.tensor_split(self.needs.second.updates)
+        made = [self._learn(self.second, loss, train, own, 1, own.numel(), "second/") for own in shares if own.numel()]
+        return _summary(made, self._kinds)
+
+    def _learn(
+        self, engine: Engine, loss: Loss, train: TrainBatch, order: Tensor, updates: int, total: int, prefix: str = ""
+    ) -> dict[str, float]:
+        """One of the ``updates`` that ``total`` items are for, by ``order`` of them; ``prefix`` begins its metrics."""
+        models = {**self.models}
+        if self.second is not None:  # a network's gradients belong to its own loss
+            other = "policy" if engine is self.second else "second"
+            models[other] = _without_gradients(models[other])
+
+        def keeping_kinds(minibatch: TrainBatch) -> LossOutput:
+            output = loss(models, minibatch)
+            self._kinds |= {prefix + name: type(metric) for name, metric in output.metrics.items()}
+            return output
+
+        shares = list(order.split(self.micro_batch_size // self.needs.item_samples))
+        weights = [share.numel() * updates / total for share in shares]
+        while len(shares) % engine.world_size:
+            shares.append(shares[-1])
+            weights.append(0.0)
+        mine = slice(engine.rank, None, engine.world_size)
+        micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
+        metrics = {prefix + k: v for k, v in engine.step(keeping_kinds, micro_batches, weights[mine]).items()}
+        covered = sum(weights)
+        return {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
         if self.needs.rollout_weights == "ema" and self.ema is not None:
             return self.ema.state()
         return self.engine.weights()
+
+
+def _without_gradients(model: VelocityModel) -> VelocityModel:
+    @torch.no_grad()
+    def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+        return model(x, t, condition, **options)
+
+    return call
 
 
 def _to(batch: TrainBatch, device: str) -> TrainBatch:

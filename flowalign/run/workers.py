@@ -20,7 +20,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import check_shared
-from flowalign.engine.base import EngineSettings
+from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.measure.evaluate import evaluation_rewards
 from flowalign.models.build import (
@@ -38,6 +38,7 @@ from flowalign.models.network import Network
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.encoded import pairs_of
 from flowalign.run.learner import Learner
+from flowalign.run.second import is_second, restore_second, second_network, second_settings, second_state
 from flowalign.run.teachers import Teacher, load_teachers
 from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import torch_threads
@@ -184,18 +185,18 @@ class LearnerWorker:
             models["reference"] = self.reference.velocity
         elif needs.reference is not None:
             models["reference"] = reference_velocity(network, device)
+        second = None if needs.second is None else second_network(network)
+        if second is not None:
+            models["second"] = guided(second)
         self.pairs: PairSampler | None = None
         if needs.batch is PreferencePairs:
             self.pairs = pairs_of(config, encoders, rank=rank, world_size=world_size)
-        engine = build_engine(
-            network.module,
-            engine_settings(config),
-            rank=rank,
-            world_size=world_size,
-            master_port=port,
-            master_addr=host,
-            device=config.cluster.device,
-        )
+        place: dict[str, Any] = {"rank": rank, "world_size": world_size, "master_port": port, "master_addr": host}
+        place["device"] = device
+        engine = build_engine(network.module, engine_settings(config), **place)
+        own: Engine | None = None
+        if second is not None and needs.second is not None:
+            own = build_engine(second.module, second_settings(engine_settings(config), needs.second), **place)
         if self.pairs is not None:
             check_shared(self.pairs)
         learner = config.learner
@@ -209,6 +210,7 @@ class LearnerWorker:
             seed=config.seed,
             ema_decay=learner.ema_decay,
             device=config.cluster.device,
+            second=own,
         )
 
     def update(self, batch: Rollout | None, scores: Scores | None, iteration: int) -> Update:
@@ -237,10 +239,14 @@ class LearnerWorker:
         learner = self.learner
         tensors, facts = learner.engine.optimizer_state()
         held = {} if self.reference is None else self.reference.weights()
+        tensors = {**tensors, **{REFERENCE + name: weight for name, weight in held.items()}}
+        if learner.second is not None:
+            own, own_facts = second_state(learner.second)
+            tensors, facts = {**tensors, **own}, {**facts, "second": own_facts}
         return {
             "model": learner.engine.weights(),
             "ema": None if learner.ema is None else learner.ema.state(),
-            "optimizer": ({**tensors, **{REFERENCE + name: weight for name, weight in held.items()}}, facts),
+            "optimizer": (tensors, facts),
             "version": learner.version,
         }
 
@@ -256,16 +262,20 @@ class LearnerWorker:
         learner.engine.load_weights(model)
         tensors, facts = optimizer
         held = {name.removeprefix(REFERENCE): t for name, t in tensors.items() if name.startswith(REFERENCE)}
-        own = {name: t for name, t in tensors.items() if not name.startswith(REFERENCE)}
+        own = {name: t for name, t in tensors.items() if not (name.startswith(REFERENCE) or is_second(name))}
         learner.engine.load_optimizer_state(own, facts)
         if self.reference is not None:
             self.reference.take(held)
+        if learner.second is not None:
+            restore_second(learner.second, tensors, facts.get("second"))
         if learner.ema is not None and ema is not None:
             learner.ema.load(ema)
         learner.version = version
 
     def close(self) -> None:
         self.learner.engine.close()
+        if self.learner.second is not None:
+            self.learner.second.close()
 
 
 class RefreshedReference:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from tests.algorithms.cases import CASES
+from tests.algorithms.seams.toys import both, learned
 
 # All but the one whose teachers take a training of their own.
 NAMES = [name for name in CASES if name != "opd aligned teachers"]
@@ -23,13 +25,14 @@ OPTIONS = {"updates_per_iteration": 2, "micro_batch_size": 48, "ema_decay": 0.5}
 
 def main(folder: str, rank: str, world: str, port: str) -> None:
     torch.set_num_threads(1)
-    place = {"rank": int(rank), "world_size": int(world), "master_port": int(port)}
+    place: dict[str, Any] = {"rank": int(rank), "world_size": int(world), "master_port": int(port)}
     for name in NAMES:
         run = CASES[name].build(place=place, **{**OPTIONS, "epochs": 1, "groups": 8})
         metrics = [dict(run.step(iteration).metrics) for iteration in range(ITERATIONS)]
         file = Path(folder) / f"{name}_{rank}.safetensors"
         save_file(run.learner.engine.weights(), file)
         file.with_suffix(".json").write_text(json.dumps(metrics))
+    save_file(both(learned(**place)), Path(folder) / f"second_{rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.algorithms.cases import CASES
 from tests.algorithms.rank import ITERATIONS, NAMES, OPTIONS
+from tests.algorithms.seams.toys import both, learned
 
 ROOT = Path(__file__).resolve().parents[2]
 Ended = tuple[dict[str, Tensor], list[dict[str, float]]]
@@ -84,3 +85,11 @@ def test_two_ranks_agree_to_the_bit_and_with_one_rank_up_to_rounding(name: str, 
     first, second = ((load_file(f), json.loads(f.with_suffix(".json").read_text())) for f in files)
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0]) and first[1] == second[1]
     assert_close(first, ended(name))
+
+
+def test_two_ranks_train_a_second_network_as_one_does(two_ranks: Path) -> None:
+    first, other = (load_file(two_ranks / f"second_{rank}.safetensors") for rank in range(2))
+    one = both(learned())
+    assert first.keys() == other.keys() == one.keys() and all(torch.equal(first[key], other[key]) for key in first)
+    for name, weight in one.items():
+        torch.testing.assert_close(first[name], weight, rtol=1e-3, atol=2e-5)

@@ -1,0 +1,57 @@
+"""The second trained network of an algorithm that needs one: its copy of the policy, its engine, its checkpoint.
+
+In a checkpoint it lies in the optimizer's part of each rank, beside the policy's tensors: weights as ``second:NAME``,
+moments as ``KIND/second:NAME``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.algorithm import Second
+from flowalign.engine.base import Engine, EngineSettings, ResumeRefused
+from flowalign.models.network import Network
+
+_MARK = "second:"  # no parameter's name has a colon
+
+
+def second_network(policy: Network) -> Network:
+    """A network with its own copy of the weights, which learns what the policy's learns, LoRA included."""
+    return policy.with_module(copy.deepcopy(policy.module))
+
+
+def second_settings(policy: EngineSettings, wanted: Second) -> EngineSettings:
+    """Those of its engine: the policy's, but for a learning rate that is constant."""
+    rate = policy.learning_rate if wanted.learning_rate is None else wanted.learning_rate
+    return replace(policy, learning_rate=rate, warmup_steps=0, decay_steps=None)
+
+
+def second_state(engine: Engine) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """What it and its optimizer hold, by names that no tensor of the policy has, and facts; a collective call."""
+    moments, facts = engine.optimizer_state()
+    tensors = {_MARK + name: tensor for name, tensor in engine.weights().items()}
+    return {**tensors, **{name.replace("/", f"/{_MARK}", 1): tensor for name, tensor in moments.items()}}, facts
+
+
+def is_second(name: str) -> bool:
+    """Whether a tensor of a checkpoint is of the second network."""
+    return _MARK in name
+
+
+def restore_second(engine: Engine, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None) -> None:
+    """Continue bitwise where `second_state` was taken; ``facts`` None: the checkpoint has none.
+
+    Raises:
+        ResumeRefused: the checkpoint holds no such network, or does not fit.
+    """
+    if facts is None:
+        raise ResumeRefused("the checkpoint holds no second trained network; begin a run of another name")
+    own = {name: tensor for name, tensor in tensors.items() if is_second(name)}
+    engine.load_weights({name.removeprefix(_MARK): t for name, t in own.items() if name.startswith(_MARK)})
+    moments = {name.replace(_MARK, "", 1): t for name, t in own.items() if not name.startswith(_MARK)}
+    engine.load_optimizer_state(moments, facts)

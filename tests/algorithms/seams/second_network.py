@@ -1,0 +1,53 @@
+"""Distribution matching (after DMD2, arXiv:2405.14867): a second network learns what the policy makes.
+
+Shapes: M points, C H W latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, Second
+from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.flow import forward, path
+from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+
+
+class DistributionMatching(Scheduled):
+    """Moves the policy's images from where the second network's velocity leads to where the reference's does."""
+
+    class Config(ForwardConfig):
+        type: str = "distribution_matching"
+        second_updates: int = Field(3, ge=1)
+
+    config: Config
+
+    @property
+    def needs(self) -> Needs:
+        second = Second(updates=self.config.second_updates, learning_rate=2e-3)
+        return Needs(Rollout, group_size=self.config.group_size, reference=Reference(), second=second)
+
+    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+        return self.config.rollout_spec(self.levels())
+
+    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+        sample, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))
+        return TrainBatch(tensors, batch.condition.take(sample), len(sample))
+
+    def second_loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """The flow-matching loss on the policy's own images."""
+        item = minibatch.tensors
+        velocity = models["second"](item["x"], item["t"], minibatch.condition)
+        error = forward.velocity_error(velocity, item["target"]).mean()
+        return LossOutput(error, {"velocity_mse": error.detach()})
+
+    def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
+        """A loss whose gradient by the policy's image is ``v_ref - v_second``."""
+        item, condition = minibatch.tensors, minibatch.condition
+        x0 = path.x0_from_velocity(item["x"], models["policy"](item["x"], item["t"], condition), item["t"])
+        with torch.no_grad():
+            slope = models["reference"](item["x"], item["t"], condition)
+            slope -= models["second"](item["x"], item["t"], condition)
+        loss = (slope * x0).flatten(1).mean(1).mean()
+        return LossOutput(loss, {"loss/matching": slope.square().mean()})
