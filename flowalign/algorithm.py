@@ -123,6 +123,11 @@ class Needs:
     update_guidance_scale: float | None = None
 
     @property
+    def trained(self) -> int:
+        """Networks that learn."""
+        return 1 if self.second is None else 2
+
+    @property
     def item_samples(self) -> int:
         """Samples of one item."""
         return self.group_size if self.whole_groups else 1

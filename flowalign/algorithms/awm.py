@@ -12,17 +12,17 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs
 from flowalign.algorithms.parts.credit import CreditConfig, Std
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
 from flowalign.flow import forward, objectives
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, Scores, TrainBatch
 
 _TINY = 1e-10
 
 
-class AWM(Scheduled):
+class AWM(ForwardAlgorithm):
     """PPO on the surrogate ``log p ≈ -w(|v - u|², t)`` of forward-noised final latents.
 
     On-policy the gradient is that of the flow-matching loss with every image weighted by its advantage.
@@ -58,9 +58,6 @@ class AWM(Scheduled):
     def needs(self) -> Needs:
         c = self.config
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
-
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """With β = 0 images of zero advantage are dropped, which changes no gradient."""

@@ -12,16 +12,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled
+from flowalign.algorithm import LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.credit import CreditConfig, Std
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, Scores, TrainBatch
 
 
-class NFT(Scheduled):
+class NFT(ForwardAlgorithm):
     """Contrasts ``v_old ± beta (v - v_old)``, weighted by how good the image is; no SDE, no log-prob, no guidance.
 
     With ``d = v - v_old`` and ``e = v_old - u`` the loss of an item, under uniform weights, is
@@ -57,9 +57,6 @@ class NFT(Scheduled):
         c = self.config
         reference = Reference() if c.kl_beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
-
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""

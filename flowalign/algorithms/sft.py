@@ -13,14 +13,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithm import LossOutput, Models, Needs, Reference
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, Scores, TrainBatch
 
 
-class SFT(Scheduled):
+class SFT(ForwardAlgorithm):
     """The flow-matching loss on forward-noised final latents, with weights whose mean over a group is 1."""
 
     class Config(ForwardConfig):
@@ -52,9 +52,6 @@ class SFT(Scheduled):
         c = self.config
         reference = Reference() if c.beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference)
-
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """With β = 0 images of weight 0 are dropped, which changes no gradient."""

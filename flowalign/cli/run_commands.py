@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,35 +57,29 @@ def align(
         raise typer.Exit(ExitCode.ALARM)
 
 
-def pretrain(
-    config: ConfigFile,
-    overrides: PhaseOverrides = None,
-    take_over: TakeOver = False,
-    accept_changed: AcceptChanged = None,
-    as_json: Json = False,
-) -> None:
-    """Train a base model on precomputed latents, or straighten one; the same command continues an interrupted run."""
-    _train("pretrain", config, overrides, take_over, accept_changed, as_json)
+def _training(command: str, told: str) -> Callable[..., None]:
+    """Make the command that trains on latents under the name ``command``; ``told`` is its help."""
+
+    def run(
+        config: ConfigFile,
+        overrides: PhaseOverrides = None,
+        take_over: TakeOver = False,
+        accept_changed: AcceptChanged = None,
+        as_json: Json = False,
+    ) -> None:
+        _train(command, config, overrides or (), take_over, tuple(accept_changed or ()), as_json)
+
+    run.__name__, run.__doc__ = command, told
+    return run
 
 
-def distill(
-    config: ConfigFile,
-    overrides: PhaseOverrides = None,
-    take_over: TakeOver = False,
-    accept_changed: AcceptChanged = None,
-    as_json: Json = False,
-) -> None:
-    """Train a student of a teacher, for guidance or few steps; the same command continues an interrupted run."""
-    _train("distill", config, overrides, take_over, accept_changed, as_json)
+CONTINUED = "the same command continues an interrupted run."
+pretrain = _training("pretrain", f"Train a base model on precomputed latents, or straighten one; {CONTINUED}")
+distill = _training("distill", f"Train a student of a teacher, for guidance or few steps; {CONTINUED}")
 
 
 def _train(
-    command: str,
-    config: Path,
-    overrides: list[str] | None,
-    take_over: bool,
-    accept_changed: list[str] | None,
-    as_json: bool,
+    command: str, config: Path, overrides: Sequence[str], take_over: bool, keys: tuple[str, ...], as_json: bool
 ) -> None:
     from flowalign.cli.running import conduct, following, held
 
@@ -95,10 +90,9 @@ def _train(
         from flowalign.intake.file import load_pretrain
         from flowalign.intake.run_directory import accepted_of, begin_run
 
-        loaded = load_pretrain(config, overrides or ())
+        loaded = load_pretrain(config, overrides)
         if first:
             _say_configured(loaded, console)
-        keys = tuple(accept_changed or ())
         with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
             from flowalign.run.train import run_pretrain
 

@@ -55,7 +55,6 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     own = needs.update_guidance_scale
     update_guided = guided if own is None else _passes(own, inputs)
     items = transitions * learner.epochs * update_guided
-    trained = 1 if needs.second is None else 2
     micro_batch_size = needs.whole(learner.micro_batch_size)
     evaluation = config.evaluation
     micro_batches = math.ceil(per_step / micro_batch_size)
@@ -73,8 +72,8 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
         micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
         micro_batch_size=micro_batch_size,
         rollout_passes=0 if spec is None else images * evaluations(spec.solver, num_steps) * guided,
-        learner_forward_passes=items * (len(needs.roles) - len(needs.teachers) + trained - 1),
-        learner_backward_passes=items * trained,
+        learner_forward_passes=items * (len(needs.roles) - len(needs.teachers) + needs.trained - 1),
+        learner_backward_passes=items * needs.trained,
         teacher_passes=transitions * max((_teacher_passes(t, inputs) for t in needs.teachers.values()), default=0),
         evaluation_passes=evaluation.num_samples
         * evaluations(evaluation.solver, evaluation.num_steps)

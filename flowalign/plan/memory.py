@@ -61,7 +61,7 @@ def plan_memory(
     lora = config.model.lora is not None
     trainable = sizes.trainable * 4
     base = sizes.transformer * element if lora else 0
-    trained = 1 if needs.second is None else 2
+    trained = needs.trained
     shards = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
     token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)

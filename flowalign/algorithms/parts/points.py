@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig
+from flowalign.algorithm import AlgorithmConfig, Scheduled
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Condition, LatentBatch, Rollout, TrainBatch, dropped_conditions
+from flowalign.types import Condition, LatentBatch, Rollout, RolloutSpec, TrainBatch, dropped_conditions
 
 
 def check_density(kind: str, params: Mapping[str, float]) -> None:
@@ -121,3 +121,12 @@ class ForwardConfig(SamplingConfig):
         sample = chosen.repeat_interleave(self.timesteps)
         x0, noise, t = batch.final_NCHW[sample], noise_NTCHW.flatten(0, 1), t_NT.flatten()
         return sample, {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}
+
+
+class ForwardAlgorithm(Scheduled):
+    """Base of the algorithms whose options are those of `ForwardConfig`: ODE steps alone make their images."""
+
+    config: ForwardConfig
+
+    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+        return self.config.rollout_spec(self.levels())
