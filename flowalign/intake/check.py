@@ -289,12 +289,11 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
         )
     items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1) // needs.item_samples
     updates = config.learner.updates_per_iteration
-    own = needs.second.updates if needs.second is not None else 1
-    if updates * own > items:
+    if needs.second is not None and updates * needs.second.updates > items:
         raise ConfigError(
             "learner.updates_per_iteration",
-            f"{updates} updates, before each of which the second network makes {own}, need as many transitions; an "
-            f"iteration has {items}",
+            f"{updates} updates, before each of which the second network makes {needs.second.updates}, need as many "
+            f"transitions; an iteration has {items}",
         )
     if updates * config.learner.ranks > items:
         raise ConfigError(

@@ -126,7 +126,5 @@ class ForwardConfig(SamplingConfig):
 class ForwardAlgorithm(Scheduled):
     """Base of the algorithms whose options are those of `ForwardConfig`: ODE steps alone make their images."""
 
-    config: ForwardConfig
-
     def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
         return self.config.rollout_spec(self.levels())
