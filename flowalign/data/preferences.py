@@ -145,9 +145,8 @@ def load_pairs(config: AlignConfig, encoders: Encoders | None, *, rank: int = 0,
     """
     source, folder = _places(config)
     cache = EncodedCache(folder, encoders, config.model)
-    if (
-        world_size > 1 and encoders is not None
-    ):  # each rank its own share first, so that they need not all encode everything
+    if world_size > 1 and encoders is not None:
+        # Each rank its own share first, so that they need not all encode everything.
         for row in islice(read_rows(source), rank, None, world_size):
             _encode(row, cache)
     total, ties = _count(source), 0

@@ -39,11 +39,8 @@ class Learner:
         second: Engine | None = None,
     ) -> None:
         self.algorithm, self.needs, self.engine, self.second = algorithm, algorithm.needs, engine, second
-        self.micro_batch_size, self.updates, self.epochs = (
-            self.needs.whole(micro_batch_size),
-            updates_per_iteration,
-            epochs,
-        )
+        self.micro_batch_size = self.needs.whole(micro_batch_size)
+        self.updates, self.epochs = updates_per_iteration, epochs
         self.models = {role: fixed_geometry(model, self.micro_batch_size) for role, model in models.items()}
         self.seed, self.device = seed, device
         self.version = 0

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from flowalign.algorithm import LossOutput
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.nft import NFT
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.learner import Learner
+from flowalign.types import Max, Mean, TrainBatch
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
@@ -53,6 +55,30 @@ def test_replay_is_measured_before_the_first_step_moved_the_weights():
     assert update.metrics["replay/max_abs_dlogp"] == 0
     assert update.metrics["learner/updates"] == 4
     assert update.metrics["ratio/mean"] != 1
+
+
+class Counts(NFT):
+    """Six items of twelve; a loss that tells their numbers, 0 to 5, by every kind of metric."""
+
+    def prepare(self, batch, scores, models):
+        sample = torch.zeros(6, dtype=torch.long)
+        tensors = {"number": torch.arange(6.0), "x": batch.final_NCHW[sample]}
+        return TrainBatch(tensors, batch.condition.take(sample), 12, {}, {})
+
+    def loss(self, models, minibatch):
+        number, t = minibatch.tensors["number"], torch.full((len(minibatch),), 0.5)
+        loss = models["policy"](minibatch.tensors["x"], t, minibatch.condition).square().mean()
+        told = {"share": number.mean(), "ratio/share": number.mean(), "max_share": number.mean()}
+        return LossOutput(loss, {**told, "mean": Mean(number.mean()), "largest": Max(number.max())})
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_a_bare_metric_is_a_share_of_all_items_a_mean_of_those_that_are_there_and_names_say_nothing(size):
+    model = LinearVelocity()
+    own = learner(model, algorithm=Counts(NFT.Config.model_validate(ALGORITHMS["nft"])), micro_batch_size=size)
+    metrics = own.update(*batch(model, ALGORITHMS["nft"]), iteration=0).metrics
+    assert metrics["mean"] == pytest.approx(2.5) and metrics["largest"] == 5
+    assert [metrics[name] for name in ("share", "ratio/share", "max_share")] == pytest.approx([1.25] * 3)
 
 
 def test_a_batch_without_credit_moves_nothing_and_says_so():
