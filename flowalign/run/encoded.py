@@ -73,7 +73,9 @@ def encode_apart(what: str, asked: Mapping[str, Any]) -> None:
         request.write_text(json.dumps({"what": what, "threads": torch.get_num_threads(), **asked}), encoding="utf-8")
         command = [sys.executable, "-P", "-m", MODULE, str(request), str(answer)]
         paths = os.pathsep.join(path for path in sys.path if path)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}) as process:
+        environment = {**os.environ, "PYTHONPATH": paths}
+        # What it or a model's own code prints goes where errors go: standard output is the answer of a command.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, env=environment) as process:
             code = process.wait()
         said = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
     if code == 0:

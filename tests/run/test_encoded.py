@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +67,30 @@ def test_what_is_encoded_already_starts_no_process(
     assert len(pairs_of(config, None)) > 0
 
 
-def test_an_error_of_the_encoding_process_arrives_as_itself(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+def test_an_error_of_the_encoding_process_arrives_as_itself_and_what_it_prints_is_no_answer(
+    tiny_pipeline_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('said by code of the user')")
+    monkeypatch.syspath_prepend(tmp_path)
     broken = [{**row, "jpg_0": b"no picture"} for row in table(4, 0)]
     config = offline_config(tiny_pipeline_dir, write_parquet(tmp_path / "broken.parquet", broken))
     asked: dict[str, Any] = {"config": config.model_dump(mode="json"), "rank": 0, "world_size": 1}
     with pytest.raises(PreferencesError, match="cannot be used"):
         encoded.encode_apart("pairs", asked)
+    written = capfd.readouterr()
+    assert "said by code of the user" in written.err and "said by" not in written.out
+
+
+@pytest.mark.slow
+def test_the_encoding_process_ends_with_the_one_that_started_it(
+    pairs: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    config = offline_config(tiny_pipeline_dir, pairs).model_dump(mode="json")
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    request.write_text(json.dumps({"what": "pairs", "threads": 1, "config": config, "rank": 0, "world_size": 1}))
+    line = [sys.executable, "-m", encoded.MODULE, str(request), str(answer)]
+    ended = subprocess.run(line, stdin=subprocess.DEVNULL, timeout=200)  # as where the other end of a pipe is closed
+    assert ended.returncode == 1 and not answer.exists()
 
 
 def test_a_killed_encoding_process_is_named_and_done_again(
