@@ -30,10 +30,6 @@ def solve(velocity_fn, x, sigmas, callback=None, *, at=0.5):
         if callback is not None:
             callback(k, x)
     return x
-
-
-def evaluations(num_steps):
-    return 2 * num_steps
 '''
 LATE = '''@dataclass(frozen=True)
 class Late(Uniform):

@@ -21,6 +21,8 @@ from flowalign.samples.opened import asked
 
 def relaxed(velocity_fn, x: Tensor, sigmas: Tensor, callback=None, *, by: float = 1.0, rounds: int = 1) -> Tensor:
     """Euler steps of which each goes ``by`` times as far."""
+    if by < 0:
+        raise ValueError(f"by is {by}; give a number from 0 on")
     for t, t_next in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
         for _ in range(rounds):
             x = x + by * velocity_fn(x, torch.full((len(x),), t)) * (t_next - t)
@@ -77,6 +79,20 @@ def test_an_option_that_a_solver_has_not_is_an_error_at_its_key_before_anything_
         asked(SamplingConfig(), 4, None, "heun(order=3)")
     with pytest.raises(ValueError, match=r"ddpm has no option eta; write ddpm"):
         check_solver("ddpm(eta=0.5)")
+
+
+def test_a_value_that_an_option_cannot_have_is_refused_before_anything_starts(with_options: str) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation.solver: relaxed\(by=-1\) cannot walk: by is -1; give a number"):
+        check_sampling("evaluation", SamplingConfig(solver="relaxed(by=-1)"))
+    with pytest.raises(ValueError, match=r"relaxed\(rounds=0.5\) cannot walk: TypeError: 'float' object cannot be"):
+        check_solver("relaxed(rounds=0.5)")
+
+
+def test_the_velocities_of_a_walk_are_counted_with_the_options(with_options: str) -> None:
+    assert [evaluations("relaxed(rounds=3)", steps) for steps in (1, 10, 64, 1000)] == [3, 30, 192, 3000]
+    assert [evaluations("heun", steps) for steps in (1, 64, 65, 1000)] == [1, 127, 129, 1999]
+    with pytest.raises(ValueError, match=r"relaxed asks for more than one velocity a step"):
+        check_cacheable("relaxed(rounds=2)")
 
 
 def test_a_solver_is_cached_that_asks_once_a_step_and_makes_no_noise(with_options: str) -> None:

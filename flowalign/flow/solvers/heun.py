@@ -25,8 +25,3 @@ def solve(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor, callback: Callback
         if callback is not None:
             callback(k, x)
     return x
-
-
-def evaluations(num_steps: int) -> int:
-    """Count the velocities of a walk of ``num_steps`` to t = 0."""
-    return 2 * num_steps - 1
