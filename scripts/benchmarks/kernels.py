@@ -1,4 +1,4 @@
-"""Two choices of models/sd3.py on this CPU, side by side, as JSON: attention in bfloat16, channels-last decoding.
+"""Two choices of models/families/sd3 on this CPU, side by side, as JSON: attention in bfloat16, channels-last decoding.
 
 python scripts/benchmarks/kernels.py --threads 2
 """
