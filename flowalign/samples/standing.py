@@ -21,13 +21,18 @@ class HardExit(SystemExit):
 
 
 class Standing:
-    """Taken before such code begins; ``streams`` are what it had set when it ended the last time."""
+    """Taken before such code begins; ``streams`` are what it had set when it ended the last time.
 
-    def __init__(self, streams: tuple[Any, ...] = (None,) * len(_STREAMS)) -> None:
+    Modules that it took away are found in any case, those that it put None in the place of where ``each`` is true.
+    """
+
+    def __init__(self, streams: tuple[Any, ...] = (), each: bool = True) -> None:
+        streams = streams or (None,) * len(_STREAMS)
+        self._each = each
         self._streams = [getattr(sys, name) for name in _STREAMS]
         self._kept = [None if stream is None else _Kept(stream) for stream in self._streams]
         self._lists = [(getattr(sys, name), list(getattr(sys, name))) for name in _LISTS]
-        self._modules, self._known = sys.modules, dict(sys.modules)
+        self._modules, self._known = sys.modules, _Modules.now()
         self._leave, self._register = os._exit, atexit.register
         for name, own, kept in zip(_STREAMS, streams, self._kept, strict=True):
             setattr(sys, name, kept if own is None else own)
@@ -47,13 +52,40 @@ class Standing:
             else:
                 there[:] = before + [entry for entry in now if entry not in before]
         sys.modules = self._modules
-        for name, module in self._known.items():
-            if sys.modules.get(name) is None:
-                sys.modules[name] = module
+        self._known.put_back(self._each)
         found = tuple(getattr(sys, name) for name in _STREAMS)
         for name, stream in zip(_STREAMS, self._streams, strict=True):
             setattr(sys, name, stream)
         return tuple(None if own is kept else own for own, kept in zip(found, self._kept, strict=True))
+
+
+class _Modules:
+    """What is imported. Behind a rollout, which empties the processor's caches, thousands of modules are slow to touch:
+    they are copied where one came or went, and walked only where ``each`` is asked for, or one has moved."""
+
+    _last: _Modules | None = None
+
+    @classmethod
+    def now(cls) -> _Modules:
+        if cls._last is None or cls._last._moved():
+            cls._last = cls()
+        return cls._last
+
+    def __init__(self) -> None:
+        self._known = dict(sys.modules)
+
+    def put_back(self, each: bool) -> None:
+        there = sys.modules
+        if not each and not self._moved():
+            return
+        for name, module in self._known.items():
+            if there.get(name) is None:
+                there[name] = module
+
+    def _moved(self) -> bool:
+        """Whether one came or went: a dict keeps the order of its entries."""
+        known, there = self._known, sys.modules
+        return len(there) != len(known) or next(reversed(there.values())) is not next(reversed(known.values()))
 
 
 class _Kept:
