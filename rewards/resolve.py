@@ -75,8 +75,8 @@ def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Off
         offers.check(kind, needs)
 
 
-def row_check(spec: str | Mapping[str, Any], base_dir: str | Path = ".") -> Callable[[Metadata], None] | None:
-    """What raises ``InputError`` for a row of metadata that the scorer could never judge, without loading models.
+def row_check(spec: str | Mapping[str, Any]) -> Callable[[Metadata], None] | None:
+    """Return what raises ``InputError`` for a row of metadata that the scorer could never judge; loads no model.
 
     None where any row will do, and for a user's code, which is not run for that. Raises ``SpecError`` as ``check``.
     """

@@ -70,10 +70,6 @@ class Pool:
         self.deaths: list[str] = []
         self.reviving: dict[Any, _Revival] = {}
 
-    @property
-    def restarts(self) -> int:
-        return len(self.deaths)
-
     def started(self) -> None:
         """Wait until every actor has loaded what it needs.
 

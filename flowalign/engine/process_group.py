@@ -179,12 +179,6 @@ def alike(content: bytes) -> bool:
     return largest(number) == -largest(-number)
 
 
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def _json(facts: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(facts)).encode()
 

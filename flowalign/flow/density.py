@@ -1,4 +1,4 @@
-"""Densities of the training timestep ``t`` in (0, 1): a sampler and a pdf for each (arXiv:2403.03206, sec. 3.1)."""
+"""Densities of the training timestep ``t`` in (0, 1), a map from a uniform number each. (arXiv:2403.03206, sec. 3.1)"""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ _LOWEST, _HIGHEST = 2.0**-24, 1 - 2.0**-24
 
 
 class Density(Protocol):
-    """A map from a uniform variable to ``t``, and the pdf that this map gives; both keep the shape of their input."""
+    """A map from a uniform variable to ``t``, which keeps the shape of its input."""
 
     def from_uniform(self, u: Tensor) -> Tensor: ...
-
-    def pdf(self, t: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,6 @@ class Uniform:
 
     def from_uniform(self, u: Tensor) -> Tensor:
         return u
-
-    def pdf(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,6 @@ class LogitNormal:
     def from_uniform(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.m + self.s * torch.special.ndtri(u))
 
-    def pdf(self, t: Tensor) -> Tensor:
-        z = (torch.logit(t) - self.m) / self.s
-        return torch.exp(-z * z / 2) / (self.s * math.sqrt(2 * math.pi) * t * (1 - t))
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -67,16 +58,6 @@ class Mode:
     def from_uniform(self, u: Tensor) -> Tensor:
         return 1 - u - self.s * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
-    def pdf(self, t: Tensor) -> Tensor:
-        # The map falls from 1 to 0 and has no closed inverse; 60 halvings exhaust float64.
-        low, high = torch.zeros_like(t), torch.ones_like(t)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = self.from_uniform(middle) > t
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        u = (low + high) / 2
-        return 1 / (1 - self.s * (math.pi / 2 * torch.sin(math.pi * u) - 1))
-
 
 @dataclass(frozen=True)
 class CosMap:
@@ -85,9 +66,6 @@ class CosMap:
     def from_uniform(self, u: Tensor) -> Tensor:
         sine, cosine = torch.sin(math.pi / 2 * u), torch.cos(math.pi / 2 * u)
         return sine / (sine + cosine)
-
-    def pdf(self, t: Tensor) -> Tensor:
-        return 2 / (math.pi - 2 * math.pi * t * (1 - t))
 
 
 @dataclass(frozen=True)
@@ -103,9 +81,6 @@ class UShaped:
     def from_uniform(self, u: Tensor) -> Tensor:
         return 0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a
 
-    def pdf(self, t: Tensor) -> Tensor:
-        return self.a * torch.cosh(self.a * (t - 0.5)) / (2 * math.sinh(self.a / 2))
-
 
 @dataclass(frozen=True)
 class Shifted:
@@ -120,10 +95,6 @@ class Shifted:
 
     def from_uniform(self, u: Tensor) -> Tensor:
         return shift_sigma(self.base.from_uniform(u), self.s)
-
-    def pdf(self, t: Tensor) -> Tensor:
-        # The shift by 1/s undoes that by s; its derivative is (1/s) / (1 + (1/s - 1) t)².
-        return self.base.pdf(shift_sigma(t, 1 / self.s)) * self.s / (self.s + (1 - self.s) * t) ** 2
 
 
 Name = Literal["uniform", "logit_normal", "mode", "cosmap", "u_shaped"]
@@ -161,11 +132,3 @@ def sample(
     chosen = density(kind, shift=shift, **params)
     u = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
     return chosen.from_uniform(u).clamp(_LOWEST, _HIGHEST).float()
-
-
-def pdf(kind: str, t: Tensor, *, shift: float = 1.0, **params: float) -> Tensor:
-    """Probability density of ``kind``, shifted by ``shift``, at ``t``.
-
-    ``t`` strictly inside (0, 1), any shape. Returns the same shape and dtype. Raises as `density` does.
-    """
-    return density(kind, shift=shift, **params).pdf(t)

@@ -1,4 +1,4 @@
-"""Paths between data and noise, and the conversions between velocity, noise, data and score.
+"""Paths between data and noise, and the conversions between velocity, noise and data.
 
 Shapes: N samples; ``...`` any non-batch dimensions; ``t`` is a float or a tensor of shape () or (N,).
 """
@@ -68,22 +68,13 @@ def noise_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
     return x + (1 - per_sample(t, x)) * velocity
 
 
-def score_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-    """Score ``grad log p_t(x) = -(x + (1 - t) v) / t`` on the rectified-flow path.
-
-    ``x``, ``velocity`` (N, ...); ``t`` in (0, 1], () or (N,): at t = 0 the score is not defined. Returns (N, ...).
-    (arXiv:2505.05470, sec. 4.2)
-    """
-    return -noise_from_velocity(x, velocity, t) / per_sample(t, x)
-
-
 @dataclass(frozen=True)
 class Path:
     """A Gaussian path ``z_t = a(t) x0 + b(t) noise``; each function maps a tensor of times to one of equal shape.
 
     ``from_rf`` is the time at which ``b / (a + b)`` has a given value, the time of the same noise level on the
-    rectified-flow path; its value is not clamped. The methods compute a and b in float64, where a path's time can be
-    too coarse a number for its noise level, and round them to the dtype of the data.
+    rectified-flow path; its value is not clamped. In float32 a path's time can be too coarse a number for its noise
+    level: compute a and b in float64, and round them afterwards.
     (arXiv:2403.03206, eq. 1: a family defines its own endpoints and conversions)
     """
 
@@ -93,46 +84,6 @@ class Path:
     da: Callable[[Tensor], Tensor]
     db: Callable[[Tensor], Tensor]
     from_rf: Callable[[Tensor], Tensor]
-
-    def interpolate(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
-        """Point ``a x0 + b noise`` of this path; ``x0``, ``noise`` (N, ...), ``t`` () or (N,). Returns (N, ...)."""
-        a, b, _, _ = self._at(t, x0)
-        return a * x0 + b * noise
-
-    def velocity_target(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
-        """Conditional velocity ``a' x0 + b' noise``; shapes as in `interpolate`. (arXiv:2403.03206, sec. 2)"""
-        _, _, da, db = self._at(t, x0)
-        return da * x0 + db * noise
-
-    def x0_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-        """Clean data that solves both equations of the path, ``(b' z - b v) / (a b' - a' b)``; shapes (N, ...)."""
-        a, b, da, db = self._at(t, z)
-        return (db * z - b * velocity) / (a * db - da * b)
-
-    def noise_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-        """Noise that solves both equations of the path, ``(a v - a' z) / (a b' - a' b)``; shapes (N, ...)."""
-        a, b, da, db = self._at(t, z)
-        return (a * velocity - da * z) / (a * db - da * b)
-
-    def score_from_velocity(self, z: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-        """Score ``-noise / b`` where ``b(t) > 0``; shapes (N, ...). (arXiv:2011.13456, sec. 3)"""
-        return -self.noise_from_velocity(z, velocity, t) / self._at(t, z)[1]
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """Log signal-to-noise ratio ``log(a² / b²)``; any shape, infinite at the ends. (arXiv:2403.03206, sec. 2)"""
-        return 2 * (self.a(t).log() - self.b(t).log())
-
-    def cfm_weight(self, t: Tensor) -> Tensor:
-        """Factor that makes a squared error of the noise one of the conditional velocity, ``(b lambda' / 2)²``.
-
-        Any shape; infinite where a is 0. (arXiv:2403.03206, eqs. 8-9)
-        """
-        a, b, da, db = (function(t) for function in (self.a, self.b, self.da, self.db))
-        return (db - da * b / a) ** 2
-
-    def _at(self, t: Scalar, x: Tensor) -> tuple[Tensor, ...]:
-        exact = per_sample(t, x, torch.float64)
-        return tuple(per_sample(function(exact), x) for function in (self.a, self.b, self.da, self.db))
 
 
 _HALF_PI = math.pi / 2

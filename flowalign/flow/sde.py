@@ -117,11 +117,6 @@ def log_prob_mean(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
     return _mean(_log_density(x_next, mean, std))
 
 
-def log_prob_sum(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
-    """Log-density of ``N(mean, std²)`` at ``x_next``, the plain joint one; shapes as in `log_prob_mean`."""
-    return _log_density(x_next, mean, std).flatten(1).sum(1, dtype=torch.float64).float()
-
-
 def log_prob_mean_unnormalised(x_next: Tensor, mean: Tensor) -> Tensor:
     """``-mean((x_next - mean)²)`` over the non-batch dimensions, the form of the public cps code.
 

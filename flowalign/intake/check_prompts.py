@@ -26,7 +26,7 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
     rows, wrong = _placed(key, source, base_dir)
     for reward in rewards:
         try:
-            judges = row_check({"type": reward.spec, **reward.options}, base_dir)
+            judges = row_check({"type": reward.spec, **reward.options})
         except ScorerError:
             continue  # check_reward says it
         if judges is None:

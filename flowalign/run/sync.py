@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from flowalign.record.checkpoint import content_hash
 from flowalign.run.workers import BindReceipt
 from flowalign.types import Update
 
@@ -21,21 +18,14 @@ class SyncGuard:
     def __init__(self) -> None:
         self._last: tuple[int, str] | None = None
 
-    def check(
-        self, weights: Mapping[str, Tensor], version: int, receipts: Sequence[BindReceipt], *, learned: bool = True
-    ) -> None:
-        """Raises SyncError on a wrong hash, count or version, or where a new version changed no weight.
-
-        ``learned`` False says that the update was none (`has_learned`), so that equal weights are right.
-        """
-        self.check_receipts(BindReceipt("learner", version, len(weights), content_hash(weights)), receipts, learned)
-
     def check_receipts(
         self, sent: BindReceipt, receipts: Sequence[BindReceipt], learned: bool = True, evaluation: bool = False
     ) -> None:
-        """``check`` where the learner itself has said what it sent, and the weights are elsewhere.
+        """Raise SyncError on a wrong hash, count or version, or where a new version changed no weight.
 
-        A sync for an ``evaluation`` may send other weights of the same version, and repeat them.
+        ``sent`` is the learner's own receipt. ``learned`` False says that the update was none (`has_learned`), so that
+        equal weights are right. A sync for an ``evaluation`` may send other weights of the same version, and repeat
+        them.
         """
         for receipt in receipts:
             check_receipt(sent, receipt)

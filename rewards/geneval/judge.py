@@ -11,7 +11,7 @@ A box is x0, y0, x1, y1 in pixels, y pointing down.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,14 +177,3 @@ def relative_position(box: Sequence[float], target: Sequence[float], threshold: 
     dx, dy = revised / np.linalg.norm(offset)
     tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return {relation for relation, holds in tests.items() if holds}
-
-
-def geneval_table(rows: Iterable[Mapping[str, Any]], key: str = "correct") -> dict[str, float]:
-    """Mean of ``row[key]`` for each ``row["tag"]``, and their mean over the tasks as ``overall``."""
-    by_task: dict[str, list[float]] = {}
-    for row in rows:
-        by_task.setdefault(row["tag"], []).append(float(row[key]))
-    if not by_task:
-        raise InputError("a GenEval table needs at least one judged image")
-    means = {task: float(np.mean(values)) for task, values in by_task.items()}
-    return {"overall": float(np.mean(list(means.values()))), **means}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from flowalign.flow import path
 from flowalign.types import LatentBatch
 from tests.algorithms.cases import CASES
 from tests.algorithms.every import every_algorithm
 from tests.algorithms.mixture import MODES, STD, LabelledPairs, mass, mixture_policy, mixture_velocity, reward
+from tests.flow import analytic
 
 
 def test_the_velocity_is_the_one_of_the_mixtures_own_score():
@@ -18,7 +18,7 @@ def test_the_velocity_is_the_one_of_the_mixtures_own_score():
     apart = (x[:, None] - (1 - t)[:, None, None] * MODES).square().sum(-1)
     log_density = (-apart / (2 * variance)).logsumexp(1)
     score = torch.autograd.grad(log_density.sum(), x)[0]
-    torch.testing.assert_close(path.score_from_velocity(x.detach(), mixture_velocity(x.detach(), t), t), score)
+    torch.testing.assert_close(analytic.score(x.detach(), mixture_velocity(x.detach(), t), t), score)
 
 
 def test_the_base_makes_all_modes_alike_whatever_the_prompt():

@@ -60,7 +60,7 @@ def test_workers_that_died_together_are_made_again_side_by_side(tmp_path: Path) 
 
     pool.vigil = Vigil(PatienceConfig(), check=let_go_once_both_began)
     pool.replace(dict.fromkeys(range(2), "killed by this test"))
-    assert set(pool.pids) == started(tmp_path) - set(before) and pool.restarts == 2
+    assert set(pool.pids) == started(tmp_path) - set(before) and len(pool.deaths) == 2
     pool.kill()
 
 
@@ -103,7 +103,7 @@ def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_ag
     assert [(one.rollouts, one.scores) for one in done] == [([f"chunk {i}"], f"scores of chunk {i}") for i in range(4)]
     rollouts.settle()
     rewards.settle()
-    assert (rollouts.restarts, rewards.restarts) == lost
+    assert (len(rollouts.deaths), len(rewards.deaths)) == lost
     for pool in (rollouts, rewards):
         pool.kill()
 
@@ -138,7 +138,7 @@ def test_chunks_that_are_scored_as_one_are_all_there_though_workers_die_over_the
     done = pipeline.run(say=said.append)
     assert [one.rollouts for one in done] == [["chunk 0", "chunk 1", "chunk 2"], ["chunk 3"]]
     assert [one.scores for one in done] == ["scores of chunk 0 and chunk 1 and chunk 2", "scores of chunk 3"]
-    assert (rollouts.restarts, rewards.restarts) == (1, 1)
+    assert (len(rollouts.deaths), len(rewards.deaths)) == (1, 1)
     for pool in (rollouts, rewards):
         pool.kill()
 
@@ -157,17 +157,17 @@ def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chu
     assert [one.scores for one in done] == [f"scores of chunk {i}" for i in range(4)]
     rollouts.settle()
     rewards.settle()
-    assert (rollouts.restarts, rewards.restarts) == (2, 1)
+    assert (len(rollouts.deaths), len(rewards.deaths)) == (2, 1)
     for kind, pool in (("rollout", rollouts), ("reward", rewards)):
         late, lost = (
             [line for line in said if re.match(f"{word}: (the )?{kind} ", line)] for word in ("late", "retried")
         )
-        assert len(late) == len(lost) == pool.restarts, said
+        assert len(late) == len(lost) == len(pool.deaths), said
         assert all("has not answered for " in line and "ended and made again at" in line for line in late)
         assert all("it did not answer for" in line and "memory" not in line for line in lost)
         assert all((", since its process is stopped)" in line) == (kind == "reward") for line in lost)
         ended = set(before[kind]) - set(pool.pids)
-        assert len(ended) == pool.restarts and not any(Path(f"/proc/{pid}").exists() for pid in ended)
+        assert len(ended) == len(pool.deaths) and not any(Path(f"/proc/{pid}").exists() for pid in ended)
         pool.kill()
 
 

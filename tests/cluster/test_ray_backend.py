@@ -227,13 +227,13 @@ def test_a_reward_worker_that_is_made_again_does_not_run_code_that_has_changed(f
 
 
 def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, folder: Path) -> None:
-    restarts = fresh.rewards.restarts
+    restarts = len(fresh.rewards.deaths)
     (folder / "raise").write_text("")
     with pytest.raises(ScorerFailed, match=r"^reward 'brightness' raised ValueError: the scale") as caught:
         collect(fresh, fresh.config, folder)
     assert type(caught.value) is ScorerFailed
     assert "\n" not in str(caught.value)
-    assert fresh.rewards.restarts == restarts
+    assert len(fresh.rewards.deaths) == restarts
 
 
 @pytest.mark.fault
@@ -244,13 +244,13 @@ def test_a_reward_that_hangs_ends_the_run_at_its_deadline_and_is_not_tried_again
         cluster = actor.worker.config.cluster.model_copy(update={"reward_deadline_s": seconds})
         actor.worker.config = actor.worker.config.model_copy(update={"cluster": cluster})
 
-    usual, restarts = fresh.config.cluster.reward_deadline_s, fresh.rewards.restarts
+    usual, restarts = fresh.config.cluster.reward_deadline_s, len(fresh.rewards.deaths)
     (folder / "sleep").write_text("")
     ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, 1))
     with pytest.raises(ScorerHangs, match=r"'brightness' did not score a chunk within 1 s.*cluster\.reward_deadline_s"):
         collect(fresh, fresh.config, folder)
     ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, usual))
-    assert fresh.rewards.restarts == restarts
+    assert len(fresh.rewards.deaths) == restarts
 
 
 def test_reward_of_the_wrong_length_arrives_typed(fresh: RayBackend, folder: Path) -> None:

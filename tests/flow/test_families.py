@@ -17,6 +17,7 @@ from flowalign.flow.families import family as named
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.flow.solvers.heun import solve as heun
+from tests.flow import analytic
 
 GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
 NAMES = [*FAMILIES, *GRID]
@@ -44,7 +45,7 @@ def raw_output(family: Family, x0: torch.Tensor, noise: torch.Tensor, t: torch.T
 def test_velocity_noise_data_and_score_of_every_family_agree(name, t, x0, noise):
     family = named(name)
     x0, noise, t = (torch.tensor([value], dtype=torch.float64) for value in (x0, noise, t))
-    z, output = family.path.interpolate(x0, noise, t), family.raw_target(x0, noise, t)
+    z, output = analytic.interpolate(family.path, x0, noise, t), family.raw_target(x0, noise, t)
     torch.testing.assert_close(output, raw_output(family, x0, noise, t), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(family.x0(z, output, t), x0, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(family.noise(z, output, t), noise, rtol=1e-7, atol=1e-7)
@@ -63,7 +64,7 @@ def test_rectified_flow_is_the_very_same_function():
     assert rf_velocity(family, network) is network
     assert family.velocity(noise, x0, t) is x0
     assert torch.equal(family.raw_target(x0, noise, t), path.velocity_target(x0, noise))
-    assert torch.equal(family.path.interpolate(x0, noise, t), path.interpolate(x0, noise, t))
+    assert torch.equal(analytic.interpolate(family.path, x0, noise, t), path.interpolate(x0, noise, t))
     assert torch.equal(family.network_time(t), t) and torch.equal(family.rf_time(t), t)
 
 
@@ -112,9 +113,11 @@ def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: Family
     weights = torch.randn(4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def gradients(t: torch.Tensor, weigh: bool) -> list[torch.Tensor]:
-        z, output = family.path.interpolate(x0, noise, t), inputs @ weights
+        z, output = analytic.interpolate(family.path, x0, noise, t), inputs @ weights
         noise_hat, x0_hat = family.noise(z, output, t), family.x0(z, output, t)
-        own, cfm = (family.loss_weight(t), family.path.cfm_weight(t)) if weigh else (torch.ones(6), torch.ones(6))
+        own, cfm = (
+            (family.loss_weight(t), analytic.cfm_weight(family.path, t)) if weigh else (torch.ones(6), torch.ones(6))
+        )
         slope_a, slope_b = family.path.da(t)[:, None], family.path.db(t)[:, None]
         flow_error = slope_a * (x0_hat - x0) + slope_b * (noise_hat - noise)
         raw_error = output - family.raw_target(x0, noise, t)
@@ -134,7 +137,7 @@ def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: Family
 @every_family
 def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(family: Family, generator):
     x0, noise, error = (torch.randn(99, 2, generator=generator, dtype=torch.float64) for _ in range(3))
-    z, target = family.path.interpolate(x0, noise, TIMES), family.raw_target(x0, noise, TIMES)
+    z, target = analytic.interpolate(family.path, x0, noise, TIMES), family.raw_target(x0, noise, TIMES)
     velocity_error = family.velocity(z, target + error, TIMES) - (noise - x0)
     weighted = family.velocity_weight(TIMES)[:, None] * velocity_error**2
     torch.testing.assert_close(weighted, error**2, rtol=1e-7, atol=1e-9)
@@ -156,7 +159,7 @@ def test_loss_weights_have_their_published_forms():
     for name, weight in published.items():
         torch.testing.assert_close(FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
     for name in ("rf", "v/cos"):  # a constant factor apart, since the cosine path turns at a constant speed
-        ratio = FAMILIES[name].path.cfm_weight(TIMES) / FAMILIES[name].loss_weight(TIMES)
+        ratio = analytic.cfm_weight(FAMILIES[name].path, TIMES) / FAMILIES[name].loss_weight(TIMES)
         torch.testing.assert_close(ratio, ratio[:1].expand(99), rtol=1e-9, atol=0)
 
 
@@ -167,7 +170,7 @@ def test_edm_network_sees_and_predicts_unit_variance_at_every_time(sigma_data):
     data, zero = torch.full((101,), sigma_data, dtype=torch.float64), torch.zeros(101, dtype=torch.float64)
     noise = torch.ones_like(zero)
     parts = [(data, zero), (zero, noise)]  # of variance sigma_data² and 1, and independent
-    seen = [family.network_input(family.path.interpolate(*part, t), t) for part in parts]
+    seen = [family.network_input(analytic.interpolate(family.path, *part, t), t) for part in parts]
     target = [family.raw_target(*part, t) for part in parts]
     for first, second in (seen, target):
         torch.testing.assert_close(first**2 + second**2, noise)
@@ -275,11 +278,11 @@ def test_golden_values_by_hand(name):
 )
 def test_an_edm_family_has_the_log_snr_of_its_name(name, quantile):
     """At a uniform t; and weighs the noise's error by density times exp(-lambda) + sigma_data², up to a factor."""
-    found = named(name).path.log_snr(1 - TIMES)  # rising
+    found = analytic.log_snr(named(name).path, 1 - TIMES)  # rising
     torch.testing.assert_close(found, quantile(TIMES), rtol=1e-9, atol=1e-9)
     other = {"edm/rf": "rf", "edm/cos": "v/cos"}.get(name)
     if other is not None:
-        torch.testing.assert_close(found, FAMILIES[other].path.log_snr(1 - TIMES), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, analytic.log_snr(FAMILIES[other].path, 1 - TIMES), rtol=1e-9, atol=1e-9)
     weight = named(name).loss_weight(1 - TIMES)
     torch.testing.assert_close(weight * 0.5**2, torch.exp(-found) + 0.5**2, rtol=1e-9, atol=0)
 
@@ -292,7 +295,7 @@ def test_the_cosine_path_with_another_output_has_the_published_weights_of_its_lo
         ("rf", lambda snr: torch.exp(-snr / 2)),
     ):
         t = TIMES.clone().requires_grad_()
-        log_snr = FAMILIES[name].path.log_snr(t)
+        log_snr = analytic.log_snr(FAMILIES[name].path, t)
         (slope,) = torch.autograd.grad(log_snr.sum(), t)
         found = -2 * FAMILIES[name].loss_weight(TIMES) / slope / published(log_snr.detach())
         torch.testing.assert_close(found, found[:1].expand(99), rtol=1e-9, atol=0)

@@ -19,7 +19,6 @@ def test_log_prob_is_the_normal_density(states):
     x_next, mean, _ = states
     expected = Normal(mean, STD.reshape(3, 1, 1, 1)).log_prob(x_next)
     torch.testing.assert_close(sde.log_prob_mean(x_next, mean, STD), expected.mean((1, 2, 3)))
-    torch.testing.assert_close(sde.log_prob_sum(x_next, mean, STD), expected.sum((1, 2, 3)))
 
 
 def test_unnormalised_log_prob_is_minus_the_mean_square(states):

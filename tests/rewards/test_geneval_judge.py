@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.geneval.judge import Rules, geneval_table, judge, relative_position
+from rewards.geneval.judge import Rules, judge, relative_position
 from rewards.interface import InputError
 
 GOLDEN = Path(__file__).parents[3] / "shared/data/golden/geneval_public.jsonl"
@@ -164,12 +164,6 @@ def test_metadata_that_is_not_genevals_is_refused(metadata, said):
 def test_detections_in_another_format_are_refused(items):
     with pytest.raises(InputError, match="detections"):
         judge(clause(), {"circle": items})
-
-
-def test_the_table_is_the_mean_over_tasks_of_the_means():
-    rows = [{"tag": "a", "correct": True, "strict": False}] * 3 + [{"tag": "b", "correct": False, "strict": False}]
-    assert geneval_table(rows) == {"overall": 0.5, "a": 1.0, "b": 0.0}
-    assert geneval_table(rows, key="strict")["overall"] == 0
 
 
 names = st.sampled_from(["circle", "star", "ring"])
