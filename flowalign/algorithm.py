@@ -18,7 +18,17 @@ from flowalign.config.largest import check_largest
 from flowalign.config.teachers import TeacherConfig
 from flowalign.config.walk import Grid
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Condition, LatentBatch, Metric, PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import (
+    Condition,
+    Guidance,
+    LatentBatch,
+    Metric,
+    PreferencePairs,
+    Rollout,
+    SamplingPlan,
+    Scores,
+    TrainBatch,
+)
 
 
 class VelocityModel(Protocol):
@@ -34,8 +44,7 @@ class VelocityModel(Protocol):
         condition: Condition,
         *,
         r: Tensor | None = None,
-        guidance: float | Tensor | None = None,
-        norm_preserving: bool = False,
+        guidance: Guidance | None = None,
     ) -> Tensor: ...
 
 
@@ -164,7 +173,7 @@ class Algorithm:
         """What it asks of a run."""
         raise NotImplementedError
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
+    def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         """Plan how iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
         return None
 

@@ -90,34 +90,68 @@ class Reuse:
 
 
 @dataclass(frozen=True)
-class RolloutSpec:
-    """How one iteration's trajectories are made; everything a replay needs besides the weights.
+class Guidance:
+    """Classifier-free guidance: its ``scale``, a float or (N,), where 1 or less is none.
 
-    ``window`` is the half-open range of steps that are stochastic (of ``kind``); all others are ODE
-    steps. ``sigmas`` are the K+1 noise levels, 1 to 0. With ``shared_noise`` all samples of a group start alike; with
-    ``shared_prefix`` as well, the steps before the window are computed once a group. Every sample is finished once
-    for each of ``granularities``: by that many of the remaining steps at a time.
-
-    ``solver``, a name of ``flow.solvers`` with its options, takes the ODE steps. With ``average_velocity`` the network
-    is also given the time that a step leads to. ``initial_scale`` is the standard deviation of the first state, other
-    than 1 where ``sigmas`` begin below 1. With ``reuse`` ODE steps skip the network where little changes, and never
-    those of the window.
+    With ``norm_preserving`` the guided velocity keeps the length of the conditional one.
     """
 
-    kind: SdeKind
-    sigmas: tuple[float, ...]
-    window: tuple[int, int]
-    noise_level: float
-    guidance_scale: float = 1.0
+    scale: float | Tensor = 1.0
     norm_preserving: bool = False
-    keep_means: bool = False
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The steps of ``window``, a half-open range, are of ``kind`` and ``level``; all others are ODE steps.
+
+    What is learned from lies in the window: its states are kept, and the log-probs of steps with noise in the form
+    ``log_prob``. By default the window is empty.
+    """
+
+    kind: SdeKind = "ode"
+    level: float = 0.0
+    window: tuple[int, int] = (0, 0)
     log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the window."""
+        return self.window[1] - self.window[0]
+
+
+@dataclass(frozen=True)
+class Branching:
+    """What the samples of a group have in common, and how many images each of them becomes.
+
+    With ``shared_noise`` all samples of a group start alike; with ``shared_prefix`` as well, the steps before the
+    window are computed once a group. Every sample is finished once for each of ``granularities``: by that many of the
+    remaining steps at a time.
+    """
+
     shared_noise: bool = False
     shared_prefix: bool = False
     granularities: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How one iteration's trajectories are made; everything a replay needs besides the weights.
+
+    ``sigmas`` are the K+1 noise levels, 1 to 0. ``solver``, a name of ``flow.solvers`` with its options, takes the ODE
+    steps. With ``average_velocity`` the network is also given the time that a step leads to. ``initial_scale`` is the
+    standard deviation of the first state, other than 1 where ``sigmas`` begin below 1. With ``keep_means`` the means of
+    the window's steps are kept. With ``reuse`` ODE steps skip the network where little changes, and never those of the
+    window.
+    """
+
+    sigmas: tuple[float, ...]
+    noise: Noise = Noise()
+    guidance: Guidance = Guidance()
+    branching: Branching = Branching()
     solver: str = "euler"
     average_velocity: bool = False
     initial_scale: float = 1.0
+    keep_means: bool = False
     reuse: Reuse | None = None
 
     @property
@@ -136,7 +170,7 @@ class Rollout:
 
     ``states_NSCHW`` has S+1 states: before each step of the window and after its last (S may be 0).
     ``log_prob_NS`` is a mean over dimensions; ``means_NSCHW`` are the rollout's own step means, if
-    the spec kept them; ``final_NCHW`` is the latent at t = 0; ``images`` is uint8 (N, H, W, 3).
+    the plan kept them; ``final_NCHW`` is the latent at t = 0; ``images`` is uint8 (N, H, W, 3).
 
     With J granularities there are N·J images, the J of one sample in a row. Then ``batch``, ``condition``,
     ``final_NCHW``, ``images`` and the scores have a row an image, so that each is scored like any other; states,
@@ -147,7 +181,7 @@ class Rollout:
 
     batch: PromptBatch
     condition: Condition
-    spec: RolloutSpec
+    plan: SamplingPlan
     states_NSCHW: Tensor
     log_prob_NS: Tensor
     final_NCHW: Tensor

@@ -23,7 +23,7 @@ from flowalign.data.prompts import evaluation_batch
 from flowalign.models.base import Policy
 from flowalign.models.build import load_policy
 from flowalign.models.families.sd3.loading import assembled
-from flowalign.samples.opened import ode_spec
+from flowalign.samples.opened import ode_plan
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
 from rewards.geneval.detectors.palette import PaletteDetector
@@ -48,9 +48,9 @@ def verdicts(images: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, dict[s
 
 
 def sampled(policy: Policy, count: int, *, tail: int, guidance: float) -> dict[str, dict[str, float]]:
-    batch, spec = evaluation_batch("shapes:eval", count), ode_spec(policy, 10, guidance)
+    batch, plan = evaluation_batch("shapes:eval", count), ode_plan(policy, 10, guidance)
     parts = [
-        rollout(policy, part, spec, seed=SEED, policy_version=0, length=tail).images.numpy()
+        rollout(policy, part, plan, seed=SEED, policy_version=0, length=tail).images.numpy()
         for part in batch.chunks(48)
     ]
     return verdicts(np.concatenate(parts), [dict(row) for row in batch.metadata])

@@ -72,8 +72,8 @@ class Above(Scheduled):
     def needs(self):
         return replace(self.config.rollout_needs, scores=True)
 
-    def rollout_plan(self, iteration, seed):
-        return self.config.rollout_spec(self.levels())
+    def plan(self, iteration, seed):
+        return self.config.sampling_plan(self.levels())
 
     def prepare(self, batch, scores, models):
         own = self.config.credit(scores, batch.batch.group_ids)

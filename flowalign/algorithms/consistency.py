@@ -20,7 +20,7 @@ from flowalign.flow import path
 from flowalign.flow.losses import pseudo_huber
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch
+from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch
 
 
 class Consistency(Scheduled):
@@ -93,10 +93,11 @@ class Consistency(Scheduled):
         c, t, s = self.config, item["t"], item["s"]
         if c.teacher == "none":
             return path.interpolate(item["x0"], item["noise"], s)
-        slope = models["teacher"](x, t, condition, guidance=c.guidance_scale)
+        guidance = Guidance(c.guidance_scale)
+        slope = models["teacher"](x, t, condition, guidance=guidance)
         delta = per_sample(s - t, x)
         if c.solver == "heun":
-            ahead = models["teacher"](x + delta * slope, s, condition, guidance=c.guidance_scale)
+            ahead = models["teacher"](x + delta * slope, s, condition, guidance=guidance)
             # A step that ends at t = 0 is Euler, as in `flow.solvers`.
             slope = torch.where(per_sample(s, x) > 0, (slope + ahead) / 2, slope)
         return x + delta * slope

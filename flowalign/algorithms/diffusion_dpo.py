@@ -20,7 +20,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import PreferencePairs, Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import PreferencePairs, Rollout, SamplingPlan, Scores, TrainBatch
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 
@@ -87,8 +87,8 @@ class DiffusionDPO(Scheduled):
         batch = Rollout if online else PreferencePairs
         return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec | None:
-        return None if self.config.source == "offline" else self.config.rollout_spec(self.levels())
+    def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
+        return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())
 
     def prepare(self, batch: Rollout | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
         """Pairs with their times and noises, a function of the run's seed, the iteration and the pair."""

@@ -21,7 +21,7 @@ from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
 from flowalign.algorithms.parts.stochastic import StochasticConfig
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.flow import objectives, sde
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
 
 
 class FlowGRPO(Scheduled):
@@ -77,7 +77,7 @@ class FlowGRPO(Scheduled):
     def _asks_anew(self) -> bool:
         return self.config.update_guidance_scale not in (None, self.config.guidance_scale)
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+    def plan(self, iteration: int, seed: int) -> SamplingPlan:
         """One window for the whole iteration: a function of (seed, iteration) where it moves."""
         plan = self.config.plan(self.levels(), iteration, seed)
         return replace(plan, keep_means=self.config.ratio == "guard")
@@ -89,7 +89,7 @@ class FlowGRPO(Scheduled):
         dropped or not.
         """
         assert scores is not None
-        c, images = self.config, len(batch.spec.granularities)
+        c, images = self.config, len(batch.plan.branching.granularities)
         group_ids, valid = batch.batch.group_ids[::images], scores.valid.reshape(-1, images).any(1)
         own = c.credit(scores, group_ids, images)
         kept = valid if c.keep is None else c.keep.of(own.advantages, valid, group_ids)
@@ -103,20 +103,20 @@ class FlowGRPO(Scheduled):
             tensors["old_mean"] = batch.means_NSCHW[sample, step]
         condition = batch.condition.take(sample * images)
         if self._asks_anew:
-            item = TrainBatch(tensors, condition, len(sample), {"spec": batch.spec})
+            item = TrainBatch(tensors, condition, len(sample), {"plan": batch.plan})
             _, old = self._step(models, "rollout", item)
-            tensors["old_log_prob"] = log_prob_of(batch.spec, tensors, old)
+            tensors["old_log_prob"] = log_prob_of(batch.plan, tensors, old)
             if c.ratio == "guard":
                 tensors["old_mean"] = old.mean
         total = int(kept.sum()) * steps_Nn.shape[1]
-        return TrainBatch(tensors, condition, total, {"spec": batch.spec}, own.metrics(valid))
+        return TrainBatch(tensors, condition, total, {"plan": batch.plan}, own.metrics(valid))
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""
         c, item = self.config, minibatch.tensors
-        spec: RolloutSpec = minibatch.shared["spec"]
+        plan: SamplingPlan = minibatch.shared["plan"]
         velocity, stats = self._step(models, "policy", minibatch)
-        difference = log_prob_of(spec, item, stats) - item["old_log_prob"]
+        difference = log_prob_of(plan, item, stats) - item["old_log_prob"]
         log_ratio, over = difference, None
         if c.ratio == "guard":
             log_ratio = sde.normalised_log_ratio(difference, stats.mean, item["old_mean"], stats.std)
@@ -127,12 +127,10 @@ class FlowGRPO(Scheduled):
         return output if c.beta == 0 else with_kl(output, c.beta, self._kl(models, minibatch, velocity, stats))
 
     def _step(self, models: Models, role: str, minibatch: TrainBatch) -> tuple[Tensor, sde.StepStats]:
-        item, spec, own = minibatch.tensors, minibatch.shared["spec"], self.config.update_guidance_scale
-        guidance = spec.guidance_scale if own is None else own
-        velocity = models[role](
-            item["x"], item["sigma"], minibatch.condition, guidance=guidance, norm_preserving=spec.norm_preserving
-        )
-        return velocity, step_of(spec, item, velocity)
+        item, plan, own = minibatch.tensors, minibatch.shared["plan"], self.config.update_guidance_scale
+        guidance = plan.guidance if own is None else replace(plan.guidance, scale=own)
+        velocity = models[role](item["x"], item["sigma"], minibatch.condition, guidance=guidance)
+        return velocity, step_of(plan, item, velocity)
 
     def _kl(self, models: Models, minibatch: TrainBatch, velocity: Tensor, stats: sde.StepStats) -> objectives.Term:
         with torch.no_grad():

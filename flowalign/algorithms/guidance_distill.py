@@ -17,7 +17,7 @@ from flowalign.algorithms.parts.points import DensityConfig, noised
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
 class GuidanceDistill(Algorithm):
@@ -73,7 +73,8 @@ class GuidanceDistill(Algorithm):
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition
         target = self._target(models, item, condition)
-        velocity = models["policy"](item["x"], item["t"], condition, guidance=item.get("guidance"))
+        guidance = Guidance(item["guidance"]) if "guidance" in item else None
+        velocity = models["policy"](item["x"], item["t"], condition, guidance=guidance)
         loss = forward.velocity_error(velocity, target).mean()
         return LossOutput(loss, {"loss/velocity_mse": loss.detach()})
 
@@ -82,6 +83,6 @@ class GuidanceDistill(Algorithm):
         """The guided teacher's velocity (N, C, H, W)."""
         teacher, x, t = models["teacher"], item["x"], item["t"]
         if "guidance" not in item:
-            return teacher(x, t, condition, guidance=self.config.guidance_scale)
+            return teacher(x, t, condition, guidance=Guidance(self.config.guidance_scale))
         null = dropped_conditions(condition, torch.ones(len(condition), dtype=torch.bool))
         return cfg(teacher(x, t, condition), teacher(x, t, null), item["guidance"])

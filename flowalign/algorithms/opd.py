@@ -23,7 +23,7 @@ from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transit
 from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Noise, Rollout, SamplingPlan, Scores, TrainBatch
 
 
 class OPD(Scheduled):
@@ -62,7 +62,7 @@ class OPD(Scheduled):
             if self.reward_weight and self.group_size < 2:
                 raise ValueError("group_size: a reward is compared within a group; give it at least 2 images")
             routes(self.teachers)
-            OPD(self).rollout_plan(0, 0)
+            OPD(self).plan(0, 0)
             return self
 
     config: Config
@@ -73,14 +73,14 @@ class OPD(Scheduled):
         scores = c.reward_weight > 0
         return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
+    def plan(self, iteration: int, seed: int) -> SamplingPlan:
         """One window for the whole iteration; a random one is drawn from (seed, iteration)."""
         c = self.config
         sigmas = self.levels()
         # Without noise every step can be distilled, as every step of kind dance can.
         kind, noise_level = ("dance", 1.0) if c.kind == "ode" else (c.kind, c.noise_level)
         window = c.window.steps(kind, sigmas, noise_level, seed=seed, iteration=iteration)
-        return c.rollout_spec(sigmas, c.kind, window, c.noise_level)
+        return c.sampling_plan(sigmas, Noise(c.kind, c.noise_level, window))
 
     def teacher_of(self, metadata: Mapping[str, Any]) -> str:
         """Name the teacher of a sample; raises NoTeacher where its task is nobody's."""
@@ -88,7 +88,7 @@ class OPD(Scheduled):
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         """Transitions with the velocity that each one's own teacher has there; every teacher is asked once."""
-        spec = batch.spec
+        plan = batch.plan
         names = list(self.config.teachers)
         teacher_N = torch.tensor([names.index(self.teacher_of(row)) for row in batch.batch.metadata])
         count, steps = batch.states_NSCHW.shape[0], batch.states_NSCHW.shape[1] - 1
@@ -98,14 +98,14 @@ class OPD(Scheduled):
         condition = batch.condition.take(sample)
         tensors["target"] = taught_velocity(models, self.config.teachers, tensors, condition)
         metrics = {}
-        if spec.kind != "ode":
+        if plan.noise.kind != "ode":
             advantage_N, metrics = self._advantages(batch, scores)
             tensors["advantage"] = advantage_N[sample]
             if self.config.distillation == "advantage":
-                stats = step_of(spec, tensors, tensors["target"])
-                dense = log_prob_of(spec, tensors, stats) - tensors["old_log_prob"]
+                stats = step_of(plan, tensors, tensors["target"])
+                dense = log_prob_of(plan, tensors, stats) - tensors["old_log_prob"]
                 tensors["advantage"] = tensors["advantage"] + dense
-        return TrainBatch(tensors, condition, len(sample), {"spec": spec}, metrics)
+        return TrainBatch(tensors, condition, len(sample), {"plan": plan}, metrics)
 
     def _advantages(self, batch: Rollout, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
         """Of the rewards, weighted (N,); 0 without them."""
@@ -119,15 +119,9 @@ class OPD(Scheduled):
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """``KL(p_S ‖ p_T)`` of each step, or ``½‖mean_S - mean_T‖²`` without noise (arXiv:2605.15055)."""
         c, item = self.config, minibatch.tensors
-        spec: RolloutSpec = minibatch.shared["spec"]
-        velocity = models["policy"](
-            item["x"],
-            item["sigma"],
-            minibatch.condition,
-            guidance=spec.guidance_scale,
-            norm_preserving=spec.norm_preserving,
-        )
-        student, teacher = step_of(spec, item, velocity), step_of(spec, item, item["target"])
+        plan: SamplingPlan = minibatch.shared["plan"]
+        velocity = models["policy"](item["x"], item["sigma"], minibatch.condition, guidance=plan.guidance)
+        student, teacher = step_of(plan, item, velocity), step_of(plan, item, item["target"])
         if c.kind == "ode":
             divergence = forward.velocity_error(student.mean, teacher.mean) / 2
         else:
@@ -137,7 +131,7 @@ class OPD(Scheduled):
             metrics[f"loss/opd/{name}"] = (divergence.detach() * (item["teacher"] == i)).mean()
         if c.kind == "ode":
             return LossOutput(divergence.mean(), metrics)
-        difference = log_prob_of(spec, item, student) - item["old_log_prob"]
+        difference = log_prob_of(plan, item, student) - item["old_log_prob"]
         surrogate, more = objectives.clipped_surrogate(difference, item["advantage"], c.clip_range, c.clip_range)
         loss = surrogate if c.distillation == "advantage" else divergence.mean() + surrogate
         return LossOutput(loss, {**metrics, **more, **objectives.replay_deviation(difference)})

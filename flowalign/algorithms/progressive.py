@@ -18,7 +18,7 @@ from flowalign.config.walk import Grid
 from flowalign.flow import forward, path, schedule
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch
+from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch
 
 
 class Progressive(Scheduled):
@@ -89,7 +89,7 @@ class Progressive(Scheduled):
         (arXiv:2202.00512, algorithm 2, in this convention)
         """
         teacher, x, t, middle, end = models["teacher"], *(item[k] for k in ("x", "t", "middle", "end"))
-        guidance = self.config.guidance_scale
+        guidance = Guidance(self.config.guidance_scale)
         first = teacher(x, t, condition, guidance=guidance)
         second = teacher(x + per_sample(middle - t, x) * first, middle, condition, guidance=guidance)
         share = per_sample((middle - t) / (end - t), x)

@@ -27,7 +27,7 @@ from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, Roll
 from flowalign.samples.children import end_children
 from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.scoring import load_scorer
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores, Update
 from rewards.interface import Answers, Asked, Offers, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs
 from rewards.usercode.loading import keep_user_line
@@ -61,9 +61,9 @@ class RolloutActor(Mortal):
     def bind(self, weights: Weights, version: int) -> BindReceipt:
         return self.worker.bind(weights, version)
 
-    def rollout(self, batch: PromptBatch, spec: RolloutSpec, seed: int, version: int) -> tuple[Rollout, float]:
+    def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
         """A chunk and its seconds, two objects: the chunk stays in the store until somebody needs it."""
-        return self.worker.rollout(batch, spec, seed, version)
+        return self.worker.rollout(batch, plan, seed, version)
 
 
 class HostedScorer(Answers):

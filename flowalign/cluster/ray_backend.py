@@ -32,7 +32,7 @@ from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
 
 CHILDREN_S = 3.0
 
@@ -167,7 +167,7 @@ class RayBackend:
         )
 
     def collect(
-        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+        self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected:
         """Roll out and score ``batch`` chunk by chunk; needs a ``sync`` before it.
 
@@ -176,14 +176,14 @@ class RayBackend:
             ScorerError, …: what a worker itself raised; it is not tried again.
         """
         chunks = batch.chunks(self.config.rollout.chunk_size)
-        spec = spec if evaluation else replace(spec, reuse=self._reuse)
+        plan = plan if evaluation else replace(plan, reuse=self._reuse)
         version = self._delivery.version
         retries = self.config.cluster.max_task_retries
         whole = self._whole_groups and not evaluation
         units = scored_together(chunks, whole)
         gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if whole else 1)
         pipeline = Pipeline(
-            chunks, self.rollouts, self.rewards, (spec, seed, version), evaluation, retries, gives_up_s, units
+            chunks, self.rollouts, self.rewards, (plan, seed, version), evaluation, retries, gives_up_s, units
         )
         done = pipeline.run(count, self.say)
         collected = Collected(

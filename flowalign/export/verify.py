@@ -25,7 +25,7 @@ from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.families.sd3.loading import plain_pipeline, quietly
 from flowalign.models.guided import guided
 from flowalign.record.outputs import RECORD as RECORD
-from flowalign.samples.opened import policy_spec
+from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 
 PROBE_PROMPTS = ("a photo of a red circle", "a photo of two dogs")
@@ -96,8 +96,8 @@ def probe(policy: Policy, config: AlignConfig) -> Probe:
     latents = {}
     for guidance in PROBE_GUIDANCE:
         sampling = SamplingConfig(num_steps=PROBE_STEPS, guidance_scale=guidance, grid=config.evaluation.grid)
-        spec = policy_spec(policy, sampling, config.model)
-        latents[guidance] = integrate(model, condition, SampleNoise(0, ids, shape), spec, device)[2]
+        plan = policy_plan(policy, sampling, config.model)
+        latents[guidance] = integrate(model, condition, SampleNoise(0, ids, shape), plan, device)[2]
     return Probe(noise, velocity, latents)
 
 

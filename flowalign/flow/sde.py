@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowalign.flow.path import Scalar, noise_from_velocity, per_sample, x0_from_velocity
 from flowalign.flow.window import Window, sliding_start
-from flowalign.types import RolloutSpec
+from flowalign.types import SamplingPlan
 
 Kind = Literal["ode", "flow", "dance", "cps", "ddpm"]
 _TOP = 1 - 1e-6  # a level above is 1, whatever float32 made of it: 0.99999988 and 1.0000001 occur in schedulers
@@ -72,9 +72,9 @@ def _flow_diffusion(x: Tensor, t: Tensor, noise_level: float, sigma_max: Scalar 
     return noise_level * torch.sqrt(t / (1 - torch.where(t > _TOP, per_sample(sigma_max, x), t)))
 
 
-def planned_step(spec: RolloutSpec, x: Tensor, velocity: Tensor, sigma: Scalar, sigma_next: Scalar) -> StepStats:
-    """Take a step inside the window of ``spec``; shapes and result as in `reverse_step`."""
-    return reverse_step(spec.kind, x, velocity, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+def planned_step(plan: SamplingPlan, x: Tensor, velocity: Tensor, sigma: Scalar, sigma_next: Scalar) -> StepStats:
+    """Take a step inside the window of ``plan``; shapes and result as in `reverse_step`."""
+    return reverse_step(plan.noise.kind, x, velocity, sigma, sigma_next, plan.noise.level, plan.sigma_max)
 
 
 def _coefficient_preserving(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, noise_level: float) -> StepStats:
@@ -125,9 +125,9 @@ def log_prob_mean_unnormalised(x_next: Tensor, mean: Tensor) -> Tensor:
     return -_mean_square(x_next, mean)
 
 
-def step_log_prob(spec: RolloutSpec, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Give the log-prob of a step in the form of ``spec``, a mean over dimensions: float32 (N,)."""
-    if spec.log_prob == "unnormalised":
+def step_log_prob(plan: SamplingPlan, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Give the log-prob of a step in the form of ``plan``, a mean over dimensions: float32 (N,)."""
+    if plan.noise.log_prob == "unnormalised":
         return log_prob_mean_unnormalised(x_next, mean)
     return log_prob_mean(x_next, mean, std)
 

@@ -278,7 +278,7 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
         ):
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
-    plan = algorithm.rollout_plan(0, config.seed)
+    plan = algorithm.plan(0, config.seed)
     _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * needs.group_size
     if images > IMAGES:
@@ -287,7 +287,7 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
             f"{config.data.groups_per_iteration:,} groups of {needs.group_size:,} are "
             f"{images:,} images an iteration; at most {IMAGES:,} are possible",
         )
-    items = images * (max(1, plan.window[1] - plan.window[0]) if plan is not None else 1) // needs.item_samples
+    items = images * (1 if plan is None else max(1, plan.noise.num_steps)) // needs.item_samples
     updates = config.learner.updates_per_iteration
     if needs.second is not None and updates * needs.second.updates > items:
         raise ConfigError(
@@ -306,15 +306,16 @@ def _check_plan(name: str, plan: Any, cached: bool) -> None:
     """An SDE has noisy steps, and they lie on the schedule; an algorithm of the user's may plan anything."""
     if plan is None:
         return
-    begin, end = plan.window
+    noise = plan.noise
+    begin, end = noise.window
     if not 0 <= begin <= end <= plan.num_steps:
         raise ConfigError("algorithm", f"{name} plans noise in steps [{begin}, {end}) of {plan.num_steps}")
     if cached and end - begin == plan.num_steps:
         raise ConfigError(
             "rollout.cache", f"{name} makes noise in every step, and no such step may be cached; leave the cache out"
         )
-    if plan.kind != "ode" and begin == end:
-        raise ConfigError("algorithm", f"{name} plans no step of kind {plan.kind}, so that it could learn nothing")
+    if noise.kind != "ode" and begin == end:
+        raise ConfigError("algorithm", f"{name} plans no step of kind {noise.kind}, so that it could learn nothing")
 
 
 def _check_pairs_wanted(config: AlignConfig, needs: Needs) -> None:

@@ -68,7 +68,7 @@ def calibrate(
 def _distances(model: SampledModel, batch: PromptBatch, progress: Progress) -> tuple[Tensor, Tensor]:
     """How far the network's input and its output move from step to step, of all trajectories in a row."""
     size, done = model.config.model, 0
-    with model.opened() as (policy, _, spec):
+    with model.opened() as (policy, _, plan):
         network = policy.network
         shape = network.latent_shape(size.height, size.width)
         with Distances(network.module) as distances:
@@ -76,7 +76,7 @@ def _distances(model: SampledModel, batch: PromptBatch, progress: Progress) -> t
                 distances.reset()
                 noise = SampleNoise(model.seed, chunk.sample_ids, shape)
                 condition = policy.encoders.encode_prompts(chunk.prompts, size.max_sequence_length)
-                integrate(guided(network), condition, noise, spec, network.device)
+                integrate(guided(network), condition, noise, plan, network.device)
                 done += len(chunk)
                 progress(done, len(batch))
     return torch.cat(distances.inputs).cpu(), torch.cat(distances.outputs).cpu()

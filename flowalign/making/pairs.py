@@ -24,7 +24,7 @@ from flowalign.record.manifest import digest_of, manifest_of
 from flowalign.samples.opened import Progress, Which, silent
 from flowalign.samples.rollout import SampleNoise, integrate, refuse_non_finite
 from flowalign.samples.sampled import SampledModel
-from flowalign.types import PromptBatch, RolloutSpec
+from flowalign.types import PromptBatch, SamplingPlan
 
 
 class HalfNoise(SampleNoise):
@@ -88,10 +88,10 @@ def _write_shards(
 ) -> None:
     """Make the pairs that ``writer`` lacks, a chunk at a time."""
     made, chunk = _Shard(), sampler.groups
-    with model.opened() as (policy, _, spec):
+    with model.opened() as (policy, _, plan):
         for iteration in range(writer.position, -(-pairs // chunk)):
             batch = sampler.batch(iteration)
-            made.add(*_walked(model, policy, spec, batch), batch.prompts)
+            made.add(*_walked(model, policy, plan, batch), batch.prompts)
             last = (iteration + 1) * chunk >= pairs
             if last:
                 made.cut(pairs - writer.count)
@@ -101,15 +101,15 @@ def _write_shards(
             progress(min(pairs, (iteration + 1) * chunk), pairs)
 
 
-def _walked(model: SampledModel, policy: Policy, spec: RolloutSpec, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+def _walked(model: SampledModel, policy: Policy, plan: SamplingPlan, batch: PromptBatch) -> tuple[Tensor, Tensor]:
     """The latents of a chunk and the noise that they were walked from, (N, C, H, W) on the CPU."""
     size, network = model.config.model, policy.network
     shape = network.latent_shape(size.height, size.width)
     condition = policy.encoders.encode_prompts(batch.prompts, size.max_sequence_length)
     noise = HalfNoise(model.seed, batch.sample_ids, shape)
     geometry = model.config.rollout.chunk_size
-    final = integrate(guided(network), condition, noise, spec, network.device, geometry=geometry)[2].cpu()
-    refuse_non_finite(final, 0, spec)
+    final = integrate(guided(network), condition, noise, plan, network.device, geometry=geometry)[2].cpu()
+    refuse_non_finite(final, 0, plan)
     return final, HalfNoise(model.seed, batch.sample_ids, shape).draw()
 
 

@@ -25,7 +25,7 @@ from flowalign.samples.offers import PREFERENCES
 from flowalign.samples.opened import Progress, roll, silent
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
-from flowalign.types import PromptBatch, RolloutSpec
+from flowalign.types import PromptBatch, SamplingPlan
 
 SHARD = 500  # pairs a file
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
@@ -57,18 +57,18 @@ def make_preferences(
     check_prompts("--prompts", prompts, [reward], Path.cwd())
     groups = max(1, model.config.rollout.chunk_size // group_size)
     sampler = GroupSampler(load_prompts(prompts, Path.cwd()), groups=groups, group_size=group_size, seed=model.seed)
-    with folder_for(out), model.opened() as (policy, state, spec):
+    with folder_for(out), model.opened() as (policy, state, plan):
         cluster = model.config.cluster
         scorer = load_scorer(reward, Path.cwd(), cluster.device if cluster.reward_gpus else "cpu", offers=PREFERENCES)
         drawn = _Drawn(pairs)
         while drawn.made < pairs:
             batch = sampler.batch(drawn.groups // sampler.groups)
-            images = torch.cat([chunk.images for chunk in roll(policy, batch, spec, model.config, model.seed)])
+            images = torch.cat([chunk.images for chunk in roll(policy, batch, plan, model.config, model.seed)])
             drawn.add(*_pairs(batch, images, scorer, model.seed), sampler.groups)
             drawn.write(out)
             progress(drawn.made, pairs)
             drawn.check_patience(reward.label, group_size)
-    card = _card(model, reward, state, spec, prompts, group_size) | drawn.counts
+    card = _card(model, reward, state, plan, prompts, group_size) | drawn.counts
     write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
     return card
 
@@ -77,7 +77,7 @@ def _card(
     model: SampledModel,
     reward: RewardConfig,
     state: Mapping[str, Any],
-    spec: RolloutSpec,
+    plan: SamplingPlan,
     prompts: str,
     group_size: int,
 ) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def _card(
         "reward": reward.model_dump(mode="json"),
         "prompts": prompts,
         "group_size": group_size,
-        "num_steps": spec.num_steps,
-        "guidance_scale": spec.guidance_scale,
+        "num_steps": plan.num_steps,
+        "guidance_scale": plan.guidance.scale,
         "seed": model.seed,
     }
 

@@ -115,9 +115,9 @@ def evaluate_checkpoint(
     batch = evaluation_batch(source, num_samples or own.num_samples, base_dir)
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
-        with model.opened() as (policy, state, spec):
+        with model.opened() as (policy, state, plan):
             parts, rows, seconds = [], [], 0.0
-            for chunk, took in timed(roll(policy, batch, spec, config, model.seed, progress)):
+            for chunk, took in timed(roll(policy, batch, plan, config, model.seed, progress)):
                 parts.append((chunk, _scored(scorers, chunk)))
                 rows += _result_rows(scorers[0], *parts[-1])
                 seconds += took

@@ -14,7 +14,7 @@ from flowalign.algorithm import VelocityModel
 from flowalign.flow import families
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.models.network import Network
-from flowalign.types import Condition
+from flowalign.types import Condition, Guidance
 
 
 def straight(family: str, output: families.Network) -> families.Network:
@@ -23,9 +23,9 @@ def straight(family: str, output: families.Network) -> families.Network:
 
 
 def guided(network: Network) -> VelocityModel:
-    """The velocity of ``network``, guided where ``guidance`` is above 1: both passes in one batched call.
+    """The velocity of ``network``, guided where the scale of ``guidance`` is above 1: both passes in one batched call.
 
-    A network that takes the guidance as an input is handed it as it is, and called once.
+    A network that takes the guidance as an input is handed the scale as it is, and called once.
     """
 
     def velocity(
@@ -34,18 +34,18 @@ def guided(network: Network) -> VelocityModel:
         condition: Condition,
         *,
         r: Tensor | None = None,
-        guidance: float | Tensor | None = None,
-        norm_preserving: bool = False,
+        guidance: Guidance | None = None,
     ) -> Tensor:
-        if guidance is None or "guidance" in network.inputs or not guides(guidance):
-            return network.velocity(x, t, condition, r=r, guidance=guidance if "guidance" in network.inputs else None)
+        scale, is_input = None if guidance is None else guidance.scale, "guidance" in network.inputs
+        if guidance is None or is_input or not guides(guidance.scale):
+            return network.velocity(x, t, condition, r=r, guidance=scale if is_input else None)
         both = network.velocity(
             torch.cat([x, x]), torch.cat([t, t]), doubled(condition), r=None if r is None else torch.cat([r, r])
         )
         null, conditional = both.chunk(2)
-        if not norm_preserving:
-            return cfg(conditional, null, guidance)
-        return cfg_norm_preserving(conditional, null, guidance, patch_size=network.patch_size)
+        if not guidance.norm_preserving:
+            return cfg(conditional, null, guidance.scale)
+        return cfg_norm_preserving(conditional, null, guidance.scale, patch_size=network.patch_size)
 
     return velocity
 

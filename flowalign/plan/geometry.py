@@ -11,6 +11,7 @@ from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow.guidance import guides
+from flowalign.flow.path import Scalar
 from flowalign.flow.solvers import evaluations
 from flowalign.models.inspect import extra_inputs
 
@@ -42,16 +43,16 @@ class Geometry:
 
 
 def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
-    """Counts that follow from the configuration and the algorithm's own rollout plan."""
-    spec, needs = algorithm.rollout_plan(0, config.seed), algorithm.needs
+    """Counts that follow from the configuration and the algorithm's own sampling plan."""
+    plan, needs = algorithm.plan(0, config.seed), algorithm.needs
     images = config.data.groups_per_iteration * needs.group_size
-    num_steps = 0 if spec is None else spec.num_steps
-    window = 0 if spec is None else spec.window[1] - spec.window[0]
+    num_steps = 0 if plan is None else plan.num_steps
+    window = 0 if plan is None else plan.noise.num_steps
     transitions = images * max(window, 1)
     learner = config.learner
     per_step = math.ceil(transitions / learner.updates_per_iteration)
     inputs = config.model.inputs
-    guided = 1 if spec is None else _passes(spec.guidance_scale, inputs)
+    guided = 1 if plan is None else _passes(plan.guidance.scale, inputs)
     own = needs.update_guidance_scale
     update_guided = guided if own is None else _passes(own, inputs)
     items = transitions * learner.epochs * update_guided
@@ -71,7 +72,7 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
         transitions_per_step=per_step,
         micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
         micro_batch_size=micro_batch_size,
-        rollout_passes=0 if spec is None else images * evaluations(spec.solver, num_steps) * guided,
+        rollout_passes=0 if plan is None else images * evaluations(plan.solver, num_steps) * guided,
         learner_forward_passes=items * (len(needs.roles) - len(needs.teachers) + needs.trained - 1),
         learner_backward_passes=items * needs.trained,
         teacher_passes=transitions * max((_teacher_passes(t, inputs) for t in needs.teachers.values()), default=0),
@@ -83,7 +84,7 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     )
 
 
-def _passes(guidance_scale: float, inputs: Sequence[str] | None) -> int:
+def _passes(guidance_scale: Scalar, inputs: Sequence[str] | None) -> int:
     """Evaluations for one velocity: a network that takes the guidance as an input needs no second."""
     return 2 if guides(guidance_scale) and "guidance" not in (inputs or ()) else 1
 

@@ -28,8 +28,8 @@ from flowalign.run.loop import Run, align
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.resume import leave_behind, resume_from
 from flowalign.safety.collapse import stopped_by_alarm
-from flowalign.samples.opened import sampling_spec
-from flowalign.types import PromptBatch, RolloutSpec
+from flowalign.samples.opened import sampling_plan
+from flowalign.types import PromptBatch, SamplingPlan
 
 Say = Callable[[str], None]
 MakeBackend = Callable[[AlignConfig, Path, Say, MadeOf], Any]
@@ -196,11 +196,11 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
     )
 
 
-def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, RolloutSpec, int]:
+def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, SamplingPlan, int]:
     """The model's own walk, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
     e, own = config.evaluation, own_schedule(config.model)
-    spec = sampling_spec(e, schedule=own, family=config.model.family, inputs=config.model.inputs)
-    return evaluation_batch(e.prompts, e.num_samples, base_dir), spec, e.seed
+    plan = sampling_plan(e, schedule=own, family=config.model.family, inputs=config.model.inputs)
+    return evaluation_batch(e.prompts, e.num_samples, base_dir), plan, e.seed
 
 
 def _states(config: AlignConfig, saved: checkpoint.Checkpoint, made: MadeOf) -> list[dict[str, Any]]:

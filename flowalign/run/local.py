@@ -15,7 +15,7 @@ from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, Roll
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.children import end_children
 from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
 
 
 class LocalBackend:
@@ -32,13 +32,13 @@ class LocalBackend:
         self._reuse = reuse_of(config.rollout.cache)
 
     def collect(
-        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+        self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected:
         made, scored = [], []
-        spec = spec if evaluation else replace(spec, reuse=self._reuse)
+        plan = plan if evaluation else replace(plan, reuse=self._reuse)
         chunks = batch.chunks(self.config.rollout.chunk_size)
         for unit in scored_together(chunks, self.rewards.whole_groups and not evaluation):
-            made += [self.rollouts.rollout(chunks[i], spec, seed, self.rollouts.version) for i in unit]
+            made += [self.rollouts.rollout(chunks[i], plan, seed, self.rollouts.version) for i in unit]
             scored.append(self.rewards.score([part for part, _ in made[unit.start :]], evaluation))
             if count is not None:
                 count(len(made), len(chunks))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flowalign.algorithm import Algorithm
 from flowalign.record.metrics import Clock
 from flowalign.samples.scoring import require_valid, reward_metrics
-from flowalign.types import PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
 
 Count = Callable[[int, int], None]  # (finished chunks, their number)
 
@@ -28,7 +28,7 @@ class Backend(Protocol):
     """Where the work happens: in this process or in Ray actors. Both compute the same bits."""
 
     def collect(
-        self, batch: PromptBatch, spec: RolloutSpec, *, seed: int, evaluation: bool = False, count: Count | None = None
+        self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected: ...
 
     # Without a rollout from what the learner has on disk.
@@ -71,7 +71,7 @@ class Run:
 
     algorithm: Algorithm
     sampler: Sampler
-    evaluation: tuple[PromptBatch, RolloutSpec, int] | None
+    evaluation: tuple[PromptBatch, SamplingPlan, int] | None
     iterations: int
     seed: int
     min_valid_fraction: float
@@ -82,7 +82,7 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
     """Roll out, score, learn, sync, until ``run.iterations`` or ``journal.stopping``; answers with the last iteration.
 
     Iterations are counted from 1 once done.
-    An algorithm without a rollout plan learns from pairs on disk: nothing is rolled out but for evaluations.
+    An algorithm without a sampling plan learns from pairs on disk: nothing is rolled out but for evaluations.
     """
     backend.sync()
     if start == 0:
@@ -90,11 +90,11 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
     journal.begin()
     for iteration in range(start, run.iterations):
         clock = Clock()
-        spec = run.algorithm.rollout_plan(iteration, run.seed)
+        plan = run.algorithm.plan(iteration, run.seed)
         collected = None
-        if spec is not None:
+        if plan is not None:
             count = journal.doing("rollout")
-            collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed, count=count)
+            collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed, count=count)
         clock.lap("collect_s")
         if collected is not None and run.algorithm.needs.scores:
             require_valid(collected.scores, run.min_valid_fraction)
@@ -129,11 +129,11 @@ def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
 def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:
     if run.evaluation is None:
         return {}
-    batch, spec, seed = run.evaluation
+    batch, plan, seed = run.evaluation
     if run.evaluates_ema:
         backend.sync(evaluation=True)
     count = journal.doing("evaluation")
-    collected = backend.collect(batch, spec, seed=seed, evaluation=True, count=count)
+    collected = backend.collect(batch, plan, seed=seed, evaluation=True, count=count)
     metrics = journal.evaluation(iteration, collected)
     if run.evaluates_ema:
         backend.sync()

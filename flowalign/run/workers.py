@@ -53,7 +53,7 @@ from flowalign.samples.scoring import (
     score_images,
     together,
 )
-from flowalign.types import PreferencePairs, PromptBatch, Rollout, RolloutSpec, Scores, Update
+from flowalign.types import PreferencePairs, PromptBatch, Rollout, SamplingPlan, Scores, Update
 from rewards.interface import Asked, Checked
 from rewards.question import joined
 
@@ -86,7 +86,7 @@ class RolloutWorker:
         self.version = version
         return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
 
-    def rollout(self, batch: PromptBatch, spec: RolloutSpec, seed: int, version: int) -> tuple[Rollout, float]:
+    def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
         """One chunk, and the seconds it took. Refuses to work with weights of another version."""
         if version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
@@ -95,7 +95,7 @@ class RolloutWorker:
             made = rollout(
                 self.policy,
                 batch,
-                spec,
+                plan,
                 seed=seed,
                 policy_version=version,
                 length=self.config.model.max_sequence_length,

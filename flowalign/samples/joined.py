@@ -27,8 +27,8 @@ def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[r
 
 
 def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Join chunks of one iteration, in the order given; they must share spec, seed and policy version."""
-    keys = {(p.spec, p.seed, p.policy_version) for p in parts}
+    """Join chunks of one iteration, in the order given; they must share plan, seed and policy version."""
+    keys = {(p.plan, p.seed, p.policy_version) for p in parts}
     if len(keys) != 1:
         raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
     names = ("prompts", "group_ids", "sample_ids", "metadata")

@@ -31,7 +31,7 @@ from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
 from flowalign.samples.calibration import reuse_of
 from flowalign.samples.rollout import rollout
-from flowalign.types import PromptBatch, Rollout, RolloutSpec
+from flowalign.types import Guidance, Noise, PromptBatch, Rollout, SamplingPlan
 
 Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]  # how many of how many are done
@@ -113,18 +113,18 @@ def load_weights(network: Network, path: Path, which: Which = "model") -> dict[s
     return json.loads((path / "state.json").read_bytes())
 
 
-def ode_spec(policy: Policy, num_steps: int, guidance_scale: float) -> RolloutSpec:
+def ode_plan(policy: Policy, num_steps: int, guidance_scale: float) -> SamplingPlan:
     """Deterministic Euler steps along the levels of the model's own pipeline, at the model's own size."""
-    return policy_spec(policy, SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), ModelConfig())
+    return policy_plan(policy, SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), ModelConfig())
 
 
-def sampling_spec(
+def sampling_plan(
     sampling: SamplingConfig,
     *,
     schedule: PipelineSchedule,
     family: str | None = "rf",
     inputs: Sequence[str] | None = (),
-) -> RolloutSpec:
+) -> SamplingPlan:
     """How ``sampling`` says, along the levels that ``schedule``, the model's own pipeline, walks.
 
     A model of another family than ``rf`` has levels of its own, see `families.sampling_sigmas`.
@@ -140,17 +140,19 @@ def sampling_spec(
             levels = families.sampling_sigmas(kind, sampling.num_steps, shift=schedule.named_shift)
     except ValueError as error:
         raise ConfigError("", str(error)) from error
-    sigmas = tuple(levels.tolist())
-    common = {
-        "guidance_scale": sampling.guidance_scale,
-        "average_velocity": "r" in (inputs or ()),
-        "initial_scale": kind.initial_scale,
-    }
-    common["reuse"] = reuse_of(sampling.cache)
-    if sampling.solver in NOISY:
-        noise_level = sampling.eta if sampling.solver == "ddpm" else 1.0
-        return RolloutSpec(NOISY[sampling.solver], sigmas, (0, sampling.num_steps - 1), noise_level, **common)
-    return RolloutSpec("ode", sigmas, (0, 0), 0.0, solver=sampling.solver, **common)
+    noise, solver = Noise(), sampling.solver
+    if solver in NOISY:
+        level = sampling.eta if solver == "ddpm" else 1.0
+        noise, solver = Noise(NOISY[solver], level, (0, sampling.num_steps - 1)), "euler"
+    return SamplingPlan(
+        tuple(levels.tolist()),
+        noise,
+        Guidance(sampling.guidance_scale),
+        solver=solver,
+        average_velocity="r" in (inputs or ()),
+        initial_scale=kind.initial_scale,
+        reuse=reuse_of(sampling.cache),
+    )
 
 
 def asked(
@@ -172,11 +174,11 @@ def asked(
     return made
 
 
-def policy_spec(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> RolloutSpec:
-    """`sampling_spec` of an opened model, at the height and width of ``size``."""
+def policy_plan(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> SamplingPlan:
+    """`sampling_plan` of an opened model, at the height and width of ``size``."""
     network = policy.network
     schedule = network.schedule(size.height, size.width)
-    return sampling_spec(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
+    return sampling_plan(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def roll(
-    policy: Policy, batch: PromptBatch, spec: RolloutSpec, config: AlignConfig, seed: int, progress: Progress = silent
+    policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: AlignConfig, seed: int, progress: Progress = silent
 ) -> Iterator[Rollout]:
     """The chunks of ``batch`` in the run's own geometry."""
     done = 0
@@ -199,7 +201,7 @@ def roll(
         yield rollout(
             policy,
             chunk,
-            spec,
+            plan,
             seed=seed,
             policy_version=0,
             length=config.model.max_sequence_length,

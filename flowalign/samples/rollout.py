@@ -22,7 +22,7 @@ from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
-from flowalign.types import Condition, PromptBatch, Reuse, Rollout, RolloutSpec, SdeKind
+from flowalign.types import Condition, PromptBatch, Reuse, Rollout, SamplingPlan, SdeKind
 
 Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
 
@@ -73,7 +73,7 @@ def integrate(
     velocity: VelocityModel,
     condition: Condition,
     noise: SampleNoise,
-    spec: RolloutSpec,
+    plan: SamplingPlan,
     device: str | torch.device = "cpu",
     *,
     geometry: int | None = None,
@@ -82,7 +82,7 @@ def integrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept.
 
-    The final latents are (N·J, C, H, W), sample after sample the J granularities of the spec. ``geometry`` is the
+    The final latents are (N·J, C, H, W), sample after sample the J granularities of the plan. ``geometry`` is the
     batch size that the network is called with. With ``groups``, the group of each sample, all steps before the window
     are taken once a group, from the initial noise of its first sample and without padding: the network then sees a
     smaller batch, so that these states are those of separate walks up to the rounding of its kernels. What is stored
@@ -90,23 +90,23 @@ def integrate(
     ``skipping`` is entered for each stretch of ODE steps, with their number.
     """
     network = velocity if geometry is None else fixed_geometry(velocity, geometry)
-    begin, end = spec.window
+    begin, end = plan.noise.window
     x = noise.draw().to(device)
-    if spec.initial_scale != 1:
-        x = x * spec.initial_scale
+    if plan.initial_scale != 1:
+        x = x * plan.initial_scale
     if groups is None or begin == 0:
-        x = _walk(network, condition, x, spec.sigmas[: begin + 1], spec, skipping)
+        x = _walk(network, condition, x, plan.sigmas[: begin + 1], plan, skipping)
     else:
         first, place = (index.to(device) for index in _groups(groups, condition))
-        x = _walk(velocity, condition.take(first), x[first], spec.sigmas[: begin + 1], spec, skipping)[place]
-    states, log_probs, means = _sample_window(network, condition, x, noise, spec)
+        x = _walk(velocity, condition.take(first), x[first], plan.sigmas[: begin + 1], plan, skipping)[place]
+    states, log_probs, means = _sample_window(network, condition, x, noise, plan)
     x = states[-1]
-    rest = [(*spec.sigmas[end : spec.num_steps : stride], spec.sigmas[-1]) for stride in spec.granularities]
-    final = torch.stack([_walk(network, condition, x, sigmas, spec, skipping) for sigmas in rest], 1).flatten(0, 1)
+    rest = [(*plan.sigmas[end : plan.num_steps : stride], plan.sigmas[-1]) for stride in plan.branching.granularities]
+    final = torch.stack([_walk(network, condition, x, sigmas, plan, skipping) for sigmas in rest], 1).flatten(0, 1)
     if not means:
         empty = x.new_zeros((x.shape[0], 0))
         return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, final, None
-    kept = torch.stack(means, 1) if spec.keep_means else None
+    kept = torch.stack(means, 1) if plan.keep_means else None
     return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
 
 
@@ -128,14 +128,14 @@ def skipping_of(network: nn.Module, reuse: Reuse | None, made: list[Any] | None 
     return cached
 
 
-def refuse_non_finite(final_NCHW: Tensor, policy_version: int, spec: RolloutSpec) -> None:
+def refuse_non_finite(final_NCHW: Tensor, policy_version: int, plan: SamplingPlan) -> None:
     """Raise NonFiniteSamples unless all latents are numbers."""
     broken = int((~final_NCHW.isfinite()).flatten(1).any(1).sum())
     if not broken:
         return
     said = f"{broken} of {len(final_NCHW)} samples of policy version {policy_version} are NaN or Inf"
-    usual = {"noise_level": 2, "guidance_scale": 30}
-    extreme = [f"{name} {getattr(spec, name):g}" for name, most in usual.items() if getattr(spec, name) > most]
+    usual = {"noise_level": (plan.noise.level, 2), "guidance_scale": (plan.guidance.scale, 30)}
+    extreme = [f"{name} {value:g}" for name, (value, most) in usual.items() if value > most]
     if extreme:
         raise NonFiniteSamples(f"{said}: {' and '.join(extreme)} is more than a walk bears; take less")
     advice = "go back to an earlier checkpoint, or begin again with a lower learning rate"
@@ -149,12 +149,12 @@ def _step(
     sigma: float,
     sigma_next: float,
     kind: SdeKind,
-    spec: RolloutSpec,
+    plan: SamplingPlan,
 ) -> sde.StepStats:
     t = torch.full((x.shape[0],), sigma, device=x.device)
-    options = {"r": torch.full_like(t, sigma_next)} if spec.average_velocity else {}
-    v = model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving, **options)
-    return sde.reverse_step(kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+    options = {"r": torch.full_like(t, sigma_next)} if plan.average_velocity else {}
+    v = model(x, t, condition, guidance=plan.guidance, **options)
+    return sde.reverse_step(kind, x, v, sigma, sigma_next, plan.noise.level, plan.sigma_max)
 
 
 def _walk(
@@ -162,39 +162,39 @@ def _walk(
     condition: Condition,
     x: Tensor,
     sigmas: Sequence[float],
-    spec: RolloutSpec,
+    plan: SamplingPlan,
     skipping: Skipping,
 ) -> Tensor:
     if len(sigmas) < 2:
         return x
     with skipping(len(sigmas) - 1):
-        if spec.solver != "euler":
+        if plan.solver != "euler":
 
             def velocity(x: Tensor, t: Tensor) -> Tensor:
-                return model(x, t, condition, guidance=spec.guidance_scale, norm_preserving=spec.norm_preserving)
+                return model(x, t, condition, guidance=plan.guidance)
 
-            return ode_solver(spec.solver)(velocity, x, torch.tensor(sigmas))
+            return ode_solver(plan.solver)(velocity, x, torch.tensor(sigmas))
         for sigma, sigma_next in pairwise(sigmas):
-            x = _step(model, condition, x, sigma, sigma_next, "ode", spec).mean
+            x = _step(model, condition, x, sigma, sigma_next, "ode", plan).mean
     return x
 
 
 def _sample_window(
-    model: VelocityModel, condition: Condition, x: Tensor, noise: SampleNoise, spec: RolloutSpec
+    model: VelocityModel, condition: Condition, x: Tensor, noise: SampleNoise, plan: SamplingPlan
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Take the stochastic steps: the states before, between and after them, and of each its log-probs and its means.
 
     The noise of the steps before them is drawn and not used.
     """
-    begin, end = spec.window
+    begin, end = plan.noise.window
     for _ in range(begin):
         noise.draw()
     states, log_probs, means = [x], [], []
-    for sigma, sigma_next in pairwise(spec.sigmas[begin : end + 1]):
-        stats = _step(model, condition, x, sigma, sigma_next, spec.kind, spec)
+    for sigma, sigma_next in pairwise(plan.sigmas[begin : end + 1]):
+        stats = _step(model, condition, x, sigma, sigma_next, plan.noise.kind, plan)
         x = stats.mean + stats.std * noise.draw().to(x.device)
         states.append(x)
-        log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
+        log_probs.append(step_log_prob(plan, x, stats.mean, stats.std))
         means.append(stats.mean)
     return states, log_probs, means
 
@@ -212,7 +212,7 @@ def _groups(groups: Sequence[int], condition: Condition) -> tuple[Tensor, Tensor
 def rollout(
     policy: Policy,
     batch: PromptBatch,
-    spec: RolloutSpec,
+    plan: SamplingPlan,
     *,
     seed: int,
     policy_version: int,
@@ -231,29 +231,29 @@ def rollout(
     Raises:
         NonFiniteSamples: the policy has diverged.
     """
-    network, encoders = policy.network, policy.encoders
+    network, encoders, branching = policy.network, policy.encoders, plan.branching
     condition = encoders.encode_prompts(batch.prompts, length)
     shape = network.latent_shape(height, width)
-    noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if spec.shared_noise else None)
-    groups = batch.group_ids if spec.shared_noise and spec.shared_prefix else None
+    noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if branching.shared_noise else None)
+    groups = batch.group_ids if branching.shared_noise and branching.shared_prefix else None
     caches: list[Any] = []
     states, log_probs, final, means = integrate(
         guided(network),
         condition,
         noise,
-        spec,
+        plan,
         network.device,
         geometry=geometry,
         groups=groups,
-        skipping=skipping_of(network.module, spec.reuse, caches),
+        skipping=skipping_of(network.module, plan.reuse, caches),
     )
-    refuse_non_finite(final, policy_version, spec)
+    refuse_non_finite(final, policy_version, plan)
     images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])
-    rows = [sample for sample in range(len(batch)) for _ in spec.granularities]
+    rows = [sample for sample in range(len(batch)) for _ in branching.granularities]
     return Rollout(
         batch=batch.take(rows),
         condition=condition.to("cpu").take(torch.tensor(rows)),
-        spec=spec,
+        plan=plan,
         states_NSCHW=states.cpu(),
         log_prob_NS=log_probs.cpu(),
         final_NCHW=final.cpu(),

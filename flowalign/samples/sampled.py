@@ -27,13 +27,13 @@ from flowalign.samples.opened import (
     asked,
     is_pipeline,
     open_policy,
-    policy_spec,
+    policy_plan,
     roll,
     silent,
     torch_threads,
 )
 from flowalign.samples.rollout import SampleNoise
-from flowalign.types import PromptBatch, RolloutSpec
+from flowalign.types import PromptBatch, SamplingPlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SampledModel:
     sampling: SamplingConfig
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Policy, dict[str, Any], RolloutSpec]]:
+    def opened(self) -> Iterator[tuple[Policy, dict[str, Any], SamplingPlan]]:
         """Yield the policy, its state.json and how it is sampled; inside, torch has as many threads as in the run.
 
         Raises:
@@ -56,7 +56,7 @@ class SampledModel:
         """
         with torch_threads(self.config.cluster.threads):
             policy, state = open_policy(self.path, self.config, self.which)
-            yield policy, state, policy_spec(policy, self.sampling, self.config.model)
+            yield policy, state, policy_plan(policy, self.sampling, self.config.model)
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def sample_checkpoint(
     texts = tuple(prompt for prompt in prompts for _ in range(num_images))
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
     batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
-    with model.opened() as (policy, _, spec):
-        made = cat_rollouts(list(roll(policy, batch, spec, model.config, model.seed, progress)))
+    with model.opened() as (policy, _, plan):
+        made = cat_rollouts(list(roll(policy, batch, plan, model.config, model.seed, progress)))
     names = [f"{i:04d}.png" for i in range(len(batch))]
     index = [{"file": names[i], "prompt": text, "sample_id": i, **model.made_with} for i, text in enumerate(texts)]
     with filled(out_dir) as draft:

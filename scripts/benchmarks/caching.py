@@ -26,10 +26,10 @@ from pictures import CHUNK, Judge, insert_table, opened
 
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
 from flowalign.models.guided import guided
-from flowalign.samples.opened import policy_spec
+from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate, skipping_of
 from flowalign.samples.scoring import question, score_images
-from flowalign.types import RolloutSpec
+from flowalign.types import SamplingPlan
 
 TARGET = RESULTS / "caching.json"
 BASE = SHIPPED / "pipeline"
@@ -46,17 +46,17 @@ def calibrated(options: argparse.Namespace) -> Path:
 
 
 @torch.no_grad()
-def walked(policy: Any, judge: Judge, specs: dict[str, RolloutSpec]) -> dict[str, dict[str, Any]]:
-    """Latents and network seconds a chunk of each spec, the chunks of all specs in turn."""
-    found: dict[str, dict[str, Any]] = {name: {"latents": [], "seconds": []} for name in specs}
+def walked(policy: Any, judge: Judge, plans: dict[str, SamplingPlan]) -> dict[str, dict[str, Any]]:
+    """Latents and network seconds a chunk of each plan, the chunks of all plans in turn."""
+    found: dict[str, dict[str, Any]] = {name: {"latents": [], "seconds": []} for name in plans}
     for number, chunk in enumerate(judge.batch.chunks(CHUNK)):
         condition = policy.encoders.encode_prompts(chunk.prompts, 2)
-        names = list(specs)[number % len(specs) :] + list(specs)[: number % len(specs)]
+        names = list(plans)[number % len(plans) :] + list(plans)[: number % len(plans)]
         for name in names:
-            spec, noise = specs[name], SampleNoise(7, chunk.sample_ids, policy.network.latent_shape(None, None))
+            plan, noise = plans[name], SampleNoise(7, chunk.sample_ids, policy.network.latent_shape(None, None))
             began = time.perf_counter()
-            skipping = skipping_of(policy.network.module, spec.reuse)
-            latents = integrate(guided(policy.network), condition, noise, spec, geometry=CHUNK, skipping=skipping)[2]
+            skipping = skipping_of(policy.network.module, plan.reuse)
+            latents = integrate(guided(policy.network), condition, noise, plan, geometry=CHUNK, skipping=skipping)[2]
             found[name]["seconds"].append(time.perf_counter() - began)
             found[name]["latents"].append(latents)
     return found
@@ -91,13 +91,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     judge, (policy, _) = Judge(options.num_samples), opened(BASE, "model")
     sampling = SamplingConfig(num_steps=options.num_steps, guidance_scale=options.guidance_scale)
-    full = policy_spec(policy, sampling, ModelConfig())
-    specs = {"full": full}
+    full = policy_plan(policy, sampling, ModelConfig())
+    plans = {"full": full}
     for threshold in options.thresholds:
         cache = CacheConfig(calibration=str(calibration), threshold=threshold)
-        reuse = policy_spec(policy, sampling.model_copy(update={"cache": cache}), ModelConfig()).reuse
-        specs[str(threshold)] = replace(full, reuse=reuse)
-    walks = walked(policy, judge, specs)
+        reuse = policy_plan(policy, sampling.model_copy(update={"cache": cache}), ModelConfig()).reuse
+        plans[str(threshold)] = replace(full, reuse=reuse)
+    walks = walked(policy, judge, plans)
     right = {name: verdicts(policy, judge, walk["latents"]) for name, walk in walks.items()}
     return {
         "machine": machine(options.threads),
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "geneval": float(right["full"].mean()),
         },
         "thresholds": {
-            name: compared(walks[name], walks["full"], right[name], right["full"]) for name in specs if name != "full"
+            name: compared(walks[name], walks["full"], right[name], right["full"]) for name in plans if name != "full"
         },
     }
 

@@ -19,7 +19,7 @@ import torch
 from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.build import load_policy
-from flowalign.samples.opened import ode_spec
+from flowalign.samples.opened import ode_plan
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS
 from rewards.geneval.detectors.palette import COLORS
@@ -31,9 +31,9 @@ SEED = 1234
 
 def images_of_the_base(rows_asked: int) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     policy = load_policy(ModelConfig(path=str(SHIPPED / "pipeline")))
-    batch, spec = evaluation_batch("shapes:eval", rows_asked), ode_spec(policy, 10, 1.0)
+    batch, plan = evaluation_batch("shapes:eval", rows_asked), ode_plan(policy, 10, 1.0)
     parts = [
-        rollout(policy, part, spec, seed=SEED, policy_version=0, length=2).images.numpy() for part in batch.chunks(48)
+        rollout(policy, part, plan, seed=SEED, policy_version=0, length=2).images.numpy() for part in batch.chunks(48)
     ]
     return np.concatenate(parts), [dict(row) for row in batch.metadata], list(batch.prompts)
 

@@ -49,9 +49,9 @@ def main() -> None:
 
     def iterate(iteration: int) -> None:
         backend.sync()
-        spec = run.algorithm.rollout_plan(iteration, run.seed)
-        assert spec is not None
-        collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        plan = run.algorithm.plan(iteration, run.seed)
+        assert plan is not None
+        collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
         backend.update(collected.rollout, collected.scores, iteration)
 
     iterations = [median_s(lambda i=i: iterate(i), 1) for i in range(options.iterations)]

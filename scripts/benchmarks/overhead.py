@@ -68,9 +68,9 @@ def local(iterations: int) -> dict[str, float]:
     backend.sync()
     for iteration in range(iterations):
         watch.seconds, began = 0.0, time.perf_counter()
-        spec = run.algorithm.rollout_plan(iteration, run.seed)
-        assert spec is not None
-        collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        plan = run.algorithm.plan(iteration, run.seed)
+        assert plan is not None
+        collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
         backend.update(collected.rollout, collected.scores, iteration)
         backend.sync()
         total = time.perf_counter() - began

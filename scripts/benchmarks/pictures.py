@@ -19,7 +19,7 @@ from flowalign.making.measuring import true_scenes
 from flowalign.measure.distances import clip_score, compare
 from flowalign.measure.features import OpenClipFeatures, batches_of, extract
 from flowalign.models.base import Policy
-from flowalign.samples.opened import open_policy, policy_spec
+from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import rollout
 from flowalign.samples.scoring import load_scorer, question, score_images
 from flowalign.types import Rollout
@@ -84,9 +84,9 @@ class Judge:
         return extract(self._features, batches_of(images), len(images))
 
     def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Rollout]:
-        spec = policy_spec(policy, sampling, ModelConfig())
+        plan = policy_plan(policy, sampling, ModelConfig())
         chunks = self.batch.chunks(CHUNK)
-        return [rollout(policy, chunk, spec, seed=seed, policy_version=0, length=2, geometry=CHUNK) for chunk in chunks]
+        return [rollout(policy, chunk, plan, seed=seed, policy_version=0, length=2, geometry=CHUNK) for chunk in chunks]
 
     def score(self, made: list[Rollout]) -> dict[str, float]:
         images = torch.cat([chunk.images for chunk in made]).numpy()

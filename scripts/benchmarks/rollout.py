@@ -24,7 +24,7 @@ from flowalign.models.build import load_policy
 from flowalign.models.families.sd3.loading import assembled
 from flowalign.samples.rollout import SampleNoise, rollout
 from flowalign.shapes.prompts import evaluation_set
-from flowalign.types import PromptBatch, RolloutSpec
+from flowalign.types import Guidance, PromptBatch, SamplingPlan
 
 SHIPPED = Path(flowalign.shapes.__path__[0]) / "assets" / "pipeline"
 
@@ -53,14 +53,14 @@ def main() -> None:
     ids = tuple(range(options.batch))
     batch = PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
     sigmas = policy.network.schedule().levels(options.steps)
-    spec = RolloutSpec("ode", tuple(sigmas.tolist()), (0, 0), 0.0, guidance_scale=options.guidance)
+    plan = SamplingPlan(tuple(sigmas.tolist()), guidance=Guidance(options.guidance))
     shape = policy.network.latent_shape()
 
     def ours() -> object:
         return rollout(
             policy,
             batch,
-            spec,
+            plan,
             seed=0,
             policy_version=0,
             length=options.max_sequence_length,
@@ -83,7 +83,7 @@ def main() -> None:
     made = rollout(
         policy,
         batch,
-        spec,
+        plan,
         seed=0,
         policy_version=0,
         length=options.max_sequence_length,

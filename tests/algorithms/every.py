@@ -6,7 +6,7 @@ from typing import Any
 
 from flowalign.algorithm import Algorithm
 from flowalign.algorithms import build_algorithm, known_algorithms
-from flowalign.types import RolloutSpec
+from flowalign.types import SamplingPlan
 
 REQUIRED = {"opd": {"teachers": {"better": {"path": "shapes"}}}}  # options without a default
 DEFAULTS: dict[str, dict[str, Any]] = {name: {"type": name, **REQUIRED.get(name, {})} for name in known_algorithms()}
@@ -16,8 +16,8 @@ def every_algorithm() -> dict[str, Algorithm]:
     return {name: build_algorithm(config) for name, config in DEFAULTS.items()}
 
 
-def plan_of(algorithm: Algorithm, iteration: int = 0, seed: int = 0) -> RolloutSpec:
+def plan_of(algorithm: Algorithm, iteration: int = 0, seed: int = 0) -> SamplingPlan:
     """The plan of an algorithm that rolls out."""
-    plan = algorithm.rollout_plan(iteration, seed)
+    plan = algorithm.plan(iteration, seed)
     assert plan is not None
     return plan

@@ -18,7 +18,7 @@ from flowalign.flow import schedule
 from flowalign.flow.path import interpolate, per_sample, x0_from_velocity
 from flowalign.flow.randomness import seeded
 from flowalign.flow.solvers.euler import solve as euler
-from flowalign.types import Condition, LatentBatch
+from flowalign.types import Condition, Guidance, LatentBatch
 from tests.algorithms.mixture import MODES, STD, mixture_velocity
 
 
@@ -61,7 +61,7 @@ def plane(count: int, mode: int | None = None) -> Condition:
     return Condition(torch.zeros(1, 1, 1), pooled[None], index, torch.zeros(1, 1), null)
 
 
-def exact(x: Tensor, t: Tensor, condition: Condition, *, guidance: float | None = None, **options: Any) -> Tensor:
+def exact(x: Tensor, t: Tensor, condition: Condition, *, guidance: Guidance | None = None, **options: Any) -> Tensor:
     """The mixture's velocity where the prompt is null, its mode's otherwise; guided on request."""
     flat, pooled = x.flatten(1), condition.expand()[1]
     everything = velocity = mixture_velocity(flat, t)
@@ -70,8 +70,8 @@ def exact(x: Tensor, t: Tensor, condition: Condition, *, guidance: float | None 
     for mode in range(len(MODES)):
         own = (pooled[:, mode] == 1)[:, None]
         velocity = torch.where(own, mixture_velocity(flat, t, MODES[mode : mode + 1]), velocity)
-    guidance = 1.0 if guidance is None else guidance
-    return (everything + guidance * (velocity - everything)).reshape(x.shape)
+    scale = 1.0 if guidance is None else guidance.scale
+    return (everything + scale * (velocity - everything)).reshape(x.shape)
 
 
 class Student(nn.Module):
@@ -95,9 +95,9 @@ class Student(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
+    def forward(self, x, t, condition, *, r=None, guidance=None):
         flat, pooled = x.flatten(1), condition.expand()[1]
-        told = torch.zeros_like(t) if guidance is None else torch.as_tensor(guidance).expand(t.shape) / 5
+        told = torch.zeros_like(t) if guidance is None else torch.as_tensor(guidance.scale).expand(t.shape) / 5
         apart = torch.zeros_like(t) if r is None else t - r
         columns = [flat, flat / (0.3 + t[:, None]), torch.stack([t, apart, told], 1), pooled]
         return exact(x, t, condition) + self.residual(torch.cat(columns, 1)).reshape(x.shape)

@@ -17,17 +17,17 @@ def grpo(**changes) -> FlowGRPO:
 
 def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Rollout:
     """What ``flowalign.samples.rollout.rollout`` makes, by a model without text and images."""
-    spec, count = algorithm.rollout_plan(0, seed), groups * size
+    plan, count = algorithm.plan(0, seed), groups * size
     ids = tuple(range(count))
     group_ids = tuple(i // size for i in ids)
-    noise = SampleNoise(seed, ids, SHAPE, group_ids if spec.shared_noise else None)
-    shared = group_ids if spec.shared_prefix else None
-    states, log_probs, final, means = integrate(model, condition(count), noise, spec, geometry=geometry, groups=shared)
-    rows = [i for i in ids for _ in spec.granularities]
+    noise = SampleNoise(seed, ids, SHAPE, group_ids if plan.branching.shared_noise else None)
+    shared = group_ids if plan.branching.shared_prefix else None
+    states, log_probs, final, means = integrate(model, condition(count), noise, plan, geometry=geometry, groups=shared)
+    rows = [i for i in ids for _ in plan.branching.granularities]
     return Rollout(
         batch=PromptBatch(("p",) * count, group_ids, ids, ({},) * count).take(rows),
         condition=condition(len(rows)),
-        spec=spec,
+        plan=plan,
         states_NSCHW=states,
         log_prob_NS=log_probs,
         final_NCHW=final,
@@ -60,11 +60,14 @@ def assert_all_close(got, expected, **tolerance):
 
 def by_step(rollout, model):
     """``x_next`` and the step's Gaussian under ``model``, for each step of the window."""
-    spec, states = rollout.spec, rollout.states_NSCHW
-    for s, k in enumerate(range(*spec.window)):
-        x, sigma, sigma_next = states[:, s], spec.sigmas[k], spec.sigmas[k + 1]
+    plan, states = rollout.plan, rollout.states_NSCHW
+    for s, k in enumerate(range(*plan.noise.window)):
+        x, sigma, sigma_next = states[:, s], plan.sigmas[k], plan.sigmas[k + 1]
         v = model(x, torch.full((len(x),), sigma), None)
-        yield states[:, s + 1], sde.reverse_step(spec.kind, x, v, sigma, sigma_next, spec.noise_level, spec.sigma_max)
+        yield (
+            states[:, s + 1],
+            sde.reverse_step(plan.noise.kind, x, v, sigma, sigma_next, plan.noise.level, plan.sigma_max),
+        )
 
 
 def g2rpo(**changes):

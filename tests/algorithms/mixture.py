@@ -27,7 +27,7 @@ from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
 from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
-from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, RolloutSpec, Update
+from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, SamplingPlan, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
 
@@ -119,9 +119,9 @@ def reward(latents: Tensor, modes: Sequence[int]) -> Tensor:
 
 def samples(policy: Policy, prompt: int, count: int = 1000, seed: int = 1234) -> Tensor:
     """What the policy makes of a prompt, (N, 2, 1, 1): 20 ODE steps, fixed seed."""
-    spec = RolloutSpec("ode", tuple(torch.linspace(1, 0, 21).tolist()), (0, 0), 0.0)
+    plan = SamplingPlan(tuple(torch.linspace(1, 0, 21).tolist()))
     noise = SampleNoise(seed, range(count), (2, 1, 1))
-    return integrate(guided(policy.network), policy.encoders.encode_prompts([str(prompt)] * count, 1), noise, spec)[2]
+    return integrate(guided(policy.network), policy.encoders.encode_prompts([str(prompt)] * count, 1), noise, plan)[2]
 
 
 def mass(policy: Policy, prompt: int, mode: int | None = None, count: int = 1000) -> float:
@@ -215,10 +215,10 @@ class MixtureRun:
         for worker in self.workers:
             bind_weights(worker.network.module, self.learner.weights())
         batch = prompt_batch(iteration, self.prompts, self.groups, self.algorithm.needs.group_size)
-        spec, version, made = plan_of(self.algorithm, iteration, self.seed), self.learner.version, []
+        plan, version, made = plan_of(self.algorithm, iteration, self.seed), self.learner.version, []
         for i, chunk in enumerate(batch.chunks(self.chunk or len(batch))):
             worker = self.workers[i % len(self.workers)]
             made.append(
-                rollout(worker, chunk, spec, seed=self.seed, policy_version=version, length=1, geometry=self.chunk)
+                rollout(worker, chunk, plan, seed=self.seed, policy_version=version, length=1, geometry=self.chunk)
             )
         return cat_rollouts(made)

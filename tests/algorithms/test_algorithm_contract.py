@@ -26,7 +26,7 @@ def config(**changes) -> ForwardConfig:
 
 
 def made(own: ForwardConfig) -> Rollout:
-    return make_rollout(LinearVelocity(), own.rollout_spec(schedule.sigmas(own.num_steps)))
+    return make_rollout(LinearVelocity(), own.sampling_plan(schedule.sigmas(own.num_steps)))
 
 
 def part(rollout: Rollout, rows: list[int]) -> Rollout:
@@ -42,9 +42,9 @@ def part(rollout: Rollout, rows: list[int]) -> Rollout:
 
 
 def test_all_steps_of_the_rollout_are_deterministic() -> None:
-    spec = config(shift=3.0, guidance_scale=2.0).rollout_spec(schedule.sigmas(6, shift=3.0))
-    assert (spec.kind, spec.window, spec.noise_level, spec.guidance_scale) == ("ode", (0, 0), 0.0, 2.0)
-    assert list(spec.sigmas) == schedule.sigmas(6, shift=3.0).tolist()
+    plan = config(shift=3.0, guidance_scale=2.0).sampling_plan(schedule.sigmas(6, shift=3.0))
+    assert (plan.noise.kind, plan.noise.window, plan.noise.level, plan.guidance.scale) == ("ode", (0, 0), 0.0, 2.0)
+    assert list(plan.sigmas) == schedule.sigmas(6, shift=3.0).tolist()
 
 
 def test_a_point_lies_on_the_line_from_its_latent_along_the_target() -> None:
@@ -116,7 +116,7 @@ def test_the_shipped_configuration_of_each_is_valid(name: str) -> None:
 
 OWN = """
 from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs
-from flowalign.types import Rollout, RolloutSpec
+from flowalign.types import Noise, Rollout, SamplingPlan
 
 class Mine(Algorithm):
     class Config(AlgorithmConfig):
@@ -125,8 +125,8 @@ class Mine(Algorithm):
     @property
     def needs(self):
         return Needs(Rollout, scores=True, group_size=self.config.group_size)
-    def rollout_plan(self, iteration, seed):
-        return RolloutSpec("flow", (1.0, 0.5, 0.0), (0, self.config.noisy), 0.7)
+    def plan(self, iteration, seed):
+        return SamplingPlan((1.0, 0.5, 0.0), Noise("flow", 0.7, (0, self.config.noisy)))
     def prepare(self, batch, scores, models): ...
     def loss(self, models, minibatch): ...
 """
@@ -136,7 +136,7 @@ def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     name = f"{tmp_path / 'own.py'}:Mine"
     assert algorithm_class(name) is algorithm_class(name)
-    assert plan_of(build_algorithm({"type": name, "noisy": 2})).window == (0, 2)
+    assert plan_of(build_algorithm({"type": name, "noisy": 2})).noise.window == (0, 2)
     with pytest.raises(UnknownAlgorithm, match=r"own\.py has no .Mind.; did you mean Mine\?"):
         algorithm_class(f"{tmp_path / 'own.py'}:Mind")
     with pytest.raises(UnknownAlgorithm, match=r"cannot import '.*absent.py': .*No such file"):

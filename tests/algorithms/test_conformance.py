@@ -6,7 +6,7 @@ from torch import nn
 
 from flowalign.algorithm import Algorithm
 from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
-from flowalign.types import LatentBatch, Rollout, RolloutSpec, value_of
+from flowalign.types import LatentBatch, Rollout, SamplingPlan, value_of
 from tests.algorithms.every import DEFAULTS
 from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
 
@@ -36,7 +36,7 @@ def batch_for(algorithm, policy):
     needs = algorithm.needs
     scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if needs.scores else None
     if needs.batch is Rollout:
-        return make_rollout(policy, algorithm.rollout_plan(0, 0)), scores
+        return make_rollout(policy, algorithm.plan(0, 0)), scores
     assert needs.batch is LatentBatch, f"teach this test to make a {needs.batch.__name__}"
     latents, noise = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0))
     return LatentBatch(latents, condition(8), 0, noise), scores
@@ -101,8 +101,8 @@ def test_what_it_needs_fits_together(name):
     assert needs.batch is Rollout or not (needs.scores or needs.rollout or needs.rollout_weights == "ema")
     assert needs.batch is LatentBatch or not (needs.teacher or needs.average or needs.features)
     assert set(needs.inputs) <= {"r", "guidance"} and (needs.teacher_of is None) == (not needs.teachers)
-    plan = algorithm.rollout_plan(0, 0)
-    assert (needs.batch is Rollout) == isinstance(plan, RolloutSpec)
+    plan = algorithm.plan(0, 0)
+    assert (needs.batch is Rollout) == isinstance(plan, SamplingPlan)
     assert all(isinstance(row, str) for row in algorithm.card_facts().values())
 
 

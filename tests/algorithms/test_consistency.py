@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowalign.algorithms import build_algorithm
-from flowalign.types import LatentBatch
+from flowalign.types import Guidance, LatentBatch
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, ConstantVelocity, LinearVelocity, condition
 
@@ -89,7 +89,7 @@ def test_the_teachers_guidance_is_asked_for_and_the_students_is_not():
         return policy(x, t, condition)
 
     algorithm.loss({"policy": student, "ema": student, "teacher": teacher}, train)
-    assert seen == [4.0, 4.0]
+    assert seen == [Guidance(4.0), Guidance(4.0)]
 
 
 def test_the_target_carries_no_gradient_even_of_the_policy_itself():

@@ -37,7 +37,7 @@ def rollout_of(final, groups, version=0):
     return Rollout(
         batch=PromptBatch(("p",) * count, tuple(groups), ids, ({},) * count),
         condition=condition(count),
-        spec=plan_of(online),
+        plan=plan_of(online),
         states_NSCHW=final.new_zeros(count, 0, *SHAPE),
         log_prob_NS=final.new_zeros(count, 0),
         final_NCHW=final,
@@ -233,7 +233,7 @@ def test_what_it_declares_depends_on_the_source():
     offline, online = dpo(), build_algorithm({"type": "diffusion_dpo", "reference_refresh": 40})
     assert offline.needs.batch is PreferencePairs and online.needs.batch is Rollout
     assert (offline.needs.scores, online.needs.scores) == (False, True)
-    assert offline.rollout_plan(0, 0) is None and plan_of(online).kind == "ode"
+    assert offline.plan(0, 0) is None and plan_of(online).noise.kind == "ode"
     assert (offline.needs.reference, online.needs.reference) == (Reference(), Reference(refresh=40))
     assert (offline.needs.group_size, online.needs.group_size) == (2, 8)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.types import LatentBatch
+from flowalign.types import Guidance, LatentBatch
 from tests.algorithms.every import every_algorithm
 from tests.algorithms.few_steps import (
     Student,
@@ -65,11 +65,13 @@ def test_progressive_rounds_halve_the_steps():
         teacher = student
 
 
-@pytest.mark.parametrize(("config", "told"), [({"guidance_scale": 3}, None), ({"guidance_range": [1, 5]}, 4.0)])
+@pytest.mark.parametrize(
+    ("config", "told"), [({"guidance_scale": 3}, None), ({"guidance_range": [1, 5]}, Guidance(4.0))]
+)
 def test_guidance_distillation_makes_the_guided_teachers_samples_in_one_call_a_step(config, told):
     student = train({"type": "guidance_distill", **config}, steps=300, mode=0)
     for steps in (4, 20):
-        guided = generate(exact, steps, start_noise(), mode=0, guidance=told or 3.0)
+        guided = generate(exact, steps, start_noise(), mode=0, guidance=told or Guidance(3.0))
         unguided = generate(exact, steps, start_noise(), mode=0)
         own = generate(student, steps, start_noise(), mode=0, guidance=told)
         assert float((own - guided).norm() / (unguided - guided).norm()) < 0.5

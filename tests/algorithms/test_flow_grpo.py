@@ -21,8 +21,8 @@ def grpo(**changes) -> FlowGRPO:
 
 
 def scored(algorithm, model, rewards=None, seed=0):
-    spec = algorithm.rollout_plan(0, 0)
-    rollout = make_rollout(model, spec, seed=seed)
+    plan = algorithm.plan(0, 0)
+    rollout = make_rollout(model, plan, seed=seed)
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0]) if rewards is None else rewards
     return rollout, make_scores(rewards)
 
@@ -52,14 +52,16 @@ def test_on_policy_gradient_is_reinforce_with_the_group_baseline_over_d(kind):
     train = algorithm.prepare(rollout, scores, {"policy": model})
     got = gradients(algorithm, {"policy": model}, train)
 
-    spec, rewards = rollout.spec, scores.total
+    plan, rewards = rollout.plan, scores.total
     advantage = rewards - rewards.view(2, 4).mean(1).repeat_interleave(4)
-    begin, end = spec.window
+    begin, end = plan.noise.window
     total = torch.zeros(())
     for s, k in enumerate(range(begin, end)):
         x, x_next = rollout.states_NSCHW[:, s], rollout.states_NSCHW[:, s + 1]
-        v = model(x, torch.full((8,), spec.sigmas[k]), None)
-        stats = sde.reverse_step(spec.kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max)
+        v = model(x, torch.full((8,), plan.sigmas[k]), None)
+        stats = sde.reverse_step(
+            plan.noise.kind, x, v, plan.sigmas[k], plan.sigmas[k + 1], plan.noise.level, plan.sigma_max
+        )
         normal = torch.distributions.Normal(stats.mean, stats.std.expand_as(stats.mean))
         total = total - (advantage * normal.log_prob(x_next).flatten(1).sum(1)).sum()
     dimensions = rollout.states_NSCHW[0, 0].numel()
@@ -94,12 +96,14 @@ def test_dropping_silent_groups_changes_no_gradient():
     got = gradients(algorithm, {"policy": model}, train)
 
     credit = group_advantages(rewards, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).advantages
-    total, spec = torch.zeros(()), rollout.spec
-    for s, k in enumerate(range(*spec.window)):
+    total, plan = torch.zeros(()), rollout.plan
+    for s, k in enumerate(range(*plan.noise.window)):
         x, x_next = rollout.states_NSCHW[:, s], rollout.states_NSCHW[:, s + 1]
-        v = model(x, torch.full((8,), spec.sigmas[k]), None)
-        stats = sde.reverse_step(spec.kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max)
-        total = total - (credit * step_log_prob(spec, x_next, stats.mean, stats.std)).sum()
+        v = model(x, torch.full((8,), plan.sigmas[k]), None)
+        stats = sde.reverse_step(
+            plan.noise.kind, x, v, plan.sigmas[k], plan.sigmas[k + 1], plan.noise.level, plan.sigma_max
+        )
+        total = total - (credit * step_log_prob(plan, x_next, stats.mean, stats.std)).sum()
     expected = torch.autograd.grad(total / train.total, list(model.parameters()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -141,14 +145,14 @@ def test_kl_has_the_value_of_its_formula_and_a_gradient_for_the_policy_only(kl):
     models = {"policy": model, "reference": reference}
     train = algorithm.prepare(rollout, scores, models)
     output = algorithm.loss(models, train)
-    spec, item = rollout.spec, train.tensors
+    plan, item = rollout.plan, train.tensors
     ours, theirs = (m(item["x"], item["sigma"], None) for m in (model, reference))
     if kl == "velocity":
         expected = (ours - theirs).square().mean()
     else:
         steps = [
             sde.reverse_step(
-                spec.kind, item["x"], v, item["sigma"], item["sigma_next"], spec.noise_level, spec.sigma_max
+                plan.noise.kind, item["x"], v, item["sigma"], item["sigma_next"], plan.noise.level, plan.sigma_max
             )
             for v in (ours, theirs)
         ]
@@ -172,8 +176,8 @@ def test_the_loss_is_invariant_to_the_micro_batch_split():
 
 def test_a_random_window_is_a_function_of_seed_and_iteration_and_moves():
     algorithm = grpo(window={"kind": "random", "size": 2, "stop": 5})
-    windows = [algorithm.rollout_plan(i, 3).window for i in range(20)]
-    assert windows == [algorithm.rollout_plan(i, 3).window for i in range(20)]
+    windows = [algorithm.plan(i, 3).noise.window for i in range(20)]
+    assert windows == [algorithm.plan(i, 3).noise.window for i in range(20)]
     assert len(set(windows)) > 1 and all(end - begin == 2 and end <= 5 for begin, end in windows)
 
 

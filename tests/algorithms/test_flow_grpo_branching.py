@@ -9,7 +9,7 @@ import torch
 from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import SampleNoise, integrate
-from flowalign.types import value_of
+from flowalign.types import Guidance, value_of
 from tests.algorithms.grpo_rollouts import by_step, g2rpo, grpo, roll_out
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
 
@@ -51,7 +51,7 @@ def test_the_noise_of_a_step_is_the_same_wherever_the_window_begins():
     model, noise = LinearVelocity(), []
     for window in ({"kind": "full"}, {"kind": "fixed", "start": 2, "size": 2}):
         rollout = roll_out(grpo(window=window), model)
-        steps = zip(range(*rollout.spec.window), by_step(rollout, model), strict=True)
+        steps = zip(range(*rollout.plan.noise.window), by_step(rollout, model), strict=True)
         noise.append({k: ((x_next - stats.mean) / stats.std).detach() for k, (x_next, stats) in steps})
     assert noise[0].keys() == set(range(6)) and noise[1].keys() == {2, 3}
     for k in noise[1]:
@@ -66,7 +66,7 @@ def test_a_group_of_several_prompts_shares_no_prefix():
             LinearVelocity(),
             two,
             SampleNoise(0, range(4), SHAPE, [0] * 4),
-            algorithm.rollout_plan(0, 0),
+            algorithm.plan(0, 0),
             groups=[0, 0, 0, 0],
         )
 
@@ -84,7 +84,7 @@ def test_every_sample_is_finished_at_each_granularity_of_the_remaining_grid():
         x = rollout.states_NSCHW[:, -1]
         for k, k_next in pairwise(grid):
             velocity = model.weight.detach() * x + model.bias.detach()
-            x = x + velocity * (rollout.spec.sigmas[k_next] - rollout.spec.sigmas[k])
+            x = x + velocity * (rollout.plan.sigmas[k_next] - rollout.plan.sigmas[k])
         torch.testing.assert_close(rollout.final_NCHW[j::3], x)
 
 
@@ -192,7 +192,7 @@ def test_rollout_and_update_are_guided_each_by_its_own_scale_and_the_ratio_begin
     with torch.no_grad():
         train = algorithm.prepare(made, scores, {"rollout": policy})
     output = algorithm.loss({"policy": policy}, train)
-    assert set(asked) == {rollout_scale if update_scale is None else update_scale}
+    assert set(asked) == {Guidance(rollout_scale if update_scale is None else update_scale)}
     assert (
         value_of(output.metrics["replay/max_abs_dlogp"]) == 0 and value_of(output.metrics["ratio/clip_fraction"]) == 0
     )

@@ -41,9 +41,9 @@ def grpo_config(pipeline: Path, lora: Any, **algorithm: Any) -> AlignConfig:
 def update(config: AlignConfig, student: RolloutWorker, learner: LearnerWorker, iteration: int) -> Mapping[str, float]:
     """One iteration, with the brightness of a pixel as its reward."""
     student.bind(learner.weights(), learner.version())
-    spec = plan_of(build_algorithm(config.algorithm), iteration)
+    plan = plan_of(build_algorithm(config.algorithm), iteration)
     batch = build_run(config, Path(".")).sampler.batch(iteration)
-    rollout, _ = student.rollout(batch, spec, 0, learner.version())
+    rollout, _ = student.rollout(batch, plan, 0, learner.version())
     total = rollout.final_NCHW.mean((1, 2, 3))
     return learner.update(rollout, Scores({"x": total}, total, torch.ones(8, dtype=torch.bool)), iteration).metrics
 

@@ -47,11 +47,11 @@ def test_the_guard_s_gradient_is_that_of_its_published_formula(kind):
     got = algorithm.loss({"policy": new}, train)
 
     advantage = group_advantages(REWARDS, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).advantages
-    begin, end = rollout.spec.window
+    begin, end = rollout.plan.noise.window
     losses, ratios = [], []
     steps = zip(range(begin, end), by_step(rollout, new), by_step(rollout, old), strict=True)
     for k, (x_next, stats), (_, before) in steps:
-        std, delta = stats.std.flatten(), rollout.spec.sigmas[k + 1] - rollout.spec.sigmas[k]
+        std, delta = stats.std.flatten(), rollout.plan.sigmas[k + 1] - rollout.plan.sigmas[k]
         log_ratio = (normal(stats).log_prob(x_next) - normal(before).log_prob(x_next)).mean((1, 2, 3))
         bias = (stats.mean - before.mean).square().mean((1, 2, 3)) / (2 * std**2)
         ratio = torch.exp((log_ratio + bias) * std)
@@ -106,9 +106,9 @@ def test_one_number_is_a_clip_range_on_both_sides_and_stays_one_number():
 # Training on some of the window's steps
 
 
-def trained_steps(train, spec):
+def trained_steps(train, plan):
     """Steps of the schedule that are trained, (samples, n), by the sigmas of the transitions."""
-    index = [spec.sigmas.index(sigma) for sigma in train.tensors["sigma"].tolist()]
+    index = [plan.sigmas.index(sigma) for sigma in train.tensors["sigma"].tolist()]
     return torch.tensor(index).view(-1, len(index) // 8)
 
 
@@ -117,7 +117,7 @@ def test_every_sample_trains_on_its_own_draw_of_the_window_s_steps():
     rollout = roll_out(algorithm, model)
     train = algorithm.prepare(rollout, make_scores(REWARDS), {})
     assert len(train) == train.total == 8 * 2
-    steps = trained_steps(train, rollout.spec)
+    steps = trained_steps(train, rollout.plan)
     assert all(1 <= a < b <= 3 for a, b in steps.tolist())
     assert len({tuple(row) for row in steps.tolist()}) > 1
     again = algorithm.prepare(rollout, make_scores(REWARDS), {})
@@ -148,7 +148,7 @@ def test_drawn_for_the_iteration_all_samples_train_on_the_same_steps_and_all_ste
     for version in range(30):
         train = algorithm.prepare(replace(rollout, policy_version=version), make_scores(REWARDS), {})
         assert train.total == 8
-        (step,) = set(trained_steps(train, rollout.spec).flatten().tolist())
+        (step,) = set(trained_steps(train, rollout.plan).flatten().tolist())
         by_draw[step] = gradients(algorithm, model, train)
     assert sorted(by_draw) == [1, 2, 3]
     whole = grpo()
@@ -251,7 +251,7 @@ def test_options_that_do_not_fit_are_refused(options, reason):
 
 def test_a_sliding_window_is_the_plan_of_its_iteration():
     algorithm = grpo(window={"kind": "sliding", "size": 2, "every": 2, "stop": 4})
-    windows = [algorithm.rollout_plan(i, 0).window for i in range(7)]
+    windows = [algorithm.plan(i, 0).noise.window for i in range(7)]
     assert windows == [(0, 2), (0, 2), (1, 3), (1, 3), (2, 4), (2, 4), (0, 2)]
 
 
@@ -274,8 +274,8 @@ def test_the_recipe_loads_and_rolls_out_as_its_name_says(name):
     algorithm = build_algorithm(config.algorithm)
     plans = [plan_of(algorithm, i, config.seed) for i in (0, 25, 50)]
     if name == "mix_grpo":
-        assert [plan.window for plan in plans] == [(0, 3), (1, 4), (2, 5)] and plans[0].shared_prefix
+        assert [plan.noise.window for plan in plans] == [(0, 3), (1, 4), (2, 5)] and plans[0].branching.shared_prefix
     elif name == "grpo_guard":
         assert all(plan.keep_means for plan in plans) and config.learner.updates_per_iteration > 1
     else:
-        assert plans[0].kind == "cps" and config.algorithm["train_steps"] == 1
+        assert plans[0].noise.kind == "cps" and config.algorithm["train_steps"] == 1

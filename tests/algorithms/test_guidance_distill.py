@@ -5,7 +5,7 @@ import torch
 
 from flowalign.algorithms import build_algorithm
 from flowalign.flow.path import per_sample
-from flowalign.types import Condition, LatentBatch
+from flowalign.types import Condition, Guidance, LatentBatch
 from tests.algorithms.toy import SHAPE
 
 NULL, PROMPT = 2.0, 5.0
@@ -21,7 +21,7 @@ def prompted(count):
 def teacher(x, t, condition, *, guidance=None, **options):
     """``x t`` plus 5 for a prompt or 2 for none; guided between the two."""
     own = torch.where(condition.expand()[1][:, :1] == 0, NULL, PROMPT).view(-1, 1, 1, 1)
-    scale = 1.0 if guidance is None else guidance
+    scale = 1.0 if guidance is None else guidance.scale
     return x * per_sample(t, x) + NULL + scale * (own - NULL)
 
 
@@ -34,7 +34,7 @@ def prepared(**config):
 def test_a_student_that_is_the_guided_teacher_has_loss_0():
     def student(x, t, condition, *, guidance=None, **options):
         assert guidance is None, "a student of one guidance is called without"
-        return teacher(x, t, condition, guidance=3.0)
+        return teacher(x, t, condition, guidance=Guidance(3.0))
 
     algorithm, train = prepared()
     assert float(algorithm.loss({"policy": student, "teacher": teacher}, train).loss) == 0
@@ -47,13 +47,13 @@ def test_a_student_that_is_told_its_guidance_has_loss_0_where_it_follows_it():
 
     def student(x, t, condition, *, guidance=None, **options):
         assert guidance is not None
-        seen.append(guidance)
-        return teacher(x, t, condition, guidance=per_sample(guidance, x))
+        seen.append(guidance.scale)
+        return teacher(x, t, condition, guidance=Guidance(per_sample(guidance.scale, x)))
 
     algorithm, train = prepared(guidance_range=[1, 5])
     assert float(algorithm.loss({"policy": student, "teacher": teacher}, train).loss) < 1e-10
     assert seen[0].shape == (200,) and 1 <= seen[0].min() < 1.2 and 4.8 < seen[0].max() <= 5
-    ignoring = {"policy": lambda *args, **options: teacher(*args, guidance=3.0), "teacher": teacher}
+    ignoring = {"policy": lambda *args, **options: teacher(*args, guidance=Guidance(3.0)), "teacher": teacher}
     # g uniform in [1, 5] has the variance 4/3; the miss is (g - 3) (5 - 2).
     assert float(algorithm.loss(ignoring, train).loss) == pytest.approx(9 * 4 / 3, rel=0.15)
 

@@ -13,7 +13,7 @@ def nft(**changes):
 
 
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
-    rollout = make_rollout(models["policy"], algorithm.rollout_plan(0, 0))
+    rollout = make_rollout(models["policy"], algorithm.plan(0, 0))
     with torch.no_grad():
         return algorithm.prepare(rollout, make_scores(rewards, valid), models)
 

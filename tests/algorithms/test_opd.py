@@ -8,7 +8,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.opd import OPD
 from flowalign.algorithms.parts.teachers import NoTeacher
 from flowalign.flow import sde
-from flowalign.types import value_of
+from flowalign.types import Guidance, value_of
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
 
 SDE = {"kind": "flow", "noise_level": 0.6}
@@ -32,7 +32,7 @@ def with_tasks(rollout, tasks=TASKS, key="tag"):
 
 
 def prepared(algorithm, models, scores=None, seed=0):
-    rollout = with_tasks(make_rollout(models["policy"], algorithm.rollout_plan(0, 0), seed=seed))
+    rollout = with_tasks(make_rollout(models["policy"], algorithm.plan(0, 0), seed=seed))
     with torch.no_grad():
         return algorithm.prepare(rollout, scores, models)
 
@@ -51,11 +51,11 @@ def test_the_sde_form_is_the_mean_of_torch_s_kl_divergence(kind):
     algorithm = opd(kind=kind, noise_level=0.5)
     models = {"policy": LinearVelocity(0), "teacher:one": LinearVelocity(1)}
     train = prepared(algorithm, models)
-    spec, item = train.shared["spec"], train.tensors
+    plan, item = train.shared["plan"], train.tensors
     steps = [
         sde.reverse_step(
             kind, item["x"], model(item["x"], item["sigma"], None), item["sigma"], item["sigma_next"], 0.5,
-            spec.sigma_max,
+            plan.sigma_max,
         )
         for model in (models["policy"], models["teacher:one"])
     ]  # fmt: skip
@@ -76,9 +76,9 @@ def test_std_squared_times_the_kl_tends_to_the_ode_form(kind):
     distances = []
     for noise_level in (0.3, 0.03, 0.003):
         algorithm = opd(kind=kind, noise_level=noise_level, window={"kind": "fixed", "start": 1, "size": 4})
-        spec, item = algorithm.rollout_plan(0, 0), train.tensors
+        plan, item = algorithm.plan(0, 0), train.tensors
         means = [
-            sde.reverse_step(kind, item["x"], v, item["sigma"], item["sigma_next"], noise_level, spec.sigma_max)
+            sde.reverse_step(kind, item["x"], v, item["sigma"], item["sigma_next"], noise_level, plan.sigma_max)
             for v in (models["policy"](item["x"], item["sigma"], None), item["target"])
         ]
         std = means[0].std
@@ -105,7 +105,7 @@ def test_the_ode_form_is_half_the_squared_distance_of_where_the_steps_lead():
 def test_the_states_of_an_ode_rollout_are_its_own_trajectory():
     algorithm, model = opd(), LinearVelocity()
     item = prepared(algorithm, {"policy": model, "teacher:one": LinearVelocity(1)}).tensors
-    assert len(item["x"]) == 8 * 6 and algorithm.rollout_plan(0, 0).window == (0, 6)
+    assert len(item["x"]) == 8 * 6 and algorithm.plan(0, 0).noise.window == (0, 6)
     delta = (item["sigma_next"] - item["sigma"]).view(-1, 1, 1, 1)
     walked = item["x"] + delta * model(item["x"], item["sigma"], None)
     torch.testing.assert_close(walked.view(8, 6, *SHAPE)[:, :-1], item["x"].view(8, 6, *SHAPE)[:, 1:])
@@ -127,8 +127,8 @@ def test_each_sample_learns_from_the_teacher_of_its_task_with_that_teacher_s_gui
     place = torch.tensor([task == "position" for task in TASKS]).repeat_interleave(6)
     assert torch.equal(item["teacher"] == 0, place)
     with torch.no_grad():
-        first = models["teacher:place"](item["x"], item["sigma"], None, guidance=1.0)
-        second = models["teacher:rest"](item["x"], item["sigma"], None, guidance=3.0)
+        first = models["teacher:place"](item["x"], item["sigma"], None, guidance=Guidance(1.0))
+        second = models["teacher:rest"](item["x"], item["sigma"], None, guidance=Guidance(3.0))
     assert torch.equal(item["target"], torch.where(place.view(-1, 1, 1, 1), first, second))
 
 
@@ -190,7 +190,7 @@ def test_a_reward_beside_the_distillation_adds_flow_grpo_s_gradient():
     plain = opd(group_size=4, **SDE)
     mixed = opd(group_size=4, reward_weight=0.5, **SDE)
     grpo = build_algorithm({"type": "flow_grpo", "num_steps": 6, "group_size": 4, **SDE})
-    rollout = with_tasks(make_rollout(models["policy"], mixed.rollout_plan(0, 0)))
+    rollout = with_tasks(make_rollout(models["policy"], mixed.plan(0, 0)))
     parameters = list(models["policy"].parameters())
     with torch.no_grad():
         trains = [algorithm.prepare(rollout, scores, models) for algorithm in (plain, mixed, grpo)]
@@ -209,8 +209,8 @@ def test_the_teacher_s_opinion_as_an_advantage_has_the_kl_s_gradient_on_average(
     settings = {"num_steps": 3, "window": {"kind": "fixed", "start": 1, "size": 1}, "kind": "dance", "noise_level": 1.0}
     dense, closed = opd(distillation="advantage", clip_range=10.0, **settings), opd(**settings)
     models = {"policy": LinearVelocity(0), "teacher:one": LinearVelocity(1)}
-    spec = dense.rollout_plan(0, 0)
-    rollout = make_rollout(models["policy"], spec, groups=2, size=20_000)
+    plan = dense.plan(0, 0)
+    rollout = make_rollout(models["policy"], plan, groups=2, size=20_000)
     parameters = list(models["policy"].parameters())
     with torch.no_grad():
         trains = [algorithm.prepare(rollout, None, models) for algorithm in (dense, closed)]
@@ -227,8 +227,8 @@ def test_the_teacher_s_opinion_as_an_advantage_has_the_kl_s_gradient_on_average(
 
 def test_a_random_window_is_a_function_of_seed_and_iteration_and_moves():
     algorithm = opd(window={"kind": "random", "size": 2, "stop": 5})
-    windows = [algorithm.rollout_plan(i, 3).window for i in range(20)]
-    assert windows == [algorithm.rollout_plan(i, 3).window for i in range(20)]
+    windows = [algorithm.plan(i, 3).noise.window for i in range(20)]
+    assert windows == [algorithm.plan(i, 3).noise.window for i in range(20)]
     assert len(set(windows)) > 1 and all(end - begin == 2 and end <= 5 for begin, end in windows)
 
 
@@ -272,7 +272,7 @@ def test_the_condition_goes_with_its_sample():
         return condition.index_N.view(-1, 1, 1, 1).expand_as(x).float()
 
     algorithm = two_teachers()
-    rollout = with_tasks(make_rollout(LinearVelocity(), algorithm.rollout_plan(0, 0)))
+    rollout = with_tasks(make_rollout(LinearVelocity(), algorithm.plan(0, 0)))
     rollout = replace(rollout, condition=replace(condition(8), index_N=torch.arange(8)))
     train = algorithm.prepare(rollout, None, {"teacher:place": row, "teacher:rest": row})
     assert torch.equal(train.tensors["target"][:, 0, 0, 0], torch.arange(8.0).repeat_interleave(6))

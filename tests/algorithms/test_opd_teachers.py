@@ -100,21 +100,21 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     config = worker_config(tiny_pipeline_dir, {"other": {"path": str(teacher)}}, algorithm=algorithm)
     student, learner = RolloutWorker(config), LearnerWorker(config)
     student.bind(learner.weights(), 0)
-    spec = plan_of(build_algorithm(config.algorithm))
-    rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), spec, 0, 0)
+    plan = plan_of(build_algorithm(config.algorithm))
+    rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), plan, 0, 0)
     metrics = learner.update(rollout, None, 0).metrics
     learner.close()
     tokens, pooled = rollout.condition.expand()
     networks = [load_pipeline(directory).transformer for directory in (tiny_pipeline_dir, teacher)]
     expected = []
-    for step in range(*spec.window):
-        x, (sigma, sigma_next) = rollout.states_NSCHW[:, step], torch.tensor(spec.sigmas[step : step + 2])
+    for step in range(*plan.noise.window):
+        x, (sigma, sigma_next) = rollout.states_NSCHW[:, step], torch.tensor(plan.sigmas[step : step + 2])
         with torch.no_grad():
             velocities = [network(x, tokens, pooled, sigma.expand(6) * 1000).sample for network in networks]
         if not kind:
             expected.append(((sigma_next - sigma) * (velocities[0] - velocities[1])).square().mean() / 2)
             continue
-        steps = [sde.reverse_step("flow", x, v, sigma, sigma_next, 0.6, spec.sigma_max) for v in velocities]
+        steps = [sde.reverse_step("flow", x, v, sigma, sigma_next, 0.6, plan.sigma_max) for v in velocities]
         normals = [torch.distributions.Normal(s.mean, s.std.expand_as(s.mean)) for s in steps]
         expected.append(torch.distributions.kl_divergence(*normals).mean())
     assert metrics["loss/opd"] == pytest.approx(float(sum(expected) / len(expected)), rel=1e-4)

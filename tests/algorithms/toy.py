@@ -8,7 +8,7 @@ import torch
 from flowalign.flow import sde
 from flowalign.flow.path import per_sample
 from flowalign.flow.sde import step_log_prob
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores
+from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores
 
 SHAPE = (2, 3, 3)
 
@@ -27,8 +27,8 @@ class LinearVelocity(torch.nn.Module):
         self.weight = torch.nn.Parameter(0.3 * torch.randn(SHAPE, generator=generator))
         self.bias = torch.nn.Parameter(0.3 * torch.randn(SHAPE, generator=generator))
 
-    def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
-        extra = 1.0 if guidance is None else per_sample(guidance, x)
+    def forward(self, x, t, condition, *, r=None, guidance=None):
+        extra = 1.0 if guidance is None else per_sample(guidance.scale, x)
         return self.weight * x + self.bias + torch.where(torch.as_tensor(extra == 1.0), 0.0, 0.1 * extra)
 
 
@@ -39,7 +39,7 @@ class ConstantVelocity(torch.nn.Module):
         super().__init__()
         self.value = torch.nn.Parameter(torch.tensor(value).reshape(-1, 1, 1))
 
-    def forward(self, x, t, condition, *, r=None, guidance=None, norm_preserving=False):
+    def forward(self, x, t, condition, *, r=None, guidance=None):
         return self.value.expand(x.shape)
 
 
@@ -57,30 +57,30 @@ class TwoMaps(torch.nn.Module):
         return [maps, (latents.flatten(1) @ self.reading.T)[..., None]]
 
 
-def make_rollout(model, spec: RolloutSpec, groups: int = 2, size: int = 4, seed: int = 0) -> Rollout:
+def make_rollout(model, plan: SamplingPlan, groups: int = 2, size: int = 4, seed: int = 0) -> Rollout:
     """Samples that start at the window with random states, and end with the ODE steps behind it."""
     generator = torch.Generator().manual_seed(seed)
     count = groups * size
     x = torch.randn(count, *SHAPE, generator=generator)
     states, log_probs = [x], []
-    begin, end = spec.window
+    begin, end = plan.noise.window
     with torch.no_grad():
-        for k in range(begin, spec.num_steps):
-            kind = spec.kind if k < end else "ode"
-            t = torch.full((count,), spec.sigmas[k])
-            v = model(x, t, None, guidance=spec.guidance_scale)
-            stats = sde.reverse_step(kind, x, v, spec.sigmas[k], spec.sigmas[k + 1], spec.noise_level, spec.sigma_max)
+        for k in range(begin, plan.num_steps):
+            kind = plan.noise.kind if k < end else "ode"
+            t = torch.full((count,), plan.sigmas[k])
+            v = model(x, t, None, guidance=plan.guidance)
+            stats = sde.reverse_step(kind, x, v, plan.sigmas[k], plan.sigmas[k + 1], plan.noise.level, plan.sigma_max)
             x = stats.mean
             if k < end:
                 x = x + stats.std * torch.randn(x.shape, generator=generator)
                 states.append(x)
-                log_probs.append(step_log_prob(spec, x, stats.mean, stats.std))
+                log_probs.append(step_log_prob(plan, x, stats.mean, stats.std))
     ids = tuple(i // size for i in range(count))
     batch = PromptBatch(("p",) * count, ids, tuple(range(count)), ({},) * count)
     return Rollout(
         batch=batch,
         condition=condition(count),
-        spec=spec,
+        plan=plan,
         states_NSCHW=torch.stack(states, 1) if log_probs else torch.zeros(count, 0, *SHAPE),
         log_prob_NS=torch.stack(log_probs, 1) if log_probs else torch.zeros(count, 0),
         final_NCHW=x,

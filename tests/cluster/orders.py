@@ -48,7 +48,7 @@ class Worker:
 
         return ray.get(self.teacher.answer.remote())
 
-    def rollout(self, batch: Any, spec: Any, seed: int, version: int) -> tuple[str, float]:
+    def rollout(self, batch: Any, plan: Any, seed: int, version: int) -> tuple[str, float]:
         self._obey()
         return f"chunk {batch}", 0.0
 

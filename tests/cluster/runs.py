@@ -83,8 +83,8 @@ def trace(backend: Any, config: AlignConfig, base_dir: Path, iterations: int = 2
     backend.sync()
     scores, metrics = [], []
     for iteration in range(iterations):
-        spec = run.algorithm.rollout_plan(iteration, run.seed)
-        collected = backend.collect(run.sampler.batch(iteration), spec, seed=run.seed)
+        plan = run.algorithm.plan(iteration, run.seed)
+        collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
         update = backend.update(collected.rollout, collected.scores, iteration)
         backend.sync()
         scores.append(collected.scores)

@@ -68,7 +68,7 @@ def collect(make: Callable[[AlignConfig, Path], Any], config: AlignConfig, folde
     try:
         run = build_run(config, folder)
         backend.sync()
-        return backend.collect(run.sampler.batch(0), run.algorithm.rollout_plan(0, run.seed), seed=run.seed)
+        return backend.collect(run.sampler.batch(0), run.algorithm.plan(0, run.seed), seed=run.seed)
     finally:
         backend.close()
         assert not ray.is_initialized()

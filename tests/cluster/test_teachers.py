@@ -35,6 +35,7 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.teachers import KEPT_ANSWERS, SharedTeacher, ask
 from flowalign.run.workers import LearnerWorker, RolloutWorker
+from flowalign.types import Guidance
 from tests.algorithms.every import plan_of
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
 
@@ -168,9 +169,9 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
     alone, asking = LearnerWorker(config), LearnerWorker(config, teachers={"deep": remote})
     student, run = RolloutWorker(config), build_run(config, Path("."))
     student.bind(alone.weights(), 0)
-    spec = run.algorithm.rollout_plan(0, 0)
-    assert spec is not None
-    rollout, _ = student.rollout(run.sampler.batch(0), spec, 0, 0)
+    plan = run.algorithm.plan(0, 0)
+    assert plan is not None
+    rollout, _ = student.rollout(run.sampler.batch(0), plan, 0, 0)
     ray.get(actor.__ray_call__.remote(die_at_the_third))
     expected = alone.update(rollout, None, 0).metrics
     assert asking.update(rollout, None, 0).metrics == expected and expected["loss/opd/deep"] > 0
@@ -297,22 +298,22 @@ def test_an_equal_question_is_answered_once_and_old_answers_are_forgotten(
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, *policy.network.latent_shape(None, None), generator=generator), torch.tensor([0.5, 0.2])
     condition = encode(("a red circle", "two dogs", "two dogs")).take(torch.tensor([2, 1]))
-    first = velocity(x, t, condition, guidance=2.0)
-    assert torch.equal(first, shared.teacher.velocity(x, t, condition, guidance=2.0))
+    first = velocity(x, t, condition, guidance=Guidance(2.0))
+    assert torch.equal(first, shared.teacher.velocity(x, t, condition, guidance=Guidance(2.0)))
     for same in (condition, condition.take(torch.tensor([0, 0])), encode(("two dogs",) * 2)):
-        assert torch.equal(velocity(x, t, same, guidance=2.0), first)
+        assert torch.equal(velocity(x, t, same, guidance=Guidance(2.0)), first)
     assert shared.computed == 1
     changed = [
-        velocity(x + 1, t, condition, guidance=2.0),
-        velocity(x, t / 2, condition, guidance=2.0),
-        velocity(x, t, encode(("a red circle",) * 2), guidance=2.0),
-        velocity(x, t, condition, guidance=3.0),
+        velocity(x + 1, t, condition, guidance=Guidance(2.0)),
+        velocity(x, t / 2, condition, guidance=Guidance(2.0)),
+        velocity(x, t, encode(("a red circle",) * 2), guidance=Guidance(2.0)),
+        velocity(x, t, condition, guidance=Guidance(3.0)),
     ]
     assert shared.computed == 5 and not any(torch.equal(answer, first) for answer in changed)
     for number in range(KEPT_ANSWERS):
         velocity(x[:, :, :1, :1].repeat(1, 1, 2, 2) + number, t, condition)
     assert len(shared._answers) == KEPT_ANSWERS
-    velocity(x, t, condition, guidance=2.0)
+    velocity(x, t, condition, guidance=Guidance(2.0))
     assert shared.computed == 6 + KEPT_ANSWERS
 
 

@@ -20,7 +20,7 @@ from flowalign.export.verify import load_pipeline
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
-from flowalign.samples.opened import Which, ode_spec, open_policy
+from flowalign.samples.opened import Which, ode_plan, open_policy
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
@@ -47,7 +47,7 @@ def rollout_latents(run: Path, base: Path, lora: bool, guidance: float, which: W
     policy, _ = open_policy(run, run_config(base, lora=lora), which)
     noise = SampleNoise(5, range(len(PROMPTS)), policy.network.latent_shape(None, None))
     return integrate(
-        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 16), noise, ode_spec(policy, 10, guidance)
+        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 16), noise, ode_plan(policy, 10, guidance)
     )[2]
 
 

@@ -27,7 +27,8 @@ from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_
 from flowalign.models.build import load_policy
 from flowalign.models.families.sd3.files import OWN_PIPELINE
 from flowalign.models.guided import guided
-from flowalign.samples.opened import policy_spec
+from flowalign.samples.opened import policy_plan
+from flowalign.types import Guidance
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 ABSENT: Any = {"text_encoder_3": None, "tokenizer_3": None}
@@ -195,11 +196,11 @@ def test_a_family_is_sampled_as_ours_is(tiny_pipeline_dir, tmp_path, name):
     directory = write_family(tmp_path, tiny_pipeline_dir, name)
     policy = load_policy(ModelConfig(path=str(directory)))
     policy.network.family = name
-    spec = policy_spec(policy, SamplingConfig(num_steps=STEPS, guidance_scale=3.0), ModelConfig())
-    condition, x = policy.encoders.encode_prompts(PROMPTS, 4), torch.load(directory / "noise.pt") * spec.initial_scale
-    for now, after in pairwise(spec.sigmas):
+    plan = policy_plan(policy, SamplingConfig(num_steps=STEPS, guidance_scale=3.0), ModelConfig())
+    condition, x = policy.encoders.encode_prompts(PROMPTS, 4), torch.load(directory / "noise.pt") * plan.initial_scale
+    for now, after in pairwise(plan.sigmas):
         with torch.no_grad():
-            velocity = guided(policy.network)(x, torch.full((2,), now), condition, guidance=3.0)
+            velocity = guided(policy.network)(x, torch.full((2,), now), condition, guidance=Guidance(3.0))
         x = x + (torch.tensor(after) - torch.tensor(now)) * velocity
     made = sample(loaded(directory), directory, num_inference_steps=STEPS, guidance_scale=3.0)
     assert float((made - x).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max()))

@@ -38,9 +38,10 @@ from flowalign.models.inspect import inspect_model
 from flowalign.models.merge import MergeError
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.run.train import run_pretrain
-from flowalign.samples.opened import open_policy, policy_spec
+from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import sampled_model
+from flowalign.types import Guidance
 from tests.tiny import encoded_here
 
 SHAPE = (16, 8, 8)
@@ -78,9 +79,9 @@ def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
 def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:
     config = config_of(source, None)
     policy, _ = open_policy(source, config, which)
-    spec = policy_spec(policy, config.evaluation, config.model)
+    plan = policy_plan(policy, config.evaluation, config.model)
     return integrate(
-        guided(policy.network), policy.encoders.encode_prompts([prompt], 4), SampleNoise(5, [3], SHAPE), spec
+        guided(policy.network), policy.encoders.encode_prompts([prompt], 4), SampleNoise(5, [3], SHAPE), plan
     )[2]
 
 
@@ -266,7 +267,7 @@ def test_a_guided_student_is_told_its_scale(tmp_path, tiny_pipeline_dir, bank):
     policy, _ = open_policy(run, own)
     condition, x, t = policy.encoders.encode_prompts([PROMPT], 4), torch.randn(1, *SHAPE), torch.tensor([0.5])
     with torch.no_grad():
-        low, high = (guided(policy.network)(x, t, condition, guidance=scale) for scale in (1.0, 4.0))
+        low, high = (guided(policy.network)(x, t, condition, guidance=Guidance(scale)) for scale in (1.0, 4.0))
     assert not torch.equal(low, high)
 
 

@@ -29,7 +29,7 @@ from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
 from flowalign.run.train import run_pretrain
 from flowalign.samples.calibration import reuse_of
-from flowalign.samples.opened import open_policy, policy_spec
+from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
 from flowalign.samples.sampled import sampled_model
 from tests.tiny import encoded_here, run_config, write_checkpoint
@@ -50,14 +50,14 @@ def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipelin
     noise = drawn.noise
     assert noise is not None
     policy = load_policy(run_config(tiny_pipeline_dir).model)
-    spec = policy_spec(policy, SamplingConfig(num_steps=2, solver="heun"), ModelConfig())
+    plan = policy_plan(policy, SamplingConfig(num_steps=2, solver="heun"), ModelConfig())
 
     class Given(SampleNoise):
         def draw(self):
             return noise
 
     condition = policy.encoders.encode_prompts([bank.prompts[int(row)] for row in drawn.rows], 16)
-    made = integrate(guided(policy.network), condition, Given(0, range(6), SHAPE), spec)[2]
+    made = integrate(guided(policy.network), condition, Given(0, range(6), SHAPE), plan)[2]
     torch.testing.assert_close(drawn.latents, made, rtol=2e-3, atol=2e-3)
 
 
@@ -185,18 +185,18 @@ def calibration(tiny_pipeline_dir, tmp_path_factory) -> Path:
 def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, calibration):
     policy = load_policy(run_config(tiny_pipeline_dir).model)
     condition = policy.encoders.encode_prompts(["a photo of a star"] * 4, 16)
-    full = policy_spec(policy, SamplingConfig(num_steps=8), ModelConfig())
+    full = policy_plan(policy, SamplingConfig(num_steps=8), ModelConfig())
     calls: list[int] = []
     block = policy.network.module.get_submodule("transformer_blocks.0.attn")
     block.register_forward_hook(lambda module, args, out: calls.append(1))
 
     def walked(threshold: float | None) -> tuple[torch.Tensor, int]:
         cache = None if threshold is None else CacheConfig(calibration=str(calibration), threshold=threshold)
-        spec = replace(full, reuse=reuse_of(cache))
+        plan = replace(full, reuse=reuse_of(cache))
         calls.clear()
         noise = SampleNoise(0, range(4), SHAPE)
-        skipping = skipping_of(policy.network.module, spec.reuse)
-        return integrate(guided(policy.network), condition, noise, spec, skipping=skipping)[2], len(calls)
+        skipping = skipping_of(policy.network.module, plan.reuse)
+        return integrate(guided(policy.network), condition, noise, plan, skipping=skipping)[2], len(calls)
 
     plain, all_steps = walked(None)
     never, as_many = walked(1e-9)

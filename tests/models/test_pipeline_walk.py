@@ -30,7 +30,7 @@ from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
 from flowalign.run.align import build_run, found
-from flowalign.samples.opened import open_policy, policy_spec
+from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from tests.algorithms.every import plan_of
 from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline
@@ -86,10 +86,10 @@ def test_our_latents_are_those_of_the_public_pipeline(tmp_path: Path, name: str)
         path=str(shapes_with(tmp_path / "model", options)), max_sequence_length=2, height=height, width=width
     )
     policy = load_policy(model)
-    spec = policy_spec(policy, SamplingConfig(num_steps=5, guidance_scale=2.0), model)
+    plan = policy_plan(policy, SamplingConfig(num_steps=5, guidance_scale=2.0), model)
     shape = policy.network.latent_shape(height, width)
     ours = integrate(
-        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 2), SampleNoise(3, (0, 1), shape), spec
+        guided(policy.network), policy.encoders.encode_prompts(PROMPTS, 2), SampleNoise(3, (0, 1), shape), plan
     )[2]
     public: Any = load_pipeline(Path(model.path))
     theirs: torch.Tensor = public(
@@ -215,7 +215,7 @@ def test_a_run_of_0_1_continues_where_the_pipeline_walks_its_static_grid(tmp_pat
     assert old != new and read_resolved(run_dir).algorithm["grid"] == "diffusers"  # type: ignore[union-attr]
     refuse_changes(read_resolved(run_dir), new, run_dir)
     plans = [build_run(config, tmp_path) for config in (old, new)]
-    assert plans[0].algorithm.rollout_plan(0, 0) == plans[1].algorithm.rollout_plan(0, 0)
+    assert plans[0].algorithm.plan(0, 0) == plans[1].algorithm.plan(0, 0)
     assert plans[0].evaluation is not None and plans[1].evaluation is not None
     assert plans[0].evaluation[1] == plans[1].evaluation[1]
 
@@ -241,7 +241,7 @@ def test_an_export_of_0_1_is_sampled_along_its_static_grid(tmp_path: Path) -> No
     (model / "flowalign.json").write_text(json.dumps({"sampling": {"num_steps": 4, "grid": "diffusers"}}))
     config = config_of(model, None)
     policy, _ = open_policy(model, config)
-    assert policy_spec(policy, config.evaluation, config.model).sigmas == tuple(sigmas(4, 3.0).tolist())
+    assert policy_plan(policy, config.evaluation, config.model).sigmas == tuple(sigmas(4, 3.0).tolist())
 
 
 def test_a_run_of_0_1_is_not_read_where_its_network_was_told_other_times(tmp_path: Path) -> None:
@@ -274,9 +274,9 @@ def test_every_export_loads_and_samples_again_along_the_run_s_levels(
     made = export(tmp_path / "run", tmp_path / "out", config=config)
     assert made.latents_error <= 1e-5
     again = config_of(tmp_path / "out", None)
-    spec = policy_spec(open_policy(tmp_path / "out", again)[0], again.evaluation, again.model)
+    plan = policy_plan(open_policy(tmp_path / "out", again)[0], again.evaluation, again.model)
     policy, _ = open_policy(tmp_path / "run", config)
-    assert spec == policy_spec(policy, config.evaluation, config.model)
+    assert plan == policy_plan(policy, config.evaluation, config.model)
     assert own_schedule(again.model).num_train_timesteps == options.get("num_train_timesteps", 1000)
 
 
@@ -316,14 +316,14 @@ def test_an_algorithm_that_makes_its_own_levels_is_refused_beside_a_dynamic_shif
     (tmp_path / "own.py").write_text(
         "from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs\n"
         "from flowalign.flow.schedule import sigmas\n"
-        "from flowalign.types import Rollout, RolloutSpec\n"
+        "from flowalign.types import Noise, Rollout, SamplingPlan\n"
         "class Own(Algorithm):\n"
         "    class Config(AlgorithmConfig):\n"
         "        group_size: int = 4\n"
         "        shift: float | None = None\n"
         "    needs = Needs(Rollout, scores=True, group_size=4)\n"
-        "    def rollout_plan(self, iteration, seed):\n"
-        "        return RolloutSpec('flow', tuple(sigmas(4, self.config.shift or 1.0).tolist()), (0, 2), 0.7)\n"
+        "    def plan(self, iteration, seed):\n"
+        "        return SamplingPlan(tuple(sigmas(4, self.config.shift or 1.0).tolist()), Noise('flow', 0.7, (0, 2)))\n"
         "    def loss(self, models, minibatch): ...\n"
     )
     overrides = ["algorithm={type: 'own.py:Own'}"]

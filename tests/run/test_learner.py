@@ -108,8 +108,8 @@ def test_updates_raise_the_reward_of_a_toy():
     own = learner(model)
     means = []
     for iteration in range(30):
-        spec = plan_of(own.algorithm, iteration)
-        rollout = make_rollout(model, spec, groups=4, size=8, seed=iteration)
+        plan = plan_of(own.algorithm, iteration)
+        rollout = make_rollout(model, plan, groups=4, size=8, seed=iteration)
         reward = rollout.final_NCHW.flatten(1).mean(1)
         means.append(float(reward.mean()))
         own.update(rollout, make_scores(reward), iteration)

@@ -338,20 +338,20 @@ def test_a_fresh_network_of_every_architecture_is_trained_and_sampled(tmp_path, 
 
 def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeline_dir):
     from flowalign.flow import schedule
-    from flowalign.samples.opened import policy_spec
+    from flowalign.samples.opened import policy_plan
     from flowalign.samples.rollout import SampleNoise, integrate
 
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=4))
     condition = policy.encoders.encode_prompts(["a photo of a star"], 4)
-    spec = policy_spec(policy, SamplingConfig(num_steps=3, solver="consistency"), ModelConfig())
-    final = integrate(guided(policy.network), condition, SampleNoise(3, [0], (16, 8, 8)), spec)[2]
+    plan = policy_plan(policy, SamplingConfig(num_steps=3, solver="consistency"), ModelConfig())
+    final = integrate(guided(policy.network), condition, SampleNoise(3, [0], (16, 8, 8)), plan)[2]
     noise = SampleNoise(3, [0], (16, 8, 8))
     x = noise.draw()
     with torch.no_grad():
-        for t, t_next in zip(spec.sigmas, spec.sigmas[1:], strict=False):
+        for t, t_next in zip(plan.sigmas, plan.sigmas[1:], strict=False):
             clean = x - t * guided(policy.network)(x, torch.tensor([t]), condition)
             x = clean if t_next == 0 else (1 - t_next) * clean + t_next * noise.draw()
-    assert spec.sigmas == tuple(schedule.sigmas(3, shift=policy.network.schedule(None, None).shift).tolist())
+    assert plan.sigmas == tuple(schedule.sigmas(3, shift=policy.network.schedule(None, None).shift).tolist())
     torch.testing.assert_close(final, x, rtol=1e-4, atol=1e-4)
 
 

@@ -25,7 +25,7 @@ from flowalign.safety.signals import (
     some_of_each,
     thumbnails,
 )
-from flowalign.types import Condition, PromptBatch, Rollout, RolloutSpec, Scores
+from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores
 
 NAN = math.nan
 
@@ -39,8 +39,8 @@ def rolled(images: np.ndarray, group_ids: tuple[int, ...]) -> Rollout:
     n, nothing = len(images), torch.zeros(len(images), 1)
     batch = PromptBatch(("",) * n, group_ids, tuple(range(n)), ({},) * n)
     condition = Condition(nothing[:, None], nothing, torch.arange(n), nothing[:1], nothing[0])
-    spec = RolloutSpec("ode", (1.0, 0.0), (0, 0), 0.0)
-    return Rollout(batch, condition, spec, nothing, nothing, nothing, torch.from_numpy(images), 0, 0)
+    plan = SamplingPlan((1.0, 0.0))
+    return Rollout(batch, condition, plan, nothing, nothing, nothing, torch.from_numpy(images), 0, 0)
 
 
 def scored(*totals: float) -> Scores:

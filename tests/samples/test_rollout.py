@@ -15,7 +15,7 @@ from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
 from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
-from flowalign.types import PromptBatch, RolloutSpec, Scores, value_of
+from flowalign.types import Guidance, Noise, PromptBatch, SamplingPlan, Scores, value_of
 
 PROMPTS = ("a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross")
 
@@ -38,7 +38,7 @@ def grpo(**changes) -> FlowGRPO:
 @pytest.mark.parametrize("window", [{"kind": "full"}, {"kind": "fixed", "start": 1, "size": 2}])
 def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout_s_size(policy, guidance, window):
     algorithm = grpo(guidance_scale=guidance, window=window)
-    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16)
+    made = rollout(policy, prompt_batch(), algorithm.plan(0, 0), seed=3, policy_version=0, length=16)
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(12, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
@@ -52,9 +52,9 @@ def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout
 
 
 def test_chunks_and_their_order_do_not_change_a_sample(policy):
-    spec, batch = grpo().rollout_plan(0, 0), prompt_batch()
-    parts = [rollout(policy, c, spec, seed=3, policy_version=0, length=16) for c in reversed(batch.chunks(4))]
-    whole = cat_rollouts([rollout(policy, c, spec, seed=3, policy_version=0, length=16) for c in batch.chunks(4)])
+    plan, batch = grpo().plan(0, 0), prompt_batch()
+    parts = [rollout(policy, c, plan, seed=3, policy_version=0, length=16) for c in reversed(batch.chunks(4))]
+    whole = cat_rollouts([rollout(policy, c, plan, seed=3, policy_version=0, length=16) for c in batch.chunks(4)])
     joined = cat_rollouts(list(reversed(parts)))
     assert torch.equal(whole.final_NCHW, joined.final_NCHW) and torch.equal(whole.images, joined.images)
     assert torch.equal(whole.log_prob_NS, joined.log_prob_NS)
@@ -84,22 +84,23 @@ def test_shared_noise_starts_a_group_alike_and_leaves_the_steps_noise_to_each_sa
 def test_images_of_one_group_differ_by_the_window_alone_when_they_share_their_noise(policy):
     batch = prompt_batch(4)
     batch = replace(batch, prompts=(batch.prompts[0],) * 4, group_ids=(9,) * 4)
-    plan = replace(grpo(initial_noise="group").rollout_plan(0, 0), window=(0, 1))
-    assert plan.shared_noise
+    plan = grpo(initial_noise="group").plan(0, 0)
+    plan = replace(plan, noise=replace(plan.noise, window=(0, 1)))
+    assert plan.branching.shared_noise
     made = rollout(policy, batch, plan, seed=3, policy_version=0, length=16)
     states = made.states_NSCHW
     assert torch.equal(states[0, 0], states[3, 0]) and not torch.equal(states[0, 1], states[3, 1])
-    still = replace(plan, kind="ode", window=(0, 0), noise_level=0.0)
+    still = replace(plan, noise=Noise())
     finals = rollout(policy, batch, still, seed=3, policy_version=0, length=16).final_NCHW
     torch.testing.assert_close(finals[0], finals[3])
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
 def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, guidance):
-    sigmas = grpo().rollout_plan(0, 0).sigmas
-    spec = RolloutSpec("ode", sigmas, (0, 0), 0.0, guidance_scale=guidance)
+    sigmas = grpo().plan(0, 0).sigmas
+    plan = SamplingPlan(sigmas, guidance=Guidance(guidance))
     batch = prompt_batch(4)
-    ours = rollout(policy, batch, spec, seed=3, policy_version=0, length=16)
+    ours = rollout(policy, batch, plan, seed=3, policy_version=0, length=16)
     pipeline = assembled(policy)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -114,8 +115,8 @@ def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, g
 
 
 def test_a_window_of_the_rollout_holds_its_states_and_nothing_else(policy):
-    spec = grpo(window={"kind": "fixed", "start": 1, "size": 2}).rollout_plan(0, 0)
-    made = rollout(policy, prompt_batch(4), spec, seed=0, policy_version=0, length=16)
+    plan = grpo(window={"kind": "fixed", "start": 1, "size": 2}).plan(0, 0)
+    made = rollout(policy, prompt_batch(4), plan, seed=0, policy_version=0, length=16)
     assert made.states_NSCHW.shape == (4, 3, 16, 8, 8) and made.log_prob_NS.shape == (4, 2)
     assert made.images.shape == (4, 64, 64, 3) and made.images.dtype == torch.uint8
 
@@ -182,9 +183,7 @@ def test_binding_a_foreign_tensor_is_refused(policy):
 
 def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
     algorithm = grpo()
-    made = rollout(
-        policy, prompt_batch(4), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16, geometry=12
-    )
+    made = rollout(policy, prompt_batch(4), algorithm.plan(0, 0), seed=3, policy_version=0, length=16, geometry=12)
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2])
     scores = Scores({"r": rewards}, rewards, torch.ones(4, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
@@ -212,7 +211,7 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
     window = {"kind": "fixed", "start": 2, "size": 2}
     apart = grpo(initial_noise="group", window=window, guidance_scale=guidance)
     shared = grpo(initial_noise="group", window=window, guidance_scale=guidance, share_prefix=True)
-    plans = apart.rollout_plan(0, 0), shared.rollout_plan(0, 0)
+    plans = apart.plan(0, 0), shared.plan(0, 0)
     a, b = (rollout(policy, prompt_batch(), plan, seed=3, policy_version=0, length=16, geometry=12) for plan in plans)
     torch.testing.assert_close(a.states_NSCHW, b.states_NSCHW, rtol=0, atol=1e-4)
     torch.testing.assert_close(a.final_NCHW, b.final_NCHW, rtol=0, atol=1e-4)
@@ -224,7 +223,7 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
 
 def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
     algorithm = grpo(initial_noise="group", window={"kind": "fixed", "start": 2, "size": 2}, share_prefix=True)
-    plan = algorithm.rollout_plan(0, 0)
+    plan = algorithm.plan(0, 0)
     chunks = [
         rollout(policy, c, plan, seed=3, policy_version=0, length=16, geometry=6) for c in prompt_batch().chunks(6)
     ]
@@ -237,7 +236,7 @@ def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
 
 def test_a_normalised_ratio_is_exactly_1_on_the_rollout_s_weights(policy):
     algorithm = grpo(ratio="guard", window={"kind": "fixed", "start": 1, "size": 2})
-    made = rollout(policy, prompt_batch(), algorithm.rollout_plan(0, 0), seed=3, policy_version=0, length=16)
+    made = rollout(policy, prompt_batch(), algorithm.plan(0, 0), seed=3, policy_version=0, length=16)
     assert made.means_NSCHW is not None and made.means_NSCHW.shape == (12, 2, 16, 8, 8)
     assert replays_exactly(policy, algorithm, made, 12)
 
@@ -245,15 +244,15 @@ def test_a_normalised_ratio_is_exactly_1_on_the_rollout_s_weights(policy):
 def test_several_granularities_make_several_images_of_a_sample(policy):
     options = {"initial_noise": "group", "share_prefix": True, "window": {"kind": "fixed", "start": 1, "size": 1}}
     algorithm = grpo(**options, granularities=(1, 2))
-    spec = algorithm.rollout_plan(0, 0)
+    plan = algorithm.plan(0, 0)
     parts = [
-        rollout(policy, c, spec, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)
+        rollout(policy, c, plan, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)
     ]
     made = cat_rollouts(parts)
     assert made.images.shape == (24, 64, 64, 3) and made.states_NSCHW.shape == (12, 2, 16, 8, 8)
     assert made.batch.prompts == tuple(p for p in prompt_batch().prompts for _ in range(2))
     assert len(made.condition) == len(made.batch) == 24
-    one = grpo(**options).rollout_plan(0, 0)
+    one = grpo(**options).plan(0, 0)
     fine = cat_rollouts(
         [rollout(policy, c, one, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)]
     )
@@ -265,11 +264,11 @@ def test_several_granularities_make_several_images_of_a_sample(policy):
 
 def test_samples_that_are_nan_blame_an_extreme_noise_level_or_guidance_before_the_weights():
     latents = torch.full((2, 1, 1, 1), math.nan)
-    spec = RolloutSpec("flow", (1.0, 0.5, 0.0), (0, 1), 0.7)
+    plan = SamplingPlan((1.0, 0.5, 0.0), Noise("flow", 0.7, (0, 1)))
     for changes, said in (
         ({}, "2 of 2 samples of policy version 3 are NaN or Inf: its weights have diverged"),
-        ({"noise_level": 9.0}, "NaN or Inf: noise_level 9 is more than a walk bears"),
-        ({"guidance_scale": 500.0}, "NaN or Inf: guidance_scale 500 is more than"),
+        ({"noise": Noise("flow", 9.0, (0, 1))}, "NaN or Inf: noise_level 9 is more than a walk bears"),
+        ({"guidance": Guidance(500.0)}, "NaN or Inf: guidance_scale 500 is more than"),
     ):
         with pytest.raises(NonFiniteSamples, match=said):
-            refuse_non_finite(latents, 3, replace(spec, **changes))
+            refuse_non_finite(latents, 3, replace(plan, **changes))

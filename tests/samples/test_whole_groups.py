@@ -57,9 +57,9 @@ def collect(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Collect]:
         try:
             run = build_run(config, tmp_path)
             made.sync()
-            spec = run.algorithm.rollout_plan(0, run.seed)
-            assert spec is not None
-            return made.collect(run.sampler.batch(0), spec, seed=run.seed)
+            plan = run.algorithm.plan(0, run.seed)
+            assert plan is not None
+            return made.collect(run.sampler.batch(0), plan, seed=run.seed)
         finally:
             made.close()
 

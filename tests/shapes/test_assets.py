@@ -12,7 +12,7 @@ import flowalign.shapes
 from flowalign.config.sections import ModelConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.build import load_policy
-from flowalign.samples.opened import ode_spec
+from flowalign.samples.opened import ode_plan
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS, evaluation_set, scene
 from flowalign.shapes.render import render
@@ -45,9 +45,9 @@ def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_
     policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
     batch = evaluation_batch("shapes:eval", 300)
     rows = [dict(row) for row in batch.metadata]
-    spec = ode_spec(policy, 10, 1.0)
+    plan = ode_plan(policy, 10, 1.0)
     images = np.concatenate(
-        [rollout(policy, part, spec, seed=1234, policy_version=0, length=2).images.numpy() for part in batch.chunks(60)]
+        [rollout(policy, part, plan, seed=1234, policy_version=0, length=2).images.numpy() for part in batch.chunks(60)]
     )
     found = PaletteDetector().detect(images, rows)
     right = [judge(row, objects).correct for row, objects in zip(rows, found, strict=True)]
@@ -77,7 +77,7 @@ def test_the_shipped_detector_comes_to_the_palettes_verdict_on_the_base_models_o
     policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
     batch = evaluation_batch("shapes:eval", 60)
     rows = [dict(row) for row in batch.metadata]
-    images = rollout(policy, batch, ode_spec(policy, 10, 1.0), seed=7, policy_version=0, length=2).images.numpy()
+    images = rollout(policy, batch, ode_plan(policy, 10, 1.0), seed=7, policy_version=0, length=2).images.numpy()
     clip = {"path": str(ASSETS / "colors"), "names": list(COLORS)}
     mask2former = {"type": "mask2former", "path": str(ASSETS / "detector"), "clip": clip}
     verdicts = [

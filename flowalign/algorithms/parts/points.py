@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Condition, LatentBatch, Rollout, RolloutSpec, TrainBatch, dropped_conditions
+from flowalign.types import Condition, LatentBatch, Rollout, SamplingPlan, TrainBatch, dropped_conditions
 
 
 def check_density(kind: str, params: Mapping[str, float]) -> None:
@@ -115,7 +115,7 @@ class ForwardConfig(SamplingConfig):
             self.timesteps,
             batch.final_NCHW.shape[1:],
             [seeded(batch.seed, Stream.POINTS, batch.policy_version, sample_id) for sample_id in ids],
-            batch.spec.sigmas,
+            batch.plan.sigmas,
             **self.density_params,
         )
         sample = chosen.repeat_interleave(self.timesteps)
@@ -126,5 +126,5 @@ class ForwardConfig(SamplingConfig):
 class ForwardAlgorithm(Scheduled):
     """Base of the algorithms whose options are those of `ForwardConfig`: ODE steps alone make their images."""
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
+    def plan(self, iteration: int, seed: int) -> SamplingPlan:
+        return self.config.sampling_plan(self.levels())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, Needs
 from flowalign.config.walk import Grid, Shift
-from flowalign.types import Rollout, RolloutSpec, SdeKind
+from flowalign.types import Guidance, Noise, Rollout, SamplingPlan
 
 
 class WalkConfig(AlgorithmConfig):
@@ -37,18 +37,10 @@ class SamplingConfig(WalkConfig):
         """What every algorithm that learns from its own rollouts asks of a run; `dataclasses.replace` adds the rest."""
         return Needs(Rollout, group_size=self.group_size, rollout_weights=self.rollout_weights)
 
-    def rollout_spec(
-        self, sigmas: Tensor, kind: SdeKind = "ode", window: tuple[int, int] = (0, 0), noise_level: float = 0.0
-    ) -> RolloutSpec:
-        """Plan a walk along ``sigmas`` (K + 1,): ODE steps, but those in ``window``, which are of ``kind``.
+    def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:
+        """Plan a walk along ``sigmas`` (K + 1,) by ODE steps, and by those that ``noise`` says.
 
         By default all are ODE steps: no state is kept, no log-prob exists.
         """
-        return RolloutSpec(
-            kind=kind,
-            sigmas=tuple(sigmas.tolist()),
-            window=window,
-            noise_level=noise_level,
-            guidance_scale=self.guidance_scale,
-            norm_preserving=self.norm_preserving,
-        )
+        guidance = Guidance(self.guidance_scale, self.norm_preserving)
+        return SamplingPlan(tuple(sigmas.tolist()), noise or Noise(), guidance)

@@ -16,7 +16,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.algorithms.parts.window import MovingWindow
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Rollout, RolloutSpec
+from flowalign.types import Branching, Noise, Rollout, SamplingPlan
 
 
 class StochasticConfig(SamplingConfig):
@@ -50,7 +50,7 @@ class StochasticConfig(SamplingConfig):
 
     @model_validator(mode="after")
     def _walk_is_one(self) -> Self:
-        begin, end = self.plan(PipelineSchedule().levels(self.num_steps, self.shift, self.grid), 0, 0).window
+        begin, end = self.plan(PipelineSchedule().levels(self.num_steps, self.shift, self.grid), 0, 0).noise.window
         if self.train_steps is not None and self.train_steps > end - begin:
             raise ValueError(f"train_steps: is {self.train_steps}, but the window has {end - begin} steps")
         if self.train_steps is None and self.train_steps_by != "sample":
@@ -74,19 +74,15 @@ class StochasticConfig(SamplingConfig):
                 f"{ordered[-1]} of them at a time are the same; end it earlier"
             )
 
-    def plan(self, sigmas: Tensor, iteration: int, seed: int) -> RolloutSpec:
+    def plan(self, sigmas: Tensor, iteration: int, seed: int) -> SamplingPlan:
         """Plan the walks of an iteration along ``sigmas`` (K + 1,); a moving window is a function of (seed, iteration).
 
         Raises ValueError as `MovingWindow.steps` does.
         """
         window = self.window.steps(self.kind, sigmas, self.noise_level, seed=seed, iteration=iteration)
-        return replace(
-            self.rollout_spec(sigmas, self.kind, window, self.noise_level),
-            log_prob=self.log_prob,
-            shared_noise=self.initial_noise == "group",
-            shared_prefix=self.share_prefix,
-            granularities=self.granularities,
-        )
+        noise = Noise(self.kind, self.noise_level, window, self.log_prob)
+        branching = Branching(self.initial_noise == "group", self.share_prefix, self.granularities)
+        return replace(self.sampling_plan(sigmas, noise), branching=branching)
 
     def trained_steps(self, batch: Rollout) -> Tensor:
         """Draw the steps of the window that each sample learns from: (N, n), ascending.
@@ -99,7 +95,7 @@ class StochasticConfig(SamplingConfig):
         if self.train_steps_by == "iteration":
             generators = [seeded(batch.seed, Stream.STEPS_OF_AN_ITERATION, batch.policy_version)]
         else:
-            ids = batch.batch.sample_ids[:: len(batch.spec.granularities)]
+            ids = batch.batch.sample_ids[:: len(batch.plan.branching.granularities)]
             generators = [seeded(batch.seed, Stream.STEPS_OF_A_SAMPLE, sample_id) for sample_id in ids]
         drawn = [torch.randperm(steps, generator=generator)[: self.train_steps] for generator in generators]
         return torch.stack(drawn).sort(1).values.expand(count, self.train_steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.algorithm import Models, teacher_role
 from flowalign.config.teachers import TeacherConfig
-from flowalign.types import Condition
+from flowalign.types import Condition, Guidance
 
 
 class NoTeacher(ValueError):
@@ -57,7 +57,6 @@ def taught_velocity(
                 item["x"][own],
                 item["sigma"][own],
                 condition.take(own),
-                guidance=teacher.guidance_scale,
-                norm_preserving=teacher.norm_preserving,
+                guidance=Guidance(teacher.guidance_scale, teacher.norm_preserving),
             )
     return target

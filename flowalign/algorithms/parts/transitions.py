@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import sde
-from flowalign.types import Rollout, RolloutSpec
+from flowalign.types import Rollout, SamplingPlan
 
 
 def transitions(rollout: Rollout, sample: Tensor, step: Tensor) -> dict[str, Tensor]:
@@ -20,20 +20,21 @@ def transitions(rollout: Rollout, sample: Tensor, step: Tensor) -> dict[str, Ten
     Gives the state ``x`` (M, C, H, W) and the levels ``sigma`` and ``sigma_next`` (M,); of steps with noise also
     ``x_next`` (M, C, H, W) and ``old_log_prob`` (M,), a mean over dimensions.
     """
-    spec = rollout.spec
-    sigma_S = torch.tensor(spec.sigmas[spec.window[0] : spec.window[1] + 1])
+    plan = rollout.plan
+    begin, end = plan.noise.window
+    sigma_S = torch.tensor(plan.sigmas[begin : end + 1])
     found = {"x": rollout.states_NSCHW[sample, step], "sigma": sigma_S[step], "sigma_next": sigma_S[step + 1]}
-    if spec.kind != "ode":
+    if plan.noise.kind != "ode":
         found["x_next"] = rollout.states_NSCHW[sample, step + 1]
         found["old_log_prob"] = rollout.log_prob_NS[sample, step]
     return found
 
 
-def step_of(spec: RolloutSpec, item: Mapping[str, Tensor], velocity: Tensor) -> sde.StepStats:
+def step_of(plan: SamplingPlan, item: Mapping[str, Tensor], velocity: Tensor) -> sde.StepStats:
     """Give the Gaussian that each transition's next state is drawn from where the network says ``velocity``."""
-    return sde.planned_step(spec, item["x"], velocity, item["sigma"], item["sigma_next"])
+    return sde.planned_step(plan, item["x"], velocity, item["sigma"], item["sigma_next"])
 
 
-def log_prob_of(spec: RolloutSpec, item: Mapping[str, Tensor], stats: sde.StepStats) -> Tensor:
+def log_prob_of(plan: SamplingPlan, item: Mapping[str, Tensor], stats: sde.StepStats) -> Tensor:
     """Give the log-prob of each transition's next state (M,), a mean over dimensions."""
-    return sde.step_log_prob(spec, item["x_next"], stats.mean, stats.std)
+    return sde.step_log_prob(plan, item["x_next"], stats.mean, stats.std)

@@ -11,7 +11,7 @@ from pydantic import Field
 from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, Second
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.flow import forward, path
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
 
 
 class DistributionMatching(Scheduled):
@@ -28,8 +28,8 @@ class DistributionMatching(Scheduled):
         second = Second(updates=self.config.second_updates, learning_rate=2e-3)
         return Needs(Rollout, group_size=self.config.group_size, reference=Reference(), second=second)
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
+    def plan(self, iteration: int, seed: int) -> SamplingPlan:
+        return self.config.sampling_plan(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         sample, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.flow import forward
-from flowalign.types import Rollout, RolloutSpec, Scores, TrainBatch
+from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
 
 
 class Listwise(Scheduled):
@@ -28,8 +28,8 @@ class Listwise(Scheduled):
     def needs(self) -> Needs:
         return Needs(Rollout, scores=True, group_size=self.config.group_size, whole_groups=True)
 
-    def rollout_plan(self, iteration: int, seed: int) -> RolloutSpec:
-        return self.config.rollout_spec(self.levels())
+    def plan(self, iteration: int, seed: int) -> SamplingPlan:
+        return self.config.sampling_plan(self.levels())
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
         assert scores is not None
