@@ -95,7 +95,7 @@ def goes_on(pipeline: Path, folder: Path, engine: str, stage: int) -> None:
         worker.close()
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), slow(0), slow(2), ("deepspeed", 3)])
+@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), slow(0), slow(2), slow(3)])
 def test_a_second_network_goes_on_from_a_checkpoint_bit_for_bit(
     tiny_pipeline_dir: Path, tmp_path: Path, engine: str, stage: int
 ) -> None:

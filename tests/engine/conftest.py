@@ -34,8 +34,7 @@ def _free_port() -> int:
 
 def _run(folder: Path, world: int, stages: str, phase: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    # Without cached bytecode each rank compiles torch and DeepSpeed for 10 s.
-    environment |= {"PYTHONPYCACHEPREFIX": str(folder.parent / "pycache"), "PYTHONDONTWRITEBYTECODE": ""}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode each rank compiles torch and DeepSpeed for 10 s
     common = [str(world), str(_free_port()), stages, phase]
     ranks = [
         subprocess.Popen(

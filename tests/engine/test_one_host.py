@@ -28,7 +28,7 @@ process_group.largest(rank)  # wait for the other
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ranks_that_share_a_host_listen_on_loopback_alone(world: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])

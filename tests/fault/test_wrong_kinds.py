@@ -100,7 +100,7 @@ SWAPS = {
 }
 
 
-BY_DAY = ("metrics.jsonl", "checkpoints")
+BY_DAY = ("checkpoints",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in BY_DAY else pytest.mark.slow) for n in SWAPS])
