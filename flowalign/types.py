@@ -82,7 +82,7 @@ class PromptBatch:
 
 
 @dataclass(frozen=True)
-class Reuse:
+class CacheRule:
     """TeaCache's rule: ``threshold`` of the accumulated change, and the polynomial that predicts it, constant first."""
 
     threshold: float
@@ -140,7 +140,7 @@ class SamplingPlan:
     ``sigmas`` are the K+1 noise levels, 1 to 0. ``solver``, a name of ``flow.solvers`` with its options, takes the ODE
     steps. With ``average_velocity`` the network is also given the time that a step leads to. ``initial_scale`` is the
     standard deviation of the first state, other than 1 where ``sigmas`` begin below 1. With ``keep_means`` the means of
-    the window's steps are kept. With ``reuse`` ODE steps skip the network where little changes, and never those of the
+    the window's steps are kept. With ``cache`` ODE steps skip the network where little changes, and never those of the
     window.
     """
 
@@ -152,7 +152,7 @@ class SamplingPlan:
     average_velocity: bool = False
     initial_scale: float = 1.0
     keep_means: bool = False
-    reuse: Reuse | None = None
+    cache: CacheRule | None = None
 
     @property
     def num_steps(self) -> int:

@@ -30,7 +30,7 @@ from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
 from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
-from flowalign.samples.calibration import reuse_of
+from flowalign.samples.cache import cache_rule
 from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
 from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
 
@@ -55,7 +55,7 @@ class RayBackend:
     ) -> None:
         self.config, self.base_dir, self.say, self._made = config, base_dir.resolve(), say, made
         self._started = self._told = False
-        self._reuse = reuse_of(config.rollout.cache)
+        self._cache = cache_rule(config.rollout.cache)
         asked = shares(config)
         self._group: PlacementGroup | None = None
         self._closers: list[Any] = []
@@ -176,7 +176,7 @@ class RayBackend:
             ScorerError, …: what a worker itself raised; it is not tried again.
         """
         chunks = batch.chunks(self.config.rollout.chunk_size)
-        plan = plan if evaluation else replace(plan, reuse=self._reuse)
+        plan = plan if evaluation else replace(plan, cache=self._cache)
         version = self._delivery.version
         retries = self.config.cluster.max_task_retries
         whole = self._whole_groups and not evaluation

@@ -12,7 +12,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, OptimizerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.paths import recorded_model, shipped_names
-from flowalign.samples.calibration import reuse_of
+from flowalign.samples.cache import cache_rule
 
 MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
 MAX_DECAY = 0.1  # the same of weight decay times learning rate
@@ -22,7 +22,7 @@ def check_caches(config: AlignConfig) -> None:
     """The calibrations that steps are skipped by can be read; rolling out needs noise that reaches t = 1."""
     for key, cache in (("rollout.cache", config.rollout.cache), ("evaluation.cache", config.evaluation.cache)):
         try:
-            reuse_of(cache)
+            cache_rule(cache)
         except ConfigError as error:
             raise ConfigError(f"{key}.calibration", error.reason) from error
     family = config.model.family or "rf"

@@ -21,7 +21,7 @@ from flowalign.models.base import ModelError
 HOOK = "flowalign_teacache"
 
 
-class CachedNetwork:
+class BlockCache:
     """While entered, ``network`` skips its blocks for the samples whose step resembles the last computed one.
 
     ``network``: an SD3Transformer2DModel, or another with blocks of its signature, with or without a LoRA; it is called
@@ -54,7 +54,7 @@ class CachedNetwork:
         self._residual: Tensor | None = None
         self.rows: Tensor | None = None  # the samples under way through the blocks; None: all
 
-    def __enter__(self) -> CachedNetwork:
+    def __enter__(self) -> BlockCache:
         """Raises ModelError where the network has no blocks to skip, or is being cached already."""
         blocks = _blocks(self.network)
         if any(HOOK in _registry(block).hooks for block in blocks):
@@ -101,7 +101,7 @@ class CachedNetwork:
 class _BlockHook(ModelHook):
     """Runs one block on the samples under way, if any; the first asks the cache for them, the last gives them back."""
 
-    def __init__(self, cache: CachedNetwork, first: bool, last: bool) -> None:
+    def __init__(self, cache: BlockCache, first: bool, last: bool) -> None:
         super().__init__()
         self.cache, self.first, self.last = cache, first, last
 

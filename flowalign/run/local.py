@@ -12,7 +12,7 @@ from flowalign.record.checkpoint import content_hash
 from flowalign.run.loop import Collected, Count
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
-from flowalign.samples.calibration import reuse_of
+from flowalign.samples.cache import cache_rule
 from flowalign.samples.children import end_children
 from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
 from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
@@ -29,13 +29,13 @@ class LocalBackend:
         self.learner = LearnerWorker(config, encoders=self.rollouts.policy.encoders)
         self._guard = SyncGuard()
         self._learned = True
-        self._reuse = reuse_of(config.rollout.cache)
+        self._cache = cache_rule(config.rollout.cache)
 
     def collect(
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected:
         made, scored = [], []
-        plan = plan if evaluation else replace(plan, reuse=self._reuse)
+        plan = plan if evaluation else replace(plan, cache=self._cache)
         chunks = batch.chunks(self.config.rollout.chunk_size)
         for unit in scored_together(chunks, self.rewards.whole_groups and not evaluation):
             made += [self.rollouts.rollout(chunks[i], plan, seed, self.rollouts.version) for i in unit]

@@ -29,7 +29,7 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
-from flowalign.samples.calibration import reuse_of
+from flowalign.samples.cache import cache_rule
 from flowalign.samples.rollout import rollout
 from flowalign.types import Guidance, Noise, PromptBatch, Rollout, SamplingPlan
 
@@ -151,7 +151,7 @@ def sampling_plan(
         solver=solver,
         average_velocity="r" in (inputs or ()),
         initial_scale=kind.initial_scale,
-        reuse=reuse_of(sampling.cache),
+        cache=cache_rule(sampling.cache),
     )
 
 

@@ -22,12 +22,12 @@ from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
-from flowalign.types import Condition, PromptBatch, Reuse, Rollout, SamplingPlan, SdeKind
+from flowalign.types import CacheRule, Condition, PromptBatch, Rollout, SamplingPlan, SdeKind
 
-Skipping = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
+Caching = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
 
 
-def no_skipping(steps: int) -> AbstractContextManager[Any]:
+def no_cache(steps: int) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -78,7 +78,7 @@ def integrate(
     *,
     geometry: int | None = None,
     groups: Sequence[int] | None = None,
-    skipping: Skipping = no_skipping,
+    caching: Caching = no_cache,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Walk noise to data: states (N, S+1, C, H, W), log-probs (N, S), final latents, means if kept.
 
@@ -87,7 +87,7 @@ def integrate(
     are taken once a group, from the initial noise of its first sample and without padding: the network then sees a
     smaller batch, so that these states are those of separate walks up to the rounding of its kernels. What is stored
     begins at the window, hence a replay is as exact as without; a group that lies in two calls is walked in each.
-    ``skipping`` is entered for each stretch of ODE steps, with their number.
+    ``caching`` is entered for each stretch of ODE steps, with their number.
     """
     network = velocity if geometry is None else fixed_geometry(velocity, geometry)
     begin, end = plan.noise.window
@@ -95,14 +95,14 @@ def integrate(
     if plan.initial_scale != 1:
         x = x * plan.initial_scale
     if groups is None or begin == 0:
-        x = _walk(network, condition, x, plan.sigmas[: begin + 1], plan, skipping)
+        x = _walk(network, condition, x, plan.sigmas[: begin + 1], plan, caching)
     else:
         first, place = (index.to(device) for index in _groups(groups, condition))
-        x = _walk(velocity, condition.take(first), x[first], plan.sigmas[: begin + 1], plan, skipping)[place]
+        x = _walk(velocity, condition.take(first), x[first], plan.sigmas[: begin + 1], plan, caching)[place]
     states, log_probs, means = _sample_window(network, condition, x, noise, plan)
     x = states[-1]
     rest = [(*plan.sigmas[end : plan.num_steps : stride], plan.sigmas[-1]) for stride in plan.branching.granularities]
-    final = torch.stack([_walk(network, condition, x, sigmas, plan, skipping) for sigmas in rest], 1).flatten(0, 1)
+    final = torch.stack([_walk(network, condition, x, sigmas, plan, caching) for sigmas in rest], 1).flatten(0, 1)
     if not means:
         empty = x.new_zeros((x.shape[0], 0))
         return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, final, None
@@ -110,17 +110,17 @@ def integrate(
     return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
 
 
-def skipping_of(network: nn.Module, reuse: Reuse | None, made: list[Any] | None = None) -> Skipping:
-    """What makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``reuse`` says.
+def caching_of(network: nn.Module, rule: CacheRule | None, made: list[Any] | None = None) -> Caching:
+    """Give what makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``rule`` says.
 
-    The caches are added to ``made``, which count what they computed and reused.
+    The caches are added to ``made``; they count what they computed and reused.
     """
-    if reuse is None:
-        return no_skipping
-    from flowalign.models.teacache import CachedNetwork
+    if rule is None:
+        return no_cache
+    from flowalign.models.teacache import BlockCache
 
-    def cached(steps: int) -> CachedNetwork:
-        cache = CachedNetwork(network, steps, reuse.threshold, Polynomial(reuse.coefficients))
+    def cached(steps: int) -> BlockCache:
+        cache = BlockCache(network, steps, rule.threshold, Polynomial(rule.coefficients))
         if made is not None:
             made.append(cache)
         return cache
@@ -163,11 +163,11 @@ def _walk(
     x: Tensor,
     sigmas: Sequence[float],
     plan: SamplingPlan,
-    skipping: Skipping,
+    caching: Caching,
 ) -> Tensor:
     if len(sigmas) < 2:
         return x
-    with skipping(len(sigmas) - 1):
+    with caching(len(sigmas) - 1):
         if plan.solver != "euler":
 
             def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def rollout(
         network.device,
         geometry=geometry,
         groups=groups,
-        skipping=skipping_of(network.module, plan.reuse, caches),
+        caching=caching_of(network.module, plan.cache, caches),
     )
     refuse_non_finite(final, policy_version, plan)
     images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])

@@ -27,7 +27,7 @@ from pictures import CHUNK, Judge, insert_table, opened
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
 from flowalign.models.guided import guided
 from flowalign.samples.opened import policy_plan
-from flowalign.samples.rollout import SampleNoise, integrate, skipping_of
+from flowalign.samples.rollout import SampleNoise, caching_of, integrate
 from flowalign.samples.scoring import question, score_images
 from flowalign.types import SamplingPlan
 
@@ -55,8 +55,8 @@ def walked(policy: Any, judge: Judge, plans: dict[str, SamplingPlan]) -> dict[st
         for name in names:
             plan, noise = plans[name], SampleNoise(7, chunk.sample_ids, policy.network.latent_shape(None, None))
             began = time.perf_counter()
-            skipping = skipping_of(policy.network.module, plan.reuse)
-            latents = integrate(guided(policy.network), condition, noise, plan, geometry=CHUNK, skipping=skipping)[2]
+            caching = caching_of(policy.network.module, plan.cache)
+            latents = integrate(guided(policy.network), condition, noise, plan, geometry=CHUNK, caching=caching)[2]
             found[name]["seconds"].append(time.perf_counter() - began)
             found[name]["latents"].append(latents)
     return found
@@ -95,8 +95,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plans = {"full": full}
     for threshold in options.thresholds:
         cache = CacheConfig(calibration=str(calibration), threshold=threshold)
-        reuse = policy_plan(policy, sampling.model_copy(update={"cache": cache}), ModelConfig()).reuse
-        plans[str(threshold)] = replace(full, reuse=reuse)
+        rule = policy_plan(policy, sampling.model_copy(update={"cache": cache}), ModelConfig()).cache
+        plans[str(threshold)] = replace(full, cache=rule)
     walks = walked(policy, judge, plans)
     right = {name: verdicts(policy, judge, walk["latents"]) for name, walk in walks.items()}
     return {

@@ -28,9 +28,9 @@ from flowalign.record.disk import DiskError
 from flowalign.record.metrics import read_metrics
 from flowalign.run.align import run_align
 from flowalign.run.train import run_pretrain
-from flowalign.samples.calibration import reuse_of
+from flowalign.samples.cache import cache_rule
 from flowalign.samples.opened import open_policy, policy_plan
-from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, integrate, skipping_of
+from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, caching_of, integrate
 from flowalign.samples.sampled import sampled_model
 from tests.tiny import encoded_here, run_config, write_checkpoint
 
@@ -192,11 +192,11 @@ def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, c
 
     def walked(threshold: float | None) -> tuple[torch.Tensor, int]:
         cache = None if threshold is None else CacheConfig(calibration=str(calibration), threshold=threshold)
-        plan = replace(full, reuse=reuse_of(cache))
+        plan = replace(full, cache=cache_rule(cache))
         calls.clear()
         noise = SampleNoise(0, range(4), SHAPE)
-        skipping = skipping_of(policy.network.module, plan.reuse)
-        return integrate(guided(policy.network), condition, noise, plan, skipping=skipping)[2], len(calls)
+        caching = caching_of(policy.network.module, plan.cache)
+        return integrate(guided(policy.network), condition, noise, plan, caching=caching)[2], len(calls)
 
     plain, all_steps = walked(None)
     never, as_many = walked(1e-9)

@@ -12,7 +12,7 @@ from flowalign.flow.caching import fit, relative_l1
 from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, new_transformer
 from flowalign.models.base import ModelError
 from flowalign.models.families.sd3.network import LORA_TARGETS
-from flowalign.models.teacache import CachedNetwork, Distances
+from flowalign.models.teacache import BlockCache, Distances
 
 LIKE = {
     "sample_size": 8,
@@ -44,7 +44,7 @@ def call(network, x, time: float) -> torch.Tensor:
     return network(x, tokens[:rows], pooled[:rows], times, return_dict=False)[0]
 
 
-def walk(network, cache: CachedNetwork | None = None, x: torch.Tensor | None = None, steps: int = STEPS):
+def walk(network, cache: BlockCache | None = None, x: torch.Tensor | None = None, steps: int = STEPS):
     """The states of an Euler walk."""
     x = start() if x is None else x
     states = [x]
@@ -62,7 +62,7 @@ def start(count: int = 4, seed: int = 0) -> torch.Tensor:
 def test_threshold_zero_computes_every_step_bit_for_bit(architecture):
     network = random_network(architecture)
     expected = walk(network)
-    with CachedNetwork(network, STEPS, 0.0) as cache:
+    with BlockCache(network, STEPS, 0.0) as cache:
         assert torch.equal(walk(network), expected)
     assert (cache.computed, cache.reused) == (4 * STEPS, 0)
 
@@ -74,7 +74,7 @@ def test_a_huge_threshold_computes_the_first_and_the_last_step_alone(architectur
     handle = network.transformer_blocks[1].ff.register_forward_hook(lambda *args: calls.append(len(args[2])))
     expected = walk(network)
     calls.clear()
-    with CachedNetwork(network, STEPS, NEVER_AGAIN) as cache:
+    with BlockCache(network, STEPS, NEVER_AGAIN) as cache:
         states = walk(network)
     handle.remove()
     assert calls == [4, 4] and (cache.computed, cache.reused) == (8, 4 * (STEPS - 2))
@@ -85,7 +85,7 @@ def test_a_huge_threshold_computes_the_first_and_the_last_step_alone(architectur
 def test_a_repeated_input_reuses_its_own_output(architecture):
     network = random_network(architecture)
     expected = call(network, start(), 0.7)
-    with CachedNetwork(network, STEPS, NEVER_AGAIN) as cache:
+    with BlockCache(network, STEPS, NEVER_AGAIN) as cache:
         for _ in range(STEPS - 1):
             torch.testing.assert_close(call(network, start(), 0.7), expected, atol=1e-6, rtol=1e-5)
     assert cache.reused == 4 * (STEPS - 2)
@@ -101,7 +101,7 @@ def test_a_reused_step_is_the_stored_change_under_the_last_layers_of_its_own_tim
 
     first = network.transformer_blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
     last = network.transformer_blocks[-1].register_forward_hook(lambda m, a, out: kept.update(out=out[1]))
-    with CachedNetwork(network, STEPS, NEVER_AGAIN):
+    with BlockCache(network, STEPS, NEVER_AGAIN):
         call(network, x, 0.7)
         change = kept["out"] - kept["hidden"]
         reused = call(network, later, 0.6)
@@ -116,7 +116,7 @@ def test_a_reused_step_is_the_stored_change_under_the_last_layers_of_its_own_tim
 def test_samples_decide_on_their_own_and_only_those_that_compute_run():
     network = random_network()
     still, moving = start(1), [start(1, seed) for seed in range(10, 10 + STEPS)]
-    with CachedNetwork(network, STEPS, 0.5) as cache:
+    with BlockCache(network, STEPS, 0.5) as cache:
         mixed = torch.stack([call(network, torch.cat([still, x]), 0.7) for x in moving])
     assert (cache.computed, cache.reused) == (2 + STEPS, STEPS - 2)
     full = torch.stack([call(network, torch.cat([still, x]), 0.7) for x in moving])
@@ -125,7 +125,7 @@ def test_samples_decide_on_their_own_and_only_those_that_compute_run():
 
 def test_a_sample_does_not_depend_on_its_batch():
     network = random_network()
-    with CachedNetwork(network, 12, 0.1) as cache:
+    with BlockCache(network, 12, 0.1) as cache:
         together = walk(network, x=start(), steps=12)[-1]
         assert cache.computed and cache.reused
         for row in (0, 1):
@@ -136,9 +136,9 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_a_reset_makes_trajectories_independent():
     network = random_network()
-    with CachedNetwork(network, STEPS, 0.3) as cache:
+    with BlockCache(network, STEPS, 0.3) as cache:
         fresh = walk(network)
-    with CachedNetwork(network, STEPS, 0.3) as cache:
+    with BlockCache(network, STEPS, 0.3) as cache:
         walk(network, x=start(seed=9))
         cache.reset()
         assert torch.equal(walk(network), fresh)
@@ -151,7 +151,7 @@ def test_a_smaller_threshold_computes_more_and_errs_less():
     expected = walk(network, steps=20)[-1]
     errors, computed = [], []
     for threshold in (0.02, 0.2, NEVER_AGAIN):
-        with CachedNetwork(network, 20, threshold) as cache:
+        with BlockCache(network, 20, threshold) as cache:
             errors.append(float((walk(network, steps=20)[-1] - expected).abs().mean()))
         computed.append(cache.computed)
     assert errors == sorted(errors) and errors[0] < errors[-1]
@@ -162,7 +162,7 @@ def test_a_lora_is_part_of_what_is_cached():
     network = random_network()
     network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=LORA_TARGETS))
     with_lora = walk(network)
-    with CachedNetwork(network, STEPS, 0.0):
+    with BlockCache(network, STEPS, 0.0):
         assert torch.equal(walk(network), with_lora)
     network.disable_adapters()
     assert not torch.allclose(walk(network), with_lora)
@@ -171,7 +171,7 @@ def test_a_lora_is_part_of_what_is_cached():
 def test_a_network_is_itself_again_afterwards():
     network = random_network()
     names, expected = list(network.state_dict()), walk(network)
-    with pytest.raises(ZeroDivisionError), CachedNetwork(network, STEPS, NEVER_AGAIN):
+    with pytest.raises(ZeroDivisionError), BlockCache(network, STEPS, NEVER_AGAIN):
         walk(network)
         raise ZeroDivisionError
     assert list(network.state_dict()) == names and torch.equal(walk(network), expected)
@@ -187,22 +187,22 @@ def test_distances_are_those_of_full_runs_and_can_be_fitted():
     outputs = [call(network, states[step], 1 - step / 12) for step in (0, 1)]
     torch.testing.assert_close(distances.outputs[0], relative_l1(outputs[1], outputs[0]))
     polynomial = fit(torch.cat(distances.inputs), torch.cat(distances.outputs), degree=1)
-    with CachedNetwork(network, 12, 0.2, polynomial) as cache:
+    with BlockCache(network, 12, 0.2, polynomial) as cache:
         walk(network, steps=12)
     assert cache.computed and not network.transformer_blocks[0].norm1._forward_hooks
 
 
 def test_gradients_other_shapes_and_other_networks_are_refused():
     network = random_network()
-    with CachedNetwork(network, STEPS, 0.0) as cache:
+    with BlockCache(network, STEPS, 0.0) as cache:
         with pytest.raises(ModelError, match="no gradient"):
             network(start(), torch.zeros(4, 5, 24), torch.zeros(4, 20), torch.ones(4))
         call(network, start(), 1.0)
         with pytest.raises(ModelError, match="call reset"):
             call(network, start(2), 0.9)
-        with pytest.raises(ModelError, match="being cached already"), CachedNetwork(network, STEPS, 0.0):
+        with pytest.raises(ModelError, match="being cached already"), BlockCache(network, STEPS, 0.0):
             pass
         cache.reset()
         call(network, start(2), 0.9)
-    with pytest.raises(ModelError, match="no transformer blocks"), CachedNetwork(torch.nn.Linear(1, 1), STEPS, 0.0):
+    with pytest.raises(ModelError, match="no transformer blocks"), BlockCache(torch.nn.Linear(1, 1), STEPS, 0.0):
         pass

@@ -7,18 +7,18 @@ from pathlib import Path
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import CacheConfig
 from flowalign.record.textfiles import read_object
-from flowalign.types import Reuse
+from flowalign.types import CacheRule
 
 
-def reuse_of(cache: CacheConfig | None) -> Reuse | None:
-    """The rule that a configuration names; raises ConfigError where its calibration cannot be read."""
+def cache_rule(cache: CacheConfig | None) -> CacheRule | None:
+    """Give the rule that a configuration names; raises ConfigError where its calibration cannot be read."""
     if cache is None:
         return None
     try:
         coefficients = read_object(Path(cache.calibration))["coefficients"]
         if not coefficients or isinstance(coefficients, str):
             raise TypeError("its coefficients are no list of numbers")
-        return Reuse(cache.threshold, tuple(float(value) for value in coefficients))
+        return CacheRule(cache.threshold, tuple(float(value) for value in coefficients))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             "cache.calibration",
