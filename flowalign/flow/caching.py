@@ -1,4 +1,4 @@
-"""Which steps of a trajectory compute the network and which reuse its last residual. (TeaCache, arXiv:2411.19108)
+"""Step caching: some steps compute the network, others reuse its last residual. (TeaCache, arXiv:2411.19108)
 
 Shapes: N samples, L tokens, D width, S distances.
 """
@@ -21,7 +21,7 @@ class Polynomial:
     coefficients: tuple[float, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Value at ``x`` of any shape; keeps shape and dtype."""
+        """Return the value at ``x`` of any shape; keeps shape and dtype."""
         value = torch.zeros_like(x)
         for coefficient in reversed(self.coefficients):
             value = value * x + coefficient
@@ -32,7 +32,7 @@ IDENTITY = Polynomial((0.0, 1.0))
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
-    """Distance ``|current - previous|_1 / |previous|_1`` of each sample: (N, ...) each, returns float32 (N,).
+    """Return the distance ``|current - previous|_1 / |previous|_1`` of each sample: (N, ...) each, float32 (N,).
 
     Not finite where ``previous`` is 0 everywhere. (arXiv:2411.19108, eq. 4)
     """
@@ -41,7 +41,7 @@ def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def fit(distances: Tensor, output_distances: Tensor, degree: int = 4) -> Polynomial:
-    """Least-squares polynomial from the distances of a step's input to those of its output, of full runs.
+    """Fit a polynomial by least squares, from the distances of a step's input to those of its output, of full runs.
 
     ``distances``, ``output_distances`` (S,), each of `relative_l1` between a step and the one before. Raises
     ValueError for other shapes, for numbers that are not finite, and where fewer than ``degree + 1`` distances differ.
@@ -97,7 +97,7 @@ class StepCache:
         return self.decide(distance)
 
     def decide(self, distance_N: Tensor) -> Tensor:
-        """Whether each sample of this step is computed: bool (N,), on the device of ``distance_N``.
+        """Decide for each sample of this step whether it is computed: bool (N,), on the device of ``distance_N``.
 
         ``distance_N`` (N,) is the step's `relative_l1` to the step before, reused or not; the first step's does not
         matter. Raises RuntimeError after the last step: a trajectory needs a cache of its own.

@@ -50,7 +50,7 @@ def draw(
 
 
 def velocity_error(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference over the non-batch dimensions of (N, ...): float32 (N,).
+    """Return the mean squared difference over the non-batch dimensions of (N, ...): float32 (N,).
 
     The sum is accumulated in float64, as that of a log-prob is, and so hardly depends on the batch size.
     """

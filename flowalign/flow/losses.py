@@ -16,7 +16,7 @@ HUBER = 0.00054
 
 
 def pseudo_huber(difference: Tensor, c: float | None = None) -> Tensor:
-    """``sqrt(‖difference‖² + c²) - c`` of (N, ...), with the sum over all dimensions inside: float32 (N,).
+    """Return ``sqrt(‖difference‖² + c²) - c`` of (N, ...), with the sum over all dimensions inside: float32 (N,).
 
     Far from 0 it is the norm, within ``c > 0`` of it a parabola. By default ``c = 0.00054 sqrt(d)``, as in the
     consistency literature (arXiv:2310.14189, sec. 3.3); the public code of arXiv:2405.20320 has ``0.00054 d``, and
@@ -30,7 +30,7 @@ def pseudo_huber(difference: Tensor, c: float | None = None) -> Tensor:
 
 
 def feature_distance(features: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """LPIPS without its learned weights: float32 (N,), in [0, 4] for each layer.
+    """Compute LPIPS without its learned weights: float32 (N,), in [0, 4] for each layer.
 
     ``features`` and ``target`` are a network's maps, a layer each (N, C, ...). Both are given unit length along their
     channels at every place; the squared distance is averaged over places and summed over layers. Raises ValueError

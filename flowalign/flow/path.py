@@ -45,7 +45,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """Conditional velocity of the rectified-flow path, ``noise - x0``, the same at every ``t``.
+    """Return the conditional velocity of the rectified-flow path, ``noise - x0``, the same at every ``t``.
 
     ``x0``, ``noise`` (N, ...). Returns (N, ...). (arXiv:2209.03003, where data is at t = 1 and the sign is opposite)
     """
@@ -53,7 +53,7 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def x0_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-    """Predicted clean data ``x - t v`` on the rectified-flow path.
+    """Return the predicted clean data ``x - t v`` on the rectified-flow path.
 
     ``x``, ``velocity`` (N, ...); ``t`` in [0, 1], () or (N,). Returns (N, ...).
     """
@@ -61,7 +61,7 @@ def x0_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
 
 
 def noise_from_velocity(x: Tensor, velocity: Tensor, t: Scalar) -> Tensor:
-    """Predicted noise ``x + (1 - t) v`` on the rectified-flow path.
+    """Return the predicted noise ``x + (1 - t) v`` on the rectified-flow path.
 
     ``x``, ``velocity`` (N, ...); ``t`` in [0, 1], () or (N,). Returns (N, ...).
     """
@@ -111,7 +111,7 @@ _LINEAR_STEPS = 1000
 
 @lru_cache
 def _log_alpha_bar(device: torch.device) -> Tensor:
-    """Float64 (1001,): 0, then ``log alpha_bar`` of the steps 0 to 999 of the schedule of latent diffusion."""
+    """Return float64 (1001,): 0, then ``log alpha_bar`` of the steps 0 to 999 of the schedule of latent diffusion."""
     root_beta = torch.linspace(0.00085**0.5, 0.012**0.5, _LINEAR_STEPS, dtype=torch.float64)
     log_alpha = torch.log1p(-root_beta.square())
     return torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]).to(device)
@@ -163,7 +163,7 @@ LINEAR = Path(
 
 
 def _below_one(t: Tensor) -> Tensor:
-    """``t`` in float64, and the largest number below 1 where the noise of EDM's paths would be infinite."""
+    """Return ``t`` in float64; where the noise of EDM's paths would be infinite, the largest number below 1."""
     return t.double().clamp(max=1 - 2**-53)
 
 
@@ -171,7 +171,9 @@ _TAIL = -5.0
 
 
 def edm_path(p_mean: float = -1.2, p_std: float = 1.2) -> Path:
-    """EDM's path ``z = x0 + sigma noise``, its time the quantile of a log-normal sigma: a uniform t is EDM's density.
+    """Build EDM's path ``z = x0 + sigma noise``.
+
+    Its time is the quantile of a log-normal sigma: a uniform t is EDM's density.
 
     ``b = exp(p_mean + p_std F⁻¹(t))`` with F the standard normal's distribution function; unbounded at t = 1, where
     the largest time below 1 in float64 is taken instead (sigma = 5700 by default).

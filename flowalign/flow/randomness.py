@@ -1,4 +1,4 @@
-"""Where random numbers come from: generators that are functions of a few integers."""
+"""Random numbers: generators that are functions of a few integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a generator is for: the number after the seed in `seeded`, so that two purposes never share their numbers.
+    """The purpose of a generator: the number after the seed in `seeded`, which no two purposes share.
 
     The numbers are part of every result and never change. Three stand for two purposes each, which are apart by what
     follows them or by the run that draws them; a new purpose takes a number of its own. Two generators need none: that

@@ -35,7 +35,7 @@ def resolution_shift(m: float, n: float) -> float:
 
 
 def sigmas(num_steps: int, shift: float = 1.0, grid: Grid = "diffusers", num_train_timesteps: int = 1000) -> Tensor:
-    """Noise levels of a trajectory with ``num_steps`` steps.
+    """Return the noise levels of a trajectory with ``num_steps`` steps.
 
     ``grid="diffusers"``: the grid of FlowMatchEulerDiscreteScheduler with a static shift, which shifts both its
     endpoints and the points between them, and so ends at a small sigma > 0 before the final 0; ``num_train_timesteps``
@@ -76,7 +76,7 @@ def _diffusers_grid(num_steps: int, shift: float, num_train_timesteps: int) -> T
 
 
 def checked_levels(levels: Tensor, what: str) -> Tensor:
-    """``levels`` (K + 1,), with a first one that is 1 but for its rounding made exactly 1.
+    """Return ``levels`` (K + 1,), with a first one that is 1 but for its rounding made exactly 1.
 
     Raises ValueError, naming ``what`` they are, unless they fall from 1 to 0, each a number.
     """
@@ -110,11 +110,14 @@ class PipelineSchedule:
 
     @property
     def is_static(self) -> bool:
-        """Whether ``sigmas(..., grid="diffusers")`` at this shift is what the pipeline walks."""
+        """True where ``sigmas(..., grid="diffusers")`` at this shift is what the pipeline walks."""
         return not self.dynamic and self.converts is None and self.num_train_timesteps == 1000
 
     def shift_of(self, shift: Shift) -> float | None:
-        """A configured shift as a number, ``auto`` being the resolution's times the own one; None: the own, left alone.
+        """Return a configured shift as a number.
+
+        ``auto`` is the scheduler's own times the resolution's. None is returned for None, the scheduler's own left
+        alone.
 
         Raises ValueError for ``auto`` beside a dynamic shift, which follows the size already.
         """
@@ -125,7 +128,7 @@ class PipelineSchedule:
         return self.shift * self.resolution
 
     def levels(self, num_steps: int, shift: Shift = None, grid: WalkGrid = "pipeline") -> Tensor:
-        """Noise levels of a walk, float32 (num_steps + 1,), falling from exactly 1 to 0.
+        """Return the noise levels of a walk, float32 (num_steps + 1,), falling from exactly 1 to 0.
 
         ``grid="pipeline"``: the pipeline's own, whose shift a number or ``auto`` replaces; ``paper``: linear, shifted
         once; ``diffusers``: the static grid of version 0.1, whatever the scheduler says beside its shift.
@@ -146,8 +149,8 @@ class PipelineSchedule:
         return sigmas(num_steps, own if static is None else static, "diffusers")
 
     def replacement(self, shift: Shift) -> str | None:
-        """One line where a configured ``shift`` takes the place of the scheduler's own; None where it is that, but of
-        ``auto`` what it is."""
+        """Return one line where a configured ``shift`` takes the place of the scheduler's own, and for ``auto`` its
+        value; None where it is the scheduler's own."""
         static = self.shift_of(shift)
         if static is None or (static == self.shift and not self.dynamic):
             return f"shift {static:g} (auto), which is the model's scheduler's own" if shift == "auto" else None

@@ -37,7 +37,7 @@ def reverse_step(
     noise_level: float,
     sigma_max: Scalar | None = None,
 ) -> StepStats:
-    """Mean and standard deviation of the state at ``sigma_next``, given the state ``x`` at ``sigma``.
+    """Return the mean and standard deviation of the state at ``sigma_next``, given the state ``x`` at ``sigma``.
 
     ``kind``: ``ode`` (Euler, std 0); ``flow`` (diffusion ``a sqrt(t / (1 - t))``); ``dance`` (constant diffusion);
     ``cps`` (coefficient-preserving, which does not keep the marginals of the ODE; at noise level 1 it noises the
@@ -118,7 +118,7 @@ def log_prob_mean(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
 
 
 def log_prob_mean_unnormalised(x_next: Tensor, mean: Tensor) -> Tensor:
-    """``-mean((x_next - mean)²)`` over the non-batch dimensions, the form of the public cps code.
+    """Return ``-mean((x_next - mean)²)`` over the non-batch dimensions, the form of the public cps code.
 
     ``x_next``, ``mean`` (N, ...). Returns float32 (N,). (arXiv:2509.05952)
     """
@@ -133,7 +133,7 @@ def step_log_prob(plan: SamplingPlan, x_next: Tensor, mean: Tensor, std: Tensor)
 
 
 def kl_mean(mean: Tensor, mean_ref: Tensor, std: Scalar) -> Tensor:
-    """``KL(N(mean, std²) || N(mean_ref, std²))``, averaged over the non-batch dimensions.
+    """Return ``KL(N(mean, std²) || N(mean_ref, std²))``, averaged over the non-batch dimensions.
 
     ``mean``, ``mean_ref`` (N, ...); ``std`` > 0 as in `log_prob_mean`, with ``sqrt(|dt|)``: the public Flow-GRPO code
     leaves that factor out, so its beta is ours divided by |dt|. Returns float32 (N,). (arXiv:2505.05470, sec. 4.1)
@@ -169,7 +169,7 @@ def _log_density(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
 
 
 def noisy_steps(kind: Kind, sigmas: Tensor, noise_level: float) -> Tensor:
-    """Steps whose std is greater than 0, as a bool tensor (K,) on the CPU.
+    """Find the steps whose std is greater than 0, as a bool tensor (K,) on the CPU.
 
     None for ``ode`` or noise level 0. The last step, to sigma 0, counts for ``flow`` and ``dance``, where its noise
     stays in the image (leave it out with ``Window(stop=K - 1)``), and does not for ``cps`` and ``ddpm``, whose std
@@ -191,7 +191,7 @@ def window_mask(
     generator: torch.Generator | None = None,
     iteration: int = 0,
 ) -> Tensor:
-    """Steps taken as SDE, a bool tensor (K,) on the CPU, True only where the std is greater than 0.
+    """Choose the steps that are taken as SDE: a bool tensor (K,) on the CPU, True only where the std is greater than 0.
 
     ``sigmas`` (K + 1,); ``generator`` (CPU) is needed by a ``random`` window, which draws one integer from it;
     ``iteration``, counted from 0, says where a ``sliding`` one stands. Raises ValueError if the window leaves the

@@ -1,4 +1,4 @@
-"""How straight the paths of a model are, and what is lost on the way to the noise and back.
+"""Straightness of a model's paths, and the loss on the way to the noise and back.
 
 Shapes: N samples, K steps; ``x`` (N, ...), ``sigmas`` (K + 1,).
 """
@@ -17,7 +17,7 @@ SolverFn = Callable[[VelocityFn, Tensor, Tensor], Tensor]
 
 
 def straightness(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """``S = int |(z_1 - z_0) - v(z_t, t)|² dt`` along the model's own Euler paths, a mean over dimensions, and z_0.
+    """Return ``S = int |(z_1 - z_0) - v(z_t, t)|² dt`` along the model's Euler paths, a mean over dimensions, and z_0.
 
     ``x`` (N, ...) at ``sigmas[0]``; the integral is divided by the time between the ends of ``sigmas``. Returns float32
     (N,), 0 for straight paths of constant speed, and the states (N, ...) at ``sigmas[-1]``. On points between data and
@@ -36,14 +36,15 @@ def straightness(velocity_fn: VelocityFn, x: Tensor, sigmas: Tensor) -> tuple[Te
 
 
 def invert(velocity_fn: VelocityFn, x0: Tensor, sigmas: Tensor, solver: SolverFn) -> Tensor:
-    """The noise (N, ...) that ``x0`` (N, ...) comes from: the same grid walked from data to noise."""
+    """Return the noise (N, ...) that ``x0`` (N, ...) comes from; it walks the same grid from data to noise."""
     return solver(velocity_fn, x0, sigmas.flip(0))
 
 
 def reconstruction_error(
     velocity_fn: VelocityFn, x0: Tensor, sigmas: Tensor, solver: SolverFn
 ) -> tuple[Tensor, Tensor]:
-    """Root mean square of what is lost of ``x0`` on the way to its noise and back, float32 (N,), and the noise."""
+    """Return the root mean square of what ``x0`` loses on the way to its noise and back, float32 (N,), and that
+    noise."""
     noise = invert(velocity_fn, x0, sigmas, solver)
     back = solver(velocity_fn, noise, sigmas)
     return _mean_square(back - x0).sqrt().float(), noise

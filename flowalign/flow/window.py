@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Window:
-    """Which steps of a trajectory are stochastic: the same for every sample of a group.
+    """The steps of a trajectory that are stochastic: the same for every sample of a group.
 
     ``full``: every step that can be noisy. ``fixed``: ``size`` steps from ``start`` on. ``random``: ``size`` steps in
     a row, drawn anew for each iteration inside [start, stop). ``sliding``: ``size`` steps in a row that begin at
@@ -49,7 +49,7 @@ class Window:
 
 
 def sliding_start(window: Window, starts: list[int], iteration: int) -> int:
-    """Which of ``starts``, the places that are allowed, a sliding ``window`` begins at in ``iteration``."""
+    """Choose from ``starts``, the places allowed, the one where a sliding ``window`` begins in ``iteration``."""
     places = starts[:: window.stride]
     if places[-1] != starts[-1]:
         places.append(starts[-1])
