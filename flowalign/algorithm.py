@@ -96,7 +96,7 @@ class Second:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an algorithm asks of a run: loop, learner, checks and plan read it and nothing else.
+    """An algorithm's demands on a run; loop, learner, checks and plan read these and nothing else.
 
     Beside the policy ``loss`` and ``prepare`` may call the networks that are declared here, by their roles:
     ``reference``; ``teacher:<name>`` for each of ``teachers``, of which ``teacher_of`` names that of a sample by its
@@ -142,7 +142,7 @@ class Needs:
         return self.group_size if self.whole_groups else 1
 
     def whole(self, micro_batch_size: int) -> int:
-        """Samples of a micro-batch of at most ``micro_batch_size``: those of whole items, and of one at least."""
+        """Return the size of a micro-batch of at most ``micro_batch_size`` samples: whole items, at least one."""
         return max(1, micro_batch_size // self.item_samples) * self.item_samples
 
     @property
@@ -170,7 +170,7 @@ class Algorithm:
 
     @property
     def needs(self) -> Needs:
-        """What it asks of a run."""
+        """Return the algorithm's demands on a run."""
         raise NotImplementedError
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
@@ -216,7 +216,10 @@ class Scheduled(Algorithm):
     _made: tuple[PipelineSchedule, Tensor] | None = None
 
     def levels(self) -> Tensor:
-        """Noise levels, float32 (num_steps + 1,); raises ValueError where the model's pipeline has none such."""
+        """Return the noise levels, float32 (num_steps + 1,).
+
+        Raise ValueError where the model's pipeline has none such.
+        """
         if self._made is None or self._made[0] is not self.schedule:
             c = self.config
             grid: Grid = getattr(c, "grid", "pipeline")

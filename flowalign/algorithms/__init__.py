@@ -28,13 +28,15 @@ class UnknownAlgorithm(ValueError):
 
 
 def known_algorithms() -> list[str]:
-    """Names of the algorithms that ship with the package."""
+    """Return the names of the algorithms that ship with the package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The class behind ``algorithm.type``: the name of a file under ``flowalign/algorithms``, ``package.module`` or
-    ``path/to/file.py``, the last two with ``:Class`` where they hold several. The user's code is run.
+    """Return the class behind ``algorithm.type``.
+
+    The name is a file under ``flowalign/algorithms``, ``package.module`` or ``path/to/file.py``; the last two take
+    ``:Class`` where they hold several. This runs the user's code.
 
     Raises:
         UnknownAlgorithm: nothing of that name can be imported, or it holds no algorithm.
@@ -70,12 +72,14 @@ def algorithm_class(name: str) -> type[Algorithm]:
 
 @functools.cache
 def _of_file(location: str) -> ModuleType:
-    """The module of a file outside any package, imported once a process."""
+    """Import a file outside any package as a module, once a process."""
     return load_file(Path(location))
 
 
 def shipped_algorithm(config: Mapping[str, Any]) -> Algorithm | None:
-    """The algorithm of what is only read, perhaps somebody else's: no code of the user's is run for it.
+    """Return the algorithm of a configuration that is only read and may be somebody else's.
+
+    No code of the user's is run.
 
     None where it is the user's own, or has options that this version does not know.
     """
@@ -87,7 +91,7 @@ def shipped_algorithm(config: Mapping[str, Any]) -> Algorithm | None:
 
 
 def build_algorithm(config: AlgorithmConfig | Mapping[str, Any], schedule: PipelineSchedule | None = None) -> Algorithm:
-    """An algorithm from its config (or the plain mapping of one).
+    """Build an algorithm from its config, or from the plain mapping of one.
 
     ``schedule`` is how the model's own pipeline walks, which whoever asks for a plan or for times must give; by
     default a static scheduler of shift 1.

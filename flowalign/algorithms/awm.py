@@ -60,7 +60,7 @@ class AWM(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
-        """With β = 0 images of zero advantage are dropped, which changes no gradient."""
+        """Return the batch. With β = 0 it leaves out images of zero advantage, which changes no gradient."""
         assert scores is not None
         c = self.config
         own = c.credit(scores, batch.batch.group_ids)
@@ -74,7 +74,8 @@ class AWM(ForwardAlgorithm):
         return TrainBatch(tensors, condition, total, {}, own.metrics(scores.valid))
 
     def log_prob(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
-        """The surrogate (M,), with ``l = mean (v - u)²``: ``-l``, ``-t l``, or ``-(t / p) ((l + ε)^p - ε^p)``."""
+        """Return the surrogate (M,), with ``l = mean (v - u)²``: ``-l``, ``-t l``, or ``-(t / p) ((l + ε)^p -
+        ε^p)``."""
         error = forward.velocity_error(velocity, item["target"])
         if self.config.weighting == "uniform":
             return -error
@@ -84,7 +85,7 @@ class AWM(ForwardAlgorithm):
         return -item["t"] * error
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``mean max(-A·ratio, -A·clip(ratio, 1 ± c)) + β·KL``, the KL being ``mean |v - v_ref|²``."""
+        """Return ``mean max(-A·ratio, -A·clip(ratio, 1 ± c)) + β·KL``; the KL is ``mean |v - v_ref|²``."""
         c, item = self.config, minibatch.tensors
         velocity = models["policy"](item["x"], item["t"], minibatch.condition)
         log_prob, advantage = self.log_prob(velocity, item), item["advantage"]

@@ -89,7 +89,7 @@ class Consistency(Scheduled):
         return LossOutput(loss, {"loss/consistency": loss.detach(), "loss/consistency_mse": squared.detach()})
 
     def _step(self, models: Models, x: Tensor, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """The state at ``s`` of the line through ``x`` at ``t``."""
+        """Return the state at ``s`` of the line through ``x`` at ``t``."""
         c, t, s = self.config, item["t"], item["s"]
         if c.teacher == "none":
             return path.interpolate(item["x0"], item["noise"], s)

@@ -91,7 +91,7 @@ class DiffusionDPO(Scheduled):
         return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())
 
     def prepare(self, batch: Rollout | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
-        """Pairs with their times and noises, a function of the run's seed, the iteration and the pair."""
+        """Return the pairs with their times and noises, a function of the run's seed, the iteration and the pair."""
         metrics = {}
         if isinstance(batch, PreferencePairs):
             winner, loser, condition = batch.winner_NCHW, batch.loser_NCHW, batch.condition
@@ -118,7 +118,7 @@ class DiffusionDPO(Scheduled):
         return TrainBatch(tensors, condition.take(pair), len(pair), {}, {**metrics, "dpo/pairs": float(len(condition))})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``-log σ(-β/2 · ω_t · [(e_w - e_w^ref) - (e_l - e_l^ref)])`` (arXiv:2311.12908, eq. 14)."""
+        """Return ``-log σ(-β/2 · ω_t · [(e_w - e_w^ref) - (e_l - e_l^ref)])`` (arXiv:2311.12908, eq. 14)."""
         c = self.config
         winner, loser = (_errors(models["policy"], minibatch, image) for image in ("winner", "loser"))
         with torch.no_grad():
@@ -141,7 +141,7 @@ class DiffusionDPO(Scheduled):
 
 
 def _errors(model: VelocityModel, minibatch: TrainBatch, image: Literal["winner", "loser"]) -> Tensor:
-    """``e = mean‖v(x_t, t) - (noise - x_0)‖²`` of each pair: (P,)."""
+    """Return ``e = mean‖v(x_t, t) - (noise - x_0)‖²`` of each pair: (P,)."""
     x0, noise, t = (minibatch.tensors[name] for name in (image, "noise", "t"))
     velocity = model(path.interpolate(x0, noise, t), t, minibatch.condition)
     return forward.velocity_error(velocity, path.velocity_target(x0, noise))

@@ -78,7 +78,7 @@ class FlowGRPO(Scheduled):
         return self.config.update_guidance_scale not in (None, self.config.guidance_scale)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        """One window for the whole iteration: a function of (seed, iteration) where it moves."""
+        """Return one window for the whole iteration: a function of (seed, iteration) where it moves."""
         plan = self.config.plan(self.levels(), iteration, seed)
         return replace(plan, keep_means=self.config.ratio == "guard")
 
@@ -112,7 +112,7 @@ class FlowGRPO(Scheduled):
         return TrainBatch(tensors, condition, total, {"plan": batch.plan}, own.metrics(valid))
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""
+        """Return ``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""
         c, item = self.config, minibatch.tensors
         plan: SamplingPlan = minibatch.shared["plan"]
         velocity, stats = self._step(models, "policy", minibatch)

@@ -80,7 +80,7 @@ class GuidanceDistill(Algorithm):
 
     @torch.no_grad()
     def _target(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """The guided teacher's velocity (N, C, H, W)."""
+        """Return the guided teacher's velocity (N, C, H, W)."""
         teacher, x, t = models["teacher"], item["x"], item["t"]
         if "guidance" not in item:
             return teacher(x, t, condition, guidance=Guidance(self.config.guidance_scale))

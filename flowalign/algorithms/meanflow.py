@@ -93,7 +93,7 @@ class MeanFlow(Algorithm):
 
     @torch.no_grad()
     def _velocity(self, policy: VelocityModel, x: Tensor, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """``noise - x0``, guided by the network's own velocities where the condition is not dropped (sec. 4.2)."""
+        """Return ``noise - x0``, guided by the network's own velocities unless the condition is dropped (sec. 4.2)."""
         c, t = self.config, item["t"]
         plain = path.velocity_target(item["x0"], item["noise"])
         if (c.omega, c.kappa) == (1, 0):
@@ -107,7 +107,7 @@ class MeanFlow(Algorithm):
 
 @torch.no_grad()
 def curvature(policy: VelocityModel, x: Tensor, velocity: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-    """``(t - r) (v ∂_x u + ∂_t u)`` (N, C, H, W) by one forward-mode product; 0, and not computed, where r = t.
+    """Return ``(t - r) (v ∂_x u + ∂_t u)`` (N, C, H, W) by one forward-mode product; 0, and not computed, where r = t.
 
     ``x``, ``velocity`` (N, C, H, W), ``t``, ``r`` (N,), ``r <= t``. The product is separate from the call that learns,
     so that this one keeps no tangents for its backward pass and may checkpoint its activations.

@@ -59,7 +59,7 @@ class NFT(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
-        """The old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
+        """Return the old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
         assert scores is not None
         c = self.config
         own = c.credit(scores, batch.batch.group_ids)
@@ -71,7 +71,7 @@ class NFT(ForwardAlgorithm):
         return TrainBatch(tensors, condition, len(sample), {}, metrics)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``r |v⁺ - u|² + (1 - r) |v⁻ - u|²`` (arXiv:2509.16117), plus the KL ``mean |v - v_ref|²``."""
+        """Return ``r |v⁺ - u|² + (1 - r) |v⁻ - u|²`` (arXiv:2509.16117), plus the KL ``mean |v - v_ref|²``."""
         c, item = self.config, minibatch.tensors
         velocity = models["policy"](item["x"], item["t"], minibatch.condition)
         old, r = item["old_velocity"], item["optimality"]
@@ -86,7 +86,7 @@ class NFT(ForwardAlgorithm):
         return with_velocity_kl(LossOutput(loss, metrics), c.kl_beta, velocity, models, minibatch)
 
     def _error(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
-        """Squared error (M,): of the velocity, or of ``x̂_0`` over its own mean absolute error (the public code).
+        """Return the squared error (M,) of the velocity, or of ``x̂_0`` over its mean absolute error (the public code).
 
         As ``x̂_0 - x_0 = t (u - v)``, the second is ``t |v - u|² / mean |v - u|``: every item weighs alike, however
         hard its time is to predict.

@@ -74,7 +74,7 @@ class OPD(Scheduled):
         return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        """One window for the whole iteration; a random one is drawn from (seed, iteration)."""
+        """Return one window for the whole iteration; a random one is drawn from (seed, iteration)."""
         c = self.config
         sigmas = self.levels()
         # Without noise every step can be distilled, as every step of kind dance can.
@@ -87,7 +87,10 @@ class OPD(Scheduled):
         return teacher_of(self.config.teachers, metadata)
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
-        """Transitions with the velocity that each one's own teacher has there; every teacher is asked once."""
+        """Return the transitions, each with the velocity that its own teacher predicts there.
+
+        Each teacher is asked once.
+        """
         plan = batch.plan
         names = list(self.config.teachers)
         teacher_N = torch.tensor([names.index(self.teacher_of(row)) for row in batch.batch.metadata])
@@ -108,7 +111,10 @@ class OPD(Scheduled):
         return TrainBatch(tensors, condition, len(sample), {"plan": plan}, metrics)
 
     def _advantages(self, batch: Rollout, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
-        """Of the rewards, weighted (N,); 0 without them."""
+        """Return the advantages of the weighted rewards, (N,), and their metrics.
+
+        Without rewards the advantages are 0.
+        """
         c = self.config
         if c.reward_weight == 0:
             return torch.zeros(len(batch)), {}
@@ -117,7 +123,7 @@ class OPD(Scheduled):
         return c.reward_weight * own.advantages, {"zero_std_fraction": own.zero_std_fraction}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``KL(p_S ‖ p_T)`` of each step, or ``½‖mean_S - mean_T‖²`` without noise (arXiv:2605.15055)."""
+        """Return ``KL(p_S ‖ p_T)`` of each step, or ``½‖mean_S - mean_T‖²`` without noise (arXiv:2605.15055)."""
         c, item = self.config, minibatch.tensors
         plan: SamplingPlan = minibatch.shared["plan"]
         velocity = models["policy"](item["x"], item["sigma"], minibatch.condition, guidance=plan.guidance)

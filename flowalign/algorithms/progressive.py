@@ -54,7 +54,7 @@ class Progressive(Scheduled):
         self.times()
 
     def times(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each of the student's steps begins, where the teacher's first ends, where both end: (S,) each."""
+        """Return (S,) each: begin of each step of the student, end of the teacher's first step, end of both."""
         own, c = self.schedule, self.config
         if c.grid == "pipeline" and own.converts is not None:
             raise ValueError(
@@ -84,7 +84,7 @@ class Progressive(Scheduled):
 
     @torch.no_grad()
     def chord(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """``(x'' - x) / (t'' - t)`` after two Euler steps: the mean of their slopes, weighted by length.
+        """Return ``(x'' - x) / (t'' - t)`` after two Euler steps: the mean of their slopes, weighted by length.
 
         (arXiv:2202.00512, algorithm 2, in this convention)
         """

@@ -78,7 +78,7 @@ class RectifiedFlow(Algorithm):
         return self.config.weighting == "velocity" or (self.config.weighting == "family" and self.config.family == "rf")
 
     def _weight(self, own: Tensor, t: Tensor) -> Tensor:
-        """What the squared velocity error is multiplied by, (N,): noise and image err by 1 - t and t times as much."""
+        """Return the factor (N,) of the squared velocity error: noise and image err by 1 - t and t times as much."""
         if self._unweighted:
             return torch.ones_like(t)
         if self.config.weighting == "family":

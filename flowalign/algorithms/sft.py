@@ -54,7 +54,7 @@ class SFT(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=reference)
 
     def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
-        """With β = 0 images of weight 0 are dropped, which changes no gradient."""
+        """Return the batch. With β = 0 it leaves out images of weight 0, which changes no gradient."""
         assert scores is not None
         c = self.config
         weight, silent = self.weights(scores.total, scores.valid, batch.batch.group_ids, batch.batch.sample_ids)
@@ -66,7 +66,7 @@ class SFT(ForwardAlgorithm):
     def weights(
         self, rewards: Tensor, valid: Tensor, group_ids: Sequence[int], sample_ids: Sequence[int]
     ) -> tuple[Tensor, float]:
-        """Weights (N,), and the share of groups without a best image.
+        """Return the weights (N,), and the share of groups without a best image.
 
         The valid images of a group have the mean weight 1; where fewer than two are valid, or all are rewarded alike,
         there is nothing to prefer and all weights are 0. Of equal images the one with the lowest sample id is better.
@@ -89,7 +89,7 @@ class SFT(ForwardAlgorithm):
         return result.float(), silent / max(1, len(ids.unique()))
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
-        """``mean weight·|v - u|² + β·KL``, the KL being ``mean |v - v_ref|²``."""
+        """Return ``mean weight·|v - u|² + β·KL``, the KL being ``mean |v - v_ref|²``."""
         c, item = self.config, minibatch.tensors
         velocity = models["policy"](item["x"], item["t"], minibatch.condition)
         loss = (item["weight"] * forward.velocity_error(velocity, item["target"])).mean()
