@@ -1,4 +1,4 @@
-"""What every engine does alike: trainable parameters, weighted losses, metrics summed over ranks."""
+"""Parts that all engines share: trainable parameters, weighted losses, metrics summed over ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from flowalign.types import Max, value_of
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name; they become float32 in place, frozen ones stay as loaded."""
+    """Return the parameters that require gradients, by name.
+
+    They become float32 in place, frozen ones stay as loaded.
+    """
     found = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the network has no trainable parameter: every requires_grad is False")
@@ -29,7 +32,10 @@ def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def checked_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
-    """``weights``, if names and shapes are exactly those of the trainable parameters; else ValueError."""
+    """Return ``weights`` if names and shapes are exactly those of the trainable parameters.
+
+    Otherwise raise ValueError.
+    """
     missing, foreign = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
     if missing or foreign:
         raise ValueError(
@@ -43,12 +49,12 @@ def checked_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[in
 
 
 def autocast(device: torch.device, settings: EngineSettings) -> AbstractContextManager[Any]:
-    """bf16 autocast on ``device``, or nothing for float32."""
+    """Return bf16 autocast on ``device``, or nothing for float32."""
     return nullcontext() if settings.dtype == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
-    """``weight * loss``, whose gradient is NaN where the loss is not finite.
+    """Return ``weight * loss``, whose gradient is NaN where the loss is not finite.
 
     The gradient norm is the one number every rank agrees on before an update, so a loss that is
     infinite with a finite gradient, on one rank alone, must show in it.
@@ -77,7 +83,7 @@ class MetricSum:
                 self.values[name] = torch.maximum(self.values.get(name, none), value if weight else none)
 
     def reduce(self, world_size: int) -> dict[str, float]:
-        """Sums (maxima) over micro-batches and ranks; a collective call."""
+        """Return the sums (or maxima) over micro-batches and ranks; a collective call."""
         sums = sorted(name for name in self.values if name not in self._maxima)
         maxima = sorted(name for name in self.values if name in self._maxima)
         result: dict[str, float] = {}
@@ -96,7 +102,7 @@ def check_share(micro_batches: Sequence[Any], weights: Sequence[float]) -> None:
 
 
 def refuse_non_finite(metrics: dict[str, float], grad_norm: float, step: int) -> None:
-    """Raises NonFiniteUpdate unless loss and gradient norm, both over all ranks, are finite."""
+    """Raise NonFiniteUpdate unless loss and gradient norm, both over all ranks, are finite."""
     if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
         raise NonFiniteUpdate(
             f"update {step}: loss {metrics['loss']} and gradient norm {grad_norm} must be finite; the weights are "
@@ -105,7 +111,7 @@ def refuse_non_finite(metrics: dict[str, float], grad_norm: float, step: int) ->
 
 
 def refuse_destroyed(found: str | None, learning_rate: float) -> None:
-    """Raises DestroyedState, on all ranks alike, where any has ``found`` something; a collective call."""
+    """Raise DestroyedState, on all ranks alike, where any has ``found`` something; a collective call."""
     said = process_group.first_said(found)
     if said is not None:
         raise DestroyedState(f"an update at learning rate {learning_rate:g} has destroyed {said}")

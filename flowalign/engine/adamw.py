@@ -32,7 +32,7 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def read_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU of the moments and step of each named tensor (none before the first update)."""
+    """Return the copies on the CPU of the moments and step of each named tensor (none before the first update)."""
     return {
         f"{key}/{name}": value.detach().to("cpu", copy=True)
         for name, tensor in named.items()
@@ -41,7 +41,7 @@ def read_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
 
 
 def held_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments themselves, by the names that ``read_state`` gives their copies."""
+    """Return the moments themselves, by the names that ``read_state`` gives their copies."""
     return {
         f"{key}/{name}": value
         for name, tensor in named.items()
@@ -51,7 +51,10 @@ def held_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
 
 
 def write_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of ``read_state``, bit for bit; raises ResumeRefused before anything was changed."""
+    """Write moments and steps that `read_state` has read, bit for bit.
+
+    Raise ResumeRefused before anything is changed.
+    """
     started = any(f"{STATE_KEYS[0]}/{name}" in tensors for name in named)
     for name, tensor in named.items() if started else ():
         for key in STATE_KEYS:
@@ -71,12 +74,12 @@ def write_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], t
 
 
 def layout_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Identifies the trainable parameters: names and shapes in order."""
+    """Hash the names and shapes of the trainable parameters, in order."""
     return hashlib.sha256(repr([(name, tuple(shape)) for name, shape in shapes.items()]).encode()).hexdigest()
 
 
 def check_facts(facts: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises ResumeRefused, in one sentence, unless a state with ``facts`` fits an engine with ``mine``.
+    """Raise ResumeRefused, in one sentence, unless a state with ``facts`` fits an engine with ``mine``.
 
     Without ZeRO every rank holds the same full state, so there the world size and the engine may change.
     """

@@ -48,7 +48,7 @@ class EngineSettings:
     compile: bool = False
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of update ``step``, counted from 0."""
+        """Return the learning rate of update ``step``, counted from 0."""
         rate = self.learning_rate
         if self.decay_steps:
             rate += (self.final_learning_rate - rate) * min(1.0, step / self.decay_steps)
@@ -77,11 +77,11 @@ class Engine(Protocol):
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision ``step`` computes its loss in, for forward passes made outside of it."""
+        """Return the precision in which ``step`` computes its loss, for forward passes made outside of it."""
         ...
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
-        """One optimizer update.
+        """Make one optimizer update.
 
         Returns loss, grad_norm, learning_rate and the weighted metrics, each summed over micro-batches
         and ranks. A metric that is a `Max` is their maximum instead, micro-batches of weight 0 left out.
@@ -93,19 +93,19 @@ class Engine(Protocol):
         ...
 
     def set_learning_rate(self, rate: float) -> None:
-        """The learning rate of the updates to come, in place of the settings' own schedule."""
+        """Set the learning rate of the updates to come, in place of the settings' own schedule."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Full (gathered) trainable parameters by name, float32 on the CPU; a collective call."""
+        """Return the full (gathered) trainable parameters by name, float32 on the CPU; a collective call."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """This rank's optimizer tensors and JSON-able facts (world size, ZeRO stage, step count)."""
+        """Return this rank's optimizer tensors and JSON-able facts (world size, ZeRO stage, step count)."""
         ...
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Bitwise restore for the same world size and stage.
+        """Restore the state bit for bit, for the same world size and stage.
 
         Raises:
             ResumeRefused: with what differs, and what to do.

@@ -19,7 +19,7 @@ def build_engine(
     master_addr: str = "127.0.0.1",
     device: torch.device | str = "cpu",
 ) -> Engine:
-    """An engine over ``network``, which it moves to ``device`` and whose trainable part it keeps in float32.
+    """Build an engine over ``network``, which it moves to ``device`` and whose trainable part it keeps in float32.
 
     With more than one rank this is a collective call: rank 0 listens on ``master_addr:master_port``.
 

@@ -82,7 +82,10 @@ def _heeding_signals(wait: Callable[[], object]) -> None:
 
 
 def _store_on_loopback(rank: int, world_size: int, port: int) -> dist.TCPStore:
-    """Torch's own store would listen on every interface, whatever the address, and asks nobody for a password."""
+    """Return a store on loopback.
+
+    torch's own would listen on every interface, whatever the address, and asks nobody for a password.
+    """
     timeout = default_pg_timeout
     if rank:
         return dist.TCPStore(_LOOPBACK, port, world_size, is_master=False, timeout=timeout)
@@ -94,7 +97,7 @@ def _store_on_loopback(rank: int, world_size: int, port: int) -> dist.TCPStore:
 
 
 def gather(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[int, tuple[dict[str, Tensor], Any]]:
-    """What each rank gave, by rank, on the first; empty on the others. A collective call, without pickle."""
+    """Return each rank's content, by rank, on the first; empty on the others. A collective call, without pickle."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size == 1:
         return {0: (dict(tensors), facts)}
@@ -117,7 +120,7 @@ def gather(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[int,
 
 
 def agreed(flag: bool) -> bool:
-    """Whether ``flag`` is true on any rank; a collective call."""
+    """Tell whether ``flag`` is true on any rank; a collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     raised = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -126,7 +129,7 @@ def agreed(flag: bool) -> bool:
 
 
 def largest(number: int) -> int:
-    """The largest ``number`` of any rank; a collective call."""
+    """Return the largest ``number`` of any rank; a collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return number
     held = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -135,7 +138,7 @@ def largest(number: int) -> int:
 
 
 def first_said(text: str | None) -> str | None:
-    """The ``text`` of the first rank that has one, on every rank; None where none has. A collective call."""
+    """Return the ``text`` of the first rank that has one, on every rank; None where none has. A collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return text
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -155,8 +158,9 @@ def first_said(text: str | None) -> str | None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Inside, each rank does what it does alone, such as the first one's writing; where one fails all do, instead of
-    waiting for it. No collective call may be made inside; leaving it is one.
+    """Let each rank do inside what it does alone, such as the first one's writing.
+
+    Where one fails all do, instead of waiting for it. No collective call may be made inside; leaving it is one.
 
     Raises:
         OtherRankFailed: in the ranks that have not failed themselves.
@@ -174,7 +178,7 @@ def failing_together() -> Iterator[None]:
 
 
 def alike(content: bytes) -> bool:
-    """Whether all ranks gave the same; a collective call."""
+    """Tell whether all ranks gave the same; a collective call."""
     number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
     return largest(number) == -largest(-number)
 

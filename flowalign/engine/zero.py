@@ -169,7 +169,10 @@ class DeepSpeedEngine:
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _fault(self) -> str | None:
-        """What is destroyed of what this rank steps; the network, which is a copy of it, tells the parameter's name."""
+        """Return a fault of the parameters that this rank steps.
+
+        The network, which is a copy of them, tells the parameter's name.
+        """
         optimizer, named = self._state_tensors()
         found = fault("the weights", named, began=self._began)
         if found is None:
@@ -205,7 +208,7 @@ class DeepSpeedEngine:
             self._optimizer.refresh_fp32_params()
 
     def _state_tensors(self) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
-        """The inner AdamW and what it steps: parameters, or this rank's flat float32 partitions."""
+        """Return the inner AdamW and the tensors that it steps: parameters, or this rank's flat float32 partitions."""
         stage = self.settings.zero_stage
         if stage == 0:
             return self._optimizer, dict(self._parameters)
