@@ -31,12 +31,15 @@ def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
 
 
 def load_encoders(config: ModelConfig, *, text: bool = True) -> Encoders:
-    """What does not learn, on the CPU; without ``text`` the autoencoder alone. Raises ModelError."""
+    """Load the encoders, which do not learn, on the CPU.
+
+    Without ``text`` it loads the autoencoder alone. Raise ModelError where that fails.
+    """
     return family_of(config.type).load_encoders(Path(config.path), dtype=getattr(torch, config.dtype), text=text)
 
 
 def load_network(config: ModelConfig) -> Network:
-    """The network of a pipeline directory, on the CPU, and if asked a fresh LoRA on it; no encoder is loaded.
+    """Load the network of a pipeline directory, on the CPU, and if asked a fresh LoRA on it; no encoder is loaded.
 
     Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
     trainable is float32, whatever ``config.dtype`` says of the rest.
@@ -66,7 +69,7 @@ def load_network(config: ModelConfig) -> Network:
 
 
 def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
-    """A PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone.
+    """Add a PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone.
 
     Raises:
         ModelError: no layer that can have a LoRA goes by the name of a target.
@@ -89,7 +92,7 @@ def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:
-    """How many are trained, of how many."""
+    """Return the number of trained parameters, and of all."""
     parameters = list(network.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -99,7 +102,7 @@ def has_lora(network: nn.Module) -> bool:
 
 
 def reference_velocity(network: Network, device: str | torch.device | None = None) -> VelocityModel:
-    """The frozen start of the run: the network without its adapter, or a frozen copy of it, on ``device``."""
+    """Return the frozen start of the run: the network without its adapter, or a frozen copy of it, on ``device``."""
     if not has_lora(network.module):
         return frozen(frozen_copy(network, device))
     velocity = guided(network)
@@ -113,14 +116,14 @@ def reference_velocity(network: Network, device: str | torch.device | None = Non
 
 
 def frozen_copy(network: Network, device: str | torch.device | None = None) -> Network:
-    """A network with its own copy of the weights, which do not learn; ``device`` None is the network's."""
+    """Return a network with its own copy of the weights, which do not learn; ``device`` None is the network's."""
     module = copy.deepcopy(network.module).requires_grad_(False).eval()
     return network.with_module(module if device is None else module.to(device))
 
 
 @contextmanager
 def disabled_adapters(network: nn.Module):
-    """Adapters off, without touching ``requires_grad``: a backward pass may be under way."""
+    """Switch adapters off inside, without touching ``requires_grad``: a backward pass may be under way."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]

@@ -33,7 +33,7 @@ class Ema:
             raise DestroyedState(f"an update has destroyed {found}")
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the averaged weights."""
+        """Return a copy of the averaged weights."""
         return _copies(self._shadow)
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -23,24 +23,24 @@ class Encoders(Protocol):
 
     @property
     def text_parts(self) -> dict[str, TextPart]:
-        """Where in a condition each text encoder's output lies, by the encoder's name."""
+        """The place of each text encoder's output in a condition, by the encoder's name."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str], length: int) -> Condition:
-        """One row for each distinct prompt, mapped back to all of them, plus the empty prompt's embeddings.
+        """Encode each distinct prompt as one row, mapped back to all prompts, plus the empty prompt.
 
         ``length`` is that of the part of the text which a configuration chooses (``model.max_sequence_length``).
         """
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (N, C, h, w) of images, uint8 (N, H, W, 3): the posterior's mean."""
+        """Encode images, uint8 (N, H, W, 3), to latents (N, C, h, w): the posterior's mean."""
         ...
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) about [0, 1], float32, of latents (N, C, h, w); differentiable."""
+        """Decode latents (N, C, h, w) to pixels (N, 3, H, W) about [0, 1], float32; differentiable."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, uint8 (N, H, W, 3), of latents (N, C, h, w)."""
+        """Decode latents (N, C, h, w) to images, uint8 (N, H, W, 3)."""
         ...

@@ -1,4 +1,4 @@
-"""Whether two models mean the same by a prompt and by a latent, told from what they make of them."""
+"""Comparison of models: whether they mean the same by a prompt and by a latent, told from what they make of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Encoding:
     latents: Tensor
 
     def same_encoders(self, other: Encoding) -> bool:
-        """Text encoders and autoencoder agree up to the rounding of a half-precision copy."""
+        """Tell whether text encoders and autoencoder agree up to the rounding of a half-precision copy."""
         return _alike(self.tokens, other.tokens) and _alike(self.latents, other.latents)
 
 
 def encoding(policy: Policy, length: int, height: int | None = None, width: int | None = None) -> Encoding:
-    """``length`` is that of the text, height and width those of an image in pixels."""
+    """Return a model's answers. ``length`` is that of the text, height and width are those of an image in pixels."""
     network, encoders = policy.network, policy.encoders
     tokens = encoders.encode_prompts((PROMPT,), length).tokens_PLD
     image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)

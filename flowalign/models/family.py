@@ -49,13 +49,13 @@ class ModelFamily:
 
 
 def known_families() -> list[str]:
-    """Names of the families that ship with the package."""
+    """Return the names of the families that ship with the package."""
     folder = Path(__file__).parent / "families"
     return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
 
 def family_of(name: str) -> ModelFamily:
-    """The ``FAMILY`` of ``flowalign/models/families/<name>``, or of the module that a dotted path names.
+    """Return the ``FAMILY`` of ``flowalign/models/families/<name>``, or of the module that a dotted path names.
 
     Raises:
         ModelError: there is no such module, it does not import, or holds no ``FAMILY``.

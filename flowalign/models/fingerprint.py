@@ -22,7 +22,7 @@ Encoders = Callable[[str], str]  # a precision -> a hash
 
 
 def encoder_hash(model: ModelConfig) -> str:
-    """sha256 over all parts of a pipeline directory but transformer and scheduler.
+    """Return the sha256 over all parts of a pipeline directory but transformer and scheduler.
 
     Weights count as float32, tokenizers by their vocabulary: saving a pipeline anew may change precision, key order
     and padding, none of which changes what the same call encodes. Other files of other parts count byte by byte.
@@ -33,7 +33,7 @@ def encoder_hash(model: ModelConfig) -> str:
 
 
 def encoders_of(model: ModelConfig) -> Encoders:
-    """The hash of the files that decide what ``model`` encodes to, its weights rounded to a precision that is asked."""
+    """Return the hash of the files that decide what ``model`` encodes to, its weights rounded as asked."""
     family, root = family_of(model.type), Path(model.path)
 
     def rounded(precision: str) -> str:
@@ -44,7 +44,7 @@ def encoders_of(model: ModelConfig) -> Encoders:
 
 
 def same_encoders(own: Encoders, others: Encoders) -> bool:
-    """Whether both are of the same files, or one is a copy of the other in half precision."""
+    """Tell whether both are of the same files, or one is a copy of the other in half precision."""
     return any(own(precision) == others(precision) for precision in PRECISIONS)
 
 
@@ -63,7 +63,7 @@ def _fingerprint(kind: str, parts: Iterable[Path], dtype: torch.dtype) -> str:
 
 
 def _weights(part: Path, digest: hashlib._Hash, dtype: torch.dtype) -> None:
-    """Every tensor by name, whatever file it lies in, and an autoencoder's scale and shift."""
+    """Hash every tensor by name, whatever file it lies in, and an autoencoder's scale and shift."""
     where = {}
     for path in sorted(part.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -80,7 +80,7 @@ def _weights(part: Path, digest: hashlib._Hash, dtype: torch.dtype) -> None:
 
 
 def _vocabulary(part: Path) -> bytes:
-    """The vocabulary as a fast tokenizer's file or a slow one's has it; the bytes of whatever else there is."""
+    """Return the vocabulary as a fast tokenizer's file or a slow one's has it; the bytes of whatever else there is."""
     fast, slow = part / "tokenizer.json", part / "vocab.json"
     if fast.is_file():
         return json.dumps(json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"], sort_keys=True).encode()

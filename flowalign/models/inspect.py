@@ -100,7 +100,7 @@ def inspect_model(
 
 
 def _without_weights(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a ``config.json`` on the meta device."""
+    """Build the network of a ``config.json`` on the meta device."""
     from diffusers import SD3Transformer2DModel
 
     from flowalign.models.architectures.inputs import CONFIG_KEY
@@ -110,7 +110,9 @@ def _without_weights(config: Mapping[str, Any]) -> nn.Module:
 
 
 def latent_shape(directory: Path, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(C, h, w) of an image size in pixels, None being the model's own; reads two small files, without diffusers.
+    """Return (C, h, w) of an image size in pixels, None being the model's own.
+
+    It reads two small files, without diffusers.
 
     Raises:
         ModelError: the size is not a multiple of what autoencoder and patches need.
@@ -144,12 +146,15 @@ def check_size(size: Sequence[int], multiple: int, table: int = 0) -> None:
 
 
 def extra_inputs(directory: Path) -> tuple[str, ...]:
-    """The numbers that a pipeline's network takes beside the time, as its configuration lists them."""
+    """Return the numbers that a pipeline's network takes beside the time, as its configuration lists them."""
     return tuple(_read(directory / "transformer" / "config.json").get("extra_inputs") or ())
 
 
 def image_tokens(directory: Path, height: int | None = None, width: int | None = None) -> int:
-    """Tokens of an image size in pixels, None being the model's own; raises ModelError as `latent_shape`."""
+    """Return the number of tokens of an image size in pixels, None being the model's own.
+
+    Raise ModelError as `latent_shape`.
+    """
     fallback = not directory.exists()
     config = SD35_MEDIUM if fallback else _read(directory / "transformer" / "config.json")
     _, rows, columns = latent_shape(directory, height, width)
@@ -157,7 +162,7 @@ def image_tokens(directory: Path, height: int | None = None, width: int | None =
 
 
 def own_schedule(model: ModelConfig) -> PipelineSchedule:
-    """The noise levels that the pipeline at ``model.path`` walks at the configured size, from its small files alone.
+    """Return the noise levels that the pipeline at ``model.path`` walks at the configured size, from its small files.
 
     Where the directory does not exist Stable Diffusion 3.5 medium stands in.
 
@@ -173,12 +178,12 @@ def own_schedule(model: ModelConfig) -> PipelineSchedule:
 
 
 def default_lora_targets(family: str) -> tuple[str, ...]:
-    """What a LoRA of this model family adapts unless the configuration says otherwise."""
+    """Return the layers that a LoRA of this model family adapts unless the configuration says otherwise."""
     return family_of(family).lora_targets
 
 
 def lora_parameters(network: nn.Module, rank: int, targets: Sequence[str]) -> int:
-    """Parameters of a LoRA on the linear layers whose names end in one of ``targets``."""
+    """Return the number of parameters of a LoRA on the linear layers whose names end in one of ``targets``."""
     return sum(
         rank * (module.in_features + module.out_features)
         for name, module in network.named_modules()
@@ -187,7 +192,10 @@ def lora_parameters(network: nn.Module, rank: int, targets: Sequence[str]) -> in
 
 
 def trained_parameters(model: ModelConfig) -> int | None:
-    """How many numbers a run over ``model`` learns, from its small files; None where only the loaded network tells."""
+    """Return how many numbers a run over ``model`` learns, from its small files.
+
+    It is None where only the loaded network tells.
+    """
     from diffusers import SD3Transformer2DModel
 
     from flowalign.models.architectures.inputs import CONFIG_KEY
@@ -221,7 +229,7 @@ def _forward_flops(network: nn.Module, config: Mapping[str, Any], shape: tuple[i
 
 
 def _frozen(directory: Path) -> dict[str, int]:
-    """Parameters of the autoencoder and of each text encoder whose configuration is there."""
+    """Return the number of parameters of the autoencoder and of each text encoder whose configuration is there."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -248,7 +256,7 @@ def _clip_tokens(directory: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a part's own file says of its sizes, none of which is one that no network has."""
+    """Return the sizes that a part's own file states. Refuse a size that no network has."""
     try:
         content = read_object(path)
     except TextError as error:

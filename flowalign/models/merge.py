@@ -33,7 +33,7 @@ def fuse_lora(network: Network) -> None:
 
 
 def check_architecture(name: str, network: nn.Module, first_name: str, first: nn.Module) -> None:
-    """Raises MergeError where the networks have other parameters, or compute otherwise with the same ones."""
+    """Raise MergeError where the networks have other parameters, or compute otherwise with the same ones."""
     own, its = ({key: tuple(p.shape) for key, p in n.named_parameters()} for n in (first, network))
     wrong = sorted(key for key in {*own, *its} if own.get(key) != its.get(key))
     if wrong:
@@ -53,7 +53,7 @@ def check_architecture(name: str, network: nn.Module, first_name: str, first: nn
 
 
 def shares(weights: Sequence[float], count: int) -> list[float]:
-    """The share of each of ``count`` models, which add up to 1; no weights: equal ones.
+    """Return the share of each of ``count`` models; shares add up to 1, and without weights they are equal.
 
     Raises:
         MergeError: as many weights as models are needed, none negative and not all 0.

@@ -41,7 +41,7 @@ class ImageFeatures:
         self._encoders = encoders
 
     def __call__(self, latents_NCHW: Tensor) -> list[Tensor]:
-        """A map (N, C, h, w) of each layer, differentiable in the latents (N, C, H, W)."""
+        """Return a map (N, C, h, w) of each layer, differentiable in the latents (N, C, H, W)."""
         pixels = self._encoders.decode_pixels(latents_NCHW).clamp(0, 1)
         if pixels.shape[-2:] != self._size:
             pixels = interpolate(pixels, self._size, mode="bicubic", antialias=True)

@@ -1,4 +1,7 @@
-"""What a pipeline directory's own scheduler makes of a number of steps; what is not reproduced is refused by name."""
+"""The scheduler of a pipeline directory: what it makes of a number of steps.
+
+What is not reproduced is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ _POSITIVE = ("shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def check_scheduler(directory: Path) -> dict[str, Any]:
-    """The options of a pipeline's scheduler, those that its file leaves out included; in milliseconds.
+    """Return the options of a pipeline's scheduler, those that its file leaves out included; in milliseconds.
 
     Raises:
         ModelError: the file is missing or unreadable, names another scheduler, or an option that is unknown, malformed
@@ -65,7 +68,10 @@ def check_scheduler(directory: Path) -> dict[str, Any]:
 
 
 def checked_options(written: Mapping[str, Any], *, noises: bool = True) -> dict[str, Any]:
-    """Every option of a scheduler, checked; ``noises`` allows ``stochastic_sampling``. Raises ModelError."""
+    """Return every option of a scheduler, checked.
+
+    ``noises`` allows ``stochastic_sampling``. Raise ModelError for others.
+    """
     own = {key: value for key, value in written.items() if not key.startswith("_")}
     unknown = sorted(set(own) - set(DEFAULTS))
     if unknown:
@@ -117,7 +123,7 @@ class FlowScheduler:
     mu: float | None = None
 
     def schedule(self, resolution: float = 1.0) -> PipelineSchedule:
-        """The walk of the pipeline; ``resolution`` is the root of the size asked for over the model's own."""
+        """Return the walk of the pipeline; ``resolution`` is the root of the size asked for over the model's own."""
         own, shift = self.options, float(self.options["shift"])
         if self.mu is not None:
             # e^mu / (e^mu + 1 / t - 1) is the shift by e^mu, and its linear form that by mu.
@@ -133,7 +139,9 @@ class FlowScheduler:
         )
 
     def levels(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """Float32 (num_steps + 1,), falling from exactly 1 to 0; a ``shift`` is static, in the place of its own.
+        """Return the levels, float32 (num_steps + 1,), falling from exactly 1 to 0.
+
+        A ``shift`` is static, in the place of its own.
 
         Raises ValueError where the scheduler makes no such levels.
         """

@@ -1,4 +1,4 @@
-"""Which prompts are longer than a model's text encoders read; from the tokenizer's files alone."""
+"""Lengths of prompts: those that exceed what a model's text encoders read, from the tokenizer's files alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNSEEN = re.compile(
 
 
 def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
-    """How many of the distinct ``prompts`` the first tokenizer of a pipeline directory cuts, and its length in tokens.
+    """Return how many distinct ``prompts`` the first tokenizer of a pipeline directory cuts, and its length in tokens.
 
     A token is at least a byte, so that only prompts of more bytes are tokenized. A directory without a tokenizer, or
     without a length, cuts none: (0, 0).
@@ -48,7 +48,7 @@ def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:
 
 
 def prompt_note(directory: Path, prompts: Iterable[str]) -> str:
-    """What to say of prompts that are cut or hold what nobody sees, with their numbers; empty where none is."""
+    """Return a note on prompts that are cut or hold what nobody sees, with their numbers; empty where none is."""
     distinct = list(dict.fromkeys(prompts))
     return "; ".join(filter(None, (_cut_note(directory, distinct), _unseen_note(distinct))))
 

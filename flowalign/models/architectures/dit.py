@@ -46,7 +46,7 @@ class ConcatBlock(nn.Module):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(text (N, L, D), image (N, T, D)) of image and text tokens and the conditioning vector (N, D)."""
+        """Compute (text (N, L, D), image (N, T, D)) from image and text tokens and the conditioning vector (N, D)."""
         length = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], 1)
         normed, gate, *mlp = self.norm1(x, emb=temb)
@@ -80,7 +80,7 @@ class CrossBlock(nn.Module):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(text (N, L, D), image (N, T, D)) of image and text tokens and the conditioning vector (N, D)."""
+        """Compute (text (N, L, D), image (N, T, D)) from image and text tokens and the conditioning vector (N, D)."""
         normed, gate, *mlp = self.norm1(hidden_states, emb=temb)
         x = hidden_states + gate[:, None] * self.attn(normed)
         x = x + self.cross_attn(self.norm_cross(x), encoder_hidden_states=encoder_hidden_states)
@@ -106,7 +106,7 @@ class SkipBlock(ConcatBlock):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As of ConcatBlock, with what is kept behind the image tokens."""
+        """Compute the same as `ConcatBlock`, with what is kept behind the image tokens."""
         length = encoder_hidden_states.shape[1]
         count = (hidden_states.shape[1] - self.before * length) // (self.before + 1)
         text, image, kept = encoder_hidden_states, hidden_states[:, :count], hidden_states[:, count:]
@@ -121,7 +121,7 @@ class SkipBlock(ConcatBlock):
 
 
 class _Dit(SD3Transformer2DModel):
-    """What they have in common; configured, saved and loaded as an SD3Transformer2DModel is."""
+    """The common part of these networks; configured, saved and loaded as an SD3Transformer2DModel is."""
 
     block: type[nn.Module]
 

@@ -52,7 +52,7 @@ class TransformerSpec:
 
 
 def new_transformer(like: Mapping[str, Any], spec: TransformerSpec) -> SD3Transformer2DModel:
-    """A fresh network for the latents and text encoders of one whose configuration is ``like``.
+    """Make a fresh network for the latents and text encoders of one whose configuration is ``like``.
 
     Weights depend on ``spec`` alone; modulations, gates and the last projection start at zero (`adaln_zero`), for every
     architecture alike. float32, on the CPU.
@@ -72,7 +72,7 @@ def new_transformer(like: Mapping[str, Any], spec: TransformerSpec) -> SD3Transf
 
 
 def flops(network: nn.Module, tokens_image: int, tokens_text: int) -> int:
-    """FLOPs of one sample's forward pass (a multiply-add counts as two), as torch counts those of its operators.
+    """Count the FLOPs of one sample's forward pass, as torch counts its operators' (a multiply-add counts as two).
 
     ``network``: one of the architectures, on any device; it is not run, and a LoRA on it is not counted.
     """
@@ -96,7 +96,7 @@ def flops(network: nn.Module, tokens_image: int, tokens_text: int) -> int:
 
 
 def spec_flops(like: Mapping[str, Any], spec: TransformerSpec, tokens_image: int, tokens_text: int) -> int:
-    """`flops` of the network that `new_transformer` would make, in closed form."""
+    """Compute the `flops` of the network that `new_transformer` would make, in closed form."""
     width, both = HEAD_DIM * spec.heads, tokens_image + tokens_text
     patch = int(like["patch_size"]) ** 2
     square = width * width
@@ -119,7 +119,7 @@ def spec_flops(like: Mapping[str, Any], spec: TransformerSpec, tokens_image: int
 def matching(
     like: Mapping[str, Any], spec: TransformerSpec, architecture: Architecture, tokens_image: int, tokens_text: int
 ) -> TransformerSpec:
-    """``spec`` as another architecture of nearly the same FLOPs: other depth and width, all else equal.
+    """Return ``spec`` as another architecture of nearly the same FLOPs: other depth and width, all else equal.
 
     Of the shapes whose ratio of depth to width is within a factor of two of the ratio of ``spec``, the one of the
     nearest FLOPs; differences below 2 % count as none, and among those the nearest ratio wins.
@@ -157,5 +157,5 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(tokens: int) -> int:
-    """The side of the most nearly square grid of so many tokens."""
+    """Return the side of the most nearly square grid of so many tokens."""
     return next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)

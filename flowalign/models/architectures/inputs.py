@@ -45,7 +45,7 @@ class TimeTextInputs(CombinedTimestepTextProjEmbeddings):
         return tuple(name for name in SCALES if name in self.inputs)
 
     def forward(self, timestep: Tensor, pooled_projection: Tensor) -> Tensor:
-        """Conditioning (N, D) of times (N,) in [0, 1000] and the pooled text (N, E) with a column for each input."""
+        """Compute the conditioning (N, D) of times (N,) in [0, 1000] and pooled text (N, E) with a column an input."""
         names = self.names
         # Columns may be float32 beside half-precision weights: rounding them would move a time by whole units.
         text = pooled_projection[:, : -len(names)].to(self.text_embedder.linear_1.weight.dtype)
@@ -86,7 +86,7 @@ def add_inputs(network: Any, names: Iterable[str], *, seed: int = 0) -> None:
 
 
 def inputs_of(network: nn.Module) -> tuple[str, ...]:
-    """The extra inputs that ``network`` takes, in the order of their columns."""
+    """Return the extra inputs that ``network`` takes, in the order of their columns."""
     embed = getattr(network, "time_text_embed", None)
     return embed.names if isinstance(embed, TimeTextInputs) else ()
 
@@ -98,7 +98,7 @@ def pooled_with_inputs(
     guidance: float | Tensor | None = None,
     names: Iterable[str] = (),
 ) -> Tensor:
-    """The pooled text (N, E) with a column for each of the network's inputs ``names``: (N, E + len(names)).
+    """Return the pooled text (N, E) with a column for each of the network's inputs ``names``: (N, E + len(names)).
 
     ``t`` (N,) in [0, 1]; ``r`` (N,) in [0, t], None: t, the velocity at t itself; ``guidance`` a float or (N,), from 1
     (None: 1) up. Columns keep t's precision where the text's is lower. Differentiable in t and r.

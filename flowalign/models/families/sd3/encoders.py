@@ -60,7 +60,7 @@ class SD3Encoders:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], length: int) -> Condition:
-        """Each distinct prompt is encoded once, alone, so that its embedding never depends on its batch."""
+        """Encode each distinct prompt once, alone, so that its embedding never depends on its batch."""
         if self.pipeline.text_encoder is None:
             raise ModelError("the text encoders of this model were not loaded")
         rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}

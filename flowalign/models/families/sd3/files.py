@@ -1,4 +1,4 @@
-"""What a StableDiffusion3Pipeline's directory says, from its small files alone."""
+"""Facts of a StableDiffusion3Pipeline's directory, from its small files alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_directory(directory: Path) -> None:
 
 
 def _check_shards(index: Path) -> None:
-    """The files that an index names lie beside it."""
+    """Check that the files that an index names lie beside it."""
     named = _read(index).get("weight_map")
     if not isinstance(named, dict):
         raise ModelError(f"model.path: {index} has no weight_map; the download or export is incomplete")
@@ -53,7 +53,9 @@ def _check_shards(index: Path) -> None:
 
 
 def pipeline_schedule(directory: Path, height: int | None, width: int | None) -> PipelineSchedule:
-    """The walk of the pipeline in ``directory`` at an image size in pixels, None being its own; reads small files.
+    """Return the walk of the pipeline in ``directory`` at an image size in pixels, None being its own.
+
+    It reads small files.
 
     Raises:
         ModelError: see `check_scheduler`; or the size does not fit.
@@ -62,7 +64,8 @@ def pipeline_schedule(directory: Path, height: int | None, width: int | None) ->
 
 
 def walk_of(options: Mapping[str, Any], tokens: int, own_tokens: int) -> PipelineSchedule:
-    """What StableDiffusion3Pipeline hands its scheduler: a number of steps and, where it asks for it, this ``mu``."""
+    """Return the walk of StableDiffusion3Pipeline's arguments for its scheduler: a number of steps, perhaps this
+    ``mu``."""
     mu = None
     if options["use_dynamic_shifting"]:
         base, most = options["base_image_seq_len"], options["max_image_seq_len"]
@@ -72,17 +75,20 @@ def walk_of(options: Mapping[str, Any], tokens: int, own_tokens: int) -> Pipelin
 
 
 def vae_scale_factor(directory: Path) -> int:
-    """Pixels a side of a latent."""
+    """Return the pixels a side of a latent."""
     return 2 ** (len(_read(directory / "vae" / "config.json").get("block_out_channels", [0] * 4)) - 1)
 
 
 def has_t5(directory: Path) -> bool:
-    """Whether there is a third text encoder; diffusers wants an absent one to be named."""
+    """Tell whether there is a third text encoder; diffusers wants an absent one to be named."""
     return any(_read(directory / "model_index.json").get("text_encoder_3") or [])
 
 
 def text_parts(directory: Path) -> dict[str, TextPart]:
-    """The CLIP encoders lie side by side in the first tokens, T5 behind them; only CLIP has a pooled part."""
+    """Return the places of the encoders' outputs.
+
+    CLIP encoders lie side by side in the first tokens, T5 behind them, and only CLIP has a pooled part.
+    """
     clip = [_read(directory / part / "config.json") for part in ("text_encoder", "text_encoder_2")]
     # What equals transformers' default may be left out of the file.
     width, pooled = ([int(config.get(key, 512)) for config in clip] for key in ("hidden_size", "projection_dim"))
@@ -93,7 +99,8 @@ def text_parts(directory: Path) -> dict[str, TextPart]:
 
 
 def parts_of(tokens: int, width: Sequence[int], pooled: Sequence[int], joint: int | None) -> dict[str, TextPart]:
-    """Where the encoders' outputs lie: ``tokens`` of CLIP, widths of both, and that of T5's tokens if there is one."""
+    """Return the places of the encoders' outputs, given ``tokens`` of CLIP, both widths, and that of T5's tokens if
+    any."""
     parts = {
         "clip_l": TextPart((0, tokens), (0, width[0]), (0, pooled[0])),
         "clip_g": TextPart((0, tokens), (width[0], sum(width)), (pooled[0], sum(pooled))),

@@ -21,7 +21,7 @@ TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokeni
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the bars of libraries that load or save files for seconds: a run says itself what it loads."""
+    """Silence the bars of libraries that load or save files for seconds: a run says itself what it loads."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -37,7 +37,10 @@ def quietly() -> Iterator[None]:
 
 
 def plain_pipeline(directory: str, **options: Any) -> Any:
-    """A plain pipeline of what lies in ``directory``; the code that an export of ours has for diffusers is not run."""
+    """Load a plain pipeline of what lies in ``directory``.
+
+    The code that an export of ours has for diffusers is not run.
+    """
     from diffusers import StableDiffusion3Pipeline
 
     class Plain(StableDiffusion3Pipeline):
@@ -50,7 +53,7 @@ def plain_pipeline(directory: str, **options: Any) -> Any:
 
 
 def load_network(directory: Path, *, dtype: torch.dtype = torch.float32) -> SD3Network:
-    """The network of a pipeline directory, on the CPU; its other parts are not read.
+    """Load the network of a pipeline directory, on the CPU; its other parts are not read.
 
     Raises:
         ModelError: the directory is missing, incomplete or holds another pipeline.
@@ -72,7 +75,7 @@ def load_network(directory: Path, *, dtype: torch.dtype = torch.float32) -> SD3N
 
 
 def load_encoders(directory: Path, *, dtype: torch.dtype = torch.float32, text: bool = True) -> SD3Encoders:
-    """Text encoders and autoencoder of a pipeline directory, on the CPU; without ``text`` the autoencoder alone.
+    """Load text encoders and autoencoder of a pipeline directory, on the CPU; without ``text`` the autoencoder alone.
 
     Raises:
         ModelError: the directory is missing, incomplete or holds another pipeline.
@@ -93,7 +96,7 @@ def load_encoders(directory: Path, *, dtype: torch.dtype = torch.float32, text: 
 
 @contextmanager
 def _telling(directory: Path) -> Iterator[None]:
-    """Inside, whatever a damaged file leads the libraries to raise becomes a ModelError."""
+    """Turn whatever a damaged file leads the libraries to raise into a ModelError."""
     try:
         with quietly():
             yield
@@ -103,7 +106,7 @@ def _telling(directory: Path) -> Iterator[None]:
 
 
 def assembled(policy: Policy) -> Any:
-    """The StableDiffusion3Pipeline of both halves, as it is saved."""
+    """Return the StableDiffusion3Pipeline of both halves, as it is saved."""
     from diffusers import StableDiffusion3Pipeline
 
     encoders, network = policy.encoders, policy.network

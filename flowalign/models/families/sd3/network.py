@@ -28,7 +28,9 @@ LORA_TARGETS = [
 
 
 def _attention(device: str, length: int) -> AbstractContextManager[Any]:
-    """The kernel of attention over ``length`` tokens; torch's own choice but for short bfloat16 sequences on a CPU.
+    """Return the kernel of attention over ``length`` tokens.
+
+    It is torch's own choice but for short bfloat16 sequences on a CPU.
 
     There its flash kernel's backward pass is so slow that plain products win (``scripts/benchmarks/kernels.py``).
     """
@@ -88,7 +90,7 @@ class SD3Network:
         r: Tensor | None = None,
         guidance: float | Tensor | None = None,
     ) -> Tensor:
-        """Velocity (N, C, H, W), float32.
+        """Return the velocity (N, C, H, W), float32.
 
         A network that takes ``r`` gives the average velocity between ``t`` and ``r``, by default ``t`` itself.
 
@@ -111,7 +113,7 @@ class SD3Network:
         return next(self.module.parameters()).dtype
 
     def _output(self, x: Tensor, t: Tensor, *, tokens: Tensor, pooled: Tensor, exact: bool) -> Tensor:
-        """What the module itself says, float32: of the straight path its velocity, else see ``flow.families``."""
+        """Return the module's own output, float32: on the straight path a velocity, else see ``flow.families``."""
         dtype, device = self._dtype, self.device.type
         length = tokens.shape[1] + x.shape[-1] * x.shape[-2] // self.patch_size**2
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
@@ -126,7 +128,7 @@ class SD3Network:
         return out.float()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of an image size in pixels.
+        """Return (C, h, w) of an image size in pixels.
 
         Raises:
             ModelError: the size is not a multiple of what autoencoder and patches need, or beyond their positions.
@@ -140,7 +142,7 @@ class SD3Network:
         return int(self._config["in_channels"]), size[0] // factor, size[1] // factor
 
     def schedule(self, height: int | None = None, width: int | None = None) -> PipelineSchedule:
-        """The noise levels that the pipeline walks at an image size in pixels, None being the model's own.
+        """Return the noise levels that the pipeline walks at an image size in pixels, None being the model's own.
 
         Raises:
             ModelError: as of `latent_shape`.
