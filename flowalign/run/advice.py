@@ -1,4 +1,4 @@
-"""What is said at the end of a run: what it has kept or lost, and the command that goes on from there."""
+"""Advice at the end of a run: what it has kept or lost, and the command that goes on from there."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _run(
 
 
 def _loaded(config: AlignConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
-    """What the backend has loaded: the model, and preference pairs that it leaves out."""
+    """Yield lines on what the backend has loaded: the model, and preference pairs that it leaves out."""
     adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
     yield (
         f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
@@ -150,8 +150,10 @@ def _loaded(config: AlignConfig, trained: int, total: int, seconds: float) -> It
 
 
 def found(config: AlignConfig, run: Run) -> Iterator[str]:
-    """What there is to learn from and to evaluate with, how many of the prompts the text encoders cut, and whose shift
-    the configuration's replaces."""
+    """Yield sentences on what there is to learn from and to evaluate with.
+
+    They say how many of the prompts the text encoders cut, and whose shift the configuration's replaces.
+    """
     data, model = config.data, Path(config.model.path)
     batch = f"{data.groups_per_iteration} groups of {run.algorithm.needs.group_size} images an iteration"
     if data.preferences is not None:
@@ -176,7 +178,7 @@ def _named(path: str) -> str:
 
 
 def build_run(config: AlignConfig, base_dir: Path) -> Run:
-    """The fixed parts of a run: algorithm, prompts, evaluation."""
+    """Return the fixed parts of a run: algorithm, prompts, evaluation."""
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     sampler = GroupSampler(
         load_prompts(config.data.prompts, base_dir),
@@ -197,7 +199,10 @@ def build_run(config: AlignConfig, base_dir: Path) -> Run:
 
 
 def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, SamplingPlan, int]:
-    """The model's own walk, whatever the algorithm rolls out with: so sample `flowalign evaluate` and an export."""
+    """Return the evaluation.
+
+    It takes the model's own walk, whatever the algorithm rolls out with, as `flowalign evaluate` and an export do.
+    """
     e, own = config.evaluation, own_schedule(config.model)
     plan = sampling_plan(e, schedule=own, family=config.model.family, inputs=config.model.inputs)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), plan, e.seed

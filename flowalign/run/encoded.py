@@ -1,4 +1,4 @@
-"""What a run learns from is encoded before its first step, in a process that ends: no learner holds an encoder.
+"""Encoding of what a run learns from, before its first step and in a process that ends: no learner holds an encoder.
 
 What is encoded is kept on disk by content, so that a process that was killed is made good by the next one.
 """
@@ -43,7 +43,9 @@ class EncodingFailed(RuntimeError):
 
 
 def pairs_of(config: AlignConfig, encoders: Encoders | None, *, rank: int = 0, world_size: int = 1) -> PairSampler:
-    """The preference pairs of a run; what is not on disk yet is encoded by ``encoders``, or where there are none apart.
+    """Return the preference pairs of a run.
+
+    What is not on disk yet is encoded by ``encoders``, or where there are none apart.
 
     Raises:
         PreferencesError, DiskError, ModelError: see `load_pairs`. EncodingFailed: the process has died.
@@ -106,7 +108,7 @@ _WORK: dict[str, Callable[[Mapping[str, Any]], None]] = {"pairs": _encode_pairs,
 
 
 def _end_with_parent() -> None:
-    """The other end of this process's input is held by the one that started it, and closes with that."""
+    """End this process with its parent; that one holds the other end of this process's input, which closes with it."""
     os.read(0, 1)
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics, same-seed samples, checkpoints, a line of progress."""
+"""The journal of a run: metrics, same-seed samples, checkpoints, a line of progress."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ class RunJournal:
         return self._progress.doing(what)
 
     def say_faults(self, when: str, scores: Scores) -> None:
-        """Each outage that retries made up for, and masked images where they are more than were said before."""
+        """Say each outage that retries made up for, and masked images where they are more than were said before."""
         for name, (masked, said) in faults(scores).items():
             if scores.retries.get(name) or masked > self._masked.get(name, 0):
                 self._progress.say(f"reward {name} in {when}: {said}")
             self._masked[name] = max(masked, self._masked.get(name, 0))
 
     def _say_best_unknown(self, measured: Iterable[str]) -> None:
-        """Once, where no checkpoint can be the best since what tells it is not measured."""
+        """Say once that no checkpoint can be the best, since what tells it is not measured."""
         key = self._best
         if not self._best_said and key not in measured:
             near = get_close_matches(key, list(measured), n=1)
@@ -127,14 +127,20 @@ class RunJournal:
         self._ringing = bool(falling)
 
     def _measure(self, collected: Collected) -> dict[str, float]:
-        """The signals of a collapse and what they cost; on as many threads as any worker, so that bits agree."""
+        """Measure the signals of a collapse and what they cost.
+
+        It takes as many threads as any worker, so that bits agree.
+        """
         began = time.monotonic()
         with torch_threads(self.config.cluster.threads):
             measured = self._signals(collected.rollout, collected.scores)
         return {**measured, "time/safety_s": time.monotonic() - began}
 
     def _watch(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
-        """The alarms of a collapse; says of each that it rings, and that the run ends where it has rung long enough."""
+        """Return the alarms of a collapse.
+
+        Say of each that it rings, and that the run ends where it has rung long enough.
+        """
         before = {found.cause for found in self._collapse.found}
         alarms = self._collapse.update(iteration, metrics)
         for found in self._collapse.found:
@@ -151,12 +157,12 @@ class RunJournal:
         return alarms
 
     def _mark_good(self) -> None:
-        """``last_good`` names the newest checkpoint from a time when nothing rang."""
+        """Let ``last_good`` name the newest checkpoint from a time when nothing rang."""
         good = [step for step in self._steps if step <= self._collapse.good_until]
         self._writer.mark_good(good[-1] if good else None)
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
-        """Metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
+        """Return the metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
         self._lock.check()
         metadata = collected.rollout.batch.metadata
         metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
@@ -221,7 +227,7 @@ class RunJournal:
 
 
 def _write_samples(directory: Path, collected: Collected) -> None:
-    """The first images with their scores, all of them or none; raises DiskError."""
+    """Write the first images with their scores, all of them or none. Raise DiskError."""
     from PIL import Image
 
     rollout, scores = collected.rollout, collected.scores

@@ -74,7 +74,7 @@ class Learner:
         return Update(self.version, {**train.metrics, **_summary(history, self._kinds), **done})
 
     def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
-        """The algorithm's ``prepare``, without gradients; every rank computes all of it."""
+        """Call the algorithm's ``prepare``, without gradients; every rank computes all of it."""
         models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
@@ -82,7 +82,8 @@ class Learner:
             return self.algorithm.prepare(batch, scores, models)
 
     def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
-        """``model`` over any number of samples from the CPU and back, in the geometry and precision of a step."""
+        """Return ``model`` over any number of samples from the CPU and back, in the geometry and precision of a
+        step."""
 
         def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
             condition = condition.to(self.device)
@@ -98,7 +99,9 @@ class Learner:
 
     @contextmanager
     def _rollout_weights_bound(self) -> Iterator[None]:
-        """Inside, the network holds what `weights` gives to rollouts, if that is asked for; afterwards its own again.
+        """Bind inside the weights that `weights` gives to rollouts, if that is asked for.
+
+        Afterwards the network holds its own again.
 
         Weights and their master copies alone are exchanged, never moments or step counts, on every ZeRO stage. Where
         the policy itself rolled out there is nothing to do; else it is a collective call that gathers the weights
@@ -121,7 +124,10 @@ class Learner:
         return metrics
 
     def _second_steps(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
-        """The updates of the second network, if there is one, by the items of one of the policy's; means of metrics."""
+        """Make the updates of the second network, if there is one, by the items of one of the policy's.
+
+        Return means of metrics.
+        """
         if self.second is None or self.needs.second is None:
             return {}
         loss, shares = self.algorithm.second_loss, order.tensor_split(self.needs.second.updates)
@@ -131,7 +137,10 @@ class Learner:
     def _learn(
         self, engine: Engine, loss: Loss, train: TrainBatch, order: Tensor, updates: int, total: int, prefix: str = ""
     ) -> dict[str, float]:
-        """One of the ``updates`` that ``total`` items are for, by ``order`` of them; ``prefix`` begins its metrics."""
+        """Make one of the ``updates`` that ``total`` items are for, by ``order`` of them.
+
+        ``prefix`` begins its metrics.
+        """
         models = {**self.models}
         if self.second is not None:  # a network's gradients belong to its own loss
             other = "policy" if engine is self.second else "second"
@@ -154,7 +163,7 @@ class Learner:
         return {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """What rollout workers bind next: policy or EMA weights, as the algorithm declares."""
+        """Return the weights that rollout workers bind next: policy or EMA weights, as the algorithm declares."""
         if self.needs.rollout_weights == "ema" and self.ema is not None:
             return self.ema.state()
         return self.engine.weights()

@@ -61,11 +61,11 @@ class LocalBackend:
         self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
 
     def parameters(self) -> tuple[int, int]:
-        """How many are trained, of how many."""
+        """Return the number of trained parameters, and of all."""
         return self.learner.parameters
 
     def state(self) -> list[dict[str, Any]]:
-        """The learner's state, one entry a rank."""
+        """Return the learner's state, one entry a rank."""
         return [self.learner.state()]
 
     def restore(self, states: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ class Collected:
 
 
 class Backend(Protocol):
-    """Where the work happens: in this process or in Ray actors. Both compute the same bits."""
+    """The place of the work: this process or Ray actors. Both compute the same bits."""
 
     def collect(
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
@@ -41,13 +41,13 @@ class Backend(Protocol):
 
 
 class Sampler(Protocol):
-    """Which samples an iteration makes."""
+    """The samples of each iteration."""
 
     def batch(self, iteration: int) -> PromptBatch: ...
 
 
 class Journal(Protocol):
-    """Where a run leaves its traces: metrics, images, checkpoints, and what it says meanwhile."""
+    """The traces of a run: metrics, images, checkpoints, and what it says meanwhile."""
 
     def doing(self, what: str) -> Count: ...
 
@@ -79,7 +79,7 @@ class Run:
 
 
 def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
-    """Roll out, score, learn, sync, until ``run.iterations`` or ``journal.stopping``; answers with the last iteration.
+    """Roll out, score, learn and sync, until ``run.iterations`` or ``journal.stopping``; return the last iteration.
 
     Iterations are counted from 1 once done.
     An algorithm without a sampling plan learns from pairs on disk: nothing is rolled out but for evaluations.

@@ -1,4 +1,7 @@
-"""How long work may take before whoever does it counts as frozen, by what it took before. Free of Ray."""
+"""Patience: the time that work may take before whoever does it counts as frozen, by what it took before.
+
+Free of Ray.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ class AwakeClock:
 
 
 class Patience:
-    """What every kind of work may take: ``first_s`` where none of it was done yet, then ``factor`` times the longest so
-    far, and ``least_s`` at least. ``longest`` is by kind."""
+    """The time that every kind of work may take: ``first_s`` where none of it was done yet, then ``factor`` times the
+    longest so far, and ``least_s`` at least. ``longest`` is by kind."""
 
     def __init__(self, config: PatienceConfig, longest: Mapping[str, float] | None = None) -> None:
         self._config = config
@@ -45,7 +48,7 @@ class Patience:
         self.longest[work] = max(seconds, self.longest.get(work, 0.0))
 
     def before(self, work: str) -> str:
-        """What it took so far, in words."""
+        """Say what it took so far, in words."""
         longest = self.longest.get(work)
         return "the first of its kind" if longest is None else f"at most {longest:.2g} s before"
 
@@ -80,17 +83,17 @@ class Wait:
         return True
 
     def answered(self, seconds: float = 0.0) -> None:
-        """``seconds`` are what the worker itself says that it took."""
+        """Note an answer; ``seconds`` are what the worker itself says that it took."""
         self._patience.took(self.work, max(seconds, self.waited_s))
 
     def so_far(self) -> str:
         return f"has not answered for {self.waited_s:.0f} s ({self.work}, {self._patience.before(self.work)})"
 
     def end(self) -> str:
-        """The time of day at which it is late."""
+        """Return the time of day at which it is late."""
         left = timedelta(seconds=max(0.0, self.limit_s - self.waited_s))
         return (datetime.now() + left).strftime("%H:%M:%S")
 
     def why(self) -> str:
-        """Half a sentence about somebody who was late."""
+        """Return the half a sentence about somebody who was late."""
         return f"it did not answer for {self.waited_s:.0f} s ({self.work}, {self._patience.before(self.work)})"

@@ -37,14 +37,14 @@ from flowalign.types import TrainBatch
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """Where a run left its last checkpoint, and after how many steps."""
+    """The path of a run's last checkpoint, and the number of its steps."""
 
     steps: int
     checkpoint: Path
 
 
 def schedule_at(phases: list[PhaseConfig], warmup: int, step: int) -> tuple[PhaseConfig, float]:
-    """The phase of a step and its learning rate: linear warm-up once, cosine within each phase."""
+    """Return the phase of a step and its learning rate: linear warm-up once, cosine within each phase."""
     begin = 0
     for phase in phases:
         if step < begin + phase.steps:
@@ -56,7 +56,7 @@ def schedule_at(phases: list[PhaseConfig], warmup: int, step: int) -> tuple[Phas
 
 
 def text_length(phase: PhaseConfig, seed: int, step: int) -> int:
-    """The T5-part length of a step, drawn by the phase's weights."""
+    """Return the T5-part length of a step, drawn by the phase's weights."""
     lengths = sorted(phase.max_sequence_lengths)
     weights = torch.tensor([phase.max_sequence_lengths[length] for length in lengths])
     return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, Stream.TEXT_LENGTH, step)))]
@@ -94,12 +94,12 @@ class Averages:
         return self._emas[0].state()
 
     def others(self) -> dict[str, dict[str, Tensor]]:
-        """All but the first, by the name of their file."""
+        """Return all but the first, by the name of their file."""
         named = zip(self._decays[1:], self._emas[1:], strict=True)
         return {f"ema_{decay:g}": ema.state() for decay, ema in named}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Raises CheckpointError where one of the averages was not saved."""
+        """Load the averages. Raise CheckpointError where one of them was not saved."""
         for i, (decay, ema) in enumerate(zip(self._decays, self._emas, strict=True)):
             found = saved.ema if i == 0 else saved.averages.get(f"ema_{decay:g}")
             if found is None:
@@ -187,7 +187,7 @@ def pretrain(
 
 
 def _update(engine: Engine, algorithm: Algorithm, models: Models, batch: TrainBatch, size: int) -> dict[str, float]:
-    """One optimizer step over a batch, whose micro-batches the ranks share."""
+    """Make one optimizer step over a batch, whose micro-batches the ranks share."""
     parts = list(torch.arange(len(batch)).split(size))
     if len(parts) == engine.world_size == 1:
         return engine.step(lambda mini: algorithm.loss(models, mini), [batch], [1.0])
@@ -210,7 +210,7 @@ def _validated(
     done: int,
     steps: int,
 ) -> dict[str, float]:
-    """The validation loss of the weights and of their average, where it is due."""
+    """Return the validation loss of the weights and of their average, where it is due."""
     if validation is None or config.validation is None or (done % config.validation.every and done != steps):
         return {}
     network.module.eval()
@@ -224,7 +224,7 @@ def _validated(
 
 @contextmanager
 def _bound(engine: Engine, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the network holds ``weights``; afterwards its own again, bit for bit. A collective call."""
+    """Bind ``weights`` to the network inside; afterwards it holds its own again, bit for bit. A collective call."""
     own = engine.weights()
     engine.load_weights(weights)
     try:
@@ -234,7 +234,7 @@ def _bound(engine: Engine, weights: dict[str, Tensor]) -> Iterator[None]:
 
 
 def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
-    """``velocity`` in the configured precision; its result is float32."""
+    """Return ``velocity`` in the configured precision; its result is float32."""
     if config.autocast == "float32":
         return velocity
 
@@ -246,7 +246,9 @@ def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
 
 
 def resumed(run_dir: Path, rank: int, saved: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
-    """What the run goes on from: ``saved``, which the first rank has found, and all read the same. A collective call.
+    """Return the state that the run goes on from: ``saved``, which the first rank has found, and all read the same.
+
+    A collective call.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -1,4 +1,6 @@
-"""What a run goes on from, and what is set aside for it: nothing that was computed is lost, nothing mixed up.
+"""Resumption: the checkpoint that a run goes on from, and what is set aside for it.
+
+Nothing that was computed is lost, nothing mixed up.
 
 A run that goes back to ``step_000010`` may have ``step_000020`` already, and metrics of iterations that it will do
 again. They go to ``set_aside/<n>``, which is a run directory as well: it is reported, sampled and exported as any
@@ -27,8 +29,9 @@ RETURNED = "returned_to"
 def resume_from(
     run_dir: Path, resume: str, say: Say = LOG.warning, *, key: str = "checkpoint.resume"
 ) -> Checkpoint | None:
-    """What the run goes on from, read whole; None where it begins. ``resume`` is auto, never or a checkpoint's name,
-    and ``key`` where it was written.
+    """Return the checkpoint that the run goes on from, read whole.
+
+    It is None where it begins. ``resume`` is auto, never or a checkpoint's name, and ``key`` where it was written.
 
     Damaged newer ones are passed over. A run goes back to a named one once: the same command, given again after an
     interruption, goes on from what has been made since. Nothing is written, see `leave_behind`.
@@ -114,7 +117,7 @@ def set_aside_all(run_dir: Path) -> Path:
 
 
 def _move(path: Path, to: Path) -> None:
-    """A link still leads to where somebody has moved what was there."""
+    """Move something aside; a link still leads to where somebody has moved what was there."""
     if path.is_symlink():
         to.symlink_to(path.parent.absolute() / path.readlink())
         path.unlink()
@@ -131,7 +134,7 @@ def _new(run_dir: Path) -> Path:
 
 
 def _returned(root: Path) -> str | None:
-    """What this run went back to already."""
+    """Return the name of the checkpoint that this run went back to already."""
     try:
         return read_regular(root / RETURNED).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Whether the disk of a run directory has room for the checkpoints to come, asked before anything starts."""
+"""Room on the disk of a run directory for the checkpoints to come, asked for before anything starts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Size:
 
 
 def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | None:
-    """A line where there is not room for all the checkpoints that are kept at a time; None where there is, or where
-    neither size nor room is known.
+    """Return a line where there is not room for all the checkpoints that are kept at a time.
+
+    It is None where there is, or where neither size nor room is known.
 
     Raises:
         ConfigError: not even the next one fits.
@@ -66,7 +67,7 @@ def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | Non
 
 
 def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str]:
-    """How many checkpoints are still to be written, and what is gone on from."""
+    """Return how many checkpoints are still to be written, and the one that is gone on from."""
     if isinstance(config, PretrainConfig):
         last, every, resume = sum(phase.steps for phase in config.phases), config.checkpoint_every, config.resume
     else:
@@ -90,7 +91,8 @@ def _kept(config: AlignConfig | PretrainConfig) -> tuple[int, str]:
 
 
 def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
-    """As the newest one is, else as the model's configuration tells: float32 weights, averages and two moments."""
+    """Return the size of a checkpoint as the newest one is, else as the model's configuration tells: float32 weights,
+    averages and two moments."""
     for path in reversed(manifests(root)):
         sizes = [file["bytes"] for file in manifest_of(path)["files"].values()]
         return Size(on_disk(sizes) + SPARE, max(sizes))

@@ -21,25 +21,28 @@ _MARK = "second:"  # no parameter's name has a colon
 
 
 def second_network(policy: Network) -> Network:
-    """A network with its own copy of the weights, which learns what the policy's learns, LoRA included."""
+    """Return a network with its own copy of the weights, which learns what the policy's learns, LoRA included."""
     return policy.with_module(copy.deepcopy(policy.module))
 
 
 def second_settings(policy: EngineSettings, wanted: Second) -> EngineSettings:
-    """Those of its engine: the policy's, but for a learning rate that is constant."""
+    """Return the settings of its engine: the policy's, but for a learning rate that is constant."""
     rate = policy.learning_rate if wanted.learning_rate is None else wanted.learning_rate
     return replace(policy, learning_rate=rate, warmup_steps=0, decay_steps=None)
 
 
 def second_state(engine: Engine) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """What it and its optimizer hold, by names that no tensor of the policy has, and facts; a collective call."""
+    """Return the tensors that it and its optimizer hold, by names that no tensor of the policy has, and facts.
+
+    This is a collective call.
+    """
     moments, facts = engine.optimizer_state()
     tensors = {_MARK + name: tensor for name, tensor in engine.weights().items()}
     return {**tensors, **{name.replace("/", f"/{_MARK}", 1): tensor for name, tensor in moments.items()}}, facts
 
 
 def is_second(name: str) -> bool:
-    """Whether a tensor of a checkpoint is of the second network."""
+    """Tell whether a tensor of a checkpoint is of the second network."""
     return _MARK in name
 
 

@@ -40,12 +40,12 @@ class SyncGuard:
 
 
 def has_learned(update: Update) -> bool:
-    """Whether an update made an optimizer step that moves weights: with a learning rate of 0 none does."""
+    """Tell whether an update made an optimizer step that moves weights: with a learning rate of 0 none does."""
     return update.metrics.get("learner/updates", 1.0) > 0 and update.metrics.get("learning_rate", 1.0) > 0
 
 
 def check_receipt(sent: BindReceipt, bound: BindReceipt) -> None:
-    """Raises SyncError unless a worker bound exactly what the learner sent."""
+    """Raise SyncError unless a worker bound exactly what the learner sent."""
     if (bound.content_hash, bound.tensors, bound.version) != (sent.content_hash, sent.tensors, sent.version):
         raise SyncError(
             f"weight sync: {bound.worker} bound {bound.tensors} tensors of version {bound.version} "

@@ -37,7 +37,7 @@ class Teacher(Protocol):
     def latent_shape(self) -> tuple[int, int, int]: ...
 
     def encoders(self, precision: str) -> str | None:
-        """The hash of the files that it encodes with, rounded so; None where they are the model's own."""
+        """Return the hash of the files that it encodes with, rounded so; None where they are the model's own."""
         ...
 
     @property
@@ -86,7 +86,7 @@ class SharedTeacher:
         self._answers: OrderedDict[str, Tensor] = OrderedDict()
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
-        """Everything is on the CPU, the answer too."""
+        """Ask the teacher; everything is on the CPU, the answer too."""
         key = _key(x, t, condition, options)
         if key not in self._answers:
             self._answers[key] = self._compute(x, t, condition, options)
@@ -103,7 +103,10 @@ class SharedTeacher:
 
 
 def ask(send: Callable[..., Tensor]) -> VelocityModel:
-    """A velocity that is computed where ``send`` leads: its tensors go there from the CPU, with the used prompts."""
+    """Return a velocity that is computed where ``send`` leads.
+
+    Its tensors go there from the CPU, with the used prompts.
+    """
 
     def velocity(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
         return send(x.cpu(), t.cpu(), _used(condition).to("cpu"), options).to(x.device)
@@ -119,7 +122,7 @@ def load_teachers(
     *,
     compares: bool = True,
 ) -> dict[str, VelocityModel]:
-    """The networks of the teachers ``wanted``, by role: those of ``shared`` by name, all others loaded here.
+    """Load the networks of the teachers ``wanted``, by role: those of ``shared`` by name, all others here.
 
     ``compares`` reads the files of all encoders, which one rank does for all.
 
@@ -142,7 +145,7 @@ def load_teachers(
 
 
 def teachers_of(config: AlignConfig) -> Mapping[str, TeacherConfig]:
-    """Those that the run's algorithm learns from, by name."""
+    """Return the teachers that the run's algorithm learns from, by name."""
     return build_algorithm(config.algorithm).needs.teachers
 
 

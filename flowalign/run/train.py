@@ -62,7 +62,7 @@ class Rank:
         return cls(*numbers, host=cls.host if one_host else env["MASTER_ADDR"], port=int(env["MASTER_PORT"]))
 
     def device(self, configured: str) -> str:
-        """One GPU a process."""
+        """Return this rank's device: one GPU a process."""
         return f"cuda:{self.local}" if configured == "cuda" else configured
 
 
@@ -195,8 +195,10 @@ def _run(
 
 
 def _saved(config: PretrainConfig, run_dir: Path, rank: Rank, say: Callable[[str], object]) -> Checkpoint | None:
-    """What the first rank goes on from. The others, which cannot ask it before their engines stand, look at it alone
-    where a run may be finished: then none of them begins.
+    """Return the checkpoint that the first rank goes on from.
+
+    The others, which cannot ask it before their engines stand, look at it alone where a run may be finished: then none
+    of them begins.
 
     Raises:
         CheckpointError: there is nothing that the run can go on from, though it was begun.

@@ -1,4 +1,4 @@
-"""What runs inside an actor, free of Ray: the rollout, reward and learner workers of every backend.
+"""Workers that run inside an actor, free of Ray: rollout, reward and learner workers of every backend.
 
 Each sets its own thread count around its work, so that all backends compute the same bits.
 """
@@ -62,7 +62,7 @@ REFERENCE = "reference."  # in the optimizer's part of a checkpoint: what a refr
 
 @dataclass(frozen=True)
 class BindReceipt:
-    """What an actor bound: the acknowledgement of a weight sync."""
+    """The acknowledgement of a weight sync: what an actor bound."""
 
     worker: str
     version: int
@@ -87,7 +87,7 @@ class RolloutWorker:
         return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
 
     def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
-        """One chunk, and the seconds it took. Refuses to work with weights of another version."""
+        """Make one chunk; return it and the seconds it took. Refuse to work with weights of another version."""
         if version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
         began = time.monotonic()
@@ -119,11 +119,14 @@ class RewardWorker:
 
     @property
     def whole_groups(self) -> bool:
-        """Whether a reward of the training is asked for whole groups, so that chunks may have to wait for others."""
+        """True where a reward of the training is asked for whole groups, so that chunks may have to wait for others."""
         return any("group" in scorer.needs for scorer in self.training)
 
     def score(self, chunks: Sequence[Rollout], evaluation: bool = False) -> tuple[Scores, float]:
-        """Scores of chunks that are scored as one (`joined.scored_together`), and the seconds they took."""
+        """Score chunks that are scored as one (`joined.scored_together`).
+
+        Return the scores and the seconds they took.
+        """
         began = time.monotonic()
         scorers = self.evaluation if evaluation else self.training
         if not scorers:
@@ -137,7 +140,7 @@ class RewardWorker:
         return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
 
     def _answers(self, scorer: NamedScorer, asked: Sequence[Asked]) -> Checked:
-        """A scorer of groups gets the chunks joined; any other gets them one by one, the batches of any other run."""
+        """Ask a scorer of groups about the chunks joined; any other about one by one, the batches of any other run."""
         seconds = self.config.cluster.reward_deadline_s
         if "group" in scorer.needs:
             whole = joined(asked)
@@ -226,7 +229,7 @@ class LearnerWorker:
             return update
 
     def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
-        """What rollouts bind next, or what ``evaluation.weights`` names."""
+        """Return the weights that rollouts bind next, or those that ``evaluation.weights`` names."""
         if evaluation and self.config.evaluation.weights == "ema" and self.learner.ema is not None:
             return self.learner.ema.state()
         return self.learner.weights()
@@ -235,7 +238,7 @@ class LearnerWorker:
         return self.learner.version
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint needs from this rank; a collective call."""
+        """Return everything a checkpoint needs from this rank; a collective call."""
         learner = self.learner
         tensors, facts = learner.engine.optimizer_state()
         held = {} if self.reference is None else self.reference.weights()
@@ -288,7 +291,7 @@ class RefreshedReference:
         self._module, self.velocity = own.module, frozen(own)
 
     def due(self, iteration: int) -> bool:
-        """Whether iteration ``iteration``, counted from 0, ends with a refresh."""
+        """Tell whether iteration ``iteration``, counted from 0, ends with a refresh."""
         return (iteration + 1) % self.every == 0
 
     def take(self, weights: Mapping[str, Tensor]) -> None:

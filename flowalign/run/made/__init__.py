@@ -44,7 +44,7 @@ class Accepted:
 
 
 class MadeOf:
-    """What a run is made of, as it is when this is made: before anything of it is loaded.
+    """The files that a run is made of, as they are when this is made: before anything of them is loaded.
 
     Files are hashed in the background; whoever asks for a hash waits for it.
     """
@@ -119,7 +119,7 @@ class MadeOf:
             raise _unsteady(next(part for part in self._parts if part.path == changed))
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this; waits for the hashes.
+        """Return the facts that a checkpoint keeps of this; waits for the hashes.
 
         Raises:
             ConfigError: a bank, which is read all the time, has been written to.
@@ -136,7 +136,7 @@ class MadeOf:
         return {RECORD: made, **({ACCEPTED: changes} if changes else {})}
 
     def base_hash(self) -> str:
-        """``contents.base_hash`` of the model's directory; waits for the hashes."""
+        """Return ``contents.base_hash`` of the model's directory; waits for the hashes."""
         digest = hashlib.sha256()
         for part in sorted(self._of("model.path"), key=lambda part: part.name):
             if (weights := _TRANSFORMER.fullmatch(part.name)) and (known := self._hash(part)) != UNREADABLE:
@@ -148,11 +148,11 @@ class MadeOf:
 
     @property
     def complete(self) -> bool:
-        """Whether nobody would have to wait."""
+        """True where nobody would have to wait."""
         return self._hashes.complete()
 
     def expected(self, *sections: str) -> Expected:
-        """What a worker that starts late must find under the keys of ``sections``; waits for the hashes."""
+        """Return the hashes that a worker that starts late must find under the keys of ``sections``; waits for them."""
         parts = [part for part in self._parts if part.key.startswith(sections)]
         hashed = {part.path: self._hash(part) for part in parts if part.path is not None and part.known is None}
         states = {path: (self._hashes.stamps[path], known) for path, known in hashed.items() if self._trusts(path)}

@@ -30,7 +30,7 @@ class Stamp(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether the last change is so long ago that another one would show in the time."""
+        """True where the last change is so long ago that another one would show in the time."""
         return time.time_ns() - max(self.changed_ns, self.modified_ns) > FRESH_NS
 
 
@@ -39,13 +39,13 @@ class Unsteady(OSError):
 
 
 def stamp(path: Path) -> Stamp:
-    """The state of a file; raises OSError where there is none."""
+    """Return the state of a file. Raise OSError where there is none."""
     facts = os.stat(path)
     return Stamp(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -> str:
-    """sha256 of the content that the file had in the state ``before``, read chunk by chunk.
+    """Return the sha256 of the content that the file had in the state ``before``, read chunk by chunk.
 
     A file that is in another state afterwards is read once more: Ray unpacks a working directory again and again, over
     equal files.
@@ -60,7 +60,7 @@ def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -
 
 
 def holds(path: Path, known: str) -> bool:
-    """Whether the file's content has the hash ``known``, whatever state it is in."""
+    """Tell whether the file's content has the hash ``known``, whatever state it is in."""
     try:
         return hash_file(path, stamp(path)) == known
     except OSError:
@@ -120,7 +120,7 @@ class Hashes:
                 self._ready.notify_all()
 
     def of(self, path: Path) -> str:
-        """The hash of one of the files; waits for it.
+        """Return the hash of one of the files; waits for it.
 
         Raises:
             Unsteady: it was changed since. OSError: it cannot be read.
@@ -133,11 +133,11 @@ class Hashes:
         return found
 
     def unsteady(self) -> Path | None:
-        """A file that was changed before it was hashed, as far as that is known yet."""
+        """Return a file that was changed before it was hashed, as far as that is known yet."""
         return self._unsteady
 
     def complete(self) -> bool:
-        """Whether nobody would have to wait."""
+        """Tell whether nobody would have to wait."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run is made of: every file, by the key of the configuration that leads to it and by its name within that.
+"""Ingredients of a run: every file, by the key of the configuration that leads to it and by its name within that.
 
 Names do not depend on where things lie, so that a run can be moved. Shipped prompts, which the package makes and
 nobody reads, bring their hash along; so do the files of banks and checkpoints, whose hashes are written beside them and
@@ -51,7 +51,7 @@ _Source = tuple[str, Callable[[], Iterator[Part]]]
 
 
 def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wanted = lambda key: True) -> Iterator[Part]:
-    """All parts whose key is ``wanted``; what is not there is left out, as loading it says more of that."""
+    """Yield all parts whose key is ``wanted``; what is not there is left out, as loading it says more of that."""
     sources = _of_training(config) if isinstance(config, PretrainConfig) else _of_alignment(config, base_dir)
     for key, parts in sources:
         if wanted(key):
@@ -59,7 +59,7 @@ def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wante
 
 
 def is_manifest(part: Part) -> bool:
-    """Whether it is a bank's manifest, whose ``known`` is of what it says and which is read once."""
+    """Tell whether a file is a bank's manifest, whose ``known`` is of what it says and which is read once."""
     from flowalign.data.banks.latents import MANIFEST
 
     return part.key.endswith("latents") and part.name == MANIFEST
@@ -122,7 +122,7 @@ def _of_algorithm(algorithm: Mapping[str, Any]) -> Iterator[_Source]:
 
 
 def _of_reward(key: str, reward: RewardConfig, base_dir: Path) -> Iterator[_Source]:
-    """The user's code, and the models that its options name."""
+    """Yield the user's code, and the models that its options name."""
     location = location_of(reward.spec)
     if location is not None:
         yield _source(f"{key}.spec", _code, location, base_dir)
@@ -135,7 +135,7 @@ def _of_reward(key: str, reward: RewardConfig, base_dir: Path) -> Iterator[_Sour
 
 
 def _path(key: str, path: str | Path, beside: str | None = None) -> Iterator[Part]:
-    """A file, or all files of a folder but those of ``beside``."""
+    """Yield a file, or all files of a folder but those of ``beside``."""
     path = Path(path)
     if path.is_file():
         yield Part(key, "", path)
@@ -155,7 +155,10 @@ def _code(key: str, location: str, base_dir: Path = Path(".")) -> Iterator[Part]
 
 
 def _pipeline(key: str, root: Path) -> Iterator[Part]:
-    """What loading a pipeline reads: its index, what an export of ours says of itself, and the folders of its parts."""
+    """Yield the files that loading a pipeline reads.
+
+    These are its index, what an export of ours says of itself, and the folders of its parts.
+    """
     try:
         index = read_object(root / "model_index.json")
     except TextError:
@@ -182,7 +185,7 @@ def _teacher(key: str, path: str, weights: str) -> Iterator[Part]:
 
 
 def _bank(key: str, path: str) -> Iterator[Part]:
-    """The files that the manifest of a bank names, as it has them; loading a bank holds them against it."""
+    """Yield the files that the manifest of a bank names, as it has them; loading a bank holds them against it."""
     from flowalign.data.banks.latents import MANIFEST
 
     root = Path(path)
@@ -197,7 +200,7 @@ def _bank(key: str, path: str) -> Iterator[Part]:
 
 
 def _prompts(key: str, source: str, base_dir: Path, samples: int | None = None) -> Iterator[Part]:
-    """A file, or the rows that the package makes; an evaluation of ``samples`` has a set of its own."""
+    """Yield a file, or the rows that the package makes; an evaluation of ``samples`` has a set of its own."""
     if not source.startswith("shapes:"):
         yield from _path(key, base_dir / source)
     elif source in ("shapes:train", "shapes:eval"):
@@ -213,7 +216,8 @@ def _of_json(value: Any) -> str:
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """All regular files, links followed, but hidden ones, what Python leaves, and what says nothing of a model."""
+    """Yield all regular files, links followed, but hidden ones, what Python leaves, and what says nothing of a
+    model."""
     walked: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         here = os.stat(place)

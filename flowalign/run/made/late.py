@@ -1,4 +1,4 @@
-"""What a worker compares that starts in mid-run, on whatever machine, before and after it loads its files."""
+"""Comparison of files by a worker that starts in mid-run, on whatever machine, before and after it loads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from flowalign.run.made.records import UNREADABLE, Record, difference, record_of
 
 @dataclass(frozen=True)
 class Expected:
-    """What a worker that starts in mid-run must find; ``states`` spares it from hashing what nobody has touched."""
+    """The files that a worker that starts in mid-run must find.
+
+    ``states`` spares it from hashing what nobody has touched.
+    """
 
     base_dir: Path
     record: Record
@@ -24,7 +27,7 @@ class Expected:
 
     @contextmanager
     def held(self, config: AlignConfig) -> Iterator[None]:
-        """Inside, files are loaded.
+        """Compare the files before and after they are loaded inside.
 
         Raises:
             ConfigError: they are not those that the run began with.
@@ -58,7 +61,7 @@ _PUT_BACK = "put back what was there, and the same command goes on"
 
 @contextmanager
 def held(expected: Expected | None, config: AlignConfig) -> Iterator[None]:
-    """``expected.held``; nothing of a worker that starts with the run."""
+    """Call ``expected.held``; do nothing for a worker that starts with the run."""
     if expected is None:
         yield
         return

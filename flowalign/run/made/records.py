@@ -24,7 +24,7 @@ def stamp_of(part: Part) -> Stamp | None:
 
 
 def record_of(parts: Iterable[Part], hash_of: Callable[[Part], str]) -> Record:
-    """Hashes by key and name."""
+    """Return the hashes by key and name."""
     record: Record = {}
     for part in parts:
         record.setdefault(part.key, {})[part.name] = hash_of(part)
@@ -39,13 +39,13 @@ def _together(files: Mapping[str, str]) -> str:
 
 
 def difference(was: Mapping[str, str], now: Mapping[str, str]) -> dict[str, list[str | None]]:
-    """Before and after, by the name of the file; None where there is none."""
+    """Return the hashes before and after, by the name of the file; None where there is none."""
     names = sorted({*was, *now})
     return {name: [was.get(name), now.get(name)] for name in names if was.get(name) != now.get(name)}
 
 
 def said_of(parts: Sequence[Part], files: Mapping[str, Sequence[str | None]]) -> str:
-    """``/models/base/vae/config.json has changed (and 2 more files)``."""
+    """Return ``/models/base/vae/config.json has changed (and 2 more files)``."""
     name, (was, now) = next(iter(files.items()))
     paths = {part.name: str(part) for part in parts}
     if ALL in files:
