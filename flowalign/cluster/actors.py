@@ -62,7 +62,7 @@ class RolloutActor(Mortal):
         return self.worker.bind(weights, version)
 
     def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
-        """A chunk and its seconds, two objects: the chunk stays in the store until somebody needs it."""
+        """Return a chunk and its seconds as two objects: the chunk stays in the store until somebody needs it."""
         return self.worker.rollout(batch, plan, seed, version)
 
 
@@ -131,7 +131,7 @@ class HostedHere(Mortal):
         return self.named.needs
 
     def answer(self, asked: Asked) -> tuple[Mapping[str, Any], dict[str, int]]:
-        """The scores, and what the scorer had to ask again."""
+        """Return the scores, and the number of questions that the scorer had to ask again."""
         with self.named.apart:
             scores = call(self.reward.label, self.named.scorer, asked)
         asks = getattr(self.named.scorer, "retried", None)
@@ -237,7 +237,7 @@ class LearnerActor(Mortal):
         self.teachers = {name: RemoteTeacher(name, actor) for name, actor in (teachers or {}).items()}
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a port that is free on it."""
+        """Return this node's address and a port that is free on it."""
         import ray.util
 
         with socket.socket() as probe:
@@ -259,7 +259,7 @@ class LearnerActor(Mortal):
             raise
 
     def expect(self, teachers: Mapping[str, Expected]) -> None:
-        """What a teacher that is made anew must find."""
+        """Tell this actor what a teacher that is made anew must find."""
         for name, expected in teachers.items():
             self.teachers[name].expected = expected
 
@@ -274,7 +274,7 @@ class LearnerActor(Mortal):
         return weights, BindReceipt("learner", self.worker.version(), len(weights), content_hash(weights))
 
     def state(self) -> dict[str, Any]:
-        """This rank's state; the model, which all ranks share, comes from rank 0 alone."""
+        """Return this rank's state; the model, which all ranks share, comes from rank 0 alone."""
         state = self.worker.state()
         return {**state, "model": None, "ema": None} if self.rank else state
 

@@ -39,7 +39,7 @@ class Delivery:
 
     @property
     def version(self) -> int:
-        """That of the weights which the workers hold; -1 before the first."""
+        """The version of the weights that the workers hold; -1 before the first."""
         return -1 if self._sent is None else self._sent.version
 
     def send(self, evaluation: bool) -> None:
@@ -57,7 +57,10 @@ class Delivery:
         self._guard.check_receipts(self._sent, receipts, self.learned, evaluation)
 
     def _receipts(self) -> list[BindReceipt]:
-        """What every rollout worker has bound. Who dies or freezes over it is made again, all of them side by side."""
+        """Return a receipt of every rollout worker.
+
+        A worker that dies or freezes over it is made again, all of them side by side.
+        """
         found: dict[int, BindReceipt] = {}
         dead: dict[int, str] = {}
         count = len(self._rollouts.actors)
@@ -72,7 +75,7 @@ class Delivery:
         raise WorkerLost(f"rollout worker {index} keeps dying as it takes over weights, the last time so: {why}")
 
     def _bound(self, asked: Mapping[Any, int]) -> tuple[dict[int, BindReceipt], dict[int, str]]:
-        """The receipts by worker, and why others are dead or count as dead."""
+        """Return the receipts by worker, and the reasons why others are dead or count as dead."""
         found: dict[int, BindReceipt] = {}
         dead: dict[int, str] = {}
         waits = {ref: self._vigil.wait("weights") for ref in asked}
@@ -99,5 +102,5 @@ class Delivery:
         return actor.bind.remote(self._weights, self._sent.version)
 
     def _bind_again(self, actor: Any) -> tuple[Any, Callable[[BindReceipt], None]] | None:
-        """A rollout worker that was made anew gets the current weights, acknowledged like any other."""
+        """Give a rollout worker that was made anew the current weights; it acknowledges them like any other."""
         return None if self._sent is None else (self._bind(actor), partial(check_receipt, self._sent))

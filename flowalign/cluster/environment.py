@@ -23,7 +23,10 @@ _READY = "ready"
 
 
 def packages_of(runtime_env: Mapping[str, Any] | None) -> list[str] | None:
-    """What ``pip`` lists; None where it is left to Ray, since it says more than that."""
+    """Return the packages that ``pip`` lists.
+
+    It is None where the environment is left to Ray, since it says more than that.
+    """
     pip = (runtime_env or {}).get("pip")
     if isinstance(pip, Mapping) and set(pip) == {"packages"}:
         pip = pip["packages"]
@@ -33,7 +36,10 @@ def packages_of(runtime_env: Mapping[str, Any] | None) -> list[str] | None:
 
 
 def folder_of(packages: Sequence[str]) -> Path:
-    """Where they are installed: another Python, another list or a changed local file has another directory."""
+    """Return the directory of installed packages.
+
+    Another Python, another list or a changed local file has another one.
+    """
     files = [[os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in packages if os.path.isfile(name)]
     key = json.dumps([sys.version, sys.prefix, sorted(packages), files])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -41,7 +47,7 @@ def folder_of(packages: Sequence[str]) -> Path:
 
 
 def announcements(rewards: Iterable[RewardConfig]) -> Iterator[str]:
-    """A line for each list of packages that is about to be installed, or is found again."""
+    """Yield a line for each list of packages that is about to be installed, or is found again."""
     asked = {packages: reward.label for reward in rewards if (packages := tuple(packages_of(reward.runtime_env) or ()))}
     for packages, label in asked.items():
         folder = folder_of(packages)
@@ -52,7 +58,7 @@ def announcements(rewards: Iterable[RewardConfig]) -> Iterator[str]:
 
 
 def python_with(reward: str, packages: Sequence[str]) -> str:
-    """A Python that has all that this one has, and ``packages``; they are installed where they are not yet.
+    """Return a Python that has all that this one has, and ``packages``; install them where they are missing.
 
     Raises:
         SpecError: they cannot be installed; the last of what pip says.
@@ -72,7 +78,10 @@ def python_with(reward: str, packages: Sequence[str]) -> str:
 
 
 def _call(reward: str, folder: Path, lock: IO[str], arguments: Sequence[str]) -> None:
-    """The child holds the lock too: where this process is killed, it writes into the folder until it ends itself."""
+    """Run a command.
+
+    Its process holds the lock too: where this process is killed, that one writes into the folder until it ends itself.
+    """
     command, held = [sys.executable, *arguments], (lock.fileno(),)
     done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=held)
     if done.returncode:

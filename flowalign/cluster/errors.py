@@ -1,4 +1,4 @@
-"""What can go wrong in a cluster, each in one sentence; free of Ray, so that a CLI may catch it cheaply."""
+"""Errors of a cluster, each in one sentence; free of Ray, so that a CLI may catch it cheaply."""
 
 from __future__ import annotations
 

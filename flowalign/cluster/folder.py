@@ -79,7 +79,7 @@ def _usual() -> str:
 
 
 def _folders(place: str) -> Iterator[tuple[str, Process]]:
-    """This user's directories of that kind, and who made each."""
+    """Yield this user's directories of that kind, and for each who made it."""
     with suppress(OSError):
         for entry in os.scandir(place):
             with suppress(OSError, ValueError, TypeError):

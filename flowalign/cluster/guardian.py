@@ -65,7 +65,10 @@ def _kill(pid: int, folder: str) -> None:
 
 
 def _writes(pid: int, root: str) -> bool:
-    """Whether it has one of Ray's log files below ``root`` open for writing; of other users' nothing is seen."""
+    """Tell whether a process has one of Ray's log files below ``root`` open for writing.
+
+    Other users' processes show nothing.
+    """
     try:
         descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:

@@ -17,7 +17,7 @@ ASKS_FOR_TOKEN = (
 
 
 def address_of(address: str) -> str:
-    """The address that Ray takes for ``auto``: of RAY_ADDRESS, or of a Ray on this machine.
+    """Return the address that Ray takes for ``auto``: that of RAY_ADDRESS, or of a Ray on this machine.
 
     Raises:
         ClusterError: there is none.
@@ -56,7 +56,7 @@ def check_answers(address: str) -> None:
 
 
 def _answer_of_a_head(address: str) -> str:
-    """The gRPC status of a question that every head of a Ray cluster answers; empty where it cannot be asked.
+    """Return the gRPC status of a question that every head of a Ray cluster answers; empty where nobody can be asked.
 
     Ray itself tries for ten minutes to talk to a dashboard, and twenty times without a token.
     """
@@ -78,5 +78,5 @@ def _answer_of_a_head(address: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, as part of a sentence."""
+    """Return the text of an error as part of a sentence."""
     return " ".join(str(error).split())[:200]

@@ -30,7 +30,7 @@ STOP_WAIT_S = 3600  # Ray's own 3 s between SIGTERM and SIGKILL are too short fo
 
 
 class ClusterFile(BaseModel):
-    """Where to launch: a YAML file such as ``configs/cluster/example.yaml``, which explains each key."""
+    """A cluster to launch on: a YAML file such as ``configs/cluster/example.yaml``, which explains each key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     address: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
@@ -118,7 +118,7 @@ def launch(
 
 
 def entrypoint(cluster: ClusterFile, config_path: Path, overrides: Sequence[str], home: Path) -> str:
-    """The shell command of the job; the user's overrides win over the cluster file's ``runs_dir``."""
+    """Return the shell command of the job; the user's overrides win over the cluster file's ``runs_dir``."""
     try:
         config = config_path.resolve().relative_to(home)
     except ValueError:

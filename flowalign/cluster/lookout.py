@@ -32,7 +32,7 @@ class Lookout:
         threading.Thread(target=self._look, daemon=True, name="lookout").start()
 
     def stopped(self) -> str | None:
-        """Who of them is stopped at this moment, as by SIGSTOP."""
+        """Return who of them is stopped at this moment, as by SIGSTOP."""
         names = [
             f"{name} (process {process.pid})" for name, process in self._processes.items() if is_stopped(process.pid)
         ]
@@ -49,7 +49,7 @@ class Lookout:
             time.sleep(0.1)
 
     def begin_end(self) -> None:
-        """From now on Ray has ``END_S`` to come to its end."""
+        """Give Ray ``END_S`` from now on to come to its end."""
         if self._ends_at is None:
             self._ends_at = time.monotonic() + END_S
 

@@ -1,5 +1,7 @@
-"""What travels with a launched job, and may hide a module there: Ray puts the packed directory first on the path of the
-job and of its workers, before the standard library."""
+"""Files that travel with a launched job, and may hide a module there.
+
+Ray puts the packed directory first on the path of the job and of its workers, before the standard library.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def _excluded(entry: Path, patterns: Sequence[str]) -> bool:
 
 
 def _imported() -> set[str]:
-    """The names that the distributions which a run needs can be imported by."""
+    """Return the names by which the distributions that a run needs can be imported."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -90,7 +90,7 @@ class Pipeline:
         self._failures: Counter[tuple[str, int]] = Counter()
 
     def run(self, count: Callable[[int, int], None] | None = None, say: Callable[[str], None] = _nothing) -> list[Done]:
-        """Rollouts and scores, in the order of the units; ``say`` is told of each that has to be repeated.
+        """Return rollouts and scores, in the order of the units. Tell ``say`` of each that has to be repeated.
 
         Raises:
             WorkerLost: a chunk lost its worker more than ``max_retries`` times.
@@ -174,7 +174,7 @@ class Pipeline:
                 self._repeat(task, wait.why() + stopped)
 
     def _said(self, stage: Stage, chunk: int) -> str:
-        """``chunk 2 of 6``, or of some that are scored as one ``chunks 1 to 3 of 6``."""
+        """Return ``chunk 2 of 6``; for several that are scored as one, ``chunks 1 to 3 of 6``."""
         unit = self._unit_of[chunk]
         several = stage is self._score and len(unit) > 1
         return f"chunk{f's {unit[0] + 1} to {unit[-1] + 1}' if several else f' {chunk + 1}'} of {len(self.chunks)}"
@@ -195,7 +195,10 @@ class Pipeline:
 
 
 def _get(ref: Any) -> Any:
-    """A result, or the exception of its worker; a lost object among its arguments is an ObjectLostError."""
+    """Return a result, or raise the exception of its worker.
+
+    A lost object among its arguments is an ObjectLostError.
+    """
     try:
         return ray.get(ref)
     except RayTaskError as error:

@@ -1,4 +1,4 @@
-"""Where actors run: what a configuration asks for, whether it fits, and the placement group that holds it."""
+"""Placement of actors: the demands of a configuration, whether they fit, and the placement group that holds them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Share:
 
 
 def shares(config: AlignConfig) -> tuple[Share, ...]:
-    """Rollout workers, reward workers, learner ranks and, if there are any, teachers, in the order of their bundles."""
+    """Return the shares of rollout and reward workers, learner ranks and, if any, teachers, in their bundles' order."""
     c = config.cluster
     teachers = len(teachers_of(config)) if c.has_teacher_actors else 0
     asked = (
@@ -57,7 +57,7 @@ def shares(config: AlignConfig) -> tuple[Share, ...]:
 
 
 def own_resources(asked: Sequence[Share], cores: int, gpus: int) -> tuple[int, int]:
-    """CPUs and GPUs to start Ray with on this machine: its cores, or up to twice as many where asked for.
+    """Return the CPUs and GPUs to start Ray with on this machine: its cores, or up to twice as many where asked for.
 
     Raises:
         PlacementError: no single machine like this one holds what is asked for.
@@ -88,7 +88,7 @@ def check_fits(asked: Sequence[Share], nodes: Sequence[Resources], where: str) -
 
 
 def reserve(asked: Sequence[Share]) -> PlacementGroup:
-    """A placement group with one bundle for each actor, in the order of ``asked``.
+    """Return a placement group with one bundle for each actor, in the order of ``asked``.
 
     Raises:
         PlacementError: within seconds, where the cluster is too small or its resources are taken.

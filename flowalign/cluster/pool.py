@@ -20,7 +20,7 @@ RESTART_S = 300.0
 
 @contextmanager
 def as_raised() -> Iterator[None]:
-    """A worker's own exception, typed and without Ray's traceback; the death of an actor passes through."""
+    """Raise a worker's own exception, typed and without Ray's traceback; the death of an actor passes through."""
     try:
         yield
     except RayTaskError as error:
@@ -34,7 +34,7 @@ def as_raised() -> Iterator[None]:
 
 
 def fetch(refs: Any) -> Any:
-    """``ray.get`` with errors as their workers raised them."""
+    """Call ``ray.get``, and raise errors as their workers raised them."""
     with as_raised():
         return ray.get(refs)
 
@@ -103,7 +103,7 @@ class Pool:
             raise ClusterError(f"a {self.kind} worker died while it started: {self.why(index, error)}") from None
 
     def ask(self, method: str) -> Any:
-        """What the first actor answers, which has just started; raises ClusterError as ``started``."""
+        """Return the answer of the first actor, which has just started. Raise ClusterError as ``started`` does."""
         ref = getattr(self.actors[0], method).remote()
         for _, came in self.vigil.each({ref: self.vigil.wait(f"{self.kind} start")}):
             if came is Came.LATE:
@@ -116,16 +116,16 @@ class Pool:
         return f"{self.kind} worker {index + 1} of {len(self.actors)}{pid}"
 
     def why(self, index: int, error: BaseException) -> str:
-        """Why actor ``index`` is gone, in half a sentence."""
+        """Say why actor ``index`` is gone, in half a sentence."""
         return self._witnesses[index].cause(error)
 
     def stopped(self, index: int) -> bool:
-        """Whether the process of actor ``index`` is stopped, as by SIGSTOP."""
+        """Tell whether the process of actor ``index`` is stopped, as by SIGSTOP."""
         return self._witnesses[index].stopped()
 
     @property
     def being_made(self) -> set[int]:
-        """Which actors are being made again."""
+        """The indices of the actors that are being made again."""
         return {revival.index for revival in self.reviving.values()}
 
     def end(self, index: int) -> None:

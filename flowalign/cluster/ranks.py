@@ -47,11 +47,11 @@ class LearnerGroup:
         self.pids: list[int] = self.wait(self._starts, "start")
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """The same call on every rank; answers in their order."""
+        """Make the same call on every rank, and return the answers in their order."""
         return self.wait([getattr(actor, method).remote(*args) for actor in self.actors], method)
 
     def wait(self, refs: Sequence[Any], work: str) -> list[Any]:
-        """What the ranks answer to ``work``.
+        """Wait for the ranks' answers to ``work``, and return them.
 
         Raises:
             LearnerLost: a rank died, or was silent for too long. What a rank itself raises.
@@ -107,7 +107,10 @@ class LearnerGroup:
         return LearnerLost(f"the learner (rank {rank} of {len(self.actors)}) died: {why}; {_KEPT}")
 
     def _frozen(self, silent: list[int], wait: Wait) -> LearnerLost:
-        """A stopped process is named; without one nobody knows which of the silent ranks the others wait for."""
+        """Name a stopped process in the error.
+
+        Without one nobody knows which of the silent ranks the others wait for.
+        """
         stopped = [rank for rank in silent if self._witnesses[rank].stopped()]
         how = ", since its process is stopped" if stopped else ""
         return LearnerLost(f"the learner ({self._named(stopped or silent)}) was ended: {wait.why()}{how}; {_KEPT}")

@@ -114,7 +114,7 @@ class RayBackend:
         self._last: tuple[Rollout, list[Any]] | None = None
 
     def _expected(self, *sections: str) -> Expected | None:
-        """What a worker that is made after the others must find; nothing for those of the beginning."""
+        """Return the hashes for a worker that is made after the others; one of the beginning gets None."""
         return self._made.expected(*sections) if self._made is not None and self._started else None
 
     def _tell_learner(self) -> None:
@@ -127,7 +127,10 @@ class RayBackend:
         self._told = True
 
     def _start_teachers(self, asked: Sequence[Share], bundle: int) -> dict[str, Any]:
-        """Actors by name. Learner ranks ask them, so it is Ray that makes a dead one again and repeats what it lost."""
+        """Start the teachers' actors, by name.
+
+        Learner ranks ask them, so Ray makes a dead one again and repeats what it lost.
+        """
         names = list(teachers_of(self.config)) if asked else []
         cluster = self.config.cluster
         faults = {"max_restarts": -1, "max_task_retries": cluster.max_task_retries}
@@ -196,8 +199,8 @@ class RayBackend:
         return collected
 
     def _gives_up_s(self, evaluation: bool, questions: int) -> float:
-        """When a reward actor at the latest ends the run by itself, since its scorers take too long, each of which may
-        be asked so many ``questions``."""
+        """Return the time after which a reward actor ends the run by itself at the latest, since its scorers take too
+        long. Each scorer may be asked so many ``questions``."""
         scorers = evaluation_rewards(self.config) if evaluation else self.config.rewards
         cluster = self.config.cluster
         return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
@@ -221,11 +224,11 @@ class RayBackend:
         self._delivery.send(evaluation)
 
     def parameters(self) -> tuple[int, int]:
-        """How many are trained, of how many."""
+        """Return the number of trained parameters, and of all."""
         return self.learner.call("parameters")[0]
 
     def state(self) -> list[dict[str, Any]]:
-        """The learner's state, one entry a rank; all share rank 0's model."""
+        """Return the learner's state, one entry a rank; all share rank 0's model."""
         states = self.learner.call("state")
         return [{**state, "model": states[0]["model"], "ema": states[0]["ema"]} for state in states]
 
@@ -260,10 +263,10 @@ class RayBackend:
 
 
 def _most_asked(chunks: Sequence[PromptBatch], units: Sequence[range]) -> int:
-    """The most chunks or groups that are scored as one."""
+    """Return the largest number of chunks or groups that are scored as one."""
     return max(max(len(unit), len({group for i in unit for group in chunks[i].group_ids})) for unit in units)
 
 
 def _actors(asked: Sequence[Share]) -> str:
-    """``2 rollout, 1 reward, 1 learner``."""
+    """Return ``2 rollout, 1 reward, 1 learner``."""
     return ", ".join(f"{share.count} {share.kind}" for share in asked if share.count)

@@ -83,8 +83,11 @@ class RaySession:
             raise ClusterError(f"cluster.address: cannot join Ray at {address}: {one_line(error)}") from None
 
     def _start(self, **options: Any) -> None:
-        """A Ray of this run alone, on loopback. It has a token of its own: Ray would leave one in the user's home that
-        everybody may read, and every cluster that is started there later would ask for it."""
+        """Start a Ray of this run alone, on loopback.
+
+        It has a token of its own: Ray would leave one in the user's home that everybody may read, and every cluster
+        that is started there later would ask for it.
+        """
         told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
         if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
             os.environ["RAY_AUTH_TOKEN"] = _token_of_this_process()
@@ -114,7 +117,7 @@ class RaySession:
 
     @property
     def lost(self) -> bool:
-        """Whether nothing that is asked of Ray would be answered."""
+        """True where Ray would answer no question any more."""
         silent = self._silent_since is not None and time.monotonic() - self._silent_since > LOST_S
         stopped = self._lookout is not None and (self._lookout.lost or self._lookout.stopped())
         return silent or bool(stopped) or any(process.poll() is not None for process in self._processes.values())
@@ -138,7 +141,7 @@ class RaySession:
             self._look_for_head()
 
     def _look_for_head(self) -> None:
-        """Of a cluster that was joined."""
+        """Look for the head of a cluster that was joined."""
         address = ray.get_runtime_context().gcs_address
         host, _, port = address.rpartition(":")
         try:
@@ -153,7 +156,7 @@ class RaySession:
         self._looked = time.monotonic()
 
     def begin_end(self) -> None:
-        """From now on a Ray of this run has a few seconds; after them it is killed, whatever is still asked of it."""
+        """Give a Ray of this run a few seconds from now on; then it is killed, whatever is still asked of it."""
         if self._lookout is not None:
             self._lookout.begin_end()
 
@@ -186,8 +189,11 @@ def _token_of_this_process() -> str:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that is started inside can be reached from this machine alone. As an option Ray takes no such address: it
-    puts one in its place that others reach, and then listens on every interface."""
+    """Let a Ray that is started inside be reached from this machine alone.
+
+    As an option Ray takes no such address: it puts one in its place that others reach, and then listens on every
+    interface.
+    """
     constants: Any = importlib.import_module("ray._private.ray_constants")
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -197,7 +203,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def worker_env(threads: int) -> dict[str, str]:
-    """Environment of an actor: its own thread count, and what it must share with this process."""
+    """Return the environment of an actor: its own thread count, and what it must share with this process."""
     passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return {
         **passed,
@@ -209,9 +215,11 @@ def worker_env(threads: int) -> dict[str, str]:
 
 @contextmanager
 def _hearing_alone() -> Iterator[None]:
-    """Processes that are started inside never hear what a terminal or Slurm sends to all that belong together: the run
-    needs its workers for a last checkpoint. SIGTERM they hear, by which Ray ends them. This process hears afterwards
-    what came meanwhile, by its own handlers, of which Ray replaces one."""
+    """Shield the processes that are started inside from what a terminal or Slurm sends to all that belong together.
+
+    The run needs its workers for a last checkpoint. They do hear SIGTERM, by which Ray ends them. This process hears
+    afterwards what came meanwhile, by its own handlers, of which Ray replaces one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -225,7 +233,7 @@ def _hearing_alone() -> Iterator[None]:
 
 
 class _OnOwnPath(list[str]):
-    """Of the directories that Ray adds to its workers' path those where this process looks as well."""
+    """A filter of the directories that Ray adds to its workers' path: those remain where this process looks as well."""
 
     def extend(self, directories: Iterable[str]) -> None:
         here = {os.path.abspath(entry) for entry in sys.path}
@@ -233,8 +241,11 @@ class _OnOwnPath(list[str]):
 
 
 def _job() -> JobConfig:
-    """Ray would let workers look into the working directory first, where a user's ``types.py`` or ``rewards.py`` hides
-    the package of that name; this process does not look there, unless it was started by ``python -m``."""
+    """Return the job's configuration.
+
+    Ray would let workers look into the working directory first, where a user's ``types.py`` or ``rewards.py`` hides the
+    package of that name; this process does not look there, unless it was started by ``python -m``.
+    """
     job = JobConfig()
     job._py_driver_sys_path = _OnOwnPath()
     return job

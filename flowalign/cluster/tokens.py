@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def own_token() -> str | None:
-    """The token of this user on this machine, from where Ray itself takes it."""
+    """Return this user's token on this machine, from where Ray itself takes it."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"]
     file = _file()

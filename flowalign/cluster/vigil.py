@@ -15,7 +15,7 @@ STEP_S = 1.0
 
 
 class Came(Enum):
-    """What was seen of an answer: that it is there, that half of its time is over, or all of it."""
+    """The news of an answer: it is there, half of its time is over, or all of it."""
 
     ANSWER = auto()
     SLOW = auto()
@@ -35,11 +35,11 @@ class Vigil:
         self.clock, self.patience = AwakeClock(), Patience(config)
 
     def wait(self, work: str) -> Wait:
-        """A wait for an answer that was just asked for."""
+        """Begin to wait for an answer that was just asked for."""
         return Wait(self.patience, self.clock, work)
 
     def step(self, refs: Sequence[Any]) -> list[Any]:
-        """The first of ``refs`` that is there, or nothing after ``STEP_S``.
+        """Return the first of ``refs`` that is there, or nothing after ``STEP_S``.
 
         Raises:
             ClusterLost: Ray is gone.
@@ -49,7 +49,9 @@ class Vigil:
         return ray.wait(list(refs), num_returns=1, timeout=STEP_S)[0]
 
     def each(self, waits: Mapping[Any, Wait]) -> Iterator[tuple[Any, Came]]:
-        """Every ref once with its ANSWER, and before it SLOW and LATE; the caller ends what is late, or gives it time.
+        """Yield every ref once with its ANSWER, and before it SLOW and LATE.
+
+        The caller ends what is late, or gives it time.
 
         Waits may be shared by several refs, which then are slow and late together, and are told of once.
         """

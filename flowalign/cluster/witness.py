@@ -48,7 +48,10 @@ class Witness:
         return self._birth
 
     def cause(self, error: BaseException) -> str:
-        """Why it died, in half a sentence; ``error`` is what Ray raised. Raises WorkerImportError where that is why."""
+        """Say why it died, in half a sentence.
+
+        ``error`` is what Ray raised. Raise WorkerImportError where that is why.
+        """
         raise_failed_import(error)
         said = str(error)
         if self._birth is None:
@@ -63,7 +66,7 @@ class Witness:
         return _asked_elsewhere(birth, said)
 
     def stopped(self) -> bool:
-        """Whether its process is stopped; False where that cannot be seen."""
+        """Tell whether its process is stopped; False where that cannot be seen."""
         if self._birth is None:
             self._try_to_meet()
         if self._birth is None:
@@ -93,7 +96,7 @@ class Witness:
                 self.meet()
 
     def _unmet(self, pid: int, known: Birth | None) -> Birth:
-        """What can be said of a process that never said anything: its log goes by its number."""
+        """Say what is known of a process that never said anything: its log goes by its number."""
         folder = Path(known.log).parent if known is not None and known.log else _own_logs()
         logs = sorted(folder.glob(f"worker-*-{pid}.err")) if folder is not None and pid else []
         kills = self._kills if known is None else known.kills
@@ -114,7 +117,7 @@ def raise_failed_import(error: BaseException) -> None:
 
 
 def _asked_elsewhere(birth: Birth, said: str) -> str:
-    """``ending`` on the machine where the process lived."""
+    """Return the answer of ``ending`` on the machine where the process lived."""
     try:
         return _elsewhere(birth.node, ending, birth, None, said)
     except RayError as error:
@@ -122,7 +125,10 @@ def _asked_elsewhere(birth: Birth, said: str) -> str:
 
 
 def _elsewhere(node: str, ask: Any, *args: Any) -> Any:
-    """The answer of a function that runs on another machine. Raises RayError where that does not answer."""
+    """Return the answer of a function that runs on another machine.
+
+    Raise RayError where that machine does not answer.
+    """
     where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     task: Any = ray.remote(ask)
     task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
@@ -130,6 +136,6 @@ def _elsewhere(node: str, ask: Any, *args: Any) -> Any:
 
 
 def _own_logs() -> Path | None:
-    """Where Ray's processes of this machine write."""
+    """Return the directory where Ray's processes of this machine write."""
     node = getattr(importlib.import_module("ray._private.worker"), "_global_node", None)
     return None if node is None else Path(node.get_logs_dir_path())
