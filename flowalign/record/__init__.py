@@ -1,1 +1,1 @@
-"""What a run writes down and reads again: files, checkpoints, metrics, locks, requests to end."""
+"""Records of a run, written and read again: files, checkpoints, metrics, locks, requests to end."""

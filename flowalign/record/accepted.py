@@ -1,4 +1,4 @@
-"""What a checkpoint says of changes that its user was told of and took all the same."""
+"""Changes that a checkpoint records because its user was told of them and took them all the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ACCEPTED = "accepted_changes"
 
 
 def changes_of(state: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint's ``state.json`` says of changes that were accepted, a sentence each."""
+    """Return the accepted changes that a checkpoint's ``state.json`` records, a sentence each."""
     return [
         f"{change['key']} was changed after {change['after']}"
         + (": " if change["files"] else "")

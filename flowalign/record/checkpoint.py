@@ -55,7 +55,7 @@ OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load`` read: weights by name, optimizer tensors and facts by rank, the run's own state.
+    """A checkpoint as ``load`` read it: weights by name, optimizer tensors and facts by rank, the run's own state.
 
     ``averages`` are those beside ``ema``, by the name of their file.
     """
@@ -69,7 +69,7 @@ class Checkpoint:
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def optimizer_of(self, rank: int) -> OptimizerState:
-        """The optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's.
+        """Return the optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's.
 
         Raises:
             CheckpointError: none was saved.
@@ -80,7 +80,7 @@ class Checkpoint:
 
 
 def content_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """Return the sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -90,7 +90,7 @@ def content_hash(weights: Mapping[str, Tensor]) -> str:
 
 
 def has_any(root: Path) -> bool:
-    """Whether checkpoints were written under ``root``, be they whole or not."""
+    """Tell whether checkpoints were written under ``root``, be they whole or not."""
     return (root / LATEST).exists() or bool(entries(root))
 
 
@@ -104,7 +104,9 @@ class Newest(Generic[T]):
 
 
 def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Newest[T] | None:
-    """The checkpoint that was written last of those in which ``check`` finds no fault; None where there is none at all.
+    """Return the checkpoint that was written last of those in which ``check`` finds no fault.
+
+    It is None where there is none at all.
 
     ``latest`` is but a hint: ``say`` gets one line where it is missing or names another one, or where newer ones were
     passed over.
@@ -132,7 +134,9 @@ def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Ne
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint under ``root`` whose files have the recorded sizes; None where none was ever finished.
+    """Return the newest checkpoint under ``root`` whose files have the recorded sizes.
+
+    It is None where none was ever finished.
 
     Raises:
         CheckpointError: there are checkpoints, but all are damaged.
@@ -142,13 +146,13 @@ def latest(root: Path) -> Path | None:
 
 
 def last_good(root: Path) -> Path | None:
-    """The newest checkpoint that no alarm speaks against; None where that is not known."""
+    """Return the newest checkpoint that no alarm speaks against; None where that is not known."""
     name = pointed(root / LAST_GOOD)
     return root / name if name is not None and (root / name).is_dir() else None
 
 
 def find(path: Path, which: str | None = "model", say: Say = LOG.warning) -> Path:
-    """The checkpoint itself, or the newest intact one of a run directory.
+    """Return the checkpoint itself, or the newest intact one of a run directory.
 
     What is read to sample it, the ``which`` weights and the state, is held against its hashes; with None the sizes do.
 
@@ -215,13 +219,18 @@ def _averages(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _newest_first(root: Path) -> list[Path]:
-    """By the manifests' sequence, not by step: a run that went back to step 10 writes step 20 again, after step 30."""
+    """Sort checkpoints by the manifests' sequence, not by step.
+
+    A run that went back to step 10 writes step 20 again, after step 30.
+    """
     known = list(manifests(root))
     return [*reversed([path for path in entries(root) if path not in known]), *reversed(known)]
 
 
 def newer_than(path: Path) -> list[Path]:
-    """What was written after the whole checkpoint ``path``; of damaged ones, whose time is not known, the later steps.
+    """Return the checkpoints written after the whole checkpoint ``path``.
+
+    Of damaged ones, whose time is not known, it returns the later steps.
 
     Raises:
         CheckpointError: ``path`` is not whole.
@@ -235,7 +244,7 @@ def newer_than(path: Path) -> list[Path]:
 
 
 def pointed(pointer: Path) -> str | None:
-    """The name in ``latest`` or ``last_good``; None where the file does not hold one."""
+    """Return the name in ``latest`` or ``last_good``; None where the file does not hold one."""
     with suppress(OSError, UnicodeDecodeError):
         name = read_regular(pointer).decode("utf-8").strip()
         return name if STEP.fullmatch(name) else None

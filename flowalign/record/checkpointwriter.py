@@ -130,7 +130,7 @@ class CheckpointWriter:
         final.rename(self._hidden())
 
     def _named(self) -> dict[str, str]:
-        """What each pointer names that names something."""
+        """Return the checkpoint that each pointer names, for the pointers that name one."""
         named = {pointer: pointed(self.root / pointer) for pointer in (LATEST, LAST_GOOD)}
         return {pointer: name for pointer, name in named.items() if name is not None}
 
@@ -158,7 +158,7 @@ class CheckpointWriter:
 def _files(
     parts: Mapping[str, Mapping[str, Tensor]], shards: Mapping[str, OptimizerState], state: Mapping[str, Any]
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, str]]:
-    """The tensors and the JSON texts of a checkpoint, by the names of their files."""
+    """Return the tensors and the JSON texts of a checkpoint, by the names of their files."""
     tensors = {**parts, **{name: moments for name, (moments, _) in shards.items()}}
     documents = {"state": state, **{name: facts for name, (_, facts) in shards.items()}}
     return tensors, {name: json.dumps(document, indent=1) for name, document in documents.items()}

@@ -1,4 +1,4 @@
-"""What the paths of a configuration hold: a run is compared by that, and finds its files again after a move.
+"""Contents of a configuration's paths: a run is compared by them, and finds its files again after a move.
 
 A digest is ``file:…``, ``folder:…``, ``checkpoint:…`` or ``pipeline:<transformer's weights>:<all else>``. Weights other
 than a transformer's, and large files, count by their sizes: a digest is made at every start.
@@ -29,7 +29,7 @@ WRITTEN_BY_RUN = ("runs_dir", "data.preferences_cache")
 
 
 def base_hash(model: Path) -> str:
-    """sha256 over the transformer's weight files of a pipeline directory."""
+    """Return the sha256 over the transformer's weight files of a pipeline directory."""
     digest = hashlib.sha256()
     for path in sorted((model / "transformer").glob("*.safetensors")):
         digest.update(path.name.encode())
@@ -38,7 +38,7 @@ def base_hash(model: Path) -> str:
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of all leaves; an empty mapping or list is a leaf."""
+    """Return the dotted keys of all leaves; an empty mapping or list is a leaf."""
     if isinstance(values, dict | list) and values:
         items = values.items() if isinstance(values, dict) else enumerate(values)
         return {k: v for name, value in items for k, v in leaves(value, f"{prefix}{name}.").items()}
@@ -46,7 +46,10 @@ def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def digests(values: Mapping[str, Any]) -> dict[str, str]:
-    """What lies at each absolute path of a configuration, by key; names of shipped files are left out."""
+    """Return a digest of what lies at each absolute path of a configuration, by key.
+
+    Names of shipped files are left out.
+    """
     found = {}
     for key, value in leaves(values).items():
         place = located(value)
@@ -59,7 +62,10 @@ def digests(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def located(value: Any) -> tuple[Path, str] | None:
-    """The absolute path in a value, and what follows it in ``/path/to/file.py:name``; None where it holds none."""
+    """Return the absolute path in a value, and what follows it in ``/path/to/file.py:name``.
+
+    It is None where it holds none.
+    """
     if not isinstance(value, str) or "\0" in value:
         return None
     file = re.fullmatch(r"(.+\.py)(:[\w.]+)", value)
@@ -68,7 +74,10 @@ def located(value: Any) -> tuple[Path, str] | None:
 
 
 def digest_of(path: Path) -> str | None:
-    """What lies there, wherever it lies; None where there is nothing that can be read, or too much of it."""
+    """Return a digest of a path's content, wherever it lies.
+
+    It is None where there is nothing that can be read, or too much of it.
+    """
     try:
         if path.is_file():
             return f"file:{_of_file(path)}"
@@ -107,7 +116,7 @@ def _of_folder(folder: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All but hidden files and what Python leaves; a README says nothing of a model."""
+    """Yield all files but hidden ones and what Python leaves; a README says nothing of a model."""
     count = 0
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
@@ -120,12 +129,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def base_of(digest: str | None) -> str | None:
-    """The hash of the transformer's weights in a pipeline's digest."""
+    """Return the hash of the transformer's weights in a pipeline's digest."""
     return digest.split(":")[1] if digest is not None and digest.startswith("pipeline:") else None
 
 
 def same(before: Any, after: Any, recorded: str | None, run_dir: Path) -> bool:
-    """Whether two values of one key name the same content, at whatever place.
+    """Tell whether two values of one key name the same content, at whatever place.
 
     ``recorded`` is what the first held when the run was begun. Where nothing was recorded (version 0.1) and the first
     is gone, both must lie at the same place relative to ``run_dir``, before and after a move.
@@ -141,7 +150,7 @@ def same(before: Any, after: Any, recorded: str | None, run_dir: Path) -> bool:
 
 
 def may_hold_other(before: Any, after: Any) -> bool:
-    """Whether two values of one key differ in nothing but where they lead: files, folders, and sets that ship."""
+    """Tell whether two values of one key differ in nothing but where they lead: files, folders, and sets that ship."""
     places = [
         (Path(value), "") if isinstance(value, str) and value.startswith("shapes:") else located(value)
         for value in (before, after)
@@ -168,7 +177,7 @@ def relocated(values: dict[str, Any], run_dir: Path, began: str | None, held: Ma
 
 
 def moved(path: Path, run_dir: Path, began: str | None) -> Path | None:
-    """Where ``path`` lies now; None where it is nowhere.
+    """Return the path where ``path`` lies now; None where it is nowhere.
 
     As far from the run directory as it was, else by the longest end of it that is found in a folder around that.
     """

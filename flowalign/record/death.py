@@ -1,4 +1,4 @@
-"""Why a process of a run died: what can be read of its end, and no guess where nothing can. Free of Ray.
+"""Causes of a process's death: what can be read of its end, and no guess where nothing can. Free of Ray.
 
 A worker says at its birth where its log lies and how often the kernel had run out of memory until then. Whoever waits
 for it on the same machine keeps a file descriptor of the process, which knows the exit status after its end even though
@@ -31,8 +31,10 @@ _SIGNALS |= {"Floating-point exception": "SIGFPE", "Illegal instruction": "SIGIL
 
 @dataclass(frozen=True)
 class Birth:
-    """What a process says of itself while it lives: ``kills`` is a counter of the kernel's OOM killer, as
-    ``(file, count)``."""
+    """Facts that a process states while it lives.
+
+    ``kills`` is a counter of the kernel's OOM killer, as ``(file, count)``.
+    """
 
     pid: int
     node: str = ""
@@ -71,7 +73,7 @@ class Watch:
             self._fd = None
 
     def status(self) -> int | None:
-        """The wait status of the process; None where it lives, or where the kernel does not tell."""
+        """Return the wait status of the process; None where it lives, or where the kernel does not tell."""
         import fcntl
 
         if self._fd is None or not select.select([self._fd], [], [], _GONE_S)[0]:
@@ -99,7 +101,10 @@ class Watch:
 
 
 def ending(birth: Birth, status: int | None, said: str = "") -> str:
-    """How the process ended, in half a sentence. ``said`` is what Ray says of it; reads the files of this machine."""
+    """Say how the process ended, in half a sentence.
+
+    ``said`` is what Ray says of it. Reads the files of this machine.
+    """
     lines = _log_lines(birth.log)
     memory = _memory(birth)
     how = _of_monitor(said) or _of_status(status) or _of_ray(said) or _of_log(lines)
@@ -110,7 +115,7 @@ def ending(birth: Birth, status: int | None, said: str = "") -> str:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process of this machine is stopped, as by SIGSTOP or a debugger."""
+    """Tell whether a process of this machine is stopped, as by SIGSTOP or a debugger."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -119,7 +124,8 @@ def is_stopped(pid: int) -> bool:
 
 
 def oom_kills() -> tuple[str, int] | None:
-    """The kernel's counter of processes that it killed for want of memory in this process's cgroup (v2 or v1)."""
+    """Return the kernel's counter of processes that it killed for want of memory in this process's cgroup (v2 or
+    v1)."""
     for file in _counters():
         count = _count(file)
         if count is not None:
@@ -150,7 +156,7 @@ def _count(file: Path) -> int | None:
 
 
 def _memory(birth: Birth) -> str | None:
-    """What is known of the kernel's OOM killer: its own log names the process, or its counter went up."""
+    """Return the finding about the kernel's OOM killer: its own log names the process, or its counter went up."""
     named = _kernel_says(birth.pid)
     if named:
         return f"the kernel killed it for want of memory ({named})"
@@ -164,7 +170,7 @@ def _memory(birth: Birth) -> str | None:
 
 
 def _kernel_says(pid: int) -> str | None:
-    """The line of the kernel's log about a killed process of Ray, where that log may be read."""
+    """Return the line of the kernel's log about a killed process of Ray, where that log may be read."""
     found = None
     try:
         log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
@@ -223,7 +229,7 @@ def _of_log(lines: list[str]) -> str | None:
 
 
 def _standard_error() -> str:
-    """Where this process's errors go, if that is a file."""
+    """Return the file where this process's errors go, if that is a file."""
     try:
         name = os.readlink("/proc/self/fd/2")
     except OSError:
@@ -232,7 +238,7 @@ def _standard_error() -> str:
 
 
 def _log_lines(log: str) -> list[str]:
-    """The last lines of a log; of its neighbour ``.out`` where it holds nothing of its own."""
+    """Return the last lines of a log; of its neighbour ``.out`` where it holds nothing of its own."""
     for name in (log, re.sub(r"\.err$", ".out", log)) if log else ():
         try:
             with open(name, "rb") as file:
@@ -248,7 +254,7 @@ def _log_lines(log: str) -> list[str]:
 
 
 def _that_matter(lines: list[str]) -> str:
-    """Of a crash its first line and the frame that is not Ray's, else the last lines."""
+    """Return the lines that matter: of a crash its first line and the frame that is not Ray's, else the last lines."""
     fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
     if fatal is not None:
         frames = [line for line in lines[fatal:] if line.startswith("File ") and not _RAYS.search(line)]

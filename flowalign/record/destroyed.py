@@ -1,5 +1,5 @@
-"""What no training goes on from: weights, averages and moments that are NaN, infinite, so large that their products
-leave float32 and bfloat16, or weights that have all but vanished.
+"""Destroyed states, from which no training goes on: weights, averages and moments that are NaN, infinite, or so large
+that their products leave float32 and bfloat16, or weights that have all but vanished.
 
 A norm reads a tensor once and shows all four: NaN and infinities stay in it, and what is large is large in it.
 """
@@ -30,14 +30,14 @@ class DestroyedState(RuntimeError):
 
 @torch.no_grad()
 def total_norm(named: Mapping[str, Tensor]) -> float:
-    """The norm of all floating-point tensors together."""
+    """Return the norm of all floating-point tensors together."""
     held = [tensor.detach() for tensor in named.values() if tensor.numel() and tensor.is_floating_point()]
     return float(nn.utils.get_total_norm(held)) if held else 0.0
 
 
 @torch.no_grad()
 def fault(what: str, named: Mapping[str, Tensor], largest: float = MAX_WEIGHTS, *, began: float = 0.0) -> str | None:
-    """What is wrong with the tensors that are ``what``, and in which of them; None where nothing is.
+    """Say what is wrong with the tensors that are ``what``, and in which of them; None where nothing is.
 
     ``began`` is the norm that they once had; where that was 0 nothing can vanish.
     """
@@ -62,7 +62,7 @@ def fault(what: str, named: Mapping[str, Tensor], largest: float = MAX_WEIGHTS, 
 
 
 def fault_of_moments(tensors: Mapping[str, Tensor]) -> str | None:
-    """``fault`` of an optimizer's tensors as it holds them: moments, and float32 copies of weights."""
+    """Return the `fault` of an optimizer's tensors as it holds them: moments, and float32 copies of weights."""
     moments = {name: tensor for name, tensor in tensors.items() if name.startswith("exp_avg")}
     others = {name: t for name, t in tensors.items() if name not in moments and not name.startswith("step/")}
     return fault("the optimizer's moments", moments, MAX_MOMENTS) or fault("the optimizer's copies of weights", others)
@@ -71,7 +71,7 @@ def fault_of_moments(tensors: Mapping[str, Tensor]) -> str | None:
 def fault_of_state(
     weights: Mapping[str, Mapping[str, Tensor]], optimizers: Iterable[Mapping[str, Tensor]]
 ) -> str | None:
-    """``fault`` of what a checkpoint holds: weights and averages by the names of their files, each rank's tensors."""
+    """Return the `fault` of a checkpoint's content: weights and averages by their files' names, each rank's tensors."""
     faults = [fault(f"the weights of {file}", tensors) for file, tensors in weights.items()]
     for tensors in optimizers:
         faults += [fault_of_moments(tensors), _no_moments(tensors)]
@@ -79,7 +79,10 @@ def fault_of_state(
 
 
 def fault_of_files(path: Path, names: Iterable[str]) -> str | None:
-    """``fault_of_state`` of those files of the checkpoint ``path`` that hold tensors, and whether all weights are 0."""
+    """Return the `fault_of_state` of the files of the checkpoint ``path`` that hold tensors.
+
+    Weights must not all be 0.
+    """
     files = [name for name in names if name.endswith(".safetensors")]
     weights = {name.removesuffix(".safetensors"): load_file(path / name) for name in files if "/" not in name}
     optimizers = (load_file(path / name) for name in files if name.startswith("optimizer/"))
@@ -87,7 +90,7 @@ def fault_of_files(path: Path, names: Iterable[str]) -> str | None:
 
 
 def fault_of_zeros(weights: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """Which file's weights are all 0: no training leaves such, and none goes on from them."""
+    """Say which file's weights are all 0: no training leaves such, and none goes on from them."""
     for file, tensors in weights.items():
         held = any(tensor.numel() and tensor.is_floating_point() for tensor in tensors.values())
         if held and total_norm(tensors) == 0:
@@ -97,7 +100,7 @@ def fault_of_zeros(weights: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 @torch.no_grad()
 def _no_moments(tensors: Mapping[str, Tensor]) -> str | None:
-    """What AdamW never leaves, and takes a root or a power of: second moments below 0, steps that count nothing."""
+    """Say what AdamW never leaves, and takes a root or a power of: moments below 0, steps that count nothing."""
     for name, tensor in tensors.items():
         if name.startswith("exp_avg_sq") and tensor.numel() and (least := float(tensor.min())) < 0:
             return f"the optimizer's moments: {name} has values down to {least:.3g}, which no sum of squares is"
@@ -108,7 +111,7 @@ def _no_moments(tensors: Mapping[str, Tensor]) -> str | None:
 
 @contextmanager
 def naming(when: str) -> Iterator[None]:
-    """Inside, a state that is destroyed is said to be so in ``when``."""
+    """Add ``when`` to the error about a state that is destroyed."""
     try:
         yield
     except DestroyedState as error:

@@ -24,7 +24,7 @@ _LIBRARIES = ("safetensors", "pyarrow")  # which give the system's number in the
 
 
 class DiskError(RuntimeError):
-    """What cannot be written, where and why; of a full disk also how much is missing.
+    """An error that says what cannot be written, where and why; for a full disk also how much is missing.
 
     ``begun`` says that something had been begun before, which the same command continues or makes again.
     """
@@ -33,7 +33,7 @@ class DiskError(RuntimeError):
 
 
 def size_text(count: int) -> str:
-    """Bytes as people read them."""
+    """Write bytes as people read them."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
@@ -41,7 +41,7 @@ def size_text(count: int) -> str:
 
 
 def free_bytes(place: Path) -> int | None:
-    """What this process may still write to the disk of ``place``; None where the disk does not tell.
+    """Return the bytes that this process may still write to the disk of ``place``; None where the disk does not tell.
 
     A place that is not there yet will lie on the disk of the nearest directory above it.
     """
@@ -53,7 +53,7 @@ def free_bytes(place: Path) -> int | None:
 
 
 def on_disk(sizes: Iterable[int]) -> int:
-    """Bytes that files of these sizes take up, in whole blocks."""
+    """Return the bytes that files of these sizes take up, in whole blocks."""
     return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
@@ -68,7 +68,7 @@ def require_room(what: str, place: Path, needed: int) -> None:
 def writing(
     what: str, place: Path, needed: int | None = None, *, only: Collection[int] | None = None
 ) -> Iterator[None]:
-    """Inside, ``what`` is written to ``place``; whatever the disk refuses is raised as DiskError.
+    """Raise as DiskError whatever the disk refuses while ``what`` is written to ``place``.
 
     ``only`` these of the system's numbers are, where other files are read in between.
     What is left over must be gone when this is left, so that the room that is said is what there is.
@@ -83,7 +83,7 @@ def writing(
 
 
 def number_of(error: BaseException) -> int | None:
-    """The system's number of an error, also where a library has wrapped it; None of any other error."""
+    """Return the system's number of an error, also where a library has wrapped it; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if type(error).__module__.lstrip("_").partition(".")[0] in _LIBRARIES or isinstance(error, OSError):
@@ -93,7 +93,7 @@ def number_of(error: BaseException) -> int | None:
 
 
 def refusal(error: BaseException) -> str | None:
-    """The sentence of an error by which a disk refuses something; None of any other, which may be a defect."""
+    """Return the sentence of an error by which a disk refuses something; None for any other, which may be a defect."""
     number = number_of(error) if isinstance(error, OSError) else None
     if number not in (*FULL, *REFUSING):
         return None
@@ -106,7 +106,7 @@ def refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def draft_of(path: Path, what: str | None = None, needed: int | None = None, *, shared: bool = False) -> Iterator[Path]:
-    """A hidden file beside ``path`` to be written, which takes its place at the end and is gone where that fails.
+    """Yield a hidden file beside ``path`` to be written, which takes its place at the end and is gone where that fails.
 
     With ``shared`` others may write the same file meanwhile; without it what a killed writer left is written over.
 
@@ -150,7 +150,7 @@ def append_line(path: Path, text: str) -> None:
 
 @contextmanager
 def swept(folder: Path) -> Iterator[Path]:
-    """Inside, ``folder`` is filled; where that fails it is deleted at once."""
+    """Delete ``folder`` at once where filling it fails."""
     try:
         yield folder
     except BaseException:
@@ -175,7 +175,7 @@ def folder_for(folder: Path) -> Iterator[None]:
 
 
 def missing(folder: Path) -> list[Path]:
-    """``folder`` and those above it that are still to be made, the deepest first."""
+    """Return ``folder`` and those above it that are still to be made, the deepest first."""
     return [path for path in (folder, *folder.absolute().parents) if not path.exists()]
 
 
@@ -189,8 +189,10 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def filled(folder: Path) -> Iterator[Path]:
-    """A hidden folder in ``folder`` to write to, whose files move into ``folder`` at the end; where that fails all that
-    was made is gone, and what was there before is as it was. Raises DiskError."""
+    """Yield a hidden folder in ``folder`` to write to, whose files move into ``folder`` at the end.
+
+    Where that fails, all that was made is gone, and what was there before is as it was. Raise DiskError.
+    """
     made = missing(folder)
     draft = folder / ".made.part"
     try:
@@ -207,7 +209,7 @@ def filled(folder: Path) -> Iterator[Path]:
 
 
 def _place(error: BaseException, place: Path) -> Path:
-    """The file that the system names, unless that is a hidden one which is gone by now."""
+    """Return the file that the system names, unless that is a hidden one which is gone by now."""
     named = getattr(error, "filename", None)
     if not isinstance(named, str | bytes):
         return place
@@ -232,7 +234,7 @@ def _reason(number: int, what: str, place: Path, needed: int | None) -> str:
 
 
 def _room(what: str, place: Path, needed: int | None, free: int | None) -> str:
-    """How much is needed, there and missing on the disk of ``place``."""
+    """Return the bytes that are needed, there and missing on the disk of ``place``."""
     folder = place if place.is_dir() else place.parent
     disk = "its disk" if str(folder) in what else f"the disk of {folder}"
     if _no_names_left(folder):

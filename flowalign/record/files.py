@@ -25,13 +25,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def tensors_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of these tensors as a safetensors file; its header is taken for somewhat longer than it is."""
+    """Return the bytes of these tensors as a safetensors file; its header is taken for somewhat longer than it is."""
     header = sum(len(name) + 120 for name in tensors)
     return header + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def give_usual_modes(directory: Path) -> None:
-    """The mode of a new file for every file under ``directory``, which other libraries wrote."""
+    """Give the mode of a new file to every file under ``directory``, which other libraries wrote."""
     probe = directory / PROBE
     probe.touch()
     mode = probe.stat().st_mode
@@ -42,12 +42,12 @@ def give_usual_modes(directory: Path) -> None:
 
 
 def stays_below(name: Any) -> bool:
-    """Whether a file's name, as another file gives it, leads to somewhere below the folder of that one."""
+    """Tell whether a file's name, as another file gives it, leads to somewhere below the folder of that one."""
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
 
 
 def sha256(path: Path) -> str:
-    """Of the content; a file that has not changed since is not read again by this process."""
+    """Return the hash of the content; a file that has not changed since is not read again by this process."""
     facts = path.stat()
     return _sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 

@@ -1,4 +1,4 @@
-"""What a lock says of its holder, and whether that holder may still be at work."""
+"""The holder of a lock, as the lock names it, and whether that holder may still be at work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunDirectoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run directory, as its lock says; ``process`` is None while a taker has not written itself down.
+    """The holder of a run directory, as its lock says; ``process`` is None while a taker has not written itself down.
 
     ``silent_s`` are the seconds since its last sign of life, by the clock of the disk.
     """
@@ -35,14 +35,14 @@ class Holder:
     silent_s: float
 
     def lives(self, run_dir: Path) -> bool | None:
-        """Whether it may still write there; None where only its silence tells, and that is short."""
+        """Tell whether it may still write there; None where only its silence tells, and that is short."""
         if self._holds_another(run_dir):
             return False
         known = None if self.process is None else self.process.lives()
         return False if known is None and self.silent_s > DEAD_AFTER_S else known
 
     def _holds_another(self, run_dir: Path) -> bool:
-        """Whether the lock came here as part of a copy, and its holder works where it lay before."""
+        """Tell whether the lock came here as part of a copy, and its holder works where it lay before."""
         own = Path(self.directory)
         if not self.directory or own == run_dir.resolve() or not (own / LOCK / self.token).exists():
             return False
@@ -55,7 +55,7 @@ class Holder:
 
 
 def holder(run_dir: Path) -> Holder | None:
-    """Who holds ``run_dir``; None where nobody does, or only somebody who is dead.
+    """Return the holder of ``run_dir``; None where nobody holds it, or only somebody who is dead.
 
     Raises:
         RunDirectoryError: the directory cannot be written, which the clock of its disk needs.
@@ -65,14 +65,14 @@ def holder(run_dir: Path) -> Holder | None:
 
 
 def record(run_dir: Path, token: str) -> str:
-    """What this process writes into its lock."""
+    """Return the content that this process writes into its lock."""
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     said = {"token": token, "since": since, "directory": str(run_dir.resolve()), "process": asdict(Process.this())}
     return json.dumps(said) + "\n"
 
 
 def read(run_dir: Path) -> Holder | None:
-    """The holder as written down, dead or alive; None where there is none."""
+    """Return the holder as written down, dead or alive; None where there is none."""
     lock = run_dir / LOCK
     try:
         tokens = [name for name in os.listdir(lock) if _TOKEN.fullmatch(name)]
@@ -93,7 +93,7 @@ def read(run_dir: Path) -> Holder | None:
 
 
 def _now(run_dir: Path) -> float:
-    """The time of the disk that the directory lies on, which need not be that of this machine."""
+    """Return the time of the disk that the directory lies on, which need not be that of this machine."""
     probe = run_dir / f".{LOCK}-{uuid.uuid4().hex}"
     try:
         probe.write_text("")

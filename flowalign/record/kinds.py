@@ -1,4 +1,4 @@
-"""What a run directory may hold at which name: a directory where files go, a regular file where text goes."""
+"""Kinds of files that a run directory may hold: a directory where files go, a regular file where text goes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _fault(path: Path, name: str, *, folder: bool) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """What lies there, links followed; None where nothing does, or the system does not say."""
+    """Return the kind of what lies there, links followed; None where nothing does, or the system does not say."""
     try:
         return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "something unknown")
     except OSError as error:
@@ -66,13 +66,16 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a file; raises OSError of a directory, a device, and a FIFO, whose reader would wait for ever."""
+    """Return the content of a file.
+
+    Raise OSError for a directory, a device, and a FIFO, whose reader would wait for ever.
+    """
     with _opened(path) as file:
         return file.read()
 
 
 def regular_size(path: Path) -> int:
-    """The size of a file that can be read; raises OSError as `read_regular` does."""
+    """Return the size of a file that can be read. Raise OSError as `read_regular` does."""
     with _opened(path) as file:
         return os.fstat(file.fileno()).st_size
 

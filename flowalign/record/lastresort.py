@@ -14,8 +14,11 @@ AT_ONCE = 130
 
 @contextmanager
 def hearing(ends: Callable[[int], bool], last_words: Callable[[], str]) -> Iterator[None]:
-    """Inside, ``ends`` is told of each signal by a thread of its own, as it comes; once it says so the process has
-    ``GRACE_S`` to leave this context, and then ends with 130 after ``last_words``. For the main thread alone."""
+    """Tell ``ends`` of each signal as it comes, by a thread of its own.
+
+    Once it says so, the process has ``GRACE_S`` to leave this context, and then ends with 130 after ``last_words``. For
+    the main thread alone.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     left = threading.Event()
@@ -39,7 +42,7 @@ def _listen(reader: int, ends: Callable[[int], bool], last_words: Callable[[], s
 
 
 def _deaf() -> None:
-    """A child that was forked shares the pipe: what it hears is not meant for its parent."""
+    """Hear nothing in a child that was forked and shares the pipe: what it hears is not meant for its parent."""
     signal.set_wakeup_fd(-1)
 
 

@@ -1,4 +1,4 @@
-"""What other libraries say that tells a user of this project nothing: known lines, each with why it is left out.
+"""Lines of other libraries that tell a user of this project nothing: known ones, each with why it is left out.
 
 Everything else that a library says is shown. The list is by logger (or by category of a Python warning) and text, so
 that a new warning of the same library is never hidden.

@@ -1,4 +1,4 @@
-"""Who writes into a run directory: one process at a time, on this machine or on any that shares the disk.
+"""The lock of a run directory: one process at a time writes into it, on this machine or on any that shares the disk.
 
 The lock is the directory ``lock`` with one file in it, ``<token>``, which says who holds it. It appears whole, by the
 rename of a prepared directory, which fails where a file lies in ``lock`` already. To take over is to rename the file of
@@ -113,7 +113,7 @@ class RunLock:
 
 
 def _take(run_dir: Path, token: str, take_over: bool) -> str:
-    """What is to be said of it: nothing, or whose lock was taken over."""
+    """Take the lock; return what is to be said of it: nothing, or whose lock was taken over."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:

@@ -27,17 +27,17 @@ class CheckpointError(ValueError):
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """Return the step of a checkpoint, by its name."""
     return int(path.name.removeprefix("step_"))
 
 
 def steps(root: Path) -> list[int]:
-    """The steps of the checkpoints under ``root``, ascending."""
+    """Return the steps of the checkpoints under ``root``, ascending."""
     return sorted(step_of(path) for path in manifests(root))
 
 
 def verify(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files, or those of ``names`` that it has, have the recorded sha256.
+    """Return the manifest of a checkpoint whose files, or those of ``names`` that it has, have the recorded sha256.
 
     Raises:
         CheckpointError: manifest or file is missing, unreadable or changed.
@@ -77,7 +77,7 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """MANIFEST.json of a checkpoint, whole; the files it names are not looked at."""
+    """Return the MANIFEST.json of a checkpoint, whole; the files it names are not looked at."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory{hint(path)}")
     try:
@@ -96,7 +96,7 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with the manifest of ``path``."""
+    """Say what is wrong with the manifest of ``path``."""
     try:
         manifest_of(path)
     except CheckpointError as error:
@@ -109,12 +109,12 @@ def is_whole(path: Path) -> bool:
 
 
 def entries(root: Path) -> list[Path]:
-    """Everything under ``root`` that goes by a checkpoint's name, by step."""
+    """Return everything under ``root`` that goes by a checkpoint's name, by step."""
     return sorted((path for path in root.glob("step_*") if STEP.fullmatch(path.name)), key=step_of)
 
 
 def manifests(root: Path) -> dict[Path, dict[str, Any]]:
-    """Whole manifests under ``root``, in the order they were written."""
+    """Return the whole manifests under ``root``, in the order they were written."""
     found = {}
     for path in entries(root):
         with suppress(CheckpointError):
@@ -128,7 +128,7 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
 
 @contextmanager
 def advised(path: Path) -> Iterator[None]:
-    """Adds to an error about the checkpoint ``path`` what to take instead."""
+    """Add to an error about the checkpoint ``path`` what to take instead."""
     try:
         yield
     except CheckpointError as error:
@@ -136,7 +136,7 @@ def advised(path: Path) -> Iterator[None]:
 
 
 def advice(path: Path) -> str:
-    """What to do instead: the newest intact checkpoint beside ``path``."""
+    """Say what to do instead: take the newest intact checkpoint beside ``path``."""
     sibling = _intact(path.parent, without=path)
     if sibling is None:
         return f"no other intact checkpoint is beside it: {begin_another(path.parent.parent)}"
@@ -146,8 +146,10 @@ def advice(path: Path) -> str:
 
 
 def going_on(run_dir: Path, without: Path | None = None) -> str | None:
-    """The command that goes on from the newest intact checkpoint of a run; None where there is none, or no
-    configuration."""
+    """Return the command that goes on from the newest intact checkpoint of a run.
+
+    It is None where there is none, or no configuration.
+    """
     command, found = _command(run_dir), _intact(run_dir / "checkpoints", without=without, learned="optimizer/")
     if command is None or found is None:
         return None
@@ -155,8 +157,8 @@ def going_on(run_dir: Path, without: Path | None = None) -> str | None:
 
 
 def _intact(root: Path, *, without: Path | None, learned: str = "") -> Path | None:
-    """The newest checkpoint but ``without`` whose files are as recorded and whose state is not destroyed, of those with
-    a file named as ``learned``."""
+    """Return the newest checkpoint but ``without`` whose files are as recorded and whose state is not destroyed, of
+    those with a file named as ``learned``."""
     from flowalign.record.destroyed import fault_of_files
 
     for path, manifest in reversed(manifests(root).items()):
@@ -178,7 +180,7 @@ def begin_another(run_dir: Path) -> str:
 
 
 def _without_return(run_dir: Path, command: str) -> list[str]:
-    """A new run has no checkpoint to go back to, as this one did."""
+    """Return the option that undoes a return: a new run has no checkpoint to go back to, as this one did."""
     returned = re.search(r"^ *resume: step_", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     return [f"{_resume_key(command)}=auto"] if returned else []
 
@@ -188,7 +190,7 @@ def _resume_key(command: str) -> str:
 
 
 def _command(run_dir: Path) -> str | None:
-    """What trains in ``run_dir``, as it is typed; None where it has no configuration."""
+    """Return the command that trains in ``run_dir``, as it is typed; None where it has no configuration."""
     config = run_dir / "config.yaml"
     try:
         text = read_regular(config).decode("utf-8")

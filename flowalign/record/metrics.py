@@ -31,8 +31,10 @@ class MetricsWriter:
     def __init__(
         self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None, each: bool = True
     ) -> None:
-        """``keep_until``: drop rows of later iterations first, as a resume from that iteration needs; which of those
-        before it are missing is said, of ``each`` iteration or where there are none.
+        """Open the file.
+
+        ``keep_until`` drops rows of later iterations first, as a resume from that iteration needs. It says which rows
+        before that iteration are missing, of ``each`` iteration or where there are none.
 
         A damaged file is kept as it is beside the new one, which has the rows that can be read.
         """
@@ -49,7 +51,7 @@ class MetricsWriter:
         self._mirror = Mirror(run_dir, name, logging)
 
     def write(self, iteration: int, metrics: Mapping[str, float], *, wall_s: float) -> dict[str, Any]:
-        """A row, whole or not at all; raises DiskError."""
+        """Write a row, whole or not at all. Raise DiskError."""
         row = {"iteration": iteration, "wall_s": round(wall_s, 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())}
         append_line(self.path, json.dumps(row))
@@ -61,7 +63,7 @@ class MetricsWriter:
 
 
 def _hole(rows: Sequence[Mapping[str, Any]], last: int, each: bool) -> str | None:
-    """Which of the rows up to ``last`` are missing."""
+    """Say which of the rows up to ``last`` are missing."""
     there = {row["iteration"] for row in rows}
     missing = sorted(set(range(1, last + 1)) - there)
     if not missing or (there and not each):
@@ -71,7 +73,7 @@ def _hole(rows: Sequence[Mapping[str, Any]], last: int, each: bool) -> str | Non
 
 
 def _kept(path: Path) -> Path:
-    """A copy of ``path``, by a name that is free."""
+    """Copy ``path`` to a name that is free, and return that."""
     number = 1
     while (kept := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
         number += 1
@@ -125,14 +127,14 @@ class HackingAlarm:
             self.update(row)
 
     def update(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """``alarm/reward_hacking/<gold>``, 0 or 1, once two blocks are there."""
+        """Return ``alarm/reward_hacking/<gold>``, 0 or 1, once two blocks are there."""
         if not self.gold or "reward/total/mean" not in metrics:
             return {}
         self._history.append({key: metrics.get(f"reward/{key}/mean") for key in (*self.gold, "total")})
         return {f"{ALARM}{name}": float(self._rings(name)) for name in self.gold if self._blocks(name)}
 
     def _blocks(self, name: str) -> list[tuple[list[float], list[float]]]:
-        """(total, gold) values block by block, counted back from the newest iteration."""
+        """Return (total, gold) values block by block, counted back from the newest iteration."""
         usable = [(row["total"], row[name]) for row in self._history if _known(row["total"]) and _known(row[name])]
         first = len(usable) % self.window
         cut = [usable[i : i + self.window] for i in range(first, len(usable), self.window)]
@@ -144,7 +146,7 @@ class HackingAlarm:
         return self._exceeds(total, best_total) and self._exceeds(best_gold, gold)
 
     def _exceeds(self, a: Sequence[float], b: Sequence[float]) -> bool:
-        """Whether the mean of ``a`` is above that of ``b`` by more than so many standard errors of the difference."""
+        """Tell whether ``a``'s mean is above ``b``'s by more than so many standard errors of the difference."""
         error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
         return statistics.fmean(a) - statistics.fmean(b) > self.standard_errors * error
 
@@ -167,7 +169,7 @@ class Damage:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, none where it is missing; a last line that a kill cut short is left out.
+    """Read the rows of a metrics file, none where it is missing; a last line that a kill cut short is left out.
 
     What is damaged is said, once, and the rows around it are kept.
     """
@@ -178,7 +180,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_damaged(path: Path) -> tuple[list[dict[str, Any]], Damage | None]:
-    """``read_metrics``, and what is damaged."""
+    """Read the rows as `read_metrics`, and say what is damaged."""
     *whole, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows, lines = [], []
     for number, line in enumerate(whole, start=1):
@@ -205,5 +207,5 @@ def _say_once(text: str) -> None:
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what may differ between equal runs."""
+    """Return a row without what may differ between equal runs."""
     return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS) and not key.endswith(RETRIES)}

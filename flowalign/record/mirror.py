@@ -79,7 +79,10 @@ class Mirror:
         self._run = run
 
     def _try(self, what: str, work: Any) -> None:
-        """wandb's own process may die, its socket break, its disk fill up: any error of its is said, none is raised."""
+        """Make a call of wandb.
+
+        Its own process may die, its socket break, its disk fill up: any error of its is said, none is raised.
+        """
         try:
             work()
         except Exception as error:
@@ -106,7 +109,10 @@ def _start(wandb: Any, run_dir: Path, name: str, config: LoggingConfig, mode: st
 
 
 def _check_answers(url: str) -> None:
-    """wandb tries a dead address for a minute and more; a socket knows at once. A proxy has addresses of its own."""
+    """Check that the address answers.
+
+    A dead address keeps wandb for a minute and more; a socket knows at once. A proxy has addresses of its own.
+    """
     parts = urlsplit(url)
     if parts.hostname is None or urllib.request.getproxies():
         return

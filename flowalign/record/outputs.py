@@ -28,8 +28,10 @@ class DirectoryTaken(RuntimeError):
 
 
 def unwritable(directory: Path) -> str | None:
-    """Why nothing can be written into ``directory``, which is made where it is missing; None where nothing is known to
-    speak against it. Nothing is written."""
+    """Say why nothing can be written into ``directory``, which is made where it is missing.
+
+    It is None where nothing is known to speak against it. Nothing is written.
+    """
     path = directory.absolute()
     missing: list[str] = []
     for place in (path, *path.parents):
@@ -62,7 +64,7 @@ def check_out(key: str, directory: Path) -> None:
 
 
 def check_file(key: str, file: Path) -> None:
-    """`check_out` of a single file, which may be there already."""
+    """Check as `check_out` a single file, which may be there already."""
     if file.is_dir():
         raise ConfigError(key, f"{file} is a directory; name a file")
     check_out(key, file.parent)
@@ -92,7 +94,7 @@ def check_place(to: Path, overwrite: bool) -> None:
 
 @contextmanager
 def draft_beside(to: Path) -> Iterator[Path]:
-    """A hidden directory beside ``to``, to be filled; it is gone at the end, with all that was made for it.
+    """Yield a hidden directory beside ``to``, to be filled; it is gone at the end, with all that was made for it.
 
     Raises:
         DirectoryTaken: it cannot be made. DiskError: the disk does not take what is written into it.

@@ -30,7 +30,7 @@ class Process:
         return cls(socket.gethostname(), _boot(), _space(), os.getpid(), _started(os.getpid()) or "")
 
     def lives(self) -> bool | None:
-        """Whether it still runs; None where this process has no way to know.
+        """Tell whether it still runs; None where this process has no way to know.
 
         Containers and machines may share a name, so the name alone lets nobody judge by the number.
         """
@@ -64,7 +64,10 @@ def _space() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began; None where it cannot be seen. One that ended and was not waited for is ``ended``."""
+    """Return the time when a process began.
+
+    It is None where it cannot be seen. One that ended and was not waited for is ``ended``.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -74,7 +77,7 @@ def _started(pid: int) -> str | None:
 
 
 def _started_by_ps(pid: int) -> str | None:
-    """For systems without /proc."""
+    """Return the time when a process began, on systems without /proc."""
     try:
         done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     except OSError:

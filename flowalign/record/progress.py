@@ -1,4 +1,4 @@
-"""What a run shows while it goes: plain lines, or on a terminal the same lines above a live bar."""
+"""Progress of a run: plain lines, or on a terminal the same lines above a live bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUIET_S = 30.0  # without a terminal: at most one line of chunks in this time, a
 
 
 class Phases:
-    """How long a run took to start, to work and to end."""
+    """The times that a run took to start, to work and to end."""
 
     def __init__(self) -> None:
         self._began: dict[str, float] = {"start": time.monotonic()}
@@ -41,7 +41,7 @@ class Progress:
             self._bar.start()
 
     def show(self, done: int, text: str, eta_s: float) -> None:
-        """A line for what is finished, which stays."""
+        """Print a line for what is finished, which stays."""
         self._done, eta = done, f"ETA {duration(eta_s)}"
         self.say(f"{self._unit} {done}/{self.total}  {text}  {eta}")
         if self._bar is not None:
@@ -75,7 +75,7 @@ class Progress:
 
 
 def iteration_text(metrics: Mapping[str, float]) -> str:
-    """What a line says of an iteration: reward and spread, or loss; replay error, speed, seconds."""
+    """Return the line about an iteration: reward and spread, or loss; replay error, speed, seconds."""
     said = []
     loss = next((key for key in sorted(metrics) if key.startswith("loss/")), None)
     if "reward/total/mean" in metrics:
@@ -92,7 +92,7 @@ def iteration_text(metrics: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.8 s``, ``12 s``, ``3m20s``, ``2h05m``."""
+    """Write a duration as ``0.8 s``, ``12 s``, ``3m20s``, ``2h05m``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -106,7 +106,7 @@ def _bar(console: Console, command: str) -> Any:
     from rich.text import Text
 
     class Now(progress.ProgressColumn):
-        """What is under way and for how long: the one thing that moves within a long phase."""
+        """The phase under way and its time: the one thing that moves within a long phase."""
 
         def render(self, task: progress.Task) -> Text:
             running = duration(time.monotonic() - task.fields["since"])

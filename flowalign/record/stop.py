@@ -59,7 +59,7 @@ def ask_to_stop(run_dir: Path) -> Holder:
 
 
 class StopRequest:
-    """Whether somebody has asked this process to end its run.
+    """A request to this process to end its run, if somebody has made one.
 
     Before ``begin`` there is nothing to keep, and a signal raises EndedEarly where the process happens to be; after it
     the run itself asks, with ``asked``. Several processes of one run (``alone`` false) never raise, since each would
@@ -92,7 +92,7 @@ class StopRequest:
 
     @contextmanager
     def watching(self, lock: RunLock) -> Iterator[None]:
-        """Inside, obey what is asked of the holder of ``lock``; what was asked of an earlier one is removed."""
+        """Obey inside what is asked of the holder of ``lock``; what was asked of an earlier one is removed."""
         self.lock = lock
         _take_request(lock)
         try:
@@ -106,11 +106,11 @@ class StopRequest:
         return self._begun
 
     def meet(self) -> None:
-        """From here on the processes of one run, where there are several, wait for each other."""
+        """Let the processes of one run, where there are several, wait for each other from here on."""
         self._raises = self._raises and self._alone
 
     def begin(self) -> None:
-        """From here on there is something to keep. Raises EndedEarly where somebody has asked before."""
+        """Note that from here on there is something to keep. Raise EndedEarly where somebody has asked before."""
         self._raises = False
         if self._alone and self.asked:
             raise EndedEarly
@@ -120,7 +120,7 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[StopRequest]:
-        """Inside, this is what SIGINT, SIGTERM, SIGUSR1 and SIGHUP mean; SIGHUP not under ``nohup``."""
+        """Take SIGINT, SIGTERM, SIGUSR1 and SIGHUP inside as this request; SIGHUP not under ``nohup``."""
         heard = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
@@ -133,7 +133,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal raises nothing; it does so at the end."""
+        """Defer inside what a signal raises; it is raised at the end."""
         raises, self._raises = self._raises, False
         try:
             yield
@@ -143,7 +143,7 @@ class StopRequest:
             raise EndedEarly
 
     def _pair(self) -> Callable[[int], bool]:
-        """Answers of every signal whether it is a second Ctrl-C."""
+        """Tell of every signal whether it is a second Ctrl-C."""
         before = -AGAIN_WITHIN_S
 
         def again(number: int) -> bool:
@@ -156,7 +156,10 @@ class StopRequest:
         return again
 
     def _hear(self, number: int) -> bool:
-        """In the thread of the last resort, which hears every signal also while the main thread is held somewhere."""
+        """Hear a signal in the thread of the last resort.
+
+        It hears every one also while the main thread is held somewhere.
+        """
         self._held = self._heard_again(number) or self._held
         return self._held
 
@@ -175,7 +178,7 @@ class StopRequest:
             self._tell(f" ({signal.Signals(number).name})")
 
     def _tell(self, why: str) -> None:
-        """Written past all buffers, since the signal may have come in the midst of a printed line."""
+        """Write past all buffers, since the signal may have come in the midst of a printed line."""
         when = f"after this {self.unit} with a checkpoint" if self._begun else "before it begins"
         with suppress(OSError):
             os.write(2, f"stopping {when}{why}\n".encode())

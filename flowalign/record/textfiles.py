@@ -52,12 +52,12 @@ class BadRows(TextError):
 
 
 def and_more(count: int) -> str:
-    """What follows the sentence on the first wrong row."""
+    """Return the words that follow the sentence on the first wrong row."""
     return f" ({count} more row{'s are' if count > 1 else ' is'} wrong)" if count else ""
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is none."""
+    """Tell whether there is such a file; a name that no file can have is none."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -65,7 +65,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
         TextError: there is no such file, it may not be read, it has more than ``most`` bytes, or it holds something
@@ -83,7 +83,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def decode(content: bytes, where: str) -> str:
-    """``content`` as text; raises TextError naming ``where``, the line, and what the bytes look like."""
+    """Return ``content`` as text. Raise TextError naming ``where``, the line, and what the bytes look like."""
     text = content.removeprefix(b"\xef\xbb\xbf")
     found = next((what for mark, what in _MARKS.items() if text.startswith(mark)), None) or _wide(text)
     if found is not None:
@@ -101,7 +101,10 @@ def decode(content: bytes, where: str) -> str:
 
 
 def _wide(text: bytes) -> str | None:
-    """UTF-16 without a mark: of the first bytes every second one is zero."""
+    """Return ``UTF-16`` for a text of that form without a mark, of which every second of the first bytes is zero.
+
+    Otherwise return None.
+    """
     head = text[:64]
     half = len(head) // 2
     if half and max(head[0::2].count(0), head[1::2].count(0)) > half * 0.6 and b"\x00\x00" not in head:
@@ -121,19 +124,19 @@ def _looks(text: bytes, start: int) -> str:
 
 
 def _starts(tail: bytes) -> bool:
-    """The first bytes of a character of which the rest is missing."""
+    """Tell whether ``tail`` is the first bytes of a character of which the rest is missing."""
     return len(tail) > 1 and all(0x80 <= byte < 0xC0 for byte in tail[1:])
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of each line that is not blank, without its end."""
+    """Yield (number from 1, line) of each line that is not blank, without its end."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line.removesuffix("\r")
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Plain data of a JSON text.
+    """Parse a JSON text to plain data.
 
     Refused, though Python's own reader takes them, are more than `DEEPEST` levels, keys given twice, numbers that are
     not finite or too large for a float, and halves of characters (``\\ud83d`` alone).
@@ -160,7 +163,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _deep(text: str) -> bool:
-    """Whether more than `DEEPEST` brackets are open at once; known before a reader goes down into them."""
+    """Tell whether more than `DEEPEST` brackets are open at once; known before a reader goes down into them."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return False
     depth = 0
@@ -172,12 +175,12 @@ def _deep(text: str) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The plain data in a JSON file; raises TextError as ``read_text`` and ``parse_json`` do."""
+    """Read the plain data in a JSON file. Raise TextError as `read_text` and `parse_json` do."""
     return parse_json(read_text(path), str(path))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """``read_json`` of a file that holds an object."""
+    """Read a JSON file that holds an object, as `read_json`."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise TextError(f"{path} holds {kind_of(value)}, not a JSON object")
@@ -187,7 +190,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_rows(
     path: Path, example: str, check: Callable[[dict[str, Any], str], dict[str, Any]] = lambda row, where: row
 ) -> list[tuple[int, dict[str, Any]]]:
-    """(line, object) of a JSON Lines file; blank lines are passed over. ``example`` is a row for who wrote none.
+    """Return (line, object) of a JSON Lines file; blank lines are passed over. ``example`` is a row for who wrote none.
 
     ``check`` is given each object with where it stands, and answers with what is taken for it, or a TextError.
 
@@ -221,7 +224,7 @@ def read_rows(
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON or YAML is called."""
+    """Return the word for a kind of value of JSON or YAML."""
     if value is None:
         return "null"
     kinds = {

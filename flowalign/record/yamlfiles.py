@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
         return ConfigError(".".join(part if len(part) <= 60 else f"{part[:60]}…" for part in shown), reason)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """PyYAML's, which writes merged mappings out: each once, none with a key given twice, and not more than a
+        """Write out merged mappings as PyYAML does: each once, none with a key given twice, and not more than a
         configuration may hold."""
         if self._flat.get(id(node)):
             return
@@ -165,7 +165,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """U+0085 is written as an escape: a reader of YAML takes it for the end of a line."""
+    """Write a text with U+0085 as an escape: a reader of YAML takes it for the end of a line."""
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
 
 
@@ -173,17 +173,17 @@ _Dumper.add_representer(str, _text)
 
 
 def dump_yaml(values: Any) -> str:
-    """Plain data as YAML that is read back equal."""
+    """Write plain data as YAML that is read back equal."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Plain data; raises ConfigError naming ``what`` and the line."""
+    """Parse YAML to plain data. Raise ConfigError naming ``what`` and the line."""
     return parse_with_text(text, what)[0]
 
 
 def parse_with_text(text: str, what: str, key: str = "") -> tuple[Any, str | None]:
-    """The data, and how it was written where it is one plain scalar; with ``key`` it is the value of that."""
+    """Return the data, and how it was written where it is one plain scalar; with ``key`` it is the value of that."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -208,7 +208,7 @@ def parse_with_text(text: str, what: str, key: str = "") -> tuple[Any, str | Non
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values there are when each anchor is written out."""
+    """Count the values that there are when each anchor is written out."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
@@ -218,7 +218,7 @@ def _size(value: Any, known: dict[int, int]) -> int:
 
 
 def plain(value: Any) -> Any:
-    """The data without what was written."""
+    """Return the data without what was written."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value
@@ -246,7 +246,7 @@ def _digits(value: int) -> str:
 
 
 def differences(before: Any, after: Any) -> list[str]:
-    """What overrides changed, as ``key old → new``; each value as it was written."""
+    """Return the changes that overrides made, as ``key old → new``; each value as it was written."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
     found = []
     for key in [*new, *(key for key in old if key not in new)]:
@@ -272,7 +272,7 @@ def _leaves(value: Any, prefix: str = "", text: str | None = None) -> Iterator[t
 
 
 def read_mapping(path: Path) -> Mapping:
-    """The mapping of keys to values in a file; raises ConfigError naming file and line."""
+    """Read the mapping of keys to values in a file. Raise ConfigError naming file and line."""
     try:
         raw = parse_yaml(read_text(path, MOST_BYTES), str(path))
     except TextError as error:
