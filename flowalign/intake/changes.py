@@ -1,4 +1,4 @@
-"""What a run that goes on may have otherwise than it was begun, and the refusal of everything else."""
+"""Changes that a continued run may have against the run that was begun, and the refusal of everything else."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ _MAY_CHANGE = re.compile(
 
 
 def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
-    """Keys that differ though a resumed run must keep them, as the new configuration has them. Phases of training may
-    follow those that there were."""
+    """Return the keys that differ though a resumed run must keep them, as the new configuration has them.
+
+    Phases of training may follow those that there were.
+    """
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*after, *(key for key in before if key not in after)]
     later = tuple(f"phases.{i}." for i in range(len(getattr(old, "phases", ())), len(getattr(new, "phases", ()))))
@@ -44,7 +46,7 @@ def _may_be_accepted(key: str, before: Any, after: Any) -> bool:
 def changed_rates(
     old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, accepted: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """The ``accepted`` learning rates that differ, as they were and are."""
+    """Return the ``accepted`` learning rates that differ, as they were and are."""
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = (key for key in accepted if RATES.fullmatch(key) and before.get(key) != after.get(key))
     return {key: (before.get(key), after.get(key)) for key in keys}
@@ -123,7 +125,7 @@ def _records_what_it_is_made_of(run_dir: Path) -> bool:
 
 
 def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
-    """The algorithm of an earlier run with the defaults of options that did not exist then."""
+    """Return the algorithm of an earlier run, with the defaults of options that did not exist then."""
     try:
         parsed = algorithm_of(algorithm)
     except ConfigError:

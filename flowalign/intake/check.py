@@ -1,4 +1,4 @@
-"""What a configuration says wrong, in the user's words; and the checks that span several of its keys."""
+"""Checks of a configuration, in the user's words, some of which span several of its keys."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def dotted(key: Sequence[str | int]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean …?``, or all that is known."""
+    """Return ``did you mean …?``, or all that is known."""
     choices = list(known)
     near = get_close_matches(name, choices, n=1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
-    """The first thing pydantic found as one sentence; the others are counted, and named where all are missing."""
+    """Return one sentence about pydantic's first finding; the others are counted, and named where all are missing."""
     found = error.errors(include_url=False)
     # An unknown key is the likelier cause of a missing one than the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
@@ -79,13 +79,14 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
 
 
 def _example(model: type[BaseModel], loc: Key) -> str:
-    """What is written under a required key of ``model``, where the key says so."""
+    """Return an example of what is written under a required key of ``model``, where the key says so."""
     field = model.model_fields.get(str(loc[0])) if len(loc) == 1 else None
     return f"; write such as {field.examples[0]}" if field is not None and field.examples else ""
 
 
 def _own_words(text: str, model: type[BaseModel], where: Key) -> tuple[str, str]:
-    """A validator of ours either names its key itself, or speaks of one of the section's fields."""
+    """Return the key and the words of one of our validators, which names its key itself or one of the section's
+    fields."""
     named = re.match(r"^([a-z_]+(?:\.[a-z_]+)*): (.*)$", text, re.DOTALL)
     if named:
         return dotted((*where, named[1])), named[2]
@@ -110,7 +111,10 @@ def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], pr
 
 
 def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
-    """The section that a path of keys and list indices leads to; names in a mapping of sections are the user's."""
+    """Return the section that a path of keys and list indices leads to.
+
+    Names in a mapping of sections are the user's.
+    """
     found: type[BaseModel] | None = model
     named = False
     for part in (part for part in loc if isinstance(part, str)):
@@ -144,7 +148,7 @@ def _algorithm_leaves() -> list[str]:
 
 
 def algorithm_of(raw: dict[str, Any]) -> Algorithm:
-    """The configured algorithm; raises ConfigError where there is none of the name or its options are wrong."""
+    """Return the configured algorithm. Raise ConfigError where there is none of the name or its options are wrong."""
     from flowalign.algorithms import UnknownAlgorithm, algorithm_class, known_algorithms
 
     try:
@@ -161,7 +165,7 @@ def algorithm_of(raw: dict[str, Any]) -> Algorithm:
 
 
 def parse_algorithm(raw: dict[str, Any], batch: str) -> Algorithm:
-    """`algorithm_of`, which must belong to the command of those that learn from a ``batch``."""
+    """Return the algorithm as `algorithm_of`; it must belong to the command of those that learn from a ``batch``."""
     algorithm = algorithm_of(raw)
     learns_from = algorithm.needs.batch.__name__
     command = COMMANDS.get(learns_from)
@@ -172,7 +176,7 @@ def parse_algorithm(raw: dict[str, Any], batch: str) -> Algorithm:
 
 
 def model_family(name: str) -> ModelFamily:
-    """The family behind ``model.type``."""
+    """Return the family behind ``model.type``."""
     from flowalign.models.base import ModelError
     from flowalign.models.family import family_of, known_families
 
@@ -186,7 +190,7 @@ def model_family(name: str) -> ModelFamily:
 
 
 def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
-    """The model directory exists, is of the family's kind, and takes the image size.
+    """Check that the model directory exists, is of the family's kind, and takes the image size.
 
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
@@ -209,7 +213,7 @@ def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
 
 
 def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, int]:
-    """The shape of a pipeline's latents, told without loading it."""
+    """Return the shape of a pipeline's latents without loading it."""
     if any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
         raise ConfigError(
             key,
@@ -228,7 +232,10 @@ def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, 
 
 
 def _checked_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
-    """A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's."""
+    """Return the shape of a teacher's latents, None for a run.
+
+    A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's.
+    """
     from flowalign.record.checkpoint import CheckpointError, find
 
     path = Path(teacher.path)
@@ -244,7 +251,7 @@ def _checked_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tu
 
 
 def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers) -> None:
-    """The reward can be made of its options, and needs nothing that is not offered to it."""
+    """Check that the reward can be made of its options, and needs nothing that is not offered to it."""
     from rewards.interface import ScorerError
     from rewards.resolve import check
 
@@ -255,7 +262,7 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
 
 
 def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
-    """No two rewards answer to one name."""
+    """Check that no two rewards answer to one name."""
     from rewards.composite import Named, check_names
     from rewards.interface import ScorerError
 
@@ -266,7 +273,7 @@ def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
 
 
 def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
-    """Counts that must fit together, and settings that need another one."""
+    """Check counts that must fit together, and settings that need another one."""
     needs = algorithm.needs
     _check_pairs_wanted(config, needs)
     if needs.scores and not config.rewards:
@@ -303,7 +310,10 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
 
 
 def _check_plan(name: str, plan: Any, cached: bool) -> None:
-    """An SDE has noisy steps, and they lie on the schedule; an algorithm of the user's may plan anything."""
+    """Check that an SDE has noisy steps, and that they lie on the schedule.
+
+    An algorithm of the user's may plan anything.
+    """
     if plan is None:
         return
     noise = plan.noise
@@ -319,7 +329,7 @@ def _check_plan(name: str, plan: Any, cached: bool) -> None:
 
 
 def _check_pairs_wanted(config: AlignConfig, needs: Needs) -> None:
-    """Preference pairs are given where the algorithm learns from them, and nowhere else."""
+    """Check that preference pairs are given where the algorithm learns from them, and nowhere else."""
     from flowalign.types import PreferencePairs
 
     wanted, given = needs.batch is PreferencePairs, config.data.preferences is not None
@@ -333,7 +343,7 @@ def _check_pairs_wanted(config: AlignConfig, needs: Needs) -> None:
 
 
 def check_device(key: str, device: str, here: bool = True) -> None:
-    """A device that torch knows, and that this machine has if the run starts ``here``."""
+    """Check that torch knows the device, and that this machine has it if the run starts ``here``."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(key, f"got {device!r}; write cpu, cuda or cuda:N")
     if here and device != "cpu":
@@ -344,7 +354,7 @@ def check_device(key: str, device: str, here: bool = True) -> None:
 
 
 def check_cores(config: AlignConfig, needs: Needs) -> None:
-    """The actors fit on this machine; they take turns, so its cores may be promised twice."""
+    """Check that the actors fit on this machine; they take turns, so its cores may be promised twice."""
     c, cores = config.cluster, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = {
         "cluster.rollout_cpus": c.rollout_workers * c.rollout_cpus,

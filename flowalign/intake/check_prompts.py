@@ -1,4 +1,4 @@
-"""What prompts say wrong of a run: rows that a reward cannot judge, tasks that no row or no teacher has."""
+"""Checks of a run's prompts: rows that a reward cannot judge, tasks that no row or no teacher has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowalign.intake.check import nearest
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path, *, advice: str = "") -> None:
-    """The prompts load, and every reward can judge every row that it is for.
+    """Check that the prompts load, and that every reward can judge every row that it is for.
 
     The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
     """
@@ -42,7 +42,7 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
 
 
 def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
-    """The rows with where they stand, and what is wrong with others, both by their place in the file."""
+    """Return the rows with where they stand, and the faults of others, both by their place in the file."""
     from flowalign.data.prompts import PromptsError, placed_prompts
     from flowalign.record.textfiles import BadRows
 
@@ -56,7 +56,7 @@ def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str,
 
 
 def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:
-    """Every weighted task occurs in the prompts, and something is left to draw."""
+    """Check that every weighted task occurs in the prompts, and that something is left to draw."""
     from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
 
     try:
@@ -70,7 +70,7 @@ def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) 
 
 
 def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
-    """Every task that a reward is for occurs in the prompts, and every prompt has a reward that is trained on."""
+    """Check that every task of a reward occurs in the prompts, and every prompt has a reward that is trained on."""
     found = _tasks_of(source, base_dir)
     if not found:
         return
@@ -84,7 +84,7 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: P
 
 
 def check_judged_tasks(evaluation: EvaluationConfig, source: str, base_dir: Path) -> None:
-    """Every task that a scorer of an evaluation is for occurs in its prompts."""
+    """Check that every task that a scorer of an evaluation is for occurs in its prompts."""
     scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
     scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
     if any(reward.tasks for reward in scorers.values()):
@@ -94,7 +94,10 @@ def check_judged_tasks(evaluation: EvaluationConfig, source: str, base_dir: Path
 
 
 def _tasks_of(source: str, base_dir: Path) -> list[str]:
-    """The tasks of the prompts in their order; none where they cannot be read, which `check_prompts` says."""
+    """Return the tasks of the prompts in their order.
+
+    There is none where the prompts cannot be read, which `check_prompts` says.
+    """
     from flowalign.data.prompts import PromptsError, load_prompts
 
     try:
@@ -112,7 +115,7 @@ def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Seque
 
 
 def check_tasks_taught(config: AlignConfig, needs: Needs) -> None:
-    """Every task of the prompts has its teacher."""
+    """Check that every task of the prompts has its teacher."""
     from flowalign.data.prompts import PromptsError, load_prompts
 
     if needs.teacher_of is None:

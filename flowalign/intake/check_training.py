@@ -19,7 +19,10 @@ MAX_DECAY = 0.1  # the same of weight decay times learning rate
 
 
 def check_caches(config: AlignConfig) -> None:
-    """The calibrations that steps are skipped by can be read; rolling out needs noise that reaches t = 1."""
+    """Check that the calibrations by which steps are skipped can be read.
+
+    Rolling out needs noise that reaches t = 1.
+    """
     for key, cache in (("rollout.cache", config.rollout.cache), ("evaluation.cache", config.evaluation.cache)):
         try:
             cache_rule(cache)
@@ -36,7 +39,7 @@ def check_caches(config: AlignConfig) -> None:
 
 
 def check_training(config: PretrainConfig, needs: Needs) -> None:
-    """The latents are there, and algorithm, network and teacher fit together."""
+    """Check that the latents are there, and that algorithm, network and teacher fit together."""
     if not config.phases:
         raise ConfigError("phases", "is empty; give at least one phase of training")
     banks = {"latents": config.latents}
@@ -65,13 +68,13 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
 
 
 def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:
-    """Of all families the straight path alone has times below 0."""
+    """Refuse times below 0 on any family but the straight path, which alone has them."""
     if needs.signed_time and model.family not in (None, "rf"):
         raise ConfigError("model.family", f"is {model.family}, which has no times below 0, and {name} asks for them")
 
 
 def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
-    """What a run may do, and hardly was meant to: a sentence each."""
+    """Return a sentence for each setting that a run may have and the user hardly meant."""
     return _notes_of_alignment(config) if isinstance(config, AlignConfig) else _notes_of_training(config)
 
 
@@ -101,7 +104,7 @@ def _ends_learning(optimizer: OptimizerConfig, updates: int) -> list[str]:
 
 
 def _keeps_no_best(config: AlignConfig) -> list[str]:
-    """A metric of evaluations in a run without any; which ones they measure, the first of them tells."""
+    """Note a metric of evaluations in a run without any; the first of them tells which ones they measure."""
     metric = config.checkpoint.best_metric
     if metric is None or not metric.startswith("eval/") or config.evaluation.every or not config.checkpoint.keep_best:
         return []
@@ -128,7 +131,10 @@ def _notes_of_training(config: PretrainConfig) -> list[str]:
 
 
 def _other_family(key: str, model: ModelConfig) -> list[str]:
-    """A network that was trained as one family is read as another; a fresh one is of the family that it is given."""
+    """Note a network that was trained as one family and is read as another.
+
+    A fresh one is of the family that it is given.
+    """
     own = str(recorded_model(Path(model.path), f"{key}.path").get("family", "rf"))
     with suppress(ValueError):  # a family of another version of this project is another one
         own = canonical(own)
@@ -141,7 +147,7 @@ def _other_family(key: str, model: ModelConfig) -> list[str]:
 
 
 def _recorded_length(model: ModelConfig) -> list[str]:
-    """The default text length is not the one that the directory records."""
+    """Note that the default text length is not the one that the directory records."""
     own = recorded_model(Path(model.path)).get("max_sequence_length", model.max_sequence_length)
     if "max_sequence_length" in model.model_fields_set or own == model.max_sequence_length:
         return []
@@ -152,7 +158,7 @@ def _recorded_length(model: ModelConfig) -> list[str]:
 
 
 def _text_length(config: PretrainConfig) -> list[str]:
-    """A length was written that the last phase never draws."""
+    """Note a text length that was written and that the last phase never draws."""
     asked, taken = config.model.max_sequence_length, config.model_as_trained.max_sequence_length
     if asked == taken or "max_sequence_length" not in config.model.model_fields_set:
         return []

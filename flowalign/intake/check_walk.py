@@ -35,7 +35,7 @@ def refuse_old_grid(raw: Mapping[str, Any], overrides: Sequence[str], recorded: 
 
 
 def schedule_of(model: ModelConfig, require_files: bool = True) -> PipelineSchedule:
-    """The model's own walk; without ``require_files`` a default one where the files do not say it."""
+    """Return the model's own walk; without ``require_files`` a default one where the files do not say it."""
     try:
         return own_schedule(model)
     except ModelError as error:
@@ -45,7 +45,7 @@ def schedule_of(model: ModelConfig, require_files: bool = True) -> PipelineSched
 
 
 def filled(config: AlgorithmConfig, model: ModelConfig, own: PipelineSchedule) -> dict[str, Any]:
-    """All keys of the algorithm; ``shift`` null becomes the model's own, but stays null beside a dynamic one."""
+    """Return all keys of the algorithm; ``shift`` null becomes the model's own, but stays null beside a dynamic one."""
     values: dict[str, Any] = config.model_dump(mode="json")
     if "shift" in values and values["shift"] is None and not own.dynamic and Path(model.path).exists():
         values["shift"] = own.named_shift
@@ -55,7 +55,7 @@ def filled(config: AlgorithmConfig, model: ModelConfig, own: PipelineSchedule) -
 def check_walks(
     model: ModelConfig, algorithm: Algorithm, own: PipelineSchedule, section: str, sampling: SamplingConfig
 ) -> None:
-    """The algorithm's levels exist, so do those of ``sampling``, the section of that name, and its solver."""
+    """Check that the algorithm's levels exist, those of ``sampling``, the section of that name, and its solver."""
     check_sampling(section, sampling)
     algorithm.schedule = own
     try:
@@ -89,7 +89,7 @@ def check_sampling(section: str, sampling: SamplingConfig) -> None:
 
 
 def renamed_grids(old: Config, new: Config, run_dir: Path) -> Config:
-    """``old`` with 0.1's name of a grid replaced where ``new`` has today's, which the model's scheduler walks alike.
+    """Return ``old`` with 0.1's name of a grid replaced by today's in ``new``, which the model's scheduler walks alike.
 
     Raises:
         ConfigError: it does not, so that the run would go on along other levels.

@@ -52,7 +52,7 @@ class Loaded(Generic[Config]):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, without what ``write_resolved`` records beside the configuration.
+    """Return the mapping in a file, without what ``write_resolved`` records beside the configuration.
 
     A run's own ``config.yaml`` means this run: its files are looked for around the run directory where they are not at
     their old places, and ``runs_dir`` and ``name`` are those of the directory that it lies in.
@@ -61,7 +61,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bool]:
-    """`read_yaml`, and whether `write_resolved` wrote the file: to others the keys that it records are unknown."""
+    """Return the mapping as `read_yaml`, and whether `write_resolved` wrote the file.
+
+    To others the keys that it records are unknown.
+    """
     raw = read_mapping(path)
     versions = raw.get("versions")
     if not isinstance(versions, dict) or "flowalign" not in versions:
@@ -72,7 +75,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _refuse_edited_seeds(raw: Mapping[str, Any], seeds: Any) -> None:
-    """Nothing is read from a run's record of its seeds, so that a change in it would have no effect."""
+    """Refuse a change in a run's record of its seeds: nothing is read from it, so a change would have no effect."""
     if not isinstance(seeds, dict):
         return
     evaluation = raw.get("evaluation")
@@ -85,7 +88,7 @@ def _refuse_edited_seeds(raw: Mapping[str, Any], seeds: Any) -> None:
 
 
 def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """The configuration that the run in ``run_dir`` recorded, wherever the directory was moved to."""
+    """Return the configuration that the run in ``run_dir`` recorded, wherever the directory was moved to."""
     found = relocated(raw, run_dir, record(recorded, "run_dir", str), record(recorded, "contents", dict) or {})
     if found:
         say_once(f"{run_dir} was moved; {', '.join(f'{key} is now {value}' for key, value in found.items())}")
@@ -97,7 +100,7 @@ def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> 
 
 
 def record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
-    """What was recorded beside a configuration; None where version 0.1 wrote it, or somebody else."""
+    """Return the record beside a configuration; None where version 0.1 wrote it, or somebody else."""
     return recorded.get(key) if isinstance(recorded.get(key), kind) else None
 
 
@@ -113,15 +116,17 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
 
 
 def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
-    """``load_align`` for a training run on latents."""
+    """Load a training run on latents, as `load_align` does."""
     return _load(path, overrides, _checked_pretrain)
 
 
 def _load(
     path: Path, overrides: Sequence[str], check: Callable[[dict[str, Any], Path], Loaded[Config]]
 ) -> Loaded[Config]:
-    """What ``check`` makes of the file and its overrides; where a text is wanted, YAML's date or boolean is the text
-    that was written."""
+    """Return what ``check`` makes of the file and its overrides.
+
+    Where a text is wanted, YAML's date or boolean is the text that was written.
+    """
     (raw, recorded), base = _read(path), path.resolve().parent
     before = copy.deepcopy(raw)
     override(raw, overrides)
@@ -137,7 +142,7 @@ def _load(
 
 
 def _with_remedy(raw: dict[str, Any], base: Path, error: ConfigError) -> ConfigError:
-    """The error, with what to do where it speaks of a path that a run was begun with and that is not there any more."""
+    """Return the error; where it speaks of a path that a run was begun with and that is gone, add what to do."""
     keys, run_dir = error.key.split("."), Path(str(raw.get("runs_dir", "runs"))) / str(raw.get("name"))
     given = _at(raw, keys)
     if not isinstance(given, str) or not is_there(run_dir / RESOLVED) or not has_any(run_dir / "checkpoints"):
@@ -167,7 +172,7 @@ def _take_texts(raw: dict[str, Any], error: ValidationError) -> bool:
 
 
 def _at(value: Any, path: Sequence[str | int]) -> Any:
-    """What lies at a path of keys and indices; None where nothing does."""
+    """Return the value at a path of keys and indices; None where nothing lies there."""
     for part in path:
         try:
             value = value[part]
@@ -190,7 +195,10 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
 
 
 def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list[str]:
-    """What this machine lacks for a run, a sentence each; with ``require_files`` the first is raised."""
+    """Return the things that this machine lacks for a run, a sentence each.
+
+    With ``require_files`` the first is raised.
+    """
     missing = []
     for check in checked:
         try:
@@ -203,7 +211,7 @@ def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list
 
 
 def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], None]]:
-    """Every reward and every judge can be had."""
+    """Yield the checks that every reward and every judge can be had."""
     for i, reward in enumerate(config.rewards):
         yield partial(checks.check_reward, f"rewards.{i}", reward, base, TRAINING)
     if config.evaluation.scorer is not None:
@@ -218,7 +226,7 @@ def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], Non
 
 
 def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
-    """Model and prompts are there and fit what learns and judges; the machine can hold the run."""
+    """Yield checks that model and prompts are there and fit what learns and judges, and the machine holds the run."""
     prompts, evaluation = config.data.prompts, config.evaluation
     yield partial(checks.check_model, config, needs)
     yield partial(check_caches, config)
@@ -254,7 +262,7 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
 def _walked(
     config: Config, algorithm: Algorithm, section: str, sampling: SamplingConfig, require_files: bool = True
 ) -> Config:
-    """``config`` with all keys of its algorithm, whose levels exist, as those of ``sampling`` do."""
+    """Return ``config`` with all keys of its algorithm. Its levels exist, as those of ``sampling`` do."""
     check_finite(algorithm.config.model_dump(), "algorithm")
     own = schedule_of(config.model, require_files)
     check_walks(config.model, algorithm, own, section, sampling)

@@ -27,7 +27,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
 
 
 def _spaced(words: Sequence[str]) -> str:
-    """What to write in the place of ``key = value``, which a shell hands over as one, two or three words."""
+    """Return what to write in the place of ``key = value``, which a shell hands over as one, two or three words."""
     key, equals, value = (part.strip() for part in " ".join(words[:3]).partition("="))
     first = words[0].strip()
     meant = bool(key) and " " not in key and (key == first or first in (f"{key}=", key) or "=" in first)

@@ -26,7 +26,7 @@ Config = TypeVar("Config", AlignConfig, PretrainConfig)
 
 
 def resolve(config: Config, base: Path) -> Config:
-    """Shipped names and relative paths become absolute paths."""
+    """Replace shipped names and relative paths by absolute paths."""
     update: dict[str, Any] = {"model": resolve_model(config.model, base), "runs_dir": _runs_dir(config.runs_dir)}
     if isinstance(config, PretrainConfig):
         return config.model_copy(update=update | _training(config, base))
@@ -53,7 +53,7 @@ def resolve(config: Config, base: Path) -> Config:
 
 
 def resolve_model(model: ModelConfig, base: Path, key: str = "model.path") -> ModelConfig:
-    """An absolute path; ``family`` and ``inputs`` that are not given are those the directory records."""
+    """Make the path absolute; ``family`` and ``inputs`` that are not given are those that the directory records."""
     path = _model(model.path, base)
     recorded = recorded_model(Path(path), key)
     try:
@@ -66,7 +66,9 @@ def resolve_model(model: ModelConfig, base: Path, key: str = "model.path") -> Mo
 
 
 def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:
-    """What a pipeline directory of ours says of itself: keys of `ModelConfig`, and ``sampling``; of others nothing.
+    """Return the keys of `ModelConfig`, and ``sampling``, that a pipeline directory of ours records of itself.
+
+    There is nothing for others.
 
     Raises:
         ConfigError: it says something that cannot be read, so that its family would be guessed.
@@ -106,7 +108,7 @@ def _cache(cache: CacheConfig, base: Path) -> CacheConfig:
 
 
 def _own_file(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
-    """``path/to/file.py:Class`` as an absolute path, so that workers in other directories find it."""
+    """Return ``path/to/file.py:Class`` as an absolute path, so that workers in other directories find it."""
     location, colon, attribute = str(algorithm["type"]).partition(":")
     if not location.endswith(".py"):
         return algorithm
@@ -114,7 +116,7 @@ def _own_file(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _teachers(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The algorithm's keys, with absolute paths of its teachers; what is no such key is left for its own parser."""
+    """Return the algorithm's keys with absolute paths of its teachers; other keys are left for its own parser."""
     teachers = algorithm.get("teachers")
     if not isinstance(teachers, dict):
         return algorithm
@@ -128,7 +130,7 @@ def _teachers(algorithm: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def resolve_reward(reward: RewardConfig, base: Path, key: str) -> RewardConfig:
-    """``shapes:open_clip`` in an option, a path in one, or a file in the spec, as absolute paths."""
+    """Return ``shapes:open_clip`` in an option, a path in one, or a file in the spec, as absolute paths."""
     options = {name: _option(value, name, base, f"{key}.options.{name}") for name, value in reward.options.items()}
     location, colon, attribute = reward.spec.rpartition(":")
     spec = reward.spec
@@ -138,7 +140,10 @@ def resolve_reward(reward: RewardConfig, base: Path, key: str) -> RewardConfig:
 
 
 def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` options given on a command line; values are JSON, YAML's numbers and truth values, or text."""
+    """Parse ``key=value`` options given on a command line.
+
+    Values are JSON, YAML's numbers and truth values, or text.
+    """
     from rewards.resolve import options_of
 
     without = next((assignment for assignment in assignments if "=" not in assignment), None)
@@ -150,7 +155,10 @@ def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    """What a configuration would read, where it is one number, ``true`` or the like; else the text as it is."""
+    """Return the value as a configuration would read it, where it is one number, ``true`` or the like.
+
+    Otherwise return the text as it is.
+    """
     try:
         value = parse_yaml(text, "it")
     except ConfigError:
@@ -184,7 +192,7 @@ def _prompts(source: str, base: Path) -> str:
 
 
 def shipped_names(values: Any) -> Any:
-    """Plain data in which the paths of shipped files are names: it means the same wherever the package lies."""
+    """Return plain data in which the paths of shipped files are names: it means the same wherever the package lies."""
     if isinstance(values, dict):
         return {key: shipped_names(value) for key, value in values.items()}
     if isinstance(values, list):
@@ -195,7 +203,9 @@ def shipped_names(values: Any) -> Any:
 
 
 def _runs_dir(value: str) -> str:
-    """As it is written, relative to the working directory; ``~`` and ``~name`` are home directories.
+    """Return the directory as it is written, relative to the working directory.
+
+    ``~`` and ``~name`` are home directories.
 
     Raises:
         ConfigError: there is no such user.
@@ -208,7 +218,7 @@ def _runs_dir(value: str) -> str:
 
 
 def _path(value: str, base: Path, *, made: bool = False) -> str:
-    """Absolute; a relative path lies beside the configuration, or else in the working directory.
+    """Make a path absolute; a relative path lies beside the configuration, or else in the working directory.
 
     One that is at neither place, and is not ``made`` by the run, is taken for a mistyped neighbour where it has one.
     """

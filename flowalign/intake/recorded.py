@@ -20,7 +20,7 @@ from flowalign.record.contents import base_hash, base_of
 
 
 def config_of(source: Path, file: Path | None, model: Path | None = None) -> AlignConfig:
-    """The configuration that belongs to a run, to one of its checkpoints, or to a bare pipeline directory.
+    """Return the configuration that belongs to a run, to one of its checkpoints, or to a bare pipeline directory.
 
     ``model`` stands in for the base model of a run that is not at its place any more.
 
@@ -51,7 +51,7 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Ali
 
 
 def _check_family(config: AlignConfig, source: Path) -> None:
-    """A pipeline that says what its output means is not read as something else."""
+    """Refuse to read a pipeline that says what its output means as something else."""
     own = recorded_model(source).get("family", config.model.family)
     if own != config.model.family:
         raise ConfigError(
@@ -62,7 +62,7 @@ def _check_family(config: AlignConfig, source: Path) -> None:
 
 
 def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -> AlignConfig:
-    """The configuration with ``model`` for its base, which a LoRA needs as it was."""
+    """Return the configuration with ``model`` for its base. A LoRA needs the base as it was."""
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model.absolute())})})
     check_pipeline("--model", model, config.model)
     found = find(source, None)
@@ -81,7 +81,7 @@ def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -
 
 
 def _bare(model: Any, **sections: Any) -> AlignConfig:
-    """Enough of a configuration to sample and evaluate a model that no alignment run made."""
+    """Return a configuration that suffices to sample and evaluate a model that no alignment run made."""
     values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
     try:
         return AlignConfig.model_validate({**values, **sections})

@@ -26,7 +26,9 @@ PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspee
 def write_resolved(
     config: AlignConfig | PretrainConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()
 ) -> Path:
-    """``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds; replaced atomically.
+    """Write ``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds.
+
+    It is replaced atomically.
 
     Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
     changes of these that were ``accepted``, now and before. Raises DiskError.
@@ -51,7 +53,7 @@ def write_resolved(
 
 
 def versions() -> dict[str, str]:
-    """Versions of python and of the packages that a run depends on."""
+    """Return the versions of python and of the packages that a run depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -62,7 +64,7 @@ def versions() -> dict[str, str]:
 
 
 def recorded_contents(run_dir: Path) -> dict[str, str]:
-    """Digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
+    """Return the digests of what the run's paths held when it was begun, by key; empty where version 0.1 began it."""
     return _recorded(run_dir, "contents", dict) or {}
 
 
@@ -72,13 +74,13 @@ def _recorded(run_dir: Path, key: str, kind: type) -> Any:
 
 
 def recorded_versions(run_dir: Path) -> dict[str, str]:
-    """The versions that ``run_dir`` was last written with."""
+    """Return the versions that ``run_dir`` was last written with."""
     path = run_dir / RESOLVED
     return plain(read_mapping(path).get("versions") or {})
 
 
 def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
-    """The configuration that a run directory was made with; raises ConfigError where there is none."""
+    """Return the configuration that a run directory was made with. Raise ConfigError where there is none."""
     path = run_dir / RESOLVED
     if not path.is_file():
         absent = f"does not exist{hint(run_dir)}"

@@ -20,8 +20,10 @@ from flowalign.run.made import Accepted
 
 
 def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = ()) -> Path:
-    """The run's directory, untouched: it can be written, and if it is continued, it fits what it was begun with, but
-    for what lies at the paths of the ``accepted`` keys.
+    """Return the run's directory, untouched.
+
+    It can be written, and if it is continued, it fits what it was begun with, but for what lies at the paths of the
+    ``accepted`` keys.
 
     Raises:
         RunDirectoryError: it holds what a run cannot write to. ConfigError: it cannot be written, or does not fit.
@@ -39,7 +41,7 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
 
 
 def _other(run_dir: Path) -> str:
-    """What to do about a directory that cannot be written."""
+    """Return a sentence on what to do about a directory that cannot be written."""
     return "make it writable, which continues the run, or choose another" if is_there(run_dir) else "choose another"
 
 
@@ -54,7 +56,7 @@ def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = 
 
 
 def accepted_of(config: AlignConfig | PretrainConfig, keys: Collection[str]) -> Accepted:
-    """What ``keys`` allow to differ from the run that ``config`` continues."""
+    """Return the differences that ``keys`` allow from the run that ``config`` continues."""
     run_dir = Path(config.runs_dir) / config.name
     if not keys or not has_any(run_dir / "checkpoints") or not (run_dir / "config.yaml").is_file():
         return Accepted(tuple(keys))

@@ -1,4 +1,4 @@
-"""What is evaluated on demand: by the run's own judge, or by a public benchmark's official verdicts."""
+"""Evaluations on demand: by the run's own judge, or by a public benchmark's official verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowalign.config.sections import RewardConfig
 def asked_evaluation(
     config: AlignConfig, suite: bool, detector: str | None, prompts: str | None, num_samples: int | None
 ) -> tuple[AlignConfig, int]:
-    """The configuration of an evaluation that is asked for, and its number of samples; it can judge its prompts.
+    """Return the configuration of an evaluation that is asked for, and its number of samples. It can judge its prompts.
 
     ``suite`` or a ``detector`` asks for `geneval_suite`.
 
@@ -37,7 +37,7 @@ def asked_evaluation(
 def geneval_suite(
     config: AlignConfig, detector: str | None, prompts: str | None, num_samples: int | None
 ) -> tuple[AlignConfig, int]:
-    """The configuration with the public benchmark's official verdicts, and its number of samples: 4 a prompt.
+    """Return the configuration with the public benchmark's official verdicts, and its number of samples: 4 a prompt.
 
     ``detector`` is a name or JSON options; by default that of the run's own geneval reward, else the palette.
 
