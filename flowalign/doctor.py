@@ -38,7 +38,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order of the table."""
+    """Return all findings, in the order of the table."""
     checks = (_python, _packages, _torchvision, _compiler, _machine, _gpu, _shared_memory, _assets, _port)
     return [finding for check in checks for finding in check()]
 
@@ -64,12 +64,15 @@ def _packages() -> Iterator[Finding]:
 
 
 def release(text: str) -> tuple[int, ...]:
-    """``2.10.1+cpu`` as (2, 10, 1)."""
+    """Parse ``2.10.1+cpu`` into (2, 10, 1)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", text)[0]))
 
 
 def _torchvision() -> Iterator[Finding]:
-    """torchvision declares the one torch it was built for; a mismatch ends in `operator does not exist`."""
+    """Compare torch with the one torch that torchvision declares it was built for.
+
+    A mismatch ends in `operator does not exist`.
+    """
     torch, vision = _version("torch"), _version("torchvision")
     if torch is None or vision is None:
         return

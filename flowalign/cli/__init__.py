@@ -47,7 +47,7 @@ app.command()(report)
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Geometry, parameters, FLOPs and memory of an alignment; starts nothing, needs no weights.
+    """Show geometry, parameters, FLOPs and memory of an alignment; starts nothing, needs no weights.
 
     It takes alignments only: of a pretrain or distill configuration it can say nothing.
     """

@@ -1,4 +1,4 @@
-"""How commands end: an exit code for each end, and one sentence where the project itself says what is wrong."""
+"""The ends of commands: an exit code for each, and one sentence where the project itself says what is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rewards.printable import printable, write_out_logs
 
 
 class ExitCode(IntEnum):
-    """What a process says at its end; ``docs/stopping.md`` explains each."""
+    """The exit codes of a process; ``docs/stopping.md`` explains each."""
 
     FINISHED = 0
     FAILED = 1
@@ -84,7 +84,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _usage() -> Iterator[None]:
-    """What is wrong with the words of a command is text."""
+    """Make the message about the wrong words of a command printable."""
     try:
         yield
     except Exception as error:
@@ -94,7 +94,7 @@ def _usage() -> Iterator[None]:
 
 
 def _at_home(word: str) -> str:
-    """``~/models`` and ``--to=~/models``, which no shell has expanded, as the paths that are meant."""
+    """Return ``~/models`` and ``--to=~/models``, which no shell has expanded, as the paths that the user means."""
     option, equals, value = word.partition("=")
     if option.startswith("--") and equals:
         return f"{option}={_at_home(value)}"

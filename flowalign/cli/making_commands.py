@@ -1,4 +1,4 @@
-"""What makes data from a model: arguments of ``make-pairs``, ``make-preferences`` and ``calibrate-cache``."""
+"""Commands that make data from a model: arguments of ``make-pairs``, ``make-preferences`` and ``calibrate-cache``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of a checkpoint or a run: ``evaluate``, ``sample``, ``export``, ``merge``, ``report``."""
+"""Commands on a checkpoint or a run: ``evaluate``, ``sample``, ``export``, ``merge``, ``report``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from flowalign.config.solvers import solver_names, spelled
 
 
 def storable(value: int | None) -> int | None:
-    """A seed that 64 bits hold; as a range it would fill the help."""
+    """Return a seed. Refuse one that 64 bits do not hold; as a range that limit would fill the help."""
     if value is not None and value > OTHERWISE:
         raise typer.BadParameter(f"{value} is larger than {OTHERWISE}")
     return value
@@ -27,14 +27,14 @@ NumSamples = Annotated[int | None, typer.Option(min=1, max=int(LARGEST["num_samp
 
 
 def model_directory(text: str) -> Path:
-    """A path, or the shipped pipeline for ``shapes``."""
+    """Return a model's path; ``shapes`` is the shipped pipeline."""
     from flowalign.config.sections import SHIPPED
 
     return SHIPPED / "pipeline" if text == "shapes" and not Path(text).exists() else Path(text)
 
 
 def finite(value: Any) -> Any:
-    """A number or a list of them, none of which is NaN or infinite."""
+    """Return a number or a list of them. Refuse NaN and infinity."""
     for number in value if isinstance(value, list | tuple) else (value,):
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is no finite number")
@@ -42,7 +42,7 @@ def finite(value: Any) -> Any:
 
 
 def token_of(variable: str | None) -> str | None:
-    """What an environment variable holds. Raises ConfigError where it is named and empty."""
+    """Return the value of an environment variable. Raise ConfigError where it is named and empty."""
     token = os.environ.get(variable) if variable else None
     if variable and not token:
         from flowalign.config.section import ConfigError

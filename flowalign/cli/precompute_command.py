@@ -120,7 +120,7 @@ def precompute(
 
 
 def _captions(given: Sequence[str]) -> dict[str, str]:
-    """``KIND=COLUMN`` options as a mapping."""
+    """Parse ``KIND=COLUMN`` options into a mapping."""
     from flowalign.config.section import ConfigError
 
     pairs: dict[str, str] = {}
@@ -135,7 +135,7 @@ def _captions(given: Sequence[str]) -> dict[str, str]:
 
 
 def _skipped(to: Path, manifest: dict[str, Any]) -> list[str]:
-    """What was left out, by kind, with the first few by name."""
+    """Return lines about what was left out, by kind, with the first few by name."""
     rows = json.loads((to / manifest["skipped"]["file"]).read_text(encoding="utf-8"))
     lines = []
     titles = {"image": "unreadable images", "caption": "missing captions", "duplicate": "near-duplicates"}

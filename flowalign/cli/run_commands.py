@@ -121,7 +121,7 @@ def stop_run(
 
 
 def _say_configured(loaded: Any, console: Any) -> None:
-    """What differs from the file, and what of it hardly was meant."""
+    """Say what differs from the file, and which of these settings the user hardly meant."""
     lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
     for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
         console.print(line)

@@ -1,4 +1,4 @@
-"""How the commands that run for hours begin and end: the run directory held, signals heard, the end explained."""
+"""Begin and end of the commands that run for hours: they hold the run directory, hear signals, explain the end."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from flowalign.run.advice import further_back, gentler, kept, last_checkpoint, l
 
 @contextmanager
 def conduct(as_json: bool, phases: Phases, unit: str = "iteration") -> Iterator[StopRequest]:
-    """Inside, signals ask for an early end; where that comes, it is said with where everything lies, and the exit code
-    is 75."""
+    """Hear signals inside as requests for an early end.
+
+    Where that end comes, say so, say where everything lies, and exit with code 75.
+    """
     alone, first = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0") == "0"
     with StopRequest(unit, alone=alone).on_signals() as stop, lasting_output():
         try:
@@ -42,14 +44,14 @@ def conduct(as_json: bool, phases: Phases, unit: str = "iteration") -> Iterator[
 
 
 def lying(run_dir: Path) -> dict[str, Path]:
-    """What a run has left, by the word for it; nothing of a run directory that was removed again."""
+    """Return the things that a run has left, by the word for each; leave out a run directory that was removed again."""
     last, report = last_checkpoint(run_dir), run_dir / "report.html"
     named = {"run": run_dir, "checkpoint": last, "report": report, "metrics": run_dir / "metrics.jsonl"}
     return {what: path for what, path in named.items() if path is not None and path.exists()}
 
 
 def say_end(console: Console, phases: Phases, said: Mapping[str, Path | str]) -> None:
-    """Where everything lies, a line each, and how long the run took."""
+    """Say where everything lies, a line each, and how long the run took."""
     for what, value in said.items():
         console.print(f"{what}: {value}")
     console.print(f"took: {phases}")
@@ -121,8 +123,10 @@ def _failed(
 
 @contextmanager
 def following(stop: StopRequest) -> Iterator[None]:
-    """Inside, this is a process that ends where another one of its run fails, with the same code. What that one says is
-    repeated once on each other host."""
+    """End this process where another one of its run fails, with the same code.
+
+    What that one says is repeated once on each other host.
+    """
     from flowalign.engine.process_group import OtherRankFailed
 
     try:

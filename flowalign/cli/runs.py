@@ -33,7 +33,10 @@ def report_of(run_dir: Path) -> Path:
 
 
 def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[str]]:
-    """What to say of a run that an alarm stopped, and the commands to go on with; of another what still rings."""
+    """Return sentences about a run that an alarm stopped, and the commands to go on with.
+
+    Another run gets what still rings.
+    """
     from flowalign.safety.collapse import stopped_by_alarm
 
     stopped = stopped_by_alarm(run_dir, config.safety)
@@ -54,13 +57,13 @@ def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[st
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """The last row of metrics.jsonl; empty where there is none."""
+    """Return the last row of metrics.jsonl; empty where there is none."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     return rows[-1] if rows else {}
 
 
 def say_evaluation(out: Console, result: EvaluationResult) -> None:
-    """What an evaluation found, each value with its standard error, of how many samples, made how."""
+    """Print the findings of an evaluation: each value with its standard error, of how many samples, made how."""
     from flowalign.measure.evaluated import text
 
     say = plain(out)
@@ -75,7 +78,7 @@ def say_evaluation(out: Console, result: EvaluationResult) -> None:
 
 
 def write_evaluation(result: EvaluationResult, out: Path) -> None:
-    """Images, GenEval's results.jsonl and metrics.json."""
+    """Write the images, GenEval's results.jsonl and metrics.json."""
     from flowalign.measure.evaluate import write_results_jsonl
     from flowalign.samples.sampled import save_images
 

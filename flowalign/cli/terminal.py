@@ -1,4 +1,4 @@
-"""What commands print: rows and progress on the console, errors as one sentence, JSON for programs."""
+"""Output of the commands: rows and progress on the console, errors as one sentence, JSON for programs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _as_text(item: Any) -> Any:
 
 
 def console(as_json: bool = False) -> TextConsole:
-    """Where people read; standard error where standard output belongs to a program."""
+    """Return the console where people read; that is standard error where standard output belongs to a program."""
     return TextConsole(stderr=as_json)
 
 
 def plain(out: Console) -> Callable[[str], None]:
-    """Prints a line as it is."""
+    """Print a line as it is."""
     return lambda text: out.print(text, **PLAIN)
 
 
@@ -67,8 +67,8 @@ def _version() -> str:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error of this project says, in one line, or one of the disk, or one of the user's own file with its line;
-    None for any other error, which is a defect.
+    """Return in one line what is wrong, for an error of this project, of the disk, or of the user's own file, with its
+    line. It is None for any other error, which is a defect.
 
     An error that crossed Ray carries the original as its ``cause``.
     """
@@ -85,7 +85,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def failed_midway(error: BaseException) -> bool:
-    """Whether a disk or a dead process broke off what had been begun, which is no fault of what was asked."""
+    """Tell whether a disk or a dead process broke off what had been begun, which is no fault of what was asked."""
     begun: bool | None = getattr(error, "begun", None)
     return refusal(error) is not None if begun is None else begun
 
@@ -95,14 +95,17 @@ def say_error(text: str) -> None:
 
 
 def say_trace(error: BaseException) -> None:
-    """The trace of a defect."""
+    """Print the trace of a defect."""
     sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, output that nobody reads any more is dropped, not an error: the same Ctrl-C that asks a run to end also
-    ends the ``tee`` behind it, and a terminal may be closed while the run goes on."""
+    """Drop output that nobody reads any more, instead of failing.
+
+    The same Ctrl-C that asks a run to end also ends the ``tee`` behind it, and a terminal may be closed while the run
+    goes on.
+    """
     before = sys.stdout, sys.stderr
     lasting: Any = [_Lasting(stream) for stream in before]
     sys.stdout, sys.stderr = lasting
@@ -134,7 +137,7 @@ class _Lasting:
             self._drop()
 
     def _drop(self) -> None:
-        """What is still buffered is written somewhere else, or the interpreter's own last flush would fail."""
+        """Write what is still buffered somewhere else; otherwise the interpreter's own last flush would fail."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -144,7 +147,10 @@ class _Lasting:
 
 
 def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
-    """A table without rules: aligned columns, the last one free to wrap on a terminal; elsewhere a row is a line."""
+    """Print a table without rules.
+
+    On a terminal its columns are aligned and the last one is free to wrap; elsewhere a row is a line.
+    """
     if not out.is_terminal:
         texts = [[printable(cell) for cell in row] for row in rows]
         sizes = [max(map(len, column)) for column in zip(*texts, strict=True)]
@@ -162,7 +168,7 @@ def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def progress(out: Console, what: str) -> Callable[[int, int], None]:
-    """A callback ``(done, total)``: one line that is rewritten on a terminal, nothing where nobody watches."""
+    """Return a callback ``(done, total)``. On a terminal it rewrites one line; where nobody watches it does nothing."""
 
     from rich.control import Control
     from rich.segment import ControlType
@@ -183,8 +189,11 @@ _answer: TextIO | None = None  # standard output, where it is reserved for one J
 
 
 def reserve_output(wanted: bool) -> bool:
-    """With ``--json`` standard output is for the object alone: from here on, and until the process has ended, whatever
-    else is written there, by a reward of the user's or by a process that it starts, goes to standard error."""
+    """Keep standard output for the object of ``--json`` alone.
+
+    From here on, until the process has ended, whatever else is written there goes to standard error: a reward of the
+    user's may write, or a process that it starts.
+    """
     global _answer
     if wanted and _answer is None:
         sys.stdout.flush()
@@ -195,7 +204,7 @@ def reserve_output(wanted: bool) -> bool:
 
 
 def release_output() -> None:
-    """What `reserve_output` holds is given back: nothing more is said. That of the process remains moved."""
+    """Give back what `reserve_output` holds: nothing more is said. The standard output of the process remains moved."""
     global _answer
     if _answer is None:
         return
@@ -215,7 +224,10 @@ def _is_process_output(stream: TextIO) -> bool:
 
 
 def _moved() -> TextIO:
-    """The process's standard output under a number that no other process inherits; its own is standard error now."""
+    """Return the process's standard output under a number that no other process inherits.
+
+    The process's own is standard error now.
+    """
     kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if isinstance(sys.stdout, TextIOWrapper):
@@ -224,7 +236,7 @@ def _moved() -> TextIO:
 
 
 def print_json(wanted: bool, content: Any) -> None:
-    """One JSON object, the only line of standard output; NaN, which JSON lacks, is null.
+    """Print one JSON object, the only line of standard output; NaN, which JSON lacks, is null.
 
     Raises:
         OutputError: somebody waits for it and it cannot be written, as on a full disk.
@@ -240,7 +252,7 @@ def print_json(wanted: bool, content: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Plain data in which NaN and infinities are None."""
+    """Return plain data with None in place of NaN and infinities."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
