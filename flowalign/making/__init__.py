@@ -1,1 +1,1 @@
-"""What commands make from a model or a source: pairs, preferences, banks, merges, calibrations."""
+"""Work of the commands that make something of a model or a source: pairs, preferences, banks, merges, calibrations."""

@@ -34,7 +34,7 @@ Shape = Callable[[int | None, int | None], tuple[int, int, int]]  # of latents, 
 
 @dataclass(frozen=True)
 class Options:
-    """What to encode and how. Sizes are in pixels; ``buckets`` go before ``resolution`` and ``max_ratio``."""
+    """The options of encoding. Sizes are in pixels; ``buckets`` go before ``resolution`` and ``max_ratio``."""
 
     source: str
     to: Path
@@ -60,7 +60,7 @@ class Options:
     workers: int = 4
 
     def opened(self) -> ImageSource:
-        """The source. Raises ImagesError where it cannot be read."""
+        """Open the source. Raise ImagesError where it cannot be read."""
         return ImageSource(
             self.source,
             self.captions,
@@ -72,7 +72,7 @@ class Options:
         )
 
     def identity(self, source: ImageSource, encoder: str) -> dict[str, Any]:
-        """All that decides the bank's content, as plain data."""
+        """Return all that decides the bank's content, as plain data."""
         named = ("split", "limit", "resolution", "max_ratio", "random_crop", "flip", "seed", "shard_size")
         own = {name: getattr(self, name) for name in (*named, "deduplicate", "clip", "embeddings")}
         text = {"dtype": self.model.dtype, "max_sequence_length": self.model.max_sequence_length}
@@ -118,7 +118,7 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
 
 
 def _duplicates(options: Options, source: ImageSource, writer: BankWriter) -> Mapping[int, str]:
-    """The rows that are near-duplicates, where they are asked for, and of which earlier one."""
+    """Return the rows that are near-duplicates, each with the earlier one; nothing unless they are asked for."""
     if options.deduplicate is None or options.clip is None:
         return {}
     ordered = partial(in_order, workers=options.workers)
@@ -135,7 +135,8 @@ def _write_captions(options: Options, encoders: Encoders, prompts: list[str]) ->
 
 
 def _files_digest(options: Options) -> str | None:
-    """Names, sizes and times of the files of a source on this machine, but for what lies in the bank itself."""
+    """Return a digest of names, sizes and times of a source's files on this machine, except those in the bank
+    itself."""
     if options.hub:
         return None
     source, own = Path(options.source).resolve(), options.to.resolve()
@@ -146,7 +147,7 @@ def _files_digest(options: Options) -> str | None:
 
 
 def _check_unchanged(options: Options, source: ImageSource, files: str | None, made_from: Mapping[str, str]) -> None:
-    """The bank is of what the source holds now: by its files' names, sizes and times, else by every byte."""
+    """Check that the bank is of what the source holds now: by its files' names, sizes and times, else by every byte."""
     if options.hub or "rows" not in made_from or made_from.get("files") == files:
         return
     rows = RowsDigest()
@@ -176,7 +177,7 @@ def _buckets(options: Options, shape: Shape) -> tuple[Bucket, ...]:
 
 
 def _multiple(shape: Shape) -> int:
-    """The smallest side that the model takes, of which all others are multiples."""
+    """Return the smallest side that the model takes; all others are multiples of it."""
     for side in count(1):
         try:
             shape(side, side)
@@ -187,7 +188,7 @@ def _multiple(shape: Shape) -> int:
 
 
 def _check_listed(source: ImageSource, buckets: tuple[Bucket, ...]) -> None:
-    """Every bucket that was asked for by name has an image, told from the heads of the files."""
+    """Check that every bucket that was asked for by name has an image, told from the heads of the files."""
     empty = dict.fromkeys(buckets)
     for row in source:
         if isinstance(row, ImageRow):

@@ -66,7 +66,7 @@ def calibrate(
 
 
 def _distances(model: SampledModel, batch: PromptBatch, progress: Progress) -> tuple[Tensor, Tensor]:
-    """How far the network's input and its output move from step to step, of all trajectories in a row."""
+    """Return how far the network's input and output move from step to step, of all trajectories in a row."""
     size, done = model.config.model, 0
     with model.opened() as (policy, _, plan):
         network = policy.network

@@ -1,4 +1,4 @@
-"""Which rows of a source are near-duplicates of an earlier one, by the features of an open_clip model."""
+"""Near-duplicates: rows of a source that resemble an earlier one, by the features of an open_clip model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def find_duplicates(
     device: str = "cpu",
     ordered: Callable[..., Iterator[tuple[ImageRow, Tensor | None]]],
 ) -> dict[int, str]:
-    """The name of the first of its cluster for each row that is to be removed, kept in ``work`` once it is known.
+    """Return, for each row that is to be removed, the name of the first of its cluster.
+
+    It is kept in ``work`` once it is known.
 
     ``ordered(work, rows)`` maps rows in their order, side by side. Features are kept as well, so that an interrupted
     search goes on.
@@ -57,7 +59,7 @@ def _features(
     work: Path,
     ordered: Callable[..., Iterator[tuple[ImageRow, Tensor | None]]],
 ) -> tuple[list[tuple[Tensor, list[int]]], dict[int, str]]:
-    """Unit features (n, D) with the numbers of their rows, chunk by chunk, and the names of all of them."""
+    """Return the unit features (n, D) with the numbers of their rows, chunk by chunk, and the names of all of them."""
     chunks, names = _kept(work)
     last = max(names, default=-1)
     waiting: list[tuple[ImageRow, Tensor]] = []

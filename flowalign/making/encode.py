@@ -104,7 +104,7 @@ class Trail:
         self._digest, self._at = RowsDigest(), deque[tuple[int, str]]()
 
     def rows(self) -> Iterator[ImageRow | Skipped]:
-        """Those that no finished shard is done with."""
+        """Yield the rows that no finished shard is done with."""
         seen = 0
         for row in self._source:
             seen = row.number + 1
@@ -175,7 +175,7 @@ def encode(source: ImageSource, cutter: Cutter, encoders: Encoders, writer: Bank
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[tuple[Item, Result]]:
-    """Each item with what ``work`` makes of it, in their order; ``workers`` threads are a little ahead."""
+    """Yield each item with what ``work`` makes of it, in their order; ``workers`` threads are a little ahead."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
@@ -210,7 +210,7 @@ class RowsDigest:
 
 
 def _said(row: ImageRow | Skipped) -> bytes:
-    """What tells a row from another one, without its image."""
+    """Return the bytes that tell a row from another one, without its image."""
     content = [row.where, row.reason] if isinstance(row, Skipped) else [row.where, str(len(row.content))]
     captions = [] if isinstance(row, Skipped) else [text for pair in sorted(row.captions.items()) for text in pair]
     return "\0".join([str(row.number), *content, *captions, "\n"]).encode("utf-8", "surrogatepass")

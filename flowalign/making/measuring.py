@@ -27,7 +27,7 @@ Show = Callable[[str], Callable[[int, int], None]]
 
 @dataclass
 class Measured:
-    """What a folder was found to be: a value a metric, what was left out of which set, and notes for its reader."""
+    """The findings about a folder: a value a metric, what was left out of which set, and notes for its reader."""
 
     metrics: dict[str, float]
     content: dict[str, Any]
@@ -37,7 +37,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Options:
-    """What a folder is compared with, and by which models.
+    """The set that a folder is compared with, and the models by which.
 
     ``metrics`` is a list of `METRICS` with commas; None takes all that can be had. ``prompts`` are by default the
     folder's own; ``num_reference`` true scenes, as many as images.
@@ -92,7 +92,7 @@ def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
 def _distances(
     pictures: Pictures, other: Pictures, wanted: list[str], options: Options, show: Show
 ) -> tuple[dict[str, float], list[str]]:
-    """The metrics that compare two sets, and what a reader of them must know."""
+    """Return the metrics that compare two sets, and notes that a reader of them must know."""
     from flowalign.measure.distances import compare
 
     _check_counts(pictures.count, other.count, wanted)
@@ -125,7 +125,7 @@ def reference_metrics(
 
 
 def reference_of(reference: str, count: int, seed: int = 0) -> Pictures:
-    """The images of a folder, all of them, or ``count`` true scenes of the evaluation prompts."""
+    """Return the images of a folder, all of them, or ``count`` true scenes of the evaluation prompts."""
     from flowalign.config.section import ConfigError
     from flowalign.measure.imagefolder import image_files
     from flowalign.measure.imageset import Pictures, folder_of
@@ -141,7 +141,7 @@ def reference_of(reference: str, count: int, seed: int = 0) -> Pictures:
 
 
 def true_scenes(count: int, seed: int) -> np.ndarray:
-    """What the first ``count`` evaluation prompts ask for, uint8 (count, 64, 64, 3), a function of the seed."""
+    """Draw what the first ``count`` evaluation prompts ask for, uint8 (count, 64, 64, 3), a function of the seed."""
     import numpy as np
 
     from flowalign.shapes.prompts import evaluation_set, scene
@@ -152,7 +152,7 @@ def true_scenes(count: int, seed: int) -> np.ndarray:
 
 
 def extractor_of(text: str, device: str) -> FeatureExtractor:
-    """``inception``, ``file.py:function``, an open_clip directory, or ``{"type": …}``."""
+    """Parse ``inception``, ``file.py:function``, an open_clip directory, or ``{"type": …}``."""
     from flowalign.measure.features import resolve_extractor
 
     options = _options(text, "--extractor")
@@ -163,7 +163,7 @@ def extractor_of(text: str, device: str) -> FeatureExtractor:
 
 
 def clip_of(text: str, device: str) -> OpenClip:
-    """An open_clip directory, or ``{"model": …, "checkpoint": …}``."""
+    """Parse an open_clip directory, or ``{"model": …, "checkpoint": …}``."""
     from flowalign.config.section import ConfigError
     from rewards.models.openclip import OpenClip
 
@@ -177,7 +177,7 @@ def clip_of(text: str, device: str) -> OpenClip:
 
 
 def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
-    """What a reader of the numbers must know; ``count`` is the size of the smaller set."""
+    """Return the notes that a reader of the numbers must know; ``count`` is the size of the smaller set."""
     from flowalign.measure.distances import rank_deficient
 
     notes = list[str]()
@@ -194,7 +194,7 @@ def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
 
 
 def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:
-    """The metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
+    """Return the metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
     from flowalign.config.section import ConfigError
     from flowalign.intake.check import nearest
 
@@ -222,7 +222,7 @@ def _check_counts(generated: int, reference: int, metrics: list[str]) -> None:
 
 
 def _options(text: str, key: str) -> dict[str, Any]:
-    """JSON as it is, anything else as a ``path``; shipped names and files as absolute paths."""
+    """Parse JSON as it is, anything else as a ``path``; shipped names and files become absolute paths."""
     from flowalign.config.section import ConfigError
     from flowalign.config.sections import RewardConfig
     from flowalign.intake.paths import resolve_reward
@@ -235,7 +235,7 @@ def _options(text: str, key: str) -> dict[str, Any]:
 
 
 def _features(model: FeatureExtractor, images: Pictures, show: Callable[[int, int], None]) -> np.ndarray:
-    """A row for each image that could be read, in their order."""
+    """Return a row for each image that could be read, in their order."""
     from flowalign.measure.features import extract
 
     told = 0
@@ -249,7 +249,7 @@ def _features(model: FeatureExtractor, images: Pictures, show: Callable[[int, in
 
 
 def _clip_scores(images: Pictures, prompts: list[str], clip: OpenClip) -> np.ndarray:
-    """A score for each image that could be read, in their order."""
+    """Return a score for each image that could be read, in their order."""
     import numpy as np
 
     from flowalign.measure.distances import clip_scores

@@ -97,7 +97,7 @@ def merge(
 
 
 def _record(first: Source, sources: Sequence[Path], portions: Sequence[float], which: str) -> dict[str, Any]:
-    """What is recorded of what was merged."""
+    """Return the record of what was merged."""
     return {
         "kind": "merge",
         "sources": ["/".join(source.resolve().parts[-2:]) for source in sources],
@@ -111,7 +111,7 @@ def _record(first: Source, sources: Sequence[Path], portions: Sequence[float], w
 def _average(
     first: Source, others: Sequence[Path], portions: Sequence[float], which: str, model: Path | None
 ) -> dict[str, Tensor]:
-    """One model is in memory beside the first and the sum."""
+    """Return the average of models; one model is in memory beside the first and the sum."""
     total: dict[str, Tensor] = {}
     network, length = first.policy.network, first.config.model.max_sequence_length
     add(total, network.module, portions[0])
@@ -138,7 +138,7 @@ def _average(
 
 
 def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) -> Source:
-    """A source with full weights in float32; text length and image size are the first one's."""
+    """Open a source with full weights in float32; text length and image size are the first one's."""
     config = config_of(path, None, None if _is_pipeline(path) else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
@@ -168,7 +168,10 @@ def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> No
 
 
 def _write(pipeline: Any, network: Network, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
-    """Reloaded with diffusers and compared before it takes its name; an earlier export is replaced."""
+    """Write the model, reload it with diffusers and compare it before it takes its name.
+
+    An earlier export is replaced.
+    """
     with draft_beside(to) as draft:
         widen_encoders(pipeline)
         save_pipeline(pipeline, network, draft)

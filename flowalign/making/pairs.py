@@ -71,7 +71,7 @@ def make_pairs(
 
 
 def _identity(model: SampledModel, prompts: str, pairs: int, shard_size: int) -> dict[str, Any]:
-    """All that decides the bank's content, as plain data."""
+    """Return all that decides the bank's content, as plain data."""
     return {
         "checkpoint": str(model.path.resolve()),
         "weights": model.which,
@@ -102,7 +102,7 @@ def _write_shards(
 
 
 def _walked(model: SampledModel, policy: Policy, plan: SamplingPlan, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    """The latents of a chunk and the noise that they were walked from, (N, C, H, W) on the CPU."""
+    """Return the latents of a chunk and the noise that they were walked from, (N, C, H, W) on the CPU."""
     size, network = model.config.model, policy.network
     shape = network.latent_shape(size.height, size.width)
     condition = policy.encoders.encode_prompts(batch.prompts, size.max_sequence_length)
@@ -140,7 +140,7 @@ class _Shard:
 
 
 def _weights_digest(checkpoint: Path, which: Which) -> str:
-    """What tells the weights that are taken: a run that has gone on since has others."""
+    """Return a digest that tells which weights are taken: a run that has gone on since has others."""
     if (checkpoint / "model_index.json").is_file():
         return base_hash(checkpoint)
     found = find(checkpoint, which)

@@ -81,7 +81,7 @@ def _card(
     prompts: str,
     group_size: int,
 ) -> dict[str, Any]:
-    """What the pairs were made from, and how."""
+    """Return a record of what the pairs were made from, and how."""
     return {
         "checkpoint": str(model.path),
         "weights": model.which,
@@ -129,7 +129,7 @@ class _Drawn:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What the card says of them."""
+        """The counts that the card states."""
         return {
             "pairs": self.made,
             "groups": self.groups,
@@ -140,7 +140,7 @@ class _Drawn:
 
 
 def counts_of(card: Mapping[str, Any]) -> str:
-    """How many pairs there are and what was left out, and why, for people."""
+    """Say for people how many pairs there are, how many were left out, and why."""
     said = f"{card['pairs']} pairs kept of {card['groups']} groups"
     if card["groups_without_pair"]:
         why = ", ".join(f"{count} {reason}" for reason, count in card["why_without_pair"].items())
@@ -151,7 +151,7 @@ def counts_of(card: Mapping[str, Any]) -> str:
 def _pairs(
     batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows of a batch, and why groups gave none."""
+    """Return the rows of a batch, and the reasons why groups gave none."""
     with scorer.apart:
         judged = score_images(scorer, question(batch, images))
     scores = merge([judged], {scorer.name: 1.0})
@@ -185,7 +185,7 @@ def _png(image: Tensor) -> bytes:
 
 
 def _write(rows: list[dict[str, Any]], out: Path, last: bool) -> list[dict[str, Any]]:
-    """Full shards, and with ``last`` what is left over, as files; returns the rows that wait for more."""
+    """Write full shards, and with ``last`` what is left over, as files; return the rows that wait for more."""
     from datasets import Dataset, Features, Image, Value
 
     number, text = Value("float32"), Value("string")

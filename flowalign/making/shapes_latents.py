@@ -34,7 +34,7 @@ def make_bank(
 
 
 def main() -> None:
-    """``python -m flowalign.making.shapes_latents PIPELINE OUT``."""
+    """Run ``python -m flowalign.making.shapes_latents PIPELINE OUT``."""
     import argparse
 
     from flowalign.config.sections import ModelConfig

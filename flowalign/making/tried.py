@@ -123,7 +123,7 @@ def _causes(parts: list[tuple[list[int], Checked]]) -> dict[str, dict[str, int]]
 
 
 def lines_of(tried: Tried, width: int | None = None) -> list[str]:
-    """The table that is printed: a line an image, then mean, lowest and highest of each score, and what was refused.
+    """Return the printed table: a line an image, then mean, lowest and highest of each score, and what was refused.
 
     ``width`` is that of the terminal: prompts are cut to it, never numbers. None cuts nothing.
     """
@@ -148,13 +148,13 @@ def lines_of(tried: Tried, width: int | None = None) -> list[str]:
 
 
 def _refused(tried: Tried) -> list[str]:
-    """What was refused and why, after an empty line; nothing where nothing was."""
+    """Return lines on what was refused and why, after an empty line; nothing where nothing was."""
     lines = _refusals(tried)
     return ["", *lines] if lines else []
 
 
 def _refusals(tried: Tried) -> list[str]:
-    """A line for each score of which some were refused."""
+    """Return a line for each score of which some were refused."""
     lines = []
     for name, counts in tried.causes.items():
         why = ", ".join(f"{count} {_CAUSES.get(cause, cause)}" for cause, count in counts.items())
@@ -163,7 +163,7 @@ def _refusals(tried: Tried) -> list[str]:
 
 
 def _formatted(values: np.ndarray) -> Callable[[float], str]:
-    """How the scores of one reward are written: all with the same number of digits."""
+    """Return a function that formats the scores of one reward, all with the same number of digits."""
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
     kind = ".1f" if largest >= 1000 else ".2e" if 0 < largest < 0.01 else ".4f"
     return lambda value: format(value, kind) if np.isfinite(value) else "refused"
