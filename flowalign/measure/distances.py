@@ -1,4 +1,4 @@
-"""How far one set of images is from another in the space of some features, and how well images fit their prompts.
+"""Distances of one set of images from another in the space of some features, and the fit of images to their prompts.
 
 Shapes: N images that were generated, M of the reference, D features. All arithmetic is in float64.
 """
@@ -34,7 +34,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def frechet_distance(features_a: Features, features_b: Features) -> float:
-    """``|μa - μb|² + Tr(Σa + Σb - 2 (Σa Σb)^½)`` of (N, D) and (M, D), FID where the features are Inception's.
+    """Return ``|μa - μb|² + Tr(Σa + Σb - 2 (Σa Σb)^½)`` of (N, D) and (M, D), FID where the features are Inception's.
 
     (arXiv:1706.08500, eq. 6; covariances over N - 1.) With ``Xa`` the centred features over ``√(N - 1)``, the
     eigenvalues of ``Σa Σb`` are the squared singular values of ``Xa Xbᵀ``, so the last trace is their sum. Nothing
@@ -54,12 +54,12 @@ def frechet_distance(features_a: Features, features_b: Features) -> float:
 
 
 def rank_deficient(count: int, width: int) -> bool:
-    """Whether ``count`` images leave directions of ``width`` features without any variance."""
+    """Tell whether ``count`` images leave directions of ``width`` features without any variance."""
     return count <= width
 
 
 def kernel_distance(features_a: Features, features_b: Features) -> float:
-    """The unbiased squared MMD under the kernel ``(x·y / D + 1)³``: KID where the features are Inception's.
+    """Return the unbiased squared MMD under the kernel ``(x·y / D + 1)³``: KID where the features are Inception's.
 
     (arXiv:1801.01401, sections 2.1 and 4.) Over all images at once: the mean over random subsets, which is often
     reported, has the same expectation and a larger variance. Without bias means that it may be below 0.
@@ -72,7 +72,8 @@ def kernel_distance(features_a: Features, features_b: Features) -> float:
 
 
 def precision_recall(real: Features, fake: Features, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Precision: the share of fakes within the real manifold; recall: the share of reals within that of the fakes.
+    """Return the precision, which is the share of fakes within the real manifold, and the recall, which is the share of
+    reals within that of the fakes.
 
     The manifold of a set is the union of balls, one around each of its points with the distance to its ``k``-th
     nearest neighbour as the radius (Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 1 and 2). Both grow with ``k`` and
@@ -94,7 +95,10 @@ def precision_recall(real: Features, fake: Features, k: int = NEIGHBOURS) -> Pre
 
 
 def compare(generated_ND: Features, reference_MD: Features, metrics: Collection[str] = DISTANCES) -> dict[str, float]:
-    """Those of ``fid``, ``kid``, ``precision`` and ``recall`` that are asked for; raises as their functions do."""
+    """Compute those of ``fid``, ``kid``, ``precision`` and ``recall`` that are asked for.
+
+    Raise as their functions do.
+    """
     measured = {}
     if "fid" in metrics:
         measured["fid"] = frechet_distance(generated_ND, reference_MD)
@@ -107,7 +111,7 @@ def compare(generated_ND: Features, reference_MD: Features, metrics: Collection[
 
 
 def clip_scores(images: Images, prompts: list[str], clip: OpenClip, batch: int = 32) -> NDArray[np.float64]:
-    """``100 max(cos, 0)`` of each image and its prompt, (N,); images uint8 (N, H, W, 3).
+    """Return ``100 max(cos, 0)`` of each image and its prompt, (N,); images uint8 (N, H, W, 3).
 
     The paper's weight is 2.5 (Hessel et al. 2021, arXiv:2104.08718); 100 is what most publications report.
     """
@@ -120,7 +124,7 @@ def clip_scores(images: Images, prompts: list[str], clip: OpenClip, batch: int =
 
 
 def clip_score(images: Images, prompts: list[str], clip: OpenClip) -> float:
-    """The mean of `clip_scores`."""
+    """Return the mean of `clip_scores`."""
     return float(clip_scores(images, prompts, clip).mean())
 
 
@@ -138,7 +142,7 @@ def _checked(*sets: Features, fewest: int) -> list[NDArray[np.float64]]:
 
 
 def _root(features: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R of at most D rows with RᵀR = Σ: that of a QR decomposition of the centred features over √(N - 1)."""
+    """Return an R of at most D rows with RᵀR = Σ: that of a QR decomposition of the centred features over √(N - 1)."""
     centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
     return np.asarray(np.linalg.qr(centred, mode="r"))
 
@@ -152,13 +156,13 @@ def _kernel_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 
 def _within(features: NDArray[np.float64]) -> float:
-    """Mean kernel of two different images of a set."""
+    """Return the mean kernel of two different images of a set."""
     count, width = features.shape
     itself = ((np.square(features).sum(1) / width + 1) ** 3).sum()
     return (_kernel_sum(features, features) - float(itself)) / (count * (count - 1))
 
 
 def _radii(features: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Each point's distance to its k-th neighbour; it is its own nearest, in place 0."""
+    """Return each point's distance to its k-th neighbour; it is its own nearest, in place 0."""
     parts = [np.partition(cdist(block, features), k, axis=1)[:, k] for block in _blocks(features)]
     return np.concatenate(parts).astype(np.float64, copy=False)

@@ -51,13 +51,13 @@ class EvaluationResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What metrics.json holds, as plain data."""
+        """The content of metrics.json, as plain data."""
         summary = {"checkpoint": str(self.source), "iteration": self.iteration, "metrics": self.metrics}
         return summary | {"standard_errors": self.standard_errors, "made": self.made, "notes": self.notes}
 
 
 def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """``eval/<name>/<tag>``: mean over a task's valid samples; ``eval/<name>/overall``: mean over the tasks.
+    """Return ``eval/<name>/<tag>``, a mean over a task's valid samples, and ``eval/<name>/overall``, that over tasks.
 
     Where no row has a tag there is only the plain mean, as ``overall``. A task without a valid sample is NaN, and so
     is then the overall: leaving a task out would flatter. Of a reward with ``tasks`` its own tasks count.
@@ -74,7 +74,8 @@ def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) ->
 def image_metrics(
     result: EvaluationResult, reference_MD: Features, extractor: FeatureExtractor, clip: OpenClip
 ) -> dict[str, float]:
-    """``eval/fid``, ``eval/precision`` and ``eval/recall`` against M images' D features, and ``eval/clip_score``."""
+    """Return ``eval/fid``, ``eval/precision``, ``eval/recall`` against M images' D features, and
+    ``eval/clip_score``."""
     images = result.images.numpy()
     generated = extract(extractor, batches_of(images), len(images))
     measured = compare(generated, reference_MD, ("fid", "precision", "recall"))
@@ -83,17 +84,17 @@ def image_metrics(
 
 
 def evaluation_reward(config: AlignConfig) -> RewardConfig:
-    """The evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
+    """Return the evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
     return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
 
 
 def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
-    """The evaluation's scorer and, after it, those that are only measured."""
+    """Return the evaluation's scorer and, after it, those that are only measured."""
     return [evaluation_reward(config), *config.evaluation.gold]
 
 
 def best_metric(config: AlignConfig) -> str:
-    """The key in metrics.jsonl by which the best checkpoints are kept: ``eval/geneval/overall``, or what is said."""
+    """Return the metric by which the best checkpoints are kept: ``eval/geneval/overall``, or the configured one."""
     return config.checkpoint.best_metric or f"eval/{evaluation_reward(config).label}/overall"
 
 
@@ -145,14 +146,14 @@ def _scored(scorers: Sequence[NamedScorer], chunk: Rollout) -> Scores:
 
 
 def _notes(config: AlignConfig, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
-    """How many prompts the text encoders cut, and what was retried or masked."""
+    """Return notes on how many prompts the text encoders cut, and what was retried or masked."""
     cut = prompt_note(Path(config.model.path), batch.prompts)
     said = [f"of the prompts {cut}"] if cut else []
     return (*said, *(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()))
 
 
 def timed(chunks: Iterator[Rollout]) -> Iterator[tuple[Rollout, float]]:
-    """Each chunk with the seconds that it took to make."""
+    """Yield each chunk with the seconds that it took to make."""
     while True:
         began = time.monotonic()
         chunk = next(chunks, None)
@@ -162,12 +163,12 @@ def timed(chunks: Iterator[Rollout]) -> Iterator[tuple[Rollout, float]]:
 
 
 def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One line a sample in the public GenEval results format (djghosh13/geneval, ``evaluate_images.py``)."""
+    """Write one line a sample in the public GenEval results format (djghosh13/geneval, ``evaluate_images.py``)."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _result_rows(named: NamedScorer, chunk: Rollout, scores: Scores) -> list[dict[str, Any]]:
-    """GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
+    """Return GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
     batch, values = chunk.batch, scores.by_reward[named.name].tolist()
     metadata = [dict(row) for row in batch.metadata]
     with named.apart, blamed(named.name, " while it explained its scores"):

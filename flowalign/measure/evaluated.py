@@ -1,4 +1,4 @@
-"""What an evaluation says of itself: standard errors, and how many samples of what, made how."""
+"""Facts of an evaluation: standard errors, and how many samples of what, made how."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ UNTAGGED = "untagged"
 
 
 def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """The valid scores by reward and task (``tag``); tasks in the order in which they occur, without a tag one task.
+    """Return the valid scores by reward and task (``tag``).
+
+    Tasks come in the order in which they occur; without a tag there is one task.
 
     A reward that is for some tasks only has no others.
     """
@@ -30,7 +32,7 @@ def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def standard_errors(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """``standard_error/<name>/<task>`` and ``/overall``, of the metric of the same name under ``eval/``.
+    """Return ``standard_error/<name>/<task>`` and ``/overall``, of the metric of the same name under ``eval/``.
 
     A task's is that of a mean of independent samples, NaN below two; the overall is a mean of tasks, so its is the root
     of the sum of squares over their number.
@@ -58,7 +60,7 @@ def facts(
     rollouts: Sequence[Rollout],
     seconds: float,
 ) -> dict[str, Any]:
-    """How many samples of which prompts, made how; with a cache how much was skipped.
+    """Return facts for the reader: how many samples of which prompts, made how; with a cache how much was skipped.
 
     ``images_per_s`` is of sampling and decoding, without scoring.
     """
@@ -78,13 +80,13 @@ def facts(
 
 
 def skipped(rollouts: Sequence[Rollout]) -> float:
-    """The share of the network's evaluations whose blocks were skipped."""
+    """Return the share of the network's evaluations whose blocks were skipped."""
     computed, reused = (sum(getattr(r, name) for r in rollouts) for name in ("computed", "reused"))
     return reused / max(1, computed + reused)
 
 
 def text(said: Mapping[str, Any]) -> str:
-    """The facts as one line."""
+    """Write the facts as one line."""
     line = (
         f"{said['num_samples']} samples of {said['num_prompts']} of {said['prompts_there']} prompts "
         f"({said['prompts']}); {made_with(said)}; {said['images_per_s']:.3g} img/s"
@@ -96,7 +98,7 @@ def text(said: Mapping[str, Any]) -> str:
 
 
 def made_with(said: Mapping[str, Any]) -> str:
-    """How images were made: ``10 steps of euler, guidance 1, seed 0, weights: model``."""
+    """Say how images were made: ``10 steps of euler, guidance 1, seed 0, weights: model``."""
     steps = said["num_steps"]
     return (
         f"{steps} step{'s' * (steps > 1)} of {said['solver']}, guidance {said['guidance_scale']:g}, seed "

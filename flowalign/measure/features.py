@@ -1,4 +1,4 @@
-"""What two sets of images are compared in: the features of CLIP, of Inception or of the user's own function.
+"""Features that two sets of images are compared in: those of CLIP, of Inception or of the user's own function.
 
 Shapes: N images, H W pixels, D features.
 """
@@ -34,7 +34,7 @@ class FeatureExtractor(Protocol):
     """Resizes and normalises the images as its network wants them; each image's features depend on it alone."""
 
     def __call__(self, images: Images, /) -> NDArray[np.float32]:
-        """float32 (N, D) of uint8 images (N, H, W, 3) of any size."""
+        """Return float32 (N, D) of uint8 images (N, H, W, 3) of any size."""
         ...
 
 
@@ -86,7 +86,7 @@ class InceptionFeatures:
 
 
 def _where_from(cached: bool) -> str:
-    """How to come by the weights, where torchvision's own place was asked for or not."""
+    """Say how to come by the weights, where torchvision's own place was asked for or not."""
     named = """--extractor '{"type": "inception", "path": "FILE"}'"""
     if not cached:
         return f"{named} takes a file of torchvision's inception_v3 weights or a TorchScript file"
@@ -98,7 +98,7 @@ def _where_from(cached: bool) -> str:
 
 
 def torchvision_weights() -> Path:
-    """Where torchvision keeps its Inception weights once it has downloaded them."""
+    """Return the path where torchvision keeps its Inception weights once it has downloaded them."""
     from torchvision.models import Inception_V3_Weights
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(Inception_V3_Weights.IMAGENET1K_V1.url).name
@@ -107,7 +107,7 @@ def torchvision_weights() -> Path:
 def resolve_extractor(
     options: Mapping[str, Any], *, device: str = "cpu", base_dir: Path = Path(".")
 ) -> FeatureExtractor:
-    """The extractor that ``type`` names, ready to be called; the other keys are its options.
+    """Return the extractor that ``type`` names, ready to be called; the other keys are its options.
 
     ``open_clip``: as `rewards.models.openclip.OpenClip`, so ``path`` or ``model`` and ``checkpoint``. ``inception``:
     ``path``. ``file.py:function`` or ``package.module:function``: a function (images) -> features of the user's own,
@@ -136,7 +136,8 @@ def resolve_extractor(
 def extract(
     extractor: FeatureExtractor, batches: Batches, count: int, done: Callable[[int], None] | None = None
 ) -> NDArray[np.float32]:
-    """Features (count, D) of the images in ``batches``, pairs of places and uint8 images (N, H, W, 3) of one size.
+    """Return features (count, D) of the images in ``batches``: pairs of places and uint8 images (N, H, W, 3) of one
+    size.
 
     ``done`` is told after each batch how many images it had.
 
@@ -155,7 +156,7 @@ def extract(
 
 
 def batches_of(images: Images, size: int = BATCH) -> Iterator[tuple[range, Images]]:
-    """An array of images in batches, as `extract` takes them."""
+    """Yield an array of images in batches, as `extract` takes them."""
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         yield range(start, start + len(batch)), batch

@@ -35,7 +35,10 @@ Size = tuple[int, int]
 
 
 def image_files(folder: Path, key: str) -> list[Path]:
-    """The folder's images in the order of their names; raises ConfigError where it is none or has none."""
+    """Return the folder's images in the order of their names.
+
+    Raise ConfigError where it is no folder or has no images.
+    """
     if not folder.is_dir():
         raise ConfigError(key, f"{folder} is not a directory{hint(folder)}")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_apple_double(path))
@@ -45,7 +48,7 @@ def image_files(folder: Path, key: str) -> list[Path]:
 
 
 def _what_lies_in(folder: Path) -> str:
-    """The first few names, each with what it is where that tells why no picture is read."""
+    """Return the first few names, each with what it is where that tells why no picture is read."""
     there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     kinds = {True: " (a folder, which is not looked into)", False: ""}
     named = [
@@ -59,12 +62,12 @@ def _what_lies_in(folder: Path) -> str:
 
 
 def own_prompts(folder: Path) -> Path | None:
-    """What ``flowalign sample`` or ``flowalign evaluate`` wrote beside the images."""
+    """Return the prompts that ``flowalign sample`` or ``flowalign evaluate`` wrote beside the images."""
     return next((folder / name for name in _OWN_PROMPTS if (folder / name).is_file()), None)
 
 
 def prompt_rows(files: list[Path], source: Path) -> list[Row]:
-    """One row with ``prompt`` for each file, in the files' order.
+    """Return one row with ``prompt`` for each file, in the files' order.
 
     Rows belong to the files that they name under ``filename``, ``file_name``, ``file`` or ``image``. Where none names
     one, the order counts, which must then be the same by text and by number: 2.png stands before 10.png in one of them.
@@ -89,7 +92,7 @@ def prompt_rows(files: list[Path], source: Path) -> list[Row]:
 
 
 def _name(row: Row, where: str) -> str:
-    """The name of the file that a row is of, or nothing."""
+    """Return the name of the file that a row is of, or nothing."""
     key = next((key for key in _NAMED if row.get(key) not in (None, "")), None)
     if key is None:
         return ""
@@ -114,7 +117,7 @@ def _in_order(files: list[Path], rows: list[Row], source: Path) -> list[Row]:
 
 
 def _by_number(file: Path) -> list[tuple[int, str]]:
-    """Names in which 2 comes before 10."""
+    """Return a key that sorts names so that 2 comes before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
@@ -137,7 +140,7 @@ def _read(source: Path) -> list[tuple[str, Row]]:
 
 
 def _rows(source: Path) -> list[tuple[str, Any]]:
-    """Each row with where it stands; a text file has a prompt a line."""
+    """Return each row with where it stands; a text file has a prompt a line."""
     suffix = source.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".jsonlines", ".jl"):
         return [(f"{source}, line {number}", row) for number, row in read_rows(source, _EXAMPLE, _row)]
@@ -171,7 +174,7 @@ def _check_prompt(line: str, where: str, first: bool) -> None:
 
 
 def _row(row: Any, where: str) -> Row:
-    """A row with its prompt; GenEval's results keep the prompt's own row as JSON text under ``metadata``."""
+    """Return a row with its prompt; GenEval's results keep the prompt's own row as JSON text under ``metadata``."""
     folded = row.get("metadata") if isinstance(row, dict) else None
     if isinstance(folded, str):
         folded = parse_json(folded, f"{where}, metadata")
@@ -183,7 +186,7 @@ def _row(row: Any, where: str) -> Row:
 
 
 def other_pictures(folder: Path) -> dict[str, str]:
-    """Pictures in formats that are not read, and that `image_files` therefore leaves out: why, by their names."""
+    """Return the reasons, by name, of pictures in formats that are not read, and that `image_files` leaves out."""
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix.lower() in OTHERS and not is_apple_double(path)
     )
@@ -191,7 +194,10 @@ def other_pictures(folder: Path) -> dict[str, str]:
 
 
 def left_out_lines(reasons: Mapping[str, str], total: int, source: str) -> list[str]:
-    """What is left out of ``total`` images, for people: the count and the first few by name; nothing where none is."""
+    """Say for people what is left out of ``total`` images: the count and the first few by name.
+
+    It is empty where none is.
+    """
     if not reasons:
         return []
     named = [f"  {name} {reason}" for name, reason in reasons.items()]
@@ -200,7 +206,10 @@ def left_out_lines(reasons: Mapping[str, str], total: int, source: str) -> list[
 
 
 def sizes_of(files: Sequence[Path]) -> tuple[list[Size | None], dict[int, str]]:
-    """(height, width) of each file, upright, as its head says; by index the reasons of those that cannot be read."""
+    """Return (height, width) of each file, upright, as its head says.
+
+    Return also, by index, the reasons of those that cannot be read.
+    """
     sizes, reasons = list[Size | None](), dict[int, str]()
     for index, file in enumerate(files):
         try:
@@ -213,7 +222,7 @@ def sizes_of(files: Sequence[Path]) -> tuple[list[Size | None], dict[int, str]]:
 
 
 def batches_of_one_size(sizes: Sequence[Size | None], batch: int) -> list[list[int]]:
-    """Indices of at most ``batch`` files of one image size; those without a size are left out."""
+    """Yield the indices of at most ``batch`` files of one image size; those without a size are left out."""
     by_size: dict[Size, list[int]] = {}
     for index, size in enumerate(sizes):
         if size is not None:
@@ -222,7 +231,7 @@ def batches_of_one_size(sizes: Sequence[Size | None], batch: int) -> list[list[i
 
 
 def pixels(file: Path) -> Images:
-    """The picture of a file, uint8 (H, W, 3); raises PictureError with the reason where it is none."""
+    """Return the picture of a file, uint8 (H, W, 3). Raise PictureError with the reason where it is none."""
     return read(_content(file))
 
 

@@ -37,16 +37,16 @@ class Pictures:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why an image is left out, by its name."""
+        """The reason why an image is left out, by its name."""
         return {self.names[place]: reason for place, reason in sorted(self.left_out.items())} | dict(self.others)
 
     def lines(self) -> list[str]:
-        """What was left out, for people: the count and the first few by name."""
+        """Say for people what was left out: the count and the first few by name."""
         return left_out_lines(self.reasons, len(self.names) + len(self.others), self.source)
 
 
 def folder_of(files: Sequence[Path], key: str) -> Pictures:
-    """The files of one folder; raises ConfigError that names ``key`` where none of them can be read."""
+    """Return the files of one folder. Raise ConfigError that names ``key`` where none of them can be read."""
     sizes, left_out = sizes_of(files)
     folder = files[0].parent
 

@@ -38,7 +38,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, velocity: VelocityModel, name: str) -> dict[str, float]:
-        """``<name>/loss`` over all points and ``<name>/loss_t0.06`` of each time, of a velocity of the straight path.
+        """Return ``<name>/loss`` over all points and ``<name>/loss_t0.06`` of each time, of a straight path's velocity.
 
         Families other than rectified flow are judged alike, by the velocity they convert to.
         """
