@@ -36,7 +36,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where the export lies, and the largest differences found after reloading it: see `share`.
+    """The export's path, and the largest differences found after reloading it: see `share`.
 
     ``iteration`` is a training run's step. ``num_latents`` were compared, whose ``largest_difference`` stands beside
     their ``largest_value``.
@@ -55,7 +55,7 @@ class ExportResult:
 
     @property
     def compared(self) -> str:
-        """What was compared and how close it was."""
+        """One sentence on what was compared and how close it was."""
         return (
             f"compared {self.num_latents} latents of {PROBE_STEPS} steps, guidance "
             f"{' and '.join(f'{g:g}' for g in PROBE_GUIDANCE)}, of the reloaded files with the policy's: largest "
@@ -115,7 +115,7 @@ def _check(kind: Kind, config: AlignConfig, dtype: Dtype) -> None:
 
 
 def _opened(found: Path, config: AlignConfig, which: str) -> tuple[Policy, dict[str, Any]]:
-    """The policy of a checkpoint and its state.json, if diffusers has a class for it."""
+    """Return the policy of a checkpoint and its state.json. Refuse a policy that diffusers has no class for."""
     policy, state = open_policy(found, config, which)
     if not isinstance(policy.encoders, SD3Encoders):
         raise ExportError(f"export knows models of type sd3, not {config.model.type}")
@@ -142,7 +142,7 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
 
 
 def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any], family: str) -> None:
-    """Card and record, then one rename; an earlier export is replaced."""
+    """Write card and record, then rename once; an earlier export is replaced."""
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}

@@ -49,7 +49,7 @@ image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_sc
 
 
 def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
-    """README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
+    """Write README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
     after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
     before = _before(run_dir / "metrics.jsonl")
     front = "\n".join(_front_matter(config, state, kind, after))
@@ -59,7 +59,7 @@ def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *
 
 
 def base_name(path: str) -> str:
-    """``owner/name`` of a model in the hub's cache, ``shapes``, else the directory's own name."""
+    """Return ``owner/name`` of a model in the hub's cache, ``shapes``, else the directory's own name."""
     if Path(path).resolve() == (SHIPPED / "pipeline").resolve():
         return "shapes"
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", path)
@@ -67,7 +67,7 @@ def base_name(path: str) -> str:
 
 
 def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> list[str]:
-    """YAML, each value written as JSON, which YAML contains."""
+    """Return the front matter as YAML, each value written as JSON, which YAML contains."""
     base = base_name(config.model.path)
     lines = _licence(Path(config.model.path))
     lines += [f"library_name: {'peft' if kind == 'lora' else 'diffusers'}", "pipeline_tag: text-to-image"]
@@ -88,14 +88,14 @@ def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> lis
 
 
 def _tag(config: AlignConfig, algorithm: str) -> str:
-    """The algorithm; of a model that was trained plainly on another family's path, the family."""
+    """Return the algorithm; for a model that was trained plainly on another family's path, the family."""
     family = (config.model.family or "rf").partition("(")[0]
     named = family if algorithm == "rectified_flow" and family != "rf" else algorithm
     return named.replace("_", "-").replace("/", "-")
 
 
 def _licence(base: Path) -> list[str]:
-    """The base model's own licence fields, as its card states them; where it states none, a pointer to it."""
+    """Return the base model's own licence fields, as its card states them; where it states none, a pointer to it."""
     card = base / "README.md"
     try:
         head = re.match(r"---\n(.*?)\n---", read_text(card, MOST_OF_A_CARD), re.DOTALL) if card.is_file() else None
@@ -108,7 +108,7 @@ def _licence(base: Path) -> list[str]:
 
 
 def _simple(value: Any) -> str:
-    """A word as it is, all else quoted."""
+    """Return a word as it is, and all else quoted."""
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.+-]*", value, re.ASCII) else front(value)
 
 
@@ -160,7 +160,7 @@ def _hashed(state: Row) -> str:
 
 
 def _sigmas(config: AlignConfig) -> str:
-    """The argument that gives diffusers the grid of equal steps, which it shifts itself."""
+    """Return the argument that gives diffusers the grid of equal steps, which it shifts itself."""
     count = config.evaluation.num_steps
     levels = [round(1 - k / count, 6) for k in range(count)]
     own = config.evaluation.grid == "paper" and config.model.family in (None, "rf")
@@ -187,7 +187,7 @@ def _alignment(config: AlignConfig, state: Row, kind: str) -> dict[str, str]:
 
 
 def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
-    """Of a run on latents, from the configuration in its checkpoint."""
+    """Return the facts of a run on latents, from the configuration in its checkpoint."""
     sampling = own["sampling"]
     facts = {
         "Algorithm": f"{text(own['algorithm']['type'])}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",

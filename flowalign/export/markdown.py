@@ -13,12 +13,15 @@ _ACTIVE = re.compile(r"[\\`*\[\]<>|~&$#{}!]|:(?=//)|(?<![A-Za-z0-9])_|_(?![A-Za-
 
 
 def text(value: object) -> str:
-    """In a sentence or in the cell of a table."""
+    """Escape a value for a sentence or for the cell of a table."""
     return _ACTIVE.sub(r"\\\g<0>", printable(str(value)))
 
 
 def code(value: object, *, cell: bool = True) -> str:
-    """In type of one width; in the ``cell`` of a table ``|`` is written as GitHub's Markdown wants it there."""
+    """Set a value in type of one width.
+
+    In the ``cell`` of a table ``|`` is written as GitHub's Markdown wants it there.
+    """
     shown = printable(str(value)) or " "
     shown = shown.replace("|", r"\|") if cell else shown
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
@@ -27,7 +30,7 @@ def code(value: object, *, cell: bool = True) -> str:
 
 
 def front(value: Any) -> str:
-    """In front matter: JSON, which YAML contains, of texts that YAML may hold."""
+    """Write a value for front matter: as JSON, which YAML contains, of texts that YAML may hold."""
     return json.dumps(_printable(value), ensure_ascii=False)
 
 

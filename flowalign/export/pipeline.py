@@ -61,7 +61,7 @@ class ConditioningWithInputs(nn.Module):
 
 
 class Family:
-    """What the output of a network means, by a name such as ``v/cos`` or ``edm(0.0, 0.6)``; numbers are float64.
+    """The meaning of a network's output, by a name such as ``v/cos`` or ``edm(0.0, 0.6)``; numbers are float64.
 
     Raises:
         ValueError: an unknown name.
@@ -77,7 +77,7 @@ class Family:
             raise ValueError(f"this pipeline does not know the family {name!r} of its transformer; get a newer one")
 
     def own_time(self, s: Tensor) -> Tensor:
-        """The time in [0, 1] that the network is told at the level s."""
+        """Return the time in [0, 1] that the network is told at the level s."""
         if self.path == "cos":
             return torch.atan2(s, 1 - s) * 2 / math.pi
         if self.path == "rf":
@@ -90,7 +90,7 @@ class Family:
         return torch.special.erfc((self.p_mean - torch.logit(s)) / self.p_std / math.sqrt(2)) / 2
 
     def coefficients(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a, b, p and q of ``z = a x0 + b noise`` and ``output = p x0 + q noise`` at the level s."""
+        """Return a, b, p and q of ``z = a x0 + b noise`` and ``output = p x0 + q noise`` at the level s."""
         if self.kind == "edm":
             b = s / (1 - s)
             root = torch.sqrt(b * b + SIGMA_DATA**2)
@@ -100,7 +100,7 @@ class Family:
         return (a, b, -b, a) if self.kind == "v" else (a, b, torch.zeros_like(s), torch.ones_like(s))
 
     def levels(self, num_steps: int, shift: float) -> list[float]:
-        """The noise levels s of so many steps, without the last, which is 0."""
+        """Return the noise levels s of so many steps, without the last, which is 0."""
         count = max(num_steps - 1, 1) if self.kind == "edm" else num_steps
         place = torch.arange(num_steps, dtype=torch.float64) / count
         place = shift * (1 - place) / (1 + (shift - 1) * (1 - place))
@@ -119,7 +119,7 @@ class Family:
         return (sigma / (1 + sigma)).float().tolist()
 
     def _highest(self) -> float:
-        """EDM's highest sigma, or the highest that a narrower density was trained on."""
+        """Return EDM's highest sigma, or the highest that a narrower density was trained on."""
         drawn = torch.special.ndtri(torch.tensor(1 - 2.0**-24, dtype=torch.float64))
         return SIGMAS[1] if self.path else min(SIGMAS[1], math.exp(self.p_mean + self.p_std * float(drawn)))
 
@@ -133,7 +133,9 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
     _first_level = 1.0
 
     def register_modules(self, **kwargs: Any) -> None:
-        """Called once the parts are loaded; diffusers has read the transformer without the weights of its inputs.
+        """Register the parts once they are loaded.
+
+        diffusers has read the transformer without the weights of its inputs.
 
         Raises:
             ValueError: an input or a family that is unknown, or an input whose weights are missing.
@@ -167,7 +169,9 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
         sigmas: list[float] | None = None,
         **kwargs: Any,
     ):
-        """As of ``StableDiffusion3Pipeline``; ``guidance_scale`` goes to the network where it takes one as an input.
+        """Sample as ``StableDiffusion3Pipeline`` does.
+
+        ``guidance_scale`` goes to the network where it takes one as an input.
 
         ``sigmas`` of a family are levels of the straight path as they are; by default they are the family's own.
         """
@@ -187,11 +191,11 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
             self.scheduler, self._first_level = scheduler, 1.0
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Noise of the first level's size, drawn or given."""
+        """Return noise of the first level's size, drawn or given."""
         return super().prepare_latents(*args, **kwargs) * self._first_level
 
     def _columns(self, guidance_scale: float) -> Any:
-        """A hook that appends the inputs' columns to the pooled text of a call at one of the scheduler's times."""
+        """Return a hook that appends the inputs' columns to the pooled text of a call at a time of the scheduler."""
 
         def append(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if not self._inputs:
@@ -206,7 +210,7 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
         return append
 
     def _velocity(self, raw: Any, family: Family) -> Any:
-        """A transformer's forward that takes x and 1000 s and answers the velocity, around its own that takes z."""
+        """Return a transformer's forward that takes x and 1000 s and answers the velocity; its own takes z."""
 
         def forward(
             hidden_states: Tensor, *args: Any, timestep: Tensor, return_dict: bool = True, **kwargs: Any
@@ -226,7 +230,10 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
         return forward
 
     def _level(self, timestep: Tensor) -> Tensor:
-        """s of ``timestep`` (N,), mostly 1000 s, float64; of one of the scheduler's times its own level, exactly."""
+        """Return the level s of ``timestep`` (N,), mostly 1000 s, float64.
+
+        One of the scheduler's times has exactly its own level.
+        """
         times, sigmas = (value.to(timestep.device) for value in (self.scheduler.timesteps, self.scheduler.sigmas))
         same = times[None] == timestep[:, None]
         exact = sigmas[same.int().argmax(1)].double()
@@ -234,7 +241,7 @@ class FlowalignPipeline(StableDiffusion3Pipeline):
 
 
 def _log_alpha_bar() -> Tensor:
-    """0, then ``log alpha_bar`` of the 1,000 steps of latent diffusion's schedule, linear in sqrt(beta)."""
+    """Return 0, then ``log alpha_bar`` of the 1,000 steps of latent diffusion's schedule, linear in sqrt(beta)."""
     root_beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-root_beta.square()).cumsum(0)])
 

@@ -1,4 +1,4 @@
-"""What an export is compared by: answers of the policy and of the reloaded files to the same noise."""
+"""The comparison of an export: answers of the policy and of the reloaded files to the same noise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROBE_GUIDANCE = (1.0, 3.0)
 
 
 class Errors(NamedTuple):
-    """What a reloaded export was found to differ by: shares of the largest value, see `share`, and plain numbers."""
+    """The differences of a reloaded export: shares of the largest value, see `share`, and plain numbers."""
 
     velocity: float
     latents: float
@@ -46,7 +46,7 @@ class Errors(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """What our own policy answers to fixed noise: one velocity and, by guidance scale, latents after four steps."""
+    """The answers of our own policy to fixed noise: one velocity and, by guidance scale, latents after four steps."""
 
     noise_NCHW: Tensor
     velocity_NCHW: Tensor
@@ -65,7 +65,9 @@ def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Err
 
 
 def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
-    """A pipeline directory through diffusers alone, in float32; a T5 that was left out is named, as diffusers wants.
+    """Load a pipeline directory through diffusers alone, in float32.
+
+    A T5 that was left out is named, as diffusers wants.
 
     Where the directory has a ``pipeline.py``, it stands for the one of this package, which takes its place: no code of
     a directory is run.
@@ -103,7 +105,7 @@ def probe(policy: Policy, config: AlignConfig) -> Probe:
 
 @torch.no_grad()
 def differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
-    """Velocity and latents of the public pipeline against the probe: largest differences, see `share`.
+    """Compare velocity and latents of the public pipeline with the probe's: the largest differences, see `share`.
 
     Those of guided latents are divided by what guidance makes of rounding.
     """
@@ -141,25 +143,28 @@ def differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
 
 
 def even_levels(count: int) -> list[float]:
-    """The ``sigmas`` that make diffusers' scheduler walk ``count`` equal steps, which it shifts itself."""
+    """Return the ``sigmas`` that make diffusers' scheduler walk ``count`` equal steps, which it shifts itself."""
     return [round(1 - k / count, 6) for k in range(count)]
 
 
 def euler(like: Any, **changes: Any) -> Any:
-    """A scheduler like ``like``; with ``stochastic_sampling`` each step noises the prediction of the image anew."""
+    """Return a scheduler like ``like``.
+
+    With ``stochastic_sampling`` each step noises the prediction of the image anew.
+    """
     return FlowMatchEulerDiscreteScheduler.from_config(like.config, **changes)
 
 
 def share(found: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest value, which is taken as 1 where it is smaller."""
+    """Return the largest difference as a share of the largest value, which is taken as 1 where it is smaller."""
     return float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _amplification(guidance: float) -> float:
-    """How much guidance magnifies the rounding of the two velocities that it combines: |g| + |1 - g|."""
+    """Return the factor by which guidance magnifies the rounding of the velocities that it combines: |g| + |1 - g|."""
     return guidance + abs(1 - guidance)
 
 
 def largest(errors: Sequence[float]) -> float:
-    """Like max, but NaN wins."""
+    """Return the largest value, like max, but NaN wins."""
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)

@@ -46,15 +46,21 @@ def write_pipeline(policy: Policy, directory: Path, config: AlignConfig, dtype: 
 
 
 def widen_encoders(pipeline: Any) -> None:
-    """transformers loads a half-precision encoder in half precision, whatever dtype the pipeline is loaded in."""
+    """Convert half-precision encoders to float32.
+
+    transformers loads them in half precision, whatever dtype the pipeline is loaded in.
+    """
     for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         if part is not None:
             part.float()
 
 
 def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
-    """The pipeline of ``network`` as it is; where a plain one would sample it wrongly, with a file that does so
-    rightly, without which diffusers refuses to load it."""
+    """Save the pipeline of ``network`` as it is.
+
+    Where a plain pipeline would sample it wrongly, add a file that samples it rightly, without which diffusers refuses
+    to load it.
+    """
     own = bool(network.inputs) or network.family != "rf"
     transformer = pipeline.transformer
     if own or own_pipeline.FAMILY in transformer.config:
@@ -104,7 +110,7 @@ def write_lora(policy: Policy, directory: Path, config: AlignConfig) -> Errors:
 
 
 def _walking(sampling: SamplingConfig) -> dict[str, Any]:
-    """Options with which the base's scheduler walks the levels that the exported model is sampled along."""
+    """Return the options with which the base's scheduler walks the levels that the exported model is sampled along."""
     found: dict[str, Any] = {"stochastic_sampling": sampling.solver == "consistency"}
     if sampling.grid != "pipeline":  # handed over as sigmas, or 0.1's static grid: no conversion, but the shift
         found |= {name: DEFAULTS[name] for name in CONVERSIONS}
