@@ -1,4 +1,4 @@
-"""What a run would do and need, from its configuration alone: geometry, parameters, FLOPs, memory. Starts nothing."""
+"""The plan of a run: geometry, parameters, FLOPs and memory, from its configuration alone. It starts nothing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def _sizes(config: AlignConfig, directory: Path) -> ModelSizes:
 
 
 def _learner_flops(config: AlignConfig, g: Geometry, model: ModelSizes, asked: Sequence[ModelSizes]) -> int:
-    """Of all ranks; every one asks its own teachers, unless they are actors that answer all ranks at once."""
+    """Return the FLOPs of all ranks.
+
+    Every one asks its own teachers, unless they are actors that answer all ranks at once.
+    """
     # Gradients of activations cost a forward pass, gradients of weights another; a LoRA's own are negligible.
     backward = 2 if config.model.lora is None else 1
     teachers = g.teacher_passes * max(sizes.flops for sizes in asked)
@@ -114,7 +117,7 @@ def _odd(config: AlignConfig, geometry: Geometry) -> list[str]:
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
-    """The plan for people: label and value."""
+    """Return the plan for people: label and value."""
     g, m, memory = plan.geometry, plan.model, plan.memory
     frozen = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in m.frozen.items())
     rows = [
@@ -160,7 +163,7 @@ def _count(count: int, what: str, ending: str = "s") -> str:
 
 
 def _flops(count: int) -> str:
-    """In the largest unit of which there is one."""
+    """Write FLOPs in the largest unit of which there is one."""
     for unit, size in (("PFLOP", 10**15), ("TFLOP", 10**12), ("GFLOP", 10**9)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

@@ -43,7 +43,7 @@ class Geometry:
 
 
 def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
-    """Counts that follow from the configuration and the algorithm's own sampling plan."""
+    """Return the counts that follow from the configuration and the algorithm's own sampling plan."""
     plan, needs = algorithm.plan(0, config.seed), algorithm.needs
     images = config.data.groups_per_iteration * needs.group_size
     num_steps = 0 if plan is None else plan.num_steps
@@ -85,11 +85,14 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
 
 
 def _passes(guidance_scale: Scalar, inputs: Sequence[str] | None) -> int:
-    """Evaluations for one velocity: a network that takes the guidance as an input needs no second."""
+    """Return the evaluations for one velocity: a network that takes the guidance as an input needs no second."""
     return 2 if guides(guidance_scale) and "guidance" not in (inputs or ()) else 1
 
 
 def _teacher_passes(teacher: TeacherConfig, inputs: Sequence[str] | None) -> int:
-    """A teacher that is no pipeline is a run of the model, and takes what the model takes."""
+    """Return the evaluations of a teacher.
+
+    One that is no pipeline is a run of the model, and takes what the model takes.
+    """
     path = Path(teacher.path)
     return _passes(teacher.guidance_scale, extra_inputs(path) if (path / "model_index.json").is_file() else inputs)

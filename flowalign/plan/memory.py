@@ -52,7 +52,9 @@ class Memory:
 def plan_memory(
     config: AlignConfig, needs: Needs, geometry: Geometry, sizes: ModelSizes, teachers: Mapping[str, ModelSizes]
 ) -> Memory:
-    """Bytes of a rollout worker, of a learner rank and of each teacher; what could be trained is float32 everywhere.
+    """Return the bytes of a rollout worker, of a learner rank and of each teacher.
+
+    What could be trained is float32 everywhere.
 
     ``teachers`` are the sizes of those that are pipelines; all others are runs of the model, and of its size.
     """
@@ -87,7 +89,10 @@ def plan_memory(
 
 
 def _reference(needs: Needs, lora: bool, network: int) -> int:
-    """A frozen copy of the network; without its adapter a LoRA's network is its own, unless the reference moves."""
+    """Return the bytes of a frozen copy of the network.
+
+    Without its adapter a LoRA's network is its own, unless the reference moves.
+    """
     if needs.reference is None:
         return 0
     return network if needs.reference.refresh is not None or not lora else 0

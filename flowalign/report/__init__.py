@@ -91,7 +91,10 @@ def write_report(run_dir: Path, config: AlignConfig, versions: Mapping[str, str]
 
 
 def _template() -> Template:
-    """The page, which marks no text from outside as safe; `_shown` writes out what is invisible or turns it around."""
+    """Return the page's template, which marks no text from outside as safe.
+
+    `_shown` writes out what is invisible or turns it around.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
@@ -105,7 +108,7 @@ def _shown(value: Any) -> Any:
 
 
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows with an iteration, and of them the numbers and nulls: the run may be somebody else's."""
+    """Return the rows with an iteration, and of them the numbers and nulls: the run may be somebody else's."""
     path = run_dir / "metrics.jsonl"
     if not inside(path, run_dir):
         return []
@@ -119,7 +122,7 @@ def _may_be_shown(value: Any) -> bool:
 
 
 def _changes(run_dir: Path) -> list[str]:
-    """What changed between two starts of the run, and was accepted."""
+    """Return the changes between two starts of the run that were accepted."""
     with suppress(CheckpointError, OSError, ValueError):
         newest = latest(run_dir / "checkpoints")
         return [] if newest is None else changes_of(json.loads((newest / "state.json").read_bytes()))
@@ -127,7 +130,7 @@ def _changes(run_dir: Path) -> list[str]:
 
 
 def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:
-    """Rows task, before, after, difference; the overall last. Empty where nothing was evaluated."""
+    """Return the rows task, before, after, difference; the overall last. Empty where nothing was evaluated."""
     if not evaluations:
         return []
     prefix = f"eval/{name}/"
@@ -144,7 +147,10 @@ def _table(name: str, evaluations: list[Row]) -> list[dict[str, Any]]:
 
 
 def _group_size(config: AlignConfig) -> int | None:
-    """Images of a group; of an algorithm of the user's, whose code a report does not run, what its options say."""
+    """Return the images of a group.
+
+    For an algorithm of the user's, whose code a report does not run, its options say it.
+    """
     algorithm, written = shipped_algorithm(config.algorithm), config.algorithm.get("group_size")
     if algorithm is not None:
         return algorithm.needs.group_size
@@ -191,7 +197,7 @@ def _figures(name: str, trained: list[Row], evaluations: list[Row]) -> dict[str,
 
 
 def _phases(trained: list[Row]) -> list[dict[str, Any]]:
-    """Mean seconds and share of each phase."""
+    """Return the mean seconds and share of each phase."""
     means = {phase: _mean(row.get(f"time/{phase}_s") for row in trained) for phase in PHASES}
     total = sum(mean for mean in means.values() if mean is not None)
     return [
@@ -217,7 +223,7 @@ def _health(trained: list[Row]) -> list[dict[str, Any]]:
 
 
 def _settings(config: AlignConfig) -> dict[str, str]:
-    """What a reader asks first about a run."""
+    """Return the settings that a reader asks for first."""
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
     group, pairs = _group_size(config), config.data.preferences
     optimizer = config.learner.optimizer
@@ -237,7 +243,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
 
 
 def _tally(gallery: Gallery | None) -> dict[str, int]:
-    """How many of the shown pairs were and became right; empty where verdicts or a second set are missing."""
+    """Return how many of the shown pairs were and became right; empty where verdicts or a second set are missing."""
     if gallery is None or gallery.after is None:
         return {}
     pairs = [(pair.before.right, pair.after.right) for pair in gallery.pairs if pair.after is not None]
@@ -248,7 +254,7 @@ def _tally(gallery: Gallery | None) -> dict[str, int]:
 
 
 def _yaml(value: Any, indent: str = "") -> Iterable[str]:
-    """Nested settings as indented lines."""
+    """Write nested settings as indented lines."""
     items = value.items() if isinstance(value, Mapping) else (("-", item) for item in value)
     for key, item in items:
         head = f"{indent}-" if key == "-" else f"{indent}{key}:"

@@ -51,7 +51,7 @@ LONGEST_NAME = 60
 
 
 def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "") -> Markup:
-    """Curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN."""
+    """Draw curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN."""
     figure, axes = _figure()
     curves = {}
     for color, (name, values) in zip(_colors(series, bold), series.items(), strict=False):
@@ -68,7 +68,7 @@ def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = 
 
 
 def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> Markup:
-    """Stacked bars, one an iteration; the few that tower over the rest are cut, and the label says so."""
+    """Draw stacked bars, one an iteration; the few that tower over the rest are cut, and the label says so."""
     figure, axes = _figure((13.4, 2.7))
     bottom = [0.0] * len(x)
     for color, values in zip(COLORS, series.values(), strict=False):
@@ -83,7 +83,7 @@ def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> Ma
 
 
 def small(x: Sequence[int], values: Series, *, color: str = COLORS[0], title: str = "") -> Markup:
-    """One small curve, raw."""
+    """Draw one small curve, raw."""
     figure, axes = _figure((3.4, 1.9))
     axes.plot(x, _floats(values), color=color, linewidth=1.4, marker="o" if len(x) <= 12 else None, markersize=3.5)
     _iteration_axis(axes, x, "")
@@ -138,7 +138,7 @@ def _floats(values: Series) -> list[float]:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Mean of up to ``SMOOTHING`` finite values around each; NaN stays a gap."""
+    """Return the mean of up to ``SMOOTHING`` finite values around each; NaN stays a gap."""
     half, means = SMOOTHING // 2, []
     for i, value in enumerate(values):
         near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
@@ -161,7 +161,7 @@ def _svg(figure: Any, title: str) -> Markup:
 
 
 def _rewritten(tag: str) -> str:
-    """A tag without ids, namespaces and the drawing's fixed size, in the page's font and inks."""
+    """Return a tag without ids, namespaces and the drawing's fixed size, in the page's font and inks."""
     tag = re.sub(
         r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|legend|PolyCollection)_\d+"', "", tag
     )

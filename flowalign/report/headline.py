@@ -15,7 +15,8 @@ WINDOW = 10  # iterations whose mean stands for "before", or "after"
 
 
 def main_score(config: AlignConfig, rows: Iterable[Row]) -> str:
-    """The evaluated score that curves and tables show: the scorer's own, or where it was trained so the strict one.
+    """Return the evaluated score that curves and tables show: the scorer's own, or, where that was trained, the strict
+    one.
 
     GenEval as a reward in a mode other than ``official`` demands exact counts; ``geneval_strict`` evaluates that.
     """
@@ -29,7 +30,10 @@ def main_score(config: AlignConfig, rows: Iterable[Row]) -> str:
 
 
 def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any] | None:
-    """Means of ``reward/total/mean`` over the first and the last iterations; None where nothing is rewarded."""
+    """Return the means of ``reward/total/mean`` over the first and the last iterations.
+
+    It is None where nothing is rewarded.
+    """
     values = [v for row in trained if (v := _finite(row.get("reward/total/mean"))) is not None]
     rewards = [reward for reward in config.rewards if reward.weight and not reward.gold]
     if not rewards or not values:
@@ -45,7 +49,10 @@ def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any
 
 
 def evaluated(config: AlignConfig, main: str, evaluations: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each evaluated score, the ``main`` one first: its name, before, after and gain; empty without an evaluation."""
+    """Return each evaluated score, the ``main`` one first: its name, before, after and gain.
+
+    It is empty without an evaluation.
+    """
     scores = []
     for name in sorted(_held(evaluations), key=lambda name: (name != main, name)):
         key = f"eval/{name}/overall"
@@ -57,7 +64,7 @@ def evaluated(config: AlignConfig, main: str, evaluations: Sequence[Row]) -> lis
 
 
 def named(score: str, config: AlignConfig) -> str:
-    """An evaluated score as people call it: GenEval with its mode, others by their label."""
+    """Return the name of an evaluated score as people call it: GenEval with its mode, others by their label."""
     scorer = config.evaluation.scorer
     label = "geneval" if scorer is None else scorer.label
     if score == "geneval" + STRICT or score == label + STRICT:

@@ -51,7 +51,7 @@ class Gallery:
 
 
 def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
-    """The first and the last set of samples, in the order of their index; None where there is none.
+    """Return the first and the last set of samples, in the order of their index; None where there is none.
 
     What an index names is shown only where it lies inside the run; the run may be somebody else's, and its page may be
     published.
@@ -78,7 +78,7 @@ def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
 
 
 def inside(path: Path, run_dir: Path) -> bool:
-    """Whether ``path`` is a file that lies in the run, wherever its links lead."""
+    """Tell whether ``path`` is a file that lies in the run, wherever its links lead."""
     try:
         return path.is_file() and path.resolve().is_relative_to(run_dir.resolve())
     except (OSError, ValueError):  # of a name that no file can have
@@ -86,7 +86,7 @@ def inside(path: Path, run_dir: Path) -> bool:
 
 
 class _Pictures:
-    """What may be shown of a run's samples, and what may not."""
+    """The pictures of a run's samples: those that may be shown, and those that may not."""
 
     def __init__(self, run_dir: Path, metric: str) -> None:
         self._run_dir, self._metric = run_dir, metric
@@ -94,7 +94,7 @@ class _Pictures:
         self.side = 0
 
     def of(self, directory: Path) -> dict[str, tuple[dict[str, Any], Shown]]:
-        """By file, in the order of the index."""
+        """Return the pictures by file, in the order of the index."""
         index = directory / "index.json"
         if not inside(index, self._run_dir):
             self._outside += 1
@@ -116,7 +116,7 @@ class _Pictures:
         return found
 
     def left_out(self) -> str:
-        """A sentence; empty where all is shown."""
+        """Return a sentence on what is left out; empty where all is shown."""
         said = [f"{self._outside} outside of this run"] if self._outside else []
         said += [f"{self._unreadable} that cannot be read as pictures"] if self._unreadable else []
         return f"Left out of what the index names: {' and '.join(said)}." if said else ""
