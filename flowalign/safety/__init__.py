@@ -1,1 +1,1 @@
-"""What a run shows of a collapse, and the alarms that follow."""
+"""Signs of a collapse in a rollout, and the alarms that follow."""

@@ -70,7 +70,7 @@ class Block:
         return statistics.fmean(self.values[key])
 
     def knows(self, key: str) -> bool:
-        """Whether there are enough values for a standard error."""
+        """Tell whether there are enough values for a standard error."""
         return len(self.values[key]) > 1
 
     @property
@@ -99,7 +99,7 @@ class CollapseAlarm:
             self.update(row["iteration"], row)
 
     def update(self, iteration: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """``alarm/<cause>``, 0 or 1: of rewards from the end of the first block on, else of the second."""
+        """Return ``alarm/<cause>``, 0 or 1: of rewards from the end of the first block on, else of the second."""
         if MEASURED in metrics:
             self._rows.append((iteration, metrics))
             if len(self._rows) == self.config.window:
@@ -107,7 +107,7 @@ class CollapseAlarm:
         return dict(self._alarms)
 
     def stopping(self) -> str | None:
-        """The cause that has held for ``patience`` blocks, where ``stop`` asks for it."""
+        """Return the cause that has held for ``patience`` blocks, where ``stop`` asks for it."""
         held = [cause for cause, blocks in self._held.items() if blocks >= self.config.patience]
         return held[0] if held and self.config.stop else None
 
@@ -168,7 +168,7 @@ class CollapseAlarm:
         return found if share > allowed else None
 
     def _reference(self, cause: str, key: str, block: Block) -> Block | None:
-        """The first block that knows a figure, where ``block`` knows it as well; the cause is then judged."""
+        """Return the first block that knows a figure, where ``block`` knows it as well; the cause is then judged."""
         first = next((earlier for earlier in self._blocks if earlier.knows(key)), None)
         if first is None:
             return None
@@ -176,7 +176,8 @@ class CollapseAlarm:
         return first if block.knows(key) else None
 
     def _finding(self, cause: str, key: str, before: Block, after: Block) -> Finding | None:
-        """The finding, where the difference exceeds its standard errors, or no value of one block lies in the other.
+        """Return the finding where the difference exceeds its standard errors, or no value of one block lies in the
+        other's.
 
         A figure that falls fast has a first block so wide that no later one could differ by its standard errors.
         """
@@ -190,7 +191,7 @@ class CollapseAlarm:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why and where a run was stopped; ``last_good`` is None where no checkpoint is older than the alarm."""
+    """The cause and the place of a run's stop; ``last_good`` is None where no checkpoint is older than the alarm."""
 
     cause: str
     iteration: int
@@ -198,7 +199,7 @@ class Stopped:
 
 
 def stopped_by_alarm(run_dir: Path, config: SafetyConfig, iteration: int | None = None) -> Stopped | None:
-    """What stopped the run at ``iteration``, by default its latest checkpoint's, as its metrics and thresholds have it.
+    """Return what stopped the run at ``iteration``, by default its latest checkpoint's, by its metrics and thresholds.
 
     None: no alarm did.
     """

@@ -1,4 +1,4 @@
-"""What a rollout shows of a collapse, iteration by iteration: numbers for metrics.jsonl.
+"""Signals of a collapse in a rollout, iteration by iteration: numbers for metrics.jsonl.
 
 Shapes: N images, G groups, H W pixels, D features. Computed from the collected batch, whoever made it: the same bits
 for any number of workers.
@@ -35,7 +35,7 @@ class CollapseSignals:
         self._clip = None if config.clip is None else OpenClip("safety.clip", path=config.clip)
 
     def __call__(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
-        """``collapse/*``; without rewards none of them, without two images in a group no diversity.
+        """Return ``collapse/*``; without rewards none of them, without two images in a group no diversity.
 
         ``best_of_group``: mean over groups of the best valid total. ``reward_spread``: standard deviation of the valid
         totals. ``diversity``: mean over groups of the mean pairwise distance of images. ``saturation``: of HSV, 0 to 1.
@@ -63,7 +63,7 @@ class CollapseSignals:
 
 
 def members(group_ids: Sequence[int]) -> list[list[int]]:
-    """Positions of each group's images, groups in the order of their first image."""
+    """Return the positions of each group's images, groups in the order of their first image."""
     groups: dict[int, list[int]] = {}
     for i, group in enumerate(group_ids):
         groups.setdefault(group, []).append(i)
@@ -71,20 +71,20 @@ def members(group_ids: Sequence[int]) -> list[list[int]]:
 
 
 def best_of_group(total_N: NDArray[np.float64], groups: Sequence[Sequence[int]]) -> float:
-    """Mean over groups of the highest finite total; NaN where no group has one."""
+    """Return the mean over groups of the highest finite total; NaN where no group has one."""
     finite = [[total_N[i] for i in group if math.isfinite(total_N[i])] for group in groups]
     best = [max(group) for group in finite if group]
     return float(np.mean(best)) if best else math.nan
 
 
 def spread(total_N: NDArray[np.float64]) -> float:
-    """Standard deviation (over N) of the finite totals: the unit in which a fall of rewards is judged."""
+    """Return the standard deviation (over N) of the finite totals: the unit in which a fall of rewards is judged."""
     usable = total_N[np.isfinite(total_N)]
     return float(usable.std()) if usable.size else math.nan
 
 
 def saturation(images: NDArray[np.uint8]) -> float:
-    """Mean HSV saturation in [0, 1], (max - min) / max of a pixel's channels and 0 for black.
+    """Return the mean HSV saturation in [0, 1], (max - min) / max of a pixel's channels and 0 for black.
 
     Large images are read at every n-th pixel, see `strided`.
     """
@@ -96,19 +96,23 @@ def saturation(images: NDArray[np.uint8]) -> float:
 
 
 def thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean colours in [0, 1] of a grid of 16 by 16 fields, (N, 768): coarse, so that noise of pixels counts little."""
+    """Return the mean colours in [0, 1] of a grid of 16 by 16 fields, (N, 768).
+
+    They are coarse, so that noise of pixels counts little.
+    """
     pixels = torch.from_numpy(np.ascontiguousarray(strided(images))).permute(0, 3, 1, 2).float() / 255
     return torch.nn.functional.adaptive_avg_pool2d(pixels, THUMBNAIL).flatten(1).double().numpy()
 
 
 def strided(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The images at every n-th pixel, so that the shorter side has 64 to 127: the cost is that of small images."""
+    """Return every n-th pixel of the images, so that the shorter side has 64 to 127: the cost is that of small
+    images."""
     step = max(1, min(images.shape[1:3]) // MAX_SIDE)
     return images[:, ::step, ::step]
 
 
 def mean_distance(features_ND: NDArray[np.float64], groups: Sequence[Sequence[int]], *, cosine: bool = False) -> float:
-    """Mean over groups of the mean distance of their pairs; NaN where no group has two images.
+    """Return the mean over groups of the mean distance of their pairs; NaN where no group has two images.
 
     The distance is the root mean square over D, or with ``cosine`` 1 - the cosine of unit features.
     """
@@ -126,7 +130,10 @@ def mean_distance(features_ND: NDArray[np.float64], groups: Sequence[Sequence[in
 
 
 def some_of_each(groups: Sequence[Sequence[int]], num_images: int) -> list[list[int]]:
-    """At most 4 images of a group and ``num_images`` in all, both evenly spread; groups of one image are left out."""
+    """Choose at most 4 images of a group and ``num_images`` in all, both evenly spread.
+
+    Groups of one image are left out.
+    """
     large = [group for group in groups if len(group) > 1]
     each = min(CLIP_IMAGES_PER_GROUP, min(map(len, large), default=0), max(2, num_images))
     chosen = evenly(large, max(1, num_images // each)) if each else []
