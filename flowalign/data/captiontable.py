@@ -21,8 +21,9 @@ _SEPARATORS = {";": "semicolons", "\t": "tabs"}
 
 
 def tables_of(folder: Path, tables: Sequence[Path], split: str) -> list[Path]:
-    """Those of a split, in their order: folders named train, validation or test (``val-2``, ``dev``, …) say which, and
-    all others are of train.
+    """Return the tables of a split, in their order.
+
+    Folders named train, validation or test (``val-2``, ``dev``, …) say which; all others belong to train.
 
     Raises:
         TextError: there is none.
@@ -41,7 +42,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def read_tables(tables: Sequence[Path]) -> dict[str, list[str]]:
-    """The columns of all tables that have a name, one below the other; ``image`` holds absolute paths.
+    """Return the columns of all tables that have a name, one below the other; ``image`` holds absolute paths.
 
     Raises:
         TextError: a table is malformed, or has other columns than the first.
@@ -62,7 +63,7 @@ def read_tables(tables: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _rows(table: Path) -> Iterator[list[str]]:
-    """The header and then each row, as long as it; a short row ends in empty cells."""
+    """Yield the header and then each row, as long as the header; a short row ends in empty cells."""
     text = read_text(table)
     head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0].strip()
     for mark, words in _SEPARATORS.items():
@@ -110,7 +111,7 @@ def _header(table: Path, row: list[str]) -> list[str]:
 
 
 def _path(table: Path, line: int, name: str) -> str:
-    """Where an image lies, below its table; nothing where the cell is empty."""
+    """Return the path of an image, below its table; nothing where the cell is empty."""
     if not name.strip():
         return ""
     folder = table.parent.resolve()

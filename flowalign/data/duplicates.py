@@ -13,7 +13,7 @@ BLOCK = 2048
 
 
 def near_duplicates(features_MD: Tensor, threshold: float, *, block: int = BLOCK) -> NDArray[np.int64]:
-    """For each image the first of its cluster, (M,): itself where it is to be kept.
+    """Return for each image the first of its cluster, (M,): itself where it is to be kept.
 
     Clusters are what chains of pairs with a cosine of at least ``threshold`` connect. ``features_MD`` are of unit
     length, on the device that computes. No more than b × b cosines are held at a time; all M (M - 1) / 2 are computed.
@@ -31,7 +31,7 @@ def near_duplicates(features_MD: Tensor, threshold: float, *, block: int = BLOCK
 
 
 def _join(first: NDArray[np.int64], i: NDArray[np.int64], j: NDArray[np.int64]) -> None:
-    """Union of the pairs (i, j) in the forest ``first``, whose roots are the smallest of their trees."""
+    """Unite the pairs (i, j) in the forest ``first``, whose roots are the smallest of their trees."""
     known = _climb(first, i), _climb(first, j)
     apart = known[0] != known[1]
     if not apart.any():
@@ -50,7 +50,7 @@ def _root(first: NDArray[np.int64], i: int) -> int:
 
 
 def _climb(first: NDArray[np.int64], i: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The roots of the nodes ``i``."""
+    """Return the roots of the nodes ``i``."""
     while True:
         above = first[i]
         if np.array_equal(above, i):

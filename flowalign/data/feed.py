@@ -1,4 +1,4 @@
-"""What a training step sees: latents of a bank with the embeddings of their captions, a function of (seed, step)."""
+"""Batches of training steps: latents of a bank with the embeddings of their captions, a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Captioned:
             self._table = self.bank.embeddings.condition(length)
 
     def condition(self, rows: Tensor, length: int) -> Condition:
-        """The captions ``rows`` (N,) of one batch, each once, with their text ``length`` long.
+        """Return the captions ``rows`` (N,) of one batch, each once, with their text ``length`` long.
 
         Raises:
             LatentsError: the file of the embeddings was cut off.
@@ -63,12 +63,13 @@ def longest_text(config: PretrainConfig) -> int:
 
 
 def spare_of(config: PretrainConfig) -> Path:
-    """Where embeddings of captions lie if they cannot lie beside their bank."""
+    """Return the folder for embeddings of captions that cannot lie beside their bank."""
     return Path(config.runs_dir) / config.name / "captions"
 
 
 def tables(config: PretrainConfig) -> list[CaptionTable]:
-    """The tables of all captions that a run learns from or validates with, but of banks that have their own."""
+    """Return the tables of all captions that a run learns from or validates with, except those of banks that have their
+    own."""
     asked = [(config.latents, longest_text(config))]
     asked += [] if config.real_data is None else [(config.real_data.latents, longest_text(config))]
     own = config.model_as_trained.max_sequence_length
@@ -107,7 +108,7 @@ class Feed:
             raise LatentsError(f"real_data: {config.latents} has no noise of its own; it is real data itself")
 
     def batch(self, step: int, length: int) -> LatentBatch:
-        """The batch of a step, with texts of ``length``, on the configured device."""
+        """Return the batch of a step, with texts of ``length``, on the configured device."""
         config = self._config
         fraction = 0.0 if config.real_data is None else config.real_data.fraction
         real = round(config.batch_size * fraction)
@@ -135,7 +136,9 @@ class Feed:
 
 
 def without_encoders(condition: Condition, parts: Sequence[TextPart], dropped_NE: Tensor) -> Condition:
-    """``condition`` where ``dropped_NE`` (N, E) replaces the output of single encoders by the empty text's.
+    """Return ``condition`` with the output of single encoders replaced by that of the empty text.
+
+    ``dropped_NE`` (N, E) says which.
 
     Rows of the result are the distinct pairs of prompt and encoders left.
     """

@@ -21,7 +21,7 @@ class NoImage(ValueError):
 
 
 class RowFolders:
-    """Where the paths of a row are looked for: the folder of its own parquet file, then that of the whole source."""
+    """The folders where the paths of a row are looked for: first its own parquet file's, then the whole source's."""
 
     def __init__(self, source: Path, files: Sequence[Path]) -> None:
         self._root = source if source.is_dir() else source.parent
@@ -39,13 +39,13 @@ class RowFolders:
 
 
 def path_of(value: Any) -> str | None:
-    """The path that a value is or has, as it is written there."""
+    """Return the path that a value is or has, as it is written there."""
     path = value.get("path") if isinstance(value, dict) else value
     return path if isinstance(path, str) and path else None
 
 
 def content_of(value: Any, column: str, folders: Sequence[Path]) -> bytes:
-    """What a value of an image column stands for: bytes, ``{"bytes", "path"}``, or a path relative to ``folders``.
+    """Return the content of an image column's value: bytes, ``{"bytes", "path"}``, or a path relative to ``folders``.
 
     Raises:
         NoImage: the reason. OSError: there is a file, and it cannot be read.
@@ -76,7 +76,7 @@ def _found(path: str, column: str, folders: Sequence[Path]) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is there; raises OSError where that cannot be told."""
+    """Tell whether a file is there. Raise OSError where that cannot be told."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):

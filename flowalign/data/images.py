@@ -100,7 +100,7 @@ class ImageSource:
         return known if self._limit is None else min(known, self._limit)
 
     def __iter__(self) -> Iterator[ImageRow | Skipped]:
-        """Rows and what takes their place; last, the files of a folder that its metadata does not mention."""
+        """Yield the rows and what takes their place; last, the files of a folder that its metadata does not mention."""
         from datasets.exceptions import DatasetsError
 
         seen, number = set(), -1
@@ -163,13 +163,13 @@ def _parquet_files(source: Path) -> list[Path]:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Files below ``folder`` that match, in order, without hidden ones and those of hidden folders."""
+    """Return the files below ``folder`` that match, in order, without hidden ones and those of hidden folders."""
     found = (path for path in folder.rglob(pattern) if path.is_file())
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
 def patterns_of(paths: Sequence[Path | str], below: str = "") -> list[str]:
-    """What ``datasets``, which reads every path as a pattern, takes for these paths and nothing else.
+    """Return patterns that match these paths and nothing else: ``datasets`` reads every path as a pattern.
 
     Raises:
         ImagesError: a path that it cannot be told.
@@ -201,8 +201,8 @@ def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: 
 
 
 def _of_tables(folder: Path, split: str) -> Any:
-    """The rows of a folder's metadata.csv; pandas, by which ``datasets`` reads them, takes ``NA`` for nothing and a
-    column of captions such as ``7`` for numbers."""
+    """Return the rows of a folder's metadata.csv. pandas, by which ``datasets`` reads them, takes ``NA`` for nothing
+    and a column of captions such as ``7`` for numbers."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageColumn
 
@@ -226,7 +226,7 @@ def _image_column(dataset: Any, columns: Sequence[str], named: str | None, sourc
 
 
 def _undecoded(dataset: Any, column: str) -> Any:
-    """Images as their files' bytes: one that does not decode must not end the run."""
+    """Return the images as their files' bytes: one that does not decode must not end the run."""
     from datasets import Image as ImageColumn
 
     if isinstance((dataset.features or {}).get(column), ImageColumn):

@@ -49,7 +49,9 @@ def check_source(source: Path) -> None:
 
 
 def read_rows(source: Path) -> Iterator[Row | Skipped]:
-    """The pairs of a parquet file or a folder, in order, images as their files' bytes; and what takes their place.
+    """Yield the pairs of a parquet file or a folder, in order, images as their files' bytes.
+
+    It also yields what takes their place.
 
     The columns are Pick-a-Pic v2's; a label is 1 for the preferred image, 0 for the other, and equal ones are a tie.
     A folder holds parquet files, or images and a metadata.jsonl with ``jpg_0_file_name`` and ``jpg_1_file_name``. A row
@@ -77,7 +79,7 @@ def _files(source: Path) -> list[Path]:
 
 
 def _count(source: Path) -> int:
-    """Rows of the set, without reading an image."""
+    """Count the rows of the set, without reading an image."""
     from pyarrow.parquet import ParquetFile
 
     files = _files(source)
@@ -85,7 +87,7 @@ def _count(source: Path) -> int:
 
 
 def _open(source: Path) -> Any:
-    """The set as a stream, so that no second copy of it is written."""
+    """Open the set as a stream, so that no second copy of it is written."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -134,7 +136,7 @@ def _row(row: dict[str, Any], number: int, source: Path, folders: Sequence[Path]
 
 
 def load_pairs(config: AlignConfig, encoders: Encoders | None, *, rank: int = 0, world_size: int = 1) -> PairSampler:
-    """The sampler of a run, after encoding with ``encoders``, if there are some, what no earlier run has encoded.
+    """Return the sampler of a run. With ``encoders`` it first encodes what no earlier run has encoded.
 
     Pairs without a caption or with an image that cannot be read are left out and named in the cache's ``skipped.json``.
 
@@ -175,7 +177,7 @@ def check_shared(pairs: PairSampler) -> None:
 
 
 def left_out(config: AlignConfig) -> str | None:
-    """What a run says of the pairs that it left out when it loaded them; None where there are none."""
+    """Return a sentence about the pairs that a run left out when it loaded them; None where there are none."""
     if config.data.preferences is None:
         return None
     source, folder = _places(config)
@@ -187,7 +189,7 @@ def left_out(config: AlignConfig) -> str | None:
 
 
 def _places(config: AlignConfig) -> tuple[Path, Path]:
-    """The set, and the folder of what is encoded of it."""
+    """Return the path of the set, and the folder of what is encoded of it."""
     assert config.data.preferences is not None
     return Path(config.data.preferences), Path(config.data.preferences_cache or f"{config.data.preferences}.cache")
 

@@ -30,7 +30,7 @@ class PromptsError(ValueError):
 
 
 def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
-    """Rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a JSON Lines file.
+    """Load rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a JSON Lines file.
 
     Raises:
         PromptsError: names the file and line.
@@ -39,7 +39,7 @@ def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
 
 
 def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, Row]]:
-    """``load_prompts``, each row with where it stands: the file and its line."""
+    """Load prompts as `load_prompts`, each row with where it stands: the file and its line."""
     if source in SHIPPED:
         return [(source, row) for row in shapes.prompts("train" if source == "shapes:train" else "eval")]
     if source.startswith("shapes:"):
@@ -58,7 +58,10 @@ def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, R
 
 @lru_cache(maxsize=2)
 def _rows(path: Path, *state: int) -> tuple[tuple[str, Row], ...]:
-    """The rows of a file in a ``state``: several checks and then the run itself ask for them."""
+    """Return the rows of a file in a ``state``.
+
+    They are kept, since several checks and then the run itself ask for them.
+    """
     return tuple((f"{path}, line {number}", row) for number, row in read_rows(path, EXAMPLE, _checked))
 
 
@@ -103,7 +106,7 @@ class GroupSampler:
         self.groups, self.group_size, self.seed = groups, group_size, seed
 
     def batch(self, iteration: int) -> PromptBatch:
-        """``groups * group_size`` samples of an iteration, group after group."""
+        """Return ``groups * group_size`` samples of an iteration, group after group."""
         chosen = [self._pick(iteration * self.groups + g) for g in range(self.groups)]
         count = self.groups * self.group_size
         first = iteration * count
@@ -129,7 +132,9 @@ def _task(row: Row) -> str:
 
 
 def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
-    """The order in which tasks have their turns: each as often as its weight, spread out; equal ones in file order.
+    """Return the order in which tasks have their turns: each as often as its weight, spread out.
+
+    Equal ones come in file order.
 
     Raises:
         PromptsError: a weight for a task that no prompt has, or nothing but zeros.
@@ -145,7 +150,7 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
 
 
 def evaluation_batch(source: str, num_samples: int, base_dir: Path = Path(".")) -> PromptBatch:
-    """The fixed samples of an evaluation; sample ids count from 0 under the evaluation's own seed."""
+    """Return the fixed samples of an evaluation; sample ids count from 0 under the evaluation's own seed."""
     if source == "shapes:eval":
         rows = shapes.evaluation_set(num_samples)
     else:

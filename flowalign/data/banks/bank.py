@@ -33,7 +33,7 @@ class Mapped:
 
     @classmethod
     def of(cls, path: Path) -> Mapped:
-        """The file as it is now, which is about to be mapped."""
+        """Record the file as it is now, before it is mapped."""
         found = path.stat()
         return cls(path, found.st_dev, found.st_ino, found.st_size)
 
@@ -82,7 +82,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What the text encoders made of the bank's prompts, with a T5 part of ``max_sequence_length`` tokens.
+    """The text encoders' answers to the bank's prompts, with a T5 part of ``max_sequence_length`` tokens.
 
     ``table`` has a row a prompt: tokens (P, L, D), pooled (P, E), and the empty prompt's.
     """
@@ -92,7 +92,7 @@ class Embeddings:
     file: Mapped | None = None
 
     def condition(self, length: int) -> Condition:
-        """The table with a T5 part of ``length`` tokens.
+        """Return the table with a T5 part of ``length`` tokens.
 
         Raises:
             LatentsError: the embeddings are shorter than that.
@@ -128,7 +128,7 @@ class LatentBank:
         embeddings: Embeddings | None = None,
         encoder: str | None = None,
     ) -> LatentBank:
-        """A bank of at least one shard, all with the same kinds of captions, and all with noise or none."""
+        """Open a bank of at least one shard. All shards have the same kinds of captions, and all have noise or none."""
         bank = cls.__new__(cls)
         bank._take(shards, prompts, embeddings, encoder)
         return bank
@@ -152,11 +152,11 @@ class LatentBank:
 
     @property
     def buckets(self) -> dict[tuple[int, int], int]:
-        """How many latents there are of each size (h, w)."""
+        """The number of latents of each size (h, w)."""
         return {size: sum(len(shard) for shard in shards) for size, shards in self._buckets.items()}
 
     def draw(self, step: int, batch_size: int, seed: int, captions: Mapping[str, float] | None = None) -> Drawn:
-        """The batch of a step, all of one size: a function of seed and step alone.
+        """Return the batch of a step, all of one size; it is a function of seed and step alone.
 
         The size is drawn with a probability like its count, the latents uniformly, with replacement. ``captions``
         weights the kinds of caption, drawn for each sample; none takes the first.

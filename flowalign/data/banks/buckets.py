@@ -28,7 +28,7 @@ class Bucket:
 
 
 def parse_bucket(text: str, multiple: int) -> Bucket:
-    """``HEIGHTxWIDTH``, both multiples of what autoencoder and patches need.
+    """Parse ``HEIGHTxWIDTH``, both multiples of what autoencoder and patches need.
 
     Raises:
         BucketError: it is no such size.
@@ -44,7 +44,7 @@ def parse_bucket(text: str, multiple: int) -> Bucket:
 
 
 def buckets_of_area(side: int, max_ratio: float, multiple: int) -> tuple[Bucket, ...]:
-    """All sizes of at most ``side`` ** 2 pixels, as large as the multiple allows, no longer than ``max_ratio`` : 1.
+    """Return all sizes of at most ``side`` ** 2 pixels, as large as the multiple allows, of ratio 1 to ``max_ratio``.
 
     Raises:
         BucketError: not even the square fits.
@@ -60,7 +60,7 @@ def buckets_of_area(side: int, max_ratio: float, multiple: int) -> tuple[Bucket,
 
 
 def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
-    """The bucket whose ratio of sides is the nearest, by its logarithm; of equal ones the first."""
+    """Return the bucket whose ratio of sides is the nearest, by its logarithm; of equal ones the first."""
     ratio = math.log(width / height)
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - ratio))
 
@@ -68,7 +68,7 @@ def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
 def cut(
     image: NDArray[np.uint8], bucket: Bucket, *, generator: torch.Generator | None, crop: bool, flip: bool
 ) -> NDArray[np.uint8]:
-    """An image (h, w, 3) in a bucket's size, uint8 (H, W, 3): resized to cover it, then cut about the centre.
+    """Cut an image (h, w, 3) to a bucket's size, uint8 (H, W, 3): it is resized to cover it, then cut about the centre.
 
     With ``crop`` the place of the cut is drawn from ``generator``, with ``flip`` whether the image is mirrored.
     """

@@ -41,7 +41,7 @@ class EncodedCache:
         self._salt = " ".join(salt).encode()
 
     def image(self, content: bytes) -> str:
-        """The key of an image file's latent (C, H, W); raises PictureError where it is no picture.
+        """Return the key of an image file's latent (C, H, W). Raise PictureError where it is no picture.
 
         What 0.1 read otherwise (turned, transparent, of more than 8 bits) has another key, so that its latents are
         not taken for these.
@@ -55,7 +55,7 @@ class EncodedCache:
         return key
 
     def caption(self, text: str) -> str:
-        """The key of a caption's embeddings, (L, D) and (E,)."""
+        """Return the key of a caption's embeddings, (L, D) and (E,)."""
         key = self._key(b"caption", text.encode())
         if not self._path(key).is_file():
             condition = self._own(key).encode_prompts((text,), self._length)

@@ -19,7 +19,7 @@ from flowalign.types import Condition
 
 
 class NotEncoded(RuntimeError):
-    """What is to be learned from has not been encoded yet, and there are no encoders here."""
+    """Data to learn from has not been encoded yet, and there are no encoders here."""
 
 
 class CaptionTable:
@@ -55,7 +55,7 @@ class CaptionTable:
             save_tensors(tensors, draft)
 
     def read(self) -> Condition:
-        """A row a prompt, in their order. Raises NotEncoded where the file is not there."""
+        """Return a row a prompt, in the order of the prompts. Raise NotEncoded where the file is not there."""
         if not self.path.is_file():
             raise NotEncoded(f"latents: the captions have not been encoded: {self.path} is missing")
         held = load_file(self.path)

@@ -24,7 +24,7 @@ _NAMES = {torch.float16: "F16", torch.float32: "F32"}
 def write_embeddings(
     path: Path, encoders: Encoders, prompts: Sequence[str], length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens``, ``null_pooled``; returns the manifest's entry.
+    """Write ``tokens`` (P, L, D), ``pooled`` (P, E), ``null_tokens``, ``null_pooled``; return the manifest's entry.
 
     Raises:
         DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
@@ -55,7 +55,7 @@ def write_embeddings(
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, int]:
-    """The head of a safetensors file with these tensors one after the other, and the size of the whole file."""
+    """Return the head of a safetensors file with these tensors one after the other, and the size of the whole file."""
     described, begin = {}, 0
     for name, shape in shapes.items():
         end = begin + torch.Size(shape).numel() * dtype.itemsize

@@ -18,7 +18,7 @@ from flowalign.record.disk import draft_of, on_disk
 
 @contextmanager
 def whole_file(path: Path, needed: int) -> Iterator[Any]:
-    """A binary file to write, which becomes ``path`` when closed; ``needed`` bytes are what is expected to fit.
+    """Yield a binary file to write, which becomes ``path`` when closed; ``needed`` bytes are what is expected to fit.
 
     Raises:
         DiskError: the disk does not take it; nothing is left of it.

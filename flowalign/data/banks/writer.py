@@ -67,9 +67,8 @@ class BankWriter:
         digest: str,
         noise: Tensor | None = None,
     ) -> None:
-        """One shard: latents (n, C, h, w) of the rows ``numbers`` with their captions, and their noise where they have
-        one; all shards have or none. Raises DiskError.
-        """
+        """Write one shard: latents (n, C, h, w) of the rows ``numbers`` with their captions, and their noise where they
+        have one; all shards have noise or none. Raise DiskError where the disk refuses."""
         known = len(self.prompts)
         rows = {
             name: torch.tensor([self.prompts.setdefault(own[name], len(self.prompts)) for own in captions])
@@ -116,7 +115,7 @@ class BankWriter:
 
     @contextmanager
     def on_full_disk(self, total: int | None) -> Iterator[None]:
-        """Inside, what the disk refuses is told with what was finished and what to do; ``total`` are the source's rows.
+        """Tell with what the disk refuses what was finished and what to do; ``total`` are the source's rows.
 
         Raises:
             DiskError: that.
@@ -148,7 +147,7 @@ class BankWriter:
         return self.work / f"{Path(shard_name(number)).stem}.json"
 
     def _begun(self) -> bool:
-        """Whether there is something to continue; else the directory is made ready."""
+        """Tell whether there is something to continue; otherwise make the directory ready."""
         options = self.work / "options.json"
         if (self.directory / MANIFEST).exists() or (self.directory / "latents.safetensors").exists():
             raise LatentsError(
@@ -201,7 +200,10 @@ class BankWriter:
 def finished(
     directory: Path, identity: Mapping[str, Any], made_from: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
-    """The manifest of a bank that was made with this very identity, and of the same; None where there is none."""
+    """Return the manifest of a bank that was made with this very identity and of the same content.
+
+    It is None where there is none.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         return None
@@ -213,7 +215,7 @@ def finished(
 
 
 def _changed(before: Mapping[str, Any], identity: Mapping[str, Any], made_from: Mapping[str, str]) -> list[str]:
-    """Keys that are not what they were; of what a digest is known of, the name does not matter."""
+    """Return the keys that are not what they were; where a digest of something is known, its name does not matter."""
     held = before.get(FROM) or {}
     return [
         key
@@ -223,7 +225,7 @@ def _changed(before: Mapping[str, Any], identity: Mapping[str, Any], made_from: 
 
 
 def _own(path: Path) -> dict[str, Any]:
-    """A file of the bank that this module has written."""
+    """Read a file of the bank that this module has written."""
     try:
         return read_object(path)
     except TextError as error:
