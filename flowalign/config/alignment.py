@@ -63,7 +63,7 @@ class CheckpointConfig(Section):
 
 
 class SafetyConfig(Section):
-    """When a run is said to collapse, judged block by block of ``window`` iterations; see docs/safety.md.
+    """The limits of a collapse, judged block by block of ``window`` iterations; see docs/safety.md.
 
     ``min_diversity`` is a share of the first block's, ``max_saturation_shift`` a distance from the first block's,
     ``max_reward_drop`` is in standard deviations of the rewards, ``max_invalid`` a share of the images. Differences

@@ -26,7 +26,10 @@ def refuse_boolean(cls: type[BaseModel], value: Any, info: ValidationInfo) -> An
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that an annotation is made of; those of a section and of ``Any`` are its own affair."""
+    """Return the plain types that an annotation is made of.
+
+    Leave out those of a section and of ``Any``, which are their own affair.
+    """
     if get_origin(annotation) is Annotated:
         return _kinds(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType, list, tuple):

@@ -93,7 +93,7 @@ def _shown(number: float) -> str:
 
 
 def _named(value: Any) -> list[tuple[str, int | float]]:
-    """The numbers of ``value``; those of a mapping after their keys."""
+    """Return the numbers of ``value``; those of a mapping after their keys."""
     items = value.items() if isinstance(value, dict) else [("", value)]
     found = [
         (f"{key}: " if key != "" else "", number) for key, item in items for number in _members(item, (int, float))
@@ -102,7 +102,7 @@ def _named(value: Any) -> list[tuple[str, int | float]]:
 
 
 def _members(value: Any, kind: type | tuple[type, ...]) -> list[Any]:
-    """``value``, or what a mapping or a list holds, where it is of ``kind``."""
+    """Return ``value`` itself, or the members of a mapping or a list, where they are of ``kind``."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     found = value if isinstance(value, list | tuple) else [value]

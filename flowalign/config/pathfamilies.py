@@ -29,7 +29,7 @@ class Formulation:
 
     @property
     def begins_with_noise(self) -> bool:
-        """Whether the path ends in noise alone at t = 1 and the network can be asked there, where rollouts begin."""
+        """True where the path ends in noise alone at t = 1 and the network can be asked there, where rollouts begin."""
         return self.path in ("rf", "cos") and self.prediction in ("velocity", "v")
 
 
@@ -46,12 +46,12 @@ FORMULATIONS: dict[str, Formulation] = {
 
 
 def formulation(name: str) -> Formulation:
-    """What ``name`` stands for; raises as `canonical` does."""
+    """Return the formulation that ``name`` stands for; raise as `canonical` does."""
     return FORMULATIONS[canonical(name).partition("(")[0]]
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a family's name: a key of `FORMULATIONS`, or ``edm(p_mean, p_std)``.
+    """Return the one spelling of a family's name: a key of `FORMULATIONS`, or ``edm(p_mean, p_std)``.
 
     Raises:
         ValueError: no such family, or parameters out of range.
@@ -71,7 +71,9 @@ FamilyName = Annotated[str, AfterValidator(canonical)]
 
 
 def edm_parameters(name: str) -> tuple[float, float]:
-    """Mean and standard deviation of the logarithm of EDM's noise level; of ``edm`` itself its paper's.
+    """Return the mean and standard deviation of the logarithm of EDM's noise level.
+
+    For ``edm`` itself they are those of its paper.
 
     Raises:
         ValueError: ``name`` is not of the form ``edm(p_mean, p_std)``, or these are out of range.
@@ -98,8 +100,8 @@ def edm_parameters(name: str) -> tuple[float, float]:
 
 
 def may_learn(network: str, trained: str) -> bool:
-    """Whether a network of one family can be trained on another's path: on its own, and on ``rf`` from a family whose
-    output gives a velocity at every level of noise."""
+    """Tell whether a network of one family can be trained on another's path: on its own, and on ``rf`` from a family
+    whose output gives a velocity at every level of noise."""
     network, trained = canonical(network), canonical(trained)
     own = formulation(network)
     return network == trained or (trained == "rf" and (own.begins_with_noise or own.prediction == "edm"))

@@ -1,4 +1,4 @@
-"""What every section of a configuration shares, and the error that says what is wrong in one."""
+"""The base of every section of a configuration, and the error that says what is wrong in one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Where a list is wanted, one thing is a list of one; a null in the place of a section is its default."""
+    """A section of a configuration.
+
+    Where it wants a list, one thing is a list of one; a null in the place of a section is its default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     _no_boolean = field_validator("*", mode="before")(refuse_boolean)
@@ -45,12 +48,12 @@ class Section(BaseModel):
 
 
 def _wants_list(annotation: Any) -> bool:
-    """A list, or a list and null."""
+    """Tell whether an annotation wants a list, or a list and null."""
     if get_origin(annotation) in (Annotated, Union, UnionType):
         return any(map(_wants_list, get_args(annotation)))
     return get_origin(annotation) is list
 
 
 def _is_section(annotation: Any) -> bool:
-    """A section or a mapping that may not be null."""
+    """Tell whether an annotation is a section or a mapping that may not be null."""
     return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))

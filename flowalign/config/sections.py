@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent.parent / "shapes" / "assets"
 
 
 def _resume(value: Any) -> str:
-    """``20``, ``step_20`` and a path that ends so mean ``step_000020``."""
+    """Turn ``20``, ``step_20`` and a path that ends so into ``step_000020``."""
     text = str(value)
     step = re.fullmatch(r"(?:(?:.*/)?step_)?(\d{1,12})/?", text)
     if step is not None and not isinstance(value, bool | float):
@@ -91,7 +91,7 @@ class ModelConfig(Section):
 
 
 def _texts(weights: Any) -> Any:
-    """Whole numbers that YAML reads as such are names of tasks like others."""
+    """Turn whole numbers into texts: YAML reads them as numbers, but they are names of tasks like others."""
     if not isinstance(weights, dict):
         return weights
     return {str(task) if type(task) is int else task: weight for task, weight in weights.items()}
@@ -168,7 +168,7 @@ class LearnerConfig(Section):
 
 
 class PatienceConfig(Section):
-    """How many seconds an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen.
+    """The seconds that an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen.
 
     ``first_s`` to load, and for what was not done before in this run; then ``factor`` times the longest so far, and at
     least ``least_s``.
@@ -180,7 +180,7 @@ class PatienceConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where it runs. Thread counts are explicit: on a CPU they decide both speed and bits.
+    """The place where a run runs. Thread counts are explicit: on a CPU they decide both speed and bits.
 
     ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. A reward that needs
     longer than ``reward_deadline_s`` for one chunk ends the run. ``teachers: actor`` loads each teacher once, in an
@@ -226,7 +226,7 @@ class CacheConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How a model is sampled where nothing else is said.
+    """The way in which a model is sampled where nothing else is said.
 
     ``solver`` is a file of ``flow/solvers``, which solves the ODE: ``euler`` (for the diffusion families that is DDIM),
     ``heun``, ``dpmpp_2m``, with its options in parentheses where it has some. ``ddpm`` is ancestral with ``eta`` times

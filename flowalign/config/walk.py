@@ -1,4 +1,4 @@
-"""How a configuration says which noise levels a walk has: types that refuse anything else in the user's words."""
+"""The noise levels of a walk in a configuration: types that refuse anything else in the user's words."""
 
 from __future__ import annotations
 
