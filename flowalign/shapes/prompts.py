@@ -80,7 +80,7 @@ def _all(task: str) -> list[Metadata]:
 
 
 def meaning(row: Metadata) -> str:
-    """What a row asks for, equal for two prompts that say the same in another order."""
+    """Return the meaning of a row, equal for two prompts that say the same in another order."""
     things = [f"{clause.get('color', '')} {clause['class']} {clause['count']}" for clause in row["include"]]
     relation = row["include"][-1].get("position", [""])[0]
     if relation in _INVERSE:
@@ -91,7 +91,7 @@ def meaning(row: Metadata) -> str:
 
 
 def _is_eval(row: Metadata) -> bool:
-    """One meaning in four is held out, by its hash."""
+    """Tell whether a meaning is held out: one in four is, by its hash."""
     return hashlib.sha256(meaning(row).encode()).digest()[0] % 4 == 0
 
 
@@ -105,12 +105,12 @@ def _split(task: str, split: Split) -> tuple[Metadata, ...]:
 
 
 def prompts(split: Split, task: str | None = None) -> list[Metadata]:
-    """GenEval rows (``tag, include, exclude?, prompt`` and ``held_out``) of one split, one task or all six."""
+    """Return GenEval rows (``tag, include, exclude?, prompt`` and ``held_out``) of one split, one task or all six."""
     return [dict(row) for name in (TASKS if task is None else (task,)) for row in _split(name, split)]
 
 
 def sample_prompt(split: Split, rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> Metadata:
-    """A task by its weight (default: all the same), then one of its prompts uniformly."""
+    """Draw a task by its weight (default: all the same), then one of its prompts uniformly."""
     if weights is None:
         task = TASKS[int(rng.integers(len(TASKS)))]
     else:
@@ -121,7 +121,7 @@ def sample_prompt(split: Split, rng: np.random.Generator, weights: Mapping[str, 
 
 
 def evaluation_set(num_samples: int) -> list[Metadata]:
-    """``num_samples`` evaluation rows, tasks in turn, each task walking a fixed shuffle of its prompts."""
+    """Return ``num_samples`` evaluation rows, tasks in turn, each task walking a fixed shuffle of its prompts."""
     order = {t: np.random.default_rng(7).permutation(len(_split(t, "eval"))) for t in TASKS}
     rows = []
     for i in range(num_samples):
@@ -132,7 +132,7 @@ def evaluation_set(num_samples: int) -> list[Metadata]:
 
 
 def scene(metadata: Metadata, rng: np.random.Generator, duplicates: float = 0.0) -> list[Thing]:
-    """Objects that satisfy a row exactly; what the prompt leaves open is drawn from ``rng``.
+    """Return objects that satisfy a row exactly; what the prompt leaves open is drawn from ``rng``.
 
     With probability ``duplicates`` one of them stands there twice, in a free cell if there is one: the picture then
     holds more than its caption says, as scraped pictures do.
@@ -155,7 +155,7 @@ def scene(metadata: Metadata, rng: np.random.Generator, duplicates: float = 0.0)
 
 
 def _related_cells(relation: str, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Cells (target, subject) with subject ``relation`` target: side by side on the named axis."""
+    """Return the cells (target, subject) with subject ``relation`` target: side by side on the named axis."""
     lane = int(rng.integers(2))
     near, far = {"left of": (1, 0), "right of": (0, 1), "above": (1, 0), "below": (0, 1)}[relation]
     if relation in ("left of", "right of"):

@@ -33,7 +33,7 @@ def render(things: Sequence[Thing], rng: np.random.Generator) -> NDArray[np.uint
 def render_with_masks(
     things: Sequence[Thing], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The image of ``render``, and the coverage of each object, float32 (objects, 64, 64) in [0, 1]."""
+    """Return the image of ``render``, and the coverage of each object, float32 (objects, 64, 64) in [0, 1]."""
     image = np.empty((SIZE, SIZE, 3), np.float32)
     image[:] = BACKGROUND
     masks = np.zeros((len(things), SIZE, SIZE), np.float32)

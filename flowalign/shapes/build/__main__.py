@@ -48,7 +48,7 @@ def colors(work: Path, steps: int | None) -> None:
 
 
 def untrained(work: Path, steps: int | None) -> None:
-    """The pipeline with a random transformer, which pretraining starts from."""
+    """Save the pipeline with a random transformer, which pretraining starts from."""
     encoders = [
         CLIPTextModelWithProjection.from_pretrained(
             work / f"text_encoder_{number}", dtype=torch.float32, trust_remote_code=False
@@ -62,7 +62,7 @@ def untrained(work: Path, steps: int | None) -> None:
 
 
 def finish(work: Path, steps: int | None) -> None:
-    """The finished pipeline: the pretraining's EMA weights, in half precision."""
+    """Save the finished pipeline: the pretraining's EMA weights, in half precision."""
     trained = find(work / "runs" / "shapes-pretrain", "ema")
     weights = load_file(str(trained / "ema.safetensors"))
     pipeline = load(work / "untrained")

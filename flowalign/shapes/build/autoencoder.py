@@ -17,13 +17,13 @@ KL_WEIGHT = 1e-3
 
 
 def images_at(step: int, batch: int, seed: int) -> np.ndarray:
-    """Training images of a step, uint8 (batch, 64, 64, 3)."""
+    """Return the training images of a step, uint8 (batch, 64, 64, 3)."""
     rng = np.random.default_rng([seed, step])
     return np.stack([render(scene(sample_prompt("train", rng), rng), rng) for _ in range(batch)])
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
+    """Convert uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 

@@ -19,7 +19,7 @@ _CELLS = [(r, c) for r in range(2) for c in range(2)]
 
 
 def new_detector() -> Mask2FormerForUniversalSegmentation:
-    """A Swin backbone of patch 2 and four blocks, eight queries; about a million parameters."""
+    """Make a Swin backbone of patch 2 and four blocks, eight queries; about a million parameters."""
     backbone = SwinConfig(
         image_size=64,
         patch_size=2,
@@ -50,7 +50,7 @@ def new_detector() -> Mask2FormerForUniversalSegmentation:
 
 
 def examples(step: int, batch: int, seed: int) -> tuple[np.ndarray, list[torch.Tensor], list[torch.Tensor]]:
-    """Images uint8 (batch, 64, 64, 3), their objects' masks (M, 64, 64) and class indices (M,).
+    """Return images uint8 (batch, 64, 64, 3), their objects' masks (M, 64, 64) and class indices (M,).
 
     Half the scenes are prompts', half up to four objects at random, so that counts beyond any prompt occur; a quarter
     is made dirtier, as samples of an imperfect model are.
@@ -67,7 +67,7 @@ def examples(step: int, batch: int, seed: int) -> tuple[np.ndarray, list[torch.T
 
 
 def scene_for_training(rng: np.random.Generator) -> list[Thing]:
-    """A prompt's scene, or one to four objects at random."""
+    """Return a prompt's scene, or one to four objects at random."""
     if rng.random() >= 0.5:
         return scene(sample_prompt("train", rng), rng)
     cells = rng.permutation(4)[: int(rng.integers(1, 5))]
@@ -81,7 +81,7 @@ def scene_for_training(rng: np.random.Generator) -> list[Thing]:
 def train_detector(
     work_dir: Path, *, steps: int, batch: int = 16, seed: int = 0
 ) -> Mask2FormerForUniversalSegmentation:
-    """Mask2Former's own loss: matched class, mask and dice terms after every decoder layer (arXiv:2112.01527)."""
+    """Train by Mask2Former's loss: matched class, mask and dice terms after every decoder layer (arXiv:2112.01527)."""
     torch.manual_seed(seed)
     model = new_detector()
 
@@ -97,7 +97,7 @@ def train_detector(
 
 
 def save_detector(model: Mask2FormerForUniversalSegmentation, directory: Path) -> None:
-    """A transformers directory with its image processor, weights in half precision."""
+    """Write a transformers directory with its image processor, weights in half precision."""
     model.half().save_pretrained(directory)
     model.float()
     processor = Mask2FormerImageProcessor(

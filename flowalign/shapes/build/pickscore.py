@@ -44,7 +44,7 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A dirtier copy of a render, uint8 (64, 64, 3): noise, or a ghost of itself a few pixels away."""
+    """Return a dirtier copy of a render, uint8 (64, 64, 3): noise, or a ghost of itself a few pixels away."""
     pixels = image.astype(np.float32)
     if rng.random() < 0.5:
         pixels += rng.normal(0, rng.uniform(12, 40), pixels.shape)
@@ -54,7 +54,7 @@ def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def pair(row: Metadata, pool: list[Metadata], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Winner and loser images for a prompt: a near miss of the same task, or a degraded render."""
+    """Return winner and loser images for a prompt: a near miss of the same task, or a degraded render."""
     winner = render(scene(row, rng), rng)
     if rng.random() < 0.3:
         return winner, degrade(render(scene(row, rng), rng), rng)
@@ -93,7 +93,7 @@ def train_pickscore(
 
 
 def save_pickscore(model: CLIPModel, tokenizer: CLIPTokenizer, directory: Path) -> None:
-    """A CLIPModel directory with its processor, weights in half precision."""
+    """Write a CLIPModel directory with its processor, weights in half precision."""
     model.half().save_pretrained(directory)
     model.float()
     images = CLIPImageProcessor(

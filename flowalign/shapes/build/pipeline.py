@@ -15,7 +15,7 @@ TEXT_TAIL = 2  # zero tokens in place of T5's, which runs of this model use
 def new_transformer(
     joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3
 ) -> SD3Transformer2DModel:
-    """A randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
+    """Make a randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -40,7 +40,7 @@ def assemble(
     seed: int = 0,
     shift: float = 1.0,
 ) -> StableDiffusion3Pipeline:
-    """A pipeline with a fresh transformer; pretraining replaces its weights."""
+    """Assemble a pipeline with a fresh transformer; pretraining replaces its weights."""
     torch.manual_seed(seed)
     joint = sum(int(e.config.hidden_size) for e in encoders)
     pooled = sum(int(e.config.projection_dim or 0) for e in encoders)
@@ -58,14 +58,14 @@ def assemble(
 
 
 def load(directory: Path) -> StableDiffusion3Pipeline:
-    """A pipeline directory in float32; its T5 encoder is absent, which diffusers wants to be told."""
+    """Load a pipeline directory in float32; its T5 encoder is absent, which diffusers wants to be told."""
     return StableDiffusion3Pipeline.from_pretrained(
         str(directory), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32, trust_remote_code=False
     )
 
 
 def save_half(pipeline: StableDiffusion3Pipeline, directory: Path) -> None:
-    """Transformer and autoencoder in half precision; the text encoders stay float32.
+    """Save transformer and autoencoder in half precision; the text encoders stay float32.
 
     diffusers reads half weights into float32 modules, transformers keeps the dtype it finds: so a
     plain ``from_pretrained`` gives one float32 pipeline.

@@ -44,7 +44,7 @@ def _restore(path: Path, model: nn.Module, average: dict[str, torch.Tensor], opt
 
 
 def _scheduled(learning_rate: float, step: int, steps: int) -> float:
-    """The learning rate of a step: linear warm-up, cosine decay."""
+    """Return the learning rate of a step: linear warm-up, cosine decay."""
     warm = min(1.0, (step + 1) / 100)
     decay = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item())
     return learning_rate * warm * max(decay, 0.02)

@@ -31,7 +31,7 @@ _WIDTHS = (128, 192)
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE reduced to the merges that spell this world's words; any text still tokenizes."""
+    """Make CLIP's byte-level BPE reduced to the merges that spell this world's words; any text still tokenizes."""
     full = SimpleTokenizer()
     words = {w for split in ("train", "eval") for row in prompts(split) for w in row["prompt"].split()}
     used: set[tuple[str, str]] = set()
@@ -54,7 +54,7 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids, int64 (N, 16), padded with the end token."""
+    """Return the token ids, int64 (N, 16), padded with the end token."""
     return tokenizer(
         texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
@@ -80,7 +80,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> C
 
 
 def open_clip_config(vocab_size: int) -> dict[str, Any]:
-    """The ``open_clip_config.json`` of the tiny model, loadable as ``local-dir:``."""
+    """Return the ``open_clip_config.json`` of the tiny model, loadable as ``local-dir:``."""
     return {
         "model_cfg": {
             "embed_dim": _EMBED,
@@ -113,7 +113,7 @@ class Towers(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, _EMBED, bias=False) for width in _WIDTHS)
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Unit image embeddings (N, 96) and the text embeddings (N, 96) of each tower."""
+        """Return the unit image embeddings (N, 96) and the text embeddings (N, 96) of each tower."""
         image = self.clip.encode_image(pixels, normalize=True)
         texts = [self.clip.encode_text(ids, normalize=True)]
         for encoder, head in zip(self.encoders, self.heads, strict=True):
@@ -122,7 +122,7 @@ class Towers(nn.Module):
 
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE in which every copy of a caption counts as positive; ``same`` is (N, N) bool."""
+    """Compute the symmetric InfoNCE in which every copy of a caption counts as positive; ``same`` is (N, N) bool."""
     logits = scale * image @ text.T
     target = same.float() / same.float().sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
