@@ -28,7 +28,7 @@ class Named(NamedTuple):
 
 
 def prefixes(rewards: Sequence[Named]) -> list[str]:
-    """What stands before the further scores of each: ``name.`` where the same scorer runs under several names."""
+    """Return the prefix of the further scores of each: ``name.`` where the same scorer runs under several names."""
     specs = Counter(reward.spec for reward in rewards)
     return [f"{reward.label}." if reward.given and specs[reward.spec] > 1 else "" for reward in rewards]
 
@@ -49,7 +49,7 @@ def check_names(rewards: Sequence[Named], where: str = "rewards") -> None:
 
 
 def one_owner(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Which reward answers each score, of parts that know it of theirs.
+    """Return which reward answers each score, of parts that know it of theirs.
 
     Raises InvalidScores where two rewards answer one, or one of several scores is called as the weighted sum is.
     """
@@ -88,7 +88,7 @@ def combine(
     valid: Mapping[str, NDArray[np.bool_]],
     applies: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> Combined:
-    """Weighted sum over the rewards (N,) whose weight is not 0.
+    """Sum the rewards (N,) whose weight is not 0, each times its weight.
 
     A reward counts where it ``applies`` (default: everywhere). A sample is valid only if some reward applies to it and
     each that does is valid. Raises ``InvalidScores`` where a weighted reward is missing.

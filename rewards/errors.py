@@ -53,7 +53,10 @@ def pass_on_interrupt(error: BaseException) -> None:
 
 
 def one_line(error: BaseException | str, most: int = _SHOWN) -> str:
-    """An error's text without line breaks, at most ``most`` characters; an error may have none, or raise for it."""
+    """Return an error's text without line breaks, at most ``most`` characters.
+
+    An error may have none, or raise for it.
+    """
     try:
         text = " ".join(str(error).split())
     except BaseException as other:

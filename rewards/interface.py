@@ -1,4 +1,4 @@
-"""What a scorer is, how it is asked, and the check every score passes before it is used.
+"""The interface of a scorer: how it is asked, and the check every score passes before it is used.
 
 Shapes: N images, H W pixels.
 """
@@ -50,7 +50,7 @@ class Scorer(Protocol):
     """
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
-        """One float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
+        """Return one float array (N,) a reward name, for uint8 images (N, H, W, 3)."""
         ...
 
 
@@ -61,7 +61,7 @@ class Answers(ABC):
 
     @abstractmethod
     def answer(self, asked: Asked) -> Mapping[str, Any]:
-        """One float array (N,) a reward name."""
+        """Return one float array (N,) a reward name."""
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:
         """Answer what needs no more than this; images are uint8 (N, H, W, 3)."""
@@ -69,7 +69,7 @@ class Answers(ABC):
 
 
 def needs_of(name: str, scorer: Any) -> frozenset[str]:
-    """What a scorer declares that it needs; raises ``SpecError`` where it has no ``answer`` to get that by."""
+    """Return the needs that a scorer declares. Raise ``SpecError`` where it has no ``answer`` to get them by."""
     needs = declared(name, getattr(scorer, "needs", ()))
     if needs and not callable(getattr(scorer, "answer", None)):
         raise SpecError(f"reward {name!r} has needs and no method `answer`; write answer(self, asked), which gets them")
@@ -77,7 +77,7 @@ def needs_of(name: str, scorer: Any) -> frozenset[str]:
 
 
 def ask(scorer: Any, asked: Asked) -> Any:
-    """What a scorer answers, by ``answer`` where it declares ``needs`` or has no ``score``."""
+    """Return a scorer's answer, by ``answer`` where it declares ``needs`` or has no ``score``."""
     if hasattr(scorer, "needs") or not hasattr(scorer, "score"):
         return scorer.answer(asked)
     return scorer.score(asked.images, asked.prompts, asked.metadata)
@@ -102,7 +102,7 @@ class Checked:
 
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
-    """``scores`` as float64 arrays (N,), values untouched.
+    """Return ``scores`` as float64 arrays (N,), values untouched.
 
     Raises ``InvalidScores`` naming the scorer, or ``ScorerFailed`` where its answer, which is read by the answer's own
     methods, raises.
@@ -227,7 +227,7 @@ def call(name: str, scorer: Scorer, asked: Asked) -> dict[str, NDArray[np.float6
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy; of JSON ten times as fast as ``copy.deepcopy``, and by one frame a level."""
+    """Return a deep copy; of JSON ten times as fast as ``copy.deepcopy``, and by one frame a level."""
     kind = type(value)
     if kind is dict:
         made = {}
@@ -248,7 +248,7 @@ def score_batch(name: str, scorer: Scorer, asked: Asked) -> Checked:
 
 
 def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
-    """Which of a scorer's ``keys`` is weighted: that of its ``label``, else of its ``own`` name, else the only one.
+    """Return the one of a scorer's ``keys`` that is weighted: that of its ``label``, its ``own`` name, or the only one.
 
     Raises ``InvalidScores`` where none is.
     """
@@ -259,7 +259,7 @@ def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Where the error was raised, in the user's own file if that is on the way: `` (file.py, line 3)``."""
+    """Return the line that raised the error, in the user's own file if that is on the way: `` (file.py, line 3)``."""
     own = user_line(error)
     if own is not None:
         return f" ({own})"

@@ -1,4 +1,4 @@
-"""What to say of a file that is not there: the name that is, or why nobody could find this one."""
+"""Hints on a file that is not there: the name that is, or why nobody could find this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _COMPARED = 2000  # names of a folder among which a typing error is looked for
 
 
 def hint(path: str | os.PathLike[str], *, typos: bool = True) -> str:
-    """`` (did you mean 'NAME'?)``, to be put behind what is said of a missing ``path``; empty where nothing is known.
+    """Return `` (did you mean 'NAME'?)``, to be put behind what is said of a missing ``path``.
+
+    It is empty where nothing is known.
 
     NAME is as it stands on the disk: in other capitals, in another Unicode composition (macOS keeps ``é`` as two
     characters), or, with ``typos``, nearly so. A variable or a ``~user`` that nobody expanded is named.
@@ -35,7 +37,7 @@ def hint(path: str | os.PathLike[str], *, typos: bool = True) -> str:
 
 
 def _nearest(path: Path, typos: bool) -> tuple[str, str] | None:
-    """The first part of ``path`` that is not there, and what is in its place."""
+    """Return the first part of ``path`` that is not there, and what is in its place."""
     try:
         folder = next(parent for parent in path.parents if parent.is_dir())
         name = path.relative_to(folder).parts[0]
@@ -52,7 +54,10 @@ def _nearest(path: Path, typos: bool) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=4)
 def _names(folder: Path, changed: int) -> dict[str, str]:
-    """What a folder holds, by its folded name; a data set may ask for thousands of files that are not there."""
+    """Return the names in a folder, by the folded name.
+
+    A data set may ask for thousands of files that are not there.
+    """
     return {_folded(entry.name): entry.name for entry in os.scandir(folder)}
 
 

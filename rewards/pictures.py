@@ -65,8 +65,8 @@ class TooManyPixels(PictureError):
 
 @dataclass(frozen=True)
 class Head:
-    """What a file says before its pixels are decoded: its upright size, and whether it is ``plain``: upright, opaque
-    and of at most 8 bits, so that Pillow's conversion to RGB alone gives what `read` gives."""
+    """The head of a file, read before its pixels are decoded: its upright size, and whether it is ``plain``: upright,
+    opaque and of at most 8 bits, so that Pillow's conversion to RGB alone gives what `read` gives."""
 
     height: int
     width: int
@@ -74,7 +74,7 @@ class Head:
 
 
 def read(content: bytes, *, formats: Sequence[str] = FORMATS) -> Images:
-    """The picture of an image file: uint8 (H, W, 3).
+    """Return the picture of an image file: uint8 (H, W, 3).
 
     Raises:
         PictureError: the reason, such as "is a GIF with several frames".
@@ -91,7 +91,7 @@ def check_rows(picture: ImageFile, content: bytes) -> None:
 
 
 def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
-    """The head of an image file, whose pixels may still be damaged; raises PictureError."""
+    """Return the head of an image file, whose pixels may still be damaged. Raise PictureError."""
     with opened(content, formats) as picture:
         if picture.format == "PNG" and any(mark in content for mark in _LATE):
             picture.load()
@@ -102,7 +102,7 @@ def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
 
 @contextmanager
 def opened(content: bytes, formats: Sequence[str]) -> Iterator[ImageFile]:
-    """The picture, not yet decoded; whatever goes wrong inside with the file is a PictureError."""
+    """Yield the picture, not yet decoded; whatever goes wrong inside with the file is a PictureError."""
     kind = kind_of(content)
     if kind not in formats:
         raise NoPicture(said_of(content, formats))
@@ -122,7 +122,10 @@ def opened(content: bytes, formats: Sequence[str]) -> Iterator[ImageFile]:
 
 
 def _silence() -> None:
-    """Pillow warns of large pictures, odd EXIF and odd TIFF on standard error; what matters is refused by name."""
+    """Silence Pillow, which warns of large pictures, odd EXIF and odd TIFF on standard error.
+
+    What matters is refused by name.
+    """
     if ("ignore", None, Warning, re.compile(_PILLOW), 0) not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOW)
 
@@ -151,7 +154,7 @@ def _tags(picture: Image.Image) -> Mapping[int, Any]:
 
 
 def _turn(picture: Image.Image) -> int | None:
-    """The orientation of a picture that does not lie upright; Pillow turns a TIFF by itself."""
+    """Return the orientation of a picture that does not lie upright; Pillow turns a TIFF by itself."""
     if picture.format == "TIFF":
         return None
     try:
@@ -183,7 +186,7 @@ def pixels(picture: ImageFile, content: bytes) -> Images:
 
 
 def _levels(picture: Image.Image, clear: int | None) -> NDArray[np.uint8]:
-    """Grey levels (H, W) of a picture of one channel with more than 8 bits; the level ``clear`` is white.
+    """Return the grey levels (H, W) of a picture of one channel with more than 8 bits; the level ``clear`` is white.
 
     Raises:
         PictureError: floats beyond [0, 1]; 32-bit numbers beyond 16 bits, or so small that they may be 8-bit ones.
@@ -205,7 +208,7 @@ def _levels(picture: Image.Image, clear: int | None) -> NDArray[np.uint8]:
 
 
 def _sixteen_bits(picture: Image.Image, content: bytes) -> NDArray[np.uint16]:
-    """Both bytes (H, W, 3) of a 16-bit colour PNG, of which Pillow keeps the upper one: it is decoded once more."""
+    """Return both bytes (H, W, 3) of a 16-bit colour PNG. Pillow keeps the upper one, so it is decoded once more."""
     with Image.open(io.BytesIO(content), formats=("PNG",)) as again:
         again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
         lower = np.asarray(again)

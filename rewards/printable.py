@@ -22,12 +22,12 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def printable(text: str) -> str:
-    """``text`` in one line, with ``\\x1b``, ``\\n``, ``\\u202e`` and their like written out."""
+    """Return ``text`` in one line, with ``\\x1b``, ``\\n``, ``\\u202e`` and their like written out."""
     return _STEERING.sub(_written_out, text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, of a text whose lines and tabs are meant, such as a traceback."""
+    """Write as `printable` a text whose lines and tabs are meant, such as a traceback."""
     return _STEERING.sub(lambda found: found[0] if found[0] in "\n\t" else _written_out(found), text)
 
 
@@ -51,8 +51,10 @@ class _Record(logging.LogRecord):
 
 
 def write_out_logs() -> None:
-    """From here on, what any logger of this process and Python's warnings say is written as `printable` writes it; may
-    be called again."""
+    """Write from here on as `printable` what any logger of this process and Python's warnings say.
+
+    It may be called again.
+    """
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _warning
 

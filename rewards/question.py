@@ -1,4 +1,4 @@
-"""What a scorer is asked: one object, what it may need beside images, prompts and metadata, and who offers that.
+"""The question to a scorer: one object, what it may need beside images, prompts and metadata, and who offers that.
 
 Shapes: N samples, C H W latents; images are (N, H, W, 3).
 """
@@ -42,7 +42,7 @@ class Asked:
         return len(self.images)
 
     def take(self, rows: slice | Sequence[int]) -> Asked:
-        """The question about some of the samples; a slice shares the images' memory, a list of rows does not."""
+        """Return the question about some of the samples; a slice shares the images' memory, a list of rows does not."""
         latents = None if self.latents is None else self.latents[rows]
         texts = _rows(self.prompts, rows), _rows(self.metadata, rows)
         references = None if self.references is None else _rows(self.references, rows)
@@ -50,7 +50,7 @@ class Asked:
         return Asked(self.images[rows], *texts, references, groups, latents)
 
     def only(self, name: str, needs: frozenset[str]) -> Asked:
-        """The question as the reward ``name`` may see it: without what it does not need.
+        """Return the question as the reward ``name`` may see it: without what it does not need.
 
         Raises ``InputError`` where the question lacks what it needs.
         """
@@ -62,7 +62,7 @@ class Asked:
 
 
 def joined(parts: Sequence[Asked]) -> Asked:
-    """One question of several about images of one size, with what all of them have."""
+    """Join several questions about images of one size into one, with what all of them have."""
     if len(parts) == 1:
         return parts[0]
 
@@ -82,7 +82,7 @@ def joined(parts: Sequence[Asked]) -> Asked:
 
 @dataclass(frozen=True)
 class Offers:
-    """Which needs ``asker`` can answer, and what to do, as the end of a sentence, with a scorer that has others."""
+    """The needs that ``asker`` can answer, and what to do, as the end of a sentence, with a scorer that has others."""
 
     asker: str
     needs: frozenset[str] = frozenset()
@@ -114,7 +114,10 @@ def check_inputs(asked: Asked) -> None:
 
 
 def declared(name: str, needs: Any) -> frozenset[str]:
-    """What the reward ``name`` declares in ``needs``; raises ``SpecError`` where that is no set of known needs."""
+    """Return the needs that the reward ``name`` declares.
+
+    Raise ``SpecError`` where ``needs`` is no set of known needs.
+    """
     if isinstance(needs, str) or not isinstance(needs, Iterable):
         raise SpecError(f"reward {name!r}: needs is {needs!r:.40}; write a set of names, such as {{'group'}}")
     found = frozenset(needs)

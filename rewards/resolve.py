@@ -30,7 +30,7 @@ ENTRY_POINTS = "flowalign.rewards"
 
 
 def resolve(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Offers | None = None) -> Scorer:
-    """The scorer that ``spec`` names, not yet set up; relative files are looked for under ``base_dir``.
+    """Return the scorer that ``spec`` names, not yet set up; relative files are looked for under ``base_dir``.
 
     Runs user code where the spec names it, and says so in the log. Raises ``SpecError``, also for a scorer with needs
     that ``offers`` does not have; None asks for none of that.
@@ -87,12 +87,18 @@ def row_check(spec: str | Mapping[str, Any]) -> Callable[[Metadata], None] | Non
 
 
 def further_scores(spec: str) -> tuple[str, ...]:
-    """What one of our scorers answers beside its main score; nothing is known of a user's code or of a server."""
+    """Return the names that one of our scorers answers beside its main score.
+
+    Nothing is known of a user's code or of a server.
+    """
     return () if ":" in spec or spec not in builtin_names() else getattr(_class(spec), "further", ())
 
 
 def location_of(spec: str) -> str | None:
-    """``path/to/file.py`` or ``package.module`` of a user's reward; None for ours, a server and an unknown one."""
+    """Return ``path/to/file.py`` or ``package.module`` of a user's reward.
+
+    It is None for ours, a server and an unknown one.
+    """
     if spec.startswith("url:") or spec in builtin_names():
         return None
     try:
@@ -102,7 +108,9 @@ def location_of(spec: str) -> str | None:
 
 
 def options_of(assignments: Sequence[str], scalar: Callable[[str], Any] = str) -> dict[str, Any]:
-    """``key=value`` options of a command line; values are JSON where they parse as JSON, else what ``scalar`` reads.
+    """Parse ``key=value`` options of a command line.
+
+    Values are JSON where they parse as JSON, else what ``scalar`` reads.
 
     Raises ``SpecError`` for one without a value.
     """
@@ -119,7 +127,7 @@ def options_of(assignments: Sequence[str], scalar: Callable[[str], Any] = str) -
 
 
 def builtin_names() -> list[str]:
-    """Names of the scorers in ``rewards/scorers``."""
+    """Return the names of the scorers in ``rewards/scorers``."""
     return sorted(module.name for module in pkgutil.iter_modules(rewards.scorers.__path__))
 
 

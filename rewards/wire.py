@@ -1,4 +1,4 @@
-"""What travels between reward client and server: a JSON header and raw bytes, never pickle.
+"""The format between reward client and server: a JSON header and raw bytes, never pickle.
 
     request:  b"FAQ1" | header length, uint32 little-endian | header | uint8 images (N, H, W, 3)
     response: b"FAS1" | header length, uint32 little-endian | header | float64 little-endian (rewards, N)
@@ -27,8 +27,10 @@ _PREFIX = struct.Struct("<4sI")
 
 @dataclass(frozen=True)
 class Limits:
-    """What is read: bytes in all, bytes of the header, pixels an image, pixels a side at least, images; of a form's
-    files pixels in all."""
+    """The limits of what is read: bytes in all, bytes of the header, pixels an image, pixels a side at least, images.
+
+    Of a form's files the pixels in all are limited.
+    """
 
     max_bytes: int = 256 * 2**20
     max_header_bytes: int = 2 * 2**20
@@ -54,7 +56,7 @@ class TooLarge(WireError):
 
 
 def encode_request(asked: Asked) -> bytes:
-    """The bytes of a question that needs no more than images, prompts and metadata.
+    """Encode a question that needs no more than images, prompts and metadata.
 
     Raises ``InputError`` for arrays that do not fit and for what does not travel, ``WireError`` for metadata that is
     not JSON.
@@ -68,7 +70,7 @@ def encode_request(asked: Asked) -> bytes:
 
 
 def decode_request(data: bytes | bytearray, limits: Limits = DEFAULT_LIMITS) -> Asked:
-    """The question; its images share ``data``'s memory.
+    """Decode a question; its images share ``data``'s memory.
 
     Raises ``WireError``, ``TooLarge`` or ``InputError``.
     """
@@ -113,13 +115,13 @@ def check_texts(prompts: Any, metadata: Any, count: int, where: str) -> tuple[li
 
 
 def encode_response(scores: Mapping[str, NDArray[np.float64]]) -> bytes:
-    """Arrays (N,) of one length, as ``rewards.interface.call`` returns them."""
+    """Encode arrays (N,) of one length, as ``rewards.interface.call`` returns them."""
     table = np.stack([np.asarray(array, "<f8") for array in scores.values()])
     return _pack(_RESPONSE, {"names": list(scores), "count": table.shape[1]}, table.tobytes())
 
 
 def decode_response(data: bytes, count: int, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[np.float64]]:
-    """Float64 arrays of ``count`` scores a reward; raises ``WireError``, also where the count differs."""
+    """Decode float64 arrays of ``count`` scores a reward. Raise ``WireError``, also where the count differs."""
     header, payload = _unpack(_RESPONSE, data, limits)
     names = header.get("names")
     if not isinstance(names, list) or not names or not all(_is_text(n) and n for n in names):
@@ -171,7 +173,7 @@ def _unpack(magic: bytes, data: bytes | bytearray, limits: Limits) -> tuple[dict
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; raises WireError where it has a key twice, of which readers take one or the other."""
+    """Return an object of JSON. Raise WireError where it has a key twice, of which readers take one or the other."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -185,7 +187,7 @@ def _is_shape(shape: list[Any]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """A string without lone surrogates, which JSON can spell and UTF-8 cannot."""
+    """Tell whether a string is without lone surrogates, which JSON can spell and UTF-8 cannot."""
     if not isinstance(value, str):
         return False
     try:

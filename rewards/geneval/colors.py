@@ -40,7 +40,7 @@ class ZeroShotColors:
     def classify(
         self, image: np.ndarray, boxes: Sequence[Sequence[float]], masks: Sequence[np.ndarray], thing: str
     ) -> list[str]:
-        """The colour of each object: uint8 image (H, W, 3), boxes x0 y0 x1 y1 in pixels, bool masks (H, W)."""
+        """Return the colour of each object: uint8 image (H, W, 3), boxes x0 y0 x1 y1 in pixels, bool masks (H, W)."""
         import torch
 
         with torch.inference_mode():
@@ -48,7 +48,7 @@ class ZeroShotColors:
             return [self.names[i] for i in (self.clip.embed(torch.cat(crops)) @ self._of(thing).T).argmax(1).tolist()]
 
     def _of(self, thing: str) -> Any:
-        """Unit embeddings (colours, D) of the phrases about one class of things."""
+        """Return the unit embeddings (colours, D) of the phrases about one class of things."""
         import torch
 
         if thing not in self._classes:
@@ -61,7 +61,7 @@ class ZeroShotColors:
 
 
 def crop(image: np.ndarray, box: Sequence[float], mask: np.ndarray) -> np.ndarray:
-    """The object on grey, cut to its box, whose edges are rounded: uint8 (h, w, 3)."""
+    """Return the object on grey, cut to its box, whose edges are rounded: uint8 (h, w, 3)."""
     picture = Image.fromarray(image)
     ground = Image.new("RGB", picture.size, color=GROUND)
     shown = Image.composite(picture, ground, Image.fromarray(mask.astype(np.uint8) * 255))

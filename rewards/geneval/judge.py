@@ -90,7 +90,7 @@ def judge(metadata: Mapping[str, Any], detections: Detections, rules: Rules = BE
 
 
 def keep(metadata: Mapping[str, Any], detections: Detections, rules: Rules) -> dict[str, list[Detection]]:
-    """Detections that count, most confident first, ties ordered by box and colour; at most 16 a class."""
+    """Return the detections that count, most confident first, ties ordered by box and colour; at most 16 a class."""
     threshold = rules.counting_threshold if canonical(str(metadata.get("tag"))) == "counting" else rules.threshold
     try:
         by_class: dict[str, list[Detection]] = {}
@@ -149,7 +149,7 @@ def _closeness(n: int, found: int) -> float:
 def _misplaced(
     wanted: Mapping[str, Any], best: Sequence[Detection], earlier: Sequence[_Clause], rules: Rules
 ) -> str | None:
-    """Why the objects do not stand as wanted to every object of the target clause; None where they do."""
+    """Say why the objects do not stand as wanted to every object of the target clause; None where they do."""
     name, (relation, index) = wanted["class"], wanted["position"]
     target = earlier[index]
     if not target.matched:
@@ -163,7 +163,7 @@ def _misplaced(
 
 
 def relative_position(box: Sequence[float], target: Sequence[float], threshold: float = 0.1) -> set[str]:
-    """Where ``box`` stands relative to ``target``; empty where their centres nearly coincide.
+    """Return the relations in which ``box`` stands to ``target``; empty where their centres nearly coincide.
 
     The centres' offset, shortened on each axis by ``threshold`` times the summed extents, over the offset's
     length: a component beyond ±0.5 is a relation.

@@ -20,12 +20,12 @@ _FORM = "geneval needs rows in GenEval's form, with tag, include and prompt"
 
 
 def canonical(name: str) -> str:
-    """Names of classes, colours and relations are compared like this: ``Star`` is ``star``."""
+    """Return a name of a class, a colour or a relation as it is compared: ``Star`` is ``star``."""
     return " ".join(name.casefold().split())
 
 
 def clauses_of(metadata: Mapping[str, Any], part: str = "include") -> list[dict[str, Any]]:
-    """The clauses of a row in one spelling; a key that is null, as tables write it, is left out.
+    """Return the clauses of a row in one spelling; a key that is null, as tables write it, is left out.
 
     Raises:
         InputError: they are not in GenEval's form.
@@ -39,12 +39,12 @@ def clauses_of(metadata: Mapping[str, Any], part: str = "include") -> list[dict[
 
 
 def colored_classes(metadata: Mapping[str, Any]) -> set[str]:
-    """The classes of which a row asks for a colour."""
+    """Return the classes for which a row asks for a colour."""
     return {canonical(clause["class"]) for clause in metadata.get("include") or () if clause.get("color") is not None}
 
 
 def read_row(metadata: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(include, exclude) of a row; raises InputError where it is not in GenEval's form."""
+    """Return (include, exclude) of a row. Raise InputError where it is not in GenEval's form."""
     if not isinstance(metadata, Mapping) or not metadata.get("include"):
         prompt = metadata.get("prompt", "") if isinstance(metadata, Mapping) else metadata
         raise InputError(f"the row of prompt {str(prompt)[:60]!r} has no `include` list; {_FORM}")
@@ -133,7 +133,7 @@ def _meant(key: str, known: tuple[str, ...]) -> str | None:
 
 
 def _check_keys(where: str, given: Collection[str], known: tuple[str, ...]) -> None:
-    """A key that is one letter from a known one was meant to be judged."""
+    """Refuse a key that is one letter from a known one: it was meant to be judged."""
     for key in given:
         near = None if key in known else _meant(str(key), known)
         if near is not None and near not in given:

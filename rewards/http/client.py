@@ -66,11 +66,11 @@ class HttpScorer(Answers):
         self.endpoint.retried()  # what happened before the first batch is none of its retries
 
     def retried(self) -> dict[str, int]:
-        """How often a batch had to be sent again since the last call, by address and cause."""
+        """Return how often a batch had to be sent again since the last call, by address and cause."""
         return self.endpoint.retried()
 
     def info(self) -> dict[str, Any]:
-        """What the server says about itself; raises ``WireError`` where that is no JSON object."""
+        """Return the server's facts about itself. Raise ``WireError`` where that is no JSON object."""
         try:
             found = json.loads(self.endpoint.ask("GET", "/info"))
         except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ class HttpScorer(Answers):
         return found
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """The server's scores (N,) by reward name, NaN and Inf as they came.
+        """Return the server's scores (N,) by reward name, NaN and Inf as they came.
 
         Raises ``ServerUnavailable``, ``DeadlineExceeded``, ``ServerRefused`` or ``WireError``; never
         answers for a batch that was not scored.
@@ -98,7 +98,10 @@ class HttpScorer(Answers):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _check_names(self, names: set[str]) -> None:
-        """Scores of one reward must never be mixed with those of another that answers at a replica's address."""
+        """Check the names.
+
+        Scores of one reward must never be mixed with those of another that answers at a replica's address.
+        """
         self._names = self._names or names
         if names != self._names:
             raise ServerRefused(

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def left(until: float) -> float:
-    """Seconds until then; raises TimeoutError where there are none."""
+    """Return the seconds until then. Raise TimeoutError where there are none."""
     seconds = until - time.monotonic()
     if seconds <= 0:
         raise TimeoutError("timed out")
@@ -23,7 +23,7 @@ def left(until: float) -> float:
 
 
 def connect(host: str, port: int, until: float) -> socket.socket:
-    """A connection to the first address of ``host`` that takes one.
+    """Return a connection to the first address of ``host`` that takes one.
 
     Raises:
         OSError: no address took it; TimeoutError (one of them) where the name or the addresses stay silent.
@@ -43,7 +43,10 @@ def connect(host: str, port: int, until: float) -> socket.socket:
 
 
 def _addresses(host: str, port: int, until: float) -> list[Any]:
-    """``getaddrinfo``, which takes no deadline and may wait for name servers: beside us, and left there if it must."""
+    """Call ``getaddrinfo`` beside us, and leave it there if need be.
+
+    It takes no deadline and may wait for name servers.
+    """
     answers: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -63,8 +66,10 @@ def _addresses(host: str, port: int, until: float) -> list[Any]:
 
 
 class TimedSocket:
-    """What ``http.client`` asks of a socket, each wait no longer than ``until``. Who made the socket closes it:
-    ``http.client`` does so while it still reads."""
+    """A socket for ``http.client``, each wait no longer than ``until``.
+
+    Who made the socket closes it: ``http.client`` does so while it still reads.
+    """
 
     def __init__(self, plain: socket.socket, until: float) -> None:
         self._plain, self._until = plain, until

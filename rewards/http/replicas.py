@@ -1,4 +1,4 @@
-"""Which of several servers is asked next: each in its turn, without those that keep failing (a circuit breaker)."""
+"""The turn of several servers: each is asked in its turn, without those that keep failing (a circuit breaker)."""
 
 from __future__ import annotations
 
@@ -47,14 +47,17 @@ class Replicas(Generic[Address]):
         self._lock = threading.Lock()
 
     def round(self) -> Iterator[tuple[Replica[Address], int]]:
-        """Those to ask, each once, until one answers; with how many are still to be asked, this one included."""
+        """Yield the servers to ask, each once, until one answers.
+
+        Each comes with how many are still to be asked, this one included.
+        """
         tried: list[Replica[Address]] = []
         while choice := self._choice(tried):
             tried.append(choice[0])
             yield choice[0], len(choice)
 
     def _choice(self, tried: Collection[Replica[Address]]) -> list[Replica[Address]]:
-        """What is left to ask, in turn; the first of it is taken."""
+        """Return the servers left to ask, in turn; the first of them is taken."""
         with self._lock:
             now = self._clock()
             busy = [replica for replica in self.all if now < replica.busy_until]
@@ -75,7 +78,10 @@ class Replicas(Generic[Address]):
             replica.out_until = replica.busy_until = float("-inf")
 
     def busy_s(self) -> float:
-        """Seconds until the first may be asked that asked to be left alone; 0 where there is one that did not."""
+        """Return the seconds until the first may be asked that asked to be left alone.
+
+        It is 0 where there is one that did not.
+        """
         with self._lock:
             return max(0.0, min(replica.busy_until for replica in self.all) - self._clock())
 

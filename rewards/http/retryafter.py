@@ -1,4 +1,4 @@
-"""What a server that is busy asks for with ``Retry-After`` (RFC 9110, 10.2.3): seconds, or a date."""
+"""The wait that a busy server asks for with ``Retry-After`` (RFC 9110, 10.2.3): seconds, or a date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _ASKING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def asked_wait_s(status: int, headers: Mapping[str, str] | Message) -> float:
-    """Seconds until the server wants to be asked again; 0 where it does not say, or says it in no known form.
+    """Return the seconds until the server wants to be asked again.
+
+    It is 0 where it does not say, or says it in no known form.
 
     A date is compared with the answer's own, where it has one: the two clocks need not agree.
     """

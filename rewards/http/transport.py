@@ -59,7 +59,10 @@ class ServerRefused(ScorerError):
         self.wait_s = wait_s
 
     def __reduce__(self) -> tuple[type[ServerRefused], tuple[str, int, str]]:
-        """Exceptions cross processes by their constructor's arguments; the default keeps only the message."""
+        """Return the constructor's arguments, by which exceptions cross processes.
+
+        The default keeps only the message.
+        """
         return type(self), (str(self), self.status, self.kind)
 
 
@@ -107,7 +110,7 @@ class Endpoint:
         self._replicas = Replicas(addresses, breaker_failures=breaker_failures, breaker_reset_s=breaker_reset_s)
 
     def ask(self, method: str, path: str, body: bytes | None = None, content_type: str = _JSON) -> bytes:
-        """The body of the answer.
+        """Return the body of the answer.
 
         Raises:
             ServerUnavailable, DeadlineExceeded, ServerRefused, TooLarge, or SpecError for an unusable token variable.
@@ -139,7 +142,7 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def retried(self) -> dict[str, int]:
-        """How often a request had to be made again since the last call, by address and cause."""
+        """Return how often a request had to be made again since the last call, by address and cause."""
         with self._counting:
             counts, self._failed = dict(self._failed), Counter()
         return counts
@@ -149,7 +152,7 @@ class Endpoint:
             self._failed[cause] += 1
 
     def _gave_up(self, silent: bool, tries: int) -> ScorerError:
-        """What to raise when the last one asked was ``silent`` to the end, or no other try is left."""
+        """Return the error to raise when the last one asked was ``silent`` to the end, or no other try is left."""
         who, why = f"{self.what} {self.url}", ""
         if len(self.addresses) > 1:
             who, why = self.what, "; ".join(f"{r.address.url}: {r.cause or 'not asked'}" for r in self._replicas.all)
@@ -162,7 +165,10 @@ class Endpoint:
         return ServerUnavailable(f"{who} is not reachable ({why}) after {tries} tries; {self.hint}")
 
     def unreachable(self, path: str) -> dict[str, str]:
-        """The addresses that do not answer ``GET path`` now, and why; each is asked once, all at the same time."""
+        """Return the addresses that do not answer ``GET path`` now, and why.
+
+        Each is asked once, all at the same time.
+        """
         until = time.monotonic() + min(self.deadline_s, _CONNECT_S)
 
         def cause(replica: Replica[Address]) -> str:
@@ -197,7 +203,10 @@ class Address:
         self._token_env = token_env
 
     def send(self, method: str, path: str, body: bytes | None, content_type: str, until: float) -> bytes:
-        """The body of the answer; ``TimeoutError`` at ``until``, or where no connection is made in 10 s."""
+        """Return the body of the answer.
+
+        Raise ``TimeoutError`` at ``until``, or where no connection is made in 10 s.
+        """
         headers = self._headers(content_type)
         soon = min(until, time.monotonic() + _CONNECT_S)
         context = _encryption() if self._secure else None
@@ -228,7 +237,7 @@ class Address:
             raise
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """The body; of an answer that is an error no more than its beginning."""
+        """Return the body; of an answer that is an error no more than its beginning."""
         chunks, size, limit = [], 0, DEFAULT_LIMITS.max_bytes
         failed = response.status != HTTPStatus.OK
         if not failed:

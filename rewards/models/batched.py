@@ -37,7 +37,10 @@ class Batched(Answers):
 
     @abstractmethod
     def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
-        """float32 scores (n,) of uint8 images (n, H, W, 3) of any size; called without gradients, after ``load``."""
+        """Return the float32 scores (n,) of uint8 images (n, H, W, 3) of any size.
+
+        It is called without gradients, after ``load``.
+        """
 
     def setup(self, device: str | None = None) -> None:
         """Load the model, onto ``device`` where one is given; raises ``SpecError`` as ``load``."""
@@ -46,7 +49,7 @@ class Batched(Answers):
         self._is_loaded = True
 
     def answer(self, asked: Asked) -> dict[str, NDArray[np.float32]]:
-        """``{name: (N,)}``; images of any size."""
+        """Return ``{name: (N,)}``; images of any size."""
         import torch
 
         if not self._is_loaded:

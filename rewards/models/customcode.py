@@ -24,7 +24,9 @@ _HF_NAMES = ("hf_model_name", "hf_tokenizer_name")  # of open_clip, which hands 
 
 
 def custom_code(directory: str | Path) -> str | None:
-    """Where a model's directory names code of its own, such as "tokenizer_config.json (auto_map)"; None where nowhere.
+    """Return the place where a model's directory names code of its own, such as "tokenizer_config.json (auto_map)".
+
+    It is None where there is none.
 
     Files that are no JSON are left to the model's loader. In a pipeline's directory the folders are looked into, too.
     """
@@ -82,7 +84,7 @@ def _object(file: Path) -> Mapping[str, Any]:
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a configuration and of all within it."""
+    """Yield keys and values of a configuration and of all within it."""
     pending = [value]
     while pending:
         item = pending.pop()

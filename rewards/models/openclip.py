@@ -102,17 +102,17 @@ class OpenClip:
         return self._model
 
     def images(self, images: Images) -> torch.Tensor:
-        """Unit embeddings (N, D) of uint8 images (N, H, W, 3) of any size."""
+        """Return the unit embeddings (N, D) of uint8 images (N, H, W, 3) of any size."""
         return self.embed(self.pixels(images))
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Unit embeddings (N, D) of model input (N, 3, h, w)."""
+        """Return the unit embeddings (N, D) of model input (N, 3, h, w)."""
         import torch
 
         return torch.nn.functional.normalize(self.loaded.encode_image(pixels, normalize=False).float(), dim=-1)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """Unit embeddings (N, D), each distinct text encoded once."""
+        """Return the unit embeddings (N, D), each distinct text encoded once."""
         import torch
 
         model = self.loaded
@@ -122,11 +122,11 @@ class OpenClip:
         return embedded[torch.tensor([unique.index(text) for text in texts], device=embedded.device)]
 
     def cosines(self, images: Images, texts: list[str]) -> torch.Tensor:
-        """float32 cosines (N,) in [-1, 1] of each image with the text of its row."""
+        """Return the float32 cosines (N,) in [-1, 1] of each image with the text of its row."""
         return (self.images(images) * self.texts(texts)).sum(-1)
 
     def pixels(self, images: Images) -> torch.Tensor:
-        """Model input (N, 3, h, w), resized and normalised as a batch."""
+        """Return the model input (N, 3, h, w), resized and normalised as a batch."""
         import torch
 
         if self._model is None:
@@ -138,14 +138,14 @@ class OpenClip:
 
 
 def trained_with_quick_gelu(architecture: str, checkpoint: str | None) -> bool:
-    """Whether a tag's weights want QuickGELU: open_clip knows, warns, and computes with GELU all the same."""
+    """Tell whether a tag's weights want QuickGELU: open_clip knows, warns, and computes with GELU all the same."""
     from open_clip import get_pretrained_cfg
 
     return checkpoint is not None and bool(get_pretrained_cfg(architecture, checkpoint).get("quick_gelu"))
 
 
 def tensor_steps(preprocess: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """The model's own evaluation transform, which takes one PIL image, for a uint8 batch (N, 3, H, W)."""
+    """Return the model's own evaluation transform, which takes one PIL image, for a uint8 batch (N, 3, H, W)."""
     import torch
     from open_clip.transform import ResizeKeepRatio
     from torchvision import transforms
@@ -166,7 +166,10 @@ def tensor_steps(preprocess: Any) -> list[Callable[[torch.Tensor], torch.Tensor]
 
 
 def _middle(pixels: torch.Tensor) -> torch.Tensor:
-    """At most 16:1 about the centre: a centre crop follows, and a resize by the short side would grow without bound."""
+    """Cut an image to at most 16:1 about the centre.
+
+    A centre crop follows, and a resize by the short side would grow without bound.
+    """
     from torchvision.transforms.functional import center_crop
 
     height, width = pixels.shape[-2:]
@@ -174,7 +177,7 @@ def _middle(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_ratio(step: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """open_clip's ``ResizeKeepRatio``, which asks a PIL image for its size."""
+    """Return a resize like open_clip's ``ResizeKeepRatio``, which asks a PIL image for its size."""
     from torchvision.transforms.functional import resize
 
     def keep_ratio(pixels: torch.Tensor) -> torch.Tensor:

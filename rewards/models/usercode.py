@@ -54,7 +54,7 @@ def is_file_name(location: str) -> bool:
 
 
 def module_of(target: str, base_dir: Path) -> Path | None:
-    """`source.find_module`, which knows that ``r:f`` beside a file ``r.py`` was to be ``r.py:f``."""
+    """Find a module as `source.find_module`; it knows that ``r:f`` beside a file ``r.py`` was to be ``r.py:f``."""
     location, attribute = halves(target)
     try:
         return source.find_module(location)
@@ -76,7 +76,7 @@ def file_of(location: str, base_dir: Path) -> Path:
 
 
 def user_code(target: str, base_dir: str | Path = ".") -> Any:
-    """What stands at ``file.py:name`` or ``package.module:name``; the module is run, and the log says so.
+    """Return the object at ``file.py:name`` or ``package.module:name``; the module is run, and the log says so.
 
     Raises ``SpecError`` where there is nothing.
     """
@@ -93,7 +93,7 @@ def user_code(target: str, base_dir: str | Path = ".") -> Any:
 
 
 def from_code(target: str, options: dict[str, Any], base_dir: Path) -> Scorer:
-    """The function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
+    """Return the function, class or ready scorer at ``file.py:name`` or ``package.module:name``."""
     with blamed(target, " while it was looked at"):  # where its module or class computes its attributes
         return _as_scorer(target, halves(target)[1], user_code(target, base_dir), options)
 

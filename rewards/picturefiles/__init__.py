@@ -1,1 +1,1 @@
-"""What picture files tell of themselves before they are decoded."""
+"""Facts that picture files tell of themselves before they are decoded."""

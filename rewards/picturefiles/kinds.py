@@ -1,4 +1,4 @@
-"""What sort of file some bytes are, told from their beginning: those that are read, and those that strangers send."""
+"""Kinds of files, told from the beginning of their bytes: those that are read, and those that strangers send."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ _NETPBM = tuple(b"P%d" % number for number in range(1, 8))
 
 
 def is_apple_double(path: Path) -> bool:
-    """Whether a file is what macOS keeps beside another one on foreign disks: ``._photo.jpg`` is no picture."""
+    """Tell whether a file is what macOS keeps beside another one on foreign disks: ``._photo.jpg`` is no picture."""
     return path.name.startswith("._")
 
 
 def kind_of(content: bytes) -> str:
-    """One of `FORMATS`, the words for another one, or nothing where the bytes say none that is known."""
+    """Return one of `FORMATS`, the words for another one, or nothing where the bytes say none that is known."""
     head = content[:64]
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
@@ -71,7 +71,7 @@ def kind_of(content: bytes) -> str:
 
 
 def said_of(content: bytes, read: Sequence[str]) -> str:
-    """What a file is whose format is not one of ``read``, after the file's name."""
+    """Say what a file is whose format is not one of ``read``; the words follow the file's name."""
     kind = kind_of(content)
     if not kind:
         return "is no image file" + ("" if content else ": it is empty")

@@ -1,4 +1,5 @@
-"""Whether a file holds as many pixels as its head says, without room for them: told before anything is decoded."""
+"""Completeness of a picture file, told before anything is decoded: as many pixels as its head says, without room for
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ _BLOCKS_A_BYTE = 8  # of a JPEG in Huffman's code
 
 
 def has_all_rows(kind: str, content: bytes, size: tuple[int, int]) -> bool:
-    """Whether a PNG has all bytes of its rows, or a JPEG of ``size`` (width, height) a bit for each block at least.
+    """Tell whether a PNG has all bytes of its rows, or a JPEG of ``size`` (width, height) at least a bit a block.
 
     True for other kinds, which say the length of what they hold.
     """
@@ -45,7 +46,7 @@ def _passes(width: int, height: int) -> Iterator[tuple[int, int]]:
 
 
 def _image_data(content: bytes) -> Iterator[memoryview]:
-    """The chunks IDAT that follow one another."""
+    """Yield the chunks IDAT that follow one another."""
     view, place, began = memoryview(content), 8, False
     while place + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, place)

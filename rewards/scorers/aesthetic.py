@@ -79,7 +79,10 @@ class AestheticScorer(Batched):
 
 
 def _chain(head: str, tensors: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The layers in the order of their numbers; each takes what the one before gives, the last gives one number."""
+    """Return the layers in the order of their numbers.
+
+    Each takes what the one before gives, the last gives one number.
+    """
 
     def number(name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in name.split(".") if part.isdigit())

@@ -73,7 +73,10 @@ class GenevalScorer(Answers):
         check_row(metadata, *self._known, self.rules.max_objects)
 
     def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
-        """The full verdict on each image (N, H, W, 3); InputError where a row names what the detector cannot find."""
+        """Return the full verdict on each image (N, H, W, 3).
+
+        Raise InputError where a row names what the detector cannot find.
+        """
         for row in metadata:
             check_names(row, *self._known)
         found = []
@@ -83,7 +86,7 @@ class GenevalScorer(Answers):
         return [judge(row, objects, self.rules) for row, objects in zip(metadata, found, strict=True)]
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """``geneval`` (N,) in the configured mode, and beside it ``geneval_strict``, 0 or 1."""
+        """Return ``geneval`` (N,) in the configured mode, and beside it ``geneval_strict``, 0 or 1."""
         field = {"official": "correct", "strict": "strict", "partial": "score"}[self.mode]
         verdicts = self.verdicts(asked.images, asked.metadata)
         return {
@@ -93,7 +96,7 @@ class GenevalScorer(Answers):
 
 
 def judge_lines(lines: Iterable[str | bytes]) -> Iterator[str]:
-    """One JSON verdict a non-empty JSON line of UTF-8; raises ``InputError`` naming the line."""
+    """Yield one JSON verdict a non-empty JSON line of UTF-8. Raise ``InputError`` naming the line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

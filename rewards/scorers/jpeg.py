@@ -32,7 +32,7 @@ class JpegScorer(Answers):
         self.quality = quality
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """``{"jpeg": (N,)}`` in kilobytes (1000 bytes)."""
+        """Return ``{"jpeg": (N,)}`` in kilobytes (1000 bytes)."""
         return {"jpeg": np.array([self.sign * self._size(image) / 1000 for image in asked.images], np.float64)}
 
     def _size(self, image: np.ndarray) -> int:

@@ -51,7 +51,7 @@ class OcrScorer(Answers):
             raise SpecError(f"ocr: a library is missing ({one_line(error)}); install flowalign[ocr]") from error
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """``{"ocr": (N,)}``; raises ``InputError`` for a prompt without a text to look for."""
+        """Return ``{"ocr": (N,)}``. Raise ``InputError`` for a prompt without a text to look for."""
         wanted = [wanted_text(prompt, row) for prompt, row in zip(asked.prompts, asked.metadata, strict=True)]
         if self._reader is None:
             self.setup()
@@ -59,14 +59,14 @@ class OcrScorer(Answers):
         return {"ocr": np.array([similarity(text, seen) for text, seen in zip(wanted, read, strict=True)], np.float64)}
 
     def read(self, image: np.ndarray) -> str:
-        """Everything the model reads in an image (H, W, 3), line after line."""
+        """Return everything that the model reads in an image (H, W, 3), line after line."""
         found = self._reader(np.ascontiguousarray(readable(image, self.min_side)[..., ::-1]))
         # Where nothing was found, or nothing of it could be read, the answer has no texts.
         return " ".join(getattr(found, "txts", None) or ())
 
 
 def readable(image: np.ndarray, min_side: int) -> np.ndarray:
-    """The image (H, W, 3) with a shorter side of at least ``min_side``, as far as the longer one allows it.
+    """Return the image (H, W, 3) with a shorter side of at least ``min_side``, as far as the longer one allows it.
 
     A strip of more than 8:1 is padded with its edge.
     """
@@ -80,7 +80,7 @@ def readable(image: np.ndarray, min_side: int) -> np.ndarray:
 
 
 def wanted_text(prompt: str, row: Metadata) -> str:
-    """The text a prompt asks for; raises ``InputError`` where there is none."""
+    """Return the text a prompt asks for. Raise ``InputError`` where there is none."""
     text = row.get("text")
     if text is None:
         quoted = _QUOTED.search(prompt)
@@ -96,7 +96,7 @@ def plain(text: str) -> str:
 
 
 def similarity(wanted: str, seen: str) -> float:
-    """1 − min(edit distance, length of ``wanted``) / length; 1 where ``wanted`` occurs in ``seen``."""
+    """Return the 1 − min(edit distance, length of ``wanted``) / length; 1 where ``wanted`` occurs in ``seen``."""
     from rapidfuzz.distance import Levenshtein
 
     wanted, seen = plain(wanted), plain(seen)

@@ -88,7 +88,7 @@ class PickscoreScorer(Batched):
         return scale * (self._image(images) * self._text(prompts)).sum(-1)
 
     def _image(self, images: Images) -> torch.Tensor:
-        """Unit embeddings (N, D)."""
+        """Return the unit embeddings (N, D)."""
         import torch
 
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
@@ -97,7 +97,7 @@ class PickscoreScorer(Batched):
         return torch.nn.functional.normalize(self._model.visual_projection(pooled).float(), dim=-1)
 
     def _text(self, prompts: list[str]) -> torch.Tensor:
-        """Unit embeddings (N, D), each distinct prompt encoded once."""
+        """Return the unit embeddings (N, D), each distinct prompt encoded once."""
         import torch
 
         unique = list(dict.fromkeys(prompts))

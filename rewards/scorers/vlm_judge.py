@@ -87,16 +87,16 @@ class VlmJudgeScorer(Answers):
             ) from error
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """``{"vlm_judge": (N,)}``, NaN where the model gave no usable answer."""
+        """Return ``{"vlm_judge": (N,)}``, NaN where the model gave no usable answer."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return {"vlm_judge": np.array(list(pool.map(self._judge, asked.images, asked.prompts)), np.float64)}
 
     def retried(self) -> dict[str, int]:
-        """How often a question had to be sent again since the last call, by address and cause."""
+        """Return how often a question had to be sent again since the last call, by address and cause."""
         return self.endpoint.retried()
 
     def _judge(self, image: np.ndarray, prompt: str) -> float:
-        """One image (H, W, 3): ask, and ask again where the answer cannot be used."""
+        """Ask about one image (H, W, 3), and ask again where the answer cannot be used."""
         picture = {"type": "image_url", "image_url": {"url": data_url(image)}}
         question = {"type": "text", "text": self._asked(prompt)}
         messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, question]}]
@@ -127,7 +127,7 @@ class VlmJudgeScorer(Answers):
         return content if isinstance(content, str) else ""
 
     def _number(self, answer: str) -> float:
-        """The score in an answer; raises ``ValueError`` that says what is wrong with it."""
+        """Return the score in an answer. Raise ``ValueError`` that says what is wrong with it."""
         found = final_object(answer)
         if found is None:
             raise ValueError("it does not end in a valid JSON object")
@@ -140,7 +140,8 @@ class VlmJudgeScorer(Answers):
 
 
 def final_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ends at the last brace of a text, whatever the text says, even in braces, before it."""
+    """Return the JSON object that ends at the last brace of a text, whatever the text says before it, even in
+    braces."""
     begin, end = text.find("{"), text.rfind("}") + 1
     while 0 <= begin < end:
         try:
@@ -151,7 +152,7 @@ def final_object(text: str) -> dict[str, Any] | None:
 
 
 def data_url(image: np.ndarray) -> str:
-    """A uint8 image (H, W, 3) as a PNG in a data URL."""
+    """Write a uint8 image (H, W, 3) as a PNG in a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a reward server answers: ``/score``, ``/health``, ``/info`` and ``/metrics`` of one scorer.
+"""Answers of a reward server: ``/score``, ``/health``, ``/info`` and ``/metrics`` of one scorer.
 
 Every error is JSON, ``{"error": {"type", "message"}}``, without a trace; the trace is in the log.
 """
@@ -65,7 +65,7 @@ def create_app(
     hosts: Hosts | None = None,
     rooms: Rooms | None = None,
 ) -> FastAPI:
-    """The server of one scorer that is already set up; it scores one batch at a time.
+    """Create the server of one scorer that is already set up; it scores one batch at a time.
 
     It answers to ``hosts``, by default to loopback and ``doors.allow_hosts``. ``rooms`` are what it fills. Raises
     ``SpecError`` for a scorer with needs, none of which travel over HTTP.
@@ -97,7 +97,7 @@ def create_app(
 
 @dataclass(frozen=True)
 class _Answers:
-    """What the server of one scorer answers, a method a path."""
+    """The answers of a server of one scorer, a method a path."""
 
     name: str
     scorer: Scorer
@@ -163,7 +163,7 @@ class _Answers:
 
 
 class Rooms:
-    """What a server's requests may hold at once: their bodies, and what pictures of forms become."""
+    """The limits of what a server's requests may hold at once: their bodies, and what pictures of forms become."""
 
     def __init__(self, doors: Doors) -> None:
         self.bodies = Room(doors.held_bytes, "requests", wait_s=doors.wait_s)
@@ -192,7 +192,10 @@ class _KnownHosts:
 
 
 def two_lengths(scope: Scope) -> str:
-    """Why two readers of a request, such as a proxy and this server, could see its end at two places; "" otherwise."""
+    """Say why two readers of a request, such as a proxy and this server, could see its end at two places.
+
+    Otherwise say "".
+    """
     names = [name.lower() for name, _ in scope["headers"]]
     if b"transfer-encoding" not in names:
         return ""
@@ -202,12 +205,15 @@ def two_lengths(scope: Scope) -> str:
 
 
 def _listed(values: NDArray[np.float64]) -> list[float | None]:
-    """Scores as JSON has them: what is not finite is null."""
+    """Return the scores as JSON has them: what is not finite is null."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _declared(request: Request, limits: Limits) -> int:
-    """How long the body will be: its declared length, the limit where none is. Raises TooLarge beyond the limit."""
+    """Return the length that the body will have: its declared length, the limit where none is.
+
+    Raise TooLarge beyond the limit.
+    """
     declared = request.headers.get("content-length", "")
     if not declared.isdigit():
         return limits.max_bytes if "transfer-encoding" in request.headers else 0
@@ -217,7 +223,7 @@ def _declared(request: Request, limits: Limits) -> int:
 
 
 async def _body(request: Request, limits: Limits, stay: Stay) -> bytearray:
-    """The whole body, refused as soon as its length passes the limit."""
+    """Return the whole body, refused as soon as its length passes the limit."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

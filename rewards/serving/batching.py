@@ -84,7 +84,7 @@ class Merger:
         return self._pending
 
     def submit(self, asked: Asked) -> Future[Scored]:
-        """The future scores of a request, arrays (N,) by reward name; ends in whatever ``score`` raises.
+        """Return the future scores of a request, arrays (N,) by reward name; ends in whatever ``score`` raises.
 
         Raises:
             Overloaded: more than ``max_pending`` images would wait.
@@ -121,7 +121,7 @@ class Merger:
                 self._pending -= count
 
     def _next(self) -> list[_Request] | None:
-        """The oldest request and those of its size that come in time; None when the end was asked for."""
+        """Return the oldest request and those of its size that come in time; None when the end was asked for."""
         first = self._held.pop(0) if self._held else self._queue.get()
         if first is None:
             return None

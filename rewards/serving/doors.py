@@ -1,4 +1,4 @@
-"""Who is let in at a reward server: connections in all and of one address, and how long each may take to ask.
+"""Admission to a reward server: connections in all and of one address, and how long each may take to ask.
 
 A newcomer is always heard. Where there are too many connections one has to go that has not asked anything yet: of the
 address that has most of these, the one that came first. So neither silence nor half a question keeps anybody out.
@@ -31,8 +31,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Doors:
-    """How many connections, seconds for a request's head, and for its body, bytes of bodies held at once (and as many
-    of decoded pictures), seconds that a request waits for room. ``allow_hosts`` are further names of the server."""
+    """The limits of admission: connections, seconds for a request's head, and for its body, bytes of bodies held at
+    once (and as many of decoded pictures), seconds that a request waits for room. ``allow_hosts`` are further names of
+    the server."""
 
     connections: int = 1024
     head_s: float = 10.0
@@ -84,7 +85,7 @@ class Gate:
         self._waiting.setdefault(one.address, {})[one] = None
 
     def asks(self, one: Waiting) -> None:
-        """It waits no longer."""
+        """Note that a connection has asked and waits no longer."""
         of_address = self._waiting.get(one.address, {})
         of_address.pop(one, None)
         if not of_address:
@@ -182,7 +183,7 @@ class Door(H11Protocol):
 
 
 def refusal(status: HTTPStatus, kind: str, message: str) -> bytes:
-    """A whole answer, after which the connection is closed."""
+    """Return a whole answer, after which the connection is closed."""
     body = json.dumps({"error": {"type": kind, "message": message}}).encode()
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
@@ -196,7 +197,7 @@ def refusal(status: HTTPStatus, kind: str, message: str) -> bytes:
 
 @lru_cache(maxsize=4096)
 def network(address: str) -> str:
-    """Whose connections are counted together: an IPv4 address, or the network that one IPv6 host may have to itself."""
+    """Return the network whose connections are counted together: an IPv4 address, or what one IPv6 host may own."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -205,7 +206,7 @@ def network(address: str) -> str:
 
 
 def _free_files() -> int:
-    """How many files the process may still open."""
+    """Return how many files the process may still open."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if most == resource.RLIM_INFINITY:
         return 2**31
@@ -235,7 +236,7 @@ class FewLines(logging.Filter):
 
 @contextmanager
 def few_lines(*loggers: str) -> Iterator[None]:
-    """These loggers write few lines, whatever strangers do."""
+    """Let these loggers write few lines, whatever strangers do."""
     pairs = [(logging.getLogger(name), FewLines()) for name in loggers]
     for logger, kept in pairs:
         logger.addFilter(kept)

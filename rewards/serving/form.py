@@ -24,7 +24,7 @@ _PIECE = 1 << 20
 async def read_form(
     headers: Headers, body: bytearray, limits: Limits, decoding: Callable[[int], Awaitable[None]]
 ) -> Asked:
-    """The question of a form: fields ``images`` (files), ``prompts`` and ``metadata``.
+    """Read the question of a form: fields ``images`` (files), ``prompts`` and ``metadata``.
 
     Prompts are a JSON list or one plain field an image, metadata are a JSON list. Texts are UTF-8. ``decoding`` is told
     how many bytes the pictures will take, once all that is cheap was looked at, and may take its time.
@@ -63,7 +63,7 @@ async def read_form(
 
 
 def _as_latin_1(content_type: str) -> Headers:
-    """The form's boundary with an encoding in which the parser keeps every byte.
+    """Return the form's boundary with an encoding in which the parser keeps every byte.
 
     A declared one may be a codec that takes hours, and the parser guesses where text does not decode.
     """
@@ -88,7 +88,7 @@ def _metadata(form: FormData, count: int) -> Any:
 
 
 def _text(field: str, value: UploadFile | str) -> str:
-    """A field's own bytes as UTF-8."""
+    """Return a field's own bytes as UTF-8."""
     try:
         if isinstance(value, str):
             return value.encode("latin-1").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Who may ask a reward server by which name, so that no web page can, in whatever browser it is open.
+"""Names by which a reward server may be asked, so that no web page can ask, in whatever browser it is open.
 
 A page reaches any address that its browser reaches. It may send requests under its own name, which the browser says in
 ``Origin``; or its name may be changed to our address (DNS rebinding), and then ``Host`` is that name.
@@ -20,7 +20,7 @@ _HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]{1,45})\]|([0-9a-z_.-]{0,255}))(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host that is listened on, or asked for, is this machine alone."""
+    """Tell whether a host that is listened on, or asked for, is this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,12 +35,12 @@ class Hosts:
     numbers: bool = False
 
     def knows(self, host: str) -> bool:
-        """Whether ``Host`` (name or address, with or without a port) is one of the server's own."""
+        """Tell whether ``Host`` (name or address, with or without a port) is one of the server's own."""
         name = _name(host)
         return name is not None and (name in self.names or is_loopback(name) or (self.numbers and _is_address(name)))
 
     def refusal(self, headers: Headers) -> tuple[HTTPStatus, str] | None:
-        """The status and the reason for which a request with these headers is not answered; None where it is."""
+        """Return the status and the reason for which a request with these headers is not answered; None where it is."""
         told = {name.lower(): value.decode("latin-1") for name, value in headers}
         host = told.get(b"host")
         if host is not None and not self.knows(host):
@@ -62,7 +62,9 @@ class Hosts:
 
 
 def hosts_of(bound: str, allowed: Iterable[str] = ()) -> Hosts:
-    """Of a server that listens on ``bound``: that name, and beyond loopback this machine's names and any address.
+    """Return the hosts of a server that listens on ``bound``: that name.
+
+    Beyond loopback it adds this machine's names and any address.
 
     An address in figures cannot be made to stand for another machine; a name can, so that further ones (of a proxy,
     or of a service in a cluster) have to be ``allowed``.
@@ -81,7 +83,7 @@ def _same(origin: str, host: str) -> bool:
 
 
 def _name(host: str) -> str | None:
-    """The name of a ``Host`` header, the address of ``[::1]:8000``; None where it is none."""
+    """Return the name of a ``Host`` header, the address of ``[::1]:8000``; None where it is none."""
     found = _HOST.fullmatch(host)
     if found is None or (found[1] is not None and not _is_address(found[1])):
         return None

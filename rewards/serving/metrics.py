@@ -1,4 +1,4 @@
-"""What a reward server counts, in Prometheus' text format."""
+"""Counters of a reward server, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class ServerMetrics:
         self._held.set_function(held)
 
     def watch_connections(self, is_open: Callable[[], int], turned_away: Callable[[], int]) -> None:
-        """Connections now, and how many were ended so far because others came."""
+        """Watch the connections now, and how many were ended so far because others came."""
         self._connections.set_function(is_open)
         self._turned_away.set_function(turned_away)
 
     def batch(self, images: int, seconds: float) -> None:
-        """One call of the scorer."""
+        """Count one call of the scorer."""
         self._sizes.observe(images)
         self._scoring.observe(seconds)
 
@@ -96,7 +96,7 @@ class ServerMetrics:
         self._scored += seen.images
 
     def totals(self) -> str:
-        """One sentence on all requests so far."""
+        """Return one sentence on all requests so far."""
         refused = {outcome: count for outcome, count in sorted(self._outcomes.items()) if outcome != "ok"}
         causes = ", ".join(f"{count} {outcome}" for outcome, count in refused.items())
         failed = f", {sum(refused.values())} of them without scores ({causes})" if refused else ""

@@ -19,7 +19,7 @@ _AT_WORK = 3 * 4  # bytes a pixel of the picture under work: as Pillow has it, a
 
 
 def look_at(files: Sequence[bytes], limits: Limits) -> int:
-    """How many bytes `decode` will take for these files, which are whole PNG or JPEG files of one size.
+    """Return how many bytes `decode` will take for these files, which are whole PNG or JPEG files of one size.
 
     Raises:
         TooLarge: more images or pixels than ``limits``.
@@ -45,7 +45,7 @@ def look_at(files: Sequence[bytes], limits: Limits) -> int:
 
 
 def decode(files: Sequence[bytes]) -> Images:
-    """Images (N, H, W, 3) of N files that `look_at` has passed.
+    """Decode N files that `look_at` has passed to images (N, H, W, 3).
 
     Raises:
         WireError: a file that is damaged. InputError: a range that is not known, or sizes that differ once upright.
@@ -62,7 +62,7 @@ def decode(files: Sequence[bytes]) -> Images:
 
 
 def _size(index: int, data: bytes) -> tuple[int, int]:
-    """(height, width) as it lies in the file."""
+    """Return (height, width) as it lies in the file."""
     with _named(index), opened(data, SERVED) as picture:
         return picture.height, picture.width
 
@@ -80,7 +80,7 @@ def _another_size(index: int, size: Sequence[int], first: Sequence[int]) -> Inpu
 
 @contextmanager
 def _named(index: int) -> Iterator[None]:
-    """A picture that cannot be read as what a request's sender is told."""
+    """Raise a picture that cannot be read as what a request's sender is told."""
     try:
         yield
     except MemoryError as error:

@@ -1,4 +1,4 @@
-"""Where newcomers to a reward server wait, as bare sockets, until they have asked something.
+"""A porch where newcomers to a reward server wait, as bare sockets, until they have asked something.
 
 A connection costs a server thirty times more once it has a protocol. Those that send nothing, or half a head, never get
 one, so that very many of them may come and go beside those that ask.
@@ -72,7 +72,7 @@ class Porch:
             newcomer.end(HTTPStatus.SERVICE_UNAVAILABLE, "stopping", "the reward server is stopping")
 
     def forget(self, newcomer: Newcomer) -> None:
-        """It waits here no longer."""
+        """Note that a newcomer waits here no longer."""
         self._loop.remove_reader(newcomer.link)
         self._here.pop(newcomer, None)
         self.gate.asks(newcomer)

@@ -18,7 +18,7 @@ _LONGEST = 300
 
 
 def log_requests(wanted: bool) -> None:
-    """A line for each request on standard error, or none."""
+    """Write a line for each request on standard error, or none."""
     LOG.setLevel(logging.INFO if wanted else logging.WARNING)
     if wanted and not LOG.handlers:
         handler = logging.StreamHandler()

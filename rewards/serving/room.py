@@ -1,4 +1,4 @@
-"""How many bytes of requests a server holds at once, and who waits or goes where there are too many.
+"""Room for the bytes of requests that a server holds at once, and who waits or goes where there are too many.
 
 What finds no room waits, unread, smallest first. A body that comes slower than `PACE` is put out where others wait for
 its room: its sender may try again, and one that sends nothing more keeps nobody out.
@@ -67,7 +67,7 @@ class Room:
 
     @asynccontextmanager
     async def taken(self, size: int) -> AsyncIterator[Stay]:
-        """Room for ``size`` bytes, as soon as there is some; one that is larger than all gets all.
+        """Take room for ``size`` bytes, as soon as there is some; one that is larger than all gets all.
 
         Raises:
             Crowded: there was none in time.
@@ -81,7 +81,7 @@ class Room:
 
     @asynccontextmanager
     async def reading(self, stay: Stay, seconds: float) -> AsyncIterator[None]:
-        """The time in which the body of ``stay`` has to come.
+        """Limit the time in which the body of ``stay`` has to come.
 
         Raises:
             TooSlow: it did not. Crowded: it came so slowly that others had its room.
@@ -153,7 +153,7 @@ class Room:
             missing -= stay.size
 
     def _slow(self) -> list[Stay]:
-        """Bodies that may be put out, the slowest first."""
+        """Return the bodies that may be put out, the slowest first."""
         found = [stay for stay in self._reading if stay.slow_ticks >= SLOW_TICKS and not stay.gone]
         return sorted(found, key=lambda stay: -stay.slow_ticks)
 

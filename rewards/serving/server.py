@@ -75,7 +75,7 @@ def serve(
 
 
 def _loaded(spec: str | Mapping[str, Any], base_dir: str | Path, device: str) -> tuple[str, Scorer]:
-    """What strangers may call the scorer, and the scorer itself, set up."""
+    """Return the name by which strangers may call the scorer, and the scorer itself, set up."""
     scorer = resolve(spec, base_dir, OFFERS)
     set_up(scorer, device)
     return public_name(spec if isinstance(spec, str) else str(spec["type"])), scorer
@@ -113,7 +113,10 @@ def _run(
 
 
 def public_name(spec: str) -> str:
-    """What strangers may read of a spec, and a run calls it: of ``/a/path/file.py:reward`` what the file names."""
+    """Return the part of a spec that strangers may read, as a run calls it.
+
+    For ``/a/path/file.py:reward`` this is what the file names.
+    """
     location, colon, attribute = spec.rpartition(":")
     return attribute if colon and location.endswith(".py") else spec
 

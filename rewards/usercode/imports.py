@@ -1,4 +1,4 @@
-"""Which of a user's files some code is made of: its own and those beside it that it imports. Nothing is run for that.
+"""Files that a user's code is made of: its own and those beside it that it imports. Nothing is run for that.
 
 It looks where `loading` looks when the code runs: a neighbour is found under its plain name and by relative imports,
 whatever the working directory is, compiled modules (``.so``, ``.pyd``, ``.pyc``) included. What these import cannot be
@@ -26,7 +26,9 @@ looks: ContextVar[bool] = ContextVar("looks", default=False)
 
 
 def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
-    """Files by name: ``""`` is the code itself, the others are named relative to the folder that imports start from.
+    """Return the files by name.
+
+    ``""`` is the code itself, others are named relative to the folder that imports start from.
 
     ``location`` is ``path/to/file.py`` or ``package.module``. Of an installed package only its own modules are listed.
     Empty where nothing can be found.
@@ -46,13 +48,13 @@ def files_of_code(location: str, base_dir: Path = Path(".")) -> dict[str, Path]:
 
 
 def is_installed(path: Path) -> bool:
-    """Whether a file or folder lies where Python keeps its own modules or those of packages."""
+    """Tell whether a file or folder lies where Python keeps its own modules or those of packages."""
     places = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     return not places.isdisjoint((path.resolve(), *path.resolve().parents))
 
 
 def _module(parts: list[str]) -> Path | None:
-    """The file that importing a module runs last; no package is imported to find it."""
+    """Return the file that importing a module runs last; no package is imported to find it."""
     looking = looks.set(True)
     try:
         top = importlib.util.find_spec(parts[0])
@@ -69,14 +71,15 @@ def _module(parts: list[str]) -> Path | None:
 
 
 def _file(place: Path) -> Path | None:
-    """What Python takes for a module without a suffix: a package, else a file."""
+    """Return the file that Python takes for a module without a suffix: a package, else a file."""
     bases = [f"{place}{os.sep}__init__"] if place.is_dir() else []
     names = (f"{base}{suffix}" for base in (*bases, place) for suffix in SUFFIXES)
     return next((Path(name) for name in names if os.path.isfile(name)), None)
 
 
 def _reached(first: Path, root: Path, alone: str | None, packages: Sequence[Path] = ()) -> dict[str, Path]:
-    """``first``, the ``packages`` around it and all that these import under ``root``, or ``alone`` in one package."""
+    """Return ``first``, the ``packages`` around it and all that these import under ``root``, or ``alone`` in a
+    package."""
     found, pending, seen = {"": first}, [first, *packages], {first, *packages}
     found |= {path.relative_to(root).as_posix(): path for path in packages}
     while pending and len(found) < _MOST:
@@ -106,7 +109,7 @@ def _imported(file: Path, root: Path, alone: str | None) -> Iterator[Path]:
 
 
 def _names(tree: ast.AST) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """What is imported: how many dots, and the name; its last part may be something in a module."""
+    """Yield what is imported: how many dots, and the name; its last part may be something in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, tuple(alias.name.split("."))) for alias in node.names)
@@ -132,7 +135,7 @@ def _above(folder: Path, levels: int) -> Path:
 
 
 def _on_the_way(folder: Path, name: Sequence[str]) -> Iterator[Path]:
-    """The files that importing ``name`` from ``folder`` runs."""
+    """Yield the files that importing ``name`` from ``folder`` runs."""
     for part in name:
         found, folder = _file(folder / part), folder / part
         if found is not None:

@@ -52,19 +52,19 @@ def keep(location: str) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """``importlib.import_module``, from the sources of the module and of those beside it that it imports."""
+    """Import as ``importlib.import_module``, from the sources of the module and of those beside it that it imports."""
     if name not in _locations and name.partition(".")[0] not in _NEVER:
         keep(name)
     return importlib.import_module(name)
 
 
 def refusals() -> list[str]:
-    """What `CodeChanged` has said in this process, also where a user's code has caught it."""
+    """Return the texts that `CodeChanged` has said in this process, also where a user's code has caught it."""
     return list(_refused)
 
 
 def from_content(spec: ModuleSpec) -> ModuleSpec:
-    """``spec`` with a loader that takes what was kept.
+    """Return ``spec`` with a loader that takes what was kept.
 
     Raises:
         CodeChanged: the file was not among those that the code was made of, and is now.
@@ -131,7 +131,7 @@ class _Finder(MetaPathFinder):
 
 
 def _check_new(path: str) -> None:
-    """A module that no kept file named, such as one of a name that is made while code runs, is none of this."""
+    """Check a module that no kept file named; one of a name that is made while code runs is none of this."""
     for location in list(_locations):
         files = files_of_code(location)
         if "" in files and not is_installed(files[""]) and _name(path) in map(_name, files.values()):

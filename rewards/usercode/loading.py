@@ -53,7 +53,7 @@ def load_file(path: Path) -> ModuleType:
 
 
 def _namespace(folder: Path) -> str:
-    """The package that stands for a folder, made where it is not there yet."""
+    """Return the package that stands for a folder, made where it is not there yet."""
     name = _PREFIX + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     if name not in sys.modules:
         package = ModuleType(name, f"The Python files of {folder}.")
@@ -89,7 +89,7 @@ class _Neighbour(Source):
 
 
 def _importing(package: str) -> Callable[..., ModuleType]:
-    """``__import__`` of the files of ``package``."""
+    """Return an ``__import__`` of the files of ``package``."""
     folder = list(sys.modules[package].__path__)
 
     def import_(
@@ -118,7 +118,10 @@ def _importing(package: str) -> Callable[..., ModuleType]:
 
 
 def user_line(error: BaseException) -> str | None:
-    """Where a user's own file raised ``error`` or led to it: ``mine.py, line 3``; None where none is in its trace."""
+    """Return the line where a user's own file raised ``error`` or led to it: ``mine.py, line 3``.
+
+    It is None where none is in its trace.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     found, trace = _kept(error), error.__traceback__

@@ -1,4 +1,4 @@
-"""What can be said about a user's reward without running it: its file is found, parsed and read."""
+"""Facts about a user's reward that are known without running it: its file is found, parsed and read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUM_ARGUMENTS = 3
 
 
 def find_module(name: str) -> Path | None:
-    """Source file of an installed module, found without importing its packages.
+    """Return the source file of an installed module, found without importing its packages.
 
     None where only an import could tell (built in, compiled, a custom finder). Raises ``SpecError`` where
     there is no such module.
@@ -46,7 +46,9 @@ def _python(origin: str | None) -> Path | None:
 
 
 def check_definition(file: Path, attribute: str, options: set[str]) -> Collection[str]:
-    """What a usable ``attribute`` of ``file`` that takes ``options`` says of its ``needs``, as far as it can be read.
+    """Check that ``attribute`` of ``file`` is usable and takes ``options``.
+
+    Return its ``needs``, as far as they can be read.
 
     Raises ``SpecError`` unless the file parses and defines one.
     """
@@ -77,7 +79,7 @@ def check_definition(file: Path, attribute: str, options: set[str]) -> Collectio
 
 
 def _needs(node: ast.ClassDef) -> Any:
-    """What a class assigns to ``needs`` in its body; nothing where that is not written out."""
+    """Return the value that a class assigns to ``needs`` in its body; nothing where that is not written out."""
     for child in node.body:
         targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
         value = getattr(child, "value", None)
@@ -93,7 +95,7 @@ def _needs(node: ast.ClassDef) -> Any:
 
 
 def _defined(tree: ast.Module) -> dict[str, ast.stmt | ast.expr]:
-    """Top-level names and what defines them, also inside ``if`` and ``try``; ``*`` for a star import."""
+    """Return the top-level names and what defines them, also inside ``if`` and ``try``; ``*`` for a star import."""
     names: dict[str, ast.stmt | ast.expr] = {}
     pending: list[ast.stmt] = list(reversed(tree.body))
     while pending:

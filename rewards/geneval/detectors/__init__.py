@@ -19,7 +19,7 @@ class Detector(Protocol):
     """
 
     def detect(self, images: Images, metadata: list[Metadata]) -> list[dict[str, list[dict[str, Any]]]]:
-        """For each uint8 image (H, W, 3): ``{class: [{"box": [x0, y0, x1, y1], "score", "color"}]}``, in pixels.
+        """Return for each uint8 image (H, W, 3): ``{class: [{"box": [x0, y0, x1, y1], "score", "color"}]}``, in pixels.
 
         The metadata tells which classes and colours a prompt asks about; a detector may leave out others.
         """
@@ -27,7 +27,7 @@ class Detector(Protocol):
 
 
 def load_detector(spec: str | dict[str, Any]) -> Detector:
-    """``palette`` or ``{"type": "palette", **options}``; raises ``SpecError``."""
+    """Load ``palette`` or ``{"type": "palette", **options}``. Raise ``SpecError`` for others."""
     options = {"type": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("type", None)
     known = [module.name for module in pkgutil.iter_modules(__path__)]

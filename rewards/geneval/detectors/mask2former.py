@@ -93,7 +93,9 @@ class Mask2formerDetector:
         self._model: Any = None
 
     def vocabulary(self) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-        """Classes, as the model's configuration file names them, and colours; None where the file does not say.
+        """Return the classes, as the model's configuration file names them, and the colours.
+
+        It is None where the file does not say.
 
         Raises:
             SpecError: the file is no configuration.
@@ -155,7 +157,10 @@ class Mask2formerDetector:
         return tuple(str(config.id2label[index]) for index in range(count))
 
     def detect(self, images: Images, metadata: list[Metadata]) -> list[dict[str, list[dict[str, Any]]]]:
-        """``{class: [{"box", "score", "color"}]}`` of each uint8 image (N, H, W, 3); colour only where it is asked."""
+        """Return ``{class: [{"box", "score", "color"}]}`` of each uint8 image (N, H, W, 3).
+
+        Colour is there only where it is asked.
+        """
         import torch
 
         if self._model is None:
@@ -174,7 +179,7 @@ class Mask2formerDetector:
         return found
 
     def instances(self, images: Images) -> list[Instances]:
-        """The model's instances in each of a batch of equally large images (N, H, W, 3)."""
+        """Return the model's instances in each of a batch of equally large images (N, H, W, 3)."""
 
         inputs = self._processor(images=list(images), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.device, self._model.dtype)
@@ -212,7 +217,7 @@ class Mask2formerDetector:
 
 
 def _content(inside_HW: torch.Tensor) -> tuple[int, int]:
-    """Height and width of what is not padding."""
+    """Return the height and width of what is not padding."""
     return int(inside_HW.any(1).sum()), int(inside_HW.any(0).sum())
 
 
@@ -224,7 +229,7 @@ def instances(
     image_size: tuple[int, int],
     max_per_image: int = 100,
 ) -> Instances:
-    """Instances from one image's logits, float32: classes (Q, C + 1), masks (Q, h, w).
+    """Return the instances from one image's logits, float32: classes (Q, C + 1), masks (Q, h, w).
 
     The masks are upsampled to the model's input, cut to what is not padding, and resized to the image, bilinearly.
     Empty masks are dropped.
@@ -250,7 +255,7 @@ def instances(
 
 
 def _box(inside_HW: torch.Tensor) -> torch.Tensor:
-    """x0, y0, x1, y1 around a mask, the far edges exclusive; zeros for an empty one."""
+    """Return x0, y0, x1, y1 around a mask, the far edges exclusive; zeros for an empty one."""
     import torch
 
     rows, columns = inside_HW.any(1).nonzero().flatten(), inside_HW.any(0).nonzero().flatten()

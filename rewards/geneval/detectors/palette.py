@@ -30,7 +30,7 @@ _SUPERSAMPLE = 8
 
 
 def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Membership of points in the unit shape; x and y in [-1, 1], y pointing down."""
+    """Return the membership of points in the unit shape; x and y in [-1, 1], y pointing down."""
     radius = np.hypot(x, y)
     if shape == "circle":
         return radius <= 1
@@ -60,7 +60,7 @@ def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArr
 
 @lru_cache(maxsize=4096)
 def shape_mask(shape: str, height: int, width: int) -> NDArray[np.float32]:
-    """Anti-aliased coverage in [0, 1], (height, width), of a shape that fills the box [-1, 1]²."""
+    """Return the anti-aliased coverage in [0, 1], (height, width), of a shape that fills the box [-1, 1]²."""
     rows = (np.arange(height * _SUPERSAMPLE) + 0.5) / (height * _SUPERSAMPLE) * 2 - 1
     columns = (np.arange(width * _SUPERSAMPLE) + 0.5) / (width * _SUPERSAMPLE) * 2 - 1
     fine = _inside(shape, columns[None, :], rows[:, None])
@@ -72,7 +72,7 @@ def shape_mask(shape: str, height: int, width: int) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=4096)
 def _templates(height: int, width: int) -> NDArray[np.bool_]:
-    """Each shape's silhouette stretched so that its tight box is (height, width): (6, height, width)."""
+    """Return each shape's silhouette stretched so that its tight box is (height, width): (6, height, width)."""
     rows = []
     for shape in SHAPES:
         fine = shape_mask(shape, 48, 48) >= 0.5
@@ -107,12 +107,15 @@ class PaletteDetector:
         return SHAPES, tuple(COLORS)
 
     def setup(self, device: str) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def detect(
         self, images: NDArray[np.uint8], metadata: list[dict[str, Any]]
     ) -> list[dict[str, list[dict[str, Any]]]]:
-        """Detections of each image, ``{class: [{"box", "score", "color"}]}``; box is x0, y0, x1, y1 in pixels."""
+        """Return the detections of each image, ``{class: [{"box", "score", "color"}]}``.
+
+        Box is x0, y0, x1, y1 in pixels.
+        """
         return [self._one(image) for image in images]
 
     def _one(self, image: NDArray[np.uint8]) -> dict[str, list[dict[str, Any]]]:
@@ -139,7 +142,7 @@ class PaletteDetector:
 
 
 def match(mask: NDArray[np.bool_]) -> tuple[str, float]:
-    """Best shape of a silhouette (h, w) cut to its box, and its score in [0, 1]."""
+    """Return the best shape of a silhouette (h, w) cut to its box, and its score in [0, 1]."""
     templates = _templates(*mask.shape)
     inter = (templates & mask).sum(axis=(1, 2))
     union = (templates | mask).sum(axis=(1, 2))
