@@ -81,11 +81,14 @@ class Family:
         return (b / (a + b)).to(t.dtype)
 
     def own_time(self, s: Tensor) -> Tensor:
-        """The inverse of `rf_time`, clamped to [0, 1]; float64, which EDM's quantiles near 1 need. Keeps the shape."""
+        """Return the inverse of `rf_time`, clamped to [0, 1], in float64: EDM's quantiles near 1 need it.
+
+        Keeps the shape.
+        """
         return self.path.from_rf(s.double().clamp(0, 1)).clamp(0, 1)
 
     def scale(self, t: Tensor) -> Tensor:
-        """``a + b``, by which ``z = scale x``; keeps shape and dtype."""
+        """Return ``a + b``, by which ``z = scale x``; keeps shape and dtype."""
         a, b, _, _ = self._coefficients(t)
         return (a + b).to(t.dtype)
 
@@ -98,29 +101,29 @@ class Family:
         return t.float()
 
     def network_input(self, z: Tensor, t: Scalar) -> Tensor:
-        """What the network is given: z, for ``edm`` ``c_in z``, which has unit variance."""
+        """Return the network's input: z, for ``edm`` ``c_in z``, which has unit variance."""
         if self.prediction != "edm":
             return z
         b = self.path.b(per_sample(t, z, torch.float64))
         return z * per_sample((b * b + self.sigma_data**2).rsqrt(), z)
 
     def raw_target(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
-        """What the raw output regresses on; ``x0``, ``noise`` (N, ...). Returns (N, ...)."""
+        """Return the target of the raw output's regression; ``x0``, ``noise`` (N, ...). Returns (N, ...)."""
         _, _, p, q = self._shaped(t, x0)
         return p * x0 + q * noise
 
     def x0(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Predicted clean data, ``(q z - b output) / (a q - b p)``; shapes (N, ...)."""
+        """Return the predicted clean data, ``(q z - b output) / (a q - b p)``; shapes (N, ...)."""
         a, b, p, q = self._shaped(t, z)
         return (q * z - b * output) / (a * q - b * p)
 
     def noise(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Predicted noise, ``(a output - p z) / (a q - b p)``; shapes (N, ...)."""
+        """Return the predicted noise, ``(a output - p z) / (a q - b p)``; shapes (N, ...)."""
         a, b, p, q = self._shaped(t, z)
         return (a * output - p * z) / (a * q - b * p)
 
     def velocity(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Velocity ``noise - x0`` of the rectified flow at ``x = z / scale``; shapes (N, ...)."""
+        """Return the velocity ``noise - x0`` of the rectified flow at ``x = z / scale``; shapes (N, ...)."""
         if self.is_rectified_flow:
             return output
         a, b, p, q = self._shaped(t, z)
@@ -131,7 +134,7 @@ class Family:
         return -self.noise(z, output, t) / self._shaped(t, z)[1]
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """Factor on the squared error of the noise that makes it the squared error of the raw output.
+        """Return the factor on the squared error of the noise that makes it the squared error of the raw output.
 
         Keeps shape and dtype; infinite where a is 0. ``velocity``: ``(b lambda' / 2)²`` (arXiv:2403.03206, eq. 9);
         ``noise``: 1; ``v``: ``((a² + b²) / a)²``; ``edm``: ``(sigma² + sigma_data²) / sigma_data²``, which is EDM's
@@ -141,7 +144,7 @@ class Family:
         return ((q - b * p / a) ** 2).to(t.dtype)
 
     def velocity_weight(self, t: Tensor) -> Tensor:
-        """Factor on the squared error of the straight path's velocity that makes it that of the raw output.
+        """Return the factor on the squared error of the straight path's velocity that makes it that of the raw output.
 
         ``((a q - b p) / (a + b))²``, finite on all of [0, 1]; keeps shape and dtype.
         """
@@ -149,7 +152,7 @@ class Family:
         return (((a * q - b * p) / (a + b)) ** 2).to(t.dtype)
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a, b of the path and p, q of the raw output, float64, each of the shape of ``t``."""
+        """Return a, b of the path and p, q of the raw output, float64, each of the shape of ``t``."""
         t = t.double()
         a, b = self.path.a(t), self.path.b(t)
         if self.prediction == "velocity":
@@ -167,7 +170,8 @@ class Family:
 
 
 def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Family:
-    """EDM with a log-normal sigma, ``ln sigma ~ N(p_mean, p_std²)`` for a uniform t. (arXiv:2206.00364, table 1)"""
+    """Build EDM with a log-normal sigma, ``ln sigma ~ N(p_mean, p_std²)`` at a uniform t. (arXiv:2206.00364, table
+    1)"""
     return Family("edm", edm_path(p_mean, p_std), "edm", sigma_data)
 
 
@@ -178,7 +182,7 @@ FAMILIES: dict[str, Family] = {
 
 @cache
 def family(name: str) -> Family:
-    """The family of a name in any spelling, ``edm(p_mean, p_std)`` among them.
+    """Return the family of a name in any spelling, ``edm(p_mean, p_std)`` among them.
 
     Raises ValueError for an unknown one.
     """
@@ -189,7 +193,7 @@ def family(name: str) -> Family:
 
 
 def rf_velocity(family: Family, network: Network) -> Network:
-    """The velocity of the rectified flow that ``network``, a model of ``family``, predicts.
+    """Return the velocity of the rectified flow that ``network``, a model of ``family``, predicts.
 
     ``network(z_in, t_net)`` takes what `Family.network_input` and `Family.network_time` give. Returns a function
     ``velocity(x, s)`` of a state (N, ...) and its time (N,) on the rectified flow; for ``rf`` that is ``network``
@@ -209,7 +213,7 @@ def rf_velocity(family: Family, network: Network) -> Network:
 def sampling_sigmas(
     family: Family, num_steps: int, *, shift: float = 1.0, grid: Literal["diffusers", "paper"] = "diffusers"
 ) -> Tensor:
-    """Noise levels on the rectified flow that ``family`` is sampled at.
+    """Return the noise levels, on the rectified flow, that ``family`` is sampled at.
 
     ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5), which
     begins at 80, or at the highest that a narrower density of sigma is trained on. Others: uniform in their own time

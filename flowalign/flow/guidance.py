@@ -24,7 +24,7 @@ def guides(scale: Scalar | None) -> bool:
 
 
 def cfg(v_cond: Tensor, v_uncond: Tensor, scale: Scalar) -> Tensor:
-    """Guided velocity ``v_uncond + scale (v_cond - v_uncond)``.
+    """Return the guided velocity ``v_uncond + scale (v_cond - v_uncond)``.
 
     ``v_cond``, ``v_uncond`` (N, ...); ``scale`` a float or (N,): 1 or less is no guidance, as in diffusers, and returns
     ``v_cond`` unchanged, bit for bit, also for single samples of a batch. Returns (N, ...) in the dtype of ``v_cond``.
@@ -40,7 +40,7 @@ def cfg(v_cond: Tensor, v_uncond: Tensor, scale: Scalar) -> Tensor:
 def cfg_norm_preserving(
     v_cond: Tensor, v_uncond: Tensor, scale: Scalar, axis: Axis = "token", patch_size: int = 2
 ) -> Tensor:
-    """Guided velocity with the conditional one's length, ``v ||v_cond|| / ||v||``.
+    """Return the guided velocity with the conditional one's length, ``v ||v_cond|| / ||v||``.
 
     ``axis="token"`` takes the norm over each token: patch x patch x channels of (N, C, H, W), or D of (N, L, D), where
     ``patch_size`` is not used; ``axis="sample"`` takes it over all non-batch dimensions. ``scale`` as in `cfg`.
@@ -57,7 +57,7 @@ def cfg_norm_preserving(
 
 
 def _norm(v: Tensor, axis: Axis, patch_size: int) -> Tensor:
-    """Norm of each token or sample in float32, in a shape that broadcasts against ``v``."""
+    """Return the norm of each token or sample in float32, in a shape that broadcasts against ``v``."""
     v = v.float()
     if axis == "sample":
         return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
