@@ -32,7 +32,7 @@ class CreditConfig(AlgorithmConfig):
 
 
 class Keep(Section):
-    """How many of the best and of the worst samples of a group are learned from."""
+    """The numbers of best and of worst samples of a group that are learned from."""
 
     best: int = Field(ge=1)
     worst: int = Field(ge=1)
@@ -67,7 +67,8 @@ def credit(
     clip: float = 5.0,
     images: int = 1,
 ) -> Credit:
-    """Credit of N samples: of the weighted ``total``, or of each reward by itself with ``normalize: per_reward``.
+    """Return the credit of N samples: that of the weighted ``total``, or of each reward by itself (``normalize:
+    per_reward``).
 
     ``scores`` have N·J rows where each sample was finished into J ``images``, which lie in a row; ``group_ids`` has N.
     """
@@ -88,7 +89,7 @@ def group_advantages(
     clip: float = 5.0,
     eps: float = 1e-4,
 ) -> Credit:
-    """``A_i = (R_i - mean_group) / (std + eps)``, clipped to ±``clip``; population std over valid samples.
+    """Return ``A_i = (R_i - mean_group) / (std + eps)``, clipped to ±``clip``; population std over valid samples.
 
     A group with fewer than two valid samples, or whose valid rewards are all equal, gets exactly 0,
     as does every invalid sample. (Flow-GRPO, arXiv:2505.05470, eq. 4)
@@ -127,7 +128,7 @@ def per_reward_advantages(
     clip: float = 5.0,
     eps: float = 1e-4,
 ) -> Credit:
-    """Each reward normalised within its groups by itself, then summed by weight and scaled to unit batch std.
+    """Normalise each reward within its groups by itself, sum them by weight, and scale the sum to unit batch std.
 
     So a reward of small spread is not drowned by one of large spread, which the sum's own std allows (GDPO, Liu et al.
     2026, arXiv:2601.05242, eqs. 4-6). A reward counts where it is finite, which is where it applies. The batch
@@ -152,7 +153,7 @@ def per_reward_advantages(
 
 
 def best_and_worst(values: Tensor, valid: Tensor, group_ids: Sequence[int], *, best: int, worst: int) -> Tensor:
-    """Which samples are among the ``best`` highest or ``worst`` lowest of their group: bool (N,).
+    """Return which samples are among the ``best`` highest or ``worst`` lowest of their group: bool (N,).
 
     ``values``, ``valid`` (N,). A group with no more valid samples than that keeps them all; of equal values the earlier
     sample counts as the better one. (best-of-N: DanceGRPO, arXiv:2505.07818; why the extremes teach the most:

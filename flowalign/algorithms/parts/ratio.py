@@ -11,7 +11,10 @@ from flowalign.config.section import Section
 
 
 class ClipRange(Section):
-    """How far the ratio may fall below and rise above 1; one number stands for both. (DAPO, arXiv:2503.14476)"""
+    """The distances that the ratio may fall below and rise above 1.
+
+    One number stands for both. (DAPO, arXiv:2503.14476)
+    """
 
     low: float = Field(gt=0)
     high: float = Field(gt=0)

@@ -1,4 +1,4 @@
-"""What holds a policy near its reference, the frozen network that it began as or that follows it."""
+"""The reference: a frozen network that a policy began as, or that follows it, and that holds the policy near."""
 
 from __future__ import annotations
 

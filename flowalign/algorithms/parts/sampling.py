@@ -1,4 +1,4 @@
-"""How the samples of an iteration are made: the walk, its guidance, and whose weights take it."""
+"""Options of an iteration's samples: the walk, its guidance, and whose weights take it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class SamplingConfig(WalkConfig):
 
     @property
     def rollout_needs(self) -> Needs:
-        """What every algorithm that learns from its own rollouts asks of a run; `dataclasses.replace` adds the rest."""
+        """Return the demands of every algorithm that learns from its own rollouts.
+
+        `dataclasses.replace` adds the rest.
+        """
         return Needs(Rollout, group_size=self.group_size, rollout_weights=self.rollout_weights)
 
     def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:

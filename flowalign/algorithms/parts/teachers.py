@@ -1,4 +1,4 @@
-"""Which teacher teaches which sample, and what each says. Shapes: M transitions, C H W latents."""
+"""Teachers: the choice of one for each sample, and their answers. Shapes: M transitions, C H W latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps of a walk are learned from; the kinds are those of `flowalign.flow.window.Window`."""
+"""Windows: the steps of a walk that are learned from; the kinds are those of `flowalign.flow.window.Window`."""
 
 from __future__ import annotations
 
