@@ -33,11 +33,11 @@ class Condition:
         return int(self.index_N.shape[0])
 
     def take(self, index: Tensor | slice) -> Condition:
-        """The same prompts for a selection of the samples."""
+        """Return the same prompts for a selection of the samples."""
         return replace(self, index_N=self.index_N[index])
 
     def expand(self) -> tuple[Tensor, Tensor]:
-        """Tokens (N, L, D) and pooled embeddings (N, E), a row a sample."""
+        """Return tokens (N, L, D) and pooled embeddings (N, E), a row a sample."""
         return self.tokens_PLD[self.index_N], self.pooled_PE[self.index_N]
 
     def to(self, device: torch.device | str) -> Condition:
@@ -46,7 +46,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class TextPart:
-    """Where one text encoder's output lies in a `Condition`: tokens [begin, end) and their features, pooled features.
+    """The place of one text encoder's output in a `Condition`: tokens [begin, end) and their features, pooled features.
 
     An ``end`` of None is the end of the text, whose length may vary.
     """
@@ -74,7 +74,7 @@ class PromptBatch:
         return len(self.prompts)
 
     def chunks(self, size: int) -> list[PromptBatch]:
-        """Consecutive pieces of ``size`` samples: the fixed geometry of a rollout."""
+        """Return consecutive pieces of ``size`` samples: the fixed geometry of a rollout."""
         return [self.take(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
 
     def take(self, index: Sequence[int]) -> PromptBatch:
@@ -121,7 +121,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Branching:
-    """What the samples of a group have in common, and how many images each of them becomes.
+    """The part that the samples of a group have in common, and the number of images that each of them becomes.
 
     With ``shared_noise`` all samples of a group start alike; with ``shared_prefix`` as well, the steps before the
     window are computed once a group. Every sample is finished once for each of ``granularities``: by that many of the
@@ -135,7 +135,7 @@ class Branching:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How one iteration's trajectories are made; everything a replay needs besides the weights.
+    """The plan of one iteration's trajectories; everything a replay needs besides the weights.
 
     ``sigmas`` are the K+1 noise levels, 1 to 0. ``solver``, a name of ``flow.solvers`` with its options, takes the ODE
     steps. With ``average_velocity`` the network is also given the time that a step leads to. ``initial_scale`` is the
@@ -257,7 +257,7 @@ class TrainBatch:
         return len(self.condition)
 
     def take(self, index: Tensor) -> TrainBatch:
-        """A minibatch; its ``total`` is its own length."""
+        """Return a minibatch; its ``total`` is its own length."""
         return TrainBatch(
             {k: v[index] for k, v in self.tensors.items()}, self.condition.take(index), int(index.numel()), self.shared
         )
@@ -294,7 +294,7 @@ class Update:
 
 
 def dropped_conditions(condition: Condition, drop_N: Tensor) -> Condition:
-    """``condition`` with the empty text for the samples where ``drop_N`` (N,) is True."""
+    """Return ``condition`` with the empty text for the samples where ``drop_N`` (N,) is True."""
     null_row = condition.tokens_PLD.shape[0]
     return replace(
         condition,

@@ -36,7 +36,10 @@ _SMALLEST = sys.float_info.min
 
 
 class Apart:
-    """Inside, the surroundings of one reward; outside, those of the run, as they were. One is entered at a time."""
+    """The surroundings of one reward while it is entered, one at a time.
+
+    Outside stand those of the run, as they were.
+    """
 
     def __init__(self) -> None:
         self._own: dict[str, Any] | None = None
@@ -150,7 +153,7 @@ def _umask() -> int:
 
 
 def _handlers() -> dict[int, Any]:
-    """Only the main thread may have and set them."""
+    """Return the signal handlers, which only the main thread may have and set."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     found = {int(number): signal.getsignal(number) for number in signal.valid_signals()}
@@ -205,7 +208,7 @@ def _put_autocast(wanted: tuple[Any, ...]) -> None:
 
 
 def _hooks() -> list[tuple[str, Any]]:
-    """Those that torch calls for every module and every optimizer."""
+    """Return the hooks that torch calls for every module and every optimizer."""
     found = []
     for module in (sys.modules["torch.nn.modules.module"], sys.modules["torch.optim.optimizer"]):
         for name, value in vars(module).items():

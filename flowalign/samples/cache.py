@@ -1,4 +1,4 @@
-"""What ``flowalign calibrate-cache`` found, as the rule that skips steps."""
+"""The rule that skips steps, from a calibration that ``flowalign calibrate-cache`` made."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _below(pid: int) -> set[int]:
 
 
 def _children(process: str) -> set[int]:
-    """Each belongs to the thread that started it."""
+    """Return the child processes; each belongs to the thread that started it."""
     found: set[int] = set()
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{process}/task"):

@@ -13,7 +13,8 @@ from rewards.composite import one_owner
 
 
 def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[range]:
-    """Which consecutive chunks are scored as one: each by itself, or ``whole_groups`` of as few chunks as hold them."""
+    """Return which chunks in a row are scored as one: each by itself, or ``whole_groups`` of as few chunks as hold
+    them."""
     if not whole_groups:
         return [range(i, i + 1) for i in range(len(chunks))]
     last = {group: i for i, chunk in enumerate(chunks) for group in chunk.group_ids}

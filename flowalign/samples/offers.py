@@ -1,4 +1,4 @@
-"""What each of our ways to ask a scorer offers beside images, prompts and metadata."""
+"""Offers of our ways to ask a scorer, beside images, prompts and metadata."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def silent(done: int, total: int) -> None:
 
 
 def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
-    """The policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
+    """Open the policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
 
     Raises:
         CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``; or
@@ -54,7 +54,7 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
 
 
 def model_of(path: Path, config: AlignConfig) -> ModelConfig:
-    """What is loaded of ``path``: the pipeline that it is, or the configured model that its weights are of."""
+    """Return the model that is loaded of ``path``: the pipeline that it is, or the configured model of its weights."""
     if not is_pipeline(path):
         return config.model
     return config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
@@ -65,7 +65,7 @@ def is_pipeline(path: Path) -> bool:
 
 
 def open_network(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Network, dict[str, Any]]:
-    """The network alone of what `open_policy` opens. Raises CheckpointError as it does."""
+    """Open the network alone of what `open_policy` opens. Raise CheckpointError as it does."""
     path, pipeline = Path(path), is_pipeline(path)
     if pipeline and which != "model":
         raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
@@ -114,7 +114,7 @@ def load_weights(network: Network, path: Path, which: Which = "model") -> dict[s
 
 
 def ode_plan(policy: Policy, num_steps: int, guidance_scale: float) -> SamplingPlan:
-    """Deterministic Euler steps along the levels of the model's own pipeline, at the model's own size."""
+    """Plan deterministic Euler steps along the levels of the model's own pipeline, at the model's own size."""
     return policy_plan(policy, SamplingConfig(num_steps=num_steps, guidance_scale=guidance_scale), ModelConfig())
 
 
@@ -125,7 +125,7 @@ def sampling_plan(
     family: str | None = "rf",
     inputs: Sequence[str] | None = (),
 ) -> SamplingPlan:
-    """How ``sampling`` says, along the levels that ``schedule``, the model's own pipeline, walks.
+    """Plan the walk that ``sampling`` describes, along the levels that ``schedule``, the model's own pipeline, walks.
 
     A model of another family than ``rf`` has levels of its own, see `families.sampling_sigmas`.
 
@@ -175,7 +175,7 @@ def asked(
 
 
 def policy_plan(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> SamplingPlan:
-    """`sampling_plan` of an opened model, at the height and width of ``size``."""
+    """Plan as `sampling_plan` for an opened model, at the height and width of ``size``."""
     network = policy.network
     schedule = network.schedule(size.height, size.width)
     return sampling_plan(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
@@ -195,7 +195,7 @@ def torch_threads(count: int) -> Iterator[None]:
 def roll(
     policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: AlignConfig, seed: int, progress: Progress = silent
 ) -> Iterator[Rollout]:
-    """The chunks of ``batch`` in the run's own geometry."""
+    """Yield the chunks of ``batch`` in the run's own geometry."""
     done = 0
     for chunk in batch.chunks(config.rollout.chunk_size):
         yield rollout(

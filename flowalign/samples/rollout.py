@@ -56,7 +56,7 @@ class SampleNoise:
         self._seed = seed
 
     def draw(self) -> Tensor:
-        """Standard normal noise, float32 (N, C, H, W), on the CPU."""
+        """Draw standard normal noise, float32 (N, C, H, W), on the CPU."""
         own = torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
         if self._groups is None:
             return own
@@ -200,7 +200,7 @@ def _sample_window(
 
 
 def _groups(groups: Sequence[int], condition: Condition) -> tuple[Tensor, Tensor]:
-    """The first sample of each group, and for every sample the place of its group among them."""
+    """Return the first sample of each group, and for every sample the place of its group among them."""
     place = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     first, member = torch.tensor([groups.index(group) for group in place]), torch.tensor([place[g] for g in groups])
     prompts = condition.index_N.cpu()

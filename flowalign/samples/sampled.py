@@ -1,4 +1,4 @@
-"""What a command samples from and how, and the samples as image files.
+"""Samples of a command: the model and the way it samples, and the samples as image files.
 
 Shapes: N samples, C H W latents.
 """
@@ -60,7 +60,7 @@ class SampledModel:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What is recorded with each sample of how it was made."""
+        """The record, beside each sample, of how it was made."""
         how = self.sampling.model_dump(include=set(SamplingConfig.model_fields), exclude_none=True)
         return how | {
             "max_sequence_length": self.config.model.max_sequence_length,
@@ -79,7 +79,7 @@ def sampled_model(
     guidance_scale: float | None = None,
     solver: str | None = None,
 ) -> SampledModel:
-    """The model at ``path`` with what a caller asks for; what is not given is as in ``config.evaluation``.
+    """Return the model at ``path`` with what a caller asks for; what is not given is as in ``config.evaluation``.
 
     Raises:
         ConfigError: the solver has no such option, or its steps cannot be cached.
@@ -124,8 +124,10 @@ def sample_checkpoint(
 
 
 def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
-    """PNG files of uint8 (N, H, W, 3). Raises DiskError, which takes those to come to be as large as the one that
-    failed."""
+    """Write PNG files of uint8 (N, H, W, 3).
+
+    Raise DiskError, which takes those to come to be as large as the one that failed.
+    """
     from PIL import Image
 
     for count, (name, image) in enumerate(zip(names, images, strict=True)):

@@ -99,7 +99,7 @@ def load_scorers(
     hosted: Hosted | None = None,
     offers: Offers = TRAINING,
 ) -> list[NamedScorer]:
-    """Every configured reward; raises SpecError where two answer to one name, of which one would be lost."""
+    """Load every configured reward. Raise SpecError where two answer to one name, of which one would be lost."""
     names = [Named(config.label, config.spec, config.name is not None) for config in configs]
     check_names(names)
     scorers = [load_scorer(config, base_dir, device, hosted, offers) for config in configs]
@@ -107,15 +107,15 @@ def load_scorers(
 
 
 def question(batch: PromptBatch, images: torch.Tensor, latents: torch.Tensor | None = None) -> Asked:
-    """All that can be asked of the samples of a batch: their uint8 images (N, H, W, 3), and their latents (N, C, H, W)
-    where they are given."""
+    """Return the question about the samples of a batch: their uint8 images (N, H, W, 3), and if given their latents (N,
+    C, H, W)."""
     states = None if latents is None else latents.float().numpy()
     metadata = [dict(row) for row in batch.metadata]
     return Asked(images.numpy(), list(batch.prompts), metadata, groups=batch.group_ids, latents=states)
 
 
 def score_images(named: NamedScorer, asked: Asked) -> Checked:
-    """The answer of one scorer; its main score is renamed to the configured name.
+    """Return the answer of one scorer; its main score is renamed to the configured name.
 
     A scorer with ``tasks`` sees the samples of these tasks only; the others are NaN and counted as no failure. One that
     needs groups is asked for one group at a time, and ``asked`` must hold whole ones.
@@ -128,7 +128,10 @@ def score_images(named: NamedScorer, asked: Asked) -> Checked:
 
 
 def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Checked:
-    """The answers of one scorer to several questions as that to one of ``count`` samples; each with its rows in it."""
+    """Join one scorer's answers to several questions into that to one of ``count`` samples.
+
+    Each comes with its rows in it.
+    """
     if len(parts) == 1:
         return parts[0][1]
 
@@ -209,19 +212,21 @@ def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
 
 
 def task_of(row: Mapping[str, Any]) -> str:
-    """What routing goes by: a prompt's ``task``, else its ``tag``."""
+    """Return the word that routing goes by: a prompt's ``task``, else its ``tag``."""
     return str(row.get("task") or row.get("tag") or "")
 
 
 def _spread(values: Any, applies: Any, missing: Any) -> Any:
-    """Values of some samples among all of them."""
+    """Spread the values of some samples among all of them."""
     full = np.full(len(applies), missing)
     full[applies] = values
     return full
 
 
 def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
-    """Scores of one batch from its scorers: a sample is valid where every weighted reward that applies to it is.
+    """Merge the scores of one batch from its scorers.
+
+    A sample is valid where every weighted reward that applies to it is.
 
     Raises InvalidScores where two rewards answer a score of one name, of which one would be lost.
     """
@@ -244,7 +249,8 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
 
 
 def faults(scores: Scores) -> dict[str, tuple[int, str]]:
-    """Of each reward that had to ask again or whose scores were masked: masked samples, and what to say of both."""
+    """Return the masked samples of each reward that had to ask again or whose scores were masked, and what to say of
+    both."""
     masked: dict[str, Counter[str]] = {}
     for key, count in scores.causes.items():
         name, _, cause = key.rpartition("/")
@@ -276,7 +282,7 @@ def require_valid(scores: Scores, fraction: float) -> None:
 
 
 def reward_metrics(scores: Scores) -> dict[str, float]:
-    """``reward/<name>/mean`` and ``std`` over valid samples, the total, the counts of masked ones and of retries."""
+    """Return ``reward/<name>/mean`` and ``std`` over valid samples, the total, counts of masked ones and of retries."""
     metrics = {}
     for name, values in {**scores.by_reward, "total": scores.total}.items():
         usable = values[torch.isfinite(values)]

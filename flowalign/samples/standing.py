@@ -1,4 +1,4 @@
-"""What must still stand in a process when a stranger's code has worked in it: its streams, its imports, its end.
+"""Things that must still stand in a process when a stranger's code has worked in it: its streams, its imports, its end.
 
 Of imports only what is missing is put back: what was added may be needed by what was imported meanwhile.
 """
@@ -41,7 +41,7 @@ class Standing:
         atexit.register = partial(_register, atexit.register, os.getpid())
 
     def put_back(self) -> tuple[Any, ...]:
-        """The streams that it has set, None for each that it left."""
+        """Put back the streams; return those that the code has set, None for each that it left."""
         os._exit, atexit.register = self._leave, self._register
         for name, (there, before) in zip(_LISTS, self._lists, strict=True):
             now = list(getattr(sys, name) or ())
@@ -60,8 +60,11 @@ class Standing:
 
 
 class _Modules:
-    """What is imported. Behind a rollout, which empties the processor's caches, thousands of modules are slow to touch:
-    they are copied where one came or went, and walked only where ``each`` is asked for, or one has moved."""
+    """The imported modules.
+
+    Behind a rollout, which empties the processor's caches, thousands of modules are slow to touch. They are copied
+    where one came or went, and walked only where ``each`` is asked for, or one has moved.
+    """
 
     _last: _Modules | None = None
 
@@ -83,7 +86,7 @@ class _Modules:
                 there[name] = module
 
     def _moved(self) -> bool:
-        """Whether one came or went: a dict keeps the order of its entries."""
+        """Tell whether one came or went: a dict keeps the order of its entries."""
         known, there = self._known, sys.modules
         return len(there) != len(known) or next(reversed(there.values())) is not next(reversed(known.values()))
 
