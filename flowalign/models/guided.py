@@ -18,12 +18,12 @@ from flowalign.types import Condition, Guidance
 
 
 def straight(family: str, output: families.Network) -> families.Network:
-    """The velocity of the straight path of what a network of ``family`` says itself, ``output(z, its own time)``."""
+    """Return the velocity on the straight path from a network's output, ``output(z, the family's own time)``."""
     return output if family == "rf" else families.rf_velocity(families.family(family), output)
 
 
 def guided(network: Network) -> VelocityModel:
-    """The velocity of ``network``, guided where the scale of ``guidance`` is above 1: both passes in one batched call.
+    """Return the velocity of ``network``, guided where ``guidance`` is above 1: both passes in one batched call.
 
     A network that takes the guidance as an input is handed the scale as it is, and called once.
     """
@@ -51,7 +51,7 @@ def guided(network: Network) -> VelocityModel:
 
 
 def doubled(condition: Condition) -> Condition:
-    """The empty prompt for each sample, then the condition of all of them."""
+    """Return the empty prompt for each sample, then the condition of all of them."""
     rows = condition.tokens_PLD.shape[0]
     return replace(
         condition,
@@ -62,7 +62,7 @@ def doubled(condition: Condition) -> Condition:
 
 
 def frozen(network: Network) -> VelocityModel:
-    """`guided` without gradients."""
+    """Return `guided` without gradients."""
     velocity = guided(network)
 
     @torch.no_grad()

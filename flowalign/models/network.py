@@ -39,7 +39,7 @@ class Network(Protocol):
         ...
 
     def with_module(self, module: nn.Module) -> Network:
-        """The same network with another module, such as a frozen copy of its own."""
+        """Return the same network with another module, such as a frozen copy of its own."""
         ...
 
     def velocity(
@@ -51,16 +51,17 @@ class Network(Protocol):
         r: Tensor | None = None,
         guidance: float | Tensor | None = None,
     ) -> Tensor:
-        """dx/dt, float32, at x (N, C, H, W), t (N,), in one call of the module.
+        """Compute dx/dt, float32, at x (N, C, H, W), t (N,), in one call of the module.
 
         ``r`` and ``guidance`` are numbers for a network that takes them; `guided` makes two calls of a scale.
         """
         ...
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of an image size in pixels, None being the model's own; raises ModelError where none fits."""
+        """Return (C, h, w) of an image size in pixels, None being the model's own. Raise ModelError where none fits."""
         ...
 
     def schedule(self, height: int | None = None, width: int | None = None) -> PipelineSchedule:
-        """The noise levels that the model's own pipeline walks at an image size in pixels, None being its own."""
+        """Return the noise levels that the model's own pipeline walks at an image size in pixels, None being its
+        own."""
         ...

@@ -48,14 +48,14 @@ class BlockCache:
         self.reset()
 
     def reset(self) -> None:
-        """A new trajectory begins: nothing of the last one is reused."""
+        """Begin a new trajectory: nothing of the last one is reused."""
         self._cache = self._rule()
         self._before = torch.empty(0)
         self._residual: Tensor | None = None
         self.rows: Tensor | None = None  # the samples under way through the blocks; None: all
 
     def __enter__(self) -> BlockCache:
-        """Raises ModelError where the network has no blocks to skip, or is being cached already."""
+        """Hook the blocks. Raise ModelError where the network has no blocks to skip, or is being cached already."""
         blocks = _blocks(self.network)
         if any(HOOK in _registry(block).hooks for block in blocks):
             raise ModelError("this network is being cached already; leave the other cache first")
@@ -71,7 +71,7 @@ class BlockCache:
         self.reset()
 
     def begin(self, block: Any, hidden_NTD: Tensor, temb_ND: Tensor) -> None:
-        """Before the first block: choose the samples that go through the blocks."""
+        """Choose, before the first block, the samples that go through the blocks."""
         if torch.is_grad_enabled():
             raise ModelError("a cached network has no gradient; call it under torch.no_grad()")
         if self._residual is not None and self._residual.shape != hidden_NTD.shape:
@@ -87,7 +87,8 @@ class BlockCache:
         self._before = hidden_NTD
 
     def end(self, hidden: Tensor) -> Tensor:
-        """After the last block, given its image tokens of the samples in ``rows``: those of all (N, T, D)."""
+        """Return the image tokens of all samples (N, T, D) after the last block, given those of the samples in
+        ``rows``."""
         if self.rows is None:
             self._residual = hidden - self._before
             return hidden
@@ -139,7 +140,7 @@ class Distances:
         self._last = {}
 
     def __enter__(self) -> Distances:
-        """Raises ModelError where the network has no blocks to skip."""
+        """Hook the blocks. Raise ModelError where the network has no blocks to skip."""
         for module, into in ((_blocks(self.network)[0].norm1, self.inputs), (self.network, self.outputs)):
             self._handles.append(module.register_forward_hook(self._collector(into)))  # type: ignore[operator, union-attr]
         return self
