@@ -225,7 +225,7 @@ def test_a_solver_a_density_a_path_family_a_scorer_an_algorithm_and_a_model_fami
 
 # Facts that still have several homes: an option of the optimizer, a key that holds a path, and outside of its folder
 # what is sd3's alone (export, merge and inspection). Fewer is better.
-TODAY = {"weight_decay": 7, "calibration": 9, r"families\.sd3|SD3\w+": 10}
+TODAY = {"weight_decay": 7, "calibration": 6, r"families\.sd3|SD3\w+": 10}
 
 
 @pytest.mark.parametrize("key", TODAY)
