@@ -69,19 +69,16 @@ class StepCache:
 
     It adds up the predicted changes of the output since the sample's last computed step, and reuses while they stay
     below ``threshold``. The first and the last of ``num_steps`` are always computed, and with ``threshold`` 0 all are.
-    Samples decide on their own, so that an image does not depend on its batch; with ``joint`` they decide together, by
-    their mean change, for a network that cannot compute a part of a batch. A predicted change below 0 counts as 0.
+    Samples decide on their own, so that an image does not depend on its batch. A predicted change below 0 counts as 0.
     (arXiv:2411.19108, eqs. 5-6; it is for steps without noise)
     """
 
-    def __init__(
-        self, num_steps: int, threshold: float, rescale: Polynomial = IDENTITY, *, joint: bool = False
-    ) -> None:
+    def __init__(self, num_steps: int, threshold: float, rescale: Polynomial = IDENTITY) -> None:
         if num_steps < 1:
             raise ValueError(f"a trajectory needs at least one step, got num_steps={num_steps}")
         if not threshold >= 0:
             raise ValueError(f"threshold must be at least 0, which never reuses, got {threshold}")
-        self.num_steps, self.threshold, self.rescale, self.joint = num_steps, threshold, rescale, joint
+        self.num_steps, self.threshold, self.rescale = num_steps, threshold, rescale
         self.step = 0  # the one decided next
         self._previous: Tensor | None = None
         self._accumulated: Tensor | None = None
@@ -106,8 +103,6 @@ class StepCache:
             raise RuntimeError(
                 f"a cache for {self.num_steps} steps was asked for another; make one for each trajectory"
             )
-        if self.joint:
-            distance_N = distance_N.mean().expand_as(distance_N)
         if self._accumulated is None:
             self._accumulated = torch.zeros_like(distance_N)
         accumulated = self._accumulated + self.rescale(distance_N).clamp_min(0)

@@ -5,14 +5,10 @@ Shapes: ``velocity`` (N, C, H, W), or (N, L, D) for latents that are already tok
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from flowalign.flow.path import Scalar, per_sample
-
-Axis = Literal["token", "sample"]
 
 
 def guides(scale: Scalar | None) -> bool:
@@ -37,30 +33,23 @@ def cfg(v_cond: Tensor, v_uncond: Tensor, scale: Scalar) -> Tensor:
     return torch.where(scale <= 1, v_cond, guided.to(v_cond.dtype))
 
 
-def cfg_norm_preserving(
-    v_cond: Tensor, v_uncond: Tensor, scale: Scalar, axis: Axis = "token", patch_size: int = 2
-) -> Tensor:
+def cfg_norm_preserving(v_cond: Tensor, v_uncond: Tensor, scale: Scalar, patch_size: int = 2) -> Tensor:
     """Return the guided velocity with the conditional one's length, ``v ||v_cond|| / ||v||``.
 
-    ``axis="token"`` takes the norm over each token: patch x patch x channels of (N, C, H, W), or D of (N, L, D), where
-    ``patch_size`` is not used; ``axis="sample"`` takes it over all non-batch dimensions. ``scale`` as in `cfg`.
-    Returns the shape and dtype of ``v_cond``. Raises ValueError for an unknown axis, or where H or W is not a multiple
-    of ``patch_size``. (public Qwen-Image pipeline, arXiv:2508.02324, norm over a token)
+    The norm is taken over each token: patch x patch x channels of (N, C, H, W), or D of (N, L, D), where ``patch_size``
+    is not used. ``scale`` as in `cfg`. Returns the shape and dtype of ``v_cond``. Raises ValueError where H or W is not
+    a multiple of ``patch_size``. (public Qwen-Image pipeline, arXiv:2508.02324, norm over a token)
     """
-    if axis not in ("token", "sample"):
-        raise ValueError(f"unknown norm axis {axis!r}; known: token, sample")
     guided = cfg(v_cond, v_uncond, scale)
     if not guides(scale):
         return guided
-    ratio = _norm(v_cond, axis, patch_size) / _norm(guided, axis, patch_size).clamp_min(1e-12)
+    ratio = _norm(v_cond, patch_size) / _norm(guided, patch_size).clamp_min(1e-12)
     return (guided * ratio).to(v_cond.dtype)
 
 
-def _norm(v: Tensor, axis: Axis, patch_size: int) -> Tensor:
-    """Return the norm of each token or sample in float32, in a shape that broadcasts against ``v``."""
+def _norm(v: Tensor, patch_size: int) -> Tensor:
+    """Return the norm of each token in float32, in a shape that broadcasts against ``v``."""
     v = v.float()
-    if axis == "sample":
-        return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
     if v.ndim == 3:
         return torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     height, width = v.shape[-2:]

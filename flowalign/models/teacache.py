@@ -27,23 +27,15 @@ class BlockCache:
     ``network``: an SD3Transformer2DModel, or another with blocks of its signature, with or without a LoRA; it is called
     as ever, ``num_steps`` times a trajectory with the same number of rows. Compared is the first block's input after
     its norm and modulation. A sample that reuses gets the stored change of its image tokens in place of the blocks,
-    before the last norm; only the others go through them. ``threshold``, ``rescale`` and ``joint`` are StepCache's.
+    before the last norm; only the others go through them. ``threshold`` and ``rescale`` are StepCache's.
 
     Call ``reset`` before each trajectory after the first. ``computed`` and ``reused`` count rows since construction.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        num_steps: int,
-        threshold: float,
-        rescale: Polynomial = IDENTITY,
-        *,
-        joint: bool = False,
-    ) -> None:
+    def __init__(self, network: nn.Module, num_steps: int, threshold: float, rescale: Polynomial = IDENTITY) -> None:
         self.network = network
         self.computed = self.reused = 0
-        self._rule = lambda: StepCache(num_steps, threshold, rescale, joint=joint)
+        self._rule = lambda: StepCache(num_steps, threshold, rescale)
         self._hooked: list[nn.Module] = []
         self.reset()
 

@@ -78,12 +78,10 @@ def test_negative_predicted_change_pays_nothing_back():
     assert decisions(StepCache(5, 0.75, falling), steps) == [[True], [False], [False], [True], [True]]
 
 
-def test_samples_decide_on_their_own_or_together():
+def test_samples_decide_on_their_own():
     steps = [[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.5], [0.0, 0.0]]
     alone = [[True, True], [True, False], [False, False], [False, True], [True, True]]
     assert decisions(StepCache(5, 0.5), steps) == alone
-    together = [[True, True], [False, False], [False, False], [True, True], [True, True]]
-    assert decisions(StepCache(5, 0.5, joint=True), steps) == together
 
 
 def test_observed_inputs_are_compared_with_the_step_before_reused_or_not():

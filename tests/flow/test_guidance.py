@@ -36,17 +36,11 @@ def test_each_sample_may_have_its_own_scale(guide, pair: Pair):
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_token_axis_keeps_the_norm_of_each_token_and_the_direction(pair: Pair, patch):
+def test_it_keeps_the_norm_of_each_token_and_the_direction(pair: Pair, patch):
     kept, guided = cfg_norm_preserving(*pair, 4.0, patch_size=patch), cfg(*pair, 4.0)
     torch.testing.assert_close(token_norms(kept, patch), token_norms(pair[0], patch))
     ratio = (kept / guided).unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
     torch.testing.assert_close(ratio, ratio[:, :1, :, :1, :, :1].expand_as(ratio))
-
-
-def test_sample_axis_keeps_the_norm_of_each_sample_only(pair: Pair):
-    kept = cfg_norm_preserving(*pair, 4.0, axis="sample")
-    torch.testing.assert_close(kept.flatten(1).norm(dim=1), pair[0].flatten(1).norm(dim=1))
-    assert not torch.allclose(token_norms(kept, 2), token_norms(pair[0], 2))
 
 
 def test_sequences_have_one_token_a_row(generator):
@@ -66,8 +60,6 @@ def test_guidance_keeps_the_dtype_of_the_model(pair: Pair):
         assert cfg_norm_preserving(cond, uncond, scale).dtype == torch.bfloat16
 
 
-def test_unknown_axis_and_odd_latents_are_refused(pair: Pair):
-    with pytest.raises(ValueError, match="axis"):
-        cfg_norm_preserving(*pair, 2.0, axis="channel")  # pyright: ignore[reportArgumentType]
+def test_odd_latents_are_refused(pair: Pair):
     with pytest.raises(ValueError, match="6x8"):
         cfg_norm_preserving(*pair, 2.0, patch_size=4)
