@@ -109,7 +109,7 @@ class Needs:
     ``whole_groups`` an item is a group: its tensors have ``group_size`` rows where those of others have one, its
     condition is one, and shuffling and sharing keep it together. ``signed_time`` asks for velocities at t in [-1, 1].
 
-    ``inputs`` are those that its network must have beside the time, ``family`` the path that it is trained on,
+    ``inputs`` are those that its network must have beside the time, ``path_family`` the path that it is trained on,
     ``update_guidance_scale`` the guidance of the update where that is not the rollout's.
     """
 
@@ -128,7 +128,7 @@ class Needs:
     average: bool = False
     features: bool = False
     inputs: tuple[str, ...] = ()
-    family: str = "rf"
+    path_family: str = "rf"
     update_guidance_scale: float | None = None
 
     @property

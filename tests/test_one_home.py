@@ -132,7 +132,7 @@ from typer.testing import CliRunner
 
 from flowalign.algorithms import build_algorithm
 from flowalign.cli import app
-from flowalign.flow import families
+from flowalign.flow import pathfamilies
 from flowalign.types import Condition, LatentBatch
 from rewards.resolve import builtin_names, resolve
 
@@ -149,7 +149,7 @@ condition = Condition(row, row[0, :1], torch.zeros(64, dtype=torch.long), row[0]
 latents = LatentBatch(torch.randn(64, 2, 4, 4), condition, 5)
 learned = build_algorithm({"type": "rectified_flow", "density": "late", "family": "velocity/cos"})
 told["times"] = float(learned.prepare(latents, None, {}).tensors["t"].min())
-path = families.family("velocity/cos")
+path = pathfamilies.path_family("velocity/cos")
 t = torch.tensor([0.25])
 told["path"] = float(path.raw_target(torch.ones(1, 1), torch.zeros(1, 1), t))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, noised
-from flowalign.config.pathfamilies import FamilyName
+from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.walk import Shift
-from flowalign.flow import families, path
+from flowalign.flow import path, pathfamilies
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import seeded
 from flowalign.types import LatentBatch, Scores, TrainBatch
@@ -32,7 +32,7 @@ class RectifiedFlow(Algorithm):
         """
 
         type: str = "rectified_flow"
-        family: FamilyName = "rf"
+        family: PathFamilyName = "rf"
         density: DensityName = "logit_normal"
         shift: Shift = 1.0
         weighting: Literal["family", "velocity", "noise", "data"] = "family"
@@ -40,13 +40,13 @@ class RectifiedFlow(Algorithm):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.family = families.family(config.family)
+        self.path_family = pathfamilies.path_family(config.family)
 
     config: Config
 
     @property
     def needs(self) -> Needs:
-        return Needs(LatentBatch, family=self.config.family)
+        return Needs(LatentBatch, path_family=self.config.family)
 
     def check_schedule(self) -> None:
         self.schedule.shift_of(self.config.shift)
@@ -56,7 +56,7 @@ class RectifiedFlow(Algorithm):
         generator = seeded(batch.seed)
         own = self.config.times((len(batch.latents_NCHW),), generator, self._shift)
         drawn = noised(batch, generator, self.config.condition_dropout)
-        t = own if self.config.family == "rf" else self.family.rf_time(own)
+        t = own if self.config.family == "rf" else self.path_family.rf_time(own)
         return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, "t": t, "weight": self._weight(own, t)})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
@@ -82,5 +82,5 @@ class RectifiedFlow(Algorithm):
         if self._unweighted:
             return torch.ones_like(t)
         if self.config.weighting == "family":
-            return self.family.velocity_weight(own).float()
+            return self.path_family.velocity_weight(own).float()
         return ((1 - t) if self.config.weighting == "noise" else t).square()

@@ -1,6 +1,6 @@
 """The families of paths by name: what a configuration may write, and what follows from a name alone.
 
-Their mathematics, ``flow.families``, is built from this table; no torch here, as in ``config``.
+Their mathematics, ``flow.pathfamilies``, is built from this table; no torch here, as in ``config``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def canonical(name: str) -> str:
     raise ValueError(f"got {name!r}; {known}")
 
 
-FamilyName = Annotated[str, AfterValidator(canonical)]
+PathFamilyName = Annotated[str, AfterValidator(canonical)]
 
 
 def edm_parameters(name: str) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from flowalign.config.pathfamilies import FamilyName
+from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.section import Section
 from flowalign.config.solvers import spelled
 from flowalign.config.walk import Grid
@@ -79,7 +79,7 @@ class ModelConfig(Section):
     width: Positive | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraConfig | None = None
-    family: FamilyName | None = None
+    family: PathFamilyName | None = None
     inputs: list[InputName] | None = None
     transformer: TransformerConfig | None = None
 

@@ -101,7 +101,7 @@ def export(
         _refuse_difference(errors, tolerance, to)
         iteration = int(state["iteration"] if "iteration" in state else state["step"])
         result = ExportResult(to, kind, found, iteration, digest, *errors)
-        _keep(draft, to, result, config, state, policy.network.family)
+        _keep(draft, to, result, config, state, policy.network.path_family)
     return result
 
 
@@ -141,11 +141,13 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
         )
 
 
-def _keep(draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any], family: str) -> None:
+def _keep(
+    draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any], path_family: str
+) -> None:
     """Write card and record, then rename once; an earlier export is replaced."""
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
-    record |= {"max_sequence_length": config.model.max_sequence_length, "family": family}
+    record |= {"max_sequence_length": config.model.max_sequence_length, "family": path_family}
     record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
     if result.kind != "lora" and config.evaluation.grid == "diffusers":
         record["sampling"]["grid"] = "pipeline"  # the scheduler beside it walks so, see `_walking`

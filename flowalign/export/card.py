@@ -89,8 +89,8 @@ def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> lis
 
 def _tag(config: AlignConfig, algorithm: str) -> str:
     """Return the algorithm; for a model that was trained plainly on another family's path, the family."""
-    family = (config.model.family or "rf").partition("(")[0]
-    named = family if algorithm == "rectified_flow" and family != "rf" else algorithm
+    path_family = (config.model.family or "rf").partition("(")[0]
+    named = path_family if algorithm == "rectified_flow" and path_family != "rf" else algorithm
     return named.replace("_", "-").replace("/", "-")
 
 

@@ -61,10 +61,10 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     Where a plain pipeline would sample it wrongly, add a file that samples it rightly, without which diffusers refuses
     to load it.
     """
-    own = bool(network.inputs) or network.family != "rf"
+    own = bool(network.inputs) or network.path_family != "rf"
     transformer = pipeline.transformer
     if own or own_pipeline.FAMILY in transformer.config:
-        transformer.register_to_config(**{own_pipeline.FAMILY: network.family})
+        transformer.register_to_config(**{own_pipeline.FAMILY: network.path_family})
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
     require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))

@@ -112,7 +112,7 @@ def density(kind: str, *, shift: float = 1.0, **params: float) -> Density:
 
     ``kind``: uniform | logit_normal(m, s) | mode(s) | cosmap | u_shaped(a). ``shift`` > 0 is the resolution shift that
     its times undergo, 1 for none (see `schedule.resolution_shift`). On a path other than the rectified flow the times
-    are that path's own (see `families.Family`); uniform there is the density of each diffusion family.
+    are that path's own (see `pathfamilies.PathFamily`); uniform there is the density of each diffusion family.
     Raises ValueError for an unknown kind or a parameter out of range, TypeError for a parameter that the kind lacks.
     """
     if kind not in DENSITIES:

@@ -28,13 +28,13 @@ def check_caches(config: AlignConfig) -> None:
             cache_rule(cache)
         except ConfigError as error:
             raise ConfigError(f"{key}.calibration", error.reason) from error
-    family = config.model.family or "rf"
-    if not formulation(family).begins_with_noise:
+    path_family = config.model.family or "rf"
+    if not formulation(path_family).begins_with_noise:
         advice = "train it on as rf first (flowalign pretrain with algorithm.family=rf)"
         raise ConfigError(
             "model.family",
-            f"is {family}, whose noise ends before t = 1 where rollouts begin; "
-            + (advice if may_learn(family, "rf") else "align a model of rf or v/cos"),
+            f"is {path_family}, whose noise ends before t = 1 where rollouts begin; "
+            + (advice if may_learn(path_family, "rf") else "align a model of rf or v/cos"),
         )
 
 
@@ -59,9 +59,9 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     lacking = [key for key in needs.inputs if key not in (config.model.inputs or ())]
     if lacking:
         raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
-    network = config.model.family or "rf"
-    if not may_learn(network, needs.family):
-        raise ConfigError("model.family", f"is {network}, which cannot learn {needs.family}; name the same in both")
+    network, learned = config.model.family or "rf", needs.path_family
+    if not may_learn(network, learned):
+        raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
     if config.zero_stage == 3 and config.compile:
         raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")

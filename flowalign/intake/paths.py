@@ -57,12 +57,12 @@ def resolve_model(model: ModelConfig, base: Path, key: str = "model.path") -> Mo
     path = _model(model.path, base)
     recorded = recorded_model(Path(path), key)
     try:
-        family = canonical(model.family or str(recorded.get("family", "rf")))
+        path_family = canonical(model.family or str(recorded.get("family", "rf")))
     except ValueError as error:
         raise ConfigError(key, f"{path} holds a model of a family that is not known here: {error}") from error
     fresh = model.transformer is not None
     inputs = list(model.inputs or ()) if fresh or model.inputs is not None else recorded.get("inputs", [])
-    return model.model_copy(update={"path": path, "family": family, "inputs": inputs})
+    return model.model_copy(update={"path": path, "family": path_family, "inputs": inputs})
 
 
 def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:

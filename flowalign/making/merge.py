@@ -104,7 +104,7 @@ def _record(first: Source, sources: Sequence[Path], portions: Sequence[float], w
         "shares": portions,
         "weights": which,
         "max_sequence_length": first.config.model.max_sequence_length,
-        "family": first.policy.network.family,
+        "family": first.policy.network.path_family,
     }
 
 
@@ -120,9 +120,9 @@ def _average(
         source = _open(path, which, first.config, model)
         its = source.policy.network
         check_architecture(str(path), its.module, str(first.path), network.module)
-        if its.family != network.family:
+        if its.path_family != network.path_family:
             raise MergeError(
-                f"{path} is of the family {its.family} and {first.path} of {network.family}: their "
+                f"{path} is of the family {its.path_family} and {first.path} of {network.path_family}: their "
                 "outputs mean different things and have no average"
             )
         _check_encoders(path, encoding(source.policy, length), first.path, own)

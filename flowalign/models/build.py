@@ -57,7 +57,7 @@ def load_network(config: ModelConfig) -> Network:
         from flowalign.models.architectures.inputs import add_inputs
 
         add_inputs(network.module, config.inputs)
-    network.family = config.family or "rf"
+    network.path_family = config.family or "rf"
     if config.lora is None:
         network.module.requires_grad_(True)
     else:

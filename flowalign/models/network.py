@@ -14,11 +14,11 @@ from flowalign.types import Condition
 class Network(Protocol):
     """A ``module`` that learns, and what it computes: the velocity of the straight path, whatever its path is.
 
-    ``family`` says which path it was trained on (see ``flow.families``). It knows neither texts nor pictures.
+    ``path_family`` says which path it was trained on (see ``flow.pathfamilies``). It knows neither texts nor pictures.
     """
 
     module: nn.Module
-    family: str
+    path_family: str
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def _evaluation(config: AlignConfig, base_dir: Path) -> tuple[PromptBatch, Sampl
     It takes the model's own walk, whatever the algorithm rolls out with, as `flowalign evaluate` and an export do.
     """
     e, own = config.evaluation, own_schedule(config.model)
-    plan = sampling_plan(e, schedule=own, family=config.model.family, inputs=config.model.inputs)
+    plan = sampling_plan(e, schedule=own, path_family=config.model.family, inputs=config.model.inputs)
     return evaluation_batch(e.prompts, e.num_samples, base_dir), plan, e.seed
 
 

@@ -18,7 +18,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.config.solvers import NOISY
-from flowalign.flow import families
+from flowalign.flow import pathfamilies
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.models.base import Policy
@@ -122,22 +122,22 @@ def sampling_plan(
     sampling: SamplingConfig,
     *,
     schedule: PipelineSchedule,
-    family: str | None = "rf",
+    path_family: str | None = "rf",
     inputs: Sequence[str] | None = (),
 ) -> SamplingPlan:
     """Plan the walk that ``sampling`` describes, along the levels that ``schedule``, the model's own pipeline, walks.
 
-    A model of another family than ``rf`` has levels of its own, see `families.sampling_sigmas`.
+    A model of another family than ``rf`` has levels of its own, see `pathfamilies.sampling_sigmas`.
 
     Raises:
         ConfigError: the pipeline has no levels for this number of steps.
     """
-    kind = families.family(family or "rf")
+    path = pathfamilies.path_family(path_family or "rf")
     try:
-        if kind.is_rectified_flow:
+        if path.is_rectified_flow:
             levels = schedule.levels(sampling.num_steps, grid=sampling.grid)
         else:
-            levels = families.sampling_sigmas(kind, sampling.num_steps, shift=schedule.named_shift)
+            levels = pathfamilies.sampling_sigmas(path, sampling.num_steps, shift=schedule.named_shift)
     except ValueError as error:
         raise ConfigError("", str(error)) from error
     noise, solver = Noise(), sampling.solver
@@ -150,7 +150,7 @@ def sampling_plan(
         Guidance(sampling.guidance_scale),
         solver=solver,
         average_velocity="r" in (inputs or ()),
-        initial_scale=kind.initial_scale,
+        initial_scale=path.initial_scale,
         cache=cache_rule(sampling.cache),
     )
 
@@ -178,7 +178,7 @@ def policy_plan(policy: Policy, sampling: SamplingConfig, size: ModelConfig) -> 
     """Plan as `sampling_plan` for an opened model, at the height and width of ``size``."""
     network = policy.network
     schedule = network.schedule(size.height, size.width)
-    return sampling_plan(sampling, schedule=schedule, family=network.family, inputs=network.inputs)
+    return sampling_plan(sampling, schedule=schedule, path_family=network.path_family, inputs=network.inputs)
 
 
 @contextmanager

@@ -12,17 +12,17 @@ from flowalign.algorithms import build_algorithm
 from flowalign.config.pathfamilies import FORMULATIONS, canonical, formulation, may_learn
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
-from flowalign.flow import families
 from flowalign.flow.path import PATHS
+from flowalign.flow.pathfamilies import PATH_FAMILIES, path_family
 from flowalign.intake.file import load_pretrain
 
 
 def test_every_name_is_a_family_and_every_path_has_a_name() -> None:
-    assert list(families.FAMILIES) == list(FORMULATIONS)
+    assert list(PATH_FAMILIES) == list(FORMULATIONS)
     assert {kind.path for kind in FORMULATIONS.values()} == set(PATHS)
     for name, kind in FORMULATIONS.items():
         assert canonical(name) == name and formulation(name) is kind
-        assert families.family(name) is families.FAMILIES[name] and families.family(name).name == name
+        assert path_family(name) is PATH_FAMILIES[name] and path_family(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_every_name_is_a_family_and_every_path_has_a_name() -> None:
 )
 def test_spellings_of_one_family_are_one_name(written: str, name: str) -> None:
     assert canonical(written) == name == canonical(name)
-    assert families.family(written).name == families.family(name).name == name
+    assert path_family(written).name == path_family(name).name == name
     assert ModelConfig(family=written).family == name
 
 
@@ -45,7 +45,7 @@ def test_the_whole_grid_of_the_report_can_be_written() -> None:
     """P_m from -1.2 to 1.2, P_s from 0.6 to 1.8 (arXiv:2403.03206, sec. 5.1)."""
     for p_mean in (-1.2, -0.6, 0.0, 0.6, 1.2):
         for p_std in (0.6, 1.2, 1.8):
-            family = families.family(f"edm({p_mean:.2f}, {p_std:.2f})")
+            family = path_family(f"edm({p_mean:.2f}, {p_std:.2f})")
             assert family.path.name == "edm" and 0.87 < family.initial_scale < 1
 
 
@@ -74,7 +74,7 @@ def test_a_name_that_is_none_is_refused_with_what_there_is(written: str, said: s
 def test_rollouts_begin_where_a_path_ends_in_noise_and_the_network_can_be_asked() -> None:
     begin = [name for name in FORMULATIONS if formulation(name).begins_with_noise]
     assert begin == ["rf", "v/cos"]
-    assert begin == [name for name, family in families.FAMILIES.items() if family.initial_scale == 1]
+    assert begin == [name for name, family in PATH_FAMILIES.items() if family.initial_scale == 1]
 
 
 def test_what_one_family_may_learn_of_another() -> None:
@@ -103,7 +103,7 @@ def test_a_family_is_written_in_a_file_and_on_the_command_line(tmp_path: Path) -
     written = ["model.family=edm(0.00, 0.60)", "algorithm.family=edm(0,.6)"]
     config = load_pretrain(path, written).config
     needs = build_algorithm(config.algorithm).needs
-    assert config.model.family == needs.family == "edm(0.0, 0.6)" == families.family(needs.family).name
+    assert config.model.family == needs.path_family == "edm(0.0, 0.6)" == path_family(needs.path_family).name
     with pytest.raises(ConfigError, match=r"^model\.family: is edm/rf, which cannot learn edm\(0\.0, 0\.6\)"):
         load_pretrain(path, written[1:])
     with pytest.raises(ConfigError, match=r"^algorithm\.family: got 'edm/coz'; did you mean edm/cos\?"):

@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.export import pipeline as pipeline_file
-from flowalign.flow import families
+from flowalign.flow import pathfamilies
 from flowalign.flow.guidance import cfg
 from flowalign.flow.schedule import sigmas
 from flowalign.models.architectures import dit
@@ -182,9 +182,9 @@ def write_family(directory: Path, tiny: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_files_own_levels_times_and_coefficients_are_ours(name, shift):
-    ours, theirs = families.family(name), pipeline_file.Family(name)
+    ours, theirs = pathfamilies.path_family(name), pipeline_file.Family(name)
     for num_steps in (1, 2, 7, 50):
-        grid = families.sampling_sigmas(ours, num_steps, shift=shift)
+        grid = pathfamilies.sampling_sigmas(ours, num_steps, shift=shift)
         torch.testing.assert_close(torch.tensor([*theirs.levels(num_steps, shift), 0.0]), grid, rtol=1e-6, atol=0)
     s = grid[:-1].double()
     torch.testing.assert_close(theirs.own_time(s), ours.own_time(s), rtol=1e-9, atol=1e-12)
@@ -195,7 +195,7 @@ def test_the_files_own_levels_times_and_coefficients_are_ours(name, shift):
 def test_a_family_is_sampled_as_ours_is(tiny_pipeline_dir, tmp_path, name):
     directory = write_family(tmp_path, tiny_pipeline_dir, name)
     policy = load_policy(ModelConfig(path=str(directory)))
-    policy.network.family = name
+    policy.network.path_family = name
     plan = policy_plan(policy, SamplingConfig(num_steps=STEPS, guidance_scale=3.0), ModelConfig())
     condition, x = policy.encoders.encode_prompts(PROMPTS, 4), torch.load(directory / "noise.pt") * plan.initial_scale
     for now, after in pairwise(plan.sigmas):

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from flowalign.flow import density
-from flowalign.flow.families import edm
+from flowalign.flow.pathfamilies import edm
 from flowalign.flow.schedule import shift_sigma
 from tests.flow.analytic import pdf, pdf_of
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-from flowalign.flow.families import FAMILIES, Family, rf_velocity, sampling_sigmas
+from flowalign.flow.pathfamilies import PATH_FAMILIES, PathFamily, rf_velocity, sampling_sigmas
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import noisy_steps, reverse_step
 from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
@@ -24,7 +24,7 @@ def noise_network(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.sin(2 * z + t) + 0.3 * z * t
 
 
-def raw_network(family: Family):
+def raw_network(family: PathFamily):
     """The same prediction as the raw output of ``family``."""
 
     def network(z, t):
@@ -36,15 +36,15 @@ def raw_network(family: Family):
     return network
 
 
-def walk(name: str, num_steps: int = 12) -> tuple[Family, torch.Tensor, torch.Tensor, torch.Tensor]:
+def walk(name: str, num_steps: int = 12) -> tuple[PathFamily, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A family, times from 0.95 to 0.04 of its own, their noise levels on the rectified flow, a first state z."""
-    family = FAMILIES[name]
+    family = PATH_FAMILIES[name]
     t = torch.linspace(0.95, 0.04, num_steps + 1, dtype=torch.float64)
     z = torch.randn(3, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     return family, t, family.rf_time(t), z
 
 
-def alpha_bars(family: Family, t: torch.Tensor) -> list[float]:
+def alpha_bars(family: PathFamily, t: torch.Tensor) -> list[float]:
     return (family.path.a(t) ** 2).tolist()
 
 
@@ -176,7 +176,7 @@ def test_dpmpp_2m_equals_the_public_scheduler():
         final_sigmas_type="zero",
     )
     scheduler.set_timesteps(10)
-    family = FAMILIES["eps/linear"]
+    family = PATH_FAMILIES["eps/linear"]
     z = start = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for step in scheduler.timesteps:
         noise = noise_network(z, ((step + 1) / 1000).expand(2))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from flowalign.flow.families import FAMILIES, Family, rf_velocity
+from flowalign.flow.pathfamilies import PATH_FAMILIES, PathFamily, rf_velocity
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import reverse_step
 from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
@@ -70,8 +70,8 @@ def test_a_level_beside_one_is_one_to_the_flow_sde(first: float) -> None:
     torch.testing.assert_close(beside.std, exact.std, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-def test_a_level_beside_one_gives_every_family_a_velocity(family: Family) -> None:
+@pytest.mark.parametrize("family", PATH_FAMILIES.values(), ids=lambda family: family.name)
+def test_a_level_beside_one_gives_every_family_a_velocity(family: PathFamily) -> None:
     x = torch.randn(2, 3)
     velocity = rf_velocity(family, lambda z, t: 0.1 * z + t[:, None])
     for first in (0.9999999, 1.0000001):

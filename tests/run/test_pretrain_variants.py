@@ -20,7 +20,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import LatentBank, LatentsError, save_bank
 from flowalign.data.feed import Feed, tables, without_encoders
 from flowalign.flow import path
-from flowalign.flow.families import FAMILIES
+from flowalign.flow.pathfamilies import PATH_FAMILIES
 from flowalign.intake.recorded import config_of
 from flowalign.making.shapes_latents import make_bank
 from flowalign.measure.evaluate import evaluate_checkpoint
@@ -37,7 +37,7 @@ from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch, TextPart
 from tests.tiny import encoded_here
 
-NAMES = list(FAMILIES)
+NAMES = list(PATH_FAMILIES)
 
 
 def encoded(own: PretrainConfig, encoders: Encoders) -> PretrainConfig:
@@ -83,7 +83,7 @@ def run(*args, **kwargs) -> Path:
 @pytest.mark.parametrize("family", NAMES)
 def test_the_loss_of_a_family_is_the_mean_square_of_its_networks_own_output(tiny_pipeline_dir, family):
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
-    policy.network.family = family
+    policy.network.path_family = family
     raw: list[torch.Tensor] = []
     policy.network.module.register_forward_hook(lambda module, args, out: raw.append(out[0].detach()))
     kinds = {"rf": {}, "edm": {"density": "uniform"}}.get(family, {"density": "uniform"})
@@ -93,8 +93,8 @@ def test_the_loss_of_a_family_is_the_mean_square_of_its_networks_own_output(tiny
     batch = algorithm.prepare(LatentBatch(x0, condition, 5), None, {})
     with torch.no_grad():
         loss = algorithm.loss({"policy": guided(policy.network)}, batch).loss
-    own = FAMILIES[family].own_time(batch.tensors["t"])
-    target = FAMILIES[family].raw_target(x0, batch.tensors["noise"], own)
+    own = PATH_FAMILIES[family].own_time(batch.tensors["t"])
+    target = PATH_FAMILIES[family].raw_target(x0, batch.tensors["noise"], own)
     expected = (raw[-1] - target).square().mean()
     torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
 
@@ -157,7 +157,7 @@ def test_a_flow_may_begin_from_an_edm_network_and_computes_the_same_at_first(tin
     edm = load_policy(ModelConfig(path=str(tiny_pipeline_dir), max_sequence_length=4, family="edm"))
     x, t = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.8])
     condition = edm.encoders.encode_prompts(["a photo of a star", "a photo of a heart"], 4)
-    family = FAMILIES["edm"]
+    family = PATH_FAMILIES["edm"]
     own = family.own_time(t)
     z = x * family.scale(own).float().view(-1, 1, 1, 1)
     with torch.no_grad():

@@ -54,7 +54,7 @@ class SD3Network:
     scheduler: Mapping[str, Any]
     scale_factor: int
     mixed: bool = False
-    family: str = "rf"
+    path_family: str = "rf"
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -106,14 +106,14 @@ class SD3Network:
 
             pooled = pooled_with_inputs(pooled.to(self._dtype), t, r, guidance, inputs)
         # Columns of times stay float32.
-        return straight(self.family, partial(self._output, tokens=tokens, pooled=pooled, exact=bool(inputs)))(x, t)
+        return straight(self.path_family, partial(self._output, tokens=tokens, pooled=pooled, exact=bool(inputs)))(x, t)
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
     def _output(self, x: Tensor, t: Tensor, *, tokens: Tensor, pooled: Tensor, exact: bool) -> Tensor:
-        """Return the module's own output, float32: on the straight path a velocity, else see ``flow.families``."""
+        """Return the module's own output, float32: on the straight path a velocity, else see ``flow.pathfamilies``."""
         dtype, device = self._dtype, self.device.type
         length = tokens.shape[1] + x.shape[-1] * x.shape[-2] // self.patch_size**2
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 
 from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.flow import path
-from flowalign.flow.families import FAMILIES, Family, edm, rf_velocity, sampling_sigmas
-from flowalign.flow.families import family as named
+from flowalign.flow.pathfamilies import PATH_FAMILIES, PathFamily, edm, rf_velocity, sampling_sigmas
+from flowalign.flow.pathfamilies import path_family as named
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.flow.solvers.heun import solve as heun
 from tests.flow import analytic
 
 GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
-NAMES = [*FAMILIES, *GRID]
+NAMES = [*PATH_FAMILIES, *GRID]
 every_family = pytest.mark.parametrize("family", [named(name) for name in NAMES], ids=NAMES)
 TIMES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
-def raw_output(family: Family, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def raw_output(family: PathFamily, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """What an ideal network of the family says, as its paper writes it; ``t`` broadcasts against ``x0``."""
     a, b = family.path.a(t), family.path.b(t)
     if family.prediction == "edm":
@@ -59,7 +59,7 @@ def test_rectified_flow_is_the_very_same_function():
     def network(x, t):
         return x * t
 
-    family = FAMILIES["rf"]
+    family = PATH_FAMILIES["rf"]
     x0, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
     assert rf_velocity(family, network) is network
     assert family.velocity(noise, x0, t) is x0
@@ -69,7 +69,7 @@ def test_rectified_flow_is_the_very_same_function():
 
 
 @every_family
-def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(family: Family, gaussian):
+def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(family: PathFamily, gaussian):
     times = []
 
     def network(z_in, t):
@@ -90,14 +90,14 @@ def test_velocity_from_the_analytic_posterior_is_that_of_the_rectified_flow(fami
 
 
 @every_family
-def test_converted_velocity_is_finite_at_both_ends_in_float32(family: Family):
+def test_converted_velocity_is_finite_at_both_ends_in_float32(family: PathFamily):
     velocity = rf_velocity(family, lambda z_in, t: z_in)
     for s in (1.0, family.initial_scale, 1e-4, 0.0):
         assert velocity(torch.randn(2, 3), torch.full((2,), s)).isfinite().all()
 
 
 @every_family
-def test_converted_velocity_has_a_forward_derivative_in_state_and_time(family: Family):
+def test_converted_velocity_has_a_forward_derivative_in_state_and_time(family: PathFamily):
     velocity = rf_velocity(family, lambda z_in, t: torch.sin(z_in) + z_in * t.unsqueeze(1))
     x, s, h = torch.tensor([[0.3, -0.8]], dtype=torch.float64), torch.tensor([0.45], dtype=torch.float64), 1e-3
     tangents = (torch.tensor([[0.7, 0.2]], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_converted_velocity_has_a_forward_derivative_in_state_and_time(family: F
 
 
 @every_family
-def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: Family, generator):
+def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: PathFamily, generator):
     """The gradients are parallel at every time, and equal once weighted; so are those of flow matching."""
     x0, noise, inputs = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     weights = torch.randn(4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -135,7 +135,7 @@ def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: Family
 
 
 @every_family
-def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(family: Family, generator):
+def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(family: PathFamily, generator):
     x0, noise, error = (torch.randn(99, 2, generator=generator, dtype=torch.float64) for _ in range(3))
     z, target = analytic.interpolate(family.path, x0, noise, TIMES), family.raw_target(x0, noise, TIMES)
     velocity_error = family.velocity(z, target + error, TIMES) - (noise - x0)
@@ -144,12 +144,12 @@ def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(fami
 
 
 def test_loss_weights_have_their_published_forms():
-    sigma = FAMILIES["edm"].path.b(TIMES)
+    sigma = PATH_FAMILIES["edm"].path.b(TIMES)
     published = {
         "rf": 1 / (1 - TIMES) ** 2,
         "eps/linear": torch.ones_like(TIMES),
         "eps/cos": torch.ones_like(TIMES),
-        "v/linear": 1 / FAMILIES["v/linear"].path.a(TIMES) ** 2,
+        "v/linear": 1 / PATH_FAMILIES["v/linear"].path.a(TIMES) ** 2,
         "v/cos": 1 / torch.cos(math.pi / 2 * TIMES) ** 2,
         "edm": sigma**2 * (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,
         "edm/rf": 1 + 4 * (TIMES / (1 - TIMES)) ** 2,
@@ -157,9 +157,9 @@ def test_loss_weights_have_their_published_forms():
     }
     assert published.keys() == FORMULATIONS.keys()
     for name, weight in published.items():
-        torch.testing.assert_close(FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
+        torch.testing.assert_close(PATH_FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
     for name in ("rf", "v/cos"):  # a constant factor apart, since the cosine path turns at a constant speed
-        ratio = analytic.cfm_weight(FAMILIES[name].path, TIMES) / FAMILIES[name].loss_weight(TIMES)
+        ratio = analytic.cfm_weight(PATH_FAMILIES[name].path, TIMES) / PATH_FAMILIES[name].loss_weight(TIMES)
         torch.testing.assert_close(ratio, ratio[:1].expand(99), rtol=1e-9, atol=0)
 
 
@@ -177,7 +177,7 @@ def test_edm_network_sees_and_predicts_unit_variance_at_every_time(sigma_data):
 
 
 @every_family
-def test_rf_time_and_own_time_are_inverses(family: Family):
+def test_rf_time_and_own_time_are_inverses(family: PathFamily):
     for t in (TIMES, torch.tensor([0.0, 1e-6, 1 - 1e-6], dtype=torch.float64)):
         torch.testing.assert_close(family.own_time(family.rf_time(t)), t, rtol=1e-9, atol=1e-12)
     s = TIMES * family.initial_scale
@@ -187,7 +187,7 @@ def test_rf_time_and_own_time_are_inverses(family: Family):
 
 
 @every_family
-def test_float32_noise_levels_keep_their_precision(family: Family):
+def test_float32_noise_levels_keep_their_precision(family: PathFamily):
     """A float32 quantile of EDM's sigma 80 would be off by half a per cent."""
     s = torch.tensor([1e-3, 0.5, family.initial_scale * (1 - 1e-6)])
     again = family.rf_time(family.own_time(s))
@@ -197,13 +197,13 @@ def test_float32_noise_levels_keep_their_precision(family: Family):
 def test_linear_path_has_the_alphas_of_the_discrete_schedule():
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    a, b = FAMILIES["eps/linear"].path.a(t), FAMILIES["eps/linear"].path.b(t)
+    a, b = PATH_FAMILIES["eps/linear"].path.a(t), PATH_FAMILIES["eps/linear"].path.b(t)
     torch.testing.assert_close(a**2, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=0)
     torch.testing.assert_close(a**2 + b**2, torch.ones_like(t), rtol=0, atol=1e-14)
 
 
 @every_family
-def test_grid_falls_from_the_initial_scale_to_zero(family: Family):
+def test_grid_falls_from_the_initial_scale_to_zero(family: PathFamily):
     for shift in (1.0, 3.0):
         for num_steps in (1, 2, 28):
             grid = sampling_sigmas(family, num_steps, shift=shift)
@@ -215,17 +215,17 @@ def test_grid_falls_from_the_initial_scale_to_zero(family: Family):
 def test_initial_scale_is_the_part_of_the_noise():
     alpha_bar = math.prod(1 - (0.00085**0.5 + n / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for n in range(1000))
     a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    assert FAMILIES["rf"].initial_scale == FAMILIES["v/cos"].initial_scale == 1
-    assert FAMILIES["v/linear"].initial_scale == pytest.approx(b / (a + b))
-    assert FAMILIES["edm"].initial_scale == pytest.approx(80 / 81)
+    assert PATH_FAMILIES["rf"].initial_scale == PATH_FAMILIES["v/cos"].initial_scale == 1
+    assert PATH_FAMILIES["v/linear"].initial_scale == pytest.approx(b / (a + b))
+    assert PATH_FAMILIES["edm"].initial_scale == pytest.approx(80 / 81)
 
 
 def test_rf_grid_is_bitwise_the_schedules():
-    assert torch.equal(sampling_sigmas(FAMILIES["rf"], 10, shift=3.0), sigmas(10, 3.0))
+    assert torch.equal(sampling_sigmas(PATH_FAMILIES["rf"], 10, shift=3.0), sigmas(10, 3.0))
 
 
 def test_edm_grid_is_that_of_karras():
-    grid = sampling_sigmas(FAMILIES["edm"], 5).double()[:-1]
+    grid = sampling_sigmas(PATH_FAMILIES["edm"], 5).double()[:-1]
     expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
     assert (grid / (1 - grid)).tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -237,13 +237,13 @@ def test_linear_grid_is_the_trailing_one_of_the_discrete_schedule():
     scheduler.set_timesteps(10)
     alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps].double()
     expected = 1 / (1 + torch.sqrt(alpha_bar / (1 - alpha_bar)))
-    grid = sampling_sigmas(FAMILIES["v/linear"], 10)[:-1]
+    grid = sampling_sigmas(PATH_FAMILIES["v/linear"], 10)[:-1]
     torch.testing.assert_close(grid, expected.float(), rtol=1e-4, atol=0)
 
 
 @every_family
 @pytest.mark.parametrize("arguments", [{"num_steps": 0}, {"num_steps": 4, "shift": 0.0}])
-def test_bad_grids_are_refused(family: Family, arguments):
+def test_bad_grids_are_refused(family: PathFamily, arguments):
     with pytest.raises(ValueError):
         sampling_sigmas(family, **arguments)
 
@@ -282,7 +282,7 @@ def test_an_edm_family_has_the_log_snr_of_its_name(name, quantile):
     torch.testing.assert_close(found, quantile(TIMES), rtol=1e-9, atol=1e-9)
     other = {"edm/rf": "rf", "edm/cos": "v/cos"}.get(name)
     if other is not None:
-        torch.testing.assert_close(found, analytic.log_snr(FAMILIES[other].path, 1 - TIMES), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, analytic.log_snr(PATH_FAMILIES[other].path, 1 - TIMES), rtol=1e-9, atol=1e-9)
     weight = named(name).loss_weight(1 - TIMES)
     torch.testing.assert_close(weight * 0.5**2, torch.exp(-found) + 0.5**2, rtol=1e-9, atol=0)
 
@@ -295,15 +295,15 @@ def test_the_cosine_path_with_another_output_has_the_published_weights_of_its_lo
         ("rf", lambda snr: torch.exp(-snr / 2)),
     ):
         t = TIMES.clone().requires_grad_()
-        log_snr = analytic.log_snr(FAMILIES[name].path, t)
+        log_snr = analytic.log_snr(PATH_FAMILIES[name].path, t)
         (slope,) = torch.autograd.grad(log_snr.sum(), t)
-        found = -2 * FAMILIES[name].loss_weight(TIMES) / slope / published(log_snr.detach())
+        found = -2 * PATH_FAMILIES[name].loss_weight(TIMES) / slope / published(log_snr.detach())
         torch.testing.assert_close(found, found[:1].expand(99), rtol=1e-9, atol=0)
 
 
 @every_family
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_solvers_keep_their_order_through_every_familys_conversion(family: Family, solver, order, gaussian):
+def test_solvers_keep_their_order_through_every_familys_conversion(family: PathFamily, solver, order, gaussian):
     def network(z_in, t):
         own = family.own_time(level)  # the exact time: what the network is told is rounded
         a, b = (f(own).unsqueeze(1) for f in (family.path.a, family.path.b))
@@ -325,7 +325,7 @@ def test_solvers_keep_their_order_through_every_familys_conversion(family: Famil
 
 
 @every_family
-def test_samples_of_an_ideal_network_have_the_datas_mean_and_spread(family: Family, gaussian):
+def test_samples_of_an_ideal_network_have_the_datas_mean_and_spread(family: PathFamily, gaussian):
     start = torch.tensor([-1.5, 0.0, 1.5], dtype=torch.float64)[:, None]
     grid = sampling_sigmas(family, 400)
 
@@ -359,9 +359,9 @@ def test_a_narrow_edm_begins_at_the_highest_level_that_it_is_trained_on():
 
 
 def test_noise_on_the_cosine_path_begins_where_edm_does():
-    family = FAMILIES["eps/cos"]
+    family = PATH_FAMILIES["eps/cos"]
     assert family.first_time.item() == pytest.approx(2 / math.pi * math.atan(80))
-    assert family.initial_scale == pytest.approx(80 / 81) and FAMILIES["eps/linear"].first_time == 1
+    assert family.initial_scale == pytest.approx(80 / 81) and PATH_FAMILIES["eps/linear"].first_time == 1
     levels = sampling_sigmas(family, 4).double()[:-1]
     times = [share * 2 / math.pi * math.atan(80) for share in (1.0, 0.75, 0.5, 0.25)]
     assert (levels / (1 - levels)).tolist() == pytest.approx([math.tan(math.pi / 2 * t) for t in times], rel=1e-4)

@@ -30,7 +30,7 @@ _LATEST = 1 - 2.0**-24  # of the times that `density.sample` draws
 
 
 @dataclass(frozen=True)
-class Family:
+class PathFamily:
     """A path, its own t in [0, 1], and what a network's raw output predicts on it.
 
     ``prediction``: ``velocity`` (``a' x0 + b' noise``, the path's derivative); ``v`` (``a noise - b x0``,
@@ -169,69 +169,69 @@ class Family:
         return tuple(per_sample(value, z) for value in self._coefficients(per_sample(t, z, torch.float64)))
 
 
-def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Family:
+def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> PathFamily:
     """Build EDM with a log-normal sigma, ``ln sigma ~ N(p_mean, p_std²)`` at a uniform t. (arXiv:2206.00364, table
     1)"""
-    return Family("edm", edm_path(p_mean, p_std), "edm", sigma_data)
+    return PathFamily("edm", edm_path(p_mean, p_std), "edm", sigma_data)
 
 
-FAMILIES: dict[str, Family] = {
-    name: Family(name, PATHS[kind.path], kind.prediction) for name, kind in FORMULATIONS.items()
+PATH_FAMILIES: dict[str, PathFamily] = {
+    name: PathFamily(name, PATHS[kind.path], kind.prediction) for name, kind in FORMULATIONS.items()
 }
 
 
 @cache
-def family(name: str) -> Family:
+def path_family(name: str) -> PathFamily:
     """Return the family of a name in any spelling, ``edm(p_mean, p_std)`` among them.
 
     Raises ValueError for an unknown one.
     """
     own = canonical(name)
-    if own in FAMILIES:
-        return FAMILIES[own]
+    if own in PATH_FAMILIES:
+        return PATH_FAMILIES[own]
     return replace(edm(*edm_parameters(own)), name=own)
 
 
-def rf_velocity(family: Family, network: Network) -> Network:
-    """Return the velocity of the rectified flow that ``network``, a model of ``family``, predicts.
+def rf_velocity(path_family: PathFamily, network: Network) -> Network:
+    """Return the velocity of the rectified flow that ``network``, a model of ``path_family``, predicts.
 
-    ``network(z_in, t_net)`` takes what `Family.network_input` and `Family.network_time` give. Returns a function
-    ``velocity(x, s)`` of a state (N, ...) and its time (N,) on the rectified flow; for ``rf`` that is ``network``
-    itself. A noise level beyond the family's highest is taken for the highest.
+    ``network(z_in, t_net)`` takes what `PathFamily.network_input` and `PathFamily.network_time` give. Returns a
+    function ``velocity(x, s)`` of a state (N, ...) and its time (N,) on the rectified flow; for ``rf`` that is
+    ``network`` itself. A noise level beyond the family's highest is taken for the highest.
     """
-    if family.is_rectified_flow:
+    if path_family.is_rectified_flow:
         return network
 
     def velocity(x: Tensor, s: Tensor) -> Tensor:
-        t = family.own_time(s)
-        z = x * per_sample(family.scale(t), x)
-        return family.velocity(z, network(family.network_input(z, t), family.network_time(t)), t)
+        t = path_family.own_time(s)
+        z = x * per_sample(path_family.scale(t), x)
+        return path_family.velocity(z, network(path_family.network_input(z, t), path_family.network_time(t)), t)
 
     return velocity
 
 
 def sampling_sigmas(
-    family: Family, num_steps: int, *, shift: float = 1.0, grid: Literal["diffusers", "paper"] = "diffusers"
+    path_family: PathFamily, num_steps: int, *, shift: float = 1.0, grid: Literal["diffusers", "paper"] = "diffusers"
 ) -> Tensor:
-    """Return the noise levels, on the rectified flow, that ``family`` is sampled at.
+    """Return the noise levels, on the rectified flow, that ``path_family`` is sampled at.
 
     ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5), which
     begins at 80, or at the highest that a narrower density of sigma is trained on. Others: uniform in their own time
-    from `Family.first_time` on, mostly 1 ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
+    from `PathFamily.first_time` on, mostly 1 ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
     family's own parameter of the grid, so that its first level stays the highest that it was trained on.
 
-    Returns float32 (num_steps + 1,) on the CPU, falling from `Family.initial_scale` to 0. Raises ValueError as
+    Returns float32 (num_steps + 1,) on the CPU, falling from `PathFamily.initial_scale` to 0. Raises ValueError as
     `schedule.sigmas` does.
     """
-    if family.is_rectified_flow:
+    if path_family.is_rectified_flow:
         return schedule.sigmas(num_steps, shift=shift, grid=grid)
     schedule.sigmas(num_steps, shift=shift, grid="paper")  # refuses what is not a schedule
-    if family.prediction == "edm":
-        low, high = (sigma ** (1 / _EDM_RHO) for sigma in (EDM_SIGMAS[0], family._highest_sigma))
+    if path_family.prediction == "edm":
+        low, high = (sigma ** (1 / _EDM_RHO) for sigma in (EDM_SIGMAS[0], path_family._highest_sigma))
         place = 1 - torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
         sigma = (low + schedule.shift_sigma(place, shift) * (high - low)) ** _EDM_RHO
         levels = sigma / (1 + sigma)
     else:
         t = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
-        levels = family.rf_time(family.first_time * schedule.shift_sigma(t, shift))
+        levels = path_family.rf_time(path_family.first_time * schedule.shift_sigma(t, shift))
     return torch.cat([levels, torch.zeros(1)]).float()
