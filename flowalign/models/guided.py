@@ -23,7 +23,7 @@ def straight(path_family: str, output: pathfamilies.Network) -> pathfamilies.Net
 
 
 def guided(network: Network) -> VelocityModel:
-    """Return the velocity of ``network``, guided where ``guidance`` is above 1: both passes in one batched call.
+    """Return the velocity of ``network``, guided where the scale is above 1: both passes in one batched call.
 
     A network that takes the guidance as an input is handed the scale as it is, and called once.
     """
