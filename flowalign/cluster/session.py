@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import ray
@@ -56,6 +55,7 @@ class RaySession:
         self._opened = not ray.is_initialized()
         self._folder: str | None = None
         self._guardian: Any = None
+        self._token: str | None = None
         self._processes: dict[str, Any] = {}
         self._lookout: Lookout | None = None
         self._patience_s, self._say = patience_s, say
@@ -89,10 +89,12 @@ class RaySession:
         that is started there later would ask for it.
         """
         told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-        if not told and os.environ.get("RAY_AUTH_MODE") != "disabled":
-            os.environ["RAY_AUTH_TOKEN"] = _token_of_this_process()
+        own_token = not told and os.environ.get("RAY_AUTH_MODE") != "disabled"
         self.said = sweep()
         for again in (True, False):
+            if own_token:
+                self._token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            _read_token_anew()
             self._folder = own_folder()
             self._guardian = guardian.start(self._folder)
             try:
@@ -179,12 +181,18 @@ class RaySession:
                 self._guardian.kill()
                 self._guardian.wait()
             self._folder, self._processes = None, {}
+        if self._token is not None:
+            if os.environ.get("RAY_AUTH_TOKEN") == self._token:
+                del os.environ["RAY_AUTH_TOKEN"]
+            self._token = None
+            _read_token_anew()
 
 
-@cache
-def _token_of_this_process() -> str:
-    """Make the token of every Ray that this process starts: Ray reads it once a process, whatever is told later."""
-    return secrets.token_hex(32)
+def _read_token_anew() -> None:
+    """Make Ray ask again which token this process has: it remembers that of the first cluster the process had to do
+    with, and a Ray that is started with another one would shut out who started it."""
+    loader: Any = importlib.import_module("ray._raylet").AuthenticationTokenLoader
+    loader.instance().reset_cache()
 
 
 @contextmanager
