@@ -73,13 +73,13 @@ class Head:
     plain: bool
 
 
-def read(content: bytes, *, formats: Sequence[str] = FORMATS) -> Images:
+def read(content: bytes) -> Images:
     """Return the picture of an image file: uint8 (H, W, 3).
 
     Raises:
         PictureError: the reason, such as "is a GIF with several frames".
     """
-    with opened(content, formats) as picture:
+    with opened(content, FORMATS) as picture:
         check_rows(picture, content)
         return pixels(picture, content)
 
@@ -90,9 +90,9 @@ def check_rows(picture: ImageFile, content: bytes) -> None:
         raise NoPicture(f"is a damaged {picture.format} file (rows are missing)")
 
 
-def look(content: bytes, *, formats: Sequence[str] = FORMATS) -> Head:
+def look(content: bytes) -> Head:
     """Return the head of an image file, whose pixels may still be damaged. Raise PictureError."""
-    with opened(content, formats) as picture:
+    with opened(content, FORMATS) as picture:
         if picture.format == "PNG" and any(mark in content for mark in _LATE):
             picture.load()
         turn = _turn(picture)

@@ -120,9 +120,9 @@ def encode_response(scores: Mapping[str, NDArray[np.float64]]) -> bytes:
     return _pack(_RESPONSE, {"names": list(scores), "count": table.shape[1]}, table.tobytes())
 
 
-def decode_response(data: bytes, count: int, limits: Limits = DEFAULT_LIMITS) -> dict[str, NDArray[np.float64]]:
+def decode_response(data: bytes, count: int) -> dict[str, NDArray[np.float64]]:
     """Decode float64 arrays of ``count`` scores a reward. Raise ``WireError``, also where the count differs."""
-    header, payload = _unpack(_RESPONSE, data, limits)
+    header, payload = _unpack(_RESPONSE, data, DEFAULT_LIMITS)
     names = header.get("names")
     if not isinstance(names, list) or not names or not all(_is_text(n) and n for n in names):
         raise WireError(f"response header: names are {_show(names)}, not a list of strings")

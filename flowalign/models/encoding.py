@@ -25,13 +25,13 @@ class Encoding:
         return _alike(self.tokens, other.tokens) and _alike(self.latents, other.latents)
 
 
-def encoding(policy: Policy, length: int, height: int | None = None, width: int | None = None) -> Encoding:
-    """Return a model's answers. ``length`` is that of the text, height and width are those of an image in pixels."""
+def encoding(policy: Policy, length: int) -> Encoding:
+    """Return a model's answers; ``length`` is that of the text."""
     network, encoders = policy.network, policy.encoders
     tokens = encoders.encode_prompts((PROMPT,), length).tokens_PLD
     image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)
     latents = encoders.encode_images(image.to(tokens.device))
-    return Encoding(network.latent_shape(height, width), tokens.float().cpu(), latents.float().cpu())
+    return Encoding(network.latent_shape(), tokens.float().cpu(), latents.float().cpu())
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

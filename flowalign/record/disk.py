@@ -105,7 +105,7 @@ def refusal(error: BaseException) -> str | None:
 
 
 @contextmanager
-def draft_of(path: Path, what: str | None = None, needed: int | None = None, *, shared: bool = False) -> Iterator[Path]:
+def draft_of(path: Path, needed: int | None = None, *, shared: bool = False) -> Iterator[Path]:
     """Yield a hidden file beside ``path`` to be written, which takes its place at the end and is gone where that fails.
 
     With ``shared`` others may write the same file meanwhile; without it what a killed writer left is written over.
@@ -114,7 +114,7 @@ def draft_of(path: Path, what: str | None = None, needed: int | None = None, *, 
         DiskError: the disk does not take it. What was at ``path`` before is still there.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
-    with writing(what or str(path), path, needed):
+    with writing(str(path), path, needed):
         try:
             draft.unlink(missing_ok=True)  # in somebody else's folder it may be a link that leads elsewhere
             yield draft
@@ -125,10 +125,10 @@ def draft_of(path: Path, what: str | None = None, needed: int | None = None, *, 
             raise
 
 
-def write_text(path: Path, text: str, what: str | None = None) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Write ``path`` whole or not at all; raises DiskError."""
     content = text.encode("utf-8", "surrogateescape")
-    with draft_of(path, what, on_disk([len(content)])) as draft:
+    with draft_of(path, on_disk([len(content)])) as draft:
         with draft.open("xb") as file:
             file.write(content)
     return path

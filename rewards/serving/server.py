@@ -21,7 +21,6 @@ from rewards.serving.doors import DEFAULT_DOORS, Door, Doors, Gate, few_lines
 from rewards.serving.hosts import hosts_of, is_loopback
 from rewards.serving.metrics import ServerMetrics
 from rewards.serving.porch import Porch
-from rewards.wire import DEFAULT_LIMITS, Limits
 
 _QUEUE = 1024  # connections that the system keeps until they are taken
 
@@ -40,7 +39,6 @@ def serve(
     base_dir: str | Path = ".",
     device: str = "cpu",
     token: str | None = None,
-    limits: Limits = DEFAULT_LIMITS,
     batching: Batching = DEFAULT_BATCHING,
     doors: Doors = DEFAULT_DOORS,
     announce: Callable[[str], None] = print,
@@ -63,7 +61,6 @@ def serve(
             name,
             scorer,
             token=token,
-            limits=limits,
             batching=batching,
             metrics=metrics,
             doors=doors,
