@@ -38,7 +38,7 @@ class PathFamily:
     arXiv:2206.00364, table 1, with the data's standard deviation ``sigma_data``; a is 1). Each is ``p x0 + q noise``
     for two functions p and q of t, and the path's own equation beside it gives x0 and noise.
 
-    The family's own training loss is the plain mean square of ``output - raw_target`` at a t drawn from its own
+    The family's own training loss is the plain mean square of the raw output's error at a t drawn from its own
     density: uniform for all but ``rf``. An ``edm`` family differs from another in its density of sigma, which is its
     path's: log-normal, or that of the straight path for ``edm/rf`` and of the cosine path for ``edm/cos``. All numbers
     of t are computed in float64 and then rounded.
@@ -107,41 +107,12 @@ class PathFamily:
         b = self.path.b(per_sample(t, z, torch.float64))
         return z * per_sample((b * b + self.sigma_data**2).rsqrt(), z)
 
-    def raw_target(self, x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
-        """Return the target of the raw output's regression; ``x0``, ``noise`` (N, ...). Returns (N, ...)."""
-        _, _, p, q = self._shaped(t, x0)
-        return p * x0 + q * noise
-
-    def x0(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Return the predicted clean data, ``(q z - b output) / (a q - b p)``; shapes (N, ...)."""
-        a, b, p, q = self._shaped(t, z)
-        return (q * z - b * output) / (a * q - b * p)
-
-    def noise(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Return the predicted noise, ``(a output - p z) / (a q - b p)``; shapes (N, ...)."""
-        a, b, p, q = self._shaped(t, z)
-        return (a * output - p * z) / (a * q - b * p)
-
     def velocity(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
         """Return the velocity ``noise - x0`` of the rectified flow at ``x = z / scale``; shapes (N, ...)."""
         if self.is_rectified_flow:
             return output
         a, b, p, q = self._shaped(t, z)
         return ((a + b) * output - (p + q) * z) / (a * q - b * p)
-
-    def score(self, z: Tensor, output: Tensor, t: Scalar) -> Tensor:
-        """Score ``-noise / b`` of the density of z, for t > 0; shapes (N, ...). (arXiv:2011.13456, sec. 3)"""
-        return -self.noise(z, output, t) / self._shaped(t, z)[1]
-
-    def loss_weight(self, t: Tensor) -> Tensor:
-        """Return the factor on the squared error of the noise that makes it the squared error of the raw output.
-
-        Keeps shape and dtype; infinite where a is 0. ``velocity``: ``(b lambda' / 2)²`` (arXiv:2403.03206, eq. 9);
-        ``noise``: 1; ``v``: ``((a² + b²) / a)²``; ``edm``: ``(sigma² + sigma_data²) / sigma_data²``, which is EDM's
-        weight of an error of x0, times sigma² (arXiv:2206.00364, table 1).
-        """
-        a, b, p, q = self._coefficients(t)
-        return ((q - b * p / a) ** 2).to(t.dtype)
 
     def velocity_weight(self, t: Tensor) -> Tensor:
         """Return the factor on the squared error of the straight path's velocity that makes it that of the raw output.
@@ -210,12 +181,10 @@ def rf_velocity(path_family: PathFamily, network: Network) -> Network:
     return velocity
 
 
-def sampling_sigmas(
-    path_family: PathFamily, num_steps: int, *, shift: float = 1.0, grid: Literal["diffusers", "paper"] = "diffusers"
-) -> Tensor:
+def sampling_sigmas(path_family: PathFamily, num_steps: int, *, shift: float = 1.0) -> Tensor:
     """Return the noise levels, on the rectified flow, that ``path_family`` is sampled at.
 
-    ``rf``: `schedule.sigmas` on ``grid``. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5), which
+    ``rf``: `schedule.sigmas`. ``edm``: sigma of Karras' grid with rho = 7 (arXiv:2206.00364, eq. 5), which
     begins at 80, or at the highest that a narrower density of sigma is trained on. Others: uniform in their own time
     from `PathFamily.first_time` on, mostly 1 ("trailing", arXiv:2305.08891, sec. 3.3). ``shift`` acts on the
     family's own parameter of the grid, so that its first level stays the highest that it was trained on.
@@ -224,7 +193,7 @@ def sampling_sigmas(
     `schedule.sigmas` does.
     """
     if path_family.is_rectified_flow:
-        return schedule.sigmas(num_steps, shift=shift, grid=grid)
+        return schedule.sigmas(num_steps, shift=shift)
     schedule.sigmas(num_steps, shift=shift, grid="paper")  # refuses what is not a schedule
     if path_family.prediction == "edm":
         low, high = (sigma ** (1 / _EDM_RHO) for sigma in (EDM_SIGMAS[0], path_family._highest_sigma))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowalign.flow import density
 from flowalign.flow.path import Path, Scalar, noise_from_velocity, per_sample
+from flowalign.flow.pathfamilies import PathFamily
 from flowalign.flow.schedule import shift_sigma
 
 
@@ -43,6 +44,25 @@ def cfm_weight(path: Path, t: Tensor) -> Tensor:
     """
     a, b, da, db = (function(t) for function in (path.a, path.b, path.da, path.db))
     return (db - da * b / a) ** 2
+
+
+def raw_output(family: PathFamily, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return what an ideal network of the family says, as its paper writes it; ``t`` broadcasts against ``x0``."""
+    a, b = family.path.a(t), family.path.b(t)
+    if family.prediction == "edm":
+        sigma, data = b, family.sigma_data
+        c_skip = data**2 / (sigma**2 + data**2)
+        c_out = sigma * data / torch.sqrt(sigma**2 + data**2)
+        return (x0 - c_skip * (x0 + sigma * noise)) / c_out
+    return {"velocity": noise - x0, "noise": noise, "v": a * noise - b * x0}[family.prediction]
+
+
+def noise_weight(family: PathFamily, t: Tensor) -> Tensor:
+    """Return the factor on the squared error of the noise that makes it that of the raw output; keeps the shape.
+
+    An error of the noise is one of the straight path's velocity times ``a / (a + b)``.
+    """
+    return family.velocity_weight(t) * (family.scale(t) / family.path.a(t)) ** 2
 
 
 def pdf(kind: str, t: Tensor, *, shift: float = 1.0, **params: float) -> Tensor:

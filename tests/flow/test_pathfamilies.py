@@ -18,22 +18,12 @@ from flowalign.flow.schedule import sigmas
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.flow.solvers.heun import solve as heun
 from tests.flow import analytic
+from tests.flow.analytic import raw_output
 
 GRID = [f"edm({p_mean}, {p_std})" for p_mean in (-1.2, 0.0, 1.2) for p_std in (0.6, 1.8)]  # corners of the report's
 NAMES = [*PATH_FAMILIES, *GRID]
 every_family = pytest.mark.parametrize("family", [named(name) for name in NAMES], ids=NAMES)
 TIMES = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-
-
-def raw_output(family: PathFamily, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What an ideal network of the family says, as its paper writes it; ``t`` broadcasts against ``x0``."""
-    a, b = family.path.a(t), family.path.b(t)
-    if family.prediction == "edm":
-        sigma, data = b, family.sigma_data
-        c_skip = data**2 / (sigma**2 + data**2)
-        c_out = sigma * data / torch.sqrt(sigma**2 + data**2)
-        return (x0 - c_skip * (x0 + sigma * noise)) / c_out
-    return {"velocity": noise - x0, "noise": noise, "v": a * noise - b * x0}[family.prediction]
 
 
 @given(
@@ -42,15 +32,11 @@ def raw_output(family: PathFamily, x0: torch.Tensor, noise: torch.Tensor, t: tor
     x0=st.floats(-3, 3),
     noise=st.floats(-3, 3),
 )
-def test_velocity_noise_data_and_score_of_every_family_agree(name, t, x0, noise):
+def test_velocity_of_every_family_is_that_of_the_rectified_flow(name, t, x0, noise):
     family = named(name)
     x0, noise, t = (torch.tensor([value], dtype=torch.float64) for value in (x0, noise, t))
-    z, output = analytic.interpolate(family.path, x0, noise, t), family.raw_target(x0, noise, t)
-    torch.testing.assert_close(output, raw_output(family, x0, noise, t), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(family.x0(z, output, t), x0, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(family.noise(z, output, t), noise, rtol=1e-7, atol=1e-7)
+    z, output = analytic.interpolate(family.path, x0, noise, t), raw_output(family, x0, noise, t)
     torch.testing.assert_close(family.velocity(z, output, t), noise - x0, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(family.score(z, output, t) * family.path.b(t), -noise, rtol=1e-7, atol=1e-7)
     s = family.rf_time(t)
     torch.testing.assert_close(z / family.scale(t), path.interpolate(x0, noise, s), rtol=1e-9, atol=1e-9)
 
@@ -63,7 +49,6 @@ def test_rectified_flow_is_the_very_same_function():
     x0, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
     assert rf_velocity(family, network) is network
     assert family.velocity(noise, x0, t) is x0
-    assert torch.equal(family.raw_target(x0, noise, t), path.velocity_target(x0, noise))
     assert torch.equal(analytic.interpolate(family.path, x0, noise, t), path.interpolate(x0, noise, t))
     assert torch.equal(family.network_time(t), t) and torch.equal(family.rf_time(t), t)
 
@@ -114,13 +99,14 @@ def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: PathFa
 
     def gradients(t: torch.Tensor, weigh: bool) -> list[torch.Tensor]:
         z, output = analytic.interpolate(family.path, x0, noise, t), inputs @ weights
-        noise_hat, x0_hat = family.noise(z, output, t), family.x0(z, output, t)
-        own, cfm = (
-            (family.loss_weight(t), analytic.cfm_weight(family.path, t)) if weigh else (torch.ones(6), torch.ones(6))
-        )
+        x, s, velocity = z / family.scale(t)[:, None], family.rf_time(t), family.velocity(z, output, t)
+        noise_hat, x0_hat = path.noise_from_velocity(x, velocity, s), path.x0_from_velocity(x, velocity, s)
+        own, cfm = analytic.noise_weight(family, t), analytic.cfm_weight(family.path, t)
+        if not weigh:
+            own, cfm = torch.ones(6), torch.ones(6)
         slope_a, slope_b = family.path.da(t)[:, None], family.path.db(t)[:, None]
         flow_error = slope_a * (x0_hat - x0) + slope_b * (noise_hat - noise)
-        raw_error = output - family.raw_target(x0, noise, t)
+        raw_error = output - raw_output(family, x0, noise, t[:, None])
         losses = [raw_error**2, flow_error**2, *(w[:, None] * (noise_hat - noise) ** 2 for w in (own, cfm))]
         return [torch.autograd.grad(loss.mean(), weights, retain_graph=True)[0].flatten() for loss in losses]
 
@@ -137,7 +123,7 @@ def test_loss_of_the_raw_output_is_the_weighted_loss_of_the_noise(family: PathFa
 @every_family
 def test_weighted_error_of_the_converted_velocity_is_that_of_the_raw_output(family: PathFamily, generator):
     x0, noise, error = (torch.randn(99, 2, generator=generator, dtype=torch.float64) for _ in range(3))
-    z, target = analytic.interpolate(family.path, x0, noise, TIMES), family.raw_target(x0, noise, TIMES)
+    z, target = analytic.interpolate(family.path, x0, noise, TIMES), raw_output(family, x0, noise, TIMES[:, None])
     velocity_error = family.velocity(z, target + error, TIMES) - (noise - x0)
     weighted = family.velocity_weight(TIMES)[:, None] * velocity_error**2
     torch.testing.assert_close(weighted, error**2, rtol=1e-7, atol=1e-9)
@@ -157,9 +143,9 @@ def test_loss_weights_have_their_published_forms():
     }
     assert published.keys() == FORMULATIONS.keys()
     for name, weight in published.items():
-        torch.testing.assert_close(PATH_FAMILIES[name].loss_weight(TIMES), weight, rtol=1e-9, atol=0)
+        torch.testing.assert_close(analytic.noise_weight(PATH_FAMILIES[name], TIMES), weight, rtol=1e-9, atol=0)
     for name in ("rf", "v/cos"):  # a constant factor apart, since the cosine path turns at a constant speed
-        ratio = analytic.cfm_weight(PATH_FAMILIES[name].path, TIMES) / PATH_FAMILIES[name].loss_weight(TIMES)
+        ratio = analytic.cfm_weight(PATH_FAMILIES[name].path, TIMES) / analytic.noise_weight(PATH_FAMILIES[name], TIMES)
         torch.testing.assert_close(ratio, ratio[:1].expand(99), rtol=1e-9, atol=0)
 
 
@@ -171,9 +157,8 @@ def test_edm_network_sees_and_predicts_unit_variance_at_every_time(sigma_data):
     noise = torch.ones_like(zero)
     parts = [(data, zero), (zero, noise)]  # of variance sigma_data² and 1, and independent
     seen = [family.network_input(analytic.interpolate(family.path, *part, t), t) for part in parts]
-    target = [family.raw_target(*part, t) for part in parts]
-    for first, second in (seen, target):
-        torch.testing.assert_close(first**2 + second**2, noise)
+    for first, second in (seen, [raw_output(family, *part, t)[1:] for part in parts]):  # 0 / 0 at t = 0
+        torch.testing.assert_close(first**2 + second**2, torch.ones_like(first))
 
 
 @every_family
@@ -265,7 +250,8 @@ def test_golden_values_by_hand(name):
     x0, noise = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
     assert (family.path.b(t) / family.path.a(t)).item() == pytest.approx(sigma, rel=1e-12)
     assert family.rf_time(t).item() == pytest.approx(sigma / (1 + sigma), rel=1e-12)
-    assert family.raw_target(x0, noise, t).item() == pytest.approx(said, rel=1e-12)
+    z, output = analytic.interpolate(family.path, x0, noise, t), torch.full((1, 1), said, dtype=torch.float64)
+    assert family.velocity(z, output, t).item() == pytest.approx(-3, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +269,7 @@ def test_an_edm_family_has_the_log_snr_of_its_name(name, quantile):
     other = {"edm/rf": "rf", "edm/cos": "v/cos"}.get(name)
     if other is not None:
         torch.testing.assert_close(found, analytic.log_snr(PATH_FAMILIES[other].path, 1 - TIMES), rtol=1e-9, atol=1e-9)
-    weight = named(name).loss_weight(1 - TIMES)
+    weight = analytic.noise_weight(named(name), 1 - TIMES)
     torch.testing.assert_close(weight * 0.5**2, torch.exp(-found) + 0.5**2, rtol=1e-9, atol=0)
 
 
@@ -297,7 +283,7 @@ def test_the_cosine_path_with_another_output_has_the_published_weights_of_its_lo
         t = TIMES.clone().requires_grad_()
         log_snr = analytic.log_snr(PATH_FAMILIES[name].path, t)
         (slope,) = torch.autograd.grad(log_snr.sum(), t)
-        found = -2 * PATH_FAMILIES[name].loss_weight(TIMES) / slope / published(log_snr.detach())
+        found = -2 * analytic.noise_weight(PATH_FAMILIES[name], TIMES) / slope / published(log_snr.detach())
         torch.testing.assert_close(found, found[:1].expand(99), rtol=1e-9, atol=0)
 
 
