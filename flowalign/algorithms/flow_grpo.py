@@ -78,7 +78,7 @@ class FlowGRPO(Scheduled):
         return self.config.update_guidance_scale not in (None, self.config.guidance_scale)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        """Return one window for the whole iteration: a function of (seed, iteration) where it moves."""
+        """Plan one window for the whole iteration; a window that moves is a function of (seed, iteration)."""
         plan = self.config.plan(self.levels(), iteration, seed)
         return replace(plan, keep_means=self.config.ratio == "guard")
 

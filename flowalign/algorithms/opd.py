@@ -74,7 +74,7 @@ class OPD(Scheduled):
         return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        """Return one window for the whole iteration; a random one is drawn from (seed, iteration)."""
+        """Plan one window for the whole iteration; a random one is drawn from (seed, iteration)."""
         c = self.config
         sigmas = self.levels()
         # Without noise every step can be distilled, as every step of kind dance can.
