@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,31 @@ def write(path: Path, content: Any) -> None:
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     draft.replace(path)
+
+
+def study(description: str | None, name: str, cells: Collection[str], usual: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the arguments that every study of cells has: run or table, the cells, threads, and where to work.
+
+    ``cells`` are all that there are, ``usual`` those of a run that names none.
+    """
+
+    def named(text: str) -> list[str]:
+        asked = text.split(";")
+        if unknown := sorted(set(asked) - set(cells)):
+            raise argparse.ArgumentTypeError(f"no cell {unknown[0]!r}; there are {'; '.join(cells)}")
+        return asked
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    some = "" if len(usual) == len(cells) else f"; by default {len(usual)} of {len(cells)}"
+    parser.add_argument("--cells", type=named, default=list(usual), help=f"with semicolons{some}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / name)
+    return parser
+
+
+def run_once(target: Path, run_cell: Callable[[], Mapping[str, Any]], **cell: Any) -> None:
+    """Run a cell that has no file yet, write what it found to ``target``, and say so."""
+    if not target.exists():
+        write(target, run_cell())
+        print(json.dumps({**cell, "file": str(target.relative_to(ROOT))}), flush=True)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cells import RESULTS, ROOT, flowalign, machine, write
+from cells import RESULTS, ROOT, flowalign, machine, run_once, study
 from pictures import Judge, bank, insert_table, opened, train
 from PIL import Image
 
@@ -140,21 +141,15 @@ def sheet() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(SAMPLED), help="with semicolons")
+    parser = study(__doc__, "few_steps", SAMPLED, list(SAMPLED))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--num-samples", type=int, default=384)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "few_steps")
     options = parser.parse_args()
     if options.what == "table":
         sheet()
         return insert_table("few_steps", markdown())
     for name in options.cells:
-        if not file_of(name).exists():
-            write(file_of(name), run_cell(name, options))
-            print(json.dumps({"cell": name, "file": str(file_of(name).relative_to(ROOT))}), flush=True)
+        run_once(file_of(name), partial(run_cell, name, options), cell=name)
 
 
 if __name__ == "__main__":

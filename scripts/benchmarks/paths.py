@@ -17,12 +17,13 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, machine, write
+from cells import RESULTS, machine, run_once, study
 from pictures import Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SamplingConfig
@@ -166,28 +167,17 @@ def score(cell: Mapping[str, Any], steps: int, guidance: float, metric: str) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    cells = {"default": MEASURED, "help": "with semicolons; by default seven"}
-    parser.add_argument("--cells", type=lambda text: text.split(";"), **cells)
+    parser = study(__doc__, "paths", CELLS, MEASURED)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--num-samples", type=int, default=320)
     parser.add_argument("--num-images", type=int, default=24_000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "paths")
     options = parser.parse_args()
-    unknown = sorted(set(options.cells) - set(CELLS))
-    if unknown:
-        parser.error(f"--cells: no cell {unknown[0]!r}; there are {'; '.join(CELLS)}")
     if options.what == "table":
         return insert_table("paths", markdown(load()))
     for seed in options.seeds:
         for name in options.cells:
-            target = file_of(name, seed)
-            if not target.exists():
-                write(target, run_cell(name, seed, options))
-                print(json.dumps({"cell": name, "seed": seed, "file": str(target.relative_to(ROOT))}), flush=True)
+            run_once(file_of(name, seed), partial(run_cell, name, seed, options), cell=name, seed=seed)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, machine, write
+from cells import RESULTS, ROOT, machine, run_once, study
 from pictures import Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
@@ -137,27 +137,17 @@ def draw(cells: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--cells", type=lambda text: text.split(";"), default=MEASURED, help="with semicolons")
+    parser = study(__doc__, "scaling", CELLS, MEASURED)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--points", type=int, default=3)
     parser.add_argument("--num-samples", type=int, default=384)
     parser.add_argument("--num-images", type=int, default=24_000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "scaling")
     options = parser.parse_args()
-    unknown = sorted(set(options.cells) - set(CELLS))
-    if unknown:
-        parser.error(f"--cells: no cell {unknown[0]!r}; there are {'; '.join(CELLS)}")
     if options.what == "table":
         draw(load())
         return insert_table("scaling", markdown(load()))
     for name in options.cells:
-        target = OWN / f"{name}.json"
-        if not target.exists():
-            write(target, run_cell(name, options))
-            print(json.dumps({"cell": name, "file": str(target.relative_to(ROOT))}), flush=True)
+        run_once(OWN / f"{name}.json", partial(run_cell, name, options), cell=name)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, flowalign, machine, write
+from cells import RESULTS, flowalign, machine, run_once, study
 from pictures import CHUNK, Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
@@ -134,23 +135,16 @@ def markdown() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--cells", type=lambda text: text.split(";"), default=list(CELLS), help="with semicolons")
+    parser = study(__doc__, "straightening", CELLS, list(CELLS))
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--pair-steps", type=int, default=8)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num-samples", type=int, default=384)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "straightening")
     options = parser.parse_args()
     if options.what == "table":
         return insert_table("straightening", markdown())
     for name in options.cells:
-        target = OWN / f"{slug(name)}.json"
-        if not target.exists():
-            write(target, run_cell(name, options))
-            print(json.dumps({"cell": name, "file": str(target.relative_to(ROOT))}), flush=True)
+        run_once(OWN / f"{slug(name)}.json", partial(run_cell, name, options), cell=name)
 
 
 if __name__ == "__main__":
