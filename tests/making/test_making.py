@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):
 
 
 @pytest.mark.parametrize(("command", "most"), [("make-pairs", 10), ("make-pairs", 2048), ("make-preferences", 100)])
-def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(tmp_path, tiny_pipeline_dir, command, most):
+def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(
+    tmp_path, tiny_pipeline_dir, command, most, monkeypatch
+):
     """EFBIG, the kernel's answer beyond RLIMIT_FSIZE, stands for a full disk."""
     to, before = tmp_path / "new" / "made", resource.getrlimit(resource.RLIMIT_FSIZE)
     reward = tmp_path / "mine.py"
@@ -93,6 +96,7 @@ def test_what_a_disk_refuses_from_the_beginning_leaves_no_folder_behind(tmp_path
     asked = {"prompts": "shapes:train", "pairs": 2}
     bright = RewardConfig(spec=f"{reward}:bright")
     there = set(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave it cut short beside its modules
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
         with pytest.raises(DiskError, match=r"cannot be written: .*\(ulimit -f\)") as caught:
