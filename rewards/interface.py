@@ -243,7 +243,7 @@ def _copied(value: Any) -> Any:
 
 
 def score_batch(name: str, scorer: Scorer, asked: Asked) -> Checked:
-    """``call`` followed by ``validate_scores``: what a reward actor runs."""
+    """Make a ``call``, then `validate_scores`: this is what a reward actor runs."""
     return validate_scores(name, call(name, scorer, asked), len(asked))
 
 

@@ -104,7 +104,7 @@ def check_geometry(count: int, height: int, width: int, limits: Limits = DEFAULT
 
 
 def check_texts(prompts: Any, metadata: Any, count: int, where: str) -> tuple[list[str], list[Metadata]]:
-    """``count`` prompts and metadata objects from outside; raises ``WireError`` that names ``where``."""
+    """Check ``count`` prompts and metadata objects from outside. Raise ``WireError`` that names ``where``."""
     if isinstance(prompts, list) and len(prompts) != count:
         raise WireError(f"{where}: {len(prompts)} prompts for {count} images; send one an image")
     if not isinstance(prompts, list) or not all(_is_text(p) for p in prompts):

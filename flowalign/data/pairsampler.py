@@ -50,7 +50,7 @@ class PairSampler:
         return hashlib.sha256(json.dumps(self._pairs).encode()).digest()
 
     def batch(self, iteration: int) -> PreferencePairs:
-        """``count`` pairs, a function of seed and iteration; its ``seed`` is one as well."""
+        """Return ``count`` pairs, a function of seed and iteration; its ``seed`` is one as well."""
         chosen = [self._pairs[i] for i in self._draw(iteration)]
         rows = {key: row for row, key in enumerate(dict.fromkeys(caption for _, _, caption in chosen))}
         captions = [self._cache.read(key) for key in rows]

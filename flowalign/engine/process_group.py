@@ -63,8 +63,8 @@ def join(rank: int, world_size: int, master_port: int, device: torch.device, mas
 
 
 def _heeding_signals(wait: Callable[[], object]) -> None:
-    """``wait``, in a thread: where the first rank has ended before the others met it, torchrun's signal has to reach
-    them, and no handler of Python's runs while the main thread waits outside of Python."""
+    """Call ``wait`` in a thread: where the first rank has ended before the others met it, torchrun's signal has to
+    reach them, and no handler of Python's runs while the main thread waits outside of Python."""
     failures: list[BaseException] = []
 
     def call() -> None:

@@ -125,7 +125,7 @@ class DeepSpeedEngine:
         }
 
     def _clear_padding(self) -> None:
-        """ZeRO-3 leaves the tail of a last partition uninitialised: zeros make the state a function of the run."""
+        """Zero the tail of a last partition, which ZeRO-3 leaves uninitialised: the state is a function of the run."""
         for name, parameter in self._parameters.items():
             partition: Any = vars(parameter)["ds_tensor"]
             before = partition.numel() * self.rank
@@ -181,7 +181,7 @@ class DeepSpeedEngine:
         return fault("the weights", own or self._parameters) or found
 
     def _forget_gradients(self) -> None:
-        """ZeRO-3 keeps the last update's gradient of a parameter that this one does not use: start from zeros."""
+        """Start from gradients of zero: ZeRO-3 keeps the last update's for a parameter that this one does not use."""
         if self.settings.zero_stage == 3:
             self._optimizer.grad_partitions_flat_buffer.zero_()
 

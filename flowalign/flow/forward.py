@@ -14,7 +14,7 @@ from flowalign.flow import density
 
 
 def times(kind: str, count: int, generator: torch.Generator, sigmas: Sequence[float], **params: float) -> Tensor:
-    """``count`` times of one sample, float32 (count,) in (0, 1].
+    """Draw ``count`` times of one sample, float32 (count,) in (0, 1].
 
     ``kind="grid"`` takes them from ``sigmas``, the K + 1 noise levels of a trajectory: all but the last, in random
     order, each once before one comes twice. Other kinds are those of `density.sample`, which takes ``params``.
@@ -35,7 +35,7 @@ def draw(
     sigmas: Sequence[float],
     **params: float,
 ) -> tuple[Tensor, Tensor]:
-    """``count`` times and noises of N samples of ``shape``: float32 (N, count) and (N, count, ...), on the CPU.
+    """Draw ``count`` times and noises of N samples of ``shape``: float32 (N, count) and (N, count, ...), on the CPU.
 
     Sample n draws from ``generators[n]`` alone, its times first, so what it gets is the same in every batch.
     ``kind``, ``sigmas`` and ``params`` as in `times`.

@@ -35,7 +35,7 @@ def per_sample(value: Scalar, x: Tensor, dtype: torch.dtype | None = None) -> Te
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Scalar) -> Tensor:
-    """Point of the rectified-flow path, ``(1 - t) x0 + t noise``.
+    """Return the point of the rectified-flow path, ``(1 - t) x0 + t noise``.
 
     ``x0``, ``noise`` (N, ...); ``t`` in [0, 1], () or (N,). Returns (N, ...).
     (arXiv:2403.03206, eq. 13; arXiv:2209.03003)
@@ -118,7 +118,7 @@ def _log_alpha_bar(device: torch.device) -> Tensor:
 
 
 def _linear(t: Tensor) -> tuple[Tensor, Tensor]:
-    """``log alpha_bar`` and its derivative at ``t``, each in float64 and of the shape of ``t``."""
+    """Return ``log alpha_bar`` and its derivative at ``t``, each in float64 and of the shape of ``t``."""
     knots, position = _log_alpha_bar(t.device), t.double() * _LINEAR_STEPS
     left = position.detach().floor().clamp(0, _LINEAR_STEPS - 1).long()
     value = knots.take(left)

@@ -93,7 +93,7 @@ class PathFamily:
         return (a + b).to(t.dtype)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """Time in [0, 1] that the network is told, float32; a model of the SD3 family takes 1000 times this.
+        """Return the network's time, in [0, 1], float32; a model of the SD3 family takes 1000 times this.
 
         It is t itself, for ``edm`` the quantile of sigma and not ``c_noise = ln(sigma) / 4``: the network's
         embedding is made for this range.

@@ -27,7 +27,7 @@ def shift_sigma(t: _Value, s: float) -> _Value:
 
 
 def resolution_shift(m: float, n: float) -> float:
-    """Shift that gives ``m`` pixels (or tokens) the noise that ``n`` had, ``sqrt(m / n)``; both > 0.
+    """Return the shift that gives ``m`` pixels (or tokens) the noise that ``n`` had, ``sqrt(m / n)``; both > 0.
 
     (arXiv:2403.03206, eq. 23)
     """

@@ -109,7 +109,7 @@ def _check(kind: str, noise_level: float) -> None:
 
 
 def log_prob_mean(x_next: Tensor, mean: Tensor, std: Scalar) -> Tensor:
-    """Log-density of ``N(mean, std²)`` at ``x_next``, averaged over the non-batch dimensions.
+    """Return the log-density of ``N(mean, std²)`` at ``x_next``, averaged over the non-batch dimensions.
 
     ``x_next``, ``mean`` (N, ...); ``std`` > 0, a float, (), (N,) or (N, 1, ..., 1). Returns float32 (N,), not finite
     where std is 0: such a step has no log-prob. (arXiv:2505.05470, sec. 4.2)
@@ -143,7 +143,7 @@ def kl_mean(mean: Tensor, mean_ref: Tensor, std: Scalar) -> Tensor:
 
 
 def normalised_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Scalar) -> Tensor:
-    """Log-ratio without its bias and in units of std: ``std (log_ratio + |mean - old_mean|² / (2 std²))``.
+    """Return the log-ratio without bias, in units of std: ``std (log_ratio + |mean - old_mean|² / (2 std²))``.
 
     ``log_ratio`` (N,), the difference of two `log_prob_mean` at a state drawn around ``old_mean``; ``mean``,
     ``old_mean`` (N, ...); ``std`` > 0 as in `log_prob_mean`. This is ``noise (mean - old_mean)``, averaged over the

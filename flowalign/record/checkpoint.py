@@ -191,7 +191,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """``load``, whose errors name the fault alone."""
+    """Load a checkpoint as `load`, with errors that name the fault alone."""
     try:
         manifest = verify(path)
         shards = [name for name in manifest["files"] if name.startswith("optimizer/") and name.endswith(".json")]

@@ -95,7 +95,7 @@ class Clock:
         self._last = now
 
     def metrics(self, rollout_s: float, score_s: float, num_images: int) -> dict[str, float]:
-        """``time/*`` and ``throughput/*``; the seconds of work are means over the workers of a kind."""
+        """Return ``time/*`` and ``throughput/*``; the seconds of work are means over the workers of a kind."""
         total = time.monotonic() - self._began
         times = {"rollout_s": rollout_s, "score_s": score_s, **self._laps, "iteration_s": total}
         times["idle_s"] = max(0.0, self._laps["collect_s"] - rollout_s)

@@ -141,7 +141,7 @@ def some_of_each(groups: Sequence[Sequence[int]], num_images: int) -> list[list[
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """``count`` of ``items`` at equal distances, all where there are no more."""
+    """Choose ``count`` of ``items`` at equal distances, all where there are no more."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]

@@ -158,7 +158,7 @@ def sampling_plan(
 def asked(
     own: SamplingConfig, num_steps: int | None, guidance_scale: float | None, solver: str | None = None
 ) -> SamplingConfig:
-    """``own`` with what a caller asked for instead.
+    """Return ``own`` with what a caller asked for instead.
 
     Raises:
         ConfigError: the solver has no such option, or its steps cannot be cached.

@@ -183,7 +183,7 @@ def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
 
 
 def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
-    """``work()`` of the reward ``name`` in a thread that is given up after ``seconds``.
+    """Call ``work()`` of the reward ``name`` in a thread that is given up after ``seconds``.
 
     The thread cannot be ended; it is a daemon, so that the process can.
 

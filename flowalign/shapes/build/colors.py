@@ -26,7 +26,10 @@ _PHRASES = [(color, shape) for shape in SHAPES for color in COLORS]
 
 
 def objects(step: int, batch: int, seed: int) -> tuple[list[np.ndarray], list[Thing]]:
-    """Cut-out objects, uint8 (h, w, 3) each, and what they are; a quarter from dirtied images, masks a little off."""
+    """Cut out objects, uint8 (h, w, 3) each, and say what they are.
+
+    A quarter is of dirtied images, masks a little off.
+    """
     rng = np.random.default_rng([seed, 8, step])
     crops: list[np.ndarray] = []
     things: list[Thing] = []
@@ -45,7 +48,7 @@ def objects(step: int, batch: int, seed: int) -> tuple[list[np.ndarray], list[Th
 def train_colors(
     work_dir: Path, open_clip: Path, tokenizer: CLIPTokenizer, *, steps: int, batch: int = 64, seed: int = 0
 ) -> nn.Module:
-    """Cross-entropy of each object over its shape's phrases, one a colour, in one of GenEval's templates a step."""
+    """Train by cross-entropy of each object over its shape's phrases, one a colour, in one GenEval template a step."""
     torch.manual_seed(seed)
     clip = OpenClip("colors", path=str(open_clip))
     clip.setup("cpu")
