@@ -1,4 +1,4 @@
-"""From what a configuration names to a scorer.
+"""Resolution of what a configuration names into a scorer.
 
 A spec is one of
     ``geneval``                    a scorer of ``rewards/scorers``

@@ -24,7 +24,7 @@ class Density(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every ``t`` alike, as in plain rectified flow. (arXiv:2209.03003)"""
+    """The uniform density: every ``t`` alike, as in plain rectified flow. (arXiv:2209.03003)"""
 
     def from_uniform(self, u: Tensor) -> Tensor:
         return u

@@ -55,7 +55,7 @@ class PathFamily:
 
     @property
     def first_time(self) -> Tensor:
-        """Its own time at which sampling begins, float64 (); ``edm`` begins at a sigma, see `sampling_sigmas`.
+        """The family's own time at which sampling begins, float64 (); ``edm`` begins at a sigma, see `sampling_sigmas`.
 
         It is 1; where the noise is predicted, not beyond EDM's highest ``b / a``: as a vanishes, so does what noise and
         z say of the image.

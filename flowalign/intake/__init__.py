@@ -1,1 +1,2 @@
-"""From YAML and overrides to a checked run: reads, resolves paths, and says what is wrong before anything starts."""
+"""Intake of YAML and overrides as a checked run: it reads, resolves paths, and says what is wrong before anything
+starts."""

@@ -1,4 +1,4 @@
-"""From the rows of a source to the shards of a bank: cut, gathered by bucket, encoded, written.
+"""Encoding of a source's rows into the shards of a bank: images are cut, gathered by bucket, encoded, written.
 
 What a shard holds is a function of the source and the options alone: neither of the workers nor of interruptions.
 """

@@ -22,7 +22,7 @@ HOOK = "flowalign_teacache"
 
 
 class BlockCache:
-    """While entered, ``network`` skips its blocks for the samples whose step resembles the last computed one.
+    """A context in which ``network`` skips its blocks for the samples whose step resembles the last computed one.
 
     ``network``: an SD3Transformer2DModel, or another with blocks of its signature, with or without a LoRA; it is called
     as ever, ``num_steps`` times a trajectory with the same number of rows. Compared is the first block's input after
@@ -115,7 +115,7 @@ class _BlockHook(ModelHook):
 
 
 class Distances:
-    """While entered, collects what ``flow.caching.fit`` is fitted on, from full runs of ``network``.
+    """A context that collects what `flow.caching.fit` is fitted on, from full runs of ``network``.
 
     Call ``reset`` between trajectories. ``inputs`` and ``outputs`` hold the relative L1 change of the modulated input
     and of the network's output between each step and the one before, (N,) a step.

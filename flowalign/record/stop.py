@@ -82,7 +82,10 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """By signal, or by ``flowalign stop``, for which the disk is looked at once a second at most."""
+        """True once it is asked for, by signal or by ``flowalign stop``.
+
+        For the latter the disk is looked at once a second at most.
+        """
         if not self._asked and self.lock is not None and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + _LOOK_EVERY_S
             if _take_request(self.lock):

@@ -1,1 +1,1 @@
-"""From a checkpoint or a policy to samples and their scores."""
+"""Samples of a checkpoint or a policy, and their scores."""

@@ -1,4 +1,4 @@
-"""From ``file.py:name`` or ``package.module:name`` to what stands there, and from that to a scorer.
+"""Scorers of the user's code: from ``file.py:name`` or ``package.module:name`` to what stands there, and to a scorer.
 
 Only ``user_code`` and ``from_code`` run the user's code.
 """

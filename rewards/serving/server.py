@@ -26,7 +26,7 @@ _QUEUE = 1024  # connections that the system keeps until they are taken
 
 
 class PortInUse(ScorerError):
-    """Nothing can listen there."""
+    """The port is taken: nothing can listen there."""
 
     kind = "port_in_use"
 
