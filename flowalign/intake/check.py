@@ -286,6 +286,12 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.plan(0, config.seed)
+    if plan is None and needs.batch.__name__ == "Rollout":
+        raise ConfigError(
+            "algorithm.type",
+            f"{config.algorithm['type']} learns from Rollout and plans none; define plan(self, iteration, seed), which "
+            "returns a SamplingPlan",
+        )
     _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * needs.group_size
     if images > IMAGES:

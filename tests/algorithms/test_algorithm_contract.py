@@ -156,6 +156,12 @@ def test_a_plan_that_could_not_be_learned_from_is_refused_before_the_run(tmp_pat
         load_align(config, [replaced])
 
 
+def test_an_algorithm_of_rollouts_that_plans_none_is_refused_before_the_run(tmp_path):
+    (tmp_path / "own.py").write_text(OWN.replace("def plan(", "def rollout_plan("))
+    with pytest.raises(ConfigError, match=r"own\.py:Mine learns from Rollout and plans none; define plan\("):
+        load_align(write_config(tmp_path), ["algorithm={type: own.py:Mine}"])
+
+
 def test_a_part_of_a_name_is_taken_as_a_hint(tmp_path):
     with pytest.raises(ConfigError, match=r"algorithm.type: no algorithm 'dpo'.*did you mean diffusion_dpo\?"):
         load_align(write_config(tmp_path), ["algorithm={type: dpo}"])
