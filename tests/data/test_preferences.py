@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from flowalign.algorithms import build_algorithm
 from flowalign.cli import app
+from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.cache import EncodedCache
@@ -37,7 +38,7 @@ from flowalign.models.fingerprint import encoder_hash
 from flowalign.plan import plan_geometry
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics, without_times
-from flowalign.run.align import run_align
+from flowalign.run.align import local_backend, run_align
 from flowalign.run.workers import LearnerWorker
 from tests.tiny import write_config
 
@@ -317,7 +318,8 @@ def test_the_reference_takes_the_policy_s_weights_every_few_iterations(source: P
 
 
 def run(config: AlignConfig) -> tuple[Path, list[Mapping[str, Any]]]:
-    run_dir = run_align(config, Path("."), Console(quiet=True))
+    backend = RayBackend if config.cluster.backend == "ray" else local_backend
+    run_dir = run_align(config, Path("."), Console(quiet=True), backend=backend)
     return run_dir, [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 

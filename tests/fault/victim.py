@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
-from flowalign.run.align import run_align
+from flowalign.run.align import local_backend, run_align
 
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 
@@ -35,4 +36,6 @@ def content(name: str, folder: Path, pipeline: Path, **sections: Any) -> dict[st
 
 def work(config: dict[str, Any]) -> Path:
     """Start or continue the run; returns its directory."""
-    return run_align(AlignConfig.model_validate(config), Path(config["runs_dir"]).parent, Console(quiet=True))
+    made, folder = AlignConfig.model_validate(config), Path(config["runs_dir"]).parent
+    backend = RayBackend if made.cluster.backend == "ray" else local_backend
+    return run_align(made, folder, Console(quiet=True), backend=backend)
