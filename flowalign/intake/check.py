@@ -286,13 +286,7 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
             if value == "ema":
                 raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.plan(0, config.seed)
-    if plan is None and needs.batch.__name__ == "Rollout":
-        raise ConfigError(
-            "algorithm.type",
-            f"{config.algorithm['type']} learns from Rollout and plans none; define plan(self, iteration, seed), which "
-            "returns a SamplingPlan",
-        )
-    _check_plan(config.algorithm["type"], plan, config.rollout.cache is not None)
+    _check_plan(config.algorithm["type"], needs, plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * needs.group_size
     if images > IMAGES:
         raise ConfigError(
@@ -315,12 +309,18 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
         )
 
 
-def _check_plan(name: str, plan: Any, cached: bool) -> None:
+def _check_plan(name: str, needs: Needs, plan: Any, cached: bool) -> None:
     """Check that an SDE has noisy steps, and that they lie on the schedule.
 
     An algorithm of the user's may plan anything.
     """
     if plan is None:
+        if needs.batch.__name__ == "Rollout":
+            raise ConfigError(
+                "algorithm.type",
+                f"{name} learns from Rollout and plans none; define plan(self, iteration, seed), which returns a "
+                "SamplingPlan",
+            )
         return
     noise = plan.noise
     begin, end = noise.window
