@@ -74,6 +74,7 @@ class RaySession:
             return
         address = address_of(address)
         check_answers(address)
+        _read_token_anew()
         try:
             with _hearing_alone():
                 ray.init(address=address, **quiet)
@@ -189,8 +190,10 @@ class RaySession:
 
 
 def _read_token_anew() -> None:
-    """Make Ray ask again which token this process has: it remembers that of the first cluster the process had to do
-    with, and a Ray that is started with another one would shut out who started it."""
+    """Make Ray ask again which token this process has.
+
+    It remembers that of the first cluster that the process had to do with, and another cluster would shut us out.
+    """
     loader: Any = importlib.import_module("ray._raylet").AuthenticationTokenLoader
     loader.instance().reset_cache()
 

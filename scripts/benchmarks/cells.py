@@ -51,7 +51,13 @@ def machine(threads: int) -> dict[str, Any]:
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": (named or [platform.processor()])[0], "cores": os.cpu_count(), "threads": threads}
+    told = facts.read_text().split() if facts.exists() else []
+    return {
+        "cpu": (named or [platform.processor()])[0],
+        "instructions": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in told],
+        "cores": os.cpu_count(),
+        "threads": threads,
+    }
 
 
 def write(path: Path, content: Any) -> None:

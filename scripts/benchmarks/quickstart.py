@@ -1,11 +1,11 @@
 """The quickstart's seconds an iteration and peak memory, this checkout and another commit taking turns.
 
-    python -P scripts/benchmarks/quickstart.py --against COMMIT [--tries 3] [override ...] > quickstart.json
+    python scripts/benchmarks/quickstart.py --against COMMIT [--tries 3] [override ...] > quickstart.json
 
 Each try runs ``flowalign align configs/shapes/flow_grpo.yaml`` without evaluations,
 in a process of its own; overrides are handed to both. The first iteration warms up and is left out. Memory is the sum
-of the processes' private and shared shares (PSS), looked at every half second. Prints one JSON object: medians, spread
-and the ratio of this checkout to the other one.
+of the processes' private and shared shares (PSS), looked at every half second. Prints one JSON object: medians of both
+checkouts, of the phases too, all that was measured, and the ratio of this checkout to the other one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cells import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
+PHASES = ("iteration_s", "rollout_s", "score_s", "learn_s", "sync_s")
 
 
 def pss(process: psutil.Process) -> int:
@@ -54,15 +56,14 @@ def run(checkout: Path, overrides: list[str]) -> dict[str, Any]:
         if process.returncode:
             raise SystemExit(f"{' '.join(line)} ended with {process.returncode}: {process.stderr.read()[-2000:]}")
         rows = [json.loads(row) for row in Path(folder, "timed", "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["time/iteration_s"] for row in rows[1:]]
-    return {"seconds": seconds, "peak_mib": round(peak / MIB, 1)}
+    return {"rows": [{key: row[f"time/{key}"] for key in PHASES} for row in rows[1:]], "peak_mib": round(peak / MIB, 1)}
 
 
 def summary(tries: list[dict[str, Any]]) -> dict[str, Any]:
-    seconds = [second for one in tries for second in one["seconds"]]
+    rows = [row for one in tries for row in one["rows"]]
     return {
-        "iteration_s": round(statistics.median(seconds), 3),
-        "iteration_s_all": [round(second, 3) for second in seconds],
+        **{key: round(statistics.median(row[key] for row in rows), 3) for key in PHASES},
+        "iteration_s_all": [round(row["iteration_s"], 3) for row in rows],
         "peak_mib": statistics.median(one["peak_mib"] for one in tries),
         "peak_mib_all": [one["peak_mib"] for one in tries],
     }
@@ -89,8 +90,9 @@ def main() -> None:
             if not named.is_dir():
                 subprocess.run([*git, "remove", "--force", str(other)], check=True)
     found = {side: summary(made) for side, made in tries.items()}
-    ratios = {key: round(found["now"][key] / found["before"][key], 4) for key in ("iteration_s", "peak_mib")}
-    print(json.dumps({"against": options.against, "overrides": options.overrides, **found, "ratio": ratios}, indent=1))
+    ratios = {key: round(found["now"][key] / found["before"][key], 4) for key in (*PHASES, "peak_mib")}
+    told = {"machine": machine(os.cpu_count() or 1), "against": options.against, "overrides": options.overrides}
+    print(json.dumps({**told, **found, "ratio": ratios}, indent=1))
 
 
 if __name__ == "__main__":

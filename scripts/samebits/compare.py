@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fnmatch
 import hashlib
@@ -43,7 +44,10 @@ class Compared:
 
 
 def facts(path: Path) -> dict[Key, Any]:
-    """What a file says, fact by fact: tensors by name, leaves of JSON and YAML by key, the bytes of any other."""
+    """Return what a file says, fact by fact.
+
+    These are tensors by name, leaves of JSON and YAML by key, Python without its prose, and the bytes of any other.
+    """
     if path.suffix == ".safetensors":
         return _tensors(path)
     if path.suffix == ".jsonl":
@@ -56,6 +60,8 @@ def facts(path: Path) -> dict[Key, Any]:
         import yaml
 
         return dict(flat(yaml.safe_load(_text(path))))
+    if path.suffix == ".py":
+        return {("code",): hashlib.sha256(_code(path).encode()).hexdigest()}
     return {("bytes",): hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -65,6 +71,21 @@ def _text(path: Path) -> str:
     while not (marker := own / ".checkout").exists():
         own = own.parent
     return text.replace(marker.read_text(), "{checkout}")
+
+
+def _code(path: Path) -> str:
+    """Return what a file of Python does: its syntax tree without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return ast.dump(tree)
 
 
 def _tensors(path: Path) -> dict[Key, Any]:
