@@ -67,8 +67,7 @@ def credit(
     clip: float = 5.0,
     images: int = 1,
 ) -> Credit:
-    """Return the credit of N samples: that of the weighted ``total``, or of each reward by itself (``normalize:
-    per_reward``).
+    """Return the credit of N samples: that of the weighted ``total``, or with ``per_reward`` of each reward by itself.
 
     ``scores`` have N·J rows where each sample was finished into J ``images``, which lie in a row; ``group_ids`` has N.
     """
