@@ -66,7 +66,7 @@ class LossOutput:
 class AlgorithmConfig(BaseModel):
     """Base of the nested ``Config`` of every algorithm; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     type: str
     _no_boolean = field_validator("*", mode="before")(refuse_boolean)
     _within_limits = field_validator("*")(check_largest)

@@ -29,28 +29,30 @@ class AWM(ForwardAlgorithm):
     """
 
     class Config(ForwardConfig, CreditConfig, ReferenceConfig):
-        """``clip_range`` null drops the ratio, and the old log-prob's forward pass with it: ``-A·log p``.
-
-        That has the gradient of the clipped form as long as the policy is the one that rolled out, that is with one
-        update an iteration and ``rollout_weights: policy``.
-
-        Defaults are those of the public code for SD3.5 (scxue/advantage_weighted_matching, ``config/dgx_awm.py``):
-        groups of 24, 14 steps without guidance, 6 of their times (it leaves out the first and the last tenth),
-        advantages over the batch's std and clipped at 5, ratios clipped at 1 ± 1. Three differ. Its weighting is
-        ``ghuber`` of power 0.25, whose gradient grows without bound where the error is small, so that bad images can
-        drive the policy away; ``uniform`` is the plain surrogate. Its KL to the reference, 0.003 (PickScore: 1e-4)
-        beside advantages that it divides by 5, is ``beta`` 0.015 here; 0 needs no reference. Its second KL, to an
-        average of the policy, is not here; ``reference_refresh`` gives the one KL a reference that follows the policy,
-        a few iterations behind. Without a KL bad images push the policy away without bound.
+        """Defaults are those of the public code for SD3.5 (scxue/advantage_weighted_matching, ``config/dgx_awm.py``),
+        but for the weighting and the KL. Its KL to the reference, 0.003 (PickScore: 1e-4) beside advantages that it
+        divides by 5, is ``beta`` 0.015 here; with 0 bad images push the policy away without bound, and shapes
+        collapses. In place of its second KL, to an average of the policy, stands ``reference_refresh``.
         """
 
         type: str = "awm"
         num_steps: int = Field(14, ge=1)
+        """ODE steps of the rollout. AWM's code: 14."""
         timesteps: int = Field(6, ge=1)
+        """Points at which an image is learned. AWM's code: 6 of 14 levels, without the first and the last tenth."""
         std: Std = "batch"
+        """Divisor of an advantage: the standard deviation of the ``group``, of the ``batch`` (AWM's code), or ``none``.
+        """
         clip_range: float | None = Field(1.0, gt=0)
+        """Distance from 1 at which the ratio is clipped. AWM's code: 1. Null: no ratio and no old log-prob,
+        ``-A·log p``, which has the same gradient with one update an iteration and ``rollout_weights: policy``.
+        """
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
+        """Weight of the surrogate. AWM's code has ``ghuber``, whose gradient grows without bound where the error is
+        small, so that bad images can drive the policy away.
+        """
         ghuber_power: float = Field(0.25, gt=0, le=1)
+        """Power of ``ghuber``. AWM's code: 0.25."""
 
     config: Config
 

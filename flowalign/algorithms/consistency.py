@@ -30,26 +30,31 @@ class Consistency(Scheduled):
     """
 
     class Config(WalkConfig):
-        """Times are those of a grid of ``num_steps``; ``skip`` steps of it are taken at once, fewer at its end.
-
-        ``teacher: model`` takes them by one step of the guided teacher's ODE: distillation, whose student is called
-        without guidance. ``teacher: none`` follows the straight line of the data and its own noise instead:
-        consistency training (arXiv:2303.01469, algorithm 3), which needs no teacher and knows no guidance.
-
-        A grid of 1000 and a skip of 20 are those of arXiv:2310.04378, the loss that of arXiv:2310.14189 (``c`` null is
-        ``0.00054 sqrt(d)``). ``shift`` null is the model's own, ``auto`` the resolution's.
+        """Options of consistency distillation (arXiv:2310.04378), and of consistency training (arXiv:2303.01469,
+        algorithm 3).
         """
 
         type: str = "consistency"
         teacher: Literal["model", "none"] = "model"
+        """``model``: a step of the guided teacher's ODE, whose student is called without guidance. ``none``: the
+        straight line of the data and its own noise, which needs no teacher and knows no guidance.
+        """
         solver: Literal["euler", "heun"] = "euler"
+        """Solver of the teacher's step."""
         guidance_scale: float = Field(1.0, ge=0)
+        """Guidance of the teacher."""
         num_steps: int = Field(1000, ge=1)
+        """Steps of the grid of times. arXiv:2310.04378: 1000."""
         skip: int = Field(20, ge=1)
+        """Steps of the grid that are taken at once, fewer at its end. arXiv:2310.04378: 20."""
         grid: Grid = "paper"
+        """``pipeline``: the levels that the model's own pipeline walks. ``paper``: equal steps, shifted once."""
         loss: Literal["squared", "pseudo_huber"] = "pseudo_huber"
+        """Loss of the distance; ``pseudo_huber``: that of arXiv:2310.14189."""
         c: float | None = Field(None, gt=0)
+        """Constant of ``pseudo_huber``; null: ``0.00054 sqrt(d)``."""
         condition_dropout: float = Field(0.0, ge=0, le=1)
+        """Share of the samples with the empty text."""
 
         @model_validator(mode="after")
         def _together(self) -> Consistency.Config:

@@ -29,32 +29,39 @@ class DiffusionDPO(Scheduled):
     """The policy's error on the winner must fall, against the reference's, more than its error on the loser."""
 
     class Config(SamplingConfig):
-        """``source: online`` takes the best and the worst of each group, ``offline`` pairs from ``data.preferences``.
-
-        ``beta`` 100 is that of Flow-GRPO's public code for this loss on SD 3.5; the paper's 2000 (Stable Diffusion 1.5)
-        and 5000 (SDXL, its public code) are for errors of the noise, which ``weighting: noise`` makes of those of the
-        velocity: ω_t = ``(1 - t)²``. ``constant`` is 1, which Flow-DPO (arXiv:2501.13918) found better. Times are drawn
-        from ``density`` and moved to noisier ones by ``density_shift``: the Flow-GRPO code draws logit_normal(0, 1) on
-        Stable Diffusion 3.5's own grid, a shift of 3; the paper draws t uniformly. A pair is compared at ``timesteps``
-        points (both publications: one). ``winner_weight`` above 1 counts what happens to the winner more than what
-        happens to the loser; ``sft_weight`` adds the winner's own flow-matching loss (Reg-DPO, arXiv:2511.01450); the
-        paper has neither. Every ``reference_refresh`` iterations the reference takes the policy's weights (Flow-GRPO's
-        code suggests 40 for the online form); null: never. The rest is how ``online`` makes its images; a pair of
-        ``offline`` is a group of two.
-        """
+        """The options of a rollout are those of ``online``; a pair of ``offline`` is a group of two."""
 
         type: str = "diffusion_dpo"
         source: Literal["online", "offline"] = "online"
+        """``online``: the best and the worst of each group. ``offline`` (the paper): pairs from ``data.preferences``.
+        """
         beta: float = Field(100.0, gt=0)
+        """Weight of the implicit reward. Flow-GRPO's code for SD3.5: 100. The paper's 2000 (Stable Diffusion 1.5) and
+        5000 (SDXL) are for errors of the noise.
+        """
         weighting: Literal["constant", "noise"] = "constant"
+        """ω_t: 1, which Flow-DPO (arXiv:2501.13918) found better, or for ``noise`` ``(1 - t)²``, which makes errors of
+        the velocity those of the noise.
+        """
         density: DensityName = "logit_normal"
+        """Density of the times. Flow-GRPO's code: ``logit_normal``; the paper: ``uniform``."""
         density_params: dict[str, float] = Field(default_factory=dict)
+        """Its parameters: m and s of ``logit_normal``, s of ``mode``, a of ``u_shaped``."""
         density_shift: float = Field(1.0, gt=0)
+        """Shift of the times to noisier ones: quartiles .34 .50 .66 for 1, .60 .75 .86 for 3. Flow-GRPO's code draws on
+        SD3.5's own grid: 3.
+        """
         timesteps: int = Field(1, ge=1)
+        """Points at which a pair is compared. Both publications: 1."""
         winner_weight: float = Field(1.0, ge=0)
+        """Weight of the winner's error against the loser's. The paper: 1."""
         sft_weight: float = Field(0.0, ge=0)
+        """Weight of the winner's own flow-matching loss (Reg-DPO, arXiv:2511.01450). The paper: none."""
         reference_refresh: Refresh = None
+        """Iterations after which the reference takes the policy's weights (Flow-GRPO's code online: 40); null: never.
+        """
         group_size: int = Field(8, ge=2)
+        """Images of which the best and the worst become a pair."""
 
         @model_validator(mode="before")
         @classmethod

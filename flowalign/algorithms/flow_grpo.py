@@ -28,33 +28,29 @@ class FlowGRPO(Scheduled):
     """Group-relative advantages, per-(image, step) ratios, optional KL to the frozen reference."""
 
     class Config(StochasticConfig, CreditConfig, ReferenceConfig):
-        """Ranges follow log-probs that are means over dimensions.
-
-        ``clip_range`` is a number or ``{low, high}`` (arXiv:2503.14476, sec. 3.1). Published: 1e-4 (Flow-GRPO,
-        DanceGRPO, MixGRPO), 1e-5 (Flow-GRPO-Fast), 2e-6 with ``ratio: guard``.
-
-        ``ratio: guard`` normalises the ratio so that its spread does not depend on the step, and weighs a step by
-        1/|Δ| (GRPO-Guard, arXiv:2510.22319, eq. 8 and the weight of its public code); the rollout keeps its means.
-
-        ``keep`` learns from the best and worst samples of each group alone; advantages and baseline stay those of the
-        whole group (best-of-N in DanceGRPO's public code). With ``granularities`` the advantages of a sample are
-        summed.
-
-        ``guidance_scale`` is the rollout's, ``update_guidance_scale`` the update's; null is the same. Where they
-        differ, the policy that is updated is not the one that chose the steps: the old log-probs are then computed
-        anew, once, with the update's guidance, so that a ratio still begins at 1.
-
-        Every ``reference_refresh`` iterations the reference of the KL takes the policy's weights, as now and then in
-        ProRL (arXiv:2505.24864), which also begins the optimizer anew; null keeps the run's start.
-        """
+        """Ranges follow log-probs that are means over dimensions."""
 
         type: str = "flow_grpo"
         group_size: int = Field(16, ge=2)
+        """Images of one prompt. Flow-GRPO: 24, MixGRPO and DanceGRPO: 12."""
         update_guidance_scale: Annotated[float, Field(ge=0)] | None = None
+        """Guidance of the update; null: the rollout's, as in the public codes. Where they differ the old log-probs are
+        computed anew, once, so that a ratio still begins at 1.
+        """
         ratio: Literal["plain", "guard"] = "plain"
+        """``guard``: normalised so that its spread does not depend on the step, and a step weighted by 1/|Δ|
+        (GRPO-Guard, arXiv:2510.22319, eq. 8 and its code).
+        """
         clip_range: ClipRange = ClipRange(low=1e-4, high=1e-4)
+        """Distances from 1 at which the ratio is clipped, a number or ``{low, high}``. Flow-GRPO, DanceGRPO, MixGRPO:
+        1e-4; Flow-GRPO-Fast: 1e-5; GRPO-Guard: 2e-6.
+        """
         keep: Keep | None = None
+        """Samples of each group that are learned from; advantages and baseline stay the whole group's (best-of-N in
+        DanceGRPO's code); null: all.
+        """
         kl: Literal["mean", "velocity"] = "mean"
+        """KL between step ``mean``s (Flow-GRPO, eq. 12), or mean squared difference of the ``velocity``."""
 
         @model_validator(mode="after")
         def _options_fit(self) -> FlowGRPO.Config:

@@ -24,17 +24,17 @@ class GuidanceDistill(Algorithm):
     """Regress the student's plain velocity on the teacher's guided one, at noised latents."""
 
     class Config(DensityConfig):
-        """The teacher's ``guidance_scale`` is built into the student, which is then called without guidance; or, where
-        ``guidance_range`` is given, each sample has its own, uniform in that range, which the student is told (its
-        network has the input ``guidance``).
-
-        Times are uniform and all errors of the velocity weigh alike; the paper's loss on x̂_0 has a weight of the SNR
-        in its place. ``condition_dropout`` is for a student whose unconditional velocity is still asked for.
+        """Times are uniform and all errors of the velocity weigh alike; the paper's loss on x̂_0 has a weight of the
+        SNR in its place.
         """
 
         type: str = "guidance_distill"
         guidance_scale: float = Field(3.0, ge=0)
+        """Guidance of the teacher, which is built into the student: it is called without."""
         guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+        """Range of guidances, of which each sample draws its own and the student, whose network has the input
+        ``guidance``, is told; null: ``guidance_scale`` alone.
+        """
 
         @model_validator(mode="after")
         def _range_is_one(self) -> GuidanceDistill.Config:

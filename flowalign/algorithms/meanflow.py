@@ -28,29 +28,29 @@ class MeanFlow(Algorithm):
     """
 
     class Config(DensityConfig):
-        """Two times are drawn from ``density``, the later is t; in a share ``equal_fraction`` of samples r = t, where
-        the loss is plain flow matching.
-
-        Of a sample's squared error ``‖Δ‖²`` (the sum over dimensions) the loss is ``‖Δ‖² / (‖Δ‖² + c)^p``, ``p`` being
-        ``adaptive_power`` and the denominator without gradient: 0 is the plain error, 1 makes all samples weigh alike.
-
-        ``omega`` and ``kappa`` build guidance in: v becomes ``omega v + kappa u(x, t, t | c) + (1 - omega - kappa)
-        u(x, t, t | null)``, an effective guidance of ``omega / (1 - kappa)``. (1, 0) is none; else some conditions
-        must be dropped, so that the null condition is learned.
-
-        Defaults are the paper's for ImageNet: logit-normal (-0.4, 1), 75 % r = t, p = 1, c = 1e-3, 10 % dropped. Its
-        best guided XL model has omega 0.2 and kappa 0.92.
-        """
+        """Of two times the later is t. Defaults are the paper's for ImageNet."""
 
         type: str = "meanflow"
         density: DensityName = "logit_normal"
+        """Density of both times. The paper: ``logit_normal``."""
         density_params: dict[str, float] = Field(default_factory=lambda: {"m": -0.4, "s": 1.0})
+        """Parameters of the density. The paper: m -0.4, s 1."""
         equal_fraction: float = Field(0.75, ge=0, le=1)
+        """Share of the samples with r = t, where the loss is plain flow matching. The paper: 0.75."""
         adaptive_power: float = Field(1.0, ge=0)
+        """p of the loss ``‖Δ‖² / (‖Δ‖² + c)^p``, whose denominator has no gradient: 0 is the plain error, with 1 (the
+        paper's) all samples weigh alike.
+        """
         c: float = Field(1e-3, gt=0)
+        """c of that loss. The paper: 1e-3."""
         omega: float = Field(1.0, gt=0)
+        """Guidance that is built in: v becomes
+        ``omega v + kappa u(x, t, t | c) + (1 - omega - kappa) u(x, t, t | null)``. The paper's best XL model: 0.2.
+        """
         kappa: float = Field(0.0, ge=0, lt=1)
+        """Guidance that is built in, as above; effectively ``omega / (1 - kappa)``. The paper's best XL model: 0.92."""
         condition_dropout: float = Field(0.1, ge=0, le=1)
+        """Share of the samples with the empty text. The paper: 0.1."""
 
         @model_validator(mode="before")
         @classmethod

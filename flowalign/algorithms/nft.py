@@ -31,24 +31,25 @@ class NFT(ForwardAlgorithm):
     """
 
     class Config(ForwardConfig, CreditConfig):
-        """``beta`` is the paper's: the optimum lies at ``v_old + 2/beta Δ``, so a smaller one reaches further.
-
-        ``kl_beta`` weighs the KL to the reference.
-
-        Defaults are those of the public code for SD3.5 (NVlabs/DiffusionNFT, ``config/nft.py`` and ``base.py``):
-        groups of 24, 10 steps (there of a second-order solver) without guidance, 9 of their 10 times, beta 1 (0.1 for
-        OCR), advantages over the batch's std and clipped at 5, adaptive weights. Two differ. The public KL, 1e-4 beside
-        a loss that it multiplies by ``advantage_clip / beta``, is ``kl_beta`` 2e-5 here; 0 needs no reference. The
-        public old policy decays by ``min(0.001 i, 0.5)`` in iteration i (OCR: later and up to 0.999); here it is the
-        learner's average, with its constant ``ema_decay``.
+        """Defaults are those of the public code for SD3.5 (NVlabs/DiffusionNFT, ``config/nft.py`` and ``base.py``). Its
+        solver is of second order, and its old policy decays by ``min(0.001 i, 0.5)`` in iteration i (OCR: later and up
+        to 0.999); here it is the learner's average, with its constant ``ema_decay``.
         """
 
         type: str = "nft"
         beta: float = Field(1.0, gt=0)
+        """Reach of the target: the optimum lies at ``v_old + 2/beta Δ``. NFT's code: 1 (OCR: 0.1)."""
         std: Std = "batch"
+        """Divisor of an advantage: the standard deviation of the ``group``, of the ``batch`` (NFT's code), or ``none``.
+        """
         weighting: Literal["adaptive", "uniform"] = "adaptive"
+        """``adaptive``: every item over its own mean error (NFT's code)."""
         kl_beta: float = Field(0.0, ge=0)
+        """Weight of the KL to the reference; 0: none. The code's 1e-4 is 2e-5 here, since it multiplies the loss by
+        ``advantage_clip / beta``.
+        """
         rollout_weights: Literal["policy", "ema"] = "ema"
+        """Weights that make the images; ``ema`` (NFT's code): the average with ``learner.ema_decay``."""
 
     config: Config
 

@@ -30,27 +30,32 @@ class OPD(Scheduled):
     """The KL from the teacher's step to the student's, at the student's states and on the student's noise levels."""
 
     class Config(SamplingConfig):
-        """``kind: ode`` is the noise-free form; another kind with a ``noise_level`` is the SDE form.
-
-        Ten ODE steps and one image a prompt are those of DiffusionOPD's public code, which leaves out the last step;
-        there too student and teachers have a guidance each. ``reward_weight`` adds Flow-GRPO's surrogate of the
-        rewards. ``distillation: advantage`` makes the teacher's opinion of a step its advantage, ``log p_T - log p_S``
-        of the state it led to: Flow-OPD's dense reward, but of the sample itself, since the closed form of the KL does
-        not depend on the step's noise, which leaves an expected policy gradient of 0. ``gradient`` differentiates the
-        KL itself and has less variance (arXiv:2605.15055).
-        """
+        """``kind: ode`` is the noise-free form, another kind the SDE form."""
 
         type: str = "opd"
         teachers: dict[str, TeacherConfig] = Field(min_length=1, examples=["{better: {path: runs/better}}"])
+        """Teachers by name; each task has one."""
         distillation: Literal["gradient", "advantage"] = "gradient"
+        """``gradient``: that of the KL itself, which has less variance (DiffusionOPD). ``advantage``:
+        ``log p_T - log p_S`` of each step's own state as its advantage (Flow-OPD's dense reward, but of the sample
+        itself, since the closed form of the KL does not depend on the step's noise).
+        """
         reward_weight: float = Field(0.0, ge=0)
+        """Weight of Flow-GRPO's surrogate of the rewards beside it (Flow-OPD); needs steps with noise."""
         clip_range: float = Field(1e-4, gt=0)
+        """Distance from 1 at which the ratio of ``advantage`` and of the rewards is clipped."""
         advantage_clip: float = Field(5.0, gt=0)
+        """Largest size of an advantage."""
         normalize: Normalize = "total"
+        """Of several rewards the ``total``, or each alone and then their sum."""
         group_size: int = Field(1, ge=1)
+        """Images of one prompt, above 1 for ``reward_weight`` alone. DiffusionOPD's code: 1."""
         kind: Literal["ode", "flow", "dance", "cps"] = "ode"
+        """``ode`` (DiffusionOPD's code), or the noise of an SDE."""
         noise_level: float = Field(0.0, ge=0)
+        """Strength of the SDE's noise. Its KL contains |Δ|."""
         window: StillWindow = StillWindow()
+        """The steps that are distilled. DiffusionOPD's code: all but the last."""
 
         @model_validator(mode="after")
         def _together(self) -> OPD.Config:

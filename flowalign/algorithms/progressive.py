@@ -25,24 +25,24 @@ class Progressive(Scheduled):
     """Regress the student's velocity on the chord of two Euler steps of the teacher, from noised latents."""
 
     class Config(WalkConfig):
-        """The student learns the ``num_steps`` times that it will be sampled at, each alike, and no others.
+        """One run is one round: it halves the teacher's steps. A chain to few steps is a run a round, each with the
+        student before it as its teacher and as its start: 1024 (any model), then ``num_steps`` 512, 256 … 1. Sample the
+        student with its own ``num_steps``, ``shift`` and ``grid`` and with Euler steps.
 
-        One run is one round: it halves the teacher's steps. A chain to few steps is a run a round, each with the
-        student before it as its teacher and as its start: 1024 (any model), then ``num_steps`` 512, 256 … 1. The
-        ``paper`` grid nests, so that a round's times are every other one of the round before; ``pipeline`` does not
-        (its last noise level moves with the number of steps), and suits a single round from a model that knows every
-        time. Sample the student with its own ``num_steps``, ``shift`` and ``grid`` and with Euler steps.
-
-        ``guidance_scale`` is the teacher's, for the first round: students have it built in, so later ones leave it
-        at 1. Errors of the velocity weigh alike; the paper's loss on x̂_0 has the weight ``max(SNR, 1)``.
-        ``shift`` null is the model's own, ``auto`` the resolution's.
+        Errors of the velocity weigh alike; the paper's loss on x̂_0 has the weight ``max(SNR, 1)``.
         """
 
         type: str = "progressive"
         num_steps: int = Field(4, ge=1)
+        """Steps of the student. It learns their times, each alike, and no others."""
         grid: Grid = "paper"
+        """``paper`` nests: a round's times are every other one of the round before. ``pipeline`` does not (its last
+        level moves with the number of steps): for a single round, from a model that knows every time.
+        """
         guidance_scale: float = Field(1.0, ge=0)
+        """Guidance of the teacher, for the first round; students have it built in, so 1 later."""
         condition_dropout: float = Field(0.0, ge=0, le=1)
+        """Share of the samples with the empty text."""
 
     config: Config
 

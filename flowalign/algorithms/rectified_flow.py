@@ -22,21 +22,23 @@ class RectifiedFlow(Algorithm):
     """Regress the conditional velocity at a random time of a family's path."""
 
     class Config(DensityConfig):
-        """``family`` is the path that is trained on: its own t is drawn from ``density``, moved by ``shift`` to noisier
-        times for larger images (arXiv:2403.03206, sec. 5.3.2); null is the shift that the model is sampled with,
-        ``auto`` that of the resolution.
-
-        The error is that of the straight path's velocity, which every family's network is converted to, weighted by
-        ``weighting``: ``family`` makes it that of the raw output, the family's own loss (of the noise for eps, of F for
-        edm), ``velocity``, ``noise`` and ``data`` make it that of the straight path's velocity, the noise or the image.
-        """
+        """The error is that of the straight path's velocity, which every family's network is converted to."""
 
         type: str = "rectified_flow"
         family: PathFamilyName = "rf"
+        """Path that is trained on."""
         density: DensityName = "logit_normal"
+        """Density of the family's own time. ``logit_normal`` (0, 1) won in arXiv:2403.03206, table 1."""
         shift: Shift = 1.0
+        """Shift of the times to noisier ones for larger images (arXiv:2403.03206, sec. 5.3.2; SD3: 3 at 1024²); null:
+        that which the model is sampled with, ``auto``: the resolution's.
+        """
         weighting: Literal["family", "velocity", "noise", "data"] = "family"
+        """Whose error counts: ``family``, that of the raw output, the family's own loss (of the noise for eps, of F for
+        edm), or that of the straight path's ``velocity``, of the ``noise`` or of the image, ``data``.
+        """
         condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+        """Share of the samples with the empty text, for guidance."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

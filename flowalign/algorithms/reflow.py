@@ -25,20 +25,18 @@ class Reflow(Algorithm):
     """Regress ``noise - x0`` on the straight line of a coupled pair; 0 is reached where no two lines cross."""
 
     class Config(DensityConfig):
-        """``density: u_shaped`` (its a = 4) is the paper's: the middle of a line between a pair is easy.
-
-        ``loss`` is the squared error (a mean over dimensions), the pseudo-Huber of `flow.losses`, or one with a
-        perceptual distance of the predicted clean latent: ``(1 - t) huber / d + LPIPS`` and, with ``_over_t``,
-        ``(1 - t) huber / d + LPIPS / t``, where huber is a mean over the d dimensions as in the paper's public code.
-        ``c`` null is ``0.00054 sqrt(d)``; that code has ``0.00054 d``.
-
-        A batch without noise is all real data, as in a plain flow; a run mixes both (``real_data``).
-        """
+        """A batch without noise is all real data, as in a plain flow; a run mixes both (``real_data``)."""
 
         type: str = "reflow"
         density: DensityName = "u_shaped"
+        """Density of the times. The paper: ``u_shaped`` (a = 4), since the middle of a line between a pair is easy."""
         loss: Literal["squared", "pseudo_huber", "lpips_huber", "lpips_huber_over_t"] = "pseudo_huber"
+        """The squared error, a mean over dimensions, the pseudo-Huber, or ``(1 - t) huber / d + LPIPS`` of the
+        predicted clean latent, and with ``_over_t`` ``(1 - t) huber / d + LPIPS / t``, where huber is a mean over the d
+        dimensions as in the paper's code.
+        """
         c: float | None = Field(None, gt=0)
+        """Constant of the pseudo-Huber; null: ``0.00054 sqrt(d)``. The paper's code: ``0.00054 d``."""
 
         @model_validator(mode="after")
         def _c_has_a_use(self) -> Reflow.Config:

@@ -24,18 +24,19 @@ class SFT(ForwardAlgorithm):
     """The flow-matching loss on forward-noised final latents, with weights whose mean over a group is 1."""
 
     class Config(ForwardConfig):
-        """``select: best`` learns from the ``best_of_group`` best images alike (RAFT, arXiv:2304.06767).
-
-        ``select: rwr`` weighs all images by ``softmax(R / temperature)`` over their group (reward-weighted
-        regression, Peters and Schaal 2007; ``temperature`` in units of the reward). ``beta`` weighs the KL to the
-        reference. There is no public code of reference: the rollout's defaults are NFT's, the others are ours.
-        """
+        """The rollout's defaults are NFT's; the others have no public code behind them."""
 
         type: str = "sft"
         select: Literal["best", "rwr"] = "best"
+        """``best``: the best images of each group alike (RAFT, arXiv:2304.06767). ``rwr``: all images by
+        ``softmax(R / temperature)`` over their group (reward-weighted regression, Peters and Schaal 2007).
+        """
         best_of_group: int = Field(1, ge=1)
+        """Best images of a group. RAFT: 1."""
         temperature: float = Field(0.2, gt=0)
+        """Temperature of ``rwr``, in units of the reward."""
         beta: float = Field(0.0, ge=0)
+        """Weight of the KL to the reference; 0: none."""
 
         @model_validator(mode="after")
         def _selects(self) -> SFT.Config:

@@ -23,86 +23,111 @@ from flowalign.config.sections import (
 
 
 class RolloutConfig(Section):
-    """``chunk_size`` is the fixed geometry of a rollout call: it, not the worker count, shapes the numbers.
-
-    ``cache`` skips ODE steps before and after the window, never inside it.
-    """
+    """The geometry of rollouts."""
 
     chunk_size: Positive = 48
+    """Samples of one rollout call. It shapes the numbers, the count of workers does not."""
     decode_batch_size: Positive = 48
+    """Images that the autoencoder decodes at once."""
     cache: CacheConfig | None = None
+    """ODE steps before and after the window that are skipped, never one inside; null: none."""
 
 
 class EvaluationConfig(SamplingConfig):
-    """Same-seed evaluation every ``every`` iterations (0: never), before the first and after the last.
-
-    ``gold`` lists scorers beside ``scorer``, which is GenEval by default: what the run was not trained on tells
-    whether it has learned or found a gap in its reward.
-    """
+    """Evaluations on the same noises, and the way in which the model is sampled in them."""
 
     every: Annotated[int, Field(ge=0)] = 20
+    """Iterations from one to the next, beside one before the first and one after the last; 0: none at all."""
     prompts: str = "shapes:eval"
+    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     num_samples: Positive = 300
+    """Images of an evaluation."""
     seed: int = 1234
+    """Seed of their noises."""
     scorer: RewardConfig | None = None
+    """Judge of the images; null: ``geneval``."""
     gold: list[RewardConfig] = Field(default_factory=list)
+    """Further judges. What a run was not trained on tells whether it has learned or found a gap in its reward."""
     weights: Literal["policy", "ema"] = "policy"
+    """Weights that are evaluated; ``ema``: the average with ``learner.ema_decay``."""
 
 
 class CheckpointConfig(Section):
-    """``resume: step_000020`` goes back to that one; what came later is set aside, as everything is with ``never``.
-
-    The highest ``best_metric`` of metrics.jsonl are kept; null is the overall of the evaluation's scorer.
-    """
+    """When checkpoints are written, and which are kept."""
 
     every: Annotated[int, Field(ge=1)] = 20
+    """Iterations from one to the next."""
     keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 1
+    """Checkpoints of the highest ``best_metric`` that are kept."""
     best_metric: str | None = None
+    """Key of ``metrics.jsonl``; null: the overall of the evaluation's scorer."""
     resume: Resume = "auto"
+    """``step_000020``: back to that one, what came later is set aside. ``never``: a run that begins anew."""
 
 
 class SafetyConfig(Section):
-    """The limits of a collapse, judged block by block of ``window`` iterations; see docs/safety.md.
-
-    ``min_diversity`` is a share of the first block's, ``max_saturation_shift`` a distance from the first block's,
-    ``max_reward_drop`` is in standard deviations of the rewards, ``max_invalid`` a share of the images. Differences
-    must also exceed ``standard_errors`` of theirs. ``clip``, a directory in open_clip's layout such as
-    ``shapes:open_clip``, measures diversity on ``clip_images`` images an iteration; without it pixels do. With ``stop``
-    a run ends once an alarm has held for ``patience`` blocks.
-    """
+    """The limits of a collapse, judged block by block; see docs/safety.md."""
 
     window: Annotated[int, Field(ge=3)] = 10
+    """Iterations of a block."""
     min_diversity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least diversity, as a share of the first block's."""
     max_saturation_shift: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Largest distance of the saturation from the first block's."""
     max_reward_drop: Annotated[float, Field(ge=0)] = 0.5
+    """Largest fall of a group's best reward below the best block's, in standard deviations of the rewards."""
     max_invalid: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest share of images with a reward that is NaN, infinite or beyond a million."""
     standard_errors: Annotated[float, Field(ge=0)] = 4.0
+    """Standard errors that a difference must also exceed."""
     clip: str | None = None
+    """A directory in open_clip's layout, such as ``shapes:open_clip``, whose features measure diversity; null: pixels.
+    """
     clip_images: Annotated[int, Field(ge=2)] = 32
+    """Images of an iteration that ``clip`` looks at."""
     stop: bool = False
+    """End of the run once an alarm has held for ``patience`` blocks."""
     patience: Positive = 2
+    """Blocks in a row that an alarm has to hold."""
 
 
 class AlignConfig(Section):
-    """A whole alignment run. ``algorithm`` is parsed by the class that ``algorithm.type`` names."""
+    """A whole alignment run."""
 
     name: RunName
+    """Name of the run, and of its directory."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything that is drawn, but for evaluations."""
     runs_dir: str = "runs"
+    """Folder of run directories."""
     iterations: Positive
+    """Iterations from the beginning of the run."""
     model: ModelConfig = ModelConfig()
+    """The model to align."""
     data: DataConfig = DataConfig()
+    """Prompts, or pairs."""
     algorithm: dict[str, Any]
+    """``type`` names an algorithm; the other keys are its options."""
     rewards: list[RewardConfig] = Field(default_factory=list)
+    """What the images are scored by."""
     rollout: RolloutConfig = RolloutConfig()
+    """Geometry of rollouts."""
     learner: LearnerConfig = LearnerConfig()
+    """Updates of the policy."""
     cluster: ClusterConfig = ClusterConfig()
+    """Place of the run."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluations on the way."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
     safety: SafetyConfig = SafetyConfig()
+    """Limits of a collapse."""
     logging: LoggingConfig = LoggingConfig()
+    """Copies of the metrics."""
     min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of an iteration's images with a usable score, below which the run ends."""
 
     @model_validator(mode="after")
     def _together(self) -> AlignConfig:

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+from flowalign.config.fields import Takes
+
 EDM = (-1.2, 1.2)  # P_mean and P_std of arXiv:2206.00364, table 1
 _PARAMETERS = re.compile(r"edm\(\s*([^\s,]+)\s*,\s*([^\s,]+)\s*\)")
 _BOUNDS = ((-3.0, 3.0), (0.3, 3.0))
@@ -67,7 +69,7 @@ def canonical(name: str) -> str:
     raise ValueError(f"got {name!r}; {known}")
 
 
-PathFamilyName = Annotated[str, AfterValidator(canonical)]
+PathFamilyName = Annotated[str, AfterValidator(canonical), Takes("a path family, such as `rf`")]
 
 
 def edm_parameters(name: str) -> tuple[float, float]:

@@ -28,7 +28,7 @@ class Section(BaseModel):
     Where it wants a list, one thing is a list of one; a null in the place of a section is its default.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     _no_boolean = field_validator("*", mode="before")(refuse_boolean)
     _within_limits = field_validator("*")(check_largest)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from flowalign.config.fields import Takes
 from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.section import Section
 from flowalign.config.solvers import spelled
@@ -18,9 +19,13 @@ from flowalign.config.walk import Grid
 
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-RunName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+RunName = Annotated[
+    str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Takes("letters, digits, `.`, `_` and `-`")
+]
 NotNegative = Annotated[int, Field(ge=0)]
-Resume = Annotated[str, BeforeValidator(lambda value: _resume(value))]
+Resume = Annotated[
+    str, BeforeValidator(lambda value: _resume(value)), Takes("`auto`, `never`, or a checkpoint such as `step_000020`")
+]
 SHIPPED = Path(__file__).parent.parent / "shapes" / "assets"
 
 
@@ -36,52 +41,62 @@ def _resume(value: Any) -> str:
 
 
 class LoraConfig(Section):
-    """A PEFT LoRA on the transformer; ``targets`` null takes the model family's own list."""
+    """A PEFT LoRA on the transformer."""
 
     rank: Positive = 32
+    """Rank of the two factors."""
     alpha: Annotated[float, Field(gt=0)] = 64
+    """Scale of their product, as ``alpha / rank``."""
     targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Layers that have one, by the ends of their names; null: the model family's own list."""
 
 
 Architecture = Literal["mmdit", "concat", "cross", "uvit"]
 
 
 class TransformerConfig(Section):
-    """A fresh network in place of the directory's own, ``64 * num_heads`` wide; ``num_heads`` null: ``num_layers``.
-
-    ``mmdit`` is Stable Diffusion 3's, ``concat`` a DiT over text and image tokens in one sequence, ``cross`` a DiT with
-    cross-attention to the text, ``uvit`` a ``concat`` with long skip connections (arXiv:2209.12152).
-    (arXiv:2403.03206, sec. 4 and 5.3.1)
-    """
+    """A fresh network in place of the directory's own, ``64 * num_heads`` wide. (arXiv:2403.03206, sec. 4 and 5.3.1)"""
 
     architecture: Architecture = "mmdit"
+    """``mmdit``: Stable Diffusion 3's. ``concat``: a DiT over text and image tokens in one sequence. ``cross``: a DiT
+    with cross-attention to the text. ``uvit``: ``concat`` with long skip connections (arXiv:2209.12152).
+    """
     num_layers: Positive = 4
+    """Number of blocks."""
     num_heads: Positive | None = None
+    """Attention heads of a block; null: as many as blocks."""
     qk_norm: bool = True
+    """RMS norm of queries and keys."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the first weights."""
 
 
 InputName = Literal["r", "guidance"]
 
 
 class ModelConfig(Section):
-    """``path`` is a pipeline directory; ``shapes`` names the one that ships with the package.
-
-    ``max_sequence_length`` is the length of the T5 part of the text (zeros where there is no T5). ``family`` says what
-    the network's output means, ``inputs`` which numbers it takes beside the time: of both null takes what the directory
-    records, which for one from elsewhere is ``rf`` and none. ``transformer`` begins with a fresh network.
-    """
+    """The model that a run begins from."""
 
     type: str = "sd3"
+    """Model family: its name in ``flowalign/models/families``, or ``package.module`` of your own."""
     path: str = "shapes"
+    """A pipeline directory; ``shapes``: the one that ships with the package."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256
+    """Tokens of the T5 part of a text, zeros where there is no T5."""
     height: Positive | None = None
+    """Height of the images in pixels; null: the model's own."""
     width: Positive | None = None
+    """Width of the images in pixels; null: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation. Weights that are trained stay in float32."""
     lora: LoraConfig | None = None
+    """A LoRA that is trained in place of all weights."""
     family: PathFamilyName | None = None
+    """Meaning of the network's output; null: as the directory records it, else ``rf``."""
     inputs: list[InputName] | None = None
+    """Numbers that the network takes beside the time; null: as the directory records it, else none."""
     transformer: TransformerConfig | None = None
+    """A fresh network to begin with; null: the directory's own."""
 
     @model_validator(mode="after")
     def _mmdit_alone_has_inputs(self) -> ModelConfig:
@@ -98,35 +113,38 @@ def _texts(weights: Any) -> Any:
 
 
 class DataConfig(Section):
-    """``prompts`` is ``shapes:train``, ``shapes:eval`` or a GenEval-style jsonl file.
-
-    ``task_weights`` gives a task (``tag``) that many groups for each one of a task that is not named; 0 leaves it out.
-    ``preferences`` is a parquet file or a folder of pairs for an algorithm that learns from such, of which an iteration
-    takes ``groups_per_iteration``; their latents are kept in ``preferences_cache``, by default a folder beside it.
-    """
+    """The prompts, or the pairs, that a run learns from."""
 
     prompts: str = "shapes:train"
+    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
+    """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
     groups_per_iteration: Positive = 12
+    """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
     preferences: str | None = None
+    """A parquet file or a folder of pairs, for an algorithm that learns from pairs."""
     preferences_cache: str | None = None
+    """Folder of the pairs' latents; null: one beside the pairs."""
 
 
 class RewardConfig(Section):
-    """One reward: what to run (a built-in name, ``file.py:attribute``, ``url:…``), its weight and its options.
-
-    ``tasks`` routes: only prompts whose ``task`` (or ``tag``) is listed are scored by it. A ``gold`` reward is measured
-    and never trained on: where the trained total rises while it falls, the run warns of reward hacking. With a
-    ``runtime_env``, Ray's (``pip``, ``env_vars``, ``py_modules``, …), it runs in a process and environment of its own.
-    """
+    """One reward of a run, or one scorer of its evaluations. A text alone is its ``spec``."""
 
     spec: str
+    """Name of a scorer, ``file.py:attribute``, ``package.module:attribute``, or ``url:`` and the address of a server.
+    """
     name: str | None = None
+    """Name of its score; null: that of a scorer or an attribute, else the ``spec``."""
     weight: float = 1.0
+    """Weight in the total that is trained on."""
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
+    """Tasks (``task``, else ``tag``) of the prompts that it scores; null: all."""
     gold: bool = False
+    """Measured and never trained on. Where the trained total rises while it falls, the run warns of reward hacking."""
     runtime_env: dict[str, Any] | None = None
+    """Ray's, such as ``pip``, ``env_vars`` and ``py_modules``: a process and an environment of its own."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the scorer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -140,112 +158,148 @@ class RewardConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. The rate is constant after ``warmup_steps`` updates; with ``decay_steps`` it falls linearly and reaches
-    ``final_learning_rate`` at that update.
-    """
+    """AdamW, and its learning rate."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decays of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Least denominator of an update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Share of each weight that an update takes away, times the learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates of the rise from 0 to the learning rate."""
     decay_steps: Positive | None = None
+    """Updates of the linear fall to ``final_learning_rate``; null: a constant rate."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate from update ``decay_steps`` on."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm to which larger gradients are scaled down."""
 
 
 class LearnerConfig(Section):
-    """``updates_per_iteration`` optimizer steps over ``epochs`` passes of one rollout's transitions."""
+    """The updates of the policy."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """Owner of the optimizer's state on each rank."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
+    """
     ranks: Positive = 1
+    """Data-parallel processes that learn."""
     micro_batch_size: Positive = 48
+    """Items of one forward and backward pass."""
     updates_per_iteration: Positive = 1
+    """Optimizer steps of one pass over an iteration's items."""
     epochs: Positive = 1
+    """Passes over an iteration's items."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the average of the weights, from the first update on; null: none."""
 
 
 class PatienceConfig(Section):
-    """The seconds that an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen.
-
-    ``first_s`` to load, and for what was not done before in this run; then ``factor`` times the longest so far, and at
-    least ``least_s``.
-    """
+    """The seconds that an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen."""
 
     first_s: Annotated[float, Field(gt=0)] = 3600
+    """Seconds to load, and for what was not done before in this run."""
     least_s: Annotated[float, Field(gt=0)] = 120
+    """Least seconds for everything else."""
     factor: Annotated[float, Field(ge=1)] = 10
+    """Multiple of the longest so far, for everything else."""
 
 
 class ClusterConfig(Section):
-    """The place where a run runs. Thread counts are explicit: on a CPU they decide both speed and bits.
-
-    ``address`` null starts Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. A reward that needs
-    longer than ``reward_deadline_s`` for one chunk ends the run. ``teachers: actor`` loads each teacher once, in an
-    actor that all learner ranks ask; ``learner`` loads all of them in every rank, as ``backend: local`` always does.
-    """
+    """The place where a run runs."""
 
     backend: Literal["ray", "local"] = "ray"
+    """``ray``, or ``local``: one process without Ray."""
     address: str | None = None
+    """A running cluster, ``auto`` or ``host:port``; null: a Ray of the run's own, on this machine."""
     rollout_workers: Positive = 1
+    """Rollout actors."""
     reward_workers: Positive = 1
+    """Reward actors."""
     rollout_cpus: Annotated[float, Field(ge=0)] = 1
+    """CPUs of a rollout actor."""
     rollout_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a rollout actor."""
     reward_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs of a reward actor."""
     reward_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a reward actor."""
     learner_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs of a learner rank."""
     learner_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a learner rank."""
     teachers: Literal["actor", "learner"] = "actor"
+    """``actor``: each teacher once, in an actor that all learner ranks ask. ``learner``: all of them in every rank, as
+    always with ``backend: local``.
+    """
     teacher_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """CPUs of a teacher's actor."""
     teacher_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a teacher's actor."""
     threads: Positive = 2
+    """Torch threads of a rollout actor, a learner rank and a teacher. On a CPU they decide both speed and bits."""
     reward_threads: Positive = 1
+    """Torch threads of a reward actor."""
     reward_deadline_s: Annotated[float, Field(gt=0)] = 600
+    """Seconds that the rewards of one chunk may take before the run ends."""
     device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
     max_task_retries: Annotated[int, Field(ge=0)] = 3
+    """Times that a chunk is made anew where its actor has died."""
     patience: PatienceConfig = PatienceConfig()
+    """Patience with silent actors."""
 
     @property
     def has_teacher_actors(self) -> bool:
         return self.backend == "ray" and self.teachers == "actor"
 
 
-SolverName = Annotated[str, AfterValidator(spelled)]
+SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `heun`")]
 
 
 class CacheConfig(Section):
-    """TeaCache: a step whose input has changed by less than ``threshold`` reuses the last one's residual.
-
-    ``calibration`` is a file of ``flowalign calibrate-cache``. (arXiv:2411.19108)
-    """
+    """TeaCache: steps whose input has hardly changed skip the network's blocks. (arXiv:2411.19108)"""
 
     calibration: str
+    """A file of ``flowalign calibrate-cache``."""
     threshold: Annotated[float, Field(gt=0)] = 0.1
+    """Change of the input below which a step takes the last one's residual."""
 
 
 class SamplingConfig(Section):
-    """The way in which a model is sampled where nothing else is said.
-
-    ``solver`` is a file of ``flow/solvers``, which solves the ODE: ``euler`` (for the diffusion families that is DDIM),
-    ``heun``, ``dpmpp_2m``, with its options in parentheses where it has some. ``ddpm`` is ancestral with ``eta`` times
-    the posterior's noise, ``consistency`` noises each prediction of the image anew. ``grid`` is of straight paths:
-    ``pipeline``, the levels that the model's own pipeline walks, or ``paper``, K equal steps. A ``guidance_scale`` of 1
-    or less is none, unless the network takes it as an input.
-    """
+    """The way in which a model is sampled where nothing else is said."""
 
     num_steps: Positive = 10
+    """Steps of a walk."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance; 1 or less is none, unless the network takes it as an input."""
     solver: SolverName = "euler"
+    """An ODE solver of ``flow/solvers``, with its options in parentheses where it has some: ``euler`` (DDIM for the
+    diffusion families), ``heun``, ``dpmpp_2m``. ``ddpm``: ancestral. ``consistency``: each prediction of the image is
+    noised anew.
+    """
     grid: Grid = "pipeline"
+    """Levels of a walk on the straight path. ``pipeline``: those of the model's own pipeline. ``paper``: equal steps.
+    """
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the posterior's noise that ``ddpm`` adds."""
     cache: CacheConfig | None = None
+    """Steps that are skipped; null: none."""
 
 
 class LoggingConfig(Section):
+    """The second copy of the metrics, for wandb."""
+
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
     wandb_project: str = "flowalign"
+    """Project that the runs belong to."""
 
     @field_validator("wandb", mode="before")
     @classmethod

@@ -10,13 +10,15 @@ from flowalign.config.section import Section
 
 
 class TeacherConfig(Section):
-    """A frozen network at ``path``: a pipeline directory, a run of this model or one of its checkpoints.
-
-    It teaches the samples of its ``tasks``; null: those of every task that no other teacher has.
-    """
+    """A frozen network that an alignment run distils from."""
 
     path: str
+    """A pipeline directory, a run of this model or one of its checkpoints."""
     weights: Literal["model", "ema"] = "model"
+    """Weights of a run that teach; ``ema``: their average."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Guidance of its velocity; 1 or less is none."""
     norm_preserving: bool = False
+    """Guided velocity rescaled to the norm of the conditional one."""
     tasks: list[str] | None = None
+    """Tasks whose samples it teaches; null: all that no other teacher has."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flowalign.config.fields import Takes
 from flowalign.config.section import Section
 from flowalign.config.sections import Beta, LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig
 
@@ -14,17 +15,18 @@ TextLength = Annotated[int, Field(ge=1, le=512)]
 
 
 class PhaseConfig(Section):
-    """One stretch of pretraining; text lengths are drawn per step from ``max_sequence_lengths``.
-
-    The rate falls along a cosine to ``final_learning_rate``, without which it is constant.
-    """
+    """One stretch of training, with a rate that is constant or falls along a cosine."""
 
     steps: Positive
+    """Steps of the phase."""
     learning_rate: Annotated[float, Field(gt=0)]
-    final_learning_rate: Annotated[float, Field(ge=0)]
+    """Learning rate at its beginning."""
+    final_learning_rate: Annotated[float, Field(ge=0), Takes("number, 0 or more", default="learning_rate")]
+    """Learning rate at its end."""
     max_sequence_lengths: dict[TextLength, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {16: 1.0}, min_length=1
     )
+    """Text lengths by their weights; each step draws one."""
 
     @field_validator("max_sequence_lengths")
     @classmethod
@@ -42,72 +44,106 @@ class PhaseConfig(Section):
 
 
 class RealDataConfig(Section):
-    """A bank of latents without noise of their own, of which each batch takes a ``fraction``."""
+    """Latents without noise of their own, mixed into the batches of pairs."""
 
     latents: str
+    """A bank of ``flowalign precompute``."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of each batch."""
 
 
 class ValidationConfig(Section):
-    """Loss of the straight path's velocity on ``num_samples`` fixed latents, noises and times, every ``every`` steps.
-
-    Sample i has its time in the middle of stratum i modulo ``num_times`` of [0, 1]. ``latents`` is a bank of its own.
+    """The loss of the straight path's velocity at fixed latents, noises and times, of the weights and of their average.
     (arXiv:2403.03206, sec. 5.3: the validation loss of the scaling study)
     """
 
     latents: str
+    """A bank of its own."""
     every: Positive = 500
+    """Steps from one validation to the next."""
     num_samples: Positive = 512
+    """Latents that are looked at."""
     num_times: Positive = 8
+    """Strata of [0, 1], in the middles of which lie the times."""
     seed: Annotated[int, Field(ge=0)] = 4321
+    """Seed of the noises."""
 
 
 class PretrainConfig(Section):
     """A training run on precomputed latents: a base model, its straightening, or a student of a ``teacher``.
 
-    ``ema_decay`` may list several averages: the first is ``ema``, another ``ema_0.99``. ``ema_every`` steps pass
-    between two updates of them. A batch is split into micro-batches of ``micro_batch_size`` (null: all of it), whose
-    gradients are accumulated. ``captions`` weights the bank's kinds of caption; empty takes the first.
-    ``encoder_dropout`` replaces the output of single text encoders (``clip_l``, ``clip_g``, ``t5``) by that of the
-    empty text, each with its own probability, so that one can be left out later (arXiv:2403.03206, sec. 5.3.3: 0.464
-    each). ``resume: step_000020`` goes back to that checkpoint. ``sampling`` is recorded with the model, and is how it
-    is sampled, with texts of the length in ``model_as_trained``. Under ``torchrun`` every process is one data-parallel
-    rank.
+    Under ``torchrun`` every process is one data-parallel rank.
     """
 
     name: RunName
+    """Name of the run, and of its directory."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything that is drawn."""
     runs_dir: str = "runs"
+    """Folder of run directories."""
     model: ModelConfig = ModelConfig()
+    """The model to begin with, and its text encoders and autoencoder."""
     teacher: ModelConfig | None = None
+    """Frozen model of a student that has one; null: none."""
     latents: str
+    """A bank of ``flowalign precompute``, or pairs of ``flowalign make-pairs``."""
     real_data: RealDataConfig | None = None
+    """Latents with fresh noise beside pairs; null: none."""
     encoder_dropout: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """Probability for each text encoder (``clip_l``, ``clip_g``, ``t5``) to be replaced by its output for the empty
+    text, so that it can be left out later (arXiv:2403.03206, sec. 5.3.3: 0.464 each).
+    """
     captions: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weights of the bank's kinds of caption; empty: the first alone."""
     algorithm: dict[str, Any]
+    """``type`` names an algorithm; the other keys are its options."""
     batch_size: Positive = 128
+    """Latents of a step."""
     micro_batch_size: Positive | None = None
+    """Latents of one forward and backward pass, whose gradients are accumulated; null: all at once."""
     phases: list[PhaseConfig]
+    """Stretches of training, one after the other."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps of the rise from 0 to the first phase's rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Decays of AdamW's two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Share of each weight that an update takes away, times the learning rate."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm to which larger gradients are scaled down."""
     ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] = 0.9995
+    """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``."""
     ema_every: Positive = 1
+    """Steps from one update of the averages to the next."""
     features: str = "shapes:open_clip"
+    """Image tower of perceptual losses, a directory in open_clip's layout."""
     engine: Literal["torch", "deepspeed"] = "torch"
+    """``torch``, or ``deepspeed``."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
+    """
     autocast: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the network."""
     compile: bool = False
+    """The network by ``torch.compile``."""
     threads: Positive = 2
+    """Torch threads of a rank. On a CPU they decide both speed and bits."""
     device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
     log_every: Positive = 50
+    """Steps from one row of ``metrics.jsonl`` to the next."""
     checkpoint_every: Positive = 1000
+    """Steps from one checkpoint to the next."""
     keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
     resume: Resume = "auto"
+    """``step_000020``: back to that checkpoint, what came later is set aside. ``never``: a run that begins anew."""
     validation: ValidationConfig | None = None
+    """Loss on latents of its own; null: none."""
     sampling: SamplingConfig = SamplingConfig()
+    """Recorded with the model: how ``sample`` and ``evaluate`` walk it."""
     logging: LoggingConfig = LoggingConfig(wandb="disabled")
+    """Copies of the metrics."""
 
     @property
     def ema_decays(self) -> list[float]:

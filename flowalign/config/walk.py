@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from flowalign.config.fields import Takes
+
 
 def _known_grid(value: Any) -> Any:
     # Where the name of version 0.1 is still read, `walkcheck` knows.
@@ -29,6 +31,10 @@ def _known_shift(value: Any) -> Any:
 
 # Levels of a walk: those of the model's own `pipeline`, or of the `paper`; `diffusers` is what 0.1 called its own
 # static grid, read where 0.1 wrote it.
-Grid = Annotated[Literal["pipeline", "paper", "diffusers"], BeforeValidator(_known_grid)]
+Grid = Annotated[
+    Literal["pipeline", "paper", "diffusers"], BeforeValidator(_known_grid), Takes("`pipeline` or `paper`")
+]
 # Null is the model's own, `auto` that of its own resolution times the root of the size over the model's.
-Shift = Annotated[float | Literal["auto"] | None, BeforeValidator(_known_shift)]
+Shift = Annotated[
+    float | Literal["auto"] | None, BeforeValidator(_known_shift), Takes("number above 0, `auto`, or null")
+]

@@ -19,11 +19,18 @@ Std = Literal["group", "batch", "none"]
 
 
 class CreditConfig(AlgorithmConfig):
-    """Options of `credit`: what an advantage is divided by, where it is clipped, how several rewards become one."""
+    """Options of `credit`."""
 
     advantage_clip: float = Field(5.0, gt=0)
+    """Largest size of an advantage. Flow-GRPO's code: 5."""
     normalize: Normalize = "total"
+    """Of several rewards the ``total``, or each alone and then their sum. GDPO (arXiv:2601.05242) and the codes of
+    MixGRPO and Flow-Factory: ``per_reward``; those of Flow-GRPO and DanceGRPO: ``total``.
+    """
     std: Std = "group"
+    """Divisor of an advantage: the standard deviation of the ``group`` (Flow-GRPO, eq. 4), of the ``batch`` (its code
+    for several rewards), or ``none``.
+    """
 
     def credit(self, scores: Scores, group_ids: Sequence[int], images: int = 1) -> Credit:
         """Give the credit of N samples; see the function `credit`."""
@@ -35,7 +42,9 @@ class Keep(Section):
     """The numbers of best and of worst samples of a group that are learned from."""
 
     best: int = Field(ge=1)
+    """Best samples."""
     worst: int = Field(ge=1)
+    """Worst samples."""
 
     def of(self, values: Tensor, valid: Tensor, group_ids: Sequence[int]) -> Tensor:
         """Choose them by ``values`` (N,): bool (N,); see `best_and_worst`."""

@@ -30,12 +30,14 @@ def check_density(kind: str, params: Mapping[str, float]) -> None:
 
 
 class DensityConfig(AlgorithmConfig):
-    """Options of the algorithms that learn from noised latents, one point of each: the density of its time, and the
-    share of the conditions that are dropped."""
+    """Options of the algorithms that learn from noised latents, one point of each."""
 
     density: DensityName = "uniform"
+    """Density of the times, one of ``flowalign.flow.density``."""
     density_params: dict[str, float] = Field(default_factory=dict)
+    """Its parameters: m and s of ``logit_normal``, s of ``mode``, a of ``u_shaped``."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of the samples with the empty text."""
 
     @model_validator(mode="after")
     def _density_is_one(self) -> Self:
@@ -82,16 +84,18 @@ def draw_dropped(batch: LatentBatch, generator: torch.Generator, dropout: float)
 
 
 class ForwardConfig(SamplingConfig):
-    """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents.
-
-    Of every image they take ``timesteps`` points ``x_t = (1 - t) x_0 + t noise``. With ``density: grid`` t comes from
-    the rollout's own noise levels, as in the public code of NFT and AWM; else from a density of ``flow.density`` with
-    ``density_params``. ``guidance_scale`` is the rollout's: the losses know no guidance.
+    """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents,
+    ``x_t = (1 - t) x_0 + t noise``. The losses know no guidance.
     """
 
     timesteps: int = Field(9, ge=1)
+    """Points at which an image is learned. NFT's code: 9 of 10 levels."""
     density: Literal["grid", DensityName] = "grid"
+    """Density of their times: ``grid``, the rollout's own levels (the codes of NFT and AWM), or one of
+    ``flowalign.flow.density``.
+    """
     density_params: dict[str, float] = Field(default_factory=dict)
+    """Its parameters: m and s of ``logit_normal``, s of ``mode``, a of ``u_shaped``."""
 
     @model_validator(mode="after")
     def _density_is_one(self) -> Self:

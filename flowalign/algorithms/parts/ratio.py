@@ -11,13 +11,12 @@ from flowalign.config.section import Section
 
 
 class ClipRange(Section):
-    """The distances that the ratio may fall below and rise above 1.
-
-    One number stands for both. (DAPO, arXiv:2503.14476)
-    """
+    """The distances that the ratio may fall below and rise above 1. One number stands for both."""
 
     low: float = Field(gt=0)
+    """Distance below 1."""
     high: float = Field(gt=0)
+    """Distance above 1 (DAPO, arXiv:2503.14476, sec. 3.1)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,13 +16,14 @@ Refresh = Annotated[int, Field(ge=1)] | None
 
 
 class ReferenceConfig(AlgorithmConfig):
-    """Options of a KL to the reference: its weight ``beta``, 0 for none.
-
-    Every ``reference_refresh`` iterations the reference takes the policy's weights; null keeps the run's start.
-    """
+    """Options of a KL to the reference."""
 
     beta: float = Field(0.0, ge=0)
+    """Weight of the KL to the reference; 0: none."""
     reference_refresh: Refresh = None
+    """Iterations after which the reference takes the policy's weights, time and again (ProRL, arXiv:2505.24864, where
+    the optimizer begins anew too); null: never.
+    """
 
     @model_validator(mode="after")
     def _refreshes_something(self) -> Self:

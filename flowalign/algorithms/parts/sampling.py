@@ -13,24 +13,29 @@ from flowalign.types import Guidance, Noise, Rollout, SamplingPlan
 
 
 class WalkConfig(AlgorithmConfig):
-    """Options of a walk's levels. ``shift`` null is the model's own, ``auto`` the resolution's."""
+    """Options of a walk's levels."""
 
     num_steps: int = Field(10, ge=1)
+    """Steps of a walk."""
     shift: Shift = None
+    """Shift of the levels to noisier ones, as a static one; null: the model's own, ``auto``: the resolution's."""
     grid: Grid = "pipeline"
+    """``pipeline``: the levels that the model's own pipeline walks. ``paper``: equal steps, shifted once."""
 
 
 class SamplingConfig(WalkConfig):
-    """Options of the algorithms that roll out: ``group_size`` images of each prompt.
-
-    With ``rollout_weights: ema`` the learner's average makes the images, and ``ema_decay`` is the learner's: constant,
-    and applied at every optimizer step.
-    """
+    """Options of the algorithms that roll out."""
 
     group_size: int = Field(24, ge=2)
+    """Images of one prompt, among which advantages are formed. The codes of NFT and AWM: 24."""
     guidance_scale: float = Field(1.0, ge=0)
+    """Guidance of the rollout; 1 or less is none, as in diffusers."""
     norm_preserving: bool = False
+    """Guided velocity rescaled to the norm of the conditional one."""
     rollout_weights: Literal["policy", "ema"] = "policy"
+    """Weights that make the images; ``ema``: the average with ``learner.ema_decay``, which is constant and applied at
+    every update.
+    """
 
     @property
     def rollout_needs(self) -> Needs:

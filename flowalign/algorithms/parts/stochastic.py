@@ -20,33 +20,37 @@ from flowalign.types import Branching, Noise, Rollout, SamplingPlan
 
 
 class StochasticConfig(SamplingConfig):
-    """Options of walks of which a window's steps have noise, of ``kind`` and ``noise_level``.
+    """Options of walks of which a window's steps have noise.
 
-    ``initial_noise: group`` starts all images of a group from one noise, so that their rewards differ by the
-    stochastic steps alone, which is what gets the credit (as in DanceGRPO, arXiv:2505.07818). Then ``share_prefix``
-    computes the steps before the window once a group (the branching of Flow-GRPO-Fast's public code and of
-    arXiv:2510.01982).
-
-    ``window: {kind: sliding}`` moves along the schedule (MixGRPO, arXiv:2507.21802).
-
-    ``train_steps`` learns from that many of the window's steps, drawn anew for each sample (DanceGRPO, whose public
-    code takes 60 %) or for the whole iteration; null takes all.
-
-    ``granularities`` finishes every sample once for each number, by that many ODE steps of the grid at a time; each
-    image is scored. With a window of one step, ``initial_noise: group`` and ``share_prefix`` this is G²RPO
-    (arXiv:2510.01982; published: 1, 2; its code takes the first step after the noise alone, here all are taken at the
-    granularity, but for a shorter last one).
+    With a window of one step, ``initial_noise: group``, ``share_prefix`` and ``granularities`` of 1 and 2 this is G²RPO
+    (arXiv:2510.01982; its code takes the first step after the noise alone, here all are taken at the granularity, but
+    for a shorter last one).
     """
 
     kind: Literal["flow", "dance", "cps"] = "flow"
+    """Noise of the SDE: that of Flow-GRPO (eq. 9), of DanceGRPO (arXiv:2505.07818), or of Flow-GRPO-Fast's code."""
     noise_level: float = Field(0.7, gt=0)
+    """Strength of the noise, a or η. Flow-GRPO: 0.7."""
     initial_noise: Literal["own", "group"] = "own"
+    """``own`` for each image (Flow-GRPO), or one for the ``group`` (DanceGRPO, MixGRPO): then the noisy steps alone,
+    which get the credit, tell its images apart.
+    """
     share_prefix: bool = False
+    """Steps before the window once a group, with ``initial_noise: group`` (the branching of Flow-GRPO-Fast's code and
+    of arXiv:2510.01982).
+    """
     window: MovingWindow = MovingWindow()
+    """The steps that have noise and are learned from. Flow-GRPO: all."""
     train_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of the window that are learned from, drawn anew (DanceGRPO's code: 60 %); null: all."""
     train_steps_by: Literal["sample", "iteration"] = "sample"
+    """Drawn for each ``sample`` (DanceGRPO's code), or for the whole ``iteration``."""
     granularities: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1)
+    """Numbers of ODE steps at a time; every image is finished once for each, and scored (G²RPO, arXiv:2510.01982: 1 and
+    2).
+    """
     log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
+    """``gaussian``, or ``unnormalised``: −mean (x' − mean)², as in the public ``cps`` code."""
 
     @model_validator(mode="after")
     def _walk_is_one(self) -> Self:

@@ -14,8 +14,11 @@ from flowalign.flow.randomness import Stream, seeded
 
 class _Steps(Section):
     start: Annotated[int, Field(ge=0)] = 0
+    """First step."""
     size: Annotated[int, Field(ge=1)] | None = None
+    """Number of steps; null: all from ``start`` on."""
     stop: Annotated[int, Field(ge=1)] | None = None
+    """End of the steps that a window may lie in; null: that of the walk."""
 
     def steps(
         self, kind: sde.Kind, sigmas: Tensor, noise_level: float, *, seed: int, iteration: int
@@ -36,17 +39,29 @@ class StillWindow(_Steps):
     """Steps that lie still or are drawn anew for each iteration."""
 
     kind: Literal["full", "fixed", "random"] = "full"
+    """``full``: all steps that have noise. ``fixed``: ``size`` steps from ``start``. ``random``: ``size`` in a row,
+    drawn for each iteration.
+    """
 
 
 class MovingWindow(_Steps):
     """Steps that may also slide along the schedule; an option that its kind would ignore is refused."""
 
     kind: Literal["full", "fixed", "random", "sliding"] = "full"
+    """``full``: all steps that have noise. ``fixed``: ``size`` steps from ``start``. ``random``: ``size`` in a row,
+    drawn for each iteration. ``sliding``: ``size`` from a place that moves along the schedule (MixGRPO,
+    arXiv:2507.21802).
+    """
     every: Annotated[int, Field(ge=1)] = 25
+    """Iterations at one place."""
     stride: Annotated[int, Field(ge=1)] = 1
+    """Steps from one place to the next."""
     decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of ``every`` along the schedule."""
     decay_start: Annotated[int, Field(ge=0)] = 0
+    """Step from which it decays."""
     wrap: bool = True
+    """From the end back to ``start``."""
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> MovingWindow:
