@@ -24,10 +24,10 @@ from flowalign.types import (
     LatentBatch,
     Metric,
     PreferencePairs,
-    Rollout,
     SamplingPlan,
     Scores,
     TrainBatch,
+    Trajectories,
 )
 
 
@@ -72,7 +72,7 @@ class AlgorithmConfig(BaseModel):
     _within_limits = field_validator("*")(check_largest)
 
 
-Batch = type[Rollout] | type[PreferencePairs] | type[LatentBatch]
+Batch = type[Trajectories] | type[PreferencePairs] | type[LatentBatch]
 
 
 @dataclass(frozen=True)

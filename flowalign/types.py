@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from flowalign.rows import Rows
 
 SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
 
@@ -132,6 +136,10 @@ class Branching:
     shared_prefix: bool = False
     granularities: tuple[int, ...] = (1,)
 
+    def samples_of_images(self, count: int) -> list[int]:
+        """Return of ``count`` samples the sample of each image."""
+        return [sample for sample in range(count) for _ in self.granularities]
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -165,15 +173,31 @@ class SamplingPlan:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Trajectories of N samples, complete enough to recompute their log-probs exactly.
+class Pictures:
+    """What is scored: N images, uint8 (N, H, W, 3), and whose they are.
+
+    ``final_NCHW`` are the latents that they were decoded from, where a reward needs them.
+    """
+
+    batch: PromptBatch
+    images: Tensor
+    final_NCHW: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What is learned from: the walks of N samples, complete enough to recompute their log-probs exactly.
 
     ``states_NSCHW`` has S+1 states: before each step of the window and after its last (S may be 0).
     ``log_prob_NS`` is a mean over dimensions; ``means_NSCHW`` are the rollout's own step means, if
-    the plan kept them; ``final_NCHW`` is the latent at t = 0; ``images`` is uint8 (N, H, W, 3).
+    the plan kept them; ``final_NCHW`` is the latent at t = 0. Those of several chunks are `Rows`. All tensors may lie
+    in memory that is mapped read-only, so that nobody writes to them.
 
     With J granularities there are N·J images, the J of one sample in a row. Then ``batch``, ``condition``,
-    ``final_NCHW``, ``images`` and the scores have a row an image, so that each is scored like any other; states,
+    ``final_NCHW``, the pictures and the scores have a row an image, so that each is scored like any other; states,
     log-probs and means have a row a sample.
 
     With a cache ``computed`` and ``reused`` count the network's evaluations that went through its blocks, and not.
@@ -182,18 +206,43 @@ class Rollout:
     batch: PromptBatch
     condition: Condition
     plan: SamplingPlan
-    states_NSCHW: Tensor
+    states_NSCHW: Tensor | Rows
     log_prob_NS: Tensor
-    final_NCHW: Tensor
-    images: Tensor
+    final_NCHW: Tensor | Rows
     seed: int
     policy_version: int
-    means_NSCHW: Tensor | None = None
+    means_NSCHW: Tensor | Rows | None = None
     computed: int = 0
     reused: int = 0
 
     def __len__(self) -> int:
         return len(self.batch)
+
+
+class Samples(NamedTuple):
+    """Samples that were just made: what is scored of them, and what is learned from."""
+
+    pictures: Pictures
+    trajectories: Trajectories
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the driver sees of N images.
+
+    ``thumbnails`` are uint8 (N, h, w, 3), every n-th pixel of each; ``images`` are whole ones, (H, W, 3), by their
+    position, of the few that are looked at. ``computed`` and ``reused`` are those of `Trajectories`, ``seconds`` what
+    it took to make them.
+    """
+
+    thumbnails: NDArray[np.uint8]
+    images: Mapping[int, NDArray[np.uint8]]
+    computed: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.thumbnails)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def verdicts(images: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, dict[s
 def sampled(policy: Policy, count: int, *, tail: int, guidance: float) -> dict[str, dict[str, float]]:
     batch, plan = evaluation_batch("shapes:eval", count), ode_plan(policy, 10, guidance)
     parts = [
-        rollout(policy, part, plan, seed=SEED, policy_version=0, length=tail).images.numpy()
+        rollout(policy, part, plan, seed=SEED, policy_version=0, length=tail).pictures.images.numpy()
         for part in batch.chunks(48)
     ]
     return verdicts(np.concatenate(parts), [dict(row) for row in batch.metadata])

@@ -17,7 +17,7 @@ from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
 from flowalign.flow import forward, objectives
-from flowalign.types import Rollout, Scores, TrainBatch
+from flowalign.types import Scores, TrainBatch, Trajectories
 
 _TINY = 1e-10
 
@@ -61,7 +61,7 @@ class AWM(ForwardAlgorithm):
         c = self.config
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         """Return the batch. With β = 0 it leaves out images of zero advantage, which changes no gradient."""
         assert scores is not None
         c = self.config

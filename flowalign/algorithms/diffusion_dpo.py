@@ -20,7 +20,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import PreferencePairs, Rollout, SamplingPlan, Scores, TrainBatch
+from flowalign.types import PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 
@@ -91,13 +91,13 @@ class DiffusionDPO(Scheduled):
     @property
     def needs(self) -> Needs:
         c, online = self.config, self.config.source == "online"
-        batch = Rollout if online else PreferencePairs
+        batch = Trajectories if online else PreferencePairs
         return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())
 
-    def prepare(self, batch: Rollout | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
         """Return the pairs with their times and noises, a function of the run's seed, the iteration and the pair."""
         metrics = {}
         if isinstance(batch, PreferencePairs):

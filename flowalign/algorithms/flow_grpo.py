@@ -21,7 +21,7 @@ from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
 from flowalign.algorithms.parts.stochastic import StochasticConfig
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.flow import objectives, sde
-from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
+from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class FlowGRPO(Scheduled):
@@ -78,7 +78,7 @@ class FlowGRPO(Scheduled):
         plan = self.config.plan(self.levels(), iteration, seed)
         return replace(plan, keep_means=self.config.ratio == "guard")
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient.
 
         ``total`` counts the trained transitions of every sample that is valid (in one granularity at least) and kept,

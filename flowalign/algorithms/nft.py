@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
-from flowalign.types import Rollout, Scores, TrainBatch
+from flowalign.types import Scores, TrainBatch, Trajectories
 
 
 class NFT(ForwardAlgorithm):
@@ -59,7 +59,7 @@ class NFT(ForwardAlgorithm):
         reference = Reference() if c.kl_beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         """Return the old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
         assert scores is not None
         c = self.config

@@ -23,7 +23,7 @@ from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transit
 from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
-from flowalign.types import Noise, Rollout, SamplingPlan, Scores, TrainBatch
+from flowalign.types import Noise, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class OPD(Scheduled):
@@ -91,7 +91,7 @@ class OPD(Scheduled):
         """Name the teacher of a sample; raises NoTeacher where its task is nobody's."""
         return teacher_of(self.config.teachers, metadata)
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         """Return the transitions, each with the velocity that its own teacher predicts there.
 
         Each teacher is asked once.
@@ -115,7 +115,7 @@ class OPD(Scheduled):
                 tensors["advantage"] = tensors["advantage"] + dense
         return TrainBatch(tensors, condition, len(sample), {"plan": plan}, metrics)
 
-    def _advantages(self, batch: Rollout, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
+    def _advantages(self, batch: Trajectories, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
         """Return the advantages of the weighted rewards, (N,), and their metrics.
 
         Without rewards the advantages are 0.

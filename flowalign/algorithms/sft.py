@@ -17,7 +17,7 @@ from flowalign.algorithm import LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
-from flowalign.types import Rollout, Scores, TrainBatch
+from flowalign.types import Scores, TrainBatch, Trajectories
 
 
 class SFT(ForwardAlgorithm):
@@ -54,7 +54,7 @@ class SFT(ForwardAlgorithm):
         reference = Reference() if c.beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference)
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         """Return the batch. With β = 0 it leaves out images of weight 0, which changes no gradient."""
         assert scores is not None
         c = self.config

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,9 +26,8 @@ from flowalign.run.made.late import Expected, held
 from flowalign.run.teachers import SharedTeacher, ask
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.children import end_children
-from flowalign.samples.joined import cat_rollouts
 from flowalign.samples.scoring import load_scorer
-from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores, Update
+from flowalign.types import Condition, Pictures, Preview, Scores, Trajectories, Update
 from rewards.interface import Answers, Asked, Offers, ScorerFailed, SpecError, call, one_line
 from rewards.printable import write_out_logs
 from rewards.usercode.loading import keep_user_line
@@ -35,19 +35,31 @@ from rewards.usercode.loading import keep_user_line
 Weights = dict[str, Tensor]
 
 
+_ON_PURPOSE = ("The given NumPy array is not writable", "Zero-copy tensor serialization is enabled")
+
+
 class Mortal:
-    """A process whose end may have to be explained."""
+    """A process whose end may have to be explained. ``variables`` are of its environment."""
+
+    variables: ClassVar[dict[str, str]] = {}
 
     def born(self) -> Birth:
         import ray
 
         say_hard_exits()
         write_out_logs()
+        for warning in _ON_PURPOSE:
+            warnings.filterwarnings("ignore", warning)
         return Birth.of_this_process(ray.get_runtime_context().get_node_id())
 
 
 class RolloutActor(Mortal):
-    """Makes chunks with the weights it was last bound to."""
+    """Makes chunks with the weights it was last bound to.
+
+    Who reads them maps their tensors where they lie in the object store, and must not write there.
+    """
+
+    variables: ClassVar[dict[str, str]] = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
     def __init__(self, config: AlignConfig, name: str, expected: Expected | None = None) -> None:
         self.config, self.name, self.expected = config, name, expected
@@ -61,9 +73,9 @@ class RolloutActor(Mortal):
     def bind(self, weights: Weights, version: int) -> BindReceipt:
         return self.worker.bind(weights, version)
 
-    def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
-        """Return a chunk and its seconds as two objects: the chunk stays in the store until somebody needs it."""
-        return self.worker.rollout(batch, plan, seed, version)
+    def rollout(self, *asked: Any) -> tuple[Pictures, Trajectories, Preview]:
+        """Return three objects: the pictures go to a reward actor, the trajectories to the learner's ranks."""
+        return self.worker.rollout(*asked)
 
 
 class HostedScorer(Answers):
@@ -154,10 +166,10 @@ class RewardActor(Mortal):
         """End what the scorers have started: Ray ends this process without asking it."""
         end_children()
 
-    def whole_groups(self) -> bool:
-        return self.worker.whole_groups
+    def needs(self, evaluation: bool) -> frozenset[str]:
+        return self.worker.needs(evaluation)
 
-    def score(self, evaluation: bool, *chunks: Rollout) -> tuple[Scores, float]:
+    def score(self, evaluation: bool, *chunks: Pictures) -> tuple[Scores, float]:
         return self.worker.score(chunks, evaluation)
 
 
@@ -235,6 +247,7 @@ class LearnerActor(Mortal):
     def __init__(self, config: AlignConfig, rank: int, teachers: Mapping[str, Any] | None = None) -> None:
         self.config, self.rank = config, rank
         self.teachers = {name: RemoteTeacher(name, actor) for name, actor in (teachers or {}).items()}
+        self.chunks: tuple[Trajectories, ...] = ()
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a port that is free on it."""
@@ -250,10 +263,14 @@ class LearnerActor(Mortal):
         self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
         return os.getpid()
 
-    def update(self, iteration: int, scores: Scores, *chunks: Rollout) -> Update:
-        batch = chunks[0] if len(chunks) == 1 else cat_rollouts(chunks)
+    def take(self, *chunks: Trajectories) -> None:
+        """Hold what the next update learns from, where it lies in the object store."""
+        self.chunks = chunks
+
+    def update(self, iteration: int, scores: Scores | None) -> Update:
+        chunks, self.chunks = self.chunks, ()
         try:
-            return self.worker.update(batch, scores, iteration)
+            return self.worker.update(chunks, scores, iteration)
         except Exception as error:
             keep_user_line(error)  # of an algorithm of the user's own
             raise

@@ -14,7 +14,7 @@ from flowalign.cluster.errors import WorkerLost
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.witness import DEATHS
 from flowalign.run.patience import Wait
-from flowalign.types import PromptBatch, Rollout, Scores
+from flowalign.types import Preview, Scores
 
 
 def _nothing(text: str) -> None:
@@ -23,11 +23,10 @@ def _nothing(text: str) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """Chunks that were scored as one, and the seconds that both stages took."""
+    """What the driver sees of the chunks that were scored as one, their scores, and the seconds that these took."""
 
-    rollouts: list[Rollout]
+    previews: list[Preview]
     scores: Scores
-    rollout_s: float
     score_s: float
 
 
@@ -57,30 +56,29 @@ class Task:
 class Pipeline:
     """Rolls out and scores the chunks of one batch.
 
-    Rollouts go from worker to worker through the object store. ``refs`` are those of the rollouts, in
-    the order of the chunks, for whoever needs them next. ``units`` are the consecutive chunks that are scored as one,
-    once all of them are there; by default each by itself.
+    ``chunks`` are what a rollout worker is asked for each. Pictures and trajectories lie in the object store: the
+    pictures until they are scored, the trajectories as long as ``trajectories``, refs in the order of the chunks.
+    ``units`` are the consecutive chunks that are scored as one, once all of them are there.
     """
 
     def __init__(
         self,
-        chunks: Sequence[PromptBatch],
+        chunks: Sequence[tuple[Any, ...]],
+        units: Sequence[range],
         rollouts: Pool,
         rewards: Pool,
-        rollout_args: tuple[Any, ...],
         evaluation: bool,
         max_retries: int,
         score_gives_up_s: float,
-        units: Sequence[range] | None = None,
     ) -> None:
         count = len(chunks)
-        self.chunks, self._rollout_args, self._evaluation = chunks, rollout_args, evaluation
-        self._max_retries = max_retries
-        self.refs: list[Any] = [None] * count
-        self._rollout_s = [0.0] * count
+        self.chunks, self._evaluation, self._max_retries = chunks, evaluation, max_retries
+        self.trajectories: list[Any] = [None] * count
+        self._pictures: list[Any] = [None] * count
+        self._previews: dict[int, Preview] = {}
         self._done: dict[int, Done] = {}
-        self._units = [range(i, i + 1) for i in range(count)] if units is None else list(units)
-        self._unit_of = {chunk: unit for unit in self._units for chunk in unit}
+        self._units = units
+        self._unit_of = {chunk: unit for unit in units for chunk in unit}
         self._missing = set(range(count))
         what = "of an evaluation" if evaluation else "of a chunk"
         self._rollout = Stage(rollouts, f"rollout {what}", self._submit_rollout)
@@ -90,7 +88,7 @@ class Pipeline:
         self._failures: Counter[tuple[str, int]] = Counter()
 
     def run(self, count: Callable[[int, int], None] | None = None, say: Callable[[str], None] = _nothing) -> list[Done]:
-        """Return rollouts and scores, in the order of the units. Tell ``say`` of each that has to be repeated.
+        """Return previews and scores, in the order of the units. Tell ``say`` of each that has to be repeated.
 
         Raises:
             WorkerLost: a chunk lost its worker more than ``max_retries`` times.
@@ -115,12 +113,14 @@ class Pipeline:
         return [self._done[unit.start] for unit in self._units]
 
     def _submit_rollout(self, actor: Any, chunk: int) -> Any:
-        batch = self.chunks[chunk]
-        self.refs[chunk], seconds = actor.rollout.options(num_returns=2).remote(batch, *self._rollout_args)
-        return seconds
+        pictures, trajectories, preview = actor.rollout.options(num_returns=3).remote(*self.chunks[chunk])
+        self._pictures[chunk] = pictures
+        if not self._evaluation:
+            self.trajectories[chunk] = trajectories
+        return preview
 
     def _submit_score(self, actor: Any, chunk: int) -> Any:
-        return actor.score.remote(self._evaluation, *(self.refs[i] for i in self._unit_of[chunk]))
+        return actor.score.remote(self._evaluation, *(self._pictures[i] for i in self._unit_of[chunk]))
 
     def _dispatch(self, stage: Stage) -> None:
         while stage.waiting and stage.idle:
@@ -134,14 +134,15 @@ class Pipeline:
         try:
             result = _get(ref)
             if stage is self._rollout:
-                self._rollout_s[chunk] = seconds = result
+                self._previews[chunk], seconds = result, result.seconds
                 self._missing.discard(chunk)
                 if self._missing.isdisjoint(unit):
                     self._score.waiting.append(unit.start)
             else:
                 scores, seconds = result
-                made_s = sum(self._rollout_s[i] for i in unit)
-                self._done[chunk] = Done([_get(self.refs[i]) for i in unit], scores, made_s, seconds)
+                self._done[chunk] = Done([self._previews[i] for i in unit], scores, seconds)
+                for i in unit:
+                    self._pictures[i] = None
             task.wait.answered(seconds)
         except DEATHS as error:
             self._repeat(task, stage.pool.why(task.worker, error))

@@ -102,9 +102,9 @@ class Pool:
         except DEATHS as error:
             raise ClusterError(f"a {self.kind} worker died while it started: {self.why(index, error)}") from None
 
-    def ask(self, method: str) -> Any:
+    def ask(self, method: str, *args: Any) -> Any:
         """Return the answer of the first actor, which has just started. Raise ClusterError as ``started`` does."""
-        ref = getattr(self.actors[0], method).remote()
+        ref = getattr(self.actors[0], method).remote(*args)
         for _, came in self.vigil.each({ref: self.vigil.wait(f"{self.kind} start")}):
             if came is Came.LATE:
                 raise ClusterError(f"a {self.kind} worker started and did not answer; look at what it loads")

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowalign.cluster.actors import LearnerActor, RewardActor, RolloutActor, TeacherActor
+from flowalign.cluster.actors import LearnerActor, Mortal, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.pipeline import Pipeline
@@ -28,11 +28,12 @@ from flowalign.measure.evaluate import evaluation_rewards
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
+from flowalign.run.previews import join_previews, looked_at
 from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
 from flowalign.samples.cache import cache_rule
-from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
+from flowalign.samples.joined import cat_scores, scored_together
+from flowalign.types import PromptBatch, SamplingPlan, Scores, Update
 
 CHILDREN_S = 3.0
 
@@ -108,10 +109,9 @@ class RayBackend:
         for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
         self._started = True
-        self._whole_groups = self.rewards.ask("whole_groups")
+        self._needs = {evaluation: self.rewards.ask("needs", evaluation) for evaluation in (False, True)}
         retries = self.config.cluster.max_task_retries
         self._delivery = Delivery(self.learner, self.rollouts, self._vigil, retries, lambda text: self.say(text))
-        self._last: tuple[Rollout, list[Any]] | None = None
 
     def _expected(self, *sections: str) -> Expected | None:
         """Return the hashes for a worker that is made after the others; one of the beginning gets None."""
@@ -154,7 +154,7 @@ class RayBackend:
         )
         self._closers.append(self.learner)
 
-    def _actor(self, cls: type[Any], share: Share, bundle: int, threads: int, *args: Any, **faults: int) -> Any:
+    def _actor(self, cls: type[Mortal], share: Share, bundle: int, threads: int, *args: Any, **faults: int) -> Any:
         group, resources = self._group, share.bundle()
         assert group is not None
         return (
@@ -163,7 +163,7 @@ class RayBackend:
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-                runtime_env={"env_vars": worker_env(threads)},
+                runtime_env={"env_vars": worker_env(threads) | cls.variables},
                 **faults,
             )
             .remote(self.config, *args)
@@ -180,23 +180,25 @@ class RayBackend:
         """
         chunks = batch.chunks(self.config.rollout.chunk_size)
         plan = plan if evaluation else replace(plan, cache=self._cache)
-        version = self._delivery.version
+        version, needs = self._delivery.version, self._needs[evaluation]
+        units = scored_together(chunks, "group" in needs)
+        gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if "group" in needs else 1)
+        whole = looked_at(chunks, plan, self.config.safety, evaluation)
+        asked = [
+            (chunk, plan, seed, version, "latents" in needs, seen) for chunk, seen in zip(chunks, whole, strict=True)
+        ]
         retries = self.config.cluster.max_task_retries
-        whole = self._whole_groups and not evaluation
-        units = scored_together(chunks, whole)
-        gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if whole else 1)
-        pipeline = Pipeline(
-            chunks, self.rollouts, self.rewards, (plan, seed, version), evaluation, retries, gives_up_s, units
-        )
+        pipeline = Pipeline(asked, units, self.rollouts, self.rewards, evaluation, retries, gives_up_s)
         done = pipeline.run(count, self.say)
-        collected = Collected(
-            rollout=cat_rollouts([chunk for unit in done for chunk in unit.rollouts]),
+        preview = join_previews([seen for unit in done for seen in unit.previews])
+        return Collected(
+            batch=batch.take(plan.branching.samples_of_images(len(batch))),
             scores=cat_scores([unit.scores for unit in done]),
-            rollout_s=sum(unit.rollout_s for unit in done) / len(self.rollouts.actors),
+            preview=preview,
+            trajectories=pipeline.trajectories,
+            rollout_s=preview.seconds / len(self.rollouts.actors),
             score_s=sum(unit.score_s for unit in done) / len(self.rewards.actors),
         )
-        self._last = None if evaluation else (collected.rollout, pipeline.refs)
-        return collected
 
     def _gives_up_s(self, evaluation: bool, questions: int) -> float:
         """Return the time after which a reward actor ends the run by itself at the latest, since its scorers take too
@@ -205,17 +207,16 @@ class RayBackend:
         cluster = self.config.cluster
         return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
 
-    def update(self, rollout: Rollout, scores: Scores, iteration: int) -> Update:
-        """Learn from a rollout; the one just collected goes from the object store straight to the learner.
+    def update(self, trajectories: Sequence[Any] | None, scores: Scores | None, iteration: int) -> Update:
+        """Learn from the trajectories that were collected: the ranks map them where they lie in the object store.
 
         Raises:
             LearnerLost: a rank died.
         """
         self._tell_learner()
-        last = self._last
-        refs = last[1] if last is not None and last[0] is rollout else [ray.put(rollout)]
-        update = self.learner.call("update", iteration, scores, *refs)[0]
-        self._last = None
+        if trajectories is not None:
+            self.learner.call("take", *trajectories)
+        update = self.learner.call("update", iteration, scores)[0]
         self._delivery.learned = has_learned(update)
         return update
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
 Key = tuple[str | int, ...]
 CORES_PROMISED = 2
 LONGEST = 600  # characters of a reason
-COMMANDS = {"Rollout": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
+COMMANDS = {"Trajectories": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -315,10 +315,10 @@ def _check_plan(name: str, needs: Needs, plan: Any, cached: bool) -> None:
     An algorithm of the user's may plan anything.
     """
     if plan is None:
-        if needs.batch.__name__ == "Rollout":
+        if needs.batch.__name__ == "Trajectories":
             raise ConfigError(
                 "algorithm.type",
-                f"{name} learns from Rollout and plans none; define plan(self, iteration, seed), which returns a "
+                f"{name} learns from Trajectories and plans none; define plan(self, iteration, seed), which returns a "
                 "SamplingPlan",
             )
         return

@@ -186,7 +186,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
         raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
     config = resolve(validate(AlignConfig, raw), base)
     missing = _lacking(_reward_checks(config, base), require_files)
-    algorithm = checks.parse_algorithm(config.algorithm, "Rollout")
+    algorithm = checks.parse_algorithm(config.algorithm, "Trajectories")
     missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)

@@ -25,7 +25,7 @@ from flowalign.samples.offers import PREFERENCES
 from flowalign.samples.opened import Progress, roll, silent
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
-from flowalign.types import PromptBatch, SamplingPlan
+from flowalign.types import Pictures, SamplingPlan
 
 SHARD = 500  # pairs a file
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
@@ -63,8 +63,9 @@ def make_preferences(
         drawn = _Drawn(pairs)
         while drawn.made < pairs:
             batch = sampler.batch(drawn.groups // sampler.groups)
-            images = torch.cat([chunk.images for chunk in roll(policy, batch, plan, model.config, model.seed)])
-            drawn.add(*_pairs(batch, images, scorer, model.seed), sampler.groups)
+            made = roll(policy, batch, plan, model.config, model.seed)
+            pictures = Pictures(batch, torch.cat([chunk.images for chunk, _ in made]))
+            drawn.add(*_pairs(pictures, scorer, model.seed), sampler.groups)
             drawn.write(out)
             progress(drawn.made, pairs)
             drawn.check_patience(reward.label, group_size)
@@ -148,12 +149,11 @@ def counts_of(card: Mapping[str, Any]) -> str:
     return said + (f"; {card['pairs_beyond']} more than was asked for" if card["pairs_beyond"] else "")
 
 
-def _pairs(
-    batch: PromptBatch, images: Tensor, scorer: NamedScorer, seed: int
-) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _pairs(pictures: Pictures, scorer: NamedScorer, seed: int) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Return the rows of a batch, and the reasons why groups gave none."""
+    batch, images = pictures.batch, pictures.images
     with scorer.apart:
-        judged = score_images(scorer, question(batch, images))
+        judged = score_images(scorer, question(pictures))
     scores = merge([judged], {scorer.name: 1.0})
     best, worst = best_worst_pairs(scores.total, scores.valid, batch.group_ids)
     judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())

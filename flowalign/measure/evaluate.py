@@ -26,7 +26,7 @@ from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, faults, load_scorers, merge, question, score_images
-from flowalign.types import PromptBatch, Rollout, Scores
+from flowalign.types import Pictures, PromptBatch, Samples, Scores
 from rewards.interface import blamed
 from rewards.models.openclip import OpenClip
 
@@ -117,12 +117,13 @@ def evaluate_checkpoint(
     with torch_threads(config.cluster.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
         with model.opened() as (policy, state, plan):
-            parts, rows, seconds = [], [], 0.0
-            for chunk, took in timed(roll(policy, batch, plan, config, model.seed, progress)):
-                parts.append((chunk, _scored(scorers, chunk)))
-                rows += _result_rows(scorers[0], *parts[-1])
+            parts, walked, rows, seconds = [], [], [], 0.0
+            for (pictures, trajectories), took in timed(roll(policy, batch, plan, config, model.seed, progress)):
+                parts.append((pictures.images, _scored(scorers, pictures)))
+                rows += _result_rows(scorers[0], pictures, parts[-1][1])
+                walked.append(trajectories)
                 seconds += took
-    rollouts, scores = [chunk for chunk, _ in parts], cat_scores([part for _, part in parts])
+    scores = cat_scores([part for _, part in parts])
     there = len({row["prompt"] for row in load_prompts(source, base_dir)})
     return EvaluationResult(
         model.path,
@@ -130,18 +131,18 @@ def evaluate_checkpoint(
         state.get("iteration", state.get("step")),
         evaluation_metrics(scores, batch.metadata),
         rows,
-        torch.cat([chunk.images for chunk in rollouts]),
+        torch.cat([images for images, _ in parts]),
         standard_errors(scores, batch.metadata),
-        facts(batch.prompts, source, there, model.sampling, model.seed, model.which, rollouts, seconds),
+        facts(batch.prompts, source, there, model.sampling, model.seed, model.which, walked, seconds),
         _notes(config, batch, scores),
     )
 
 
-def _scored(scorers: Sequence[NamedScorer], chunk: Rollout) -> Scores:
+def _scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
     judged = []
     for scorer in scorers:
         with scorer.apart:
-            judged.append(score_images(scorer, question(chunk.batch, chunk.images, chunk.final_NCHW)))
+            judged.append(score_images(scorer, question(pictures)))
     return merge(judged, {scorers[0].name: 1.0})
 
 
@@ -152,7 +153,7 @@ def _notes(config: AlignConfig, batch: PromptBatch, scores: Scores) -> tuple[str
     return (*said, *(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()))
 
 
-def timed(chunks: Iterator[Rollout]) -> Iterator[tuple[Rollout, float]]:
+def timed(chunks: Iterator[Samples]) -> Iterator[tuple[Samples, float]]:
     """Yield each chunk with the seconds that it took to make."""
     while True:
         began = time.monotonic()
@@ -167,13 +168,13 @@ def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _result_rows(named: NamedScorer, chunk: Rollout, scores: Scores) -> list[dict[str, Any]]:
+def _result_rows(named: NamedScorer, pictures: Pictures, scores: Scores) -> list[dict[str, Any]]:
     """Return GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
-    batch, values = chunk.batch, scores.by_reward[named.name].tolist()
+    batch, values = pictures.batch, scores.by_reward[named.name].tolist()
     metadata = [dict(row) for row in batch.metadata]
     with named.apart, blamed(named.name, " while it explained its scores"):
         explain, own = getattr(named.scorer, "verdicts", None), copy.deepcopy(metadata)
-        verdicts: list[Any] = explain(chunk.images.numpy().copy(), own) if explain else [None] * len(batch)
+        verdicts: list[Any] = explain(pictures.images.numpy().copy(), own) if explain else [None] * len(batch)
     rows = []
     for i, verdict in enumerate(verdicts):
         row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowalign.config.sections import SamplingConfig
-from flowalign.types import Rollout, Scores
+from flowalign.types import Preview, Scores, Trajectories
 
 UNTAGGED = "untagged"
 
@@ -57,7 +57,7 @@ def facts(
     sampling: SamplingConfig,
     seed: int,
     weights: str,
-    rollouts: Sequence[Rollout],
+    walked: Sequence[Trajectories],
     seconds: float,
 ) -> dict[str, Any]:
     """Return facts for the reader: how many samples of which prompts, made how; with a cache how much was skipped.
@@ -75,13 +75,13 @@ def facts(
         "images_per_s": round(len(prompts) / max(seconds, 1e-9), 3),
     }
     if sampling.cache is not None:
-        said["cache"] = sampling.cache.model_dump() | {"skipped_steps": skipped(rollouts)}
+        said["cache"] = sampling.cache.model_dump() | {"skipped_steps": skipped(walked)}
     return said
 
 
-def skipped(rollouts: Sequence[Rollout]) -> float:
+def skipped(made: Sequence[Trajectories | Preview]) -> float:
     """Return the share of the network's evaluations whose blocks were skipped."""
-    computed, reused = (sum(getattr(r, name) for r in rollouts) for name in ("computed", "reused"))
+    computed, reused = (sum(getattr(part, name) for part in made) for name in ("computed", "reused"))
     return reused / max(1, computed + reused)
 
 

@@ -31,8 +31,6 @@ from flowalign.samples.opened import torch_threads
 from flowalign.samples.scoring import faults
 from flowalign.types import Scores
 
-NUM_SAMPLE_IMAGES = 24
-
 
 class RunJournal:
     """Implements ``flowalign.run.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
@@ -133,7 +131,7 @@ class RunJournal:
         """
         began = time.monotonic()
         with torch_threads(self.config.cluster.threads):
-            measured = self._signals(collected.rollout, collected.scores)
+            measured = self._signals(collected.batch.group_ids, collected.preview, collected.scores)
         return {**measured, "time/safety_s": time.monotonic() - began}
 
     def _watch(self, iteration: int, metrics: dict[str, float]) -> dict[str, float]:
@@ -164,7 +162,7 @@ class RunJournal:
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         """Return the metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
         self._lock.check()
-        metadata = collected.rollout.batch.metadata
+        metadata = collected.batch.metadata
         metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
         _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
@@ -172,16 +170,16 @@ class RunJournal:
         spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
         known = {name: f" ± {error:.3f}" for name, error in spread.items() if error == error}
         said = ", ".join(f"{name} {value:.3f}{known.get(name, '')}" for name, value in overall.items())
-        metrics |= errors | {"eval/num_samples": float(len(collected.rollout))}
+        metrics |= errors | {"eval/num_samples": float(len(collected.batch))}
         cached = ""
-        if collected.rollout.computed:
-            metrics["eval/skipped_steps"] = skipped([collected.rollout])
+        if collected.preview.computed:
+            metrics["eval/skipped_steps"] = skipped([collected.preview])
             cached = f", {metrics['eval/skipped_steps']:.0%} of the steps skipped"
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
         self._progress.say(
-            f"evaluation at iteration {iteration}: {said} over {len(collected.rollout)} samples of "
-            f"{len(set(collected.rollout.batch.prompts))} prompts{cached}"
+            f"evaluation at iteration {iteration}: {said} over {len(collected.batch)} samples of "
+            f"{len(set(collected.batch.prompts))} prompts{cached}"
         )
         if self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
@@ -230,15 +228,15 @@ def _write_samples(directory: Path, collected: Collected) -> None:
     """Write the first images with their scores, all of them or none. Raise DiskError."""
     from PIL import Image
 
-    rollout, scores = collected.rollout, collected.scores
+    batch, scores = collected.batch, collected.scores
     index, files = [], {}
-    for i in range(min(NUM_SAMPLE_IMAGES, len(rollout))):
+    for i, image in sorted(collected.preview.images.items()):
         name, png = f"{i:04d}.png", io.BytesIO()
-        Image.fromarray(rollout.images[i].numpy()).save(png, format="PNG")
+        Image.fromarray(image).save(png, format="PNG")
         files[name] = png.getvalue()
         own = {k: float(v[i]) for k, v in scores.by_reward.items() if float(v[i]) == float(v[i])}
-        row = rollout.batch.metadata[i]
-        index.append({"file": name, "prompt": rollout.batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
+        row = batch.metadata[i]
+        index.append({"file": name, "prompt": batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
     files["index.json"] = (json.dumps(index, indent=1) + "\n").encode()
     draft = directory.with_name(f".{directory.name}.part")
     with writing(f"samples {directory}", directory, on_disk(map(len, files.values()))), swept(draft):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from flowalign.config.alignment import AlignConfig
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.loop import Collected, Count
+from flowalign.run.previews import join_previews, looked_at
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.cache import cache_rule
 from flowalign.samples.children import end_children
-from flowalign.samples.joined import cat_rollouts, cat_scores, scored_together
-from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
+from flowalign.samples.joined import cat_scores, scored_together
+from flowalign.types import PromptBatch, SamplingPlan, Scores, Trajectories, Update
 
 
 class LocalBackend:
@@ -37,20 +38,26 @@ class LocalBackend:
         made, scored = [], []
         plan = plan if evaluation else replace(plan, cache=self._cache)
         chunks = batch.chunks(self.config.rollout.chunk_size)
-        for unit in scored_together(chunks, self.rewards.whole_groups and not evaluation):
-            made += [self.rollouts.rollout(chunks[i], plan, seed, self.rollouts.version) for i in unit]
-            scored.append(self.rewards.score([part for part, _ in made[unit.start :]], evaluation))
+        whole = looked_at(chunks, plan, self.config.safety, evaluation)
+        needs, version = self.rewards.needs(evaluation), self.rollouts.version
+        for unit in scored_together(chunks, "group" in needs):
+            own = [self.rollouts.rollout(chunks[i], plan, seed, version, "latents" in needs, whole[i]) for i in unit]
+            scored.append(self.rewards.score([pictures for pictures, *_ in own], evaluation))
+            made += [part for _, *part in own]  # the pictures have had their use
             if count is not None:
                 count(len(made), len(chunks))
+        preview = join_previews([seen for _, seen in made])
         return Collected(
-            rollout=cat_rollouts([part for part, _ in made]),
+            batch=batch.take(plan.branching.samples_of_images(len(batch))),
             scores=cat_scores([part for part, _ in scored]),
-            rollout_s=sum(seconds for _, seconds in made),
+            preview=preview,
+            trajectories=[walked for walked, _ in made],
+            rollout_s=preview.seconds,
             score_s=sum(seconds for _, seconds in scored),
         )
 
-    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update:
-        update = self.learner.update(rollout, scores, iteration)
+    def update(self, trajectories: Sequence[Trajectories] | None, scores: Scores | None, iteration: int) -> Update:
+        update = self.learner.update(trajectories or (), scores, iteration)
         self._learned = has_learned(update)
         return update
 

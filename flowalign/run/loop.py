@@ -9,17 +9,23 @@ from typing import Any, Protocol
 from flowalign.algorithm import Algorithm
 from flowalign.record.metrics import Clock
 from flowalign.samples.scoring import require_valid, reward_metrics
-from flowalign.types import PromptBatch, Rollout, SamplingPlan, Scores, Update
+from flowalign.types import Preview, PromptBatch, SamplingPlan, Scores, Update
 
 Count = Callable[[int, int], None]  # (finished chunks, their number)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Samples of one iteration with their scores; seconds of work are means over the workers of a kind."""
+    """Samples of one iteration with their scores, as the driver knows them.
 
-    rollout: Rollout
+    ``batch`` has a row an image. ``trajectories`` are for `Backend.update` alone, which knows what they are: chunks, or
+    where they lie. Seconds of work are means over the workers of a kind.
+    """
+
+    batch: PromptBatch
     scores: Scores
+    preview: Preview
+    trajectories: Any
     rollout_s: float
     score_s: float
 
@@ -31,8 +37,8 @@ class Backend(Protocol):
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected: ...
 
-    # Without a rollout from what the learner has on disk.
-    def update(self, rollout: Rollout | None, scores: Scores | None, iteration: int) -> Update: ...
+    # `trajectories` are those of a `Collected`; None: from what the learner has on disk.
+    def update(self, trajectories: Any, scores: Scores | None, iteration: int) -> Update: ...
 
     # Every rollout worker acknowledges the weights, or the run stops; for evaluation those of `evaluation.weights`.
     def sync(self, evaluation: bool = False) -> None: ...
@@ -98,9 +104,9 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
         clock.lap("collect_s")
         if collected is not None and run.algorithm.needs.scores:
             require_valid(collected.scores, run.min_valid_fraction)
-        rollout, scores = (None, None) if collected is None else (collected.rollout, collected.scores)
+        made, scores = (None, None) if collected is None else (collected.trajectories, collected.scores)
         journal.doing("learning")
-        update = backend.update(rollout, scores, iteration)
+        update = backend.update(made, scores, iteration)
         clock.lap("learn_s")
         done = iteration + 1
         if collected is not None or journal.due("evaluation", done):
@@ -123,7 +129,7 @@ def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
     if collected is None:
         return clock.metrics(0.0, 0.0, 0)
     rewards = reward_metrics(collected.scores) if collected.scores.by_reward else {}
-    return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.rollout))}
+    return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.batch))}
 
 
 def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:

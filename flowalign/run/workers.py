@@ -38,8 +38,10 @@ from flowalign.models.network import Network
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.encoded import pairs_of
 from flowalign.run.learner import Learner
+from flowalign.run.previews import preview_of
 from flowalign.run.second import is_second, restore_second, second_network, second_settings, second_state
 from flowalign.run.teachers import Teacher, load_teachers
+from flowalign.samples.joined import join_trajectories
 from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.rollout import rollout
@@ -53,7 +55,16 @@ from flowalign.samples.scoring import (
     score_images,
     together,
 )
-from flowalign.types import PreferencePairs, PromptBatch, Rollout, SamplingPlan, Scores, Update
+from flowalign.types import (
+    Pictures,
+    PreferencePairs,
+    Preview,
+    PromptBatch,
+    SamplingPlan,
+    Scores,
+    Trajectories,
+    Update,
+)
 from rewards.interface import Asked, Checked
 from rewards.question import joined
 
@@ -86,8 +97,19 @@ class RolloutWorker:
         self.version = version
         return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
 
-    def rollout(self, batch: PromptBatch, plan: SamplingPlan, seed: int, version: int) -> tuple[Rollout, float]:
-        """Make one chunk; return it and the seconds it took. Refuse to work with weights of another version."""
+    def rollout(
+        self,
+        batch: PromptBatch,
+        plan: SamplingPlan,
+        seed: int,
+        version: int,
+        latents: bool = False,
+        looked_at: Sequence[int] = (),
+    ) -> tuple[Pictures, Trajectories, Preview]:
+        """Make one chunk; return also what the driver sees of it, the images ``looked_at`` whole.
+
+        The pictures have ``latents`` where a reward needs them. Refuse to work with weights of another version.
+        """
         if version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
         began = time.monotonic()
@@ -104,7 +126,10 @@ class RolloutWorker:
                 decode_batch_size=self.config.rollout.decode_batch_size,
                 geometry=self.config.rollout.chunk_size,
             )
-        return made, time.monotonic() - began
+        pictures, trajectories = made
+        if not latents:
+            pictures = replace(pictures, final_NCHW=None)
+        return pictures, trajectories, preview_of(made, looked_at, time.monotonic() - began)
 
 
 class RewardWorker:
@@ -117,12 +142,12 @@ class RewardWorker:
             self.training = load_scorers(config.rewards, base_dir, device, hosted)
             self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted, EVALUATION)
 
-    @property
-    def whole_groups(self) -> bool:
-        """True where a reward of the training is asked for whole groups, so that chunks may have to wait for others."""
-        return any("group" in scorer.needs for scorer in self.training)
+    def needs(self, evaluation: bool = False) -> frozenset[str]:
+        """Return what the rewards need beside images, prompts and metadata."""
+        scorers = self.evaluation if evaluation else self.training
+        return frozenset().union(*(scorer.needs for scorer in scorers))
 
-    def score(self, chunks: Sequence[Rollout], evaluation: bool = False) -> tuple[Scores, float]:
+    def score(self, chunks: Sequence[Pictures], evaluation: bool = False) -> tuple[Scores, float]:
         """Score chunks that are scored as one (`joined.scored_together`).
 
         Return the scores and the seconds they took.
@@ -132,7 +157,7 @@ class RewardWorker:
         if not scorers:
             count = sum(map(len, chunks))
             return Scores({}, torch.zeros(count), torch.ones(count, dtype=torch.bool)), 0.0
-        asked = [question(chunk.batch, chunk.images, chunk.final_NCHW) for chunk in chunks]
+        asked = [question(chunk) for chunk in chunks]
         parts = []
         for scorer in scorers:
             with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
@@ -216,11 +241,11 @@ class LearnerWorker:
             second=own,
         )
 
-    def update(self, batch: Rollout | None, scores: Scores | None, iteration: int) -> Update:
-        """Learn from a rollout, or, where there is none, from the iteration's preference pairs."""
+    def update(self, chunks: Sequence[Trajectories], scores: Scores | None, iteration: int) -> Update:
+        """Learn from the iteration's trajectories, or, where it makes none, from its preference pairs."""
         with torch_threads(self.config.cluster.threads):
             if self.pairs is None:
-                update = self.learner.update(batch, scores, iteration)
+                update = self.learner.update(join_trajectories(chunks), scores, iteration)
             else:
                 update = self.learner.update(self.pairs.batch(iteration), None, iteration)
                 update = replace(update, metrics={**update.metrics, **self.pairs.metrics})

@@ -1,4 +1,4 @@
-"""Signals of a collapse in a rollout, iteration by iteration: numbers for metrics.jsonl.
+"""Signals of a collapse in what was rolled out, iteration by iteration: numbers for metrics.jsonl.
 
 Shapes: N images, G groups, H W pixels, D features. Computed from the collected batch, whoever made it: the same bits
 for any number of workers.
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from flowalign.config.alignment import SafetyConfig
-from flowalign.types import Rollout, Scores
+from flowalign.types import Preview, Scores
 from rewards.models.openclip import OpenClip
 
 MAX_SIDE = 64
@@ -24,7 +24,7 @@ CLIP_IMAGES_PER_GROUP = 4
 
 
 class CollapseSignals:
-    """Measures a rollout; the CLIP model, if one is configured, is loaded with the first.
+    """Measures the images of an iteration by their preview; a CLIP model, if configured, is loaded with the first.
 
     Raises:
         SpecError: ``safety.clip`` is no directory in open_clip's layout, or does not load.
@@ -34,29 +34,29 @@ class CollapseSignals:
         self._config = config
         self._clip = None if config.clip is None else OpenClip("safety.clip", path=config.clip)
 
-    def __call__(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    def __call__(self, group_ids: Sequence[int], preview: Preview, scores: Scores) -> dict[str, float]:
         """Return ``collapse/*``; without rewards none of them, without two images in a group no diversity.
 
         ``best_of_group``: mean over groups of the best valid total. ``reward_spread``: standard deviation of the valid
         totals. ``diversity``: mean over groups of the mean pairwise distance of images. ``saturation``: of HSV, 0 to 1.
         """
-        images, groups = rollout.images.numpy(), members(rollout.batch.group_ids)
-        metrics = {"collapse/saturation": saturation(images)}
+        groups = members(group_ids)
+        metrics = {"collapse/saturation": saturation(preview.thumbnails)}
         if scores.by_reward:
             total = scores.total.double().numpy()
             metrics |= {"collapse/best_of_group": best_of_group(total, groups), "collapse/reward_spread": spread(total)}
-        diversity = self._diversity(images, groups)
+        diversity = self._diversity(preview, groups)
         return metrics | ({} if math.isnan(diversity) else {"collapse/diversity": diversity})
 
-    def _diversity(self, images: NDArray[np.uint8], groups: Sequence[Sequence[int]]) -> float:
+    def _diversity(self, preview: Preview, groups: Sequence[Sequence[int]]) -> float:
         if self._clip is None:
-            return mean_distance(thumbnails(images), groups)
+            return mean_distance(thumbnails(preview.thumbnails), groups)
         few = some_of_each(groups, self._config.clip_images)
-        chosen = [i for group in few for i in group]
+        chosen = [preview.images[i] for group in few for i in group]
         if not chosen:
             return math.nan
         with torch.inference_mode():
-            features = self._clip.images(np.ascontiguousarray(images[chosen])).double().cpu().numpy()
+            features = self._clip.images(np.stack(chosen)).double().cpu().numpy()
         ends = np.cumsum([len(group) for group in few])
         rows = [range(end - len(group), end) for group, end in zip(few, ends.tolist(), strict=True)]
         return mean_distance(features, rows, cosine=True)

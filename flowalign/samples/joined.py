@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from flowalign.types import PromptBatch, Rollout, Scores, cat_conditions
+from flowalign.rows import Rows
+from flowalign.types import PromptBatch, Scores, Trajectories, cat_conditions
 from rewards.composite import one_owner
 
 
@@ -27,11 +28,16 @@ def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[r
     return found
 
 
-def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Join chunks of one iteration, in the order given; they must share plan, seed and policy version."""
+def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
+    """Join chunks of one iteration, in the order given; they must share plan, seed and policy version.
+
+    States, means and latents are not copied.
+    """
     keys = {(p.plan, p.seed, p.policy_version) for p in parts}
     if len(keys) != 1:
         raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
+    if len(parts) == 1:
+        return parts[0]
     names = ("prompts", "group_ids", "sample_ids", "metadata")
     batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
     means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
@@ -39,11 +45,10 @@ def cat_rollouts(parts: Sequence[Rollout]) -> Rollout:
         parts[0],
         batch=batch,
         condition=cat_conditions([p.condition for p in parts]),
-        states_NSCHW=torch.cat([p.states_NSCHW for p in parts]),
+        states_NSCHW=Rows([p.states_NSCHW for p in parts]),
         log_prob_NS=torch.cat([p.log_prob_NS for p in parts]),
-        final_NCHW=torch.cat([p.final_NCHW for p in parts]),
-        images=torch.cat([p.images for p in parts]),
-        means_NSCHW=torch.cat(means) if means else None,
+        final_NCHW=Rows([p.final_NCHW for p in parts]),
+        means_NSCHW=Rows(means) if means else None,
         computed=sum(p.computed for p in parts),
         reused=sum(p.reused for p in parts),
     )

@@ -31,7 +31,7 @@ from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
 from flowalign.samples.cache import cache_rule
 from flowalign.samples.rollout import rollout
-from flowalign.types import Guidance, Noise, PromptBatch, Rollout, SamplingPlan
+from flowalign.types import Guidance, Noise, PromptBatch, Samples, SamplingPlan
 
 Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]  # how many of how many are done
@@ -194,7 +194,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def roll(
     policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: AlignConfig, seed: int, progress: Progress = silent
-) -> Iterator[Rollout]:
+) -> Iterator[Samples]:
     """Yield the chunks of ``batch`` in the run's own geometry."""
     done = 0
     for chunk in batch.chunks(config.rollout.chunk_size):

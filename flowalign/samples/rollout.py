@@ -1,4 +1,4 @@
-"""A policy and a PromptBatch make a Rollout; knows nothing of Ray.
+"""A policy and a PromptBatch make Samples; knows nothing of Ray.
 
 Shapes: N samples, S window steps, K schedule steps, J granularities, C H W latents.
 """
@@ -22,7 +22,16 @@ from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
-from flowalign.types import CacheRule, Condition, PromptBatch, Rollout, SamplingPlan, SdeKind
+from flowalign.types import (
+    CacheRule,
+    Condition,
+    Pictures,
+    PromptBatch,
+    Samples,
+    SamplingPlan,
+    SdeKind,
+    Trajectories,
+)
 
 Caching = Callable[[int], AbstractContextManager[Any]]  # entered around so many ODE steps in a row
 
@@ -221,7 +230,7 @@ def rollout(
     width: int | None = None,
     decode_batch_size: int = 48,
     geometry: int | None = None,
-) -> Rollout:
+) -> Samples:
     """Make the samples of one chunk; the result lies on the CPU, an image for every sample and granularity.
 
     ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels.
@@ -249,18 +258,19 @@ def rollout(
     )
     refuse_non_finite(final, policy_version, plan)
     images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])
-    rows = [sample for sample in range(len(batch)) for _ in branching.granularities]
-    return Rollout(
-        batch=batch.take(rows),
+    rows, final = branching.samples_of_images(len(batch)), final.cpu()
+    made = batch.take(rows)
+    trajectories = Trajectories(
+        batch=made,
         condition=condition.to("cpu").take(torch.tensor(rows)),
         plan=plan,
         states_NSCHW=states.cpu(),
         log_prob_NS=log_probs.cpu(),
-        final_NCHW=final.cpu(),
-        images=images,
+        final_NCHW=final,
         seed=seed,
         policy_version=policy_version,
         means_NSCHW=None if means is None else means.cpu(),
         computed=sum(cache.computed for cache in caches),
         reused=sum(cache.reused for cache in caches),
     )
+    return Samples(Pictures(made, images, final), trajectories)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
@@ -20,7 +21,7 @@ from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
-from flowalign.samples.joined import cat_rollouts
+from flowalign.rows import Rows
 from flowalign.samples.opened import (
     Progress,
     Which,
@@ -109,17 +110,18 @@ def sample_checkpoint(
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
     batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
     with model.opened() as (policy, _, plan):
-        made = cat_rollouts(list(roll(policy, batch, plan, model.config, model.seed, progress)))
+        made = list(roll(policy, batch, plan, model.config, model.seed, progress))
     names = [f"{i:04d}.png" for i in range(len(batch))]
     index = [{"file": names[i], "prompt": text, "sample_id": i, **model.made_with} for i, text in enumerate(texts)]
     with filled(out_dir) as draft:
-        save_images(draft, names, made.images)
+        save_images(draft, names, torch.cat([pictures.images for pictures, _ in made]))
         write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
         if save_latents:
             size = model.config.model
             shape = policy.network.latent_shape(size.height, size.width)
             noise = SampleNoise(model.seed, batch.sample_ids, shape).draw()
-            save_tensors({"noise": noise, "latents": made.final_NCHW}, draft / "latents.safetensors")
+            latents = Rows([trajectories.final_NCHW for _, trajectories in made])[:]
+            save_tensors({"noise": noise, "latents": latents}, draft / "latents.safetensors")
     return [out_dir / name for name in names]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
 from flowalign.samples.offers import TRAINING
-from flowalign.types import PromptBatch, Scores
+from flowalign.types import Pictures, Scores
 from rewards.composite import Named, check_names, combine, one_owner, prefixes
 from rewards.interface import (
     Asked,
@@ -106,12 +106,12 @@ def load_scorers(
     return [replace(scorer, before=before) for scorer, before in zip(scorers, prefixes(names), strict=True)]
 
 
-def question(batch: PromptBatch, images: torch.Tensor, latents: torch.Tensor | None = None) -> Asked:
-    """Return the question about the samples of a batch: their uint8 images (N, H, W, 3), and if given their latents (N,
-    C, H, W)."""
+def question(pictures: Pictures) -> Asked:
+    """Return the question about pictures; scorers that need latents can be asked it where they have them."""
+    batch, latents = pictures.batch, pictures.final_NCHW
     states = None if latents is None else latents.float().numpy()
     metadata = [dict(row) for row in batch.metadata]
-    return Asked(images.numpy(), list(batch.prompts), metadata, groups=batch.group_ids, latents=states)
+    return Asked(pictures.images.numpy(), list(batch.prompts), metadata, groups=batch.group_ids, latents=states)
 
 
 def score_images(named: NamedScorer, asked: Asked) -> Checked:

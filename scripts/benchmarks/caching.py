@@ -29,7 +29,7 @@ from flowalign.models.guided import guided
 from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, caching_of, integrate
 from flowalign.samples.scoring import question, score_images
-from flowalign.types import SamplingPlan
+from flowalign.types import Pictures, SamplingPlan
 
 TARGET = RESULTS / "caching.json"
 BASE = SHIPPED / "pipeline"
@@ -64,7 +64,7 @@ def walked(policy: Any, judge: Judge, plans: dict[str, SamplingPlan]) -> dict[st
 
 def verdicts(policy: Any, judge: Judge, latents: list[torch.Tensor]) -> np.ndarray:
     images = torch.cat([policy.encoders.decode(part) for part in latents])
-    return np.asarray(score_images(judge.geneval, question(judge.batch, images)).scores["geneval"])
+    return np.asarray(score_images(judge.geneval, question(Pictures(judge.batch, images))).scores["geneval"])
 
 
 def compared(own: dict[str, Any], full: dict[str, Any], right: np.ndarray, right_full: np.ndarray) -> dict[str, Any]:

@@ -32,10 +32,12 @@ SEED = 1234
 def images_of_the_base(rows_asked: int) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     policy = load_policy(ModelConfig(path=str(SHIPPED / "pipeline")))
     batch, plan = evaluation_batch("shapes:eval", rows_asked), ode_plan(policy, 10, 1.0)
-    parts = [
-        rollout(policy, part, plan, seed=SEED, policy_version=0, length=2).images.numpy() for part in batch.chunks(48)
-    ]
-    return np.concatenate(parts), [dict(row) for row in batch.metadata], list(batch.prompts)
+    parts = [rollout(policy, part, plan, seed=SEED, policy_version=0, length=2).pictures for part in batch.chunks(48)]
+    return (
+        np.concatenate([part.images.numpy() for part in parts]),
+        [dict(row) for row in batch.metadata],
+        list(batch.prompts),
+    )
 
 
 def judged(detector: Any, images: np.ndarray, rows: list[dict[str, Any]]) -> tuple[list[Verdict], float]:

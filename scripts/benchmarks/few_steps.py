@@ -81,7 +81,7 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         scores[str(sampling.num_steps)] = judge.score(made)
         sheet = sheet_of(name, str(sampling.num_steps))
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        first = made[0].images[:COLUMNS].numpy()
+        first = made[0].pictures.images[:COLUMNS].numpy()
         Image.fromarray(np.concatenate(list(first), 1)).save(sheet)
     facts = {"images": options.num_samples, "machine": machine(options.threads), "cost": cost}
     return {"cell": name, **facts, "scores": scores}

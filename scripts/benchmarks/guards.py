@@ -52,7 +52,7 @@ def main() -> None:
         plan = run.algorithm.plan(iteration, run.seed)
         assert plan is not None
         collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
-        backend.update(collected.rollout, collected.scores, iteration)
+        backend.update(collected.trajectories, collected.scores, iteration)
 
     iterations = [median_s(lambda i=i: iterate(i), 1) for i in range(options.iterations)]
     engine: Any = backend.learner.learner.engine

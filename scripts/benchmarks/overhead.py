@@ -71,7 +71,7 @@ def local(iterations: int) -> dict[str, float]:
         plan = run.algorithm.plan(iteration, run.seed)
         assert plan is not None
         collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
-        backend.update(collected.rollout, collected.scores, iteration)
+        backend.update(collected.trajectories, collected.scores, iteration)
         backend.sync()
         total = time.perf_counter() - began
         if iteration >= SKIPPED:

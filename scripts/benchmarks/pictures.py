@@ -22,7 +22,7 @@ from flowalign.models.base import Policy
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import rollout
 from flowalign.samples.scoring import load_scorer, question, score_images
-from flowalign.types import Rollout
+from flowalign.types import Pictures, Samples
 from rewards.models.openclip import OpenClip
 
 CHUNK = 64
@@ -83,14 +83,15 @@ class Judge:
     def _of(self, images: np.ndarray) -> np.ndarray:
         return extract(self._features, batches_of(images), len(images))
 
-    def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Rollout]:
+    def draw(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> list[Samples]:
         plan = policy_plan(policy, sampling, ModelConfig())
         chunks = self.batch.chunks(CHUNK)
         return [rollout(policy, chunk, plan, seed=seed, policy_version=0, length=2, geometry=CHUNK) for chunk in chunks]
 
-    def score(self, made: list[Rollout]) -> dict[str, float]:
-        images = torch.cat([chunk.images for chunk in made]).numpy()
-        verdicts = score_images(self.geneval, question(self.batch, torch.from_numpy(images)))
+    def score(self, made: list[Samples]) -> dict[str, float]:
+        images = torch.cat([chunk.pictures.images for chunk in made])
+        verdicts = score_images(self.geneval, question(Pictures(self.batch, images)))
+        images = images.numpy()
         values = verdicts.scores["geneval"]
         measured = compare(self._of(images), self._reference, metrics=("fid", "precision", "recall"))
         measured["clip"] = clip_score(images, list(self.batch.prompts), self._clip)

@@ -88,8 +88,8 @@ def main() -> None:
         policy_version=0,
         length=options.max_sequence_length,
         decode_batch_size=options.batch,
-    )
-    difference = float((made.final_NCHW - theirs("latent").cpu()).abs().max())
+    ).trajectories
+    difference = float((made.final_NCHW[:] - theirs("latent").cpu()).abs().max())
     # The pipeline encodes its prompts as one batch, ours one by one: given our embeddings nothing else may differ.
     both = [
         policy.encoders.encode_prompts(list(batch.prompts), options.max_sequence_length),
@@ -98,7 +98,7 @@ def main() -> None:
     (tokens, pooled), (null, null_pooled) = (condition.expand() for condition in both)
     embeddings = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
     embeddings |= {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": null_pooled}
-    exact = float((made.final_NCHW - theirs("latent", **embeddings).cpu()).abs().max())
+    exact = float((made.final_NCHW[:] - theirs("latent", **embeddings).cpu()).abs().max())
     ours()
     theirs()
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(options.pairs)]

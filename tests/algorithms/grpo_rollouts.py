@@ -5,7 +5,7 @@ import torch
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.flow import sde
 from flowalign.samples.rollout import SampleNoise, integrate
-from flowalign.types import PromptBatch, Rollout
+from flowalign.types import PromptBatch, Trajectories
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition
 
 
@@ -15,7 +15,7 @@ def grpo(**changes) -> FlowGRPO:
     return FlowGRPO(FlowGRPO.Config.model_validate({"type": "flow_grpo", **options}))
 
 
-def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Rollout:
+def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Trajectories:
     """What ``flowalign.samples.rollout.rollout`` makes, by a model without text and images."""
     plan, count = algorithm.plan(0, seed), groups * size
     ids = tuple(range(count))
@@ -24,14 +24,13 @@ def roll_out(algorithm, model, *, groups=2, size=4, seed=0, geometry=None) -> Ro
     shared = group_ids if plan.branching.shared_prefix else None
     states, log_probs, final, means = integrate(model, condition(count), noise, plan, geometry=geometry, groups=shared)
     rows = [i for i in ids for _ in plan.branching.granularities]
-    return Rollout(
+    return Trajectories(
         batch=PromptBatch(("p",) * count, group_ids, ids, ({},) * count).take(rows),
         condition=condition(len(rows)),
         plan=plan,
         states_NSCHW=states,
         log_prob_NS=log_probs,
         final_NCHW=final,
-        images=torch.zeros(len(rows), 4, 4, 3, dtype=torch.uint8),
         seed=seed,
         policy_version=0,
         means_NSCHW=means,

@@ -25,9 +25,9 @@ from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
-from flowalign.samples.joined import cat_rollouts
+from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
-from flowalign.types import Condition, PreferencePairs, PromptBatch, Rollout, SamplingPlan, Update
+from flowalign.types import Condition, PreferencePairs, PromptBatch, SamplingPlan, Trajectories, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
 
@@ -197,7 +197,7 @@ class MixtureRun:
             build_engine(network.module, settings, **(place or {})),
             **{"micro_batch_size": 256, "seed": seed, **learner},
         )
-        self.pairs = None if needs.batch is Rollout else LabelledPairs(prompts)
+        self.pairs = None if needs.batch is Trajectories else LabelledPairs(prompts)
 
     def step(self, iteration: int) -> Update:
         if self.pairs is not None:
@@ -205,20 +205,21 @@ class MixtureRun:
         else:
             made = self.rollout(iteration)
             modes = [int(prompt) for prompt in made.batch.prompts]
-            scores = make_scores(reward(made.final_NCHW, modes)) if self.algorithm.needs.scores else None
+            scores = make_scores(reward(made.final_NCHW[:], modes)) if self.algorithm.needs.scores else None
             update = self.learner.update(made, scores, iteration)
         if self.refreshed is not None and self.refreshed.due(iteration):
             self.refreshed.take(self.learner.engine.weights())
         return update
 
-    def rollout(self, iteration: int) -> Rollout:
+    def rollout(self, iteration: int) -> Trajectories:
         for worker in self.workers:
             bind_weights(worker.network.module, self.learner.weights())
         batch = prompt_batch(iteration, self.prompts, self.groups, self.algorithm.needs.group_size)
         plan, version, made = plan_of(self.algorithm, iteration, self.seed), self.learner.version, []
         for i, chunk in enumerate(batch.chunks(self.chunk or len(batch))):
             worker = self.workers[i % len(self.workers)]
-            made.append(
-                rollout(worker, chunk, plan, seed=self.seed, policy_version=version, length=1, geometry=self.chunk)
+            samples = rollout(
+                worker, chunk, plan, seed=self.seed, policy_version=version, length=1, geometry=self.chunk
             )
-        return cat_rollouts(made)
+            made.append(samples.trajectories)
+        return join_trajectories(made)

@@ -12,7 +12,7 @@ from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.config.section import ConfigError
 from flowalign.flow import schedule
 from flowalign.intake.file import load_align
-from flowalign.types import Rollout
+from flowalign.types import Trajectories
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout
 from tests.tiny import write_config
@@ -25,11 +25,11 @@ def config(**changes) -> ForwardConfig:
     return ForwardConfig.model_validate({"type": "any", "num_steps": 6, "timesteps": 4, **changes})
 
 
-def made(own: ForwardConfig) -> Rollout:
+def made(own: ForwardConfig) -> Trajectories:
     return make_rollout(LinearVelocity(), own.sampling_plan(schedule.sigmas(own.num_steps)))
 
 
-def part(rollout: Rollout, rows: list[int]) -> Rollout:
+def part(rollout: Trajectories, rows: list[int]) -> Trajectories:
     """The chunk that a worker with these samples would have made."""
     index = torch.tensor(rows)
     return replace(
@@ -37,7 +37,6 @@ def part(rollout: Rollout, rows: list[int]) -> Rollout:
         batch=rollout.batch.take(rows),
         condition=rollout.condition.take(index),
         final_NCHW=rollout.final_NCHW[index],
-        images=rollout.images[index],
     )
 
 
@@ -116,7 +115,7 @@ def test_the_shipped_configuration_of_each_is_valid(name: str) -> None:
 
 OWN = """
 from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs
-from flowalign.types import Noise, Rollout, SamplingPlan
+from flowalign.types import Noise, Trajectories, SamplingPlan
 
 class Mine(Algorithm):
     class Config(AlgorithmConfig):
@@ -124,7 +123,7 @@ class Mine(Algorithm):
         noisy: int = 1
     @property
     def needs(self):
-        return Needs(Rollout, scores=True, group_size=self.config.group_size)
+        return Needs(Trajectories, scores=True, group_size=self.config.group_size)
     def plan(self, iteration, seed):
         return SamplingPlan((1.0, 0.5, 0.0), Noise("flow", 0.7, (0, self.config.noisy)))
     def prepare(self, batch, scores, models): ...
@@ -158,7 +157,7 @@ def test_a_plan_that_could_not_be_learned_from_is_refused_before_the_run(tmp_pat
 
 def test_an_algorithm_of_rollouts_that_plans_none_is_refused_before_the_run(tmp_path):
     (tmp_path / "own.py").write_text(OWN.replace("def plan(", "def rollout_plan("))
-    with pytest.raises(ConfigError, match=r"own\.py:Mine learns from Rollout and plans none; define plan\("):
+    with pytest.raises(ConfigError, match=r"own\.py:Mine learns from Trajectories and plans none; define plan\("):
         load_align(write_config(tmp_path), ["algorithm={type: own.py:Mine}"])
 
 

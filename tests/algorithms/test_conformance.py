@@ -6,7 +6,7 @@ from torch import nn
 
 from flowalign.algorithm import Algorithm
 from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
-from flowalign.types import LatentBatch, Rollout, SamplingPlan, value_of
+from flowalign.types import LatentBatch, SamplingPlan, Trajectories, value_of
 from tests.algorithms.every import DEFAULTS
 from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
 
@@ -35,7 +35,7 @@ def batch_for(algorithm, policy):
     """A batch of what the algorithm learns from, and scores if it needs them."""
     needs = algorithm.needs
     scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if needs.scores else None
-    if needs.batch is Rollout:
+    if needs.batch is Trajectories:
         return make_rollout(policy, algorithm.plan(0, 0)), scores
     assert needs.batch is LatentBatch, f"teach this test to make a {needs.batch.__name__}"
     latents, noise = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -98,11 +98,11 @@ def test_what_it_needs_fits_together(name):
     algorithm = build_algorithm(CONFIGS[name])
     needs = algorithm.needs
     assert isinstance(algorithm, Algorithm) and needs.roles[0] == "policy" and needs.group_size >= 1
-    assert needs.batch is Rollout or not (needs.scores or needs.rollout or needs.rollout_weights == "ema")
+    assert needs.batch is Trajectories or not (needs.scores or needs.rollout or needs.rollout_weights == "ema")
     assert needs.batch is LatentBatch or not (needs.teacher or needs.average or needs.features)
     assert set(needs.inputs) <= {"r", "guidance"} and (needs.teacher_of is None) == (not needs.teachers)
     plan = algorithm.plan(0, 0)
-    assert (needs.batch is Rollout) == isinstance(plan, SamplingPlan)
+    assert (needs.batch is Trajectories) == isinstance(plan, SamplingPlan)
     assert all(isinstance(row, str) for row in algorithm.card_facts().values())
 
 

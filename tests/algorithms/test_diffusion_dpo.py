@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from flowalign.algorithm import Reference
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.pairs import best_worst_pairs
-from flowalign.types import PreferencePairs, PromptBatch, Rollout, value_of
+from flowalign.types import PreferencePairs, PromptBatch, Trajectories, value_of
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
 
@@ -34,14 +34,13 @@ def rollout_of(final, groups, version=0):
     count = len(final)
     ids = tuple(range(count))
     online = build_algorithm({"type": "diffusion_dpo", "group_size": 4})
-    return Rollout(
+    return Trajectories(
         batch=PromptBatch(("p",) * count, tuple(groups), ids, ({},) * count),
         condition=condition(count),
         plan=plan_of(online),
         states_NSCHW=final.new_zeros(count, 0, *SHAPE),
         log_prob_NS=final.new_zeros(count, 0),
         final_NCHW=final,
-        images=torch.zeros(count, 4, 4, 3, dtype=torch.uint8),
         seed=7,
         policy_version=version,
     )
@@ -231,7 +230,7 @@ def test_an_online_pair_gets_new_noise_with_every_policy_version():
 
 def test_what_it_declares_depends_on_the_source():
     offline, online = dpo(), build_algorithm({"type": "diffusion_dpo", "reference_refresh": 40})
-    assert offline.needs.batch is PreferencePairs and online.needs.batch is Rollout
+    assert offline.needs.batch is PreferencePairs and online.needs.batch is Trajectories
     assert (offline.needs.scores, online.needs.scores) == (False, True)
     assert offline.plan(0, 0) is None and plan_of(online).noise.kind == "ode"
     assert (offline.needs.reference, online.needs.reference) == (Reference(), Reference(refresh=40))

@@ -43,9 +43,9 @@ def update(config: AlignConfig, student: RolloutWorker, learner: LearnerWorker, 
     student.bind(learner.weights(), learner.version())
     plan = plan_of(build_algorithm(config.algorithm), iteration)
     batch = build_run(config, Path(".")).sampler.batch(iteration)
-    rollout, _ = student.rollout(batch, plan, 0, learner.version())
-    total = rollout.final_NCHW.mean((1, 2, 3))
-    return learner.update(rollout, Scores({"x": total}, total, torch.ones(8, dtype=torch.bool)), iteration).metrics
+    _, rollout, _ = student.rollout(batch, plan, 0, learner.version())
+    total = rollout.final_NCHW[:].mean((1, 2, 3))
+    return learner.update([rollout], Scores({"x": total}, total, torch.ones(8, dtype=torch.bool)), iteration).metrics
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

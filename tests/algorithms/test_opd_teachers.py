@@ -53,8 +53,8 @@ def updates(config: AlignConfig, count: int = 1) -> list[Mapping[str, float]]:
     try:
         for iteration in range(count):
             student.bind(learner.weights(), learner.version())
-            rollout, _ = student.rollout(sampler.batch(iteration), plan_of(algorithm, iteration), 0, iteration)
-            made.append(learner.update(rollout, None, iteration).metrics)
+            _, rollout, _ = student.rollout(sampler.batch(iteration), plan_of(algorithm, iteration), 0, iteration)
+            made.append(learner.update([rollout], None, iteration).metrics)
     finally:
         learner.close()
     return made
@@ -101,8 +101,8 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     student, learner = RolloutWorker(config), LearnerWorker(config)
     student.bind(learner.weights(), 0)
     plan = plan_of(build_algorithm(config.algorithm))
-    rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), plan, 0, 0)
-    metrics = learner.update(rollout, None, 0).metrics
+    _, rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), plan, 0, 0)
+    metrics = learner.update([rollout], None, 0).metrics
     learner.close()
     tokens, pooled = rollout.condition.expand()
     networks = [load_pipeline(directory).transformer for directory in (tiny_pipeline_dir, teacher)]

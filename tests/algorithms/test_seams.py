@@ -64,8 +64,8 @@ def iterate(config: AlignConfig, learner: LearnerWorker, iteration: int) -> Upda
     student, run = RolloutWorker(config), build_run(config, Path("."))
     student.bind(learner.weights(), learner.version())
     plan = plan_of(run.algorithm, iteration)
-    rollout, _ = student.rollout(run.sampler.batch(iteration), plan, 0, learner.version())
-    return learner.update(rollout, None, iteration)
+    _, rollout, _ = student.rollout(run.sampler.batch(iteration), plan, 0, learner.version())
+    return learner.update([rollout], None, iteration)
 
 
 def slow(stage: int) -> Any:

@@ -8,7 +8,7 @@ import torch
 from flowalign.flow import sde
 from flowalign.flow.path import per_sample
 from flowalign.flow.sde import step_log_prob
-from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores
+from flowalign.types import Condition, PromptBatch, SamplingPlan, Scores, Trajectories
 
 SHAPE = (2, 3, 3)
 
@@ -57,7 +57,7 @@ class TwoMaps(torch.nn.Module):
         return [maps, (latents.flatten(1) @ self.reading.T)[..., None]]
 
 
-def make_rollout(model, plan: SamplingPlan, groups: int = 2, size: int = 4, seed: int = 0) -> Rollout:
+def make_rollout(model, plan: SamplingPlan, groups: int = 2, size: int = 4, seed: int = 0) -> Trajectories:
     """Samples that start at the window with random states, and end with the ODE steps behind it."""
     generator = torch.Generator().manual_seed(seed)
     count = groups * size
@@ -77,14 +77,13 @@ def make_rollout(model, plan: SamplingPlan, groups: int = 2, size: int = 4, seed
                 log_probs.append(step_log_prob(plan, x, stats.mean, stats.std))
     ids = tuple(i // size for i in range(count))
     batch = PromptBatch(("p",) * count, ids, tuple(range(count)), ({},) * count)
-    return Rollout(
+    return Trajectories(
         batch=batch,
         condition=condition(count),
         plan=plan,
         states_NSCHW=torch.stack(states, 1) if log_probs else torch.zeros(count, 0, *SHAPE),
         log_prob_NS=torch.stack(log_probs, 1) if log_probs else torch.zeros(count, 0),
         final_NCHW=x,
-        images=torch.zeros(count, 4, 4, 3, dtype=torch.uint8),
         seed=seed,
         policy_version=0,
     )

@@ -85,7 +85,7 @@ def trace(backend: Any, config: AlignConfig, base_dir: Path, iterations: int = 2
     for iteration in range(iterations):
         plan = run.algorithm.plan(iteration, run.seed)
         collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
-        update = backend.update(collected.rollout, collected.scores, iteration)
+        update = backend.update(collected.trajectories, collected.scores, iteration)
         backend.sync()
         scores.append(collected.scores)
         metrics.append(dict(update.metrics))

@@ -296,7 +296,7 @@ def test_the_first_update_of_a_learner_starts_at_log_2(source: Path, tiny_pipeli
     load_pairs(config, load_encoders(config.model))  # or a process is started that encodes them
     worker = LearnerWorker(config)
     try:
-        metrics = worker.update(None, None, 0).metrics
+        metrics = worker.update((), None, 0).metrics
     finally:
         worker.close()
     assert metrics["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6) and metrics["dpo/margin"] == 0
@@ -311,7 +311,7 @@ def test_the_reference_takes_the_policy_s_weights_every_few_iterations(source: P
     worker = LearnerWorker(config)
     try:
         for iteration in range(4):
-            margins.append(worker.update(None, None, iteration).metrics["dpo/margin"])
+            margins.append(worker.update((), None, iteration).metrics["dpo/margin"])
     finally:
         worker.close()
     assert [margin == 0 for margin in margins] == [True, False, True, False]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from flowalign.cli import app
 from flowalign.config.sections import CacheConfig, SamplingConfig
 from flowalign.measure.evaluated import facts, made_with, skipped, standard_errors, text
-from flowalign.types import Rollout, Scores
+from flowalign.types import Scores, Trajectories
 from tests.tiny import write_pipeline
 
 NAN = math.nan
@@ -56,7 +56,7 @@ def test_masked_samples_do_not_count_in_the_error():
 def test_the_line_names_samples_prompts_steps_guidance_solver_seed_and_weights():
     sampling = SamplingConfig(num_steps=28, guidance_scale=4.5, solver="heun")
     prompts = [f"prompt {i % 6}" for i in range(12)]
-    said = facts(prompts, "geneval.jsonl", 553, sampling, seed=7, weights="ema", rollouts=rollouts((0, 0)), seconds=3)
+    said = facts(prompts, "geneval.jsonl", 553, sampling, seed=7, weights="ema", walked=rollouts((0, 0)), seconds=3)
     assert text(said) == (
         "12 samples of 6 of 553 prompts (geneval.jsonl); 28 steps of heun, guidance 4.5, seed 7, weights: ema; 4 img/s"
     )
@@ -71,7 +71,7 @@ def test_with_a_cache_the_share_of_skipped_steps_is_said():
         SamplingConfig(cache=cache),
         seed=0,
         weights="model",
-        rollouts=rollouts((6, 2), (0, 8)),
+        walked=rollouts((6, 2), (0, 8)),
         seconds=1,
     )
     assert said["cache"] == {"calibration": "c.json", "threshold": 0.2, "skipped_steps": 10 / 16}
@@ -109,4 +109,4 @@ def test_evaluate_says_and_writes_how_it_was_made(tmp_path: Path, monkeypatch: p
 
 
 def test_rollouts_without_a_cache_count_nothing():
-    assert (Rollout.computed, Rollout.reused) == (0, 0)
+    assert (Trajectories.computed, Trajectories.reused) == (0, 0)

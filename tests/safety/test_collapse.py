@@ -15,6 +15,7 @@ from flowalign.config.alignment import SafetyConfig
 from flowalign.config.sections import SHIPPED
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
+from flowalign.run.previews import looked_at, preview_of
 from flowalign.safety.collapse import CollapseAlarm
 from flowalign.safety.signals import (
     CollapseSignals,
@@ -25,7 +26,7 @@ from flowalign.safety.signals import (
     some_of_each,
     thumbnails,
 )
-from flowalign.types import Condition, PromptBatch, Rollout, SamplingPlan, Scores
+from flowalign.types import Condition, Pictures, PromptBatch, Samples, SamplingPlan, Scores, Trajectories
 
 NAN = math.nan
 
@@ -35,12 +36,16 @@ def solid(*colors: tuple[int, int, int], side: int = 32) -> np.ndarray:
     return np.broadcast_to(np.array(colors, np.uint8)[:, None, None], (len(colors), side, side, 3)).copy()
 
 
-def rolled(images: np.ndarray, group_ids: tuple[int, ...]) -> Rollout:
-    n, nothing = len(images), torch.zeros(len(images), 1)
-    batch = PromptBatch(("",) * n, group_ids, tuple(range(n)), ({},) * n)
+def signals(images: np.ndarray, group_ids: tuple[int, ...], scores: Scores, **safety: Any) -> dict[str, float]:
+    """Signals of the preview that a rollout worker makes of the images."""
+    n, nothing, config = len(images), torch.zeros(len(images), 1), SafetyConfig(**safety)
+    batch, plan = PromptBatch(("",) * n, group_ids, tuple(range(n)), ({},) * n), SamplingPlan((1.0, 0.0))
     condition = Condition(nothing[:, None], nothing, torch.arange(n), nothing[:1], nothing[0])
-    plan = SamplingPlan((1.0, 0.0))
-    return Rollout(batch, condition, plan, nothing, nothing, nothing, torch.from_numpy(images), 0, 0)
+    walked = Trajectories(batch, condition, plan, nothing, nothing, nothing, 0, 0)
+    (seen,) = looked_at([batch], plan, config, evaluation=False)
+    preview = preview_of(Samples(Pictures(batch, torch.from_numpy(images)), walked), seen)
+    assert len(preview.images) == len(seen) <= config.clip_images
+    return CollapseSignals(config)(group_ids, preview, scores)
 
 
 def scored(*totals: float) -> Scores:
@@ -53,8 +58,8 @@ BLACK, WHITE, RED, PINK = (0, 0, 0), (255, 255, 255), (255, 0, 0), (200, 100, 10
 
 def test_the_signals_of_a_batch_computed_by_hand() -> None:
     # Groups 7: black and white, distance 1. Group 9: red twice and pink once, of which two pairs differ.
-    rollout = rolled(solid(BLACK, RED, WHITE, RED, PINK), (7, 9, 7, 9, 9))
-    measured = CollapseSignals(SafetyConfig())(rollout, scored(0.25, 0.5, 0.75, NAN, 1.0))
+    images = solid(BLACK, RED, WHITE, RED, PINK)
+    measured = signals(images, (7, 9, 7, 9, 9), scored(0.25, 0.5, 0.75, NAN, 1.0))
     pink = math.sqrt(((55 / 255) ** 2 + 2 * (100 / 255) ** 2) / 3)
     assert measured == {
         "collapse/saturation": pytest.approx((0 + 1 + 0 + 1 + 0.5) / 5),
@@ -66,14 +71,14 @@ def test_the_signals_of_a_batch_computed_by_hand() -> None:
 
 def test_without_rewards_or_pairs_only_the_saturation_is_measured() -> None:
     nothing = torch.full((2,), NAN)
-    measured = CollapseSignals(SafetyConfig())(rolled(solid(RED, WHITE), (1, 2)), Scores({}, nothing, nothing > 0))
+    measured = signals(solid(RED, WHITE), (1, 2), Scores({}, nothing, nothing > 0))
     assert measured == {"collapse/saturation": 0.5}
 
 
 def test_a_group_without_a_valid_reward_is_left_out_of_the_best() -> None:
-    rollout = rolled(solid(RED, RED, RED, RED), (1, 1, 2, 2))
-    assert CollapseSignals(SafetyConfig())(rollout, scored(NAN, NAN, 0.5, 0.25))["collapse/best_of_group"] == 0.5
-    assert math.isnan(CollapseSignals(SafetyConfig())(rollout, scored(*[NAN] * 4))["collapse/best_of_group"])
+    images, groups = solid(RED, RED, RED, RED), (1, 1, 2, 2)
+    assert signals(images, groups, scored(NAN, NAN, 0.5, 0.25))["collapse/best_of_group"] == 0.5
+    assert math.isnan(signals(images, groups, scored(*[NAN] * 4))["collapse/best_of_group"])
 
 
 def test_large_images_have_the_figures_of_small_ones() -> None:
@@ -91,10 +96,10 @@ def test_diversity_by_clip_is_one_minus_the_cosine_of_its_features() -> None:
         [np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8), solid(RED, RED, side=64)]
     )
     features = OpenClip("test", path=directory).images(images).detach().double()
-    rollout, scores = rolled(images, (1, 1, 2, 2)), scored(0, 0, 0, 0)
-    measured = CollapseSignals(SafetyConfig(clip=directory))(rollout, scores)["collapse/diversity"]
+    groups, scores = (1, 1, 2, 2), scored(0, 0, 0, 0)
+    measured = signals(images, groups, scores, clip=directory)["collapse/diversity"]
     assert measured == pytest.approx((1 - float(features[0] @ features[1])) / 2, rel=1e-3)
-    few = CollapseSignals(SafetyConfig(clip=directory, clip_images=2))(rollout, scores)["collapse/diversity"]
+    few = signals(images, groups, scores, clip=directory, clip_images=2)["collapse/diversity"]
     assert few == pytest.approx(2 * measured, rel=1e-3)
 
 

@@ -13,9 +13,9 @@ from flowalign.models.build import add_lora, bind_weights, disabled_adapters, lo
 from flowalign.models.families.sd3.loading import assembled
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
-from flowalign.samples.joined import cat_rollouts
+from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
-from flowalign.types import Guidance, Noise, PromptBatch, SamplingPlan, Scores, value_of
+from flowalign.types import Guidance, Noise, PromptBatch, SamplingPlan, Scores, Trajectories, value_of
 
 PROMPTS = ("a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross")
 
@@ -30,6 +30,10 @@ def prompt_batch(count=12):
     return PromptBatch(tuple(PROMPTS[i // 4 % 3] for i in ids), tuple(i // 4 for i in ids), ids, ({},) * count)
 
 
+def walked(policy, batch, plan, **options) -> Trajectories:
+    return rollout(policy, batch, plan, seed=3, policy_version=0, length=16, **options).trajectories
+
+
 def grpo(**changes) -> FlowGRPO:
     return FlowGRPO(FlowGRPO.Config.model_validate({"type": "flow_grpo", "num_steps": 4, "group_size": 4, **changes}))
 
@@ -38,7 +42,7 @@ def grpo(**changes) -> FlowGRPO:
 @pytest.mark.parametrize("window", [{"kind": "full"}, {"kind": "fixed", "start": 1, "size": 2}])
 def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout_s_size(policy, guidance, window):
     algorithm = grpo(guidance_scale=guidance, window=window)
-    made = rollout(policy, prompt_batch(), algorithm.plan(0, 0), seed=3, policy_version=0, length=16)
+    made = walked(policy, prompt_batch(), algorithm.plan(0, 0))
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(12, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
@@ -53,10 +57,10 @@ def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout
 
 def test_chunks_and_their_order_do_not_change_a_sample(policy):
     plan, batch = grpo().plan(0, 0), prompt_batch()
-    parts = [rollout(policy, c, plan, seed=3, policy_version=0, length=16) for c in reversed(batch.chunks(4))]
-    whole = cat_rollouts([rollout(policy, c, plan, seed=3, policy_version=0, length=16) for c in batch.chunks(4)])
-    joined = cat_rollouts(list(reversed(parts)))
-    assert torch.equal(whole.final_NCHW, joined.final_NCHW) and torch.equal(whole.images, joined.images)
+    parts = [walked(policy, c, plan) for c in reversed(batch.chunks(4))]
+    whole = join_trajectories([walked(policy, c, plan) for c in batch.chunks(4)])
+    joined = join_trajectories(list(reversed(parts)))
+    assert torch.equal(whole.final_NCHW[:], joined.final_NCHW[:])
     assert torch.equal(whole.log_prob_NS, joined.log_prob_NS)
     assert joined.batch == batch
     assert torch.equal(joined.condition.expand()[0], whole.condition.expand()[0])
@@ -87,11 +91,11 @@ def test_images_of_one_group_differ_by_the_window_alone_when_they_share_their_no
     plan = grpo(initial_noise="group").plan(0, 0)
     plan = replace(plan, noise=replace(plan.noise, window=(0, 1)))
     assert plan.branching.shared_noise
-    made = rollout(policy, batch, plan, seed=3, policy_version=0, length=16)
+    made = walked(policy, batch, plan)
     states = made.states_NSCHW
     assert torch.equal(states[0, 0], states[3, 0]) and not torch.equal(states[0, 1], states[3, 1])
     still = replace(plan, noise=Noise())
-    finals = rollout(policy, batch, still, seed=3, policy_version=0, length=16).final_NCHW
+    finals = walked(policy, batch, still).final_NCHW
     torch.testing.assert_close(finals[0], finals[3])
 
 
@@ -100,7 +104,7 @@ def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, g
     sigmas = grpo().plan(0, 0).sigmas
     plan = SamplingPlan(sigmas, guidance=Guidance(guidance))
     batch = prompt_batch(4)
-    ours = rollout(policy, batch, plan, seed=3, policy_version=0, length=16)
+    ours = walked(policy, batch, plan)
     pipeline = assembled(policy)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -116,9 +120,10 @@ def test_an_ode_rollout_equals_the_public_pipeline_from_the_same_noise(policy, g
 
 def test_a_window_of_the_rollout_holds_its_states_and_nothing_else(policy):
     plan = grpo(window={"kind": "fixed", "start": 1, "size": 2}).plan(0, 0)
-    made = rollout(policy, prompt_batch(4), plan, seed=0, policy_version=0, length=16)
+    pictures, made = rollout(policy, prompt_batch(4), plan, seed=0, policy_version=0, length=16)
     assert made.states_NSCHW.shape == (4, 3, 16, 8, 8) and made.log_prob_NS.shape == (4, 2)
-    assert made.images.shape == (4, 64, 64, 3) and made.images.dtype == torch.uint8
+    assert pictures.images.shape == (4, 64, 64, 3) and pictures.images.dtype == torch.uint8
+    assert pictures.batch == made.batch and pictures.final_NCHW is made.final_NCHW
 
 
 def test_the_reference_of_a_lora_is_the_network_without_it(tiny_pipeline_dir):
@@ -183,7 +188,7 @@ def test_binding_a_foreign_tensor_is_refused(policy):
 
 def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
     algorithm = grpo()
-    made = rollout(policy, prompt_batch(4), algorithm.plan(0, 0), seed=3, policy_version=0, length=16, geometry=12)
+    made = walked(policy, prompt_batch(4), algorithm.plan(0, 0), geometry=12)
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2])
     scores = Scores({"r": rewards}, rewards, torch.ones(4, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
@@ -212,7 +217,7 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
     apart = grpo(initial_noise="group", window=window, guidance_scale=guidance)
     shared = grpo(initial_noise="group", window=window, guidance_scale=guidance, share_prefix=True)
     plans = apart.plan(0, 0), shared.plan(0, 0)
-    a, b = (rollout(policy, prompt_batch(), plan, seed=3, policy_version=0, length=16, geometry=12) for plan in plans)
+    a, b = (walked(policy, prompt_batch(), plan, geometry=12) for plan in plans)
     torch.testing.assert_close(a.states_NSCHW, b.states_NSCHW, rtol=0, atol=1e-4)
     torch.testing.assert_close(a.final_NCHW, b.final_NCHW, rtol=0, atol=1e-4)
     for group in range(3):
@@ -224,10 +229,8 @@ def test_a_shared_prefix_gives_the_samples_of_separate_ones_and_replays_bit_for_
 def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
     algorithm = grpo(initial_noise="group", window={"kind": "fixed", "start": 2, "size": 2}, share_prefix=True)
     plan = algorithm.plan(0, 0)
-    chunks = [
-        rollout(policy, c, plan, seed=3, policy_version=0, length=16, geometry=6) for c in prompt_batch().chunks(6)
-    ]
-    made = cat_rollouts(chunks)
+    chunks = [walked(policy, c, plan, geometry=6) for c in prompt_batch().chunks(6)]
+    made = join_trajectories(chunks)
     starts = made.states_NSCHW[4:8, 0]
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[2], starts[3])
     torch.testing.assert_close(starts[0], starts[2], rtol=0, atol=1e-4)
@@ -236,7 +239,7 @@ def test_a_group_that_lies_in_two_chunks_shares_its_prefix_in_each(policy):
 
 def test_a_normalised_ratio_is_exactly_1_on_the_rollout_s_weights(policy):
     algorithm = grpo(ratio="guard", window={"kind": "fixed", "start": 1, "size": 2})
-    made = rollout(policy, prompt_batch(), algorithm.plan(0, 0), seed=3, policy_version=0, length=16)
+    made = walked(policy, prompt_batch(), algorithm.plan(0, 0))
     assert made.means_NSCHW is not None and made.means_NSCHW.shape == (12, 2, 16, 8, 8)
     assert replays_exactly(policy, algorithm, made, 12)
 
@@ -245,20 +248,18 @@ def test_several_granularities_make_several_images_of_a_sample(policy):
     options = {"initial_noise": "group", "share_prefix": True, "window": {"kind": "fixed", "start": 1, "size": 1}}
     algorithm = grpo(**options, granularities=(1, 2))
     plan = algorithm.plan(0, 0)
-    parts = [
-        rollout(policy, c, plan, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)
-    ]
-    made = cat_rollouts(parts)
-    assert made.images.shape == (24, 64, 64, 3) and made.states_NSCHW.shape == (12, 2, 16, 8, 8)
+    fine, made = (
+        [rollout(policy, c, p, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)]
+        for p in (grpo(**options).plan(0, 0), plan)
+    )
+    images, own = (torch.cat([part.pictures.images for part in parts]) for parts in (made, fine))
+    made, fine = (join_trajectories([part.trajectories for part in parts]) for parts in (made, fine))
+    assert images.shape == (24, 64, 64, 3) and made.states_NSCHW.shape == (12, 2, 16, 8, 8)
     assert made.batch.prompts == tuple(p for p in prompt_batch().prompts for _ in range(2))
     assert len(made.condition) == len(made.batch) == 24
-    one = grpo(**options).plan(0, 0)
-    fine = cat_rollouts(
-        [rollout(policy, c, one, seed=3, policy_version=0, length=16, geometry=8) for c in prompt_batch().chunks(8)]
-    )
-    assert torch.equal(made.final_NCHW[::2], fine.final_NCHW)
-    assert int((made.images[::2].int() - fine.images.int()).abs().max()) <= 1  # decoded in batches of another size
-    assert not torch.equal(made.images[1::2], fine.images)
+    assert torch.equal(made.final_NCHW[::2], fine.final_NCHW[:])
+    assert int((images[::2].int() - own.int()).abs().max()) <= 1  # decoded in batches of another size
+    assert not torch.equal(images[1::2], own)
     assert replays_exactly(policy, algorithm, made, 8)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import torch
 
 from flowalign.cluster.ray_backend import RayBackend
+from flowalign.config.sections import ModelConfig
+from flowalign.models.build import load_encoders
 from flowalign.run.align import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Collected
@@ -59,7 +64,8 @@ def collect(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Collect]:
             made.sync()
             plan = run.algorithm.plan(0, run.seed)
             assert plan is not None
-            return made.collect(run.sampler.batch(0), plan, seed=run.seed)
+            found = made.collect(run.sampler.batch(0), plan, seed=run.seed)
+            return replace(found, trajectories=deepcopy(ray.get(found.trajectories))) if backend == "ray" else found
         finally:
             made.close()
 
@@ -67,10 +73,13 @@ def collect(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Collect]:
     assert not ray.is_initialized()
 
 
-def assert_spread(found: Collected) -> None:
-    """What the groups of the rollout itself say."""
-    images, states = found.rollout.images.numpy().astype(np.float64), found.rollout.final_NCHW.double().numpy()
-    ids = np.array(found.rollout.batch.group_ids)
+def assert_spread(found: Collected, pipeline: Path) -> None:
+    """What the groups' own images and latents say."""
+    walked = found.trajectories
+    decode = load_encoders(ModelConfig(path=str(pipeline))).decode
+    images = torch.cat([decode(part.final_NCHW) for part in walked]).numpy().astype(np.float64)
+    states = torch.cat([part.final_NCHW for part in walked]).double().numpy()
+    ids = np.array(found.batch.group_ids)
     assert sorted(set(ids.tolist())) == [0, 1, 2]
     for group in range(3):
         own = images[ids == group]
@@ -80,13 +89,17 @@ def assert_spread(found: Collected) -> None:
     np.testing.assert_allclose(found.scores.by_reward["norm"].numpy(), norms, rtol=1e-6)
 
 
-def test_a_group_that_two_chunks_made_is_scored_once_and_whole_and_no_other_score_changes(collect: Collect) -> None:
+def test_a_group_that_two_chunks_made_is_scored_once_and_whole_and_no_other_score_changes(
+    collect: Collect, tiny_pipeline_dir: Path
+) -> None:
     found, without = collect("local"), collect("local", spread=False)
-    assert_spread(found)
+    assert_spread(found, tiny_pipeline_dir)
     assert found.scores.valid.all() and found.scores.by_reward["spread"].min() > 0
     assert found.scores.by_reward["brightness"].equal(without.scores.by_reward["brightness"])
 
 
 @pytest.mark.slow
-def test_a_group_that_two_rollout_actors_made_is_scored_once_and_whole_in_a_third(collect: Collect) -> None:
-    assert_spread(collect("ray", runtime_env={"env_vars": {"ANY": "1"}}))
+def test_a_group_that_two_rollout_actors_made_is_scored_once_and_whole_in_a_third(
+    collect: Collect, tiny_pipeline_dir: Path
+) -> None:
+    assert_spread(collect("ray", runtime_env={"env_vars": {"ANY": "1"}}), tiny_pipeline_dir)

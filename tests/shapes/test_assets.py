@@ -46,9 +46,8 @@ def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_
     batch = evaluation_batch("shapes:eval", 300)
     rows = [dict(row) for row in batch.metadata]
     plan = ode_plan(policy, 10, 1.0)
-    images = np.concatenate(
-        [rollout(policy, part, plan, seed=1234, policy_version=0, length=2).images.numpy() for part in batch.chunks(60)]
-    )
+    parts = [rollout(policy, part, plan, seed=1234, policy_version=0, length=2).pictures for part in batch.chunks(60)]
+    images = np.concatenate([part.images.numpy() for part in parts])
     found = PaletteDetector().detect(images, rows)
     right = [judge(row, objects).correct for row, objects in zip(rows, found, strict=True)]
     by_task = {t: np.mean([r for r, row in zip(right, rows, strict=True) if row["tag"] == t]) for t in TASKS}
@@ -77,7 +76,8 @@ def test_the_shipped_detector_comes_to_the_palettes_verdict_on_the_base_models_o
     policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
     batch = evaluation_batch("shapes:eval", 60)
     rows = [dict(row) for row in batch.metadata]
-    images = rollout(policy, batch, ode_plan(policy, 10, 1.0), seed=7, policy_version=0, length=2).images.numpy()
+    made = rollout(policy, batch, ode_plan(policy, 10, 1.0), seed=7, policy_version=0, length=2)
+    images = made.pictures.images.numpy()
     clip = {"path": str(ASSETS / "colors"), "names": list(COLORS)}
     mask2former = {"type": "mask2former", "path": str(ASSETS / "detector"), "clip": clip}
     verdicts = [

@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Condition, LatentBatch, Rollout, SamplingPlan, TrainBatch, dropped_conditions
+from flowalign.types import Condition, LatentBatch, SamplingPlan, TrainBatch, Trajectories, dropped_conditions
 
 
 def check_density(kind: str, params: Mapping[str, float]) -> None:
@@ -105,7 +105,7 @@ class ForwardConfig(SamplingConfig):
             raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
         return self
 
-    def points(self, batch: Rollout, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def points(self, batch: Trajectories, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the points of the samples where ``learns`` (N,) is True, M in all, sample after sample.
 
         Returns the sample of each (M,), and ``x`` (M, C, H, W), ``t`` (M,) and the velocity ``target`` (M, C, H, W).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, Needs
 from flowalign.config.walk import Grid, Shift
-from flowalign.types import Guidance, Noise, Rollout, SamplingPlan
+from flowalign.types import Guidance, Noise, SamplingPlan, Trajectories
 
 
 class WalkConfig(AlgorithmConfig):
@@ -43,7 +43,7 @@ class SamplingConfig(WalkConfig):
 
         `dataclasses.replace` adds the rest.
         """
-        return Needs(Rollout, group_size=self.group_size, rollout_weights=self.rollout_weights)
+        return Needs(Trajectories, group_size=self.group_size, rollout_weights=self.rollout_weights)
 
     def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:
         """Plan a walk along ``sigmas`` (K + 1,) by ODE steps, and by those that ``noise`` says.

@@ -16,7 +16,7 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.algorithms.parts.window import MovingWindow
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.types import Branching, Noise, Rollout, SamplingPlan
+from flowalign.types import Branching, Noise, SamplingPlan, Trajectories
 
 
 class StochasticConfig(SamplingConfig):
@@ -88,7 +88,7 @@ class StochasticConfig(SamplingConfig):
         branching = Branching(self.initial_noise == "group", self.share_prefix, self.granularities)
         return replace(self.sampling_plan(sigmas, noise), branching=branching)
 
-    def trained_steps(self, batch: Rollout) -> Tensor:
+    def trained_steps(self, batch: Trajectories) -> Tensor:
         """Draw the steps of the window that each sample learns from: (N, n), ascending.
 
         They are a function of seed and sample id, or of seed and policy version where all samples have the same.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import sde
-from flowalign.types import Rollout, SamplingPlan
+from flowalign.types import SamplingPlan, Trajectories
 
 
-def transitions(rollout: Rollout, sample: Tensor, step: Tensor) -> dict[str, Tensor]:
+def transitions(rollout: Trajectories, sample: Tensor, step: Tensor) -> dict[str, Tensor]:
     """Take the transitions at ``step`` of the window of ``sample``, both (M,).
 
     Gives the state ``x`` (M, C, H, W) and the levels ``sigma`` and ``sigma_next`` (M,); of steps with noise also

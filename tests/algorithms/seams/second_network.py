@@ -11,7 +11,7 @@ from pydantic import Field
 from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, Second
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.flow import forward, path
-from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
+from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class DistributionMatching(Scheduled):
@@ -26,12 +26,12 @@ class DistributionMatching(Scheduled):
     @property
     def needs(self) -> Needs:
         second = Second(updates=self.config.second_updates, learning_rate=2e-3)
-        return Needs(Rollout, group_size=self.config.group_size, reference=Reference(), second=second)
+        return Needs(Trajectories, group_size=self.config.group_size, reference=Reference(), second=second)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
         return self.config.sampling_plan(self.levels())
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         sample, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))
         return TrainBatch(tensors, batch.condition.take(sample), len(sample))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import ForwardConfig
 from flowalign.flow import forward
-from flowalign.types import Rollout, SamplingPlan, Scores, TrainBatch
+from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class Listwise(Scheduled):
@@ -26,12 +26,12 @@ class Listwise(Scheduled):
 
     @property
     def needs(self) -> Needs:
-        return Needs(Rollout, scores=True, group_size=self.config.group_size, whole_groups=True)
+        return Needs(Trajectories, scores=True, group_size=self.config.group_size, whole_groups=True)
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
         return self.config.sampling_plan(self.levels())
 
-    def prepare(self, batch: Rollout, scores: Scores | None, models: Models) -> TrainBatch:
+    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
         assert scores is not None
         size = self.config.group_size
         _, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))
