@@ -34,8 +34,6 @@ class Rows:
         part_of = torch.bucketize(row.contiguous(), self._ends, right=True)
         for i in part_of.unique().tolist():
             own, part = part_of == i, self.parts[i]
-            begin = self._ends[i] - len(part)
-            made[own] = part[
-                (row[own] - begin, *(other[own] if isinstance(other, Tensor) else other for other in others))
-            ]
+            within = (row - (self._ends[i] - len(part)), *others)
+            made[own] = part[tuple(at[own] if isinstance(at, Tensor) else at for at in within)]
         return made
