@@ -84,7 +84,8 @@ def serve_reward(
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
     from flowalign.config.sections import RewardConfig
-    from flowalign.intake.paths import resolve_reward, scalar_options
+    from flowalign.intake.overrides import scalar_options
+    from flowalign.intake.paths import resolve_reward
     from rewards.serving.batching import Batching
     from rewards.serving.doors import MIB, Doors
     from rewards.serving.requestlog import log_requests as log
@@ -116,8 +117,9 @@ def try_reward(
 ) -> None:
     """Score a folder of images with one reward and print a table; needs no cluster."""
     from flowalign.config.sections import RewardConfig
-    from flowalign.intake.check import check_device
-    from flowalign.intake.paths import resolve_reward, scalar_options
+    from flowalign.engine.device import check_device
+    from flowalign.intake.overrides import scalar_options
+    from flowalign.intake.paths import resolve_reward
     from flowalign.making.tried import lines_of
     from flowalign.making.tried import try_reward as run
     from flowalign.measure.imagefolder import image_files, own_prompts

@@ -108,7 +108,8 @@ def make_preferences(
 ) -> None:
     """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
     from flowalign.config.sections import RewardConfig
-    from flowalign.intake.paths import resolve_reward, scalar_options
+    from flowalign.intake.overrides import scalar_options
+    from flowalign.intake.paths import resolve_reward
     from flowalign.intake.recorded import config_of
     from flowalign.record.outputs import check_out
 

@@ -65,9 +65,7 @@ def evaluate(
     from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    against = reference and reference_metrics(
-        reference, num_samples, extractor, clip, own.cluster.device, console.print
-    )
+    against = reference and reference_metrics(reference, num_samples, extractor, clip, own.device, console.print)
     source = sampled_model(
         checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
     )

@@ -64,7 +64,7 @@ def precompute(
     """Encode captioned images into a latent bank for pretraining; the same command continues an interrupted one."""
     from flowalign.config.section import ConfigError
     from flowalign.config.sections import SHIPPED, ModelConfig, RewardConfig
-    from flowalign.intake.check import check_device
+    from flowalign.engine.device import check_device
     from flowalign.intake.paths import resolve_reward
     from flowalign.record.outputs import check_out
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from flowalign.config.fields import MayChange, Resolved
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
@@ -36,9 +37,9 @@ class RolloutConfig(Section):
 class EvaluationConfig(SamplingConfig):
     """Evaluations on the same noises, and the way in which the model is sampled in them."""
 
-    every: Annotated[int, Field(ge=0)] = 20
+    every: Annotated[int, Field(ge=0), MayChange()] = 20
     """Iterations from one to the next, beside one before the first and one after the last; 0: none at all."""
-    prompts: str = "shapes:eval"
+    prompts: Annotated[str, Resolved("prompts")] = "shapes:eval"
     """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     num_samples: Positive = 300
     """Images of an evaluation."""
@@ -70,39 +71,39 @@ class CheckpointConfig(Section):
 class SafetyConfig(Section):
     """The limits of a collapse, judged block by block; see docs/safety.md."""
 
-    window: Annotated[int, Field(ge=3)] = 10
+    window: Annotated[int, Field(ge=3), MayChange()] = 10
     """Iterations of a block."""
-    min_diversity: Annotated[float, Field(ge=0, le=1)] = 0.5
+    min_diversity: Annotated[float, Field(ge=0, le=1), MayChange()] = 0.5
     """Least diversity, as a share of the first block's."""
-    max_saturation_shift: Annotated[float, Field(ge=0, le=1)] = 0.2
+    max_saturation_shift: Annotated[float, Field(ge=0, le=1), MayChange()] = 0.2
     """Largest distance of the saturation from the first block's."""
-    max_reward_drop: Annotated[float, Field(ge=0)] = 0.5
+    max_reward_drop: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """Largest fall of a group's best reward below the best block's, in standard deviations of the rewards."""
-    max_invalid: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_invalid: Annotated[float, Field(ge=0, le=1), MayChange()] = 0.1
     """Largest share of images with a reward that is NaN, infinite or beyond a million."""
-    standard_errors: Annotated[float, Field(ge=0)] = 4.0
+    standard_errors: Annotated[float, Field(ge=0), MayChange()] = 4.0
     """Standard errors that a difference must also exceed."""
-    clip: str | None = None
+    clip: Annotated[str | None, Resolved("shipped")] = None
     """A directory in open_clip's layout, such as ``shapes:open_clip``, whose features measure diversity; null: pixels.
     """
     clip_images: Annotated[int, Field(ge=2)] = 32
     """Images of an iteration that ``clip`` looks at."""
-    stop: bool = False
+    stop: Annotated[bool, MayChange()] = False
     """End of the run once an alarm has held for ``patience`` blocks."""
-    patience: Positive = 2
+    patience: Annotated[Positive, MayChange()] = 2
     """Blocks in a row that an alarm has to hold."""
 
 
 class AlignConfig(Section):
     """A whole alignment run."""
 
-    name: RunName
+    name: Annotated[RunName, MayChange()]
     """Name of the run, and of its directory."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything that is drawn, but for evaluations."""
-    runs_dir: str = "runs"
+    runs_dir: Annotated[str, Resolved("home"), MayChange()] = "runs"
     """Folder of run directories."""
-    iterations: Positive
+    iterations: Annotated[Positive, MayChange()]
     """Iterations from the beginning of the run."""
     model: ModelConfig = ModelConfig()
     """The model to align."""
@@ -120,14 +121,30 @@ class AlignConfig(Section):
     """Place of the run."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluations on the way."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, MayChange()] = CheckpointConfig()
     """Checkpoints."""
     safety: SafetyConfig = SafetyConfig()
     """Limits of a collapse."""
-    logging: LoggingConfig = LoggingConfig()
+    logging: Annotated[LoggingConfig, MayChange()] = LoggingConfig()
     """Copies of the metrics."""
     min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of an iteration's images with a usable score, below which the run ends."""
+
+    @property
+    def threads(self) -> int:
+        return self.cluster.threads
+
+    @property
+    def device(self) -> str:
+        return self.cluster.device
+
+    @property
+    def reward_device(self) -> str:
+        return self.cluster.device if self.cluster.reward_gpus else "cpu"
+
+    def on(self, device: str) -> Self:
+        """Return the same on another device."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})
 
     @model_validator(mode="after")
     def _together(self) -> AlignConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -20,6 +22,13 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean …?``, or all that is known."""
+    choices = list(known)
+    near = get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(choices)}"
 
 
 class Section(BaseModel):

@@ -5,15 +5,16 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from flowalign.config.fields import Takes
+from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
 from flowalign.config.pathfamilies import PathFamilyName
-from flowalign.config.section import Section
+from flowalign.config.section import ConfigError, Section
 from flowalign.config.solvers import spelled
 from flowalign.config.walk import Grid
 
@@ -26,6 +27,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Resume = Annotated[
     str, BeforeValidator(lambda value: _resume(value)), Takes("`auto`, `never`, or a checkpoint such as `step_000020`")
 ]
+CORES_PROMISED = 2
 SHIPPED = Path(__file__).parent.parent / "shapes" / "assets"
 
 
@@ -70,6 +72,10 @@ class TransformerConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the first weights."""
 
+    @property
+    def heads(self) -> int:
+        return self.num_layers if self.num_heads is None else self.num_heads
+
 
 InputName = Literal["r", "guidance"]
 
@@ -79,7 +85,7 @@ class ModelConfig(Section):
 
     type: str = "sd3"
     """Model family: its name in ``flowalign/models/families``, or ``package.module`` of your own."""
-    path: str = "shapes"
+    path: Annotated[str, Resolved("pipeline")] = "shapes"
     """A pipeline directory; ``shapes``: the one that ships with the package."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256
     """Tokens of the T5 part of a text, zeros where there is no T5."""
@@ -115,22 +121,25 @@ def _texts(weights: Any) -> Any:
 class DataConfig(Section):
     """The prompts, or the pairs, that a run learns from."""
 
-    prompts: str = "shapes:train"
+    prompts: Annotated[str, Resolved("prompts")] = "shapes:train"
     """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
-    preferences: str | None = None
+    preferences: Annotated[str | None, Resolved()] = None
     """A parquet file or a folder of pairs, for an algorithm that learns from pairs."""
-    preferences_cache: str | None = None
+    preferences_cache: Annotated[str | None, Resolved("written"), MayChange()] = None
     """Folder of the pairs' latents; null: one beside the pairs."""
+
+
+PATH_OPTIONS = ("path", "processor", "checkpoint", "head")  # of a scorer, wherever they stand in its options
 
 
 class RewardConfig(Section):
     """One reward of a run, or one scorer of its evaluations. A text alone is its ``spec``."""
 
-    spec: str
+    spec: Annotated[str, Resolved("code")]
     """Name of a scorer, ``file.py:attribute``, ``package.module:attribute``, or ``url:`` and the address of a server.
     """
     name: str | None = None
@@ -143,7 +152,7 @@ class RewardConfig(Section):
     """Measured and never trained on. Where the trained total rises while it falls, the run warns of reward hacking."""
     runtime_env: dict[str, Any] | None = None
     """Ray's, such as ``pip``, ``env_vars`` and ``py_modules``: a process and an environment of its own."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], Resolved("options")] = Field(default_factory=dict)
     """Options of the scorer."""
 
     @model_validator(mode="before")
@@ -160,7 +169,7 @@ class RewardConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, and its learning rate."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0), MayBeAccepted()] = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decays of the two moments."""
@@ -172,10 +181,24 @@ class OptimizerConfig(Section):
     """Updates of the rise from 0 to the learning rate."""
     decay_steps: Positive | None = None
     """Updates of the linear fall to ``final_learning_rate``; null: a constant rate."""
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    final_learning_rate: Annotated[float, Field(ge=0), MayBeAccepted()] = 0.0
     """Learning rate from update ``decay_steps`` on."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Norm to which larger gradients are scaled down."""
+
+    @property
+    def of_adamw(self) -> dict[str, Any]:
+        """The options that ``torch.optim.AdamW`` is made with."""
+        return {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of update ``step``, counted from 0."""
+        rate = self.learning_rate
+        if self.decay_steps:
+            rate += (self.final_learning_rate - rate) * min(1.0, step / self.decay_steps)
+        if step >= self.warmup_steps:
+            return rate
+        return rate * (step + 1) / self.warmup_steps
 
 
 class LearnerConfig(Section):
@@ -216,31 +239,31 @@ class ClusterConfig(Section):
 
     backend: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: one process without Ray."""
-    address: str | None = None
+    address: Annotated[str | None, MayChange()] = None
     """A running cluster, ``auto`` or ``host:port``; null: a Ray of the run's own, on this machine."""
-    rollout_workers: Positive = 1
+    rollout_workers: Annotated[Positive, MayChange()] = 1
     """Rollout actors."""
-    reward_workers: Positive = 1
+    reward_workers: Annotated[Positive, MayChange()] = 1
     """Reward actors."""
-    rollout_cpus: Annotated[float, Field(ge=0)] = 1
+    rollout_cpus: Annotated[float, Field(ge=0), MayChange()] = 1
     """CPUs of a rollout actor."""
-    rollout_gpus: Annotated[float, Field(ge=0)] = 0
+    rollout_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
     """GPUs of a rollout actor."""
-    reward_cpus: Annotated[float, Field(ge=0)] = 0.5
+    reward_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """CPUs of a reward actor."""
-    reward_gpus: Annotated[float, Field(ge=0)] = 0
+    reward_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
     """GPUs of a reward actor."""
-    learner_cpus: Annotated[float, Field(ge=0)] = 0.5
+    learner_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """CPUs of a learner rank."""
-    learner_gpus: Annotated[float, Field(ge=0)] = 0
+    learner_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
     """GPUs of a learner rank."""
-    teachers: Literal["actor", "learner"] = "actor"
+    teachers: Annotated[Literal["actor", "learner"], MayChange()] = "actor"
     """``actor``: each teacher once, in an actor that all learner ranks ask. ``learner``: all of them in every rank, as
     always with ``backend: local``.
     """
-    teacher_cpus: Annotated[float, Field(ge=0)] = 0.5
+    teacher_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """CPUs of a teacher's actor."""
-    teacher_gpus: Annotated[float, Field(ge=0)] = 0
+    teacher_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
     """GPUs of a teacher's actor."""
     threads: Positive = 2
     """Torch threads of a rollout actor, a learner rank and a teacher. On a CPU they decide both speed and bits."""
@@ -250,14 +273,35 @@ class ClusterConfig(Section):
     """Seconds that the rewards of one chunk may take before the run ends."""
     device: str = "cpu"
     """``cpu``, ``cuda`` or ``cuda:N``."""
-    max_task_retries: Annotated[int, Field(ge=0)] = 3
+    max_task_retries: Annotated[int, Field(ge=0), MayChange()] = 3
     """Times that a chunk is made anew where its actor has died."""
-    patience: PatienceConfig = PatienceConfig()
+    patience: Annotated[PatienceConfig, MayChange()] = PatienceConfig()
     """Patience with silent actors."""
 
     @property
     def has_teacher_actors(self) -> bool:
         return self.backend == "ray" and self.teachers == "actor"
+
+    def check_cores(self, ranks: int, teachers: int) -> None:
+        """Raise ConfigError where the actors of a Ray of the run's own do not fit on this machine.
+
+        They take turns, so its cores may be promised twice.
+        """
+        if self.backend != "ray" or self.address is not None:
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = {
+            "cluster.rollout_cpus": self.rollout_workers * self.rollout_cpus,
+            "cluster.reward_cpus": self.reward_workers * self.reward_cpus,
+            "cluster.learner_cpus": ranks * self.learner_cpus,
+            "cluster.teacher_cpus": teachers * self.teacher_cpus * self.has_teacher_actors,
+        }
+        if sum(asked.values()) > CORES_PROMISED * cores:
+            raise ConfigError(
+                max(asked, key=lambda name: asked[name]),
+                f"all actors together need {sum(asked.values()):g} CPUs, this machine has {cores} cores, "
+                f"and at most {CORES_PROMISED * cores} may be asked for; lower it or the number of actors",
+            )
 
 
 SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `heun`")]
@@ -266,7 +310,7 @@ SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `h
 class CacheConfig(Section):
     """TeaCache: steps whose input has hardly changed skip the network's blocks. (arXiv:2411.19108)"""
 
-    calibration: str
+    calibration: Annotated[str, Resolved()]
     """A file of ``flowalign calibrate-cache``."""
     threshold: Annotated[float, Field(gt=0)] = 0.1
     """Change of the input below which a step takes the last one's residual."""

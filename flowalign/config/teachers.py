@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from flowalign.config.fields import Resolved
 from flowalign.config.section import Section
 
 
 class TeacherConfig(Section):
     """A frozen network that an alignment run distils from."""
 
-    path: str
+    path: Annotated[str, Resolved("teacher")]
     """A pipeline directory, a run of this model or one of its checkpoints."""
     weights: Literal["model", "ema"] = "model"
     """Weights of a run that teach; ``ema``: their average."""

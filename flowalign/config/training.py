@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flowalign.config.fields import Takes
+from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
 from flowalign.config.section import Section
 from flowalign.config.sections import Beta, LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig
 
@@ -19,9 +19,11 @@ class PhaseConfig(Section):
 
     steps: Positive
     """Steps of the phase."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0), MayBeAccepted()]
     """Learning rate at its beginning."""
-    final_learning_rate: Annotated[float, Field(ge=0), Takes("number, 0 or more", default="learning_rate")]
+    final_learning_rate: Annotated[
+        float, Field(ge=0), MayBeAccepted(), Takes("number, 0 or more", default="learning_rate")
+    ]
     """Learning rate at its end."""
     max_sequence_lengths: dict[TextLength, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {16: 1.0}, min_length=1
@@ -46,7 +48,7 @@ class PhaseConfig(Section):
 class RealDataConfig(Section):
     """Latents without noise of their own, mixed into the batches of pairs."""
 
-    latents: str
+    latents: Annotated[str, Resolved("bank")]
     """A bank of ``flowalign precompute``."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Share of each batch."""
@@ -57,7 +59,7 @@ class ValidationConfig(Section):
     (arXiv:2403.03206, sec. 5.3: the validation loss of the scaling study)
     """
 
-    latents: str
+    latents: Annotated[str, Resolved("bank")]
     """A bank of its own."""
     every: Positive = 500
     """Steps from one validation to the next."""
@@ -75,17 +77,17 @@ class PretrainConfig(Section):
     Under ``torchrun`` every process is one data-parallel rank.
     """
 
-    name: RunName
+    name: Annotated[RunName, MayChange()]
     """Name of the run, and of its directory."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything that is drawn."""
-    runs_dir: str = "runs"
+    runs_dir: Annotated[str, Resolved("home"), MayChange()] = "runs"
     """Folder of run directories."""
     model: ModelConfig = ModelConfig()
     """The model to begin with, and its text encoders and autoencoder."""
     teacher: ModelConfig | None = None
     """Frozen model of a student that has one; null: none."""
-    latents: str
+    latents: Annotated[str, Resolved("bank")]
     """A bank of ``flowalign precompute``, or pairs of ``flowalign make-pairs``."""
     real_data: RealDataConfig | None = None
     """Latents with fresh noise beside pairs; null: none."""
@@ -101,7 +103,7 @@ class PretrainConfig(Section):
     """Latents of a step."""
     micro_batch_size: Positive | None = None
     """Latents of one forward and backward pass, whose gradients are accumulated; null: all at once."""
-    phases: list[PhaseConfig]
+    phases: Annotated[list[PhaseConfig], MayGrow()]
     """Stretches of training, one after the other."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
     """Steps of the rise from 0 to the first phase's rate."""
@@ -115,7 +117,7 @@ class PretrainConfig(Section):
     """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``."""
     ema_every: Positive = 1
     """Steps from one update of the averages to the next."""
-    features: str = "shapes:open_clip"
+    features: Annotated[str, Resolved("shipped")] = "shapes:open_clip"
     """Image tower of perceptual losses, a directory in open_clip's layout."""
     engine: Literal["torch", "deepspeed"] = "torch"
     """``torch``, or ``deepspeed``."""
@@ -130,19 +132,19 @@ class PretrainConfig(Section):
     """Torch threads of a rank. On a CPU they decide both speed and bits."""
     device: str = "cpu"
     """``cpu``, ``cuda`` or ``cuda:N``."""
-    log_every: Positive = 50
+    log_every: Annotated[Positive, MayChange()] = 50
     """Steps from one row of ``metrics.jsonl`` to the next."""
-    checkpoint_every: Positive = 1000
+    checkpoint_every: Annotated[Positive, MayChange()] = 1000
     """Steps from one checkpoint to the next."""
-    keep_last: Positive = 2
+    keep_last: Annotated[Positive, MayChange()] = 2
     """Newest checkpoints that are kept."""
-    resume: Resume = "auto"
+    resume: Annotated[Resume, MayChange()] = "auto"
     """``step_000020``: back to that checkpoint, what came later is set aside. ``never``: a run that begins anew."""
     validation: ValidationConfig | None = None
     """Loss on latents of its own; null: none."""
     sampling: SamplingConfig = SamplingConfig()
     """Recorded with the model: how ``sample`` and ``evaluate`` walk it."""
-    logging: LoggingConfig = LoggingConfig(wandb="disabled")
+    logging: Annotated[LoggingConfig, MayChange()] = LoggingConfig(wandb="disabled")
     """Copies of the metrics."""
 
     @property

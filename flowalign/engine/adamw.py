@@ -17,13 +17,7 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], settings: EngineSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
+    return torch.optim.AdamW(parameters, **settings.optimizer.of_adamw)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

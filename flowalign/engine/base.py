@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput
+from flowalign.config.sections import OptimizerConfig
 from flowalign.types import TrainBatch
 
 LossFn = Callable[[TrainBatch], LossOutput]
@@ -28,33 +29,22 @@ class EngineSettings:
     """Optimizer and engine of one run.
 
     ``dtype`` is the dtype of computation: trainable parameters, gradients and optimizer state are
-    always float32, and bfloat16 means torch autocast around the loss. The learning rate rises
-    linearly over the first ``warmup_steps`` updates; with ``decay_steps`` it falls linearly to
-    ``final_learning_rate``, which update ``decay_steps`` reaches and later ones keep, else it is constant.
-    ``max_grad_norm`` 0 does not clip. ``compile`` runs torch.compile on the network.
+    always float32, and bfloat16 means torch autocast around the loss. ``compile`` runs torch.compile on the network.
     """
 
     type: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    final_learning_rate: float = 0.0
-    max_grad_norm: float = 1.0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
 
+    @property
+    def max_grad_norm(self) -> float:
+        return self.optimizer.max_grad_norm
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        rate = self.learning_rate
-        if self.decay_steps:
-            rate += (self.final_learning_rate - rate) * min(1.0, step / self.decay_steps)
-        if step >= self.warmup_steps:
-            return rate
-        return rate * (step + 1) / self.warmup_steps
+        return self.optimizer.learning_rate_at(step)
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
@@ -68,7 +68,7 @@ def export(
     to: Path,
     *,
     kind: Kind = "pipeline",
-    config: AlignConfig,
+    config: Sampled,
     dtype: Dtype = "float32",
     tolerance: float = 1e-5,
     overwrite: bool = False,
@@ -93,7 +93,7 @@ def export(
     check_place(to, overwrite)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     with draft_beside(to) as draft:
-        with torch_threads(config.cluster.threads):
+        with torch_threads(config.threads):
             policy, state = _opened(found, config, which)
             trained = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
@@ -105,7 +105,7 @@ def export(
     return result
 
 
-def _check(kind: Kind, config: AlignConfig, dtype: Dtype) -> None:
+def _check(kind: Kind, config: Sampled, dtype: Dtype) -> None:
     if kind not in ("pipeline", "lora") and not re.fullmatch(r"ema(_[\d.]+)?", kind):
         raise ExportError(f"{kind!r} is no kind of export; there are pipeline, lora, ema and averages such as ema_0.99")
     if kind == "lora" and config.model.lora is None:
@@ -114,7 +114,7 @@ def _check(kind: Kind, config: AlignConfig, dtype: Dtype) -> None:
         raise ExportError(f"LoRA files are written in float32, not {dtype}; leave dtype out")
 
 
-def _opened(found: Path, config: AlignConfig, which: str) -> tuple[Policy, dict[str, Any]]:
+def _opened(found: Path, config: Sampled, which: str) -> tuple[Policy, dict[str, Any]]:
     """Return the policy of a checkpoint and its state.json. Refuse a policy that diffusers has no class for."""
     policy, state = open_policy(found, config, which)
     if not isinstance(policy.encoders, SD3Encoders):
@@ -125,7 +125,7 @@ def _opened(found: Path, config: AlignConfig, which: str) -> tuple[Policy, dict[
     return policy, state
 
 
-def _write(policy: Policy, draft: Path, config: AlignConfig, kind: Kind, dtype: Dtype) -> Errors:
+def _write(policy: Policy, draft: Path, config: Sampled, kind: Kind, dtype: Dtype) -> Errors:
     if kind == "lora":
         return write_lora(policy, draft, config)
     return write_pipeline(policy, draft, config, getattr(torch, dtype))
@@ -142,7 +142,7 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
 
 
 def _keep(
-    draft: Path, to: Path, result: ExportResult, config: AlignConfig, state: dict[str, Any], path_family: str
+    draft: Path, to: Path, result: ExportResult, config: Sampled, state: dict[str, Any], path_family: str
 ) -> None:
     """Write card and record, then rename once; an earlier export is replaced."""
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)

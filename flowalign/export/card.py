@@ -9,6 +9,7 @@ from typing import Any
 
 from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
@@ -48,7 +49,7 @@ image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_sc
 """
 
 
-def write_card(directory: Path, config: AlignConfig, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
+def write_card(directory: Path, config: Sampled, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
     """Write README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
     after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
     before = _before(run_dir / "metrics.jsonl")
@@ -66,7 +67,7 @@ def base_name(path: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
 
 
-def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> list[str]:
+def _front_matter(config: Sampled, state: Row, kind: str, after: Row) -> list[str]:
     """Return the front matter as YAML, each value written as JSON, which YAML contains."""
     base = base_name(config.model.path)
     lines = _licence(Path(config.model.path))
@@ -87,7 +88,7 @@ def _front_matter(config: AlignConfig, state: Row, kind: str, after: Row) -> lis
     return lines
 
 
-def _tag(config: AlignConfig, algorithm: str) -> str:
+def _tag(config: Sampled, algorithm: str) -> str:
     """Return the algorithm; for a model that was trained plainly on another family's path, the family."""
     path_family = (config.model.family or "rf").partition("(")[0]
     named = path_family if algorithm == "rectified_flow" and path_family != "rf" else algorithm
@@ -117,7 +118,7 @@ def _before(path: Path) -> dict[str, float]:
     return next((row for row in rows if isinstance(row, dict) and row.get("iteration") == 0), {})
 
 
-def _body(config: AlignConfig, state: Row, kind: str, before: Row, after: Row) -> str:
+def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> str:
     base = base_name(config.model.path)
     algorithm = _algorithm(config, state)
     what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
@@ -159,7 +160,7 @@ def _hashed(state: Row) -> str:
     return f" (transformer files sha256 {code(str(state['base_hash'])[:16])})" if state.get("base_hash") else ""
 
 
-def _sigmas(config: AlignConfig) -> str:
+def _sigmas(config: Sampled) -> str:
     """Return the argument that gives diffusers the grid of equal steps, which it shifts itself."""
     count = config.evaluation.num_steps
     levels = [round(1 - k / count, 6) for k in range(count)]
@@ -167,11 +168,15 @@ def _sigmas(config: AlignConfig) -> str:
     return f", sigmas={levels}" if own else ""
 
 
-def _algorithm(config: AlignConfig, state: Row) -> str:
-    return str(state["config"]["algorithm"]["type"] if "config" in state else config.algorithm["type"])
+def _algorithm(config: Sampled, state: Row) -> str:
+    if "config" in state:
+        return str(state["config"]["algorithm"]["type"])
+    assert isinstance(config, AlignConfig)
+    return str(config.algorithm["type"])
 
 
-def _alignment(config: AlignConfig, state: Row, kind: str) -> dict[str, str]:
+def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
+    assert isinstance(config, AlignConfig)
     averaged = ", averaged weights (EMA)" if kind.startswith("ema") else ""
     trained = (
         "all transformer weights"
@@ -210,7 +215,7 @@ def _reward(reward: RewardConfig) -> str:
     return f"{code(reward.name or spec)} × {reward.weight:g}" + (f" ({options})" if options else "")
 
 
-def _scores(config: AlignConfig, kind: str, before: Row, after: Row) -> list[str]:
+def _scores(config: Sampled, kind: str, before: Row, after: Row) -> list[str]:
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation

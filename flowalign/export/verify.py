@@ -16,7 +16,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.models.architectures.inputs import CONFIG_KEY
@@ -88,7 +88,7 @@ def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipel
 
 
 @torch.no_grad()
-def probe(policy: Policy, config: AlignConfig) -> Probe:
+def probe(policy: Policy, config: Sampled) -> Probe:
     network, device = policy.network, policy.network.device
     shape, model = network.latent_shape(config.model.height, config.model.width), guided(network)
     ids = range(len(PROBE_PROMPTS))
@@ -104,7 +104,7 @@ def probe(policy: Policy, config: AlignConfig) -> Probe:
 
 
 @torch.no_grad()
-def differences(expected: Probe, pipeline: Any, config: AlignConfig) -> Errors:
+def differences(expected: Probe, pipeline: Any, config: Sampled) -> Errors:
     """Compare velocity and latents of the public pipeline with the probe's: the largest differences, see `share`.
 
     Those of guided latents are divided by what guidance makes of rounding.

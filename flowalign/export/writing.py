@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name
@@ -28,7 +28,7 @@ from flowalign.record.files import save_tensors
 from flowalign.record.outputs import RECORD as RECORD
 
 
-def write_pipeline(policy: Policy, directory: Path, config: AlignConfig, dtype: torch.dtype) -> Errors:
+def write_pipeline(policy: Policy, directory: Path, config: Sampled, dtype: torch.dtype) -> Errors:
     expected = probe(policy, config)
     fuse_lora(policy.network)
     module = policy.network.module
@@ -42,7 +42,7 @@ def write_pipeline(policy: Policy, directory: Path, config: AlignConfig, dtype: 
     # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
     (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
     save_pipeline(pipeline, policy.network, directory)
-    return differences(expected, load_pipeline(directory, config.cluster.device), config)
+    return differences(expected, load_pipeline(directory, config.device), config)
 
 
 def widen_encoders(pipeline: Any) -> None:
@@ -79,7 +79,7 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lora(policy: Policy, directory: Path, config: AlignConfig) -> Errors:
+def write_lora(policy: Policy, directory: Path, config: Sampled) -> Errors:
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -99,7 +99,7 @@ def write_lora(policy: Policy, directory: Path, config: AlignConfig) -> Errors:
     StableDiffusion3Pipeline.save_lora_weights(str(directory), transformer_lora_layers=scaled)
     found = []
     for library in ("diffusers", "peft"):
-        pipeline = load_pipeline(Path(config.model.path), config.cluster.device)
+        pipeline = load_pipeline(Path(config.model.path), config.device)
         if library == "diffusers":
             pipeline.load_lora_weights(str(directory))
         else:

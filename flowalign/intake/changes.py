@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, marked, marker
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.check import algorithm_of
 from flowalign.intake.check_walk import renamed_grids
 from flowalign.intake.file import say_once
+from flowalign.intake.paths import resolve_run
 from flowalign.intake.resolved import recorded_contents
-from flowalign.record.contents import ACCEPT, RATES, digests, leaves, may_hold_other, same
+from flowalign.record.contents import ACCEPT, digests, leaves, may_hold_other, same
 from flowalign.record.manifest import manifests
 
-_MAY_CHANGE = re.compile(
-    r"name|runs_dir|iterations|logging\..*|checkpoint\..*|evaluation\.every|log_every|checkpoint_every|keep_last|resume"
-    r"|data\.preferences_cache"
-    r"|cluster\.(address|max_task_retries|patience\.\w+|teachers|\w+_workers|\w+_cpus|\w+_gpus)|safety\.(?!clip).*"
-)
+Config = AlignConfig | PretrainConfig
 
 
-def resume_differences(old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig) -> list[str]:
-    """Return the keys that differ though a resumed run must keep them, as the new configuration has them.
-
-    Phases of training may follow those that there were.
-    """
+def resume_differences(old: Config, new: Config) -> list[str]:
+    """Return the keys that differ though a resumed run must keep them, as the new configuration has them."""
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     keys = [*after, *(key for key in before if key not in after)]
-    later = tuple(f"phases.{i}." for i in range(len(getattr(old, "phases", ())), len(getattr(new, "phases", ()))))
+    grown = tuple(
+        f"{name}.{i}."
+        for name, field in type(new).model_fields.items()
+        if marker(field, MayGrow) is not None
+        for i in range(len(getattr(old, name, ())), len(getattr(new, name)))
+    )
     return [
         key
         for key in keys
-        if before.get(key) != after.get(key) and not _MAY_CHANGE.fullmatch(key) and not key.startswith(later)
+        if before.get(key) != after.get(key) and not marked(type(new), key, MayChange) and not key.startswith(grown)
     ]
 
 
-def _may_be_accepted(key: str, before: Any, after: Any) -> bool:
-    return bool(RATES.fullmatch(key)) or may_hold_other(before, after)
+def _may_be_accepted(config: Config, key: str, before: Any, after: Any) -> bool:
+    return marked(type(config), key, MayBeAccepted) or may_hold_other(before, after)
 
 
-def changed_rates(
-    old: AlignConfig | PretrainConfig, new: AlignConfig | PretrainConfig, accepted: Collection[str]
-) -> dict[str, tuple[Any, Any]]:
+def changed_rates(old: Config, new: Config, accepted: Collection[str]) -> dict[str, tuple[Any, Any]]:
     """Return the ``accepted`` learning rates that differ, as they were and are."""
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
-    keys = (key for key in accepted if RATES.fullmatch(key) and before.get(key) != after.get(key))
+    keys = (key for key in accepted if marked(type(new), key, MayBeAccepted) and before.get(key) != after.get(key))
     return {key: (before.get(key), after.get(key)) for key in keys}
 
 
-def refuse_changes(
-    old: AlignConfig | PretrainConfig,
-    new: AlignConfig | PretrainConfig,
-    run_dir: Path,
-    accepted: Collection[str] = (),
-) -> None:
+def refuse_changes(old: Config, new: Config, run_dir: Path, accepted: Collection[str] = ()) -> None:
     """Raise ConfigError, with key, old and new value, if ``new`` cannot continue the run in ``run_dir``.
 
     Paths may differ where they hold the same, and those whose keys are ``accepted`` where they do not. What lies at a
@@ -65,7 +57,8 @@ def refuse_changes(
     """
     if type(old) is not type(new):
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
-    old = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
+    later = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
+    old = resolve_run(later, run_dir, code=True)  # type: ignore[type-var]
     old = renamed_grids(old, new, run_dir)  # type: ignore[type-var]
     held = recorded_contents(run_dir)
     was, now = (leaves(config.model_dump(mode="json")) for config in (old, new))
@@ -73,19 +66,21 @@ def refuse_changes(
         key
         for key in resume_differences(old, new)
         if not same(was.get(key), now.get(key), held.get(key), run_dir)
-        and not (key in accepted and _may_be_accepted(key, was.get(key), now.get(key)))
+        and not (key in accepted and _may_be_accepted(new, key, was.get(key), now.get(key)))
     ]
     if changed:
-        raise _changed(changed, was, now, run_dir)
+        raise _changed(new, changed, was, now, run_dir)
     if not _records_what_it_is_made_of(run_dir):
         _refuse_other_contents(new, was, now, run_dir, accepted)
 
 
-def _changed(keys: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> ConfigError:
+def _changed(
+    new: Config, keys: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path
+) -> ConfigError:
     """Say of the first of ``keys`` how it has changed, and name the others."""
     key, others = keys[0], ", ".join(keys[1:])
     before, after = (f"with {found[key]!r}" if key in found else "without it" for found in (was, now))
-    may = _may_be_accepted(key, was.get(key), now.get(key))
+    may = _may_be_accepted(new, key, was.get(key), now.get(key))
     accept = f", or go on with it all the same: {ACCEPT} {key}" if may else ""
     return ConfigError(
         key,
@@ -95,7 +90,7 @@ def _changed(keys: Sequence[str], was: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def _refuse_other_contents(
-    new: AlignConfig | PretrainConfig,
+    new: Config,
     was: Mapping[str, Any],
     now: Mapping[str, Any],
     run_dir: Path,

@@ -8,9 +8,8 @@ from typing import Any
 
 from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig, EvaluationConfig
-from flowalign.config.section import ConfigError
+from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import RewardConfig
-from flowalign.intake.check import nearest
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path, *, advice: str = "") -> None:

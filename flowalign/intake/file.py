@@ -20,17 +20,21 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig, SamplingConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.engine.device import check_device
 from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
-from flowalign.intake.check_training import check_caches, check_signed_time, check_training, notes_of
+from flowalign.intake.check_training import check_rollouts, check_signed_time, check_training
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
+from flowalign.intake.explain import explain
+from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
-from flowalign.intake.paths import Config, resolve
+from flowalign.intake.paths import Config, resolve_run
 from flowalign.record.checkpoint import LOG, has_any
 from flowalign.record.contents import put, relocated
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
-from flowalign.samples.offers import EVALUATION, TRAINING
+from flowalign.samples.cache import check_cache
+from flowalign.samples.offers import EVALUATION, TRAINING, check_reward, check_reward_names
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
@@ -184,7 +188,7 @@ def _at(value: Any, path: Sequence[str | int]) -> Any:
 def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Loaded[AlignConfig]:
     if "phases" in raw and "iterations" not in raw:
         raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
-    config = resolve(validate(AlignConfig, raw), base)
+    config = resolve_run(validate(AlignConfig, raw), base, code=True)
     missing = _lacking(_reward_checks(config, base), require_files)
     algorithm = checks.parse_algorithm(config.algorithm, "Trajectories")
     missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
@@ -213,23 +217,25 @@ def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list
 def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], None]]:
     """Yield the checks that every reward and every judge can be had."""
     for i, reward in enumerate(config.rewards):
-        yield partial(checks.check_reward, f"rewards.{i}", reward, base, TRAINING)
+        yield partial(check_reward, f"rewards.{i}", reward, base, TRAINING)
     if config.evaluation.scorer is not None:
-        yield partial(checks.check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
+        yield partial(check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
     for i, reward in enumerate(config.evaluation.gold):
-        yield partial(checks.check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
-    yield partial(checks.check_reward_names, "rewards", config.rewards)
-    yield partial(checks.check_reward_names, "evaluation", _judges(config))
+        yield partial(check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
+    yield partial(check_reward_names, "rewards", config.rewards)
+    yield partial(check_reward_names, "evaluation", _judges(config))
     if config.safety.clip is not None:
         clip = RewardConfig(spec="clip", options={"path": config.safety.clip})
-        yield partial(checks.check_reward, "safety.clip", clip, base, EVALUATION)
+        yield partial(check_reward, "safety.clip", clip, base, EVALUATION)
 
 
 def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
     """Yield checks that model and prompts are there and fit what learns and judges, and the machine holds the run."""
     prompts, evaluation = config.data.prompts, config.evaluation
     yield partial(checks.check_model, config, needs)
-    yield partial(check_caches, config)
+    yield partial(check_cache, "rollout.cache", config.rollout.cache)
+    yield partial(check_cache, "evaluation.cache", evaluation.cache)
+    yield partial(check_rollouts, config.model)
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards, base)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts, base)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts, base)
@@ -239,9 +245,8 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
         yield partial(promptcheck.check_prompts, key, evaluation.prompts, _judges(config), base, advice=advice)
         yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
-    yield partial(checks.check_device, "cluster.device", config.cluster.device, here)
-    if config.cluster.backend == "ray" and here:
-        yield partial(checks.check_cores, config, needs)
+    yield partial(check_device, "cluster.device", config.cluster.device, here)
+    yield partial(config.cluster.check_cores, config.learner.ranks, len(needs.teachers))
 
 
 def _judges(config: AlignConfig) -> list[RewardConfig]:
@@ -251,11 +256,11 @@ def _judges(config: AlignConfig) -> list[RewardConfig]:
 def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
     if "iterations" in raw and "phases" not in raw:
         raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
-    config = resolve(validate(PretrainConfig, raw), base)
+    config = resolve_run(validate(PretrainConfig, raw), base, code=True)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm.needs)
     checks.check_model(config, algorithm.needs)
-    checks.check_device("device", config.device)
+    check_device("device", config.device)
     return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
 
 
@@ -274,6 +279,6 @@ def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
     try:
         config = model.model_validate(plain(raw))
     except ValidationError as error:
-        raise checks.explain(error, model) from error
+        raise explain(error, model) from error
     check_finite(config.model_dump())
     return config

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowalign.config.section import ConfigError
 from flowalign.record.textfiles import DEEPEST
-from flowalign.record.yamlfiles import KINDS, LONGEST_KEY, Mapping, parse_with_text
+from flowalign.record.yamlfiles import KINDS, LONGEST_KEY, Mapping, check_finite, parse_with_text, parse_yaml
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> None:
@@ -82,3 +82,30 @@ def _index(items: list[Any], part: str, at: str, key: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(items):
         raise ConfigError(key, f"{at} is a list of {len(items)}; write an index from 0 to {len(items) - 1}")
     return int(part)
+
+
+def scalar_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """Parse ``key=value`` options given on a command line.
+
+    Values are JSON, YAML's numbers and truth values, or text.
+    """
+    from rewards.resolve import options_of
+
+    without = next((assignment for assignment in assignments if "=" not in assignment), None)
+    if without is not None:
+        raise ConfigError(without, "is no option; write key=value")
+    options = options_of(assignments, _scalar)
+    check_finite(options)
+    return options
+
+
+def _scalar(text: str) -> Any:
+    """Return the value as a configuration would read it, where it is one number, ``true`` or the like.
+
+    Otherwise return the text as it is.
+    """
+    try:
+        value = parse_yaml(text, "it")
+    except ConfigError:
+        return text
+    return value if isinstance(value, bool | int | float) else text

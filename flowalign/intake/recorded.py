@@ -8,18 +8,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled, SampledConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
-from flowalign.intake.check import check_pipeline, explain
+from flowalign.intake.explain import explain
 from flowalign.intake.file import load_align
-from flowalign.intake.paths import recorded_model
 from flowalign.intake.resolved import read_resolved, recorded_contents
+from flowalign.models.checked import check_pipeline
+from flowalign.models.recorded import recorded_model
 from flowalign.record.checkpoint import LOG, find, verify
 from flowalign.record.contents import base_hash, base_of
 
 
-def config_of(source: Path, file: Path | None, model: Path | None = None) -> AlignConfig:
+def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sampled:
     """Return the configuration that belongs to a run, to one of its checkpoints, or to a bare pipeline directory.
 
     ``model`` stands in for the base model of a run that is not at its place any more.
@@ -32,12 +33,10 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Ali
             raise ConfigError("--model", f"{source} is a whole pipeline, which needs no other; leave --model out")
         recorded = recorded_model(source)
         sampling = recorded.pop("sampling", {})
-        return _bare({"path": str(source), **recorded}, evaluation=sampling)
+        return _sampled(model={"path": str(source), **recorded}, evaluation=sampling)
     run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
-    config = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
-    if isinstance(config, PretrainConfig):
-        cluster = {"threads": config.threads, "device": config.device}
-        config = _bare(config.model_as_trained, cluster=cluster, evaluation=config.sampling.model_dump())
+    own = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
+    config = of_training(own) if isinstance(own, PretrainConfig) else own
     if file is not None and (source / "model_index.json").is_file():
         _check_family(config, source)
     if model is not None:
@@ -50,7 +49,7 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Ali
     return config
 
 
-def _check_family(config: AlignConfig, source: Path) -> None:
+def _check_family(config: Sampled, source: Path) -> None:
     """Refuse to read a pipeline that says what its output means as something else."""
     own = recorded_model(source).get("family", config.model.family)
     if own != config.model.family:
@@ -61,7 +60,7 @@ def _check_family(config: AlignConfig, source: Path) -> None:
         )
 
 
-def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -> AlignConfig:
+def _with_model(config: Sampled, source: Path, run_dir: Path, model: Path) -> Sampled:
     """Return the configuration with ``model`` for its base. A LoRA needs the base as it was."""
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model.absolute())})})
     check_pipeline("--model", model, config.model)
@@ -80,10 +79,14 @@ def _with_model(config: AlignConfig, source: Path, run_dir: Path, model: Path) -
     return config
 
 
-def _bare(model: Any, **sections: Any) -> AlignConfig:
-    """Return a configuration that suffices to sample and evaluate a model that no alignment run made."""
-    values = {"name": "pipeline", "iterations": 1, "model": model, "algorithm": {"type": "flow_grpo"}, "rewards": []}
+def of_training(config: PretrainConfig) -> SampledConfig:
+    """Return the way in which what was trained on latents is sampled."""
+    place = {"threads": config.threads, "device": config.device}
+    return _sampled(model=config.model_as_trained, evaluation=config.sampling.model_dump(), **place)
+
+
+def _sampled(**sections: Any) -> SampledConfig:
     try:
-        return AlignConfig.model_validate({**values, **sections})
+        return SampledConfig.model_validate(sections)
     except ValidationError as error:
-        raise explain(error, AlignConfig) from error
+        raise explain(error, SampledConfig) from error

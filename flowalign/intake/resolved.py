@@ -13,7 +13,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import RESOLVED, read_yaml, record, validate
-from flowalign.intake.paths import resolve, shipped_names
+from flowalign.intake.paths import resolve_run, shipped_names
 from flowalign.record.checkpoint import has_any
 from flowalign.record.contents import digests
 from flowalign.record.disk import write_text, writing
@@ -88,5 +88,5 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
         raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
     raw = read_yaml(path)
     if "phases" in raw:
-        return resolve(validate(PretrainConfig, raw), run_dir)
-    return resolve(validate(AlignConfig, raw), run_dir)
+        return resolve_run(validate(PretrainConfig, raw), run_dir)
+    return resolve_run(validate(AlignConfig, raw), run_dir)

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 
 
 def asked_evaluation(
-    config: AlignConfig, suite: bool, detector: str | None, prompts: str | None, num_samples: int | None
-) -> tuple[AlignConfig, int]:
+    config: Sampled, suite: bool, detector: str | None, prompts: str | None, num_samples: int | None
+) -> tuple[Sampled, int]:
     """Return the configuration of an evaluation that is asked for, and its number of samples. It can judge its prompts.
 
     ``suite`` or a ``detector`` asks for `geneval_suite`.
@@ -35,8 +35,8 @@ def asked_evaluation(
 
 
 def geneval_suite(
-    config: AlignConfig, detector: str | None, prompts: str | None, num_samples: int | None
-) -> tuple[AlignConfig, int]:
+    config: Sampled, detector: str | None, prompts: str | None, num_samples: int | None
+) -> tuple[Sampled, int]:
     """Return the configuration with the public benchmark's official verdicts, and its number of samples: 4 a prompt.
 
     ``detector`` is a name or JSON options; by default that of the run's own geneval reward, else the palette.
@@ -45,10 +45,9 @@ def geneval_suite(
         ConfigError: the detector cannot be built, or the prompts are not in GenEval's format.
     """
     from flowalign.data.prompts import load_prompts
-    from flowalign.intake.check import check_reward
     from flowalign.intake.check_prompts import check_prompts
     from flowalign.intake.paths import resolve_reward
-    from flowalign.samples.offers import EVALUATION
+    from flowalign.samples.offers import EVALUATION, check_reward
 
     here, source = Path.cwd(), prompts or config.evaluation.prompts
     configured = [config.evaluation.scorer, *config.rewards]

@@ -61,7 +61,7 @@ def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
     Raises:
         ConfigError: names the option that asks for what cannot be had.
     """
-    from flowalign.intake.check import check_device
+    from flowalign.engine.device import check_device
     from flowalign.measure.imagefolder import image_files, own_prompts, prompt_rows
     from flowalign.measure.imageset import folder_of
 
@@ -195,8 +195,7 @@ def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
 
 def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:
     """Return the metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
-    from flowalign.config.section import ConfigError
-    from flowalign.intake.check import nearest
+    from flowalign.config.section import ConfigError, nearest
 
     possible = [m for m in METRICS if (prompts if m == "clip" else reference) is not None]
     if metrics is None and not possible:

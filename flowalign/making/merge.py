@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.markdown import code, text
 from flowalign.export.verify import load_pipeline
@@ -52,7 +52,7 @@ class Source:
     """One model of a merge, its configuration, and the hash of the base that a run of it started from."""
 
     path: Path
-    config: AlignConfig
+    config: Sampled
     policy: Policy
     base: str | None
 
@@ -84,7 +84,7 @@ def merge(
     portions = shares(weights, len(sources))
     check_place(to, overwrite)
     first = _open(sources[0], which, None, model)
-    with torch_threads(first.config.cluster.threads):
+    with torch_threads(first.config.threads):
         total = _average(first, sources[1:], portions, which, model)
         bind_weights(first.policy.network.module, total)
     record = _record(first, sources, portions, which)
@@ -137,15 +137,14 @@ def _average(
     return total
 
 
-def _open(path: Path, which: str, first: AlignConfig | None, base: Path | None) -> Source:
+def _open(path: Path, which: str, first: Sampled | None, base: Path | None) -> Source:
     """Open a source with full weights in float32; text length and image size are the first one's."""
     config = config_of(path, None, None if _is_pipeline(path) else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
     model = config.model.model_copy(update={"dtype": "float32", **sizes})
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
-    cluster = config.cluster.model_copy(update={"device": "cpu"})
-    config = config.model_copy(update={"model": model, "cluster": cluster})
+    config = config.on("cpu").model_copy(update={"model": model})
     policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
     if not isinstance(policy.encoders, SD3Encoders):
         raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")

@@ -18,10 +18,9 @@ from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.intake.check import check_reward
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text
-from flowalign.samples.offers import PREFERENCES
+from flowalign.samples.offers import PREFERENCES, check_reward
 from flowalign.samples.opened import Progress, roll, silent
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
@@ -58,8 +57,7 @@ def make_preferences(
     groups = max(1, model.config.rollout.chunk_size // group_size)
     sampler = GroupSampler(load_prompts(prompts, Path.cwd()), groups=groups, group_size=group_size, seed=model.seed)
     with folder_for(out), model.opened() as (policy, state, plan):
-        cluster = model.config.cluster
-        scorer = load_scorer(reward, Path.cwd(), cluster.device if cluster.reward_gpus else "cpu", offers=PREFERENCES)
+        scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
         drawn = _Drawn(pairs)
         while drawn.made < pairs:
             batch = sampler.batch(drawn.groups // sampler.groups)

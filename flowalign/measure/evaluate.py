@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import RewardConfig
 from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.measure.distances import Features, clip_score, compare
@@ -83,12 +84,12 @@ def image_metrics(
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
-def evaluation_reward(config: AlignConfig) -> RewardConfig:
+def evaluation_reward(config: Sampled) -> RewardConfig:
     """Return the evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
     return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
 
 
-def evaluation_rewards(config: AlignConfig) -> list[RewardConfig]:
+def evaluation_rewards(config: Sampled) -> list[RewardConfig]:
     """Return the evaluation's scorer and, after it, those that are only measured."""
     return [evaluation_reward(config), *config.evaluation.gold]
 
@@ -114,7 +115,7 @@ def evaluate_checkpoint(
     config, own = model.config, model.config.evaluation
     source = prompts or own.prompts
     batch = evaluation_batch(source, num_samples or own.num_samples, base_dir)
-    with torch_threads(config.cluster.threads):
+    with torch_threads(config.threads):
         scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
         with model.opened() as (policy, state, plan):
             parts, walked, rows, seconds = [], [], [], 0.0
@@ -146,7 +147,7 @@ def _scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
     return merge(judged, {scorers[0].name: 1.0})
 
 
-def _notes(config: AlignConfig, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
+def _notes(config: Sampled, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
     """Return notes on how many prompts the text encoders cut, and what was retried or masked."""
     cut = prompt_note(Path(config.model.path), batch.prompts)
     said = [f"of the prompts {cut}"] if cut else []

@@ -49,10 +49,9 @@ def load_network(config: ModelConfig) -> Network:
     """
     network = family_of(config.type).load_network(Path(config.path), dtype=getattr(torch, config.dtype))
     if config.transformer is not None:
-        from flowalign.models.architectures.fresh import TransformerSpec, new_transformer
+        from flowalign.models.architectures.fresh import new_transformer
 
-        spec = TransformerSpec(**config.transformer.model_dump())
-        network.module = new_transformer(network.module.config, spec).eval()  # type: ignore[arg-type]
+        network.module = new_transformer(network.module.config, config.transformer).eval()  # type: ignore[arg-type]
     if config.inputs:
         from flowalign.models.architectures.inputs import add_inputs
 

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.fields import Resolved, fields_along, marker
 from flowalign.config.sections import SHIPPED
+from flowalign.config.training import PretrainConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.files import sha256
@@ -23,9 +26,6 @@ END = 2**20
 MANY = 20_000
 TEXTS = (".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".model", ".csv")
 ACCEPT = "--accept-changed"  # the option that takes what has changed
-# Settings that it takes as well: what a run whose weights were destroyed has to go on with.
-RATES = re.compile(r"(learner\.optimizer|phases\.\d+)\.(final_)?learning_rate")
-WRITTEN_BY_RUN = ("runs_dir", "data.preferences_cache")
 
 
 def base_hash(model: Path) -> str:
@@ -53,12 +53,18 @@ def digests(values: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key, value in leaves(values).items():
         place = located(value)
-        if key in WRITTEN_BY_RUN or place is None or SHIPPED in (place[0], *place[0].parents):
+        if _is_written(key) or place is None or SHIPPED in (place[0], *place[0].parents):
             continue
         made = digest_of(place[0])
         if made is not None:
             found[key] = made
     return found
+
+
+def _is_written(key: str) -> bool:
+    """Tell whether a run itself makes what lies at a key's path."""
+    fields = [field for run in (AlignConfig, PretrainConfig) for field in fields_along(run, key)]
+    return any((path := marker(field, Resolved)) is not None and path.held in ("written", "home") for field in fields)
 
 
 def located(value: Any) -> tuple[Path, str] | None:
@@ -167,7 +173,7 @@ def relocated(values: dict[str, Any], run_dir: Path, began: str | None, held: Ma
     found = {}
     for key, value in leaves(values).items():
         place = located(value)
-        if key in WRITTEN_BY_RUN or place is None or place[0].exists():
+        if _is_written(key) or place is None or place[0].exists():
             continue
         new = moved(place[0], run_dir, began)
         if new is not None and held.get(key) in (None, digest_of(new)):

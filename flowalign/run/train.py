@@ -18,6 +18,7 @@ from torch import Tensor
 from flowalign.algorithm import Needs, VelocityModel
 from flowalign.algorithms import build_algorithm
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import OptimizerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
 from flowalign.engine import process_group
@@ -255,10 +256,12 @@ def _engine(config: PretrainConfig, network: Network, rank: Rank) -> Engine:
     settings = EngineSettings(
         type=config.engine,
         zero_stage=config.zero_stage,  # type: ignore[arg-type]
-        learning_rate=config.phases[0].learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        optimizer=OptimizerConfig(
+            learning_rate=config.phases[0].learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        ),
         compile=config.compile,
     )
     return build_engine(

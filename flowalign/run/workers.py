@@ -137,10 +137,11 @@ class RewardWorker:
 
     def __init__(self, config: AlignConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
         self.config = config
-        device = config.cluster.device if config.cluster.reward_gpus else "cpu"
         with torch_threads(config.cluster.reward_threads):
-            self.training = load_scorers(config.rewards, base_dir, device, hosted)
-            self.evaluation = load_scorers(evaluation_rewards(config), base_dir, device, hosted, EVALUATION)
+            self.training = load_scorers(config.rewards, base_dir, config.reward_device, hosted)
+            self.evaluation = load_scorers(
+                evaluation_rewards(config), base_dir, config.reward_device, hosted, EVALUATION
+            )
 
     def needs(self, evaluation: bool = False) -> frozenset[str]:
         """Return what the rewards need beside images, prompts and metadata."""
@@ -333,5 +334,5 @@ def engine_settings(config: AlignConfig) -> EngineSettings:
         type=learner.engine,
         zero_stage=learner.zero_stage,  # type: ignore[arg-type]
         dtype=config.model.dtype,
-        **learner.optimizer.model_dump(),
+        optimizer=learner.optimizer,
     )

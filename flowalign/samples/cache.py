@@ -24,3 +24,11 @@ def cache_rule(cache: CacheConfig | None) -> CacheRule | None:
             "cache.calibration",
             f"{cache.calibration} is no calibration ({error}); make one with flowalign calibrate-cache",
         ) from error
+
+
+def check_cache(key: str, cache: CacheConfig | None) -> None:
+    """Raise ConfigError where the calibration of the cache under ``key`` cannot be read."""
+    try:
+        cache_rule(cache)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.calibration", error.reason) from error

@@ -1,11 +1,34 @@
-"""Offers of our ways to ask a scorer, beside images, prompts and metadata."""
+"""Offers of our ways to ask a scorer, beside images, prompts and metadata, and whether a reward can do with them."""
 
 from __future__ import annotations
 
-from rewards.interface import Offers
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import RewardConfig
+from rewards.composite import Named, check_names
+from rewards.interface import Offers, ScorerError
+from rewards.resolve import check
 
 _ELSEWHERE = "name it under `rewards` of a run, or take one without that need"
 TRAINING = Offers("a run", frozenset({"group", "latents"}))
 EVALUATION = Offers("an evaluation", frozenset({"latents"}), _ELSEWHERE)
 PREFERENCES = Offers("make-preferences", frozenset({"group"}), _ELSEWHERE)
 TRY_REWARD = Offers("try-reward", frozenset(), _ELSEWHERE)
+
+
+def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers) -> None:
+    """Check that the reward can be made of its options, and needs nothing that is not offered to it."""
+    try:
+        check({"type": reward.spec, **reward.options}, base_dir, offers)
+    except ScorerError as error:
+        raise ConfigError(key, str(error)) from error
+
+
+def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
+    """Check that no two rewards answer to one name."""
+    try:
+        check_names([Named(reward.label, reward.spec, reward.name is not None) for reward in rewards], key)
+    except ScorerError as error:
+        raise ConfigError(key, str(error).removeprefix(f"{key}: ")) from error

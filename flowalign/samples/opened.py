@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.config.solvers import NOISY
@@ -41,7 +41,7 @@ def silent(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
+def open_policy(path: Path, config: Sampled, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
     """Open the policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
 
     Raises:
@@ -49,11 +49,11 @@ def open_policy(path: Path, config: AlignConfig, which: Which = "model") -> tupl
             other weights than the model are asked of a pipeline.
     """
     network, state = open_network(path, config, which)
-    encoders = load_encoders(model_of(path, config)).to(config.cluster.device)
+    encoders = load_encoders(model_of(path, config)).to(config.device)
     return Policy(network, encoders), state
 
 
-def model_of(path: Path, config: AlignConfig) -> ModelConfig:
+def model_of(path: Path, config: Sampled) -> ModelConfig:
     """Return the model that is loaded of ``path``: the pipeline that it is, or the configured model of its weights."""
     if not is_pipeline(path):
         return config.model
@@ -64,14 +64,14 @@ def is_pipeline(path: Path) -> bool:
     return (Path(path) / "model_index.json").is_file()
 
 
-def open_network(path: Path, config: AlignConfig, which: Which = "model") -> tuple[Network, dict[str, Any]]:
+def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[Network, dict[str, Any]]:
     """Open the network alone of what `open_policy` opens. Raise CheckpointError as it does."""
     path, pipeline = Path(path), is_pipeline(path)
     if pipeline and which != "model":
         raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
     found = path if pipeline else find_checkpoint(path, which)
     network = load_network(model_of(path, config))
-    network.module.to(config.cluster.device)
+    network.module.to(config.device)
     if pipeline:
         if (wrong := fault("the weights", dict(network.module.named_parameters()))) is not None:
             raise CheckpointError(f"{path} is a pipeline that was destroyed, {wrong}; take an intact one")
@@ -193,7 +193,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def roll(
-    policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: AlignConfig, seed: int, progress: Progress = silent
+    policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: Sampled, seed: int, progress: Progress = silent
 ) -> Iterator[Samples]:
     """Yield the chunks of ``batch`` in the run's own geometry."""
     done = 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
 from flowalign.record.disk import filled, on_disk, write_text, writing
@@ -43,7 +43,7 @@ class SampledModel:
     configuration; ``which`` weights are taken. See `sampled_model`."""
 
     path: Path
-    config: AlignConfig
+    config: Sampled
     which: Which
     seed: int
     sampling: SamplingConfig
@@ -55,7 +55,7 @@ class SampledModel:
         Raises:
             CheckpointError, ModelError: as `open_policy` does.
         """
-        with torch_threads(self.config.cluster.threads):
+        with torch_threads(self.config.threads):
             policy, state = open_policy(self.path, self.config, self.which)
             yield policy, state, policy_plan(policy, self.sampling, self.config.model)
 
@@ -72,7 +72,7 @@ class SampledModel:
 
 def sampled_model(
     path: Path,
-    config: AlignConfig,
+    config: Sampled,
     *,
     which: Which | None = None,
     seed: int | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from cells import ROOT, flowalign
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SHIPPED, ModelConfig, RewardConfig, SamplingConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.intake.recorded import config_of
@@ -48,7 +48,7 @@ def train(command: str, config: str, overrides: Mapping[str, Any], threads: int,
     return runs_dir / name
 
 
-def opened(source: Path, weights: str = "ema") -> tuple[Policy, AlignConfig]:
+def opened(source: Path, weights: str = "ema") -> tuple[Policy, Sampled]:
     """The model of a run or a pipeline directory."""
     config = config_of(source, None)
     return open_policy(source, config, weights)[0], config

@@ -21,8 +21,8 @@ import torch
 from cells import RESULTS, ROOT, machine, run_once, study
 from pictures import Judge, bank, insert_table, opened, train
 
-from flowalign.config.sections import SHIPPED, SamplingConfig
-from flowalign.models.architectures.fresh import TransformerSpec, flops, matching, new_transformer
+from flowalign.config.sections import SHIPPED, SamplingConfig, TransformerConfig
+from flowalign.models.architectures.fresh import flops, matching, new_transformer
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 
@@ -35,11 +35,11 @@ TRAINING = 3  # a step costs a forward pass and a backward pass of twice as much
 SAMPLING = SamplingConfig(num_steps=25, guidance_scale=3.0)
 
 
-def spec_of(name: str) -> TransformerSpec:
+def spec_of(name: str) -> TransformerConfig:
     like = json.loads((SHIPPED / "pipeline" / "transformer" / "config.json").read_text())
     if name.startswith("mmdit-"):
-        return TransformerSpec(num_layers=int(name.removeprefix("mmdit-")))
-    middle = TransformerSpec(num_layers=DEPTHS[1])
+        return TransformerConfig(num_layers=int(name.removeprefix("mmdit-")))
+    middle = TransformerConfig(num_layers=DEPTHS[1])
     return matching(like, middle, name, IMAGE_TOKENS, TEXT_TOKENS)  # type: ignore[arg-type]
 
 

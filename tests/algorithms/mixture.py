@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 
 from flowalign.algorithm import VelocityModel
 from flowalign.algorithms import build_algorithm
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
@@ -190,7 +191,7 @@ class MixtureRun:
         self.refreshed = None if every is None else RefreshedReference(network, every)
         reference = reference_velocity(network) if self.refreshed is None else self.refreshed.velocity
         known = {"policy": guided(network), "reference": reference, **(models or {})}
-        settings = EngineSettings(type="torch", learning_rate=learning_rate)
+        settings = EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=learning_rate))
         self.learner = Learner(
             self.algorithm,
             {role: model for role, model in known.items() if role in needs.roles},

@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.credit import best_and_worst, group_advantages
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.intake.file import load_align
 from flowalign.run.learner import Learner
@@ -196,7 +197,7 @@ def test_a_pruned_group_of_equal_rewards_still_counts_in_the_mean():
 
 
 def learner(model, algorithm, epochs):
-    engine = build_engine(model, EngineSettings(type="torch", learning_rate=1e-2))
+    engine = build_engine(model, EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))
     return Learner(algorithm, {"policy": model}, engine, micro_batch_size=8, epochs=epochs)
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.cli.terminal import sentence
+from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED
 from flowalign.doctor import examine, release
@@ -174,7 +175,8 @@ def test_a_begun_run_refuses_another_seed_and_takes_more_iterations(
         begin_run(load_align(config_path).config)
     begin_run(load_align(config_path, ["seed=3", "iterations=9"]).config)
     begin_run(load_align(config_path, ["seed=4", "checkpoint.resume=never"]).config)
-    assert config_of(run_dir / "checkpoints" / "step_000001", None).seed == 4
+    own = config_of(run_dir / "checkpoints" / "step_000001", None)
+    assert isinstance(own, AlignConfig) and own.seed == 4
 
 
 def test_a_pipeline_directory_is_evaluated_without_a_run(config_path: Path) -> None:

@@ -19,14 +19,12 @@ import ray
 import torch
 from torch import Tensor
 
-from flowalign.algorithms import build_algorithm
 from flowalign.cluster.actors import RemoteTeacher, TeacherActor
 from flowalign.cluster.errors import PlacementError, WorkerLost
 from flowalign.cluster.placement import shares
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.intake.check import check_cores
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
 from flowalign.record.checkpoint import content_hash
@@ -222,7 +220,7 @@ def test_a_teacher_that_cannot_be_placed_is_refused_before_anything_starts(
             RayBackend(config_of(tiny_pipeline_dir, tmp_path, teachers, **cluster), tmp_path)
     with pytest.raises(ConfigError, match=r"^cluster.teacher_cpus: all actors together need"):
         config = config_of(tiny_pipeline_dir, tmp_path, teachers, teacher_cpus=10_000)
-        check_cores(config, build_algorithm(config.algorithm).needs)
+        config.cluster.check_cores(config.learner.ranks, 2)
 
 
 def test_teachers_take_a_place_only_as_actors(

@@ -23,10 +23,10 @@ from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
-from flowalign.intake.check import check_pipeline
 from flowalign.intake.file import load_align, load_pretrain
 from flowalign.intake.recorded import config_of
 from flowalign.models.base import ModelError
+from flowalign.models.checked import check_pipeline
 from flowalign.models.inspect import inspect_model
 from flowalign.plan import make_plan
 from flowalign.record.checkpointwriter import CheckpointWriter

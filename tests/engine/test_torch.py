@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from flowalign.algorithm import LossOutput
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, NonFiniteUpdate, ResumeRefused, build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.types import TrainBatch, value_of
-from tests.engine.toy import ITEMS, SETTINGS, Network, batch, loss_of, settings, update
+from tests.engine.toy import ITEMS, Network, batch, loss_of, settings, update
 
 
 def test_an_update_equals_adamw_written_by_hand() -> None:
     plain, network = Network(), Network()
-    engine = build_engine(network, settings(type="torch", warmup_steps=0, max_grad_norm=0.0))
+    engine = build_engine(network, settings(type="torch", warmup_steps=0, max_grad_norm=1e9))
     optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.05)
     for step in range(3):
         optimizer.zero_grad()
@@ -37,11 +38,11 @@ def test_clipping_scales_the_gradient_to_the_maximum_norm() -> None:
     def loss(_: TrainBatch) -> LossOutput:
         return LossOutput(network.weight.square().sum())
 
-    moved = []
-    for max_grad_norm in (0.0, 0.5):
+    moved, large = [], OptimizerConfig(learning_rate=1e6, eps=1e6)
+    for max_grad_norm in (1e9, 0.5):
         network.weight.data = torch.tensor([[3.0, 4.0]])
         # With eps far above the gradient AdamW's first step is lr * grad / eps.
-        chosen = EngineSettings("torch", learning_rate=1e6, eps=1e6, max_grad_norm=max_grad_norm)
+        chosen = EngineSettings("torch", optimizer=large.model_copy(update={"max_grad_norm": max_grad_norm}))
         metrics = build_engine(network, chosen).step(loss, [batch(0)], [1.0])
         assert metrics["grad_norm"] == pytest.approx(10.0)
         moved.append(torch.tensor([[3.0, 4.0]]) - network.weight.detach())
@@ -129,12 +130,12 @@ def test_contradicting_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="compile"):
         build_engine(Network(), settings(zero_stage=3, compile=True))
     with pytest.raises(ValueError, match="no trainable parameter"):
-        build_engine(Network().requires_grad_(False), EngineSettings("torch", **SETTINGS))
+        build_engine(Network().requires_grad_(False), settings(type="torch"))
 
 
 def test_the_learning_rate_warms_up_then_falls_linearly_and_stays_at_its_final_value() -> None:
-    decaying = EngineSettings(learning_rate=1.0, warmup_steps=2, decay_steps=10, final_learning_rate=0.2)
+    decaying = OptimizerConfig(learning_rate=1.0, warmup_steps=2, decay_steps=10, final_learning_rate=0.2)
     rates = [decaying.learning_rate_at(step) for step in (0, 1, 2, 5, 10, 50)]
     assert rates == pytest.approx([0.5, 0.92, 0.84, 0.6, 0.2, 0.2])
-    constant = EngineSettings(learning_rate=1.0, warmup_steps=2)
+    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=2)
     assert [constant.learning_rate_at(step) for step in (0, 1, 100)] == [0.5, 1.0, 1.0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import Engine, EngineSettings
 from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, Max, TrainBatch
@@ -61,4 +62,7 @@ def update(engine: Engine, network: nn.Module, step: int, num_micro: int = 2, po
 
 
 def settings(**changes: object) -> EngineSettings:
-    return EngineSettings(**{**SETTINGS, **changes})  # type: ignore[arg-type]
+    """Settings of an engine; ``changes`` are its own or the optimizer's."""
+    own = {key: value for key, value in changes.items() if key in EngineSettings.__dataclass_fields__}
+    optimizer = OptimizerConfig.model_validate(SETTINGS | {key: changes[key] for key in changes.keys() - own.keys()})
+    return EngineSettings(optimizer=optimizer, **own)  # type: ignore[arg-type]

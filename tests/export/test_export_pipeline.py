@@ -16,13 +16,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.config.pathfamilies import FORMULATIONS
-from flowalign.config.sections import ModelConfig, SamplingConfig
+from flowalign.config.sections import ModelConfig, SamplingConfig, TransformerConfig
 from flowalign.export import pipeline as pipeline_file
 from flowalign.flow import pathfamilies
 from flowalign.flow.guidance import cfg
 from flowalign.flow.schedule import sigmas
 from flowalign.models.architectures import dit
-from flowalign.models.architectures.fresh import TransformerSpec, new_transformer
+from flowalign.models.architectures.fresh import new_transformer
 from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.models.build import load_policy
 from flowalign.models.families.sd3.files import OWN_PIPELINE
@@ -50,7 +50,9 @@ for folder, calls in json.loads(sys.argv[1]).items():
 def write_export(directory: Path, tiny: Path, names: tuple[str, ...], architecture: Any = "mmdit") -> Path:
     """A pipeline folder whose transformer has inputs that matter, with the pipeline file and a batch of noise."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny, **ABSENT)
-    network: Any = new_transformer(pipeline.transformer.config, TransformerSpec(architecture, 2, 1))
+    network: Any = new_transformer(
+        pipeline.transformer.config, TransformerConfig(architecture=architecture, num_layers=2, num_heads=1)
+    )
     add_inputs(network, names)
     random = torch.Generator().manual_seed(1)
     for parameter in network.parameters():

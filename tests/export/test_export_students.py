@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
@@ -23,8 +22,8 @@ from flowalign.data.banks.latents import LatentBank, save_bank
 from flowalign.export import ExportError, export
 from flowalign.export.verify import load_pipeline, share
 from flowalign.flow.randomness import seeded
-from flowalign.intake.check_training import check_caches
-from flowalign.intake.paths import resolve_model
+from flowalign.intake.check_training import check_rollouts
+from flowalign.intake.paths import resolve
 from flowalign.intake.recorded import config_of
 from flowalign.intake.run_directory import begin_run
 from flowalign.making.merge import merge
@@ -204,13 +203,12 @@ def test_an_exported_family_is_trained_on_as_a_flow_and_aligned_where_its_noise_
         out = export(run, tmp_path / run.name / "out", config=config_of(run, None)).path
         again = trained(tmp_path, out, bank, name=f"{run.name}_again", algorithm={**FLOW, "family": "rf"})
         assert config_of(again, None).model.family == name
-        base = resolve_model(ModelConfig(path=str(out), max_sequence_length=4), tmp_path)
-        checked = AlignConfig(name="a", iterations=1, algorithm={"type": "flow_grpo"}, model=base)
+        base = resolve(ModelConfig(path=str(out), max_sequence_length=4), tmp_path, "model.")
         if allowed:
-            check_caches(checked)
+            check_rollouts(base)
         else:
             with pytest.raises(ConfigError, match=r"is edm/cos, whose noise ends before t = 1 .* train it on as rf"):
-                check_caches(checked)
+                check_rollouts(base)
 
 
 def test_a_merge_keeps_family_and_inputs_and_samples_in_diffusers(tmp_path, tiny_pipeline_dir, bank):

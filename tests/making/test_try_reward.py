@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.config.section import ConfigError
-from flowalign.intake.paths import scalar_options
+from flowalign.intake.overrides import scalar_options
 from flowalign.making.tried import Tried, lines_of
 from flowalign.measure.imagefolder import prompt_rows
 

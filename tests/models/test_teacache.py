@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from flowalign.config.sections import TransformerConfig
 from flowalign.flow.caching import fit, relative_l1
-from flowalign.models.architectures.fresh import CLASSES, TransformerSpec, new_transformer
+from flowalign.models.architectures.fresh import CLASSES, new_transformer
 from flowalign.models.base import ModelError
 from flowalign.models.families.sd3.network import LORA_TARGETS
 from flowalign.models.teacache import BlockCache, Distances
@@ -28,7 +29,7 @@ NEVER_AGAIN = 1e9  # a threshold that no trajectory reaches
 
 
 def random_network(architecture: str = "mmdit", seed: int = 1) -> Any:
-    network = new_transformer(LIKE, TransformerSpec(architecture, 3, 1)).eval()  # type: ignore[arg-type]
+    network = new_transformer(LIKE, TransformerConfig(architecture=architecture, num_layers=3, num_heads=1)).eval()  # type: ignore[arg-type]
     random = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)

@@ -11,8 +11,8 @@ import torch
 
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
-from flowalign.intake.check import check_reward_names
 from flowalign.samples.joined import cat_scores
+from flowalign.samples.offers import check_reward_names
 from flowalign.samples.scoring import NamedScorer, load_scorers, merge, score_images
 from rewards.http.client import HttpScorer
 from rewards.interface import Asked, InvalidScores, SpecError

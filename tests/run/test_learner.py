@@ -6,6 +6,7 @@ import torch
 from flowalign.algorithm import LossOutput
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.nft import NFT
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.learner import Learner
@@ -26,7 +27,7 @@ ALGORITHMS = {
 
 def learner(model, *, seed=0, algorithm=GRPO, engine=None, **changes):
     algorithm = build_algorithm(algorithm) if isinstance(algorithm, dict) else algorithm
-    engine = engine or build_engine(model, EngineSettings(type="torch", learning_rate=1e-2))
+    engine = engine or build_engine(model, EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))
     return Learner(algorithm, {"policy": model}, engine, **{"micro_batch_size": 8, "seed": seed, **changes})
 
 
@@ -209,9 +210,13 @@ def failing_prepare(engine_settings):
 
 
 ENGINES = [
-    pytest.param(EngineSettings(type="torch", learning_rate=1e-2), id="torch"),
+    pytest.param(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)), id="torch"),
     *(
-        pytest.param(EngineSettings(zero_stage=stage, learning_rate=1e-2), id=f"zero{stage}", marks=pytest.mark.slow)
+        pytest.param(
+            EngineSettings(zero_stage=stage, optimizer=OptimizerConfig(learning_rate=1e-2)),
+            id=f"zero{stage}",
+            marks=pytest.mark.slow,
+        )
         for stage in (0, 1, 2, 3)
     ),
 ]
@@ -223,6 +228,6 @@ def test_the_policy_and_its_optimizer_get_their_bits_back_after_prepare_saw_the_
     before, averaged, seen, after, final = failing_prepare(engine_settings)
     assert seen and not torch.equal(averaged["weight"], before[0]["weight"])
     assert content_hash(after[0]) == content_hash(before[0]) and after[1] == before[1]
-    expected = failing_prepare(EngineSettings(type="torch", learning_rate=1e-2))[-1]
+    expected = failing_prepare(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))[-1]
     for name, weight in final.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from flowalign.config.sections import Architecture
+from flowalign.config.sections import Architecture, TransformerConfig
 from flowalign.models.architectures.dit import HEAD_DIM, ConcatDiT, CrossDiT, UViT, adaln_zero
 from flowalign.models.architectures.inputs import CONFIG_KEY, add_inputs, inputs_of
-from flowalign.models.base import ModelError
 
 CLASSES: dict[str, type[SD3Transformer2DModel]] = {
     "mmdit": SD3Transformer2DModel,
@@ -36,34 +34,12 @@ TOLERANCE = 0.02  # of FLOPs that count as equal
 SEARCHED = 4  # times the given depth and width
 
 
-@dataclass(frozen=True)
-class TransformerSpec:
-    """A transformer of width 64 x heads; ``num_heads`` None: as many as layers (arXiv:2403.03206, sec. 5.3)."""
-
-    architecture: Architecture = "mmdit"
-    num_layers: int = 4
-    num_heads: int | None = None
-    qk_norm: bool = True
-    seed: int = 0
-
-    @property
-    def heads(self) -> int:
-        return self.num_layers if self.num_heads is None else self.num_heads
-
-
-def new_transformer(like: Mapping[str, Any], spec: TransformerSpec) -> SD3Transformer2DModel:
+def new_transformer(like: Mapping[str, Any], spec: TransformerConfig) -> SD3Transformer2DModel:
     """Make a fresh network for the latents and text encoders of one whose configuration is ``like``.
 
     Weights depend on ``spec`` alone; modulations, gates and the last projection start at zero (`adaln_zero`), for every
     architecture alike. float32, on the CPU.
-
-    Raises:
-        ModelError: an unknown architecture, or no layer or head.
     """
-    if spec.architecture not in CLASSES:
-        raise ModelError(f"unknown architecture {spec.architecture!r}; known: {', '.join(CLASSES)}")
-    if spec.num_layers < 1 or spec.heads < 1:
-        raise ModelError(f"a transformer needs layers and heads, got {spec.num_layers} and {spec.heads}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         network = _build(like, spec)
@@ -95,7 +71,7 @@ def flops(network: nn.Module, tokens_image: int, tokens_text: int) -> int:
     return int(counter.get_total_flops())
 
 
-def spec_flops(like: Mapping[str, Any], spec: TransformerSpec, tokens_image: int, tokens_text: int) -> int:
+def spec_flops(like: Mapping[str, Any], spec: TransformerConfig, tokens_image: int, tokens_text: int) -> int:
     """Compute the `flops` of the network that `new_transformer` would make, in closed form."""
     width, both = HEAD_DIM * spec.heads, tokens_image + tokens_text
     patch = int(like["patch_size"]) ** 2
@@ -117,8 +93,8 @@ def spec_flops(like: Mapping[str, Any], spec: TransformerSpec, tokens_image: int
 
 
 def matching(
-    like: Mapping[str, Any], spec: TransformerSpec, architecture: Architecture, tokens_image: int, tokens_text: int
-) -> TransformerSpec:
+    like: Mapping[str, Any], spec: TransformerConfig, architecture: Architecture, tokens_image: int, tokens_text: int
+) -> TransformerConfig:
     """Return ``spec`` as another architecture of nearly the same FLOPs: other depth and width, all else equal.
 
     Of the shapes whose ratio of depth to width is within a factor of two of the ratio of ``spec``, the one of the
@@ -126,14 +102,14 @@ def matching(
     """
     target = spec_flops(like, spec, tokens_image, tokens_text)
 
-    def distance(candidate: TransformerSpec) -> tuple[float, float, float]:
+    def distance(candidate: TransformerConfig) -> tuple[float, float, float]:
         cost = spec_flops(like, candidate, tokens_image, tokens_text)
         ratio = abs(math.log2(candidate.num_layers * spec.heads / (candidate.heads * spec.num_layers)))
         return max(ratio, 1.0), max(abs(cost / target - 1), TOLERANCE), ratio
 
     return min(
         (
-            replace(spec, architecture=architecture, num_layers=layers, num_heads=heads)
+            spec.model_copy(update={"architecture": architecture, "num_layers": layers, "num_heads": heads})
             for layers in range(1, SEARCHED * spec.num_layers + 1)
             for heads in range(1, SEARCHED * spec.heads + 1)
         ),
@@ -141,7 +117,7 @@ def matching(
     )
 
 
-def _build(like: Mapping[str, Any], spec: TransformerSpec) -> SD3Transformer2DModel:
+def _build(like: Mapping[str, Any], spec: TransformerConfig) -> SD3Transformer2DModel:
     return CLASSES[spec.architecture](
         **{name: like[name] for name in _SHARED},
         num_layers=spec.num_layers,

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.fields import MayBeAccepted, marked
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.checkpoint import Checkpoint, Say
-from flowalign.record.contents import ACCEPT, RATES
+from flowalign.record.contents import ACCEPT
 from flowalign.run.made.hashing import Hashes, Unsteady, holds
 from flowalign.run.made.ingredients import Part, is_manifest, parts_of
 from flowalign.run.made.late import Expected
@@ -74,7 +75,7 @@ class MadeOf:
             self._check_accepted([*own])
             if small:
                 say(_uncompared(saved.path, own))
-            contents = (key for key in self._accepted.keys if not RATES.fullmatch(key))
+            contents = (key for key in self._accepted.keys if not self._is_setting(key))
             self._accepted.changes = [{"key": key, "after": saved.step, "files": {}} for key in contents]
             self._accepted.changes += self._other_rates(saved.step)
             return
@@ -192,10 +193,14 @@ class MadeOf:
 
     def _check_accepted(self, known: Sequence[str]) -> None:
         for key in self._accepted.keys:
-            if key not in known and not RATES.fullmatch(key):
+            if key not in known and not self._is_setting(key):
                 near = get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it is made of {', '.join(dict.fromkeys(known))}"
                 raise ConfigError(ACCEPT, f"{key} is nothing that this run is made of; {hint}")
+
+    def _is_setting(self, key: str) -> bool:
+        """Tell whether a key is no path but a setting, which is compared where configurations are."""
+        return marked(type(self._config), key, MayBeAccepted)
 
     def _said(self, key: str, files: Mapping[str, Any]) -> str:
         return said_of(self._of(key), files)

@@ -11,15 +11,18 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowalign.algorithm import Needs
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
-from flowalign.config.sections import RewardConfig
+from flowalign.config.fields import Held, paths_in
+from flowalign.config.sections import PATH_OPTIONS, ModelConfig, RewardConfig
+from flowalign.config.teachers import TeacherConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
@@ -29,7 +32,6 @@ from flowalign.shapes import prompts as shapes
 from rewards.resolve import location_of
 from rewards.usercode.imports import SUFFIXES, files_of_code
 
-READ_BY_REWARDS = ("path", "processor", "checkpoint", "head")  # the options that are paths, see configpaths.FILES
 _UNREAD = ("readme.md", "license", "license.md")
 
 
@@ -52,8 +54,7 @@ _Source = tuple[str, Callable[[], Iterator[Part]]]
 
 def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wanted = lambda key: True) -> Iterator[Part]:
     """Yield all parts whose key is ``wanted``; what is not there is left out, as loading it says more of that."""
-    sources = _of_training(config) if isinstance(config, PretrainConfig) else _of_alignment(config, base_dir)
-    for key, parts in sources:
+    for key, parts in _sources(config, base_dir):
         if wanted(key):
             yield from parts()
 
@@ -65,84 +66,72 @@ def is_manifest(part: Part) -> bool:
     return part.key.endswith("latents") and part.name == MANIFEST
 
 
-def _of_training(config: PretrainConfig) -> Iterator[_Source]:
-    yield from _of_model("model", config.model.path, config.model.type)
-    yield from _of_algorithm(config.algorithm)
-    if config.teacher is not None:
-        yield from _of_model("teacher", config.teacher.path, config.teacher.type)
-    sections = {"latents": config, "real_data.latents": config.real_data, "validation.latents": config.validation}
-    for key, section in sections.items():
-        if section is not None:
-            yield _source(key, _bank, section.latents)
-    if build_algorithm(config.algorithm).needs.features:
-        yield _source("features", _path, config.features)
+def _sources(config: AlignConfig | PretrainConfig, base_dir: Path) -> Iterator[_Source]:
+    """Yield what finds the parts of each path that is read, by its key."""
+    algorithm = build_algorithm(config.algorithm)
+    unread = _unread(config, algorithm.needs)
+    yield from _of_code("algorithm.type", str(config.algorithm["type"]).partition(":")[0])
+    paths = [*paths_in(config), *paths_in(algorithm.config, "algorithm.")]
+    written = [os.path.abspath(value) for _, value, held, _ in paths if held == "written"]
+    for key, value, held, section in paths:
+        if key.startswith(unread):
+            continue
+        if isinstance(section, ModelConfig):
+            yield from _of_code(f"{key.removesuffix('path')}type", section.type)
+        if isinstance(section, RewardConfig):
+            yield from _of_reward(key, value, held, section, base_dir)
+        elif held == "pipeline":
+            yield _source(key, _pipeline, Path(value))
+        elif held == "teacher":
+            yield _source(key, _teacher, value, section)
+        elif held == "bank":
+            yield _source(key, _bank, value)
+        elif held == "prompts":
+            yield _source(key, _prompts, value, base_dir, getattr(section, "num_samples", None))
+        elif held in ("files", "shipped"):
+            yield _source(key, _path, value, written)
 
 
-def _of_alignment(config: AlignConfig, base_dir: Path) -> Iterator[_Source]:
-    data, evaluation = config.data, config.evaluation
-    yield from _of_model("model", config.model.path, config.model.type)
-    yield from _of_algorithm(config.algorithm)
-    for name, teacher in build_algorithm(config.algorithm).needs.teachers.items():
-        yield _source(f"algorithm.teachers.{name}.path", _teacher, teacher.path, teacher.weights)
-    if data.preferences is not None:
-        yield _source("data.preferences", _path, data.preferences, data.preferences_cache)
-    else:
-        yield _source("data.prompts", _prompts, data.prompts, base_dir)
-    for i, reward in enumerate(config.rewards):
-        yield from _of_reward(f"rewards.{i}", reward, base_dir)
-    if config.safety.clip is not None:
-        yield _source("safety.clip", _path, config.safety.clip)
-    if config.rollout.cache is not None:
-        yield _source("rollout.cache.calibration", _path, config.rollout.cache.calibration)
-    if not evaluation.every:
-        return
-    yield _source("evaluation.prompts", _prompts, evaluation.prompts, base_dir, evaluation.num_samples)
-    if evaluation.scorer is not None:
-        yield from _of_reward("evaluation.scorer", evaluation.scorer, base_dir)
-    for i, reward in enumerate(evaluation.gold):
-        yield from _of_reward(f"evaluation.gold.{i}", reward, base_dir)
-    if evaluation.cache is not None:
-        yield _source("evaluation.cache.calibration", _path, evaluation.cache.calibration)
+def _unread(config: AlignConfig | PretrainConfig, needs: Needs) -> tuple[str, ...]:
+    """Return the keys of paths that this run does not read, or the beginnings of such."""
+    if isinstance(config, PretrainConfig):
+        return ("sampling.",) if needs.features else ("sampling.", "features")
+    pairs = ("data.prompts",) if config.data.preferences is not None else ()
+    return pairs if config.evaluation.every else (*pairs, "evaluation.")
 
 
 def _source(key: str, find: Callable[..., Iterator[Part]], *args: Any) -> _Source:
     return key, lambda: find(key, *args)
 
 
-def _of_model(section: str, path: str, kind: str) -> Iterator[_Source]:
-    yield _source(f"{section}.path", _pipeline, Path(path))
-    if "." in kind:
-        yield _source(f"{section}.type", _code, kind)
-
-
-def _of_algorithm(algorithm: Mapping[str, Any]) -> Iterator[_Source]:
-    location = str(algorithm["type"]).partition(":")[0]
+def _of_code(key: str, location: str) -> Iterator[_Source]:
     if "." in location:
-        yield _source("algorithm.type", _code, location)
+        yield _source(key, _code, location)
 
 
-def _of_reward(key: str, reward: RewardConfig, base_dir: Path) -> Iterator[_Source]:
-    """Yield the user's code, and the models that its options name."""
-    location = location_of(reward.spec)
-    if location is not None:
-        yield _source(f"{key}.spec", _code, location, base_dir)
-    for name, value in leaves(reward.options).items():
-        if name.rpartition(".")[2] in READ_BY_REWARDS and isinstance(value, str):
-            yield _source(f"{key}.options.{name}", _path, base_dir / value)
-    for name, value in leaves(reward.runtime_env or {}).items():
-        if name.partition(".")[0] in ("working_dir", "py_modules") and isinstance(value, str):
-            yield _source(f"{key}.runtime_env.{name}", _python, base_dir / value)
+def _of_reward(key: str, value: Any, held: Held, reward: RewardConfig, base_dir: Path) -> Iterator[_Source]:
+    """Yield the user's code, what it is given beside it, or the models that its options name."""
+    if held == "code":
+        location = location_of(reward.spec)
+        if location is not None:
+            yield _source(key, _code, location, base_dir)
+        for name, path in leaves(reward.runtime_env or {}).items():
+            if name.partition(".")[0] in ("working_dir", "py_modules") and isinstance(path, str):
+                yield _source(f"{key.removesuffix('spec')}runtime_env.{name}", _python, base_dir / path)
+    if held == "options":
+        for name, path in leaves(value).items():
+            if name.rpartition(".")[2] in PATH_OPTIONS and isinstance(path, str):
+                yield _source(f"{key}.{name}", _path, base_dir / path)
 
 
-def _path(key: str, path: str | Path, beside: str | None = None) -> Iterator[Part]:
-    """Yield a file, or all files of a folder but those of ``beside``."""
+def _path(key: str, path: str | Path, but: Sequence[str] = ()) -> Iterator[Part]:
+    """Yield a file, or all files of a folder ``but`` those of some folders in it."""
     path = Path(path)
     if path.is_file():
         yield Part(key, "", path)
         return
-    left_out = None if beside is None else Path(os.path.abspath(beside))
     for file in files_under(path):
-        if left_out is None or left_out not in Path(os.path.abspath(file)).parents:
+        if not any(Path(folder) in Path(os.path.abspath(file)).parents for folder in but):
             yield Part(key, file.relative_to(path).as_posix(), file)
 
 
@@ -172,13 +161,13 @@ def _pipeline(key: str, root: Path) -> Iterator[Part]:
             yield Part(key, file.relative_to(root).as_posix(), file)
 
 
-def _teacher(key: str, path: str, weights: str) -> Iterator[Part]:
+def _teacher(key: str, path: str, teacher: TeacherConfig) -> Iterator[Part]:
     if (Path(path) / "model_index.json").is_file():
         yield from _pipeline(key, Path(path))
         return
     with suppress(CheckpointError, OSError):
         found = checkpoint.find(Path(path), None, lambda text: None)
-        name = f"{weights}.safetensors"
+        name = f"{teacher.weights}.safetensors"
         recorded = checkpoint.manifest_of(found)["files"].get(name)
         if recorded is not None:
             yield Part(key, name, found / name, recorded["sha256"])

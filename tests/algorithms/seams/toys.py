@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import Engine, EngineSettings, build_engine
 from flowalign.run.learner import Learner
 from tests.algorithms.every import plan_of
@@ -14,7 +15,11 @@ from tests.algorithms.toy import LinearVelocity, make_rollout
 
 
 def engine(model: LinearVelocity, rate: float = 1e-2, **place: Any) -> Engine:
-    return build_engine(model, EngineSettings(type="torch", learning_rate=rate), **place)
+    return build_engine(
+        model,
+        EngineSettings(type="torch", optimizer=OptimizerConfig().model_copy(update={"learning_rate": rate})),
+        **place,
+    )
 
 
 def matching(**changes: Any) -> DistributionMatching:

@@ -1,0 +1,121 @@
+"""What pydantic finds wrong with a configuration, as one sentence in the user's words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flowalign.config.fields import section_in
+from flowalign.config.section import ConfigError, nearest
+
+Key = tuple[str | int, ...]
+LONGEST = 600  # characters of a reason
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
+    """Return one sentence about pydantic's first finding; the others are counted, and named where all are missing."""
+    found = error.errors(include_url=False)
+    # An unknown key is the likelier cause of a missing one than the other way round.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    key, reason = _sentence(first, model, prefix)
+    others = [e for e in found if e is not first]
+    if lacking := [dotted((*prefix, *e["loc"])) for e in others if e["type"] == first["type"] == "missing"]:
+        reason += f", and so {'is' if len(lacking) == 1 else 'are'} {', '.join(lacking)}"
+    reason = reason if len(reason) <= LONGEST else f"{reason[: LONGEST - 1]}…"
+    if rest := len(others) - len(lacking):
+        reason += f" ({rest} more after this)"
+    return ConfigError(key, reason)
+
+
+def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str]:
+    loc: Key = tuple(part for part in error["loc"] if part != "[key]")  # pydantic's mark where the key itself is wrong
+    key = dotted((*prefix, *loc))
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"
+    if error["type"] == "missing":
+        return key, f"is missing{_example(model, loc)}"
+    if error["type"] == "value_error":
+        return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
+    if error["type"] == "string_pattern_mismatch":
+        return key, f"got {_shown(error['input'])}; write letters, digits, '.', '_' and '-', a letter or digit first"
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        if near := get_close_matches(str(error["input"]), choices, n=1):
+            reason += f"; did you mean {near[0]}?"
+    if isinstance(error["input"], str) and re.fullmatch(r"[-+]?\d+,\d+", error["input"].strip()):
+        whole = error["type"].startswith("int")
+        text = error["input"].strip().replace(",", "" if whole else ".")
+        reason += f"; write it {'without a comma' if whole else 'with a point'}: {text}"
+    return key, f"got {_shown(error['input'])}, {reason}"
+
+
+def _example(model: type[BaseModel], loc: Key) -> str:
+    """Return an example of what is written under a required key of ``model``, where the key says so."""
+    field = model.model_fields.get(str(loc[0])) if len(loc) == 1 else None
+    return f"; write such as {field.examples[0]}" if field is not None and field.examples else ""
+
+
+def _own_words(text: str, model: type[BaseModel], where: Key) -> tuple[str, str]:
+    """Return the key and the words of one of our validators, which names its key itself or one of the section's
+    fields."""
+    named = re.match(r"^([a-z_]+(?:\.[a-z_]+)*): (.*)$", text, re.DOTALL)
+    if named:
+        return dotted((*where, named[1])), named[2]
+    words = re.findall(r"[a-z_]+", text.replace("noisy steps in a row", "window"))
+    field = next((word for word in words if word in model.model_fields), None)
+    return dotted(where if field is None else (*where, field)), text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], prefix: Key) -> str:
+    known = list(section.model_fields) if section is not None else []
+    if get_close_matches(name, known, n=1, cutoff=0.75):
+        return nearest(name, known)
+    elsewhere = [path for path in [*_leaves(model), *_algorithm_leaves()] if path.rpartition(".")[2] == name]
+    if elsewhere and not prefix:
+        return f"did you mean {elsewhere[0]}?"
+    return nearest(name, known)
+
+
+def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
+    """Return the section that a path of keys and list indices leads to.
+
+    Names in a mapping of sections are the user's.
+    """
+    found: type[BaseModel] | None = model
+    named = False
+    for part in (part for part in loc if isinstance(part, str)):
+        if named:
+            named = False
+            continue
+        field = found.model_fields.get(part) if found is not None else None
+        found = None if field is None else section_in(field.annotation)
+        named = field is not None and get_origin(field.annotation) is dict
+    return found
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = section_in(field.annotation)
+        if inner is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _algorithm_leaves() -> list[str]:
+    from flowalign.algorithms import algorithm_class, known_algorithms
+
+    return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]

@@ -1,0 +1,59 @@
+"""Checks of the models that a configuration names, from small files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowalign.config.section import ConfigError, nearest
+from flowalign.config.sections import ModelConfig
+from flowalign.config.teachers import TeacherConfig
+from flowalign.models.base import ModelError
+from flowalign.models.family import ModelFamily, family_of, known_families
+from flowalign.record.checkpoint import CheckpointError, find
+
+
+def model_family(name: str) -> ModelFamily:
+    """Return the family behind ``model.type``."""
+    families = known_families()
+    if "." not in name and name not in families:
+        raise ConfigError("model.type", f"no model family {name!r}; {nearest(name, families)}")
+    try:
+        return family_of(name)
+    except ModelError as error:
+        raise ConfigError("model.type", str(error).removeprefix("model.type: ")) from error
+
+
+def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, int]:
+    """Return the shape of a pipeline's latents without loading it."""
+    if any((path / name).exists() for name in ("checkpoints", "MANIFEST.json")):
+        raise ConfigError(
+            key,
+            f"{path} is a run or a checkpoint; a run starts from a pipeline, so make one: flowalign export {path} "
+            "--to DIR, with --as ema for its averaged weights",
+        )
+    family = model_family(model.type)
+    try:
+        family.check(path)
+        return family.latent_shape(path, model.height, model.width)
+    except ValueError as error:
+        reason = str(error).removeprefix("model.path: ")
+        given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)
+        sized = key.endswith("path") and reason.startswith("image size") and given is not None
+        raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
+
+
+def check_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
+    """Return the shape of a teacher's latents, None for a run.
+
+    A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's.
+    """
+    path = Path(teacher.path)
+    if (path / "model_index.json").is_file():
+        if teacher.weights != "model":
+            raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
+        return check_pipeline(f"{key}.path", path, model)
+    try:
+        find(path, None)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}.path", str(error)) from error
+    return None
