@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowalign.algorithm import LossOutput
 from flowalign.config.sections import OptimizerConfig
+from flowalign.engine.shards import Layout
 from flowalign.types import TrainBatch
 
 LossFn = Callable[[TrainBatch], LossOutput]
@@ -88,6 +89,19 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the full (gathered) trainable parameters by name, float32 on the CPU; a collective call."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Where the values of the trainable parameters lie in the tensors ``held``."""
+        ...
+
+    def held(self) -> dict[str, Tensor]:
+        """Return the float32 tensors themselves that the optimizer of this rank steps: parameters, or its shards."""
+        ...
+
+    def publish(self) -> None:
+        """Let the network have what was written into the tensors ``held``; a collective call."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

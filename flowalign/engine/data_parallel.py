@@ -30,6 +30,7 @@ from flowalign.engine.adamw import (
     write_state,
 )
 from flowalign.engine.base import EngineSettings, LossFn
+from flowalign.engine.shards import undivided
 from flowalign.record.destroyed import fault, fault_of_moments, total_norm
 from flowalign.types import TrainBatch
 
@@ -60,6 +61,7 @@ class TorchEngine:
         self._optimizer = build_adamw(self._parameters.values(), settings)
         for tensor in self.network.state_dict().values() if world_size > 1 else ():
             dist.broadcast(tensor, 0)
+        self.layout = undivided({name: tuple(p.shape) for name, p in self._parameters.items()})
         self._began = total_norm(self._parameters)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -110,11 +112,16 @@ class TorchEngine:
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._parameters.items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        checked = checked_weights(weights, shapes)
+        checked = checked_weights(weights, self.layout.shapes)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(checked[name])
+
+    def held(self) -> dict[str, Tensor]:
+        return dict(self._parameters)
+
+    def publish(self) -> None:
+        """Do nothing: what the optimizer steps is the network's own."""
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         return read_state(self._optimizer, self._parameters), self._facts()
@@ -132,7 +139,7 @@ class TorchEngine:
             "zero_stage": 0,
             "steps": self.steps,
             "learning_rate": self.settings.learning_rate_at(self.steps),
-            "layout": layout_hash({name: tuple(p.shape) for name, p in self._parameters.items()}),
+            "layout": layout_hash(self.layout.shapes),
         }
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ from flowalign.engine.adamw import (
     write_state,
 )
 from flowalign.engine.base import EngineSettings, LossFn, ResumeRefused
+from flowalign.engine.shards import Layout, flat_partitions, parameter_partitions, undivided
 from flowalign.record.destroyed import fault, fault_of_moments, total_norm
 from flowalign.types import TrainBatch
 
@@ -102,7 +103,8 @@ class DeepSpeedEngine:
         )
         if settings.zero_stage == 3:
             self._clear_padding()
-        self._began = total_norm(self._state_tensors()[1])
+        self.layout = self._layout()
+        self._began = total_norm(self.held())
 
     def _deepspeed_config(self) -> dict[str, Any]:
         bucket = min(MAX_BUCKET, sum(p.numel() for p in self._parameters.values()))
@@ -131,6 +133,14 @@ class DeepSpeedEngine:
             before = partition.numel() * self.rank
             partition.data[max(0, math.prod(self._shapes[name]) - before) :].zero_()
         self._optimizer.refresh_fp32_params()
+
+    def _layout(self) -> Layout:
+        lengths = {name: tensor.numel() for name, tensor in self.held().items()}
+        if self.settings.zero_stage == 0:
+            return undivided(self._shapes)
+        if self.settings.zero_stage == 3:
+            return parameter_partitions(self._shapes, self.rank, self.world_size, lengths)
+        return flat_partitions(self._shapes, self.rank, lengths)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings)
@@ -169,16 +179,12 @@ class DeepSpeedEngine:
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _fault(self) -> str | None:
-        """Return a fault of the parameters that this rank steps.
-
-        The network, which is a copy of them, tells the parameter's name.
-        """
-        optimizer, named = self._state_tensors()
-        found = fault("the weights", named, began=self._began)
+        """Return a fault of what this rank steps, by the name of the parameter."""
+        held = self.held()
+        found = fault("the weights", held, began=self._began)
         if found is None:
-            return fault_of_moments(held_state(optimizer, named))
-        own = {n: vars(p)["ds_tensor"] for n, p in self._parameters.items()} if self.settings.zero_stage == 3 else None
-        return fault("the weights", own or self._parameters) or found
+            return fault_of_moments(held_state(self._adamw, held))
+        return fault("the weights", self.layout.named(held)) or found
 
     def _forget_gradients(self) -> None:
         """Start from gradients of zero: ZeRO-3 keeps the last update's for a parameter that this one does not use."""
@@ -207,40 +213,44 @@ class DeepSpeedEngine:
         if self.settings.zero_stage:
             self._optimizer.refresh_fp32_params()
 
-    def _state_tensors(self) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
-        """Return the inner AdamW and the tensors that it steps: parameters, or this rank's flat float32 partitions."""
+    def held(self) -> dict[str, Tensor]:
         stage = self.settings.zero_stage
         if stage == 0:
-            return self._optimizer, dict(self._parameters)
+            return dict(self._parameters)
         held = self._optimizer
         flat = held.fp32_partitioned_groups_flat if stage == 3 else held.single_partition_of_fp32_groups
-        return held.optimizer, {f"partition_{i}": partition for i, partition in enumerate(flat)}
+        return {f"partition_{i}": partition for i, partition in enumerate(flat)}
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer if self.settings.zero_stage else self._optimizer
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        optimizer, named = self._state_tensors()
-        tensors = read_state(optimizer, named)
+        named = self.held()
+        tensors = read_state(self._adamw, named)
         if self.settings.zero_stage:
             tensors.update({f"master/{name}": p.detach().to("cpu", copy=True) for name, p in named.items()})
         return tensors, self._facts()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         check_facts(facts, self._facts())
-        optimizer, named = self._state_tensors()
+        named = self.held()
         masters = {name: tensors.get(f"master/{name}") for name in named} if self.settings.zero_stage else {}
         for name, master in masters.items():
             if master is None or master.shape != named[name].shape:
                 raise ResumeRefused(f"optimizer state master/{name} is missing or not of {tuple(named[name].shape)}")
-        write_state(optimizer, named, tensors)
+        write_state(self._adamw, named, tensors)
         with torch.no_grad():
             for name, master in masters.items():
                 if master is not None:
                     named[name].copy_(master)
-        if masters:
-            self._publish_partitions()
+        self.publish()
         self.steps = int(facts["steps"])
 
-    def _publish_partitions(self) -> None:
+    def publish(self) -> None:
         """Copy the float32 partitions into the network, as an update does when it ends; a collective call."""
+        if self.settings.zero_stage == 0:
+            return
         if self.settings.zero_stage < 3:
             self._optimizer.update_lp_params()
             return

@@ -77,7 +77,7 @@ def plan_memory(
         learner_weights=(base + trainable // shards[2]) * trained,
         learner_gradients=trainable // shards[1] * trained,
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
-        learner_ema=trainable if learner.ema_decay is not None else 0,
+        learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,
         learner_reference=_reference(needs, lora, base + trainable),
         learner_activations=_KEPT_PER_TOKEN * token * micro,
         trajectories=geometry.images * (geometry.window_steps + 2) * latent,

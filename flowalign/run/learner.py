@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import Algorithm, LossOutput, Models, VelocityModel
+from flowalign.engine.average import Average
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.ema import Ema
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
 from flowalign.types import Condition, Max, Mean, Scores, TrainBatch, Update
@@ -45,7 +45,7 @@ class Learner:
         self.seed, self.device = seed, device
         self.version = 0
         self._kinds: dict[str, type] = {}  # of each metric of the loss: how it is put together
-        self.ema = None if ema_decay is None else Ema(engine.weights(), ema_decay)
+        self.ema = None if ema_decay is None else Average(engine, ema_decay)
 
     def update(self, batch: Any, scores: Scores | None, iteration: int) -> Update:
         """Learn from one batch: ``epochs`` passes, each split into ``updates_per_iteration`` optimizer steps.
@@ -103,24 +103,18 @@ class Learner:
 
         Afterwards the network holds its own again.
 
-        Weights and their master copies alone are exchanged, never moments or step counts, on every ZeRO stage. Where
-        the policy itself rolled out there is nothing to do; else it is a collective call that gathers the weights
-        once and loads them twice.
+        Where the policy itself rolled out there is nothing to do.
         """
         if not self.needs.rollout or self.needs.rollout_weights == "policy" or self.ema is None:
             yield
             return
-        own = self.engine.weights()
-        self.engine.load_weights(self.weights())
-        try:
+        with self.ema.bound():
             yield
-        finally:
-            self.engine.load_weights(own)
 
     def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
         metrics = self._learn(self.engine, self.algorithm.loss, train, order, self.updates, train.total)
         if self.ema is not None:
-            self.ema.update(self.engine.weights())
+            self.ema.update()
         return metrics
 
     def _second_steps(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
@@ -165,7 +159,7 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that rollout workers bind next: policy or EMA weights, as the algorithm declares."""
         if self.needs.rollout_weights == "ema" and self.ema is not None:
-            return self.ema.state()
+            return self.ema.weights()
         return self.engine.weights()
 
 

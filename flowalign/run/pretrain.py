@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from flowalign.algorithm import Algorithm, Models, VelocityModel
 from flowalign.config.training import PhaseConfig, PretrainConfig
 from flowalign.data.feed import Feed
 from flowalign.engine import process_group
+from flowalign.engine.average import Average
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.measure.validation import Validation
-from flowalign.models.ema import Ema
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.record import checkpoint
@@ -71,45 +70,45 @@ class Averages:
 
     def __init__(
         self,
-        weights: Mapping[str, Tensor],
+        engine: Engine,
         config: PretrainConfig,
         follower: Callable[[dict[str, Tensor]], object] | None = None,
     ) -> None:
         self._every = config.ema_every
-        self._decays = config.ema_decays
-        self._emas = [Ema(weights, decay) for decay in self._decays]
+        self._averages = {decay: Average(engine, decay) for decay in config.ema_decays}
+        self._first, *self._others = self._averages
         self._follower = follower
 
-    def update(self, engine: Engine, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights after ``step``, counted from 0; a collective call."""
         if (step + 1) % self._every:
             return
-        weights, updates = engine.weights(), step // self._every
-        for ema, decay in zip(self._emas, self._decays, strict=True):
-            ema.decay = min(decay, (1 + updates) / (10 + updates))
-            ema.update(weights)
+        updates = step // self._every
+        for decay, average in self._averages.items():
+            average.decay = min(decay, (1 + updates) / (10 + updates))
+            average.update()
         self._follow()
 
-    def main(self) -> dict[str, Tensor]:
-        return self._emas[0].state()
+    @property
+    def main(self) -> Average:
+        return self._averages[self._first]
 
     def others(self) -> dict[str, dict[str, Tensor]]:
-        """Return all but the first, by the name of their file."""
-        named = zip(self._decays[1:], self._emas[1:], strict=True)
-        return {f"ema_{decay:g}": ema.state() for decay, ema in named}
+        """Return all but the first, by the name of their file; a collective call."""
+        return {f"ema_{decay:g}": self._averages[decay].weights() for decay in self._others}
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Load the averages. Raise CheckpointError where one of them was not saved."""
-        for i, (decay, ema) in enumerate(zip(self._decays, self._emas, strict=True)):
-            found = saved.ema if i == 0 else saved.averages.get(f"ema_{decay:g}")
+        for decay, average in self._averages.items():
+            found = saved.ema if decay == self._first else saved.averages.get(f"ema_{decay:g}")
             if found is None:
                 raise checkpoint.CheckpointError(f"{saved.path} has no average of decay {decay:g}; see ema_decay")
-            ema.load(found)
+            average.load(found)
         self._follow()
 
     def _follow(self) -> None:
         if self._follower is not None:
-            self._follower(self.main())
+            self._follower(self.main.weights())
 
 
 def pretrain(
@@ -147,7 +146,7 @@ def pretrain(
         feed = Feed(config)
         validation = None if config.validation is None else Validation(config)
     steps = sum(phase.steps for phase in config.phases)
-    averages = Averages(engine.weights(), config, follower)
+    averages = Averages(engine, config, follower)
     start = 0 if saved is None else _load(saved, engine, averages)
     called = {"policy": autocast(guided(network), config)}
     others = dict(models or {})
@@ -167,9 +166,9 @@ def pretrain(
         engine.set_learning_rate(rate)
         with naming(f"step {step + 1}"):
             metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
-            averages.update(engine, step)
+            averages.update(step)
         done = stop.done = step + 1
-        row = _validated(validation, config, engine, network, averages, done, steps)
+        row = _validated(validation, config, network, averages, done, steps)
         if row or done % config.log_every == 0 or done == steps:
             speed = config.batch_size * (done - start) / (time.monotonic() - began)
             with process_group.failing_together():
@@ -204,7 +203,6 @@ def _update(engine: Engine, algorithm: Algorithm, models: Models, batch: TrainBa
 def _validated(
     validation: Validation | None,
     config: PretrainConfig,
-    engine: Engine,
     network: Network,
     averages: Averages,
     done: int,
@@ -216,21 +214,10 @@ def _validated(
     network.module.eval()
     velocity = autocast(guided(network), config)
     row = validation.losses(velocity, "validation")
-    with _bound(engine, averages.main()):
+    with averages.main.bound():
         row |= validation.losses(velocity, "validation_ema")
     network.module.train()
     return row
-
-
-@contextmanager
-def _bound(engine: Engine, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Bind ``weights`` to the network inside; afterwards it holds its own again, bit for bit. A collective call."""
-    own = engine.weights()
-    engine.load_weights(weights)
-    try:
-        yield
-    finally:
-        engine.load_weights(own)
 
 
 def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
@@ -275,6 +262,7 @@ def _save(
     facts: Callable[[], dict[str, Any]],
 ) -> None:
     model, optimizer = engine.weights(), process_group.gather(*engine.optimizer_state())
+    average, others = averages.main.weights(), averages.others()
     with process_group.failing_together():
         if lock is not None:
             lock.check()
@@ -282,8 +270,8 @@ def _save(
             CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
                 step,
                 model=model,
-                ema=averages.main(),
-                averages=averages.others(),
+                ema=average,
+                averages=others,
                 optimizer_by_rank=optimizer,
                 state={"step": step, "config": json.loads(config.model_dump_json()), **facts()},
             )

@@ -257,7 +257,7 @@ class LearnerWorker:
     def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
         """Return the weights that rollouts bind next, or those that ``evaluation.weights`` names."""
         if evaluation and self.config.evaluation.weights == "ema" and self.learner.ema is not None:
-            return self.learner.ema.state()
+            return self.learner.ema.weights()
         return self.learner.weights()
 
     def version(self) -> int:
@@ -274,7 +274,7 @@ class LearnerWorker:
             tensors, facts = {**tensors, **own}, {**facts, "second": own_facts}
         return {
             "model": learner.engine.weights(),
-            "ema": None if learner.ema is None else learner.ema.state(),
+            "ema": None if learner.ema is None else learner.ema.weights(),
             "optimizer": (tensors, facts),
             "version": learner.version,
         }

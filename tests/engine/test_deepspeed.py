@@ -109,6 +109,19 @@ def test_loaded_weights_replace_the_master_copies_too(ran: Runs, world: int, sta
 
 
 @every_case
+def test_an_average_on_the_engines_own_shards_has_the_bits_of_one_of_whole_weights(
+    ran: Runs, world: int, stages: str, stage: int
+) -> None:
+    for rank in ran(world, stages).train:
+        average = rank[str(stage)]["average"]
+        assert average["by_hand"] == [True, True] and average["restored"]
+        assert average["shown"] == [True, True] and average["back"]
+        torch.testing.assert_close(
+            torch.tensor(average["inside"]), torch.tensor(rank["torch average"]["inside"]), atol=1e-5, rtol=0
+        )
+
+
+@every_case
 def test_bfloat16_over_a_bfloat16_frozen_layer_equals_the_torch_engine(
     ran: Runs, world: int, stages: str, stage: int
 ) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import flowalign.engine.zero
 from flowalign.engine import Engine, NonFiniteUpdate, ResumeRefused, build_engine
+from flowalign.engine.average import Average
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.destroyed import DestroyedState
 from tests.engine.toy import Network, settings, update
@@ -78,7 +79,7 @@ def destroyed(rank: Rank, stage: int, **changes: Any) -> list[str]:
         engine, network = rank.engine(stage, **changes)
         update(engine, network, 0)
         inner: Any = engine
-        optimizer, named = inner._state_tensors() if not changes else (inner._optimizer, inner._parameters)
+        optimizer, named = inner._optimizer if changes else inner._adamw, engine.held()
         tensor = named.get("never", list(named.values())[-1])  # no loss is made of it
         lost = tensor.data if part == 0 else optimizer.state[tensor]["exp_avg_sq"]
         if rank.rank == rank.world - 1:
@@ -106,9 +107,39 @@ def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
     return result
 
 
+def averaged(rank: Rank, stage: int, **changes: Any) -> dict[str, Any]:
+    """Two averages of an engine, against the same arithmetic with its whole weights."""
+    engine, network = rank.engine(stage, **changes)
+    averages = {decay: Average(engine, decay) for decay in (0.9, 0.5)}
+    by_hand = {decay: engine.weights() for decay in averages}
+    for step in range(3):
+        update(engine, network, step)
+        for decay, average in averages.items():
+            average.update()
+            for name, weight in engine.weights().items():
+                by_hand[decay][name].mul_(decay).add_(weight, alpha=1 - decay)
+    whole = {decay: average.weights() for decay, average in averages.items()}
+    before, shown = state(engine), []
+    with averages[0.9].bound(), torch.no_grad():
+        shown.append(content_hash(engine.weights()) == content_hash(whole[0.9]))
+        inside = network(torch.ones(1, 6), True).tolist()
+    restored = Average(engine, 0.9)
+    restored.load(whole[0.9])
+    result = {
+        "by_hand": [content_hash(whole[decay]) == content_hash(by_hand[decay]) for decay in averages],
+        "shown": [*shown, content_hash(averages[0.9].weights()) == content_hash(whole[0.9])],
+        "restored": content_hash(restored.weights()) == content_hash(whole[0.9]),
+        "back": state(engine) == before,
+        "inside": inside,
+    }
+    engine.close()
+    return result
+
+
 def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
     results: dict[str, Any] = {"torch": rank.run(0, 5, type="torch")["metrics"]}
     results["torch destroyed"] = destroyed(rank, 0, type="torch")
+    results["torch average"] = averaged(rank, 0, type="torch")
     for stage in stages:
         whole = rank.run(stage, 10)
         save_file(rank.run(stage, 5)["weights"], rank.path(stage, "weights5"))
@@ -131,6 +162,7 @@ def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
             "poisoned": poisoned(rank, stage),
             "reloaded": reloaded(rank, stage),
             "destroyed": destroyed(rank, stage),
+            "average": averaged(rank, stage),
         }
     return results
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 from typer.testing import CliRunner
 
 from flowalign.cli import app
@@ -18,10 +17,10 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.engine import build_engine
+from flowalign.engine.average import Average
 from flowalign.intake.resolved import write_resolved
 from flowalign.making.shapes_latents import make_bank
 from flowalign.models.build import load_encoders
-from flowalign.models.ema import Ema
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import DestroyedState, fault, total_norm
@@ -86,15 +85,15 @@ def flipped_weight(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 
 def flipped_average(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    renew, calls = Ema.update, list[int]()
+    renew, calls = Average.update, list[int]()
 
-    def renewed(self: Ema, weights: dict[str, Tensor]) -> None:
+    def renewed(self: Average) -> None:
         calls.append(1)
         if len(calls) == call:
-            list(self._shadow.values())[-1].view(-1)[3] = float("nan")
-        renew(self, weights)
+            list(self._held.values())[-1].view(-1)[3] = float("nan")
+        renew(self)
 
-    monkeypatch.setattr(Ema, "update", renewed)
+    monkeypatch.setattr(Average, "update", renewed)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +175,12 @@ def test_weights_that_an_update_makes_vanish_are_destroyed_and_so_is_their_avera
     network = Network()
     engine = build_engine(network, settings(type="torch", weight_decay=1e4))
     engine.set_learning_rate(1e-4 * (1 - 1e-3))  # a thousandth of every weight is left
-    average = Ema(engine.weights(), 0.0)
+    average = Average(engine, 0.0)
     fallen = r"the weights: their norm has fallen from \S+ at the beginning to \S+, so they are all but 0"
     with pytest.raises(DestroyedState, match=f"an update at learning rate 9.99e-05 has destroyed {fallen}"):
         update(engine, network, 0)
     with pytest.raises(DestroyedState, match="destroyed the average of decay 0: their norm has fallen"):
-        average.update({name: weight * 1e-3 for name, weight in average.state().items()})
+        average.update()
 
 
 @pytest.mark.parametrize("where", ["model", "ema", "ema_0.99", "moments", "reference"])

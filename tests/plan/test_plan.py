@@ -75,6 +75,8 @@ def test_zero_shards_optimizer_gradients_and_weights_in_turn(config_path: Path) 
     assert [m.learner_optimizer * 2 for m in stages] == [whole.learner_optimizer] * 3
     assert [m.learner_gradients * 2 for m in stages] == [whole.learner_gradients * n for n in (2, 1, 1)]
     assert stages[2].learner_weights < stages[1].learner_weights == whole.learner_weights
+    averaged = (plan(config_path, *engine, f"learner={{zero_stage: {s}, ema_decay: 0.9}}").memory for s in (0, 1))
+    assert [m.learner_ema for m in averaged] == [whole.learner_gradients, whole.learner_gradients // 2]
 
 
 def test_odd_geometry_is_noted(config_path: Path) -> None:
