@@ -163,8 +163,10 @@ class AlignConfig(Section):
             raise ValueError("rewards: none is trained on; give one a weight other than 0 without gold: true")
         if self.data.preferences_cache is not None and self.data.preferences is None:
             raise ValueError("data.preferences_cache: there is nothing to keep without data.preferences")
-        if self.learner.engine == "torch" and self.learner.zero_stage:
+        if self.learner.engine != "deepspeed" and self.learner.zero_stage:
             raise ValueError("learner.zero_stage: ZeRO needs learner.engine=deepspeed")
+        if self.learner.engine == "torch" and self.learner.ranks > 1:
+            raise ValueError("learner.engine: torch is one process; use fsdp for more ranks")
         if self.evaluation.every and self.seed == self.evaluation.seed:
             raise ValueError(
                 f"evaluation.seed: {self.seed} is the run's own seed, so that evaluation would repeat training noise; "

@@ -204,8 +204,9 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The updates of the policy."""
 
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """Owner of the optimizer's state on each rank."""
+    engine: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
+    """``deepspeed``; ``fsdp``, torch's own: all weights, gradients and the optimizer's state in shards; ``torch``: one
+    rank."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
     """

@@ -119,8 +119,9 @@ class PretrainConfig(Section):
     """Steps from one update of the averages to the next."""
     features: Annotated[str, Resolved("shipped")] = "shapes:open_clip"
     """Image tower of perceptual losses, a directory in open_clip's layout."""
-    engine: Literal["torch", "deepspeed"] = "torch"
-    """``torch``, or ``deepspeed``."""
+    engine: Literal["torch", "fsdp", "deepspeed"] = "torch"
+    """``torch``: one process; ``fsdp``, torch's own for several: all weights, gradients and the optimizer's state in
+    shards; ``deepspeed``."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
     """
@@ -166,6 +167,6 @@ class PretrainConfig(Section):
     def _together(self) -> Self:
         if len(set(self.ema_decays)) != len(self.ema_decays):
             raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
-        if self.engine == "torch" and self.zero_stage:
+        if self.engine != "deepspeed" and self.zero_stage:
             raise ValueError("zero_stage: ZeRO needs engine=deepspeed")
         return self

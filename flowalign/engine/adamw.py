@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowalign.engine.base import EngineSettings, ResumeRefused
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def build_adamw(parameters: Iterable[nn.Parameter], settings: EngineSettings) -> torch.optim.AdamW:
+def build_adamw(parameters: Iterable[Tensor], settings: EngineSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, **settings.optimizer.of_adamw)
 
 

@@ -33,7 +33,7 @@ class EngineSettings:
     always float32, and bfloat16 means torch autocast around the loss. ``compile`` runs torch.compile on the network.
     """
 
-    type: Literal["deepspeed", "torch"] = "deepspeed"
+    type: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"

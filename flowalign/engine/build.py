@@ -27,20 +27,25 @@ def build_engine(
         ValueError: settings that contradict each other.
     """
     device = torch.device(device)
-    if settings.type == "torch" and settings.zero_stage:
+    if settings.type != "deepspeed" and settings.zero_stage:
         raise ValueError(
-            f"engine.zero_stage: ZeRO stage {settings.zero_stage} needs engine.type=deepspeed, not torch; "
+            f"engine.zero_stage: ZeRO stage {settings.zero_stage} needs engine.type=deepspeed, not {settings.type}; "
             "set zero_stage=0 or change the engine"
         )
-    if settings.compile and settings.zero_stage == 3:
-        raise ValueError("engine.compile: ZeRO stage 3 cannot run a compiled network; turn one of them off")
+    if settings.compile and (settings.zero_stage == 3 or settings.type == "fsdp"):
+        what = "FSDP" if settings.type == "fsdp" else "ZeRO stage 3"
+        raise ValueError(f"engine.compile: {what} cannot run a compiled network; turn one of them off")
     if settings.type == "torch":
-        from flowalign.engine.data_parallel import TorchEngine
+        from flowalign.engine.single import TorchEngine
 
         if world_size > 1:
-            process_group.join(rank, world_size, master_port, device, master_addr)
-        return TorchEngine(network, settings, rank=rank, world_size=world_size, device=device)
+            raise ValueError(f"engine.type: torch is one process, and there are {world_size} ranks; use fsdp")
+        return TorchEngine(network, settings, device=device)
+    process_group.join(rank, world_size, master_port, device, master_addr)
+    if settings.type == "fsdp":
+        from flowalign.engine.fsdp import ShardedEngine
+
+        return ShardedEngine(network, settings, device=device)
     from flowalign.engine.zero import DeepSpeedEngine
 
-    process_group.join(rank, world_size, master_port, device, master_addr)
     return DeepSpeedEngine(network, settings, rank=rank, world_size=world_size, device=device)

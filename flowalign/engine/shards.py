@@ -125,3 +125,13 @@ def parameter_partitions(
     if left or next(tensors, None) is not None:
         raise ValueError("the shares of all parameters do not fill the partitions")
     return Layout(shapes, pieces, True)
+
+
+def rows(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) -> Layout:
+    """Return FSDP2's: each rank has the same number of rows of each parameter, the last ranks fewer or none."""
+    pieces = {}
+    for name, (count, *row) in shapes.items():
+        share, width = -(-count // world_size), math.prod(row)
+        own = range(count)[rank * share : (rank + 1) * share]
+        pieces[name] = [Piece(name, own.start * width, len(own) * width, 0)] if own else []
+    return Layout(shapes, pieces, True)

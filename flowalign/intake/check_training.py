@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flowalign.algorithm import Needs
@@ -48,8 +49,11 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
-    if config.zero_stage == 3 and config.compile:
-        raise ConfigError("compile", "ZeRO stage 3 cannot run a compiled network; turn one of them off")
+    if config.compile and (config.zero_stage == 3 or config.engine == "fsdp"):
+        engine = "FSDP" if config.engine == "fsdp" else "ZeRO stage 3"
+        raise ConfigError("compile", f"{engine} cannot run a compiled network; turn one of them off")
+    if config.engine == "torch" and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError("engine", f"torch is one process, and torchrun has started {ranks}; use fsdp")
 
 
 def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:

@@ -64,7 +64,8 @@ def plan_memory(
     trainable = sizes.trainable * 4
     base = sizes.transformer * element if lora else 0
     trained = needs.trained
-    shards = [learner.ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    sharded = 3 if learner.engine == "fsdp" else learner.zero_stage
+    shards = [learner.ranks if sharded >= stage else 1 for stage in (1, 2, 3)]
     guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
     token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
     micro = min(geometry.micro_batch_size, geometry.transitions_per_step) * guided
@@ -74,7 +75,7 @@ def plan_memory(
         rollout_weights=others + base + trainable,
         # Without gradients one layer's activations are alive at a time.
         rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
-        learner_weights=(base + trainable // shards[2]) * trained,
+        learner_weights=(base + trainable) // shards[2] * trained,
         learner_gradients=trainable // shards[1] * trained,
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
         learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,

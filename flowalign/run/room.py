@@ -100,9 +100,11 @@ def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
     if count is None:
         return None
     if isinstance(config, PretrainConfig):
-        averages, ranks, stage = len(config.ema_decays), int(os.environ.get("WORLD_SIZE", "1")), config.zero_stage
+        averages, ranks = len(config.ema_decays), int(os.environ.get("WORLD_SIZE", "1"))
+        divided = config.zero_stage > 0 or config.engine == "fsdp"
     else:
         learner = config.learner
-        averages, ranks, stage = learner.ema_decay is not None, learner.ranks, learner.zero_stage
-    moments = 2 if stage else 2 * ranks  # with ZeRO each rank has its share, without it each has all
-    return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if stage else 8))
+        averages, ranks = learner.ema_decay is not None, learner.ranks
+        divided = learner.zero_stage > 0 or learner.engine == "fsdp"
+    moments = 2 if divided else 2 * ranks  # where they are not divided each rank has all
+    return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if divided else 8))

@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
     "algorithm": {"type": "flow_grpo", "group_size": 4, "num_steps": 4, "window": {"kind": "random", "size": 2}},
     "rewards": [{"spec": "geneval"}],
     "rollout": {"chunk_size": 4, "decode_batch_size": 4},
-    "learner": {"engine": "torch", "ranks": 2, "micro_batch_size": 4, "ema_decay": 0.9},
+    "learner": {"engine": "fsdp", "ranks": 2, "micro_batch_size": 4, "ema_decay": 0.9},
     "cluster": {
         "threads": 1,
         "rollout_workers": 2,

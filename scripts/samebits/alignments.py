@@ -227,13 +227,14 @@ def engines() -> dict[str, Case]:
 
 def clusters() -> dict[str, Case]:
     plain = {**GRPO, **FIXED, "beta": 0.02, "reference_refresh": 2}
-    two = {"ranks": 2, "micro_batch_size": 2, "ema_decay": 0.9}
+    # With DeepSpeed: checkouts before FSDP2 had another engine of several ranks.
+    two = {"engine": "deepspeed", "ranks": 2, "micro_batch_size": 2, "ema_decay": 0.9}
     cases = {
         "ray": align(alignment(plain, **merged(EVALUATED, RAY)), lane="ray"),
         "ray, two ranks": align(alignment(plain, **merged(RAY, {"learner": two})), lane="ray"),
         "ray, two ranks, opd": align(
             alignment({**OPD, "kind": "flow", "noise_level": 0.7, "teachers": TEACHERS},
-                      **merged(merged(RAY, TASKS), {"rewards": [], "learner": {"ranks": 2, "micro_batch_size": 2}})),
+                      **merged(merged(RAY, TASKS), {"rewards": [], "learner": two})),
             lane="ray",
         ),
         "ray, two ranks, nft": align(
@@ -244,7 +245,7 @@ def clusters() -> dict[str, Case]:
         ),
     }  # fmt: skip
     for stage in range(1, 4):
-        learner = {**two, "engine": "deepspeed", "zero_stage": stage}
+        learner = {**two, "zero_stage": stage}
         cases[f"ray, two ranks, zero {stage}"] = align(
             alignment(plain, **merged(RAY, {"learner": learner})), lane="ray"
         )

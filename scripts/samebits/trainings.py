@@ -143,8 +143,8 @@ def ranks() -> dict[str, Case]:
         "plain",
     )
     cases = {"bank": Case((bank,), lane="ray")}
-    for name, changes in {"": {}, ", zero 2": {"engine": "deepspeed", "zero_stage": 2}}.items():
-        content = training(RF, latents="{side}/bank/plain", micro_batch_size=2, **changes)
+    for name, stage in {"": 0, ", zero 2": 2}.items():
+        content = training(RF, latents="{side}/bank/plain", micro_batch_size=2, engine="deepspeed", zero_stage=stage)
         line = ("torchrun", "2", "pretrain", "config.yaml")
         cases[f"torchrun, two ranks{name}"] = Case((line,), {"config.yaml": content}, "ray")
     return cases

@@ -191,7 +191,9 @@ class MixtureRun:
         self.refreshed = None if every is None else RefreshedReference(network, every)
         reference = reference_velocity(network) if self.refreshed is None else self.refreshed.velocity
         known = {"policy": guided(network), "reference": reference, **(models or {})}
-        settings = EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=learning_rate))
+        settings = EngineSettings(
+            type="fsdp" if place else "torch", optimizer=OptimizerConfig(learning_rate=learning_rate)
+        )
         self.learner = Learner(
             self.algorithm,
             {role: model for role, model in known.items() if role in needs.roles},

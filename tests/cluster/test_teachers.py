@@ -68,7 +68,8 @@ def teachers(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def config_of(pipeline: Path, folder: Path, named: dict[str, Any], *, ranks: int = 1, **cluster: Any) -> AlignConfig:
     algorithm = {"type": "opd", "teachers": named, "num_steps": 3, "kind": "flow", "noise_level": 0.6}
-    learner = {"engine": "torch", "micro_batch_size": 4, "ema_decay": 0.5, "ranks": ranks}
+    engine = "fsdp" if ranks > 1 else "torch"
+    learner = {"engine": engine, "micro_batch_size": 4, "ema_decay": 0.5, "ranks": ranks}
     changes = {"algorithm": algorithm, "learner": learner, "data": {"groups_per_iteration": 13}, "rewards": []}
     return small_config(pipeline, folder, cluster={"teacher_cpus": 0.25, **cluster}, **changes)
 

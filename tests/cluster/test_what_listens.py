@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("ranks", "engine"), [(1, "deepspeed"), (2, "torch")])
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "deepspeed"), (2, "fsdp")])
 def test_a_run_opens_nothing_but_loopback_from_its_start_to_its_end_and_leaves_no_token(
     tiny_pipeline_dir: Path, tmp_path: Path, ranks: int, engine: str
 ) -> None:

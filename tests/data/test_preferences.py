@@ -359,7 +359,7 @@ def test_an_offline_run_on_ray_gives_the_bits_of_one_in_this_process_and_two_ran
     runs = {
         "local": {"learner": learner},
         "ray": {"learner": learner, "cluster": ray},
-        "ranks": {"learner": {**learner, "ranks": 2}, "cluster": ray},
+        "ranks": {"learner": {**learner, "engine": "fsdp", "ranks": 2}, "cluster": ray},
     }
     weights = {}
     for name, own in runs.items():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Ran:
-    """Files and results of the ranks: ``train[rank][stage]``, ``resume[rank][stage]``."""
+    """Files and results of the ranks: ``train[rank][kind]``, ``resume[rank][kind]``."""
 
     folder: Path
     train: list[dict[str, Any]]
@@ -32,10 +32,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(folder: Path, world: int, stages: str, phase: str) -> None:
+def _run(folder: Path, world: int, kinds: str, phase: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode each rank compiles torch and DeepSpeed for 10 s
-    common = [str(world), str(_free_port()), stages, phase]
+    common = [str(world), str(_free_port()), kinds, phase]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine.worker", str(folder), str(rank), *common],
@@ -58,20 +58,20 @@ def _run(folder: Path, world: int, stages: str, phase: str) -> None:
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ran]:
-    """``ran(world, stages)``; each combination runs once a session."""
+    """``ran(world, kinds)``; each combination runs once a session."""
     done: dict[tuple[int, str], Ran] = {}
 
-    def once(world: int, stages: str) -> Ran:
-        if (world, stages) not in done:
-            folder = tmp_path_factory.mktemp(f"ranks{world}_{stages}")
+    def once(world: int, kinds: str) -> Ran:
+        if (world, kinds) not in done:
+            folder = tmp_path_factory.mktemp(f"ranks{world}_{kinds}")
             # One rank shows that a new process resumes; starting DeepSpeed twice on two costs half a minute.
             for phase in ("train", "resume") if world == 1 else ("both",):
-                _run(folder, world, stages, phase)
+                _run(folder, world, kinds, phase)
             results = (
                 [json.loads((folder / f"{phase}_rank{rank}.json").read_text()) for rank in range(world)]
                 for phase in ("train", "resume")
             )
-            done[world, stages] = Ran(folder, *results)
-        return done[world, stages]
+            done[world, kinds] = Ran(folder, *results)
+        return done[world, kinds]
 
     return once

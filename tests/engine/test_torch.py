@@ -127,6 +127,10 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 def test_contradicting_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="zero_stage"):
         build_engine(Network(), settings(type="torch", zero_stage=2))
+    with pytest.raises(ValueError, match="torch is one process, and there are 2 ranks; use fsdp"):
+        build_engine(Network(), settings(type="torch"), rank=0, world_size=2)
+    with pytest.raises(ValueError, match="FSDP cannot run a compiled network"):
+        build_engine(Network(), settings(type="fsdp", compile=True))
     with pytest.raises(ValueError, match="compile"):
         build_engine(Network(), settings(zero_stage=3, compile=True))
     with pytest.raises(ValueError, match="no trainable parameter"):

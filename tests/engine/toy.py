@@ -29,10 +29,11 @@ class Network(nn.Module):
             self.last = nn.Linear(17, 6)
             self.sometimes = nn.Parameter(torch.randn(5))
             self.never = nn.Parameter(torch.randn(3))
+            self.row = nn.Parameter(torch.randn(1, 4))  # of two ranks one has none of it
 
     def forward(self, x: Tensor, use_sometimes: bool) -> Tensor:
         y = self.last(torch.tanh(self.frozen(torch.tanh(self.first(x)))))
-        return y * self.sometimes.mean() if use_sometimes else y
+        return y * self.sometimes.mean() + self.row.mean() if use_sometimes else y
 
 
 def batch(step: int) -> TrainBatch:

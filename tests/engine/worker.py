@@ -1,7 +1,7 @@
-"""One rank of the engine tests: runs every scenario for every ZeRO stage and writes what happened.
+"""One rank of the engine tests: runs every scenario for every engine of several ranks and writes what happened.
 
-``python -m tests.engine.worker DIR RANK WORLD PORT STAGES PHASE``, STAGES as in 0123; PHASE is ``train``, in a new
-process ``resume``, or ``both``, with new engines in one process.
+``python -m tests.engine.worker DIR RANK WORLD PORT KINDS PHASE``, KINDS as in 0123f: ZeRO stages and FSDP2; PHASE is
+``train``, in a new process ``resume``, or ``both``, with new engines in one process.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ class Rank:
     def __init__(self, folder: Path, rank: int, world: int, port: int) -> None:
         self.folder, self.rank, self.world, self.port = folder, rank, world, port
 
-    def engine(self, stage: int, frozen: torch.dtype = torch.float32, **changes: Any) -> tuple[Engine, Network]:
+    def engine(self, kind: str, frozen: torch.dtype = torch.float32, **changes: Any) -> tuple[Engine, Network]:
         network = Network(frozen)
+        own = {"type": "fsdp"} if kind == "f" else {"zero_stage": int(kind)}
         built = build_engine(
             network,
-            settings(zero_stage=stage, **changes),
+            settings(**own, **changes),
             rank=self.rank,
             world_size=self.world,
             master_port=self.port,
         )
         return built, network
 
-    def path(self, stage: int, name: str) -> Path:
-        return self.folder / f"{name}_stage{stage}_rank{self.rank}.safetensors"
+    def path(self, kind: str, name: str) -> Path:
+        return self.folder / f"{name}_{kind}_rank{self.rank}.safetensors"
 
-    def run(self, stage: int, steps: int, num_micro: int = 2, **changes: Any) -> dict[str, Any]:
-        engine, network = self.engine(stage, **changes)
+    def run(self, kind: str, steps: int, num_micro: int = 2, **changes: Any) -> dict[str, Any]:
+        engine, network = self.engine(kind, **changes)
         metrics = [update(engine, network, step, num_micro) for step in range(steps)]
         weights, (tensors, _) = engine.weights(), engine.optimizer_state()
         engine.close()
@@ -54,9 +55,9 @@ def state(engine: Engine) -> tuple[str, str]:
     return content_hash(engine.weights()), content_hash(engine.optimizer_state()[0])
 
 
-def poisoned(rank: Rank, stage: int) -> dict[str, Any]:
+def poisoned(rank: Rank, kind: str) -> dict[str, Any]:
     """Two updates, two refused ones (bad on the last rank only), one more update."""
-    engine, network = rank.engine(stage)
+    engine, network = rank.engine(kind)
     for step in range(2):
         update(engine, network, step)
     before, raised = state(engine), []
@@ -72,14 +73,14 @@ def poisoned(rank: Rank, stage: int) -> dict[str, Any]:
     return result
 
 
-def destroyed(rank: Rank, stage: int, **changes: Any) -> list[str]:
+def destroyed(rank: Rank, kind: str) -> list[str]:
     """What each rank says where on the last one alone a weight, and then a moment, is lost under an update."""
     raised = []
     for part in range(2):
-        engine, network = rank.engine(stage, **changes)
+        engine, network = rank.engine(kind)
         update(engine, network, 0)
         inner: Any = engine
-        optimizer, named = inner._optimizer if changes else inner._adamw, engine.held()
+        optimizer, named = inner._optimizer if kind == "f" else inner._adamw, engine.held()
         tensor = named.get("never", list(named.values())[-1])  # no loss is made of it
         lost = tensor.data if part == 0 else optimizer.state[tensor]["exp_avg_sq"]
         if rank.rank == rank.world - 1:
@@ -92,9 +93,9 @@ def destroyed(rank: Rank, stage: int, **changes: Any) -> list[str]:
     return raised
 
 
-def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
+def reloaded(rank: Rank, kind: str) -> dict[str, Any]:
     """Weights from outside replace those of a trained engine, also for its next update and without its hooks."""
-    engine, network = rank.engine(stage)
+    engine, network = rank.engine(kind)
     update(engine, network, 0)
     wanted = {name: tensor * 0.5 + 0.1 for name, tensor in engine.weights().items()}
     engine.load_weights(wanted)
@@ -107,9 +108,9 @@ def reloaded(rank: Rank, stage: int) -> dict[str, Any]:
     return result
 
 
-def averaged(rank: Rank, stage: int, **changes: Any) -> dict[str, Any]:
+def averaged(rank: Rank, kind: str) -> dict[str, Any]:
     """Two averages of an engine, against the same arithmetic with its whole weights."""
-    engine, network = rank.engine(stage, **changes)
+    engine, network = rank.engine(kind)
     averages = {decay: Average(engine, decay) for decay in (0.9, 0.5)}
     by_hand = {decay: engine.weights() for decay in averages}
     for step in range(3):
@@ -136,57 +137,55 @@ def averaged(rank: Rank, stage: int, **changes: Any) -> dict[str, Any]:
     return result
 
 
-def train(rank: Rank, stages: list[int]) -> dict[str, Any]:
-    results: dict[str, Any] = {"torch": rank.run(0, 5, type="torch")["metrics"]}
-    results["torch destroyed"] = destroyed(rank, 0, type="torch")
-    results["torch average"] = averaged(rank, 0, type="torch")
-    for stage in stages:
-        whole = rank.run(stage, 10)
-        save_file(rank.run(stage, 5)["weights"], rank.path(stage, "weights5"))
-        split = rank.run(stage, 5, num_micro=3)
-        save_file(split["weights"], rank.path(stage, "split"))
-        mixed = rank.run(stage, 3, dtype="bfloat16", frozen=torch.bfloat16)
-        engine, network = rank.engine(stage)
+def train(rank: Rank, kinds: str) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        whole = rank.run(kind, 10)
+        save_file(rank.run(kind, 5)["weights"], rank.path(kind, "weights5"))
+        split = rank.run(kind, 5, num_micro=3)
+        save_file(split["weights"], rank.path(kind, "split"))
+        mixed = rank.run(kind, 3, dtype="bfloat16", frozen=torch.bfloat16)
+        engine, network = rank.engine(kind)
         for step in range(5):
             update(engine, network, step)
         tensors, facts = engine.optimizer_state()
-        save_file(tensors, rank.path(stage, "optimizer"))
-        save_file(engine.weights(), rank.path(stage, "model"))
-        rank.path(stage, "facts").with_suffix(".json").write_text(json.dumps(facts))
+        save_file(tensors, rank.path(kind, "optimizer"))
+        save_file(engine.weights(), rank.path(kind, "model"))
+        rank.path(kind, "facts").with_suffix(".json").write_text(json.dumps(facts))
         engine.close()
-        results[str(stage)] = {
+        results[kind] = {
             "metrics": whole["metrics"],
             "ten_steps": (whole["hash"], whole["state"]),
-            "three_steps": [rank.run(stage, 3)[key] for key in ("hash", "state")],
+            "three_steps": [rank.run(kind, 3)[key] for key in ("hash", "state")],
             "mixed": mixed["metrics"],
-            "poisoned": poisoned(rank, stage),
-            "reloaded": reloaded(rank, stage),
-            "destroyed": destroyed(rank, stage),
-            "average": averaged(rank, stage),
+            "poisoned": poisoned(rank, kind),
+            "reloaded": reloaded(rank, kind),
+            "destroyed": destroyed(rank, kind),
+            "average": averaged(rank, kind),
         }
     return results
 
 
-def resume(rank: Rank, stages: list[int]) -> dict[str, Any]:
+def resume(rank: Rank, kinds: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for stage in stages:
-        facts = json.loads(rank.path(stage, "facts").with_suffix(".json").read_text())
-        tensors = load_file(rank.path(stage, "optimizer"))
-        engine, network = rank.engine(stage)
+    for kind in kinds:
+        facts = json.loads(rank.path(kind, "facts").with_suffix(".json").read_text())
+        tensors = load_file(rank.path(kind, "optimizer"))
+        engine, network = rank.engine(kind)
         refused = ""
         try:
-            engine.load_optimizer_state(tensors, {**facts, "zero_stage": 2 if stage == 1 else 1})
+            engine.load_optimizer_state(tensors, {**facts, "engine": "another", "zero_stage": 2 if kind == "1" else 1})
         except ResumeRefused as error:
             refused = str(error)
-        engine.load_weights(load_file(rank.path(stage, "model")))
+        engine.load_weights(load_file(rank.path(kind, "model")))
         engine.load_optimizer_state(tensors, facts)
         metrics = [update(engine, network, step) for step in range(5, 10)]
-        results[str(stage)] = {"ten_steps": state(engine), "refused": refused, "metrics": metrics}
+        results[kind] = {"ten_steps": state(engine), "refused": refused, "metrics": metrics}
         engine.close()
     return results
 
 
-def main(folder: str, rank: str, world: str, port: str, stages: str, phase: str) -> None:
+def main(folder: str, rank: str, world: str, port: str, kinds: str, phase: str) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
 
@@ -198,7 +197,7 @@ def main(folder: str, rank: str, world: str, port: str, stages: str, phase: str)
     member = Rank(Path(folder), int(rank), int(world), int(port))
     for name, run in (("train", train), ("resume", resume)):
         if phase in (name, "both"):
-            results = run(member, [int(stage) for stage in stages])
+            results = run(member, kinds)
             (Path(folder) / f"{name}_rank{rank}.json").write_text(json.dumps(results))
 
 

@@ -255,7 +255,7 @@ def test_two_ranks_of_torchrun_end_with_the_one_that_cannot_write_and_the_same_c
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def start(path: Path, *overrides: str) -> tuple[int, str]:
-        line = [*torchrun, "-m", "flowalign.cli", "pretrain", str(path), *overrides]
+        line = [*torchrun, "-m", "flowalign.cli", "pretrain", str(path), "engine=fsdp", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=280)
         return done.returncode, done.stderr

@@ -17,7 +17,9 @@ from tests.algorithms.toy import LinearVelocity, make_rollout
 def engine(model: LinearVelocity, rate: float = 1e-2, **place: Any) -> Engine:
     return build_engine(
         model,
-        EngineSettings(type="torch", optimizer=OptimizerConfig().model_copy(update={"learning_rate": rate})),
+        EngineSettings(
+            type="fsdp" if place else "torch", optimizer=OptimizerConfig().model_copy(update={"learning_rate": rate})
+        ),
         **place,
     )
 

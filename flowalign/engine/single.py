@@ -1,13 +1,12 @@
-"""The engine without DeepSpeed: plain torch, data parallel by all-reducing gradients."""
+"""The engine of one process: plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowalign.engine.accumulate import (
@@ -30,39 +29,32 @@ from flowalign.engine.adamw import (
     write_state,
 )
 from flowalign.engine.base import EngineSettings, LossFn
-from flowalign.engine.shards import undivided
+from flowalign.engine.shards import Layout, undivided
 from flowalign.record.destroyed import fault, fault_of_moments, total_norm
 from flowalign.types import TrainBatch
 
 
 class TorchEngine:
-    """Engine over ``torch.optim.AdamW``; uses the default process group where ``world_size`` exceeds 1."""
+    """Engine over ``torch.optim.AdamW``, on one rank."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        settings: EngineSettings,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if world_size > 1 and not (dist.is_initialized() and dist.get_world_size() == world_size):
-            raise RuntimeError(f"a world of {world_size} needs its process group first: use build_engine")
-        self.rank, self.world_size = rank, world_size
+    rank, world_size = 0, 1
+    name: ClassVar[str] = "torch"
+
+    def __init__(self, network: nn.Module, settings: EngineSettings, *, device: torch.device | str = "cpu") -> None:
         self.settings = settings
         self.device = torch.device(device)
         self.network = network.to(self.device)
         self.steps = 0
         self._rate: float | None = None
-        self._parameters = trainable_parameters(network)
-        if settings.compile:
-            network.compile()
-        self._optimizer = build_adamw(self._parameters.values(), settings)
-        for tensor in self.network.state_dict().values() if world_size > 1 else ():
-            dist.broadcast(tensor, 0)
-        self.layout = undivided({name: tuple(p.shape) for name, p in self._parameters.items()})
-        self._began = total_norm(self._parameters)
+        self.layout, self._held = self._take(trainable_parameters(network))
+        self._optimizer = build_adamw(self._held.values(), settings)
+        self._began = total_norm(self._held)
+
+    def _take(self, trained: Mapping[str, nn.Parameter]) -> tuple[Layout, dict[str, Tensor]]:
+        """Return what this rank steps of the ``trained`` parameters, and where it lies."""
+        if self.settings.compile:
+            self.network.compile()
+        return undivided({name: tuple(p.shape) for name, p in trained.items()}), dict(trained)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings)
@@ -72,9 +64,10 @@ class TorchEngine:
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
         check_share(micro_batches, weights)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         total = MetricSum(self.device)
-        for micro_batch, weight in zip(micro_batches, weights, strict=True):
+        for i, (micro_batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
+            self._reduce_gradients(i == len(weights) - 1)
             with self.autocast():
                 output = loss_fn(micro_batch)
             weighted(output.loss, weight).backward()
@@ -87,53 +80,55 @@ class TorchEngine:
             set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
         self.steps += 1
-        moments = held_state(self._optimizer, self._parameters)
-        found = fault("the weights", self._parameters, began=self._began) or fault_of_moments(moments)
+        moments = held_state(self._optimizer, self._held)
+        found = fault("the weights", self._held, began=self._began) or fault_of_moments(moments)
         refuse_destroyed(found, learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
+    def _forget_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _reduce_gradients(self, last: bool) -> None:
+        """Say before a micro-batch whether it is the ``last``, so that its gradients are summed over ranks."""
+
     def _clipped_norm(self) -> float:
-        """Sum the gradients over ranks, clip them, and return their norm before clipping."""
-        parameters = list(self._parameters.values())
-        for parameter in parameters:
+        """Clip the gradients, and return their norm before clipping."""
+        for parameter in self._held.values():
             if parameter.grad is None:  # unused: decays like the others, as it does in DeepSpeed
                 parameter.grad = torch.zeros_like(parameter)
-            if self.world_size > 1:
-                dist.all_reduce(parameter.grad)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = self._norm([parameter.grad for parameter in self._held.values() if parameter.grad is not None])
         if self.settings.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(list(self._held.values()), self.settings.max_grad_norm, norm)
         return float(norm)
 
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients)
+
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._parameters.items()}
+        return self.layout.whole(self._held)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        checked = checked_weights(weights, self.layout.shapes)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(checked[name])
+        self.layout.take(self._held, checked_weights(weights, self.layout.shapes))
 
     def held(self) -> dict[str, Tensor]:
-        return dict(self._parameters)
+        return self._held
 
     def publish(self) -> None:
         """Do nothing: what the optimizer steps is the network's own."""
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return read_state(self._optimizer, self._parameters), self._facts()
+        return read_state(self._optimizer, self._held), self._facts()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         check_facts(facts, self._facts())
-        write_state(self._optimizer, self._parameters, tensors)
+        write_state(self._optimizer, self._held, tensors)
         self.steps = int(facts["steps"])
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "engine": "torch",
+            "engine": self.name,
             "world_size": self.world_size,
             "rank": self.rank,
             "zero_stage": 0,
