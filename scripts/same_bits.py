@@ -44,6 +44,10 @@ LANES = ("local", "deepspeed", "ray")
 RENAMES: tuple[Rename, ...] = ()
 
 EXCEPTIONS: tuple[Excepted, ...] = (
+    *(
+        Excepted("*", "*/optimizer/rank_*.json", key, "the facts of a rank tell how it shares the parameters")
+        for key in ("divided", "shapes.*", "pieces*", "second.divided", "second.shapes.*", "second.pieces*")
+    ),
     Excepted("*lora*", "*adapter_config.json", "target_modules", "PEFT wrote a set, in any order; it is sorted now"),
     Excepted("reflow*", "*.json", "made_of*features*", "reflows without a perceptual loss counted features"),
     Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),

@@ -300,6 +300,6 @@ class LearnerActor(Mortal):
         shared: tuple[Weights, Weights | None],
         optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
         version: int,
-    ) -> None:
+    ) -> str | None:
         model, ema = shared
-        self.worker.restore(model, ema, optimizer, version)
+        return self.worker.restore(model, ema, optimizer, version)

@@ -233,15 +233,18 @@ class RayBackend:
         states = self.learner.call("state")
         return [{**state, "model": states[0]["model"], "ema": states[0]["ema"]} for state in states]
 
-    def restore(self, states: list[dict[str, Any]]) -> None:
-        """Continue bitwise where ``state`` was taken with as many ranks."""
+    def restore(self, states: list[dict[str, Any]]) -> str | None:
+        """Continue where ``state`` was taken, and return a line where the ranks shared it otherwise."""
+        held = {id(state["optimizer"]): state["optimizer"] for state in states}  # the same for all where it was
+        optimizers = {key: ray.put(optimizer) for key, optimizer in held.items()}
         shared = ray.put((states[0]["model"], states[0]["ema"]))
         calls = [
-            actor.restore.remote(shared, state["optimizer"], state["version"])
+            actor.restore.remote(shared, optimizers[id(state["optimizer"])], state["version"])
             for actor, state in zip(self.learner.actors, states, strict=True)
         ]
-        self.learner.wait(calls, "restore")
+        lines = self.learner.wait(calls, "restore")
         self._delivery.learned = True
+        return lines[0]
 
     def _end_children(self) -> None:
         """Let the reward actors end what their scorers started; who does not answer is not waited for long."""

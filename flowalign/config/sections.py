@@ -204,13 +204,13 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The updates of the policy."""
 
-    engine: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
+    engine: Annotated[Literal["deepspeed", "fsdp", "torch"], MayChange()] = "deepspeed"
     """``deepspeed``; ``fsdp``, torch's own: all weights, gradients and the optimizer's state in shards; ``torch``: one
     rank."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3), MayChange()] = 0
     """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
     """
-    ranks: Positive = 1
+    ranks: Annotated[Positive, MayChange()] = 1
     """Data-parallel processes that learn."""
     micro_batch_size: Positive = 48
     """Items of one forward and backward pass."""

@@ -119,10 +119,10 @@ class PretrainConfig(Section):
     """Steps from one update of the averages to the next."""
     features: Annotated[str, Resolved("shipped")] = "shapes:open_clip"
     """Image tower of perceptual losses, a directory in open_clip's layout."""
-    engine: Literal["torch", "fsdp", "deepspeed"] = "torch"
+    engine: Annotated[Literal["torch", "fsdp", "deepspeed"], MayChange()] = "torch"
     """``torch``: one process; ``fsdp``, torch's own for several: all weights, gradients and the optimizer's state in
     shards; ``deepspeed``."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3), MayChange()] = 0
     """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
     """
     autocast: Literal["float32", "bfloat16"] = "bfloat16"

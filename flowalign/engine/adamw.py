@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from flowalign.engine.base import EngineSettings, ResumeRefused
+from flowalign.engine.shards import Layout
 
-logger = logging.getLogger(__name__)
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+_NONE = torch.empty(0, 0)
 
 
 def build_adamw(parameters: Iterable[Tensor], settings: EngineSettings) -> torch.optim.AdamW:
@@ -73,11 +73,8 @@ def layout_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def check_facts(facts: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise ResumeRefused, in one sentence, unless a state with ``facts`` fits an engine with ``mine``.
-
-    Without ZeRO every rank holds the same full state, so there the world size and the engine may change.
-    """
-    missing = {"world_size", "rank", "zero_stage", "steps", "layout"} - set(facts)
+    """Raise ResumeRefused, in one sentence, unless a state with ``facts`` is of the trained parameters of ``mine``."""
+    missing = {"engine", "world_size", "rank", "zero_stage", "steps", "layout"} - set(facts)
     if missing:
         raise ResumeRefused(f"this is not an optimizer state of flowalign: its facts lack {', '.join(sorted(missing))}")
     if not isinstance(facts["steps"], int) or facts["steps"] < 0:
@@ -87,13 +84,44 @@ def check_facts(facts: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             "the optimizer state belongs to other trainable parameters (names or shapes differ): resume with the "
             "model and LoRA settings of the checkpoint"
         )
-    theirs = f"world size {facts['world_size']}, ZeRO stage {facts['zero_stage']}"
-    ours = f"world size {mine['world_size']}, ZeRO stage {mine['zero_stage']}"
-    if facts["zero_stage"] == mine["zero_stage"] == 0:
-        if theirs != ours:
-            logger.warning("optimizer state of %s converted to %s: every rank holds all of it", theirs, ours)
-    elif theirs != ours or facts["rank"] != mine["rank"]:
-        raise ResumeRefused(
-            f"the optimizer state was written with {theirs} (rank {facts['rank']}) and cannot be split for {ours} "
-            f"(rank {mine['rank']}): resume with the former, or start a new run from the checkpoint's weights"
-        )
+
+
+def divided(facts: Mapping[str, Any]) -> bool:
+    """Tell whether a state with ``facts`` is a rank's share: else every rank has saved all of it, by parameter."""
+    return bool(facts.get("divided", facts["zero_stage"] > 0))
+
+
+def own_share(
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    mine: Mapping[str, Any],
+    layout: Layout,
+    held: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """Return what a state holds of the tensors ``held`` of the rank with the facts ``mine``: itself, or its part.
+
+    Raises:
+        ResumeRefused: it is another rank's share, or lacks a parameter.
+    """
+    if not divided(facts):
+        return _split(tensors, layout, held) if divided(mine) else tensors
+    keys = ("engine", "zero_stage", "world_size", "rank")
+    if any(facts[key] != mine[key] for key in keys):
+        theirs, ours = (", ".join(f"{key} {of[key]}" for key in keys) for of in (facts, mine))
+        raise ResumeRefused(f"the share of {theirs} is not that of {ours}: a state is put together before it moves")
+    return tensors
+
+
+def _split(tensors: Mapping[str, Tensor], layout: Layout, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own: dict[str, Tensor] = {}
+    for kind in (*STATE_KEYS[:2], "master"):
+        there = {name: tensors[f"{kind}/{name}"] for name in layout.shapes if f"{kind}/{name}" in tensors}
+        if not there:
+            continue
+        if lacking := [name for name, shape in layout.shapes.items() if there.get(name, _NONE).shape != shape]:
+            raise ResumeRefused(f"optimizer state {kind}/{lacking[0]} is missing, or of another shape")
+        parts = {name: torch.zeros(tensor.shape) for name, tensor in held.items()}
+        layout.take(parts, there)
+        own |= {f"{kind}/{name}": part for name, part in parts.items()}
+    steps = [tensor for name, tensor in tensors.items() if name.startswith("step/")]
+    return own | {f"step/{name}": steps[0] for name in held if steps}

@@ -22,7 +22,7 @@ class NonFiniteUpdate(RuntimeError):
 
 
 class ResumeRefused(ValueError):
-    """A checkpoint's optimizer state does not fit this engine (world size, ZeRO stage, shapes)."""
+    """A checkpoint's optimizer state does not fit this engine."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,26 @@ class Engine(Protocol):
         """Let the network have what was written into the tensors ``held``; a collective call."""
         ...
 
+    def facts(self) -> dict[str, Any]:
+        """Return the JSON-able facts of the state: engine, ranks, ZeRO stage, updates, what this rank holds."""
+        ...
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's moments themselves, by ``KIND/NAME`` with the names of ``held``.
+
+        There are none before the first update.
+        """
+        ...
+
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Return this rank's optimizer tensors and JSON-able facts (world size, ZeRO stage, step count)."""
+        """Return copies of this rank's optimizer tensors, and its ``facts``."""
         ...
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Restore the state bit for bit, for the same world size and stage.
+        """Restore this rank's own state bit for bit, or its share of a state that is whole (`convert.whole`).
 
         Raises:
-            ResumeRefused: with what differs, and what to do.
+            ResumeRefused: it is of other parameters, or another rank's share.
         """
         ...
 

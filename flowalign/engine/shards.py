@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,11 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
     pieces: Mapping[str, Sequence[Piece]]
     divided: bool
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint records, so that the parameters can be put together from all ranks' tensors."""
+        pieces = {name: [list(piece) for piece in own] for name, own in self.pieces.items()} if self.divided else {}
+        return {"divided": self.divided, "shapes": {n: list(s) for n, s in self.shapes.items()}, "pieces": pieces}
 
     def named(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what this rank holds of each parameter, by the parameter's name."""

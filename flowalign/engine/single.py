@@ -24,6 +24,7 @@ from flowalign.engine.adamw import (
     check_facts,
     held_state,
     layout_hash,
+    own_share,
     read_state,
     set_learning_rate,
     write_state,
@@ -82,8 +83,7 @@ class TorchEngine:
         finally:
             self._forget_gradients()
         self.steps += 1
-        moments = held_state(self._optimizer, self._held)
-        found = fault("the weights", self._held, began=self._began) or fault_of_moments(moments)
+        found = fault("the weights", self._held, began=self._began) or fault_of_moments(self.moments())
         refuse_destroyed(found, learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
@@ -118,15 +118,19 @@ class TorchEngine:
     def publish(self) -> None:
         """Do nothing: what the optimizer steps is the network's own."""
 
+    def moments(self) -> dict[str, Tensor]:
+        return held_state(self._optimizer, self._held)
+
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return read_state(self._optimizer, self._held), self._facts()
+        return read_state(self._optimizer, self._held), self.facts()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        check_facts(facts, self._facts())
-        write_state(self._optimizer, self._held, tensors)
+        check_facts(facts, self.facts())
+        own = own_share(tensors, facts, self.facts(), self.layout, self._held)
+        write_state(self._optimizer, self._held, own)
         self.steps = int(facts["steps"])
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {
             "engine": self.name,
             "world_size": self.world_size,
@@ -135,6 +139,7 @@ class TorchEngine:
             "steps": self.steps,
             "learning_rate": self.settings.learning_rate_at(self.steps),
             "layout": layout_hash(self.layout.shapes),
+            **self.layout.facts(),
         }
 
     def close(self) -> None:

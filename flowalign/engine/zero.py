@@ -29,8 +29,10 @@ from flowalign.engine.accumulate import (
 from flowalign.engine.adamw import (
     build_adamw,
     check_facts,
+    divided,
     held_state,
     layout_hash,
+    own_share,
     read_state,
     set_learning_rate,
     write_state,
@@ -183,7 +185,7 @@ class DeepSpeedEngine:
         held = self.held()
         found = fault("the weights", held, began=self._began)
         if found is None:
-            return fault_of_moments(held_state(self._adamw, held))
+            return fault_of_moments(self.moments())
         return fault("the weights", self.layout.named(held)) or found
 
     def _forget_gradients(self) -> None:
@@ -225,18 +227,25 @@ class DeepSpeedEngine:
     def _adamw(self) -> torch.optim.Optimizer:
         return self._optimizer.optimizer if self.settings.zero_stage else self._optimizer
 
+    def moments(self) -> dict[str, Tensor]:
+        return held_state(self._adamw, self.held())
+
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         named = self.held()
         tensors = read_state(self._adamw, named)
         if self.settings.zero_stage:
             tensors.update({f"master/{name}": p.detach().to("cpu", copy=True) for name, p in named.items()})
-        return tensors, self._facts()
+        return tensors, self.facts()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        check_facts(facts, self._facts())
+        check_facts(facts, self.facts())
         named = self.held()
+        moved = divided(facts) != self.layout.divided
+        tensors = own_share(tensors, facts, self.facts(), self.layout, named)
         masters = {name: tensors.get(f"master/{name}") for name in named} if self.settings.zero_stage else {}
         for name, master in masters.items():
+            if master is None and moved:  # as of an engine without master copies: the weights are the same
+                continue
             if master is None or master.shape != named[name].shape:
                 raise ResumeRefused(f"optimizer state master/{name} is missing or not of {tuple(named[name].shape)}")
         write_state(self._adamw, named, tensors)
@@ -260,7 +269,7 @@ class DeepSpeedEngine:
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {
             "engine": "deepspeed",
             "world_size": self.world_size,
@@ -269,6 +278,7 @@ class DeepSpeedEngine:
             "steps": self.steps,
             "learning_rate": self.settings.learning_rate_at(self.steps),
             "layout": layout_hash(self._shapes),
+            **self.layout.facts(),
         }
 
     def close(self) -> None:

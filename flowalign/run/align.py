@@ -27,6 +27,7 @@ from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Run, align
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.resume import leave_behind, resume_from
+from flowalign.run.second import states_for
 from flowalign.safety.collapse import stopped_by_alarm
 from flowalign.samples.opened import sampling_plan
 from flowalign.types import PromptBatch, SamplingPlan
@@ -118,7 +119,8 @@ def _run(
             say(line)
         if saved is not None:
             made.refuse_changes(saved, say)
-            backend.restore(_states(config, saved, made))
+            if (line := backend.restore(_states(config, saved, made))) is not None:
+                say(line)
             say(f"resuming {run_dir} after iteration {start}")
         made.check_steady()
         leave_behind(run_dir, resume, saved, say)
@@ -214,12 +216,9 @@ def _states(config: AlignConfig, saved: checkpoint.Checkpoint, made: MadeOf) -> 
             f"{saved.path} was trained from another base model than {config.model.path}; "
             "set model.path to the original, or give this run another name"
         )
+    learner, version = config.learner, int(saved.state["version"])
+    target = {"engine": learner.engine, "zero_stage": learner.zero_stage, "world_size": learner.ranks}
     return [
-        {
-            "model": saved.model,
-            "ema": saved.ema,
-            "optimizer": saved.optimizer_of(rank),
-            "version": int(saved.state["version"]),
-        }
-        for rank in range(config.learner.ranks)
+        {"model": saved.model, "ema": saved.ema, "optimizer": optimizer, "version": version}
+        for optimizer in states_for(saved.optimizer_by_rank, target)
     ]

@@ -75,8 +75,8 @@ class LocalBackend:
         """Return the learner's state, one entry a rank."""
         return [self.learner.state()]
 
-    def restore(self, states: list[dict[str, Any]]) -> None:
-        self.learner.restore(**states[0])
+    def restore(self, states: list[dict[str, Any]]) -> str | None:
+        return self.learner.restore(**states[0])
 
     def close(self) -> None:
         self.learner.close()

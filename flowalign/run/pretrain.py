@@ -22,6 +22,7 @@ from flowalign.data.feed import Feed
 from flowalign.engine import process_group
 from flowalign.engine.average import Average
 from flowalign.engine.base import Engine
+from flowalign.engine.convert import load
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.measure.validation import Validation
 from flowalign.models.guided import guided
@@ -31,6 +32,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import naming
 from flowalign.record.lock import RunLock
 from flowalign.record.stop import EndedEarly, StopRequest
+from flowalign.run.second import states_for
 from flowalign.types import TrainBatch
 
 
@@ -126,12 +128,14 @@ def pretrain(
     models: Mapping[str, VelocityModel] | None = None,
     follower: Callable[[dict[str, Tensor]], object] | None = None,
     facts: Callable[[], dict[str, Any]] = dict,
+    say: Callable[[str], object] = lambda text: None,
 ) -> PretrainResult:
     """Train until the last phase ends; continues from ``saved``, see `resumed`.
 
     ``begin`` is called when data and checkpoint are there, before the first step.
     ``models`` are those that the algorithm asks for beside the policy; ``follower`` binds the average to one of them.
-    ``facts``, asked of the first rank, go into each checkpoint's state.
+    ``facts``, asked of the first rank, go into each checkpoint's state. ``say`` gets a line where ``saved`` is of
+    another engine.
     Where ``stop`` was asked for, the step under way is the last one, and is checkpointed. Of several ranks the first
     reports and writes, while ``lock`` is its own.
 
@@ -147,7 +151,7 @@ def pretrain(
         validation = None if config.validation is None else Validation(config)
     steps = sum(phase.steps for phase in config.phases)
     averages = Averages(engine, config, follower)
-    start = 0 if saved is None else _load(saved, engine, averages)
+    start = 0 if saved is None else _load(saved, engine, averages, say)
     called = {"policy": autocast(guided(network), config)}
     others = dict(models or {})
     called |= {role: others.pop(role) for role in ("features",) if role in others}  # maps, not a velocity
@@ -245,9 +249,10 @@ def resumed(run_dir: Path, rank: int, saved: checkpoint.Checkpoint | None) -> ch
         return checkpoint.load(run_dir / "checkpoints" / f"step_{step:06d}") if rank and step else saved
 
 
-def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages) -> int:
-    engine.load_weights(saved.model)
-    engine.load_optimizer_state(*saved.optimizer_of(engine.rank))
+def _load(saved: checkpoint.Checkpoint, engine: Engine, averages: Averages, say: Callable[[str], object]) -> int:
+    state = states_for(saved.optimizer_by_rank, engine.facts())[engine.rank]
+    if (line := load(engine, saved.model, state)) is not None:
+        say(line)
     averages.load(saved)
     return int(saved.state["step"])
 

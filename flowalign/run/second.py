@@ -14,8 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.algorithm import Second
+from flowalign.engine.adamw import divided
 from flowalign.engine.base import Engine, EngineSettings, ResumeRefused
+from flowalign.engine.convert import is_converted, load, whole
 from flowalign.models.network import Network
+from flowalign.record.checkpoint import OptimizerState
 
 _MARK = "second:"  # no parameter's name has a colon
 
@@ -47,8 +50,29 @@ def is_second(name: str) -> bool:
     return _MARK in name
 
 
-def restore_second(engine: Engine, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None) -> None:
-    """Continue bitwise where `second_state` was taken; ``facts`` None: the checkpoint has none.
+def states_for(saved: Mapping[int, OptimizerState], target: Mapping[str, Any]) -> list[OptimizerState]:
+    """Return what each rank of an engine with the facts ``target`` goes on from, of what the ranks have ``saved``.
+
+    It is what they have saved, or all of it put together where they shared it otherwise.
+
+    Raises:
+        ResumeRefused: it cannot be put together.
+    """
+    first, ranks = saved[min(saved)], range(target["world_size"])
+    if not divided(first[1]):
+        return [saved.get(rank, first) for rank in ranks]
+    if not is_converted(first[1], target):
+        return [saved[rank] for rank in ranks]
+    tensors, facts = whole(saved)
+    tensors = {**{name: tensor for name, tensor in first[0].items() if "/" not in name}, **tensors}
+    if "second" in facts:
+        moments, own = whole({rank: (held, said["second"]) for rank, (held, said) in saved.items()}, _MARK)
+        tensors, facts = {**tensors, **moments}, {**facts, "second": own}
+    return [(tensors, facts) for _ in ranks]
+
+
+def restore_second(engine: Engine, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None) -> str | None:
+    """Continue where `second_state` was taken, as `convert.load`; ``facts`` None: the checkpoint has none.
 
     Raises:
         ResumeRefused: the checkpoint holds no such network, or does not fit.
@@ -56,6 +80,6 @@ def restore_second(engine: Engine, tensors: Mapping[str, Tensor], facts: Mapping
     if facts is None:
         raise ResumeRefused("the checkpoint holds no second trained network; begin a run of another name")
     own = {name: tensor for name, tensor in tensors.items() if is_second(name)}
-    engine.load_weights({name.removeprefix(_MARK): t for name, t in own.items() if name.startswith(_MARK)})
+    weights = {name.removeprefix(_MARK): t for name, t in own.items() if name.startswith(_MARK)}
     moments = {name.replace(_MARK, "", 1): t for name, t in own.items() if not name.startswith(_MARK)}
-    engine.load_optimizer_state(moments, facts)
+    return load(engine, weights, (moments, facts))

@@ -185,6 +185,7 @@ def _run(
             models=roles.models,
             follower=roles.follower,
             facts=dict if made is None else made.facts,
+            say=say,
         )
     finally:
         phases.begin("end")

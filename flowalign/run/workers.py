@@ -22,6 +22,7 @@ from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import check_shared
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
+from flowalign.engine.convert import load
 from flowalign.measure.evaluate import evaluation_rewards
 from flowalign.models.build import (
     bind_weights,
@@ -285,21 +286,21 @@ class LearnerWorker:
         ema: dict[str, Tensor] | None,
         optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
         version: int,
-    ) -> None:
-        """Continue bitwise where ``state`` was taken."""
+    ) -> str | None:
+        """Continue bitwise where ``state`` was taken, or where another engine's was (`convert.load`)."""
         learner = self.learner
-        learner.engine.load_weights(model)
         tensors, facts = optimizer
         held = {name.removeprefix(REFERENCE): t for name, t in tensors.items() if name.startswith(REFERENCE)}
         own = {name: t for name, t in tensors.items() if not (name.startswith(REFERENCE) or is_second(name))}
-        learner.engine.load_optimizer_state(own, facts)
+        lines = [load(learner.engine, model, (own, facts))]
         if self.reference is not None:
             self.reference.take(held)
         if learner.second is not None:
-            restore_second(learner.second, tensors, facts.get("second"))
+            lines.append(restore_second(learner.second, tensors, facts.get("second")))
         if learner.ema is not None and ema is not None:
             learner.ema.load(ema)
         learner.version = version
+        return "; ".join(line for line in lines if line is not None) or None
 
     def close(self) -> None:
         self.learner.engine.close()

@@ -32,13 +32,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(folder: Path, world: int, kinds: str, phase: str) -> None:
+def ranks_of(module: str, folder: Path, world: int, *arguments: str) -> list[str]:
+    """Run ``module`` as each of ``world`` ranks, and return what they print."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode each rank compiles torch and DeepSpeed for 10 s
-    common = [str(world), str(_free_port()), kinds, phase]
+    common = [str(world), str(_free_port()), *arguments]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.worker", str(folder), str(rank), *common],
+            [sys.executable, "-m", module, str(folder), str(rank), *common],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -53,7 +54,8 @@ def _run(folder: Path, world: int, kinds: str, phase: str) -> None:
         for process in ranks:
             process.kill()
     assert all(process.returncode == 0 for process in ranks), "\n".join(output)
-    assert not any("DeepSpeed" in text or "deepspeed" in text for text in output), "\n".join(output)
+    assert not any("DeepSpeed" in text or "/deepspeed" in text for text in output), "\n".join(output)
+    return output
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ran]:
             folder = tmp_path_factory.mktemp(f"ranks{world}_{kinds}")
             # One rank shows that a new process resumes; starting DeepSpeed twice on two costs half a minute.
             for phase in ("train", "resume") if world == 1 else ("both",):
-                _run(folder, world, kinds, phase)
+                ranks_of("tests.engine.worker", folder, world, kinds, phase)
             results = (
                 [json.loads((folder / f"{phase}_rank{rank}.json").read_text()) for rank in range(world)]
                 for phase in ("train", "resume")
