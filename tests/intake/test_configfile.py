@@ -389,7 +389,9 @@ def test_an_option_that_came_later_has_its_default_in_an_earlier_run(config_path
         refuse_changes(new.model_copy(update={"algorithm": earlier}), changed, Path("runs/x"))
 
 
-def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path) -> None:
+def test_a_pretraining_file_loads_and_resolves(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "pretrain.yaml"
     path.write_text(
         f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\n"
@@ -430,6 +432,12 @@ def test_a_pretraining_file_loads_and_resolves(config_path: Path, tmp_path: Path
         load_pretrain(path, ["phases.0.step=3"])
     with pytest.raises(ConfigError, match=r"^teacher.path: .*nowhere is not a directory"):
         load_pretrain(path, ["algorithm.type=progressive", "teacher.path=nowhere"])
+    with pytest.raises(ConfigError, match=r"^compile: FSDP cannot run a compiled network"):
+        load_pretrain(path, ["engine=fsdp", "compile=true"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^engine: torch is one process, and torchrun has started 2; use fsdp"):
+        load_pretrain(path)
+    assert load_pretrain(path, ["engine=fsdp"]).config.engine == "fsdp"
 
 
 def test_a_run_of_the_other_command_is_refused(config_path: Path) -> None:

@@ -357,6 +357,20 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["rectified_flow", "meanflow"])
+def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_dir, bank, algorithm):
+    changes = {"algorithm": {"type": algorithm}, "micro_batch_size": 4}
+    changes |= {"model": {"inputs": ["r"]}} if algorithm == "meanflow" else {}
+    ended = []
+    for engine in ("torch", "fsdp"):
+        run(tmp_path / engine, tiny_pipeline_dir, bank, engine=engine, **changes)
+        ended.append(checkpoint.load(tmp_path / engine / "base" / "checkpoints" / "step_000004"))
+    for one, other in ((ended[0].model, ended[1].model), (ended[0].ema, ended[1].ema)):
+        for name, weight in one.items():
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "stage"), [("fsdp", 0), ("deepspeed", 2), ("deepspeed", 3)])
 def test_two_ranks_of_torchrun_learn_what_one_does(tmp_path, tiny_pipeline_dir, bank, engine, stage):
     alone = run(tmp_path / "alone", tiny_pipeline_dir, bank, micro_batch_size=4)
