@@ -211,6 +211,7 @@ def failing_prepare(engine_settings):
 
 ENGINES = [
     pytest.param(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)), id="torch"),
+    pytest.param(EngineSettings(type="fsdp", optimizer=OptimizerConfig(learning_rate=1e-2)), id="fsdp"),
     *(
         pytest.param(
             EngineSettings(zero_stage=stage, optimizer=OptimizerConfig(learning_rate=1e-2)),
