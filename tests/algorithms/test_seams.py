@@ -35,6 +35,7 @@ from tests.algorithms.seams.signed_time import SignedTime
 from tests.algorithms.seams.toys import engine, learned
 from tests.algorithms.seams.whole_groups import Listwise
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 from tests.tiny import run_config, write_config
 
 SEAMS = Path(__file__).parent / "seams"
@@ -140,7 +141,7 @@ def test_a_network_of_the_straight_path_is_asked_at_times_below_0_as_they_are(ti
     model = load_policy(ModelConfig(path=str(tiny_pipeline_dir), dtype="float32"))
     velocity = guided(model.network)
     latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    train = algorithm.prepare(LatentBatch(latents, model.encoders.encode_prompts(["a"] * 4, 4), 1), None, {})
+    train = prepare(algorithm, LatentBatch(latents, model.encoders.encode_prompts(["a"] * 4, 4), 1), None, {})
     t = train.tensors["t"]
     assert bool((t < 0).any()) and bool((t > 0).any()) and float(t.abs().max()) <= 1
     output = algorithm.loss({"policy": velocity}, train)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from flowalign.algorithms import build_algorithm
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.1, 0.0, 0.0, 0.3])
 GROUPS = (0,) * 4 + (1,) * 4
@@ -20,7 +21,7 @@ def sft(**changes):
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
     rollout = make_rollout(models["policy"], algorithm.plan(0, 0))
     with torch.no_grad():
-        return algorithm.prepare(rollout, make_scores(rewards, valid), models)
+        return prepare(algorithm, rollout, make_scores(rewards, valid), models)
 
 
 def weights(algorithm, rewards=REWARDS, valid=ALL, sample_ids=tuple(range(8))):
