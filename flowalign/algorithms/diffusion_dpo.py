@@ -121,16 +121,16 @@ class DiffusionDPO(Scheduled):
 
     def annotate(self, models: Models, batch: Trajectories | PreferencePairs, credit: Credit) -> Mapping[str, Tensor]:
         """Draw times and noises: a function of the run's seed, the iteration and the pair."""
-        c, pairs = self.config, credit.sample
-        on_disk = isinstance(batch, PreferencePairs)
+        c, on_disk = self.config, isinstance(batch, PreferencePairs)
         shape = (batch.winner_NCHW if on_disk else batch.final_NCHW).shape[1:]
 
         def generator(pair: int) -> torch.Generator:
-            own = (pair,) if on_disk else (batch.policy_version, batch.batch.group_ids[pair])
-            return seeded(batch.seed, Stream.PAIR_POINTS, *own)
+            of_rollout = () if isinstance(batch, PreferencePairs) else (batch.policy_version,)
+            own = pair if isinstance(batch, PreferencePairs) else batch.batch.group_ids[pair]
+            return seeded(batch.seed, Stream.PAIR_POINTS, *of_rollout, own)
 
-        times = {"shift": c.density_shift, **c.density_params}
-        t, noise = drawn(c.density, c.timesteps, shape, generator, pairs, credit.tensors["point"], (), **times)
+        times, point = {"shift": c.density_shift, **c.density_params}, credit.tensors["point"]
+        t, noise = drawn(c.density, c.timesteps, shape, generator, credit.sample, point, (), **times)
         return {"t": t, "noise": noise}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:

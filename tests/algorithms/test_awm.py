@@ -30,7 +30,7 @@ def by_hand(*, target, t=1.0, **numbers):
     """One item with latents of two elements."""
     tensors = {"x": torch.zeros(1, 2, 1, 1), "target": torch.tensor(target).reshape(1, 2, 1, 1)}
     tensors |= {key: torch.tensor([value]) for key, value in {"t": t, **numbers}.items()}
-    return TrainBatch(tensors, condition(1), 1)
+    return TrainBatch(tensors, condition(1))
 
 
 def gradients(output, model, coverage=1.0):

@@ -23,7 +23,7 @@ def by_hand(*, r, old, target, t=1.0):
     """One item with latents of two elements."""
     tensors = {"optimality": torch.tensor([r]), "t": torch.tensor([t]), "x": torch.zeros(1, 2, 1, 1)}
     tensors |= {k: torch.tensor(v).reshape(1, 2, 1, 1) for k, v in (("old_velocity", old), ("target", target))}
-    return TrainBatch(tensors, condition(1), 1)
+    return TrainBatch(tensors, condition(1))
 
 
 def gradients(output, model):

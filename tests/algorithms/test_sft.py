@@ -46,7 +46,7 @@ def test_the_loss_is_the_one_computed_by_hand():
     target = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).reshape(2, 2, 1, 1)
     tensors = {"x": torch.zeros(2, 2, 1, 1), "t": torch.ones(2), "target": target, "weight": torch.tensor([3.0, 0.5])}
     policy = ConstantVelocity(1.0, 2.0)
-    output = sft().loss({"policy": policy}, TrainBatch(tensors, condition(2), 2))
+    output = sft().loss({"policy": policy}, TrainBatch(tensors, condition(2)))
     assert output.loss.item() == pytest.approx(4.25)
     assert gradients(output, policy)[0].flatten().tolist() == pytest.approx([-1.5, 3.5])
 
