@@ -17,7 +17,7 @@ from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
 from flowalign.flow import forward, objectives
-from flowalign.types import Credit, Trajectories, Scores, TrainBatch
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 _TINY = 1e-10
 

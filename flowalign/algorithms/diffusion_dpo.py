@@ -22,7 +22,8 @@ from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Credit, PreferencePairs, Trajectories, SamplingPlan, Scores, TrainBatch
+from flowalign.rows import Rows
+from flowalign.types import Credit, PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 
@@ -114,15 +115,13 @@ class DiffusionDPO(Scheduled):
         return Credit(winner.repeat_interleave(count), tensors, len(winner) * count, metrics)
 
     def items(self, batch: Trajectories | PreferencePairs, credit: Credit) -> TrainBatch:
-        winner, loser = credit.sample, credit.tensors["loser"]
-        on_disk = isinstance(batch, PreferencePairs)
-        winners, losers = (batch.winner_NCHW, batch.loser_NCHW) if on_disk else (batch.final_NCHW, batch.final_NCHW)
+        (winners, losers), winner, loser = _latents(batch), credit.sample, credit.tensors["loser"]
         return TrainBatch({"winner": winners[winner], "loser": losers[loser]}, batch.condition.take(winner))
 
     def annotate(self, models: Models, batch: Trajectories | PreferencePairs, credit: Credit) -> Mapping[str, Tensor]:
         """Draw times and noises: a function of the run's seed, the iteration and the pair."""
-        c, on_disk = self.config, isinstance(batch, PreferencePairs)
-        shape = (batch.winner_NCHW if on_disk else batch.final_NCHW).shape[1:]
+        c = self.config
+        shape = _latents(batch)[0].shape[1:]
 
         def generator(pair: int) -> torch.Generator:
             of_rollout = () if isinstance(batch, PreferencePairs) else (batch.policy_version,)
@@ -154,6 +153,13 @@ class DiffusionDPO(Scheduled):
             return LossOutput(preference, metrics)
         metrics["loss/winner"] = winner.detach().mean()
         return LossOutput(preference + c.sft_weight * winner.mean(), metrics)
+
+
+def _latents(batch: Trajectories | PreferencePairs) -> tuple[Tensor | Rows, Tensor | Rows]:
+    """Return the latents that winners and losers are rows of."""
+    if isinstance(batch, PreferencePairs):
+        return batch.winner_NCHW, batch.loser_NCHW
+    return batch.final_NCHW, batch.final_NCHW
 
 
 def _errors(model: VelocityModel, minibatch: TrainBatch, image: Literal["winner", "loser"]) -> Tensor:

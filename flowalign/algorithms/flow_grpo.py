@@ -22,7 +22,7 @@ from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
 from flowalign.algorithms.parts.stochastic import StochasticConfig
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.flow import objectives, sde
-from flowalign.types import Credit, Trajectories, SamplingPlan, Scores, TrainBatch
+from flowalign.types import Credit, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class FlowGRPO(Scheduled):

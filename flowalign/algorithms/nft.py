@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
-from flowalign.types import Credit, Trajectories, Scores, TrainBatch
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class NFT(ForwardAlgorithm):

@@ -23,7 +23,7 @@ from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transit
 from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
-from flowalign.types import Credit, Noise, Trajectories, SamplingPlan, Scores, TrainBatch
+from flowalign.types import Credit, Noise, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class OPD(Scheduled):

@@ -17,7 +17,7 @@ from flowalign.algorithm import LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
-from flowalign.types import Credit, Trajectories, Scores, TrainBatch
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class SFT(ForwardAlgorithm):

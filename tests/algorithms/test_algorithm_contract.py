@@ -153,7 +153,9 @@ def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
 
 
 def test_an_algorithm_that_was_written_for_prepare_is_refused_with_what_to_write(tmp_path: Path) -> None:
-    (tmp_path / "old.py").write_text(OWN.replace("def credit(self, batch, scores)", "def prepare(self, batch, s, models)"))
+    (tmp_path / "old.py").write_text(
+        OWN.replace("def credit(self, batch, scores)", "def prepare(self, batch, s, models)")
+    )
     with pytest.raises(UnknownAlgorithm, match=r"old\.py:Mine has no items to learn from: `prepare` is `credit` and"):
         algorithm_class(f"{tmp_path / 'old.py'}:Mine")
 

@@ -112,7 +112,7 @@ def test_updates_raise_the_reward_of_a_toy():
     for iteration in range(30):
         plan = plan_of(own.algorithm, iteration)
         rollout = make_rollout(model, plan, groups=4, size=8, seed=iteration)
-        reward = rollout.final_NCHW.flatten(1).mean(1)
+        reward = rollout.final_NCHW[:].flatten(1).mean(1)
         means.append(float(reward.mean()))
         own.update(rollout, make_scores(reward), iteration)
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.1

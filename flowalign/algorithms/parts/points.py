@@ -22,9 +22,9 @@ from flowalign.types import (
     Condition,
     Credit,
     LatentBatch,
-    Trajectories,
     SamplingPlan,
     TrainBatch,
+    Trajectories,
     dropped_conditions,
 )
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from flowalign.algorithm import LossOutput, Models, Needs, Reference, Second
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward, path
-from flowalign.types import Credit, Trajectories, Scores, TrainBatch
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class DistributionMatching(ForwardAlgorithm):

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.algorithm import LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward
-from flowalign.types import Credit, Trajectories, Scores, TrainBatch
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class Listwise(ForwardAlgorithm):
