@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Rows:
-    """The rows of ``torch.cat(parts)``, which is never made: each part stays where it lies, and may be read only.
+    """The rows of ``torch.cat(parts)``, which is never made: each part stays where it lies.
 
     ``rows[index]`` and ``rows[index, other, …]`` gather what the joined tensor would give, bit for bit. ``index`` is
     whatever indexes one dimension of a tensor: numbers in any order and with repeats, a mask, a slice. The ``other``

@@ -25,3 +25,11 @@ class ClusterLost(ClusterError):
 
 class WorkerImportError(ClusterError, ImportError):
     """A worker could not import this package, or what it was to unpickle."""
+
+
+class ObjectLost(ClusterError):
+    """What lay in the object store is gone with its node: ``ref``, in hexadecimal digits."""
+
+    def __init__(self, said: str, ref: str = "") -> None:
+        super().__init__(said)
+        self.ref = ref

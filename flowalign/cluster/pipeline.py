@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import ObjectLostError, RayTaskError
-
-from flowalign.cluster.errors import WorkerLost
+from flowalign.cluster.errors import ObjectLost, WorkerLost
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.witness import DEATHS
 from flowalign.run.patience import Wait
@@ -40,7 +37,12 @@ class Stage:
     def __init__(self, pool: Pool, work: str, submit: Callable[[Any, int], Any], gives_up_s: float = 0.0) -> None:
         self.pool, self.work, self.submit, self.gives_up_s = pool, work, submit, gives_up_s
         self.waiting: deque[int] = deque()
-        self.idle = deque(index for index in range(len(pool.actors)) if index not in pool.being_made)
+        self.idle: deque[int] = deque()
+
+    def begin(self) -> None:
+        """Let all workers take part that are not being made."""
+        made = self.pool.being_made
+        self.idle = deque(index for index in range(len(self.pool.actors)) if index not in made)
 
 
 @dataclass
@@ -95,6 +97,8 @@ class Pipeline:
         """
         self._say = say
         stages = (self._score, self._rollout)
+        for stage in stages:
+            stage.begin()
         while True:
             for stage in stages:
                 self._dispatch(stage)
@@ -111,6 +115,17 @@ class Pipeline:
             if count is not None and len(self._done) > before:
                 count(sum(len(self._unit_of[first]) for first in self._done), len(self.chunks))
         return [self._done[unit.start] for unit in self._units]
+
+    def make_again(self, lost: ObjectLost) -> None:
+        """Make trajectories again that were lost after they were made, with the same bits; raises as ``run`` does."""
+        known = [i for i, ref in enumerate(self.trajectories) if ref.hex() == lost.ref]
+        self._roll_out_again(known or range(len(self.trajectories)))
+        self.run(say=self._say)
+
+    def _roll_out_again(self, chunks: Sequence[int]) -> None:
+        self._count_failure(self._rollout, chunks[0], "the node that held what it made is gone")
+        self._rollout.waiting.extendleft(reversed(chunks))
+        self._missing.update(chunks)
 
     def _submit_rollout(self, actor: Any, chunk: int) -> Any:
         pictures, trajectories, preview = actor.rollout.options(num_returns=3).remote(*self.chunks[chunk])
@@ -132,11 +147,11 @@ class Pipeline:
         task = self._running.pop(ref)
         stage, chunk, unit = task.stage, task.chunk, self._unit_of[task.chunk]
         try:
-            result = _get(ref)
+            result = fetch(ref)
             if stage is self._rollout:
                 self._previews[chunk], seconds = result, result.seconds
                 self._missing.discard(chunk)
-                if self._missing.isdisjoint(unit):
+                if self._missing.isdisjoint(unit) and unit.start not in self._done:
                     self._score.waiting.append(unit.start)
             else:
                 scores, seconds = result
@@ -147,11 +162,8 @@ class Pipeline:
         except DEATHS as error:
             self._repeat(task, stage.pool.why(task.worker, error))
             return
-        except ObjectLostError:
-            self._count_failure(self._rollout, chunk, "the node that held what it made is gone")
-            again = list(unit) if stage is self._score else [chunk]  # one of them is gone, and nobody says which
-            self._rollout.waiting.extendleft(reversed(again))
-            self._missing.update(again)
+        except ObjectLost:
+            self._roll_out_again(unit if stage is self._score else [chunk])  # nobody says which of them is gone
         stage.idle.append(task.worker)
 
     def _repeat(self, task: Task, why: str) -> None:
@@ -193,16 +205,3 @@ class Pipeline:
             f"retried: the {kind} worker was lost over {said} ({why}); the chunk is "
             f"made again, with the same bits ({times} of at most {self._max_retries} times)"
         )
-
-
-def _get(ref: Any) -> Any:
-    """Return a result, or raise the exception of its worker.
-
-    A lost object among its arguments is an ObjectLostError.
-    """
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, ObjectLostError):
-            raise error.cause from None
-        return fetch(ref)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from flowalign.cluster.errors import ClusterError, WorkerLost
+from flowalign.cluster.errors import ClusterError, ObjectLost, WorkerLost
 from flowalign.cluster.vigil import Came, Vigil
 from flowalign.cluster.witness import DEATHS, Witness, raise_failed_import
 from flowalign.run.patience import Wait
@@ -23,11 +23,13 @@ def as_raised() -> Iterator[None]:
     """Raise a worker's own exception, typed and without Ray's traceback; the death of an actor passes through."""
     try:
         yield
-    except RayTaskError as error:
+    except (RayTaskError, ObjectLostError) as error:
         cause: Any = error
         while isinstance(cause, RayTaskError) and cause.cause is not cause:
             cause = cause.cause
         raise_failed_import(cause)
+        if isinstance(cause, ObjectLostError):
+            raise ObjectLost(f"a worker failed: {_first_line(cause)}", cause.object_ref_hex) from None
         if isinstance(cause, RayError) or not isinstance(cause, BaseException):
             raise ClusterError(f"a worker failed: {_first_line(cause)}") from None
         raise cause from None

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowalign.cluster.actors import LearnerActor, Mortal, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
+from flowalign.cluster.errors import ObjectLost
 from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import Pool
@@ -25,6 +26,8 @@ from flowalign.cluster.session import LOST_S, RaySession, worker_env
 from flowalign.cluster.vigil import Vigil
 from flowalign.config.alignment import AlignConfig
 from flowalign.measure.evaluate import evaluation_rewards
+from flowalign.plan.stored import stored_bytes
+from flowalign.record.disk import size_text
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
@@ -61,14 +64,17 @@ class RayBackend:
         self._group: PlacementGroup | None = None
         self._closers: list[Any] = []
         began = time.monotonic()
-        cluster, told = config.cluster, lambda text: self.say(text)
+        cluster, told, needed = config.cluster, lambda text: self.say(text), stored_bytes(config)
         patience_s = min(LOST_S, cluster.patience.least_s)
-        self._session = RaySession(cluster.address, asked, cluster.device, patience_s, told)
+        self._session = RaySession(cluster.address, asked, cluster.device, patience_s, told, needed)
         where = "started on this machine" if config.cluster.address is None else f"joined at {config.cluster.address}"
         self._vigil = Vigil(cluster.patience, self._session.check, told)
         for line in self._session.said:
             say(line)
-        say(f"Ray {where} in {time.monotonic() - began:.1f} s; {_actors(asked)}")
+        facts = [f"Ray {where} in {time.monotonic() - began:.1f} s", _actors(asked)]
+        if self._session.store is not None:
+            facts.append(f"object store of {size_text(self._session.store)}, an iteration needs {size_text(needed)}")
+        say("; ".join(facts))
         try:
             self._group = reserve(asked)
             self._start(asked)
@@ -195,7 +201,7 @@ class RayBackend:
             batch=batch.take(plan.branching.samples_of_images(len(batch))),
             scores=cat_scores([unit.scores for unit in done]),
             preview=preview,
-            trajectories=pipeline.trajectories,
+            trajectories=pipeline,
             rollout_s=preview.seconds / len(self.rollouts.actors),
             score_s=sum(unit.score_s for unit in done) / len(self.rewards.actors),
         )
@@ -207,15 +213,19 @@ class RayBackend:
         cluster = self.config.cluster
         return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
 
-    def update(self, trajectories: Sequence[Any] | None, scores: Scores | None, iteration: int) -> Update:
-        """Learn from the trajectories that were collected: the ranks map them where they lie in the object store.
+    def update(self, trajectories: Pipeline | None, scores: Scores | None, iteration: int) -> Update:
+        """Learn from what was collected: the ranks map the trajectories where they lie in the object store.
 
         Raises:
-            LearnerLost: a rank died.
+            LearnerLost: a rank died. WorkerLost: trajectories were lost too often.
         """
         self._tell_learner()
-        if trajectories is not None:
-            self.learner.call("take", *trajectories)
+        while trajectories is not None:
+            try:
+                self.learner.call("take", *trajectories.trajectories)
+                break
+            except ObjectLost as lost:  # before any rank began, so that none waits for another
+                trajectories.make_again(lost)
         update = self.learner.call("update", iteration, scores)[0]
         self._delivery.learned = has_learned(update)
         return update

@@ -25,9 +25,9 @@ from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
 from flowalign.cluster.heads import ASKS_FOR_TOKEN, address_of, check_answers, one_line
 from flowalign.cluster.lookout import Lookout
 from flowalign.cluster.placement import Share, own_resources, visible_cores
+from flowalign.cluster.store import object_store_bytes
 from flowalign.cluster.tokens import close_token_file
 
-OBJECT_STORE_BYTES = 1 << 30
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
@@ -36,8 +36,8 @@ PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
 class RaySession:
     """Starts Ray where ``address`` is null and none runs in this process, else joins; closes only what it opened.
 
-    ``said`` tells what was left of earlier runs; ``say`` is told of a Ray that is stopped, which is lost after
-    ``patience_s``.
+    An iteration puts ``needed`` bytes into the object store, which has ``store`` where Ray was started here. ``said``
+    tells what was left of earlier runs; ``say`` is told of a Ray that is stopped, which is lost after ``patience_s``.
 
     Raises:
         PlacementError: this machine cannot hold ``asked``; known before anything is started.
@@ -51,6 +51,7 @@ class RaySession:
         device: str,
         patience_s: float = LOST_S,
         say: Callable[[str], None] = lambda text: None,
+        needed: int = 0,
     ) -> None:
         self._opened = not ray.is_initialized()
         self._folder: str | None = None
@@ -62,6 +63,7 @@ class RaySession:
         self._silent_since: float | None = None
         self._looked = time.monotonic()
         self.said: list[str] = []
+        self.store: int | None = None
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -69,8 +71,9 @@ class RaySession:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
             cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
+            self.store = object_store_bytes(needed)
             with _hearing_alone():
-                self._start(num_cpus=cpus, num_gpus=gpus, **quiet)
+                self._start(num_cpus=cpus, num_gpus=gpus, object_store_memory=self.store, **quiet)
             return
         address = address_of(address)
         check_answers(address)
@@ -103,7 +106,6 @@ class RaySession:
                     ray.init(
                         address="local",
                         include_dashboard=False,
-                        object_store_memory=OBJECT_STORE_BYTES,
                         _temp_dir=os.path.join(self._folder, RAYS),
                         **options,
                     )

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from flowalign.cluster.errors import ClusterError, LearnerLost, WorkerLost
-from flowalign.cluster.pipeline import Pipeline
+from flowalign.cluster.pipeline import Done, Pipeline
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
@@ -24,7 +24,8 @@ from flowalign.run.patience import Patience
 from tests.cluster.orders import Worker
 
 pytestmark = pytest.mark.fault
-CHUNKS: Any = range(4)  # the actors of this file need none of what a chunk holds
+CHUNKS = [(number,) for number in range(4)]  # all that the actors of this file are asked for
+ALONE = [range(number, number + 1) for number in range(4)]
 HASTY = PatienceConfig(first_s=12, least_s=12)
 
 
@@ -38,6 +39,11 @@ def cluster() -> Iterator[None]:
 
 def made(folder: Path, *args: Any, **faults: Any) -> Any:
     return ray.remote(Worker).options(num_cpus=0.1, **faults).remote(folder, *args)
+
+
+def seen(done: list[Done]) -> list[list[int]]:
+    """The chunks of each unit, as the driver sees them."""
+    return [[int(preview.thumbnails.max()) for preview in one.previews] for one in done]
 
 
 def started(folder: Path) -> set[int]:
@@ -99,8 +105,9 @@ def test_workers_of_two_kinds_or_two_rewards_that_die_over_their_chunks_start_ag
                 (folder / "go").touch()
 
     vigil._check = let_go_once_both_began
-    done = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0).run()
-    assert [(one.rollouts, one.scores) for one in done] == [([f"chunk {i}"], f"scores of chunk {i}") for i in range(4)]
+    done = Pipeline(CHUNKS, ALONE, rollouts, rewards, False, 3, 600.0).run()
+    assert [one.scores for one in done] == [f"scores of chunk {i}" for i in range(4)]
+    assert seen(done) == [[0], [1], [2], [3]]
     rollouts.settle()
     rewards.settle()
     assert (len(rollouts.deaths), len(rewards.deaths)) == lost
@@ -113,7 +120,7 @@ def test_a_chunk_that_may_not_be_made_again_and_a_rank_that_is_gone_end_the_run_
     rollouts, rewards = pools(tmp_path, vigil, 1, 1)
     (tmp_path / "reward" / "die 1").touch()
     with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 4 .*retries=0.*so: it"):
-        Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 0, 600.0).run()
+        Pipeline(CHUNKS, ALONE, rollouts, rewards, False, 0, 600.0).run()
     for pool in (rollouts, rewards):
         pool.kill()
     (tmp_path / "go").touch()
@@ -134,9 +141,10 @@ def test_chunks_that_are_scored_as_one_are_all_there_though_workers_die_over_the
         (tmp_path / order).touch()
     said: list[str] = []
     units = [range(3), range(3, 4)]
-    pipeline = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0, units)
+    pipeline = Pipeline(CHUNKS, units, rollouts, rewards, False, 3, 600.0)
     done = pipeline.run(say=said.append)
-    assert [one.rollouts for one in done] == [["chunk 0", "chunk 1", "chunk 2"], ["chunk 3"]]
+    assert seen(done) == [[0, 1, 2], [3]]
+    assert ray.get(pipeline.trajectories) == [f"trajectories of chunk {i}" for i in range(4)]
     assert [one.scores for one in done] == ["scores of chunk 0 and chunk 1 and chunk 2", "scores of chunk 3"]
     assert (len(rollouts.deaths), len(rewards.deaths)) == (1, 1)
     for pool in (rollouts, rewards):
@@ -153,7 +161,7 @@ def test_rollouts_that_hang_and_a_reward_that_is_stopped_are_ended_and_their_chu
     vigil.patience = Patience(PatienceConfig(least_s=6, factor=2), known)
     for order in ("rollout/sleep", "rollout/hold", "reward/stop"):
         (tmp_path / order).touch()
-    done = Pipeline(CHUNKS, rollouts, rewards, (None, 0, 0), False, 3, 600.0).run(say=said.append)
+    done = Pipeline(CHUNKS, ALONE, rollouts, rewards, False, 3, 600.0).run(say=said.append)
     assert [one.scores for one in done] == [f"scores of chunk {i}" for i in range(4)]
     rollouts.settle()
     rewards.settle()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
@@ -120,6 +121,36 @@ def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, fo
     assert_same_bits(trace(fresh, fresh.config, folder), local)
     assert fresh.rewards.pids != before
     assert re.match(SIGKILL, fresh.rewards.deaths[-1]) and "memory" not in fresh.rewards.deaths[-1]
+
+
+@pytest.mark.fault
+def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(
+    fresh: RayBackend, local: Trace, folder: Path
+) -> None:
+    class Owner:
+        def refs(self) -> list[Any]:
+            return [ray.put(np.zeros(2**20)) for _ in range(2)]
+
+    remote: Any = ray.remote(Owner).options(num_cpus=0)
+    usual, until = fresh.collect, time.monotonic() + 60
+
+    def losing(*asked: Any, **options: Any) -> Any:
+        owner, collected = remote.remote(), usual(*asked, **options)
+        collected.trajectories.trajectories[1:3] = refs = ray.get(owner.refs.remote())
+        ray.kill(owner)
+        for ref in refs:
+            with pytest.raises(ObjectLostError):
+                while time.monotonic() < until:
+                    ray.get(ref)
+        return collected
+
+    fresh.say = (said := []).append
+    fresh.collect = losing
+    try:
+        assert_same_bits(trace(fresh, fresh.config, folder), local)
+    finally:
+        del fresh.collect
+    assert len(said) == 4 and all(line.startswith("retried: the rollout worker was lost over chunk ") for line in said)
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ TEXT_TAIL = 2  # zero tokens in place of T5's, which runs of this model use
 
 
 def new_transformer(
-    joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3
+    joint_dim: int, pooled_dim: int, *, num_layers: int = 4, num_heads: int = 3, side: int = 8
 ) -> SD3Transformer2DModel:
-    """Make a randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of 8 × 8 latents."""
+    """Make a randomly initialised tiny MM-DiT, width 64·heads, QK-RMSNorm, 2 × 2 patches of side × side latents."""
     return SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=side,
         patch_size=2,
         in_channels=16,
         out_channels=16,
@@ -27,7 +27,7 @@ def new_transformer(
         joint_attention_dim=joint_dim,
         caption_projection_dim=64 * num_heads,
         pooled_projection_dim=pooled_dim,
-        pos_embed_max_size=8,
+        pos_embed_max_size=side,
         qk_norm="rms_norm",
     )
 
