@@ -7,7 +7,7 @@ its declaration, `Needs`, and know no algorithm by its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -20,6 +20,7 @@ from flowalign.config.walk import Grid
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import (
     Condition,
+    Credit,
     Guidance,
     LatentBatch,
     Metric,
@@ -98,11 +99,11 @@ class Second:
 class Needs:
     """An algorithm's demands on a run; loop, learner, checks and plan read these and nothing else.
 
-    Beside the policy ``loss`` and ``prepare`` may call the networks that are declared here, by their roles:
+    Beside the policy ``loss`` and ``annotate`` may call the networks that are declared here, by their roles:
     ``reference``; ``teacher:<name>`` for each of ``teachers``, of which ``teacher_of`` names that of a sample by its
     metadata; of training on latents a frozen ``teacher`` and ``ema``, the learner's average. ``rollout`` is the network
     with the weights that made the batch, the policy's or their average as ``rollout_weights`` says: it is there in
-    ``prepare`` only, in the place of ``policy``. ``features`` are a map from latents to maps, as `Features`.
+    ``annotate`` only, in the place of ``policy``. ``features`` are a map from latents to maps, as `Features`.
 
     ``second`` is a network that is trained beside the policy, by `Algorithm.second_loss`, in an alignment. In ``loss``
     it gives no gradients, and in ``second_loss`` the policy gives none. With
@@ -159,7 +160,11 @@ def teacher_role(name: str) -> str:
 
 
 class Algorithm:
-    """Base of all algorithms: ``prepare`` runs once a batch without gradients, ``loss`` once a micro-batch."""
+    """Base of all algorithms: what a batch's items are worth, what networks say of them once, what they teach.
+
+    Every rank of a learner knows the `credit` of a batch. The items are shuffled, then shared among the ranks, and each
+    rank has its own annotated, once, before the first update; `items` is called anew for every micro-batch.
+    """
 
     Config: ClassVar[type[AlgorithmConfig]]
     config: Any  # one of its own Config
@@ -177,9 +182,25 @@ class Algorithm:
         """Plan how iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
         return None
 
-    def prepare(self, batch: Any, scores: Scores | None, models: Models) -> TrainBatch:
-        """Make items of one batch; the models take CPU tensors of any number of samples."""
+    def credit(self, batch: Any, scores: Scores | None) -> Credit:
+        """Say which items a batch is learned from, and what each is worth. It asks no network and is cheap."""
         raise NotImplementedError
+
+    def items(self, batch: Any, credit: Credit) -> TrainBatch:
+        """Take the items of ``credit``, all or a selection of them, from their batch. By default they are its tensors.
+
+        An item is the same in every selection.
+        """
+        return TrainBatch(credit.tensors, batch.condition.take(credit.sample))
+
+    def annotate(self, models: Models, batch: Any, credit: Credit) -> Mapping[str, Tensor]:
+        """Ask networks about the items of ``credit``, those of one rank: tensors with leading dimension M.
+
+        ``loss`` finds them beside those of `items`, in the place of such as have the same name. It runs without
+        gradients; the models take CPU tensors of any number of samples. What is said of an item may not depend on
+        the others. Call the network ``rollout`` as often on every rank, whatever the items are.
+        """
+        return {}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Give the mean over the items of ``minibatch``; a pure function of them and the networks."""
@@ -208,6 +229,17 @@ class Algorithm:
     def card_facts(self) -> dict[str, str]:
         """Say what who uses the trained model must know: rows of its card by title."""
         return {}
+
+
+def prepared(algorithm: Algorithm, batch: Any, scores: Scores | None, models: Models) -> tuple[Credit, TrainBatch]:
+    """Return the credit of a batch and all its items, annotated: what one rank alone would learn from."""
+    credit = algorithm.credit(batch, scores)
+    return credit, annotated(algorithm.items(batch, credit), algorithm.annotate(models, batch, credit))
+
+
+def annotated(items: TrainBatch, said: Mapping[str, Tensor]) -> TrainBatch:
+    """Return ``items`` with what `Algorithm.annotate` says of them."""
+    return replace(items, tensors={**items.tensors, **said})
 
 
 class Scheduled(Algorithm):

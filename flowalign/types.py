@@ -44,6 +44,11 @@ class Condition:
         """Return tokens (N, L, D) and pooled embeddings (N, E), a row a sample."""
         return self.tokens_PLD[self.index_N], self.pooled_PE[self.index_N]
 
+    def used(self) -> Condition:
+        """Return the same samples with the prompts that they use, and no others."""
+        rows, index = self.index_N.unique(return_inverse=True)
+        return replace(self, tokens_PLD=self.tokens_PLD[rows], pooled_PE=self.pooled_PE[rows], index_N=index)
+
     def to(self, device: torch.device | str) -> Condition:
         return Condition(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
@@ -289,27 +294,42 @@ class PreferencePairs:
 
 
 @dataclass(frozen=True)
-class TrainBatch:
-    """M items to learn from: tensors with leading dimension M, a condition of M samples, shared constants.
+class Credit:
+    """The M items that a batch is learned from, and what each of them is worth.
 
-    ``total`` is the number of items a mean is taken over; it exceeds M where items that contribute
-    nothing were dropped, so that dropping them changes no gradient.
+    ``sample`` names the row of the batch that an item is of, (M,), or (M, G) where an item is a whole group.
+    ``tensors``, small ones with leading dimension M, say what else tells it from others (its step, its point) and what
+    it is worth (its advantage). ``total`` is the number of items that a mean is taken over; it exceeds M where items
+    that contribute nothing were left out, so that leaving them out changes no gradient. ``metrics`` are the batch's.
     """
+
+    sample: Tensor
+    tensors: Mapping[str, Tensor]
+    total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def take(self, index: Tensor) -> Credit:
+        """Return a selection of the items; its ``total`` is its own length."""
+        return Credit(self.sample[index], {k: v[index] for k, v in self.tensors.items()}, int(index.numel()))
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """M items as a loss sees them: tensors with leading dimension M, a condition of M samples, shared constants."""
 
     tensors: Mapping[str, Tensor]
     condition: Condition
-    total: int
     shared: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.condition)
 
     def take(self, index: Tensor) -> TrainBatch:
-        """Return a minibatch; its ``total`` is its own length."""
-        return TrainBatch(
-            {k: v[index] for k, v in self.tensors.items()}, self.condition.take(index), int(index.numel()), self.shared
-        )
+        """Return a selection of the items."""
+        return TrainBatch({k: v[index] for k, v in self.tensors.items()}, self.condition.take(index), self.shared)
 
 
 @dataclass(frozen=True)

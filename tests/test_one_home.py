@@ -60,12 +60,12 @@ from dataclasses import replace
 
 from flowalign.algorithm import LossOutput, Scheduled
 from flowalign.algorithms.parts.credit import CreditConfig
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward
 from flowalign.types import TrainBatch
 
 
-class Above(Scheduled):
+class Above(ForwardAlgorithm):
     class Config(CreditConfig, ForwardConfig):
         type: str = "above"
 
@@ -73,13 +73,9 @@ class Above(Scheduled):
     def needs(self):
         return replace(self.config.rollout_needs, scores=True)
 
-    def plan(self, iteration, seed):
-        return self.config.sampling_plan(self.levels())
-
-    def prepare(self, batch, scores, models):
-        own = self.config.credit(scores, batch.batch.group_ids)
-        sample, tensors = self.config.points(batch, own.advantages > 0)
-        return TrainBatch(tensors, batch.condition.take(sample), len(sample), {}, {})
+    def credit(self, batch, scores):
+        own = self.config.advantages(scores, batch.batch.group_ids)
+        return self.config.points_of(own.values > 0, {}, {})
 
     def loss(self, models, minibatch):
         item = minibatch.tensors
@@ -160,7 +156,7 @@ row = torch.zeros(1, 3, 4)
 condition = Condition(row, row[0, :1], torch.zeros(64, dtype=torch.long), row[0], row[0, 0])
 latents = LatentBatch(torch.randn(64, 2, 4, 4), condition, 5)
 learned = build_algorithm({"type": "rectified_flow", "density": "late", "family": "velocity/cos"})
-told["times"] = float(learned.prepare(latents, None, {}).tensors["t"].min())
+told["times"] = float(learned.credit(latents, None).tensors["t"].min())
 path = pathfamilies.path_family("velocity/cos")
 t = torch.tensor([0.25])
 says = -torch.pi / 2 * torch.sin(torch.pi / 2 * t)  # of the cosine path's velocity where x0 = 1 and noise = 0

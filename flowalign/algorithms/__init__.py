@@ -67,6 +67,9 @@ def algorithm_class(name: str) -> type[Algorithm]:
         raise UnknownAlgorithm(f"algorithm.type: {module_name} holds no {BASE}")
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise UnknownAlgorithm(f"algorithm.type: {name} is no {BASE}; see docs/algorithms.md")
+    if found.credit is Algorithm.credit:
+        now = "`prepare` is `credit` and `annotate` now" if hasattr(found, "prepare") else "write `credit`"
+        raise UnknownAlgorithm(f"algorithm.type: {name} has no items to learn from: {now}; see docs/algorithms.md")
     return found
 
 

@@ -17,7 +17,7 @@ from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
 from flowalign.flow import forward, objectives
-from flowalign.types import Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 _TINY = 1e-10
 
@@ -61,19 +61,21 @@ class AWM(ForwardAlgorithm):
         c = self.config
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
 
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        """Return the batch. With β = 0 it leaves out images of zero advantage, which changes no gradient."""
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        """Give the points their image's advantage. With β = 0 those of advantage 0 are left out."""
         assert scores is not None
-        c = self.config
-        own = c.credit(scores, batch.batch.group_ids)
-        sample, tensors = c.points(batch, scores.valid if c.beta > 0 else own.advantages != 0)
-        condition = batch.condition.take(sample)
-        tensors["advantage"] = own.advantages[sample]
-        if c.clip_range is not None:
-            velocity = models["rollout"](tensors["x"], tensors["t"], condition)
-            tensors["old_log_prob"] = self.log_prob(velocity, tensors)
-        total = int(scores.valid.sum()) * c.timesteps
-        return TrainBatch(tensors, condition, total, {}, own.metrics(scores.valid))
+        c, valid = self.config, scores.valid
+        own = c.advantages(scores, batch.batch.group_ids)
+        learns = valid if c.beta > 0 else own.values != 0
+        return c.points_of(learns, {"advantage": own.values}, own.metrics(valid), images=int(valid.sum()))
+
+    def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
+        """Draw the points, and ask for the old log-prob of each where there is a ratio."""
+        points = self.config.points(batch, credit)
+        if self.config.clip_range is None:
+            return points
+        old = models["rollout"](points["x"], points["t"], batch.condition.take(credit.sample))
+        return {**points, "old_log_prob": self.log_prob(old, points)}
 
     def log_prob(self, velocity: Tensor, item: Mapping[str, Tensor]) -> Tensor:
         """Return the surrogate (M,), with ``l = mean (v - u)²``: ``-l``, ``-t l``, or ``-(t / p) ((l + ε)^p -

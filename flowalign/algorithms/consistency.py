@@ -13,17 +13,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
-from flowalign.algorithms.parts.points import noised
+from flowalign.algorithms.parts.points import LatentAlgorithm, noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
 from flowalign.flow import path
 from flowalign.flow.losses import pseudo_huber
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch
+from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch
 
 
-class Consistency(Scheduled):
+class Consistency(LatentAlgorithm, Scheduled):
     """``f(x, t) = x - t v(x, t)`` at a time is pulled to the average's ``f`` at an earlier one, further down the line.
 
     ``f(x, 0) = x`` holds whatever the network says, so no skip coefficients are needed.
@@ -72,13 +72,13 @@ class Consistency(Scheduled):
     def needs(self) -> Needs:
         return Needs(LatentBatch, teacher=self.config.teacher == "model", average=True)
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""
         c, generator, sigmas = self.config, seeded(batch.seed), self.levels()
         step = torch.randint(c.num_steps, (len(batch.latents_NCHW),), generator=generator)
         drawn = noised(batch, generator, c.condition_dropout)
         times = {"t": sigmas[step], "s": sigmas[(step + c.skip).clamp_max(c.num_steps)]}
-        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, **times})
+        return drawn.credit({"x0": drawn.latents, "noise": drawn.noise, **times})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

@@ -5,6 +5,7 @@ Shapes: N samples, P pairs, C H W latents.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,12 +16,14 @@ from torch.nn.functional import logsigmoid
 
 from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, VelocityModel
 from flowalign.algorithms.parts.pairs import best_worst_pairs
+from flowalign.algorithms.parts.points import drawn
 from flowalign.algorithms.parts.reference import Refresh
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.rows import Rows
+from flowalign.types import Credit, PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
 ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
 
@@ -97,32 +100,37 @@ class DiffusionDPO(Scheduled):
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())
 
-    def prepare(self, batch: Trajectories | PreferencePairs, scores: Scores | None, models: Models) -> TrainBatch:
-        """Return the pairs with their times and noises, a function of the run's seed, the iteration and the pair."""
+    def credit(self, batch: Trajectories | PreferencePairs, scores: Scores | None) -> Credit:
+        """Learn from ``timesteps`` points of every pair: of those on disk, or of each group's best and worst image."""
         metrics = {}
         if isinstance(batch, PreferencePairs):
-            winner, loser, condition = batch.winner_NCHW, batch.loser_NCHW, batch.condition
-            generators = [seeded(batch.seed, Stream.PAIR_POINTS, pair) for pair in range(len(condition))]
+            winner = loser = torch.arange(len(batch.condition))
         else:
             assert scores is not None
-            groups = batch.batch.group_ids
-            best, worst = best_worst_pairs(scores.total, scores.valid, groups)
-            winner, loser, condition = batch.final_NCHW[best], batch.final_NCHW[worst], batch.condition.take(best)
-            generators = [
-                seeded(batch.seed, Stream.PAIR_POINTS, batch.policy_version, groups[i]) for i in best.tolist()
-            ]
-            metrics["dpo/dropped_fraction"] = 1 - len(best) / len(set(groups))
+            winner, loser = best_worst_pairs(scores.total, scores.valid, batch.batch.group_ids)
+            metrics["dpo/dropped_fraction"] = 1 - len(winner) / len(set(batch.batch.group_ids))
+        count = self.config.timesteps
+        tensors = {"loser": loser.repeat_interleave(count), "point": torch.arange(count).repeat(len(winner))}
+        metrics["dpo/pairs"] = float(len(winner))
+        return Credit(winner.repeat_interleave(count), tensors, len(winner) * count, metrics)
+
+    def items(self, batch: Trajectories | PreferencePairs, credit: Credit) -> TrainBatch:
+        (winners, losers), winner, loser = _latents(batch), credit.sample, credit.tensors["loser"]
+        return TrainBatch({"winner": winners[winner], "loser": losers[loser]}, batch.condition.take(winner))
+
+    def annotate(self, models: Models, batch: Trajectories | PreferencePairs, credit: Credit) -> Mapping[str, Tensor]:
+        """Draw times and noises: a function of the run's seed, the iteration and the pair."""
         c = self.config
-        times = {"shift": c.density_shift, **c.density_params}
-        t_PT, noise_PTCHW = forward.draw(c.density, c.timesteps, winner.shape[1:], generators, (), **times)
-        pair = torch.arange(len(condition)).repeat_interleave(c.timesteps)
-        tensors = {
-            "winner": winner[pair],
-            "loser": loser[pair],
-            "t": t_PT.flatten(),
-            "noise": noise_PTCHW.flatten(0, 1),
-        }
-        return TrainBatch(tensors, condition.take(pair), len(pair), {}, {**metrics, "dpo/pairs": float(len(condition))})
+        shape = _latents(batch)[0].shape[1:]
+
+        def generator(pair: int) -> torch.Generator:
+            of_rollout = () if isinstance(batch, PreferencePairs) else (batch.policy_version,)
+            own = pair if isinstance(batch, PreferencePairs) else batch.batch.group_ids[pair]
+            return seeded(batch.seed, Stream.PAIR_POINTS, *of_rollout, own)
+
+        times, point = {"shift": c.density_shift, **c.density_params}, credit.tensors["point"]
+        t, noise = drawn(c.density, c.timesteps, shape, generator, credit.sample, point, (), **times)
+        return {"t": t, "noise": noise}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Return ``-log σ(-β/2 · ω_t · [(e_w - e_w^ref) - (e_l - e_l^ref)])`` (arXiv:2311.12908, eq. 14)."""
@@ -145,6 +153,13 @@ class DiffusionDPO(Scheduled):
             return LossOutput(preference, metrics)
         metrics["loss/winner"] = winner.detach().mean()
         return LossOutput(preference + c.sft_weight * winner.mean(), metrics)
+
+
+def _latents(batch: Trajectories | PreferencePairs) -> tuple[Tensor | Rows, Tensor | Rows]:
+    """Return the latents that winners and losers are rows of."""
+    if isinstance(batch, PreferencePairs):
+        return batch.winner_NCHW, batch.loser_NCHW
+    return batch.final_NCHW, batch.final_NCHW
 
 
 def _errors(model: VelocityModel, minibatch: TrainBatch, image: Literal["winner", "loser"]) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: N samples, S window steps, n of them trained, M = N·n transitions, J gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
 from flowalign.algorithms.parts.stochastic import StochasticConfig
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.flow import objectives, sde
-from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class FlowGRPO(Scheduled):
@@ -78,8 +79,8 @@ class FlowGRPO(Scheduled):
         plan = self.config.plan(self.levels(), iteration, seed)
         return replace(plan, keep_means=self.config.ratio == "guard")
 
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        """Flatten to transitions; with β = 0 those of zero advantage are dropped, which changes no gradient.
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        """Give transitions their sample's advantage; with β = 0 those of advantage 0 are left out.
 
         ``total`` counts the trained transitions of every sample that is valid (in one granularity at least) and kept,
         dropped or not.
@@ -87,25 +88,32 @@ class FlowGRPO(Scheduled):
         assert scores is not None
         c, images = self.config, len(batch.plan.branching.granularities)
         group_ids, valid = batch.batch.group_ids[::images], scores.valid.reshape(-1, images).any(1)
-        own = c.credit(scores, group_ids, images)
-        kept = valid if c.keep is None else c.keep.of(own.advantages, valid, group_ids)
-        learns = kept if c.beta > 0 else kept & (own.advantages != 0)
+        own = c.advantages(scores, group_ids, images)
+        kept = valid if c.keep is None else c.keep.of(own.values, valid, group_ids)
+        learns = kept if c.beta > 0 else kept & (own.values != 0)
         steps_Nn = c.trained_steps(batch)
         step = steps_Nn[learns].flatten()
         sample = learns.nonzero().flatten().repeat_interleave(steps_Nn.shape[1])
-        tensors = {**transitions(batch, sample, step), "advantage": own.advantages[sample]}
-        if c.ratio == "guard":
+        total = int(kept.sum()) * steps_Nn.shape[1]
+        return Credit(sample, {"step": step, "advantage": own.values[sample]}, total, own.metrics(valid))
+
+    def items(self, batch: Trajectories, credit: Credit) -> TrainBatch:
+        sample, step = credit.sample, credit.tensors["step"]
+        tensors = {**transitions(batch, sample, step), "advantage": credit.tensors["advantage"]}
+        if self.config.ratio == "guard":
             assert batch.means_NSCHW is not None
             tensors["old_mean"] = batch.means_NSCHW[sample, step]
-        condition = batch.condition.take(sample * images)
-        if self._asks_anew:
-            item = TrainBatch(tensors, condition, len(sample), {"plan": batch.plan})
-            _, old = self._step(models, "rollout", item)
-            tensors["old_log_prob"] = log_prob_of(batch.plan, tensors, old)
-            if c.ratio == "guard":
-                tensors["old_mean"] = old.mean
-        total = int(kept.sum()) * steps_Nn.shape[1]
-        return TrainBatch(tensors, condition, total, {"plan": batch.plan}, own.metrics(valid))
+        images = len(batch.plan.branching.granularities)
+        return TrainBatch(tensors, batch.condition.take(sample * images), {"plan": batch.plan})
+
+    def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
+        """Compute the old log-probs anew, where the update's guidance is not the rollout's."""
+        if not self._asks_anew:
+            return {}
+        items = self.items(batch, credit)
+        _, old = self._step(models, "rollout", items)
+        anew = {"old_log_prob": log_prob_of(batch.plan, items.tensors, old)}
+        return anew if self.config.ratio == "plain" else {**anew, "old_mean": old.mean}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Return ``mean max(-A·ratio, -A·clip(ratio, 1 - low, 1 + high)) + β·KL`` (arXiv:2505.05470, eq. 5)."""

@@ -12,15 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
-from flowalign.algorithms.parts.points import DensityConfig, noised
+from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class GuidanceDistill(Algorithm):
+class GuidanceDistill(LatentAlgorithm):
     """Regress the student's plain velocity on the teacher's guided one, at noised latents."""
 
     class Config(DensityConfig):
@@ -59,7 +59,7 @@ class GuidanceDistill(Algorithm):
             return {"Guidance": f"an input of the network, taught from {low:g} to {high:g}; costs no second evaluation"}
         return {"Guidance": f"{c.guidance_scale:g} is built in: sample with `guidance_scale=1`"}
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw times, noises, dropped conditions and guidances from the batch's own seed."""
         generator, x0 = seeded(batch.seed), batch.latents_NCHW
         t = self.config.times((len(x0),), generator)
@@ -68,7 +68,7 @@ class GuidanceDistill(Algorithm):
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             tensors["guidance"] = low + (high - low) * torch.rand(len(x0), generator=generator)
-        return drawn.batch(tensors)
+        return drawn.credit(tensors)
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

@@ -12,16 +12,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowalign.algorithm import Algorithm, LossOutput, Models, Needs, VelocityModel
-from flowalign.algorithms.parts.points import DensityConfig, noised
+from flowalign.algorithm import LossOutput, Models, Needs, VelocityModel
+from flowalign.algorithms.parts.points import DROPPED, DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.types import Condition, Credit, LatentBatch, Scores, TrainBatch, dropped_conditions
 
 
-class MeanFlow(Algorithm):
+class MeanFlow(LatentAlgorithm):
     """Regress ``u(x, r, t)`` on ``v - (t - r) (v ∂_x u + ∂_t u)``, no gradient through the target; no teacher.
 
     The network has the input ``r``; ``x - (t - r) u(x, r, t)`` is a step from t to r, of any length.
@@ -71,14 +71,14 @@ class MeanFlow(Algorithm):
     def needs(self) -> Needs:
         return Needs(LatentBatch, inputs=("r",))
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw both times, noise and dropped conditions from the batch's own seed."""
         c, generator, count = self.config, seeded(batch.seed), len(batch.latents_NCHW)
         both = c.times((2, count), generator)
         t, r = both.amax(0), both.amin(0)
         r = torch.where(torch.rand(count, generator=generator) < c.equal_fraction, t, r)
         drawn = noised(batch, generator, c.condition_dropout)
-        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, "t": t, "r": r, "dropped": drawn.dropped})
+        return drawn.credit({"x0": drawn.latents, "noise": drawn.noise, "t": t, "r": r})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         policy, item, condition = models["policy"], minibatch.tensors, minibatch.condition
@@ -102,7 +102,7 @@ class MeanFlow(Algorithm):
         guided = c.omega * plain + (1 - c.omega - c.kappa) * policy(x, t, null, r=t)
         if c.kappa:
             guided = guided + c.kappa * policy(x, t, condition, r=t)
-        return torch.where(per_sample(item["dropped"], plain, torch.bool), plain, guided)
+        return torch.where(per_sample(item[DROPPED], plain, torch.bool), plain, guided)
 
 
 @torch.no_grad()

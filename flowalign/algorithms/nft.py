@@ -18,7 +18,7 @@ from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
-from flowalign.types import Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class NFT(ForwardAlgorithm):
@@ -59,17 +59,19 @@ class NFT(ForwardAlgorithm):
         reference = Reference() if c.kl_beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
 
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        """Return the old velocity at every point, and ``r = 1/2 + 1/2 clip(A / A_max, ±1)`` of its image."""
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        """Give every point of a valid image ``r = 1/2 + 1/2 clip(A / A_max, ±1)``."""
         assert scores is not None
         c = self.config
-        own = c.credit(scores, batch.batch.group_ids)
-        sample, tensors = c.points(batch, scores.valid)
-        condition = batch.condition.take(sample)
-        tensors["old_velocity"] = models["rollout"](tensors["x"], tensors["t"], condition)
-        tensors["optimality"] = 0.5 + 0.5 * own.advantages[sample] / c.advantage_clip
-        metrics = {"zero_std_fraction": own.zero_std_fraction}
-        return TrainBatch(tensors, condition, len(sample), {}, metrics)
+        own = c.advantages(scores, batch.batch.group_ids)
+        optimality = 0.5 + 0.5 * own.values / c.advantage_clip
+        return c.points_of(scores.valid, {"optimality": optimality}, {"zero_std_fraction": own.zero_std_fraction})
+
+    def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
+        """Draw the points, and ask for the old velocity at each."""
+        points = self.config.points(batch, credit)
+        old = models["rollout"](points["x"], points["t"], batch.condition.take(credit.sample))
+        return {**points, "old_velocity": old}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Return ``r |v⁺ - u|² + (1 - r) |v⁻ - u|²`` (arXiv:2509.16117), plus the KL ``mean |v - v_ref|²``."""

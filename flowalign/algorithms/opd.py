@@ -16,14 +16,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
-from flowalign.algorithms.parts.credit import Normalize, credit
+from flowalign.algorithms.parts.credit import Normalize, advantages
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.algorithms.parts.teachers import routes, taught_velocity, teacher_of
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
-from flowalign.types import Noise, SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Noise, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class OPD(Scheduled):
@@ -91,29 +91,34 @@ class OPD(Scheduled):
         """Name the teacher of a sample; raises NoTeacher where its task is nobody's."""
         return teacher_of(self.config.teachers, metadata)
 
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        """Return the transitions, each with the velocity that its own teacher predicts there.
-
-        Each teacher is asked once.
-        """
-        plan = batch.plan
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        """Learn from every transition of the window: its teacher's number, and its sample's advantage where there is
+        noise."""
         names = list(self.config.teachers)
         teacher_N = torch.tensor([names.index(self.teacher_of(row)) for row in batch.batch.metadata])
         count, steps = batch.states_NSCHW.shape[0], batch.states_NSCHW.shape[1] - 1
         sample = torch.arange(count).repeat_interleave(steps)
         step = torch.arange(steps).repeat(count)
-        tensors = {**transitions(batch, sample, step), "teacher": teacher_N[sample]}
-        condition = batch.condition.take(sample)
-        tensors["target"] = taught_velocity(models, self.config.teachers, tensors, condition)
-        metrics = {}
-        if plan.noise.kind != "ode":
+        tensors, metrics = {"step": step, "teacher": teacher_N[sample]}, {}
+        if batch.plan.noise.kind != "ode":
             advantage_N, metrics = self._advantages(batch, scores)
             tensors["advantage"] = advantage_N[sample]
-            if self.config.distillation == "advantage":
-                stats = step_of(plan, tensors, tensors["target"])
-                dense = log_prob_of(plan, tensors, stats) - tensors["old_log_prob"]
-                tensors["advantage"] = tensors["advantage"] + dense
-        return TrainBatch(tensors, condition, len(sample), {"plan": plan}, metrics)
+        return Credit(sample, tensors, len(sample), metrics)
+
+    def items(self, batch: Trajectories, credit: Credit) -> TrainBatch:
+        own = dict(credit.tensors)
+        tensors = {**transitions(batch, credit.sample, own.pop("step")), **own}
+        return TrainBatch(tensors, batch.condition.take(credit.sample), {"plan": batch.plan})
+
+    def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
+        """Ask each transition's own teacher for its velocity there, each teacher once."""
+        items = self.items(batch, credit)
+        item = items.tensors
+        target = taught_velocity(models, self.config.teachers, item, items.condition)
+        if self.config.distillation == "gradient":
+            return {"target": target}
+        dense = log_prob_of(batch.plan, item, step_of(batch.plan, item, target)) - item["old_log_prob"]
+        return {"target": target, "advantage": item["advantage"] + dense}
 
     def _advantages(self, batch: Trajectories, scores: Scores | None) -> tuple[Tensor, dict[str, float]]:
         """Return the advantages of the weighted rewards, (N,), and their metrics.
@@ -124,8 +129,8 @@ class OPD(Scheduled):
         if c.reward_weight == 0:
             return torch.zeros(len(batch)), {}
         assert scores is not None
-        own = credit(scores, batch.batch.group_ids, normalize=c.normalize, clip=c.advantage_clip)
-        return c.reward_weight * own.advantages, {"zero_std_fraction": own.zero_std_fraction}
+        own = advantages(scores, batch.batch.group_ids, normalize=c.normalize, clip=c.advantage_clip)
+        return c.reward_weight * own.values, {"zero_std_fraction": own.zero_std_fraction}
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """Return ``KL(p_S ‖ p_T)`` of each step, or ``½‖mean_S - mean_T‖²`` without noise (arXiv:2605.15055)."""

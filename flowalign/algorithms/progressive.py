@@ -12,16 +12,16 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
-from flowalign.algorithms.parts.points import noised
+from flowalign.algorithms.parts.points import LatentAlgorithm, noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
 from flowalign.flow import forward, path, schedule
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Guidance, LatentBatch, Scores, TrainBatch
+from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch
 
 
-class Progressive(Scheduled):
+class Progressive(LatentAlgorithm, Scheduled):
     """Regress the student's velocity on the chord of two Euler steps of the teacher, from noised latents."""
 
     class Config(WalkConfig):
@@ -66,14 +66,14 @@ class Progressive(Scheduled):
         middle = schedule.shift_sigma((even[:-1] + even[1:]) / 2, shift).float()
         return sigmas[:-1], middle, sigmas[1:]
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw a step of the student, noise and dropped conditions from the batch's own seed."""
         c, generator, x0 = self.config, seeded(batch.seed), batch.latents_NCHW
         step = torch.randint(c.num_steps, (len(x0),), generator=generator)
         drawn = noised(batch, generator, c.condition_dropout)
         begin, middle, end = (times[step].to(x0.device) for times in self.times())
         x = path.interpolate(x0, drawn.noise, begin)
-        return drawn.batch({"x": x, "t": begin, "middle": middle, "end": end})
+        return drawn.credit({"x": x, "t": begin, "middle": middle, "end": end})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, condition = minibatch.tensors, minibatch.condition

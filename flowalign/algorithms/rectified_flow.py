@@ -8,17 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
-from flowalign.algorithms.parts.points import DensityConfig, noised
+from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.walk import Shift
 from flowalign.flow import path, pathfamilies
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import seeded
-from flowalign.types import LatentBatch, Scores, TrainBatch
+from flowalign.types import Credit, LatentBatch, Scores, TrainBatch
 
 
-class RectifiedFlow(Algorithm):
+class RectifiedFlow(LatentAlgorithm):
     """Regress the conditional velocity at a random time of a family's path."""
 
     class Config(DensityConfig):
@@ -53,13 +53,13 @@ class RectifiedFlow(Algorithm):
     def check_schedule(self) -> None:
         self.schedule.shift_of(self.config.shift)
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw time, noise and dropped conditions from the batch's own seed; the time becomes the straight path's."""
         generator = seeded(batch.seed)
         own = self.config.times((len(batch.latents_NCHW),), generator, self._shift)
         drawn = noised(batch, generator, self.config.condition_dropout)
         t = own if self.config.family == "rf" else self.path_family.rf_time(own)
-        return drawn.batch({"x0": drawn.latents, "noise": drawn.noise, "t": t, "weight": self._weight(own, t)})
+        return drawn.credit({"x0": drawn.latents, "noise": drawn.noise, "t": t, "weight": self._weight(own, t)})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         x0, noise, t = (minibatch.tensors[k] for k in ("x0", "noise", "t"))

@@ -12,16 +12,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, Features, LossOutput, Models, Needs
-from flowalign.algorithms.parts.points import DensityConfig, Noised, draw_dropped, draw_noise
+from flowalign.algorithm import Features, LossOutput, Models, Needs
+from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, Noised, draw_dropped, draw_noise
 from flowalign.flow import forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.losses import feature_distance, pseudo_huber
 from flowalign.flow.randomness import seeded
-from flowalign.types import LatentBatch, Scores, TrainBatch
+from flowalign.types import Credit, LatentBatch, Scores, TrainBatch
 
 
-class Reflow(Algorithm):
+class Reflow(LatentAlgorithm):
     """Regress ``noise - x0`` on the straight line of a coupled pair; 0 is reached where no two lines cross."""
 
     class Config(DensityConfig):
@@ -50,13 +50,13 @@ class Reflow(Algorithm):
     def needs(self) -> Needs:
         return Needs(LatentBatch, features=self.config.loss.startswith("lpips"))
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw times, dropped conditions and noise that is missing from the batch's own seed."""
         generator, x0 = seeded(batch.seed), batch.latents_NCHW
         t = self.config.times((len(x0),), generator)
         dropped = draw_dropped(batch, generator, self.config.condition_dropout)
         noise = draw_noise(batch, generator) if batch.noise_NCHW is None else batch.noise_NCHW
-        return Noised(x0, noise, dropped, batch.condition).batch({"x0": x0, "noise": noise, "t": t})
+        return Noised(x0, noise, dropped, batch.condition).credit({"x0": x0, "noise": noise, "t": t})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         x0, noise, t = (minibatch.tensors[k] for k in ("x0", "noise", "t"))

@@ -17,7 +17,7 @@ from flowalign.algorithm import LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
 from flowalign.flow import forward
-from flowalign.types import Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
 class SFT(ForwardAlgorithm):
@@ -54,15 +54,13 @@ class SFT(ForwardAlgorithm):
         reference = Reference() if c.beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference)
 
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        """Return the batch. With β = 0 it leaves out images of weight 0, which changes no gradient."""
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        """Give the points their image's weight. With β = 0 those of weight 0 are left out."""
         assert scores is not None
-        c = self.config
-        weight, silent = self.weights(scores.total, scores.valid, batch.batch.group_ids, batch.batch.sample_ids)
-        sample, tensors = c.points(batch, scores.valid if c.beta > 0 else weight > 0)
-        tensors["weight"] = weight[sample]
-        total = int(scores.valid.sum()) * c.timesteps
-        return TrainBatch(tensors, batch.condition.take(sample), total, {}, {"zero_std_fraction": silent})
+        c, own = self.config, batch.batch
+        weight, silent = self.weights(scores.total, scores.valid, own.group_ids, own.sample_ids)
+        learns, valid = scores.valid if c.beta > 0 else weight > 0, int(scores.valid.sum())
+        return c.points_of(learns, {"weight": weight}, {"zero_std_fraction": silent}, images=valid)
 
     def weights(
         self, rewards: Tensor, valid: Tensor, group_ids: Sequence[int], sample_ids: Sequence[int]

@@ -1,10 +1,9 @@
-"""The algorithm-blind update: prepare once, shuffle transitions, pack micro-batches, step the engine."""
+"""The algorithm-blind update: shuffle items, share them among ranks, annotate the own ones, step the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +15,14 @@ from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
-from flowalign.types import Condition, Max, Mean, Scores, TrainBatch, Update
+from flowalign.run.share import Cut, MicroBatches, Share, asked_of
+from flowalign.types import Condition, Credit, Max, Mean, Scores, TrainBatch, Update
 
 Loss = Callable[[Models, TrainBatch], LossOutput]
 
 
 class Learner:
-    """One rank of the learner; every rank gets the same batch and takes its share of micro-batches."""
+    """One rank of the learner; every rank knows the batch, and takes its share of the items."""
 
     def __init__(
         self,
@@ -57,29 +57,43 @@ class Learner:
             NonFiniteUpdate: before weights were touched. DestroyedState: after that; nothing of it may be used.
         """
         with naming(f"iteration {iteration + 1}"):
-            return self._update(self._prepare(batch, scores), iteration)
+            return self._update(batch, self.algorithm.credit(batch, scores), iteration)
 
-    def _update(self, train: TrainBatch, iteration: int) -> Update:
-        # Once, not with every micro-batch: each of those refers to all prompts of the iteration.
-        train = replace(train, condition=train.condition.to(self.device))
+    def _update(self, batch: Any, credit: Credit, iteration: int) -> Update:
+        parts = list(self._parts(len(credit), iteration))
+        share = self._annotated(batch, credit, [self._cut(own) for part in parts for own in self._steps(part)])
         history = []
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(train), generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
-            for part in order.tensor_split(self.updates):
-                if part.numel():
-                    second = self._second_steps(train, part)
-                    history.append({**self._step(train, part), **second})
+        for part in parts:
+            second = self._second_steps(share, part)
+            history.append({**self._step(share, part), **second})
         self.version += 1
-        done = {"learner/updates": float(len(history)), "learner/transitions": float(len(train))}
-        return Update(self.version, {**train.metrics, **_summary(history, self._kinds), **done})
+        done = {"learner/updates": float(len(history)), "learner/transitions": float(len(credit))}
+        return Update(self.version, {**credit.metrics, **_summary(history, self._kinds), **done})
 
-    def _prepare(self, batch: Any, scores: Scores | None) -> TrainBatch:
-        """Call the algorithm's ``prepare``, without gradients; every rank computes all of it."""
+    def _parts(self, count: int, iteration: int) -> Iterator[Tensor]:
+        """Yield the items of each update of the policy: in every epoch all ``count``, shuffled."""
+        for epoch in range(self.epochs):
+            order = torch.randperm(count, generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
+            yield from (part for part in order.tensor_split(self.updates) if part.numel())
+
+    def _steps(self, part: Tensor) -> list[Tensor]:
+        """Return the items of each update that ``part`` is for: those of the second network, if there is one, and all
+        for the policy."""
+        second = 0 if self.needs.second is None else self.needs.second.updates
+        return [*(own for own in part.tensor_split(max(1, second)) if second and own.numel()), part]
+
+    def _cut(self, items: Tensor) -> Cut:
+        return Cut(items, self.micro_batch_size // self.needs.item_samples, self.engine.world_size)
+
+    def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut]) -> Share:
+        """Let the algorithm annotate the items that this rank will learn from, without gradients."""
         models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
+        own, asked = asked_of(cuts, self.engine.rank, self.engine.world_size)
         with torch.no_grad(), self._rollout_weights_bound():
-            return self.algorithm.prepare(batch, scores, models)
+            said = self.algorithm.annotate(models, batch, credit.take(asked))
+        return Share(self.algorithm, batch, credit, own, said, self.device)
 
     def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
         """Return ``model`` over any number of samples from the CPU and back, in the geometry and precision of a
@@ -111,27 +125,27 @@ class Learner:
         with self.ema.bound():
             yield
 
-    def _step(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
-        metrics = self._learn(self.engine, self.algorithm.loss, train, order, self.updates, train.total)
+    def _step(self, share: Share, part: Tensor) -> dict[str, float]:
+        metrics = self._learn(self.engine, self.algorithm.loss, share, part, self.updates, share.credit.total)
         if self.ema is not None:
             self.ema.update()
         return metrics
 
-    def _second_steps(self, train: TrainBatch, order: Tensor) -> dict[str, float]:
+    def _second_steps(self, share: Share, part: Tensor) -> dict[str, float]:
         """Make the updates of the second network, if there is one, by the items of one of the policy's.
 
         Return means of metrics.
         """
-        if self.second is None or self.needs.second is None:
+        if self.second is None:
             return {}
-        loss, shares = self.algorithm.second_loss, order.tensor_split(self.needs.second.updates)
-        made = [self._learn(self.second, loss, train, own, 1, own.numel(), "second/") for own in shares if own.numel()]
+        loss, steps = self.algorithm.second_loss, self._steps(part)[:-1]
+        made = [self._learn(self.second, loss, share, own, 1, own.numel(), "second/") for own in steps]
         return _summary(made, self._kinds)
 
     def _learn(
-        self, engine: Engine, loss: Loss, train: TrainBatch, order: Tensor, updates: int, total: int, prefix: str = ""
+        self, engine: Engine, loss: Loss, share: Share, items: Tensor, updates: int, total: int, prefix: str = ""
     ) -> dict[str, float]:
-        """Make one of the ``updates`` that ``total`` items are for, by ``order`` of them.
+        """Make one of the ``updates`` that ``total`` items are for, by ``items`` of them.
 
         ``prefix`` begins its metrics.
         """
@@ -145,15 +159,11 @@ class Learner:
             self._kinds |= {prefix + name: type(metric) for name, metric in output.metrics.items()}
             return output
 
-        shares = list(order.split(self.micro_batch_size // self.needs.item_samples))
-        weights = [share.numel() * updates / total for share in shares]
-        while len(shares) % engine.world_size:
-            shares.append(shares[-1])
-            weights.append(0.0)
-        mine = slice(engine.rank, None, engine.world_size)
-        micro_batches = [_to(train.take(share), self.device) for share in shares[mine]]
-        metrics = {prefix + k: v for k, v in engine.step(keeping_kinds, micro_batches, weights[mine]).items()}
-        covered = sum(weights)
+        cut = self._cut(items)
+        weights = [count * updates / total for count in cut.counts()]
+        own = MicroBatches(share, cut.of(engine.rank))
+        metrics = engine.step(keeping_kinds, own, weights[engine.rank :: engine.world_size])
+        metrics, covered = {prefix + name: value for name, value in metrics.items()}, sum(weights)
         return {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
 
     def weights(self) -> dict[str, Tensor]:
@@ -169,13 +179,6 @@ def _without_gradients(model: VelocityModel) -> VelocityModel:
         return model(x, t, condition, **options)
 
     return call
-
-
-def _to(batch: TrainBatch, device: str) -> TrainBatch:
-    if device == "cpu":
-        return batch
-    tensors = {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
-    return TrainBatch(tensors, batch.condition.to(device), batch.total, batch.shared)
 
 
 def _summary(history: list[dict[str, float]], kinds: Mapping[str, type]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, Models, VelocityModel
+from flowalign.algorithm import Algorithm, Models, VelocityModel, prepared
 from flowalign.config.training import PhaseConfig, PretrainConfig
 from flowalign.data.feed import Feed
 from flowalign.engine import process_group
@@ -166,7 +166,7 @@ def pretrain(
     done = start
     for step in range(start, steps):
         phase, rate = schedule_at(config.phases, config.warmup_steps, step)
-        batch = algorithm.prepare(feed.batch(step, text_length(phase, config.seed, step)), None, called)
+        _, batch = prepared(algorithm, feed.batch(step, text_length(phase, config.seed, step)), None, called)
         engine.set_learning_rate(rate)
         with naming(f"step {step + 1}"):
             metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
@@ -194,7 +194,7 @@ def _update(engine: Engine, algorithm: Algorithm, models: Models, batch: TrainBa
     parts = list(torch.arange(len(batch)).split(size))
     if len(parts) == engine.world_size == 1:
         return engine.step(lambda mini: algorithm.loss(models, mini), [batch], [1.0])
-    weights = [len(part) / batch.total for part in parts]
+    weights = [len(part) / len(batch) for part in parts]
     while len(parts) % engine.world_size:
         parts.append(parts[-1])
         weights.append(0.0)

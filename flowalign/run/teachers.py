@@ -1,13 +1,8 @@
-"""The frozen networks of the roles ``teacher:<name>``: in each learner rank, or in an actor for all. Free of Ray.
-
-All ranks prepare the same batch, so that a shared teacher gets each request once from every rank.
-"""
+"""The frozen networks of the roles ``teacher:<name>``: in each learner rank, or in an actor for all. Free of Ray."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +19,9 @@ from flowalign.models.base import ModelError
 from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
 from flowalign.models.guided import frozen
 from flowalign.models.network import Network
-from flowalign.record.checkpoint import CheckpointError, content_hash
+from flowalign.record.checkpoint import CheckpointError
 from flowalign.samples.opened import is_pipeline, model_of, open_network, torch_threads
 from flowalign.types import Condition
-
-KEPT_ANSWERS = 64  # micro-batches that one rank may be behind another and still find its answer
 
 
 class Teacher(Protocol):
@@ -75,7 +68,7 @@ class LoadedTeacher:
 class SharedTeacher:
     """Answers requests of several ranks as the learner would itself: same threads, precision and geometry.
 
-    ``computed`` counts the requests that were not answered before.
+    ``computed`` counts them.
     """
 
     def __init__(self, config: AlignConfig, name: str) -> None:
@@ -83,18 +76,9 @@ class SharedTeacher:
         with torch_threads(config.cluster.threads):
             self.teacher = LoadedTeacher(config, name)
         self.computed = 0
-        self._answers: OrderedDict[str, Tensor] = OrderedDict()
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
         """Ask the teacher; everything is on the CPU, the answer too."""
-        key = _key(x, t, condition, options)
-        if key not in self._answers:
-            self._answers[key] = self._compute(x, t, condition, options)
-            if len(self._answers) > KEPT_ANSWERS:
-                self._answers.popitem(last=False)
-        return self._answers[key]
-
-    def _compute(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
         self.computed += 1
         precision = autocast(self.device, EngineSettings(dtype=self.config.model.dtype))
         with torch_threads(self.config.cluster.threads), precision:
@@ -109,7 +93,7 @@ def ask(send: Callable[..., Tensor]) -> VelocityModel:
     """
 
     def velocity(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
-        return send(x.cpu(), t.cpu(), _used(condition).to("cpu"), options).to(x.device)
+        return send(x.cpu(), t.cpu(), condition.used().to("cpu"), options).to(x.device)
 
     return velocity
 
@@ -151,13 +135,3 @@ def teachers_of(config: AlignConfig) -> Mapping[str, TeacherConfig]:
 
 def _encodes_alike(teacher: Teacher, own: Encoders) -> bool:
     return any(teacher.encoders(precision) in (None, own(precision)) for precision in PRECISIONS)
-
-
-def _used(condition: Condition) -> Condition:
-    rows, index = condition.index_N.unique(return_inverse=True)
-    return replace(condition, tokens_PLD=condition.tokens_PLD[rows], pooled_PE=condition.pooled_PE[rows], index_N=index)
-
-
-def _key(x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> str:
-    tensors = {name: getattr(condition, name) for name in condition.__dataclass_fields__}
-    return content_hash({"x": x, "t": t, **tensors}) + repr(sorted(options.items()))

@@ -20,6 +20,7 @@ from flowalign.flow.randomness import seeded
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import Condition, Guidance, LatentBatch
 from tests.algorithms.mixture import MODES, STD, mixture_velocity
+from tests.algorithms.whole import prepare
 
 
 class Gaussian:
@@ -136,7 +137,7 @@ def train(
             index = torch.randint(len(pairs[0]), (batch_size,), generator=generator)
             noise, latents = pairs[0][index], pairs[1][index]
         batch = LatentBatch(latents, plane(batch_size, mode), step, noise)
-        loss = algorithm.loss(models, algorithm.prepare(batch, None, models)).loss
+        loss = algorithm.loss(models, prepare(algorithm, batch, None, models)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)

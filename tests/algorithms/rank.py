@@ -12,15 +12,37 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from flowalign.algorithm import VelocityModel
+from flowalign.types import Condition
 from tests.algorithms.cases import CASES
-from tests.algorithms.seams.toys import both, learned
+from tests.algorithms.seams.toys import both, learned, listwise
 
 # All but the one whose teachers take a training of their own.
 NAMES = [name for name in CASES if name != "opd aligned teachers"]
 ITERATIONS = 2
 # Two updates of each batch, of micro-batches that leave the second rank without one now and then.
 OPTIONS = {"updates_per_iteration": 2, "micro_batch_size": 48, "ema_decay": 0.5}
+
+
+def asked(place: dict[str, Any]) -> dict[str, int]:
+    """Points that a rank has its networks say something of before the first update of an iteration."""
+    counts = {"nft": 0, "opd": 0}
+
+    def counted(name: str, model: VelocityModel) -> VelocityModel:
+        def call(x: Tensor, t: Tensor, condition: Condition, **options: Any) -> Tensor:
+            counts[name] += 0 if torch.is_grad_enabled() else len(x)
+            return model(x, t, condition, **options)
+
+        return call
+
+    for name, case in (("nft", CASES["nft on-policy"]), ("opd", CASES["opd sde"])):
+        run = case.build(place=place, micro_batch_size=4, groups=8)
+        roles = ["policy"] if name == "nft" else [role for role in run.learner.models if role != "policy"]
+        run.learner.models.update({role: counted(name, run.learner.models[role]) for role in roles})
+        run.step(0)
+    return counts
 
 
 def main(folder: str, rank: str, world: str, port: str) -> None:
@@ -33,6 +55,9 @@ def main(folder: str, rank: str, world: str, port: str) -> None:
         save_file(run.learner.engine.weights(), file)
         file.with_suffix(".json").write_text(json.dumps(metrics))
     save_file(both(learned(**place)), Path(folder) / f"second_{rank}.safetensors")
+    groups, _ = listwise(4, **place)
+    save_file(groups.weights(), Path(folder) / f"listwise_{rank}.safetensors")
+    (Path(folder) / f"asked_{rank}.json").write_text(json.dumps(asked(place)))
 
 
 if __name__ == "__main__":

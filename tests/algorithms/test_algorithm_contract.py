@@ -29,6 +29,14 @@ def made(own: ForwardConfig) -> Trajectories:
     return make_rollout(LinearVelocity(), own.sampling_plan(schedule.sigmas(own.num_steps)))
 
 
+def points(
+    own: ForwardConfig, rollout: Trajectories, learns: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The samples of the points, and the points."""
+    credit = own.points_of(learns, {}, {})
+    return credit.sample, own.points(rollout, credit)
+
+
 def part(rollout: Trajectories, rows: list[int]) -> Trajectories:
     """The chunk that a worker with these samples would have made."""
     index = torch.tensor(rows)
@@ -50,7 +58,7 @@ def test_a_point_lies_on_the_line_from_its_latent_along_the_target() -> None:
     """x_t = (1 - t) x_0 + t noise and target = noise - x_0, so x_t - t target = x_0, of each sample's own latent."""
     own = config(density="uniform")
     rollout = made(own)
-    sample, item = own.points(rollout, ALL)
+    sample, item = points(own, rollout, ALL)
     assert sample.tolist() == [n for n in range(8) for _ in range(4)]
     x0 = item["x"] - item["t"][:, None, None, None] * item["target"]
     torch.testing.assert_close(x0, rollout.final_NCHW[sample])
@@ -62,9 +70,9 @@ def test_a_point_lies_on_the_line_from_its_latent_along_the_target() -> None:
 def test_points_depend_on_neither_the_order_of_samples_nor_their_split(density: str) -> None:
     own = config(density=density)
     rollout = made(own)
-    _, whole = own.points(rollout, ALL)
+    _, whole = points(own, rollout, ALL)
     for rows in ([5, 2, 7], [0, 1, 3, 4, 6], list(range(7, -1, -1))):
-        _, alone = own.points(part(rollout, rows), ALL[: len(rows)])
+        _, alone = points(own, part(rollout, rows), ALL[: len(rows)])
         for key, value in whole.items():
             assert torch.equal(alone[key].unflatten(0, (len(rows), 4)), value.unflatten(0, (8, 4))[rows]), key
 
@@ -72,8 +80,8 @@ def test_points_depend_on_neither_the_order_of_samples_nor_their_split(density: 
 def test_leaving_samples_out_changes_no_point_of_the_others() -> None:
     own = config()
     rollout, learns = made(own), torch.arange(8) % 3 == 0
-    sample, item = own.points(rollout, learns)
-    _, whole = own.points(rollout, ALL)
+    sample, item = points(own, rollout, learns)
+    _, whole = points(own, rollout, ALL)
     assert sample.unique().tolist() == [0, 3, 6]
     assert torch.equal(item["x"], whole["x"].unflatten(0, (8, 4))[learns].flatten(0, 1))
 
@@ -81,14 +89,14 @@ def test_leaving_samples_out_changes_no_point_of_the_others() -> None:
 def test_points_change_with_the_seed_and_from_one_iteration_to_the_next() -> None:
     own = config()
     rollout = made(own)
-    targets = [own.points(r, ALL)[1]["target"] for r in (rollout, replace(rollout, seed=1))]
-    targets.append(own.points(replace(rollout, policy_version=1), ALL)[1]["target"])
+    targets = [points(own, r, ALL)[1]["target"] for r in (rollout, replace(rollout, seed=1))]
+    targets.append(points(own, replace(rollout, policy_version=1), ALL)[1]["target"])
     assert not any(torch.equal(a, b) for a, b in ((targets[0], targets[1]), (targets[0], targets[2])))
 
 
 def test_no_sample_leaves_no_point() -> None:
     own = config()
-    sample, item = own.points(made(own), ~ALL)
+    sample, item = points(own, made(own), ~ALL)
     assert len(sample) == 0 and item["x"].shape == (0, 2, 3, 3) and item["t"].shape == (0,)
 
 
@@ -126,7 +134,7 @@ class Mine(Algorithm):
         return Needs(Trajectories, scores=True, group_size=self.config.group_size)
     def plan(self, iteration, seed):
         return SamplingPlan((1.0, 0.5, 0.0), Noise("flow", 0.7, (0, self.config.noisy)))
-    def prepare(self, batch, scores, models): ...
+    def credit(self, batch, scores): ...
     def loss(self, models, minibatch): ...
 """
 
@@ -142,6 +150,14 @@ def test_an_algorithm_may_be_a_file_of_the_user_s(tmp_path):
         algorithm_class(f"{tmp_path / 'absent.py'}:Mine")
     with pytest.raises(UnknownAlgorithm, match=r"own\.py:AlgorithmConfig is no subclass of .*Algorithm"):
         algorithm_class(f"{tmp_path / 'own.py'}:AlgorithmConfig")
+
+
+def test_an_algorithm_that_was_written_for_prepare_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text(
+        OWN.replace("def credit(self, batch, scores)", "def prepare(self, batch, s, models)")
+    )
+    with pytest.raises(UnknownAlgorithm, match=r"old\.py:Mine has no items to learn from: `prepare` is `credit` and"):
+        algorithm_class(f"{tmp_path / 'old.py'}:Mine")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from flowalign.algorithms.awm import AWM
 from flowalign.algorithms.parts.credit import group_advantages
 from flowalign.types import TrainBatch, value_of
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 WEIGHTINGS = ("uniform", "t", "ghuber")
@@ -22,14 +23,14 @@ def awm(**changes) -> AWM:
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
     rollout = make_rollout(models["policy"], algorithm.plan(0, 0))
     with torch.no_grad():
-        return algorithm.prepare(rollout, make_scores(rewards, valid), models)
+        return prepare(algorithm, rollout, make_scores(rewards, valid), models)
 
 
 def by_hand(*, target, t=1.0, **numbers):
     """One item with latents of two elements."""
     tensors = {"x": torch.zeros(1, 2, 1, 1), "target": torch.tensor(target).reshape(1, 2, 1, 1)}
     tensors |= {key: torch.tensor([value]) for key, value in {"t": t, **numbers}.items()}
-    return TrainBatch(tensors, condition(1), 1)
+    return TrainBatch(tensors, condition(1))
 
 
 def gradients(output, model, coverage=1.0):
@@ -139,7 +140,7 @@ def test_an_invalid_sample_reaches_no_loss_and_no_advantage():
     valid = torch.isfinite(rewards)
     train = prepared(algorithm, models, rewards, valid)
     assert len(train) == train.total == 7 * 3
-    credit = group_advantages(rewards, valid, (0,) * 4 + (1,) * 4, std="batch").advantages[valid]
+    credit = group_advantages(rewards, valid, (0,) * 4 + (1,) * 4, std="batch").values[valid]
     assert torch.equal(train.tensors["advantage"], credit.repeat_interleave(3))
     assert torch.isfinite(algorithm.loss(models, train).loss)
 

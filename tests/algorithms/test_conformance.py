@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.algorithm import Algorithm
+from flowalign.algorithm import Algorithm, annotated
 from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
 from flowalign.types import LatentBatch, SamplingPlan, Trajectories, value_of
 from tests.algorithms.every import DEFAULTS
 from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 # Options that change which networks are asked, or for what; every algorithm runs with its defaults as well.
 VARIANTS = {
@@ -46,7 +47,7 @@ def prepared(name):
     algorithm = build_algorithm(CONFIGS[name])
     models = models_for(algorithm)
     with torch.no_grad():
-        train = algorithm.prepare(*batch_for(algorithm, models["policy"]), models)
+        train = prepare(algorithm, *batch_for(algorithm, models["policy"]), models)
     return algorithm, models, train
 
 
@@ -79,9 +80,27 @@ def test_the_gradient_is_invariant_to_the_micro_batch_split(name):
 def test_prepare_is_a_function_of_its_arguments(name):
     algorithm, models, train = prepared(name)
     with torch.no_grad():
-        again = algorithm.prepare(*batch_for(algorithm, models["policy"]), models)
+        again = prepare(algorithm, *batch_for(algorithm, models["policy"]), models)
     assert train.total == again.total and train.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(train.tensors[key], again.tensors[key]) for key in train.tensors)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_item_is_the_same_in_every_selection(name):
+    """A rank sees its own share alone: whatever it is, the items are those of the whole, bit for bit."""
+    algorithm, models, train = prepared(name)
+    batch, scores = batch_for(algorithm, models["policy"])
+    credit = algorithm.credit(batch, scores)
+    order = torch.randperm(len(credit), generator=torch.Generator().manual_seed(1))
+    for index in (order[: len(order) // 3], order[-1:], order[:0]):
+        own = credit.take(index)
+        with torch.no_grad():
+            part = annotated(algorithm.items(batch, own), algorithm.annotate(models, batch, own))
+        expected = train.take(index)
+        assert part.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(part.tensors[key], expected.tensors[key]) for key in part.tensors)
+        for mine, theirs in zip(part.condition.expand(), expected.condition.expand(), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,6 +7,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.types import Guidance, LatentBatch
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, ConstantVelocity, LinearVelocity, condition
+from tests.algorithms.whole import prepare
 
 WORLD = Gaussian()
 
@@ -15,7 +16,7 @@ def prepared(count=500, latents=None, **config):
     algorithm = build_algorithm({"type": "consistency", **config})
     if latents is None:
         latents = WORLD.mean + WORLD.std * torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
-    return algorithm, algorithm.prepare(LatentBatch(latents, condition(len(latents)), 0), None, {})
+    return algorithm, prepare(algorithm, LatentBatch(latents, condition(len(latents)), 0), None, {})
 
 
 def exact_loss(steps: int, **config) -> float:

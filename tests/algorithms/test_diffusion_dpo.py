@@ -11,6 +11,7 @@ from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.types import PreferencePairs, PromptBatch, Trajectories, value_of
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
+from tests.algorithms.whole import prepare
 
 DIMENSIONS = math.prod(SHAPE)
 
@@ -60,7 +61,7 @@ def error_gradients(model, x0, train):
 
 def test_policy_equal_to_the_reference_gives_log_2():
     algorithm, models = dpo(), {"policy": LinearVelocity(), "reference": LinearVelocity()}
-    output = algorithm.loss(models, algorithm.prepare(pairs(), None, models))
+    output = algorithm.loss(models, prepare(algorithm, pairs(), None, models))
     assert float(output.loss.detach()) == pytest.approx(math.log(2), abs=1e-7)
     assert output.metrics["dpo/margin"] == 0 and output.metrics["dpo/implicit_accuracy"] == 0
 
@@ -72,7 +73,7 @@ def test_the_gradient_at_the_reference_is_beta_over_four_times_that_of_the_error
     algorithm = dpo(beta=40.0, weighting=weighting, winner_weight=winner_weight)
     models = {"policy": LinearVelocity(), "reference": LinearVelocity()}
     batch = pairs()
-    train = algorithm.prepare(batch, None, models)
+    train = prepare(algorithm, batch, None, models)
     omega = (1 - train.tensors["t"]).square().view(-1, 1, 1, 1) if weighting == "noise" else 1.0
     winner, loser = (error_gradients(models["policy"], x0, train) for x0 in (batch.winner_NCHW, batch.loser_NCHW))
     expected = [(40 / 4 * omega * (winner_weight * a - b)).mean(0) for a, b in zip(winner, loser, strict=True)]
@@ -84,7 +85,7 @@ def test_away_from_the_reference_each_pair_counts_by_the_probability_it_is_wrong
     algorithm = dpo(beta=5.0)
     models = {"policy": LinearVelocity(0), "reference": LinearVelocity(1)}
     batch = pairs()
-    train = algorithm.prepare(batch, None, models)
+    train = prepare(algorithm, batch, None, models)
     errors = {}
     for role, model in models.items():
         for image, x0 in (("w", batch.winner_NCHW), ("l", batch.loser_NCHW)):
@@ -105,13 +106,13 @@ def test_away_from_the_reference_each_pair_counts_by_the_probability_it_is_wrong
 def test_swapping_winner_and_loser_flips_the_gradient_and_the_margin():
     algorithm, batch = dpo(beta=50.0), pairs()
     models = {"policy": LinearVelocity(), "reference": LinearVelocity()}
-    one, other = (gradients(algorithm, models, algorithm.prepare(b, None, models)) for b in (batch, swapped(batch)))
+    one, other = (gradients(algorithm, models, prepare(algorithm, b, None, models)) for b in (batch, swapped(batch)))
     assert any(bool((g != 0).any()) for g in one)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, -b)
     models["policy"] = LinearVelocity(3)
     margins = [
-        value_of(algorithm.loss(models, algorithm.prepare(b, None, models)).metrics["dpo/margin"])
+        value_of(algorithm.loss(models, prepare(algorithm, b, None, models)).metrics["dpo/margin"])
         for b in (batch, swapped(batch))
     ]
     assert margins[0] == -margins[1] != 0
@@ -120,7 +121,7 @@ def test_swapping_winner_and_loser_flips_the_gradient_and_the_margin():
 def test_a_step_down_the_gradient_prefers_the_winners():
     algorithm = dpo(beta=50.0)
     models = {"policy": LinearVelocity(), "reference": LinearVelocity()}
-    train = algorithm.prepare(pairs(), None, models)
+    train = prepare(algorithm, pairs(), None, models)
     optimizer = torch.optim.SGD(models["policy"].parameters(), lr=0.02)
     for _ in range(20):
         optimizer.zero_grad()
@@ -132,16 +133,16 @@ def test_a_step_down_the_gradient_prefers_the_winners():
 
 def test_winner_and_loser_share_time_and_noise_which_depend_on_seed_and_pair_alone():
     algorithm, models = dpo(), {}
-    few, many = (algorithm.prepare(pairs(count), None, models).tensors for count in (3, 6))
+    few, many = (prepare(algorithm, pairs(count), None, models).tensors for count in (3, 6))
     assert torch.equal(few["t"], many["t"][:3]) and torch.equal(few["noise"], many["noise"][:3])
     assert len(set(many["t"].tolist())) == 6
-    other = algorithm.prepare(pairs(6, seed=1), None, models).tensors
+    other = prepare(algorithm, pairs(6, seed=1), None, models).tensors
     assert not torch.equal(other["t"], many["t"])
 
 
 def test_a_pair_is_compared_at_as_many_points_as_asked_for():
     batch, models = pairs(4), {"policy": LinearVelocity(), "reference": LinearVelocity()}
-    train = dpo(timesteps=3).prepare(batch, None, models)
+    train = prepare(dpo(timesteps=3), batch, None, models)
     assert (len(train), train.total, train.metrics["dpo/pairs"]) == (12, 12, 4)
     assert torch.equal(train.tensors["winner"], batch.winner_NCHW.repeat_interleave(3, 0))
     assert torch.equal(train.tensors["loser"], batch.loser_NCHW.repeat_interleave(3, 0))
@@ -152,16 +153,16 @@ def test_a_pair_is_compared_at_as_many_points_as_asked_for():
     ("changes", "quartiles"), [({}, [0.34, 0.50, 0.66]), ({"density_shift": 3}, [0.60, 0.75, 0.86])]
 )
 def test_times_are_logit_normal_and_a_shift_makes_them_noisier(changes, quartiles):
-    times = dpo(timesteps=500, **changes).prepare(pairs(8), None, {}).tensors["t"]
+    times = prepare(dpo(timesteps=500, **changes), pairs(8), None, {}).tensors["t"]
     found = torch.quantile(times, torch.tensor([0.25, 0.5, 0.75]))
     assert found.tolist() == pytest.approx(quartiles, abs=0.02)
 
 
 def test_a_shift_moves_each_time_and_leaves_the_noises():
-    plain, moved = (dpo(density_shift=s).prepare(pairs(8), None, {}).tensors for s in (1.0, 3.0))
+    plain, moved = (prepare(dpo(density_shift=s), pairs(8), None, {}).tensors for s in (1.0, 3.0))
     torch.testing.assert_close(moved["t"], 3 * plain["t"] / (1 + 2 * plain["t"]))
     assert torch.equal(moved["noise"], plain["noise"]) and torch.equal(
-        plain["t"], dpo().prepare(pairs(8), None, {}).tensors["t"]
+        plain["t"], prepare(dpo(), pairs(8), None, {}).tensors["t"]
     )
     with pytest.raises(ValidationError, match="density_shift"):
         dpo(density_shift=0)
@@ -170,7 +171,7 @@ def test_a_shift_moves_each_time_and_leaves_the_noises():
 def test_the_sft_weight_adds_the_winner_s_own_loss():
     models = {"policy": LinearVelocity(0), "reference": LinearVelocity(1)}
     plain, mixed = dpo(), dpo(sft_weight=0.3)
-    train = plain.prepare(pairs(), None, models)
+    train = prepare(plain, pairs(), None, models)
     output = mixed.loss(models, train)
     expected = plain.loss(models, train).loss + 0.3 * value_of(output.metrics["loss/winner"])
     torch.testing.assert_close(output.loss, expected)
@@ -181,7 +182,7 @@ def test_the_sft_weight_adds_the_winner_s_own_loss():
 def test_the_gradient_is_invariant_to_the_micro_batch_split(size):
     algorithm = dpo(beta=20.0)
     models = {"policy": LinearVelocity(0), "reference": LinearVelocity(1)}
-    train = algorithm.prepare(pairs(), None, models)
+    train = prepare(algorithm, pairs(), None, models)
     whole = gradients(algorithm, models, train)
     split = [torch.zeros_like(g) for g in whole]
     for part in torch.arange(len(train)).split(size):
@@ -196,7 +197,7 @@ def test_online_pairs_are_the_best_and_the_worst_of_each_group():
     final = torch.arange(12.0).view(12, 1, 1, 1).expand(12, *SHAPE)
     total = torch.tensor([0.2, 0.9, 0.1, 0.9, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0, float("nan"), 0.3])
     groups = [4] * 4 + [5] * 4 + [6] * 4
-    train = algorithm.prepare(rollout_of(final, groups), make_scores(total, torch.isfinite(total)), {})
+    train = prepare(algorithm, rollout_of(final, groups), make_scores(total, torch.isfinite(total)), {})
     assert train.tensors["winner"][:, 0, 0, 0].tolist() == [1, 9]
     assert train.tensors["loser"][:, 0, 0, 0].tolist() == [2, 8]
     assert len(train) == train.total == 2 and train.metrics["dpo/pairs"] == 2
@@ -212,7 +213,7 @@ def test_a_group_with_fewer_than_two_valid_scores_is_dropped():
 def test_groups_that_all_tie_leave_nothing_to_learn():
     algorithm = build_algorithm({"type": "diffusion_dpo", "group_size": 4})
     rollout = rollout_of(torch.randn(8, *SHAPE), [0] * 4 + [1] * 4)
-    train = algorithm.prepare(rollout, make_scores(torch.full((8,), 0.5)), {})
+    train = prepare(algorithm, rollout, make_scores(torch.full((8,), 0.5)), {})
     assert len(train) == 0 and train.metrics["dpo/dropped_fraction"] == 1
 
 
@@ -221,10 +222,10 @@ def test_an_online_pair_gets_new_noise_with_every_policy_version():
     final, scores = torch.randn(8, *SHAPE), make_scores(torch.arange(8.0))
     groups = [0] * 4 + [1] * 4
     noise = [
-        algorithm.prepare(rollout_of(final, groups, version), scores, {}).tensors["noise"] for version in (0, 0, 1)
+        prepare(algorithm, rollout_of(final, groups, version), scores, {}).tensors["noise"] for version in (0, 0, 1)
     ]
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
-    alone = algorithm.prepare(rollout_of(final[4:], groups[4:]), make_scores(scores.total[4:]), {})
+    alone = prepare(algorithm, rollout_of(final[4:], groups[4:]), make_scores(scores.total[4:]), {})
     assert torch.equal(alone.tensors["noise"][0], noise[0][1])
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -8,6 +10,7 @@ from flowalign.flow import sde
 from flowalign.flow.sde import step_log_prob
 from flowalign.types import value_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 KINDS = ("flow", "dance", "cps")
 
@@ -38,7 +41,7 @@ def gradients(algorithm, models, train):
 def test_replay_on_the_rollout_weights_is_exact(kind):
     model, algorithm = LinearVelocity(), grpo(kind=kind, window={"kind": "random", "size": 2})
     rollout, scores = scored(algorithm, model)
-    train = algorithm.prepare(rollout, scores, {"policy": model})
+    train = prepare(algorithm, rollout, scores, {"policy": model})
     output = algorithm.loss({"policy": model}, train)
     assert value_of(output.metrics["replay/max_abs_dlogp"]) == 0
     assert value_of(output.metrics["ratio/mean"]) == 1
@@ -49,7 +52,7 @@ def test_on_policy_gradient_is_reinforce_with_the_group_baseline_over_d(kind):
     """Without std-normalisation and clipping: -mean over transitions of A · ∇ log p, log p a mean over d."""
     model, algorithm = LinearVelocity(), grpo(kind=kind, std="none", clip_range=10.0)
     rollout, scores = scored(algorithm, model)
-    train = algorithm.prepare(rollout, scores, {"policy": model})
+    train = prepare(algorithm, rollout, scores, {"policy": model})
     got = gradients(algorithm, {"policy": model}, train)
 
     plan, rewards = rollout.plan, scores.total
@@ -73,7 +76,7 @@ def test_on_policy_gradient_is_reinforce_with_the_group_baseline_over_d(kind):
 def test_equal_rewards_leave_nothing_to_learn():
     model, algorithm = LinearVelocity(), grpo()
     rollout, scores = scored(algorithm, model, torch.full((8,), 0.3))
-    train = algorithm.prepare(rollout, scores, {"policy": model})
+    train = prepare(algorithm, rollout, scores, {"policy": model})
     assert len(train) == 0 and train.metrics["zero_std_fraction"] == 1
 
 
@@ -82,7 +85,7 @@ def test_equal_rewards_give_zero_gradient_even_where_the_group_is_kept():
     model, algorithm = LinearVelocity(), grpo(beta=0.5)
     rollout, scores = scored(algorithm, model, torch.full((8,), 0.3))
     models = {"policy": model, "reference": LinearVelocity()}
-    train = algorithm.prepare(rollout, scores, models)
+    train = prepare(algorithm, rollout, scores, models)
     assert len(train) == train.total == 8 * rollout.log_prob_NS.shape[1]
     assert all(bool((g == 0).all()) for g in gradients(algorithm, models, train))
 
@@ -91,11 +94,11 @@ def test_dropping_silent_groups_changes_no_gradient():
     model, algorithm = LinearVelocity(), grpo()
     rollout, _ = scored(algorithm, model)
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.7, 0.7, 0.7, 0.7])
-    train = algorithm.prepare(rollout, make_scores(rewards), {"policy": model})
+    train = prepare(algorithm, rollout, make_scores(rewards), {"policy": model})
     assert len(train) == train.total // 2
     got = gradients(algorithm, {"policy": model}, train)
 
-    credit = group_advantages(rewards, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).advantages
+    credit = group_advantages(rewards, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).values
     total, plan = torch.zeros(()), rollout.plan
     for s, k in enumerate(range(*plan.noise.window)):
         x, x_next = rollout.states_NSCHW[:, s], rollout.states_NSCHW[:, s + 1]
@@ -115,7 +118,7 @@ def test_an_invalid_sample_reaches_no_loss():
     rewards = torch.tensor([0.0, 1.0, float("nan"), 0.2, 1.0, 0.0, 0.0, 1.0])
     scores = make_scores(rewards, torch.isfinite(rewards))
     models = {"policy": model, "reference": LinearVelocity(1)}
-    train = algorithm.prepare(rollout, scores, models)
+    train = prepare(algorithm, rollout, scores, models)
     assert len(train) == train.total == 7 * rollout.log_prob_NS.shape[1]
     assert torch.isfinite(algorithm.loss(models, train).loss)
 
@@ -123,10 +126,10 @@ def test_an_invalid_sample_reaches_no_loss():
 def test_clipping_stops_the_gradient_only_in_the_direction_already_taken():
     model, algorithm = LinearVelocity(), grpo(clip_range=1e-3)
     rollout, scores = scored(algorithm, model)
-    train = algorithm.prepare(rollout, scores, {"policy": model})
+    train = prepare(algorithm, rollout, scores, {"policy": model})
     for shift, sign in ((0.01, 1), (-0.01, -1)):
         moved = {**train.tensors, "old_log_prob": train.tensors["old_log_prob"] - shift}
-        batch = type(train)(moved, train.condition, train.total, train.shared)
+        batch = replace(train, tensors=moved)
         output = algorithm.loss({"policy": model}, batch)
         assert value_of(output.metrics["ratio/clip_fraction"]) == 1
         alive = batch.tensors["advantage"].sign() == -sign
@@ -143,7 +146,7 @@ def test_kl_has_the_value_of_its_formula_and_a_gradient_for_the_policy_only(kl):
     algorithm = grpo(beta=2.0, kl=kl)
     rollout, scores = scored(algorithm, model)
     models = {"policy": model, "reference": reference}
-    train = algorithm.prepare(rollout, scores, models)
+    train = prepare(algorithm, rollout, scores, models)
     output = algorithm.loss(models, train)
     plan, item = rollout.plan, train.tensors
     ours, theirs = (m(item["x"], item["sigma"], None) for m in (model, reference))
@@ -167,7 +170,7 @@ def test_kl_has_the_value_of_its_formula_and_a_gradient_for_the_policy_only(kl):
 def test_the_loss_is_invariant_to_the_micro_batch_split():
     model, algorithm = LinearVelocity(), grpo()
     rollout, scores = scored(algorithm, model)
-    train = algorithm.prepare(rollout, scores, {"policy": model})
+    train = prepare(algorithm, rollout, scores, {"policy": model})
     whole = algorithm.loss({"policy": model}, train).loss
     parts = torch.arange(len(train)).split(5)
     split = sum(algorithm.loss({"policy": model}, train.take(p)).loss * len(p) / len(train) for p in parts)

@@ -12,6 +12,7 @@ from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.types import Guidance, value_of
 from tests.algorithms.grpo_rollouts import by_step, g2rpo, grpo, roll_out
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_scores
+from tests.algorithms.whole import prepare
 
 # The shared prefix
 
@@ -111,7 +112,7 @@ def test_each_granularity_has_advantages_of_its_own_and_they_are_summed():
     valid = torch.ones(5, 2, dtype=torch.bool)
     credit = group_advantages(rewards, valid, [7, 7, 9, 9, 9])
     a, b, c = 0.5 / 0.5001, 1 / ((2 / 3) ** 0.5 + 1e-4), 1 / (2**0.5 + 1e-4)
-    torch.testing.assert_close(credit.advantages, torch.tensor([a, -a, b - c, -b + 2 * c, -c]))
+    torch.testing.assert_close(credit.values, torch.tensor([a, -a, b - c, -b + 2 * c, -c]))
     assert credit.zero_std_fraction == 0
     assert group_advantages(rewards[:2, 1:], valid[:2, 1:], [7, 7]).zero_std_fraction == 1
 
@@ -122,17 +123,17 @@ def test_the_sum_of_advantages_is_clipped_and_not_its_terms():
     first[99] = 1.0
     second[50:] = 0.0
     credit = group_advantages(torch.stack([first, second], 1), torch.ones(100, 2, dtype=torch.bool), [0] * 100)
-    assert credit.advantages[99] == 5
+    assert credit.values[99] == 5
 
 
 def test_transitions_carry_the_summed_advantage_of_their_sample_s_images():
     model, algorithm = LinearVelocity(), g2rpo(granularities=(1, 2))
     rollout = roll_out(algorithm, model)
     rewards = torch.rand(16, generator=torch.Generator().manual_seed(2))
-    train = algorithm.prepare(rollout, make_scores(rewards), {})
+    train = prepare(algorithm, rollout, make_scores(rewards), {})
     assert len(train) == len(train.condition) == train.total == 8
     groups, everyone = [0] * 4 + [1] * 4, torch.ones(8, dtype=torch.bool)
-    columns = [group_advantages(rewards[j::2], everyone, groups).advantages for j in range(2)]
+    columns = [group_advantages(rewards[j::2], everyone, groups).values for j in range(2)]
     torch.testing.assert_close(train.tensors["advantage"], columns[0] + columns[1])
     assert torch.equal(train.tensors["old_log_prob"], rollout.log_prob_NS.flatten())
     assert value_of(algorithm.loss({"policy": model}, train).metrics["replay/max_abs_dlogp"]) == 0
@@ -142,9 +143,9 @@ def test_a_sample_with_one_failed_image_learns_from_the_others():
     algorithm = g2rpo(granularities=(1, 2), beta=0.1)
     rewards = torch.rand(16, generator=torch.Generator().manual_seed(2))
     rewards[2], rewards[4], rewards[5] = float("nan"), float("nan"), float("nan")
-    train = algorithm.prepare(roll_out(algorithm, LinearVelocity()), make_scores(rewards, ~rewards.isnan()), {})
+    train = prepare(algorithm, roll_out(algorithm, LinearVelocity()), make_scores(rewards, ~rewards.isnan()), {})
     assert len(train) == train.total == 7
-    second = group_advantages(rewards[1::2], ~rewards[1::2].isnan(), [0] * 4 + [1] * 4).advantages
+    second = group_advantages(rewards[1::2], ~rewards[1::2].isnan(), [0] * 4 + [1] * 4).values
     assert train.tensors["advantage"][1] == second[1] and bool(torch.isfinite(train.tensors["advantage"]).all())
 
 
@@ -166,7 +167,7 @@ def test_chunks_with_several_images_a_sample_join_in_order():
     joined = join_trajectories([part([0, 1, 2]), part([3, 4, 5, 6, 7])])
     assert joined.batch == rollout.batch and torch.equal(joined.final_NCHW[:], rollout.final_NCHW[:])
     scores = make_scores(torch.rand(16))
-    ours, theirs = (algorithm.prepare(r, scores, {}).tensors for r in (joined, rollout))
+    ours, theirs = (prepare(algorithm, r, scores, {}).tensors for r in (joined, rollout))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -189,7 +190,7 @@ def test_rollout_and_update_are_guided_each_by_its_own_scale_and_the_ratio_begin
     made = roll_out(algorithm, model)
     scores = make_scores(torch.linspace(0, 1, len(made)))
     with torch.no_grad():
-        train = algorithm.prepare(made, scores, {"rollout": policy})
+        train = prepare(algorithm, made, scores, {"rollout": policy})
     output = algorithm.loss({"policy": policy}, train)
     assert set(asked) == {Guidance(rollout_scale if update_scale is None else update_scale)}
     assert (

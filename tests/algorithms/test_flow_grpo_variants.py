@@ -18,6 +18,7 @@ from flowalign.types import value_of
 from tests.algorithms.every import plan_of
 from tests.algorithms.grpo_rollouts import assert_all_close, by_step, g2rpo, gradients, grpo, moved, roll_out
 from tests.algorithms.toy import LinearVelocity, condition, make_scores
+from tests.algorithms.whole import prepare
 
 KINDS = ("flow", "dance", "cps")
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
@@ -34,7 +35,7 @@ def normal(stats) -> Normal:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_normalised_ratio_of_the_rollout_s_own_weights_is_exactly_1(kind):
     model, algorithm = LinearVelocity(), grpo(ratio="guard", kind=kind)
-    train = algorithm.prepare(roll_out(algorithm, model), make_scores(REWARDS), {})
+    train = prepare(algorithm, roll_out(algorithm, model), make_scores(REWARDS), {})
     metrics = algorithm.loss({"policy": model}, train).metrics
     assert value_of(metrics["ratio/mean"]) == 1
     assert value_of(metrics["ratio/clip_fraction"]) == value_of(metrics["replay/max_abs_dlogp"]) == 0
@@ -44,10 +45,10 @@ def test_the_normalised_ratio_of_the_rollout_s_own_weights_is_exactly_1(kind):
 def test_the_guard_s_gradient_is_that_of_its_published_formula(kind):
     old, new, algorithm = LinearVelocity(), moved(), grpo(ratio="guard", kind=kind, clip_range=1e-3)
     rollout = roll_out(algorithm, old)
-    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    train = prepare(algorithm, rollout, make_scores(REWARDS), {})
     got = algorithm.loss({"policy": new}, train)
 
-    advantage = group_advantages(REWARDS, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).advantages
+    advantage = group_advantages(REWARDS, torch.ones(8, dtype=torch.bool), rollout.batch.group_ids).values
     begin, end = rollout.plan.noise.window
     losses, ratios = [], []
     steps = zip(range(begin, end), by_step(rollout, new), by_step(rollout, old), strict=True)
@@ -85,7 +86,7 @@ def test_only_the_guard_keeps_the_rollout_s_means():
 def test_the_two_sides_of_the_clip_range_stop_gradients_of_their_own(low, high, log_ratio, stopped):
     """Beyond the upper end advantages > 0 have no gradient left, beyond the lower end those < 0."""
     model, algorithm = LinearVelocity(), grpo(clip_range={"low": low, "high": high})
-    train = algorithm.prepare(roll_out(algorithm, model), make_scores(REWARDS), {})
+    train = prepare(algorithm, roll_out(algorithm, model), make_scores(REWARDS), {})
     moved_on = {**train.tensors, "old_log_prob": train.tensors["old_log_prob"] - log_ratio}
     train = replace(train, tensors=moved_on)
     assert value_of(algorithm.loss({"policy": model}, train).metrics["ratio/clip_fraction"]) == abs(stopped)
@@ -116,12 +117,12 @@ def trained_steps(train, plan):
 def test_every_sample_trains_on_its_own_draw_of_the_window_s_steps():
     model, algorithm = LinearVelocity(), grpo(train_steps=2)
     rollout = roll_out(algorithm, model)
-    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    train = prepare(algorithm, rollout, make_scores(REWARDS), {})
     assert len(train) == train.total == 8 * 2
     steps = trained_steps(train, rollout.plan)
     assert all(1 <= a < b <= 3 for a, b in steps.tolist())
     assert len({tuple(row) for row in steps.tolist()}) > 1
-    again = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    again = prepare(algorithm, rollout, make_scores(REWARDS), {})
     assert torch.equal(train.tensors["x"], again.tensors["x"])
     assert value_of(algorithm.loss({"policy": model}, train).metrics["replay/max_abs_dlogp"]) == 0
 
@@ -129,7 +130,7 @@ def test_every_sample_trains_on_its_own_draw_of_the_window_s_steps():
 def test_a_sample_s_steps_depend_on_its_id_and_not_on_its_batch():
     algorithm = grpo(train_steps=1, beta=0.1)
     rollout = roll_out(algorithm, LinearVelocity(), groups=4)
-    whole = algorithm.prepare(rollout, make_scores(torch.rand(16)), {})
+    whole = prepare(algorithm, rollout, make_scores(torch.rand(16)), {})
     part = replace(
         rollout,
         batch=rollout.batch.take(range(8, 16)),
@@ -137,7 +138,7 @@ def test_a_sample_s_steps_depend_on_its_id_and_not_on_its_batch():
         states_NSCHW=rollout.states_NSCHW[8:],
         log_prob_NS=rollout.log_prob_NS[8:],
     )
-    alone = algorithm.prepare(part, make_scores(torch.rand(8)), {})
+    alone = prepare(algorithm, part, make_scores(torch.rand(8)), {})
     assert torch.equal(whole.tensors["sigma"][8:], alone.tensors["sigma"])
 
 
@@ -147,13 +148,13 @@ def test_drawn_for_the_iteration_all_samples_train_on_the_same_steps_and_all_ste
     rollout = roll_out(algorithm, model)
     by_draw = {}
     for version in range(30):
-        train = algorithm.prepare(replace(rollout, policy_version=version), make_scores(REWARDS), {})
+        train = prepare(algorithm, replace(rollout, policy_version=version), make_scores(REWARDS), {})
         assert train.total == 8
         (step,) = set(trained_steps(train, rollout.plan).flatten().tolist())
         by_draw[step] = gradients(algorithm, model, train)
     assert sorted(by_draw) == [1, 2, 3]
     whole = grpo()
-    expected = gradients(whole, model, whole.prepare(rollout, make_scores(REWARDS), {}))
+    expected = gradients(whole, model, prepare(whole, rollout, make_scores(REWARDS), {}))
     mean = [torch.stack(grads).mean(0) for grads in zip(*by_draw.values(), strict=True)]
     assert_all_close(mean, expected, rtol=1e-4, atol=1e-7)
 
@@ -177,10 +178,10 @@ def test_an_invalid_sample_is_neither_best_nor_worst_and_a_small_group_is_kept_w
 def test_pruned_groups_keep_the_advantages_of_the_whole_group():
     model, algorithm = LinearVelocity(), grpo(keep={"best": 1, "worst": 1})
     rollout = roll_out(algorithm, model)
-    train = algorithm.prepare(rollout, make_scores(REWARDS), {})
+    train = prepare(algorithm, rollout, make_scores(REWARDS), {})
     assert len(train) == train.total == 4 * 3
     everyone = torch.ones(8, dtype=torch.bool)
-    credit = group_advantages(REWARDS, everyone, rollout.batch.group_ids).advantages
+    credit = group_advantages(REWARDS, everyone, rollout.batch.group_ids).values
     kept = torch.tensor([0, 1, 4, 6])
     assert torch.equal(train.tensors["advantage"], credit[kept].repeat_interleave(3))
     assert torch.equal(train.tensors["x"], rollout.states_NSCHW[kept, :3].flatten(0, 1))
@@ -189,7 +190,7 @@ def test_pruned_groups_keep_the_advantages_of_the_whole_group():
 def test_a_pruned_group_of_equal_rewards_still_counts_in_the_mean():
     algorithm = grpo(keep={"best": 1, "worst": 1})
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.7, 0.7, 0.7, 0.7])
-    train = algorithm.prepare(roll_out(algorithm, LinearVelocity()), make_scores(rewards), {})
+    train = prepare(algorithm, roll_out(algorithm, LinearVelocity()), make_scores(rewards), {})
     assert (len(train), train.total) == (2 * 3, 4 * 3)
 
 
@@ -206,7 +207,7 @@ def test_a_second_epoch_is_off_policy_by_the_first_one_s_step():
     rollout, scores = roll_out(algorithm, LinearVelocity()), make_scores(REWARDS)
     model = LinearVelocity()
     one = learner(model, algorithm, epochs=1).update(rollout, scores, 0).metrics
-    after = algorithm.loss({"policy": model}, algorithm.prepare(rollout, scores, {})).metrics
+    after = algorithm.loss({"policy": model}, prepare(algorithm, rollout, scores, {})).metrics
     two = learner(LinearVelocity(), algorithm, epochs=2).update(rollout, scores, 0).metrics
     assert one["ratio/mean"] == pytest.approx(1, abs=1e-12) and one["ratio/clip_fraction"] == 0
     assert abs(float(value_of(after["ratio/mean"])) - 1) > 1e-4 and value_of(after["ratio/clip_fraction"]) > 0

@@ -7,6 +7,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.flow.path import per_sample
 from flowalign.types import Condition, Guidance, LatentBatch
 from tests.algorithms.toy import SHAPE
+from tests.algorithms.whole import prepare
 
 NULL, PROMPT = 2.0, 5.0
 
@@ -28,7 +29,7 @@ def teacher(x, t, condition, *, guidance=None, **options):
 def prepared(**config):
     algorithm = build_algorithm({"type": "guidance_distill", **config})
     latents = torch.randn(200, *SHAPE, generator=torch.Generator().manual_seed(0))
-    return algorithm, algorithm.prepare(LatentBatch(latents, prompted(200), 0), None, {})
+    return algorithm, prepare(algorithm, LatentBatch(latents, prompted(200), 0), None, {})
 
 
 def test_a_student_that_is_the_guided_teacher_has_loss_0():

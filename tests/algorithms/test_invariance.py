@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.algorithms.cases import CASES
-from tests.algorithms.rank import ITERATIONS, NAMES, OPTIONS
-from tests.algorithms.seams.toys import both, learned
+from tests.algorithms.rank import ITERATIONS, NAMES, OPTIONS, asked
+from tests.algorithms.seams.toys import both, learned, listwise
 
 ROOT = Path(__file__).resolve().parents[2]
 Ended = tuple[dict[str, Tensor], list[dict[str, float]]]
@@ -93,3 +93,17 @@ def test_two_ranks_train_a_second_network_as_one_does(two_ranks: Path) -> None:
     assert first.keys() == other.keys() == one.keys() and all(torch.equal(first[key], other[key]) for key in first)
     for name, weight in one.items():
         torch.testing.assert_close(first[name], weight, rtol=1e-3, atol=2e-5)
+
+
+def test_two_ranks_keep_whole_groups_whole(two_ranks: Path) -> None:
+    first, other = (load_file(two_ranks / f"listwise_{rank}.safetensors") for rank in range(2))
+    one = listwise(4)[0].weights()  # its loss refuses a group that was taken apart
+    assert all(torch.equal(first[name], other[name]) for name in one)
+    for name, weight in one.items():
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_asks_networks_about_its_own_share_alone(two_ranks: Path) -> None:
+    alone = asked({})
+    both_ranks = [json.loads((two_ranks / f"asked_{rank}.json").read_text()) for rank in range(2)]
+    assert both_ranks == [{name: count // 2 for name, count in alone.items()}] * 2

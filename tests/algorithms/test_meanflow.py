@@ -1,5 +1,6 @@
 """MeanFlow: the target against finite differences and closed forms, its guidance and weights by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from flowalign.shapes.build.pipeline import new_transformer
 from flowalign.types import Condition, LatentBatch, value_of
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, condition
+from tests.algorithms.whole import prepare
 
 T, R = torch.tensor([0.9, 0.6, 0.5]), torch.tensor([0.1, 0.4, 0.5])
 
@@ -45,7 +47,7 @@ def prepared(count=200, latents=None, pooled=0.0, **config):
         latents = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
     own = condition(len(latents))
     own = Condition(own.tokens_PLD, own.pooled_PE + pooled, own.index_N, own.null_LD, own.null_E)
-    return algorithm, algorithm.prepare(LatentBatch(latents, own, 0), None, {})
+    return algorithm, prepare(algorithm, LatentBatch(latents, own, 0), None, {})
 
 
 def test_the_curvature_is_that_of_finite_differences():
@@ -102,7 +104,7 @@ def test_the_curvature_of_a_real_transformer_is_that_of_finite_differences(trans
 def test_a_real_transformer_learns_with_checkpointed_activations(transformer):
     x, _, own = latents_and_condition()
     algorithm = build_algorithm({"type": "meanflow", "equal_fraction": 0.3, "omega": 0.5})
-    train = algorithm.prepare(LatentBatch(x, own, 1), None, {})
+    train = prepare(algorithm, LatentBatch(x, own, 1), None, {})
     assert bool((train.tensors["r"] < train.tensors["t"]).any())
     gradients = []
     for checkpointed in (False, True):
@@ -140,7 +142,7 @@ def test_the_gradient_flows_through_the_average_velocity_and_not_through_the_tar
     latents = torch.randn(20, 2, 1, 1, generator=torch.Generator().manual_seed(4)).double()
     algorithm, train = prepared(latents=latents, equal_fraction=0.2, adaptive_power=0)
     item = {k: v.double() if v.is_floating_point() else v for k, v in train.tensors.items()}
-    train = type(train)(item, train.condition, train.total)
+    train = replace(train, tensors=item)
     parameters = list(policy.parameters())
     found = torch.autograd.grad(algorithm.loss({"policy": policy}, train).loss, parameters)
     t = per_sample(item["t"], latents)

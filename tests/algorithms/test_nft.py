@@ -4,6 +4,7 @@ import torch
 from flowalign.algorithms import build_algorithm
 from flowalign.types import TrainBatch, value_of
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 
@@ -15,14 +16,14 @@ def nft(**changes):
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
     rollout = make_rollout(models["policy"], algorithm.plan(0, 0))
     with torch.no_grad():
-        return algorithm.prepare(rollout, make_scores(rewards, valid), models)
+        return prepare(algorithm, rollout, make_scores(rewards, valid), models)
 
 
 def by_hand(*, r, old, target, t=1.0):
     """One item with latents of two elements."""
     tensors = {"optimality": torch.tensor([r]), "t": torch.tensor([t]), "x": torch.zeros(1, 2, 1, 1)}
     tensors |= {k: torch.tensor(v).reshape(1, 2, 1, 1) for k, v in (("old_velocity", old), ("target", target))}
-    return TrainBatch(tensors, condition(1), 1)
+    return TrainBatch(tensors, condition(1))
 
 
 def gradients(output, model):

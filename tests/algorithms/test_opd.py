@@ -10,6 +10,7 @@ from flowalign.algorithms.parts.teachers import NoTeacher
 from flowalign.flow import sde
 from flowalign.types import Guidance, value_of
 from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 SDE = {"kind": "flow", "noise_level": 0.6}
 TASKS = ("position", "counting", "position", "colors", "counting", "counting", "colors", "position")
@@ -34,7 +35,7 @@ def with_tasks(rollout, tasks=TASKS, key="tag"):
 def prepared(algorithm, models, scores=None, seed=0):
     rollout = with_tasks(make_rollout(models["policy"], algorithm.plan(0, 0), seed=seed))
     with torch.no_grad():
-        return algorithm.prepare(rollout, scores, models)
+        return prepare(algorithm, rollout, scores, models)
 
 
 @pytest.mark.parametrize("kind", [{}, SDE, {"kind": "dance", "noise_level": 0.3}, {"kind": "cps", "noise_level": 0.7}])
@@ -193,7 +194,7 @@ def test_a_reward_beside_the_distillation_adds_flow_grpo_s_gradient():
     rollout = with_tasks(make_rollout(models["policy"], mixed.plan(0, 0)))
     parameters = list(models["policy"].parameters())
     with torch.no_grad():
-        trains = [algorithm.prepare(rollout, scores, models) for algorithm in (plain, mixed, grpo)]
+        trains = [prepare(algorithm, rollout, scores, models) for algorithm in (plain, mixed, grpo)]
     distil, both, reward = (
         torch.autograd.grad(algorithm.loss(models, train).loss * len(train) / train.total, parameters)
         for algorithm, train in zip((plain, mixed, grpo), trains, strict=True)
@@ -213,7 +214,7 @@ def test_the_teacher_s_opinion_as_an_advantage_has_the_kl_s_gradient_on_average(
     rollout = make_rollout(models["policy"], plan, groups=2, size=20_000)
     parameters = list(models["policy"].parameters())
     with torch.no_grad():
-        trains = [algorithm.prepare(rollout, None, models) for algorithm in (dense, closed)]
+        trains = [prepare(algorithm, rollout, None, models) for algorithm in (dense, closed)]
     got, expected = (
         torch.autograd.grad(algorithm.loss(models, train).loss, parameters)
         for algorithm, train in zip((dense, closed), trains, strict=True)
@@ -274,7 +275,7 @@ def test_the_condition_goes_with_its_sample():
     algorithm = two_teachers()
     rollout = with_tasks(make_rollout(LinearVelocity(), algorithm.plan(0, 0)))
     rollout = replace(rollout, condition=replace(condition(8), index_N=torch.arange(8)))
-    train = algorithm.prepare(rollout, None, {"teacher:place": row, "teacher:rest": row})
+    train = prepare(algorithm, rollout, None, {"teacher:place": row, "teacher:rest": row})
     assert torch.equal(train.tensors["target"][:, 0, 0, 0], torch.arange(8.0).repeat_interleave(6))
 
 

@@ -9,6 +9,7 @@ from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import LatentBatch
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, ConstantVelocity, LinearVelocity, condition
+from tests.algorithms.whole import prepare
 
 
 def progressive(**config) -> Progressive:
@@ -18,7 +19,7 @@ def progressive(**config) -> Progressive:
 def prepared(**config):
     algorithm = progressive(**config)
     latents = torch.randn(100, *SHAPE, generator=torch.Generator().manual_seed(0))
-    return algorithm, algorithm.prepare(LatentBatch(latents, condition(100), 0), None, {})
+    return algorithm, prepare(algorithm, LatentBatch(latents, condition(100), 0), None, {})
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (5, 3.0)])

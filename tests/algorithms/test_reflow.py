@@ -12,6 +12,7 @@ from flowalign.flow.path import per_sample
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import LatentBatch
 from tests.algorithms.toy import SHAPE, ConstantVelocity, TwoMaps, condition
+from tests.algorithms.whole import prepare
 
 MEAN, STD = 1.5, 0.4
 LOSSES = ["squared", "pseudo_huber", "lpips_huber", "lpips_huber_over_t"]
@@ -30,7 +31,7 @@ def batch(coupled=True, count=64, seed=3):
 
 def loss_of(config, models, made):
     algorithm = build_algorithm({"type": "reflow", **config})
-    return algorithm.loss(models, algorithm.prepare(made, None, models)).loss.detach()
+    return algorithm.loss(models, prepare(algorithm, made, None, models)).loss.detach()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -55,7 +56,7 @@ def test_each_loss_by_hand_at_one_point():
     made = LatentBatch(latents, condition(1), 0, noise)
     models = {"policy": ConstantVelocity(-2.0, -2.0), "features": lambda x: [x]}
     algorithm = build_algorithm({"type": "reflow"})
-    t = float(algorithm.prepare(made, None, models).tensors["t"])
+    t = float(prepare(algorithm, made, None, models).tensors["t"])
     huber = math.sqrt(1 + 0.25) - 0.5
     found, length = (3.0, 4 - t), math.hypot(3, 4 - t)
     lpips = (found[0] / length - 0.6) ** 2 + (found[1] / length - 0.8) ** 2
@@ -69,13 +70,13 @@ def test_pairs_keep_their_noise_and_real_data_gets_a_fresh_one():
     made = batch(count=1000)
     assert made.noise_NCHW is not None
     algorithm = build_algorithm({"type": "reflow"})
-    assert torch.equal(algorithm.prepare(made, None, {}).tensors["noise"], made.noise_NCHW)
-    fresh = algorithm.prepare(replace(made, noise_NCHW=None), None, {}).tensors["noise"]
+    assert torch.equal(prepare(algorithm, made, None, {}).tensors["noise"], made.noise_NCHW)
+    fresh = prepare(algorithm, replace(made, noise_NCHW=None), None, {}).tensors["noise"]
     assert not (fresh == made.noise_NCHW).any() and 0.9 < float(fresh.std()) < 1.1
 
 
 def test_times_are_u_shaped():
-    t = build_algorithm({"type": "reflow"}).prepare(batch(count=4000), None, {}).tensors["t"]
+    t = prepare(build_algorithm({"type": "reflow"}), batch(count=4000), None, {}).tensors["t"]
     outer = ((t < 0.1) | (t > 0.9)).float().mean()
     assert float(outer) == pytest.approx(1 - math.sinh(1.6) / math.sinh(2.0), abs=0.02)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,17 @@ from flowalign.plan.geometry import plan_geometry
 from flowalign.record.checkpoint import load
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.run.align import build_run
-from flowalign.run.learner import Learner
 from flowalign.run.second import restore_second
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Condition, LatentBatch, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.seams.signed_time import SignedTime
-from tests.algorithms.seams.toys import engine, learned
-from tests.algorithms.seams.whole_groups import Listwise
-from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.algorithms.seams.toys import learned, listwise
+from tests.algorithms.toy import LinearVelocity
+from tests.algorithms.whole import prepare
 from tests.tiny import run_config, write_config
 
 SEAMS = Path(__file__).parent / "seams"
-REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 Tensors = dict[str, torch.Tensor]
 
 
@@ -116,15 +113,6 @@ def test_a_plan_counts_a_second_network(tiny_pipeline_dir: Path) -> None:
     assert (own.learner_forward_passes, own.learner_backward_passes) == (4 * (3 + 1), 4 * 2)
 
 
-def listwise(micro_batch_size: int) -> tuple[Learner, Update]:
-    policy = LinearVelocity()
-    algorithm = Listwise(Listwise.Config.model_validate({"group_size": 4, "num_steps": 3}))
-    own = Learner(algorithm, {"policy": policy}, engine(policy), micro_batch_size=micro_batch_size)
-    rollout = make_rollout(LinearVelocity(), plan_of(algorithm), groups=6)
-    scores = make_scores(REWARDS.repeat(3))
-    return own, own.update(replace(rollout), scores, 0)
-
-
 @pytest.mark.parametrize("size", [1, 4, 9, 1000])
 def test_a_whole_group_is_one_item_of_shuffle_and_loss_in_micro_batches_of_any_size(size: int) -> None:
     whole, update = listwise(24)
@@ -140,7 +128,7 @@ def test_a_network_of_the_straight_path_is_asked_at_times_below_0_as_they_are(ti
     model = load_policy(ModelConfig(path=str(tiny_pipeline_dir), dtype="float32"))
     velocity = guided(model.network)
     latents = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    train = algorithm.prepare(LatentBatch(latents, model.encoders.encode_prompts(["a"] * 4, 4), 1), None, {})
+    train = prepare(algorithm, LatentBatch(latents, model.encoders.encode_prompts(["a"] * 4, 4), 1), None, {})
     t = train.tensors["t"]
     assert bool((t < 0).any()) and bool((t > 0).any()) and float(t.abs().max()) <= 1
     output = algorithm.loss({"policy": velocity}, train)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from flowalign.algorithms import build_algorithm
 from flowalign.types import TrainBatch
 from tests.algorithms.toy import ConstantVelocity, LinearVelocity, condition, make_rollout, make_scores
+from tests.algorithms.whole import prepare
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.1, 0.0, 0.0, 0.3])
 GROUPS = (0,) * 4 + (1,) * 4
@@ -20,7 +21,7 @@ def sft(**changes):
 def prepared(algorithm, models, rewards=REWARDS, valid=None):
     rollout = make_rollout(models["policy"], algorithm.plan(0, 0))
     with torch.no_grad():
-        return algorithm.prepare(rollout, make_scores(rewards, valid), models)
+        return prepare(algorithm, rollout, make_scores(rewards, valid), models)
 
 
 def weights(algorithm, rewards=REWARDS, valid=ALL, sample_ids=tuple(range(8))):
@@ -45,7 +46,7 @@ def test_the_loss_is_the_one_computed_by_hand():
     target = torch.tensor([[2.0, 0.0], [1.0, 0.0]]).reshape(2, 2, 1, 1)
     tensors = {"x": torch.zeros(2, 2, 1, 1), "t": torch.ones(2), "target": target, "weight": torch.tensor([3.0, 0.5])}
     policy = ConstantVelocity(1.0, 2.0)
-    output = sft().loss({"policy": policy}, TrainBatch(tensors, condition(2), 2))
+    output = sft().loss({"policy": policy}, TrainBatch(tensors, condition(2)))
     assert output.loss.item() == pytest.approx(4.25)
     assert gradients(output, policy)[0].flatten().tolist() == pytest.approx([-1.5, 3.5])
 

@@ -1,4 +1,4 @@
-"""The learner over a real engine: micro-batches, updates, what an empty batch does, whose weights ``prepare`` sees."""
+"""The learner over a real engine: micro-batches, updates, what an empty batch does, whose weights ``annotate`` sees."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.learner import Learner
-from flowalign.types import Max, Mean, TrainBatch
+from flowalign.types import Credit, Max, Mean
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
 
@@ -61,10 +61,11 @@ def test_replay_is_measured_before_the_first_step_moved_the_weights():
 class Counts(NFT):
     """Six items of twelve; a loss that tells their numbers, 0 to 5, by every kind of metric."""
 
-    def prepare(self, batch, scores, models):
-        sample = torch.zeros(6, dtype=torch.long)
-        tensors = {"number": torch.arange(6.0), "x": batch.final_NCHW[sample]}
-        return TrainBatch(tensors, batch.condition.take(sample), 12, {}, {})
+    def credit(self, batch, scores):
+        return Credit(torch.zeros(6, dtype=torch.long), {"number": torch.arange(6.0)}, 12)
+
+    def annotate(self, models, batch, credit):
+        return {"x": batch.final_NCHW[credit.sample]}
 
     def loss(self, models, minibatch):
         number, t = minibatch.tensors["number"], torch.full((len(minibatch),), 0.5)
@@ -111,7 +112,7 @@ def test_updates_raise_the_reward_of_a_toy():
     for iteration in range(30):
         plan = plan_of(own.algorithm, iteration)
         rollout = make_rollout(model, plan, groups=4, size=8, seed=iteration)
-        reward = rollout.final_NCHW.flatten(1).mean(1)
+        reward = rollout.final_NCHW[:].flatten(1).mean(1)
         means.append(float(reward.mean()))
         own.update(rollout, make_scores(reward), iteration)
     assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.1
@@ -122,22 +123,22 @@ class Stop(Exception):
 
 
 class Inspected(NFT):
-    """NFT that shows what ``prepare`` was given and made, and fails after it where asked to."""
+    """NFT that shows what ``annotate`` was given and made, and fails after it where asked to."""
 
     def __init__(self, **changes) -> None:
         super().__init__(NFT.Config.model_validate({"type": "nft", **FORWARD, **changes}))
         self.fails = False
 
-    def prepare(self, batch, scores, models):
-        self.given, self.train = models, super().prepare(batch, scores, models)
+    def annotate(self, models, batch, credit):
+        self.given, self.said = models, super().annotate(models, batch, credit)
         if self.fails:
             raise Stop
-        return self.train
+        return self.said
 
 
 def old_velocity(algorithm, weights):
-    """What a network with ``weights`` answers at the points of the last ``prepare``."""
-    model, item = LinearVelocity(), algorithm.train.tensors
+    """What a network with ``weights`` answers at the points of the last ``annotate``."""
+    model, item = LinearVelocity(), algorithm.said
     model.load_state_dict(weights)
     with torch.no_grad():
         return model(item["x"], item["t"], None)
@@ -150,11 +151,11 @@ def test_the_role_rollout_answers_with_the_weights_that_rollouts_were_given(weig
     for iteration in range(3):
         given = own.weights()
         own.update(*batch(LinearVelocity(), ALGORITHMS["nft"]), iteration)
-        assert torch.equal(algorithm.train.tensors["old_velocity"], old_velocity(algorithm, given))
+        assert torch.equal(algorithm.said["old_velocity"], old_velocity(algorithm, given))
     assert torch.equal(own.weights()["weight"], own.engine.weights()["weight"]) == (weights == "policy")
 
 
-def test_in_prepare_the_role_rollout_stands_in_for_the_policy():
+def test_in_annotate_the_role_rollout_stands_in_for_the_policy():
     algorithm = Inspected()
     learner(LinearVelocity(), algorithm=algorithm, ema_decay=0.5).update(
         *batch(LinearVelocity(), ALGORITHMS["nft"]), iteration=0
@@ -180,7 +181,7 @@ class Counted(LinearVelocity):
         return super().forward(x, t, condition, **options)
 
 
-def test_prepare_runs_the_network_in_the_micro_batches_of_a_step_without_gradients():
+def test_annotate_runs_the_network_in_the_micro_batches_of_a_step_without_gradients():
     """24 points in micro-batches of 5, the last one padded; then the same five with gradients."""
     model = Counted()
     learner(model, algorithm=ALGORITHMS["nft"], micro_batch_size=5).update(
@@ -189,8 +190,8 @@ def test_prepare_runs_the_network_in_the_micro_batches_of_a_step_without_gradien
     assert model.calls == [(5, 5, False)] * 5 + [(5, 5, True)] * 5
 
 
-def failing_prepare(engine_settings):
-    """Weights and optimizer state before and after a ``prepare`` that fails, and the weights after one more update."""
+def failing_annotate(engine_settings):
+    """Weights and optimizer state before and after an ``annotate`` that fails, and weights after one more update."""
     model, algorithm = LinearVelocity(), Inspected()
     engine = build_engine(model, engine_settings)
     own = learner(model, algorithm=algorithm, engine=engine, ema_decay=0.5)
@@ -201,7 +202,7 @@ def failing_prepare(engine_settings):
     with pytest.raises(Stop):
         own.update(*batch(LinearVelocity(), ALGORITHMS["nft"]), iteration=2)
     after = engine.weights(), content_hash(engine.optimizer_state()[0])
-    seen = torch.equal(algorithm.train.tensors["old_velocity"], old_velocity(algorithm, averaged))
+    seen = torch.equal(algorithm.said["old_velocity"], old_velocity(algorithm, averaged))
     algorithm.fails = False
     own.update(*batch(LinearVelocity(), ALGORITHMS["nft"]), iteration=2)
     final = engine.weights()
@@ -224,11 +225,11 @@ ENGINES = [
 
 
 @pytest.mark.parametrize("engine_settings", ENGINES)
-def test_the_policy_and_its_optimizer_get_their_bits_back_after_prepare_saw_the_average(engine_settings, monkeypatch):
+def test_the_policy_and_its_optimizer_get_their_bits_back_after_annotate_saw_the_average(engine_settings, monkeypatch):
     monkeypatch.setattr("flowalign.engine.zero.PERSISTENT", 0, raising=False)  # ZeRO-3 partitions everything
-    before, averaged, seen, after, final = failing_prepare(engine_settings)
+    before, averaged, seen, after, final = failing_annotate(engine_settings)
     assert seen and not torch.equal(averaged["weight"], before[0]["weight"])
     assert content_hash(after[0]) == content_hash(before[0]) and after[1] == before[1]
-    expected = failing_prepare(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))[-1]
+    expected = failing_annotate(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))[-1]
     for name, weight in final.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)

@@ -35,6 +35,7 @@ from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch, TextPart
+from tests.algorithms.whole import prepare
 from tests.flow.analytic import raw_output
 from tests.tiny import encoded_here
 
@@ -91,7 +92,7 @@ def test_the_loss_of_a_family_is_the_mean_square_of_its_networks_own_output(tiny
     algorithm = RectifiedFlow(RectifiedFlow.Config(family=family, condition_dropout=0, **kinds))
     condition = policy.encoders.encode_prompts(["a photo of a red circle"] * 4, 4)
     x0 = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    batch = algorithm.prepare(LatentBatch(x0, condition, 5), None, {})
+    batch = prepare(algorithm, LatentBatch(x0, condition, 5), None, {})
     with torch.no_grad():
         loss = algorithm.loss({"policy": guided(policy.network)}, batch).loss
     own = PATH_FAMILIES[family].own_time(batch.tensors["t"])
@@ -106,7 +107,7 @@ def test_a_weighting_turns_the_velocity_error_into_that_of_noise_or_data(weighti
     plain = RectifiedFlow(RectifiedFlow.Config(condition_dropout=0))
     x0 = torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     condition = _condition(6)
-    batch = algorithm.prepare(LatentBatch(x0, condition, 5), None, {})
+    batch = prepare(algorithm, LatentBatch(x0, condition, 5), None, {})
     noise, t = batch.tensors["noise"], batch.tensors["t"]
     x = path.interpolate(x0, noise, t)
 
@@ -116,7 +117,7 @@ def test_a_weighting_turns_the_velocity_error_into_that_of_noise_or_data(weighti
     predicted = {"noise": path.noise_from_velocity, "data": path.x0_from_velocity}[weighting](x, torch.zeros_like(x), t)
     wanted = (predicted - {"noise": noise, "data": x0}[weighting]).square().mean()
     torch.testing.assert_close(algorithm.loss({"policy": velocity}, batch).loss, wanted)
-    unweighted = plain.prepare(LatentBatch(x0, condition, 5), None, {})
+    unweighted = prepare(plain, LatentBatch(x0, condition, 5), None, {})
     assert bool((unweighted.tensors["weight"] == 1).all())
     torch.testing.assert_close(batch.tensors["weight"], factor(t))
 

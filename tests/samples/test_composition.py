@@ -100,19 +100,19 @@ def test_per_reward_normalisation_gives_a_small_reward_its_weight():
     large = torch.tensor([0.0, 100, 0, 100, 0, 100, 0, 100])
     small = torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1])
     valid = torch.ones(8, dtype=torch.bool)
-    summed = group_advantages(large + small, valid, GROUPS).advantages
+    summed = group_advantages(large + small, valid, GROUPS).values
     assert abs(summed[2] - summed[0]) < 0.03  # the small one is drowned
     credit = per_reward_advantages({"a": large, "b": small}, {"a": 1.0, "b": 1.0}, valid, GROUPS)
     # Each is ±1 within its group; the sum is -2, 0, 0, 2, whose population std is √2.
     expected = torch.tensor([-2.0, 0, 0, 2] * 2) / math.sqrt(2)
-    torch.testing.assert_close(credit.advantages, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(credit.values, expected, atol=2e-3, rtol=0)
 
 
 def test_one_reward_normalised_by_itself_is_the_usual_advantage_up_to_scale():
     rewards = torch.tensor([0.1, 0.5, 0.2, 0.9, 3, 1, 2, 2.5])
     valid = torch.tensor([True] * 7 + [False])
-    usual = group_advantages(rewards, valid, GROUPS).advantages
-    own = per_reward_advantages({"r": rewards}, {"r": 2.0}, valid, GROUPS).advantages
+    usual = group_advantages(rewards, valid, GROUPS).values
+    own = per_reward_advantages({"r": rewards}, {"r": 2.0}, valid, GROUPS).values
     assert own[7] == 0
     torch.testing.assert_close(own / own[0], usual / usual[0])
     assert abs(float(own[valid].std(correction=0)) - 1) < 1e-3
@@ -121,7 +121,7 @@ def test_one_reward_normalised_by_itself_is_the_usual_advantage_up_to_scale():
 def test_equal_rewards_have_exactly_no_advantage_per_reward():
     same = torch.ones(8)
     credit = per_reward_advantages({"r": same}, {"r": 1.0}, torch.ones(8, dtype=torch.bool), GROUPS)
-    assert not credit.advantages.any() and credit.zero_std_fraction == 1
+    assert not credit.values.any() and credit.zero_std_fraction == 1
 
 
 def test_a_reward_that_does_not_apply_to_a_group_leaves_the_others_alone():
@@ -130,7 +130,7 @@ def test_a_reward_that_does_not_apply_to_a_group_leaves_the_others_alone():
     credit = per_reward_advantages(
         {"a": everywhere, "b": here}, {"a": 1.0, "b": 1.0}, torch.ones(8, dtype=torch.bool), GROUPS
     )
-    first, second = credit.advantages[:4], credit.advantages[4:]
+    first, second = credit.values[:4], credit.values[4:]
     torch.testing.assert_close(first, 2 * second)
 
 

@@ -16,6 +16,7 @@ from flowalign.models.guided import guided
 from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
 from flowalign.types import Guidance, Noise, PromptBatch, SamplingPlan, Scores, Trajectories, value_of
+from tests.algorithms.whole import prepare
 
 PROMPTS = ("a photo of a red circle", "a photo of two stars", "a photo of a ring above a cross")
 
@@ -46,7 +47,7 @@ def test_shuffled_transitions_replay_bit_for_bit_in_micro_batches_of_the_rollout
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(12, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
-    train = algorithm.prepare(made, scores, models)
+    train = prepare(algorithm, made, scores, models)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:-5]
     parts = order.split(12)
     assert len(parts[-1]) < 12
@@ -192,7 +193,7 @@ def test_a_short_chunk_made_in_the_run_s_geometry_replays_bit_for_bit(policy):
     rewards = torch.tensor([0.0, 1.0, 0.5, 0.2])
     scores = Scores({"r": rewards}, rewards, torch.ones(4, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), 12)}
-    train = algorithm.prepare(made, scores, models)
+    train = prepare(algorithm, made, scores, models)
     with torch.no_grad():
         outputs = [algorithm.loss(models, train.take(part)) for part in torch.arange(len(train)).split(12)]
     assert max(float(value_of(o.metrics["replay/max_abs_dlogp"])) for o in outputs) == 0
@@ -204,7 +205,7 @@ def replays_exactly(policy, algorithm, made, geometry):
     rewards = torch.randn(count, generator=torch.Generator().manual_seed(0))
     scores = Scores({"r": rewards}, rewards, torch.ones(count, dtype=torch.bool))
     models = {"policy": fixed_geometry(guided(policy.network), geometry)}
-    train = algorithm.prepare(made, scores, models)
+    train = prepare(algorithm, made, scores, models)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs = [algorithm.loss(models, train.take(part)).metrics for part in order.split(geometry)]

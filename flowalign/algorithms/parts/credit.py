@@ -19,7 +19,7 @@ Std = Literal["group", "batch", "none"]
 
 
 class CreditConfig(AlgorithmConfig):
-    """Options of `credit`."""
+    """Options of `advantages`."""
 
     advantage_clip: float = Field(5.0, gt=0)
     """Largest size of an advantage. Flow-GRPO's code: 5."""
@@ -32,10 +32,10 @@ class CreditConfig(AlgorithmConfig):
     for several rewards), or ``none``.
     """
 
-    def credit(self, scores: Scores, group_ids: Sequence[int], images: int = 1) -> Credit:
-        """Give the credit of N samples; see the function `credit`."""
+    def advantages(self, scores: Scores, group_ids: Sequence[int], images: int = 1) -> Advantages:
+        """Give the advantages of N samples; see the function `advantages`."""
         clip, std = self.advantage_clip, self.std
-        return credit(scores, group_ids, normalize=self.normalize, std=std, clip=clip, images=images)
+        return advantages(scores, group_ids, normalize=self.normalize, std=std, clip=clip, images=images)
 
 
 class Keep(Section):
@@ -52,22 +52,22 @@ class Keep(Section):
 
 
 @dataclass(frozen=True)
-class Credit:
-    """Advantages (N,), and the share of groups that can teach nothing (equal rewards or fewer than two valid)."""
+class Advantages:
+    """Those of N samples, (N,), and the share of groups that teach nothing (equal rewards, fewer than two valid)."""
 
-    advantages: Tensor
+    values: Tensor
     zero_std_fraction: float
 
     def metrics(self, valid: Tensor) -> dict[str, float]:
-        """Describe the credit: the silent share, and the mean size of the advantages of ``valid`` (N,) samples."""
-        magnitude = self.advantages[valid].abs()
+        """Describe them: the silent share, and the mean size of the advantages of ``valid`` (N,) samples."""
+        magnitude = self.values[valid].abs()
         return {
             "zero_std_fraction": self.zero_std_fraction,
             "advantage/mean_abs": float(magnitude.mean()) if magnitude.numel() else 0.0,
         }
 
 
-def credit(
+def advantages(
     scores: Scores,
     group_ids: Sequence[int],
     *,
@@ -75,8 +75,8 @@ def credit(
     std: Std = "group",
     clip: float = 5.0,
     images: int = 1,
-) -> Credit:
-    """Return the credit of N samples: that of the weighted ``total``, or with ``per_reward`` of each reward by itself.
+) -> Advantages:
+    """Return the advantages of N samples: those of the weighted ``total``, or with ``per_reward`` of each reward alone.
 
     ``scores`` have N·J rows where each sample was finished into J ``images``, which lie in a row; ``group_ids`` has N.
     """
@@ -96,7 +96,7 @@ def group_advantages(
     std: Std = "group",
     clip: float = 5.0,
     eps: float = 1e-4,
-) -> Credit:
+) -> Advantages:
     """Return ``A_i = (R_i - mean_group) / (std + eps)``, clipped to ±``clip``; population std over valid samples.
 
     A group with fewer than two valid samples, or whose valid rewards are all equal, gets exactly 0,
@@ -123,7 +123,7 @@ def group_advantages(
             scale = {"group": own.std(correction=0) + eps, "batch": batch_std + eps, "none": 1.0}[std]
             result[member, j] = (own - own.mean()) / scale
     silent = int((~teaches).sum())
-    return Credit(result.sum(1).clamp(-clip, clip).float(), silent / max(1, len(groups)))
+    return Advantages(result.sum(1).clamp(-clip, clip).float(), silent / max(1, len(groups)))
 
 
 def per_reward_advantages(
@@ -135,7 +135,7 @@ def per_reward_advantages(
     std: Std = "group",
     clip: float = 5.0,
     eps: float = 1e-4,
-) -> Credit:
+) -> Advantages:
     """Normalise each reward within its groups by itself, sum them by weight, and scale the sum to unit batch std.
 
     So a reward of small spread is not drowned by one of large spread, which the sum's own std allows (GDPO, Liu et al.
@@ -148,8 +148,8 @@ def per_reward_advantages(
     for name, weight in weights.items():
         usable = valid & torch.isfinite(by_reward[name])
         own = group_advantages(by_reward[name].nan_to_num(), usable, group_ids, std=std, clip=float("inf"), eps=eps)
-        total += weight * own.advantages.double()
-        silent.append(own.advantages != 0)
+        total += weight * own.values.double()
+        silent.append(own.values != 0)
     learns = torch.stack(silent).any(0) if silent else torch.zeros(len(valid), dtype=torch.bool)
     counted = valid if valid.ndim == 1 else valid.any(1)
     spread = total[counted].std(correction=0) if bool(counted.any()) else total.new_zeros(())
@@ -157,7 +157,7 @@ def per_reward_advantages(
     groups = ids.unique()
     quiet = sum(not bool(learns[ids == group].any()) for group in groups)
     scaled = torch.where(learns, total / (spread + eps), total.new_zeros(()))
-    return Credit(scaled.clamp(-clip, clip).float(), quiet / max(1, len(groups)))
+    return Advantages(scaled.clamp(-clip, clip).float(), quiet / max(1, len(groups)))
 
 
 def best_and_worst(values: Tensor, valid: Tensor, group_ids: Sequence[int], *, best: int, worst: int) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: N samples, T points of each, M points, C H W latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -13,12 +13,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, Scheduled
+from flowalign.algorithm import Algorithm, AlgorithmConfig, Models, Scheduled
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Condition, LatentBatch, SamplingPlan, TrainBatch, Trajectories, dropped_conditions
+from flowalign.types import (
+    Condition,
+    Credit,
+    LatentBatch,
+    SamplingPlan,
+    TrainBatch,
+    Trajectories,
+    dropped_conditions,
+)
+
+DROPPED = "dropped"  # of an item: whether its condition is the empty text's
 
 
 def check_density(kind: str, params: Mapping[str, float]) -> None:
@@ -61,10 +71,19 @@ class Noised:
     dropped: Tensor
     condition: Condition
 
-    def batch(self, tensors: Mapping[str, Tensor]) -> TrainBatch:
+    def credit(self, tensors: Mapping[str, Tensor]) -> Credit:
         """Make items of all samples: ``tensors`` (N, ...) go where the latents are."""
+        count = len(self.latents)
         moved = {name: tensor.to(self.latents.device) for name, tensor in tensors.items()}
-        return TrainBatch(moved, dropped_conditions(self.condition, self.dropped), total=len(self.latents))
+        return Credit(torch.arange(count), {**moved, DROPPED: self.dropped}, count)
+
+
+class LatentAlgorithm(Algorithm):
+    """Base of the algorithms that learn from latents on disk: their ``credit`` ends with `Noised.credit`."""
+
+    def items(self, batch: LatentBatch, credit: Credit) -> TrainBatch:
+        condition = dropped_conditions(batch.condition.take(credit.sample), credit.tensors[DROPPED])
+        return TrainBatch(credit.tensors, condition)
 
 
 def noised(batch: LatentBatch, generator: torch.Generator, dropout: float) -> Noised:
@@ -105,26 +124,66 @@ class ForwardConfig(SamplingConfig):
             raise ValueError("density_params: the grid of the rollout takes none; name a density or leave them out")
         return self
 
-    def points(self, batch: Trajectories, learns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw the points of the samples where ``learns`` (N,) is True, M in all, sample after sample.
+    def points_of(
+        self, learns: Tensor, worth: Mapping[str, Tensor], metrics: Mapping[str, float], images: int | None = None
+    ) -> Credit:
+        """Return the points of the samples where ``learns`` (N,) is True, sample after sample, as items.
 
-        Returns the sample of each (M,), and ``x`` (M, C, H, W), ``t`` (M,) and the velocity ``target`` (M, C, H, W).
-        They are a function of (run seed, policy version, sample id) and the final latents: not of the batch, nor of
-        the workers that made it.
+        Each has its sample's part of ``worth`` (N, ...). A mean is taken over the points of so many ``images``, by
+        default those that are learned from.
         """
-        chosen = learns.nonzero().flatten()
-        ids = [batch.batch.sample_ids[n] for n in chosen.tolist()]
-        t_NT, noise_NTCHW = forward.draw(
+        chosen, count = learns.nonzero().flatten(), self.timesteps
+        sample = chosen.repeat_interleave(count)
+        tensors = {name: values[sample] for name, values in worth.items()}
+        total = (len(chosen) if images is None else images) * count
+        return Credit(sample, {**tensors, "point": torch.arange(count).repeat(len(chosen))}, total, metrics)
+
+    def points(self, batch: Trajectories, credit: Credit) -> dict[str, Tensor]:
+        """Draw the points of ``credit``, whose ``sample`` and ``point`` are of any one shape (...).
+
+        Returns ``x`` (..., C, H, W), ``t`` (...) and the velocity ``target`` (..., C, H, W). They are a function of
+        (run seed, policy version, sample id) and the final latents: not of the batch, nor of the workers that made it.
+        """
+        sample = credit.sample.flatten()
+        x0 = batch.final_NCHW[sample]
+
+        def generator(n: int) -> torch.Generator:
+            return seeded(batch.seed, Stream.POINTS, batch.policy_version, batch.batch.sample_ids[n])
+
+        t, noise = drawn(
             self.density,
             self.timesteps,
-            batch.final_NCHW.shape[1:],
-            [seeded(batch.seed, Stream.POINTS, batch.policy_version, sample_id) for sample_id in ids],
+            x0.shape[1:],
+            generator,
+            sample,
+            credit.tensors["point"].flatten(),
             batch.plan.sigmas,
             **self.density_params,
         )
-        sample = chosen.repeat_interleave(self.timesteps)
-        x0, noise, t = batch.final_NCHW[sample], noise_NTCHW.flatten(0, 1), t_NT.flatten()
-        return sample, {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}
+        points = {"x": path.interpolate(x0, noise, t), "t": t, "target": path.velocity_target(x0, noise)}
+        return {name: tensor.unflatten(0, credit.sample.shape) for name, tensor in points.items()}
+
+
+def drawn(
+    kind: str,
+    count: int,
+    shape: Sequence[int],
+    generator: Callable[[int], torch.Generator],
+    sample: Tensor,
+    point: Tensor,
+    sigmas: Sequence[float],
+    **params: float,
+) -> tuple[Tensor, Tensor]:
+    """Draw time (M,) and noise (M, *shape) number ``point`` of the ``count`` of each ``sample``, both (M,).
+
+    ``generator`` makes that of a sample. The other arguments are those of `forward.draw`.
+    """
+    t, noise = torch.zeros(len(sample)), torch.zeros(len(sample), *shape)
+    for one in sample.unique().tolist():
+        own = (sample == one).nonzero().flatten()
+        (times,), (noises,) = forward.draw(kind, count, shape, [generator(one)], sigmas, **params)
+        t[own], noise[own] = times[point[own]], noises[point[own]]
+    return t, noise
 
 
 class ForwardAlgorithm(Scheduled):
@@ -132,3 +191,7 @@ class ForwardAlgorithm(Scheduled):
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
         return self.config.sampling_plan(self.levels())
+
+    def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
+        """Draw the points."""
+        return self.config.points(batch, credit)

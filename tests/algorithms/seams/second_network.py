@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, Second
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithm import LossOutput, Models, Needs, Reference, Second
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward, path
-from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
-class DistributionMatching(Scheduled):
+class DistributionMatching(ForwardAlgorithm):
     """Moves the policy's images from where the second network's velocity leads to where the reference's does."""
 
     class Config(ForwardConfig):
@@ -28,12 +28,8 @@ class DistributionMatching(Scheduled):
         second = Second(updates=self.config.second_updates, learning_rate=2e-3)
         return Needs(Trajectories, group_size=self.config.group_size, reference=Reference(), second=second)
 
-    def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        return self.config.sampling_plan(self.levels())
-
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
-        sample, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))
-        return TrainBatch(tensors, batch.condition.take(sample), len(sample))
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
+        return self.config.points_of(torch.ones(len(batch.batch), dtype=torch.bool), {}, {})
 
     def second_loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         """The flow-matching loss on the policy's own images."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from flowalign.algorithm import Algorithm, LossOutput, Models, Needs
-from flowalign.algorithms.parts.points import DensityConfig, noised
+from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import forward, path
 from flowalign.flow.randomness import seeded
-from flowalign.types import LatentBatch, Scores, TrainBatch
+from flowalign.types import Credit, LatentBatch, Scores, TrainBatch
 
 
-class SignedTime(Algorithm):
+class SignedTime(LatentAlgorithm):
     """Flow matching at t, and at -t on the line from the noise to the image, whose velocity has the other sign."""
 
     class Config(DensityConfig):
@@ -23,13 +23,13 @@ class SignedTime(Algorithm):
     def needs(self) -> Needs:
         return Needs(LatentBatch, signed_time=True)
 
-    def prepare(self, batch: LatentBatch, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         generator = seeded(batch.seed)
         size = self.config.times((len(batch.latents_NCHW),), generator)
         sign = torch.where(torch.rand(len(size), generator=generator) < 0.5, -1.0, 1.0)
         drawn = noised(batch, generator, self.config.condition_dropout)
         x = path.interpolate(drawn.latents, drawn.noise, size)
-        return drawn.batch({"x": x, "t": sign * size, "target": drawn.noise - drawn.latents})
+        return drawn.credit({"x": x, "t": sign * size, "target": drawn.noise - drawn.latents})
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item = minibatch.tensors

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import Engine, EngineSettings, build_engine
 from flowalign.run.learner import Learner
+from flowalign.types import Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.seams.second_network import DistributionMatching
-from tests.algorithms.toy import LinearVelocity, make_rollout
+from tests.algorithms.seams.whole_groups import Listwise
+from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+
+REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 
 
 def engine(model: LinearVelocity, rate: float = 1e-2, **place: Any) -> Engine:
@@ -43,6 +48,15 @@ def learned(policy_rate: float = 1e-2, updates: int = 3, **place: Any) -> Learne
     for iteration in range(2):
         own.update(make_rollout(LinearVelocity(0), plan_of(own.algorithm)), None, iteration)
     return own
+
+
+def listwise(micro_batch_size: int, **place: Any) -> tuple[Learner, Update]:
+    """A learner of six whole groups after one update of them."""
+    policy = LinearVelocity()
+    algorithm = Listwise(Listwise.Config.model_validate({"group_size": 4, "num_steps": 3}))
+    own = Learner(algorithm, {"policy": policy}, engine(policy, **place), micro_batch_size=micro_batch_size)
+    rollout = make_rollout(LinearVelocity(), plan_of(algorithm), groups=6)
+    return own, own.update(rollout, make_scores(REWARDS.repeat(3)), 0)
 
 
 def both(own: Learner) -> dict[str, Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
-from flowalign.algorithms.parts.points import ForwardConfig
+from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward
-from flowalign.types import SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
 
-class Listwise(Scheduled):
+class Listwise(ForwardAlgorithm):
     """Makes the policy's errors on a group's images rank them as their rewards do: a cross entropy over the group."""
 
     class Config(ForwardConfig):
@@ -28,17 +28,15 @@ class Listwise(Scheduled):
     def needs(self) -> Needs:
         return Needs(Trajectories, scores=True, group_size=self.config.group_size, whole_groups=True)
 
-    def plan(self, iteration: int, seed: int) -> SamplingPlan:
-        return self.config.sampling_plan(self.levels())
-
-    def prepare(self, batch: Trajectories, scores: Scores | None, models: Models) -> TrainBatch:
+    def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         assert scores is not None
-        size = self.config.group_size
-        _, tensors = self.config.points(batch, torch.ones(len(batch), dtype=torch.bool))
-        tensors |= {"reward": scores.total, "group": torch.tensor(batch.batch.group_ids)}
-        grouped = {name: tensor.unflatten(0, (-1, size)) for name, tensor in tensors.items()}
-        first = torch.arange(0, len(batch), size)
-        return TrainBatch(grouped, batch.condition.take(first), len(first))
+        sample_BG = torch.arange(len(scores.total)).unflatten(0, (-1, self.config.group_size))
+        told = {"reward": scores.total, "group": torch.tensor(batch.batch.group_ids)}
+        tensors = {name: values[sample_BG] for name, values in told.items()}
+        return Credit(sample_BG, {**tensors, "point": torch.zeros_like(sample_BG)}, len(sample_BG))
+
+    def items(self, batch: Trajectories, credit: Credit) -> TrainBatch:
+        return TrainBatch(credit.tensors, batch.condition.take(credit.sample[:, 0]))
 
     def loss(self, models: Models, minibatch: TrainBatch) -> LossOutput:
         item, size = minibatch.tensors, self.config.group_size
