@@ -15,11 +15,9 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flowalign.engine.adamw import held_state
 from flowalign.intake.file import load_align
 from flowalign.record.destroyed import fault, fault_of_moments
 from flowalign.run.align import build_run
@@ -55,12 +53,10 @@ def main() -> None:
         backend.update(collected.trajectories, collected.scores, iteration)
 
     iterations = [median_s(lambda i=i: iterate(i), 1) for i in range(options.iterations)]
-    engine: Any = backend.learner.learner.engine
-    weights = engine._parameters
+    engine = backend.learner.learner.engine
+    weights = engine.held()
     torch.set_num_threads(1)
-    state = median_s(
-        lambda: fault("", weights) or fault_of_moments(held_state(engine._optimizer, weights)), options.repeats
-    )
+    state = median_s(lambda: fault("", weights) or fault_of_moments(engine.moments()), options.repeats)
     average = median_s(lambda: fault("", weights), options.repeats)
     own = Apart()
 
