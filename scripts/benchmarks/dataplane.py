@@ -125,7 +125,9 @@ def peaks(asked: dict[str, Any], work: Path) -> dict[str, Any]:
         raise SystemExit((work / f"{asked['name']}.log").read_text())
     in_mib = {pid: round(count / MIB, 1) for pid, count in most.items()}
     seconds = round(time.monotonic() - began)
-    return {"driver": in_mib[run.pid], "ranks": [in_mib[pid] for pid in learners], "seconds": seconds}
+    found = {"driver": in_mib[run.pid], "ranks": [in_mib[pid] for pid in learners], "seconds": seconds}
+    print(asked["name"], found, file=sys.stderr, flush=True)
+    return found
 
 
 def memory(pipeline: Path, work: Path, ranks: int, images: list[int]) -> dict[str, Any]:
