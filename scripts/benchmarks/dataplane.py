@@ -207,6 +207,7 @@ def counted(pipeline: Path, work: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs=2, default=(96, 192))
+    parser.add_argument("--ranks", type=int, nargs="+", default=(2, 4))
     parser.add_argument("--only", choices=("memory", "passes"), help="one half alone")
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "dataplane", "machine": machine(1), "images": options.images}
@@ -216,7 +217,9 @@ def main() -> None:
         os.dup2(2, 1)  # where libraries greet on standard output
         write_pipeline(work / "pipeline")
         if options.only != "passes":
-            result |= {f"ranks_{ranks}": memory(work / "pipeline", work, ranks, options.images) for ranks in (2, 4)}
+            result |= {
+                f"ranks_{ranks}": memory(work / "pipeline", work, ranks, options.images) for ranks in options.ranks
+            }
         if options.only != "memory":
             result["passes"] = counted(work / "pipeline", work)
         os.dup2(out, 1)
