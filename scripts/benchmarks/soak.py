@@ -138,7 +138,7 @@ class Run:
         """Resident memory and file descriptors of the run and of its workers, and shared memory of all, in MB."""
         assert self.process is not None
         roles = {"run": [self.process.pid], **self.workers()}
-        row: dict[str, float] = {}
+        row: dict[str, float] = {"pid": self.process.pid}
         for role, pids in roles.items():
             row[f"memory/{role}"] = sum(_status_mb(pid, "RssAnon") for pid in pids)
             row[f"files/{role}"] = sum(_descriptors(pid) for pid in pids)
@@ -289,20 +289,33 @@ def same_bits(one: Run, other: Run) -> bool:
 
 
 def growth(work: Path, iterations: int) -> dict[str, dict[str, float]]:
-    """Of each quantity its median in the second and in the last quarter, at moments when all workers were there."""
+    """Of each quantity its median in the second and in the last quarter, at moments when all workers were there.
+
+    The run itself, which a restart makes another process with another size, is judged by the process that was seen the
+    most often.
+    """
     rows = [json.loads(line) for line in _lines(work / "samples.jsonl")]
     whole = {"processes/rollout": 2, "processes/reward": 1, "processes/rank": 2}
     rows = [row for row in rows if all(row.get(name) == count for name, count in whole.items())]
-    second = [row for row in rows if iterations / 4 < row["iteration"] <= iterations / 2]
-    last = [row for row in rows if row["iteration"] > iterations * 3 / 4]
+    longest = Counter(row.get("pid") for row in rows).most_common(1)
+    own = [row for row in rows if row.get("pid") == longest[0][0]] if longest else []
+    seen = [row["iteration"] for row in own] or [0]
     found = {}
     roles = ("run", "rollout", "reward", "rank", "ray")
     for name in (*(f"memory/{role}" for role in roles), *(f"files/{role}" for role in roles), "shared"):
-        values = [[row[name] for row in part if name in row] for part in (second, last)]
+        of_run = name.endswith("/run")
+        begin, end = (min(seen), max(seen)) if of_run else (0, iterations)
+        values = _quarters([(row["iteration"], row[name]) for row in (own if of_run else rows)], begin, end)
         if all(values):
             a, b = (statistics.median(part) for part in values)
             found[name] = {"second": round(a, 1), "last": round(b, 1), "growth": round(b / a - 1, 4) if a else 0.0}
     return found
+
+
+def _quarters(seen: list[tuple[float, float]], begin: float, end: float) -> tuple[list[float], list[float]]:
+    """Values, each with its iteration, of the second and of the last quarter between two iterations."""
+    share = [((iteration - begin) / max(1, end - begin), value) for iteration, value in seen]
+    return [value for at, value in share if 0.25 < at <= 0.5], [value for at, value in share if at > 0.75]
 
 
 def main() -> None:
