@@ -27,6 +27,7 @@ from flowalign.record.kinds import read_regular
 from flowalign.record.manifest import (
     MANIFEST,
     STEP,
+    VERSION,
     CheckpointError,
     advice,
     advised,
@@ -57,7 +58,7 @@ OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 class Checkpoint:
     """A checkpoint as ``load`` read it: weights by name, optimizer tensors and facts by rank, the run's own state.
 
-    ``averages`` are those beside ``ema``, by the name of their file.
+    ``averages`` are those beside ``ema``, by the name of their file. ``version`` is that of how it was written.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     optimizer_by_rank: dict[int, OptimizerState]
     state: dict[str, Any]
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    version: int = VERSION
 
     def optimizer_of(self, rank: int) -> OptimizerState:
         """Return the optimizer state for ``rank``; without ZeRO all ranks hold the same, so a new rank gets rank 0's.
@@ -207,6 +209,7 @@ def read(path: Path) -> Checkpoint:
             optimizer_by_rank=optimizer,
             state=json.loads((path / "state.json").read_bytes()),
             averages={name: load_file(path / f"{name}.safetensors") for name in _averages(manifest)},
+            version=manifest["version"],
         )
     except CheckpointError:
         raise

@@ -17,7 +17,9 @@ from flowalign.record.kinds import read_regular, regular_size
 from rewards.missing import hint
 
 FORMAT = "flowalign-checkpoint"
-VERSION = 1
+VERSION = 2
+READ = (1, 2)  # versions that are read; runs go on from the last alone
+LAST_OF_1 = "3344061"  # the last commit that goes on from a checkpoint of version 1
 MANIFEST = "MANIFEST.json"
 STEP = re.compile(r"step_\d+")
 
@@ -88,8 +90,8 @@ def manifest_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no readable MANIFEST.json, so it is no checkpoint") from error
     if claimed != found:
         raise CheckpointError(f"{path / MANIFEST} is corrupt")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}")
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READ:
+        raise CheckpointError(f"{path} is not a {FORMAT} of a version that is known here ({READ[0]} to {VERSION})")
     if outside := [name for name in manifest.get("files", ()) if not stays_below(name)]:
         raise CheckpointError(f"{path / MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
     return manifest

@@ -26,7 +26,7 @@ from flowalign.run.journal import RunJournal
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Run, align
 from flowalign.run.made import Accepted, MadeOf
-from flowalign.run.resume import leave_behind, resume_from
+from flowalign.run.resume import leave_behind, refuse_older, resume_from
 from flowalign.run.second import states_for
 from flowalign.safety.collapse import stopped_by_alarm
 from flowalign.samples.opened import sampling_plan
@@ -104,6 +104,7 @@ def _run(
         return
     if saved is not None and stopped_by_alarm(run_dir, config.safety, start) is not None:
         return
+    refuse_older(saved)
     made = MadeOf(config, base_dir, accepted)
     if saved is not None:
         made.refuse_changes(saved, say, small=True)

@@ -20,7 +20,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import fault_of_state, fault_of_zeros
 from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
-from flowalign.record.manifest import entries, going_on, has_sizes
+from flowalign.record.manifest import LAST_OF_1, VERSION, entries, going_on, has_sizes
 
 SET_ASIDE = "set_aside"
 RETURNED = "returned_to"
@@ -53,6 +53,17 @@ def resume_from(
         command = going_on(run_dir)
         other = f"name another: {there}" + (f", as in `{command}`" if command else "")
         raise CheckpointError(f"{key}: {wrong}; {other if there else f'{run_dir} has no checkpoint'}") from error
+
+
+def refuse_older(saved: Checkpoint | None) -> None:
+    """Raise CheckpointError where an older version wrote what a run would go on from; to read it is another matter."""
+    if saved is not None and saved.version < VERSION:
+        run_dir = saved.path.parent.parent
+        raise CheckpointError(
+            f"{run_dir} was written by an older version, and commit {LAST_OF_1} is the last that can continue it: go on "
+            "there, or begin a run of another name from its weights (`flowalign export RUN --to DIR --as pipeline`, then "
+            "model.path=DIR)"
+        )
 
 
 def leave_behind(run_dir: Path, resume: str, saved: Checkpoint | None, say: Say = LOG.warning) -> None:

@@ -40,7 +40,7 @@ from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.run.encoded import encode_captions
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.pretrain import pretrain, resumed
-from flowalign.run.resume import leave_behind, resume_from
+from flowalign.run.resume import leave_behind, refuse_older, resume_from
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def _run(
     if saved is not None and saved.step >= steps:
         say(f"{run_dir} has done all {saved.step} steps already; add a phase to `phases` to continue")
         return
+    refuse_older(saved)
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     _say_start(config, console, run_dir, rank, anew=saved is None)
     if replaced := algorithm.replaced_levels():

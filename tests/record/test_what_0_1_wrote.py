@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flowalign.cli import app
@@ -54,6 +55,23 @@ def test_what_version_0_1_wrote_is_read(what: str, folder: Path, monkeypatch: py
         assert 0 <= json.loads(done.stdout.splitlines()[-1])["metrics"]["eval/geneval_strict/overall"] <= 1
     else:
         assert (folder / left).exists()
+
+
+@pytest.mark.parametrize("command", ["align full.yaml iterations=3", "pretrain base.yaml"])
+def test_a_run_of_version_0_1_is_not_continued_and_nothing_of_it_is_touched(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unpacked(tmp_path)
+    monkeypatch.chdir(folder)
+    if command.startswith("pretrain"):
+        config = yaml.safe_load((folder / "base.yaml").read_text())
+        (folder / "base.yaml").write_text(yaml.safe_dump({**config, "phases": config["phases"] * 2}))
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    done = CliRunner().invoke(app, command.split())
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and "and commit 3344061 is the last that can continue it" in said, done.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list((folder / "runs").glob("*/set_aside"))
 
 
 def test_cached_latents_of_pairs_are_taken_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
