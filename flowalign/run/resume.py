@@ -60,9 +60,9 @@ def refuse_older(saved: Checkpoint | None) -> None:
     if saved is not None and saved.version < VERSION:
         run_dir = saved.path.parent.parent
         raise CheckpointError(
-            f"{run_dir} was written by an older version, and commit {LAST_OF_1} is the last that can continue it: go "
-            "on with that, or begin a run of another name from its weights (`flowalign export RUN --to DIR --as pipeline`, "
-            "then model.path=DIR)"
+            f"{run_dir} was written by an older version, and commit {LAST_OF_1} is the last that can continue it; use "
+            "that one, or begin a run of another name from its weights: `flowalign export RUN --to DIR --as pipeline`, "
+            "then model.path=DIR"
         )
 
 
