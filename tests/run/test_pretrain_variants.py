@@ -368,7 +368,7 @@ def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_
         ended.append(checkpoint.load(tmp_path / engine / "base" / "checkpoints" / "step_000004"))
     for one, other in ((ended[0].model, ended[1].model), (ended[0].ema, ended[1].ema)):
         for name, weight in one.items():
-            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
