@@ -54,6 +54,24 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """Conditions of consecutive chunks, whose prompts stay where they lie: `take` makes one of some of the samples."""
+
+    parts: tuple[Condition, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def take(self, index: Tensor) -> Condition:
+        """Return the condition of the samples ``index`` (M,), with copies of the prompts that they use alone."""
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        part_of = torch.bucketize(index, ends, right=True)
+        used = part_of.unique().tolist() or [0]
+        made = [self.parts[i].take(index[part_of == i] - (ends[i] - len(self.parts[i]))).used() for i in used]
+        return cat_conditions(made).take(part_of.argsort(stable=True).argsort())
+
+
+@dataclass(frozen=True)
 class TextPart:
     """The place of one text encoder's output in a `Condition`: tokens [begin, end) and their features, pooled features.
 
@@ -198,8 +216,8 @@ class Trajectories:
 
     ``states_NSCHW`` has S+1 states: before each step of the window and after its last (S may be 0).
     ``log_prob_NS`` is a mean over dimensions; ``means_NSCHW`` are the rollout's own step means, if
-    the plan kept them; ``final_NCHW`` is the latent at t = 0. Those of several chunks are `Rows`. All tensors may lie
-    in memory that others share, so that nobody writes to them.
+    the plan kept them; ``final_NCHW`` is the latent at t = 0. Those of several chunks are `Rows`, and their condition
+    `Conditions`. All tensors may lie in memory that others share, so that nobody writes to them.
 
     With J granularities there are N·J images, the J of one sample in a row. Then ``batch``, ``condition``,
     ``final_NCHW``, the pictures and the scores have a row an image, so that each is scored like any other; states,
@@ -209,7 +227,7 @@ class Trajectories:
     """
 
     batch: PromptBatch
-    condition: Condition
+    condition: Condition | Conditions
     plan: SamplingPlan
     states_NSCHW: Tensor | Rows
     log_prob_NS: Tensor

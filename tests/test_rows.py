@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowalign.rows import Rows
+from flowalign.types import Condition, Conditions, cat_conditions
 
 
 def parts(dtype=torch.float32, sizes=(3, 1, 0, 4)):
@@ -45,3 +46,17 @@ def test_what_is_gathered_is_a_copy_and_the_chunks_are_not():
 def test_a_row_that_is_not_there_is_an_error():
     with pytest.raises(IndexError):
         Rows(parts())[torch.tensor([8])]
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2, 3, 4], [4, 0, 3, 3], [2], []])
+def test_conditions_of_chunks_give_what_the_joined_one_gives_with_the_used_prompts_alone(index: list[int]) -> None:
+    def condition(rows: int, index_N: list[int], seed: int) -> Condition:
+        own = torch.Generator().manual_seed(seed)
+        tokens, pooled = torch.randn(rows, 3, 4, generator=own), torch.randn(rows, 2, generator=own)
+        return Condition(tokens, pooled, torch.tensor(index_N), torch.zeros(3, 4), torch.zeros(2))
+
+    parts = condition(3, [2, 0, 2], 0), condition(2, [1, 1], 1)
+    found, expected = (made.take(torch.tensor(index).long()) for made in (Conditions(parts), cat_conditions(parts)))
+    assert len(found) == len(index) and len(Conditions(parts)) == 5
+    assert all(torch.equal(a, b) for a, b in zip(found.expand(), expected.expand(), strict=True))
+    assert len(found.tokens_PLD) == len(set(expected.index_N.tolist()))

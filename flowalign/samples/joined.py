@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from flowalign.rows import Rows
-from flowalign.types import PromptBatch, Scores, Trajectories, cat_conditions
+from flowalign.types import Condition, Conditions, PromptBatch, Scores, Trajectories
 from rewards.composite import one_owner
 
 
@@ -31,7 +31,7 @@ def scored_together(chunks: Sequence[PromptBatch], whole_groups: bool) -> list[r
 def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
     """Join chunks of one iteration, in the order given; they must share plan, seed and policy version.
 
-    States, means and latents are not copied.
+    States, means, latents and embeddings are not copied.
     """
     keys = {(p.plan, p.seed, p.policy_version) for p in parts}
     if len(keys) != 1:
@@ -44,7 +44,7 @@ def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
     return replace(
         parts[0],
         batch=batch,
-        condition=cat_conditions([p.condition for p in parts]),
+        condition=Conditions(tuple(one for p in parts for one in _conditions(p.condition))),
         states_NSCHW=Rows([p.states_NSCHW for p in parts]),
         log_prob_NS=torch.cat([p.log_prob_NS for p in parts]),
         final_NCHW=Rows([p.final_NCHW for p in parts]),
@@ -52,6 +52,10 @@ def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
         computed=sum(p.computed for p in parts),
         reused=sum(p.reused for p in parts),
     )
+
+
+def _conditions(condition: Condition | Conditions) -> tuple[Condition, ...]:
+    return condition.parts if isinstance(condition, Conditions) else (condition,)
 
 
 def cat_scores(parts: Sequence[Scores]) -> Scores:

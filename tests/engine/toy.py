@@ -40,7 +40,7 @@ def batch(step: int) -> TrainBatch:
     generator = seeded(3, step)
     x, y = (torch.randn(ITEMS, 6, generator=generator) for _ in range(2))
     condition = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(ITEMS).long(), torch.zeros(1, 1), y[0])
-    return TrainBatch({"x": x, "y": y}, condition, ITEMS, {"step": step})
+    return TrainBatch({"x": x, "y": y}, condition, {"step": step})
 
 
 def loss_of(network: nn.Module, poison: float = 0.0) -> Callable[[TrainBatch], LossOutput]:
