@@ -244,8 +244,14 @@ class RemoteTeacher:
 class LearnerActor(Mortal):
     """One rank of the learner; every method is called on all ranks at once."""
 
-    def __init__(self, config: AlignConfig, rank: int, teachers: Mapping[str, Any] | None = None) -> None:
-        self.config, self.rank = config, rank
+    def __init__(
+        self,
+        config: AlignConfig,
+        rank: int,
+        teachers: Mapping[str, Any] | None = None,
+        expected: Expected | None = None,
+    ) -> None:
+        self.config, self.rank, self.expected = config, rank, expected
         self.teachers = {name: RemoteTeacher(name, actor) for name, actor in (teachers or {}).items()}
         self.chunks: tuple[Trajectories, ...] = ()
 
@@ -260,7 +266,8 @@ class LearnerActor(Mortal):
     def start(self, host: str, port: int) -> int:
         """Join the other ranks, of whom rank 0 listens on ``host:port``."""
         ranks = self.config.learner.ranks
-        self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
+        with held(self.expected, self.config):
+            self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
         return os.getpid()
 
     def take(self, *chunks: Trajectories) -> None:

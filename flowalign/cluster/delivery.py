@@ -37,6 +37,10 @@ class Delivery:
         self.learned = True
         rollouts.rebind = self._bind_again
 
+    def forget(self) -> None:
+        """Begin as at the run's beginning: the learner was made again, and may go back to earlier weights."""
+        self._guard, self._sent, self._weights, self.learned = SyncGuard(), None, None, True
+
     @property
     def version(self) -> int:
         """The version of the weights that the workers hold; -1 before the first."""

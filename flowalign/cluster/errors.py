@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flowalign.run.restarts import RankLost
+
 
 class ClusterError(RuntimeError):
     """The cluster cannot be reached or used as configured."""
@@ -15,8 +17,8 @@ class WorkerLost(ClusterError):
     """A rollout or reward worker kept dying over the same chunk."""
 
 
-class LearnerLost(ClusterError):
-    """A learner rank died; the run ends at its last checkpoint."""
+class LearnerLost(ClusterError, RankLost):
+    """A learner rank died, or was silent for too long."""
 
 
 class ClusterLost(ClusterError):

@@ -42,7 +42,7 @@ CHILDREN_S = 3.0
 
 
 class RayBackend:
-    """Rollout and reward actors that may die and are made again; learner ranks whose death ends the run.
+    """Rollout and reward actors that may die and are made again, as the learner's ranks are by ``restart_learner``.
 
     Raises:
         PlacementError: within seconds, where the actors do not fit.
@@ -151,9 +151,13 @@ class RayBackend:
 
     def _start_learner(self, learner: Share, bundle: int, teachers: Mapping[str, Any]) -> None:
         cluster = self.config.cluster
+        of_learner = ["model.", "algorithm.type", "data.preferences"]
+        of_learner += [] if cluster.has_teacher_actors else ["algorithm.teachers."]
         self.learner = LearnerGroup(
             learner.count,
-            lambda rank: self._actor(LearnerActor, learner, bundle + rank, cluster.threads, rank, teachers),
+            lambda rank: self._actor(
+                LearnerActor, learner, bundle + rank, cluster.threads, rank, teachers, self._expected(*of_learner)
+            ),
             self._vigil,
             self.teachers,
             cluster.max_task_retries,
@@ -255,6 +259,18 @@ class RayBackend:
         lines = self.learner.wait(calls, "restore")
         self._delivery.learned = True
         return lines[0]
+
+    def restart_learner(self) -> None:
+        """Make all ranks again, as they were at the run's beginning, after one was lost; `restore` and `sync` follow.
+
+        Raises:
+            LearnerLost: one was lost meanwhile. ConfigError: a file that they load has changed.
+            ClusterError: Ray is gone, a rank does not end, or finds no place.
+        """
+        self._session.check()
+        self._last, self._told = None, False
+        self.learner.restart()
+        self._delivery.forget()
 
     def _end_children(self) -> None:
         """Let the reward actors end what their scorers started; who does not answer is not waited for long."""

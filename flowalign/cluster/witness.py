@@ -14,7 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowalign.cluster.errors import WorkerImportError
-from flowalign.record.death import Birth, Watch, ending, is_stopped, oom_kills
+from flowalign.record.death import Birth, Ending, Watch, ending, is_stopped, oom_kills, outlived
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 _ELSEWHERE_S = 30.0
@@ -48,9 +48,14 @@ class Witness:
         return self._birth
 
     def cause(self, error: BaseException) -> str:
-        """Say why it died, in half a sentence.
+        """Say why it died, in half a sentence; see `ending`."""
+        return str(self.ending(error))
 
-        ``error`` is what Ray raised. Raise WorkerImportError where that is why.
+    def ending(self, error: BaseException) -> Ending:
+        """Say how it died; ``error`` is what Ray raised.
+
+        Raises:
+            WorkerImportError: that is why.
         """
         raise_failed_import(error)
         said = str(error)
@@ -80,11 +85,22 @@ class Witness:
 
     def end(self) -> bool:
         """Kill the process, a stopped one too; False where it is gone, or is not one of this machine."""
-        if self._watch is None:
-            return False
-        killed = self._watch.kill()
-        self._watch.close()
+        killed = self.kill()
+        self.close()
         return killed
+
+    def kill(self) -> bool:
+        """Kill as ``end`` does, and keep hold of the process, so that ``gone`` may be asked."""
+        return self._watch is not None and self._watch.kill()
+
+    def gone(self, within_s: float) -> bool:
+        """Wait until the process has ended, for so long at most; True also where its machine cannot be asked."""
+        if self._birth is None or self._birth.node == self._here:
+            return self._watch is None or self._watch.gone(within_s)
+        try:
+            return bool(_elsewhere(self._birth.node, outlived, self._birth.pid, within_s))
+        except RayError:
+            return True
 
     def close(self) -> None:
         if self._watch is not None:
@@ -116,12 +132,12 @@ def raise_failed_import(error: BaseException) -> None:
     raise WorkerImportError(f"a worker cannot start: {why}{place}; its Python must have what this one has") from None
 
 
-def _asked_elsewhere(birth: Birth, said: str) -> str:
+def _asked_elsewhere(birth: Birth, said: str) -> Ending:
     """Return the answer of ``ending`` on the machine where the process lived."""
     try:
         return _elsewhere(birth.node, ending, birth, None, said)
     except RayError as error:
-        return f"its machine cannot be asked why ({type(error).__name__})"
+        return Ending("its machine is silent", f"its machine cannot be asked why ({type(error).__name__})")
 
 
 def _elsewhere(node: str, ask: Any, *args: Any) -> Any:

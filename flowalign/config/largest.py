@@ -42,6 +42,8 @@ LARGEST: dict[str, float] = {
     "least_s": 10_000_000,
     "factor": 1_000_000,
     "max_task_retries": 10_000,
+    "max_restarts": 10_000,
+    "restart_wait_s": 10_000_000,
     "updates_per_iteration": 1_000_000,
     "epochs": 1_000_000,
     "window": 1_000_000,

@@ -13,6 +13,7 @@ import select
 import signal
 import struct
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ class Birth:
     @classmethod
     def of_this_process(cls, node: str) -> Birth:
         return cls(os.getpid(), node, _standard_error(), oom_kills())
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a process: ``said`` is half a sentence about it, ``kind`` is equal for two that ended alike."""
+
+    kind: str
+    said: str
+
+    def __str__(self) -> str:
+        return self.said
 
 
 def say_hard_exits() -> None:
@@ -86,6 +98,10 @@ class Watch:
         known, *_, status = struct.unpack(_PIDFD_INFO, info)
         return status if known & _PIDFD_INFO_EXIT else None
 
+    def gone(self, within_s: float) -> bool:
+        """Wait until the process has ended, for so long at most; True where nobody has hold of it."""
+        return self._fd is None or bool(select.select([self._fd], [], [], within_s)[0])
+
     def kill(self) -> bool:
         """End it, a stopped process too, never another one that has got its number since; False where it is gone."""
         if self._fd is None or select.select([self._fd], [], [], 0)[0]:
@@ -100,27 +116,41 @@ class Watch:
             self._fd = None
 
 
-def ending(birth: Birth, status: int | None, said: str = "") -> str:
-    """Say how the process ended, in half a sentence.
+def ending(birth: Birth, status: int | None, said: str = "") -> Ending:
+    """Say how the process ended.
 
     ``said`` is what Ray says of it. Reads the files of this machine.
     """
     lines = _log_lines(birth.log)
-    memory = _memory(birth)
-    how = _of_monitor(said) or _of_status(status) or _of_ray(said) or _of_log(lines)
+    memory, monitor = _memory(birth), _of_monitor(said)
+    how = monitor or _of_status(status) or _of_ray(said) or _of_log(lines)
+    kind = "want of memory" if memory or monitor else how or "gone at once"
     if how is None and memory is None:
         how = "its process was gone at once, without a message or a signal that it could catch, as after kill -9"
     shown = _that_matter(lines)
-    return "; ".join(filter(None, [how, memory, shown and f"its log ends: {shown}"]))
+    return Ending(kind, "; ".join(filter(None, [how, memory, shown and f"its log ends: {shown}"])))
+
+
+def outlived(pid: int, within_s: float) -> bool:
+    """Wait until a process of this machine has ended, for so long at most; tell whether it has."""
+    until = time.monotonic() + within_s
+    while (there := _state(pid)) not in ("", "Z", "X") and time.monotonic() < until:
+        time.sleep(0.1)
+    return there in ("", "Z", "X")
 
 
 def is_stopped(pid: int) -> bool:
     """Tell whether a process of this machine is stopped, as by SIGSTOP or a debugger."""
+    return _state(pid) in ("T", "t")
+
+
+def _state(pid: int) -> str:
+    """Return the letter by which the kernel tells a process's state; nothing where there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
-        return False
-    return text.rpartition(")")[2].split()[0] in "Tt"
+        return ""
+    return text.rpartition(")")[2].split()[0]
 
 
 def oom_kills() -> tuple[str, int] | None:

@@ -22,7 +22,7 @@ TIME_KEYS = ("wall_s", "time/", "throughput/")
 NAMED = 5
 FIRST = b'{"iteration"'  # how each row begins
 LOG = logging.getLogger("flowalign")
-RETRIES = "/retries"  # of a reward server: what its network did, not what the run computed
+FAULTS = ("/retries", "/restarts")  # what a network or a machine did, not what the run computed
 
 
 class MetricsWriter:
@@ -208,4 +208,4 @@ def _say_once(text: str) -> None:
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without what may differ between equal runs."""
-    return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS) and not key.endswith(RETRIES)}
+    return {key: value for key, value in row.items() if not key.startswith(TIME_KEYS) and not key.endswith(FAULTS)}

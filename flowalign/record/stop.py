@@ -20,6 +20,7 @@ AGAIN_WITHIN_S = 10.0
 _OF_A_RUN = ("config.yaml", "checkpoints", LOCK)  # a new one has its lock alone
 _LOOK_EVERY_S = 1.0
 _ECHO_S = 1.0
+_GLANCE_S = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -133,6 +134,29 @@ class StopRequest:
             self._raises = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal end a run inside at once: it is at work on nothing that a checkpoint would keep.
+
+        Raises:
+            EndedEarly: somebody asks for the end, or has asked before.
+        """
+        if self._alone and self.asked:
+            raise EndedEarly
+        raises, self._raises = self._raises, True
+        try:
+            yield
+        finally:
+            self._raises = raises
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long. Raise EndedEarly where somebody asks for the end meanwhile."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self.asked:
+                raise EndedEarly
+            time.sleep(min(left, _GLANCE_S))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -22,9 +22,9 @@ from flowalign.record import checkpoint
 from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, Phases, duration
 from flowalign.record.stop import EndedEarly, StopRequest
-from flowalign.run.journal import RunJournal
+from flowalign.run.attempts import Attempts
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import Run, align
+from flowalign.run.loop import Run
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.resume import leave_behind, refuse_older, resume_from
 from flowalign.run.second import states_for
@@ -72,6 +72,7 @@ def run_align(
         EndedEarly: somebody asked for the end; what was learned is in the last checkpoint.
         RunDirectoryError, LockLost: another process holds the run directory, or took it over.
         CheckpointError, ResumeRefused: the run directory cannot be continued.
+        RankLost: ranks of the learner were lost too often, or twice alike in one iteration.
         PlacementError, ScorerError, TooManyInvalid, SyncError, NonFiniteUpdate: see their modules.
     """
     run_dir = Path(config.runs_dir) / config.name
@@ -114,30 +115,30 @@ def _run(
         say(line)
     loading = time.monotonic()
     backend = make_backend(config, base_dir, say, made)
-    journal = None
+
+    def restore(found: checkpoint.Checkpoint) -> None:
+        if (line := backend.restore(_states(config, found, made))) is not None:
+            say(line)
+
+    attempts = Attempts(config, backend, restore, console=console, made=made, lock=lock, stop=stop)
     try:
         for line in _loaded(config, *backend.parameters(), seconds=time.monotonic() - loading):
             say(line)
         if saved is not None:
             made.refuse_changes(saved, say)
-            if (line := backend.restore(_states(config, saved, made))) is not None:
-                say(line)
+            restore(saved)
             say(f"resuming {run_dir} after iteration {start}")
         made.check_steady()
         leave_behind(run_dir, resume, saved, say)
         begin()
-        wall = 0.0 if saved is None else float(saved.state["wall_s"])
-        journal = RunJournal(config, run_dir, console, start=start, wall_s=wall, made=made, lock=lock, stop=stop)
         phases.begin("work")
-        done = align(run, backend, journal, start)
-        stopped = journal.stopped
+        done = attempts.work(run, start, 0.0 if saved is None else float(saved.state["wall_s"]))
     finally:
         phases.begin("end")
-        if journal is not None:
-            journal.close()
+        attempts.close()
         backend.close()
         made.close()
-    if done < config.iterations and not stopped:
+    if done < config.iterations and not attempts.stopped:
         raise EndedEarly
 
 

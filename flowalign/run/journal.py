@@ -31,6 +31,8 @@ from flowalign.samples.opened import torch_threads
 from flowalign.samples.scoring import faults
 from flowalign.types import Scores
 
+RESTARTS = "learner/restarts"
+
 
 class RunJournal:
     """Implements ``flowalign.run.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
@@ -46,7 +48,12 @@ class RunJournal:
         made: MadeOf,
         lock: RunLock,
         stop: StopRequest,
+        restarts: int | None = None,
     ) -> None:
+        """Open the files after iteration ``start``.
+
+        ``restarts`` of the learner there were in this run so far; by default as many as the last row says.
+        """
         self.config, self.run_dir, self.console = config, run_dir, console
         self._lock, self._stop, self._made = lock, stop, made
         self._began = time.monotonic() - wall_s
@@ -54,6 +61,8 @@ class RunJournal:
         self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
         gold = [reward.label for reward in config.rewards if reward.gold]
         known = read_metrics(self.metrics.path) if start else []
+        self.restarts = int((known[-1].get(RESTARTS) if known else 0) or 0) if restarts is None else restarts
+        self.at = start + 1  # the iteration under way
         safety = config.safety
         judged = {"window": safety.window, "standard_errors": safety.standard_errors}
         self._alarm, self._ringing = HackingAlarm(gold, known, **judged), False
@@ -90,7 +99,9 @@ class RunJournal:
         metrics = metrics | self._alarm.update(metrics)
         self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
         metrics = metrics | self._watch(iteration, metrics)
+        metrics = metrics | ({RESTARTS: float(self.restarts)} if self.restarts else {})
         self.metrics.write(iteration, metrics, wall_s=self.wall_s())
+        self.at = iteration + 1
         per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
         left = per_iteration * (self.config.iterations - iteration)
         self._progress.show(iteration, iteration_text(metrics), left)
@@ -188,6 +199,7 @@ class RunJournal:
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
         if not self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
+        self.at = iteration
         states = backend.state()
         self._lock.check()
         self._writer.save(
@@ -207,6 +219,7 @@ class RunJournal:
                 **self._made.facts(),
             },
         )
+        self.at = iteration + 1
         self._steps.append(iteration)
         self._mark_good()
 

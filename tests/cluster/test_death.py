@@ -15,6 +15,10 @@ from flowalign.record.death import Birth, Watch, ending, oom_kills
 NOTHING = "its process was gone at once, without a message or a signal that it could catch, as after kill -9"
 
 
+def told(birth: Birth, status: int | None, said: str = "") -> str:
+    return str(ending(birth, status, said))
+
+
 def ended(tmp_path: Path, code: str, said: str = "", *, watched: bool = True) -> str:
     """How a Python process that ran ``code`` ended, told by those who did not start it."""
     log = tmp_path / "worker-1.err"
@@ -23,7 +27,7 @@ def ended(tmp_path: Path, code: str, said: str = "", *, watched: bool = True) ->
     watch = Watch(process.pid) if watched else None
     process.communicate(b"\n")
     try:
-        return ending(Birth(process.pid, log=str(log), kills=oom_kills()), watch and watch.status(), said)
+        return told(Birth(process.pid, log=str(log), kills=oom_kills()), watch and watch.status(), said)
     finally:
         if watch is not None:
             watch.close()
@@ -70,26 +74,26 @@ def test_without_an_exit_status_the_log_tells_and_nothing_is_guessed(tmp_path: P
 def test_the_last_lines_of_the_log_are_shown_without_bars_and_rays_own(tmp_path: Path) -> None:
     log = tmp_path / "worker-1.err"
     log.write_text(":job_id:01000000\n:actor_name:A\nfirst\nLoading:  40%|####  | 4/10\nCUDA error\n\nlast words\n")
-    assert ending(Birth(1, log=str(log)), 9) == (
+    assert told(Birth(1, log=str(log)), 9) == (
         "it was killed by SIGKILL; its log ends: first | CUDA error | last words"
     )
     log.write_text(":job_id:01000000\n")
     log.with_suffix(".out").write_text("printed last\n")
-    assert ending(Birth(1, log=str(log)), 9) == "it was killed by SIGKILL; its log ends: printed last"
+    assert told(Birth(1, log=str(log)), 9) == "it was killed by SIGKILL; its log ends: printed last"
 
 
 def test_memory_is_named_where_the_kernels_counter_rose_and_only_there(tmp_path: Path) -> None:
     counter = tmp_path / "memory.events"
     counter.write_text("low 0\nhigh 0\nmax 31\noom 1\noom_kill 2\noom_group_kill 0\n")
-    assert ending(Birth(1, kills=(str(counter), 2)), 9) == "it was killed by SIGKILL"
-    assert ending(Birth(1, kills=(str(counter), 1)), 9) == (
+    assert told(Birth(1, kills=(str(counter), 2)), 9) == "it was killed by SIGKILL"
+    assert told(Birth(1, kills=(str(counter), 1)), 9) == (
         f"it was killed by SIGKILL; the kernel's OOM killer has struck in its memory cgroup ({counter}: oom_kill 1 "
         "before, 2 now)"
     )
     counter.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 5\n")  # cgroup v1
-    assert "oom_kill 4 before, 5 now" in ending(Birth(1, kills=(str(counter), 4)), None)
+    assert "oom_kill 4 before, 5 now" in told(Birth(1, kills=(str(counter), 4)), None)
     counter.unlink()
-    assert ending(Birth(1, kills=(str(counter), 0)), None) == NOTHING
+    assert told(Birth(1, kills=(str(counter), 0)), None) == NOTHING
 
 
 def test_rays_memory_monitor_is_named_with_what_its_node_held() -> None:
@@ -97,7 +101,17 @@ def test_rays_memory_monitor_is_named_with_what_its_node_held() -> None:
 was 4.53GB used / 23.54GB limit (0.192284)
 OOM kill reason: Memory usage 4809318400B exceeded threshold of 1263825792B (5.0% of 25276514304B limit)
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io."""
-    assert ending(Birth(1), 9, said) == "Ray's memory monitor killed it: 4.53GB used / 23.54GB limit"
+    assert told(Birth(1), 9, said) == "Ray's memory monitor killed it: 4.53GB used / 23.54GB limit"
+
+
+def test_ends_of_one_kind_are_alike_whatever_their_process_and_its_last_words(tmp_path: Path) -> None:
+    log, counter = tmp_path / "worker-1.err", tmp_path / "memory.events"
+    log.write_text("last words\n")
+    counter.write_text("oom_kill 2\n")
+    killed = [ending(Birth(1, log=str(log)), 9), ending(Birth(2), 9)]
+    starved = [ending(Birth(1, kills=(str(counter), 0)), 9), ending(Birth(2), 9, "the node running low on memory")]
+    assert len({end.kind for end in killed}) == len({end.kind for end in starved}) == 1
+    assert len({end.kind for end in (*killed, *starved, ending(Birth(1), 3 << 8), ending(Birth(1), None))}) == 4
 
 
 def test_this_machine_has_a_counter_or_says_that_it_has_none() -> None:

@@ -344,7 +344,7 @@ def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sen
         with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 6 .*retries=0.*so: it"):
             collect(backend, backend.config, folder)
         os.kill(backend.learner.pids[0], signal.SIGKILL)
-        with pytest.raises(LearnerLost, match=rf"rank 0 of 1\) died: ({SIGKILL}).*last checkpoint is kept") as caught:
+        with pytest.raises(LearnerLost, match=rf"rank 0 of 1\) died: ({SIGKILL})") as caught:
             backend.sync()
         assert "memory" not in str(caught.value)
     finally:

@@ -84,15 +84,15 @@ def finished(process: subprocess.Popen[bytes], log: Path) -> None:
     assert process.wait(timeout=280) == 0, log.read_text()[-3000:]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    a, b = (checkpoint.load(run / "checkpoints" / "step_000008") for run in (one, other))
+def assert_same_run(one: Path, other: Path, iterations: int = 8) -> None:
+    a, b = (checkpoint.load(run / "checkpoints" / f"step_{iterations:06d}") for run in (one, other))
     assert a.ema is not None and b.ema is not None
     for left, right in ((a.model, b.model), (a.ema, b.ema), (a.optimizer_of(0)[0], b.optimizer_of(0)[0])):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left)
     rows = [[without_times(row) for row in read_metrics(run / "metrics.jsonl")] for run in (one, other)]
     assert rows[0] == rows[1]
-    assert [row["iteration"] for row in rows[0]] == list(range(9))
+    assert [row["iteration"] for row in rows[0]] == list(range(iterations + 1))
     assert all(row["replay/max_abs_dlogp"] == 0 for row in rows[0][1:])
 
 

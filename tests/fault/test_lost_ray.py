@@ -135,10 +135,11 @@ def test_a_run_whose_ray_or_self_is_killed_or_whose_rank_is_frozen_goes_on_with_
     whole(tmp_path, tiny_pipeline_dir)
     log = tmp_path / "killed.log"
     log.touch()
-    hasty = "cluster.patience={first_s: 120, least_s: 12, factor: 5}"  # it may be frozen over its first checkpoint
+    # It may be frozen over its first checkpoint.
+    hasty = ["cluster.patience={first_s: 120, least_s: 12, factor: 5}", "cluster.max_restarts=0"]
     for victim in ("gcs_server", "raylet", "rank", "itself"):
         before = log.stat().st_size
-        process = start(tmp_path, tiny_pipeline_dir, "killed", "ray", *[hasty] * (victim == "rank"))
+        process = start(tmp_path, tiny_pipeline_dir, "killed", "ray", *hasty * (victim == "rank"))
         folder = own_folder_of(process.pid)
         until = time.monotonic() + 240
         while not re.search(r"iteration [3-8]/8", log.read_bytes()[before:].decode()) and time.monotonic() < until:

@@ -342,7 +342,8 @@ def test_shipped_files_are_names_in_the_resolved_file(config_path: Path, tmp_pat
     "assignment",
     ["iterations=9", "logging.wandb=disabled", "checkpoint.every=3", "evaluation.every=2", "cluster.rollout_workers=2",
      "cluster.learner_cpus=1", "cluster.address=auto", "cluster.max_task_retries=0", "name=other", "runs_dir=else",
-     "cluster.patience.least_s=9", "learner.engine=deepspeed", "learner={engine: deepspeed, zero_stage: 2}"],
+     "cluster.patience.least_s=9", "learner.engine=deepspeed", "learner={engine: deepspeed, zero_stage: 2}",
+     "cluster.max_restarts=0", "cluster.restart_wait_s=0"],
 )  # fmt: skip
 def test_resources_logging_and_length_may_change_on_resume(config_path: Path, assignment: str) -> None:
     old, new = load_align(config_path).config, load_align(config_path, [assignment]).config
