@@ -52,6 +52,8 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*lora*", "*adapter_config.json", "target_modules", "PEFT wrote a set, in any order; it is sorted now"),
     Excepted("reflow*", "*.json", "made_of*features*", "reflows without a perceptual loss counted features"),
     Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),
+    Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
+    Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
 )
 
 

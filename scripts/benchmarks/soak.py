@@ -2,10 +2,10 @@
 
 Two rollout workers and two learner ranks. In one of ten iterations, drawn by seed and at least 20 s apart, a rollout
 worker, the reward worker or a rank is killed or stopped for good, the disk of the run directory is filled, or no file
-of a worker may grow any more; where that ends the run, the same command is given again. It must end with the bits of
-the undisturbed run, leave nothing behind (processes, Ray's directories, hidden drafts in the run directory, files in
-/dev/shm), and need no more memory, file descriptors and shared memory in its last quarter than in its second (5 % are
-allowed).
+of a worker may grow any more; where that ends the run, the same command is given again. A lost rank must not end it: it
+starts again by itself. The run must end with the bits of the undisturbed one, leave nothing behind (processes, Ray's
+directories, hidden drafts in the run directory, files in /dev/shm), and need no more memory, file descriptors and
+shared memory in its last quarter than in its second (5 % are allowed).
 
 Who may mount gives the disturbed run a disk of its own, and each run a /dev/shm of its own. Elsewhere no file of the
 run may grow any more in place of a full disk, and all that is new in /dev/shm counts.
@@ -344,6 +344,7 @@ def main() -> None:
         "exits": dict(codes),
         "late": said.count("late: "),
         "repeated_chunks": said.count("retried: "),
+        "restarts": said.count("restarted: "),
         "traces": said.count("Traceback"),
         "same_bits": same_bits(whole, shaken),
         "growth": grown,
@@ -354,7 +355,8 @@ def main() -> None:
         part["last"] <= max(part["second"] * (1 + GROWTH), part["second"] + NOTHING) for part in grown.values()
     )
     nothing = not any(any(part.values()) for part in left)
-    result["holds"] = result["same_bits"] and flat and nothing and not result["traces"]
+    by_disk = codes["1"] <= sum(fault["kind"].startswith("starve") for fault in faults.done)
+    result["holds"] = result["same_bits"] and flat and nothing and by_disk and not result["traces"]
     print(json.dumps(result))
     for run in (whole, shaken):
         run.close()
