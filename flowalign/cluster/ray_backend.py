@@ -268,7 +268,7 @@ class RayBackend:
             ClusterError: Ray is gone, a rank does not end, or finds no place.
         """
         self._session.check()
-        self._last, self._told = None, False
+        self._told = False
         self.learner.restart()
         self._delivery.forget()
 
