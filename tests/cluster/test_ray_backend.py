@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import ray
 from ray.exceptions import ObjectLostError
+from rich.console import Console
 
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
@@ -24,7 +26,10 @@ from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import PatienceConfig, RewardConfig
-from flowalign.run.align import build_run
+from flowalign.record import checkpoint
+from flowalign.record.checkpoint import content_hash
+from flowalign.record.metrics import read_metrics, without_times
+from flowalign.run.align import build_run, local_backend, run_align
 from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.patience import Patience
@@ -151,6 +156,50 @@ def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(
     finally:
         del fresh.collect
     assert len(said) == 4 and all(line.startswith("retried: the rollout worker was lost over chunk ") for line in said)
+
+
+class Lent:
+    """A backend that outlives the run it works for; its rank is killed as it is to learn from iteration ``at``."""
+
+    def __init__(self, backend: RayBackend, at: int) -> None:
+        self._backend, self._at = backend, at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def update(self, *args: Any) -> Any:
+        if args[-1] + 1 == self._at:
+            self._at = 0
+            os.kill(self._backend.learner.pids[0], signal.SIGKILL)
+        return self._backend.update(*args)
+
+    def close(self) -> None:
+        """Leave it to whoever lent it."""
+
+
+@pytest.mark.fault
+def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_changes_no_bit(
+    fresh: RayBackend, tiny_pipeline_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    said, before = io.StringIO(), fresh.learner.pids[0]
+    runs = []
+    for kind, backend in (("local", local_backend), ("ray", lambda *given: Lent(fresh, at=4))):
+        cluster = {"backend": kind, "rollout_workers": 2, "restart_wait_s": 0.2}
+        changes = {"iterations": 4, "checkpoint": {"every": 2}, "logging": {"wandb": "disabled"}}
+        changes |= {"name": kind, "runs_dir": str(tmp_path)}
+        config = small_config(tiny_pipeline_dir, folder, cluster=cluster, **changes)
+        runs.append(run_align(config, folder, Console(file=said, width=500), backend=backend))
+    lost = [line for line in said.getvalue().splitlines() if line.startswith("restarted: ")]
+    begins = rf" from {runs[1] / 'checkpoints' / 'step_000002'} \(1 of at most 3 times\)"
+    assert len(lost) == 1 and re.search(rf"the learner \(rank 0 of 1\) died: ({SIGKILL}).*{begins}", lost[0]), lost
+    one, other = (checkpoint.load(run / "checkpoints" / "step_000004") for run in runs)
+    assert one.ema is not None and other.ema is not None
+    for a, b in ((one.model, other.model), (one.ema, other.ema), (one.optimizer_of(0)[0], other.optimizer_of(0)[0])):
+        assert content_hash(a) == content_hash(b)
+    rows = [read_metrics(run / "metrics.jsonl") for run in runs]
+    assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
+    assert [row.get("learner/restarts") for row in rows[1]] == [None, None, 1.0, 1.0]
+    assert fresh.learner.pids[0] != before and not Path(f"/proc/{before}").exists()
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
@@ -13,23 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from flowalign.cluster import ray_backend
 from flowalign.cluster.ray_backend import RayBackend
-from flowalign.config.alignment import AlignConfig
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import content_hash
-from flowalign.record.metrics import read_metrics, without_times
-from flowalign.run.align import run_align
+from flowalign.record.metrics import read_metrics
 from tests.fault.test_kill_and_resume import assert_same_run, here, iterations_done, start, written
 from tests.fault.test_lost_ray import nothing_stays, own_folder_of, part_of_ray, whole
-from tests.fault.victim import content, work
 
 pytestmark = pytest.mark.fault
 Strike = Callable[[RayBackend], None]
-SMALL = {"rollout_cpus": 0.5, "reward_cpus": 0.25, "learner_cpus": 0.25, "restart_wait_s": 0.2}
-GONE = r"(it was killed by SIGKILL|its process was gone at once[^;]*)"  # older kernels tell nobody of the signal
 
 
 def kill(rank: int = 0, number: int = signal.SIGKILL, after_s: float = 0.0) -> Strike:
@@ -60,27 +52,6 @@ def struck(before: dict[int, list[Strike]]) -> type[RayBackend]:
             return super().collect(batch, *args, evaluation=evaluation, **options)
 
     return Struck
-
-
-def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_ends_with_the_same_bits(
-    tmp_path: Path, tiny_pipeline_dir: Path
-) -> None:
-    algorithm = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
-    sections: dict[str, Any] = {"iterations": 4, "checkpoint": {"every": 2}, "algorithm": algorithm}
-    undisturbed = work(content("whole", tmp_path, tiny_pipeline_dir, **sections))
-    cluster = {"backend": "ray", "threads": 1, **SMALL}
-    config = AlignConfig.model_validate(content("struck", tmp_path, tiny_pipeline_dir, cluster=cluster, **sections))
-    backend, said = struck({4: [kill()]}), io.StringIO()
-    run_dir = run_align(config, tmp_path, Console(file=said, width=400), backend=backend)
-    assert [line for line in said.getvalue().splitlines() if line.startswith("restarted: the learner (rank 0 of 1) ")]
-    assert f" from {run_dir / 'checkpoints' / 'step_000002'} (1 of at most 3 times)" in said.getvalue()
-    one, other = (checkpoint.load(run / "checkpoints" / "step_000004") for run in (undisturbed, run_dir))
-    assert content_hash(one.model) == content_hash(other.model)
-    assert content_hash(one.optimizer_of(0)[0]) == content_hash(other.optimizer_of(0)[0])
-    rows = [read_metrics(run / "metrics.jsonl") for run in (undisturbed, run_dir)]
-    assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
-    assert [row.get("learner/restarts") for row in rows[1]] == [None, None, 1.0, 1.0]
-    assert len(backend.pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in backend.pids)
 
 
 def configured(tmp_path: Path, pipeline: Path, name: str, iterations: int, *, ranks: int = 1) -> Path:
