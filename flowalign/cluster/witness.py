@@ -14,7 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flowalign.cluster.errors import WorkerImportError
-from flowalign.record.death import Birth, Ending, Watch, ending, is_stopped, oom_kills, outlived
+from flowalign.record.death import Birth, Ending, Watch, ending, ends_within, is_stopped, oom_kills
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 _ELSEWHERE_S = 30.0
@@ -98,7 +98,7 @@ class Witness:
         if self._birth is None or self._birth.node == self._here:
             return self._watch is None or self._watch.gone(within_s)
         try:
-            return bool(_elsewhere(self._birth.node, outlived, self._birth.pid, within_s))
+            return bool(_elsewhere(self._birth.node, ends_within, self._birth.pid, within_s))
         except RayError:
             return True
 

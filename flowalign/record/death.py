@@ -131,7 +131,7 @@ def ending(birth: Birth, status: int | None, said: str = "") -> Ending:
     return Ending(kind, "; ".join(filter(None, [how, memory, shown and f"its log ends: {shown}"])))
 
 
-def outlived(pid: int, within_s: float) -> bool:
+def ends_within(pid: int, within_s: float) -> bool:
     """Wait until a process of this machine has ended, for so long at most; tell whether it has."""
     until = time.monotonic() + within_s
     while (there := _state(pid)) not in ("", "Z", "X") and time.monotonic() < until:
