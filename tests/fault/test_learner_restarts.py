@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -35,23 +35,25 @@ def kill(rank: int = 0, number: int = signal.SIGKILL, after_s: float = 0.0) -> S
     return strike
 
 
-def struck(before: dict[int, list[Strike]]) -> type[RayBackend]:
+class Struck(RayBackend):
     """A backend that is struck as it begins to collect iterations ``before``, counted from 1, each time that it does.
 
     ``pids`` has the ranks' processes of every start.
     """
 
-    class Struck(RayBackend):
-        pids: list[int] = []  # noqa: RUF012
+    before: ClassVar[dict[int, list[Strike]]]
+    pids: ClassVar[list[int]]
 
-        def collect(self, batch: Any, *args: Any, evaluation: bool = False, **options: Any) -> Any:
-            self.pids += [pid for pid in self.learner.pids if pid not in self.pids]
-            strikes = [] if evaluation else before.get(1 + batch.sample_ids[0] // len(batch), [])
-            if strikes:
-                strikes.pop(0)(self)
-            return super().collect(batch, *args, evaluation=evaluation, **options)
+    def collect(self, batch: Any, *args: Any, evaluation: bool = False, **options: Any) -> Any:
+        self.pids.extend(pid for pid in self.learner.pids if pid not in self.pids)
+        strikes = [] if evaluation else self.before.get(1 + batch.sample_ids[0] // len(batch), [])
+        if strikes:
+            strikes.pop(0)(self)
+        return super().collect(batch, *args, evaluation=evaluation, **options)
 
-    return Struck
+
+def struck(before: dict[int, list[Strike]]) -> type[Struck]:
+    return type("Struck", (Struck,), {"before": before, "pids": []})
 
 
 def configured(tmp_path: Path, pipeline: Path, name: str, iterations: int, *, ranks: int = 1) -> Path:
