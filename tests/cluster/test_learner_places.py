@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,16 @@ def test_a_rank_whose_machine_is_lost_starts_on_one_that_joins(
     machines: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "_PLACE_S", 2.0)
-    group = spread(tmp_path, (said := []).append)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        machines.add_node(num_cpus=1)
+
+    group = spread(tmp_path, say)
     before = list(group.pids)
     assert lose_one(machines, group)
-    joins = threading.Timer(8.0, machines.add_node, kwargs={"num_cpus": 1})
-    joins.start()
     group.restart()
-    joins.join()
     assert group.call("answer") == ["yes", "yes"] and not set(before) & set(group.pids)
     assert said == ["late: the learner waits for a place on the cluster, 300 s at most"]
     group.kill()
