@@ -14,7 +14,7 @@ build() { $python -m flowalign.shapes.build "$1" --work-dir "$work" ${STEPS:+--s
 bank=() phases=()
 if [ -n "${STEPS:-}" ]; then
   bank=(--num-images 500)
-  phases=("phases=[{steps: $STEPS, learning_rate: 1.0e-3, final_learning_rate: 1.0e-4}]" compile=false batch_size=8)
+  phases=("phases=[{iterations: $STEPS, learning_rate: 1.0e-3, final_learning_rate: 1.0e-4}]" learner.compile=false learner.batch_size=8)
 fi
 
 [ -d "$work/vae" ] || build autoencoder

@@ -41,7 +41,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LANES = ("local", "deepspeed", "ray")
 
-RENAMES: tuple[Rename, ...] = ()
+_OPTIMIZER = ("warmup_steps", "betas", "weight_decay", "max_grad_norm")
+_LEARNER = ("engine", "zero_stage", "batch_size", "micro_batch_size", "compile", "ema_decay", "ema_every")
+_TRAINING = {
+    **{name: f"learner.optimizer.{name}" for name in _OPTIMIZER},
+    **{name: f"learner.{name}" for name in _LEARNER},
+    "autocast": "learner.dtype",
+    "threads": "cluster.threads",
+    "device": "cluster.device",
+    "log_every": "logging.every",
+    "checkpoint_every": "checkpoint.every",
+    "keep_last": "checkpoint.keep_last",
+    "resume": "checkpoint.resume",
+    "steps": "iterations",
+}
+_NEW = ("learning_rate", "eps", "decay_steps", "decay", "final_learning_rate")
+RENAMES: tuple[Rename, ...] = tuple(Rename("key", old, new, training=True) for old, new in _TRAINING.items())
 
 EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*", "*/MANIFEST.json", "version", "a checkpoint's version is 2 since it tells how ranks divide a state"),
@@ -51,10 +66,21 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     ),
     Excepted("*lora*", "*adapter_config.json", "target_modules", "PEFT wrote a set, in any order; it is sorted now"),
     Excepted("reflow*", "*.json", "made_of*features*", "reflows without a perceptual loss counted features"),
+    Excepted("*", "*config.yaml", "learner.optimizer.decay", "alignments had linear falls alone"),
+    *(
+        Excepted(case, file, key, "a training had no such key")
+        for case in (*trainings.trainings(), *trainings.ranks())
+        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
+        for key in (f"{at}iterations", *(f"{at}learner.optimizer.{name}" for name in _NEW))
+    ),
     Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),
     Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
     Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
 )
+
+
+def of_case(case: Case) -> tuple[Rename, ...]:
+    return tuple(rename for rename in RENAMES if case.trains or not rename.training)
 
 
 def known_to(checkout: Path) -> tuple[Rename, ...]:
@@ -164,11 +190,12 @@ def written(chosen: Mapping[str, Case], renames: Sequence[Rename], work: Path) -
                 text = text.replace(mark, place)
             return text
 
+        own = [rename for rename in renames if case.trains or not rename.training]
         files = {
-            path: placed(content if isinstance(content, str) else yaml.safe_dump(in_older_words(content, renames)))
+            path: placed(content if isinstance(content, str) else yaml.safe_dump(in_older_words(content, own)))
             for path, content in case.files.items()
         }
-        lines = [[placed(word) for word in older_line(line, renames)] for line in case.lines]
+        lines = [[placed(word) for word in older_line(line, own)] for line in case.lines]
         orders.setdefault(case.lane, {})[name] = {"files": files, "lines": lines}
     return orders
 
@@ -223,7 +250,7 @@ def main(arguments: argparse.Namespace) -> int:
         _run("this checkout", ROOT, written(chosen, (), work), new, work)
     return report(
         {
-            name: compare(name, kept[case.lane] / slug(name), new[case.lane] / slug(name), RENAMES, EXCEPTIONS)
+            name: compare(name, kept[case.lane] / slug(name), new[case.lane] / slug(name), of_case(case), EXCEPTIONS)
             for name, case in chosen.items()
         },
         arguments.out,

@@ -168,3 +168,10 @@ def write_checkpoint(
         "metrics": metrics or {},
     }
     return CheckpointWriter(run_dir / "checkpoints").save(step, model=moved[0], ema=moved[1], state=state)
+
+
+def merged(own: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``own`` with ``changes``, section by section; an algorithm is replaced whole."""
+    sections = {key for key in changes if isinstance(changes[key], dict) and isinstance(own.get(key), dict)}
+    inner = {key: merged(own[key], changes[key]) for key in sections - {"algorithm"}}
+    return {**own, **changes, **inner}

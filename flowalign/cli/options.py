@@ -53,7 +53,7 @@ def token_of(variable: str | None) -> str | None:
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
-PhaseOverrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. phases.0.steps=400")]
+PhaseOverrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. phases.0.iterations=400")]
 Json = Annotated[
     bool,
     typer.Option("--json", callback=reserve_output, help="print one JSON object, and all else on standard error"),

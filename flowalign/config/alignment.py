@@ -10,13 +10,13 @@ from flowalign.config.fields import MayChange, Resolved
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
+    CheckpointsConfig,
     ClusterConfig,
     DataConfig,
     LearnerConfig,
     LoggingConfig,
     ModelConfig,
     Positive,
-    Resume,
     RewardConfig,
     RunName,
     SamplingConfig,
@@ -53,19 +53,13 @@ class EvaluationConfig(SamplingConfig):
     """Weights that are evaluated; ``ema``: the average with ``learner.ema_decay``."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(CheckpointsConfig):
     """When checkpoints are written, and which are kept."""
 
-    every: Annotated[int, Field(ge=1)] = 20
-    """Iterations from one to the next."""
-    keep_last: Positive = 2
-    """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Checkpoints of the highest ``best_metric`` that are kept."""
     best_metric: str | None = None
     """Key of ``metrics.jsonl``; null: the overall of the evaluation's scorer."""
-    resume: Resume = "auto"
-    """``step_000020``: back to that one, what came later is set aside. ``never``: a run that begins anew."""
 
 
 class SafetyConfig(Section):

@@ -5,6 +5,7 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -180,7 +181,9 @@ class OptimizerConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates of the rise from 0 to the learning rate."""
     decay_steps: Positive | None = None
-    """Updates of the linear fall to ``final_learning_rate``; null: a constant rate."""
+    """Updates of the fall to ``final_learning_rate``; null: a constant rate."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """Shape of that fall."""
     final_learning_rate: Annotated[float, Field(ge=0), MayBeAccepted()] = 0.0
     """Learning rate from update ``decay_steps`` on."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -195,7 +198,9 @@ class OptimizerConfig(Section):
         """Return the learning rate of update ``step``, counted from 0."""
         rate = self.learning_rate
         if self.decay_steps:
-            rate += (self.final_learning_rate - rate) * min(1.0, step / self.decay_steps)
+            part = min(1.0, step / self.decay_steps)
+            part = part if self.decay == "linear" else 0.5 * (1 - math.cos(math.pi * part))
+            rate += (self.final_learning_rate - rate) * part
         if step >= self.warmup_steps:
             return rate
         return rate * (step + 1) / self.warmup_steps
@@ -235,7 +240,16 @@ class PatienceConfig(Section):
     """Multiple of the longest so far, for everything else."""
 
 
-class ClusterConfig(Section):
+class PlaceConfig(Section):
+    """The place where a process computes."""
+
+    threads: Positive = 2
+    """Torch threads. On a CPU they decide both speed and bits."""
+    device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+
+
+class ClusterConfig(PlaceConfig):
     """The place where a run runs."""
 
     backend: Literal["ray", "local"] = "ray"
@@ -266,14 +280,10 @@ class ClusterConfig(Section):
     """CPUs of a teacher's actor."""
     teacher_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
     """GPUs of a teacher's actor."""
-    threads: Positive = 2
-    """Torch threads of a rollout actor, a learner rank and a teacher. On a CPU they decide both speed and bits."""
     reward_threads: Positive = 1
     """Torch threads of a reward actor."""
     reward_deadline_s: Annotated[float, Field(gt=0)] = 600
     """Seconds that the rewards of one chunk may take before the run ends."""
-    device: str = "cpu"
-    """``cpu``, ``cuda`` or ``cuda:N``."""
     max_task_retries: Annotated[int, Field(ge=0), MayChange()] = 3
     """Times that a chunk is made anew where its actor has died."""
     max_restarts: Annotated[int, Field(ge=0), MayChange()] = 3
@@ -344,10 +354,13 @@ class SamplingConfig(Section):
     """Steps that are skipped; null: none."""
 
 
+Wandb = Literal["offline", "online", "disabled"]
+
+
 class LoggingConfig(Section):
     """The second copy of the metrics, for wandb."""
 
-    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb: Wandb = "offline"
     """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
     wandb_project: str = "flowalign"
     """Project that the runs belong to."""
@@ -356,3 +369,14 @@ class LoggingConfig(Section):
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value
+
+
+class CheckpointsConfig(Section):
+    """When checkpoints are written, and how many are kept."""
+
+    every: Positive = 20
+    """Iterations from one to the next."""
+    keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: Resume = "auto"
+    """``step_000020``: back to that one, what came later is set aside. ``never``: a run that begins anew."""

@@ -8,7 +8,18 @@ from pydantic import Field, field_validator, model_validator
 
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
 from flowalign.config.section import Section
-from flowalign.config.sections import Beta, LoggingConfig, ModelConfig, Positive, Resume, RunName, SamplingConfig
+from flowalign.config.sections import (
+    Beta,
+    CheckpointsConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlaceConfig,
+    Positive,
+    RunName,
+    SamplingConfig,
+    Wandb,
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=1, le=512)]
@@ -17,8 +28,8 @@ TextLength = Annotated[int, Field(ge=1, le=512)]
 class PhaseConfig(Section):
     """One stretch of training, with a rate that is constant or falls along a cosine."""
 
-    steps: Positive
-    """Steps of the phase."""
+    iterations: Positive
+    """Iterations of the phase."""
     learning_rate: Annotated[float, Field(gt=0), MayBeAccepted()]
     """Learning rate at its beginning."""
     final_learning_rate: Annotated[
@@ -28,7 +39,7 @@ class PhaseConfig(Section):
     max_sequence_lengths: dict[TextLength, Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: {16: 1.0}, min_length=1
     )
-    """Text lengths by their weights; each step draws one."""
+    """Text lengths by their weights; each iteration draws one."""
 
     @field_validator("max_sequence_lengths")
     @classmethod
@@ -62,7 +73,7 @@ class ValidationConfig(Section):
     latents: Annotated[str, Resolved("bank")]
     """A bank of its own."""
     every: Positive = 500
-    """Steps from one validation to the next."""
+    """Iterations from one validation to the next."""
     num_samples: Positive = 512
     """Latents that are looked at."""
     num_times: Positive = 8
@@ -71,10 +82,90 @@ class ValidationConfig(Section):
     """Seed of the noises."""
 
 
+class TrainingOptimizerConfig(OptimizerConfig):
+    """AdamW, and its learning rate where no phase has its own."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Decays of the two moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Share of each weight that an update takes away, times the learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    """Updates of the rise from 0 to the learning rate."""
+
+
+class TrainingLearnerConfig(Section):
+    """The updates of the network, one an iteration."""
+
+    engine: Annotated[Literal["torch", "fsdp", "deepspeed"], MayChange()] = "torch"
+    """``torch``: one process; ``fsdp``, torch's own for several: all weights, gradients and the optimizer's state in
+    shards; ``deepspeed``."""
+    zero_stage: Annotated[int, Field(ge=0, le=3), MayChange()] = 0
+    """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
+    """
+    batch_size: Positive = 128
+    """Latents of an iteration."""
+    micro_batch_size: Positive | None = None
+    """Latents of one forward and backward pass, whose gradients are accumulated; null: all at once."""
+    optimizer: TrainingOptimizerConfig = TrainingOptimizerConfig()
+    """AdamW."""
+    ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] = 0.9995
+    """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``."""
+    ema_every: Positive = 1
+    """Iterations from one update of the averages to the next."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the network's passes. Weights that are trained stay in float32."""
+    compile: bool = False
+    """The network by ``torch.compile``."""
+
+    @property
+    def ema_decays(self) -> list[float]:
+        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if len(set(self.ema_decays)) != len(self.ema_decays):
+            raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
+        if self.engine != "deepspeed" and self.zero_stage:
+            raise ValueError("zero_stage: ZeRO needs learner.engine=deepspeed")
+        return self
+
+
+class TrainingCheckpointsConfig(CheckpointsConfig):
+    """When checkpoints are written, and how many are kept."""
+
+    every: Positive = 1000
+    """Iterations from one to the next."""
+
+
+class TrainingLoggingConfig(LoggingConfig):
+    """The rows of ``metrics.jsonl``, and the second copy of them, for wandb."""
+
+    every: Positive = 50
+    """Iterations from one row to the next."""
+    wandb: Wandb = "disabled"
+    """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
+
+
+# Keys of version 0.1 and what they are called now, which `record.earlier` reads where 0.1 wrote them.
+MOVED: dict[str, str] = {
+    **{name: f"learner.optimizer.{name}" for name in ("warmup_steps", "betas", "weight_decay", "max_grad_norm")},
+    **{name: f"learner.{name}" for name in ("engine", "zero_stage", "batch_size", "micro_batch_size", "compile")},
+    **{name: f"learner.{name}" for name in ("ema_decay", "ema_every")},
+    "autocast": "learner.dtype",
+    "threads": "cluster.threads",
+    "device": "cluster.device",
+    "log_every": "logging.every",
+    "checkpoint_every": "checkpoint.every",
+    "keep_last": "checkpoint.keep_last",
+    "resume": "checkpoint.resume",
+}
+
+
 class PretrainConfig(Section):
     """A training run on precomputed latents: a base model, its straightening, or a student of a ``teacher``.
 
-    Under ``torchrun`` every process is one data-parallel rank.
+    It has ``iterations`` at the rate of its optimizer, or ``phases`` with rates of their own. Under ``torchrun`` every
+    process is one data-parallel rank.
     """
 
     name: Annotated[RunName, MayChange()]
@@ -83,6 +174,10 @@ class PretrainConfig(Section):
     """Seed of everything that is drawn."""
     runs_dir: Annotated[str, Resolved("home"), MayChange()] = "runs"
     """Folder of run directories."""
+    iterations: Annotated[Positive | None, MayChange()] = None
+    """Iterations from the beginning of the run; null: those of its phases."""
+    phases: Annotated[list[PhaseConfig], MayGrow()] = Field(default_factory=list)
+    """Stretches of training, one after the other."""
     model: ModelConfig = ModelConfig()
     """The model to begin with, and its text encoders and autoencoder."""
     teacher: ModelConfig | None = None
@@ -99,64 +194,51 @@ class PretrainConfig(Section):
     """Weights of the bank's kinds of caption; empty: the first alone."""
     algorithm: dict[str, Any]
     """``type`` names an algorithm; the other keys are its options."""
-    batch_size: Positive = 128
-    """Latents of a step."""
-    micro_batch_size: Positive | None = None
-    """Latents of one forward and backward pass, whose gradients are accumulated; null: all at once."""
-    phases: Annotated[list[PhaseConfig], MayGrow()]
-    """Stretches of training, one after the other."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 200
-    """Steps of the rise from 0 to the first phase's rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    """Decays of AdamW's two moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Share of each weight that an update takes away, times the learning rate."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Norm to which larger gradients are scaled down."""
-    ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] = 0.9995
-    """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``."""
-    ema_every: Positive = 1
-    """Steps from one update of the averages to the next."""
     features: Annotated[str, Resolved("shipped")] = "shapes:open_clip"
     """Image tower of perceptual losses, a directory in open_clip's layout."""
-    engine: Annotated[Literal["torch", "fsdp", "deepspeed"], MayChange()] = "torch"
-    """``torch``: one process; ``fsdp``, torch's own for several: all weights, gradients and the optimizer's state in
-    shards; ``deepspeed``."""
-    zero_stage: Annotated[int, Field(ge=0, le=3), MayChange()] = 0
-    """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
-    """
-    autocast: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the network."""
-    compile: bool = False
-    """The network by ``torch.compile``."""
-    threads: Positive = 2
-    """Torch threads of a rank. On a CPU they decide both speed and bits."""
-    device: str = "cpu"
-    """``cpu``, ``cuda`` or ``cuda:N``."""
-    log_every: Annotated[Positive, MayChange()] = 50
-    """Steps from one row of ``metrics.jsonl`` to the next."""
-    checkpoint_every: Annotated[Positive, MayChange()] = 1000
-    """Steps from one checkpoint to the next."""
-    keep_last: Annotated[Positive, MayChange()] = 2
-    """Newest checkpoints that are kept."""
-    resume: Annotated[Resume, MayChange()] = "auto"
-    """``step_000020``: back to that checkpoint, what came later is set aside. ``never``: a run that begins anew."""
+    learner: TrainingLearnerConfig = TrainingLearnerConfig()
+    """Updates of the network."""
+    cluster: PlaceConfig = PlaceConfig()
+    """Place of the run."""
+    checkpoint: Annotated[TrainingCheckpointsConfig, MayChange()] = TrainingCheckpointsConfig()
+    """Checkpoints."""
     validation: ValidationConfig | None = None
     """Loss on latents of its own; null: none."""
     sampling: SamplingConfig = SamplingConfig()
     """Recorded with the model: how ``sample`` and ``evaluate`` walk it."""
-    logging: Annotated[LoggingConfig, MayChange()] = LoggingConfig(wandb="disabled")
-    """Copies of the metrics."""
+    logging: Annotated[TrainingLoggingConfig, MayChange()] = TrainingLoggingConfig()
+    """Rows of the metrics, and copies of them."""
 
     @property
-    def ema_decays(self) -> list[float]:
-        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+    def threads(self) -> int:
+        return self.cluster.threads
+
+    @property
+    def device(self) -> str:
+        return self.cluster.device
+
+    @property
+    def steps(self) -> int:
+        """Iterations in all."""
+        return sum(phase.iterations for phase in self.stretches)
+
+    @property
+    def stretches(self) -> list[PhaseConfig]:
+        """The phases; where there are none, one that is as long as the run."""
+        if self.phases or self.iterations is None:
+            return self.phases
+        rates = self.learner.optimizer.model_dump(include={"learning_rate", "final_learning_rate"})
+        return [PhaseConfig(iterations=self.iterations, **rates)]
+
+    def on(self, device: str) -> Self:
+        """Return the same on another device."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})
 
     @property
     def model_as_trained(self) -> ModelConfig:
         """``model`` with the text length by which it is validated, sampled and exported: its own where the last phase
         draws that, else the one which that phase draws most often, the longer of two."""
-        last = self.phases[-1].max_sequence_lengths if self.phases else {}
+        last = self.stretches[-1].max_sequence_lengths if self.stretches else {}
         drawn = {length: weight for length, weight in last.items() if weight}
         if not drawn or self.model.max_sequence_length in drawn:
             return self.model
@@ -165,8 +247,11 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if len(set(self.ema_decays)) != len(self.ema_decays):
-            raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
-        if self.engine != "deepspeed" and self.zero_stage:
-            raise ValueError("zero_stage: ZeRO needs engine=deepspeed")
+        optimizer, fields = self.learner.optimizer, OptimizerConfig.model_fields
+        rates = ("learning_rate", "final_learning_rate", "decay_steps", "decay")
+        own = [name for name in rates if getattr(optimizer, name) != fields[name].default]
+        if self.phases and self.iterations is not None:
+            raise ValueError("iterations: each phase has its own; leave it out")
+        if self.phases and own:
+            raise ValueError(f"learner.optimizer.{own[0]}: each phase has its own rates; leave it out")
         return self

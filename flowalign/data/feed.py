@@ -59,7 +59,7 @@ class Captioned:
 
 
 def longest_text(config: PretrainConfig) -> int:
-    return max(length for phase in config.phases for length in phase.max_sequence_lengths)
+    return max(length for phase in config.stretches for length in phase.max_sequence_lengths)
 
 
 def spare_of(config: PretrainConfig) -> Path:
@@ -111,8 +111,8 @@ class Feed:
         """Return the batch of a step, with texts of ``length``, on the configured device."""
         config = self._config
         fraction = 0.0 if config.real_data is None else config.real_data.fraction
-        real = round(config.batch_size * fraction)
-        drawn = self._main.bank.draw(step, config.batch_size - real, config.seed, config.captions)
+        real = round(config.learner.batch_size * fraction)
+        drawn = self._main.bank.draw(step, config.learner.batch_size - real, config.seed, config.captions)
         condition = self._main.condition(drawn.rows, length)
         latents, noise = drawn.latents, drawn.noise
         if self._real is not None:

@@ -26,8 +26,8 @@ def check_rollouts(model: ModelConfig) -> None:
 
 def check_training(config: PretrainConfig, needs: Needs) -> None:
     """Check that the latents are there, and that algorithm, network and teacher fit together."""
-    if not config.phases:
-        raise ConfigError("phases", "is empty; give at least one phase of training")
+    if not config.steps:
+        raise ConfigError("iterations", "is missing; give it, or phases with their own")
     banks = {"latents": config.latents}
     banks |= {} if config.real_data is None else {"real_data.latents": config.real_data.latents}
     banks |= {} if config.validation is None else {"validation.latents": config.validation.latents}
@@ -49,11 +49,12 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
-    if config.compile and (config.zero_stage == 3 or config.engine == "fsdp"):
-        engine = "FSDP" if config.engine == "fsdp" else "ZeRO stage 3"
-        raise ConfigError("compile", f"{engine} cannot run a compiled network; turn one of them off")
-    if config.engine == "torch" and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ConfigError("engine", f"torch is one process, and torchrun has started {ranks}; use fsdp")
+    learner = config.learner
+    if learner.compile and (learner.zero_stage == 3 or learner.engine == "fsdp"):
+        engine = "FSDP" if learner.engine == "fsdp" else "ZeRO stage 3"
+        raise ConfigError("learner.compile", f"{engine} cannot run a compiled network; turn one of them off")
+    if learner.engine == "torch" and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError("learner.engine", f"torch is one process, and torchrun has started {ranks}; use fsdp")
 
 
 def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:

@@ -31,6 +31,7 @@ from flowalign.intake.overrides import override
 from flowalign.intake.paths import Config, resolve_run
 from flowalign.record.checkpoint import LOG, has_any
 from flowalign.record.contents import put, relocated
+from flowalign.record.earlier import is_of_0_1, moved_keys, training_of_0_1
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
@@ -74,6 +75,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
     if not isinstance(versions, dict) or "flowalign" not in versions:
         return raw, False
     recorded = {key: raw.pop(key) for key in _RECORDED if key in raw}
+    raw = training_of_0_1(raw) if is_of_0_1(raw) else raw
     _refuse_edited_seeds(raw, recorded.get("seeds"))
     return (_of_run(raw, recorded, path.resolve().parent) if path.name == RESOLVED else raw), True
 
@@ -186,8 +188,8 @@ def _at(value: Any, path: Sequence[str | int]) -> Any:
 
 
 def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Loaded[AlignConfig]:
-    if "phases" in raw and "iterations" not in raw:
-        raise ConfigError("phases", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
+    if "latents" in raw:
+        raise ConfigError("latents", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
     config = resolve_run(validate(AlignConfig, raw), base, code=True)
     missing = _lacking(_reward_checks(config, base), require_files)
     algorithm = checks.parse_algorithm(config.algorithm, "Trajectories")
@@ -254,13 +256,18 @@ def _judges(config: AlignConfig) -> list[RewardConfig]:
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
-    if "iterations" in raw and "phases" not in raw:
-        raise ConfigError("iterations", "belongs to an alignment, for `flowalign align`")
+    if "rewards" in raw and "latents" not in raw:
+        raise ConfigError("rewards", "belongs to an alignment, for `flowalign align`")
+    if moved := moved_keys(raw):
+        old, new = next(iter(moved.items()))
+        more = len(moved) - 1
+        others = f" ({more} more key{'s have' if more > 1 else ' has'} moved)" if more else ""
+        raise ConfigError(old, f"is {new} now{others}")
     config = resolve_run(validate(PretrainConfig, raw), base, code=True)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm.needs)
     checks.check_model(config, algorithm.needs)
-    check_device("device", config.device)
+    check_device("cluster.device", config.device)
     return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
 
 

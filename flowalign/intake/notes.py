@@ -55,21 +55,26 @@ def _keeps_no_best(config: AlignConfig) -> list[str]:
 
 
 def _notes_of_training(config: PretrainConfig) -> list[str]:
-    steps = sum(phase.steps for phase in config.phases)
+    steps, learner = config.steps, config.learner
     notes = [*_text_length(config), *_other_family("model", config.model)]
     notes += [] if config.teacher is None else _other_family("teacher", config.teacher)
     for i, phase in enumerate(config.phases):
         notes += _rates(f"phases.{i}", phase.learning_rate, phase.final_learning_rate)
-    rates = [rate for phase in config.phases for rate in (phase.learning_rate, phase.final_learning_rate)]
-    notes += _decay("weight_decay", config.weight_decay, max(rates))
-    notes += _warm_up("warmup_steps", config.warmup_steps, steps, "steps")
-    notes += _only_last("log_every", config.log_every, steps, "steps", "is logged")
-    if "checkpoint_every" in config.model_fields_set:
-        notes += _only_last("checkpoint_every", config.checkpoint_every, steps, "steps", "is saved")
+    if not config.phases:
+        notes += _rates("learner.optimizer", learner.optimizer.learning_rate, learner.optimizer.final_learning_rate)
+        notes += _ends_learning(learner.optimizer, steps)
+    rates = [rate for phase in config.stretches for rate in (phase.learning_rate, phase.final_learning_rate)]
+    notes += _decay("learner.optimizer.weight_decay", learner.optimizer.weight_decay, max(rates))
+    notes += _warm_up("learner.optimizer.warmup_steps", learner.optimizer.warmup_steps, steps, "iterations")
+    notes += _only_last("logging.every", config.logging.every, steps, "iterations", "is logged")
+    if "every" in config.checkpoint.model_fields_set:
+        notes += _only_last("checkpoint.every", config.checkpoint.every, steps, "iterations", "is saved")
     if config.validation is not None:
-        notes += _only_last("validation.every", config.validation.every, steps, "steps", "is validated")
-    if config.ema_every > steps:
-        notes.append(f"ema_every: {config.ema_every} of {steps} steps; the average stays what the run begins with")
+        notes += _only_last("validation.every", config.validation.every, steps, "iterations", "is validated")
+    if learner.ema_every > steps:
+        notes.append(
+            f"learner.ema_every: {learner.ema_every} of {steps} iterations; the average stays what the run begins with"
+        )
     return notes
 
 

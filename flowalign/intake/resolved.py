@@ -87,6 +87,6 @@ def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
         what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else absent
         raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
     raw = read_yaml(path)
-    if "phases" in raw:
+    if "latents" in raw:
         return resolve_run(validate(PretrainConfig, raw), run_dir)
     return resolve_run(validate(AlignConfig, raw), run_dir)

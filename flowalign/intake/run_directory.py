@@ -33,8 +33,7 @@ def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = 
         check_kinds(run_dir)
     if reason := unwritable(run_dir):
         raise ConfigError("runs_dir", f"{run_dir} cannot be written ({reason}); {_other(run_dir)}")
-    resume = config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
-    if resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
+    if config.checkpoint.resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir, accepted)
     check_wandb(config.logging)
     return run_dir

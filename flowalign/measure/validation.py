@@ -32,7 +32,11 @@ class Validation:
         t = (stratum + 0.5) / own.num_times
         noise = torch.randn(drawn.latents.shape, generator=seeded(own.seed, Stream.VALIDATION_NOISE))
         self._strata = [(stratum == k).nonzero().flatten() for k in range(min(own.num_times, own.num_samples))]
-        self._t, self._size, self._device = t, config.micro_batch_size or config.batch_size, config.device
+        self._t, self._size, self._device = (
+            t,
+            config.learner.micro_batch_size or config.learner.batch_size,
+            config.device,
+        )
         self._x, self._target = path.interpolate(drawn.latents, noise, t), path.velocity_target(drawn.latents, noise)
         self._condition = captioned.condition(drawn.rows, length).to(config.device)
 

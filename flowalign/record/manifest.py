@@ -155,7 +155,7 @@ def going_on(run_dir: Path, without: Path | None = None) -> str | None:
     command, found = _command(run_dir), _intact(run_dir / "checkpoints", without=without, learned="optimizer/")
     if command is None or found is None:
         return None
-    return f"{command} {_resume_key(command)}={found.name}"
+    return f"{command} checkpoint.resume={found.name}"
 
 
 def _intact(root: Path, *, without: Path | None, learned: str = "") -> Path | None:
@@ -184,11 +184,7 @@ def begin_another(run_dir: Path) -> str:
 def _without_return(run_dir: Path, command: str) -> list[str]:
     """Return the option that undoes a return: a new run has no checkpoint to go back to, as this one did."""
     returned = re.search(r"^ *resume: step_", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
-    return [f"{_resume_key(command)}=auto"] if returned else []
-
-
-def _resume_key(command: str) -> str:
-    return "checkpoint.resume" if command.startswith("flowalign align") else "resume"
+    return ["checkpoint.resume=auto"] if returned else []
 
 
 def _command(run_dir: Path) -> str | None:
@@ -199,6 +195,6 @@ def _command(run_dir: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     command = "align"
-    if re.search(r"^phases:", text, re.MULTILINE):
+    if re.search(r"^latents:", text, re.MULTILINE):
         command = "distill" if re.search(r"^teacher:(?! *null)", text, re.MULTILINE) else "pretrain"
     return f"flowalign {command} {shlex.quote(str(config))}"

@@ -69,6 +69,7 @@ def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
         sections: dict[str, Any] = {"learner.optimizer": config.learner.optimizer}
     else:
         sections = {f"phases.{i}": phase for i, phase in enumerate(config.phases)}
+        sections = sections or {"learner.optimizer": config.learner.optimizer}
     smaller: dict[str, float] = {}
     for at, held in sections.items():
         rate, final = held.learning_rate, held.final_learning_rate
@@ -89,4 +90,4 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 def resumes_by(config: AlignConfig | PretrainConfig) -> str:
     """Return ``auto``, ``never`` or a checkpoint's name."""
-    return config.resume if isinstance(config, PretrainConfig) else config.checkpoint.resume
+    return config.checkpoint.resume

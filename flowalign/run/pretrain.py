@@ -44,15 +44,20 @@ class PretrainResult:
     checkpoint: Path
 
 
-def schedule_at(phases: list[PhaseConfig], warmup: int, step: int) -> tuple[PhaseConfig, float]:
-    """Return the phase of a step and its learning rate: linear warm-up once, cosine within each phase."""
-    begin = 0
-    for phase in phases:
-        if step < begin + phase.steps:
-            turn = 0.5 * (1 + math.cos(math.pi * (step - begin) / phase.steps))
+def schedule_at(config: PretrainConfig, step: int) -> tuple[PhaseConfig, float]:
+    """Return the phase of a step and its learning rate: linear warm-up once, cosine within each phase.
+
+    Without phases the rate is the optimizer's own.
+    """
+    begin, optimizer = 0, config.learner.optimizer
+    for phase in config.stretches:
+        if step < begin + phase.iterations:
+            if not config.phases:
+                return phase, optimizer.learning_rate_at(step)
+            turn = 0.5 * (1 + math.cos(math.pi * (step - begin) / phase.iterations))
             rate = phase.final_learning_rate + (phase.learning_rate - phase.final_learning_rate) * turn
-            return phase, rate * min(1.0, (step + 1) / max(1, warmup))
-        begin += phase.steps
+            return phase, rate * min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
+        begin += phase.iterations
     raise ValueError(f"step {step} lies behind the last phase, which ends at {begin}")
 
 
@@ -76,8 +81,8 @@ class Averages:
         config: PretrainConfig,
         follower: Callable[[dict[str, Tensor]], object] | None = None,
     ) -> None:
-        self._every = config.ema_every
-        self._averages = {decay: Average(engine, decay) for decay in config.ema_decays}
+        self._every = config.learner.ema_every
+        self._averages = {decay: Average(engine, decay) for decay in config.learner.ema_decays}
         self._first, *self._others = self._averages
         self._follower = follower
 
@@ -149,7 +154,7 @@ def pretrain(
     with process_group.failing_together():
         feed = Feed(config)
         validation = None if config.validation is None else Validation(config)
-    steps = sum(phase.steps for phase in config.phases)
+    steps = config.steps
     averages = Averages(engine, config, follower)
     start = 0 if saved is None else _load(saved, engine, averages, say)
     called = {"policy": autocast(guided(network), config)}
@@ -165,20 +170,20 @@ def pretrain(
     network.module.train()
     done = start
     for step in range(start, steps):
-        phase, rate = schedule_at(config.phases, config.warmup_steps, step)
+        phase, rate = schedule_at(config, step)
         _, batch = prepared(algorithm, feed.batch(step, text_length(phase, config.seed, step)), None, called)
         engine.set_learning_rate(rate)
         with naming(f"step {step + 1}"):
-            metrics = _update(engine, algorithm, called, batch, config.micro_batch_size or len(batch))
+            metrics = _update(engine, algorithm, called, batch, config.learner.micro_batch_size or len(batch))
             averages.update(step)
         done = stop.done = step + 1
         row = _validated(validation, config, network, averages, done, steps)
-        if row or done % config.log_every == 0 or done == steps:
-            speed = config.batch_size * (done - start) / (time.monotonic() - began)
+        if row or done % config.logging.every == 0 or done == steps:
+            speed = config.learner.batch_size * (done - start) / (time.monotonic() - began)
             with process_group.failing_together():
                 report({"step": done, "steps": steps, **metrics, **row, "throughput/samples_per_s": round(speed, 1)})
         stopping = process_group.agreed(stop.asked)  # or one rank would wait for ever for the others
-        if stopping or done % config.checkpoint_every == 0 or done == steps:
+        if stopping or done % config.checkpoint.every == 0 or done == steps:
             _save(run_dir, config, engine, averages, done, lock, facts)
             stopping = stopping or process_group.agreed(stop.asked)
         if stopping:
@@ -226,7 +231,7 @@ def _validated(
 
 def autocast(velocity: VelocityModel, config: PretrainConfig) -> VelocityModel:
     """Return ``velocity`` in the configured precision; its result is float32."""
-    if config.autocast == "float32":
+    if config.learner.dtype == "float32":
         return velocity
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -272,7 +277,7 @@ def _save(
         if lock is not None:
             lock.check()
         if engine.rank == 0:
-            CheckpointWriter(run_dir / "checkpoints", config.keep_last).save(
+            CheckpointWriter(run_dir / "checkpoints", config.checkpoint.keep_last).save(
                 step,
                 model=model,
                 ema=average,

@@ -68,10 +68,8 @@ def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | Non
 
 def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str]:
     """Return how many checkpoints are still to be written, and the one that is gone on from."""
-    if isinstance(config, PretrainConfig):
-        last, every, resume = sum(phase.steps for phase in config.phases), config.checkpoint_every, config.resume
-    else:
-        last, every, resume = config.iterations, config.checkpoint.every, config.checkpoint.resume
+    last = config.steps if isinstance(config, PretrainConfig) else config.iterations
+    every, resume = config.checkpoint.every, config.checkpoint.resume
     start = 0
     if resume != "never":
         try:
@@ -85,7 +83,7 @@ def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str
 
 def _kept(config: AlignConfig | PretrainConfig) -> tuple[int, str]:
     if isinstance(config, PretrainConfig):
-        return config.keep_last, f"keep_last={config.keep_last}"
+        return config.checkpoint.keep_last, f"keep_last={config.checkpoint.keep_last}"
     kept = config.checkpoint
     return kept.keep_last + kept.keep_best, f"keep_last={kept.keep_last} and keep_best={kept.keep_best}"
 
@@ -100,11 +98,9 @@ def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
     if count is None:
         return None
     if isinstance(config, PretrainConfig):
-        averages, ranks = len(config.ema_decays), int(os.environ.get("WORLD_SIZE", "1"))
-        divided = config.zero_stage > 0 or config.engine == "fsdp"
+        averages, ranks = len(config.learner.ema_decays), int(os.environ.get("WORLD_SIZE", "1"))
     else:
-        learner = config.learner
-        averages, ranks = learner.ema_decay is not None, learner.ranks
-        divided = learner.zero_stage > 0 or learner.engine == "fsdp"
+        averages, ranks = config.learner.ema_decay is not None, config.learner.ranks
+    divided = config.learner.zero_stage > 0 or config.learner.engine == "fsdp"
     moments = 2 if divided else 2 * ranks  # where they are not divided each rank has all
     return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if divided else 8))

@@ -18,7 +18,6 @@ from torch import Tensor
 from flowalign.algorithm import Needs, VelocityModel
 from flowalign.algorithms import build_algorithm
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import OptimizerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
 from flowalign.engine import process_group
@@ -128,11 +127,12 @@ def _run(
     run_dir = Path(config.runs_dir) / config.name
     torch.set_num_threads(config.threads)
     console = console if rank.index == 0 else Console(quiet=True)
-    config = config.model_copy(update={"device": rank.device(config.device)})
+    config = config.on(rank.device(config.device))
     say = partial(console.print, **PLAIN)
-    saved, steps = _saved(config, run_dir, rank, say), sum(phase.steps for phase in config.phases)
+    saved, steps = _saved(config, run_dir, rank, say), config.steps
     if saved is not None and saved.step >= steps:
-        say(f"{run_dir} has done all {saved.step} steps already; add a phase to `phases` to continue")
+        more = "add a phase to `phases`" if config.phases else "raise `iterations`"
+        say(f"{run_dir} has done all {saved.step} steps already; {more} to continue")
         return
     refuse_older(saved)
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
@@ -161,7 +161,7 @@ def _run(
             made.refuse_changes(saved, say)
     if start:
         console.print(f"resuming {run_dir} after step {start}", **PLAIN)
-    take = partial(_take, run_dir, config.resume, saved, say, begin)
+    take = partial(_take, run_dir, config.checkpoint.resume, saved, say, begin)
     report = None if lock is None else _Reporter(config, lock, console, start, take, command)
 
     def ready() -> None:
@@ -207,9 +207,9 @@ def _saved(config: PretrainConfig, run_dir: Path, rank: Rank, say: Callable[[str
         CheckpointError: there is nothing that the run can go on from, though it was begun.
     """
     last = max(checkpoint.steps(run_dir / "checkpoints"), default=0)
-    if rank.index and last < sum(phase.steps for phase in config.phases):
+    if rank.index and last < config.steps:
         return None
-    return resume_from(run_dir, config.resume, say, key="resume")
+    return resume_from(run_dir, config.checkpoint.resume, say, key="checkpoint.resume")
 
 
 def _take(
@@ -255,16 +255,12 @@ def _teacher(config: PretrainConfig, network: Network) -> Network:
 
 
 def _engine(config: PretrainConfig, network: Network, rank: Rank) -> Engine:
+    learner = config.learner
     settings = EngineSettings(
-        type=config.engine,
-        zero_stage=config.zero_stage,  # type: ignore[arg-type]
-        optimizer=OptimizerConfig(
-            learning_rate=config.phases[0].learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-        ),
-        compile=config.compile,
+        type=learner.engine,
+        zero_stage=learner.zero_stage,  # type: ignore[arg-type]
+        optimizer=learner.optimizer,
+        compile=learner.compile,
     )
     return build_engine(
         network.module,
@@ -300,7 +296,7 @@ class _Reporter:
         self._begin()
         run_dir, config = self._lock.run_dir, self._config
         self._writer = MetricsWriter(run_dir, config.name, config.logging, keep_until=self._start, each=False)
-        steps = sum(phase.steps for phase in config.phases)
+        steps = config.steps
         self._progress = Progress(self._console, steps, self._start, command=self._command)
         self._began = time.monotonic()
 
@@ -309,7 +305,7 @@ class _Reporter:
         self._lock.check()
         step, steps = int(row.pop("step")), int(row.pop("steps"))
         self._writer.write(step, row, wall_s=time.monotonic() - self._began)
-        eta_s = (steps - step) * self._config.batch_size / max(row["throughput/samples_per_s"], 0.1)
+        eta_s = (steps - step) * self._config.learner.batch_size / max(row["throughput/samples_per_s"], 0.1)
         said = [f"loss {row['loss']:.4f}"]
         if "validation_ema/loss" in row:
             said.append(f"validation {row['validation/loss']:.4f} (average {row['validation_ema/loss']:.4f})")
@@ -324,12 +320,12 @@ class _Reporter:
 
 
 def _say_start(config: PretrainConfig, console: Console, run_dir: Path, rank: Rank, *, anew: bool) -> None:
-    steps = sum(phase.steps for phase in config.phases)
+    steps = config.steps
     ranks, threads = rank.world_size, config.threads
     for line in (
         f"run directory: {run_dir}{', begun anew' if anew else ''}",
         f"{ranks} process{'es' * (ranks > 1)} on {config.device}, {threads} thread{'s' * (threads > 1)} each",
-        f"latents: {config.latents}, {steps} steps of {config.batch_size} samples",
+        f"latents: {config.latents}, {steps} steps of {config.learner.batch_size} samples",
     ):
         console.print(line, **PLAIN)
     if rank.index == 0:

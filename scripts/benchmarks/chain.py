@@ -50,7 +50,7 @@ def made_pairs(aligned: Path, options: argparse.Namespace) -> Path:
 def reflowed(aligned: Path, options: argparse.Namespace) -> Path:
     """A straightening on the pairs of the aligned model, from the aligned model itself."""
     work, pairs = options.work_dir, made_pairs(aligned, options)
-    keys = {"latents": str(pairs), "model.path": str(aligned), "phases.0.steps": options.steps}
+    keys = {"latents": str(pairs), "model.path": str(aligned), "phases.0.iterations": options.steps}
     run = train("pretrain", "reflow", keys, options.threads, work, "reflow")
     return exported(run, work / "reflow-model", "ema", options.threads)
 
@@ -59,7 +59,7 @@ def distilled(aligned: Path, options: argparse.Namespace) -> Path:
     """Rounds of 8 and 4 steps, each from the student before it, on the aligned model's own images."""
     start, pairs = aligned, made_pairs(aligned, options)
     for steps in (8, 4):
-        keys = {"latents": str(pairs), "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+        keys = {"latents": str(pairs), "phases.0.iterations": options.steps // 2, "algorithm.num_steps": steps}
         keys |= {"phases.0.learning_rate": 2.0e-4}
         keys |= {"model.path": str(start), "teacher.path": str(start), "sampling.num_steps": steps}
         run = train("distill", "progressive", keys, options.threads, options.work_dir, f"progressive-{steps}")
@@ -69,7 +69,7 @@ def distilled(aligned: Path, options: argparse.Namespace) -> Path:
 
 def made_consistent(aligned: Path, options: argparse.Namespace) -> Path:
     """One consistency distillation, of the aligned model on its own images."""
-    keys = {"latents": str(made_pairs(aligned, options)), "phases.0.steps": options.steps // 2}
+    keys = {"latents": str(made_pairs(aligned, options)), "phases.0.iterations": options.steps // 2}
     keys |= {"model.path": str(aligned), "teacher.path": str(aligned), "phases.0.learning_rate": 2.0e-4}
     keys |= {"sampling.num_steps": 4}
     run = train("distill", "consistency", keys, options.threads, options.work_dir, "consistency")

@@ -47,7 +47,7 @@ def trained(name: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any
     if name.startswith("base"):
         return BASE, {}
     latents = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
-    common = {"latents": latents, "phases.0.steps": options.steps}
+    common = {"latents": latents, "phases.0.iterations": options.steps}
     if name != "progressive":
         command = "pretrain" if name == "meanflow" else "distill"
         config = "guidance_distill" if name == "guidance" else name
@@ -55,7 +55,7 @@ def trained(name: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any
         return run, _cost(run)
     start, cost = str(BASE), {"training_s": 0, "training_samples": 0}
     for steps in (16, 8, 4):
-        own = {**common, "phases.0.steps": options.steps // 2, "algorithm.num_steps": steps}
+        own = {**common, "phases.0.iterations": options.steps // 2, "algorithm.num_steps": steps}
         own |= {"model.path": start, "teacher.path": start, "sampling.num_steps": steps}
         run = train("distill", "progressive", own, options.threads, options.work_dir, f"progressive-{steps}")
         cost = {key: cost[key] + value for key, value in _cost(run).items()}

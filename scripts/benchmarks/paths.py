@@ -65,8 +65,8 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         "model.transformer.seed": seed,
         "algorithm.density_params": {},
         **{f"algorithm.{key}": value for key, value in algorithm.items()},
-        "phases.0.steps": options.steps,
-        "checkpoint_every": max(1, options.steps // 4),
+        "phases.0.iterations": options.steps,
+        "checkpoint.every": max(1, options.steps // 4),
     }
     run = train("pretrain", "paths", overrides, options.threads, options.work_dir, file_of(name, seed).stem)
     trained = read_metrics(run / "metrics.jsonl")[-1]

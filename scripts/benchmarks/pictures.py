@@ -42,7 +42,7 @@ def bank(directory: Path, num_images: int, seed: int, threads: int) -> Path:
 
 def train(command: str, config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> Path:
     """``flowalign pretrain`` or ``distill`` of ``configs/shapes/<config>.yaml``; the run directory."""
-    keys = {"threads": threads, "runs_dir": str(runs_dir), "name": name, **overrides}
+    keys = {"cluster.threads": threads, "runs_dir": str(runs_dir), "name": name, **overrides}
     written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
     flowalign([command, f"configs/shapes/{config}.yaml", *written], threads, runs_dir / f"{name}.log")
     return runs_dir / name

@@ -61,11 +61,11 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "num_layers": spec.num_layers,
             "num_heads": spec.heads,
         },
-        "phases.0.steps": options.steps,
+        "phases.0.iterations": options.steps,
         # A constant rate: each point is then what a shorter run would have reached.
         "phases.0.final_learning_rate": 2.0e-3,
-        "checkpoint_every": every,
-        "keep_last": options.points,
+        "checkpoint.every": every,
+        "checkpoint.keep_last": options.points,
     }
     run = train("pretrain", "paths", overrides, options.threads, options.work_dir, name)
     losses = {row["iteration"]: row for row in read_metrics(run / "metrics.jsonl") if "validation_ema/loss" in row}

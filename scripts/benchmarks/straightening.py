@@ -96,7 +96,7 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "base":
         return cell | measured(opened(BASE, "model")[0], judge)
     made, pairs_s = pairs(options)
-    overrides: dict[str, Any] = {"latents": str(made), "phases.0.steps": options.steps, **CELLS[name]}
+    overrides: dict[str, Any] = {"latents": str(made), "phases.0.iterations": options.steps, **CELLS[name]}
     if "real_data.fraction" in overrides:
         overrides["real_data.latents"] = str(bank(options.work_dir / "bank", 24_000, 0, options.threads))
     run = train("pretrain", "reflow", overrides, options.threads, options.work_dir, slug(name))

@@ -24,6 +24,11 @@ class Case:
     files: Mapping[str, Content | str] = field(default_factory=dict)
     lane: str = "local"
 
+    @property
+    def trains(self) -> bool:
+        """Whether one of its files is the configuration of a training on latents."""
+        return any(isinstance(content, Mapping) and "latents" in content for content in self.files.values())
+
 
 def merged(own: Content, changes: Mapping[str, Any]) -> Content:
     out = dict(own)

@@ -166,6 +166,8 @@ def _compare_file(found: Compared, old: Path, new: Path, renames: Sequence[Renam
 
 def _said(path: Path, renames: Sequence[Rename]) -> dict[Key, Any]:
     said = {}
+    records = path.name in ("config.yaml", "state.json")
+    renames = [rename for rename in renames if records or not rename.training]
     for key, value in (manifest(path) if path.name == "MANIFEST.json" else facts(path)).items():
         newest = renamed_key(key, renames)
         said[newest] = renamed_value(newest, value, renames)

@@ -30,14 +30,13 @@ def training(algorithm: Content, **changes: Any) -> Content:
         "model": LENGTH,
         "latents": BANK,
         "algorithm": algorithm,
-        "batch_size": 8,
-        "phases": [{"steps": 4, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}}],
-        "warmup_steps": 1,
-        "ema_decay": 0.9,
-        "autocast": "float32",
-        "threads": 1,
-        "log_every": 1,
-        "checkpoint_every": 2,
+        "phases": [
+            {"iterations": 4, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}}
+        ],
+        "learner": {"batch_size": 8, "optimizer": {"warmup_steps": 1}, "ema_decay": 0.9, "dtype": "float32"},
+        "cluster": {"threads": 1},
+        "logging": {"every": 1},
+        "checkpoint": {"every": 2},
     }
     return merged(own, changes)
 
@@ -73,10 +72,11 @@ def trainings() -> dict[str, Case]:
     cases = {
         "banks": Case(banks),
         "rectified_flow": pretrain(
-            training(RF, ema_decay=[0.9, 0.99], ema_every=2, micro_batch_size=3, validation=validation),
+            training(RF, learner={"ema_decay": [0.9, 0.99], "ema_every": 2, "micro_batch_size": 3},
+                     validation=validation),
             OF_MODEL, of("euler"), of("heun"), of("dpmpp_2m"), EXPORT,
             ("export", "run", "--as", "ema_0.99", "--to", "exported_099"),
-            ("pretrain", "config.yaml", "resume=step_000002"),
+            ("pretrain", "config.yaml", "checkpoint.resume=step_000002"),
         ),
         "rectified_flow, captions": pretrain(
             training(RF, latents="{side}/banks/captions", captions={"original": 1.0, "synthetic": 2.0},
@@ -84,12 +84,13 @@ def trainings() -> dict[str, Case]:
         ),
         "rectified_flow, two lengths": pretrain(
             training(RF, phases=[
-                {"steps": 2, "learning_rate": 2e-3, "max_sequence_lengths": {4: 1.0, 16: 1.0}},
-                {"steps": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-4, "max_sequence_lengths": {16: 1.0}},
+                {"iterations": 2, "learning_rate": 2e-3, "max_sequence_lengths": {4: 1.0, 16: 1.0}},
+                {"iterations": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-4,
+                 "max_sequence_lengths": {16: 1.0}},
             ]),
         ),
-        "rectified_flow, bfloat16": pretrain(training(RF, autocast="bfloat16")),
-        "rectified_flow, deepspeed": pretrain(training(RF, engine="deepspeed")),
+        "rectified_flow, bfloat16": pretrain(training(RF, learner={"dtype": "bfloat16"})),
+        "rectified_flow, deepspeed": pretrain(training(RF, learner={"engine": "deepspeed"})),
         "reflow": pretrain(training({"type": "reflow"}, latents="{side}/banks/pairs"), OF_MODEL),
         "reflow, real data": pretrain(
             training({"type": "reflow"}, latents="{side}/banks/pairs", real_data={"latents": BANK, "fraction": 0.3}),
@@ -121,7 +122,8 @@ def trainings() -> dict[str, Case]:
         content = training(own, model={"family": family})
         cases[f"family {family}"] = pretrain(content, of("euler"), of("dpmpp_2m"), of("ddpm"))
     for density, params in DENSITIES.items():
-        cases[f"density {density}"] = pretrain(training({**RF, "density": density, **params}, ema_decay=0.5))
+        own = {**RF, "density": density, **params}
+        cases[f"density {density}"] = pretrain(training(own, learner={"ema_decay": 0.5}))
     for weighting in ("noise", "data"):
         cases[f"weighting {weighting}"] = pretrain(training({**RF, "weighting": weighting, "shift": 3.0}))
     for architecture in ("mmdit", "concat", "cross", "uvit"):
@@ -144,7 +146,8 @@ def ranks() -> dict[str, Case]:
     )
     cases = {"bank": Case((bank,), lane="ray")}
     for name, stage in {"": 0, ", zero 2": 2}.items():
-        content = training(RF, latents="{side}/bank/plain", micro_batch_size=2, engine="deepspeed", zero_stage=stage)
+        learner = {"micro_batch_size": 2, "engine": "deepspeed", "zero_stage": stage}
+        content = training(RF, latents="{side}/bank/plain", learner=learner)
         line = ("torchrun", "2", "pretrain", "config.yaml")
         cases[f"torchrun, two ranks{name}"] = Case((line,), {"config.yaml": content}, "ray")
     return cases

@@ -21,6 +21,7 @@ class Rename:
     old: str
     new: str
     values: tuple[tuple[Any, Any], ...] = ()
+    training: bool = False  # a key of trainings on latents alone
 
 
 def renamed_key(key: Key, renames: Sequence[Rename], *, back: bool = False) -> Key:
@@ -33,8 +34,10 @@ def renamed_key(key: Key, renames: Sequence[Rename], *, back: bool = False) -> K
             continue
         parts, others = tuple(old.split(".")), tuple(new.split("."))
         for start in range(len(key) - len(parts) + 1):
-            if key[start : start + len(parts)] == parts:
-                key = key[:start] + others + key[start + len(parts) :]
+            end = start + len(parts)
+            newest = not back and key[max(0, end - len(others)) : end] == others
+            if key[start:end] == parts and not newest:
+                key = key[:start] + others + key[end:]
                 break
     return key
 

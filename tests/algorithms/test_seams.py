@@ -152,7 +152,7 @@ def test_what_a_second_network_cannot_have_is_refused_in_a_sentence(tmp_path: Pa
     for name in ("manifest.json", "prompts.json"):
         (bank / name).write_text("{}")
     own = {"name": "a", "model": {"path": "model"}, "algorithm": {"type": "mine"}, "latents": str(bank)}
-    config = PretrainConfig.model_validate({**own, "phases": [{"steps": 1, "learning_rate": 1e-3}]})
+    config = PretrainConfig.model_validate({**own, "phases": [{"iterations": 1, "learning_rate": 1e-3}]})
     with pytest.raises(ConfigError, match=r"^algorithm\.type: mine trains a second network, which `flowalign align`"):
         check_training(config, Needs(LatentBatch, second=Second()))
 

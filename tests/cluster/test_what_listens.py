@@ -71,7 +71,8 @@ def test_two_ranks_of_torchrun_open_nothing_but_loopback_and_its_agent_what_is_d
     tiny_pipeline_dir: Path, tmp_path: Path
 ) -> None:
     make_bank(load_encoders(ModelConfig(path=str(tiny_pipeline_dir))), tmp_path / "bank", num_images=40, batch=20)
-    training = config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", micro_batch_size=4, engine="deepspeed")
+    learner = {"micro_batch_size": 4, "engine": "deepspeed"}
+    training = config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", learner=learner)
     (tmp_path / "run.yaml").write_text(training.model_dump_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}

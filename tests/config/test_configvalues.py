@@ -211,8 +211,9 @@ def pretraining(config_path: Path, tmp_path: Path) -> Path:
         (tmp_path / "bank" / name).touch()
     path = tmp_path / "p.yaml"
     path.write_text(
-        f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\nlog_every: 1\nwarmup_steps: 0\n"
-        "algorithm: {type: rectified_flow}\nphases: [{steps: 5, learning_rate: 1e-3}]\n"
+        f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\nlogging: {{every: 1}}\n"
+        "learner: {optimizer: {warmup_steps: 0}}\n"
+        "algorithm: {type: rectified_flow}\nphases: [{iterations: 5, learning_rate: 1e-3}]\n"
     )
     return path
 

@@ -95,7 +95,7 @@ def pretraining(config_path: Path) -> Path:
         (bank / name).touch()
     path.write_text(
         "name: base\nmodel: {path: model}\nlatents: bank\nalgorithm: {type: rectified_flow}\n"
-        "phases: [{steps: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
+        "phases: [{iterations: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
     )
     outcome(path, load=load_pretrain)
     load_align(config_path)  # what is imported once is not measured

@@ -98,7 +98,7 @@ def test_a_family_is_written_in_a_file_and_on_the_command_line(tmp_path: Path) -
     path.write_text(
         "name: a\nmodel: {path: shapes, family: edm/rf}\nlatents: bank\n"
         "algorithm: {type: rectified_flow, family: edm/rf, density: uniform}\n"
-        "phases: [{steps: 1, learning_rate: 1.0e-4, final_learning_rate: 1.0e-4}]\n"
+        "phases: [{iterations: 1, learning_rate: 1.0e-4, final_learning_rate: 1.0e-4}]\n"
     )
     written = ["model.family=edm(0.00, 0.60)", "algorithm.family=edm(0,.6)"]
     config = load_pretrain(path, written).config

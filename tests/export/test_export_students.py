@@ -41,7 +41,7 @@ from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import sampled_model
 from flowalign.types import Guidance
-from tests.tiny import encoded_here
+from tests.tiny import encoded_here, merged
 
 SHAPE = (16, 8, 8)
 PROMPT = "a photo of a red star"
@@ -62,15 +62,14 @@ def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
         "runs_dir": str(runs),
         "model": own | changes.pop("model", {}),
         "latents": str(bank),
-        "batch_size": 4,
-        "phases": [{"steps": 2, "learning_rate": 3e-3, "final_learning_rate": 3e-3, "max_sequence_lengths": {4: 1}}],
-        "warmup_steps": 1,
-        "autocast": "float32",
-        "threads": 1,
-        "checkpoint_every": 2,
-        **changes,
+        "phases": [
+            {"iterations": 2, "learning_rate": 3e-3, "final_learning_rate": 3e-3, "max_sequence_lengths": {4: 1}}
+        ],
+        "learner": {"batch_size": 4, "optimizer": {"warmup_steps": 1}, "dtype": "float32"},
+        "cluster": {"threads": 1},
+        "checkpoint": {"every": 2},
     }
-    config = PretrainConfig.model_validate(content)
+    config = PretrainConfig.model_validate(merged(content, changes))
     begin_run(config)
     return run_pretrain(encoded_here(config), Path("."), Console(quiet=True))
 
@@ -126,7 +125,7 @@ FLOW = {"type": "rectified_flow"}
 EVEN = {"num_steps": 3, "grid": "paper"}
 LEVELS = [1.0, 2 / 3, 1 / 3]
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "ema_0.01": ("ema_0.01", {"algorithm": FLOW, "ema_decay": [0.5, 0.01]}, {"num_inference_steps": 10}),
+    "ema_0.01": ("ema_0.01", {"algorithm": FLOW, "learner": {"ema_decay": [0.5, 0.01]}}, {"num_inference_steps": 10}),
     "progressive": (
         "pipeline",
         {
@@ -287,7 +286,8 @@ def test_a_bank_serves_the_models_that_were_trained_on_it_and_exported(tmp_path,
 
 
 def test_every_average_can_be_exported(tmp_path, tiny_pipeline_dir, bank):
-    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm={"type": "rectified_flow"}, ema_decay=[0.5, 0.01])
+    changes = {"algorithm": {"type": "rectified_flow"}, "learner": {"ema_decay": [0.5, 0.01]}}
+    run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     digests = {
         kind: export(run, tmp_path / kind, kind=kind, config=config_of(run, None)).content_hash
         for kind in ("pipeline", "ema", "ema_0.01")

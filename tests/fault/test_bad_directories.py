@@ -148,7 +148,7 @@ PRETRAIN = """name: base
 model: {path: model}
 latents: bank
 algorithm: {type: rectified_flow}
-phases: [{steps: 5, learning_rate: 1e-3}]
+phases: [{iterations: 5, learning_rate: 1e-3}]
 """
 
 

@@ -130,12 +130,17 @@ def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
     model = {"path": str(tiny_pipeline_dir), "max_sequence_length": 16}
     taught = {"teacher": model, "algorithm": {"type": "guidance_distill"}, "model": {**model, "inputs": ["guidance"]}}
     plain = {"algorithm": {"type": "rectified_flow"}, "model": model}
-    phases = [{"steps": 2, "learning_rate": 1e-4}, {"steps": 2, "learning_rate": 1e30}]
+    phases = [{"iterations": 2, "learning_rate": 1e-4}, {"iterations": 2, "learning_rate": 1e30}]
     config = PretrainConfig.model_validate(
         {
             **(plain if command == "pretrain" else taught),
             **{"name": "t", "runs_dir": str(tmp_path), "latents": str(tmp_path / "bank"), "phases": phases},
-            **{"batch_size": 4, "warmup_steps": 0, "threads": 1, "log_every": 1, "checkpoint_every": 1, "keep_last": 1},
+            **{
+                "learner": {"batch_size": 4, "optimizer": {"warmup_steps": 0}},
+                "cluster": {"threads": 1},
+                "logging": {"every": 1},
+                "checkpoint": {"every": 1, "keep_last": 1},
+            },
         }
     )
     with pytest.raises(DestroyedState, match=r"^step 3: an update at learning rate 1e\+30 has destroyed the weights"):

@@ -27,6 +27,7 @@ from flowalign.run.room import check_room
 from tests.fault.smalldisk import fill, hidden, mounted, remount
 from tests.fault.test_full_disks import ORDERS, ROOT, bits
 from tests.fault.test_pasted_advice import ends_with_2, pasted
+from tests.tiny import merged
 
 ALGORITHMS = """
 from pathlib import Path
@@ -76,9 +77,11 @@ def content(folder: Path, pipeline: Path, bank: Path, command: str) -> dict[str,
         "model": model,
         "latents": str(bank),
         "algorithm": {"type": f"{folder / 'ordered.py'}:{command.title()}"},
-        "phases": [{"steps": 3, "learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}}],
-        **{"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 1, "autocast": "float32", "threads": 1},
-        **{"log_every": 1, "checkpoint_every": 1, "keep_last": 3},
+        "phases": [{"iterations": 3, "learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}}],
+        "learner": {"batch_size": 4, "micro_batch_size": 2, "optimizer": {"warmup_steps": 1}, "dtype": "float32"},
+        "cluster": {"threads": 1},
+        "logging": {"every": 1},
+        "checkpoint": {"every": 1, "keep_last": 3},
         **({"teacher": model} if command == "distill" else {}),
     }
 
@@ -205,7 +208,7 @@ def test_the_room_that_a_training_needs_grows_by_its_averages_and_by_ranks_that_
     def refused(world: str, **changes: Any) -> str:
         monkeypatch.setenv("WORLD_SIZE", world)
         with pytest.raises(ConfigError) as caught:
-            check_room(PretrainConfig.model_validate(own | changes), disk / "r")
+            check_room(PretrainConfig.model_validate(merged(own, {"learner": changes})), disk / "r")
         return re.findall(r"needs (\S+ MB)", str(caught.value))[0]
 
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -230,7 +233,7 @@ def test_a_damaged_checkpoint_of_a_training_is_answered_with_a_command_that_trai
     said(command, run(folder, tiny_pipeline_dir, bank, command), code=0)
     run_dir = folder / "r"
     damage(run_dir / "checkpoints" / "step_000003")
-    named = ends_with_2(command, str(run_dir / "config.yaml"), "resume=step_000003")
+    named = ends_with_2(command, str(run_dir / "config.yaml"), "checkpoint.resume=step_000003")
     assert f"step_000001, step_000002, as in `flowalign {command} " in named
     given = ends_with_2("export", str(run_dir / "checkpoints" / "step_000003"), "--to", str(tmp_path / "out"))
     assert re.findall("`.*`", named) == re.findall("`.*`", given)
@@ -240,7 +243,7 @@ def test_a_damaged_checkpoint_of_a_training_is_answered_with_a_command_that_trai
         cut(run_dir / "checkpoints" / f"step_{step:06d}")
     none = ends_with_2("export", str(run_dir), "--to", str(tmp_path / "out"))
     assert (
-        "name=r-2 resume=auto`" in none
+        "name=r-2 checkpoint.resume=auto`" in none
         and "begun anew" in pasted(none)
         and steps(folder / "r-2" / "checkpoints") == [1, 2, 3]
     )
@@ -255,7 +258,7 @@ def test_two_ranks_of_torchrun_end_with_the_one_that_cannot_write_and_the_same_c
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def start(path: Path, *overrides: str) -> tuple[int, str]:
-        line = [*torchrun, "-m", "flowalign.cli", "pretrain", str(path), "engine=fsdp", *overrides]
+        line = [*torchrun, "-m", "flowalign.cli", "pretrain", str(path), "learner.engine=fsdp", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=280)
         return done.returncode, done.stderr

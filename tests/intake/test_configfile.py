@@ -22,8 +22,8 @@ from tests.tiny import write_config
 STAR = '{"tag": "colors", "include": [{"class": "%s", "count": 1}], "prompt": "a photo"}\n'
 
 CONSTANT = (
-    "phases=[{steps: 2, learning_rate: 1e-4}, {steps: 2, learning_rate: 2e-4, final_learning_rate: null},"
-    " {steps: 2, learning_rate: 2e-4, final_learning_rate: 0}]"
+    "phases=[{iterations: 2, learning_rate: 1e-4}, {iterations: 2, learning_rate: 2e-4, final_learning_rate: null},"
+    " {iterations: 2, learning_rate: 2e-4, final_learning_rate: 0}]"
 )
 NO_FAMILY = ("teacache", "dit", "inputs", "features", "transformer", "base", "ema", "build", "merge", "inspect")
 
@@ -397,7 +397,7 @@ def test_a_pretraining_file_loads_and_resolves(
     path.write_text(
         f"name: base\nmodel: {{path: {config_path.parent / 'model'}}}\nlatents: bank\n"
         "algorithm: {type: rectified_flow}\n"
-        "phases: [{steps: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
+        "phases: [{iterations: 5, learning_rate: 1e-3, final_learning_rate: 0, max_sequence_lengths: {16: 1.0}}]\n"
     )
     with pytest.raises(ConfigError, match=r"^latents: .*holds no latents; make them first"):
         load_pretrain(path)
@@ -410,10 +410,15 @@ def test_a_pretraining_file_loads_and_resolves(
     assert read_resolved(tmp_path / "run") == config
     rates = [phase.final_learning_rate for phase in load_pretrain(path, [CONSTANT]).config.phases]
     assert rates == [1e-4, 2e-4, 0]
-    assert [note.partition(":")[0] for note in load_pretrain(path).notes] == ["warmup_steps", "log_every"]
-    assert load_pretrain(path, ["warmup_steps=4", "log_every=2"]).notes == ()
-    over = ["warmup_steps=0", "log_every=1", "checkpoint_every=5", "ema_every=6"]
-    assert [n.partition(":")[0] for n in load_pretrain(path, over).notes] == ["checkpoint_every", "ema_every"]
+    assert [note.partition(":")[0] for note in load_pretrain(path).notes] == [
+        "learner.optimizer.warmup_steps",
+        "logging.every",
+    ]
+    assert load_pretrain(path, ["learner.optimizer.warmup_steps=4", "logging.every=2"]).notes == ()
+    over = ["learner.optimizer.warmup_steps=0", "logging.every=1", "checkpoint.every=5", "learner.ema_every=6"]
+    assert [n.partition(":")[0] for n in load_pretrain(path, over).notes] == ["checkpoint.every", "learner.ema_every"]
+    with pytest.raises(ConfigError, match=r"^betas: is learner.optimizer.betas now \(1 more key has moved\)"):
+        load_pretrain(path, ["betas=[0.9, 0.99]", "phases.0.steps=3"])
     with pytest.raises(ConfigError, match=r"^phases.0.learning_rate: is inf; every number"):
         load_pretrain(path, ["phases.0.learning_rate=.inf"])
     with pytest.raises(ConfigError, match=r"^phases.0.max_sequence_lengths.16: is nan; every number"):
@@ -429,16 +434,16 @@ def test_a_pretraining_file_loads_and_resolves(
             load_pretrain(path, [f"phases.0.max_sequence_lengths={lengths}"])
     with pytest.raises(ConfigError, match=r"^model.height: image size 512x64: the model's table of positions ends"):
         load_pretrain(path, ["model.height=512"])
-    with pytest.raises(ConfigError, match=r"^phases.0.step: unknown key; did you mean steps"):
-        load_pretrain(path, ["phases.0.step=3"])
+    with pytest.raises(ConfigError, match=r"^phases.0.iteration: unknown key; did you mean iterations"):
+        load_pretrain(path, ["phases.0.iteration=3"])
     with pytest.raises(ConfigError, match=r"^teacher.path: .*nowhere is not a directory"):
         load_pretrain(path, ["algorithm.type=progressive", "teacher.path=nowhere"])
-    with pytest.raises(ConfigError, match=r"^compile: FSDP cannot run a compiled network"):
-        load_pretrain(path, ["engine=fsdp", "compile=true"])
+    with pytest.raises(ConfigError, match=r"^learner.compile: FSDP cannot run a compiled network"):
+        load_pretrain(path, ["learner.engine=fsdp", "learner.compile=true"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"^engine: torch is one process, and torchrun has started 2; use fsdp"):
+    with pytest.raises(ConfigError, match=r"^learner.engine: torch is one process, and torchrun has started 2; use"):
         load_pretrain(path)
-    assert load_pretrain(path, ["engine=fsdp"]).config.engine == "fsdp"
+    assert load_pretrain(path, ["learner.engine=fsdp"]).config.learner.engine == "fsdp"
 
 
 def test_a_run_of_the_other_command_is_refused(config_path: Path) -> None:
@@ -457,7 +462,7 @@ def test_an_option_that_is_given_up_is_said_to_have_been_there(config_path: Path
 
 def test_all_keys_that_are_missing_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: x\nlatents: bank\nalgorithm: {type: rectified_flow}\nphases: [{}]\n")
-    with pytest.raises(ConfigError, match=r"^phases.0.steps: is missing, and so is phases.0.learning_rate$"):
+    with pytest.raises(ConfigError, match=r"^phases.0.iterations: is missing, and so is phases.0.learning_rate$"):
         load_pretrain(tmp_path / "run.yaml")
 
 

@@ -164,10 +164,12 @@ def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
         "latents": str(tmp_path / "pairs"),
         "algorithm": {"type": "reflow", "loss": loss},
         "features": str(Path(__file__).parents[2] / "flowalign" / "shapes" / "assets" / "open_clip"),
-        "batch_size": 4,
-        "phases": [{"steps": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {16: 1}}],
-        "threads": 1,
-        "log_every": 1,
+        "phases": [
+            {"iterations": 2, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {16: 1}}
+        ],
+        "learner": {"batch_size": 4},
+        "cluster": {"threads": 1},
+        "logging": {"every": 1},
     }
     run_dir = run_pretrain(encoded_here(PretrainConfig.model_validate(content)), Path("."), Console(quiet=True))
     rows = read_metrics(run_dir / "metrics.jsonl")

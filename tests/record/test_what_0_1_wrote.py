@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "images of a run": ("sample runs/lora --prompt circle --out of_run", "of_run"),
     "images of an export": ("sample exported --prompt circle --out of_export", "of_export"),
     "scores of a run": ("evaluate runs/full --json", None),
-    "its bank is trained on": ("pretrain base.yaml name=again", "runs/again/checkpoints/step_000002"),
+    "its bank is trained on": ("pretrain runs/base/config.yaml name=again", "runs/again/checkpoints/step_000002"),
     "its pairs are learned from": ("align dpo.yaml name=pairs", "runs/pairs/checkpoints/step_000002"),
     "its export is aligned": ("align full.yaml name=on model.path=exported", "runs/on/checkpoints/step_000002"),
     "its report is written again": ("report runs/dpo", "runs/dpo/report.html"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ from flowalign.record.stop import EndedEarly
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.pretrain import autocast, schedule_at, text_length
 from flowalign.run.train import run_pretrain
-from tests.tiny import encoded_here
+from tests.tiny import encoded_here, merged
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +51,21 @@ def config(runs: Path, model: Path, bank: Path, **changes) -> PretrainConfig:
         "model": {"path": str(model), "max_sequence_length": 16},
         "latents": str(bank),
         "algorithm": {"type": "rectified_flow"},
-        "batch_size": 16,
         "phases": [
-            {"steps": 6, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}},
+            {"iterations": 6, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}},
             {
-                "steps": 6,
+                "iterations": 6,
                 "learning_rate": 1e-3,
                 "final_learning_rate": 1e-4,
                 "max_sequence_lengths": {4: 0.5, 16: 0.5},
             },
         ],
-        "warmup_steps": 2,
-        "threads": 1,
-        "log_every": 1,
-        "checkpoint_every": 4,
+        "learner": {"batch_size": 16, "optimizer": {"warmup_steps": 2}},
+        "cluster": {"threads": 1},
+        "logging": {"every": 1},
+        "checkpoint": {"every": 4},
     }
-    return PretrainConfig.model_validate({**content, **changes})
+    return PretrainConfig.model_validate(merged(content, changes))
 
 
 def run(*args, **kwargs) -> Path:
@@ -90,8 +90,8 @@ def test_an_interrupted_pretraining_resumes_bit_for_bit(tmp_path, tiny_pipeline_
 
 
 def test_a_pretraining_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bits(tmp_path, tiny_pipeline_dir, bank):
-    run_dir = run(tmp_path, tiny_pipeline_dir, bank, keep_last=9)
-    run(tmp_path, tiny_pipeline_dir, bank, keep_last=9, resume="step_000004")
+    run_dir = run(tmp_path, tiny_pipeline_dir, bank, checkpoint={"keep_last": 9})
+    run(tmp_path, tiny_pipeline_dir, bank, checkpoint={"keep_last": 9, "resume": "step_000004"})
     kept = run_dir / "set_aside" / "1"
     assert checkpoint.steps(kept / "checkpoints") == [8, 12] and len(read_metrics(kept / "metrics.jsonl")) == 12
     a, b = (checkpoint.load(d / "checkpoints" / "step_000012") for d in (kept, run_dir))
@@ -99,9 +99,9 @@ def test_a_pretraining_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bi
     assert checkpoint.content_hash(a.optimizer_of(0)[0]) == checkpoint.content_hash(b.optimizer_of(0)[0])
     assert [row["iteration"] for row in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13))
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"^resume: \S+step_000005 is not there; name another: step_000004"
+        checkpoint.CheckpointError, match=r"^checkpoint.resume: \S+step_000005 is not there; name another: step_000004"
     ):
-        run(tmp_path, tiny_pipeline_dir, bank, resume="step_000005")
+        run(tmp_path, tiny_pipeline_dir, bank, checkpoint={"resume": "step_000005"})
 
 
 def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_model_unless_told(
@@ -117,7 +117,7 @@ def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_m
     }
 
     def go_on(steps: int, *accepted: str) -> checkpoint.Checkpoint:
-        phases = [{"steps": steps, **short}]
+        phases = [{"iterations": steps, **short}]
         taken = Accepted(accepted)
         wanted = config(tmp_path, model, own, phases=phases, **kept)
         student = wanted.model.model_copy(update={"inputs": ["guidance"]})
@@ -186,19 +186,31 @@ def test_a_training_run_on_latents_is_found_again_with_its_model_and_bank_after_
 
 
 def test_the_loss_falls(tmp_path, tiny_pipeline_dir, bank):
-    phases = [{"steps": 60, "learning_rate": 3e-3, "final_learning_rate": 3e-3}]
-    run_dir = run(tmp_path, tiny_pipeline_dir, bank, phases=phases, checkpoint_every=1000)
+    phases = [{"iterations": 60, "learning_rate": 3e-3, "final_learning_rate": 3e-3}]
+    run_dir = run(tmp_path, tiny_pipeline_dir, bank, phases=phases, checkpoint={"every": 1000})
     losses = [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
 def test_the_schedule_warms_up_once_and_anneals_within_each_phase():
-    phases = config(Path("r"), Path("m"), Path("b")).phases
-    rates = [schedule_at(phases, 2, step)[1] for step in range(12)]
+    own = config(Path("r"), Path("m"), Path("b"))
+    rates = [schedule_at(own, step)[1] for step in range(12)]
     assert rates[0] == pytest.approx(1e-3) and rates[6] == pytest.approx(1e-3)
     assert rates[1] > rates[2] > rates[5] > 1e-3 and rates[6] > rates[11] > 1e-4
     with pytest.raises(ValueError, match="behind the last phase"):
-        schedule_at(phases, 2, 12)
+        schedule_at(own, 12)
+
+
+def test_without_phases_the_rate_is_the_optimizers_own_and_the_run_as_long_as_its_iterations():
+    falls = {"learning_rate": 1e-2, "decay": "cosine", "decay_steps": 4, "final_learning_rate": 1e-3, "warmup_steps": 2}
+    changes = {"phases": [], "iterations": 6, "learner": {"optimizer": falls}}
+    own = config(Path("r"), Path("m"), Path("b"), **changes)
+    rates = [schedule_at(own, step)[1] for step in range(own.steps)]
+    full = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * min(1, step / 4))) for step in range(6)]
+    assert rates == pytest.approx([full[0] / 2, *full[1:]])
+    assert own.model_as_trained.max_sequence_length == 16
+    with pytest.raises(ValueError, match=r"learner.optimizer.decay_steps: each phase has its own rates"):
+        config(Path("r"), Path("m"), Path("b"), learner={"optimizer": {"decay_steps": 3}})
 
 
 def test_text_lengths_are_drawn_by_their_weights_from_seed_and_step():
@@ -225,10 +237,12 @@ def test_captions_that_are_cut_or_hold_what_nobody_sees_are_counted_and_no_shift
     prompts = ["a red circle " * 30, "a\u00a0square", *held.prompts[2:]]
     save_bank(tmp_path / "bank", LatentBank.of_shards(held.shards, prompts, encoder=held.encoder))
     (tmp_path / "own.py").write_text(OWN)
-    phase = {"steps": 1, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}}
-    own = {"algorithm": {"type": f"{tmp_path / 'own.py'}:Own", "grid": "pipeline"}, "phases": [phase], "batch_size": 4}
+    phase = {"iterations": 1, "learning_rate": 1e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {2: 1.0}}
+    own = {"algorithm": {"type": f"{tmp_path / 'own.py'}:Own", "grid": "pipeline"}, "phases": [phase]}
     said = Console(record=True, width=300, file=io.StringIO())
-    asked = encoded_here(config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", **own))
+    asked = encoded_here(
+        config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", learner={"batch_size": 4}, **own)
+    )
     run_pretrain(asked, Path("."), said)
     expected = (
         f"captions: {len(prompts)}; 1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off; "
@@ -252,13 +266,13 @@ def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir
     policy.network.module.get_submodule("proj_out").register_forward_hook(
         lambda module, args, out: seen.append(out.dtype)
     )
-    velocity = autocast(guided(policy.network), config(tmp_path, tiny_pipeline_dir, bank, autocast=precision))
+    velocity = autocast(guided(policy.network), config(tmp_path, tiny_pipeline_dir, bank, learner={"dtype": precision}))
     out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encoders.encode_prompts(["a photo of a star"], 16))
     assert seen == [expected] and out.dtype == torch.float32
 
 
 def test_a_finished_training_says_so_before_anything_is_loaded(tmp_path, tiny_pipeline_dir, bank):
-    phases = [{"steps": 1, "learning_rate": 1e-3, "max_sequence_lengths": {16: 1.0}}]
+    phases = [{"iterations": 1, "learning_rate": 1e-3, "max_sequence_lengths": {16: 1.0}}]
     said = Console(file=(printed := StringIO()), width=400)
     own = config(tmp_path, tiny_pipeline_dir, bank, phases=phases)
     run_dir = run_pretrain(own, Path("."), said)
@@ -286,7 +300,7 @@ def test_a_finished_training_says_so_before_anything_is_loaded(tmp_path, tiny_pi
 def test_a_model_is_sampled_and_exported_with_a_text_length_that_its_last_phase_trains(
     tmp_path, tiny_pipeline_dir, bank, written, lengths, taken
 ):
-    phases = [{"steps": 1, "learning_rate": 1e-3, "max_sequence_lengths": of} for of in ({4: 1.0}, lengths)]
+    phases = [{"iterations": 1, "learning_rate": 1e-3, "max_sequence_lengths": of} for of in ({4: 1.0}, lengths)]
     content = config(tmp_path, tiny_pipeline_dir, bank, phases=phases).model_dump()
     own = PretrainConfig.model_validate(content | {"model": {"path": str(tiny_pipeline_dir), **written}})
     assert own.model_as_trained.max_sequence_length == taken

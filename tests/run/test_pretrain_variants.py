@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch, TextPart
 from tests.algorithms.whole import prepare
 from tests.flow.analytic import raw_output
-from tests.tiny import encoded_here
+from tests.tiny import encoded_here, merged
 
 NAMES = list(PATH_FAMILIES)
 
@@ -65,17 +65,15 @@ def config(runs: Path, pipeline: Path, bank: Path, /, **changes) -> PretrainConf
         "model": own | changes.pop("model", {}),
         "latents": str(bank),
         "algorithm": {"type": "rectified_flow"},
-        "batch_size": 8,
         "phases": [
-            {"steps": 4, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}},
+            {"iterations": 4, "learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_sequence_lengths": {4: 1.0}},
         ],
-        "warmup_steps": 1,
-        "autocast": "float32",
-        "threads": 1,
-        "log_every": 1,
-        "checkpoint_every": 2,
+        "learner": {"batch_size": 8, "optimizer": {"warmup_steps": 1}, "dtype": "float32"},
+        "cluster": {"threads": 1},
+        "logging": {"every": 1},
+        "checkpoint": {"every": 2},
     }
-    return PretrainConfig.model_validate({**content, **changes})
+    return PretrainConfig.model_validate(merged(content, changes))
 
 
 def run(*args, **kwargs) -> Path:
@@ -195,7 +193,7 @@ def test_a_reflow_is_made_of_features_only_where_its_loss_asks_them(tiny_pipelin
 
 
 def test_several_averages_are_kept_resumed_bit_for_bit_and_sampled_by_name(tmp_path, tiny_pipeline_dir, bank):
-    changes = {"ema_decay": [0.9, 0.05], "ema_every": 2}
+    changes = {"learner": {"ema_decay": [0.9, 0.05], "ema_every": 2}}
     whole = run(tmp_path / "whole", tiny_pipeline_dir, bank, **changes)
     stopped = run(tmp_path / "stopped", tiny_pipeline_dir, bank, **changes)
     root = stopped / "checkpoints"
@@ -216,7 +214,9 @@ def test_several_averages_are_kept_resumed_bit_for_bit_and_sampled_by_name(tmp_p
 
 
 def test_averages_follow_the_weights_by_hand(tmp_path, tiny_pipeline_dir, bank):
-    run_dir = run(tmp_path, tiny_pipeline_dir, bank, ema_decay=0.999, checkpoint_every=1, keep_last=4)
+    run_dir = run(
+        tmp_path, tiny_pipeline_dir, bank, learner={"ema_decay": 0.999}, checkpoint={"every": 1, "keep_last": 4}
+    )
     at = [checkpoint.load(run_dir / "checkpoints" / f"step_00000{n}") for n in (1, 2)]
     start = dict(load_policy(ModelConfig(path=str(tiny_pipeline_dir))).network.module.named_parameters())
     name = next(iter(start))
@@ -229,7 +229,7 @@ def test_averages_follow_the_weights_by_hand(tmp_path, tiny_pipeline_dir, bank):
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, tiny_pipeline_dir, bank):
     weights = []
     for size in (None, 4, 3):
-        run_dir = run(tmp_path / str(size), tiny_pipeline_dir, bank, micro_batch_size=size)
+        run_dir = run(tmp_path / str(size), tiny_pipeline_dir, bank, learner={"micro_batch_size": size})
         weights.append(checkpoint.load(run_dir / "checkpoints" / "step_000004").model)
     for other in weights[1:]:
         for name, weight in weights[0].items():
@@ -240,8 +240,10 @@ def test_the_validation_loss_is_that_of_fixed_points_and_of_both_weights(tmp_pat
     changes = {
         "model": {"transformer": {"num_layers": 1}},
         "validation": {"latents": str(bank), "every": 2, "num_samples": 16, "num_times": 4},
-        "phases": [{"steps": 4, "learning_rate": 1e-20, "final_learning_rate": 1e-20, "max_sequence_lengths": {4: 1}}],
-        "weight_decay": 0,
+        "phases": [
+            {"iterations": 4, "learning_rate": 1e-20, "final_learning_rate": 1e-20, "max_sequence_lengths": {4: 1}}
+        ],
+        "learner": {"optimizer": {"weight_decay": 0}},
     }
     rows = [
         read_metrics(run(tmp_path / str(seed), tiny_pipeline_dir, bank, seed=seed, **changes) / "metrics.jsonl")
@@ -267,7 +269,7 @@ def test_the_validation_loss_is_that_of_a_text_length_that_is_trained(tmp_path, 
             bank,
             model={"max_sequence_length": length},
             validation=validation,
-            batch_size=8,
+            learner={"batch_size": 8},
         )
         losses.append(Validation(encoded(own, policy.encoders)).losses(guided(policy.network), "validation"))
     assert losses[0] == losses[1]
@@ -360,11 +362,12 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rectified_flow", "meanflow"])
 def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_dir, bank, algorithm):
-    changes = {"algorithm": {"type": algorithm}, "micro_batch_size": 4}
+    changes: dict[str, Any] = {"algorithm": {"type": algorithm}}
     changes |= {"model": {"inputs": ["r"]}} if algorithm == "meanflow" else {}
     ended = []
     for engine in ("torch", "fsdp"):
-        run(tmp_path / engine, tiny_pipeline_dir, bank, engine=engine, **changes)
+        learner = {"engine": engine, "micro_batch_size": 4}
+        run(tmp_path / engine, tiny_pipeline_dir, bank, learner=learner, **changes)
         ended.append(checkpoint.load(tmp_path / engine / "base" / "checkpoints" / "step_000004"))
     for one, other in ((ended[0].model, ended[1].model), (ended[0].ema, ended[1].ema)):
         for name, weight in one.items():
@@ -374,10 +377,9 @@ def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "stage"), [("fsdp", 0), ("deepspeed", 2), ("deepspeed", 3)])
 def test_two_ranks_of_torchrun_learn_what_one_does(tmp_path, tiny_pipeline_dir, bank, engine, stage):
-    alone = run(tmp_path / "alone", tiny_pipeline_dir, bank, micro_batch_size=4)
-    both = config(
-        tmp_path / "both", tiny_pipeline_dir, bank, micro_batch_size=4, engine=engine, zero_stage=stage
-    ).model_dump_json()
+    alone = run(tmp_path / "alone", tiny_pipeline_dir, bank, learner={"micro_batch_size": 4})
+    learner = {"micro_batch_size": 4, "engine": engine, "zero_stage": stage}
+    both = config(tmp_path / "both", tiny_pipeline_dir, bank, learner=learner).model_dump_json()
     (tmp_path / "run.yaml").write_text(both)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -298,8 +298,8 @@ def test_a_damaged_checkpoint_that_is_given_is_refused_with_commands_that_can_be
         find(tmp_path / "checkpoints" / "step_000020")
     assert f"is {tmp_path}/checkpoints/step_000010: give that" in str(caught.value)
     assert f"`flowalign align {tmp_path}/config.yaml checkpoint.resume=step_000010`" in str(caught.value)
-    (tmp_path / "config.yaml").write_text("phases: []\n")
-    with pytest.raises(CheckpointError, match=r"flowalign pretrain \S+ resume=step_000010`"):
+    (tmp_path / "config.yaml").write_text("latents: bank\n")
+    with pytest.raises(CheckpointError, match=r"flowalign pretrain \S+ checkpoint.resume=step_000010`"):
         find(tmp_path / "checkpoints" / "step_000020")
 
 

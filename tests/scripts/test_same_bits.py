@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from samebits.case import Case
 from samebits.compare import Compared, Excepted, compare
 from samebits.words import Rename, in_older_words, older_line, renamed_key
 
@@ -107,3 +108,13 @@ def test_an_older_checkout_is_spoken_to_in_its_own_words() -> None:
     line = ["sample", "run", "--which", "ema", "model.path_family=rf", "iterations=4"]
     assert older_line(line, RENAMES) == ["sample", "run", "--weights", "ema", "model.family=rf", "iterations=4"]
     assert renamed_key(("config", "model", "family", 0), RENAMES) == ("config", "model", "path_family", 0)
+
+
+def test_a_key_of_trainings_has_its_new_name_where_configurations_are_and_nowhere_else(tmp_path: Path) -> None:
+    renames = (Rename("key", "threads", "cluster.threads", training=True),)
+    old = side(tmp_path / "a", state__json={"config": {"threads": 1}}, rank__json={"threads": 2})
+    new = side(tmp_path / "b", state__json={"config": {"cluster": {"threads": 1}}}, rank__json={"threads": 2})
+    assert compared(old, new, renames).differences == []
+    case = Case((("pretrain", "c.yaml"),), {"c.yaml": {"latents": "bank", "cluster": {"threads": 1}}})
+    assert case.trains and not Case((), {"c.yaml": {"cluster": {"threads": 1}}}).trains
+    assert in_older_words(case.files["c.yaml"], renames) == {"latents": "bank", "threads": 1}
