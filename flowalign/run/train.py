@@ -255,11 +255,14 @@ def _teacher(config: PretrainConfig, network: Network) -> Network:
 
 
 def _engine(config: PretrainConfig, network: Network, rank: Rank) -> Engine:
-    learner = config.learner
+    learner, optimizer = config.learner, config.learner.optimizer
+    if config.phases:  # whose rates are set step by step
+        own = {"learning_rate": config.phases[0].learning_rate, "warmup_steps": 0}
+        optimizer = optimizer.model_copy(update=own)
     settings = EngineSettings(
         type=learner.engine,
         zero_stage=learner.zero_stage,  # type: ignore[arg-type]
-        optimizer=learner.optimizer,
+        optimizer=optimizer,
         compile=learner.compile,
     )
     return build_engine(
