@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flowalign.cli import app
+from flowalign.record.earlier import training_of_0_1
 
 PACKED = Path(__file__).with_name("written_by_0_1") / "made.tar.xz"
 
@@ -64,7 +65,7 @@ def test_a_run_of_version_0_1_is_not_continued_and_nothing_of_it_is_touched(
     folder = unpacked(tmp_path)
     monkeypatch.chdir(folder)
     if command.startswith("pretrain"):
-        config = yaml.safe_load((folder / "base.yaml").read_text())
+        config = training_of_0_1(yaml.safe_load((folder / "base.yaml").read_text()))
         (folder / "base.yaml").write_text(yaml.safe_dump({**config, "phases": config["phases"] * 2}))
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     done = CliRunner().invoke(app, command.split())
