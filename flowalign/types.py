@@ -72,18 +72,6 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class TextPart:
-    """The place of one text encoder's output in a `Condition`: tokens [begin, end) and their features, pooled features.
-
-    An ``end`` of None is the end of the text, whose length may vary.
-    """
-
-    tokens: tuple[int, int | None]
-    features: tuple[int, int]
-    pooled: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class PromptBatch:
     """N samples to make: prompt, group and sample id of each; groups are keyed by id, never by text."""
 

@@ -15,9 +15,10 @@ from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.captions import CaptionTable
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.flow.randomness import Stream, seeded
+from flowalign.models.encoders import TextPart
 from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
-from flowalign.types import Condition, LatentBatch, TextPart, cat_conditions
+from flowalign.types import Condition, LatentBatch, cat_conditions
 
 
 class Captioned:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flowalign.types import Condition, TextPart
+from flowalign.types import Condition
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The place of one text encoder's output in a `Condition`: tokens [begin, end) and their features, pooled features.
+
+    An ``end`` of None is the end of the text, whose length may vary.
+    """
+
+    tokens: tuple[int, int | None]
+    features: tuple[int, int]
+    pooled: tuple[int, int]
 
 
 class Encoders(Protocol):

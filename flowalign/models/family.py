@@ -13,9 +13,8 @@ import torch
 
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import ModelError
-from flowalign.models.encoders import Encoders
+from flowalign.models.encoders import Encoders, TextPart
 from flowalign.models.network import Network
-from flowalign.types import TextPart
 from rewards.usercode.loading import load_module
 
 

@@ -59,6 +59,14 @@ def local(tiny_pipeline_dir: Path, folder: Path) -> Trace:
         backend.close()
 
 
+BEFORE: set[int] = set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _doors_of_other_files() -> None:
+    BEFORE.update(door.port for door in doors(os.getpid()))
+
+
 @pytest.fixture(scope="module")
 def two(tiny_pipeline_dir: Path, folder: Path) -> Iterator[RayBackend]:
     """Two rollout workers on a Ray of their own."""
@@ -402,8 +410,9 @@ def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sen
 
 
 def rays_doors() -> list[Door]:
-    """Without those of servers that other files of tests have left to their fork server."""
-    return [door for door in doors(os.getpid()) if "multiprocessing.forkserver" not in door.command]
+    """Without those that other files of tests have left to this process and to their fork server."""
+    opened = [door for door in doors(os.getpid()) if "multiprocessing.forkserver" not in door.command]
+    return [door for door in opened if door.port not in BEFORE]
 
 
 def test_an_own_ray_opens_what_is_documented_on_loopback_and_asks_for_its_token(two: RayBackend) -> None:

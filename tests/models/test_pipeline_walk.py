@@ -324,6 +324,7 @@ def test_an_algorithm_that_makes_its_own_levels_is_refused_beside_a_dynamic_shif
         "    needs = Needs(Trajectories, scores=True, group_size=4)\n"
         "    def plan(self, iteration, seed):\n"
         "        return SamplingPlan(tuple(sigmas(4, self.config.shift or 1.0).tolist()), Noise('flow', 0.7, (0, 2)))\n"
+        "    def credit(self, batch, scores): ...\n"
         "    def loss(self, models, minibatch): ...\n"
     )
     overrides = ["algorithm={type: 'own.py:Own'}"]

@@ -26,7 +26,7 @@ from flowalign.making.shapes_latents import make_bank
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.measure.validation import Validation
 from flowalign.models.build import load_policy
-from flowalign.models.encoders import Encoders
+from flowalign.models.encoders import Encoders, TextPart
 from flowalign.models.guided import guided
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
@@ -34,7 +34,7 @@ from flowalign.run.made.ingredients import parts_of
 from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
-from flowalign.types import LatentBatch, TextPart
+from flowalign.types import LatentBatch
 from tests.algorithms.whole import prepare
 from tests.flow.analytic import raw_output
 from tests.tiny import encoded_here, merged

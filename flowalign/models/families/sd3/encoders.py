@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from flowalign.models.base import ModelError
+from flowalign.models.encoders import TextPart
 from flowalign.models.families.sd3.files import parts_of
-from flowalign.types import Condition, TextPart
+from flowalign.types import Condition
 
 CACHED_PROMPTS = 512
 

@@ -9,11 +9,11 @@ from typing import Any
 from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.base import ModelError
 from flowalign.models.customcode import refuse_custom_code
+from flowalign.models.encoders import TextPart
 from flowalign.models.inspect import image_tokens
 from flowalign.models.scheduler import FlowScheduler, check_scheduler
 from flowalign.record.files import stays_below
 from flowalign.record.textfiles import TextError, read_object
-from flowalign.types import TextPart
 from rewards.missing import hint
 
 PIPELINE = "StableDiffusion3Pipeline"
