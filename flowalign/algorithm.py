@@ -73,6 +73,23 @@ class AlgorithmConfig(BaseModel):
     _within_limits = field_validator("*")(check_largest)
 
 
+class Source(Protocol):
+    """What a learner's rank learns from: batches by iteration, the same on every rank."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers on all there is to learn from, for every row of the metrics."""
+        ...
+
+    def meet(self) -> None:
+        """Prepare what the ranks prepare together, once, after they have met; a collective call."""
+        ...
+
+    def batch(self, iteration: int) -> Any:
+        """Return the batch of an iteration, counted from 0: a function of it and of the run's seed."""
+        ...
+
+
 Batch = type[Trajectories] | type[PreferencePairs] | type[LatentBatch]
 
 

@@ -47,6 +47,7 @@ _TRAINING = {
     **{name: f"learner.optimizer.{name}" for name in _OPTIMIZER},
     **{name: f"learner.{name}" for name in _LEARNER},
     "autocast": "learner.dtype",
+    "sampling": "evaluation",
     "threads": "cluster.threads",
     "device": "cluster.device",
     "log_every": "logging.every",
@@ -54,11 +55,48 @@ _TRAINING = {
     "keep_last": "checkpoint.keep_last",
     "resume": "checkpoint.resume",
     "steps": "iterations",
+    "step": "iteration",
 }
 _NEW = ("learning_rate", "eps", "decay_steps", "decay", "final_learning_rate")
 RENAMES: tuple[Rename, ...] = tuple(Rename("key", old, new, training=True) for old, new in _TRAINING.items())
 
+_OF_ALL_RUNS = (  # what an alignment had alone, and a training has now too
+    "checkpoint.best_metric", "checkpoint.keep_best",
+    *(f"cluster.{name}" for name in (
+        "backend", "address", "rollout_workers", "reward_workers", "rollout_cpus", "rollout_gpus", "reward_cpus",
+        "reward_gpus", "learner_cpus", "learner_gpus", "teachers", "teacher_cpus", "teacher_gpus", "reward_threads",
+        "reward_deadline_s", "max_task_retries", "max_restarts", "restart_wait_s", "patience.*",
+    )),
+    *(f"evaluation.{name}" for name in ("every", "prompts", "num_samples", "seed", "scorer", "gold*", "weights")),
+    "learner.ranks", "learner.ema_warmup", "rollout.*", "seeds.evaluation",
+)  # fmt: skip
+_STATE = ("base_hash", "version", "seed", "world_size", "zero_stage", "wall_s", "metrics.*", "learner.zero_stage")
+
 EXCEPTIONS: tuple[Excepted, ...] = (
+    *(
+        Excepted(case, file, f"{at}{key}", "a training has what an alignment has")
+        for case in (*trainings.trainings(), *trainings.ranks())
+        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
+        for key in _OF_ALL_RUNS
+    ),
+    *(
+        Excepted(case, file, key, reason)
+        for case in (*trainings.trainings(), *trainings.ranks())
+        for file, key, reason in (
+            *(("*state.json", key, "a training's checkpoint says what an alignment's does") for key in _STATE),
+            *(
+                ("*metrics.jsonl", f"*{key}", "a training counts as an alignment does")
+                for key in ("learner/updates", "learner/transitions", "eval/num_samples")
+            ),
+            ("*/optimizer/rank_*.json", "learning_rate", "it is the next update's, no more the first phase's"),
+            ("*README.md", "*", "a model's card counts a training in iterations, no more in steps"),
+        )
+    ),
+    *(
+        Excepted("*", "*config.yaml", f"learner.{key}", "an alignment has what a training had")
+        for key in ("compile", "ema_every", "ema_warmup")
+    ),
+    Excepted("*", "*config.yaml", "learner.ema_warmup", "the averages' warm-up is configured now"),
     Excepted("*", "*/MANIFEST.json", "version", "a checkpoint's version is 2 since it tells how ranks divide a state"),
     *(
         Excepted("*", "*/optimizer/rank_*.json", key, "the facts of a rank tell how it shares the parameters")

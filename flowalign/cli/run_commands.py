@@ -39,16 +39,10 @@ def align(
         loaded = load_align(config, overrides or ())
         _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
-            from flowalign.run.align import local_backend, run_align
-
             accepted = accepted_of(loaded.config, accept_changed or ())
-            begin, asked = partial(begin_run, loaded.config, accepted), {"lock": lock, "stop": stop}
-            if loaded.config.cluster.backend == "ray":
-                from flowalign.cluster.ray_backend import RayBackend as backend
-            else:
-                backend = local_backend
-            asked |= {"accepted": accepted, "backend": backend}
-            run_dir = run_align(loaded.config, loaded.base_dir, console, begin, phases, **asked)
+            begin = partial(begin_run, loaded.config, accepted)
+            asked = {"lock": lock, "stop": stop, "accepted": accepted}
+            run_dir = _drive(loaded, console, begin, phases, **asked)
             stopped, advice = stop_of(run_dir, loaded.config)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -86,7 +80,7 @@ def _train(
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
-    with conduct(as_json, phases, "step") as stop:
+    with conduct(as_json, phases) as stop:
         from flowalign.intake.file import load_pretrain
         from flowalign.intake.run_directory import accepted_of, begin_run
 
@@ -94,14 +88,22 @@ def _train(
         if first:
             _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
-            from flowalign.run.train import run_pretrain
-
             accepted = accepted_of(loaded.config, keys)
             begin = partial(begin_run, loaded.config, accepted)
             asked = {"lock": lock, "stop": stop, "accepted": accepted}
-            run_dir = run_pretrain(loaded.config, loaded.base_dir, console, begin, phases, command=command, **asked)
+            run_dir = _drive(loaded, console, begin, phases, **asked)
             if first:
                 _finish(run_dir, as_json, phases)
+
+
+def _drive(loaded: Any, console: Any, begin: Any, phases: Any, **asked: Any) -> Path:
+    """Run on the backend that the configuration names."""
+    from flowalign.run.drive import drive, local_backend
+
+    backend: Any = local_backend
+    if loaded.config.cluster.backend == "ray":
+        from flowalign.cluster.ray_backend import RayBackend as backend
+    return drive(loaded.config, loaded.base_dir, console, begin, phases, backend=backend, **asked)
 
 
 def stop_run(

@@ -14,23 +14,22 @@ from rich.console import Console
 from flowalign.cli.exits import ExitCode, RunFailed
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import lasting_output, print_json, say_error, sentence
-from flowalign.config.alignment import AlignConfig
-from flowalign.config.training import PretrainConfig
+from flowalign.config.run import RunConfig
 from flowalign.record.disk import DiskError
 from flowalign.record.lock import RunLock
 from flowalign.record.progress import Phases
 from flowalign.record.stop import EndedAtOnce, EndedEarly, StopRequest
-from flowalign.run.advice import further_back, gentler, kept, last_checkpoint, lost_at_once, resumes_by
+from flowalign.run.advice import further_back, gentler, kept, last_checkpoint, lost_at_once
 
 
 @contextmanager
-def conduct(as_json: bool, phases: Phases, unit: str = "iteration") -> Iterator[StopRequest]:
+def conduct(as_json: bool, phases: Phases) -> Iterator[StopRequest]:
     """Hear signals inside as requests for an early end.
 
     Where that end comes, say so, say where everything lies, and exit with code 75.
     """
     alone, first = os.environ.get("WORLD_SIZE", "1") == "1", os.environ.get("RANK", "0") == "0"
-    with StopRequest(unit, alone=alone).on_signals() as stop, lasting_output():
+    with StopRequest(alone=alone).on_signals() as stop, lasting_output():
         try:
             yield stop
         except EndedEarly as early:
@@ -59,7 +58,7 @@ def say_end(console: Console, phases: Phases, said: Mapping[str, Path | str]) ->
 
 @contextmanager
 def held(
-    config: AlignConfig | PretrainConfig,
+    config: RunConfig,
     stop: StopRequest,
     console: Console,
     take_over: bool,
@@ -78,7 +77,7 @@ def held(
     if (note := check_room(config, run_dir)) is not None:
         console.print(note)
     began_from = last_checkpoint(run_dir)
-    resumes = resumes_by(config) != "never"
+    resumes = config.checkpoint.resume != "never"
     with ExitStack() as stack:
         with stop.deferred():
             lock = stack.enter_context(RunLock.take(run_dir, take_over=take_over))
@@ -107,14 +106,12 @@ def _ended_early(interrupt: KeyboardInterrupt, run_dir: Path, stop: StopRequest,
     early = interrupt if isinstance(interrupt, EndedEarly) else EndedEarly()
     early.run_dir, early.checkpoint = run_dir, last_checkpoint(run_dir)
     goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
-    where = f"; {goes_on} {early.checkpoint}" if early.checkpoint else f" before the first {stop.unit}"
+    where = f"; {goes_on} {early.checkpoint}" if early.checkpoint else " before the first iteration"
     early.args = (f"stopped{where}",)
     return early
 
 
-def _failed(
-    error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, began_from: Path | None, resumes: bool
-) -> RunFailed:
+def _failed(error: Exception, config: RunConfig, run_dir: Path, began_from: Path | None, resumes: bool) -> RunFailed:
     """Say what a run that failed has kept, and how to go on where its learning rate was too large."""
     last = last_checkpoint(run_dir)
     said = gentler(error, config, run_dir, last)

@@ -19,6 +19,7 @@ from flowalign.cluster.pool import fetch
 from flowalign.cluster.session import worker_env
 from flowalign.cluster.witness import DEATHS, Witness
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.sections import RewardConfig
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.death import Birth, say_hard_exits
@@ -34,6 +35,7 @@ from rewards.usercode.loading import keep_user_line
 
 Weights = dict[str, Tensor]
 
+SHARED = ("model", "ema", "averages")  # of a rank's state: the same on all
 
 _ON_PURPOSE = ("The given NumPy array is not writable", "Zero-copy tensor serialization is enabled")
 
@@ -61,7 +63,7 @@ class RolloutActor(Mortal):
 
     variables: ClassVar[dict[str, str]] = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
-    def __init__(self, config: AlignConfig, name: str, expected: Expected | None = None) -> None:
+    def __init__(self, config: RunConfig, name: str, expected: Expected | None = None) -> None:
         self.config, self.name, self.expected = config, name, expected
 
     def start(self) -> int:
@@ -86,7 +88,7 @@ class HostedScorer(Answers):
         What the scorer raises.
     """
 
-    def __init__(self, reward: RewardConfig, offers: Offers, base_dir: Path, config: AlignConfig) -> None:
+    def __init__(self, reward: RewardConfig, offers: Offers, base_dir: Path, config: RunConfig) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -153,7 +155,7 @@ class HostedHere(Mortal):
 class RewardActor(Mortal):
     """Scores chunks that it takes from the object store."""
 
-    def __init__(self, config: AlignConfig, base_dir: Path, expected: Expected | None = None) -> None:
+    def __init__(self, config: RunConfig, base_dir: Path, expected: Expected | None = None) -> None:
         self.config, self.base_dir, self.expected = config, base_dir, expected
 
     def start(self) -> int:
@@ -246,7 +248,7 @@ class LearnerActor(Mortal):
 
     def __init__(
         self,
-        config: AlignConfig,
+        config: RunConfig,
         rank: int,
         teachers: Mapping[str, Any] | None = None,
         expected: Expected | None = None,
@@ -287,6 +289,9 @@ class LearnerActor(Mortal):
         for name, expected in teachers.items():
             self.teachers[name].expected = expected
 
+    def validate(self) -> dict[str, float]:
+        return self.worker.validate()
+
     def parameters(self) -> tuple[int, int]:
         return self.worker.parameters
 
@@ -298,15 +303,14 @@ class LearnerActor(Mortal):
         return weights, BindReceipt("learner", self.worker.version(), len(weights), content_hash(weights))
 
     def state(self) -> dict[str, Any]:
-        """Return this rank's state; the model, which all ranks share, comes from rank 0 alone."""
+        """Return this rank's state; what all ranks share comes from rank 0 alone."""
         state = self.worker.state()
-        return {**state, "model": None, "ema": None} if self.rank else state
+        return {**state, **dict.fromkeys(SHARED)} if self.rank else state
 
     def restore(
         self,
-        shared: tuple[Weights, Weights | None],
+        shared: Mapping[str, Any],
         optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
         version: int,
     ) -> str | None:
-        model, ema = shared
-        return self.worker.restore(model, ema, optimizer, version)
+        return self.worker.restore(**shared, optimizer=optimizer, version=version)

@@ -11,7 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from flowalign.cluster.errors import PlacementError
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.run.teachers import teachers_of
 
 WAIT_S = 3.0
@@ -43,17 +43,19 @@ class Share:
         return f"cluster.{self.kind}_{resource.lower()}s"
 
 
-def shares(config: AlignConfig) -> tuple[Share, ...]:
-    """Return the shares of rollout and reward workers, learner ranks and, if any, teachers, in their bundles' order."""
-    c = config.cluster
+def shares(config: RunConfig) -> tuple[Share, ...]:
+    """Return the shares of rollout and reward workers, learner ranks and teachers, in their bundles' order.
+
+    Where no images are made, the first two are empty.
+    """
+    c, makes = config.cluster, config.makes_images
     teachers = len(teachers_of(config)) if c.has_teacher_actors else 0
-    asked = (
-        Share("rollout", c.rollout_workers, c.rollout_cpus, c.rollout_gpus, "cluster.rollout_workers"),
-        Share("reward", c.reward_workers, c.reward_cpus, c.reward_gpus, "cluster.reward_workers"),
+    return (
+        Share("rollout", c.rollout_workers * makes, c.rollout_cpus, c.rollout_gpus, "cluster.rollout_workers"),
+        Share("reward", c.reward_workers * makes, c.reward_cpus, c.reward_gpus, "cluster.reward_workers"),
         Share("learner", config.learner.ranks, c.learner_cpus, c.learner_gpus, "learner.ranks"),
         Share("teacher", teachers, c.teacher_cpus, c.teacher_gpus, "the number of algorithm.teachers"),
     )
-    return tuple(share for share in asked if share.count)
 
 
 def own_resources(asked: Sequence[Share], cores: int, gpus: int) -> tuple[int, int]:
@@ -77,7 +79,7 @@ def check_fits(asked: Sequence[Share], nodes: Sequence[Resources], where: str) -
     for resource in ("CPU", "GPU"):
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         for share in asked:
-            if share.amount(resource) > largest:
+            if share.count and share.amount(resource) > largest:
                 raise PlacementError(
                     f"placement: one {share.kind} actor needs {_count(share.amount(resource), resource)}, a node of "
                     f"{where} has at most {_count(largest, resource)}; lower {share.key(resource)}"
@@ -108,7 +110,7 @@ def reserve(asked: Sequence[Share]) -> PlacementGroup:
 
 
 def _does_not_fit(asked: Sequence[Share], resource: str, there: str) -> str:
-    parts = ", ".join(f"{s.count} {s.kind} × {s.amount(resource):g}" for s in asked if s.amount(resource))
+    parts = ", ".join(f"{s.count} {s.kind} × {s.amount(resource):g}" for s in asked if s.count and s.amount(resource))
     largest = max(asked, key=lambda s: s.count * s.amount(resource))
     keys = f"{largest.count_key} or {largest.key(resource)}" if largest.count > 1 else largest.key(resource)
     return f"placement: {parts} need {_count(_total(asked, resource), resource)}, {there}; lower {keys}"

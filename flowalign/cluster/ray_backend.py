@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flowalign.cluster.actors import LearnerActor, Mortal, RewardActor, RolloutActor, TeacherActor
+from flowalign.cluster.actors import SHARED, LearnerActor, Mortal, RewardActor, RolloutActor, TeacherActor
 from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import ObjectLost
@@ -24,14 +24,14 @@ from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.session import LOST_S, RaySession, worker_env
 from flowalign.cluster.vigil import Vigil
-from flowalign.config.alignment import AlignConfig
-from flowalign.measure.evaluate import evaluation_rewards
+from flowalign.config.run import RunConfig
 from flowalign.plan.stored import stored_bytes
 from flowalign.record.disk import size_text
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
 from flowalign.run.previews import join_previews, looked_at
+from flowalign.run.ranks import Rank
 from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
 from flowalign.samples.cache import cache_rule
@@ -52,10 +52,11 @@ class RayBackend:
 
     def __init__(
         self,
-        config: AlignConfig,
+        config: RunConfig,
         base_dir: Path,
         say: Callable[[str], None] = lambda text: None,
         made: MadeOf | None = None,
+        rank: Rank = Rank(),  # noqa: B008 - a value
     ) -> None:
         self.config, self.base_dir, self.say, self._made = config, base_dir.resolve(), say, made
         self._started = self._told = False
@@ -83,10 +84,10 @@ class RayBackend:
             raise
 
     def _start(self, asked: Sequence[Share]) -> None:
-        rollout, reward, learner = asked[:3]
+        rollout, reward, learner, teacher = asked
         threads = self.config.cluster.threads
         first_rank = rollout.count + reward.count
-        named = self._start_teachers(asked[3:], first_rank + learner.count)
+        named = self._start_teachers(teacher, first_rank + learner.count)
         self._start_learner(learner, first_rank, named)
         self.rollouts = Pool(
             "rollout",
@@ -95,7 +96,7 @@ class RayBackend:
             self._vigil,
         )
         self._closers.append(self.rollouts)
-        for line in announcements([*self.config.rewards, *evaluation_rewards(self.config)]):
+        for line in announcements([*self.config.trained_rewards, *self.config.evaluation.judges]):
             self.say(line)
         self.rewards = Pool(
             "reward",
@@ -115,7 +116,8 @@ class RayBackend:
         for workers in (self.teachers, self.rewards, self.rollouts, self.learner):
             workers.started()
         self._started = True
-        self._needs = {evaluation: self.rewards.ask("needs", evaluation) for evaluation in (False, True)}
+        if self.config.makes_images:
+            self._needs = {evaluation: self.rewards.ask("needs", evaluation) for evaluation in (False, True)}
         retries = self.config.cluster.max_task_retries
         self._delivery = Delivery(self.learner, self.rollouts, self._vigil, retries, lambda text: self.say(text))
 
@@ -132,18 +134,18 @@ class RayBackend:
             self.learner.call("expect", own)
         self._told = True
 
-    def _start_teachers(self, asked: Sequence[Share], bundle: int) -> dict[str, Any]:
+    def _start_teachers(self, teacher: Share, bundle: int) -> dict[str, Any]:
         """Start the teachers' actors, by name.
 
         Learner ranks ask them, so Ray makes a dead one again and repeats what it lost.
         """
-        names = list(teachers_of(self.config)) if asked else []
+        names = list(teachers_of(self.config)) if teacher.count else []
         cluster = self.config.cluster
         faults = {"max_restarts": -1, "max_task_retries": cluster.max_task_retries}
         self.teachers = Pool(
             "teacher",
             len(names),
-            lambda i: self._actor(TeacherActor, asked[0], bundle + i, cluster.threads, names[i], **faults),
+            lambda i: self._actor(TeacherActor, teacher, bundle + i, cluster.threads, names[i], **faults),
             self._vigil,
         )
         self._closers.append(self.teachers)
@@ -151,7 +153,7 @@ class RayBackend:
 
     def _start_learner(self, learner: Share, bundle: int, teachers: Mapping[str, Any]) -> None:
         cluster = self.config.cluster
-        of_learner = ["model.", "algorithm.type", "data.preferences"]
+        of_learner = ["model.", "algorithm.type", "data.preferences", "teacher.", "features"]
         of_learner += [] if cluster.has_teacher_actors else ["algorithm.teachers."]
         self.learner = LearnerGroup(
             learner.count,
@@ -193,7 +195,7 @@ class RayBackend:
         version, needs = self._delivery.version, self._needs[evaluation]
         units = scored_together(chunks, "group" in needs)
         gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if "group" in needs else 1)
-        whole = looked_at(chunks, plan, self.config.safety, evaluation)
+        whole = looked_at(chunks, plan, self.config.limits, evaluation)
         asked = [
             (chunk, plan, seed, version, "latents" in needs, seen) for chunk, seen in zip(chunks, whole, strict=True)
         ]
@@ -213,7 +215,7 @@ class RayBackend:
     def _gives_up_s(self, evaluation: bool, questions: int) -> float:
         """Return the time after which a reward actor ends the run by itself at the latest, since its scorers take too
         long. Each scorer may be asked so many ``questions``."""
-        scorers = evaluation_rewards(self.config) if evaluation else self.config.rewards
+        scorers = self.config.evaluation.judges if evaluation else self.config.trained_rewards
         cluster = self.config.cluster
         return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
 
@@ -236,7 +238,12 @@ class RayBackend:
 
     def sync(self, evaluation: bool = False) -> None:
         """Bring the learner's weights to every rollout worker, as `Delivery.send` does."""
-        self._delivery.send(evaluation)
+        if self.config.makes_images:
+            self._delivery.send(evaluation)
+
+    def validate(self) -> dict[str, float]:
+        """Return the losses on what is kept for that; the same from every rank."""
+        return self.learner.call("validate")[0]
 
     def parameters(self) -> tuple[int, int]:
         """Return the number of trained parameters, and of all."""
@@ -245,13 +252,14 @@ class RayBackend:
     def state(self) -> list[dict[str, Any]]:
         """Return the learner's state, one entry a rank; all share rank 0's model."""
         states = self.learner.call("state")
-        return [{**state, "model": states[0]["model"], "ema": states[0]["ema"]} for state in states]
+        shared = {name: states[0][name] for name in SHARED}
+        return [{**state, **shared} for state in states]
 
     def restore(self, states: list[dict[str, Any]]) -> str | None:
         """Continue where ``state`` was taken, and return a line where the ranks shared it otherwise."""
         held = {id(state["optimizer"]): state["optimizer"] for state in states}  # the same for all where it was
         optimizers = {key: ray.put(optimizer) for key, optimizer in held.items()}
-        shared = ray.put((states[0]["model"], states[0]["ema"]))
+        shared = ray.put({name: states[0][name] for name in SHARED})
         calls = [
             actor.restore.remote(shared, optimizers[id(state["optimizer"])], state["version"])
             for actor, state in zip(self.learner.actors, states, strict=True)

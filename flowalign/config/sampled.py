@@ -6,7 +6,8 @@ from typing import Self
 
 from pydantic import Field
 
-from flowalign.config.alignment import AlignConfig, EvaluationConfig, RolloutConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import EvaluationConfig, RolloutConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import ModelConfig, Positive, RewardConfig
 

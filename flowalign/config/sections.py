@@ -9,7 +9,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from flowalign.config.walk import Grid
 
 Positive = Annotated[int, Field(ge=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 RunName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Takes("letters, digits, `.`, `_` and `-`")
 ]
@@ -206,8 +207,8 @@ class OptimizerConfig(Section):
         return rate * (step + 1) / self.warmup_steps
 
 
-class LearnerConfig(Section):
-    """The updates of the policy."""
+class UpdatesConfig(Section):
+    """The updates of the network that learns."""
 
     engine: Annotated[Literal["deepspeed", "fsdp", "torch"], MayChange()] = "deepspeed"
     """``deepspeed``; ``fsdp``, torch's own: all weights, gradients and the optimizer's state in shards; ``torch``: one
@@ -217,16 +218,47 @@ class LearnerConfig(Section):
     """
     ranks: Annotated[Positive, MayChange()] = 1
     """Data-parallel processes that learn."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] | None = None
+    """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``; null: none."""
+    ema_every: Positive = 1
+    """Updates from one of the averages to the next."""
+    ema_warmup: bool = False
+    """A rise of the decays, as (1 + n) / (10 + n) after n updates of an average, so that it forgets the first weights.
+    """
+    compile: bool = False
+    """The network by ``torch.compile``."""
+
+    @property
+    def ema_decays(self) -> list[float]:
+        if self.ema_decay is None:
+            return []
+        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if len(set(self.ema_decays)) != len(self.ema_decays):
+            raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
+        if self.engine != "deepspeed" and self.zero_stage:
+            raise ValueError("zero_stage: ZeRO needs learner.engine=deepspeed")
+        if self.engine == "torch" and self.ranks > 1:
+            raise ValueError("engine: torch is one process; use fsdp for more ranks")
+        if self.compile and (self.zero_stage == 3 or self.engine == "fsdp"):
+            engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
+            raise ValueError(f"compile: {engine} cannot run a compiled network; turn one of them off")
+        return self
+
+
+class LearnerConfig(UpdatesConfig):
+    """The updates of the policy."""
+
     micro_batch_size: Positive = 48
     """Items of one forward and backward pass."""
     updates_per_iteration: Positive = 1
     """Optimizer steps of one pass over an iteration's items."""
     epochs: Positive = 1
     """Passes over an iteration's items."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the average of the weights, from the first update on; null: none."""
 
 
 class PatienceConfig(Section):

@@ -1,27 +1,31 @@
 """The configuration of a training run on latents: base models, straightening, few-step students."""
 
+# pyright: reportIncompatibleVariableOverride=false
+# Sections are frozen, so that a field may be narrowed.
+
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
+from flowalign.config.run import CheckpointConfig, EvaluationConfig, Passes, Precision, RunConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     Beta,
-    CheckpointsConfig,
+    ClusterConfig,
+    Decay,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
-    PlaceConfig,
     Positive,
-    RunName,
-    SamplingConfig,
+    RewardConfig,
+    UpdatesConfig,
     Wandb,
 )
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
 TextLength = Annotated[int, Field(ge=1, le=512)]
 
 
@@ -93,15 +97,12 @@ class TrainingOptimizerConfig(OptimizerConfig):
     """Updates of the rise from 0 to the learning rate."""
 
 
-class TrainingLearnerConfig(Section):
+class TrainingLearnerConfig(UpdatesConfig):
     """The updates of the network, one an iteration."""
 
     engine: Annotated[Literal["torch", "fsdp", "deepspeed"], MayChange()] = "torch"
     """``torch``: one process; ``fsdp``, torch's own for several: all weights, gradients and the optimizer's state in
     shards; ``deepspeed``."""
-    zero_stage: Annotated[int, Field(ge=0, le=3), MayChange()] = 0
-    """ZeRO of ``deepspeed``: 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights.
-    """
     batch_size: Positive = 128
     """Latents of an iteration."""
     micro_batch_size: Positive | None = None
@@ -110,31 +111,47 @@ class TrainingLearnerConfig(Section):
     """AdamW."""
     ema_decay: Decay | Annotated[list[Decay], Field(min_length=1)] = 0.9995
     """Decay of the average of the weights, or of several: the first is ``ema``, another ``ema_0.99``."""
-    ema_every: Positive = 1
-    """Iterations from one update of the averages to the next."""
+    ema_warmup: bool = True
+    """A rise of the decays, as (1 + n) / (10 + n) after n updates of an average, so that it forgets the first weights.
+    """
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the network's passes. Weights that are trained stay in float32."""
-    compile: bool = False
-    """The network by ``torch.compile``."""
+
+
+class TrainingClusterConfig(ClusterConfig):
+    """The place where a run runs."""
+
+    backend: Literal["ray", "local"] = "local"
+    """``local``: this process, or those that torchrun has started; ``ray``: ``learner.ranks`` actors."""
+
+
+class TrainingEvaluationConfig(EvaluationConfig):
+    """Images on the way, of the same noises, and the way in which the model is sampled, which is recorded with it."""
+
+    every: Annotated[int, Field(ge=0), MayChange()] = 0
+    """Iterations from one to the next, beside one before the first and one after the last; 0: none at all."""
+    prompts: Annotated[str | None, Resolved("prompts")] = None
+    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row; null: captions of ``latents``.
+    """
+    num_samples: Positive = 24
+    """Images of an evaluation."""
+    scorer: RewardConfig | None = None
+    """Judge of the images; null: none, they are looked at."""
+    weights: Literal["policy", "ema"] = "ema"
+    """Weights that are evaluated; ``ema``: the first of the averages."""
 
     @property
-    def ema_decays(self) -> list[float]:
-        return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
-
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if len(set(self.ema_decays)) != len(self.ema_decays):
-            raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
-        if self.engine != "deepspeed" and self.zero_stage:
-            raise ValueError("zero_stage: ZeRO needs learner.engine=deepspeed")
-        return self
+    def judge(self) -> RewardConfig | None:
+        return self.scorer
 
 
-class TrainingCheckpointsConfig(CheckpointsConfig):
-    """When checkpoints are written, and how many are kept."""
+class TrainingCheckpointsConfig(CheckpointConfig):
+    """When checkpoints are written, and which are kept."""
 
     every: Positive = 1000
     """Iterations from one to the next."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of the highest ``best_metric`` that are kept."""
 
 
 class TrainingLoggingConfig(LoggingConfig):
@@ -152,6 +169,7 @@ MOVED: dict[str, str] = {
     **{name: f"learner.{name}" for name in ("engine", "zero_stage", "batch_size", "micro_batch_size", "compile")},
     **{name: f"learner.{name}" for name in ("ema_decay", "ema_every")},
     "autocast": "learner.dtype",
+    "sampling": "evaluation",
     "threads": "cluster.threads",
     "device": "cluster.device",
     "log_every": "logging.every",
@@ -161,25 +179,17 @@ MOVED: dict[str, str] = {
 }
 
 
-class PretrainConfig(Section):
+class PretrainConfig(RunConfig):
     """A training run on precomputed latents: a base model, its straightening, or a student of a ``teacher``.
 
     It has ``iterations`` at the rate of its optimizer, or ``phases`` with rates of their own. Under ``torchrun`` every
     process is one data-parallel rank.
     """
 
-    name: Annotated[RunName, MayChange()]
-    """Name of the run, and of its directory."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything that is drawn."""
-    runs_dir: Annotated[str, Resolved("home"), MayChange()] = "runs"
-    """Folder of run directories."""
     iterations: Annotated[Positive | None, MayChange()] = None
     """Iterations from the beginning of the run; null: those of its phases."""
     phases: Annotated[list[PhaseConfig], MayGrow()] = Field(default_factory=list)
     """Stretches of training, one after the other."""
-    model: ModelConfig = ModelConfig()
-    """The model to begin with, and its text encoders and autoencoder."""
     teacher: ModelConfig | None = None
     """Frozen model of a student that has one; null: none."""
     latents: Annotated[str, Resolved("bank")]
@@ -192,35 +202,58 @@ class PretrainConfig(Section):
     """
     captions: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of the bank's kinds of caption; empty: the first alone."""
-    algorithm: dict[str, Any]
-    """``type`` names an algorithm; the other keys are its options."""
     features: Annotated[str, Resolved("shipped")] = "shapes:open_clip"
     """Image tower of perceptual losses, a directory in open_clip's layout."""
     learner: TrainingLearnerConfig = TrainingLearnerConfig()
     """Updates of the network."""
-    cluster: PlaceConfig = PlaceConfig()
+    cluster: TrainingClusterConfig = TrainingClusterConfig()
     """Place of the run."""
     checkpoint: Annotated[TrainingCheckpointsConfig, MayChange()] = TrainingCheckpointsConfig()
     """Checkpoints."""
     validation: ValidationConfig | None = None
     """Loss on latents of its own; null: none."""
-    sampling: SamplingConfig = SamplingConfig()
-    """Recorded with the model: how ``sample`` and ``evaluate`` walk it."""
+    evaluation: TrainingEvaluationConfig = TrainingEvaluationConfig()
+    """Images on the way, and how the model is sampled."""
     logging: Annotated[TrainingLoggingConfig, MayChange()] = TrainingLoggingConfig()
     """Rows of the metrics, and copies of them."""
 
     @property
-    def threads(self) -> int:
-        return self.cluster.threads
+    def command(self) -> str:
+        return "pretrain" if self.teacher is None else "distill"
 
     @property
-    def device(self) -> str:
-        return self.cluster.device
-
-    @property
-    def steps(self) -> int:
-        """Iterations in all."""
+    def total(self) -> int:
         return sum(phase.iterations for phase in self.stretches)
+
+    @property
+    def passes(self) -> Passes:
+        """One update an iteration, in the order in which the bank was drawn from."""
+        size = self.learner.micro_batch_size or self.learner.batch_size
+        return Passes(size, shuffled=False, padded=False)
+
+    @property
+    def batch_size(self) -> int:
+        return self.learner.batch_size
+
+    @property
+    def row_every(self) -> int:
+        return self.logging.every
+
+    @property
+    def validates_every(self) -> int:
+        return 0 if self.validation is None else self.validation.every
+
+    @property
+    def engine_dtype(self) -> Precision:
+        return "float32"
+
+    @property
+    def network_dtype(self) -> Precision:
+        return self.learner.dtype
+
+    @property
+    def makes_images(self) -> bool:
+        return self.evaluation.every > 0
 
     @property
     def stretches(self) -> list[PhaseConfig]:
@@ -230,9 +263,24 @@ class PretrainConfig(Section):
         rates = self.learner.optimizer.model_dump(include={"learning_rate", "final_learning_rate"})
         return [PhaseConfig(iterations=self.iterations, **rates)]
 
-    def on(self, device: str) -> Self:
-        """Return the same on another device."""
-        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})
+    def phase_at(self, step: int) -> tuple[PhaseConfig, int]:
+        """Return the phase of a step, both counted from 0, and the step's number within it."""
+        for phase in self.stretches:
+            if step < phase.iterations:
+                return phase, step
+            step -= phase.iterations
+        raise ValueError(f"the last phase ends {step + 1} steps before that")
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up once, cosine within each phase; else the optimizer's."""
+        if not self.phases:
+            return super().rate_at(step)
+        if step >= self.total:
+            return self.phases[-1].final_learning_rate
+        phase, within = self.phase_at(step)
+        turn = 0.5 * (1 + math.cos(math.pi * within / phase.iterations))
+        rate = phase.final_learning_rate + (phase.learning_rate - phase.final_learning_rate) * turn
+        return rate * min(1.0, (step + 1) / max(1, self.learner.optimizer.warmup_steps))
 
     @property
     def model_as_trained(self) -> ModelConfig:
@@ -254,4 +302,6 @@ class PretrainConfig(Section):
             raise ValueError("iterations: each phase has its own; leave it out")
         if self.phases and own:
             raise ValueError(f"learner.optimizer.{own[0]}: each phase has its own rates; leave it out")
+        if self.evaluation.every and self.seed == self.evaluation.seed:
+            raise ValueError(f"evaluation.seed: {self.seed} is the run's own seed; choose another")
         return self

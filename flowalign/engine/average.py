@@ -1,9 +1,9 @@
-"""An exponential moving average of the trained parameters, kept where and as the engine keeps them."""
+"""Exponential moving averages of the trained parameters, kept where and as the engine keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -77,3 +77,58 @@ class Average:
             self._held[name].copy_(own)
         self._engine.publish()
         self._exchanged = not self._exchanged
+
+
+class Averages:
+    """The averages of a run's weights, one for each of ``decays``; the first is what others call the average.
+
+    They are updated after every ``every``-th update of the engine. With ``warmup`` a decay rises as
+    ``(1 + n) / (10 + n)`` after n updates of the average, up to its own.
+    """
+
+    def __init__(self, engine: Engine, decays: Sequence[float], *, every: int = 1, warmup: bool = False) -> None:
+        self._engine, self._every, self._warmup = engine, every, warmup
+        self._averages = {decay: Average(engine, decay) for decay in decays}
+        self._first, *self._others = self._averages
+
+    @property
+    def due(self) -> bool:
+        """True where the averages take in the engine's last update."""
+        return self._engine.steps % self._every == 0
+
+    def update(self) -> None:
+        """Take in the weights after an update of the engine, where it is due; a collective call.
+
+        Raises:
+            DestroyedState: that has destroyed one; every rank says the same.
+        """
+        if not self.due:
+            return
+        before = self._engine.steps // self._every - 1
+        for decay, average in self._averages.items():
+            average.decay = min(decay, (1 + before) / (10 + before)) if self._warmup else decay
+            average.update()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the first, whole; see `Average.weights`."""
+        return self._averages[self._first].weights()
+
+    def others(self) -> dict[str, dict[str, Tensor]]:
+        """Return all but the first, whole, by the name of their file such as ``ema_0.99``; a collective call."""
+        return {_named(decay): self._averages[decay].weights() for decay in self._others}
+
+    def load(self, first: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Replace all of them by whole ones. Raise ValueError where one is missing or does not fit."""
+        for decay, average in self._averages.items():
+            found = first if decay == self._first else others.get(_named(decay))
+            if found is None:
+                raise ValueError(f"learner.ema_decay: nothing was kept of an average of decay {decay:g}")
+            average.load(found)
+
+    def bound(self) -> AbstractContextManager[None]:
+        """Let the network hold the first inside; see `Average.bound`."""
+        return self._averages[self._first].bound()
+
+
+def _named(decay: float) -> str:
+    return f"ema_{decay:g}"

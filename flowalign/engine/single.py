@@ -46,7 +46,6 @@ class TorchEngine:
         self.device = torch.device(device)
         self.network = network.to(self.device)
         self.steps = 0
-        self._rate: float | None = None
         self.layout, self._held = self._take(trainable_parameters(network))
         self._optimizer = build_adamw(self._held.values(), settings)
         self._began = total_norm(self._held)
@@ -59,9 +58,6 @@ class TorchEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings)
-
-    def set_learning_rate(self, rate: float) -> None:
-        self._rate = rate
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
         check_share(micro_batches, weights)
@@ -77,7 +73,7 @@ class TorchEngine:
         grad_norm = self._clipped_norm()
         try:
             refuse_non_finite(metrics, grad_norm, self.steps)
-            learning_rate = self._rate if self._rate is not None else self.settings.learning_rate_at(self.steps)
+            learning_rate = self.settings.learning_rate_at(self.steps)
             set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
         finally:

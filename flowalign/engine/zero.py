@@ -90,7 +90,6 @@ class DeepSpeedEngine:
         self.rank, self.world_size = rank, world_size
         self.settings, self.device = settings, device
         self.steps = 0
-        self._rate: float | None = None
         self._gathered = deepspeed.zero.GatheredParameters
         self._parameters = trainable_parameters(network.to(device))
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
@@ -147,9 +146,6 @@ class DeepSpeedEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device, self.settings)
 
-    def set_learning_rate(self, rate: float) -> None:
-        self._rate = rate
-
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
         check_share(micro_batches, weights)
         self._forget_gradients()
@@ -160,7 +156,7 @@ class DeepSpeedEngine:
             loss = self._engine(loss_fn, micro_batch, weight, total, self.world_size)
             self._engine.backward(loss, scale_wrt_gas=False)
         metrics = total.reduce(self.world_size)
-        learning_rate = self._rate if self._rate is not None else self.settings.learning_rate_at(self.steps)
+        learning_rate = self.settings.learning_rate_at(self.steps)
         set_learning_rate(self._optimizer, learning_rate)
         if self.settings.zero_stage == 0:
             grad_norm = self._clipped_norm()

@@ -21,6 +21,7 @@ from flowalign.models.base import Policy
 from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
+from flowalign.record.earlier import iteration_of
 from flowalign.record.files import give_usual_modes
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.record.outputs import check_place, draft_beside, take_place
@@ -99,8 +100,7 @@ def export(
             digest = content_hash(trained)
             errors = _write(policy, draft, config, kind, dtype)
         _refuse_difference(errors, tolerance, to)
-        iteration = int(state["iteration"] if "iteration" in state else state["step"])
-        result = ExportResult(to, kind, found, iteration, digest, *errors)
+        result = ExportResult(to, kind, found, int(iteration_of(state) or 0), digest, *errors)
         _keep(draft, to, result, config, state, policy.network.path_family)
     return result
 

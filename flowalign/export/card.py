@@ -14,7 +14,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
 from flowalign.record.accepted import ACCEPTED
-from flowalign.record.earlier import training_of_0_1
+from flowalign.record.earlier import iteration_of, training_of_0_1
 from flowalign.record.metrics import read_metrics
 from flowalign.record.textfiles import TextError, read_text
 from flowalign.record.yamlfiles import parse_yaml, plain
@@ -195,11 +195,11 @@ def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
 def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
     """Return the facts of a run on latents, from the configuration in its checkpoint."""
     own = training_of_0_1(own)
-    sampling, iterations = own["sampling"], sum(phase["iterations"] for phase in own["phases"]) or own["iterations"]
+    sampling, iterations = own["evaluation"], sum(phase["iterations"] for phase in own["phases"]) or own["iterations"]
     facts = {
         "Algorithm": f"{text(own['algorithm']['type'])}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
-        "Steps": f"{state['step']} of {iterations} · seed {own['seed']}",
-        "Latents": f"{code(Path(own['latents']).name)}, {own['learner']['batch_size']} a step",
+        "Iterations": f"{iteration_of(state)} of {iterations} · seed {own['seed']}",
+        "Latents": f"{code(Path(own['latents']).name)}, {own['learner']['batch_size']} an iteration",
         "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
     }
     algorithm = shipped_algorithm(own["algorithm"])

@@ -8,8 +8,8 @@ from typing import Any
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, marked, marker
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.intake.check import algorithm_of
 from flowalign.intake.check_walk import renamed_grids
 from flowalign.intake.file import say_once
@@ -18,7 +18,7 @@ from flowalign.intake.resolved import recorded_contents
 from flowalign.record.contents import ACCEPT, digests, leaves, may_hold_other, same
 from flowalign.record.manifest import manifests
 
-Config = AlignConfig | PretrainConfig
+Config = RunConfig
 
 
 def resume_differences(old: Config, new: Config) -> list[str]:

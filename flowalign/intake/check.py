@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.largest import IMAGES
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
@@ -49,7 +50,7 @@ def parse_algorithm(raw: dict[str, Any], batch: str) -> Algorithm:
     return algorithm
 
 
-def check_model(config: AlignConfig | PretrainConfig, needs: Needs) -> None:
+def check_model(config: RunConfig, needs: Needs) -> None:
     """Check that the model directory exists, is of the family's kind, and takes the image size.
 
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import Needs
-from flowalign.config.alignment import AlignConfig, EvaluationConfig
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import EvaluationConfig
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import RewardConfig
 

@@ -26,7 +26,7 @@ def check_rollouts(model: ModelConfig) -> None:
 
 def check_training(config: PretrainConfig, needs: Needs) -> None:
     """Check that the latents are there, and that algorithm, network and teacher fit together."""
-    if not config.steps:
+    if not config.total:
         raise ConfigError("iterations", "is missing; give it, or phases with their own")
     banks = {"latents": config.latents}
     banks |= {} if config.real_data is None else {"real_data.latents": config.real_data.latents}
@@ -49,12 +49,22 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
-    learner = config.learner
-    if learner.compile and (learner.zero_stage == 3 or learner.engine == "fsdp"):
-        engine = "FSDP" if learner.engine == "fsdp" else "ZeRO stage 3"
-        raise ConfigError("learner.compile", f"{engine} cannot run a compiled network; turn one of them off")
-    if learner.engine == "torch" and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ConfigError("learner.engine", f"torch is one process, and torchrun has started {ranks}; use fsdp")
+    _check_ranks(config)
+
+
+def _check_ranks(config: PretrainConfig) -> None:
+    """Check that the processes which learn are those that the configuration speaks of."""
+    learner, started = config.learner, int(os.environ.get("WORLD_SIZE", "1"))
+    if learner.engine == "torch" and started > 1:
+        raise ConfigError("learner.engine", f"torch is one process, and torchrun has started {started}; use fsdp")
+    if config.cluster.backend == "ray" and started > 1:
+        raise ConfigError("cluster.backend", f"ray starts its own ranks, and torchrun has started {started}; use local")
+    if config.cluster.backend == "local" and learner.ranks not in (1, started):
+        raise ConfigError(
+            "learner.ranks",
+            f"is {learner.ranks}, and cluster.backend=local runs the processes that it was started as, {started}; use "
+            f"backend=ray, or torchrun --nproc-per-node={learner.ranks}",
+        )
 
 
 def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:

@@ -17,7 +17,7 @@ from flowalign.models.base import ModelError
 from flowalign.models.inspect import own_schedule
 
 OLD_GRID = "diffusers"
-SECTIONS = ("algorithm", "evaluation", "sampling")
+SECTIONS = ("algorithm", "evaluation")
 
 
 def refuse_old_grid(raw: Mapping[str, Any], overrides: Sequence[str], recorded: bool) -> None:

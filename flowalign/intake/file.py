@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig, SamplingConfig
 from flowalign.config.training import PretrainConfig
@@ -220,39 +221,50 @@ def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], Non
     """Yield the checks that every reward and every judge can be had."""
     for i, reward in enumerate(config.rewards):
         yield partial(check_reward, f"rewards.{i}", reward, base, TRAINING)
-    if config.evaluation.scorer is not None:
-        yield partial(check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
-    for i, reward in enumerate(config.evaluation.gold):
-        yield partial(check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
     yield partial(check_reward_names, "rewards", config.rewards)
-    yield partial(check_reward_names, "evaluation", _judges(config))
+    yield from _judge_checks(config, base)
     if config.safety.clip is not None:
         clip = RewardConfig(spec="clip", options={"path": config.safety.clip})
         yield partial(check_reward, "safety.clip", clip, base, EVALUATION)
 
 
+def _judge_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]:
+    """Yield the checks that every judge can be had."""
+    if config.evaluation.scorer is not None:
+        yield partial(check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
+    for i, reward in enumerate(config.evaluation.gold):
+        yield partial(check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
+    yield partial(check_reward_names, "evaluation", config.evaluation.judges)
+
+
+def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]:
+    """Yield checks that an evaluation on the way can be had, where there is one."""
+    evaluation = config.evaluation
+    yield partial(check_cache, "evaluation.cache", evaluation.cache)
+    if not evaluation.every:
+        return
+    if isinstance(config, PretrainConfig):
+        yield from _judge_checks(config, base)
+    if evaluation.prompts is not None:
+        key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.scorer is None else ""
+        yield partial(promptcheck.check_prompts, key, evaluation.prompts, evaluation.judges, base, advice=advice)
+        yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
+
+
 def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
     """Yield checks that model and prompts are there and fit what learns and judges, and the machine holds the run."""
-    prompts, evaluation = config.data.prompts, config.evaluation
+    prompts = config.data.prompts
     yield partial(checks.check_model, config, needs)
     yield partial(check_cache, "rollout.cache", config.rollout.cache)
-    yield partial(check_cache, "evaluation.cache", evaluation.cache)
     yield partial(check_rollouts, config.model)
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards, base)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts, base)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts, base)
     yield partial(promptcheck.check_tasks_taught, config, needs)
-    if evaluation.every:
-        key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.scorer is None else ""
-        yield partial(promptcheck.check_prompts, key, evaluation.prompts, _judges(config), base, advice=advice)
-        yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
+    yield from _evaluation_checks(config, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     yield partial(check_device, "cluster.device", config.cluster.device, here)
     yield partial(config.cluster.check_cores, config.learner.ranks, len(needs.teachers))
-
-
-def _judges(config: AlignConfig) -> list[RewardConfig]:
-    return [config.evaluation.scorer or RewardConfig(spec="geneval"), *config.evaluation.gold]
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
@@ -267,8 +279,11 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm.needs)
     checks.check_model(config, algorithm.needs)
-    check_device("cluster.device", config.device)
-    return Loaded(_walked(config, algorithm, "sampling", config.sampling), base)
+    here = config.cluster.backend == "local" or config.cluster.address is None
+    check_device("cluster.device", config.device, here)
+    config.cluster.check_cores(config.learner.ranks, 0)
+    missing = _lacking(_evaluation_checks(config, base), require_files=True)
+    return Loaded(_walked(config, algorithm, "evaluation", config.evaluation), base, tuple(missing))
 
 
 def _walked(

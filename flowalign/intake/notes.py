@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import canonical
+from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig, OptimizerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.paths import shipped_names
@@ -16,9 +17,11 @@ MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
 MAX_DECAY = 0.1  # the same of weight decay times learning rate
 
 
-def notes_of(config: AlignConfig | PretrainConfig) -> list[str]:
+def notes_of(config: RunConfig) -> list[str]:
     """Return a sentence for each setting that a run may have and the user hardly meant."""
-    return _notes_of_alignment(config) if isinstance(config, AlignConfig) else _notes_of_training(config)
+    if isinstance(config, AlignConfig):
+        return _notes_of_alignment(config)
+    return _notes_of_training(config) if isinstance(config, PretrainConfig) else []
 
 
 def _notes_of_alignment(config: AlignConfig) -> list[str]:
@@ -55,7 +58,7 @@ def _keeps_no_best(config: AlignConfig) -> list[str]:
 
 
 def _notes_of_training(config: PretrainConfig) -> list[str]:
-    steps, learner = config.steps, config.learner
+    steps, learner = config.total, config.learner
     notes = [*_text_length(config), *_other_family("model", config.model)]
     notes += [] if config.teacher is None else _other_family("teacher", config.teacher)
     for i, phase in enumerate(config.phases):

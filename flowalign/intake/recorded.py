@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flowalign.config.alignment import AlignConfig
 from flowalign.config.sampled import Sampled, SampledConfig
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import SamplingConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
 from flowalign.intake.file import load_align
@@ -36,7 +38,7 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sam
         return _sampled(model={"path": str(source), **recorded}, evaluation=sampling)
     run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
     own = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
-    config = of_training(own) if isinstance(own, PretrainConfig) else own
+    config = own if isinstance(own, AlignConfig) else of_training(own)
     if file is not None and (source / "model_index.json").is_file():
         _check_family(config, source)
     if model is not None:
@@ -80,9 +82,11 @@ def _with_model(config: Sampled, source: Path, run_dir: Path, model: Path) -> Sa
 
 
 def of_training(config: PretrainConfig) -> SampledConfig:
-    """Return the way in which what was trained on latents is sampled."""
-    place = {"threads": config.threads, "device": config.device}
-    return _sampled(model=config.model_as_trained, evaluation=config.sampling.model_dump(), **place)
+    """Return the way in which what was trained on latents is sampled; judged as the run itself judges, if it does."""
+    own = None if config.evaluation.every else set(SamplingConfig.model_fields)
+    how = {name: value for name, value in config.evaluation.model_dump(include=own).items() if value is not None}
+    sections = {"model": config.model_as_trained, "rollout": config.rollout, "evaluation": how}
+    return _sampled(threads=config.threads, device=config.device, **sections)
 
 
 def _sampled(**sections: Any) -> SampledConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import RESOLVED, read_yaml, record, validate
@@ -23,9 +24,7 @@ from rewards.missing import hint
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 
 
-def write_resolved(
-    config: AlignConfig | PretrainConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()
-) -> Path:
+def write_resolved(config: RunConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write ``run_dir/config.yaml``: every key, with the versions of what runs it and the seeds.
 
     It is replaced atomically.
@@ -33,9 +32,7 @@ def write_resolved(
     Beside them stand ``run_dir`` and, by key, digests of what the paths hold, so that the run can be moved; and the
     changes of these that were ``accepted``, now and before. Raises DiskError.
     """
-    seeds = {"run": config.seed}
-    if isinstance(config, AlignConfig):
-        seeds["evaluation"] = config.evaluation.seed
+    seeds = {"run": config.seed, "evaluation": config.evaluation.seed}
     content = config.model_dump(mode="json")
     # What a run that is continued was begun with stays on record.
     goes_on = has_any(run_dir / "checkpoints")

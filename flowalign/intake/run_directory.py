@@ -6,9 +6,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.intake.changes import changed_rates, refuse_changes
 from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.record.checkpoint import has_any
@@ -19,7 +18,7 @@ from flowalign.record.textfiles import is_there
 from flowalign.run.made import Accepted
 
 
-def check_run(config: AlignConfig | PretrainConfig, accepted: Collection[str] = ()) -> Path:
+def check_run(config: RunConfig, accepted: Collection[str] = ()) -> Path:
     """Return the run's directory, untouched.
 
     It can be written, and if it is continued, it fits what it was begun with, but for what lies at the paths of the
@@ -44,7 +43,7 @@ def _other(run_dir: Path) -> str:
     return "make it writable, which continues the run, or choose another" if is_there(run_dir) else "choose another"
 
 
-def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = None) -> Path:
+def begin_run(config: RunConfig, accepted: Accepted | None = None) -> Path:
     """Record the configuration in the run directory, once all that the run needs stands: a refused one leaves none.
 
     So are the changes that were accepted. Raises DiskError.
@@ -54,7 +53,7 @@ def begin_run(config: AlignConfig | PretrainConfig, accepted: Accepted | None = 
     return run_dir
 
 
-def accepted_of(config: AlignConfig | PretrainConfig, keys: Collection[str]) -> Accepted:
+def accepted_of(config: RunConfig, keys: Collection[str]) -> Accepted:
     """Return the differences that ``keys`` allow from the run that ``config`` continues."""
     run_dir = Path(config.runs_dir) / config.name
     if not keys or not has_any(run_dir / "checkpoints") or not (run_dir / "config.yaml").is_file():

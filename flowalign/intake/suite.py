@@ -25,11 +25,10 @@ def asked_evaluation(
         config, num_samples = geneval_suite(config, detector, prompts, num_samples)
     from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
     from flowalign.intake.file import DEFAULT_JUDGE
-    from flowalign.measure.evaluate import evaluation_rewards
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", config.evaluation.prompts)
     default = "" if config.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
-    check_prompts(key, source, evaluation_rewards(config), Path.cwd(), advice=default)
+    check_prompts(key, source, config.evaluation.judges, Path.cwd(), advice=default)
     check_judged_tasks(config.evaluation, source, Path.cwd())
     return config, num_samples or config.evaluation.num_samples
 

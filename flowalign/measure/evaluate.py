@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.sampled import Sampled
-from flowalign.config.sections import RewardConfig
 from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.measure.distances import Features, clip_score, compare
 from flowalign.measure.evaluated import UNTAGGED, by_task, facts, standard_errors
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
 from flowalign.models.textlength import prompt_note
+from flowalign.record.earlier import iteration_of
 from flowalign.samples.joined import cat_scores
 from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
@@ -84,19 +84,10 @@ def image_metrics(
     return {f"eval/{name}": value for name, value in measured.items()}
 
 
-def evaluation_reward(config: Sampled) -> RewardConfig:
-    """Return the evaluation's scorer: the configured one, else GenEval's official mode with the palette detector."""
-    return config.evaluation.scorer or RewardConfig(spec="geneval", options={"mode": "official", "detector": "palette"})
-
-
-def evaluation_rewards(config: Sampled) -> list[RewardConfig]:
-    """Return the evaluation's scorer and, after it, those that are only measured."""
-    return [evaluation_reward(config), *config.evaluation.gold]
-
-
-def best_metric(config: AlignConfig) -> str:
-    """Return the metric by which the best checkpoints are kept: ``eval/geneval/overall``, or the configured one."""
-    return config.checkpoint.best_metric or f"eval/{evaluation_reward(config).label}/overall"
+def best_metric(config: RunConfig) -> str:
+    """Return the metric by which the best checkpoints are kept: the configured one, or the overall of the judge."""
+    judge = config.evaluation.judge
+    return config.checkpoint.best_metric or ("" if judge is None else f"eval/{judge.label}/overall")
 
 
 def evaluate_checkpoint(
@@ -116,7 +107,7 @@ def evaluate_checkpoint(
     source = prompts or own.prompts
     batch = evaluation_batch(source, num_samples or own.num_samples, base_dir)
     with torch_threads(config.threads):
-        scorers = load_scorers(evaluation_rewards(config), base_dir, offers=EVALUATION)
+        scorers = load_scorers(config.evaluation.judges, base_dir, offers=EVALUATION)
         with model.opened() as (policy, state, plan):
             parts, walked, rows, seconds = [], [], [], 0.0
             for (pictures, trajectories), took in timed(roll(policy, batch, plan, config, model.seed, progress)):
@@ -129,7 +120,7 @@ def evaluate_checkpoint(
     return EvaluationResult(
         model.path,
         model.which,
-        state.get("iteration", state.get("step")),
+        iteration_of(state),
         evaluation_metrics(scores, batch.metadata),
         rows,
         torch.cat([images for images, _ in parts]),

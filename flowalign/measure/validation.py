@@ -7,12 +7,18 @@ from pathlib import Path
 import torch
 
 from flowalign.algorithm import VelocityModel
+from flowalign.config.run import RunConfig
 from flowalign.config.training import PretrainConfig, ValidationConfig
 from flowalign.data.feed import Captioned, spare_of
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fingerprint import encoder_hash
+
+
+def validation_of(config: RunConfig) -> Validation | None:
+    """Return the validation of a run, if it has one. Raise LatentsError where its bank cannot be read."""
+    return Validation(config) if isinstance(config, PretrainConfig) and config.validation is not None else None
 
 
 class Validation:

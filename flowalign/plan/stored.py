@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.models.family import family_of
 from flowalign.models.inspect import own_schedule
 
@@ -14,14 +15,14 @@ _FLOAT = 4
 _PIXELS = 3 * 8 * 8  # bytes of an image over the place of a latent, by the autoencoders in use
 
 
-def stored_bytes(config: AlignConfig) -> int:
+def stored_bytes(config: RunConfig) -> int:
     """Return the bytes of an iteration's pictures and trajectories, from the configuration and small files alone.
 
     The prompts' embeddings count once a chunk and group. Raise ModelError as the family does.
     """
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     plan, model = algorithm.plan(0, config.seed), config.model
-    if plan is None:
+    if plan is None or not isinstance(config, AlignConfig):
         return 0
     family, directory = family_of(model.type), Path(model.path)
     channels, height, width = family.latent_shape(directory, model.height, model.width)

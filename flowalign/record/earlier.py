@@ -37,6 +37,11 @@ def training_of_0_1(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def iteration_of(state: Mapping[str, Any]) -> int | None:
+    """Return the iteration that a checkpoint's ``state`` is of; a training of version 0.1 counted steps."""
+    return state.get("iteration", state.get("step"))
+
+
 def _phase(phase: Any) -> Any:
     if not isinstance(phase, Mapping) or "steps" not in phase:
         return phase

@@ -94,12 +94,13 @@ class Clock:
         self._laps[name] = now - self._last
         self._last = now
 
-    def metrics(self, rollout_s: float, score_s: float, num_images: int) -> dict[str, float]:
-        """Return ``time/*`` and ``throughput/*``; the seconds of work are means over the workers of a kind."""
+    def metrics(self, rollout_s: float, score_s: float, num_images: int | None = None) -> dict[str, float]:
+        """Return ``time/*``, and ``throughput/*`` where images were made; seconds of work are means over workers."""
         total = time.monotonic() - self._began
         times = {"rollout_s": rollout_s, "score_s": score_s, **self._laps, "iteration_s": total}
         times["idle_s"] = max(0.0, self._laps["collect_s"] - rollout_s)
-        return {f"time/{k}": v for k, v in times.items()} | {"throughput/images_per_s": num_images / total}
+        speed = {} if num_images is None else {"throughput/images_per_s": num_images / total}
+        return {f"time/{k}": v for k, v in times.items()} | speed
 
 
 ALARM = "alarm/reward_hacking/"

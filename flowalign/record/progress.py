@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}  # of Console.print
+DRAWN_S = 0.1  # a bar is drawn anew at most so often
 QUIET_S = 30.0  # without a terminal: at most one line of chunks in this time, and none after a shorter silence
 
 
@@ -28,12 +29,11 @@ class Phases:
 
 
 class Progress:
-    """``total`` iterations (or steps), of which ``done`` are done already; both shapes show an ETA."""
+    """``total`` iterations, of which ``done`` are done already; both shapes show an ETA."""
 
     def __init__(self, console: Console, total: int, done: int = 0, *, command: str = "align") -> None:
         self.console, self.total = console, total
-        self._unit = "iteration" if command == "align" else "step"
-        self._done, self._spoke = done, time.monotonic()
+        self._done, self._spoke, self._drew = done, time.monotonic(), 0.0
         self._bar: Any = None
         if console.is_terminal:
             self._bar = _bar(console, command)
@@ -43,9 +43,17 @@ class Progress:
     def show(self, done: int, text: str, eta_s: float) -> None:
         """Print a line for what is finished, which stays."""
         self._done, eta = done, f"ETA {duration(eta_s)}"
-        self.say(f"{self._unit} {done}/{self.total}  {text}  {eta}")
+        self.say(f"iteration {done}/{self.total}  {text}  {eta}")
+        self._move(eta)
+
+    def move(self, done: int, eta_s: float) -> None:
+        """Move the bar to what is finished, where there is one; no line is printed."""
+        self._done = done
+        self._move(f"ETA {duration(eta_s)}")
+
+    def _move(self, eta: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description="", eta=eta, since=time.monotonic())
+            self._bar.update(self._task, completed=self._done, description="", eta=eta, since=time.monotonic())
 
     def doing(self, what: str) -> Callable[[int, int], None]:
         """Say what is under way; the answer is to be called with its finished chunks and their number."""
@@ -54,14 +62,17 @@ class Progress:
         def count(done: int, total: int) -> None:
             self._live(f"{what}, chunk {done}/{total}", restart=False)
             if self._bar is None and done < total and time.monotonic() - self._spoke > QUIET_S:
-                self.say(f"{what} after {self._unit} {self._done}/{self.total}: chunk {done} of {total}")
+                self.say(f"{what} after iteration {self._done}/{self.total}: chunk {done} of {total}")
 
         return count
 
     def _live(self, text: str, restart: bool = True) -> None:
         if self._bar is not None:
-            since = {"since": time.monotonic()} if restart else {}
-            self._bar.update(self._task, description=text, refresh=True, **since)
+            now = time.monotonic()
+            since = {"since": now} if restart else {}
+            draws = not restart or now - self._drew > DRAWN_S
+            self._drew = now if draws else self._drew
+            self._bar.update(self._task, description=text, refresh=draws, **since)
 
     def say(self, text: str) -> None:
         self._spoke = time.monotonic()
@@ -75,18 +86,23 @@ class Progress:
 
 
 def iteration_text(metrics: Mapping[str, float]) -> str:
-    """Return the line about an iteration: reward and spread, or loss; replay error, speed, seconds."""
+    """Return the line about an iteration: reward and spread, or loss; validation, replay error, speed, seconds."""
     said = []
-    loss = next((key for key in sorted(metrics) if key.startswith("loss/")), None)
+    loss = next((key for key in sorted(metrics) if key.startswith("loss/")), "loss" if "loss" in metrics else None)
     if "reward/total/mean" in metrics:
         said.append(f"reward {metrics['reward/total/mean']:.4g} ± {metrics.get('reward/total/std', 0.0):.2g}")
     elif loss is not None:
         said.append(f"loss {metrics[loss]:.4g}")
+    if "validation/loss" in metrics:
+        average = f" (average {metrics['validation_ema/loss']:.4f})" if "validation_ema/loss" in metrics else ""
+        said.append(f"validation {metrics['validation/loss']:.4f}{average}")
     if "replay/max_abs_dlogp" in metrics:
         said.append(f"replay error {metrics['replay/max_abs_dlogp']:.3g}")
     if metrics.get("throughput/images_per_s"):
         said.append(f"{metrics['throughput/images_per_s']:.3g} img/s")
-    if "time/iteration_s" in metrics:
+    if metrics.get("throughput/samples_per_s"):
+        said.append(f"{metrics['throughput/samples_per_s']:.4g} samples/s")
+    elif "time/iteration_s" in metrics:
         said.append(duration(metrics["time/iteration_s"]))
     return "  ".join(said)
 

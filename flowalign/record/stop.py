@@ -70,8 +70,7 @@ class StopRequest:
     or steps are finished.
     """
 
-    def __init__(self, unit: str = "iteration", *, alone: bool = True) -> None:
-        self.unit = unit
+    def __init__(self, *, alone: bool = True) -> None:
         self.lock: RunLock | None = None
         self._alone, self._asked = alone, False
         self._again, self._heard_again, self._held = self._pair(), self._pair(), False
@@ -206,7 +205,7 @@ class StopRequest:
 
     def _tell(self, why: str) -> None:
         """Write past all buffers, since the signal may have come in the midst of a printed line."""
-        when = f"after this {self.unit} with a checkpoint" if self._begun else "before it begins"
+        when = "after this iteration with a checkpoint" if self._begun else "before it begins"
         with suppress(OSError):
             os.write(2, f"stopping {when}{why}\n".encode())
 

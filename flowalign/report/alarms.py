@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowalign.config.alignment import SafetyConfig
+from flowalign.config.run import SafetyConfig
 from flowalign.record.metrics import ALARM
 from flowalign.safety.collapse import CollapseAlarm, Finding
 

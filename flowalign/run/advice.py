@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.alignment import AlignConfig
-from flowalign.config.training import PretrainConfig
+from flowalign.config.run import RunConfig
 from flowalign.record.stop import StopRequest
 
 LARGE = 1e-4  # what is tried where the learning rate was above 1
@@ -26,29 +25,26 @@ def lost_at_once(run_dir: Path, stop: StopRequest, resumes: bool) -> str:
     last = last_checkpoint(run_dir)
     saved = 0 if last is None else int(last.name.removeprefix("step_"))
     lost = max(0, stop.done - saved) if stop.done else 0
-    what = f"{lost} finished {stop.unit}{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
+    what = f"{lost} finished iteration{'s' * (lost != 1)} {'is' if lost == 1 else 'are'} lost"
     if last is None:
         return f"stopped at once, before the first checkpoint; {what}"
     goes_on = "the same command continues it from" if resumes else "its last checkpoint is"
     return f"stopped at once; {goes_on} {last}, and {what}"
 
 
-def gentler(error: Exception, config: AlignConfig | PretrainConfig, run_dir: Path, last: Path | None) -> str | None:
+def gentler(error: Exception, config: RunConfig, run_dir: Path, last: Path | None) -> str | None:
     """Say how to go on with a smaller learning rate, where ``error`` says that this one was too large."""
     from flowalign.engine.base import NonFiniteUpdate
     from flowalign.record.destroyed import DestroyedState
 
     if not isinstance(error, DestroyedState | NonFiniteUpdate):
         return None
-    rates, command = smaller_rates(config), "align"
-    if isinstance(config, PretrainConfig):
-        command = "pretrain" if config.teacher is None else "distill"
-    words = ["flowalign", command, str(run_dir / "config.yaml")]
+    rates = smaller_rates(config)
+    words = ["flowalign", config.command, str(run_dir / "config.yaml")]
     words += [f"{key}={rate:g}" for key, rate in rates.items()]
     if last is None:
         return f"there is no checkpoint yet; begin with a smaller learning rate: {shlex.join(words)}"
-    key = "checkpoint.resume" if command == "align" else "resume"
-    words += [f"{key}=auto"] * (resumes_by(config) == "never")
+    words += ["checkpoint.resume=auto"] * (config.checkpoint.resume == "never")
     words += [word for key in rates for word in ("--accept-changed", key)]
     return f"the last good checkpoint is {last}; go on from it with a smaller learning rate: {shlex.join(words)}"
 
@@ -63,13 +59,10 @@ def further_back(last: Path | None, began_from: Path | None) -> str:
     return "" if command is None else f"; where that ends alike, its own state is at fault: {command}"
 
 
-def smaller_rates(config: AlignConfig | PretrainConfig) -> dict[str, float]:
+def smaller_rates(config: RunConfig) -> dict[str, float]:
     """Return smaller learning rates for a run, by their keys; where one ends only if that is above the smaller one."""
-    if isinstance(config, AlignConfig):
-        sections: dict[str, Any] = {"learner.optimizer": config.learner.optimizer}
-    else:
-        sections = {f"phases.{i}": phase for i, phase in enumerate(config.phases)}
-        sections = sections or {"learner.optimizer": config.learner.optimizer}
+    sections: dict[str, Any] = {f"phases.{i}": phase for i, phase in enumerate(getattr(config, "phases", ()))}
+    sections = sections or {"learner.optimizer": config.learner.optimizer}
     smaller: dict[str, float] = {}
     for at, held in sections.items():
         rate, final = held.learning_rate, held.final_learning_rate
@@ -86,8 +79,3 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     with suppress(CheckpointError):
         return latest(run_dir / "checkpoints")
     return None
-
-
-def resumes_by(config: AlignConfig | PretrainConfig) -> str:
-    """Return ``auto``, ``never`` or a checkpoint's name."""
-    return config.checkpoint.resume

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.record.checkpoint import Checkpoint, CheckpointError, Say
 from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, duration
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal
-from flowalign.run.loop import Run, align
+from flowalign.run.loop import Journal, Run, work
 from flowalign.run.made import MadeOf
+from flowalign.run.ranks import SharedJournal
 from flowalign.run.restarts import RankLost, Restarts
 from flowalign.run.resume import leave_behind, resume_from
 
@@ -24,11 +25,12 @@ class Attempts:
     """Runs the loop; each attempt is what the same command, given again, would do, with a journal of its own.
 
     ``restore`` brings the learner to a checkpoint's state. A learner that was just made is at the run's beginning.
+    Where this process is not ``alone`` in the run, others do the same loop.
     """
 
     def __init__(
         self,
-        config: AlignConfig,
+        config: RunConfig,
         backend: Any,
         restore: Callable[[Checkpoint], None],
         *,
@@ -36,9 +38,10 @@ class Attempts:
         made: MadeOf,
         lock: RunLock,
         stop: StopRequest,
+        alone: bool = True,
     ) -> None:
         self._config, self._backend, self._restore = config, backend, restore
-        self._lock, self._stop = lock, stop
+        self._lock, self._stop, self._alone = lock, stop, alone
         self._say: Say = partial(console.print, **PLAIN)
         self._open = partial(RunJournal, config, lock.run_dir, console, made=made, lock=lock, stop=stop)
         self._journal: RunJournal | None = None
@@ -47,7 +50,7 @@ class Attempts:
         self.stopped = False
 
     def work(self, run: Run, start: int, wall_s: float) -> int:
-        """Align from iteration ``start`` on; return the last iteration.
+        """Work from iteration ``start`` on; return the last iteration.
 
         Raises:
             RankLost: a rank was lost once more than `Restarts` allows. EndedEarly: somebody asked for the end while the
@@ -62,13 +65,16 @@ class Attempts:
                     wall_s = self._go_back(lost, wait_s)
                     restarts = self._before + self._restarts.total
                     self._journal = self._open(start=self._start, wall_s=wall_s, restarts=restarts)
-                done = align(run, self._backend, self._journal, self._start)
+                done = work(run, self._backend, self._kept(self._journal), self._start)
                 self.stopped = self._journal.stopped
                 return done
             except RankLost as error:
                 iteration = self._start + 1 if self._journal is None else self._journal.at
                 wait_s, lost = self._restarts.wait_s(error, iteration), str(error)
             self.close()  # what the error held of the lost iteration is let go before it is done again
+
+    def _kept(self, journal: RunJournal) -> Journal:
+        return journal if self._alone else SharedJournal(self._config, journal, self._stop)
 
     def _go_back(self, lost: str, wait_s: float) -> float:
         """Make the learner again and bring it to the last checkpoint; return the run's seconds until then."""
@@ -80,7 +86,7 @@ class Attempts:
                 saved = resume_from(run_dir, "auto", self._say)
             except CheckpointError as error:
                 raise CheckpointError(f"{lost}; {error}") from error
-            self._start = 0 if saved is None else int(saved.state["iteration"])
+            self._start = 0 if saved is None else saved.step
             self._stop.done = self._start
             at = "the beginning, since there is no checkpoint yet" if saved is None else str(saved.path)
             times = f"{self._restarts.count} of at most {self._restarts.most} times"
@@ -92,7 +98,7 @@ class Attempts:
             self._lock.check()
             if saved is not None:
                 leave_behind(run_dir, "auto" if resume == "never" else resume, saved, self._say)
-        return 0.0 if saved is None else float(saved.state["wall_s"])
+        return 0.0 if saved is None else float(saved.state.get("wall_s", 0.0))
 
     def close(self) -> None:
         if self._journal is not None:

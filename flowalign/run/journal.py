@@ -6,14 +6,14 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.measure.evaluate import best_metric, evaluation_metrics
 from flowalign.measure.evaluated import skipped, standard_errors
 from flowalign.record.checkpoint import steps
@@ -34,12 +34,23 @@ from flowalign.types import Scores
 RESTARTS = "learner/restarts"
 
 
+def due(config: RunConfig, what: str, iteration: int) -> bool:
+    """Tell whether a ``checkpoint``, an ``evaluation``, a ``validation`` or a ``row`` comes after ``iteration``."""
+    every = {
+        "checkpoint": config.checkpoint.every,
+        "evaluation": config.evaluation.every,
+        "validation": config.validates_every,
+        "row": config.row_every,
+    }[what]
+    return every > 0 and (iteration == config.total or iteration % every == 0)
+
+
 class RunJournal:
     """Implements ``flowalign.run.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
 
     def __init__(
         self,
-        config: AlignConfig,
+        config: RunConfig,
         run_dir: Path,
         console: Console,
         *,
@@ -58,12 +69,13 @@ class RunJournal:
         self._lock, self._stop, self._made = lock, stop, made
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
-        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None)
-        gold = [reward.label for reward in config.rewards if reward.gold]
+        each = config.row_every == 1
+        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None, each=each)
+        gold = [reward.label for reward in config.trained_rewards if reward.gold]
         known = read_metrics(self.metrics.path) if start else []
         self.restarts = int((known[-1].get(RESTARTS) if known else 0) or 0) if restarts is None else restarts
         self.at = start + 1  # the iteration under way
-        safety = config.safety
+        safety = config.limits
         judged = {"window": safety.window, "standard_errors": safety.standard_errors}
         self._alarm, self._ringing = HackingAlarm(gold, known, **judged), False
         self._collapse, self._signals = CollapseAlarm(safety, known), CollapseSignals(safety)
@@ -72,7 +84,8 @@ class RunJournal:
         self._writer = CheckpointWriter(run_dir / "checkpoints", policy.keep_last, policy.keep_best, self._best)
         self._steps = [step for step in steps(self._writer.root) if step <= start]
         self._mark_good()
-        self._progress = Progress(console, config.iterations, start)
+        self._progress = Progress(console, config.total, start, command=config.command)
+        self._samples, self._learning_s = 0, 0.0  # since the last row
         self._masked: dict[str, int] = {}
         self._best_said = not policy.keep_best
 
@@ -80,11 +93,7 @@ class RunJournal:
         return time.monotonic() - self._began
 
     def due(self, what: str, iteration: int) -> bool:
-        last = iteration == self.config.iterations
-        if what == "checkpoint":
-            return last or iteration % self.config.checkpoint.every == 0
-        every = self.config.evaluation.every
-        return every > 0 and (last or iteration % every == 0)
+        return due(self.config, what, iteration)
 
     def begin(self) -> None:
         self._stop.begin()
@@ -99,12 +108,26 @@ class RunJournal:
         metrics = metrics | self._alarm.update(metrics)
         self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
         metrics = metrics | self._watch(iteration, metrics)
-        metrics = metrics | ({RESTARTS: float(self.restarts)} if self.restarts else {})
-        self.metrics.write(iteration, metrics, wall_s=self.wall_s())
+        metrics = metrics | self._speed(metrics) | ({RESTARTS: float(self.restarts)} if self.restarts else {})
+        row = any(self.due(what, iteration) for what in ("row", "evaluation", "validation"))
+        if row:
+            self.metrics.write(iteration, metrics, wall_s=self.wall_s())
+            self._samples, self._learning_s = 0, 0.0
         self.at = iteration + 1
         per_iteration = (time.monotonic() - self._first) / (iteration - self._start)
-        left = per_iteration * (self.config.iterations - iteration)
-        self._progress.show(iteration, iteration_text(metrics), left)
+        left = per_iteration * (self.config.total - iteration)
+        if row:
+            self._progress.show(iteration, iteration_text(metrics), left)
+        else:
+            self._progress.move(iteration, left)
+
+    def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the samples a second of the iterations since the last row, where the configuration says how many."""
+        if self.config.batch_size is None:
+            return {}
+        self._samples += self.config.batch_size
+        self._learning_s += metrics["time/iteration_s"]
+        return {"throughput/samples_per_s": round(self._samples / max(self._learning_s, 1e-9), 1)}
 
     def doing(self, what: str) -> Count:
         return self._progress.doing(what)
@@ -161,7 +184,7 @@ class RunJournal:
         if self.stopped:
             self._progress.say(
                 f"stopping after iteration {iteration}: alarm/{self._collapse.stopping()} has held for "
-                f"{self.config.safety.patience} blocks of {self.config.safety.window} iterations (safety.stop)"
+                f"{self.config.limits.patience} blocks of {self.config.limits.window} iterations (safety.stop)"
             )
         return alarms
 
@@ -188,24 +211,26 @@ class RunJournal:
             cached = f", {metrics['eval/skipped_steps']:.0%} of the steps skipped"
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
-        self._progress.say(
-            f"evaluation at iteration {iteration}: {said} over {len(collected.batch)} samples of "
-            f"{len(set(collected.batch.prompts))} prompts{cached}"
-        )
+        made = f"{len(collected.batch)} samples of {len(set(collected.batch.prompts))} prompts{cached}"
+        self._progress.say(f"evaluation at iteration {iteration}: {f'{said} over ' if said else ''}{made}")
         if self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
         return metrics
 
     def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+        self.at = iteration
+        self.save(iteration, backend.state(), metrics)
+
+    def save(self, iteration: int, states: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
+        """Write a checkpoint of what the learner's ranks hold."""
         if not self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
-        self.at = iteration
-        states = backend.state()
         self._lock.check()
         self._writer.save(
             iteration,
             model=states[0]["model"],
             ema=states[0]["ema"],
+            averages=states[0]["averages"],
             optimizer_by_rank={rank: state["optimizer"] for rank, state in enumerate(states)},
             state={
                 "iteration": iteration,
@@ -216,6 +241,7 @@ class RunJournal:
                 "base_hash": self._made.base_hash(),
                 "wall_s": self.wall_s(),
                 "metrics": {k: v for k, v in metrics.items() if v == v},
+                **({"config": json.loads(self.config.model_dump_json())} if self.config.command != "align" else {}),
                 **self._made.facts(),
             },
         )

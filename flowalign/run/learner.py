@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import Algorithm, LossOutput, Models, VelocityModel
-from flowalign.engine.average import Average
+from flowalign.config.run import Passes
+from flowalign.engine.average import Averages
 from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fixed_geometry import fixed_geometry
@@ -30,25 +31,24 @@ class Learner:
         models: Mapping[str, VelocityModel],
         engine: Engine,
         *,
-        micro_batch_size: int,
-        updates_per_iteration: int = 1,
-        epochs: int = 1,
+        passes: Passes,
         seed: int = 0,
-        ema_decay: float | None = None,
+        ema: Averages | None = None,
         device: str = "cpu",
         second: Engine | None = None,
     ) -> None:
         self.algorithm, self.needs, self.engine, self.second = algorithm, algorithm.needs, engine, second
-        self.micro_batch_size = self.needs.whole(micro_batch_size)
-        self.updates, self.epochs = updates_per_iteration, epochs
-        self.models = {role: fixed_geometry(model, self.micro_batch_size) for role, model in models.items()}
+        self.micro_batch_size = self.needs.whole(passes.micro_batch_size)
+        self.passes = passes
+        size = self.micro_batch_size
+        self.models = {role: fixed_geometry(model, size) if passes.padded else model for role, model in models.items()}
         self.seed, self.device = seed, device
         self.version = 0
         self._kinds: dict[str, type] = {}  # of each metric of the loss: how it is put together
-        self.ema = None if ema_decay is None else Average(engine, ema_decay)
+        self.ema = ema
 
     def update(self, batch: Any, scores: Scores | None, iteration: int) -> Update:
-        """Learn from one batch: ``epochs`` passes, each split into ``updates_per_iteration`` optimizer steps.
+        """Learn from one batch in the ``passes``, each split into ``updates`` optimizer steps.
 
         The metrics are means over the steps, except those that are a `Max`, which are the first step's: there the
         policy is still the one that rolled out.
@@ -71,10 +71,12 @@ class Learner:
         return Update(self.version, {**credit.metrics, **_summary(history, self._kinds), **done})
 
     def _parts(self, count: int, iteration: int) -> Iterator[Tensor]:
-        """Yield the items of each update of the policy: in every epoch all ``count``, shuffled."""
-        for epoch in range(self.epochs):
-            order = torch.randperm(count, generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
-            yield from (part for part in order.tensor_split(self.updates) if part.numel())
+        """Yield the items of each update of the policy: in every epoch all ``count``, shuffled where that is asked."""
+        for epoch in range(self.passes.epochs):
+            order = torch.arange(count)
+            if self.passes.shuffled:
+                order = torch.randperm(count, generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
+            yield from (part for part in order.tensor_split(self.passes.updates) if part.numel())
 
     def _steps(self, part: Tensor) -> list[Tensor]:
         """Return the items of each update that ``part`` is for: those of the second network, if there is one, and all
@@ -126,7 +128,7 @@ class Learner:
             yield
 
     def _step(self, share: Share, part: Tensor) -> dict[str, float]:
-        metrics = self._learn(self.engine, self.algorithm.loss, share, part, self.updates, share.credit.total)
+        metrics = self._learn(self.engine, self.algorithm.loss, share, part, self.passes.updates, share.credit.total)
         if self.ema is not None:
             self.ema.update()
         return metrics

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
+from flowalign.engine import process_group
 from flowalign.record.checkpoint import content_hash
-from flowalign.run.loop import Collected, Count
+from flowalign.run.loop import NOTHING, Collected, Count
 from flowalign.run.previews import join_previews, looked_at
+from flowalign.run.ranks import Rank
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.cache import cache_rule
@@ -20,29 +22,64 @@ from flowalign.types import PromptBatch, SamplingPlan, Scores, Trajectories, Upd
 
 
 class LocalBackend:
-    """One rollout worker, one reward worker and one learner rank in this process."""
+    """One rollout worker, one reward worker and one learner rank in this process.
 
-    def __init__(self, config: AlignConfig, base_dir: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    Of several processes, as torchrun starts them, the first alone rolls out and scores, where anything is.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base_dir: Path,
+        say: Callable[[str], None] = lambda text: None,
+        rank: Rank = Rank(),  # noqa: B008 - a value
+    ) -> None:
         self.config = config
-        say(f"local: one process, {config.cluster.threads} thread{'s' * (config.cluster.threads > 1)}")
-        self.rollouts = RolloutWorker(config)
-        self.rewards = RewardWorker(config, base_dir)
-        self.learner = LearnerWorker(config, encoders=self.rollouts.policy.encoders)
+        processes = "one process" if rank.alone else f"{rank.world_size} processes"
+        say(f"local: {processes}, {config.threads} thread{'s' * (config.threads > 1)}{' each' * (not rank.alone)}")
+        self.rollouts = RolloutWorker(config) if config.makes_images and not rank.index else None
+        self.rewards = RewardWorker(config, base_dir) if self.rollouts is not None else None
+        encoders = None if self.rollouts is None else self.rollouts.policy.encoders
+        place = (rank.index, rank.world_size, rank.port, rank.host)
+        self.learner = LearnerWorker(config, *place, encoders=encoders, first_here=rank.local == 0)
         self._guard = SyncGuard()
         self._learned = True
         self._cache = cache_rule(config.rollout.cache)
 
+    @property
+    def rolling(self) -> RolloutWorker:
+        """The rollout worker. Raise ValueError where this process has none."""
+        if self.rollouts is None:
+            raise ValueError("this process rolls nothing out")
+        return self.rollouts
+
     def collect(
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
+    ) -> Collected:
+        """Roll out and score ``batch``; a collective call, which makes `NOTHING` but in the first process."""
+        with process_group.failing_together():
+            if self.rollouts is None or self.rewards is None:
+                return NOTHING
+            return self._collect(self.rollouts, self.rewards, batch, plan, seed, evaluation, count)
+
+    def _collect(
+        self,
+        rollouts: RolloutWorker,
+        rewards: RewardWorker,
+        batch: PromptBatch,
+        plan: SamplingPlan,
+        seed: int,
+        evaluation: bool,
+        count: Count | None,
     ) -> Collected:
         made, scored = [], []
         plan = plan if evaluation else replace(plan, cache=self._cache)
         chunks = batch.chunks(self.config.rollout.chunk_size)
-        whole = looked_at(chunks, plan, self.config.safety, evaluation)
-        needs, version = self.rewards.needs(evaluation), self.rollouts.version
+        whole = looked_at(chunks, plan, self.config.limits, evaluation)
+        needs, version = rewards.needs(evaluation), rollouts.version
         for unit in scored_together(chunks, "group" in needs):
-            own = [self.rollouts.rollout(chunks[i], plan, seed, version, "latents" in needs, whole[i]) for i in unit]
-            scored.append(self.rewards.score([pictures for pictures, *_ in own], evaluation))
+            own = [rollouts.rollout(chunks[i], plan, seed, version, "latents" in needs, whole[i]) for i in unit]
+            scored.append(rewards.score([pictures for pictures, *_ in own], evaluation))
             made += [part for _, *part in own]  # the pictures have had their use
             if count is not None:
                 count(len(made), len(chunks))
@@ -61,22 +98,30 @@ class LocalBackend:
         self._learned = has_learned(update)
         return update
 
+    def validate(self) -> dict[str, float]:
+        return self.learner.validate()
+
     def sync(self, evaluation: bool = False) -> None:
+        if not self.config.makes_images:
+            return
         weights, version = self.learner.weights(evaluation), self.learner.version()
-        receipt = self.rollouts.bind(weights, version)
-        sent = BindReceipt("learner", version, len(weights), content_hash(weights))
-        self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
+        with process_group.failing_together():
+            if self.rollouts is not None:
+                receipt = self.rollouts.bind(weights, version)
+                sent = BindReceipt("learner", version, len(weights), content_hash(weights))
+                self._guard.check_receipts(sent, [receipt], self._learned, evaluation)
 
     def parameters(self) -> tuple[int, int]:
         """Return the number of trained parameters, and of all."""
         return self.learner.parameters
 
     def state(self) -> list[dict[str, Any]]:
-        """Return the learner's state, one entry a rank."""
-        return [self.learner.state()]
+        """Return the learner's state, one entry a rank, in the first process; a collective call."""
+        own = self.learner.state()
+        return [{**own, "optimizer": gathered} for gathered in process_group.gather(*own["optimizer"]).values()]
 
     def restore(self, states: list[dict[str, Any]]) -> str | None:
-        return self.learner.restore(**states[0])
+        return self.learner.restore(**states[self.learner.learner.engine.rank])
 
     def close(self) -> None:
         self.learner.close()

@@ -1,10 +1,13 @@
-"""The whole alignment run as pseudo-code over protocols; knows neither Ray nor an algorithm's name."""
+"""A whole run as pseudo-code over protocols; knows neither Ray, nor an algorithm's name, nor what is learned from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import torch
 
 from flowalign.algorithm import Algorithm
 from flowalign.record.metrics import Clock
@@ -30,18 +33,31 @@ class Collected:
     score_s: float
 
 
+NOTHING = Collected(
+    batch=PromptBatch((), (), (), ()),
+    scores=Scores({}, torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
+    preview=Preview(np.zeros((0, 1, 1, 3), np.uint8), {}),
+    trajectories=None,
+    rollout_s=0.0,
+    score_s=0.0,
+)
+
+
 class Backend(Protocol):
     """The place of the work: this process or Ray actors. Both compute the same bits."""
 
     def collect(
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
-    ) -> Collected: ...
+    ) -> Collected: ...  # `NOTHING` in those processes of a run that make nothing
 
     # `trajectories` are those of a `Collected`; None: from what the learner has on disk.
     def update(self, trajectories: Any, scores: Scores | None, iteration: int) -> Update: ...
 
     # Every rollout worker acknowledges the weights, or the run stops; for evaluation those of `evaluation.weights`.
     def sync(self, evaluation: bool = False) -> None: ...
+
+    # The losses on what is kept for that, where there is something.
+    def validate(self) -> dict[str, float]: ...
 
     def close(self) -> None: ...
 
@@ -84,11 +100,11 @@ class Run:
     evaluates_ema: bool = False
 
 
-def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
+def work(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
     """Roll out, score, learn and sync, until ``run.iterations`` or ``journal.stopping``; return the last iteration.
 
-    Iterations are counted from 1 once done.
-    An algorithm without a sampling plan learns from pairs on disk: nothing is rolled out but for evaluations.
+    Iterations are counted from 1 once done. An algorithm without a sampling plan learns from what lies on disk: nothing
+    is rolled out but for evaluations.
     """
     backend.sync()
     if start == 0:
@@ -115,6 +131,9 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
         metrics = {**_measured(collected, clock), **update.metrics}
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
+        if journal.due("validation", done):
+            journal.doing("validation")
+            metrics |= backend.validate()
         journal.iteration(done, metrics, collected)
         stopping = journal.stopping  # a request that comes later must not skip its checkpoint
         if stopping or journal.due("checkpoint", done):
@@ -127,7 +146,7 @@ def align(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
 
 def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
     if collected is None:
-        return clock.metrics(0.0, 0.0, 0)
+        return clock.metrics(0.0, 0.0)
     rewards = reward_metrics(collected.scores) if collected.scores.by_reward else {}
     return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.batch))}
 

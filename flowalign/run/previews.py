@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flowalign.config.alignment import SafetyConfig
+from flowalign.config.run import SafetyConfig
 from flowalign.safety.signals import members, some_of_each, strided
 from flowalign.types import Preview, PromptBatch, Samples, SamplingPlan
 

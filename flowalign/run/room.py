@@ -7,9 +7,8 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.models.inspect import trained_parameters
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import HIDDEN, SPARE, CheckpointError
@@ -25,7 +24,7 @@ class Size:
     largest: int
 
 
-def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | None:
+def check_room(config: RunConfig, run_dir: Path) -> str | None:
     """Return a line where there is not room for all the checkpoints that are kept at a time.
 
     It is None where there is, or where neither size nor room is known.
@@ -66,10 +65,9 @@ def check_room(config: AlignConfig | PretrainConfig, run_dir: Path) -> str | Non
     return None
 
 
-def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str]:
+def _to_come(config: RunConfig, root: Path) -> tuple[int, str]:
     """Return how many checkpoints are still to be written, and the one that is gone on from."""
-    last = config.steps if isinstance(config, PretrainConfig) else config.iterations
-    every, resume = config.checkpoint.every, config.checkpoint.resume
+    last, every, resume = config.total, config.checkpoint.every, config.checkpoint.resume
     start = 0
     if resume != "never":
         try:
@@ -81,14 +79,13 @@ def _to_come(config: AlignConfig | PretrainConfig, root: Path) -> tuple[int, str
     return max(0, -(-last // every) - start // every) if start < last else 0, resume
 
 
-def _kept(config: AlignConfig | PretrainConfig) -> tuple[int, str]:
-    if isinstance(config, PretrainConfig):
-        return config.checkpoint.keep_last, f"keep_last={config.checkpoint.keep_last}"
+def _kept(config: RunConfig) -> tuple[int, str]:
     kept = config.checkpoint
-    return kept.keep_last + kept.keep_best, f"keep_last={kept.keep_last} and keep_best={kept.keep_best}"
+    best = f" and keep_best={kept.keep_best}" if kept.keep_best or config.command == "align" else ""
+    return kept.keep_last + kept.keep_best, f"keep_last={kept.keep_last}{best}"
 
 
-def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
+def _size(config: RunConfig, root: Path) -> Size | None:
     """Return the size of a checkpoint as the newest one is, else as the model's configuration tells: float32 weights,
     averages and two moments."""
     for path in reversed(manifests(root)):
@@ -97,10 +94,8 @@ def _size(config: AlignConfig | PretrainConfig, root: Path) -> Size | None:
     count = trained_parameters(config.model)
     if count is None:
         return None
-    if isinstance(config, PretrainConfig):
-        averages, ranks = len(config.learner.ema_decays), int(os.environ.get("WORLD_SIZE", "1"))
-    else:
-        averages, ranks = config.learner.ema_decay is not None, config.learner.ranks
+    averages = len(config.learner.ema_decays)
+    ranks = max(config.learner.ranks, int(os.environ.get("WORLD_SIZE", "1")))
     divided = config.learner.zero_stage > 0 or config.learner.engine == "fsdp"
     moments = 2 if divided else 2 * ranks  # where they are not divided each rank has all
     return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if divided else 8))

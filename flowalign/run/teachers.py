@@ -12,6 +12,7 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel, teacher_role
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
 from flowalign.engine.base import EngineSettings
@@ -128,7 +129,7 @@ def load_teachers(
     return {teacher_role(name): teacher.velocity for name, teacher in found.items()}
 
 
-def teachers_of(config: AlignConfig) -> Mapping[str, TeacherConfig]:
+def teachers_of(config: RunConfig) -> Mapping[str, TeacherConfig]:
     """Return the teachers that the run's algorithm learns from, by name."""
     return build_algorithm(config.algorithm).needs.teachers
 

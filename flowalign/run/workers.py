@@ -15,34 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import VelocityModel
 from flowalign.algorithms import build_algorithm
-from flowalign.config.alignment import AlignConfig
-from flowalign.data.pairsampler import PairSampler
-from flowalign.data.preferences import check_shared
-from flowalign.engine.base import Engine, EngineSettings
+from flowalign.config.run import RunConfig
+from flowalign.engine import process_group
+from flowalign.engine.average import Averages
+from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
-from flowalign.measure.evaluate import evaluation_rewards
-from flowalign.models.build import (
-    bind_weights,
-    count_parameters,
-    frozen_copy,
-    load_network,
-    load_policy,
-    reference_velocity,
-)
+from flowalign.measure.validation import validation_of
+from flowalign.models.build import bind_weights, count_parameters, load_network, load_policy
 from flowalign.models.encoders import Encoders
-from flowalign.models.guided import frozen, guided
+from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
-from flowalign.models.network import Network
-from flowalign.record.checkpoint import content_hash
-from flowalign.run.encoded import pairs_of
+from flowalign.record.checkpoint import CheckpointError, content_hash
 from flowalign.run.learner import Learner
 from flowalign.run.previews import preview_of
-from flowalign.run.second import is_second, restore_second, second_network, second_settings, second_state
-from flowalign.run.teachers import Teacher, load_teachers
-from flowalign.samples.joined import join_trajectories
+from flowalign.run.roles import RefreshedReference, precise, roles_of
+from flowalign.run.second import is_second, restore_second, second_settings, second_state
+from flowalign.run.source import Rollouts, source_of
+from flowalign.run.teachers import Teacher
 from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.rollout import rollout
@@ -58,7 +49,6 @@ from flowalign.samples.scoring import (
 )
 from flowalign.types import (
     Pictures,
-    PreferencePairs,
     Preview,
     PromptBatch,
     SamplingPlan,
@@ -85,10 +75,10 @@ class BindReceipt:
 class RolloutWorker:
     """Holds a policy and makes chunks of samples with the weights it was last given."""
 
-    def __init__(self, config: AlignConfig, name: str = "rollout-0") -> None:
+    def __init__(self, config: RunConfig, name: str = "rollout-0") -> None:
         self.config, self.name = config, name
-        with torch_threads(config.cluster.threads):
-            self.policy = load_policy(config.model, device=config.cluster.device)
+        with torch_threads(config.threads):
+            self.policy = load_policy(config.model, device=config.device)
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
@@ -114,14 +104,14 @@ class RolloutWorker:
         if version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
         began = time.monotonic()
-        with torch_threads(self.config.cluster.threads):
+        with torch_threads(self.config.threads):
             made = rollout(
                 self.policy,
                 batch,
                 plan,
                 seed=seed,
                 policy_version=version,
-                length=self.config.model.max_sequence_length,
+                length=self.config.model_as_trained.max_sequence_length,
                 height=self.config.model.height,
                 width=self.config.model.width,
                 decode_batch_size=self.config.rollout.decode_batch_size,
@@ -136,13 +126,11 @@ class RolloutWorker:
 class RewardWorker:
     """Holds the scorers of a run and scores chunks; ``hosted`` makes those that need an environment of their own."""
 
-    def __init__(self, config: AlignConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
+    def __init__(self, config: RunConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
         self.config = config
         with torch_threads(config.cluster.reward_threads):
-            self.training = load_scorers(config.rewards, base_dir, config.reward_device, hosted)
-            self.evaluation = load_scorers(
-                evaluation_rewards(config), base_dir, config.reward_device, hosted, EVALUATION
-            )
+            self.training = load_scorers(config.trained_rewards, base_dir, config.reward_device, hosted)
+            self.evaluation = load_scorers(config.evaluation.judges, base_dir, config.reward_device, hosted, EVALUATION)
 
     def needs(self, evaluation: bool = False) -> frozenset[str]:
         """Return what the rewards need beside images, prompts and metadata."""
@@ -186,74 +174,75 @@ class RewardWorker:
 
 
 class LearnerWorker:
-    """One learner rank: network, reference, engine and the algorithm-blind learner; ``teachers`` live elsewhere.
+    """One learner rank: networks by role, source, engine and the algorithm-blind learner; ``teachers`` live elsewhere.
 
-    It holds no encoders: pairs are encoded by ``encoders``, which somebody else in this process holds, or apart.
+    It holds no text encoders: what it learns from is encoded by ``encoders``, which somebody else in this process
+    holds, or apart. ``first_here`` says whether it is the first rank of its machine.
     """
 
     def __init__(
         self,
-        config: AlignConfig,
+        config: RunConfig,
         rank: int = 0,
         world_size: int = 1,
         port: int = 0,
         host: str = "127.0.0.1",
         teachers: Mapping[str, Teacher] | None = None,
         encoders: Encoders | None = None,
+        first_here: bool | None = None,
     ) -> None:
         self.config = config
-        torch.set_num_threads(config.cluster.threads)
+        torch.set_num_threads(config.threads)
         self.network = network = load_network(config.model)
         self.parameters = count_parameters(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
-        needs, device = algorithm.needs, config.cluster.device
-        models: dict[str, VelocityModel] = {"policy": guided(network)}
-        models |= load_teachers(config, needs.teachers, network, teachers, compares=rank == 0)
-        self.reference: RefreshedReference | None = None
-        if needs.reference is not None and needs.reference.refresh is not None:
-            self.reference = RefreshedReference(network, needs.reference.refresh, device)
-            models["reference"] = self.reference.velocity
-        elif needs.reference is not None:
-            models["reference"] = reference_velocity(network, device)
-        second = None if needs.second is None else second_network(network)
-        if second is not None:
-            models["second"] = guided(second)
-        self.pairs: PairSampler | None = None
-        if needs.batch is PreferencePairs:
-            self.pairs = pairs_of(config, encoders, rank=rank, world_size=world_size)
-        place: dict[str, Any] = {"rank": rank, "world_size": world_size, "master_port": port, "master_addr": host}
-        place["device"] = device
-        engine = build_engine(network.module, engine_settings(config), **place)
-        own: Engine | None = None
-        if second is not None and needs.second is not None:
-            own = build_engine(second.module, second_settings(engine_settings(config), needs.second), **place)
-        if self.pairs is not None:
-            check_shared(self.pairs)
-        learner = config.learner
+        needs, device = algorithm.needs, config.device
+        self.roles = roles = roles_of(config, network, needs, teachers, compares=rank == 0)
+        here: dict[str, Any] = {"rank": rank, "world_size": world_size}
+        self.source = source_of(config, needs, encoders, **here, first_here=first_here)
+        place: dict[str, Any] = {**here, "master_port": port, "master_addr": host, "device": device}
+        settings = engine_settings(config)
+        engine, second = build_engine(network.module, settings, **place), None
+        if roles.second is not None and needs.second is not None:
+            second = build_engine(roles.second.module, second_settings(settings, needs.second), **place)
+        self.source.meet()
+        with process_group.failing_together():
+            self.validation = validation_of(config)
+        own, ema = config.learner, None
+        if own.ema_decays:
+            ema = Averages(engine, own.ema_decays, every=own.ema_every, warmup=own.ema_warmup)
         self.learner = Learner(
             algorithm,
-            models,
+            roles.models,
             engine,
-            micro_batch_size=learner.micro_batch_size,
-            updates_per_iteration=learner.updates_per_iteration,
-            epochs=learner.epochs,
+            passes=config.passes,
             seed=config.seed,
-            ema_decay=learner.ema_decay,
-            device=config.cluster.device,
-            second=own,
+            ema=ema,
+            device=device,
+            second=second,
         )
 
     def update(self, chunks: Sequence[Trajectories], scores: Scores | None, iteration: int) -> Update:
-        """Learn from the iteration's trajectories, or, where it makes none, from its preference pairs."""
-        with torch_threads(self.config.cluster.threads):
-            if self.pairs is None:
-                update = self.learner.update(join_trajectories(chunks), scores, iteration)
-            else:
-                update = self.learner.update(self.pairs.batch(iteration), None, iteration)
-                update = replace(update, metrics={**update.metrics, **self.pairs.metrics})
-            if self.reference is not None and self.reference.due(iteration):
-                self.reference.take(self.learner.engine.weights())
-            return update
+        """Learn from the iteration's batch: its trajectories, or, where none were made, what the source has on disk."""
+        if isinstance(self.source, Rollouts):
+            self.source.take(chunks)
+        with torch_threads(self.config.threads):
+            update = self.learner.update(self.source.batch(iteration), scores, iteration)
+            for follower in self.roles.followers:
+                follower.follow(self.learner, iteration)
+            return replace(update, metrics={**update.metrics, **self.source.metrics})
+
+    def validate(self) -> dict[str, float]:
+        """Return the validation loss of the weights and of their average; a collective call."""
+        if self.validation is None:
+            return {}
+        with torch_threads(self.config.threads):
+            velocity = precise(guided(self.network), self.config.network_dtype, self.config.device)
+            losses = self.validation.losses(velocity, "validation")
+            if self.learner.ema is not None:
+                with self.learner.ema.bound():
+                    losses |= self.validation.losses(velocity, "validation_ema")
+            return losses
 
     def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
         """Return the weights that rollouts bind next, or those that ``evaluation.weights`` names."""
@@ -266,9 +255,9 @@ class LearnerWorker:
 
     def state(self) -> dict[str, Any]:
         """Return everything a checkpoint needs from this rank; a collective call."""
-        learner = self.learner
+        learner, reference = self.learner, self.roles.reference
         tensors, facts = learner.engine.optimizer_state()
-        held = {} if self.reference is None else self.reference.weights()
+        held = {} if reference is None else reference.weights()
         tensors = {**tensors, **{REFERENCE + name: weight for name, weight in held.items()}}
         if learner.second is not None:
             own, own_facts = second_state(learner.second)
@@ -276,6 +265,7 @@ class LearnerWorker:
         return {
             "model": learner.engine.weights(),
             "ema": None if learner.ema is None else learner.ema.weights(),
+            "averages": {} if learner.ema is None else learner.ema.others(),
             "optimizer": (tensors, facts),
             "version": learner.version,
         }
@@ -284,22 +274,33 @@ class LearnerWorker:
         self,
         model: dict[str, Tensor],
         ema: dict[str, Tensor] | None,
+        averages: Mapping[str, Mapping[str, Tensor]],
         optimizer: tuple[Mapping[str, Tensor], Mapping[str, Any]],
         version: int,
     ) -> str | None:
-        """Continue bitwise where ``state`` was taken, or where another engine's was (`convert.load`)."""
+        """Continue bitwise where ``state`` was taken, or where another engine's was (`convert.load`).
+
+        Raises:
+            CheckpointError: an average of the configuration was not kept. ResumeRefused: see `convert.load`.
+        """
         learner = self.learner
         tensors, facts = optimizer
         held = {name.removeprefix(REFERENCE): t for name, t in tensors.items() if name.startswith(REFERENCE)}
         own = {name: t for name, t in tensors.items() if not (name.startswith(REFERENCE) or is_second(name))}
         lines = [load(learner.engine, model, (own, facts))]
-        if self.reference is not None:
-            self.reference.take(held)
         if learner.second is not None:
             lines.append(restore_second(learner.second, tensors, facts.get("second")))
         if learner.ema is not None and ema is not None:
-            learner.ema.load(ema)
+            try:
+                learner.ema.load(ema, averages)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
         learner.version = version
+        for follower in self.roles.followers:
+            if isinstance(follower, RefreshedReference):
+                follower.take(held)
+            else:
+                follower.follow(learner, learner.engine.steps - 1)
         return "; ".join(line for line in lines if line is not None) or None
 
     def close(self) -> None:
@@ -308,32 +309,13 @@ class LearnerWorker:
             self.learner.second.close()
 
 
-class RefreshedReference:
-    """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
-
-    def __init__(self, network: Network, every: int, device: str | torch.device | None = None) -> None:
-        self.every = every
-        self._trained = [name for name, p in network.module.named_parameters() if p.requires_grad]
-        own = frozen_copy(network, device)
-        self._module, self.velocity = own.module, frozen(own)
-
-    def due(self, iteration: int) -> bool:
-        """Tell whether iteration ``iteration``, counted from 0, ends with a refresh."""
-        return (iteration + 1) % self.every == 0
-
-    def take(self, weights: Mapping[str, Tensor]) -> None:
-        bind_weights(self._module, dict(weights))
-
-    def weights(self) -> dict[str, Tensor]:
-        held = dict(self._module.named_parameters())
-        return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
-
-
-def engine_settings(config: AlignConfig) -> EngineSettings:
+def engine_settings(config: RunConfig) -> EngineSettings:
     learner = config.learner
     return EngineSettings(
         type=learner.engine,
         zero_stage=learner.zero_stage,  # type: ignore[arg-type]
-        dtype=config.model.dtype,
+        dtype=config.engine_dtype,
         optimizer=learner.optimizer,
+        compile=learner.compile,
+        rate_at=config.rate_at,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.alignment import SafetyConfig
+from flowalign.config.run import SafetyConfig
 from flowalign.record import checkpoint
 from flowalign.record.metrics import ALARM as HACKING
 from flowalign.record.metrics import read_metrics

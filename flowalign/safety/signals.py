@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowalign.config.alignment import SafetyConfig
+from flowalign.config.run import SafetyConfig
 from flowalign.types import Preview, Scores
 from rewards.models.openclip import OpenClip
 

@@ -61,7 +61,7 @@ def distilled(aligned: Path, options: argparse.Namespace) -> Path:
     for steps in (8, 4):
         keys = {"latents": str(pairs), "phases.0.iterations": options.steps // 2, "algorithm.num_steps": steps}
         keys |= {"phases.0.learning_rate": 2.0e-4}
-        keys |= {"model.path": str(start), "teacher.path": str(start), "sampling.num_steps": steps}
+        keys |= {"model.path": str(start), "teacher.path": str(start), "evaluation.num_steps": steps}
         run = train("distill", "progressive", keys, options.threads, options.work_dir, f"progressive-{steps}")
         start = exported(run, options.work_dir / f"progressive-{steps}-model", "ema", options.threads)
     return start
@@ -71,7 +71,7 @@ def made_consistent(aligned: Path, options: argparse.Namespace) -> Path:
     """One consistency distillation, of the aligned model on its own images."""
     keys = {"latents": str(made_pairs(aligned, options)), "phases.0.iterations": options.steps // 2}
     keys |= {"model.path": str(aligned), "teacher.path": str(aligned), "phases.0.learning_rate": 2.0e-4}
-    keys |= {"sampling.num_steps": 4}
+    keys |= {"evaluation.num_steps": 4}
     run = train("distill", "consistency", keys, options.threads, options.work_dir, "consistency")
     return exported(run, options.work_dir / "consistency-model", "ema", options.threads)
 

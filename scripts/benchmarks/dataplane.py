@@ -163,7 +163,7 @@ def passes(asked: dict[str, Any], work: Path) -> dict[str, Any]:
 
     from flowalign.cluster.ray_backend import RayBackend
     from flowalign.config.alignment import AlignConfig
-    from flowalign.run.align import build_run
+    from flowalign.run.fixed import build_run
 
     made = AlignConfig.model_validate(asked)
     backend = RayBackend(made, work)

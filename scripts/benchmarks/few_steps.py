@@ -56,7 +56,7 @@ def trained(name: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any
     start, cost = str(BASE), {"training_s": 0, "training_samples": 0}
     for steps in (16, 8, 4):
         own = {**common, "phases.0.iterations": options.steps // 2, "algorithm.num_steps": steps}
-        own |= {"model.path": start, "teacher.path": start, "sampling.num_steps": steps}
+        own |= {"model.path": start, "teacher.path": start, "evaluation.num_steps": steps}
         run = train("distill", "progressive", own, options.threads, options.work_dir, f"progressive-{steps}")
         cost = {key: cost[key] + value for key, value in _cost(run).items()}
         start = str(options.work_dir / f"progressive-{steps}-model")

@@ -20,7 +20,7 @@ import torch
 
 from flowalign.intake.file import load_align
 from flowalign.record.destroyed import fault, fault_of_moments
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.samples.apart import Apart
 

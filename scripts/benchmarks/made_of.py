@@ -27,7 +27,7 @@ from flowalign.data.banks.bank import Mapped
 from flowalign.intake.file import Loaded, load_align
 from flowalign.record.checkpoint import Checkpoint
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from flowalign.run.made import MadeOf
 from flowalign.run.made.hashing import Hashes
 from rewards.usercode.kept import keep
@@ -89,7 +89,7 @@ def iteration_s(iterations: int, folder: Path) -> float:
     """The median of all but the first, which warms up."""
     changes = [f"runs_dir={folder}", f"iterations={iterations}", "evaluation.every=0", "logging.wandb=disabled"]
     loaded = load_align(CONFIG, [*changes, "cluster.backend=local"])
-    run_dir = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+    run_dir = drive(loaded.config, loaded.base_dir, Console(quiet=True))
     return statistics.median(row["time/iteration_s"] for row in read_metrics(run_dir / "metrics.jsonl")[1:])
 
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from flowalign.intake.file import load_align
 from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import build_run, run_align
+from flowalign.run.drive import drive
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 
 CONFIG = Path("configs/shapes/flow_grpo.yaml")
@@ -58,7 +59,7 @@ def local(iterations: int) -> dict[str, float]:
     backend = LocalBackend(loaded.config, loaded.base_dir)
     run = build_run(loaded.config, loaded.base_dir)
     watch = Stopwatch()
-    rolls = backend.rollouts.policy
+    rolls = backend.rolling.policy
     for network in (rolls.network, backend.learner.network):
         watch.watch(network, "velocity")
     assert isinstance(rolls.encoders, SD3Encoders)
@@ -91,7 +92,7 @@ def on_ray(iterations: int) -> float:
             "logging.wandb=disabled",
         ]
         loaded = load_align(CONFIG, overrides)
-        run_dir = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+        run_dir = drive(loaded.config, loaded.base_dir, Console(quiet=True))
         rows = read_metrics(run_dir / "metrics.jsonl")[SKIPPED:]
     return statistics.median(row["time/iteration_s"] for row in rows)
 

@@ -97,19 +97,19 @@ def trainings() -> dict[str, Case]:
         ),
         "reflow, lpips": pretrain(training({"type": "reflow", "loss": "lpips_huber"}, latents="{side}/banks/pairs")),
         "progressive": student(
-            {"type": "progressive", "num_steps": 2}, EXPORT, sampling={"num_steps": 2, "grid": "paper"}
+            {"type": "progressive", "num_steps": 2}, EXPORT, evaluation={"num_steps": 2, "grid": "paper"}
         ),
         "consistency": student(
             {"type": "consistency", "num_steps": 10, "skip": 2, "guidance_scale": 1.5},
             OF_MODEL, of("consistency"), EXPORT,
-            sampling={"num_steps": 2, "solver": "consistency", "grid": "paper"},
+            evaluation={"num_steps": 2, "solver": "consistency", "grid": "paper"},
         ),
         "consistency, no teacher": pretrain(
             training({"type": "consistency", "num_steps": 10, "skip": 1, "teacher": "none", "loss": "squared"}),
         ),
         "meanflow": pretrain(
             training({"type": "meanflow", "equal_fraction": 0.5, "kappa": 0.5, "omega": 1.5},
-                     model={"inputs": ["r"]}, sampling={"num_steps": 1, "grid": "paper"}),
+                     model={"inputs": ["r"]}, evaluation={"num_steps": 1, "grid": "paper"}),
             OF_MODEL, EXPORT,
         ),
         "guidance_distill": student({"type": "guidance_distill", "guidance_scale": 3.0}, OF_MODEL, EXPORT),

@@ -24,13 +24,13 @@ from flowalign.models.build import bind_weights, reference_velocity
 from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
-from flowalign.run.learner import Learner
 from flowalign.run.workers import RefreshedReference
 from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
 from flowalign.types import Condition, PreferencePairs, PromptBatch, SamplingPlan, Trajectories, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
+from tests.learners import make_learner
 
 MODES = 2.0 * torch.tensor([[math.cos(a), math.sin(a)] for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)])
 STD = 0.3
@@ -194,7 +194,7 @@ class MixtureRun:
         settings = EngineSettings(
             type="fsdp" if place else "torch", optimizer=OptimizerConfig(learning_rate=learning_rate)
         )
-        self.learner = Learner(
+        self.learner = make_learner(
             self.algorithm,
             {role: model for role, model in known.items() if role in needs.roles},
             build_engine(network.module, settings, **(place or {})),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from flowalign.algorithm import Reference
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Scores
 from tests.algorithms.every import plan_of

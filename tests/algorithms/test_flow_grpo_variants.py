@@ -13,12 +13,12 @@ from flowalign.algorithms.parts.credit import best_and_worst, group_advantages
 from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.intake.file import load_align
-from flowalign.run.learner import Learner
 from flowalign.types import value_of
 from tests.algorithms.every import plan_of
 from tests.algorithms.grpo_rollouts import assert_all_close, by_step, g2rpo, gradients, grpo, moved, roll_out
 from tests.algorithms.toy import LinearVelocity, condition, make_scores
 from tests.algorithms.whole import prepare
+from tests.learners import make_learner
 
 KINDS = ("flow", "dance", "cps")
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
@@ -199,7 +199,7 @@ def test_a_pruned_group_of_equal_rewards_still_counts_in_the_mean():
 
 def learner(model, algorithm, epochs):
     engine = build_engine(model, EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))
-    return Learner(algorithm, {"policy": model}, engine, micro_batch_size=8, epochs=epochs)
+    return make_learner(algorithm, {"policy": model}, engine, micro_batch_size=8, epochs=epochs)
 
 
 def test_a_second_epoch_is_off_policy_by_the_first_one_s_step():

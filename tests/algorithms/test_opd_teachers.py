@@ -23,7 +23,8 @@ from flowalign.intake.file import load_align
 from flowalign.models.base import ModelError
 from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
-from flowalign.run.align import build_run, run_align
+from flowalign.run.drive import drive
+from flowalign.run.fixed import build_run
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from tests.algorithms.every import plan_of
 from tests.tiny import run_config, write_checkpoint, write_config, write_configs_of_a_pipeline, write_pipeline
@@ -128,7 +129,7 @@ def test_a_student_starts_from_what_another_run_exported(tiny_pipeline_dir, tmp_
             "rewards": [RewardConfig(spec="geneval", options={"mode": "partial"})],
         }
     )
-    run_dir = run_align(tuned, tmp_path, Console(quiet=True))
+    run_dir = drive(tuned, tmp_path, Console(quiet=True))
     start = export(run_dir, tmp_path / "start", config=tuned).path
     itself, base = ({"t": {"path": str(path)}} for path in (run_dir, tiny_pipeline_dir))
     assert updates(worker_config(start, itself))[0]["loss/opd"] == 0
@@ -161,7 +162,7 @@ def test_a_run_without_a_reward_distils_evaluates_and_reports_no_reward(tiny_pip
     changes = {"runs_dir": str(tmp_path), "evaluation": {"every": 2, "num_samples": 6, "num_steps": 2}}
     guided = {"t": {"path": str(teacher), "guidance_scale": 4.0}}
     config, said = worker_config(tiny_pipeline_dir, guided, **changes), io.StringIO()
-    run_dir = run_align(config, tmp_path, Console(file=said))
+    run_dir = drive(config, tmp_path, Console(file=said))
     assert re.search(r"iteration 2/2  loss [\d.e-]+  ", said.getvalue())
     page = write_report(run_dir, config, {}).read_text()
     assert "Losses while training" in page and "No iteration has finished" not in page and "and scored" not in page

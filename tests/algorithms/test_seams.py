@@ -24,7 +24,7 @@ from flowalign.models.guided import guided
 from flowalign.plan.geometry import plan_geometry
 from flowalign.record.checkpoint import load
 from flowalign.record.checkpointwriter import CheckpointWriter
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.second import restore_second
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Condition, LatentBatch, Update
@@ -83,7 +83,7 @@ def goes_on(pipeline: Path, folder: Path, engine: str, stage: int) -> None:
     CheckpointWriter(folder).save(1, model=state["model"], optimizer_by_rank={0: state["optimizer"]}, state={})
     whole = iterate(config, learner, 1).metrics, flat(learner.state())
     saved, resumed = load(folder / "step_000001"), LearnerWorker(config)
-    resumed.restore(saved.model, None, saved.optimizer_of(0), state["version"])
+    resumed.restore(saved.model, None, {}, saved.optimizer_of(0), state["version"])
     assert iterate(config, resumed, 1).metrics == whole[0]
     tensors = flat(resumed.state())
     assert tensors.keys() == whole[1].keys() and all(torch.equal(tensors[k], whole[1][k]) for k in tensors)

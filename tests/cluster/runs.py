@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.record.checkpoint import content_hash
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.types import Scores
 
 REWARD = """
@@ -77,7 +78,7 @@ class Trace:
     ema_hash: str
 
 
-def trace(backend: Any, config: AlignConfig, base_dir: Path, iterations: int = 2) -> Trace:
+def trace(backend: Any, config: RunConfig, base_dir: Path, iterations: int = 2) -> Trace:
     """The alignment loop by hand, without a journal."""
     run = build_run(config, base_dir)
     backend.sync()

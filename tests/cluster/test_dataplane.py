@@ -19,7 +19,7 @@ from flowalign.cluster.store import object_store_bytes
 from flowalign.config.alignment import AlignConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.plan.stored import stored_bytes
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Collected
 from flowalign.samples.joined import join_trajectories

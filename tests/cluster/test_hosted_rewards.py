@@ -25,7 +25,7 @@ from flowalign.cluster.ray_backend import RayBackend
 from flowalign.cluster.session import RaySession
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import RewardConfig
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.samples.offers import TRAINING
 from flowalign.samples.scoring import ScorerHangs, bounded

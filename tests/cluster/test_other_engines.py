@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.record import checkpoint
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from tests.cluster.runs import small_config
 
 OPTIMIZER = {"learning_rate": 1e-4, "eps": 1e-5}
@@ -54,7 +54,7 @@ def aligned(pipeline: Path, folder: Path, iterations: int, lora: Any, algorithm:
         logging={"wandb": "disabled"},
     )
     said = StringIO()
-    run_align(config, folder, Console(file=said, width=200), backend=RayBackend)
+    drive(config, folder, Console(file=said, width=200), backend=RayBackend)
     return said.getvalue()
 
 

@@ -23,13 +23,14 @@ from rich.console import Console
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
 from flowalign.cluster.ray_backend import RayBackend
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import PatienceConfig, RewardConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.metrics import read_metrics, without_times
-from flowalign.run.align import build_run, local_backend, run_align
+from flowalign.run.drive import drive, local_backend
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.patience import Patience
@@ -99,7 +100,7 @@ def hasty(fresh: RayBackend, folder: Path) -> Iterator[RayBackend]:
     vigil.patience = usual
 
 
-def collect(backend: RayBackend, config: AlignConfig, folder: Path) -> Any:
+def collect(backend: RayBackend, config: RunConfig, folder: Path) -> Any:
     run = build_run(config, folder)
     backend.sync()
     return backend.collect(run.sampler.batch(0), plan_of(run.algorithm, seed=run.seed), seed=run.seed)
@@ -196,7 +197,7 @@ def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_changes_no_bit(
         changes = {"iterations": 4, "checkpoint": {"every": 2}, "logging": {"wandb": "disabled"}}
         changes |= {"name": kind, "runs_dir": str(tmp_path)}
         config = small_config(tiny_pipeline_dir, folder, cluster=cluster, **changes)
-        runs.append(run_align(config, folder, Console(file=said, width=500), backend=backend))
+        runs.append(drive(config, folder, Console(file=said, width=500), backend=backend))
     lost = [line for line in said.getvalue().splitlines() if line.startswith("restarted: ")]
     begins = rf" from {runs[1] / 'checkpoints' / 'step_000002'} \(1 of at most 3 times\)"
     assert len(lost) == 1 and re.search(rf"the learner \(rank 0 of 1\) died: ({SIGKILL}).*{begins}", lost[0]), lost

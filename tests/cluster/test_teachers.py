@@ -28,7 +28,7 @@ from flowalign.config.section import ConfigError
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
 from flowalign.record.checkpoint import content_hash
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
 from flowalign.run.teachers import SharedTeacher, ask

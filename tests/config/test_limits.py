@@ -40,7 +40,7 @@ NEEDED = {  # what a section cannot be without
     "evaluation.scorer": "evaluation.scorer={spec: jpeg}",
     "algorithm.clip_range": "algorithm.clip_range={low: 1, high: 1}",
     "algorithm.keep": "algorithm.keep={best: 1, worst: 1}",
-    **{f"{of}.cache": f"{of}.cache={{calibration: c.json}}" for of in ("rollout", "evaluation", "sampling")},
+    **{f"{of}.cache": f"{of}.cache={{calibration: c.json}}" for of in ("rollout", "evaluation")},
     **{of: f"{of}={{latents: bank}}" for of in ("real_data", "validation")},
 }
 SECONDS = 5.0  # of this process's own time, so that a busy machine changes nothing

@@ -38,7 +38,7 @@ from flowalign.models.fingerprint import encoder_hash
 from flowalign.plan import plan_geometry
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics, without_times
-from flowalign.run.align import local_backend, run_align
+from flowalign.run.drive import drive, local_backend
 from flowalign.run.workers import LearnerWorker
 from tests.tiny import write_config
 
@@ -319,7 +319,7 @@ def test_the_reference_takes_the_policy_s_weights_every_few_iterations(source: P
 
 def run(config: AlignConfig) -> tuple[Path, list[Mapping[str, Any]]]:
     backend = RayBackend if config.cluster.backend == "ray" else local_backend
-    run_dir = run_align(config, Path("."), Console(quiet=True), backend=backend)
+    run_dir = drive(config, Path("."), Console(quiet=True), backend=backend)
     return run_dir, [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
@@ -520,7 +520,7 @@ def test_a_run_says_which_pairs_it_left_out_and_continues_bitwise(tmp_path: Path
     changes = {"name": "parts", "iterations": 2, "checkpoint": {"every": 1, "keep_last": 10}}
     whole, rows = run(offline_config(tiny_pipeline_dir, source, iterations=3))
     run(offline_config(tiny_pipeline_dir, source, **changes))
-    parts = run_align(offline_config(tiny_pipeline_dir, source, **{**changes, "iterations": 3}), Path("."), said)
+    parts = drive(offline_config(tiny_pipeline_dir, source, **{**changes, "iterations": 3}), Path("."), said)
     a, b = (checkpoint.load(run_dir / "checkpoints" / "step_000003") for run_dir in (whole, parts))
     assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
     assert rows[-1]["preferences/left_out"] == 3

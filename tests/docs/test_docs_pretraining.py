@@ -16,4 +16,4 @@ EXAMPLE = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.M | re.S)[0]
 
 def test_the_example_is_a_whole_configuration() -> None:
     config = PretrainConfig.model_validate(yaml.safe_load(EXAMPLE))
-    assert config.steps == 3000
+    assert config.total == 3000

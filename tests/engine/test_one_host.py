@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.run.train import Rank
+from flowalign.run.ranks import Rank
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = """

@@ -36,7 +36,7 @@ from flowalign.models.guided import guided
 from flowalign.models.inspect import inspect_model
 from flowalign.models.merge import MergeError
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.run.train import run_pretrain
+from flowalign.run.drive import drive
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import sampled_model
@@ -71,7 +71,7 @@ def trained(runs: Path, pipeline: Path, bank: Path, /, **changes) -> Path:
     }
     config = PretrainConfig.model_validate(merged(content, changes))
     begin_run(config)
-    return run_pretrain(encoded_here(config), Path("."), Console(quiet=True))
+    return drive(encoded_here(config), Path("."), Console(quiet=True))
 
 
 def ours(source: Path, prompt: str, which: str = "model") -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_a_meanflow_student_is_a_custom_pipeline_that_takes_our_steps(tmp_path, 
     changes = {
         "model": {"inputs": ["r"]},
         "algorithm": {"type": "meanflow"},
-        "sampling": {"num_steps": 2, "grid": "paper"},
+        "evaluation": {"num_steps": 2, "grid": "paper"},
     }
     run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     made = export(run, tmp_path / "out", kind="ema", config=config_of(run, None))
@@ -113,7 +113,7 @@ def test_a_meanflow_student_is_a_custom_pipeline_that_takes_our_steps(tmp_path, 
 def test_a_consistency_student_is_a_plain_pipeline_that_noises_anew(tmp_path, tiny_pipeline_dir, bank):
     sampling = {"num_steps": 3, "solver": "consistency", "grid": "paper"}
     algorithm = {"type": "consistency", "teacher": "none", "num_steps": 10, "skip": 2, "shift": 3.0}
-    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm=algorithm, sampling=sampling)
+    run = trained(tmp_path, tiny_pipeline_dir, bank, algorithm=algorithm, evaluation=sampling)
     export(run, tmp_path / "out", config=config_of(run, None))
     assert not (tmp_path / "out" / "pipeline.py").exists()
     assert load_pipeline(tmp_path / "out").scheduler.config["stochastic_sampling"]
@@ -131,7 +131,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             "algorithm": {"type": "progressive", "num_steps": 3, "grid": "paper", "shift": None},
             "teacher": {},
-            "sampling": EVEN,
+            "evaluation": EVEN,
         },
         {"num_inference_steps": 3, "sigmas": LEVELS},
     ),
@@ -141,7 +141,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "model": {"inputs": ["guidance"]},
             "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
             "teacher": {},
-            "sampling": {"num_steps": 3, "guidance_scale": 4.0},
+            "evaluation": {"num_steps": 3, "guidance_scale": 4.0},
         },
         {"num_inference_steps": 3, "guidance_scale": 4.0},
     ),
@@ -151,7 +151,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             {
                 "model": {"family": name},
                 "algorithm": {**FLOW, "family": name, "density": "uniform"},
-                "sampling": {"num_steps": 3},
+                "evaluation": {"num_steps": 3},
             },
             {"num_inference_steps": 3},
         )
@@ -254,7 +254,7 @@ def test_a_guided_student_is_told_its_scale(tmp_path, tiny_pipeline_dir, bank):
         "model": {"inputs": ["guidance"]},
         "teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4},
         "algorithm": {"type": "guidance_distill", "guidance_range": [1, 5]},
-        "sampling": {"num_steps": 2, "guidance_scale": 4.0},
+        "evaluation": {"num_steps": 2, "guidance_scale": 4.0},
     }
     run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     made = export(run, tmp_path / "out", config=config_of(run, None))

@@ -27,9 +27,9 @@ from flowalign.record.destroyed import DestroyedState, fault, total_norm
 from flowalign.record.manifest import advice
 from flowalign.record.metrics import read_metrics
 from flowalign.run.advice import further_back
+from flowalign.run.drive import drive
 from flowalign.run.local import LocalBackend
 from flowalign.run.resume import resume_from
-from flowalign.run.train import run_pretrain
 from tests.engine.toy import Network, settings, update
 from tests.fault.test_exit_codes import CONFIG
 from tests.fault.victim import content, work
@@ -109,7 +109,7 @@ def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs
 
     def syncs(self: LocalBackend, evaluation: bool = False) -> None:
         sync(self, evaluation)
-        sent.append(all(bool(p.isfinite().all()) for p in self.rollouts.policy.network.module.parameters()))
+        sent.append(all(bool(p.isfinite().all()) for p in self.rolling.policy.network.module.parameters()))
 
     monkeypatch.setattr(LocalBackend, "sync", syncs)
     with monkeypatch.context() as patched:
@@ -144,7 +144,7 @@ def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
         }
     )
     with pytest.raises(DestroyedState, match=r"^step 3: an update at learning rate 1e\+30 has destroyed the weights"):
-        run_pretrain(config, tmp_path, Console(quiet=True), command=command)
+        drive(config, tmp_path, Console(quiet=True))
     root = tmp_path / "t" / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002"]
     assert all(value.isfinite().all() for value in checkpoint.load(root / "step_000002").model.values())
@@ -178,8 +178,9 @@ def test_what_a_network_can_hold_is_not_taken_for_destroyed():
 
 def test_weights_that_an_update_makes_vanish_are_destroyed_and_so_is_their_average():
     network = Network()
-    engine = build_engine(network, settings(type="torch", weight_decay=1e4))
-    engine.set_learning_rate(1e-4 * (1 - 1e-3))  # a thousandth of every weight is left
+    engine = build_engine(
+        network, settings(type="torch", weight_decay=1e4, learning_rate=1e-4 * (1 - 1e-3), warmup_steps=0)
+    )
     average = Average(engine, 0.0)
     fallen = r"the weights: their norm has fallen from \S+ at the beginning to \S+, so they are all but 0"
     with pytest.raises(DestroyedState, match=f"an update at learning rate 9.99e-05 has destroyed {fallen}"):

@@ -21,10 +21,11 @@ from flowalign.record import checkpoint
 from flowalign.record.lock import RunLock
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.record.stop import StopRequest
-from flowalign.run.align import build_run, run_align
+from flowalign.run.drive import drive
+from flowalign.run.fixed import build_run
 from flowalign.run.journal import RunJournal
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import align
+from flowalign.run.loop import work
 from flowalign.run.made import MadeOf
 from flowalign.samples.scoring import ScorerHangs, TooManyInvalid
 from rewards.http.transport import DeadlineExceeded
@@ -112,7 +113,7 @@ def train(backend: LocalBackend, folder: Path, name: str) -> Path:
         journal = RunJournal(backend.config, run_dir, Console(quiet=True), **begun, lock=lock, stop=StopRequest())
         lock.begun = True
         try:
-            align(build_run(backend.config, folder), backend, journal)
+            work(build_run(backend.config, folder), backend, journal)
         finally:
             journal.close()
     return run_dir
@@ -144,7 +145,7 @@ def test_a_server_killed_over_a_batch_and_back_after_five_seconds_changes_no_bit
         if name == "broken":
             order(tmp_path, "die", after_calls=3)
         config = make_config(tiny_pipeline_dir, tmp_path, name, reward)
-        run_dir = run_align(AlignConfig.model_validate(config), tmp_path, console)
+        run_dir = drive(AlignConfig.model_validate(config), tmp_path, console)
         rows.append([without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")])
         retries = [row.get("reward/bright/retries", -1) for row in read_metrics(run_dir / "metrics.jsonl")]
         assert retries == [-1, -1] if name == "whole" else retries[0] == 0 and retries[1] >= 1

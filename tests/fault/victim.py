@@ -9,7 +9,7 @@ from rich.console import Console
 
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
-from flowalign.run.align import local_backend, run_align
+from flowalign.run.drive import drive, local_backend
 
 REWARD = "def reward(images, prompts, metadata):\n    return images.reshape(len(images), -1).mean(1) / 255.0\n"
 
@@ -38,4 +38,4 @@ def work(config: dict[str, Any]) -> Path:
     """Start or continue the run; returns its directory."""
     made, folder = AlignConfig.model_validate(config), Path(config["runs_dir"]).parent
     backend = RayBackend if made.cluster.backend == "ray" else local_backend
-    return run_align(made, folder, Console(quiet=True), backend=backend)
+    return drive(made, folder, Console(quiet=True), backend=backend)

@@ -13,7 +13,7 @@ from flowalign.models.families.sd3.loading import load_encoders
 from flowalign.models.inspect import SD35_MEDIUM
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from tests.tiny import write_pipeline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sd35"
@@ -73,7 +73,7 @@ def test_a_published_recipe_runs_on_a_small_model_of_its_architecture(sd35_dir, 
     overrides = [*SMALL, f"model.path={sd35_dir}", f"runs_dir={tmp_path}"]
     loaded = load_align(CONFIGS / f"{name}.yaml", overrides)
     assert loaded.config.algorithm["shift"] == 3.0
-    run_dir = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+    run_dir = drive(loaded.config, loaded.base_dir, Console(quiet=True))
     row = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert row["iteration"] == 1 and row["grad_norm"] > 0
     # bf16: the rollout's weights are bf16, the learner's adapter float32 under autocast. Close, and said so.

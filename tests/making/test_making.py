@@ -27,8 +27,7 @@ from flowalign.models.guided import guided
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import DiskError
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import run_align
-from flowalign.run.train import run_pretrain
+from flowalign.run.drive import drive
 from flowalign.samples.cache import cache_rule
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, caching_of, integrate
@@ -171,7 +170,7 @@ def test_pairs_straighten_a_model(tmp_path, tiny_pipeline_dir, loss):
         "cluster": {"threads": 1},
         "logging": {"every": 1},
     }
-    run_dir = run_pretrain(encoded_here(PretrainConfig.model_validate(content)), Path("."), Console(quiet=True))
+    run_dir = drive(encoded_here(PretrainConfig.model_validate(content)), Path("."), Console(quiet=True))
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
     assert ("loss/lpips" in rows[0]) == (loss == "lpips_huber")
@@ -220,7 +219,7 @@ def test_a_run_with_a_cache_replays_its_window_exactly(tmp_path, tiny_pipeline_d
     base["evaluation"] |= {"every": 0}
     base["checkpoint"] |= {"best_metric": "reward/total/mean", "keep_best": 0}
     base["learner"] |= {"engine": "torch", "micro_batch_size": 8}
-    run_dir = run_align(AlignConfig.model_validate(base), tmp_path, Console(quiet=True))
+    run_dir = drive(AlignConfig.model_validate(base), tmp_path, Console(quiet=True))
     row = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert row["replay/max_abs_dlogp"] == 0
 

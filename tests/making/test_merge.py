@@ -21,7 +21,7 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.record.outputs import DirectoryTaken
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
 
@@ -131,7 +131,7 @@ def test_an_alignment_starts_from_a_merge(world: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "student.yaml").write_text(text)
     loaded = load_align(tmp_path / "student.yaml", [f"runs_dir={tmp_path / 'runs'}"])
-    run_dir = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+    run_dir = drive(loaded.config, loaded.base_dir, Console(quiet=True))
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["loss/opd"] > 0
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from flowalign.samples.sampled import sampled_model
 from tests.cluster.runs import small_config
 
@@ -25,7 +25,7 @@ def test_a_run_and_a_later_evaluation_measure_them_beside_geneval(tiny_pipeline_
         evaluation={**EVALUATION, "gold": [{"spec": "own.py:bright"}]},
         logging={"wandb": "disabled"},
     )
-    run_dir = run_align(config, tmp_path, Console(quiet=True))
+    run_dir = drive(config, tmp_path, Console(quiet=True))
     evaluated = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/bright/overall" in row]
     assert [row["iteration"] for row in evaluated] == [0, 2]
     assert all("eval/geneval/overall" in row and "reward/bright/mean" not in row for row in evaluated)

@@ -29,7 +29,7 @@ from flowalign.making.merge import merge
 from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
-from flowalign.run.align import build_run, found
+from flowalign.run.fixed import build_run, found
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from tests.algorithms.every import plan_of

@@ -47,8 +47,7 @@ def test_a_learner_of_pairs_holds_no_encoder_and_draws_what_one_with_encoders_dr
     worker = LearnerWorker(config)
     try:
         assert modules_held() == before
-        assert worker.pairs is not None
-        made = worker.pairs.batch(1)
+        made = worker.source.batch(1)
     finally:
         worker.close()
     own = offline_config(tiny_pipeline_dir, Path(shutil.copy(pairs, tmp_path / "again.parquet")))

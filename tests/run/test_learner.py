@@ -9,10 +9,10 @@ from flowalign.algorithms.nft import NFT
 from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import EngineSettings, build_engine
 from flowalign.record.checkpoint import content_hash
-from flowalign.run.learner import Learner
 from flowalign.types import Credit, Max, Mean
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.learners import make_learner
 
 GRPO = {"type": "flow_grpo", "num_steps": 6, "noise_level": 0.6, "group_size": 4}
 FORWARD = {"num_steps": 6, "timesteps": 3, "group_size": 4}
@@ -28,7 +28,7 @@ ALGORITHMS = {
 def learner(model, *, seed=0, algorithm=GRPO, engine=None, **changes):
     algorithm = build_algorithm(algorithm) if isinstance(algorithm, dict) else algorithm
     engine = engine or build_engine(model, EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))
-    return Learner(algorithm, {"policy": model}, engine, **{"micro_batch_size": 8, "seed": seed, **changes})
+    return make_learner(algorithm, {"policy": model}, engine, **{"micro_batch_size": 8, "seed": seed, **changes})
 
 
 def batch(model, algorithm=GRPO):

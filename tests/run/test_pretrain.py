@@ -30,9 +30,10 @@ from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics
 from flowalign.record.stop import EndedEarly
+from flowalign.run.drive import drive
 from flowalign.run.made import Accepted, MadeOf
-from flowalign.run.pretrain import autocast, schedule_at, text_length
-from flowalign.run.train import run_pretrain
+from flowalign.run.roles import precise
+from flowalign.run.source import text_length
 from tests.tiny import encoded_here, merged
 
 
@@ -69,7 +70,7 @@ def config(runs: Path, model: Path, bank: Path, **changes) -> PretrainConfig:
 
 
 def run(*args, **kwargs) -> Path:
-    return run_pretrain(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
+    return drive(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
 
 
 def test_an_interrupted_pretraining_resumes_bit_for_bit(tmp_path, tiny_pipeline_dir, bank):
@@ -122,7 +123,7 @@ def test_a_pretraining_does_not_go_on_with_another_bank_teacher_or_part_of_its_m
         wanted = config(tmp_path, model, own, phases=phases, **kept)
         student = wanted.model.model_copy(update={"inputs": ["guidance"]})
         wanted = wanted.model_copy(update={"model": student})
-        run_dir = run_pretrain(encoded_here(wanted), Path("."), Console(quiet=True), accepted=taken)
+        run_dir = drive(encoded_here(wanted), Path("."), Console(quiet=True), accepted=taken)
         return checkpoint.load(run_dir / "checkpoints" / f"step_{steps:06d}")
 
     assert go_on(1).state["made_of"].keys() == {"model.path", "teacher.path", "latents"}
@@ -194,18 +195,20 @@ def test_the_loss_falls(tmp_path, tiny_pipeline_dir, bank):
 
 def test_the_schedule_warms_up_once_and_anneals_within_each_phase():
     own = config(Path("r"), Path("m"), Path("b"))
-    rates = [schedule_at(own, step)[1] for step in range(12)]
+    rates = [own.rate_at(step) for step in range(12)]
     assert rates[0] == pytest.approx(1e-3) and rates[6] == pytest.approx(1e-3)
     assert rates[1] > rates[2] > rates[5] > 1e-3 and rates[6] > rates[11] > 1e-4
-    with pytest.raises(ValueError, match="behind the last phase"):
-        schedule_at(own, 12)
+    assert [own.phase_at(step) for step in (5, 6)] == [(own.phases[0], 5), (own.phases[1], 0)]
+    assert own.rate_at(12) == 1e-4  # what a finished run tells
+    with pytest.raises(ValueError, match="the last phase ends 1 steps before"):
+        own.phase_at(12)
 
 
 def test_without_phases_the_rate_is_the_optimizers_own_and_the_run_as_long_as_its_iterations():
     falls = {"learning_rate": 1e-2, "decay": "cosine", "decay_steps": 4, "final_learning_rate": 1e-3, "warmup_steps": 2}
     changes = {"phases": [], "iterations": 6, "learner": {"optimizer": falls}}
     own = config(Path("r"), Path("m"), Path("b"), **changes)
-    rates = [schedule_at(own, step)[1] for step in range(own.steps)]
+    rates = [own.rate_at(step) for step in range(own.total)]
     full = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * min(1, step / 4))) for step in range(6)]
     assert rates == pytest.approx([full[0] / 2, *full[1:]])
     assert own.model_as_trained.max_sequence_length == 16
@@ -243,7 +246,7 @@ def test_captions_that_are_cut_or_hold_what_nobody_sees_are_counted_and_no_shift
     asked = encoded_here(
         config(tmp_path / "runs", tiny_pipeline_dir, tmp_path / "bank", learner={"batch_size": 4}, **own)
     )
-    run_pretrain(asked, Path("."), said)
+    drive(asked, Path("."), said)
     expected = (
         f"captions: {len(prompts)}; 1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off; "
         "1 holds invisible characters (no-break space), which an encoder reads"
@@ -266,7 +269,8 @@ def test_the_configured_precision_reaches_the_layers(tmp_path, tiny_pipeline_dir
     policy.network.module.get_submodule("proj_out").register_forward_hook(
         lambda module, args, out: seen.append(out.dtype)
     )
-    velocity = autocast(guided(policy.network), config(tmp_path, tiny_pipeline_dir, bank, learner={"dtype": precision}))
+    own = config(tmp_path, tiny_pipeline_dir, bank, learner={"dtype": precision})
+    velocity = precise(guided(policy.network), own.network_dtype, own.device)
     out = velocity(torch.zeros(1, 16, 8, 8), torch.ones(1), policy.encoders.encode_prompts(["a photo of a star"], 16))
     assert seen == [expected] and out.dtype == torch.float32
 
@@ -275,15 +279,17 @@ def test_a_finished_training_says_so_before_anything_is_loaded(tmp_path, tiny_pi
     phases = [{"iterations": 1, "learning_rate": 1e-3, "max_sequence_lengths": {16: 1.0}}]
     said = Console(file=(printed := StringIO()), width=400)
     own = config(tmp_path, tiny_pipeline_dir, bank, phases=phases)
-    run_dir = run_pretrain(own, Path("."), said)
+    run_dir = drive(own, Path("."), said)
     assert f"run directory: {run_dir}, begun anew\n" in printed.getvalue()
     nowhere = own.model_copy(update={"model": own.model.model_copy(update={"path": str(tmp_path / "none")})})
-    assert run_pretrain(nowhere, Path("."), said) == run_dir
-    assert printed.getvalue().endswith(f"{run_dir} has done all 1 steps already; add a phase to `phases` to continue\n")
+    assert drive(nowhere, Path("."), said) == run_dir
+    assert printed.getvalue().endswith(
+        f"{run_dir} has done all 1 iterations already; add a phase to `phases` to continue\n"
+    )
     more = own.model_copy(update={"phases": own.phases * 2})
     assert resume_differences(own, more) == [] and resume_differences(more, own)
-    run_pretrain(more, Path("."), said)
-    assert f"resuming {run_dir} after step 1\n" in printed.getvalue()
+    drive(more, Path("."), said)
+    assert f"resuming {run_dir} after iteration 1\n" in printed.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from flowalign.models.encoders import Encoders, TextPart
 from flowalign.models.guided import guided
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
+from flowalign.run.drive import drive
 from flowalign.run.made.ingredients import parts_of
-from flowalign.run.train import run_pretrain
 from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch
@@ -77,7 +77,7 @@ def config(runs: Path, pipeline: Path, bank: Path, /, **changes) -> PretrainConf
 
 
 def run(*args, **kwargs) -> Path:
-    return run_pretrain(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
+    return drive(encoded_here(config(*args, **kwargs)), Path("."), Console(quiet=True))
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -133,7 +133,7 @@ def test_a_run_of_another_family_is_trained_resumed_and_sampled(tmp_path, tiny_p
     changes = {
         "model": {"family": family},
         "algorithm": {"type": "rectified_flow", "family": family, "density": "uniform"},
-        "sampling": {"num_steps": 3},
+        "evaluation": {"num_steps": 3},
     }
     run_dir = run(tmp_path, tiny_pipeline_dir, bank, **changes)
     own = config_of_run(run_dir, config(tmp_path, tiny_pipeline_dir, bank, **changes))

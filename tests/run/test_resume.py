@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from flowalign.config.alignment import CheckpointConfig, SafetyConfig
+from flowalign.config.run import CheckpointConfig, SafetyConfig
 from flowalign.record.checkpoint import LOG, Checkpoint, CheckpointError, Say, find, latest, newest, read, steps
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics

@@ -14,7 +14,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.measure.evaluate import best_metric, evaluate_checkpoint
 from flowalign.record.checkpoint import load
 from flowalign.record.metrics import read_metrics
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from flowalign.run.sync import SyncError, SyncGuard
 from flowalign.run.workers import BindReceipt
 from flowalign.samples.sampled import sampled_model
@@ -45,7 +45,7 @@ def config(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def said(config: AlignConfig) -> str:
     console = Console(file=io.StringIO(), width=400)
-    run_align(config, Path(config.runs_dir).parent, console)
+    drive(config, Path(config.runs_dir).parent, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -114,5 +114,5 @@ def test_a_run_on_ray_that_is_not_handed_its_backend_is_refused_and_starts_none(
 ) -> None:
     config = small_config(tiny_pipeline_dir, tmp_path, cluster={"backend": "ray"}, runs_dir=str(tmp_path / "runs"))
     with pytest.raises(ValueError, match=r"cluster\.backend: ray needs flowalign\.cluster\.ray_backend\.RayBackend"):
-        run_align(config, tmp_path, Console(file=io.StringIO()))
+        drive(config, tmp_path, Console(file=io.StringIO()))
     assert not (tmp_path / "runs" / config.name / "config.yaml").exists()

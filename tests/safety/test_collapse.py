@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.config.alignment import SafetyConfig
+from flowalign.config.run import SafetyConfig
 from flowalign.config.sections import SHIPPED
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter

@@ -22,7 +22,7 @@ from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.report import write_report
-from flowalign.run.align import run_align
+from flowalign.run.drive import drive
 from tests.tiny import write_config
 
 REWARD = """
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline_dir: Path) -> 
     """A collapsing run that nothing stops."""
     folder = tmp_path_factory.mktemp("whole")
     loaded = load_align(write_run(folder, tiny_pipeline_dir, "collapsing", safety={"window": 3}))
-    return run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+    return drive(loaded.config, loaded.base_dir, Console(quiet=True))
 
 
 def test_a_collapsing_run_warns_stops_and_leaves_commands_that_work(
@@ -121,7 +121,7 @@ def test_an_interrupted_run_has_the_alarms_of_the_uninterrupted_one(
         loaded = load_align(
             write_run(tmp_path, tiny_pipeline_dir, "collapsing", safety={"window": 3}, iterations=iterations)
         )
-        run = run_align(loaded.config, loaded.base_dir, Console(quiet=True))
+        run = drive(loaded.config, loaded.base_dir, Console(quiet=True))
     assert figures(run) == figures(whole) and figures(run)[-1]["alarm/diversity"] == 1
     assert checkpoints(run) == checkpoints(whole) == ["last_good", "latest", "step_000003", "step_000012"]
 

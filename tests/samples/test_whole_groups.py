@@ -16,7 +16,7 @@ import torch
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_encoders
-from flowalign.run.align import build_run
+from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Collected
 from flowalign.samples.joined import scored_together

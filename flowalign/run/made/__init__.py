@@ -14,10 +14,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import MayBeAccepted, marked
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.checkpoint import Checkpoint, Say
 from flowalign.record.contents import ACCEPT
@@ -50,7 +49,7 @@ class MadeOf:
     Files are hashed in the background; whoever asks for a hash waits for it.
     """
 
-    def __init__(self, config: AlignConfig | PretrainConfig, base_dir: Path, accepted: Accepted | None = None) -> None:
+    def __init__(self, config: RunConfig, base_dir: Path, accepted: Accepted | None = None) -> None:
         self._config, self._base_dir = config, base_dir
         self._accepted = accepted or Accepted()
         self._earlier: list[dict[str, Any]] = []

@@ -21,9 +21,9 @@ from flowalign.algorithm import Needs
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import Held, paths_in
+from flowalign.config.run import RunConfig
 from flowalign.config.sections import PATH_OPTIONS, ModelConfig, RewardConfig
 from flowalign.config.teachers import TeacherConfig
-from flowalign.config.training import PretrainConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.contents import leaves
@@ -52,7 +52,7 @@ Wanted = Callable[[str], bool]
 _Source = tuple[str, Callable[[], Iterator[Part]]]
 
 
-def parts_of(config: AlignConfig | PretrainConfig, base_dir: Path, wanted: Wanted = lambda key: True) -> Iterator[Part]:
+def parts_of(config: RunConfig, base_dir: Path, wanted: Wanted = lambda key: True) -> Iterator[Part]:
     """Yield all parts whose key is ``wanted``; what is not there is left out, as loading it says more of that."""
     for key, parts in _sources(config, base_dir):
         if wanted(key):
@@ -66,7 +66,7 @@ def is_manifest(part: Part) -> bool:
     return part.key.endswith("latents") and part.name == MANIFEST
 
 
-def _sources(config: AlignConfig | PretrainConfig, base_dir: Path) -> Iterator[_Source]:
+def _sources(config: RunConfig, base_dir: Path) -> Iterator[_Source]:
     """Yield what finds the parts of each path that is read, by its key."""
     algorithm = build_algorithm(config.algorithm)
     unread = _unread(config, algorithm.needs)
@@ -92,12 +92,12 @@ def _sources(config: AlignConfig | PretrainConfig, base_dir: Path) -> Iterator[_
             yield _source(key, _path, value, written)
 
 
-def _unread(config: AlignConfig | PretrainConfig, needs: Needs) -> tuple[str, ...]:
+def _unread(config: RunConfig, needs: Needs) -> tuple[str, ...]:
     """Return the keys of paths that this run does not read, or the beginnings of such."""
-    if isinstance(config, PretrainConfig):
-        return ("sampling.",) if needs.features else ("sampling.", "features")
-    pairs = ("data.prompts",) if config.data.preferences is not None else ()
-    return pairs if config.evaluation.every else (*pairs, "evaluation.")
+    unread = () if config.evaluation.every else ("evaluation.",)
+    if not isinstance(config, AlignConfig):
+        return unread if needs.features else (*unread, "features")
+    return unread if config.data.preferences is None else (*unread, "data.prompts")
 
 
 def _source(key: str, find: Callable[..., Iterator[Part]], *args: Any) -> _Source:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.run.made.hashing import Stamp, Unsteady, hash_file, holds
 from flowalign.run.made.ingredients import Part, parts_of
@@ -26,7 +26,7 @@ class Expected:
     states: Mapping[Path, tuple[Stamp, str]]
 
     @contextmanager
-    def held(self, config: AlignConfig) -> Iterator[None]:
+    def held(self, config: RunConfig) -> Iterator[None]:
         """Compare the files before and after they are loaded inside.
 
         Raises:
@@ -60,7 +60,7 @@ _PUT_BACK = "put back what was there, and the same command goes on"
 
 
 @contextmanager
-def held(expected: Expected | None, config: AlignConfig) -> Iterator[None]:
+def held(expected: Expected | None, config: RunConfig) -> Iterator[None]:
     """Call ``expected.held``; do nothing for a worker that starts with the run."""
     if expected is None:
         yield

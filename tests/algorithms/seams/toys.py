@@ -15,6 +15,7 @@ from tests.algorithms.every import plan_of
 from tests.algorithms.seams.second_network import DistributionMatching
 from tests.algorithms.seams.whole_groups import Listwise
 from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.learners import make_learner
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
 
@@ -37,7 +38,7 @@ def matching(**changes: Any) -> DistributionMatching:
 def learned(policy_rate: float = 1e-2, updates: int = 3, **place: Any) -> Learner:
     """The learner after two iterations of two updates each; ``place``: which rank of how many, as `build_engine`."""
     policy, second, start = LinearVelocity(0), LinearVelocity(1), LinearVelocity(2)
-    own = Learner(
+    own = make_learner(
         matching(second_updates=updates),
         {"policy": policy, "second": second, "reference": start},
         engine(policy, policy_rate, **place),
@@ -54,7 +55,7 @@ def listwise(micro_batch_size: int, **place: Any) -> tuple[Learner, Update]:
     """A learner of six whole groups after one update of them."""
     policy = LinearVelocity()
     algorithm = Listwise(Listwise.Config.model_validate({"group_size": 4, "num_steps": 3}))
-    own = Learner(algorithm, {"policy": policy}, engine(policy, **place), micro_batch_size=micro_batch_size)
+    own = make_learner(algorithm, {"policy": policy}, engine(policy, **place), micro_batch_size=micro_batch_size)
     rollout = make_rollout(LinearVelocity(), plan_of(algorithm), groups=6)
     return own, own.update(rollout, make_scores(REWARDS.repeat(3)), 0)
 

@@ -1,0 +1,123 @@
+"""The fixed parts of a run, and what is said of them before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flowalign.algorithms import build_algorithm
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
+from flowalign.config.sections import SHIPPED
+from flowalign.config.training import PretrainConfig
+from flowalign.data.banks.latents import load_bank
+from flowalign.data.preferences import left_out
+from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
+from flowalign.models.inspect import own_schedule
+from flowalign.models.textlength import prompt_note
+from flowalign.record.progress import duration
+from flowalign.run.loop import Run, Sampler
+from flowalign.samples.opened import sampling_plan
+from flowalign.types import PromptBatch, SamplingPlan
+
+
+class _NoPrompts:
+    """The sampler of a run that rolls nothing out."""
+
+    def batch(self, iteration: int) -> PromptBatch:
+        raise ValueError(f"iteration {iteration}: this run learns from what lies on disk, and has no prompts")
+
+
+def build_run(config: RunConfig, base_dir: Path) -> Run:
+    """Return the fixed parts of a run: algorithm, prompts, evaluation."""
+    algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
+    sampler: Sampler
+    sampler, least = _NoPrompts(), 0.0
+    if isinstance(config, AlignConfig):
+        least = config.min_valid_fraction
+        sampler = GroupSampler(
+            load_prompts(config.data.prompts, base_dir),
+            groups=config.data.groups_per_iteration,
+            group_size=algorithm.needs.group_size,
+            seed=config.seed,
+            task_weights=config.data.task_weights,
+        )
+    return Run(
+        algorithm=algorithm,
+        sampler=sampler,
+        evaluation=_evaluation(config, base_dir) if config.evaluation.every else None,
+        iterations=config.total,
+        seed=config.seed,
+        min_valid_fraction=least,
+        evaluates_ema=config.evaluation.weights == "ema",
+    )
+
+
+def _evaluation(config: RunConfig, base_dir: Path) -> tuple[PromptBatch, SamplingPlan, int]:
+    """Return the evaluation.
+
+    It takes the model's own walk, whatever the algorithm rolls out with, as `flowalign evaluate` and an export do.
+    """
+    e, own = config.evaluation, own_schedule(config.model)
+    plan = sampling_plan(e, schedule=own, path_family=config.model.family, inputs=config.model.inputs)
+    if e.prompts is None and isinstance(config, PretrainConfig):
+        captions = list(dict.fromkeys(load_bank(Path(config.latents), verify=False).prompts))
+        return _of_captions(captions, e.num_samples), plan, e.seed
+    return evaluation_batch(e.prompts, e.num_samples, base_dir), plan, e.seed
+
+
+def _of_captions(captions: list[str], count: int) -> PromptBatch:
+    """Return ``count`` samples of captions that lie evenly apart in their list."""
+    rows = [{"prompt": captions[i * len(captions) // count % len(captions)]} for i in range(count)]
+    ids = tuple(range(count))
+    return PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
+
+
+def found(config: RunConfig, run: Run) -> Iterator[str]:
+    """Yield sentences on what there is to learn from and to evaluate with.
+
+    They say how many of the prompts the text encoders cut, and whose shift the configuration's replaces.
+    """
+    model = Path(config.model.path)
+    if isinstance(config, AlignConfig):
+        data = config.data
+        batch = f"{data.groups_per_iteration} groups of {run.algorithm.needs.group_size} images an iteration"
+        if data.preferences is not None:
+            yield f"preference pairs: {data.preferences}, {data.groups_per_iteration} an iteration"
+        elif isinstance(run.sampler, GroupSampler):
+            note = prompt_note(model, run.sampler.prompts)
+            yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
+        walks = data.preferences is None
+    else:
+        assert isinstance(config, PretrainConfig)
+        captions = load_bank(Path(config.latents), verify=False).prompts
+        note = prompt_note(model, captions)
+        yield f"latents: {config.latents}, {config.total} iterations of {config.batch_size} samples"
+        if note:
+            yield f"captions: {len(captions)}; {note}"
+        walks = True
+    replaced = run.algorithm.replaced_levels()
+    if replaced is not None and walks:
+        yield f"levels: {replaced}"
+    if run.evaluation is not None:
+        prompts, e = run.evaluation[0].prompts, config.evaluation
+        note = prompt_note(model, prompts)
+        yield (
+            f"evaluation: {len(prompts)} samples of {len(set(prompts))} prompts of {e.prompts or 'the bank'}, "
+            f"every {e.every} iterations" + (note and f"; {note}")
+        )
+
+
+def loaded(config: RunConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
+    """Yield lines on what the backend has loaded: the model, and preference pairs that it leaves out."""
+    adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
+    yield (
+        f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
+        f"loaded in {duration(seconds)}"
+    )
+    if isinstance(config, AlignConfig) and (line := left_out(config)) is not None:
+        yield line
+
+
+def _named(path: str) -> str:
+    return "shapes" if Path(path) == SHIPPED / "pipeline" else path

@@ -1,0 +1,158 @@
+"""The networks that an algorithm calls, by their roles: the policy, and all that it declares beside it.
+
+Some of them follow the learner's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowalign.algorithm import Needs, VelocityModel
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import Precision, RunConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
+from flowalign.config.training import PretrainConfig
+from flowalign.models.build import bind_weights, frozen_copy, load_encoders, load_network, reference_velocity
+from flowalign.models.fingerprint import encoders_of, same_encoders
+from flowalign.models.guided import frozen, guided
+from flowalign.models.network import Network
+from flowalign.models.perceptual import ImageFeatures
+from flowalign.run.learner import Learner
+from flowalign.run.second import second_network
+from flowalign.run.teachers import Teacher, load_teachers
+
+
+class Follower(Protocol):
+    """A network that takes the learner's weights over, from time to time."""
+
+    def follow(self, learner: Learner, iteration: int) -> None:
+        """Take over what the learner holds after ``iteration``, counted from 0, where it is time; a collective call."""
+        ...
+
+
+@dataclass
+class Roles:
+    """The networks of a learner's rank as functions, by role, and those of them that have more to them.
+
+    ``second`` is trained beside the policy, ``reference`` is one that is refreshed.
+    """
+
+    models: dict[str, VelocityModel]
+    second: Network | None = None
+    reference: RefreshedReference | None = None
+    followers: list[Follower] = field(default_factory=list)
+
+
+def roles_of(
+    config: RunConfig,
+    network: Network,
+    needs: Needs,
+    teachers: Mapping[str, Teacher] | None = None,
+    *,
+    compares: bool = True,
+) -> Roles:
+    """Load, copy or take apart all that ``needs`` asks for beside the policy ``network``; ``teachers`` live elsewhere.
+
+    ``compares`` reads the files of the teachers' encoders, which one rank does for all.
+
+    Raises:
+        ConfigError, ModelError: a teacher is missing, or does not share the model's latents or encoders.
+    """
+    device = config.device
+    roles = Roles({"policy": guided(network)})
+    if isinstance(config, AlignConfig):
+        roles.models |= load_teachers(config, needs.teachers, network, teachers, compares=compares)
+    if needs.reference is not None and needs.reference.refresh is not None:
+        roles.reference = RefreshedReference(network, needs.reference.refresh, device)
+        roles.models["reference"] = roles.reference.velocity
+        roles.followers.append(roles.reference)
+    elif needs.reference is not None:
+        roles.models["reference"] = reference_velocity(network, device)
+    if needs.second is not None:
+        roles.second = second_network(network)
+        roles.models["second"] = guided(roles.second)
+    if needs.teacher:
+        roles.models["teacher"] = frozen(_teacher(config, network))
+    if needs.average:
+        average = FollowingAverage(network, device)
+        roles.models["ema"] = average.velocity
+        roles.followers.append(average)
+    roles.models = {role: precise(model, config.network_dtype, device) for role, model in roles.models.items()}
+    if needs.features:
+        assert isinstance(config, PretrainConfig)
+        decoder = load_encoders(config.model, text=False).to(device)
+        roles.models["features"] = ImageFeatures(decoder, Path(config.features))  # type: ignore[assignment]
+    return roles
+
+
+def _teacher(config: RunConfig, network: Network) -> Network:
+    """Load the one frozen teacher of a training on latents."""
+    wanted: ModelConfig | None = getattr(config, "teacher", None)
+    if wanted is None:
+        raise ConfigError("teacher", f"{config.algorithm['type']} needs one; give teacher.path")
+    teacher = load_network(wanted)
+    mine, theirs = network.latent_shape(), teacher.latent_shape()
+    if mine != theirs or not same_encoders(encoders_of(config.model), encoders_of(wanted)):
+        raise ConfigError(
+            "teacher.path",
+            f"{wanted.path} has latents {theirs} or encoders other than the student's {mine}; a teacher must "
+            "share the student's autoencoder and text encoders",
+        )
+    teacher.module.requires_grad_(False).eval().to(config.device)
+    return teacher
+
+
+def precise(velocity: VelocityModel, dtype: Precision, device: str) -> VelocityModel:
+    """Return ``velocity`` in a precision of its own; its result is float32."""
+    if dtype == "float32":
+        return velocity
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
+            return velocity(*args, **kwargs).float()
+
+    return call
+
+
+class RefreshedReference:
+    """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
+
+    def __init__(self, network: Network, every: int, device: str | torch.device | None = None) -> None:
+        self.every = every
+        self._trained = [name for name, p in network.module.named_parameters() if p.requires_grad]
+        own = frozen_copy(network, device)
+        self._module, self.velocity = own.module, frozen(own)
+
+    def due(self, iteration: int) -> bool:
+        """Tell whether iteration ``iteration``, counted from 0, ends with a refresh."""
+        return (iteration + 1) % self.every == 0
+
+    def follow(self, learner: Learner, iteration: int) -> None:
+        if self.due(iteration):
+            self.take(learner.engine.weights())
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        bind_weights(self._module, dict(weights))
+
+    def weights(self) -> dict[str, Tensor]:
+        held = dict(self._module.named_parameters())
+        return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
+
+
+class FollowingAverage:
+    """A frozen copy of the network that holds the learner's average."""
+
+    def __init__(self, network: Network, device: str | torch.device | None = None) -> None:
+        own = frozen_copy(network, device)
+        self._module, self.velocity = own.module, frozen(own)
+
+    def follow(self, learner: Learner, iteration: int) -> None:
+        if learner.ema is not None and learner.ema.due:
+            bind_weights(self._module, learner.ema.weights())

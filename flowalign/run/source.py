@@ -1,0 +1,114 @@
+"""The sources of what a learner's rank learns from: rollouts, preference pairs, latents on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from flowalign.algorithm import Needs, Source
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
+from flowalign.config.training import PhaseConfig, PretrainConfig
+from flowalign.data.feed import Feed
+from flowalign.data.preferences import check_shared
+from flowalign.engine import process_group
+from flowalign.flow.randomness import Stream, seeded
+from flowalign.models.encoders import Encoders
+from flowalign.run.encoded import encode_captions, pairs_of
+from flowalign.samples.joined import join_trajectories
+from flowalign.types import LatentBatch, PreferencePairs, Trajectories
+
+
+class Rollouts:
+    """What the rollout workers have made; the backend hands it over before each iteration."""
+
+    metrics: Mapping[str, float] = {}
+
+    def __init__(self) -> None:
+        self._chunks: Sequence[Trajectories] = ()
+
+    def meet(self) -> None:
+        """Do nothing: there is nothing to read."""
+
+    def take(self, chunks: Sequence[Trajectories]) -> None:
+        """Hold the chunks of the next iteration, where they lie."""
+        self._chunks = chunks
+
+    def batch(self, iteration: int) -> Trajectories:
+        """Return them joined, and let them go."""
+        chunks, self._chunks = self._chunks, ()
+        return join_trajectories(chunks)
+
+
+class Pairs:
+    """Preference pairs on disk, which every rank draws alike; see `pairs_of`."""
+
+    def __init__(self, config: AlignConfig, encoders: Encoders | None, rank: int, world_size: int) -> None:
+        self._pairs = pairs_of(config, encoders, rank=rank, world_size=world_size)
+        self.metrics = self._pairs.metrics
+
+    def meet(self) -> None:
+        """Raise PreferencesError unless all ranks hold the same pairs; a collective call."""
+        check_shared(self._pairs)
+
+    def batch(self, iteration: int) -> PreferencePairs:
+        return self._pairs.batch(iteration)
+
+
+class Latents:
+    """Latents of a bank, drawn by (seed, iteration), with texts of a length that the phase draws."""
+
+    metrics: Mapping[str, float] = {}
+
+    def __init__(self, config: PretrainConfig, first_here: bool) -> None:
+        self._config, self._first_here = config, first_here
+
+    def meet(self) -> None:
+        """Encode the captions that are not on disk yet, once on each machine, and open the banks; a collective call.
+
+        Raises:
+            LatentsError, NotEncoded, ConfigError: see `Feed`. EncodingFailed: the process that encodes has died.
+            OtherRankFailed: another rank could not do it.
+        """
+        with process_group.failing_together():
+            if self._first_here:
+                encode_captions(self._config)
+        with process_group.failing_together():
+            self._feed = Feed(self._config)
+
+    def batch(self, iteration: int) -> LatentBatch:
+        phase, _ = self._config.phase_at(iteration)
+        return self._feed.batch(iteration, text_length(phase, self._config.seed, iteration))
+
+
+def text_length(phase: PhaseConfig, seed: int, step: int) -> int:
+    """Return the T5-part length of a step, drawn by the phase's weights."""
+    lengths = sorted(phase.max_sequence_lengths)
+    weights = torch.tensor([phase.max_sequence_lengths[length] for length in lengths])
+    return lengths[int(torch.multinomial(weights, 1, generator=seeded(seed, Stream.TEXT_LENGTH, step)))]
+
+
+def source_of(
+    config: RunConfig,
+    needs: Needs,
+    encoders: Encoders | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    first_here: bool | None = None,
+) -> Source:
+    """Return the source of the batches that an algorithm ``needs``; its `meet` comes before its first batch.
+
+    ``first_here`` says whether this rank is the first of its machine.
+
+    Raises:
+        PreferencesError, DiskError, ModelError, EncodingFailed: see `pairs_of`.
+    """
+    if needs.batch is PreferencePairs:
+        assert isinstance(config, AlignConfig)
+        return Pairs(config, encoders, rank, world_size)
+    if needs.batch is LatentBatch:
+        assert isinstance(config, PretrainConfig)
+        return Latents(config, rank == 0 if first_here is None else first_here)
+    return Rollouts()
