@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- keys of package.module.Class -->`` and ``<!-- end of keys -->``. What a row says is the
 docstring under the field; what a key takes is its type and its limits, its default the field's own. A section with a
-table of its own is a link to it; the keys of any other follow its row.
+table of its own is a link to it, and so is one that inherits it, whose own keys follow; all keys of any other follow.
 """
 
 from __future__ import annotations
@@ -44,17 +44,27 @@ class Row:
 
 def rows(section: type[BaseModel], tables: Tables, prefix: str = "") -> Iterator[Row]:
     """Yield a row for each key of a section, and for the keys of the sections in it that have no table of their own."""
+    own = set(section.model_fields) if prefix == "" else {*own_keys(section, tables)}
     for name, field in section.model_fields.items():
-        if name == "type" and "algorithms" in section.__module__:
+        if name not in own or (name == "type" and "algorithms" in section.__module__):
             continue
         inner, between = section_in(field.annotation)
-        linked = inner in tables if inner is not None else False
+        linked = None if inner is None else next((base for base in inner.__mro__ if base in tables), None)
         what = takes(field.annotation, field.metadata)
-        if inner is not None and linked:
-            what = what.replace("section", f"[section]({tables[inner]})", 1)
+        if linked is not None:
+            what = what.replace("section", f"[section]({tables[linked]})", 1)
         yield Row(prefix + name, what, default_of(field), field.description or "")
-        if inner is not None and not linked:
+        if inner is not None and linked is not inner:
             yield from rows(inner, tables, f"{prefix}{name}.{between}")
+
+
+def own_keys(section: type[BaseModel], tables: Tables) -> Iterator[str]:
+    """Yield the keys that a section has otherwise than the one with a table that it inherits; all where there is none.
+    """
+    for cls in section.__mro__:
+        if cls in tables or cls is BaseModel:
+            return
+        yield from (name for name in vars(cls).get("__annotations__", {}) if name in section.model_fields)
 
 
 def section_in(annotation: Any, between: str = "") -> tuple[type[BaseModel] | None, str]:
