@@ -59,8 +59,7 @@ def rows(section: type[BaseModel], tables: Tables, prefix: str = "") -> Iterator
 
 
 def own_keys(section: type[BaseModel], tables: Tables) -> Iterator[str]:
-    """Yield the keys that a section has otherwise than the one with a table that it inherits; all where there is none.
-    """
+    """Yield the keys that a section has otherwise than the one it inherits that has a table; all where none has."""
     for cls in section.__mro__:
         if cls in tables or cls is BaseModel:
             return

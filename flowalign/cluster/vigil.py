@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 from flowalign.run.patience import AwakeClock, Patience, Wait
 
 STEP_S = 1.0

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
+from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayChange, Resolved
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
     CheckpointsConfig,
-    ClusterConfig,
     LoggingConfig,
     ModelConfig,
     Positive,

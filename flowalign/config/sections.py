@@ -6,7 +6,6 @@ No torch and no YAML here: a wrong configuration is refused in milliseconds.
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
 from flowalign.config.pathfamilies import PathFamilyName
-from flowalign.config.section import ConfigError, Section
+from flowalign.config.section import Section
 from flowalign.config.solvers import spelled
 from flowalign.config.walk import Grid
 
@@ -29,7 +28,6 @@ NotNegative = Annotated[int, Field(ge=0)]
 Resume = Annotated[
     str, BeforeValidator(lambda value: _resume(value)), Takes("`auto`, `never`, or a checkpoint such as `step_000020`")
 ]
-CORES_PROMISED = 2
 SHIPPED = Path(__file__).parent.parent / "shapes" / "assets"
 
 
@@ -259,98 +257,6 @@ class LearnerConfig(UpdatesConfig):
     """Optimizer steps of one pass over an iteration's items."""
     epochs: Positive = 1
     """Passes over an iteration's items."""
-
-
-class PatienceConfig(Section):
-    """The seconds that an actor may be silent over a chunk, a score, an update or a sync before it counts as frozen."""
-
-    first_s: Annotated[float, Field(gt=0)] = 3600
-    """Seconds to load, and for what was not done before in this run."""
-    least_s: Annotated[float, Field(gt=0)] = 120
-    """Least seconds for everything else."""
-    factor: Annotated[float, Field(ge=1)] = 10
-    """Multiple of the longest so far, for everything else."""
-
-
-class PlaceConfig(Section):
-    """The place where a process computes."""
-
-    threads: Positive = 2
-    """Torch threads. On a CPU they decide both speed and bits."""
-    device: str = "cpu"
-    """``cpu``, ``cuda`` or ``cuda:N``."""
-
-
-class ClusterConfig(PlaceConfig):
-    """The place where a run runs."""
-
-    backend: Literal["ray", "local"] = "ray"
-    """``ray``, or ``local``: one process without Ray."""
-    address: Annotated[str | None, MayChange()] = None
-    """A running cluster, ``auto`` or ``host:port``; null: a Ray of the run's own, on this machine."""
-    rollout_workers: Annotated[Positive, MayChange()] = 1
-    """Rollout actors."""
-    reward_workers: Annotated[Positive, MayChange()] = 1
-    """Reward actors."""
-    rollout_cpus: Annotated[float, Field(ge=0), MayChange()] = 1
-    """CPUs of a rollout actor."""
-    rollout_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
-    """GPUs of a rollout actor."""
-    reward_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
-    """CPUs of a reward actor."""
-    reward_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
-    """GPUs of a reward actor."""
-    learner_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
-    """CPUs of a learner rank."""
-    learner_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
-    """GPUs of a learner rank."""
-    teachers: Annotated[Literal["actor", "learner"], MayChange()] = "actor"
-    """``actor``: each teacher once, in an actor that all learner ranks ask. ``learner``: all of them in every rank, as
-    always with ``backend: local``.
-    """
-    teacher_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
-    """CPUs of a teacher's actor."""
-    teacher_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
-    """GPUs of a teacher's actor."""
-    reward_threads: Positive = 1
-    """Torch threads of a reward actor."""
-    reward_deadline_s: Annotated[float, Field(gt=0)] = 600
-    """Seconds that the rewards of one chunk may take before the run ends."""
-    max_task_retries: Annotated[int, Field(ge=0), MayChange()] = 3
-    """Times that a chunk is made anew where its actor has died."""
-    max_restarts: Annotated[int, Field(ge=0), MayChange()] = 3
-    """Times in a row that the learner starts again from the last checkpoint where one of its ranks has died; ten
-    iterations beyond them begin a new row. 0 ends the run at the first death.
-    """
-    restart_wait_s: Annotated[float, Field(ge=0), MayChange()] = 2
-    """Seconds before the first start in a row; each further one waits twice as long, 300 s at most."""
-    patience: Annotated[PatienceConfig, MayChange()] = PatienceConfig()
-    """Patience with silent actors."""
-
-    @property
-    def has_teacher_actors(self) -> bool:
-        return self.backend == "ray" and self.teachers == "actor"
-
-    def check_cores(self, ranks: int, teachers: int) -> None:
-        """Raise ConfigError where the actors of a Ray of the run's own do not fit on this machine.
-
-        They take turns, so its cores may be promised twice.
-        """
-        if self.backend != "ray" or self.address is not None:
-            return
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        asked = {
-            "cluster.rollout_cpus": self.rollout_workers * self.rollout_cpus,
-            "cluster.reward_cpus": self.reward_workers * self.reward_cpus,
-            "cluster.learner_cpus": ranks * self.learner_cpus,
-            "cluster.teacher_cpus": teachers * self.teacher_cpus * self.has_teacher_actors,
-        }
-        if sum(asked.values()) > CORES_PROMISED * cores:
-            raise ConfigError(
-                max(asked, key=lambda name: asked[name]),
-                f"all actors together need {sum(asked.values()):g} CPUs, this machine has {cores} cores, "
-                f"and at most {CORES_PROMISED * cores} may be asked for; lower it or the number of actors",
-            )
 
 
 SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `heun`")]

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
 from flowalign.config.run import CheckpointConfig, EvaluationConfig, Passes, Precision, RunConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     Beta,
-    ClusterConfig,
     Decay,
     LoggingConfig,
     ModelConfig,

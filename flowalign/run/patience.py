@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 
 LONGEST_STEP_S = 5.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowalign.config.sections import ClusterConfig
+from flowalign.config.cluster import ClusterConfig
 
 GOOD = 10
 LONGEST_WAIT_S = 300.0

@@ -19,7 +19,7 @@ from flowalign.cluster.pipeline import Done, Pipeline
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 from flowalign.run.patience import Patience
 from tests.cluster.orders import Worker
 

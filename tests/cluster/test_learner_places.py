@@ -18,7 +18,7 @@ from flowalign.cluster.errors import ClusterError, LearnerLost
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 from tests.cluster.orders import Worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 from flowalign.record.death import Watch, is_stopped
 from flowalign.run.patience import LONGEST_STEP_S, AwakeClock, Patience, Wait
 

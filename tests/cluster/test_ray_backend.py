@@ -23,9 +23,10 @@ from rich.console import Console
 from flowalign.cluster.actors import HostedScorer
 from flowalign.cluster.errors import LearnerLost, PlacementError, WorkerImportError, WorkerLost
 from flowalign.cluster.ray_backend import RayBackend
+from flowalign.config.cluster import PatienceConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import PatienceConfig, RewardConfig
+from flowalign.config.sections import RewardConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.metrics import read_metrics, without_times

@@ -23,7 +23,7 @@ import sys, time
 import ray
 from flowalign.cluster.session import RaySession
 from flowalign.cluster.vigil import Vigil
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 from flowalign.record.stop import StopRequest
 
 class Sleeper:

@@ -27,7 +27,7 @@ import logging, os, sys, time
 import ray
 from flowalign.cluster.session import RaySession
 from flowalign.cluster.vigil import Vigil
-from flowalign.config.sections import PatienceConfig
+from flowalign.config.cluster import PatienceConfig
 
 class Sleeper:
     def pid(self):

@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_of_a_training_is_answered_with_a_command_that_trai
     assert f"step_000001, step_000002, as in `flowalign {command} " in named
     given = ends_with_2("export", str(run_dir / "checkpoints" / "step_000003"), "--to", str(tmp_path / "out"))
     assert re.findall("`.*`", named) == re.findall("`.*`", given)
-    assert f"resuming {run_dir} after step 2" in pasted(named)
+    assert f"resuming {run_dir} after iteration 2" in pasted(named)
     assert steps(run_dir / "checkpoints") == [1, 2, 3]
     for step in (1, 2, 3):
         cut(run_dir / "checkpoints" / f"step_{step:06d}")

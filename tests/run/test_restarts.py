@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowalign.cluster.errors import LearnerLost
-from flowalign.config.sections import ClusterConfig
+from flowalign.config.cluster import ClusterConfig
 from flowalign.run.restarts import LONGEST_WAIT_S, Restarts
 
 
