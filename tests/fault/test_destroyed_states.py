@@ -143,7 +143,8 @@ def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
             },
         }
     )
-    with pytest.raises(DestroyedState, match=r"^iteration 3: an update at learning rate 1e\+30 has destroyed the weights"):
+    destroyed = r"^iteration 3: an update at learning rate 1e\+30 has destroyed the weights"
+    with pytest.raises(DestroyedState, match=destroyed):
         drive(config, tmp_path, Console(quiet=True))
     root = tmp_path / "t" / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002"]
