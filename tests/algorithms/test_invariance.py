@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,8 @@ from torch import Tensor
 from tests.algorithms.cases import CASES
 from tests.algorithms.rank import ITERATIONS, NAMES, OPTIONS, asked
 from tests.algorithms.seams.toys import both, learned, listwise
+from tests.forkserver import ranks_of
 
-ROOT = Path(__file__).resolve().parents[2]
 Ended = tuple[dict[str, Tensor], list[dict[str, float]]]
 
 
@@ -55,27 +51,7 @@ def test_one_two_or_three_rollout_workers_give_the_same_bits(name: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes that shared every update over gloo left their weights and metrics."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.algorithms.rank", str(folder), str(rank), "2", port],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(output)
+    ranks_of("tests.algorithms.rank", folder, 2)
     return folder
 
 

@@ -58,6 +58,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=ENVIRONMENT).strip() == "[]"
 
 
+def assert_refused(code: int, out: str, err: str, said: str) -> None:
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert out.startswith("flowalign ") and out.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -69,14 +75,19 @@ def test_help_imports_nothing_heavy() -> None:
     ],
 )
 def test_a_wrong_configuration_ends_in_one_sentence_and_exit_code_2(
-    config_path: Path, tmp_path: Path, arguments: list[str], said: str
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
-    done = flowalign("align", str(config_path), *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout.startswith("flowalign ") and done.stdout.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["align", str(config_path), *arguments])
+    assert_refused(shown.exit_code, shown.stdout, shown.stderr, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_process_that_refuses_a_configuration_ends_so_and_no_library_says_anything(
+    config_path: Path, tmp_path: Path
+) -> None:
+    done = flowalign("align", str(config_path), "algorithm.window.size=12", cwd=tmp_path)
+    assert_refused(done.returncode, done.stdout, done.stderr, "window [1, 13) leaves the schedule of 10 steps")
     assert not (tmp_path / "runs").exists()
 
 

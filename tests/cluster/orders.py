@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowalign.record.death import Birth
-from flowalign.types import Preview
+
+if TYPE_CHECKING:
+    from flowalign.types import Preview
 
 
 class Worker:
@@ -51,14 +53,6 @@ class Worker:
 
         return ray.get(self.teacher.answer.remote())
 
-    def rollout(self, number: int) -> tuple[str, str, Preview]:
-        self._obey()
-        return (
-            f"chunk {number}",
-            f"trajectories of chunk {number}",
-            Preview(np.full((1, 1, 1, 3), number, np.uint8), {}),
-        )
-
     def score(self, evaluation: bool, *chunks: str) -> tuple[str, float]:
         self._obey()
         return f"scores of {' and '.join(chunks)}", 0.0
@@ -77,3 +71,21 @@ class Worker:
                 time.sleep(600)
             else:  # nothing else of this process goes on meanwhile, as in a driver's call that does not come back
                 ctypes.PyDLL(None).sleep(600)
+
+
+class Rollouts(Worker):
+    """What it makes takes a torch, which others need not import; it is there before the first rollout is waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from flowalign.types import Preview
+
+        self.preview = Preview
+
+    def rollout(self, number: int) -> tuple[str, str, Preview]:
+        self._obey()
+        return (
+            f"chunk {number}",
+            f"trajectories of chunk {number}",
+            self.preview(np.full((1, 1, 1, 3), number, np.uint8), {}),
+        )

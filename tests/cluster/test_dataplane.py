@@ -44,9 +44,8 @@ def config_of(pipeline: Path, folder: Path, backend: str) -> AlignConfig:
     (folder / "norm.py").write_text(NORM)
     brightness = {"spec": "reward.py:brightness", "options": {"folder": str(folder)}}
     model = {"path": str(pipeline), "max_sequence_length": 16, "height": SIDE, "width": SIDE}
-    cluster = {"backend": backend, "rollout_workers": 2 if backend == "ray" else 1}
     rewards = [{"spec": "norm.py:Norm", "name": "norm"}, brightness]
-    return small_config(pipeline, folder, cluster=cluster, model=model, rewards=rewards)
+    return small_config(pipeline, folder, cluster={"backend": backend}, model=model, rewards=rewards)
 
 
 @pytest.fixture(scope="module")

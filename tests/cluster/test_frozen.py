@@ -21,7 +21,7 @@ from flowalign.cluster.ranks import LearnerGroup
 from flowalign.cluster.vigil import Vigil
 from flowalign.config.cluster import PatienceConfig
 from flowalign.run.patience import Patience
-from tests.cluster.orders import Worker
+from tests.cluster.orders import Rollouts, Worker
 
 pytestmark = pytest.mark.fault
 CHUNKS = [(number,) for number in range(4)]  # all that the actors of this file are asked for
@@ -37,8 +37,8 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def made(folder: Path, *args: Any, **faults: Any) -> Any:
-    return ray.remote(Worker).options(num_cpus=0.1, **faults).remote(folder, *args)
+def made(folder: Path, *args: Any, of: type[Worker] = Worker, **faults: Any) -> Any:
+    return ray.remote(of).options(num_cpus=0.1, **faults).remote(folder, *args)
 
 
 def seen(done: list[Done]) -> list[list[int]]:
@@ -73,11 +73,11 @@ def test_workers_that_died_together_are_made_again_side_by_side(tmp_path: Path) 
 def pools(folder: Path, vigil: Vigil, rollouts: int, rewards: int) -> tuple[Pool, Pool]:
     """Workers that have started, of a folder each."""
     made_here = []
-    for kind, size in (("rollout", rollouts), ("reward", rewards)):
+    for kind, size, of in (("rollout", rollouts, Rollouts), ("reward", rewards, Worker)):
         place = folder / kind
         place.mkdir()
         (place / "go").touch()
-        made_here.append(Pool(kind, size, lambda index, place=place: made(place), vigil))
+        made_here.append(Pool(kind, size, lambda index, place=place, of=of: made(place, of=of), vigil))
     for pool in made_here:
         pool.started()
     return made_here[0], made_here[1]

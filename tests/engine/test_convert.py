@@ -12,14 +12,14 @@ from flowalign.engine import ResumeRefused, build_engine
 from flowalign.engine.average import Average
 from flowalign.engine.convert import whole
 from flowalign.record import checkpoint
-from tests.engine.conftest import ranks_of
+from tests.engine.conftest import silent_ranks_of
 from tests.engine.leg import SETTINGS
 from tests.engine.toy import Network, settings, update
 
 
 def leg(folder: Path, world: int, kind: str, begin: int, end: int) -> str:
     """Go on with an engine of its own, and return what the run says of it."""
-    return ranks_of("tests.engine.leg", folder, world, kind, str(begin), str(end))[0]
+    return silent_ranks_of("tests.engine.leg", folder, world, kind, str(begin), str(end))[0]
 
 
 def assert_unbroken(folder: Path, steps: int) -> None:

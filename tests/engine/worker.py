@@ -1,7 +1,7 @@
 """One rank of the engine tests: runs every scenario for every engine of several ranks and writes what happened.
 
 ``python -m tests.engine.worker DIR RANK WORLD PORT KINDS PHASE``, KINDS as in 0123f: ZeRO stages and FSDP2; PHASE is
-``train``, in a new process ``resume``, or ``both``, with new engines in one process.
+``train``, and in a new process ``resume``.
 """
 
 from __future__ import annotations
@@ -185,20 +185,23 @@ def resume(rank: Rank, kinds: str) -> dict[str, Any]:
     return results
 
 
-def main(folder: str, rank: str, world: str, port: str, kinds: str, phase: str) -> None:
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.WARNING)
+def forbid_programs() -> None:
+    """Let no library start a compiler, or any other program, in this process."""
 
     def no_compiler(*command: object, **_: object) -> None:
         raise AssertionError(f"DeepSpeed started a program: {command}")
 
-    flowalign.engine.zero.PERSISTENT = 50  # so that ZeRO-3 partitions matrices and keeps biases whole
     subprocess.Popen.__init__ = no_compiler  # type: ignore[method-assign]
+
+
+def main(folder: str, rank: str, world: str, port: str, kinds: str, phase: str) -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+    flowalign.engine.zero.PERSISTENT = 50  # so that ZeRO-3 partitions matrices and keeps biases whole
+    forbid_programs()
     member = Rank(Path(folder), int(rank), int(world), int(port))
-    for name, run in (("train", train), ("resume", resume)):
-        if phase in (name, "both"):
-            results = run(member, kinds)
-            (Path(folder) / f"{name}_rank{rank}.json").write_text(json.dumps(results))
+    results = {"train": train, "resume": resume}[phase](member, kinds)
+    (Path(folder) / f"{phase}_rank{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
