@@ -81,6 +81,7 @@ def _train(
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases) as stop:
+        from flowalign.cli.runs import report_of
         from flowalign.intake.file import load_pretrain
         from flowalign.intake.run_directory import accepted_of, begin_run
 
@@ -93,7 +94,7 @@ def _train(
             asked = {"lock": lock, "stop": stop, "accepted": accepted}
             run_dir = _drive(loaded, console, begin, phases, **asked)
             if first:
-                _finish(run_dir, as_json, phases)
+                _finish(run_dir, as_json, phases, report=report_of(run_dir))
 
 
 def _drive(loaded: Any, console: Any, begin: Any, phases: Any, **asked: Any) -> Path:

@@ -46,13 +46,16 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+HALF, WIDE = (6.6, 3.1), (13.4, 2.7)
 SMOOTHING = 9
 LONGEST_NAME = 60
 
 
-def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "") -> Markup:
+def lines(
+    x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "", wide: bool = False
+) -> Markup:
     """Draw curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN."""
-    figure, axes = _figure()
+    figure, axes = _figure(WIDE if wide else HALF)
     curves = {}
     for color, (name, values) in zip(_colors(series, bold), series.items(), strict=False):
         y = _floats(values)
@@ -69,7 +72,7 @@ def lines(x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = 
 
 def stacked(x: Sequence[int], series: Mapping[str, Series], *, label: str) -> Markup:
     """Draw stacked bars, one an iteration; the few that tower over the rest are cut, and the label says so."""
-    figure, axes = _figure((13.4, 2.7))
+    figure, axes = _figure(WIDE)
     bottom = [0.0] * len(x)
     for color, values in zip(COLORS, series.values(), strict=False):
         y = [value if math.isfinite(value) else 0.0 for value in _floats(values)]
@@ -90,7 +93,7 @@ def small(x: Sequence[int], values: Series, *, color: str = COLORS[0], title: st
     return _svg(figure, f"{title} by iteration")
 
 
-def _figure(size: tuple[float, float] = (6.6, 3.1)) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):

@@ -49,6 +49,20 @@ class Gallery:
     pixelated: bool
     left_out: str = ""
 
+    @property
+    def judged(self) -> bool:
+        """Tell whether any picture has a score."""
+        shown = [image for pair in self.pairs for image in (pair.before, pair.after)]
+        return any(image is not None and image.score is not None for image in shown)
+
+    def tally(self) -> dict[str, int]:
+        """Return how many pairs were and became right; empty where verdicts or a second set are missing."""
+        pairs = [(pair.before.right, pair.after.right) for pair in self.pairs if pair.after is not None]
+        names = {(False, True): "newly right", (True, True): "right both times", (True, False): "newly wrong"}
+        names |= {(False, False): "wrong both times"}
+        counts = {name: sum(pair == verdicts for pair in pairs) for verdicts, name in names.items()}
+        return counts if sum(counts.values()) else {}
+
 
 def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
     """Return the first and the last set of samples, in the order of their index; None where there is none.

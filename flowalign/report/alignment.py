@@ -1,0 +1,194 @@
+"""The page of an alignment run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.algorithms import shipped_algorithm
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
+from flowalign.report import alarms, figures
+from flowalign.report.evaluations import Evaluations, geneval_mode
+from flowalign.report.metrics import WINDOW, Row, done, iterations, known, mean, wall_s
+from flowalign.report.page import (
+    Change,
+    Chart,
+    Headline,
+    Page,
+    SmallCurves,
+    Tile,
+    Times,
+    duration,
+    number,
+    signed,
+    small_curves,
+)
+from flowalign.report.samples import read_gallery
+from flowalign.safety.collapse import stopped_by_alarm
+
+PHASES = ("rollout", "score", "learn", "sync", "idle")
+HEALTH = {
+    "replay/max_abs_dlogp": (
+        "Replay error",
+        "Largest difference between the log-prob of the rollout and the learner's own, at the first update. "
+        "0 means that the learner sees exactly what was sampled.",
+    ),
+    "ratio/mean": ("Mean ratio", "New over old probability of a step; stays close to 1."),
+    "ratio/clip_fraction": ("Clipped", "Share of steps whose ratio hit the clip range."),
+    "zero_std_fraction": ("Equal-reward groups", "Share of groups that teach nothing, as all their rewards are equal."),
+    "dpo/implicit_accuracy": ("Pairs ranked right", "Share whose winner the policy prefers, against the reference."),
+    "dpo/margin": ("Margin", "By how much, as a log-odds."),
+    "loss/kl": ("KL to the reference", "How far the policy has moved from where it began."),
+    "grad_norm": ("Gradient norm", "Before clipping."),
+    "collapse/diversity": ("Diversity", "Mean distance between the images of a group."),
+    "collapse/best_of_group": ("Best of a group", "Mean over the groups of the best reward in each."),
+    "collapse/saturation": ("Colour saturation", "Mean over the pixels of all images, 0 to 1."),
+    "reward/invalid_fraction": ("Invalid rewards", "Share of samples whose reward was masked, never counted as 0."),
+}
+
+
+def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
+    """Return what the page says of the run: the reward that it was trained on beside what its evaluations measured."""
+    trained = [row for row in rows if row["iteration"] > 0]
+    evaluations = Evaluations(rows, config.evaluation.scorer, config.rewards)
+    settings = _settings(config)
+    rewarded = f" on {settings['Rewards']}" if config.rewards else ""
+    measured = "Training reward is measured on each iteration's own images, noise and all; the" if rewarded else "The"
+    health = small_curves(trained, HEALTH)
+    trust = "What goes wrong first in this kind of training, iteration by iteration."
+    return Page(
+        kind="alignment",
+        about=f"{settings['Model']}, aligned with {settings['Algorithm']} ({settings['Trained']}){rewarded}.",
+        done=done(trained),
+        total=config.iterations,
+        headline=_headline(config, trained, evaluations),
+        tiles=_tiles(config, rows, trained),
+        learned=f"{measured} evaluation has its own prompts, fixed seeds and a sampler without noise, before, during "
+        "and after.",
+        charts=[_training_chart(config, trained), evaluations.chart()],
+        scores=evaluations.scores(settings["Evaluation"]),
+        gallery=read_gallery(run_dir, evaluations.main),
+        times=_times(trained),
+        curves=SmallCurves("Can it be trusted?", trust, health) if health else None,
+        settings=settings,
+        hacked=alarms.hacked(trained),
+        collapsed=alarms.collapsed(trained, config.safety),
+        stopped=stopped_by_alarm(run_dir, config.safety),
+    )
+
+
+def _headline(config: AlignConfig, trained: Sequence[Row], evaluations: Evaluations) -> Headline:
+    later = "" if done(trained) >= config.iterations else " yet"
+    reward = trained_reward(config, trained)
+    if reward is None:
+        return Headline(evaluations.main_change(later))
+    before, gain = reward["before"], reward["gain"]
+    main = Change(
+        f"Trained on: {reward['name']}",
+        None if before is None else number(before),
+        number(reward["after"]),
+        "" if gain is None else signed(gain),
+        (gain or 0) >= 0,
+        f"on its own images, {reward['over']}",
+    )
+    return Headline(main, evaluations.changes(later), evaluations.since() if evaluations.rows else "not evaluated")
+
+
+def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any] | None:
+    """Return the means of ``reward/total/mean`` over the first and the last iterations.
+
+    It is None where nothing is rewarded.
+    """
+    values = known(trained, "reward/total/mean")
+    rewards = [reward for reward in config.rewards if reward.weight and not reward.gold]
+    if not rewards or not values:
+        return None
+    plain = len(rewards) == 1 and rewards[0].weight == 1
+    name = " + ".join(_trained_on(reward) + ("" if plain else f" × {reward.weight:g}") for reward in rewards)
+    count = min(WINDOW, len(values) // 2)
+    if not count:
+        return {"name": name, "before": None, "after": values[0], "gain": None, "over": "one iteration"}
+    before, after = (sum(part) / count for part in (values[:count], values[-count:]))
+    over = "first and last iteration" if count == 1 else f"means of the first and last {count} iterations"
+    return {"name": name, "before": before, "after": after, "gain": after - before, "over": over}
+
+
+def _trained_on(reward: RewardConfig) -> str:
+    return f"{reward.label}, {geneval_mode(reward)}" if reward.spec == "geneval" else reward.label
+
+
+def _group_size(config: AlignConfig) -> int | None:
+    """Return the images of a group.
+
+    For an algorithm of the user's, whose code a report does not run, its options say it.
+    """
+    algorithm, written = shipped_algorithm(config.algorithm), config.algorithm.get("group_size")
+    if algorithm is not None:
+        return algorithm.needs.group_size
+    return None if written is None else int(written)
+
+
+def _tiles(config: AlignConfig, rows: Sequence[Row], trained: Sequence[Row]) -> list[Tile]:
+    per_iteration = config.data.groups_per_iteration * (_group_size(config) or 1)
+    if config.data.preferences is not None:
+        per_iteration = 0
+    return [
+        Tile(str(done(trained)), f"iterations of {config.iterations}"),
+        Tile(f"{per_iteration * len(trained):,}", f"images made{' and scored' if config.rewards else ' for training'}"),
+        Tile(duration(wall_s(rows)), "wall time"),
+        Tile(number(mean(known(trained, "throughput/images_per_s")), 1), "images per second"),
+    ]
+
+
+def _training_chart(config: AlignConfig, trained: Sequence[Row]) -> Chart:
+    """Draw each reward and their total; where nothing is rewarded, the losses."""
+    title = "Reward while training" if config.rewards else "Losses while training"
+    keys = sorted({key for row in trained for key in row if key.startswith("reward/") and key.endswith("/mean")})
+    if len(keys) == 2 and "reward/total/mean" in keys:
+        keys.remove("reward/total/mean")
+    # A name may have slashes, as that of a server is its address.
+    named = {key.removeprefix("reward/").removesuffix("/mean"): key for key in keys}
+    label = "mean reward of an iteration's images"
+    if not named:
+        losses = sorted({key for row in trained for key in row if key.startswith("loss/")})
+        named, label = {key.removeprefix("loss/"): key for key in losses}, "mean loss of an iteration"
+    curves = {name: [row.get(key) for row in trained] for name, key in named.items()}
+    figure = figures.lines(iterations(trained), curves, bold="total", label=label) if curves else None
+    return Chart(title, figure, "No iteration has finished yet.")
+
+
+def _times(trained: Sequence[Row]) -> Times | None:
+    """Return the mean seconds and share of each phase."""
+    if not trained:
+        return None
+    means = {phase: mean(known(trained, f"time/{phase}_s")) for phase in PHASES}
+    total = sum(seconds for seconds in means.values() if seconds is not None)
+    shares = [
+        {"name": phase, "seconds": seconds, "share": seconds / total, "color": color}
+        for (phase, seconds), color in zip(means.items(), figures.COLORS, strict=False)
+        if seconds is not None and total > 0
+    ]
+    seconds = {phase: [row.get(f"time/{phase}_s") for row in trained] for phase in PHASES}
+    return Times(shares, figures.stacked(iterations(trained), seconds, label="seconds an iteration"))
+
+
+def _settings(config: AlignConfig) -> dict[str, str]:
+    """Return the settings that a reader asks for first."""
+    algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
+    group, pairs = _group_size(config), config.data.preferences
+    optimizer = config.learner.optimizer
+    return {
+        "Algorithm": str(algorithm["type"]),
+        "Model": f"{config.model.type} · {Path(config.model.path).name}",
+        "Trained": "all transformer weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
+        "Rewards": ", ".join(f"{r.label} (gold)" if r.gold else f"{r.label} × {r.weight:g}" for r in config.rewards),
+        "Batch": f"{config.data.groups_per_iteration} "
+        + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
+        "Learning rate": f"{optimizer.learning_rate:g}",
+        **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
+        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, guidance {e.guidance_scale:g}",
+        "Seed": str(config.seed),
+        "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",
+    }

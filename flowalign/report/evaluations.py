@@ -1,0 +1,132 @@
+"""The evaluations of a run for its page: what each score was at first and is at last, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flowalign.config.sections import RewardConfig
+from flowalign.report import figures
+from flowalign.report.metrics import Row, finite, iterations
+from flowalign.report.page import Change, Chart, Scores, number, signed
+from flowalign.shapes.prompts import TASKS
+
+STRICT = "_strict"
+
+
+class Evaluations:
+    """The rows of a run with the main score of its evaluations, and what a page says of them.
+
+    ``scorer`` is the evaluation's own; ``rewards`` are those that the run is trained on, if it is.
+    """
+
+    def __init__(self, rows: Sequence[Row], scorer: RewardConfig | None, rewards: Sequence[RewardConfig] = ()) -> None:
+        self.main = main_score(rows, scorer, rewards)
+        self.label = named(self.main, scorer)
+        self._scorer, self._overall = scorer, f"eval/{self.main}/overall"
+        self.rows = [row for row in rows if self._overall in row]
+
+    def changes(self, later: str) -> list[Change]:
+        """Return each evaluated score, the main one first; ``later`` ends the sentence that there was one evaluation
+        alone."""
+        scores = evaluated(self.main, self.rows, self._scorer)
+        return [self._change(score, f"{score['name']}, evaluated", later) for score in scores]
+
+    def main_change(self, later: str) -> Change:
+        """Return the main score alone."""
+        if not self.rows:
+            return Change(f"{self.label}, overall", None, None, said="not evaluated")
+        made = self._change(evaluated(self.main, self.rows, self._scorer)[0], "", later)
+        both = ": before → after" if made.before is not None else ""
+        said = made.said or self.since()
+        return Change(f"{self.label}, overall{both}", made.before, made.after, made.gain, made.good, said)
+
+    def since(self) -> str:
+        """Say after how many iterations the last score was taken; nothing where it was the only one."""
+        return f"after {self.rows[-1]['iteration']} iterations, same seeds" if len(self.rows) > 1 else ""
+
+    def _change(self, score: dict[str, Any], name: str, later: str) -> Change:
+        before, after, gain = (score[key] for key in ("before", "after", "gain"))
+        if len(self.rows) == 1:
+            only = f"at iteration {self.rows[0]['iteration']}; no later evaluation{later}"
+            return Change(name, None, number(before), said=only)
+        return Change(name, number(before), number(after), "" if gain is None else signed(gain), (gain or 0) >= 0)
+
+    def chart(self, *, wide: bool = False) -> Chart:
+        """Return the curves of the main score by task."""
+        judged = "share of images judged correct" if self.main in ("geneval", "geneval_strict") else f"mean {self.main}"
+        keys = {"overall": self._overall} | {row["task"]: row["key"] for row in self._table()}
+        curves = {task: [row.get(key) for row in self.rows] for task, key in keys.items()}
+        figure = None
+        if len(self.rows) > 1:
+            figure = figures.lines(iterations(self.rows), curves, bold="overall", label=judged, wide=wide)
+        few = f"A curve needs two evaluations; this run has {len(self.rows)}."
+        return Chart(f"{self.label} by task", figure, few, wide)
+
+    def scores(self, how: str) -> Scores | None:
+        """Return the table of the tasks; ``how`` says how the images were made. None where nothing was evaluated."""
+        if not self.rows:
+            return None
+        later = f"against iteration {self.rows[-1]['iteration']}, same prompts, same seeds"
+        span = f"Iteration {self.rows[0]['iteration']} {later if len(self.rows) > 1 else 'only'}"
+        note = f"{how}. {span}. Overall is the mean over the tasks."
+        return Scores(f"{self.label} before and after", note, self._table())
+
+    def _table(self) -> list[dict[str, Any]]:
+        if not self.rows:
+            return []
+        prefix = f"eval/{self.main}/"
+        held = {key.removeprefix(prefix) for row in self.rows for key in row if key.startswith(prefix)}
+        tasks = [task for task in TASKS if task in held] + sorted(held - {*TASKS, "overall"})
+        shown = [(task.replace("_", " "), prefix + task) for task in [*tasks, "overall"]]
+        return [{"task": task, "key": key, **_ends(self.rows, key)} for task, key in shown]
+
+
+def main_score(rows: Iterable[Row], scorer: RewardConfig | None, rewards: Iterable[RewardConfig] = ()) -> str:
+    """Return the evaluated score that curves and tables show: the scorer's own, or, where that was trained, the strict
+    one.
+
+    GenEval as a reward in a mode other than ``official`` demands exact counts; ``geneval_strict`` evaluates that.
+    """
+    name = "geneval" if scorer is None else scorer.label
+    held = _held(rows)
+    trained = [r for r in rewards if r.weight and not r.gold and r.spec == "geneval"]
+    if name + STRICT in held and any(geneval_mode(reward) != "official" for reward in trained):
+        return name + STRICT
+    return name if name in held or not held else sorted(held)[0]
+
+
+def evaluated(main: str, rows: Sequence[Row], scorer: RewardConfig | None) -> list[dict[str, Any]]:
+    """Return each evaluated score, the ``main`` one first: its name, before, after and gain.
+
+    It is empty without an evaluation.
+    """
+    names = sorted(_held(rows), key=lambda name: (name != main, name))
+    return [{"name": named(name, scorer), **_ends(rows, f"eval/{name}/overall")} for name in names]
+
+
+def named(score: str, scorer: RewardConfig | None) -> str:
+    """Return the name of an evaluated score as people call it: GenEval with its mode, others by their label."""
+    label = "geneval" if scorer is None else scorer.label
+    if score == "geneval" + STRICT or score == label + STRICT:
+        return "GenEval, strict"
+    if score == label and (scorer is None or scorer.spec == "geneval"):
+        return f"GenEval, {geneval_mode(scorer) if scorer else 'official'}"
+    return score
+
+
+def geneval_mode(reward: RewardConfig) -> str:
+    """Return how strictly GenEval counts."""
+    return str(reward.options.get("mode", "partial"))
+
+
+def _ends(rows: Sequence[Row], key: str) -> dict[str, float | None]:
+    """Return the value of the first and of the last row, and their difference."""
+    before = finite(rows[0].get(key))
+    after = finite(rows[-1].get(key)) if len(rows) > 1 else None
+    return {"before": before, "after": after, "gain": None if before is None or after is None else after - before}
+
+
+def _held(rows: Iterable[Row]) -> set[str]:
+    keys = {key for row in rows for key in row if key.startswith("eval/") and key.endswith("/overall")}
+    return {key.removeprefix("eval/").removesuffix("/overall") for key in keys}
