@@ -179,7 +179,12 @@ def test_nulls_holes_damaged_rows_and_foreign_keys_leave_a_page(tmp_path: Path) 
     page(tmp_path, rows)
     metrics = tmp_path / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
-    strange = [json.dumps({"iteration": 30, "loss": [1], "reward/x/mean": 1.0, "validation_ema/loss_tx": 1.0}), "{}}"]
+    strange = [
+        json.dumps(
+            {"iteration": 30, "loss": [1], "grad_norm": 10**400, "reward/x/mean": 1.0, "validation_ema/loss_tx": 1.0}
+        ),
+        "{}}",
+    ]
     metrics.write_text("\n".join([*lines, *strange, '{"iteration": 35, "lo']))
     made = page(tmp_path)
     assert "Training loss 1.00 → 0.500 −0.500 iterations 5 and 25" in made.text
