@@ -52,7 +52,7 @@ HEALTH = {
 def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
     """Return what the page says of the run: the reward that it was trained on beside what its evaluations measured."""
     trained = [row for row in rows if row["iteration"] > 0]
-    evaluations = Evaluations(rows, config.evaluation.scorer, config.rewards)
+    evaluations = Evaluations(rows, config.evaluation.judge, config.rewards)
     settings = _settings(config)
     rewarded = f" on {settings['Rewards']}" if config.rewards else ""
     measured = "Training reward is measured on each iteration's own images, noise and all; the" if rewarded else "The"
@@ -62,7 +62,7 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
         kind="alignment",
         about=f"{settings['Model']}, aligned with {settings['Algorithm']} ({settings['Trained']}){rewarded}.",
         done=done(trained),
-        total=config.iterations,
+        total=config.total,
         headline=_headline(config, trained, evaluations),
         tiles=_tiles(config, rows, trained),
         learned=f"{measured} evaluation has its own prompts, fixed seeds and a sampler without noise, before, during "
@@ -80,7 +80,7 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
 
 
 def _headline(config: AlignConfig, trained: Sequence[Row], evaluations: Evaluations) -> Headline:
-    later = "" if done(trained) >= config.iterations else " yet"
+    later = "" if done(trained) >= config.total else " yet"
     reward = trained_reward(config, trained)
     if reward is None:
         return Headline(evaluations.main_change(later))
@@ -135,7 +135,7 @@ def _tiles(config: AlignConfig, rows: Sequence[Row], trained: Sequence[Row]) -> 
     if config.data.preferences is not None:
         per_iteration = 0
     return [
-        Tile(str(done(trained)), f"iterations of {config.iterations}"),
+        Tile(str(done(trained)), f"iterations of {config.total}"),
         Tile(f"{per_iteration * len(trained):,}", f"images made{' and scored' if config.rewards else ' for training'}"),
         Tile(duration(wall_s(rows)), "wall time"),
         Tile(number(mean(known(trained, "throughput/images_per_s")), 1), "images per second"),

@@ -17,26 +17,26 @@ STRICT = "_strict"
 class Evaluations:
     """The rows of a run with the main score of its evaluations, and what a page says of them.
 
-    ``scorer`` is the evaluation's own; ``rewards`` are those that the run is trained on, if it is.
+    ``judge`` is the evaluation's own; ``rewards`` are those that the run is trained on, if it is.
     """
 
-    def __init__(self, rows: Sequence[Row], scorer: RewardConfig | None, rewards: Sequence[RewardConfig] = ()) -> None:
-        self.main = main_score(rows, scorer, rewards)
-        self.label = named(self.main, scorer)
-        self._scorer, self._overall = scorer, f"eval/{self.main}/overall"
+    def __init__(self, rows: Sequence[Row], judge: RewardConfig | None, rewards: Sequence[RewardConfig] = ()) -> None:
+        self.main = main_score(rows, judge, rewards)
+        self.label = named(self.main, judge)
+        self._judge, self._overall = judge, f"eval/{self.main}/overall"
         self.rows = [row for row in rows if self._overall in row]
 
     def changes(self, later: str) -> list[Change]:
         """Return each evaluated score, the main one first; ``later`` ends the sentence that there was one evaluation
         alone."""
-        scores = evaluated(self.main, self.rows, self._scorer)
+        scores = evaluated(self.main, self.rows, self._judge)
         return [self._change(score, f"{score['name']}, evaluated", later) for score in scores]
 
     def main_change(self, later: str) -> Change:
         """Return the main score alone."""
         if not self.rows:
             return Change(f"{self.label}, overall", None, None, said="not evaluated")
-        made = self._change(evaluated(self.main, self.rows, self._scorer)[0], "", later)
+        made = self._change(evaluated(self.main, self.rows, self._judge)[0], "", later)
         both = ": before → after" if made.before is not None else ""
         said = made.said or self.since()
         return Change(f"{self.label}, overall{both}", made.before, made.after, made.gain, made.good, said)
@@ -82,36 +82,35 @@ class Evaluations:
         return [{"task": task, "key": key, **_ends(self.rows, key)} for task, key in shown]
 
 
-def main_score(rows: Iterable[Row], scorer: RewardConfig | None, rewards: Iterable[RewardConfig] = ()) -> str:
-    """Return the evaluated score that curves and tables show: the scorer's own, or, where that was trained, the strict
-    one.
+def main_score(rows: Iterable[Row], judge: RewardConfig | None, rewards: Iterable[RewardConfig] = ()) -> str:
+    """Return the evaluated score that curves and tables show: the judge's own, or, where that was trained, the strict
+    one; where neither was evaluated, one that was.
 
     GenEval as a reward in a mode other than ``official`` demands exact counts; ``geneval_strict`` evaluates that.
     """
-    name = "geneval" if scorer is None else scorer.label
-    held = _held(rows)
+    name, held = "" if judge is None else judge.label, _held(rows)
     trained = [r for r in rewards if r.weight and not r.gold and r.spec == "geneval"]
     if name + STRICT in held and any(geneval_mode(reward) != "official" for reward in trained):
         return name + STRICT
     return name if name in held or not held else sorted(held)[0]
 
 
-def evaluated(main: str, rows: Sequence[Row], scorer: RewardConfig | None) -> list[dict[str, Any]]:
+def evaluated(main: str, rows: Sequence[Row], judge: RewardConfig | None) -> list[dict[str, Any]]:
     """Return each evaluated score, the ``main`` one first: its name, before, after and gain.
 
     It is empty without an evaluation.
     """
     names = sorted(_held(rows), key=lambda name: (name != main, name))
-    return [{"name": named(name, scorer), **_ends(rows, f"eval/{name}/overall")} for name in names]
+    return [{"name": named(name, judge), **_ends(rows, f"eval/{name}/overall")} for name in names]
 
 
-def named(score: str, scorer: RewardConfig | None) -> str:
+def named(score: str, judge: RewardConfig | None) -> str:
     """Return the name of an evaluated score as people call it: GenEval with its mode, others by their label."""
-    label = "geneval" if scorer is None else scorer.label
-    if score == "geneval" + STRICT or score == label + STRICT:
+    label = "" if judge is None else judge.label
+    if score in ("geneval" + STRICT, label + STRICT):
         return "GenEval, strict"
-    if score == label and (scorer is None or scorer.spec == "geneval"):
-        return f"GenEval, {geneval_mode(scorer) if scorer else 'official'}"
+    if judge is not None and judge.spec == "geneval" and score == label:
+        return f"GenEval, {geneval_mode(judge)}"
     return score
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from flowalign.config.sections import ModelConfig, RewardConfig
-from flowalign.config.training import PhaseConfig, PretrainConfig, ValidationConfig
+from flowalign.config.sections import ModelConfig
+from flowalign.config.training import PhaseConfig, PretrainConfig, TrainingLearnerConfig, ValidationConfig
 from flowalign.report import figures
 from flowalign.report.evaluations import Evaluations
-from flowalign.report.metrics import WINDOW, Row, done, finite, iterations, known, wall_s
+from flowalign.report.metrics import WINDOW, Row, done, finite, iterations, known, mean, wall_s
 from flowalign.report.page import (
     Change,
     Chart,
@@ -33,7 +33,7 @@ MOST_TIMES = 8  # curves of the validation loss at one time each
 CURVES = {
     "learning_rate": ("Learning rate", "Of the iteration's update."),
     "grad_norm": ("Gradient norm", "Before clipping."),
-    "throughput/samples_per_s": ("Throughput", "Latents a second, on average since the command began."),
+    "throughput/samples_per_s": ("Throughput", "Latents a second, since the row before."),
 }
 
 
@@ -41,7 +41,7 @@ def page_of(config: PretrainConfig, rows: Sequence[Row], run_dir: Path) -> Page:
     """Return what the page says of the run: its loss, and what validation and evaluations measured, where it has
     them."""
     trained = [row for row in rows if row["iteration"] > 0]
-    evaluations = Evaluations(rows, _scorer(config))
+    evaluations = Evaluations(rows, config.evaluation.judge)
     settings = _settings(config)
     curves = small_curves(trained, CURVES)
     how = "The optimizer and the speed, row by row of the metrics."
@@ -49,7 +49,7 @@ def page_of(config: PretrainConfig, rows: Sequence[Row], run_dir: Path) -> Page:
         kind="training",
         about=_about(config, settings),
         done=done(trained),
-        total=config.steps,
+        total=config.total,
         headline=_headline(config, trained, evaluations),
         tiles=_tiles(config, rows, trained),
         learned="The loss is that of single iterations, each with its own latents, noises and times, so it scatters. "
@@ -68,7 +68,7 @@ def _about(config: PretrainConfig, settings: Mapping[str, str]) -> str:
 
 
 def _headline(config: PretrainConfig, trained: Sequence[Row], evaluations: Evaluations) -> Headline:
-    later = "" if done(trained) >= config.steps else " yet"
+    later = "" if done(trained) >= config.total else " yet"
     held = [row for row in trained if any(finite(row.get(f"{name}/loss")) is not None for name in VALIDATED)]
     validated = [_change(f"validation, {of}", trained, f"{name}/loss", 1) for name, of in VALIDATED.items()]
     others = [change for change in validated if change.after is not None] + evaluations.changes(later)
@@ -99,12 +99,11 @@ def _span(rows: Sequence[Row]) -> str:
 
 
 def _tiles(config: PretrainConfig, rows: Sequence[Row], trained: Sequence[Row]) -> list[Tile]:
-    speeds = known(trained, "throughput/samples_per_s")
     return [
-        Tile(str(done(trained)), f"iterations of {config.steps}"),
+        Tile(str(done(trained)), f"iterations of {config.total}"),
         Tile(f"{config.learner.batch_size * done(trained):,}", "latents learned from"),
         Tile(duration(wall_s(rows)), "wall time"),
-        Tile(number(speeds[-1] if speeds else None, 1), "latents per second"),
+        Tile(number(mean(known(trained, "throughput/samples_per_s")), 1), "latents per second"),
     ]
 
 
@@ -174,9 +173,14 @@ def _settings(config: PretrainConfig) -> dict[str, str]:
         "Validation": "" if validation is None else _validation(validation),
         "Evaluation": _evaluation(config),
         "Seed": str(config.seed),
-        "Engine": f"{learner.engine} on {config.device}, {learner.dtype}{', compiled' if learner.compile else ''}",
+        "Backend": f"{config.cluster.backend}, {_engine(learner)} on {config.device}",
     }
     return {name: value for name, value in shown.items() if value}
+
+
+def _engine(learner: TrainingLearnerConfig) -> str:
+    ranks = f" of {learner.ranks} ranks" if learner.ranks > 1 else ""
+    return f"{learner.engine} learner{ranks}, {learner.dtype}{', compiled' if learner.compile else ''}"
 
 
 def _model(model: ModelConfig) -> str:
@@ -208,14 +212,7 @@ def _validation(own: ValidationConfig) -> str:
 
 
 def _evaluation(config: PretrainConfig) -> str:
-    own = getattr(config, "evaluation", None)
-    if own is None or not own.every:
-        return ""
-    walked = config.sampling
-    how = f"{walked.num_steps} steps, guidance {walked.guidance_scale:g}"
-    return f"{own.num_samples} samples of {own.prompts}, {how}"
-
-
-def _scorer(config: PretrainConfig) -> RewardConfig | None:
-    own = getattr(config, "evaluation", None)
-    return None if own is None else own.scorer
+    own = config.evaluation
+    prompts = "captions of the latents" if own.prompts is None else own.prompts
+    how = f"{own.num_steps} steps, guidance {own.guidance_scale:g}"
+    return f"{own.num_samples} samples of {prompts}, every {own.every} iterations, {how}" if own.every else ""

@@ -255,8 +255,9 @@ STRICT = {"eval/geneval/overall": 0.64, "eval/geneval_strict/overall": 0.40, "ev
 )
 def test_curves_and_tables_show_the_verdict_that_the_reward_demands(mode: str, main: str) -> None:
     rewarded = config(rewards=[{"spec": "geneval", "options": {"mode": mode}}])
-    assert evaluations.main_score([STRICT], None, rewarded.rewards) == main
-    scores = evaluations.evaluated(main, [STRICT, {**STRICT, "eval/geneval_strict/overall": 0.63}], None)
+    judge = rewarded.evaluation.judge
+    assert evaluations.main_score([STRICT], judge, rewarded.rewards) == main
+    scores = evaluations.evaluated(main, [STRICT, {**STRICT, "eval/geneval_strict/overall": 0.63}], judge)
     names = ["GenEval, strict", "GenEval, official"]
     assert [score["name"] for score in scores] == (names if main != "geneval" else names[::-1])
     strict = scores[names.index("GenEval, strict") if main != "geneval" else 1]

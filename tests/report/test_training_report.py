@@ -147,7 +147,7 @@ def test_settings_name_phases_teacher_and_data(tmp_path: Path) -> None:
     for part in (
         "Algorithm rectified_flow Model sd3 · tiny Teacher sd3 · big Latents photographs Batch 8 latents, 4 at once",
         "Learning rate 0.002 → 0.001 in 30 iterations; 0.001 in 10 iterations Average decay 0.9, 0.99",
-        "Validation 8 latents of held, every 10 iterations Seed 0 Engine torch on cpu, bfloat16",
+        "Validation 8 latents of held, every 10 iterations Seed 0 Backend local, torch learner, bfloat16 on cpu",
         "sd3 · tiny, trained with rectified_flow on photographs, taught by sd3 · big.",
         "torch 2.15.0",
         "num_times: 4",
@@ -169,7 +169,7 @@ def test_a_run_that_has_not_begun_gets_a_page(tmp_path: Path) -> None:
 
 
 def test_nothing_of_an_alignment_stands_on_the_page(ended: tuple[Path, Any]) -> None:
-    text = Page(ended[0] / "report.html").text
+    text, _, _ = Page(ended[0] / "report.html").text.partition("The whole configuration")
     for part in ("reward", "Reward", "GenEval", "Same seed", "Where the time went", "evaluated", "collaps"):
         assert part not in text, part
 
@@ -220,8 +220,10 @@ def test_samples_without_scores_are_shown_without_verdicts(tmp_path: Path) -> No
 def test_evaluations_of_a_training_run_are_shown_as_those_of_an_alignment(tmp_path: Path) -> None:
     at = {10: 0.25, 40: 0.5}
     rows = [row(n, 1 / n, **{"eval/geneval/overall": v, "eval/geneval/counting": v / 2}) for n, v in at.items()]
-    text = page(tmp_path, rows).text
-    assert "GenEval, official, evaluated 0.25 → 0.50 +0.25 evaluated after 40 iterations, same seeds" in text
+    judged = {"every": 30, "scorer": "geneval", "num_samples": 4}
+    text = page(tmp_path, rows, evaluation=judged).text
+    assert "Evaluation 4 samples of captions of the latents, every 30 iterations, 10 steps, guidance 1" in text
+    assert "GenEval, partial, evaluated 0.25 → 0.50 +0.25 evaluated after 40 iterations, same seeds" in text
     assert "counting 0.125 0.250 +0.125" in text and "overall 0.250 0.500 +0.250" in text
 
 
