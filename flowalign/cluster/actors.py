@@ -15,6 +15,7 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel
 from flowalign.cluster.environment import packages_of, python_with
 from flowalign.cluster.errors import WorkerLost
+from flowalign.cluster.pipeline import Request
 from flowalign.cluster.pool import fetch
 from flowalign.cluster.session import worker_env
 from flowalign.cluster.witness import DEATHS, Witness
@@ -75,9 +76,10 @@ class RolloutActor(Mortal):
     def bind(self, weights: Weights, version: int) -> BindReceipt:
         return self.worker.bind(weights, version)
 
-    def rollout(self, *asked: Any) -> tuple[Pictures, Trajectories, Preview]:
+    def rollout(self, asked: Request) -> tuple[Pictures, Trajectories, Preview]:
         """Return three objects: the pictures go to a reward actor, the trajectories to the learner's ranks."""
-        return self.worker.rollout(*asked)
+        how = {"latents": asked.latents, "looked_at": asked.looked_at}
+        return self.worker.rollout(asked.batch, asked.plan, asked.seed, asked.version, **how)
 
 
 class HostedScorer(Answers):
@@ -265,18 +267,19 @@ class LearnerActor(Mortal):
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def start(self, host: str, port: int) -> int:
-        """Join the other ranks, of whom rank 0 listens on ``host:port``."""
+    def start(self, host: str, port: int, first_here: bool) -> int:
+        """Join the other ranks, of whom rank 0 listens on ``host:port``; this is the first of its machine, or not."""
         ranks = self.config.learner.ranks
+        own = {"teachers": self.teachers, "first_here": first_here}
         with held(self.expected, self.config):
-            self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, self.teachers)
+            self.worker = LearnerWorker(self.config, self.rank, ranks, port, host, **own)
         return os.getpid()
 
     def take(self, *chunks: Trajectories) -> None:
         """Hold what the next update learns from, where it lies in the object store."""
         self.chunks = chunks
 
-    def update(self, iteration: int, scores: Scores | None) -> Update:
+    def update(self, scores: Scores | None, iteration: int) -> Update:
         chunks, self.chunks = self.chunks, ()
         try:
             return self.worker.update(chunks, scores, iteration)

@@ -11,7 +11,7 @@ from flowalign.cluster.errors import ObjectLost, WorkerLost
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.witness import DEATHS
 from flowalign.run.patience import Wait
-from flowalign.types import Preview, Scores
+from flowalign.types import Preview, PromptBatch, SamplingPlan, Scores
 
 
 def _nothing(text: str) -> None:
@@ -25,6 +25,21 @@ class Done:
     previews: list[Preview]
     scores: Scores
     score_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rollout worker is asked for: a chunk of prompts, how it is walked, and what is wanted of it.
+
+    ``version`` is that of the weights, ``looked_at`` are the positions of the images that the driver sees whole.
+    """
+
+    batch: PromptBatch
+    plan: SamplingPlan
+    seed: int
+    version: int
+    latents: bool
+    looked_at: Sequence[int]
 
 
 class Stage:
@@ -58,14 +73,14 @@ class Task:
 class Pipeline:
     """Rolls out and scores the chunks of one batch.
 
-    ``chunks`` are what a rollout worker is asked for each. Pictures and trajectories lie in the object store: the
-    pictures until they are scored, the trajectories as long as ``trajectories``, refs in the order of the chunks.
+    There is one of ``requests`` for each chunk. Pictures and trajectories lie in the object store: the pictures until
+    they are scored, the trajectories as long as ``trajectory_refs``, which are in the order of the chunks.
     ``units`` are the consecutive chunks that are scored as one, once all of them are there.
     """
 
     def __init__(
         self,
-        chunks: Sequence[tuple[Any, ...]],
+        requests: Sequence[Request],
         units: Sequence[range],
         rollouts: Pool,
         rewards: Pool,
@@ -73,9 +88,9 @@ class Pipeline:
         max_retries: int,
         score_gives_up_s: float,
     ) -> None:
-        count = len(chunks)
-        self.chunks, self._evaluation, self._max_retries = chunks, evaluation, max_retries
-        self.trajectories: list[Any] = [None] * count
+        count = len(requests)
+        self.requests, self._evaluation, self._max_retries = requests, evaluation, max_retries
+        self.trajectory_refs: list[Any] = [None] * count
         self._pictures: list[Any] = [None] * count
         self._previews: dict[int, Preview] = {}
         self._done: dict[int, Done] = {}
@@ -113,13 +128,13 @@ class Pipeline:
                     self._finish(ref)
             self._look_for_late()
             if count is not None and len(self._done) > before:
-                count(sum(len(self._unit_of[first]) for first in self._done), len(self.chunks))
+                count(sum(len(self._unit_of[first]) for first in self._done), len(self.requests))
         return [self._done[unit.start] for unit in self._units]
 
     def make_again(self, lost: ObjectLost) -> None:
         """Make trajectories again that were lost after they were made, with the same bits; raises as ``run`` does."""
-        known = [i for i, ref in enumerate(self.trajectories) if ref.hex() == lost.ref]
-        self._roll_out_again(known or range(len(self.trajectories)))
+        known = [i for i, ref in enumerate(self.trajectory_refs) if ref.hex() == lost.ref]
+        self._roll_out_again(known or range(len(self.trajectory_refs)))
         self.run(say=self._say)
 
     def _roll_out_again(self, chunks: Sequence[int]) -> None:
@@ -128,10 +143,10 @@ class Pipeline:
         self._missing.update(chunks)
 
     def _submit_rollout(self, actor: Any, chunk: int) -> Any:
-        pictures, trajectories, preview = actor.rollout.options(num_returns=3).remote(*self.chunks[chunk])
+        pictures, trajectories, preview = actor.rollout.options(num_returns=3).remote(self.requests[chunk])
         self._pictures[chunk] = pictures
         if not self._evaluation:
-            self.trajectories[chunk] = trajectories
+            self.trajectory_refs[chunk] = trajectories
         return preview
 
     def _submit_score(self, actor: Any, chunk: int) -> Any:
@@ -190,7 +205,7 @@ class Pipeline:
         """Return ``chunk 2 of 6``; for several that are scored as one, ``chunks 1 to 3 of 6``."""
         unit = self._unit_of[chunk]
         several = stage is self._score and len(unit) > 1
-        return f"chunk{f's {unit[0] + 1} to {unit[-1] + 1}' if several else f' {chunk + 1}'} of {len(self.chunks)}"
+        return f"chunk{f's {unit[0] + 1} to {unit[-1] + 1}' if several else f' {chunk + 1}'} of {len(self.requests)}"
 
     def _count_failure(self, stage: Stage, chunk: int, why: str) -> None:
         kind, said = stage.pool.kind, self._said(stage, chunk)

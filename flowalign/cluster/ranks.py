@@ -89,10 +89,10 @@ class LearnerGroup:
             except DEATHS as error:
                 raise self._lost(rank, error) from None
         addresses = self.call("address")
-        host, port = addresses[0]
-        if all(other == host for other, _ in addresses):
-            host = "127.0.0.1"
-        self._starts = [actor.start.remote(host, port) for actor in self.actors]
+        (host, port), hosts = addresses[0], [other for other, _ in addresses]
+        first_here = [hosts.index(other) == rank for rank, other in enumerate(hosts)]
+        host = "127.0.0.1" if len(set(hosts)) == 1 else host
+        self._starts = [actor.start.remote(host, port, first_here[rank]) for rank, actor in enumerate(self.actors)]
 
     def started(self) -> None:
         self.pids: list[int] = self.wait(self._starts, "start")

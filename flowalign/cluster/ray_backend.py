@@ -18,7 +18,7 @@ from flowalign.cluster.actors import SHARED, LearnerActor, Mortal, RewardActor, 
 from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import ObjectLost
-from flowalign.cluster.pipeline import Pipeline
+from flowalign.cluster.pipeline import Pipeline, Request
 from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
@@ -196,11 +196,12 @@ class RayBackend:
         units = scored_together(chunks, "group" in needs)
         gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if "group" in needs else 1)
         whole = looked_at(chunks, plan, self.config.limits, evaluation)
-        asked = [
-            (chunk, plan, seed, version, "latents" in needs, seen) for chunk, seen in zip(chunks, whole, strict=True)
+        requests = [
+            Request(chunk, plan, seed, version, "latents" in needs, seen)
+            for chunk, seen in zip(chunks, whole, strict=True)
         ]
         retries = self.config.cluster.max_task_retries
-        pipeline = Pipeline(asked, units, self.rollouts, self.rewards, evaluation, retries, gives_up_s)
+        pipeline = Pipeline(requests, units, self.rollouts, self.rewards, evaluation, retries, gives_up_s)
         done = pipeline.run(count, self.say)
         preview = join_previews([seen for unit in done for seen in unit.previews])
         return Collected(
@@ -228,11 +229,11 @@ class RayBackend:
         self._tell_learner()
         while trajectories is not None:
             try:
-                self.learner.call("take", *trajectories.trajectories)
+                self.learner.call("take", *trajectories.trajectory_refs)
                 break
             except ObjectLost as lost:  # before any rank began, so that none waits for another
                 trajectories.make_again(lost)
-        update = self.learner.call("update", iteration, scores)[0]
+        update = self.learner.call("update", scores, iteration)[0]
         self._delivery.learned = has_learned(update)
         return update
 

@@ -72,7 +72,7 @@ class ClusterConfig(PlaceConfig):
     max_task_retries: Annotated[int, Field(ge=0), MayChange()] = 3
     """Times that a chunk is made anew where its actor has died."""
     max_restarts: Annotated[int, Field(ge=0), MayChange()] = 3
-    """Times in a row that the learner starts again from the last checkpoint where one of its ranks has died; ten
+    """Times in a row that the learner's actors start again from the last checkpoint where one of them has died; ten
     iterations beyond them begin a new row. 0 ends the run at the first death.
     """
     restart_wait_s: Annotated[float, Field(ge=0), MayChange()] = 2

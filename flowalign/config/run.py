@@ -200,7 +200,7 @@ class RunConfig(Section):
         """The limits of a collapse."""
         return SafetyConfig()
 
-    def rate_at(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
         return self.learner.optimizer.learning_rate_at(step)
 

@@ -271,10 +271,10 @@ class PretrainConfig(RunConfig):
             step -= phase.iterations
         raise ValueError(f"the last phase ends {step + 1} steps before that")
 
-    def rate_at(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up once, cosine within each phase; else the optimizer's."""
         if not self.phases:
-            return super().rate_at(step)
+            return super().learning_rate_at(step)
         if step >= self.total:
             return self.phases[-1].final_learning_rate
         phase, within = self.phase_at(step)

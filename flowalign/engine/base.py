@@ -31,7 +31,7 @@ class EngineSettings:
 
     ``dtype`` is the dtype of computation: trainable parameters, gradients and optimizer state are
     always float32, and bfloat16 means torch autocast around the loss. ``compile`` runs torch.compile on the network.
-    ``rate_at`` gives the learning rate of an update, counted from 0, where it is not the optimizer's own.
+    ``schedule`` gives the learning rate of an update, counted from 0, where it is not the optimizer's own.
     """
 
     type: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
@@ -39,7 +39,7 @@ class EngineSettings:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    rate_at: Callable[[int], float] | None = None
+    schedule: Callable[[int], float] | None = None
 
     @property
     def max_grad_norm(self) -> float:
@@ -47,7 +47,7 @@ class EngineSettings:
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        return (self.rate_at or self.optimizer.learning_rate_at)(step)
+        return (self.schedule or self.optimizer.learning_rate_at)(step)
 
 
 class Engine(Protocol):

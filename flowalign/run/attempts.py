@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, duration
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal
-from flowalign.run.loop import Journal, Run, work
+from flowalign.run.loop import Backend, Journal, Run, iterate
 from flowalign.run.made import MadeOf
 from flowalign.run.ranks import SharedJournal
 from flowalign.run.restarts import RankLost, Restarts
@@ -31,7 +30,7 @@ class Attempts:
     def __init__(
         self,
         config: RunConfig,
-        backend: Any,
+        backend: Backend,
         restore: Callable[[Checkpoint], None],
         *,
         console: Console,
@@ -49,7 +48,7 @@ class Attempts:
         self._start = 0
         self.stopped = False
 
-    def work(self, run: Run, start: int, wall_s: float) -> int:
+    def run(self, run: Run, start: int, wall_s: float) -> int:
         """Work from iteration ``start`` on; return the last iteration.
 
         Raises:
@@ -65,7 +64,7 @@ class Attempts:
                     wall_s = self._go_back(lost, wait_s)
                     restarts = self._before + self._restarts.total
                     self._journal = self._open(start=self._start, wall_s=wall_s, restarts=restarts)
-                done = work(run, self._backend, self._kept(self._journal), self._start)
+                done = iterate(run, self._backend, self._kept(self._journal), self._start)
                 self.stopped = self._journal.stopped
                 return done
             except RankLost as error:

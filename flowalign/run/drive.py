@@ -19,9 +19,9 @@ from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, Phases
 from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.run.attempts import Attempts
-from flowalign.run.fixed import build_run, found, loaded
+from flowalign.run.fixed import build_run, lines_on_data, lines_on_model
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import work
+from flowalign.run.loop import Backend, iterate
 from flowalign.run.made import Accepted, MadeOf
 from flowalign.run.ranks import Rank, SharedJournal, same_on_all
 from flowalign.run.resume import leave_behind, refuse_older, resume_from
@@ -29,7 +29,7 @@ from flowalign.run.second import states_for
 from flowalign.safety.collapse import stopped_by_alarm
 
 Say = Callable[[str], None]
-MakeBackend = Callable[[Any, Path, Say, Any, Rank], Any]
+MakeBackend = Callable[[RunConfig, Path, Say, MadeOf | None, Rank], Backend]
 
 
 def local_backend(config: RunConfig, base_dir: Path, say: Say, made: MadeOf | None, rank: Rank) -> LocalBackend:
@@ -84,7 +84,7 @@ def drive(
             console = Console(quiet=True)
         driver = _Driver(config.on(rank.device(config.device)), base_dir, console, begin, rank, lock, stop, accepted)
         stack.callback(driver.close)
-        driver.drive(phases or Phases(), backend)
+        driver.run(phases or Phases(), backend)
     return run_dir
 
 
@@ -108,7 +108,7 @@ class _Driver:
         self._run_dir = Path(config.runs_dir) / config.name
         self._made: MadeOf | None = None
 
-    def drive(self, phases: Phases, make_backend: MakeBackend) -> None:
+    def run(self, phases: Phases, make_backend: MakeBackend) -> None:
         config = self._config
         saved = self._saved()
         if saved is not None and (done := saved.step) >= config.total:
@@ -124,14 +124,14 @@ class _Driver:
             self._made.refuse_changes(saved, self._say, small=True)
         run = build_run(config, self._base_dir)
         self._say(f"run directory: {self._run_dir}" + ("" if saved else ", begun anew"))
-        for line in found(config, run):
+        for line in lines_on_data(config, run):
             self._say(line)
         loading = time.monotonic()
         backend = make_backend(config, self._base_dir, self._say, self._made, self._rank)
         self._stop.meet()
 
-        def restore(found: Checkpoint) -> None:
-            if (line := backend.restore(self._states(found))) is not None:
+        def restore(goal: Checkpoint) -> None:
+            if (line := backend.restore(self._states(goal))) is not None:
                 self._say(line)
 
         attempts: Attempts | None = None
@@ -139,7 +139,7 @@ class _Driver:
             kept = {"made": self._made, "lock": self._lock, "stop": self._stop, "alone": self._rank.alone}
             attempts = Attempts(config, backend, restore, console=self._console, **kept)
         try:
-            for line in loaded(config, *backend.parameters(), seconds=time.monotonic() - loading):
+            for line in lines_on_model(config, *backend.parameters(), seconds=time.monotonic() - loading):
                 self._say(line)
             saved = same_on_all(self._run_dir, self._rank, saved)
             with process_group.failing_together():
@@ -158,9 +158,9 @@ class _Driver:
             phases.begin("work")
             start, wall_s = (0, 0.0) if saved is None else (saved.step, float(saved.state.get("wall_s", 0.0)))
             if attempts is not None:
-                done = attempts.work(run, start, wall_s)
+                done = attempts.run(run, start, wall_s)
             else:
-                done = work(run, backend, SharedJournal(config, None, self._stop), start)
+                done = iterate(run, backend, SharedJournal(config, None, self._stop), start)
         finally:
             phases.begin("end")
             if attempts is not None:

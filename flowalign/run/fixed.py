@@ -73,7 +73,7 @@ def _of_captions(captions: list[str], count: int) -> PromptBatch:
     return PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
 
 
-def found(config: RunConfig, run: Run) -> Iterator[str]:
+def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
     """Yield sentences on what there is to learn from and to evaluate with.
 
     They say how many of the prompts the text encoders cut, and whose shift the configuration's replaces.
@@ -108,7 +108,7 @@ def found(config: RunConfig, run: Run) -> Iterator[str]:
         )
 
 
-def loaded(config: RunConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
+def lines_on_model(config: RunConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
     """Yield lines on what the backend has loaded: the model, and preference pairs that it leaves out."""
     adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
     yield (

@@ -23,7 +23,7 @@ from flowalign.record.lock import RunLock
 from flowalign.record.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
 from flowalign.record.progress import Progress, iteration_text
 from flowalign.record.stop import StopRequest
-from flowalign.run.loop import Collected, Count
+from flowalign.run.loop import Backend, Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.safety.collapse import CollapseAlarm
 from flowalign.safety.signals import CollapseSignals
@@ -217,7 +217,7 @@ class RunJournal:
             self._say_best_unknown(metrics)
         return metrics
 
-    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None:
         self.at = iteration
         self.save(iteration, backend.state(), metrics)
 

@@ -16,7 +16,7 @@ from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
-from flowalign.run.share import Cut, MicroBatches, Share, asked_of
+from flowalign.run.share import Cut, MicroBatches, RankItems, asked_of
 from flowalign.types import Condition, Credit, Max, Mean, Scores, TrainBatch, Update
 
 Loss = Callable[[Models, TrainBatch], LossOutput]
@@ -61,7 +61,7 @@ class Learner:
 
     def _update(self, batch: Any, credit: Credit, iteration: int) -> Update:
         parts = list(self._parts(len(credit), iteration))
-        share = self._annotated(batch, credit, [self._cut(own) for part in parts for own in self._steps(part)])
+        share = self._annotated(batch, credit, [self._cut(own) for part in parts for own in self._item_sets(part)])
         history = []
         for part in parts:
             second = self._second_steps(share, part)
@@ -78,7 +78,7 @@ class Learner:
                 order = torch.randperm(count, generator=seeded(self.seed, Stream.SHUFFLE, iteration, epoch))
             yield from (part for part in order.tensor_split(self.passes.updates) if part.numel())
 
-    def _steps(self, part: Tensor) -> list[Tensor]:
+    def _item_sets(self, part: Tensor) -> list[Tensor]:
         """Return the items of each update that ``part`` is for: those of the second network, if there is one, and all
         for the policy."""
         second = 0 if self.needs.second is None else self.needs.second.updates
@@ -87,7 +87,7 @@ class Learner:
     def _cut(self, items: Tensor) -> Cut:
         return Cut(items, self.micro_batch_size // self.needs.item_samples, self.engine.world_size)
 
-    def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut]) -> Share:
+    def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut]) -> RankItems:
         """Let the algorithm annotate the items that this rank will learn from, without gradients."""
         models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
         if self.needs.rollout:
@@ -95,7 +95,7 @@ class Learner:
         own, asked = asked_of(cuts, self.engine.rank, self.engine.world_size)
         with torch.no_grad(), self._rollout_weights_bound():
             said = self.algorithm.annotate(models, batch, credit.take(asked))
-        return Share(self.algorithm, batch, credit, own, said, self.device)
+        return RankItems(self.algorithm, batch, credit, own, said, self.device)
 
     def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
         """Return ``model`` over any number of samples from the CPU and back, in the geometry and precision of a
@@ -127,25 +127,25 @@ class Learner:
         with self.ema.bound():
             yield
 
-    def _step(self, share: Share, part: Tensor) -> dict[str, float]:
+    def _step(self, share: RankItems, part: Tensor) -> dict[str, float]:
         metrics = self._learn(self.engine, self.algorithm.loss, share, part, self.passes.updates, share.credit.total)
         if self.ema is not None:
             self.ema.update()
         return metrics
 
-    def _second_steps(self, share: Share, part: Tensor) -> dict[str, float]:
+    def _second_steps(self, share: RankItems, part: Tensor) -> dict[str, float]:
         """Make the updates of the second network, if there is one, by the items of one of the policy's.
 
         Return means of metrics.
         """
         if self.second is None:
             return {}
-        loss, steps = self.algorithm.second_loss, self._steps(part)[:-1]
+        loss, steps = self.algorithm.second_loss, self._item_sets(part)[:-1]
         made = [self._learn(self.second, loss, share, own, 1, own.numel(), "second/") for own in steps]
         return _summary(made, self._kinds)
 
     def _learn(
-        self, engine: Engine, loss: Loss, share: Share, items: Tensor, updates: int, total: int, prefix: str = ""
+        self, engine: Engine, loss: Loss, share: RankItems, items: Tensor, updates: int, total: int, prefix: str = ""
     ) -> dict[str, float]:
         """Make one of the ``updates`` that ``total`` items are for, by ``items`` of them.
 

@@ -123,6 +123,9 @@ class LocalBackend:
     def restore(self, states: list[dict[str, Any]]) -> str | None:
         return self.learner.restore(**states[self.learner.learner.engine.rank])
 
+    def restart_learner(self) -> None:
+        raise ValueError("the only rank of the learner is this process")
+
     def close(self) -> None:
         self.learner.close()
         end_children()

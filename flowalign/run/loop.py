@@ -59,6 +59,14 @@ class Backend(Protocol):
     # The losses on what is kept for that, where there is something.
     def validate(self) -> dict[str, float]: ...
 
+    def parameters(self) -> tuple[int, int]: ...  # trained, and all
+
+    def state(self) -> list[dict[str, Any]]: ...  # one entry a rank of the learner
+
+    def restore(self, states: list[dict[str, Any]]) -> str | None: ...  # a line where the ranks shared it otherwise
+
+    def restart_learner(self) -> None: ...  # after `RankLost`; `restore` and `sync` follow
+
     def close(self) -> None: ...
 
 
@@ -79,7 +87,7 @@ class Journal(Protocol):
 
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
 
-    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None: ...
+    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None: ...
 
     def due(self, what: str, iteration: int) -> bool: ...
 
@@ -100,7 +108,7 @@ class Run:
     evaluates_ema: bool = False
 
 
-def work(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
+def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
     """Roll out, score, learn and sync, until ``run.iterations`` or ``journal.stopping``; return the last iteration.
 
     Iterations are counted from 1 once done. An algorithm without a sampling plan learns from what lies on disk: nothing

@@ -13,7 +13,7 @@ from flowalign.engine import process_group
 from flowalign.record import checkpoint
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal, due
-from flowalign.run.loop import Collected, Count
+from flowalign.run.loop import Backend, Collected, Count
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SharedJournal:
     def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
         return self._together(lambda journal: journal.evaluation(iteration, collected)) or {}
 
-    def checkpoint(self, iteration: int, backend: Any, metrics: dict[str, float]) -> None:
+    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None:
         states = backend.state()
         self._together(lambda journal: journal.save(iteration, states, metrics))
 

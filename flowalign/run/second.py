@@ -32,7 +32,7 @@ def second_settings(policy: EngineSettings, wanted: Second) -> EngineSettings:
     """Return the settings of its engine: the policy's, but for a learning rate that is constant."""
     rate = policy.optimizer.learning_rate if wanted.learning_rate is None else wanted.learning_rate
     constant = {"learning_rate": rate, "warmup_steps": 0, "decay_steps": None}
-    return replace(policy, optimizer=policy.optimizer.model_copy(update=constant), rate_at=None)
+    return replace(policy, optimizer=policy.optimizer.model_copy(update=constant), schedule=None)
 
 
 def second_state(engine: Engine) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

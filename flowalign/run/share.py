@@ -55,7 +55,7 @@ def asked_of(cuts: Sequence[Cut], rank: int, world_size: int) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class Share:
+class RankItems:
     """A rank's ``index``, ascending, of the items of a batch, and what ``said`` of each, in the same order."""
 
     algorithm: Algorithm
@@ -77,7 +77,7 @@ class Share:
 class MicroBatches(Sequence[TrainBatch]):
     """Micro-batches of a share, each made when it is asked for."""
 
-    def __init__(self, share: Share, items: Sequence[Tensor]) -> None:
+    def __init__(self, share: RankItems, items: Sequence[Tensor]) -> None:
         self._share, self._items = share, items
 
     def __len__(self) -> int:

@@ -317,5 +317,5 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         dtype=config.engine_dtype,
         optimizer=learner.optimizer,
         compile=learner.compile,
-        rate_at=config.rate_at,
+        schedule=config.learning_rate_at,
     )

@@ -24,7 +24,7 @@ from flowalign.run.patience import Patience
 from tests.cluster.orders import Rollouts, Worker
 
 pytestmark = pytest.mark.fault
-CHUNKS = [(number,) for number in range(4)]  # all that the actors of this file are asked for
+CHUNKS: list[Any] = list(range(4))  # all that the actors of this file are asked for
 ALONE = [range(number, number + 1) for number in range(4)]
 HASTY = PatienceConfig(first_s=12, least_s=12)
 
@@ -144,7 +144,7 @@ def test_chunks_that_are_scored_as_one_are_all_there_though_workers_die_over_the
     pipeline = Pipeline(CHUNKS, units, rollouts, rewards, False, 3, 600.0)
     done = pipeline.run(say=said.append)
     assert seen(done) == [[0, 1, 2], [3]]
-    assert ray.get(pipeline.trajectories) == [f"trajectories of chunk {i}" for i in range(4)]
+    assert ray.get(pipeline.trajectory_refs) == [f"trajectories of chunk {i}" for i in range(4)]
     assert [one.scores for one in done] == ["scores of chunk 0 and chunk 1 and chunk 2", "scores of chunk 3"]
     assert (len(rollouts.deaths), len(rewards.deaths)) == (1, 1)
     for pool in (rollouts, rewards):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(
 
     def losing(*asked: Any, **options: Any) -> Any:
         owner, collected = remote.remote(), usual(*asked, **options)
-        collected.trajectories.trajectories[1:3] = refs = ray.get(owner.refs.remote())
+        collected.trajectories.trajectory_refs[1:3] = refs = ray.get(owner.refs.remote())
         ray.kill(owner)
         for ref in refs:
             with pytest.raises(ObjectLostError):
@@ -193,7 +193,7 @@ def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_changes_no_bit(
 ) -> None:
     said, before = io.StringIO(), fresh.learner.pids[0]
     runs = []
-    for kind, backend in (("local", local_backend), ("ray", lambda *given: Lent(fresh, at=4))):
+    for kind, backend in (("local", local_backend), ("ray", lambda *given: cast(Any, Lent(fresh, at=4)))):
         cluster = {"backend": kind, "rollout_workers": 2, "restart_wait_s": 0.2}
         changes = {"iterations": 4, "checkpoint": {"every": 2}, "logging": {"wandb": "disabled"}}
         changes |= {"name": kind, "runs_dir": str(tmp_path)}

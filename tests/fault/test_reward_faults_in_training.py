@@ -25,7 +25,7 @@ from flowalign.run.drive import drive
 from flowalign.run.fixed import build_run
 from flowalign.run.journal import RunJournal
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import work
+from flowalign.run.loop import iterate
 from flowalign.run.made import MadeOf
 from flowalign.samples.scoring import ScorerHangs, TooManyInvalid
 from rewards.http.transport import DeadlineExceeded
@@ -113,7 +113,7 @@ def train(backend: LocalBackend, folder: Path, name: str) -> Path:
         journal = RunJournal(backend.config, run_dir, Console(quiet=True), **begun, lock=lock, stop=StopRequest())
         lock.begun = True
         try:
-            work(build_run(backend.config, folder), backend, journal)
+            iterate(build_run(backend.config, folder), backend, journal)
         finally:
             journal.close()
     return run_dir

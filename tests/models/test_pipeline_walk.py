@@ -29,7 +29,7 @@ from flowalign.making.merge import merge
 from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
-from flowalign.run.fixed import build_run, found
+from flowalign.run.fixed import build_run, lines_on_data
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from tests.algorithms.every import plan_of
@@ -142,12 +142,12 @@ def test_a_configured_shift_replaces_the_scheduler_s_and_one_line_says_so(tmp_pa
     config = load_align(path, [*small, "algorithm.shift=3"]).config
     run = build_run(config, tmp_path)
     assert plan_of(run.algorithm).sigmas == tuple(sigmas(10, 3.0).tolist())
-    assert [line for line in found(config, run) if "shift" in line] == [
+    assert [line for line in lines_on_data(config, run) if "shift" in line] == [
         "levels: shift 3 replaces the model's scheduler's: its dynamic one, 2.138 at this size, which evaluation, "
         "samples and exports keep"
     ]
     config = load_align(path, small).config
-    assert not any("shift" in line for line in found(config, build_run(config, tmp_path)))
+    assert not any("shift" in line for line in lines_on_data(config, build_run(config, tmp_path)))
 
 
 def test_auto_stays_in_the_configuration_and_follows_the_size(tmp_path: Path) -> None:

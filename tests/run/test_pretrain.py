@@ -195,11 +195,11 @@ def test_the_loss_falls(tmp_path, tiny_pipeline_dir, bank):
 
 def test_the_schedule_warms_up_once_and_anneals_within_each_phase():
     own = config(Path("r"), Path("m"), Path("b"))
-    rates = [own.rate_at(step) for step in range(12)]
+    rates = [own.learning_rate_at(step) for step in range(12)]
     assert rates[0] == pytest.approx(1e-3) and rates[6] == pytest.approx(1e-3)
     assert rates[1] > rates[2] > rates[5] > 1e-3 and rates[6] > rates[11] > 1e-4
     assert [own.phase_at(step) for step in (5, 6)] == [(own.phases[0], 5), (own.phases[1], 0)]
-    assert own.rate_at(12) == 1e-4  # what a finished run tells
+    assert own.learning_rate_at(12) == 1e-4  # what a finished run tells
     with pytest.raises(ValueError, match="the last phase ends 1 steps before"):
         own.phase_at(12)
 
@@ -208,7 +208,7 @@ def test_without_phases_the_rate_is_the_optimizers_own_and_the_run_as_long_as_it
     falls = {"learning_rate": 1e-2, "decay": "cosine", "decay_steps": 4, "final_learning_rate": 1e-3, "warmup_steps": 2}
     changes = {"phases": [], "iterations": 6, "learner": {"optimizer": falls}}
     own = config(Path("r"), Path("m"), Path("b"), **changes)
-    rates = [own.rate_at(step) for step in range(own.total)]
+    rates = [own.learning_rate_at(step) for step in range(own.total)]
     full = [1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * min(1, step / 4))) for step in range(6)]
     assert rates == pytest.approx([full[0] / 2, *full[1:]])
     assert own.model_as_trained.max_sequence_length == 16
