@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}  # of Console.print
-DRAWN_S = 0.1  # a bar is drawn anew at most so often
 QUIET_S = 30.0  # without a terminal: at most one line of chunks in this time, and none after a shorter silence
 
 
@@ -33,7 +32,7 @@ class Progress:
 
     def __init__(self, console: Console, total: int, done: int = 0, *, command: str = "align") -> None:
         self.console, self.total = console, total
-        self._done, self._spoke, self._drew = done, time.monotonic(), 0.0
+        self._done, self._spoke = done, time.monotonic()
         self._bar: Any = None
         if console.is_terminal:
             self._bar = _bar(console, command)
@@ -68,11 +67,8 @@ class Progress:
 
     def _live(self, text: str, restart: bool = True) -> None:
         if self._bar is not None:
-            now = time.monotonic()
-            since = {"since": now} if restart else {}
-            draws = not restart or now - self._drew > DRAWN_S
-            self._drew = now if draws else self._drew
-            self._bar.update(self._task, description=text, refresh=draws, **since)
+            since = {"since": time.monotonic()} if restart else {}
+            self._bar.update(self._task, description=text, refresh=True, **since)
 
     def say(self, text: str) -> None:
         self._spoke = time.monotonic()
