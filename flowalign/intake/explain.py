@@ -14,6 +14,7 @@ from flowalign.config.section import ConfigError, nearest
 
 Key = tuple[str | int, ...]
 LONGEST = 600  # characters of a reason
+_ALTERNATIVE = re.compile(r"constrained-\w+|list\[.*\]")  # pydantic's names of them
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -22,7 +23,7 @@ def dotted(key: Sequence[str | int]) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
     """Return one sentence about pydantic's first finding; the others are counted, and named where all are missing."""
-    found = error.errors(include_url=False)
+    found = _one_each(error.errors(include_url=False))
     # An unknown key is the likelier cause of a missing one than the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     key, reason = _sentence(first, model, prefix)
@@ -33,6 +34,19 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) ->
     if rest := len(others) - len(lacking):
         reason += f" ({rest} more after this)"
     return ConfigError(key, reason)
+
+
+def _one_each(errors: Sequence[Any]) -> list[Any]:
+    """Return one finding of each value that fits no alternative of its type: that of the alternative of its kind."""
+    kept: dict[Any, Any] = {}
+    for number, error in enumerate(errors):
+        loc = error["loc"]
+        at = next((i for i, part in enumerate(loc) if _ALTERNATIVE.fullmatch(str(part))), None)
+        if at is None:
+            kept[number] = error
+        elif loc[:at] not in kept or not error["type"].endswith("_type"):
+            kept[loc[:at]] = {**error, "loc": loc[:at] + loc[at + 1 :]}
+    return list(kept.values())
 
 
 def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str]:
