@@ -41,6 +41,28 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
         raise ConfigError(key, wrong[min(wrong)] + and_more(len(wrong) - 1))
 
 
+def check_captions(evaluation: EvaluationConfig) -> None:
+    """Check that judges can do with the captions of a bank, which have neither tags nor anything else beside them."""
+    from rewards.interface import InputError, ScorerError
+    from rewards.resolve import row_check
+
+    advice = "give evaluation.prompts, such as shapes:eval"
+    scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
+    scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
+    for key, reward in scorers.items():
+        if reward.tasks:
+            raise ConfigError(f"{key}.tasks", f"the bank's captions, which are evaluated, have no tasks; {advice}")
+        try:
+            judges = row_check({"type": reward.spec, **reward.options})
+            if judges is not None:
+                judges({"prompt": "a caption"})
+        except InputError as error:
+            said = str(error).removeprefix("metadata: ")
+            raise ConfigError(key, f"cannot judge the bank's captions, which are evaluated: one {said}; {advice}") from None
+        except ScorerError:
+            continue  # check_reward says it
+
+
 def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
     """Return the rows with where they stand, and the faults of others, both by their place in the file."""
     from flowalign.data.prompts import PromptsError, placed_prompts

@@ -245,8 +245,10 @@ def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], N
         return
     if isinstance(config, PretrainConfig):
         yield from _judge_checks(config, base)
-    if evaluation.prompts is not None:
-        key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.scorer is None else ""
+    if evaluation.prompts is None:
+        yield partial(promptcheck.check_captions, evaluation)
+    else:
+        key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.judge != evaluation.scorer else ""
         yield partial(promptcheck.check_prompts, key, evaluation.prompts, evaluation.judges, base, advice=advice)
         yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
 
