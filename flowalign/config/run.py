@@ -69,9 +69,11 @@ class CheckpointConfig(CheckpointsConfig):
     """When checkpoints are written, and which are kept."""
 
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Checkpoints of the highest ``best_metric`` that are kept."""
+    """Checkpoints of the best ``best_metric`` that are kept."""
     best_metric: str | None = None
-    """Key of ``metrics.jsonl``; null: the overall of the evaluation's scorer."""
+    """Key of ``metrics.jsonl``, at its lowest where it is a loss, else at its highest; null: the overall of the
+    evaluation's scorer.
+    """
 
 
 class SafetyConfig(Section):

@@ -151,7 +151,7 @@ class TrainingCheckpointsConfig(CheckpointConfig):
     every: Positive = 1000
     """Iterations from one to the next."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints of the highest ``best_metric`` that are kept."""
+    """Checkpoints of the best ``best_metric`` that are kept."""
 
 
 class TrainingLoggingConfig(LoggingConfig):

@@ -50,6 +50,7 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
     _check_ranks(config)
+    _check_best(config)
 
 
 def _check_ranks(config: PretrainConfig) -> None:
@@ -65,6 +66,25 @@ def _check_ranks(config: PretrainConfig) -> None:
             f"is {learner.ranks}, and cluster.backend=local runs the processes that it was started as, {started}; use "
             f"backend=ray, or torchrun --nproc-per-node={learner.ranks}",
         )
+
+
+def _check_best(config: PretrainConfig) -> None:
+    """Check that what chooses the best checkpoints is measured, where any are kept."""
+    kept, judge = config.checkpoint, config.evaluation.judge
+    if not kept.keep_best:
+        return
+    if kept.best_metric is None and (judge is None or not config.evaluation.every):
+        lacking = "evaluation.scorer" if config.evaluation.every else "evaluation.every"
+        raise ConfigError(
+            "checkpoint.keep_best",
+            f"is {kept.keep_best}, and nothing says which are best; give {lacking}, or checkpoint.best_metric such as "
+            "validation/loss",
+        )
+    metric = kept.best_metric or ""
+    if metric.startswith("eval/") and not config.evaluation.every:
+        raise ConfigError("checkpoint.best_metric", f"{metric} is not measured; give evaluation.every")
+    if metric.startswith(("validation/", "validation_ema/")) and config.validation is None:
+        raise ConfigError("checkpoint.best_metric", f"{metric} is not measured; give validation.latents")
 
 
 def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:

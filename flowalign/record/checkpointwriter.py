@@ -31,8 +31,8 @@ from flowalign.record.manifest import steps as steps
 class CheckpointWriter:
     """Writes the checkpoints of one run and deletes those it need not keep.
 
-    ``keep_last`` newest stay, and the ``keep_best`` with the highest ``state["metrics"][best_metric]``; 0 for
-    ``keep_last`` keeps all. What ``latest`` and ``last_good`` name always stays. A root has one writer at a time.
+    ``keep_last`` newest stay, and the ``keep_best`` with the best ``state["metrics"][best_metric]``: the lowest of a loss,
+    the highest of anything else. 0 for ``keep_last`` keeps all. What ``latest`` and ``last_good`` name always stays. A root has one writer at a time.
     """
 
     root: Path
@@ -147,12 +147,18 @@ class CheckpointWriter:
     def _prune(self) -> None:
         known = manifests(self.root)
         scores = {path.name: m["metrics"].get(self.best_metric, math.nan) for path, m in known.items()}
-        best = sorted((name for name in scores if not math.isnan(scores[name])), key=scores.__getitem__, reverse=True)
+        known_scores = (name for name in scores if not math.isnan(scores[name]))
+        best = sorted(known_scores, key=scores.__getitem__, reverse=not is_loss(self.best_metric))
         keep = {path.name for path in list(known)[-self.keep_last :]} | set(best[: self.keep_best])
         keep |= set(self._named().values())
         for path in known:
             if path.name not in keep:
                 path.rename(self._hidden())
+
+
+def is_loss(metric: str) -> bool:
+    """Tell whether a key of ``metrics.jsonl`` is a loss, such as ``validation/loss_t0.06``: its lowest is its best."""
+    return any(part == "loss" or part.startswith("loss_") for part in metric.split("/"))
 
 
 def _files(

@@ -223,7 +223,8 @@ class RunJournal:
 
     def save(self, iteration: int, states: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
         """Write a checkpoint of what the learner's ranks hold."""
-        if not self._best.startswith("eval/"):
+        late = self._best.startswith("validation") and not self.due("validation", iteration)
+        if not (self._best.startswith("eval/") or late):
             self._say_best_unknown(metrics)
         self._lock.check()
         self._writer.save(
