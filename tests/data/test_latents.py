@@ -50,6 +50,12 @@ def test_a_bank_of_several_sizes_and_captions_is_read_as_it_was_written(tmp_path
         assert (own.noise is None and found.noise is None) or torch.equal(own.noise, found.noise)  # type: ignore[arg-type]
 
 
+def test_a_bank_without_latents_is_refused(tmp_path: Path) -> None:
+    save_bank(tmp_path, LatentBank(torch.zeros(0, 16, 8, 8).half(), torch.zeros(0).long(), []))
+    with pytest.raises(LatentsError, match=r"manifest.json counts 0 latents; the bank is empty"):
+        load_bank(tmp_path)
+
+
 def test_noise_and_latents_of_a_draw_belong_together(tmp_path: Path) -> None:
     bank = bank_of_three(noise=True)
     pairs = {

@@ -112,6 +112,8 @@ def load_bank(directory: Path, *, verify: bool = True) -> LatentBank:
     files = [entry["file"] for entry in manifest["shards"]]
     shards = [_shard(directory / entry["file"], entry, manifest) for entry in manifest["shards"]]
     _check_rows(directory / PROMPTS, len(prompts), dict(zip(files, shards, strict=True)))
+    if not sum(map(len, shards)):
+        raise LatentsError(f"latents: {directory / MANIFEST} counts 0 latents; the bank is empty")
     embeddings = manifest["embeddings"] and _embeddings(directory, manifest["embeddings"], len(prompts))
     return LatentBank.of_shards(shards, prompts, embeddings=embeddings or None, encoder=manifest["encoder"])
 
