@@ -58,7 +58,9 @@ def check_captions(evaluation: EvaluationConfig) -> None:
                 judges({"prompt": "a caption"})
         except InputError as error:
             said = str(error).removeprefix("metadata: ")
-            raise ConfigError(key, f"cannot judge the bank's captions, which are evaluated: one {said}; {advice}") from None
+            raise ConfigError(
+                key, f"cannot judge the bank's captions, which are evaluated: one {said}; {advice}"
+            ) from None
         except ScorerError:
             continue  # check_reward says it
 

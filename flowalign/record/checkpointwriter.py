@@ -31,8 +31,9 @@ from flowalign.record.manifest import steps as steps
 class CheckpointWriter:
     """Writes the checkpoints of one run and deletes those it need not keep.
 
-    ``keep_last`` newest stay, and the ``keep_best`` with the best ``state["metrics"][best_metric]``: the lowest of a loss,
-    the highest of anything else. 0 for ``keep_last`` keeps all. What ``latest`` and ``last_good`` name always stays. A root has one writer at a time.
+    ``keep_last`` newest stay, and the ``keep_best`` with the best ``state["metrics"][best_metric]``: the lowest of a
+    loss, the highest of anything else. 0 for ``keep_last`` keeps all. What ``latest`` and ``last_good`` name always
+    stays. A root has one writer at a time.
     """
 
     root: Path

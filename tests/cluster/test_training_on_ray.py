@@ -28,8 +28,8 @@ from tests.fault.trainings import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(900)]
-RAY = {"cluster": {"backend": "ray", "restart_wait_s": 0.2}}
-TWO = {"engine": "fsdp", "ranks": 2}
+RAY: dict[str, Any] = {"cluster": {"backend": "ray", "restart_wait_s": 0.2}}
+TWO: dict[str, Any] = {"engine": "fsdp", "ranks": 2}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_lost(
     assert_same_training(whole, run_dir)
 
 
-TORCHRUN = {"learner": {"engine": "fsdp"}}
+TORCHRUN: dict[str, Any] = {"learner": {"engine": "fsdp"}}
 
 
 def test_two_processes_of_torchrun_evaluate_in_the_first_and_learn_what_one_does(

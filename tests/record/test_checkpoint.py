@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.record.checkpoint import CheckpointError, content_hash, latest, load
-from flowalign.record.checkpointwriter import CheckpointWriter
+from flowalign.record.checkpointwriter import CheckpointWriter, is_loss
 from tests.record.writer import write_on
 
 
@@ -107,6 +107,11 @@ def test_retention_keeps_the_last_the_best_and_latest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_000002", "step_000004", "step_000005"]
     save(tmp_path, 6, keep_last=1, keep_best=9, score=0.0)
     assert names(tmp_path) == ["latest", "step_000002", "step_000004", "step_000005", "step_000006"]
+
+
+def test_the_best_of_a_loss_is_its_lowest() -> None:
+    losses = ("loss", "validation/loss", "validation_ema/loss_t0.06", "loss/velocity_mse")
+    assert all(map(is_loss, losses)) and not any(map(is_loss, ("eval/geneval/overall", "reward/lossless/mean")))
 
 
 def test_a_checkpoint_that_was_moved_away_and_linked_stays_there_and_ends_no_saving(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Training runs on latents that are refused by their configuration alone, in a sentence that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flowalign.config.section import ConfigError
+from flowalign.data.banks.latents import LatentBank, save_bank
+from flowalign.intake.file import load_pretrain
+from tests.tiny import merged, write_configs_of_a_pipeline
+
+TWO = {"engine": "fsdp", "ranks": 2}
+SCORED = {"every": 2, "scorer": "reward.py:bright"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refused")
+    write_configs_of_a_pipeline(folder / "model")
+    save_bank(folder / "bank", LatentBank(torch.zeros(2, 16, 8, 8).half(), torch.tensor([0, 1]), ["a star", "a heart"]))
+    (folder / "reward.py").write_text("def bright(images, prompts, metadata):\n    return [1.0] * len(images)\n")
+    (folder / "plain.jsonl").write_text('{"prompt": "a star"}\n')
+    return folder
+
+
+def load(folder: Path, changes: dict[str, Any]) -> Any:
+    content = {
+        "name": "base",
+        "iterations": 4,
+        "model": {"path": "model", "max_sequence_length": 16},
+        "latents": "bank",
+        "algorithm": {"type": "rectified_flow"},
+        "evaluation": {"every": 2},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(merged(content, changes)))
+    return load_pretrain(folder / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampling": {"num_steps": 3}}, "sampling: is evaluation now"),
+        ({"learner": TWO}, "learner.ranks: is 2, and cluster.backend=local runs the processes that it was started as"),
+        ({"learner": {"ranks": 2}, "cluster": {"backend": "ray"}}, "learner.engine: torch is one process; use fsdp"),
+        ({"evaluation": {"prompts": "none.jsonl"}}, r"evaluation.prompts: \S+none.jsonl does not exist"),
+        ({"evaluation": {"scorer": "genevall"}}, "evaluation.scorer: reward 'genevall' is unknown; did you mean"),
+        ({"evaluation": {"gold": ["none.py:reward"]}}, r"evaluation.gold.0: reward file \S+none.py does not exist"),
+        ({"evaluation": {"scorer": "geneval"}}, "evaluation.scorer: cannot judge the bank's captions, which are"),
+        ({"evaluation": {"gold": ["geneval"]}}, "evaluation.gold.0: cannot judge the bank's captions, which are"),
+        (
+            {"evaluation": {"scorer": {"spec": "reward.py:bright", "tasks": ["counting"]}}},
+            "evaluation.scorer.tasks: the bank's captions, which are evaluated, have no tasks; give evaluation.prompts",
+        ),
+        (
+            {"evaluation": {"gold": ["geneval"], "prompts": "plain.jsonl"}},
+            r"evaluation.prompts: \S+ line 1: has no `tag`; geneval needs rows in GenEval's form, with tag, include and"
+            " prompt$",
+        ),
+        ({"seed": 1234}, "evaluation.seed: 1234 is the run's own seed"),
+        ({"learner": {"ema_decay": None}}, "learner.ema_decay: got None, input should be a valid number$"),
+        ({"learner": {"ema_decay": [0.9, 1.5]}}, "learner.ema_decay.1: got 1.5, input should be less than 1$"),
+        ({"validation": {"latents": "none"}}, r"validation.latents: \S+none holds no latents"),
+        ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best: is 1, and nothing says which are best; give evalu"),
+        (
+            {"checkpoint": {"keep_best": 1}, "evaluation": {**SCORED, "every": 0}},
+            "checkpoint.keep_best: is 1, and nothing says which are best; give evaluation.every, or checkpoint.best",
+        ),
+        (
+            {"checkpoint": {"keep_best": 1, "best_metric": "eval/reward/overall"}, "evaluation": {"every": 0}},
+            "checkpoint.best_metric: eval/reward/overall is not measured; give evaluation.every",
+        ),
+        (
+            {"checkpoint": {"keep_best": 1, "best_metric": "validation/loss"}},
+            "checkpoint.best_metric: validation/loss is not measured; give validation.latents",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_under_its_key(changes: dict[str, Any], said: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^{said}"):
+        load(folder, changes)
+
+
+def test_ray_is_refused_under_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^cluster.backend: ray starts its own ranks, and torchrun has started 2"):
+        load(folder, {"cluster": {"backend": "ray"}, "learner": {"engine": "fsdp"}})
+
+
+def test_what_is_measured_may_choose_the_best_checkpoint(folder: Path) -> None:
+    validated = {"validation": {"latents": "bank"}, "checkpoint": {"keep_best": 1, "best_metric": "validation/loss"}}
+    load(folder, validated)
+    load(folder, {"checkpoint": {"keep_best": 1}, "evaluation": SCORED})
+    load(folder, {"checkpoint": {"keep_best": 1, "best_metric": "loss"}, "evaluation": {"every": 0}})

@@ -1,0 +1,65 @@
+"""What a training run on latents leaves beside its weights: evaluations, rows at intervals, wandb, the best one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from flowalign.record import checkpoint
+from flowalign.record.metrics import read_metrics
+from tests.fault.trainings import bank_of, here, samples_of, written
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bank_of(tiny_pipeline_dir, tmp_path_factory.mktemp("bank"))
+
+
+def test_rows_come_at_intervals_and_with_what_is_measured_and_wandb_has_them(
+    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path
+) -> None:
+    logged = {"every": 5, "wandb": "offline"}
+    config = written(tmp_path, tiny_pipeline_dir, bank, logging=logged)
+    said, run_dir = here(config), tmp_path / "runs" / "base"
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [0, 3, 4, 5, 6, 8, 9, 10, 12]  # of evaluations and validations as well
+    assert [row["iteration"] for row in rows if "eval/reward/overall" in row] == [0, 4, 8, 12]
+    assert [row["iteration"] for row in rows if "validation_ema/loss" in row] == [3, 6, 9, 12]
+    assert re.findall(r"iteration (\d+)/12", said) == [str(row["iteration"]) for row in rows[1:]]
+    assert sorted(os.listdir(run_dir / "samples")) == [f"iteration_{step:06d}" for step in (0, 4, 8, 12)]
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_best_checkpoint_of_a_loss_is_that_of_its_lowest_value(
+    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path
+) -> None:
+    kept = {"keep_last": 1, "keep_best": 1, "best_metric": "validation/loss", "every": 2}
+    validation = {"latents": str(bank), "every": 4, "num_samples": 6, "num_times": 3}
+    phase = {"max_sequence_lengths": {16: 1.0}}
+    phases = [{"iterations": 8, "learning_rate": 1e-3, **phase}, {"iterations": 4, "learning_rate": 1.0, **phase}]
+    changes = {"checkpoint": kept, "validation": validation, "evaluation": {"every": 0}}
+    said = here(written(tmp_path, tiny_pipeline_dir, bank, phases=phases, **changes))
+    losses = {
+        row["iteration"]: row["validation/loss"]
+        for row in read_metrics(tmp_path / "runs" / "base" / "metrics.jsonl")
+        if "validation/loss" in row
+    }
+    best = min(losses, key=lambda step: losses[step])
+    assert best == 8 and checkpoint.steps(tmp_path / "runs" / "base" / "checkpoints") == [best, 12]
+    assert "is not measured" not in said  # though the first checkpoint comes before the first validation
+
+
+def test_images_are_those_of_the_weights_that_the_configuration_names(
+    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for weights in ("ema", "policy"):
+        evaluation = {"weights": weights, "scorer": None}
+        here(written(tmp_path, tiny_pipeline_dir, bank, weights, evaluation=evaluation))
+        made[weights] = samples_of(tmp_path / "runs" / weights)
+    same = {name for name, png in made["ema"].items() if made["policy"][name] == png}
+    assert {name for name in made["ema"] if "iteration_000000" in name} <= same
+    assert not {name for name in same if "iteration_000012" in name and name.endswith("png")}
