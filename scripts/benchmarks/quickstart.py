@@ -4,9 +4,10 @@
     python scripts/benchmarks/quickstart.py --training --against COMMIT latents=BANK model.path=DIR [override ...]
 
 Each try runs ``flowalign align configs/shapes/flow_grpo.yaml`` without evaluations, or ``flowalign pretrain
-configs/shapes/pretrain.yaml``, in a process of its own; overrides are handed to both. The first iteration warms up and is left out. Memory is the sum
-of the processes' private and shared shares (PSS), looked at every half second. Prints one JSON object: medians of both
-checkouts, of the phases too, all that was measured, and the ratio of this checkout to the other one.
+configs/shapes/pretrain.yaml``, in a process of its own; overrides are handed to both.
+The first iteration warms up and is left out. Memory is the sum of the processes' private and shared shares (PSS),
+looked at every half second. Prints one JSON object: medians of both checkouts, of the phases too, all that was
+measured, and the ratio of this checkout to the other one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,7 @@ def run(checkout: Path, what: tuple[str, str, str], overrides: list[str]) -> dic
             raise SystemExit(f"{' '.join(line)} ended with {process.returncode}: {process.stderr.read()[-2000:]}")
         rows = [json.loads(row) for row in Path(folder, "timed", "metrics.jsonl").read_text().splitlines()]
     if what is TRAIN:  # by the clock of the rows, which every version has
-        pairs = zip(rows, rows[1:], strict=False)
-        seconds = [{"iteration_s": row["wall_s"] - before["wall_s"]} for before, row in pairs]
+        seconds = [{"iteration_s": row["wall_s"] - before["wall_s"]} for before, row in pairwise(rows)]
     else:
         seconds = [{key: row[f"time/{key}"] for key in PHASES} for row in rows[1:]]
     return {"rows": seconds, "peak_mib": round(peak / MIB, 1)}
