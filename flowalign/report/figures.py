@@ -48,13 +48,23 @@ STYLE: Any = {
 }
 HALF, WIDE = (6.6, 3.1), (13.4, 2.7)
 SMOOTHING = 9
+STEEP = 20  # the largest value over the smallest
 LONGEST_NAME = 60
 
 
 def lines(
-    x: Sequence[int], series: Mapping[str, Series], *, bold: str | None = None, label: str = "", wide: bool = False
+    x: Sequence[int],
+    series: Mapping[str, Series],
+    *,
+    bold: str | None = None,
+    label: str = "",
+    wide: bool = False,
+    steep: bool = False,
 ) -> Markup:
-    """Draw curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN."""
+    """Draw curves over iterations: each value faint, a running mean on top; gaps where a value is missing or NaN.
+
+    ``steep`` ones are drawn on a logarithmic scale where they span more than `STEEP`.
+    """
     figure, axes = _figure(WIDE if wide else HALF)
     curves = {}
     for color, (name, values) in zip(_colors(series, bold), series.items(), strict=False):
@@ -65,7 +75,11 @@ def lines(
         marker = "o" if sum(map(math.isfinite, y)) <= 12 else None
         width = 2.8 if name == bold else None
         curves[name] = axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=width)[0]
-    _iteration_axis(axes, x, label)
+    found = [value for values in series.values() for value in _floats(values) if math.isfinite(value)]
+    logarithmic = steep and min(found, default=0.0) > 0 and max(found) > STEEP * min(found)
+    _iteration_axis(axes, x, f"{label}, logarithmic" if logarithmic else label)
+    if logarithmic:
+        _logarithmic_axis(axes, max(found) / min(found))
     _legend(figure, curves)
     return _svg(figure, f"{', '.join(map(_short, series))} by iteration")
 
@@ -119,6 +133,15 @@ def _iteration_axis(axes: Any, x: Sequence[int], label: str) -> None:
     axes.set_title(_short(label), loc="left", fontsize=9.5, color=MUTED)
     if len(x) == 1:
         axes.set_xlim(x[0] - 1, x[0] + 1)
+
+
+def _logarithmic_axis(axes: Any, span: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Any, curves: Mapping[str, Any]) -> None:

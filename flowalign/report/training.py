@@ -124,7 +124,8 @@ def _loss_chart(trained: Sequence[Row]) -> Chart:
     found = _series(trained, {key.removeprefix("loss/"): key for key in parts})
     series |= {name: values for name, values in found.items() if values not in series.values()}
     bold = "loss" if len(series) > 1 else None
-    figure = figures.lines(iterations(trained), series, bold=bold, label="loss of an iteration") if series else None
+    label = "loss of an iteration"
+    figure = figures.lines(iterations(trained), series, bold=bold, label=label, steep=True) if series else None
     return Chart("Loss while training", figure, f"{NOTHING}.")
 
 
@@ -149,7 +150,7 @@ def _sparse(trained: Sequence[Row], named: Mapping[str, str], label: str, *, wid
     """Draw values that only some rows have, over those; None where none has."""
     rows = [row for row in trained if any(key in row for key in named.values())]
     series = _series(rows, named)
-    return figures.lines(iterations(rows), series, label=label, wide=wide) if series else None
+    return figures.lines(iterations(rows), series, label=label, wide=wide, steep=True) if series else None
 
 
 def _series(rows: Sequence[Row], named: Mapping[str, str]) -> dict[str, list[float | None]]:

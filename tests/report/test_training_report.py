@@ -136,6 +136,14 @@ def test_curves_lie_at_the_iterations_of_their_rows(tmp_path: Path) -> None:
     assert (y1 - y0) / (y2 - y1) == pytest.approx(2, rel=1e-3) and y1 > y0  # downwards
 
 
+def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_scale(tmp_path: Path) -> None:
+    """From 1 over 0.1 to 0.001: the second fall is twice as high as the first, and a null between them is a gap."""
+    made = page(tmp_path, [row(5, 1.0), row(10, 0.1), row(15, None), row(20, 0.001)])
+    (((_, y0), (_, y1), (_, y2)),) = curves(made.source, "loss by iteration")
+    assert (y2 - y1) / (y1 - y0) == pytest.approx(2, rel=1e-3) and y1 > y0
+    assert "loss of an iteration, logarithmic" in made.text
+
+
 def test_a_loss_of_parts_shows_each_that_differs_from_the_whole(tmp_path: Path) -> None:
     rows = [row(n, 1 / n, **{"loss/huber": 2 / n, "loss/none": None}) for n in (10, 20)]
     source = page(tmp_path, rows).source
