@@ -69,7 +69,7 @@ class Evaluations:
             return None
         later = f"against iteration {self.rows[-1]['iteration']}, same prompts, same seeds"
         span = f"Iteration {self.rows[0]['iteration']} {later if len(self.rows) > 1 else 'only'}"
-        note = f"{how}. {span}. Overall is the mean over the tasks."
+        note = f"{f'{how}. ' if how else ''}{span}. Overall is the mean over the tasks."
         return Scores(f"{self.label} before and after", note, self._table())
 
     def _table(self) -> list[dict[str, Any]]:

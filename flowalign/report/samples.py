@@ -30,17 +30,20 @@ class Shown:
 
 @dataclass(frozen=True)
 class Pair:
+    """The images of one prompt and one noise; those ``between`` with their iterations."""
+
     prompt: str
     tag: str
     before: Shown
     after: Shown | None
+    between: tuple[tuple[int, Shown], ...] = ()
 
 
 @dataclass(frozen=True)
 class Gallery:
     """``before`` and ``after`` are iterations; ``after`` is None where only one set of samples exists.
 
-    ``left_out`` is a sentence on what is not shown; empty where all is.
+    ``between`` are the iterations of further sets. ``left_out`` is a sentence on what is not shown; empty where all is.
     """
 
     before: int
@@ -48,6 +51,7 @@ class Gallery:
     pairs: list[Pair]
     pixelated: bool
     left_out: str = ""
+    between: tuple[int, ...] = ()
 
     @property
     def judged(self) -> bool:
@@ -64,8 +68,10 @@ class Gallery:
         return counts if sum(counts.values()) else {}
 
 
-def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
-    """Return the first and the last set of samples, in the order of their index; None where there is none.
+def read_gallery(run_dir: Path, metric: str, between: int = 0) -> Gallery | None:
+    """Return the first and the last set of samples, in the order of their index, and up to so many evenly ``between``.
+
+    It is None where there is none.
 
     What an index names is shown only where it lies inside the run; the run may be somebody else's, and its page may be
     published.
@@ -78,17 +84,23 @@ def read_gallery(run_dir: Path, metric: str) -> Gallery | None:
     sets = {int(match[1]): folder for match, folder in named if match is not None}
     if not sets:
         return None
-    first, last = min(sets), max(sets) if len(sets) > 1 else None
+    first, *inner = sorted(sets)
+    last = inner.pop() if inner else None
+    count = min(between, len(inner))
+    middle = [inner[(i + 1) * len(inner) // (count + 1) if len(inner) > count else i] for i in range(count)]
     pictures = _Pictures(run_dir, metric)
     earlier = pictures.of(sets[first])
     pixelated = pictures.side <= PIXEL_ART
     later = {} if last is None else pictures.of(sets[last])
+    on_the_way = {iteration: pictures.of(sets[iteration]) for iteration in middle}
     pairs = []
     for file, (row, before) in earlier.items():
+        same = [(n, found[file]) for n, found in on_the_way.items() if file in found]
+        shown = tuple((n, image) for n, (then, image) in same if then["prompt"] == row["prompt"])
         then, after = later.get(file, (row, None))
-        same = then["prompt"] == row["prompt"]
-        pairs.append(Pair(row["prompt"], str(row.get("tag") or "").replace("_", " "), before, after if same else None))
-    return Gallery(first, last, pairs, pixelated, pictures.left_out())
+        after = after if then["prompt"] == row["prompt"] else None
+        pairs.append(Pair(row["prompt"], str(row.get("tag") or "").replace("_", " "), before, after, shown))
+    return Gallery(first, last, pairs, pixelated, pictures.left_out(), tuple(middle))
 
 
 def inside(path: Path, run_dir: Path) -> bool:

@@ -29,6 +29,7 @@ from flowalign.report.samples import read_gallery
 
 VALIDATED = {"validation": "weights", "validation_ema": "average"}
 NOTHING = "No iteration has finished yet"
+ON_THE_WAY = 3  # sets of samples between the first and the last
 MOST_TIMES = 8  # curves of the validation loss at one time each
 CURVES = {
     "learning_rate": ("Learning rate", "Of the iteration's update."),
@@ -56,7 +57,7 @@ def page_of(config: PretrainConfig, rows: Sequence[Row], run_dir: Path) -> Page:
         "Validation has latents, noises and times of its own, the same each time.",
         charts=_charts(config, trained, evaluations),
         scores=evaluations.scores(settings.get("Evaluation", "")),
-        gallery=read_gallery(run_dir, evaluations.main),
+        gallery=read_gallery(run_dir, evaluations.main, between=ON_THE_WAY),
         curves=SmallCurves("How it went", how, curves) if curves else None,
         settings=settings,
     )

@@ -218,11 +218,26 @@ def test_texts_from_outside_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_samples_without_scores_are_shown_without_verdicts(tmp_path: Path) -> None:
-    for iteration in (0, 20, 40):
+    for iteration in (0, 40):
         write_samples(tmp_path, iteration, [float("nan")] * 3)
     made = page(tmp_path, [row(5, 1.0)])
     assert made.counts["img"] == 6 and "Left iteration 0, right iteration 40" in made.text
     assert "judged" not in made.text and "✓" not in made.text and "newly right" not in made.text
+
+
+@pytest.mark.parametrize(
+    ("sets", "shown"),
+    [((0, 10, 40), "0, 10 and 40"), ((0, 10, 20, 30, 40, 50, 60, 70, 80), "0, 20, 40, 60 and 80")],
+)
+def test_samples_on_the_way_are_a_strip_of_iterations(sets: tuple[int, ...], shown: str, tmp_path: Path) -> None:
+    for iteration in sets:
+        write_samples(tmp_path, iteration, [1.0, 0.0])
+    made = page(tmp_path, [row(5, 1.0)])
+    assert f"From left to right iterations {shown}, from the same noise." in made.text
+    captions = shown.replace(",", "").replace("and ", "")
+    assert f"{captions} a photo of 0" in made.text and f"{captions} a photo of 1" in made.text
+    images = [address for address in made.addresses if address.startswith("data:")]
+    assert len(images) == 2 * len(captions.split()) == 2 * len(set(images[: len(images) // 2]))
 
 
 def test_evaluations_of_a_training_run_are_shown_as_those_of_an_alignment(tmp_path: Path) -> None:
