@@ -33,6 +33,7 @@ from flowalign.run.resume import resume_from
 from tests.engine.toy import Network, settings, update
 from tests.fault.test_exit_codes import CONFIG
 from tests.fault.victim import content, work
+from tests.tiny import encoded_here
 
 GRPO = {"type": "flow_grpo", "group_size": 3, "num_steps": 3}
 RATE = "learner.optimizer.learning_rate"
@@ -145,7 +146,7 @@ def test_pretraining_and_distillation_keep_their_last_good_checkpoint(
     )
     destroyed = r"^iteration 3: an update at learning rate 1e\+30 has destroyed the weights"
     with pytest.raises(DestroyedState, match=destroyed):
-        drive(config, tmp_path, Console(quiet=True))
+        drive(encoded_here(config), tmp_path, Console(quiet=True))
     root = tmp_path / "t" / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_000002"]
     assert all(value.isfinite().all() for value in checkpoint.load(root / "step_000002").model.values())

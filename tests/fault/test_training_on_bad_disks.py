@@ -27,7 +27,7 @@ from flowalign.run.room import check_room
 from tests.fault.smalldisk import fill, hidden, mounted, remount
 from tests.fault.test_full_disks import ORDERS, ROOT, bits
 from tests.fault.test_pasted_advice import ends_with_2, pasted
-from tests.tiny import merged
+from tests.tiny import encoded_here, merged
 
 ALGORITHMS = """
 from pathlib import Path
@@ -60,6 +60,7 @@ class Distill(Ordered, GuidanceDistill):
 def bank(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bank")
     make_bank(load_encoders(ModelConfig(path=str(tiny_pipeline_dir))), folder, num_images=8, batch=8)
+    encoded_here(PretrainConfig.model_validate(content(folder, tiny_pipeline_dir, folder, "pretrain")))
     return folder
 
 
