@@ -116,10 +116,14 @@ def test_first_update_replays_the_rollout_exactly(local: Trace) -> None:
     assert all(metrics["learner/updates"] == 1 for metrics in local.metrics)
 
 
+def die_over_the_next_rollout(actor: Any) -> None:
+    actor.worker.rollout = lambda *asked, **how: os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.fault
 def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
     before = list(fresh.rollouts.pids)
-    (folder / "kill").write_text(str(before[1]))
+    ray.get(fresh.rollouts.actors[1].__ray_call__.remote(die_over_the_next_rollout))
     fresh.say = (said := []).append
     assert_same_bits(trace(fresh, fresh.config, folder), local)
     assert len(said) == 1 and said[0].startswith("retried: the rollout worker was lost over chunk ")
