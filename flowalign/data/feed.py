@@ -15,6 +15,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.captions import CaptionTable
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.flow.randomness import Stream, seeded
+from flowalign.models.checked import model_family
 from flowalign.models.encoders import TextPart
 from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
@@ -56,6 +57,18 @@ class Captioned:
             pooled_PE=self._table.pooled_PE[used],
             null_LD=self._table.null_LD[:end],
             index_N=index,
+        )
+
+
+def check_channels(directory: str, bank: LatentBank, model: ModelConfig) -> None:
+    """Raise LatentsError where the latents of the bank in ``directory`` have other channels than the model's."""
+    channels = model_family(model.type).latent_shape(Path(model.path), model.height, model.width)[0]
+    found = {shard.latents.shape[1] for shard in bank.shards}
+    if found != {channels}:
+        there = " and ".join(map(str, sorted(found)))
+        raise LatentsError(
+            f"latents: {directory} holds latents of {there} channels, the model's have {channels}; precompute it with "
+            "model.path"
         )
 
 
@@ -101,6 +114,7 @@ class Feed:
             )
         encoder = encoder_hash(model)
         self._main = Captioned(Path(config.latents), model, longest, encoder, spare_of(config))
+        check_channels(config.latents, self._main.bank, model)
         real = config.real_data
         self._real = None
         if real is not None:

@@ -9,7 +9,7 @@ import torch
 from flowalign.algorithm import VelocityModel
 from flowalign.config.run import RunConfig
 from flowalign.config.training import PretrainConfig, ValidationConfig
-from flowalign.data.feed import Captioned, spare_of
+from flowalign.data.feed import Captioned, check_channels, spare_of
 from flowalign.flow import path
 from flowalign.flow.forward import velocity_error
 from flowalign.flow.randomness import Stream, seeded
@@ -33,6 +33,7 @@ class Validation:
         own: ValidationConfig = config.validation
         length = config.model_as_trained.max_sequence_length
         captioned = Captioned(Path(own.latents), config.model, length, encoder_hash(config.model), spare_of(config))
+        check_channels(own.latents, captioned.bank, config.model)
         drawn = captioned.bank.draw(0, own.num_samples, own.seed, {})
         stratum = torch.arange(own.num_samples) % own.num_times
         t = (stratum + 0.5) / own.num_times

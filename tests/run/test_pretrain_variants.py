@@ -322,6 +322,13 @@ def test_a_bank_of_other_encoders_is_refused(tmp_path, tiny_pipeline_dir):
         Feed(encoded(config(tmp_path, tiny_pipeline_dir, tmp_path / "other"), policy.encoders))
 
 
+def test_a_bank_of_other_channels_is_refused(tmp_path, tiny_pipeline_dir):
+    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
+    save_bank(tmp_path / "four", LatentBank(torch.zeros(2, 4, 8, 8).half(), torch.zeros(2).long(), ["a star"]))
+    with pytest.raises(LatentsError, match="four holds latents of 4 channels, the model's have 16; precompute"):
+        Feed(encoded(config(tmp_path, tiny_pipeline_dir, tmp_path / "four"), policy.encoders))
+
+
 def test_a_pipeline_is_opened_with_its_own_network_whatever_a_run_began_with(tiny_pipeline_dir):
     from tests.tiny import run_config
 
