@@ -84,7 +84,7 @@ class ClusterConfig(PlaceConfig):
     def has_teacher_actors(self) -> bool:
         return self.backend == "ray" and self.teachers == "actor"
 
-    def check_cores(self, ranks: int, teachers: int) -> None:
+    def check_cores(self, ranks: int, teachers: int, *, makes_images: bool = True) -> None:
         """Raise ConfigError where the actors of a Ray of the run's own do not fit on this machine.
 
         They take turns, so its cores may be promised twice.
@@ -93,8 +93,8 @@ class ClusterConfig(PlaceConfig):
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = {
-            "cluster.rollout_cpus": self.rollout_workers * self.rollout_cpus,
-            "cluster.reward_cpus": self.reward_workers * self.reward_cpus,
+            "cluster.rollout_cpus": self.rollout_workers * self.rollout_cpus * makes_images,
+            "cluster.reward_cpus": self.reward_workers * self.reward_cpus * makes_images,
             "cluster.learner_cpus": ranks * self.learner_cpus,
             "cluster.teacher_cpus": teachers * self.teacher_cpus * self.has_teacher_actors,
         }

@@ -283,7 +283,7 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
     checks.check_model(config, algorithm.needs)
     here = config.cluster.backend == "local" or config.cluster.address is None
     check_device("cluster.device", config.device, here)
-    config.cluster.check_cores(config.learner.ranks, 0)
+    config.cluster.check_cores(config.learner.ranks, 0, makes_images=config.makes_images)
     missing = _lacking(_evaluation_checks(config, base), require_files=True)
     return Loaded(_walked(config, algorithm, "evaluation", config.evaluation), base, tuple(missing))
 

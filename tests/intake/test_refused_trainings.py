@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_ray_is_refused_under_torchrun(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^cluster.backend: ray starts its own ranks, and torchrun has started 2"):
         load(folder, {"cluster": {"backend": "ray"}, "learner": {"engine": "fsdp"}})
+
+
+def test_cores_are_asked_for_what_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    ray = {"cluster": {"backend": "ray"}, "learner": {**TWO, "ranks": 4}}
+    load(folder, {**ray, "evaluation": {"every": 0}})
+    with pytest.raises(ConfigError, match=r"all actors together need 3\.5 CPUs, this machine has 1 cores"):
+        load(folder, ray)
 
 
 def test_what_is_measured_may_choose_the_best_checkpoint(folder: Path) -> None:
