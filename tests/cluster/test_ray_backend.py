@@ -42,6 +42,7 @@ from rewards.interface import InvalidScores, ScorerFailed, SpecError
 from tests.algorithms.every import plan_of
 from tests.cluster.listening import Door, asks_for_token, documented, doors, name
 from tests.cluster.runs import Trace, assert_same_bits, small_config, trace
+from tests.fault.trainings import assert_same_training, bank_of, here, written
 
 SIGKILL = "it was killed by SIGKILL|its process was gone at once"  # before Linux 6.15 nobody is told of the signal
 
@@ -109,6 +110,17 @@ def collect(backend: RayBackend, config: RunConfig, folder: Path) -> Any:
 
 def test_two_rollout_workers_give_the_bits_of_the_local_backend(fresh: RayBackend, local: Trace, folder: Path) -> None:
     assert_same_bits(trace(fresh, fresh.config, folder), local)
+
+
+def test_a_training_on_latents_learns_the_bits_of_one_process(
+    two: RayBackend, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """On the Ray that is there, with a learner rank alone: no evaluation asks for images."""
+    bank = bank_of(tiny_pipeline_dir, tmp_path / "bank")
+    for place in ("local", "ray"):
+        changes: dict[str, Any] = {"evaluation": {"every": 0}, "cluster": {"backend": place}}
+        here(written(tmp_path, tiny_pipeline_dir, bank, place, **changes))
+    assert_same_training(tmp_path / "runs" / "local", tmp_path / "runs" / "ray", rows_from=1)
 
 
 def test_first_update_replays_the_rollout_exactly(local: Trace) -> None:

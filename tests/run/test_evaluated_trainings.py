@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flowalign.cli import app
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
-from tests.fault.trainings import bank_of, here, samples_of, written
+from tests.fault.trainings import bank_of, here, written
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +55,15 @@ def test_the_best_checkpoint_of_a_loss_is_that_of_its_lowest_value(
     assert "is not measured" not in said  # though the first checkpoint comes before the first validation
 
 
-def test_images_are_those_of_the_weights_that_the_configuration_names(
-    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path
-) -> None:
-    made = {}
-    for weights in ("ema", "policy"):
-        evaluation = {"weights": weights, "scorer": None}
-        here(written(tmp_path, tiny_pipeline_dir, bank, weights, evaluation=evaluation))
-        made[weights] = samples_of(tmp_path / "runs" / weights)
-    same = {name for name, png in made["ema"].items() if made["policy"][name] == png}
-    assert {name for name in made["ema"] if "iteration_000000" in name} <= same
-    assert not {name for name in same if "iteration_000012" in name and name.endswith("png")}
+def test_flowalign_evaluate_measures_what_the_run_has(tiny_pipeline_dir: Path, bank: Path, tmp_path: Path) -> None:
+    evaluation = {"every": 12, "prompts": "shapes:eval"}
+    here(written(tmp_path, tiny_pipeline_dir, bank, evaluation=evaluation))
+    run_dir, out = tmp_path / "runs" / "base", tmp_path / "out"
+    measured = {}
+    for weights in ("ema", "model"):
+        ended = CliRunner().invoke(app, ["evaluate", str(run_dir), "--weights", weights, "--out", str(out / weights)])
+        assert ended.exit_code == 0, ended.output
+        measured[weights] = json.loads((out / weights / "metrics.json").read_text())["metrics"]
+    row = read_metrics(run_dir / "metrics.jsonl")[-1]
+    assert measured["ema"].items() <= row.items()
+    assert measured["model"]["eval/reward/overall"] != row["eval/reward/overall"]  # evaluation.weights is ema
