@@ -61,7 +61,8 @@ def ended(bank: Path, tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPath
     """A run of the command ``pretrain``, and what the command has said."""
     folder = tmp_path_factory.mktemp("run")
     paths = {"model": {"path": str(tiny_pipeline_dir)}, "latents": str(bank), "validation": {"latents": str(bank)}}
-    own = content(**paths, runs_dir=str(folder / "runs"))
+    images = {"every": 20, "num_samples": 2, "num_steps": 2, "scorer": "jpeg", "seed": 7}
+    own = content(**paths, runs_dir=str(folder / "runs"), evaluation=images)
     encoded_here(PretrainConfig.model_validate(own))
     (folder / "run.yaml").write_text(dump_yaml(own))
     said = CliRunner().invoke(app, ["pretrain", str(folder / "run.yaml"), "--json"])
@@ -100,11 +101,11 @@ def test_the_command_writes_the_report_and_names_it(ended: tuple[Path, Any]) -> 
 def test_the_headline_is_the_loss_at_the_beginning_and_the_end_with_the_validations(ended: tuple[Path, Any]) -> None:
     run, _ = ended
     text, rows = Page(run / "report.html").text, read_metrics(run / "metrics.jsonl")
-    assert [row["iteration"] for row in rows] == [5, 10, 15, 20, 25, 30, 35, 40]
-    first, last = (sum(row["loss"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
+    assert [row["iteration"] for row in rows] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    first, last = (sum(row["loss"] for row in part) / 4 for part in (rows[1:5], rows[-4:]))
     assert f"Training loss {first:.3g} → {last:.3g}" in text and "means of iterations 5 to 20 and 25 to 40" in text
     for name, of in (("validation", "weights"), ("validation_ema", "average")):
-        first, last = rows[1][f"{name}/loss"], rows[-1][f"{name}/loss"]
+        first, last = rows[2][f"{name}/loss"], rows[-1][f"{name}/loss"]
         gain = f"{last - first:+#.3g}".replace("-", "−")
         assert f"validation, {of} {first:#.3g} → {last:#.3g} {gain}" in text
     assert "validated after 10 and 40 iterations" in text
@@ -113,7 +114,7 @@ def test_the_headline_is_the_loss_at_the_beginning_and_the_end_with_the_validati
 def test_counts_are_those_of_iterations_and_not_of_rows(ended: tuple[Path, Any]) -> None:
     text = Page(ended[0] / "report.html").text
     assert "40 iterations of 40 320 latents learned from" in text and "finished" in text
-    assert "training report" in text and "images" not in text
+    assert "training report" in text and "images made" not in text
 
 
 def test_it_shows_losses_validation_by_time_and_the_optimizer(ended: tuple[Path, Any]) -> None:
@@ -122,10 +123,21 @@ def test_it_shows_losses_validation_by_time_and_the_optimizer(ended: tuple[Path,
         "loss by iteration",
         "weights, average by iteration",
         "t = 0.12, t = 0.38, t = 0.62, t = 0.88 by iteration",
+        "overall by iteration",
         "Learning rate by iteration",
         "Gradient norm by iteration",
         "Throughput by iteration",
     ]
+
+
+def test_it_shows_the_images_and_scores_that_the_run_has_made_on_the_way(ended: tuple[Path, Any]) -> None:
+    run, _ = ended
+    made, rows = Page(run / "report.html"), {row["iteration"]: row for row in read_metrics(run / "metrics.jsonl")}
+    first, last = rows[0]["eval/jpeg/overall"], rows[40]["eval/jpeg/overall"]
+    assert f"jpeg, evaluated {first:.2f} → {last:.2f}" in made.text and f"overall {first:.3f} {last:.3f}" in made.text
+    assert "From left to right iterations 0, 20 and 40" in made.text and made.counts["img"] == 6
+    index = json.loads((run / "samples" / "iteration_000020" / "index.json").read_text())
+    assert all(f"20 {row['scores']['jpeg']:.3f}" in made.text and row["prompt"] in made.text for row in index)
 
 
 def test_curves_lie_at_the_iterations_of_their_rows(tmp_path: Path) -> None:
@@ -176,8 +188,8 @@ def test_a_run_that_has_not_begun_gets_a_page(tmp_path: Path) -> None:
     assert "It validates every 10 iterations." in text and "How it went" not in text
 
 
-def test_nothing_of_an_alignment_stands_on_the_page(ended: tuple[Path, Any]) -> None:
-    text, _, _ = Page(ended[0] / "report.html").text.partition("The whole configuration")
+def test_nothing_of_an_alignment_stands_on_the_page(tmp_path: Path) -> None:
+    text, _, _ = page(tmp_path, [row(5, 1.0), row(10, 0.9)]).text.partition("The whole configuration")
     for part in ("reward", "Reward", "GenEval", "Same seed", "Where the time went", "evaluated", "collaps"):
         assert part not in text, part
 
@@ -238,6 +250,22 @@ def test_samples_on_the_way_are_a_strip_of_iterations(sets: tuple[int, ...], sho
     assert f"{captions} a photo of 0" in made.text and f"{captions} a photo of 1" in made.text
     images = [address for address in made.addresses if address.startswith("data:")]
     assert len(images) == 2 * len(captions.split()) == 2 * len(set(images[: len(images) // 2]))
+
+
+def test_an_image_of_another_prompt_is_not_shown_beside_the_first(tmp_path: Path) -> None:
+    for iteration in (0, 20, 40):
+        write_samples(tmp_path, iteration, [1.0, 0.0])
+    index = tmp_path / "samples" / "iteration_000020" / "index.json"
+    index.write_text(index.read_text().replace("a photo of 1", "a painting of 1"))
+    text = page(tmp_path, [row(5, 1.0)]).text
+    assert "0 20 40 a photo of 0" in text and "0 40 a photo of 1" in text and "painting" not in text
+
+
+def test_of_many_times_some_evenly_apart_are_drawn(tmp_path: Path) -> None:
+    losses = {f"validation_ema/loss_t{n / 20:.2f}": 0.5 for n in range(16)}
+    source = page(tmp_path, [row(5, 1.0, **losses), row(10, 0.9, **losses)]).source
+    times = ", ".join(f"t = {n / 10:.2f}" for n in range(8))
+    assert f'aria-label="{times} by iteration"' in source
 
 
 def test_evaluations_of_a_training_run_are_shown_as_those_of_an_alignment(tmp_path: Path) -> None:
