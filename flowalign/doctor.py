@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from flowalign.config.cluster import visible_cores
 from flowalign.config.sections import SHIPPED
 
 GIB = 2**30
@@ -98,7 +99,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = visible_cores()
     advice = "" if cores >= 2 else "the defaults are meant for 2"
     yield Finding("ok" if cores >= 2 else "warn", "cores", str(cores), advice)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

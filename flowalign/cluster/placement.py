@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from flowalign.cluster.errors import PlacementError
+from flowalign.config.cluster import CORES_PROMISED
 from flowalign.config.run import RunConfig
 from flowalign.run.teachers import teachers_of
 
 WAIT_S = 3.0
-# Phases take turns, so actors of one machine may share its cores; a larger demand is a mistake.
-OVERSUBSCRIPTION = 2
 _SMALLEST_CPU = 0.001  # Ray refuses an empty bundle
 
 Resources = Mapping[str, float]
@@ -65,13 +63,9 @@ def own_resources(asked: Sequence[Share], cores: int, gpus: int) -> tuple[int, i
         PlacementError: no single machine like this one holds what is asked for.
     """
     needed = math.ceil(_total(asked, "CPU"))
-    room = max(cores, min(needed, OVERSUBSCRIPTION * cores))
+    room = max(cores, min(needed, CORES_PROMISED * cores))
     check_fits(asked, [{"CPU": room, "GPU": gpus}], f"this machine ({cores} cores)")
     return room, gpus
-
-
-def visible_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_fits(asked: Sequence[Share], nodes: Sequence[Resources], where: str) -> None:

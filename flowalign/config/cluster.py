@@ -12,6 +12,11 @@ from flowalign.config.section import ConfigError, Section
 from flowalign.config.sections import Positive
 
 CORES_PROMISED = 2
+"""Actors of one machine take turns, so each of its cores may be promised so many times."""
+
+
+def visible_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class PatienceConfig(Section):
@@ -85,13 +90,10 @@ class ClusterConfig(PlaceConfig):
         return self.backend == "ray" and self.teachers == "actor"
 
     def check_cores(self, ranks: int, teachers: int, *, makes_images: bool = True) -> None:
-        """Raise ConfigError where the actors of a Ray of the run's own do not fit on this machine.
-
-        They take turns, so its cores may be promised twice.
-        """
+        """Raise ConfigError where the actors of a Ray of the run's own do not fit on this machine."""
         if self.backend != "ray" or self.address is not None:
             return
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = visible_cores()
         asked = {
             "cluster.rollout_cpus": self.rollout_workers * self.rollout_cpus * makes_images,
             "cluster.reward_cpus": self.reward_workers * self.reward_cpus * makes_images,
