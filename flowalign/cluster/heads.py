@@ -8,6 +8,7 @@ import socket
 
 from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.tokens import own_token
+from rewards.errors import one_line
 
 _CONNECT_S, _GRPC_S = 3.0, 5.0
 ASKS_FOR_TOKEN = (
@@ -75,8 +76,3 @@ def _answer_of_a_head(address: str) -> str:
         except grpc.RpcError as error:
             return str(error.code().name)  # type: ignore[attr-defined]
     return "OK"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the text of an error as part of a sentence."""
-    return " ".join(str(error).split())[:200]

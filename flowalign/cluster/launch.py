@@ -20,11 +20,13 @@ from flowalign.cluster.packed import check_hides_nothing
 from flowalign.cluster.tokens import own_token
 from flowalign.config.section import ConfigError
 from flowalign.record.textfiles import TextError, read_text
+from rewards.errors import one_line
 from rewards.missing import hint
 from rewards.printable import printable, printable_lines
 
 ALWAYS_EXCLUDED = (".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache")
 RECONNECT_S = 1.0
+_SAID = 300  # characters of what Ray says of an error
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 STOP_WAIT_S = 3600  # Ray's own 3 s between SIGTERM and SIGKILL are too short for an iteration and its checkpoint
 
@@ -103,7 +105,7 @@ def launch(
     try:
         job = client.submit_job(entrypoint=command, runtime_env=runtime_env(cluster, home))
     except (RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(f"the cluster at {cluster.address} refused the job: {_one_line(error)}") from None
+        raise ClusterError(f"the cluster at {cluster.address} refused the job: {one_line(error, _SAID)}") from None
     write(f"job {job} submitted to {cluster.address}\n")
     try:
         return asyncio.run(_follow(client, job, write))
@@ -157,7 +159,9 @@ def _connect(cluster: ClusterFile) -> Any:
         except AuthenticationError:
             continue
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"address: no Ray dashboard answers at {cluster.address} ({_one_line(error)})") from None
+            raise ClusterError(
+                f"address: no Ray dashboard answers at {cluster.address} ({one_line(error, _SAID)})"
+            ) from None
     way = "run `ray get-auth-token` on its head, put the answer into a variable and name that in token_env"
     said = "asks for a token, and there is none here" if last is None else "refused the token"
     raise ClusterError(
@@ -188,10 +192,6 @@ def _exit_code(info: Any, write: Callable[[str], Any]) -> int:
         return 0
     code = info.driver_exit_code
     if code is None:
-        write(f"the job {info.status.value.lower()}: {printable(_one_line(info.message))}\n")
+        write(f"the job {info.status.value.lower()}: {printable(one_line(info.message, _SAID))}\n")
         return 1
     return 128 - code if code < 0 else code or 1  # as a shell says that a signal ended it
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())[:300]

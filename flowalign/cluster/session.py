@@ -22,12 +22,13 @@ from ray.job_config import JobConfig
 from flowalign.cluster import guardian
 from flowalign.cluster.errors import ClusterError, ClusterLost
 from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
-from flowalign.cluster.heads import ASKS_FOR_TOKEN, address_of, check_answers, one_line
+from flowalign.cluster.heads import ASKS_FOR_TOKEN, address_of, check_answers
 from flowalign.cluster.lookout import Lookout
 from flowalign.cluster.placement import Share, own_resources
 from flowalign.cluster.store import object_store_bytes
 from flowalign.cluster.tokens import close_token_file
 from flowalign.config.cluster import visible_cores
+from rewards.errors import one_line
 
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s

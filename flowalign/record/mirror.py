@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import LoggingConfig
+from rewards.errors import one_line
 
 _CONNECT_S, _VERIFY_S, _START_S, _FINISH_S = 3.0, 5, 30, 60
 _KEY = "logging.wandb"
@@ -123,4 +124,4 @@ def _check_answers(url: str) -> None:
 
 
 def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200]
+    return one_line(error).rstrip(".")
