@@ -21,10 +21,12 @@ from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import (
     Condition,
     Credit,
+    EncodedPrompts,
     Guidance,
     LatentBatch,
     Metric,
     PreferencePairs,
+    PromptBatch,
     SamplingPlan,
     Scores,
     TrainBatch,
@@ -51,6 +53,8 @@ class VelocityModel(Protocol):
 
 Models = Mapping[str, VelocityModel]
 Features = Callable[[Tensor], Sequence[Tensor]]  # latents (N, C, H, W) to maps (N, C', ...), with gradient
+Decoder = Callable[[Tensor], Tensor]  # latents (N, C, H, W) to pixels (N, 3, H, W) in [0, 1], with gradient
+Reward = Callable[[Tensor, PromptBatch], Tensor]  # such pixels, and whose they are, to totals (N,), with gradient
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Source(Protocol):
         ...
 
 
-Batch = type[Trajectories] | type[PreferencePairs] | type[LatentBatch]
+Batch = type[Trajectories] | type[PreferencePairs] | type[LatentBatch] | type[EncodedPrompts]
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,15 @@ class Second:
 class Needs:
     """An algorithm's demands on a run; loop, learner, checks and plan read these and nothing else.
 
+    ``batch`` is what the run gives it to learn from. That of `EncodedPrompts` walks inside the learner.
+
     Beside the policy ``loss`` and ``annotate`` may call the networks that are declared here, by their roles:
     ``reference``; ``teacher:<name>`` for each of ``teachers``, of which ``teacher_of`` names that of a sample by its
     metadata; of training on latents a frozen ``teacher`` and ``ema``, the learner's average. ``rollout`` is the network
     with the weights that made the batch, the policy's or their average as ``rollout_weights`` says: it is there in
     ``annotate`` only, in the place of ``policy``. ``features`` are a map from latents to maps, as `Features`.
+    ``decoder`` is the model's own, as `Decoder`, and ``reward`` the run's ``rewards``, each of which can be
+    differentiated, as `Reward`. Through these three a gradient flows; they are there in ``loss`` only.
 
     ``second`` is a network that is trained beside the policy, by `Algorithm.second_loss`, in an alignment. In ``loss``
     it gives no gradients, and in ``second_loss`` the policy gives none. With
@@ -145,6 +153,8 @@ class Needs:
     teacher: bool = False
     average: bool = False
     features: bool = False
+    decoder: bool = False
+    reward: bool = False
     inputs: tuple[str, ...] = ()
     path_family: str = "rf"
     update_guidance_scale: float | None = None
@@ -198,6 +208,13 @@ class Algorithm:
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         """Plan how iteration ``iteration`` of a run with ``seed`` makes its trajectories; None: it makes none."""
         return None
+
+    def source(self, given: Source) -> Source:
+        """Return what it learns from: the run's own source of ``needs.batch``, or one of its own that draws on that.
+
+        A batch is the same on every rank, so that a source asks no network; a walk of the policy is for `annotate`.
+        """
+        return given
 
     def credit(self, batch: Any, scores: Scores | None) -> Credit:
         """Say which items a batch is learned from, and what each is worth. It asks no network and is cheap."""

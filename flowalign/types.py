@@ -300,6 +300,16 @@ class PreferencePairs:
 
 
 @dataclass(frozen=True)
+class EncodedPrompts:
+    """N samples that the learner makes by itself; `initial_noise` of the run's ``seed`` is that of a rollout."""
+
+    batch: PromptBatch
+    condition: Condition
+    latent_shape: tuple[int, int, int]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Credit:
     """The M items that a batch is learned from, and what each of them is worth.
 
@@ -381,13 +391,10 @@ def dropped_conditions(condition: Condition, drop_N: Tensor) -> Condition:
 
 def cat_conditions(parts: Sequence[Condition]) -> Condition:
     """Join conditions sample-wise; prompt rows are concatenated, not merged."""
-    offsets, total = [], 0
-    for part in parts:
-        offsets.append(total)
-        total += part.tokens_PLD.shape[0]
+    rows = [len(part.tokens_PLD) for part in parts]
     return replace(
         parts[0],
         tokens_PLD=torch.cat([p.tokens_PLD for p in parts]),
         pooled_PE=torch.cat([p.pooled_PE for p in parts]),
-        index_N=torch.cat([p.index_N + o for p, o in zip(parts, offsets, strict=True)]),
+        index_N=torch.cat([part.index_N + sum(rows[:i]) for i, part in enumerate(parts)]),
     )

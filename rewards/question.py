@@ -1,6 +1,6 @@
 """The question to a scorer: one object, what it may need beside images, prompts and metadata, and who offers that.
 
-Shapes: N samples, C H W latents; images are (N, H, W, 3).
+Shapes: N samples, C H W latents; images are (N, H, W, 3), pixels (N, 3, H, W).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rewards.errors import InputError, SpecError
 
 Images = NDArray[np.uint8]
 Metadata = dict[str, Any]
-# Which field of a question answers a need. No field answers `gradient`: who offers it asks the scorer in another way.
-_FIELDS = {"references": "references", "group": "groups", "latents": "latents"}
-NEEDS = (*_FIELDS, "gradient")
+# Which field of a question answers a need.
+_FIELDS = {"references": "references", "group": "groups", "latents": "latents", "gradient": "pixels"}
+NEEDS = tuple(_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Asked:
 
     ``images`` are uint8 (N, H, W, 3), ``prompts`` and ``metadata`` N of each. The others are None unless the scorer
     declares them in its ``needs``: ``references`` are N uint8 pictures (H, W, 3); ``groups`` (need ``group``) are N
-    group ids, and the samples are then one whole group; ``latents`` are float32 (N, C, H, W), before decoding.
+    group ids, and the samples are then one whole group; ``latents`` are float32 (N, C, H, W), before decoding;
+    ``pixels`` (need ``gradient``) are the images as a torch tensor (N, 3, H, W) in [0, 1], which the answer, tensors
+    (N,), must be differentiable by.
     """
 
     images: Images
@@ -37,6 +39,7 @@ class Asked:
     references: Sequence[Images] | None = None
     groups: Sequence[int] | None = None
     latents: NDArray[np.float32] | None = None
+    pixels: Any = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,10 +47,11 @@ class Asked:
     def take(self, rows: slice | Sequence[int]) -> Asked:
         """Return the question about some of the samples; a slice shares the images' memory, a list of rows does not."""
         latents = None if self.latents is None else self.latents[rows]
+        pixels = None if self.pixels is None else self.pixels[rows]
         texts = _rows(self.prompts, rows), _rows(self.metadata, rows)
         references = None if self.references is None else _rows(self.references, rows)
         groups = None if self.groups is None else _rows(self.groups, rows)
-        return Asked(self.images[rows], *texts, references, groups, latents)
+        return Asked(self.images[rows], *texts, references, groups, latents, pixels)
 
     def only(self, name: str, needs: frozenset[str]) -> Asked:
         """Return the question as the reward ``name`` may see it: without what it does not need.
@@ -62,7 +66,7 @@ class Asked:
 
 
 def joined(parts: Sequence[Asked]) -> Asked:
-    """Join several questions about images of one size into one, with what all of them have."""
+    """Join several questions about images of one size into one, with what all of them have, but without pixels."""
     if len(parts) == 1:
         return parts[0]
 

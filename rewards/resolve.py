@@ -54,8 +54,10 @@ def _resolved(kind: str, options: dict[str, Any], base_dir: str | Path) -> Score
     return from_code(_entry_point(kind).value, options, Path(base_dir))
 
 
-def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Offers | None = None) -> None:
+def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Offers | None = None) -> frozenset[str]:
     """Raise ``SpecError`` where ``resolve`` would for what can be known without loading models.
+
+    Return the scorer's needs, as far as they can be read.
 
     Takes milliseconds: user code is parsed, not run; a URL is parsed, not called.
     """
@@ -73,6 +75,7 @@ def check(spec: str | Mapping[str, Any], base_dir: str | Path = ".", offers: Off
             needs = declared(kind, source.check_definition(file, attribute, set(options)))
     if offers is not None:
         offers.check(kind, needs)
+    return needs
 
 
 def row_check(spec: str | Mapping[str, Any]) -> Callable[[Metadata], None] | None:

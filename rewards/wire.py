@@ -62,7 +62,7 @@ def encode_request(asked: Asked) -> bytes:
     not JSON.
     """
     check_inputs(asked)
-    for field in ("references", "groups", "latents"):
+    for field in ("references", "groups", "latents", "pixels"):
         if getattr(asked, field) is not None:
             raise InputError(f"{field} do not travel over HTTP; ask a scorer that needs them where the run scores")
     header = {"shape": list(asked.images.shape), "prompts": asked.prompts, "metadata": asked.metadata}

@@ -13,7 +13,7 @@ import torch
 
 from flowalign.data.banks.cache import EncodedCache
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import Condition, PreferencePairs
+from flowalign.types import PreferencePairs
 
 Pair = tuple[str, str, str]  # keys of winner, loser and caption
 
@@ -36,7 +36,7 @@ class PairSampler:
         skipped: int = 0,
     ) -> None:
         self._pairs, self._cache, self._count, self._seed = list(pairs), cache, count, seed
-        self._null = cache.read(cache.caption(""))
+        cache.caption("")
         self.metrics = {"preferences/pairs": float(len(pairs)), "preferences/ties": float(ties)}
         if skipped:
             self.metrics["preferences/left_out"] = float(skipped)
@@ -52,18 +52,10 @@ class PairSampler:
     def batch(self, iteration: int) -> PreferencePairs:
         """Return ``count`` pairs, a function of seed and iteration; its ``seed`` is one as well."""
         chosen = [self._pairs[i] for i in self._draw(iteration)]
-        rows = {key: row for row, key in enumerate(dict.fromkeys(caption for _, _, caption in chosen))}
-        captions = [self._cache.read(key) for key in rows]
         winner, loser = (
             torch.stack([self._cache.read(pair[which])["latents"].float() for pair in chosen]) for which in (0, 1)
         )
-        condition = Condition(
-            tokens_PLD=torch.stack([caption["tokens"] for caption in captions]),
-            pooled_PE=torch.stack([caption["pooled"] for caption in captions]),
-            index_N=torch.tensor([rows[caption] for _, _, caption in chosen]),
-            null_LD=self._null["tokens"],
-            null_E=self._null["pooled"],
-        )
+        condition = self._cache.condition([caption for _, _, caption in chosen])
         return PreferencePairs(
             winner, loser, condition, seeded(self._seed, Stream.PAIR_BATCH, iteration).initial_seed()
         )

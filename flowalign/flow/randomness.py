@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
+from torch import Tensor
 
 
 class Stream(IntEnum):
@@ -41,3 +43,11 @@ def seeded(*numbers: int) -> torch.Generator:
     """Make a CPU generator that is a function of a few integers (run seed, stream, iteration, sample id …)."""
     digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initial_noise(seed: int, sample_ids: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Draw the noise that samples begin with, float32 (N, *shape), each by its own generator: that of a rollout."""
+    noise = torch.empty(len(sample_ids), *shape)
+    for row, sample_id in enumerate(sample_ids):
+        noise[row] = torch.randn(tuple(shape), generator=seeded(seed, sample_id))
+    return noise

@@ -19,7 +19,12 @@ from flowalign.models.checked import check_pipeline, check_teacher
 if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
     from flowalign.algorithm import Algorithm, Needs
 
-COMMANDS = {"Trajectories": "align", "PreferencePairs": "align", "LatentBatch": "pretrain or distill"}
+COMMANDS = {
+    "Trajectories": "align",
+    "PreferencePairs": "align",
+    "EncodedPrompts": "align",
+    "LatentBatch": "pretrain or distill",
+}
 
 
 def algorithm_of(raw: dict[str, Any]) -> Algorithm:
@@ -77,7 +82,7 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
     """Check counts that must fit together, and settings that need another one."""
     needs = algorithm.needs
     _check_pairs_wanted(config, needs)
-    if needs.scores and not config.rewards:
+    if (needs.scores or needs.reward) and not config.rewards:
         raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
     if config.learner.ema_decay is None:
         for key, value in (

@@ -38,6 +38,8 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     name = config.algorithm["type"]
     if needs.second is not None:
         raise ConfigError("algorithm.type", f"{name} trains a second network, which `flowalign align` alone does")
+    if needs.reward:
+        raise ConfigError("algorithm.type", f"{name} learns by rewards, which `flowalign align` alone has")
     if needs.teacher and config.teacher is None:
         raise ConfigError("teacher", f"is missing; {name} learns from one, give teacher.path")
     if config.teacher is not None and not needs.teacher:

@@ -36,7 +36,7 @@ from flowalign.record.earlier import is_of_0_1, moved_keys, training_of_0_1
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
-from flowalign.samples.offers import EVALUATION, TRAINING, check_reward, check_reward_names
+from flowalign.samples.offers import EVALUATION, TRAINING, check_gradient, check_reward, check_reward_names
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
@@ -192,8 +192,8 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     if "latents" in raw:
         raise ConfigError("latents", "belongs to a training run on latents, for `flowalign pretrain` or `distill`")
     config = resolve_run(validate(AlignConfig, raw), base, code=True)
-    missing = _lacking(_reward_checks(config, base), require_files)
     algorithm = checks.parse_algorithm(config.algorithm, "Trajectories")
+    missing = _lacking(_reward_checks(config, base, algorithm.needs), require_files)
     missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
@@ -217,10 +217,13 @@ def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list
     return missing
 
 
-def _reward_checks(config: AlignConfig, base: Path) -> Iterator[Callable[[], None]]:
+def _reward_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
     """Yield the checks that every reward and every judge can be had."""
     for i, reward in enumerate(config.rewards):
-        yield partial(check_reward, f"rewards.{i}", reward, base, TRAINING)
+        if needs.reward:
+            yield partial(check_gradient, f"rewards.{i}", reward, base, config.algorithm["type"])
+        else:
+            yield partial(check_reward, f"rewards.{i}", reward, base, TRAINING)
     yield partial(check_reward_names, "rewards", config.rewards)
     yield from _judge_checks(config, base)
     if config.safety.clip is not None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.bank import LatentsError
+from flowalign.data.banks.cache import EncodedCache
 from flowalign.data.banks.captions import NotEncoded
 from flowalign.data.feed import tables
 from flowalign.data.pairsampler import PairSampler
@@ -68,6 +69,25 @@ def encode_captions(config: PretrainConfig) -> None:
         encode_apart("captions", {"config": config.model_dump(mode="json")})
 
 
+def prompt_cache(config: AlignConfig, encoders: Encoders | None = None) -> EncodedCache:
+    """Return the embeddings of prompts on disk: those of all runs in ``runs_dir``, by content."""
+    return EncodedCache(Path(config.runs_dir, ".encoded"), encoders, config.model)
+
+
+def encode_prompts(config: AlignConfig, prompts: Sequence[str], encoders: Encoders | None) -> None:
+    """Encode the prompts, and the empty one, that are not on disk yet: by ``encoders``, or where there are none apart.
+
+    Raises:
+        DiskError, ModelError: see `EncodedCache`. EncodingFailed: the process has died.
+    """
+    try:
+        cache = prompt_cache(config, encoders)
+        for prompt in ("", *prompts):
+            cache.caption(prompt)
+    except NotEncoded:
+        encode_apart("prompts", {"config": config.model_dump(mode="json"), "prompts": list(prompts)})
+
+
 def encode_apart(what: str, asked: Mapping[str, Any]) -> None:
     """Do one of `_WORK` in a process of its own, which ends before this returns, or where this process ends."""
     with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +117,11 @@ def _encode_pairs(asked: Mapping[str, Any]) -> None:
     load_pairs(config, encoders, rank=asked["rank"], world_size=asked["world_size"])
 
 
+def _encode_prompts(asked: Mapping[str, Any]) -> None:
+    config = AlignConfig.model_validate(asked["config"])
+    encode_prompts(config, asked["prompts"], load_encoders(config.model).to(config.device))
+
+
 def _encode_captions(asked: Mapping[str, Any]) -> None:
     config = PretrainConfig.model_validate(asked["config"])
     encoders = load_encoders(config.model).to(config.device)
@@ -104,7 +129,11 @@ def _encode_captions(asked: Mapping[str, Any]) -> None:
         table.write(encoders)
 
 
-_WORK: dict[str, Callable[[Mapping[str, Any]], None]] = {"pairs": _encode_pairs, "captions": _encode_captions}
+_WORK: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "pairs": _encode_pairs,
+    "prompts": _encode_prompts,
+    "captions": _encode_captions,
+}
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from flowalign.algorithm import Needs
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
@@ -34,14 +35,7 @@ def build_run(config: RunConfig, base_dir: Path) -> Run:
     sampler: Sampler
     sampler, least = _NoPrompts(), 0.0
     if isinstance(config, AlignConfig):
-        least = config.min_valid_fraction
-        sampler = GroupSampler(
-            load_prompts(config.data.prompts, base_dir),
-            groups=config.data.groups_per_iteration,
-            group_size=algorithm.needs.group_size,
-            seed=config.seed,
-            task_weights=config.data.task_weights,
-        )
+        least, sampler = config.min_valid_fraction, group_sampler(config, algorithm.needs, base_dir)
     return Run(
         algorithm=algorithm,
         sampler=sampler,
@@ -50,6 +44,17 @@ def build_run(config: RunConfig, base_dir: Path) -> Run:
         seed=config.seed,
         min_valid_fraction=least,
         evaluates_ema=config.evaluation.weights == "ema",
+    )
+
+
+def group_sampler(config: AlignConfig, needs: Needs, base_dir: Path) -> GroupSampler:
+    """Return what draws the prompts of each iteration. Raise PromptsError where there are none."""
+    return GroupSampler(
+        load_prompts(config.data.prompts, base_dir),
+        groups=config.data.groups_per_iteration,
+        group_size=needs.group_size,
+        seed=config.seed,
+        task_weights=config.data.task_weights,
     )
 
 

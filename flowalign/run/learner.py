@@ -41,7 +41,8 @@ class Learner:
         self.micro_batch_size = self.needs.whole(passes.micro_batch_size)
         self.passes = passes
         size = self.micro_batch_size
-        self.models = {role: fixed_geometry(model, size) if passes.padded else model for role, model in models.items()}
+        networks, self.models = self.needs.roles if passes.padded else (), dict(models)
+        self.models |= {role: fixed_geometry(model, size) for role, model in models.items() if role in networks}
         self.seed, self.device = seed, device
         self.version = 0
         self._kinds: dict[str, type] = {}  # of each metric of the loss: how it is put together
@@ -89,7 +90,8 @@ class Learner:
 
     def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut]) -> RankItems:
         """Let the algorithm annotate the items that this rank will learn from, without gradients."""
-        models = {role: self._in_micro_batches(model) for role, model in self.models.items()}
+        networks = self.needs.roles
+        models = {role: self._in_micro_batches(model) for role, model in self.models.items() if role in networks}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
         own, asked = asked_of(cuts, self.engine.rank, self.engine.world_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.models.build import bind_weights, frozen_copy, load_encoders, load_network, reference_velocity
+from flowalign.models.encoders import Encoders
 from flowalign.models.fingerprint import encoders_of, same_encoders
 from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
@@ -27,6 +29,7 @@ from flowalign.models.perceptual import ImageFeatures
 from flowalign.run.learner import Learner
 from flowalign.run.second import second_network
 from flowalign.run.teachers import Teacher, load_teachers
+from flowalign.samples.differentiable import PixelRewards
 
 
 class Follower(Protocol):
@@ -40,6 +43,8 @@ class Follower(Protocol):
 @dataclass
 class Roles:
     """The networks of a learner's rank as functions, by role, and those of them that have more to them.
+
+    Among the functions are also features, decoder and reward, where those are needed.
 
     ``second`` is trained beside the policy, ``reference`` is one that is refreshed.
     """
@@ -64,6 +69,7 @@ def roles_of(
 
     Raises:
         ConfigError, ModelError: a teacher is missing, or does not share the model's latents or encoders.
+        ScorerError: see `PixelRewards`.
     """
     device = config.device
     roles = Roles({"policy": guided(network)})
@@ -85,11 +91,21 @@ def roles_of(
         roles.models["ema"] = average.velocity
         roles.followers.append(average)
     roles.models = {role: precise(model, config.network_dtype, device) for role, model in roles.models.items()}
+    functions: dict[str, Any] = {}
     if needs.features:
         assert isinstance(config, PretrainConfig)
         decoder = load_encoders(config.model, text=False).to(device)
-        roles.models["features"] = ImageFeatures(decoder, Path(config.features))  # type: ignore[assignment]
+        functions["features"] = ImageFeatures(decoder, Path(config.features))
+    if needs.decoder:
+        functions["decoder"] = partial(_pixels, load_encoders(config.model, text=False).to(device))
+    if needs.reward:
+        functions["reward"] = PixelRewards(config.trained_rewards, Path(), device)
+    roles.models |= functions
     return roles
+
+
+def _pixels(encoders: Encoders, latents_NCHW: Tensor) -> Tensor:
+    return encoders.decode_pixels(latents_NCHW).clamp(0, 1)
 
 
 def _teacher(config: RunConfig, network: Network) -> Network:

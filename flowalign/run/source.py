@@ -1,8 +1,9 @@
-"""The sources of what a learner's rank learns from: rollouts, preference pairs, latents on disk."""
+"""The sources of what a learner's rank learns from: rollouts, preference pairs, prompts alone, latents on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,9 +16,11 @@ from flowalign.data.preferences import check_shared
 from flowalign.engine import process_group
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.encoders import Encoders
-from flowalign.run.encoded import encode_captions, pairs_of
+from flowalign.models.family import family_of
+from flowalign.run.encoded import encode_captions, encode_prompts, pairs_of, prompt_cache
+from flowalign.run.fixed import group_sampler
 from flowalign.samples.joined import join_trajectories
-from flowalign.types import LatentBatch, PreferencePairs, Trajectories
+from flowalign.types import EncodedPrompts, LatentBatch, PreferencePairs, Trajectories
 
 
 class Rollouts:
@@ -54,6 +57,38 @@ class Pairs:
 
     def batch(self, iteration: int) -> PreferencePairs:
         return self._pairs.batch(iteration)
+
+
+class PromptsAlone:
+    """The prompts that rollouts would be asked for, encoded: what is made of them is the learner's own walk."""
+
+    metrics: Mapping[str, float] = {}
+
+    def __init__(self, config: AlignConfig, needs: Needs, encoders: Encoders | None, first_here: bool) -> None:
+        self._config, self._encoders, self._first_here = config, encoders, first_here
+        self._sampler = group_sampler(config, needs, Path())
+        family, model = family_of(config.model.type), config.model
+        self._latent_shape = family.latent_shape(Path(model.path), model.height, model.width)
+
+    def meet(self) -> None:
+        """Encode the prompts of the run that are not on disk yet, once on each machine; a collective call.
+
+        Raises:
+            DiskError, ModelError: see `EncodedCache`. EncodingFailed: the process that encodes has died.
+            OtherRankFailed: another rank could not do it.
+        """
+        batches = map(self._sampler.batch, range(self._config.total))
+        prompts = list(dict.fromkeys(prompt for batch in batches for prompt in batch.prompts))
+        with process_group.failing_together():
+            if self._first_here:
+                encode_prompts(self._config, prompts, self._encoders)
+        self._cache = prompt_cache(self._config)
+
+    def batch(self, iteration: int) -> EncodedPrompts:
+        """Return the samples that a rollout of the iteration would make."""
+        batch = self._sampler.batch(iteration)
+        condition = self._cache.condition([self._cache.caption(prompt) for prompt in batch.prompts])
+        return EncodedPrompts(batch, condition, self._latent_shape, self._config.seed)
 
 
 class Latents:
@@ -103,12 +138,16 @@ def source_of(
     ``first_here`` says whether this rank is the first of its machine.
 
     Raises:
-        PreferencesError, DiskError, ModelError, EncodingFailed: see `pairs_of`.
+        PreferencesError, DiskError, ModelError, EncodingFailed: see `pairs_of`. PromptsError: there are none.
     """
+    first = rank == 0 if first_here is None else first_here
+    if needs.batch is EncodedPrompts:
+        assert isinstance(config, AlignConfig)
+        return PromptsAlone(config, needs, encoders, first)
     if needs.batch is PreferencePairs:
         assert isinstance(config, AlignConfig)
         return Pairs(config, encoders, rank, world_size)
     if needs.batch is LatentBatch:
         assert isinstance(config, PretrainConfig)
-        return Latents(config, rank == 0 if first_here is None else first_here)
+        return Latents(config, first)
     return Rollouts()

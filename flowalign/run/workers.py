@@ -34,7 +34,7 @@ from flowalign.run.roles import RefreshedReference, precise, roles_of
 from flowalign.run.second import is_second, restore_second, second_settings, second_state
 from flowalign.run.source import Rollouts, source_of
 from flowalign.run.teachers import Teacher
-from flowalign.samples.offers import EVALUATION
+from flowalign.samples.offers import EVALUATION, of_images
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.rollout import rollout
 from flowalign.samples.scoring import (
@@ -129,7 +129,8 @@ class RewardWorker:
     def __init__(self, config: RunConfig, base_dir: Path, hosted: Hosted | None = None) -> None:
         self.config = config
         with torch_threads(config.cluster.reward_threads):
-            self.training = load_scorers(config.trained_rewards, base_dir, config.reward_device, hosted)
+            trained = of_images(config.trained_rewards, base_dir)
+            self.training = load_scorers(trained, base_dir, config.reward_device, hosted)
             self.evaluation = load_scorers(config.evaluation.judges, base_dir, config.reward_device, hosted, EVALUATION)
 
     def needs(self, evaluation: bool = False) -> frozenset[str]:
@@ -199,7 +200,9 @@ class LearnerWorker:
         needs, device = algorithm.needs, config.device
         self.roles = roles = roles_of(config, network, needs, teachers, compares=rank == 0)
         here: dict[str, Any] = {"rank": rank, "world_size": world_size}
-        self.source = source_of(config, needs, encoders, **here, first_here=first_here)
+        given = source_of(config, needs, encoders, **here, first_here=first_here)
+        self.rollouts = given if isinstance(given, Rollouts) else None
+        self.source = algorithm.source(given)
         place: dict[str, Any] = {**here, "master_port": port, "master_addr": host, "device": device}
         settings = engine_settings(config)
         engine, second = build_engine(network.module, settings, **place), None
@@ -224,8 +227,8 @@ class LearnerWorker:
 
     def update(self, chunks: Sequence[Trajectories], scores: Scores | None, iteration: int) -> Update:
         """Learn from the iteration's batch: its trajectories, or, where none were made, what the source has on disk."""
-        if isinstance(self.source, Rollouts):
-            self.source.take(chunks)
+        if self.rollouts is not None:
+            self.rollouts.take(chunks)
         with torch_threads(self.config.threads):
             update = self.learner.update(self.source.batch(iteration), scores, iteration)
             for follower in self.roles.followers:

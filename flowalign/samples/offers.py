@@ -13,6 +13,7 @@ from rewards.resolve import check
 
 _ELSEWHERE = "name it under `rewards` of a run, or take one without that need"
 TRAINING = Offers("a run", frozenset({"group", "latents"}))
+LEARNER = Offers("a learner", frozenset({"gradient"}))
 EVALUATION = Offers("an evaluation", frozenset({"latents"}), _ELSEWHERE)
 PREFERENCES = Offers("make-preferences", frozenset({"group"}), _ELSEWHERE)
 TRY_REWARD = Offers("try-reward", frozenset(), _ELSEWHERE)
@@ -24,6 +25,26 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
         check({"type": reward.spec, **reward.options}, base_dir, offers)
     except ScorerError as error:
         raise ConfigError(key, str(error)) from error
+
+
+def check_gradient(key: str, reward: RewardConfig, base_dir: Path, algorithm: str) -> None:
+    """Check that the reward can be differentiated where the learner is: in this process, of every sample."""
+    check_reward(key, reward, base_dir, LEARNER)
+    if "gradient" not in check({"type": reward.spec, **reward.options}, base_dir):
+        why = "none travels over HTTP" if reward.spec.startswith("url:") else 'it does not declare needs = {"gradient"}'
+        raise ConfigError(key, f"{reward.label} gives no gradient, which {algorithm} learns by: {why}")
+    for name in ("runtime_env", "tasks"):
+        if getattr(reward, name) is not None:
+            raise ConfigError(f"{key}.{name}", f"{algorithm} asks its rewards inside the learner, about every image")
+
+
+def of_images(rewards: Sequence[RewardConfig], base_dir: Path) -> list[RewardConfig]:
+    """Return those that are asked about images that were made, and not by a learner about pixels of its own."""
+    return [
+        own
+        for own in rewards
+        if own.runtime_env is not None or "gradient" not in check({"type": own.spec, **own.options}, base_dir)
+    ]
 
 
 def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel
 from flowalign.types import Condition
 from tests.algorithms.cases import CASES
-from tests.algorithms.seams.toys import both, learned, listwise
+from tests.algorithms.seams.toys import both, directed, learned, listwise
 
 # All but the one whose teachers take a training of their own.
 NAMES = [name for name in CASES if name != "opd aligned teachers"]
@@ -57,6 +57,8 @@ def main(folder: str, rank: str, world: str, port: str) -> None:
     save_file(both(learned(**place)), Path(folder) / f"second_{rank}.safetensors")
     groups, _ = listwise(4, **place)
     save_file(groups.weights(), Path(folder) / f"listwise_{rank}.safetensors")
+    walked, _ = directed(3, **place)
+    save_file(walked.weights(), Path(folder) / f"directed_{rank}.safetensors")
     (Path(folder) / f"asked_{rank}.json").write_text(json.dumps(asked(place)))
 
 

@@ -1,13 +1,17 @@
 """Every algorithm found under flowalign/algorithms keeps the contract."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from flowalign.algorithm import Algorithm, annotated
 from flowalign.algorithms import UnknownAlgorithm, algorithm_class, build_algorithm
-from flowalign.types import LatentBatch, SamplingPlan, Trajectories, value_of
+from flowalign.types import EncodedPrompts, LatentBatch, SamplingPlan, Trajectories, value_of
 from tests.algorithms.every import DEFAULTS
+from tests.algorithms.seams.toys import Given, decoder, warmth
 from tests.algorithms.toy import SHAPE, LinearVelocity, TwoMaps, condition, make_rollout, make_scores
 from tests.algorithms.whole import prepare
 
@@ -22,14 +26,19 @@ VARIANTS = {
     "reflow lpips": {"type": "reflow", "loss": "lpips_huber"},
     "reflow lpips over t": {"type": "reflow", "loss": "lpips_huber_over_t"},
 }
-CONFIGS = {**DEFAULTS, **VARIANTS}
+SEAM = {"direct_reward": {"type": f"{Path(__file__).parent / 'seams' / 'direct_reward.py'}:DirectReward"}}
+CONFIGS = {**DEFAULTS, **VARIANTS, **SEAM}
 
 
-def models_for(algorithm) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.needs.roles)}
+def models_for(algorithm) -> dict[str, Any]:
+    models: dict[str, Any] = {role: LinearVelocity(seed) for seed, role in enumerate(algorithm.needs.roles)}
     if algorithm.needs.features:
         models["features"] = TwoMaps()
-    return models
+    return (
+        models
+        | ({"decoder": decoder} if algorithm.needs.decoder else {})
+        | ({"reward": warmth} if algorithm.needs.reward else {})
+    )
 
 
 def batch_for(algorithm, policy):
@@ -38,6 +47,8 @@ def batch_for(algorithm, policy):
     scores = make_scores(torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])) if needs.scores else None
     if needs.batch is Trajectories:
         return make_rollout(policy, algorithm.plan(0, 0)), scores
+    if needs.batch is EncodedPrompts:
+        return algorithm.source(Given()).batch(0), scores
     assert needs.batch is LatentBatch, f"teach this test to make a {needs.batch.__name__}"
     latents, noise = torch.randn(2, 8, *SHAPE, generator=torch.Generator().manual_seed(0))
     return LatentBatch(latents, condition(8), 0, noise), scores
@@ -59,7 +70,7 @@ def test_the_loss_is_finite_and_its_gradient_reaches_the_policy_only(name):
     assert all(not value_of(m).requires_grad for m in output.metrics.values())
     output.loss.backward()
     assert any(bool((p.grad != 0).any()) for p in models["policy"].parameters() if p.grad is not None)
-    others = [p for role, m in models.items() if role != "policy" for p in m.parameters()]
+    others = [p for role, m in models.items() if role != "policy" and isinstance(m, nn.Module) for p in m.parameters()]
     assert all(p.grad is None for p in others)
 
 
@@ -118,6 +129,7 @@ def test_what_it_needs_fits_together(name):
     needs = algorithm.needs
     assert isinstance(algorithm, Algorithm) and needs.roles[0] == "policy" and needs.group_size >= 1
     assert needs.batch is Trajectories or not (needs.scores or needs.rollout or needs.rollout_weights == "ema")
+    assert needs.batch is EncodedPrompts or not (needs.decoder or needs.reward)
     assert needs.batch is LatentBatch or not (needs.teacher or needs.average or needs.features)
     assert set(needs.inputs) <= {"r", "guidance"} and (needs.teacher_of is None) == (not needs.teachers)
     plan = algorithm.plan(0, 0)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.algorithms.cases import CASES
 from tests.algorithms.rank import ITERATIONS, NAMES, OPTIONS, asked
-from tests.algorithms.seams.toys import both, learned, listwise
+from tests.algorithms.seams.toys import both, directed, learned, listwise
+from tests.algorithms.toy import LinearVelocity
 from tests.forkserver import ranks_of
 
 Ended = tuple[dict[str, Tensor], list[dict[str, float]]]
@@ -77,6 +78,15 @@ def test_two_ranks_keep_whole_groups_whole(two_ranks: Path) -> None:
     assert all(torch.equal(first[name], other[name]) for name in one)
     for name, weight in one.items():
         torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_that_walk_by_themselves_make_the_updates_of_one(two_ranks: Path) -> None:
+    first, other = (load_file(two_ranks / f"directed_{rank}.safetensors") for rank in range(2))
+    one, updates = directed(3)
+    assert updates[0].metrics["learner/transitions"] == 10  # five a rank, in micro-batches of four
+    for name, weight in one.weights().items():
+        assert torch.equal(first[name], other[name]) and not torch.equal(weight, LinearVelocity().state_dict()[name])
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-6)
 
 
 def test_a_rank_asks_networks_about_its_own_share_alone(two_ranks: Path) -> None:

@@ -8,14 +8,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from flowalign.algorithm import prepared
+from flowalign.algorithms import build_algorithm
 from flowalign.intake.file import load_align
 from flowalign.record.metrics import read_metrics
 from flowalign.types import LatentBatch
 from tests.algorithms.every import every_algorithm
+from tests.algorithms.seams.toys import Given, decoder, warmth
+from tests.algorithms.toy import LinearVelocity
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
@@ -57,6 +63,18 @@ def test_the_example_is_one_file_that_trains(tiny_pipeline_dir: Path, tmp_path: 
     rows = read_metrics(tmp_path / "runs" / "reinforce" / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == [1, 2]
     assert all(row["learner/transitions"] == 2 * 8 * 3 and row["loss/reinforce"] != 0 for row in rows)
+
+
+def test_the_example_without_rollouts_learns_by_the_reward_s_gradient(tmp_path: Path) -> None:
+    (tmp_path / "last_step.py").write_text(next(block for block in blocks("python") if "last_step.py" in block))
+    algorithm = build_algorithm({"type": f"{tmp_path / 'last_step.py'}:LastStep"})
+    policy, source = LinearVelocity(), algorithm.source(Given())
+    assert source.batch(1).batch == Given().batch(0).batch and source.batch(2).batch == Given().batch(1).batch
+    models: Any = {"policy": policy, "decoder": decoder, "reward": warmth}
+    with torch.no_grad():
+        _, items = prepared(algorithm, source.batch(0), None, models)
+    algorithm.loss(models, items).loss.backward()
+    assert policy.bias.grad is not None and bool((policy.bias.grad != 0).all())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "shapes").glob("*.yaml")), ids=lambda path: path.stem)

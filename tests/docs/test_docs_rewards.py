@@ -24,7 +24,8 @@ from PIL import Image
 
 import rewards.scorers
 from flowalign.intake.file import load_align
-from flowalign.samples.offers import EVALUATION, PREFERENCES, TRAINING, TRY_REWARD
+from flowalign.samples.differentiable import differentiable_score
+from flowalign.samples.offers import EVALUATION, LEARNER, PREFERENCES, TRAINING, TRY_REWARD
 from rewards.geneval.detectors.mask2former import Mask2formerDetector
 from rewards.geneval.detectors.palette import PaletteDetector
 from rewards.http.client import HttpScorer
@@ -153,6 +154,17 @@ def test_the_table_of_needs_is_all_that_is_known_and_says_who_offers_each() -> N
     for offers, words in ((TRAINING, "rewards` of a run"), (EVALUATION, "evaluations"), (PREFERENCES, "make-pref")):
         assert {need for need, who in rows.items() if words in who} == offers.needs
     assert not OFFERS.needs and not TRY_REWARD.needs
+    assert {need for need, who in rows.items() if "a learner" in who} == LEARNER.needs
+
+
+def test_the_reward_with_a_gradient_of_the_page_is_asked_for_one(author: Path) -> None:
+    (author / "warm.py").write_text(python("warm.py"))
+    check("warm.py:Warm", author, LEARNER)
+    pixels = torch.rand(2, 3, 4, 4, requires_grad=True)
+    asked = Asked(np.zeros((2, 4, 4, 3), np.uint8), [""] * 2, [{}] * 2, pixels=pixels)
+    score = differentiable_score("Warm", resolve("warm.py:Warm", author, LEARNER), asked)
+    (grad,) = torch.autograd.grad(score.sum(), pixels)
+    assert torch.equal(grad[:, :, 0, 0], torch.tensor([[1.0, 0.0, -1.0]] * 2) / 16)
 
 
 def test_the_entry_point_of_the_page_names_that_class_in_the_group_that_is_looked_in() -> None:

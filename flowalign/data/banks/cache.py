@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.record.disk import draft_of, on_disk, writing
 from flowalign.record.files import save_tensors, tensors_size
+from flowalign.types import Condition
 from rewards.pictures import look, read
 
 SMALL = 64  # pixels a side that every model takes, whatever its patches and its table of positions
@@ -61,6 +63,18 @@ class EncodedCache:
             condition = self._own(key).encode_prompts((text,), self._length)
             self._store(key, {"tokens": condition.tokens_PLD[0], "pooled": condition.pooled_PE[0]})
         return key
+
+    def condition(self, keys: Sequence[str]) -> Condition:
+        """Return the condition of samples by the keys of their captions."""
+        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        captions, null = [self.read(key) for key in rows], self.read(self.caption(""))
+        return Condition(
+            tokens_PLD=torch.stack([caption["tokens"] for caption in captions]),
+            pooled_PE=torch.stack([caption["pooled"] for caption in captions]),
+            index_N=torch.tensor([rows[key] for key in keys]),
+            null_LD=null["tokens"],
+            null_E=null["pooled"],
+        )
 
     def _own(self, key: str) -> Encoders:
         if self._encoders is None:

@@ -1,7 +1,8 @@
-"""A toy's learner that trains a second network, on one rank or several."""
+"""Toy learners of the test algorithms here, on one rank or several."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from flowalign.config.sections import OptimizerConfig
 from flowalign.engine import Engine, EngineSettings, build_engine
 from flowalign.run.learner import Learner
-from flowalign.types import Update
+from flowalign.types import EncodedPrompts, PromptBatch, Update
 from tests.algorithms.every import plan_of
+from tests.algorithms.seams.direct_reward import DirectReward
 from tests.algorithms.seams.second_network import DistributionMatching
+from tests.algorithms.seams.warm import Warm
 from tests.algorithms.seams.whole_groups import Listwise
-from tests.algorithms.toy import LinearVelocity, make_rollout, make_scores
+from tests.algorithms.toy import SHAPE, LinearVelocity, condition, make_rollout, make_scores
 from tests.learners import make_learner
 
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 0.2, 1.0, 0.0, 0.0, 1.0])
@@ -58,6 +61,36 @@ def listwise(micro_batch_size: int, **place: Any) -> tuple[Learner, Update]:
     own = make_learner(algorithm, {"policy": policy}, engine(policy, **place), micro_batch_size=micro_batch_size)
     rollout = make_rollout(LinearVelocity(), plan_of(algorithm), groups=6)
     return own, own.update(rollout, make_scores(REWARDS.repeat(3)), 0)
+
+
+class Given:
+    """The run's prompts, as a rank's learner is given them: here ten samples of one."""
+
+    metrics: Mapping[str, float] = {}
+
+    def meet(self) -> None: ...
+
+    def batch(self, iteration: int) -> EncodedPrompts:
+        ids = tuple(range(10 * iteration, 10 * iteration + 10))
+        return EncodedPrompts(PromptBatch(("p",) * 10, ids, ids, ({},) * 10), condition(10), SHAPE, 0)
+
+
+def decoder(latents: Tensor) -> Tensor:
+    """Pixels (N, 3, 3, 3) of latents of ``SHAPE``."""
+    mixing = torch.randn(3, SHAPE[0], generator=torch.Generator().manual_seed(0))
+    return torch.einsum("dc,nchw->ndhw", mixing, latents).sigmoid()
+
+
+def warmth(pixels: Tensor, batch: PromptBatch) -> Tensor:
+    return Warm.of(pixels)
+
+
+def directed(updates: int = 1, **place: Any) -> tuple[Learner, list[Update]]:
+    """A learner that walks by itself, after ``updates`` of one micro-batch more than a rank has."""
+    algorithm = DirectReward(DirectReward.Config.model_validate({}))
+    source, models = algorithm.source(Given()), {"policy": LinearVelocity(), "decoder": decoder, "reward": warmth}
+    own = make_learner(algorithm, models, engine(models["policy"], **place), micro_batch_size=4)
+    return own, [own.update(source.batch(iteration), None, iteration) for iteration in range(updates)]
 
 
 def both(own: Learner) -> dict[str, Tensor]:
