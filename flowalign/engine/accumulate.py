@@ -1,11 +1,12 @@
-"""Parts that all engines share: trainable parameters, weighted losses, metrics summed over ranks."""
+"""Parts that all engines share: facts, trainable parameters, weighted losses, metrics summed over ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,51 @@ from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
 from flowalign.engine import process_group
+from flowalign.engine.adamw import held_state, layout_hash
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate
+from flowalign.engine.shards import Layout
 from flowalign.record.destroyed import DestroyedState
 from flowalign.types import Max, value_of
+
+
+class AdamWEngine(ABC):
+    """What the engines have in common, each of which steps an AdamW over the tensors ``held``."""
+
+    name: ClassVar[str]
+    rank, world_size = 0, 1
+    layout: Layout
+    _adamw: torch.optim.Optimizer
+
+    def __init__(self, settings: EngineSettings, device: torch.device | str) -> None:
+        self.settings, self.device = settings, torch.device(device)
+        self.steps = 0
+
+    @abstractmethod
+    def held(self) -> dict[str, Tensor]: ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.device, self.settings.dtype)
+
+    def moments(self) -> dict[str, Tensor]:
+        return held_state(self._adamw, self.held())
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "engine": self.name,
+            "world_size": self.world_size,
+            "rank": self.rank,
+            "zero_stage": self.settings.zero_stage,
+            "steps": self.steps,
+            "learning_rate": self.settings.learning_rate_at(self.steps),
+            "layout": layout_hash(self.layout.shapes),
+            **self.layout.facts(),
+        }
+
+    def _clip(self, parameters: Iterable[Tensor], norm: Tensor) -> float:
+        """Clip the gradients whose norm is ``norm``, and return that."""
+        if self.settings.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(list(parameters), self.settings.max_grad_norm, norm)
+        return float(norm)
 
 
 def trainable_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -48,9 +91,9 @@ def checked_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[in
     return weights
 
 
-def autocast(device: torch.device, settings: EngineSettings) -> AbstractContextManager[Any]:
+def autocast(device: torch.device | str, dtype: str) -> AbstractContextManager[Any]:
     """Return bf16 autocast on ``device``, or nothing for float32."""
-    return nullcontext() if settings.dtype == "float32" else torch.autocast(device.type, torch.bfloat16)
+    return nullcontext() if dtype == "float32" else torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flowalign.engine.accumulate import (
+    AdamWEngine,
     MetricSum,
-    autocast,
     check_share,
     checked_weights,
     refuse_destroyed,
@@ -22,8 +21,6 @@ from flowalign.engine.accumulate import (
 from flowalign.engine.adamw import (
     build_adamw,
     check_facts,
-    held_state,
-    layout_hash,
     own_share,
     read_state,
     set_learning_rate,
@@ -35,19 +32,16 @@ from flowalign.record.destroyed import fault, fault_of_moments, total_norm
 from flowalign.types import TrainBatch
 
 
-class TorchEngine:
+class TorchEngine(AdamWEngine):
     """Engine over ``torch.optim.AdamW``, on one rank."""
 
-    rank, world_size = 0, 1
     name: ClassVar[str] = "torch"
 
     def __init__(self, network: nn.Module, settings: EngineSettings, *, device: torch.device | str = "cpu") -> None:
-        self.settings = settings
-        self.device = torch.device(device)
+        super().__init__(settings, device)
         self.network = network.to(self.device)
-        self.steps = 0
         self.layout, self._held = self._take(trainable_parameters(network))
-        self._optimizer = build_adamw(self._held.values(), settings)
+        self._adamw = build_adamw(self._held.values(), settings)
         self._began = total_norm(self._held)
 
     def _take(self, trained: Mapping[str, nn.Parameter]) -> tuple[Layout, dict[str, Tensor]]:
@@ -55,9 +49,6 @@ class TorchEngine:
         if self.settings.compile:
             self.network.compile()
         return undivided({name: tuple(p.shape) for name, p in trained.items()}), dict(trained)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.device, self.settings)
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
         check_share(micro_batches, weights)
@@ -74,8 +65,8 @@ class TorchEngine:
         try:
             refuse_non_finite(metrics, grad_norm, self.steps)
             learning_rate = self.settings.learning_rate_at(self.steps)
-            set_learning_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
+            set_learning_rate(self._adamw, learning_rate)
+            self._adamw.step()
         finally:
             self._forget_gradients()
         self.steps += 1
@@ -84,7 +75,7 @@ class TorchEngine:
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def _forget_gradients(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._adamw.zero_grad(set_to_none=True)
 
     def _reduce_gradients(self, last: bool) -> None:
         """Say before a micro-batch whether it is the ``last``, so that its gradients are summed over ranks."""
@@ -95,9 +86,7 @@ class TorchEngine:
             if parameter.grad is None:  # unused: decays like the others, as it does in DeepSpeed
                 parameter.grad = torch.zeros_like(parameter)
         norm = self._norm([parameter.grad for parameter in self._held.values() if parameter.grad is not None])
-        if self.settings.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(list(self._held.values()), self.settings.max_grad_norm, norm)
-        return float(norm)
+        return self._clip(self._held.values(), norm)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
@@ -114,29 +103,14 @@ class TorchEngine:
     def publish(self) -> None:
         """Do nothing: what the optimizer steps is the network's own."""
 
-    def moments(self) -> dict[str, Tensor]:
-        return held_state(self._optimizer, self._held)
-
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        return read_state(self._optimizer, self._held), self.facts()
+        return read_state(self._adamw, self._held), self.facts()
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         check_facts(facts, self.facts())
         own = own_share(tensors, facts, self.facts(), self.layout, self._held)
-        write_state(self._optimizer, self._held, own)
+        write_state(self._adamw, self._held, own)
         self.steps = int(facts["steps"])
 
-    def facts(self) -> dict[str, Any]:
-        return {
-            "engine": self.name,
-            "world_size": self.world_size,
-            "rank": self.rank,
-            "zero_stage": 0,
-            "steps": self.steps,
-            "learning_rate": self.settings.learning_rate_at(self.steps),
-            "layout": layout_hash(self.layout.shapes),
-            **self.layout.facts(),
-        }
-
     def close(self) -> None:
-        self._optimizer.state.clear()
+        self._adamw.state.clear()

@@ -9,14 +9,14 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
 from flowalign.engine.accumulate import (
+    AdamWEngine,
     MetricSum,
     autocast,
     check_share,
@@ -30,8 +30,6 @@ from flowalign.engine.adamw import (
     build_adamw,
     check_facts,
     divided,
-    held_state,
-    layout_hash,
     own_share,
     read_state,
     set_learning_rate,
@@ -71,7 +69,7 @@ class _LossModule(nn.Module):
     def __init__(self, network: nn.Module, device: torch.device, settings: EngineSettings) -> None:
         super().__init__()
         self.network = network
-        self._autocast = lambda: autocast(device, settings)
+        self._autocast = lambda: autocast(device, settings.dtype)
 
     def forward(self, loss_fn: LossFn, micro_batch: TrainBatch, weight: float, total: MetricSum, scale: int) -> Tensor:
         with self._autocast():
@@ -80,16 +78,17 @@ class _LossModule(nn.Module):
         return weighted(output.loss, weight * scale)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(AdamWEngine):
     """Engine over a DeepSpeed engine; the default process group must exist (``build_engine`` sees to it)."""
+
+    name: ClassVar[str] = "deepspeed"
 
     def __init__(
         self, network: nn.Module, settings: EngineSettings, *, rank: int, world_size: int, device: torch.device
     ) -> None:
+        super().__init__(settings, device)
         deepspeed = _quiet_deepspeed(device)
         self.rank, self.world_size = rank, world_size
-        self.settings, self.device = settings, device
-        self.steps = 0
         self._gathered = deepspeed.zero.GatheredParameters
         self._parameters = trainable_parameters(network.to(device))
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
@@ -102,6 +101,7 @@ class DeepSpeedEngine:
             optimizer=build_adamw(self._parameters.values(), settings),
             config=self._deepspeed_config(),
         )
+        self._adamw = self._optimizer.optimizer if settings.zero_stage else self._optimizer
         if settings.zero_stage == 3:
             self._clear_padding()
         self.layout = self._layout()
@@ -142,9 +142,6 @@ class DeepSpeedEngine:
         if self.settings.zero_stage == 3:
             return parameter_partitions(self._shapes, self.rank, self.world_size, lengths)
         return flat_partitions(self._shapes, self.rank, lengths)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.device, self.settings)
 
     def step(self, loss_fn: LossFn, micro_batches: Sequence[TrainBatch], weights: Sequence[float]) -> dict[str, float]:
         check_share(micro_batches, weights)
@@ -191,10 +188,7 @@ class DeepSpeedEngine:
 
     def _clipped_norm(self) -> float:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
-        if self.settings.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self.settings.max_grad_norm, norm)
-        return float(norm)
+        return self._clip(self._parameters.values(), nn.utils.get_total_norm(grads))
 
     def weights(self) -> dict[str, Tensor]:
         gathered = {}
@@ -218,13 +212,6 @@ class DeepSpeedEngine:
         held = self._optimizer
         flat = held.fp32_partitioned_groups_flat if stage == 3 else held.single_partition_of_fp32_groups
         return {f"partition_{i}": partition for i, partition in enumerate(flat)}
-
-    @property
-    def _adamw(self) -> torch.optim.Optimizer:
-        return self._optimizer.optimizer if self.settings.zero_stage else self._optimizer
-
-    def moments(self) -> dict[str, Tensor]:
-        return held_state(self._adamw, self.held())
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         named = self.held()
@@ -264,18 +251,6 @@ class DeepSpeedEngine:
         persistent = self._optimizer.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "engine": "deepspeed",
-            "world_size": self.world_size,
-            "rank": self.rank,
-            "zero_stage": self.settings.zero_stage,
-            "steps": self.steps,
-            "learning_rate": self.settings.learning_rate_at(self.steps),
-            "layout": layout_hash(self._shapes),
-            **self.layout.facts(),
-        }
 
     def close(self) -> None:
         self._engine.destroy()

@@ -20,6 +20,7 @@ from flowalign.config.run import Precision, RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.engine.accumulate import autocast
 from flowalign.models.build import bind_weights, frozen_copy, load_encoders, load_network, reference_velocity
 from flowalign.models.encoders import Encoders
 from flowalign.models.fingerprint import encoders_of, same_encoders
@@ -131,7 +132,7 @@ def precise(velocity: VelocityModel, dtype: Precision, device: str) -> VelocityM
         return velocity
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
+        with autocast(device, dtype):
             return velocity(*args, **kwargs).float()
 
     return call

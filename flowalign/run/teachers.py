@@ -15,7 +15,6 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
-from flowalign.engine.base import EngineSettings
 from flowalign.models.base import ModelError
 from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
 from flowalign.models.guided import frozen
@@ -81,7 +80,7 @@ class SharedTeacher:
     def velocity(self, x: Tensor, t: Tensor, condition: Condition, options: Mapping[str, Any]) -> Tensor:
         """Ask the teacher; everything is on the CPU, the answer too."""
         self.computed += 1
-        precision = autocast(self.device, EngineSettings(dtype=self.config.model.dtype))
+        precision = autocast(self.device, self.config.model.dtype)
         with torch_threads(self.config.cluster.threads), precision:
             made = self.teacher.velocity(x.to(self.device), t.to(self.device), condition.to(self.device), **options)
         return made.cpu()

@@ -80,7 +80,7 @@ def destroyed(rank: Rank, kind: str) -> list[str]:
         engine, network = rank.engine(kind)
         update(engine, network, 0)
         inner: Any = engine
-        optimizer, named = inner._optimizer if kind == "f" else inner._adamw, engine.held()
+        optimizer, named = inner._adamw, engine.held()
         tensor = named.get("never", list(named.values())[-1])  # no loss is made of it
         lost = tensor.data if part == 0 else optimizer.state[tensor]["exp_avg_sq"]
         if rank.rank == rank.world - 1:

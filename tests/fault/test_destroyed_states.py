@@ -156,7 +156,7 @@ def test_moments_that_are_destroyed_are_told_where_weights_are_finite():
     network = Network()
     engine = build_engine(network, settings(type="torch", betas=(0.9, 0.5)))
     update(engine, network, 0)
-    for state in engine._optimizer.state.values():  # type: ignore[attr-defined]
+    for state in engine._adamw.state.values():  # type: ignore[attr-defined]
         state["exp_avg_sq"].fill_(1e30)  # as of gradients of 1e15: no weight would move any more
     with pytest.raises(
         DestroyedState, match=r"destroyed the optimizer's moments: exp_avg_sq/\S+ has values up to 5e\+29"
