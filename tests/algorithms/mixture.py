@@ -16,7 +16,8 @@ from torch.nn.functional import one_hot
 from flowalign.algorithm import VelocityModel
 from flowalign.algorithms import build_algorithm
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import EngineSettings, build_engine
+from flowalign.engine.base import EngineSettings
+from flowalign.engine.build import build_engine
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
 from flowalign.models.base import Policy

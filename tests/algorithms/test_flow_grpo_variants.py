@@ -11,7 +11,8 @@ from torch.distributions import Normal
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.credit import best_and_worst, group_advantages
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import EngineSettings, build_engine
+from flowalign.engine.base import EngineSettings
+from flowalign.engine.build import build_engine
 from flowalign.intake.file import load_align
 from flowalign.types import value_of
 from tests.algorithms.every import plan_of

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.engine import Engine, EngineSettings, build_engine
 from flowalign.engine.average import Average
+from flowalign.engine.base import Engine, EngineSettings
+from flowalign.engine.build import build_engine
 
 
 def engine_of(*weights: float, dtype: torch.dtype = torch.float32) -> tuple[Engine, nn.Parameter]:

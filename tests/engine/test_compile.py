@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from flowalign.engine import build_engine
+from flowalign.engine.build import build_engine
 from tests.engine.toy import Network, settings, update
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.engine import ResumeRefused, build_engine
 from flowalign.engine.average import Average
+from flowalign.engine.base import ResumeRefused
+from flowalign.engine.build import build_engine
 from flowalign.engine.convert import whole
 from flowalign.record import checkpoint
 from tests.engine.conftest import silent_ranks_of

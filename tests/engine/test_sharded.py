@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.engine import build_engine
 from flowalign.engine.average import Average
+from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from tests.engine.conftest import Ran
 from tests.engine.toy import Network, settings, update

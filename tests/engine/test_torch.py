@@ -10,7 +10,8 @@ from torch import nn
 
 from flowalign.algorithm import LossOutput
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import EngineSettings, NonFiniteUpdate, ResumeRefused, build_engine
+from flowalign.engine.base import EngineSettings, NonFiniteUpdate, ResumeRefused
+from flowalign.engine.build import build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.types import TrainBatch, value_of
 from tests.engine.toy import ITEMS, Network, batch, loss_of, settings, update

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import Engine, EngineSettings
+from flowalign.engine.base import Engine, EngineSettings
 from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, Max, TrainBatch
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flowalign.engine.zero
-from flowalign.engine import Engine, NonFiniteUpdate, ResumeRefused, build_engine
 from flowalign.engine.average import Average
+from flowalign.engine.base import Engine, NonFiniteUpdate, ResumeRefused
+from flowalign.engine.build import build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.destroyed import DestroyedState
 from tests.engine.toy import Network, settings, update

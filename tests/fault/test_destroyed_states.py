@@ -16,8 +16,8 @@ from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
-from flowalign.engine import build_engine
 from flowalign.engine.average import Average
+from flowalign.engine.build import build_engine
 from flowalign.intake.resolved import write_resolved
 from flowalign.making.shapes_latents import make_bank
 from flowalign.models.build import load_encoders

@@ -7,7 +7,8 @@ from flowalign.algorithm import LossOutput
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.nft import NFT
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import EngineSettings, build_engine
+from flowalign.engine.base import EngineSettings
+from flowalign.engine.build import build_engine
 from flowalign.record.checkpoint import content_hash
 from flowalign.types import Credit, Max, Mean
 from tests.algorithms.every import plan_of

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowalign.config.sections import OptimizerConfig
-from flowalign.engine import Engine, EngineSettings, build_engine
+from flowalign.engine.base import Engine, EngineSettings
+from flowalign.engine.build import build_engine
 from flowalign.run.learner import Learner
 from flowalign.types import EncodedPrompts, PromptBatch, Update
 from tests.algorithms.every import plan_of
