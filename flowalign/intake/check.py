@@ -84,13 +84,8 @@ def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:
     _check_pairs_wanted(config, needs)
     if (needs.scores or needs.reward) and not config.rewards:
         raise ConfigError("rewards", f"{config.algorithm['type']} needs at least one reward")
-    if config.learner.ema_decay is None:
-        for key, value in (
-            ("algorithm.rollout_weights", needs.rollout_weights),
-            ("evaluation.weights", config.evaluation.weights),
-        ):
-            if value == "ema":
-                raise ConfigError(key, "ema needs learner.ema_decay, such as 0.99")
+    if config.learner.ema_decay is None and needs.rollout_weights == "ema":
+        raise ConfigError("algorithm.rollout_weights", "ema needs learner.ema_decay, such as 0.99")
     plan = algorithm.plan(0, config.seed)
     _check_plan(config.algorithm["type"], needs, plan, config.rollout.cache is not None)
     images = config.data.groups_per_iteration * needs.group_size

@@ -98,11 +98,10 @@ def has_any(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class Newest(Generic[T]):
-    """The newest intact checkpoint, what was made of it, and the newer ones that were passed over."""
+    """The newest intact checkpoint, and what was made of it."""
 
     path: Path
     made: T
-    passed_over: tuple[Path, ...]
 
 
 def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Newest[T] | None:
@@ -128,7 +127,7 @@ def newest(root: Path, check: Callable[[Path], T], say: Say = LOG.warning) -> Ne
         reasons = [*passed.values(), *_wrong_pointer(root, path, passed)]
         if reasons:
             say(f"{'; '.join(reasons)}: the newest intact checkpoint, {path}, is taken")
-        return Newest(path, made, tuple(passed))
+        return Newest(path, made)
     if not has_any(root):
         return None
     found = "; ".join(faults.values()) or f"{root / LATEST} is there and no checkpoint beside it"

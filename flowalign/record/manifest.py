@@ -177,11 +177,11 @@ def begin_another(run_dir: Path) -> str:
         return "bring one back from a copy, or begin another run"
     own = run_dir.resolve()
     free = next(name for n in count(2) if not own.with_name(name := f"{own.name}-{n}").exists())
-    words = [command, shlex.quote(f"name={free}"), *_without_return(run_dir, command)]
+    words = [command, shlex.quote(f"name={free}"), *_without_return(run_dir)]
     return f"bring one back from a copy, or begin another run: `{' '.join(words)}`"
 
 
-def _without_return(run_dir: Path, command: str) -> list[str]:
+def _without_return(run_dir: Path) -> list[str]:
     """Return the option that undoes a return: a new run has no checkpoint to go back to, as this one did."""
     returned = re.search(r"^ *resume: step_", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     return ["checkpoint.resume=auto"] if returned else []

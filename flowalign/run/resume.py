@@ -26,12 +26,10 @@ SET_ASIDE = "set_aside"
 RETURNED = "returned_to"
 
 
-def resume_from(
-    run_dir: Path, resume: str, say: Say = LOG.warning, *, key: str = "checkpoint.resume"
-) -> Checkpoint | None:
+def resume_from(run_dir: Path, resume: str, say: Say = LOG.warning) -> Checkpoint | None:
     """Return the checkpoint that the run goes on from, read whole.
 
-    It is None where it begins. ``resume`` is auto, never or a checkpoint's name, and ``key`` where it was written.
+    It is None where it begins. ``resume`` is auto, never or a checkpoint's name.
 
     Damaged newer ones are passed over. A run goes back to a named one once: the same command, given again after an
     interruption, goes on from what has been made since. Nothing is written, see `leave_behind`.
@@ -52,7 +50,8 @@ def resume_from(
         wrong = str(error) if (root / resume).exists() else f"{root / resume} is not there"
         command = going_on(run_dir)
         other = f"name another: {there}" + (f", as in `{command}`" if command else "")
-        raise CheckpointError(f"{key}: {wrong}; {other if there else f'{run_dir} has no checkpoint'}") from error
+        other = other if there else f"{run_dir} has no checkpoint"
+        raise CheckpointError(f"checkpoint.resume: {wrong}; {other}") from error
 
 
 def refuse_older(saved: Checkpoint | None) -> None:
