@@ -29,22 +29,22 @@ class PromptsError(ValueError):
     """Prompts that are missing, empty or malformed."""
 
 
-def load_prompts(source: str, base_dir: Path = Path(".")) -> list[Row]:
+def load_prompts(source: str) -> list[Row]:
     """Load rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a JSON Lines file.
 
     Raises:
         PromptsError: names the file and line.
     """
-    return [row for _, row in placed_prompts(source, base_dir)]
+    return [row for _, row in placed_prompts(source)]
 
 
-def placed_prompts(source: str, base_dir: Path = Path(".")) -> list[tuple[str, Row]]:
+def placed_prompts(source: str) -> list[tuple[str, Row]]:
     """Load prompts as `load_prompts`, each row with where it stands: the file and its line."""
     if source in SHIPPED:
         return [(source, row) for row in shapes.prompts("train" if source == "shapes:train" else "eval")]
     if source.startswith("shapes:"):
         raise PromptsError(f"data.prompts: there is no {source}; the shipped ones are {' and '.join(SHIPPED)}")
-    path = base_dir / source
+    path = Path(source).absolute()
     if not is_there(path):
         raise PromptsError(
             f"data.prompts: {path} does not exist{hint(path)}; give {', '.join(SHIPPED)} or a JSON Lines file"
@@ -149,12 +149,12 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     return [task for _, task in sorted(turns, key=lambda turn: turn[0])]
 
 
-def evaluation_batch(source: str, num_samples: int, base_dir: Path = Path(".")) -> PromptBatch:
+def evaluation_batch(source: str, num_samples: int) -> PromptBatch:
     """Return the fixed samples of an evaluation; sample ids count from 0 under the evaluation's own seed."""
     if source == "shapes:eval":
         rows = shapes.evaluation_set(num_samples)
     else:
-        pool = load_prompts(source, base_dir)
+        pool = load_prompts(source)
         rows = [pool[i % len(pool)] for i in range(num_samples)]
     ids = tuple(range(num_samples))
     return PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))

@@ -13,7 +13,7 @@ from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import RewardConfig
 
 
-def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_dir: Path, *, advice: str = "") -> None:
+def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
     """Check that the prompts load, and that every reward can judge every row that it is for.
 
     The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
@@ -23,7 +23,7 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], base_d
     from rewards.interface import InputError, ScorerError
     from rewards.resolve import row_check
 
-    rows, wrong = _placed(key, source, base_dir)
+    rows, wrong = _placed(key, source)
     for reward in rewards:
         try:
             judges = row_check({"type": reward.spec, **reward.options})
@@ -65,26 +65,26 @@ def check_captions(evaluation: EvaluationConfig) -> None:
             continue  # check_reward says it
 
 
-def _placed(key: str, source: str, base_dir: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
+def _placed(key: str, source: str) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
     """Return the rows with where they stand, and the faults of others, both by their place in the file."""
     from flowalign.data.prompts import PromptsError, placed_prompts
     from flowalign.record.textfiles import BadRows
 
     try:
-        return dict(enumerate(placed_prompts(source, base_dir))), {}
+        return dict(enumerate(placed_prompts(source))), {}
     except PromptsError as error:
         if not isinstance(error.__cause__, BadRows):
             raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
         found = error.__cause__
-        return {line: (f"{base_dir / source}, line {line}", row) for line, row in found.rows}, dict(found.wrong)
+        return {line: (f"{Path(source).absolute()}, line {line}", row) for line, row in found.rows}, dict(found.wrong)
 
 
-def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) -> None:
+def check_task_weights(weights: Mapping[str, int], source: str) -> None:
     """Check that every weighted task occurs in the prompts, and that something is left to draw."""
     from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
 
     try:
-        rows = load_prompts(source, base_dir)
+        rows = load_prompts(source)
     except PromptsError:
         return  # check_prompts says it
     try:
@@ -93,9 +93,9 @@ def check_task_weights(weights: Mapping[str, int], source: str, base_dir: Path) 
         raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
 
 
-def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: Path) -> None:
+def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
     """Check that every task of a reward occurs in the prompts, and every prompt has a reward that is trained on."""
-    found = _tasks_of(source, base_dir)
+    found = _tasks_of(source)
     if not found:
         return
     for i, reward in enumerate(rewards):
@@ -107,17 +107,17 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str, base_dir: P
             raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
 
 
-def check_judged_tasks(evaluation: EvaluationConfig, source: str, base_dir: Path) -> None:
+def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
     """Check that every task that a scorer of an evaluation is for occurs in its prompts."""
     scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
     scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
     if any(reward.tasks for reward in scorers.values()):
-        found = _tasks_of(source, base_dir)
+        found = _tasks_of(source)
         for key, reward in scorers.items() if found else ():
             _check_tasks_there(key, reward, source, found)
 
 
-def _tasks_of(source: str, base_dir: Path) -> list[str]:
+def _tasks_of(source: str) -> list[str]:
     """Return the tasks of the prompts in their order.
 
     There is none where the prompts cannot be read, which `check_prompts` says.
@@ -125,7 +125,7 @@ def _tasks_of(source: str, base_dir: Path) -> list[str]:
     from flowalign.data.prompts import PromptsError, load_prompts
 
     try:
-        rows = load_prompts(source, base_dir)
+        rows = load_prompts(source)
     except PromptsError:
         return []
     return list(dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in rows))

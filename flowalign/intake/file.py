@@ -252,8 +252,8 @@ def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], N
         yield partial(promptcheck.check_captions, evaluation)
     else:
         key, advice = "evaluation.prompts", DEFAULT_JUDGE if evaluation.judge != evaluation.scorer else ""
-        yield partial(promptcheck.check_prompts, key, evaluation.prompts, evaluation.judges, base, advice=advice)
-        yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts, base)
+        yield partial(promptcheck.check_prompts, key, evaluation.prompts, evaluation.judges, advice=advice)
+        yield partial(promptcheck.check_judged_tasks, evaluation, evaluation.prompts)
 
 
 def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
@@ -262,9 +262,9 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(checks.check_model, config, needs)
     yield partial(check_cache, "rollout.cache", config.rollout.cache)
     yield partial(check_rollouts, config.model)
-    yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards, base)
-    yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts, base)
-    yield partial(promptcheck.check_reward_tasks, config.rewards, prompts, base)
+    yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
+    yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
+    yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
     yield partial(promptcheck.check_tasks_taught, config, needs)
     yield from _evaluation_checks(config, base)
     here = config.cluster.backend == "local" or config.cluster.address is None

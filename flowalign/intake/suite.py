@@ -28,8 +28,8 @@ def asked_evaluation(
 
     key, source = ("--prompts", prompts) if prompts else ("evaluation.prompts", config.evaluation.prompts)
     default = "" if config.evaluation.scorer else f"{DEFAULT_JUDGE}; a configuration given with --config may"
-    check_prompts(key, source, config.evaluation.judges, Path.cwd(), advice=default)
-    check_judged_tasks(config.evaluation, source, Path.cwd())
+    check_prompts(key, source, config.evaluation.judges, advice=default)
+    check_judged_tasks(config.evaluation, source)
     return config, num_samples or config.evaluation.num_samples
 
 
@@ -60,6 +60,6 @@ def geneval_suite(
     scorer = RewardConfig(spec="geneval", options={"mode": "official", "detector": chosen})
     scorer = resolve_reward(scorer, here, "--detector")
     check_reward("--detector", scorer, here, EVALUATION)
-    check_prompts("--prompts", source, [scorer], here)
+    check_prompts("--prompts", source, [scorer])
     evaluation = config.evaluation.model_copy(update={"scorer": scorer})
     return config.model_copy(update={"evaluation": evaluation}), num_samples or 4 * len(load_prompts(source))

@@ -45,7 +45,7 @@ def calibrate(
         check_cacheable(model.sampling.solver)
     except ValueError as error:
         raise ConfigError("evaluation.solver", str(error)) from error
-    batch = evaluation_batch(prompts or model.config.evaluation.prompts, num_samples, Path.cwd())
+    batch = evaluation_batch(prompts or model.config.evaluation.prompts, num_samples)
     inputs, outputs = _distances(model, batch, progress)
     try:
         polynomial = fit(inputs, outputs, degree)

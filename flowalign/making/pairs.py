@@ -151,7 +151,7 @@ def _weights_digest(checkpoint: Path, which: Which) -> str:
 def _prompts(source: str) -> list[dict[str, Any]]:
     path = Path(source)
     if not path.is_dir():
-        return load_prompts(source, Path.cwd())
+        return load_prompts(source)
     bank = load_bank(path, verify=False)
     if not bank.prompts:
         raise LatentsError(f"--prompts: {path} holds no captions")

@@ -53,9 +53,9 @@ def make_preferences(
     if any(out.glob("*.parquet")):
         raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
     check_reward("--reward", reward, Path.cwd(), PREFERENCES)
-    check_prompts("--prompts", prompts, [reward], Path.cwd())
+    check_prompts("--prompts", prompts, [reward])
     groups = max(1, model.config.rollout.chunk_size // group_size)
-    sampler = GroupSampler(load_prompts(prompts, Path.cwd()), groups=groups, group_size=group_size, seed=model.seed)
+    sampler = GroupSampler(load_prompts(prompts), groups=groups, group_size=group_size, seed=model.seed)
     with folder_for(out), model.opened() as (policy, state, plan):
         scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
         drawn = _Drawn(pairs)

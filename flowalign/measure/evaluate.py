@@ -105,7 +105,7 @@ def evaluate_checkpoint(
     """
     config, own = model.config, model.config.evaluation
     source = prompts or own.prompts
-    batch = evaluation_batch(source, num_samples or own.num_samples, base_dir)
+    batch = evaluation_batch(source, num_samples or own.num_samples)
     with torch_threads(config.threads):
         scorers = load_scorers(config.evaluation.judges, base_dir, offers=EVALUATION)
         with model.opened() as (policy, state, plan):
@@ -116,7 +116,7 @@ def evaluate_checkpoint(
                 walked.append(trajectories)
                 seconds += took
     scores = cat_scores([part for _, part in parts])
-    there = len({row["prompt"] for row in load_prompts(source, base_dir)})
+    there = len({row["prompt"] for row in load_prompts(source)})
     return EvaluationResult(
         model.path,
         model.which,

@@ -122,7 +122,7 @@ class _Driver:
             self._made = MadeOf(config, self._base_dir, self._accepted)
         if saved is not None and self._made is not None:
             self._made.refuse_changes(saved, self._say, small=True)
-        run = build_run(config, self._base_dir)
+        run = build_run(config)
         self._say(f"run directory: {self._run_dir}" + ("" if saved else ", begun anew"))
         for line in lines_on_data(config, run):
             self._say(line)

@@ -29,17 +29,17 @@ class _NoPrompts:
         raise ValueError(f"iteration {iteration}: this run learns from what lies on disk, and has no prompts")
 
 
-def build_run(config: RunConfig, base_dir: Path) -> Run:
+def build_run(config: RunConfig) -> Run:
     """Return the fixed parts of a run: algorithm, prompts, evaluation."""
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     sampler: Sampler
     sampler, least = _NoPrompts(), 0.0
     if isinstance(config, AlignConfig):
-        least, sampler = config.min_valid_fraction, group_sampler(config, algorithm.needs, base_dir)
+        least, sampler = config.min_valid_fraction, group_sampler(config, algorithm.needs)
     return Run(
         algorithm=algorithm,
         sampler=sampler,
-        evaluation=_evaluation(config, base_dir) if config.evaluation.every else None,
+        evaluation=_evaluation(config) if config.evaluation.every else None,
         iterations=config.total,
         seed=config.seed,
         min_valid_fraction=least,
@@ -47,10 +47,10 @@ def build_run(config: RunConfig, base_dir: Path) -> Run:
     )
 
 
-def group_sampler(config: AlignConfig, needs: Needs, base_dir: Path) -> GroupSampler:
+def group_sampler(config: AlignConfig, needs: Needs) -> GroupSampler:
     """Return what draws the prompts of each iteration. Raise PromptsError where there are none."""
     return GroupSampler(
-        load_prompts(config.data.prompts, base_dir),
+        load_prompts(config.data.prompts),
         groups=config.data.groups_per_iteration,
         group_size=needs.group_size,
         seed=config.seed,
@@ -58,7 +58,7 @@ def group_sampler(config: AlignConfig, needs: Needs, base_dir: Path) -> GroupSam
     )
 
 
-def _evaluation(config: RunConfig, base_dir: Path) -> tuple[PromptBatch, SamplingPlan, int]:
+def _evaluation(config: RunConfig) -> tuple[PromptBatch, SamplingPlan, int]:
     """Return the evaluation.
 
     It takes the model's own walk, whatever the algorithm rolls out with, as `flowalign evaluate` and an export do.
@@ -68,7 +68,7 @@ def _evaluation(config: RunConfig, base_dir: Path) -> tuple[PromptBatch, Samplin
     if e.prompts is None and isinstance(config, PretrainConfig):
         captions = list(dict.fromkeys(load_bank(Path(config.latents), verify=False).prompts))
         return _of_captions(captions, e.num_samples), plan, e.seed
-    return evaluation_batch(e.prompts, e.num_samples, base_dir), plan, e.seed
+    return evaluation_batch(e.prompts, e.num_samples), plan, e.seed
 
 
 def _of_captions(captions: list[str], count: int) -> PromptBatch:

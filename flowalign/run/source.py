@@ -66,7 +66,7 @@ class PromptsAlone:
 
     def __init__(self, config: AlignConfig, needs: Needs, encoders: Encoders | None, first_here: bool) -> None:
         self._config, self._encoders, self._first_here = config, encoders, first_here
-        self._sampler = group_sampler(config, needs, Path())
+        self._sampler = group_sampler(config, needs)
         family, model = family_of(config.model.type), config.model
         self._latent_shape = family.latent_shape(Path(model.path), model.height, model.width)
 

@@ -170,7 +170,7 @@ def passes(asked: dict[str, Any], work: Path) -> dict[str, Any]:
     try:
         actors = [*backend.learner.actors, *backend.teachers.actors]
         ray.get([actor.__ray_call__.remote(count_passes) for actor in actors])
-        run = build_run(made, work)
+        run = build_run(made)
         plan = run.algorithm.plan(0, run.seed)
         assert plan is not None
         backend.sync()

@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_align(CONFIG, ["cluster.backend=local", "logging.wandb=disabled", "learner.engine=torch"])
     config, backend = loaded.config, LocalBackend(loaded.config, loaded.base_dir)
-    run = build_run(config, loaded.base_dir)
+    run = build_run(config)
 
     def iterate(iteration: int) -> None:
         backend.sync()

@@ -57,7 +57,7 @@ def local(iterations: int) -> dict[str, float]:
 
     loaded = load_align(CONFIG, ["cluster.backend=local", "logging.wandb=disabled"])
     backend = LocalBackend(loaded.config, loaded.base_dir)
-    run = build_run(loaded.config, loaded.base_dir)
+    run = build_run(loaded.config)
     watch = Stopwatch()
     rolls = backend.rolling.policy
     for network in (rolls.network, backend.learner.network):

@@ -42,7 +42,7 @@ def update(config: AlignConfig, student: RolloutWorker, learner: LearnerWorker, 
     """One iteration, with the brightness of a pixel as its reward."""
     student.bind(learner.weights(), learner.version())
     plan = plan_of(build_algorithm(config.algorithm), iteration)
-    batch = build_run(config, Path(".")).sampler.batch(iteration)
+    batch = build_run(config).sampler.batch(iteration)
     _, rollout, _ = student.rollout(batch, plan, 0, learner.version())
     total = rollout.final_NCHW[:].mean((1, 2, 3))
     return learner.update([rollout], Scores({"x": total}, total, torch.ones(8, dtype=torch.bool)), iteration).metrics

@@ -49,7 +49,7 @@ def worker_config(student: Path, teachers: dict[str, dict[str, Any]], **changes:
 def updates(config: AlignConfig, count: int = 1) -> list[Mapping[str, float]]:
     """Metrics of real updates on the student's own rollouts."""
     student, learner = RolloutWorker(config), LearnerWorker(config)
-    sampler, algorithm = build_run(config, Path(".")).sampler, build_algorithm(config.algorithm)
+    sampler, algorithm = build_run(config).sampler, build_algorithm(config.algorithm)
     made = []
     try:
         for iteration in range(count):
@@ -102,7 +102,7 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     student, learner = RolloutWorker(config), LearnerWorker(config)
     student.bind(learner.weights(), 0)
     plan = plan_of(build_algorithm(config.algorithm))
-    _, rollout, _ = student.rollout(build_run(config, Path(".")).sampler.batch(0), plan, 0, 0)
+    _, rollout, _ = student.rollout(build_run(config).sampler.batch(0), plan, 0, 0)
     metrics = learner.update([rollout], None, 0).metrics
     learner.close()
     tokens, pooled = rollout.condition.take(torch.arange(len(rollout))).expand()

@@ -58,7 +58,7 @@ def config_of(pipeline: Path, **changes: Any) -> AlignConfig:
 
 
 def iterate(config: AlignConfig, learner: LearnerWorker, iteration: int) -> Update:
-    student, run = RolloutWorker(config), build_run(config, Path("."))
+    student, run = RolloutWorker(config), build_run(config)
     student.bind(learner.weights(), learner.version())
     plan = plan_of(run.algorithm, iteration)
     _, rollout, _ = student.rollout(run.sampler.batch(iteration), plan, 0, learner.version())

@@ -80,7 +80,7 @@ class Trace:
 
 def trace(backend: Any, config: RunConfig, base_dir: Path, iterations: int = 2) -> Trace:
     """The alignment loop by hand, without a journal."""
-    run = build_run(config, base_dir)
+    run = build_run(config)
     backend.sync()
     scores, metrics = [], []
     for iteration in range(iterations):

@@ -62,10 +62,10 @@ def backend(tiny_pipeline_dir: Path, folder: Path) -> Iterator[RayBackend]:
 
 
 def collect(backend: Any, folder: Path, evaluation: bool = False) -> Collected:
-    run = build_run(backend.config, folder)
+    run = build_run(backend.config)
     plan = run.algorithm.plan(0, run.seed)
     assert plan is not None
-    batch = evaluation_batch("shapes:eval", 28, folder) if evaluation else run.sampler.batch(0)
+    batch = evaluation_batch("shapes:eval", 28) if evaluation else run.sampler.batch(0)
     return backend.collect(batch, plan, seed=run.seed, evaluation=evaluation)
 
 

@@ -66,7 +66,7 @@ def config_of(pipeline: Path, folder: Path, reward: dict[str, Any], **cluster: A
 def collect(make: Callable[[AlignConfig, Path], Any], config: AlignConfig, folder: Path) -> Any:
     backend = make(config, folder)
     try:
-        run = build_run(config, folder)
+        run = build_run(config)
         backend.sync()
         return backend.collect(run.sampler.batch(0), run.algorithm.plan(0, run.seed), seed=run.seed)
     finally:

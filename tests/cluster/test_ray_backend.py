@@ -103,7 +103,7 @@ def hasty(fresh: RayBackend, folder: Path) -> Iterator[RayBackend]:
 
 
 def collect(backend: RayBackend, config: RunConfig, folder: Path) -> Any:
-    run = build_run(config, folder)
+    run = build_run(config)
     backend.sync()
     return backend.collect(run.sampler.batch(0), plan_of(run.algorithm, seed=run.seed), seed=run.seed)
 

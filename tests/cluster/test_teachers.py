@@ -110,7 +110,7 @@ def fresh(one: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
 
 def questions(config: AlignConfig, iteration: int) -> int:
     """Micro-batches of 4 that the teachers are asked for: of a sample's 3 steps each."""
-    run = build_run(config, Path("."))
+    run = build_run(config)
     teacher_of = run.algorithm.needs.teacher_of
     assert teacher_of is not None
     named = Counter(map(teacher_of, run.sampler.batch(iteration).metadata))
@@ -166,7 +166,7 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
     remote.expected = MadeOf(config, tmp_path).expected("model.", "algorithm.teachers.deep.")
     before = ray.get(actor.start.remote())
     alone, asking = LearnerWorker(config), LearnerWorker(config, teachers={"deep": remote})
-    student, run = RolloutWorker(config), build_run(config, Path("."))
+    student, run = RolloutWorker(config), build_run(config)
     student.bind(alone.weights(), 0)
     plan = run.algorithm.plan(0, 0)
     assert plan is not None
@@ -321,7 +321,7 @@ def test_learners_that_share_teachers_compute_the_bits_of_one_with_its_own(
     shared = {name: SharedTeacher(config, name) for name in teachers}
     asked: Any = {name: Asked(teacher) for name, teacher in shared.items()}
     alone, *ranks = [LearnerWorker(config, teachers=given) for given in (None, asked, asked)]
-    student, run = RolloutWorker(config), build_run(config, Path("."))
+    student, run = RolloutWorker(config), build_run(config)
     student.bind(alone.weights(), 0)
     _, rollout, _ = student.rollout(run.sampler.batch(0), plan_of(run.algorithm), 0, 0)
     expected = alone.update([rollout], None, 0).metrics

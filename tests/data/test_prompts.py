@@ -51,7 +51,7 @@ def test_weights_that_fit_no_prompt_are_refused(weights, said):
 
 def read(tmp_path, content, name="p.jsonl"):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [row["prompt"] for row in load_prompts(name, tmp_path)]
+    return [row["prompt"] for row in load_prompts(str(tmp_path / name))]
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,18 @@ def test_a_table_a_directory_and_nothing_are_refused(tmp_path):
     with pytest.raises(PromptsError, match="is a directory"):
         load_prompts(str(tmp_path))
     with pytest.raises(PromptsError, match="does not exist; give shapes:train, shapes:eval"):
-        load_prompts("absent.jsonl", tmp_path)
+        load_prompts(str(tmp_path / "absent.jsonl"))
     with pytest.raises(PromptsError, match="there is no shapes:test; the shipped ones are shapes:train and"):
-        load_prompts("shapes:test", tmp_path)
+        load_prompts("shapes:test")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(PromptsError, match=r"loop\.jsonl"):
-        load_prompts("loop.jsonl", tmp_path)
+        load_prompts(str(tmp_path / "loop.jsonl"))
 
 
 def test_a_file_that_is_written_again_is_read_again_and_rows_are_the_caller_s_own(tmp_path):
     assert read(tmp_path, '{"prompt": "a"}') == ["a"]
-    load_prompts("p.jsonl", tmp_path)[0]["prompt"] = "changed"
-    assert load_prompts("p.jsonl", tmp_path) == [{"prompt": "a"}]
+    load_prompts(str(tmp_path / "p.jsonl"))[0]["prompt"] = "changed"
+    assert load_prompts(str(tmp_path / "p.jsonl")) == [{"prompt": "a"}]
     assert read(tmp_path, '{"prompt": "other"}') == ["other"]
 
 

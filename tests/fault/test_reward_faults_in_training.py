@@ -113,7 +113,7 @@ def train(backend: LocalBackend, folder: Path, name: str) -> Path:
         journal = RunJournal(backend.config, run_dir, Console(quiet=True), **begun, lock=lock, stop=StopRequest())
         lock.begun = True
         try:
-            iterate(build_run(backend.config, folder), backend, journal)
+            iterate(build_run(backend.config), backend, journal)
         finally:
             journal.close()
     return run_dir

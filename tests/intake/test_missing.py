@@ -21,7 +21,7 @@ def test_a_name_of_another_unicode_composition_is_written_out(there: str, asked:
     if (tmp_path / asked).exists():
         pytest.skip("this file system takes both for one")
     with pytest.raises(PromptsError) as error:
-        load_prompts(asked, tmp_path)
+        load_prompts(str(tmp_path / asked))
     said = f"did you mean {there!a}? It is written with other Unicode composition than {asked!a}"
     assert said in str(error.value)
 

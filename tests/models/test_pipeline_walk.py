@@ -113,7 +113,7 @@ def test_rollouts_evaluations_and_samples_of_a_run_walk_one_grid(tmp_path: Path)
     own = own_schedule(config.model)
     expected = tuple(own.levels(10).tolist())
     assert own.dynamic and expected != tuple(own_schedule(ModelConfig(path=config.model.path)).levels(10).tolist())
-    run = build_run(config, tmp_path)
+    run = build_run(config)
     assert plan_of(run.algorithm).sigmas == expected
     assert run.evaluation is not None and run.evaluation[1].sigmas == expected
 
@@ -140,21 +140,21 @@ def test_a_configured_shift_replaces_the_scheduler_s_and_one_line_says_so(tmp_pa
     path = write_config(tmp_path)
     small = [f"model={{path: {model}, max_sequence_length: 2}}", "evaluation.every=0"]
     config = load_align(path, [*small, "algorithm.shift=3"]).config
-    run = build_run(config, tmp_path)
+    run = build_run(config)
     assert plan_of(run.algorithm).sigmas == tuple(sigmas(10, 3.0).tolist())
     assert [line for line in lines_on_data(config, run) if "shift" in line] == [
         "levels: shift 3 replaces the model's scheduler's: its dynamic one, 2.138 at this size, which evaluation, "
         "samples and exports keep"
     ]
     config = load_align(path, small).config
-    assert not any("shift" in line for line in lines_on_data(config, build_run(config, tmp_path)))
+    assert not any("shift" in line for line in lines_on_data(config, build_run(config)))
 
 
 def test_auto_stays_in_the_configuration_and_follows_the_size(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     config = load_align(path, ["algorithm.shift=auto", "model.height=32"]).config
     assert config.algorithm["shift"] == "auto"
-    assert plan_of(build_run(config, tmp_path).algorithm).sigmas == tuple(sigmas(10, 2.5 * 0.5**0.5).tolist())
+    assert plan_of(build_run(config).algorithm).sigmas == tuple(sigmas(10, 2.5 * 0.5**0.5).tolist())
     rewrite(tmp_path / "model", **DYNAMIC)
     with pytest.raises(ConfigError, match=r"algorithm\.shift: auto is for a static shift"):
         load_align(path, ["algorithm.shift=auto"])
@@ -214,7 +214,7 @@ def test_a_run_of_0_1_continues_where_the_pipeline_walks_its_static_grid(tmp_pat
     new = load_align(path).config
     assert old != new and read_resolved(run_dir).algorithm["grid"] == "diffusers"  # type: ignore[union-attr]
     refuse_changes(read_resolved(run_dir), new, run_dir)
-    plans = [build_run(config, tmp_path) for config in (old, new)]
+    plans = [build_run(config) for config in (old, new)]
     assert plans[0].algorithm.plan(0, 0) == plans[1].algorithm.plan(0, 0)
     assert plans[0].evaluation is not None and plans[1].evaluation is not None
     assert plans[0].evaluation[1] == plans[1].evaluation[1]
@@ -228,7 +228,7 @@ def test_a_run_of_0_1_on_another_walk_goes_on_from_its_own_file_alone(tmp_path: 
         refuse_changes(read_resolved(run_dir), load_align(path).config, run_dir)
     again = load_align(run_dir / RESOLVED).config
     refuse_changes(read_resolved(run_dir), again, run_dir)
-    run = build_run(again, tmp_path)
+    run = build_run(again)
     assert plan_of(run.algorithm).sigmas == tuple(sigmas(10, 2.5).tolist())
     assert run.evaluation is not None and run.evaluation[1].sigmas == tuple(sigmas(10, 2.5).tolist())
     with pytest.raises(ConfigError, match="called pipeline now"):

@@ -186,13 +186,11 @@ def test_a_masked_gold_mean_is_left_out_of_the_alarm():
         ([{"spec": "jpeg", "tasks": ["counting"]}, {"spec": "geneval", "gold": True}], "none is for the task"),
     ],
 )
-def test_tasks_that_no_prompt_has_and_prompts_that_no_reward_is_for_are_refused_before_anything_starts(
-    tmp_path, rewards, said
-):
+def test_tasks_that_no_prompt_has_and_prompts_that_no_reward_is_for_are_refused_before_anything_starts(rewards, said):
     with pytest.raises(ConfigError, match=said):
-        check_reward_tasks([RewardConfig.model_validate(reward) for reward in rewards], "shapes:train", tmp_path)
+        check_reward_tasks([RewardConfig.model_validate(reward) for reward in rewards], "shapes:train")
 
 
-def test_a_reward_for_every_prompt_beside_one_for_some_is_fine(tmp_path):
+def test_a_reward_for_every_prompt_beside_one_for_some_is_fine():
     rewards = [{"spec": "geneval"}, {"spec": "jpeg", "tasks": ["counting", "colors"]}]
-    check_reward_tasks([RewardConfig.model_validate(reward) for reward in rewards], "shapes:train", tmp_path)
+    check_reward_tasks([RewardConfig.model_validate(reward) for reward in rewards], "shapes:train")

@@ -60,7 +60,7 @@ def collect(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Collect]:
         config = small_config(tiny_pipeline_dir, tmp_path, cluster=cluster, **more)
         made = (RayBackend if backend == "ray" else LocalBackend)(config, tmp_path)
         try:
-            run = build_run(config, tmp_path)
+            run = build_run(config)
             made.sync()
             plan = run.algorithm.plan(0, run.seed)
             assert plan is not None

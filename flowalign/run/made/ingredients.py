@@ -87,7 +87,7 @@ def _sources(config: RunConfig, base_dir: Path) -> Iterator[_Source]:
         elif held == "bank":
             yield _source(key, _bank, value)
         elif held == "prompts":
-            yield _source(key, _prompts, value, base_dir, getattr(section, "num_samples", None))
+            yield _source(key, _prompts, value, getattr(section, "num_samples", None))
         elif held in ("files", "shipped"):
             yield _source(key, _path, value, written)
 
@@ -188,10 +188,10 @@ def _bank(key: str, path: str) -> Iterator[Part]:
         yield from _path(key, root)
 
 
-def _prompts(key: str, source: str, base_dir: Path, samples: int | None = None) -> Iterator[Part]:
+def _prompts(key: str, source: str, samples: int | None = None) -> Iterator[Part]:
     """Yield a file, or the rows that the package makes; an evaluation of ``samples`` has a set of its own."""
     if not source.startswith("shapes:"):
-        yield from _path(key, base_dir / source)
+        yield from _path(key, source)
     elif source in ("shapes:train", "shapes:eval"):
         if source == "shapes:eval" and samples is not None:
             rows = shapes.evaluation_set(samples)
