@@ -96,6 +96,11 @@ class PromptBatch:
         return PromptBatch(*(tuple(getattr(self, name)[i] for i in index) for name in self.__dataclass_fields__))
 
 
+def task_of(row: Mapping[str, Any]) -> str:
+    """Return the word by which rewards and teachers know a prompt: its ``task``, else its ``tag``."""
+    return str(row.get("task") or row.get("tag") or "")
+
+
 @dataclass(frozen=True)
 class CacheRule:
     """TeaCache's rule: ``threshold`` of the accumulated change, and the polynomial that predicts it, constant first."""

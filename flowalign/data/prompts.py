@@ -100,7 +100,7 @@ class GroupSampler:
     ) -> None:
         self._by_task: dict[str, list[Row]] = {}
         for row in rows:
-            self._by_task.setdefault(_task(row), []).append(row)
+            self._by_task.setdefault(_tag(row), []).append(row)
         self._cycle = task_cycle(rows, task_weights or {})
         self.prompts = [row["prompt"] for row in rows]
         self.groups, self.group_size, self.seed = groups, group_size, seed
@@ -127,7 +127,7 @@ class GroupSampler:
         return pool[int(order[used % len(pool)])]
 
 
-def _task(row: Row) -> str:
+def _tag(row: Row) -> str:
     return str(row.get("tag") or "")
 
 
@@ -139,7 +139,7 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     Raises:
         PromptsError: a weight for a task that no prompt has, or nothing but zeros.
     """
-    tasks = dict.fromkeys((_task(row) for row in rows), 1)
+    tasks = dict.fromkeys((_tag(row) for row in rows), 1)
     if unknown := sorted(weights.keys() - tasks.keys()):
         has = ", ".join(tasks)
         raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")

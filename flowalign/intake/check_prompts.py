@@ -19,7 +19,7 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, adv
     The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
     """
     from flowalign.record.textfiles import and_more
-    from flowalign.samples.scoring import task_of
+    from flowalign.types import task_of
     from rewards.interface import InputError, ScorerError
     from rewards.resolve import row_check
 
@@ -123,12 +123,12 @@ def _tasks_of(source: str) -> list[str]:
     There is none where the prompts cannot be read, which `check_prompts` says.
     """
     from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.types import task_of
 
     try:
-        rows = load_prompts(source)
+        return list(dict.fromkeys(map(task_of, load_prompts(source))))
     except PromptsError:
         return []
-    return list(dict.fromkeys(str(row.get("task") or row.get("tag") or "") for row in rows))
 
 
 def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
 from flowalign.samples.offers import TRAINING
-from flowalign.types import Pictures, Scores
+from flowalign.types import Pictures, Scores, task_of
 from rewards.composite import Named, check_names, combine, one_owner, prefixes
 from rewards.interface import (
     Asked,
@@ -209,11 +209,6 @@ def bounded(name: str, work: Callable[[], Checked], seconds: float) -> Checked:
     if isinstance(answer[0], BaseException):
         raise answer[0]
     return answer[0]
-
-
-def task_of(row: Mapping[str, Any]) -> str:
-    """Return the word that routing goes by: a prompt's ``task``, else its ``tag``."""
-    return str(row.get("task") or row.get("tag") or "")
 
 
 def _spread(values: Any, applies: Any, missing: Any) -> Any:

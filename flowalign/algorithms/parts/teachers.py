@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.algorithm import Models, teacher_role
 from flowalign.config.teachers import TeacherConfig
-from flowalign.types import Condition, Guidance
+from flowalign.types import Condition, Guidance, task_of
 
 
 class NoTeacher(ValueError):
@@ -30,13 +30,12 @@ def routes(teachers: Mapping[str, TeacherConfig]) -> dict[str | None, str]:
 
 
 def teacher_of(teachers: Mapping[str, TeacherConfig], metadata: Mapping[str, Any]) -> str:
-    """Name the teacher of a sample: a function of its metadata's ``task``, or else its ``tag``.
+    """Name the teacher of a sample: a function of its task, see `task_of`.
 
     Raises:
         NoTeacher: the task is nobody's.
     """
-    task = str(metadata.get("task") or metadata.get("tag") or "")
-    found = routes(teachers)
+    task, found = task_of(metadata), routes(teachers)
     name = found.get(task, found.get(None))
     if name is None:
         raise NoTeacher(
