@@ -12,10 +12,10 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.intake.check import algorithm_of
 from flowalign.intake.check_walk import renamed_grids
-from flowalign.intake.file import say_once
 from flowalign.intake.paths import resolve_run
 from flowalign.intake.resolved import recorded_contents
 from flowalign.record.contents import ACCEPT, digests, leaves, may_hold_other, same
+from flowalign.record.log import say_once
 from flowalign.record.manifest import manifests
 
 Config = RunConfig

@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -30,9 +30,10 @@ from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import Config, resolve_run
-from flowalign.record.checkpoint import LOG, has_any
+from flowalign.record.checkpoint import has_any
 from flowalign.record.contents import put, relocated
 from flowalign.record.earlier import is_of_0_1, moved_keys, training_of_0_1
+from flowalign.record.log import say_once
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
@@ -109,11 +110,6 @@ def _of_run(raw: dict[str, Any], recorded: Mapping[str, Any], run_dir: Path) -> 
 def record(recorded: Mapping[str, Any], key: str, kind: type) -> Any:
     """Return the record beside a configuration; None where version 0.1 wrote it, or somebody else."""
     return recorded.get(key) if isinstance(recorded.get(key), kind) else None
-
-
-@lru_cache
-def say_once(text: str) -> None:
-    LOG.warning(text)
 
 
 def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool = True) -> Loaded[AlignConfig]:

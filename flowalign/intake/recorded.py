@@ -18,8 +18,9 @@ from flowalign.intake.file import load_align
 from flowalign.intake.resolved import read_resolved, recorded_contents
 from flowalign.models.checked import check_pipeline
 from flowalign.models.recorded import recorded_model
-from flowalign.record.checkpoint import LOG, find, verify
+from flowalign.record.checkpoint import find, verify
 from flowalign.record.contents import base_hash, base_of
+from flowalign.record.log import LOG
 
 
 def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sampled:

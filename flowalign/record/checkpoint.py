@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from flowalign.record.disk import BLOCK
 from flowalign.record.kinds import read_regular
+from flowalign.record.log import LOG
 from flowalign.record.manifest import (
     MANIFEST,
     STEP,
@@ -48,7 +48,6 @@ LATEST = "latest"
 LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
 SPARE = 16 * BLOCK  # of a checkpoint: its manifest, directories and ``latest``
-LOG = logging.getLogger("flowalign")
 T = TypeVar("T")
 Say = Callable[[str], object]
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from flowalign.config.sections import LoggingConfig
 from flowalign.record.disk import append_line, draft_of, write_text
+from flowalign.record.log import say_once
 from flowalign.record.mirror import Mirror
 
 TIME_KEYS = ("wall_s", "time/", "throughput/")
 NAMED = 5
 FIRST = b'{"iteration"'  # how each row begins
-LOG = logging.getLogger("flowalign")
 FAULTS = ("/retries", "/restarts")  # what a network or a machine did, not what the run computed
 
 
@@ -43,10 +41,10 @@ class MetricsWriter:
         found, damage = ([], None) if keep_until is None else read_damaged(self.path)
         rows = [row for row in found if keep_until is not None and row["iteration"] <= keep_until]
         if hole := _hole(rows, keep_until or 0, each):
-            _say_once(f"{self.path}: {hole}; the run goes on, and its report and alarms know nothing of them")
+            say_once(f"{self.path}: {hole}; the run goes on, and its report and alarms know nothing of them")
         if self.path.exists():
             if damage is not None:
-                _say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
+                say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._mirror = Mirror(run_dir, name, logging)
 
@@ -176,7 +174,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows, damage = read_damaged(path)
     if damage is not None:
-        _say_once(str(damage))
+        say_once(str(damage))
     return rows
 
 
@@ -200,11 +198,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
-
-
-@lru_cache
-def _say_once(text: str) -> None:
-    LOG.warning(text)
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import socket
 import urllib.request
@@ -15,12 +14,12 @@ from urllib.parse import urlsplit
 
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import LoggingConfig
+from flowalign.record.log import LOG
 from rewards.errors import one_line
 
 _CONNECT_S, _VERIFY_S, _START_S, _FINISH_S = 3.0, 5, 30, 60
 _KEY = "logging.wandb"
 _OTHERWISE = "write logging.wandb=offline (`wandb sync` sends such a run later) or disabled"
-_log = logging.getLogger("flowalign")
 
 
 def check_wandb(config: LoggingConfig) -> None:
@@ -62,7 +61,7 @@ class Mirror:
         try:
             self._run = _start(wandb, run_dir, name, config, config.wandb)
         except (wandb.errors.Error, OSError, TimeoutError) as error:
-            _log.warning("wandb cannot start (%s); this run is logged offline for `wandb sync`", _said(error))
+            LOG.warning("wandb cannot start (%s); this run is logged offline for `wandb sync`", _said(error))
         if self._run is None and config.wandb == "online":
             self._try("start offline", lambda: self._keep(_start(wandb, run_dir, name, config, "offline")))
 
@@ -87,7 +86,7 @@ class Mirror:
         try:
             work()
         except Exception as error:
-            _log.warning("wandb cannot %s (%s); metrics.jsonl goes on without it", what, _said(error))
+            LOG.warning("wandb cannot %s (%s); metrics.jsonl goes on without it", what, _said(error))
             self._run = None
             with suppress(Exception):  # else it prints the same as a traceback when Python ends
                 _wandb().teardown()

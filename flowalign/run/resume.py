@@ -15,11 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import LATEST, LOG, Checkpoint, CheckpointError, Say
+from flowalign.record.checkpoint import LATEST, Checkpoint, CheckpointError, Say
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.destroyed import fault_of_state, fault_of_zeros
 from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
+from flowalign.record.log import LOG
 from flowalign.record.manifest import LAST_OF_1, VERSION, entries, going_on, has_sizes
 
 SET_ASIDE = "set_aside"
