@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,20 @@ from flowalign.record.files import sha256
 LARGE = 64 * 2**20
 END = 2**20
 MANY = 20_000
+UNREAD = ("readme.md", "license", "license.md")  # which say nothing of a model
 TEXTS = (".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".model", ".csv")
 ACCEPT = "--accept-changed"  # the option that takes what has changed
 
 
 def base_hash(model: Path) -> str:
     """Return the sha256 over the transformer's weight files of a pipeline directory."""
-    digest = hashlib.sha256()
-    for path in sorted((model / "transformer").glob("*.safetensors")):
-        digest.update(path.name.encode())
-        digest.update(bytes.fromhex(sha256(path)))
-    return digest.hexdigest()
+    files = sorted((model / "transformer").glob("*.safetensors"))
+    return base_hash_of((path.name, sha256(path)) for path in files)
+
+
+def base_hash_of(weights: Iterable[tuple[str, str]]) -> str:
+    """Return `base_hash` of weight files by their names, in their order, and their own hashes."""
+    return hashlib.sha256(b"".join(name.encode() + bytes.fromhex(known) for name, known in weights)).hexdigest()
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -122,12 +125,12 @@ def _of_folder(folder: Path) -> str:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield all files but hidden ones and what Python leaves; a README says nothing of a model."""
+    """Yield all files but hidden ones, what Python leaves, and those of `UNREAD`."""
     count = 0
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         for name in files:
-            if not name.startswith(".") and name.lower() not in ("readme.md", "license", "license.md"):
+            if not name.startswith(".") and name.lower() not in UNREAD:
                 count += 1
                 if count > MANY:
                     raise TooMany

@@ -6,7 +6,6 @@ of and took all the same.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.checkpoint import Checkpoint, Say
-from flowalign.record.contents import ACCEPT
+from flowalign.record.contents import ACCEPT, base_hash_of
 from flowalign.run.made.hashing import Hashes, Unsteady, holds
 from flowalign.run.made.ingredients import Part, is_manifest, parts_of
 from flowalign.run.made.late import Expected
@@ -137,11 +136,9 @@ class MadeOf:
 
     def base_hash(self) -> str:
         """Return ``contents.base_hash`` of the model's directory; waits for the hashes."""
-        digest = hashlib.sha256()
-        for part in sorted(self._of("model.path"), key=lambda part: part.name):
-            if (weights := _TRANSFORMER.fullmatch(part.name)) and (known := self._hash(part)) != UNREADABLE:
-                digest.update(weights[1].encode() + bytes.fromhex(known))
-        return digest.hexdigest()
+        parts = sorted(self._of("model.path"), key=lambda part: part.name)
+        weights = [(found[1], self._hash(part)) for part in parts if (found := _TRANSFORMER.fullmatch(part.name))]
+        return base_hash_of((name, known) for name, known in weights if known != UNREADABLE)
 
     def has_accepted(self, key: str) -> bool:
         return key in self._accepted.keys

@@ -7,8 +7,6 @@ checked by whoever loads them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +24,12 @@ from flowalign.config.sections import PATH_OPTIONS, ModelConfig, RewardConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.record.contents import leaves
+from flowalign.record.contents import UNREAD, leaves
+from flowalign.record.manifest import digest_of
 from flowalign.record.textfiles import TextError, read_object
 from flowalign.shapes import prompts as shapes
 from rewards.resolve import location_of
 from rewards.usercode.imports import SUFFIXES, files_of_code
-
-_UNREAD = ("readme.md", "license", "license.md")
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def _bank(key: str, path: str) -> Iterator[Part]:
         entries = [*manifest["shards"], manifest["prompts"], *filter(None, [manifest["embeddings"]])]
         found = [Part(key, str(e["file"]), root / str(e["file"]), str(e["sha256"])) for e in entries]
         facts = [manifest["captions"], [(entry.get("count"), entry.get("max_sequence_length")) for entry in entries]]
-        yield from (*found, Part(key, MANIFEST, root / MANIFEST, _of_json(facts)))
+        yield from (*found, Part(key, MANIFEST, root / MANIFEST, digest_of(facts)))
     except (TextError, KeyError, TypeError):
         yield from _path(key, root)
 
@@ -197,11 +194,7 @@ def _prompts(key: str, source: str, samples: int | None = None) -> Iterator[Part
             rows = shapes.evaluation_set(samples)
         else:
             rows = shapes.prompts("train" if source == "shapes:train" else "eval")
-        yield Part(key, source, None, _of_json(rows))
-
-
-def _of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        yield Part(key, source, None, digest_of(rows))
 
 
 def files_under(folder: Path) -> Iterator[Path]:
@@ -216,7 +209,7 @@ def files_under(folder: Path) -> Iterator[Path]:
         walked.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in sorted(files):
-            if name.startswith(".") or name.lower() in _UNREAD:
+            if name.startswith(".") or name.lower() in UNREAD:
                 continue
             path = Path(place) / name
             with suppress(OSError):
