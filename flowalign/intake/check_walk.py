@@ -11,10 +11,10 @@ from flowalign.algorithm import Algorithm, AlgorithmConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.intake.paths import Config
 from flowalign.models.base import ModelError
 from flowalign.models.inspect import own_schedule
+from flowalign.samples.cache import check_sampling
 
 OLD_GRID = "diffusers"
 SECTIONS = ("algorithm", "evaluation")
@@ -74,18 +74,6 @@ def check_walks(
             f"paper cannot be sampled with a LoRA beside {own.converts} of the model's scheduler, which would make "
             "other levels of it; write pipeline",
         )
-
-
-def check_sampling(section: str, sampling: SamplingConfig) -> None:
-    """Raise ConfigError where the solver has no such option, or its steps cannot be cached."""
-    key = f"{section}.solver"
-    try:
-        check_solver(sampling.solver)
-        if sampling.cache is not None:
-            key = f"{section}.cache"
-            check_cacheable(sampling.solver)
-    except ValueError as error:
-        raise ConfigError(key, str(error)) from error
 
 
 def renamed_grids(old: Config, new: Config, run_dir: Path) -> Config:

@@ -1,11 +1,12 @@
-"""The rule that skips steps, from a calibration that ``flowalign calibrate-cache`` made."""
+"""The rule that skips steps, from a calibration that ``flowalign calibrate-cache`` made, and what can be cached."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import CacheConfig
+from flowalign.config.sections import CacheConfig, SamplingConfig
+from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.record.textfiles import read_object
 from flowalign.types import CacheRule
 
@@ -32,3 +33,15 @@ def check_cache(key: str, cache: CacheConfig | None) -> None:
         cache_rule(cache)
     except ConfigError as error:
         raise ConfigError(f"{key}.calibration", error.reason) from error
+
+
+def check_sampling(section: str, sampling: SamplingConfig) -> None:
+    """Raise ConfigError where the solver has no such option, or its steps cannot be cached."""
+    key = f"{section}.solver"
+    try:
+        check_solver(sampling.solver)
+        if sampling.cache is not None:
+            key = f"{section}.cache"
+            check_cacheable(sampling.solver)
+    except ValueError as error:
+        raise ConfigError(key, str(error)) from error

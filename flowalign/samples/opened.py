@@ -20,7 +20,6 @@ from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.config.solvers import NOISY
 from flowalign.flow import pathfamilies
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.flow.solvers import check_cacheable, check_solver
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_encoders, load_network
 from flowalign.models.network import Network
@@ -29,7 +28,7 @@ from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
-from flowalign.samples.cache import cache_rule
+from flowalign.samples.cache import cache_rule, check_sampling
 from flowalign.samples.rollout import rollout
 from flowalign.types import Guidance, Noise, PromptBatch, Samples, SamplingPlan
 
@@ -166,11 +165,9 @@ def asked(
     update = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
     made = own.model_copy(update={key: value for key, value in update.items() if value is not None})
     try:
-        check_solver(made.solver)
-        if made.cache is not None:
-            check_cacheable(made.solver)
-    except ValueError as error:
-        raise ConfigError("--solver", str(error)) from error
+        check_sampling("", made)
+    except ConfigError as error:
+        raise ConfigError("--solver", error.reason) from error
     return made
 
 

@@ -15,7 +15,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import CacheConfig, SamplingConfig
 from flowalign.config.solvers import names_of_ode, solver_names, spelled
 from flowalign.flow.solvers import check_cacheable, check_solver, evaluations, ode_solver
-from flowalign.intake.check_walk import check_sampling
+from flowalign.samples.cache import check_sampling
 from flowalign.samples.opened import asked
 
 
