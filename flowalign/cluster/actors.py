@@ -15,7 +15,6 @@ from torch import Tensor
 from flowalign.algorithm import VelocityModel
 from flowalign.cluster.environment import packages_of, python_with
 from flowalign.cluster.errors import WorkerLost
-from flowalign.cluster.pipeline import Request
 from flowalign.cluster.pool import fetch
 from flowalign.cluster.session import worker_env
 from flowalign.cluster.witness import DEATHS, Witness
@@ -24,6 +23,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.sections import RewardConfig
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.death import Birth, say_hard_exits
+from flowalign.run.collecting import Request
 from flowalign.run.made.late import Expected, held
 from flowalign.run.teachers import SharedTeacher, ask
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
@@ -78,8 +78,7 @@ class RolloutActor(Mortal):
 
     def rollout(self, asked: Request) -> tuple[Pictures, Trajectories, Preview]:
         """Return three objects: the pictures go to a reward actor, the trajectories to the learner's ranks."""
-        how = {"latents": asked.latents, "looked_at": asked.looked_at}
-        return self.worker.rollout(asked.batch, asked.plan, asked.seed, asked.version, **how)
+        return self.worker.rollout(asked)
 
 
 class HostedScorer(Answers):

@@ -10,8 +10,9 @@ from typing import Any
 from flowalign.cluster.errors import ObjectLost, WorkerLost
 from flowalign.cluster.pool import Pool, fetch
 from flowalign.cluster.witness import DEATHS
+from flowalign.run.collecting import Request
 from flowalign.run.patience import Wait
-from flowalign.types import Preview, PromptBatch, SamplingPlan, Scores
+from flowalign.types import Preview, Scores
 
 
 def _nothing(text: str) -> None:
@@ -25,21 +26,6 @@ class Done:
     previews: list[Preview]
     scores: Scores
     score_s: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a rollout worker is asked for: a chunk of prompts, how it is walked, and what is wanted of it.
-
-    ``version`` is that of the weights, ``looked_at`` are the positions of the images that the driver sees whole.
-    """
-
-    batch: PromptBatch
-    plan: SamplingPlan
-    seed: int
-    version: int
-    latents: bool
-    looked_at: Sequence[int]
 
 
 class Stage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from flowalign.cluster.actors import SHARED, LearnerActor, Mortal, RewardActor, 
 from flowalign.cluster.delivery import Delivery
 from flowalign.cluster.environment import announcements
 from flowalign.cluster.errors import ObjectLost
-from flowalign.cluster.pipeline import Pipeline, Request
+from flowalign.cluster.pipeline import Pipeline
 from flowalign.cluster.placement import Share, reserve, shares
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup
@@ -27,15 +26,14 @@ from flowalign.cluster.vigil import Vigil
 from flowalign.config.run import RunConfig
 from flowalign.plan.stored import stored_bytes
 from flowalign.record.disk import size_text
+from flowalign.run.collecting import Request, collected, requests_of
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
-from flowalign.run.previews import join_previews, looked_at
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
 from flowalign.samples.cache import cache_rule
-from flowalign.samples.joined import cat_scores, scored_together
 from flowalign.types import PromptBatch, SamplingPlan, Scores, Update
 
 CHILDREN_S = 3.0
@@ -190,28 +188,18 @@ class RayBackend:
             WorkerLost: a worker died more than ``cluster.max_task_retries`` times over one chunk.
             ScorerError, …: what a worker itself raised; it is not tried again.
         """
-        chunks = batch.chunks(self.config.rollout.chunk_size)
-        plan = plan if evaluation else replace(plan, cache=self._cache)
-        version, needs = self._delivery.version, self._needs[evaluation]
-        units = scored_together(chunks, "group" in needs)
-        gives_up_s = self._gives_up_s(evaluation, _most_asked(chunks, units) if "group" in needs else 1)
-        whole = looked_at(chunks, plan, self.config.limits, evaluation)
-        requests = [
-            Request(chunk, plan, seed, version, "latents" in needs, seen)
-            for chunk, seen in zip(chunks, whole, strict=True)
-        ]
+        needs, version = self._needs[evaluation], self._delivery.version
+        requests, units = requests_of(
+            self.config, batch, plan, self._cache, seed=seed, version=version, needs=needs, evaluation=evaluation
+        )
+        gives_up_s = self._gives_up_s(evaluation, _most_asked(requests, units) if "group" in needs else 1)
         retries = self.config.cluster.max_task_retries
         pipeline = Pipeline(requests, units, self.rollouts, self.rewards, evaluation, retries, gives_up_s)
         done = pipeline.run(count, self.say)
-        preview = join_previews([seen for unit in done for seen in unit.previews])
-        return Collected(
-            batch=batch.take(plan.branching.samples_of_images(len(batch))),
-            scores=cat_scores([unit.scores for unit in done]),
-            preview=preview,
-            trajectories=pipeline,
-            rollout_s=preview.seconds / len(self.rollouts.actors),
-            score_s=sum(unit.score_s for unit in done) / len(self.rewards.actors),
-        )
+        previews = [seen for unit in done for seen in unit.previews]
+        scores, score_s = [unit.scores for unit in done], sum(unit.score_s for unit in done)
+        workers = (len(self.rollouts.actors), len(self.rewards.actors))
+        return collected(batch, plan, previews, scores, pipeline, score_s, workers=workers)
 
     def _gives_up_s(self, evaluation: bool, questions: int) -> float:
         """Return the time after which a reward actor ends the run by itself at the latest, since its scorers take too
@@ -301,9 +289,9 @@ class RayBackend:
         self._session.close()
 
 
-def _most_asked(chunks: Sequence[PromptBatch], units: Sequence[range]) -> int:
+def _most_asked(requests: Sequence[Request], units: Sequence[range]) -> int:
     """Return the largest number of chunks or groups that are scored as one."""
-    return max(max(len(unit), len({group for i in unit for group in chunks[i].group_ids})) for unit in units)
+    return max(max(len(unit), len({group for i in unit for group in requests[i].batch.group_ids})) for unit in units)
 
 
 def _actors(asked: Sequence[Share]) -> str:

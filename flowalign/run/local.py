@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowalign.config.run import RunConfig
 from flowalign.engine import process_group
 from flowalign.record.checkpoint import content_hash
+from flowalign.run.collecting import collected, requests_of
 from flowalign.run.loop import NOTHING, Collected, Count
-from flowalign.run.previews import join_previews, looked_at
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
 from flowalign.samples.cache import cache_rule
 from flowalign.samples.children import end_children
-from flowalign.samples.joined import cat_scores, scored_together
 from flowalign.types import PromptBatch, SamplingPlan, Scores, Trajectories, Update
 
 
@@ -46,52 +44,28 @@ class LocalBackend:
         self._learned = True
         self._cache = cache_rule(config.rollout.cache)
 
-    @property
-    def rolling(self) -> RolloutWorker:
-        """The rollout worker. Raise ValueError where this process has none."""
-        if self.rollouts is None:
-            raise ValueError("this process rolls nothing out")
-        return self.rollouts
-
     def collect(
         self, batch: PromptBatch, plan: SamplingPlan, *, seed: int, evaluation: bool = False, count: Count | None = None
     ) -> Collected:
         """Roll out and score ``batch``; a collective call, which makes `NOTHING` but in the first process."""
         with process_group.failing_together():
-            if self.rollouts is None or self.rewards is None:
+            rollouts, rewards = self.rollouts, self.rewards
+            if rollouts is None or rewards is None:
                 return NOTHING
-            return self._collect(self.rollouts, self.rewards, batch, plan, seed, evaluation, count)
-
-    def _collect(
-        self,
-        rollouts: RolloutWorker,
-        rewards: RewardWorker,
-        batch: PromptBatch,
-        plan: SamplingPlan,
-        seed: int,
-        evaluation: bool,
-        count: Count | None,
-    ) -> Collected:
-        made, scored = [], []
-        plan = plan if evaluation else replace(plan, cache=self._cache)
-        chunks = batch.chunks(self.config.rollout.chunk_size)
-        whole = looked_at(chunks, plan, self.config.limits, evaluation)
-        needs, version = rewards.needs(evaluation), rollouts.version
-        for unit in scored_together(chunks, "group" in needs):
-            own = [rollouts.rollout(chunks[i], plan, seed, version, "latents" in needs, whole[i]) for i in unit]
-            scored.append(rewards.score([pictures for pictures, *_ in own], evaluation))
-            made += [part for _, *part in own]  # the pictures have had their use
-            if count is not None:
-                count(len(made), len(chunks))
-        preview = join_previews([seen for _, seen in made])
-        return Collected(
-            batch=batch.take(plan.branching.samples_of_images(len(batch))),
-            scores=cat_scores([part for part, _ in scored]),
-            preview=preview,
-            trajectories=[walked for walked, _ in made],
-            rollout_s=preview.seconds,
-            score_s=sum(seconds for _, seconds in scored),
-        )
+            needs, version = rewards.needs(evaluation), rollouts.version
+            requests, units = requests_of(
+                self.config, batch, plan, self._cache, seed=seed, version=version, needs=needs, evaluation=evaluation
+            )
+            made, scored = [], []
+            for unit in units:
+                own = [rollouts.rollout(requests[i]) for i in unit]
+                scored.append(rewards.score([pictures for pictures, *_ in own], evaluation))
+                made += [part for _, *part in own]  # the pictures have had their use
+                if count is not None:
+                    count(len(made), len(requests))
+            walked, previews = zip(*made, strict=True)
+            scores, seconds = zip(*scored, strict=True)
+            return collected(batch, plan, previews, scores, list(walked), sum(seconds))
 
     def update(self, trajectories: Sequence[Trajectories] | None, scores: Scores | None, iteration: int) -> Update:
         update = self.learner.update(trajectories or (), scores, iteration)

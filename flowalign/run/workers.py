@@ -28,6 +28,7 @@ from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
 from flowalign.record.checkpoint import CheckpointError, content_hash
+from flowalign.run.collecting import Request
 from flowalign.run.learner import Learner
 from flowalign.run.previews import preview_of
 from flowalign.run.roles import RefreshedReference, precise, roles_of
@@ -50,8 +51,6 @@ from flowalign.samples.scoring import (
 from flowalign.types import (
     Pictures,
     Preview,
-    PromptBatch,
-    SamplingPlan,
     Scores,
     Trajectories,
     Update,
@@ -88,29 +87,18 @@ class RolloutWorker:
         self.version = version
         return BindReceipt(self.name, version, len(weights), content_hash({k: held[k] for k in weights}))
 
-    def rollout(
-        self,
-        batch: PromptBatch,
-        plan: SamplingPlan,
-        seed: int,
-        version: int,
-        latents: bool = False,
-        looked_at: Sequence[int] = (),
-    ) -> tuple[Pictures, Trajectories, Preview]:
-        """Make one chunk; return also what the driver sees of it, the images ``looked_at`` whole.
-
-        The pictures have ``latents`` where a reward needs them. Refuse to work with weights of another version.
-        """
-        if version != self.version:
-            raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {version}")
+    def rollout(self, asked: Request) -> tuple[Pictures, Trajectories, Preview]:
+        """Make one chunk; return also what the driver sees of it. Refuse to work with weights of another version."""
+        if asked.version != self.version:
+            raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {asked.version}")
         began = time.monotonic()
         with torch_threads(self.config.threads):
             made = rollout(
                 self.policy,
-                batch,
-                plan,
-                seed=seed,
-                policy_version=version,
+                asked.batch,
+                asked.plan,
+                seed=asked.seed,
+                policy_version=asked.version,
                 length=self.config.model_as_trained.max_sequence_length,
                 height=self.config.model.height,
                 width=self.config.model.width,
@@ -118,9 +106,9 @@ class RolloutWorker:
                 geometry=self.config.rollout.chunk_size,
             )
         pictures, trajectories = made
-        if not latents:
+        if not asked.latents:
             pictures = replace(pictures, final_NCHW=None)
-        return pictures, trajectories, preview_of(made, looked_at, time.monotonic() - began)
+        return pictures, trajectories, preview_of(made, asked.looked_at, time.monotonic() - began)
 
 
 class RewardWorker:

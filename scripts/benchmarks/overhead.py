@@ -59,7 +59,8 @@ def local(iterations: int) -> dict[str, float]:
     backend = LocalBackend(loaded.config, loaded.base_dir)
     run = build_run(loaded.config)
     watch = Stopwatch()
-    rolls = backend.rolling.policy
+    assert backend.rollouts is not None
+    rolls = backend.rollouts.policy
     for network in (rolls.network, backend.learner.network):
         watch.watch(network, "velocity")
     assert isinstance(rolls.encoders, SD3Encoders)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from flowalign.algorithm import Reference
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.run.collecting import Request
 from flowalign.run.fixed import build_run
 from flowalign.run.workers import LearnerWorker, RolloutWorker
 from flowalign.types import Scores
@@ -43,7 +44,7 @@ def update(config: AlignConfig, student: RolloutWorker, learner: LearnerWorker, 
     student.bind(learner.weights(), learner.version())
     plan = plan_of(build_algorithm(config.algorithm), iteration)
     batch = build_run(config).sampler.batch(iteration)
-    _, rollout, _ = student.rollout(batch, plan, 0, learner.version())
+    _, rollout, _ = student.rollout(Request(batch, plan, 0, learner.version()))
     total = rollout.final_NCHW[:].mean((1, 2, 3))
     return learner.update([rollout], Scores({"x": total}, total, torch.ones(8, dtype=torch.bool)), iteration).metrics
 

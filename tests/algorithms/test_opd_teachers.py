@@ -23,6 +23,7 @@ from flowalign.intake.file import load_align
 from flowalign.models.base import ModelError
 from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
+from flowalign.run.collecting import Request
 from flowalign.run.drive import drive
 from flowalign.run.fixed import build_run
 from flowalign.run.workers import LearnerWorker, RolloutWorker
@@ -54,7 +55,8 @@ def updates(config: AlignConfig, count: int = 1) -> list[Mapping[str, float]]:
     try:
         for iteration in range(count):
             student.bind(learner.weights(), learner.version())
-            _, rollout, _ = student.rollout(sampler.batch(iteration), plan_of(algorithm, iteration), 0, iteration)
+            asked = Request(sampler.batch(iteration), plan_of(algorithm, iteration), 0, iteration)
+            _, rollout, _ = student.rollout(asked)
             made.append(learner.update([rollout], None, iteration).metrics)
     finally:
         learner.close()
@@ -102,7 +104,7 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     student, learner = RolloutWorker(config), LearnerWorker(config)
     student.bind(learner.weights(), 0)
     plan = plan_of(build_algorithm(config.algorithm))
-    _, rollout, _ = student.rollout(build_run(config).sampler.batch(0), plan, 0, 0)
+    _, rollout, _ = student.rollout(Request(build_run(config).sampler.batch(0), plan, 0, 0))
     metrics = learner.update([rollout], None, 0).metrics
     learner.close()
     tokens, pooled = rollout.condition.take(torch.arange(len(rollout))).expand()

@@ -24,6 +24,7 @@ from flowalign.models.guided import guided
 from flowalign.plan.geometry import plan_geometry
 from flowalign.record.checkpoint import load
 from flowalign.record.checkpointwriter import CheckpointWriter
+from flowalign.run.collecting import Request
 from flowalign.run.fixed import build_run
 from flowalign.run.second import restore_second
 from flowalign.run.workers import LearnerWorker, RolloutWorker
@@ -61,7 +62,7 @@ def iterate(config: AlignConfig, learner: LearnerWorker, iteration: int) -> Upda
     student, run = RolloutWorker(config), build_run(config)
     student.bind(learner.weights(), learner.version())
     plan = plan_of(run.algorithm, iteration)
-    _, rollout, _ = student.rollout(run.sampler.batch(iteration), plan, 0, learner.version())
+    _, rollout, _ = student.rollout(Request(run.sampler.batch(iteration), plan, 0, learner.version()))
     return learner.update([rollout], None, iteration)
 
 

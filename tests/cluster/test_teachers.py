@@ -28,6 +28,7 @@ from flowalign.config.section import ConfigError
 from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
 from flowalign.record.checkpoint import content_hash
+from flowalign.run.collecting import Request
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.run.made import MadeOf
@@ -170,7 +171,7 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
     student.bind(alone.weights(), 0)
     plan = run.algorithm.plan(0, 0)
     assert plan is not None
-    _, rollout, _ = student.rollout(run.sampler.batch(0), plan, 0, 0)
+    _, rollout, _ = student.rollout(Request(run.sampler.batch(0), plan, 0, 0))
     ray.get(actor.__ray_call__.remote(die_at_the_third))
     expected = alone.update([rollout], None, 0).metrics
     assert asking.update([rollout], None, 0).metrics == expected and expected["loss/opd/deep"] > 0
@@ -323,7 +324,7 @@ def test_learners_that_share_teachers_compute_the_bits_of_one_with_its_own(
     alone, *ranks = [LearnerWorker(config, teachers=given) for given in (None, asked, asked)]
     student, run = RolloutWorker(config), build_run(config)
     student.bind(alone.weights(), 0)
-    _, rollout, _ = student.rollout(run.sampler.batch(0), plan_of(run.algorithm), 0, 0)
+    _, rollout, _ = student.rollout(Request(run.sampler.batch(0), plan_of(run.algorithm), 0, 0))
     expected = alone.update([rollout], None, 0).metrics
     assert [rank.update([rollout], None, 0).metrics for rank in ranks] == [expected] * 2
     assert all(content_hash(rank.weights()) == content_hash(alone.weights()) for rank in ranks)

@@ -110,7 +110,8 @@ def test_one_nan_of_a_lora_or_of_its_average_is_neither_saved_nor_sent_nor_costs
 
     def syncs(self: LocalBackend, evaluation: bool = False) -> None:
         sync(self, evaluation)
-        sent.append(all(bool(p.isfinite().all()) for p in self.rolling.policy.network.module.parameters()))
+        assert self.rollouts is not None
+        sent.append(all(bool(p.isfinite().all()) for p in self.rollouts.policy.network.module.parameters()))
 
     monkeypatch.setattr(LocalBackend, "sync", syncs)
     with monkeypatch.context() as patched:
