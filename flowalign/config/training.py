@@ -163,22 +163,6 @@ class TrainingLoggingConfig(LoggingConfig):
     """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
 
 
-# Keys of version 0.1 and what they are called now, which `record.earlier` reads where 0.1 wrote them.
-MOVED: dict[str, str] = {
-    **{name: f"learner.optimizer.{name}" for name in ("warmup_steps", "betas", "weight_decay", "max_grad_norm")},
-    **{name: f"learner.{name}" for name in ("engine", "zero_stage", "batch_size", "micro_batch_size", "compile")},
-    **{name: f"learner.{name}" for name in ("ema_decay", "ema_every")},
-    "autocast": "learner.dtype",
-    "sampling": "evaluation",
-    "threads": "cluster.threads",
-    "device": "cluster.device",
-    "log_every": "logging.every",
-    "checkpoint_every": "checkpoint.every",
-    "keep_last": "checkpoint.keep_last",
-    "resume": "checkpoint.resume",
-}
-
-
 class PretrainConfig(RunConfig):
     """A training run on precomputed latents: a base model, its straightening, or a student of a ``teacher``.
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowalign.config.training import MOVED
+# Keys of version 0.1 and what they are called now.
+MOVED: dict[str, str] = {
+    **{name: f"learner.optimizer.{name}" for name in ("warmup_steps", "betas", "weight_decay", "max_grad_norm")},
+    **{name: f"learner.{name}" for name in ("engine", "zero_stage", "batch_size", "micro_batch_size", "compile")},
+    **{name: f"learner.{name}" for name in ("ema_decay", "ema_every")},
+    "autocast": "learner.dtype",
+    "sampling": "evaluation",
+    "threads": "cluster.threads",
+    "device": "cluster.device",
+    "log_every": "logging.every",
+    "checkpoint_every": "checkpoint.every",
+    "keep_last": "checkpoint.keep_last",
+    "resume": "checkpoint.resume",
+}
 
 
 def moved_keys(values: Mapping[str, Any]) -> dict[str, str]:

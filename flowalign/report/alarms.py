@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowalign.config.run import SafetyConfig
-from flowalign.record.metrics import ALARM
 from flowalign.safety.collapse import CollapseAlarm, Finding
+from flowalign.safety.hacking import ALARM
 
 Rows = Sequence[Mapping[str, Any]]
 

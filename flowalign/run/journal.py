@@ -20,12 +20,13 @@ from flowalign.record.checkpoint import steps
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
-from flowalign.record.metrics import ALARM, HackingAlarm, MetricsWriter, read_metrics
+from flowalign.record.metrics import MetricsWriter, read_metrics
 from flowalign.record.progress import Progress, iteration_text
 from flowalign.record.stop import StopRequest
 from flowalign.run.loop import Backend, Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.safety.collapse import CollapseAlarm
+from flowalign.safety.hacking import ALARM, HackingAlarm
 from flowalign.safety.signals import CollapseSignals
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.scoring import faults

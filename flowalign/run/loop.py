@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flowalign.algorithm import Algorithm
-from flowalign.record.metrics import Clock
+from flowalign.run.clock import Clock
 from flowalign.samples.scoring import require_valid, reward_metrics
 from flowalign.types import Preview, PromptBatch, SamplingPlan, Scores, Update
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from flowalign.config.run import SafetyConfig
 from flowalign.record import checkpoint
-from flowalign.record.metrics import ALARM as HACKING
 from flowalign.record.metrics import read_metrics
+from flowalign.safety.hacking import ALARM as HACKING
 
 ALARM = "alarm/"
 MEASURED = "collapse/saturation"  # every iteration with images has it

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from flowalign.config.sections import LoggingConfig
-from flowalign.record.metrics import Clock, MetricsWriter, read_metrics, without_times
+from flowalign.record.metrics import MetricsWriter, read_metrics, without_times
+from flowalign.run.clock import Clock
 
 DISABLED = LoggingConfig(wandb="disabled")
 

@@ -14,7 +14,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.check_prompts import check_reward_tasks
-from flowalign.record.metrics import HackingAlarm
+from flowalign.safety.hacking import HackingAlarm
 from flowalign.samples.joined import cat_scores
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, reward_metrics, score_images
 from rewards.interface import Asked
