@@ -30,18 +30,13 @@ class PatienceConfig(Section):
     """Multiple of the longest so far, for everything else."""
 
 
-class PlaceConfig(Section):
-    """The place where a process computes."""
+class ClusterConfig(Section):
+    """The place where a run runs."""
 
     threads: Positive = 2
     """Torch threads. On a CPU they decide both speed and bits."""
     device: str = "cpu"
     """``cpu``, ``cuda`` or ``cuda:N``."""
-
-
-class ClusterConfig(PlaceConfig):
-    """The place where a run runs."""
-
     backend: Literal["ray", "local"] = "ray"
     """``ray``, or ``local``: one process without Ray."""
     address: Annotated[str | None, MayChange()] = None

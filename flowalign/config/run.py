@@ -11,10 +11,10 @@ from flowalign.config.fields import MayChange, Resolved
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
-    CheckpointsConfig,
     LoggingConfig,
     ModelConfig,
     Positive,
+    Resume,
     RewardConfig,
     RunName,
     SamplingConfig,
@@ -65,9 +65,15 @@ class EvaluationConfig(SamplingConfig):
         return [*filter(None, [self.judge]), *self.gold]
 
 
-class CheckpointConfig(CheckpointsConfig):
+class CheckpointConfig(Section):
     """When checkpoints are written, and which are kept."""
 
+    every: Positive = 20
+    """Iterations from one to the next."""
+    keep_last: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: Resume = "auto"
+    """``step_000020``: back to that one, what came later is set aside. ``never``: a run that begins anew."""
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Checkpoints of the best ``best_metric`` that are kept."""
     best_metric: str | None = None

@@ -307,14 +307,3 @@ class LoggingConfig(Section):
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value
-
-
-class CheckpointsConfig(Section):
-    """When checkpoints are written, and how many are kept."""
-
-    every: Positive = 20
-    """Iterations from one to the next."""
-    keep_last: Positive = 2
-    """Newest checkpoints that are kept."""
-    resume: Resume = "auto"
-    """``step_000020``: back to that one, what came later is set aside. ``never``: a run that begins anew."""
