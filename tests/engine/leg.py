@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import flowalign.engine.zero
-from flowalign.engine import build_engine, process_group
+from flowalign.engine import process_group
 from flowalign.engine.average import Average
+from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from flowalign.record import checkpoint
 from flowalign.record.checkpointwriter import CheckpointWriter
