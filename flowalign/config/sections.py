@@ -190,8 +190,8 @@ class OptimizerConfig(Section):
 
     @property
     def of_adamw(self) -> dict[str, Any]:
-        """The options that ``torch.optim.AdamW`` is made with."""
-        return {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        """The options that ``torch.optim.AdamW`` is made with; its learning rate is set before each update."""
+        return {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
