@@ -78,7 +78,7 @@ class Trace:
     ema_hash: str
 
 
-def trace(backend: Any, config: RunConfig, base_dir: Path, iterations: int = 2) -> Trace:
+def trace(backend: Any, config: RunConfig, iterations: int = 2) -> Trace:
     """The alignment loop by hand, without a journal."""
     run = build_run(config)
     backend.sync()

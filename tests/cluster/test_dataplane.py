@@ -61,7 +61,7 @@ def backend(tiny_pipeline_dir: Path, folder: Path) -> Iterator[RayBackend]:
     made.close()
 
 
-def collect(backend: Any, folder: Path, evaluation: bool = False) -> Collected:
+def collect(backend: Any, evaluation: bool = False) -> Collected:
     run = build_run(backend.config)
     plan = run.algorithm.plan(0, run.seed)
     assert plan is not None
@@ -69,20 +69,20 @@ def collect(backend: Any, folder: Path, evaluation: bool = False) -> Collected:
     return backend.collect(batch, plan, seed=run.seed, evaluation=evaluation)
 
 
-def fetched(backend: RayBackend, folder: Path, monkeypatch: pytest.MonkeyPatch, evaluation: bool) -> list[Any]:
+def fetched(backend: RayBackend, monkeypatch: pytest.MonkeyPatch, evaluation: bool) -> list[Any]:
     """What the driver gets of the store while it collects."""
     got: list[Any] = []
     usual = stages.fetch
     monkeypatch.setattr(stages, "fetch", lambda ref: got.append(usual(ref)) or got[-1])
-    collect(backend, folder, evaluation)
+    collect(backend, evaluation)
     return got
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_the_driver_gets_thumbnails_and_scores_and_of_an_evaluation_its_first_images(
-    backend: RayBackend, folder: Path, monkeypatch: pytest.MonkeyPatch, evaluation: bool
+    backend: RayBackend, monkeypatch: pytest.MonkeyPatch, evaluation: bool
 ) -> None:
-    got = fetched(backend, folder, monkeypatch, evaluation)
+    got = fetched(backend, monkeypatch, evaluation)
     previews = [one for one in got if isinstance(one, Preview)]
     images, whole = (28, 24) if evaluation else (24, 0)
     assert sum(map(len, previews)) == images and sum(len(one.images) for one in previews) == whole
@@ -96,7 +96,7 @@ def test_a_reward_is_sent_the_latents_that_it_needs_and_the_bits_are_those_of_on
 ) -> None:
     local = LocalBackend(config_of(tiny_pipeline_dir, folder, "local"), folder)
     local.sync()
-    here, there = collect(local, folder), collect(backend, folder)
+    here, there = collect(local), collect(backend)
     assert here.batch == there.batch and np.array_equal(here.preview.thumbnails, there.preview.thumbnails)
     assert all(here.scores.by_reward[name].equal(there.scores.by_reward[name]) for name in ("norm", "brightness"))
     walked = join_trajectories(here.trajectories)
@@ -108,7 +108,7 @@ def test_a_reward_is_sent_the_latents_that_it_needs_and_the_bits_are_those_of_on
     local.close()
 
 
-def test_a_reward_that_needs_no_latents_is_sent_none(backend: RayBackend, folder: Path) -> None:
+def test_a_reward_that_needs_no_latents_is_sent_none(backend: RayBackend) -> None:
     def keep(actor: Any) -> None:
         usual = actor.worker.score
 
@@ -121,11 +121,11 @@ def test_a_reward_that_needs_no_latents_is_sent_none(backend: RayBackend, folder
     reward = backend.rewards.actors[0]
     ray.get(reward.__ray_call__.remote(keep))
     for evaluation in (False, True):
-        collect(backend, folder, evaluation)
+        collect(backend, evaluation)
         assert ray.get(reward.__ray_call__.remote(lambda actor: actor.sent)) == [evaluation]
 
 
-def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBackend, folder: Path) -> None:
+def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBackend) -> None:
     def places(actor: Any) -> list[str]:
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
         spans = [(*(int(end, 16) for end in line[0].split("-")), line[1], " ".join(line[5:])) for line in lines]
@@ -135,14 +135,14 @@ def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBac
                 found += [rights + name for a, b, rights, name in spans if a <= tensor.data_ptr() < b]
         return found
 
-    held = collect(backend, folder).trajectories
+    held = collect(backend).trajectories
     backend.learner.call("take", *held.trajectory_refs)
     found = ray.get(backend.learner.actors[0].__ray_call__.remote(places))
     assert len(found) == 4 * 6 and all(place[3] == "s" and "/dev/shm/" in place for place in found), set(found)
 
 
-def test_what_an_iteration_stores_is_told_beforehand(backend: RayBackend, folder: Path) -> None:
-    held = collect(backend, folder)
+def test_what_an_iteration_stores_is_told_beforehand(backend: RayBackend) -> None:
+    held = collect(backend)
     stored = 24 * 3 * SIDE**2
     for chunk in ray.get(held.trajectories.trajectory_refs):
         assert isinstance(chunk, Trajectories)

@@ -32,7 +32,7 @@ def ray_trace(pipeline: Path, folder: Path, **learner: Any) -> Trace:
     config = small_config(pipeline, folder, cluster={}, learner={**DEEPSPEED, **learner})
     backend = RayBackend(config, folder)
     try:
-        return trace(backend, config, folder, iterations=3)
+        return trace(backend, config, iterations=3)
     finally:
         backend.close()
 
@@ -50,7 +50,7 @@ def test_deepspeed_in_ray_gives_the_bits_of_deepspeed_in_this_process(
     config = small_config(tiny_pipeline_dir, tmp_path, cluster={"backend": "local"}, learner=DEEPSPEED)
     backend = LocalBackend(config, tmp_path)
     try:
-        assert_same_bits(trace(backend, config, tmp_path, iterations=3), one_rank)
+        assert_same_bits(trace(backend, config, iterations=3), one_rank)
     finally:
         backend.close()
 
@@ -77,6 +77,6 @@ def test_death_of_a_second_rank_is_named_not_its_echo_in_the_first(tiny_pipeline
     try:
         os.kill(backend.learner.pids[1], signal.SIGKILL)
         with pytest.raises(LearnerLost, match=r"rank 1 of 2"):
-            trace(backend, config, tmp_path)
+            trace(backend, config)
     finally:
         backend.close()

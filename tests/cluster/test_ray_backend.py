@@ -57,7 +57,7 @@ def local(tiny_pipeline_dir: Path, folder: Path) -> Trace:
     config = small_config(tiny_pipeline_dir, folder, cluster={"backend": "local"})
     backend = LocalBackend(config, folder)
     try:
-        return trace(backend, config, folder)
+        return trace(backend, config)
     finally:
         backend.close()
 
@@ -93,23 +93,23 @@ def fresh(two: RayBackend, start: list[dict[str, Any]]) -> RayBackend:
 
 
 @pytest.fixture
-def hasty(fresh: RayBackend, folder: Path) -> Iterator[RayBackend]:
+def hasty(fresh: RayBackend) -> Iterator[RayBackend]:
     """One that waits for 6 s, or twice as long as what it has once done took."""
     vigil = fresh.rollouts.vigil
-    collect(fresh, fresh.config, folder)
+    collect(fresh, fresh.config)
     usual, vigil.patience = vigil.patience, Patience(PatienceConfig(least_s=6, factor=2), vigil.patience.longest)
     yield fresh
     vigil.patience = usual
 
 
-def collect(backend: RayBackend, config: RunConfig, folder: Path) -> Any:
+def collect(backend: RayBackend, config: RunConfig) -> Any:
     run = build_run(config)
     backend.sync()
     return backend.collect(run.sampler.batch(0), plan_of(run.algorithm, seed=run.seed), seed=run.seed)
 
 
-def test_two_rollout_workers_give_the_bits_of_the_local_backend(fresh: RayBackend, local: Trace, folder: Path) -> None:
-    assert_same_bits(trace(fresh, fresh.config, folder), local)
+def test_two_rollout_workers_give_the_bits_of_the_local_backend(fresh: RayBackend, local: Trace) -> None:
+    assert_same_bits(trace(fresh, fresh.config), local)
 
 
 def test_a_training_on_latents_learns_the_bits_of_one_process(
@@ -133,11 +133,11 @@ def die_over_the_next_rollout(actor: Any) -> None:
 
 
 @pytest.mark.fault
-def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
+def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace) -> None:
     before = list(fresh.rollouts.pids)
     ray.get(fresh.rollouts.actors[1].__ray_call__.remote(die_over_the_next_rollout))
     fresh.say = (said := []).append
-    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     assert len(said) == 1 and said[0].startswith("retried: the rollout worker was lost over chunk ")
     assert fresh.rollouts.pids[0] == before[0]
     assert fresh.rollouts.pids[1] != before[1]
@@ -149,15 +149,13 @@ def test_killed_rollout_worker_changes_no_bit(fresh: RayBackend, local: Trace, f
 def test_killed_reward_worker_changes_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
     before = list(fresh.rewards.pids)
     (folder / "kill").write_text("")
-    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     assert fresh.rewards.pids != before
     assert re.match(SIGKILL, fresh.rewards.deaths[-1]) and "memory" not in fresh.rewards.deaths[-1]
 
 
 @pytest.mark.fault
-def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(
-    fresh: RayBackend, local: Trace, folder: Path
-) -> None:
+def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(fresh: RayBackend, local: Trace) -> None:
     class Owner:
         def refs(self) -> list[Any]:
             return [ray.put(np.zeros(2**20)) for _ in range(2)]
@@ -178,7 +176,7 @@ def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(
     fresh.say = (said := []).append
     fresh.collect = losing
     try:
-        assert_same_bits(trace(fresh, fresh.config, folder), local)
+        assert_same_bits(trace(fresh, fresh.config), local)
     finally:
         del fresh.collect
     assert len(said) == 4 and all(line.startswith("retried: the rollout worker was lost over chunk ") for line in said)
@@ -233,7 +231,7 @@ def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_changes_no_bit(
 def test_two_rollout_workers_killed_at_once_change_no_bit(fresh: RayBackend, local: Trace, folder: Path) -> None:
     before = list(fresh.rollouts.pids)
     (folder / "kill").write_text(" ".join(map(str, before)))
-    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     assert not set(before) & set(fresh.rollouts.pids)
 
 
@@ -247,7 +245,7 @@ def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
     before = list(pool.pids)
     (folder / "stop").write_text(str(before[-1]) if kind == "rollout" else "")
     hasty.say = (said := []).append
-    assert_same_bits(trace(hasty, hasty.config, folder), local)
+    assert_same_bits(trace(hasty, hasty.config), local)
     assert pool.pids[-1] != before[-1] and not Path(f"/proc/{before[-1]}").exists()
     number = f"{kind} worker {len(before)} of {len(before)}, process {before[-1]}"
     late = rf"^late: {number} has not answered for \d+ s \(.*; if it goes on so it is ended and made again at \d\d:"
@@ -271,7 +269,7 @@ def test_a_stopped_worker_is_told_of_ended_and_made_again_without_a_changed_bit(
 )
 def test_a_reward_that_ends_its_process_is_asked_how(fresh: RayBackend, folder: Path, order: str, said: str) -> None:
     (folder / order).write_text("")
-    collect(fresh, fresh.config, folder)
+    collect(fresh, fresh.config)
     assert re.search(said, fresh.rewards.deaths[-1]), fresh.rewards.deaths[-1]
     assert "reward.py" in fresh.rewards.deaths[-1] and "memory" not in fresh.rewards.deaths[-1]
 
@@ -315,10 +313,10 @@ def test_a_rollout_worker_that_is_made_again_does_not_load_an_autoencoder_that_h
     file = tiny_pipeline_dir / "vae" / "diffusion_pytorch_model.safetensors"
     with changed(file), pytest.raises(ConfigError, match=rf"^model.path: {file} has changed since the run began"):
         (folder / "kill").write_text(str(fresh.rollouts.pids[1]))
-        collect(fresh, fresh.config, folder)
+        collect(fresh, fresh.config)
         fresh.sync()
     fresh.rollouts.replace({1: "its files were put back"})
-    assert_same_bits(trace(fresh, fresh.config, folder), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
 
 
 @pytest.mark.slow
@@ -327,16 +325,16 @@ def test_a_reward_worker_that_is_made_again_does_not_run_code_that_has_changed(f
     file = folder / "reward.py"
     with changed(file), pytest.raises(ConfigError, match=rf"^rewards.1.spec: {file} has changed since the run began"):
         (folder / "kill").write_text("")
-        collect(fresh, fresh.config, folder)
+        collect(fresh, fresh.config)
     fresh.rewards.replace({0: "its files were put back"})
-    collect(fresh, fresh.config, folder)
+    collect(fresh, fresh.config)
 
 
 def test_raising_reward_arrives_typed_and_is_not_tried_again(fresh: RayBackend, folder: Path) -> None:
     restarts = len(fresh.rewards.deaths)
     (folder / "raise").write_text("")
     with pytest.raises(ScorerFailed, match=r"^reward 'brightness' raised ValueError: the scale") as caught:
-        collect(fresh, fresh.config, folder)
+        collect(fresh, fresh.config)
     assert type(caught.value) is ScorerFailed
     assert "\n" not in str(caught.value)
     assert len(fresh.rewards.deaths) == restarts
@@ -354,7 +352,7 @@ def test_a_reward_that_hangs_ends_the_run_at_its_deadline_and_is_not_tried_again
     (folder / "sleep").write_text("")
     ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, 1))
     with pytest.raises(ScorerHangs, match=r"'brightness' did not score a chunk within 1 s.*cluster\.reward_deadline_s"):
-        collect(fresh, fresh.config, folder)
+        collect(fresh, fresh.config)
     ray.get(fresh.rewards.actors[0].__ray_call__.remote(within, usual))
     assert len(fresh.rewards.deaths) == restarts
 
@@ -362,10 +360,10 @@ def test_a_reward_that_hangs_ends_the_run_at_its_deadline_and_is_not_tried_again
 def test_reward_of_the_wrong_length_arrives_typed(fresh: RayBackend, folder: Path) -> None:
     (folder / "shorten").write_text("")
     with pytest.raises(InvalidScores, match=r"shape \(1,\) for 4 images"):
-        collect(fresh, fresh.config, folder)
+        collect(fresh, fresh.config)
 
 
-def test_tampered_weight_stops_the_run_at_the_sync(fresh: RayBackend, folder: Path) -> None:
+def test_tampered_weight_stops_the_run_at_the_sync(fresh: RayBackend) -> None:
     def tamper(actor: Any) -> None:
         bind = actor.worker.bind
 
@@ -414,10 +412,10 @@ def test_one_worker_gives_the_same_bits_and_a_dead_learner_ends_the_run_in_a_sen
     free_cpus(0.75)
     backend = RayBackend(small_config(tiny_pipeline_dir, folder, cluster={"max_task_retries": 0}), folder)
     try:
-        assert_same_bits(trace(backend, backend.config, folder), local)
+        assert_same_bits(trace(backend, backend.config), local)
         (folder / "kill").write_text("")
         with pytest.raises(WorkerLost, match=r"^the reward worker died 1 times over chunk \d of 6 .*retries=0.*so: it"):
-            collect(backend, backend.config, folder)
+            collect(backend, backend.config)
         os.kill(backend.learner.pids[0], signal.SIGKILL)
         with pytest.raises(LearnerLost, match=rf"rank 0 of 1\) died: ({SIGKILL})") as caught:
             backend.sync()

@@ -85,7 +85,7 @@ def local(tiny_pipeline_dir: Path, folder: Path, teachers: dict[str, Any]) -> Tr
     config = config_of(tiny_pipeline_dir, folder, teachers, backend="local")
     backend = LocalBackend(config, folder)
     try:
-        return trace(backend, config, folder)
+        return trace(backend, config)
     finally:
         backend.close()
 
@@ -128,7 +128,7 @@ def computed(backend: RayBackend) -> int:
 
 @pytest.mark.slow
 def test_teachers_in_actors_give_the_bits_of_teachers_in_the_learner(fresh: RayBackend, local: Trace) -> None:
-    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     assert min(local.metrics[0][f"loss/opd/{name}"] for name in ("deep", "shifted")) > 0
     assert computed(fresh) > 0
 
@@ -138,7 +138,7 @@ def test_teachers_in_actors_give_the_bits_of_teachers_in_the_learner(fresh: RayB
 def test_a_teacher_killed_between_two_iterations_changes_no_bit(fresh: RayBackend, local: Trace) -> None:
     before = pids(fresh)
     os.kill(before[0], signal.SIGKILL)
-    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     after = pids(fresh)
     assert after[0] != before[0] and after[1] == before[1]
 
@@ -188,7 +188,7 @@ def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, loca
     for actor in fresh.teachers.actors:
         ray.get(actor.__ray_call__.remote(lambda actor: actor.shared._answers.clear()))
     ray.get(fresh.teachers.actors[1].__ray_call__.remote(die_at_the_third))
-    assert_same_bits(trace(fresh, fresh.config, fresh.base_dir), local)
+    assert_same_bits(trace(fresh, fresh.config), local)
     assert pids(fresh)[1] != before[1]
 
 
@@ -197,16 +197,16 @@ def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, loca
 def test_a_teacher_that_is_made_again_does_not_load_what_has_changed(
     fresh: RayBackend, local: Trace, teachers: dict[str, Any]
 ) -> None:
-    trace(fresh, fresh.config, fresh.base_dir, iterations=1)
+    trace(fresh, fresh.config, iterations=1)
     file = Path(teachers["deep"]["path"]) / "transformer" / "config.json"
     before = file.read_text()
     file.write_text(before + " ")
     os.kill(pids(fresh)[0], signal.SIGKILL)
     with pytest.raises(ConfigError, match=rf"^algorithm.teachers.deep.path: {file} has changed since the run began"):
-        trace(fresh, fresh.config, fresh.base_dir, iterations=1)
+        trace(fresh, fresh.config, iterations=1)
     file.write_text(before)
     fresh.restore(fresh.state())
-    trace(fresh, fresh.config, fresh.base_dir, iterations=1)
+    trace(fresh, fresh.config, iterations=1)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -262,7 +262,7 @@ def test_a_teacher_that_keeps_dying_ends_the_run_in_a_sentence(
     try:
         ray.get(backend.teachers.actors[0].__ray_call__.remote(die_at_once))
         with pytest.raises(WorkerLost, match=r"^the teacher deep keeps dying over one question"):
-            trace(backend, config, tmp_path)
+            trace(backend, config)
     finally:
         backend.close()
 
@@ -278,7 +278,7 @@ def test_two_ranks_share_teachers_and_get_the_bits_of_teachers_of_their_own(
         config = config_of(tiny_pipeline_dir, tmp_path, teachers, ranks=2, teachers=where)
         backend = RayBackend(config, tmp_path)
         try:
-            traces.append(trace(backend, config, tmp_path))
+            traces.append(trace(backend, config))
             if where == "actor":
                 least = questions(config, 0) + questions(config, 1)
                 assert least <= computed(backend) <= least + 2 * len(teachers)  # uneven ends
