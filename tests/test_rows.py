@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from flowalign.conditions import cat_conditions
 from flowalign.rows import Rows
-from flowalign.types import Condition, Conditions, cat_conditions
+from flowalign.types import Condition, Conditions
 
 
 def parts(dtype=torch.float32, sizes=(3, 1, 0, 4)):

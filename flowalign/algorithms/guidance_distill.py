@@ -14,10 +14,11 @@ from torch import Tensor
 
 from flowalign.algorithm import LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
+from flowalign.conditions import dropped_conditions
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch
 
 
 class GuidanceDistill(LatentAlgorithm):

@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.algorithm import LossOutput, Models, Needs, VelocityModel
 from flowalign.algorithms.parts.points import DROPPED, DensityConfig, LatentAlgorithm, noised
+from flowalign.conditions import dropped_conditions
 from flowalign.flow import path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.path import per_sample
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Credit, LatentBatch, Scores, TrainBatch, dropped_conditions
+from flowalign.types import Condition, Credit, LatentBatch, Scores, TrainBatch
 
 
 class MeanFlow(LatentAlgorithm):

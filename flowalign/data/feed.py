@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowalign.conditions import cat_conditions
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
@@ -19,7 +20,7 @@ from flowalign.models.checked import model_family
 from flowalign.models.encoders import TextPart
 from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
-from flowalign.types import Condition, LatentBatch, cat_conditions
+from flowalign.types import Condition, LatentBatch
 
 
 class Captioned:

@@ -15,18 +15,11 @@ from torch import Tensor
 
 from flowalign.algorithm import Algorithm, AlgorithmConfig, Models, Scheduled
 from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.conditions import dropped_conditions
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import (
-    Condition,
-    Credit,
-    LatentBatch,
-    SamplingPlan,
-    TrainBatch,
-    Trajectories,
-    dropped_conditions,
-)
+from flowalign.types import Condition, Credit, LatentBatch, SamplingPlan, TrainBatch, Trajectories
 
 DROPPED = "dropped"  # of an item: whether its condition is the empty text's
 
