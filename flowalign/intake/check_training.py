@@ -10,6 +10,7 @@ from flowalign.config.pathfamilies import formulation, may_learn
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.record.textfiles import TextError, read_object
 
 
 def check_rollouts(model: ModelConfig) -> None:
@@ -35,6 +36,7 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
         whole = (Path(bank) / "manifest.json").is_file() or (Path(bank) / "latents.safetensors").is_file()
         if not whole or not (Path(bank) / "prompts.json").is_file():
             raise ConfigError(key, f"{bank} holds no latents; make them first, with flowalign precompute or make-pairs")
+    _check_captions(config)
     name = config.algorithm["type"]
     if needs.second is not None:
         raise ConfigError("algorithm.type", f"{name} trains a second network, which `flowalign align` alone does")
@@ -53,6 +55,19 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     check_signed_time(config.model, needs, name)
     _check_ranks(config)
     _check_best(config)
+
+
+def _check_captions(config: PretrainConfig) -> None:
+    """Check that the bank has the kinds of captions that are asked for, where its manifest lists them."""
+    manifest = Path(config.latents) / "manifest.json"
+    try:
+        has = (
+            [str(kind) for kind in read_object(manifest)["captions"]] if config.captions and manifest.is_file() else []
+        )
+    except (TextError, KeyError, TypeError):
+        return  # which loading the bank says more of
+    if unknown := sorted(config.captions.keys() - set(has)) if has else []:
+        raise ConfigError(f"captions.{unknown[0]}", f"{config.latents} has no such captions; it has {', '.join(has)}")
 
 
 def _check_ranks(config: PretrainConfig) -> None:

@@ -272,10 +272,9 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
     if "rewards" in raw and "latents" not in raw:
         raise ConfigError("rewards", "belongs to an alignment, for `flowalign align`")
     if moved := moved_keys(raw):
-        old, new = next(iter(moved.items()))
-        more = len(moved) - 1
-        others = f" ({more} more key{'s have' if more > 1 else ' has'} moved)" if more else ""
-        raise ConfigError(old, f"is {new} now{others}")
+        (old, new), *others = moved.items()
+        also = ", ".join(f"{was} is {now}" for was, now in others)
+        raise ConfigError(old, f"is {new} now" + (also and f"; {also}"))
     config = resolve_run(validate(PretrainConfig, raw), base, code=True)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
     check_training(config, algorithm.needs)

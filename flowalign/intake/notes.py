@@ -69,7 +69,8 @@ def _notes_of_training(config: PretrainConfig) -> list[str]:
     rates = [rate for phase in config.stretches for rate in (phase.learning_rate, phase.final_learning_rate)]
     notes += _decay("learner.optimizer.weight_decay", learner.optimizer.weight_decay, max(rates))
     notes += _warm_up("learner.optimizer.warmup_steps", learner.optimizer.warmup_steps, steps, "iterations")
-    notes += _only_last("logging.every", config.logging.every, steps, "iterations", "is logged")
+    if not config.evaluation.every and config.validation is None:  # which have rows of their own
+        notes += _only_last("logging.every", config.logging.every, steps, "iterations", "is logged")
     if "every" in config.checkpoint.model_fields_set:
         notes += _only_last("checkpoint.every", config.checkpoint.every, steps, "iterations", "is saved")
     if config.validation is not None:

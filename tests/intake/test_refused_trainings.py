@@ -46,6 +46,8 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
     ("changes", "said"),
     [
         ({"sampling": {"num_steps": 3}}, "sampling: is evaluation now"),
+        ({"betas": [0.9, 0.99], "threads": 1}, "betas: is learner.optimizer.betas now; threads is cluster.threads"),
+        ({"captions": {"synthetic": 0.5}}, r"captions.synthetic: \S+bank has no such captions; it has original"),
         ({"learner": TWO}, "learner.ranks: is 2, and cluster.backend=local runs the processes that it was started as"),
         ({"learner": {"ranks": 2}, "cluster": {"backend": "ray"}}, "learner.engine: torch is one process; use fsdp"),
         ({"evaluation": {"prompts": "none.jsonl"}}, r"evaluation.prompts: \S+none.jsonl does not exist"),
