@@ -90,7 +90,7 @@ class LearnerGroup:
                 raise self._lost(rank, error) from None
         addresses = self.call("address")
         (host, port), hosts = addresses[0], [other for other, _ in addresses]
-        first_here = [hosts.index(other) == rank for rank, other in enumerate(hosts)]
+        first_here = firsts(hosts)
         host = "127.0.0.1" if len(set(hosts)) == 1 else host
         self._starts = [actor.start.remote(host, port, first_here[rank]) for rank, actor in enumerate(self.actors)]
 
@@ -180,3 +180,8 @@ class LearnerGroup:
 
 def _unanswered(pings: dict[int, Any]) -> list[int]:
     return [index for index, ping in pings.items() if not ray.wait([ping], timeout=0)[0]]
+
+
+def firsts(hosts: Sequence[str]) -> list[bool]:
+    """Tell of each rank whether it is the first on its host."""
+    return [hosts.index(host) == rank for rank, host in enumerate(hosts)]

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flowalign.cluster import ranks
 from flowalign.cluster.errors import ClusterError, LearnerLost
 from flowalign.cluster.pool import Pool
-from flowalign.cluster.ranks import LearnerGroup
+from flowalign.cluster.ranks import LearnerGroup, firsts
 from flowalign.cluster.vigil import Vigil
 from flowalign.config.cluster import PatienceConfig
 from tests.cluster.orders import Worker
@@ -89,3 +89,7 @@ def test_without_another_machine_the_run_ends_in_a_sentence(
     with pytest.raises(ClusterError, match=r"^the learner found no place to start again within 6 s; give the same com"):
         group.restart()
     group.kill()
+
+
+def test_the_first_rank_of_each_machine_is_told_so() -> None:
+    assert firsts(["a", "a", "b", "a", "b", "c"]) == [True, False, True, False, False, True]
