@@ -1,0 +1,30 @@
+"""Fixtures of the families' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families.tiny import FAMILIES, tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `tiny_pipeline` without its directory: each family with each options is built once; not to be changed."""
+    built: dict[str, Path] = {}
+
+    def build(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in built:
+            built[key] = tiny_pipeline(family, tmp_path_factory.mktemp(family) / "model", **options)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
