@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.families.public import public_pipeline
 from tests.families.tiny import FAMILIES, tiny_pipeline
 
 
@@ -23,6 +24,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def public(tiny: Callable[..., Path]) -> Callable[..., Any]:
+    """Return the plain pipeline of a family with options, loaded once; not to be changed."""
+    loaded: dict[Path, Any] = {}
+
+    def load(family: str, **options: Any) -> Any:
+        directory = tiny(family, **options)
+        if directory not in loaded:
+            loaded[directory] = public_pipeline(directory)
+        return loaded[directory]
+
+    return load
 
 
 @pytest.fixture(params=FAMILIES)

@@ -90,6 +90,17 @@ def run_public(
         )[0]
 
 
+def initial_noise(rows: int, size: tuple[int, int]) -> Tensor:
+    """Draw noise (rows, 16, h, w) for pictures of ``size`` pixels; a row's depends on its number alone."""
+    generators = [torch.Generator().manual_seed(row) for row in range(rows)]
+    return torch.stack([torch.randn(16, size[0] // 8, size[1] // 8, generator=g) for g in generators])
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Measure the largest difference in units of the largest value of ``b``."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
 @contextmanager
 def recorded(pipeline: Any) -> Iterator[Calls]:
     """Record what the pipeline calls its transformer with; Z-Image's positional arguments are x, t and cap_feats."""
