@@ -32,7 +32,8 @@ from rewards.errors import one_line
 
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
-PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
+UNWAITED = "RAY_IGNORE_UNHANDLED_ERRORS"
+PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", UNWAITED)
 
 
 class RaySession:
@@ -69,6 +70,8 @@ class RaySession:
         if not self._opened:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Whoever lost a worker says so once. Ray would print a trace of each answer that nobody waits for since then.
+        os.environ.setdefault(UNWAITED, "1")
         close_token_file()
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:

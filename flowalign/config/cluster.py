@@ -37,7 +37,7 @@ class ClusterConfig(Section):
     """Torch threads. On a CPU they decide both speed and bits."""
     device: str = "cpu"
     """``cpu``, ``cuda`` or ``cuda:N``."""
-    backend: Literal["ray", "local"] = "ray"
+    backend: Annotated[Literal["ray", "local"], MayChange()] = "ray"
     """``ray``, or ``local``: one process without Ray."""
     address: Annotated[str | None, MayChange()] = None
     """A running cluster, ``auto`` or ``host:port``; null: a Ray of the run's own, on this machine."""

@@ -121,7 +121,7 @@ class TrainingLearnerConfig(UpdatesConfig):
 class TrainingClusterConfig(ClusterConfig):
     """The place where a run runs."""
 
-    backend: Literal["ray", "local"] = "local"
+    backend: Annotated[Literal["ray", "local"], MayChange()] = "local"
     """``local``: this process, or those that torchrun has started; ``ray``: ``learner.ranks`` actors."""
 
 

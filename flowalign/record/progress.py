@@ -54,9 +54,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description="", eta=eta, since=time.monotonic())
 
-    def doing(self, what: str) -> Callable[[int, int], None]:
-        """Say what is under way; the answer is to be called with its finished chunks and their number."""
+    def doing(self, what: str, begun: int | None = None) -> Callable[[int, int], None]:
+        """Say what is under way; the answer is to be called with its finished chunks and their number.
+
+        Without a bar it is said where ``begun`` tells at which iteration it begins.
+        """
         self._live(what)
+        if self._bar is None and begun is not None:
+            self.say(f"{what} at iteration {begun} begins")
 
         def count(done: int, total: int) -> None:
             self._live(f"{what}, chunk {done}/{total}", restart=False)
@@ -90,8 +95,10 @@ def iteration_text(metrics: Mapping[str, float]) -> str:
     elif loss is not None:
         said.append(f"loss {metrics[loss]:.4g}")
     if "validation/loss" in metrics:
-        average = f" (average {metrics['validation_ema/loss']:.4f})" if "validation_ema/loss" in metrics else ""
-        said.append(f"validation {metrics['validation/loss']:.4f}{average}")
+        average = f"average {metrics['validation_ema/loss']:.4f}" if "validation_ema/loss" in metrics else ""
+        took = duration(metrics["time/validation_s"]) if "time/validation_s" in metrics else ""
+        beside = ", ".join(filter(None, [average, took]))
+        said.append(f"validation {metrics['validation/loss']:.4f}{f' ({beside})' * bool(beside)}")
     if "replay/max_abs_dlogp" in metrics:
         said.append(f"replay error {metrics['replay/max_abs_dlogp']:.3g}")
     if metrics.get("throughput/images_per_s"):

@@ -17,10 +17,16 @@ class Clock:
         self._laps[name] = now - self._last
         self._last = now
 
-    def metrics(self, rollout_s: float, score_s: float, num_images: int | None = None) -> dict[str, float]:
-        """Return ``time/*``, and ``throughput/*`` where images were made; seconds of work are means over workers."""
+    def metrics(self, made: tuple[float, float, int] | None = None) -> dict[str, float]:
+        """Return ``time/*``, and ``throughput/*`` where images were made.
+
+        ``made`` has the seconds of rolling out and of scoring, means over the workers, and the number of images; None
+        where nothing was rolled out, whose phases then are none.
+        """
         total = time.monotonic() - self._began
+        if made is None:
+            return {"time/learn_s": self._laps["learn_s"], "time/iteration_s": total}
+        rollout_s, score_s, num_images = made
         times = {"rollout_s": rollout_s, "score_s": score_s, **self._laps, "iteration_s": total}
         times["idle_s"] = max(0.0, self._laps["collect_s"] - rollout_s)
-        speed = {} if num_images is None else {"throughput/images_per_s": num_images / total}
-        return {f"time/{k}": v for k, v in times.items()} | speed
+        return {f"time/{k}": v for k, v in times.items()} | {"throughput/images_per_s": num_images / total}

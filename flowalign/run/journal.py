@@ -21,7 +21,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
 from flowalign.record.metrics import MetricsWriter, read_metrics
-from flowalign.record.progress import Progress, iteration_text
+from flowalign.record.progress import Progress, duration, iteration_text
 from flowalign.record.stop import StopRequest
 from flowalign.run.loop import Backend, Collected, Count
 from flowalign.run.made import MadeOf
@@ -130,8 +130,8 @@ class RunJournal:
         self._learning_s += metrics["time/iteration_s"]
         return {"throughput/samples_per_s": round(self._samples / max(self._learning_s, 1e-9), 1)}
 
-    def doing(self, what: str) -> Count:
-        return self._progress.doing(what)
+    def doing(self, what: str, begun: int | None = None) -> Count:
+        return self._progress.doing(what, begun)
 
     def say_faults(self, when: str, scores: Scores) -> None:
         """Say each outage that retries made up for, and masked images where they are more than were said before."""
@@ -194,18 +194,19 @@ class RunJournal:
         good = [step for step in self._steps if step <= self._collapse.good_until]
         self._writer.mark_good(good[-1] if good else None)
 
-    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
-        """Return the metrics of an evaluation; its first images go to ``samples/iteration_<n>``."""
+    def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]:
+        """Return the metrics of an evaluation, made in ``seconds``; its first images go to ``samples/iteration_<n>``."""
         self._lock.check()
         metadata = collected.batch.metadata
         metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
-        _write_samples(self.run_dir / "samples" / f"iteration_{iteration:06d}", collected)
+        samples = self.run_dir / "samples" / f"iteration_{iteration:06d}"
+        _write_samples(samples, collected)
         overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
         spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
         known = {name: f" ± {error:.3f}" for name, error in spread.items() if error == error}
         said = ", ".join(f"{name} {value:.3f}{known.get(name, '')}" for name, value in overall.items())
-        metrics |= errors | {"eval/num_samples": float(len(collected.batch))}
+        metrics |= errors | {"eval/num_samples": float(len(collected.batch)), "time/evaluation_s": seconds}
         cached = ""
         if collected.preview.computed:
             metrics["eval/skipped_steps"] = skipped([collected.preview])
@@ -213,7 +214,8 @@ class RunJournal:
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
         made = f"{len(collected.batch)} samples of {len(set(collected.batch.prompts))} prompts{cached}"
-        self._progress.say(f"evaluation at iteration {iteration}: {f'{said} over ' if said else ''}{made}")
+        found = f"{said} over {made}" if said else f"{made} in {samples}"
+        self._progress.say(f"evaluation at iteration {iteration}: {found}; {duration(seconds)}")
         if self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
         return metrics

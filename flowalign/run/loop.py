@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,13 +80,14 @@ class Sampler(Protocol):
 class Journal(Protocol):
     """The traces of a run: metrics, images, checkpoints, and what it says meanwhile."""
 
-    def doing(self, what: str) -> Count: ...
+    # `begun` is the iteration of something that may be long and is said where no bar shows it.
+    def doing(self, what: str, begun: int | None = None) -> Count: ...
 
     def begin(self) -> None: ...  # before the first iteration; from here on there is something to keep
 
     def iteration(self, iteration: int, metrics: dict[str, float], collected: Collected | None) -> None: ...
 
-    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]: ...
+    def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]: ...
 
     def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None: ...
 
@@ -140,8 +142,7 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         if journal.due("validation", done):
-            journal.doing("validation")
-            metrics |= backend.validate()
+            metrics |= _validate(backend, journal, done)
         journal.iteration(done, metrics, collected)
         stopping = journal.stopping  # a request that comes later must not skip its checkpoint
         if stopping or journal.due("checkpoint", done):
@@ -154,20 +155,27 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
 
 def _measured(collected: Collected | None, clock: Clock) -> dict[str, float]:
     if collected is None:
-        return clock.metrics(0.0, 0.0)
+        return clock.metrics()
     rewards = reward_metrics(collected.scores) if collected.scores.by_reward else {}
-    return {**rewards, **clock.metrics(collected.rollout_s, collected.score_s, len(collected.batch))}
+    return {**rewards, **clock.metrics((collected.rollout_s, collected.score_s, len(collected.batch)))}
+
+
+def _validate(backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:
+    began = time.monotonic()
+    journal.doing("validation", iteration)
+    return {**backend.validate(), "time/validation_s": time.monotonic() - began}
 
 
 def _evaluate(run: Run, backend: Backend, journal: Journal, iteration: int) -> dict[str, float]:
     if run.evaluation is None:
         return {}
+    began = time.monotonic()
     batch, plan, seed = run.evaluation
+    count = journal.doing("evaluation", iteration)
     if run.evaluates_ema:
         backend.sync(evaluation=True)
-    count = journal.doing("evaluation")
     collected = backend.collect(batch, plan, seed=seed, evaluation=True, count=count)
-    metrics = journal.evaluation(iteration, collected)
+    metrics = journal.evaluation(iteration, collected, time.monotonic() - began)
     if run.evaluates_ema:
         backend.sync()
     return metrics

@@ -53,8 +53,8 @@ class SharedJournal:
     def __init__(self, config: RunConfig, journal: RunJournal | None, stop: StopRequest) -> None:
         self._config, self._journal, self._stop = config, journal, stop
 
-    def doing(self, what: str) -> Count:
-        return (lambda done, total: None) if self._journal is None else self._journal.doing(what)
+    def doing(self, what: str, begun: int | None = None) -> Count:
+        return (lambda done, total: None) if self._journal is None else self._journal.doing(what, begun)
 
     def begin(self) -> None:
         self._together(lambda journal: journal.begin())
@@ -65,8 +65,8 @@ class SharedJournal:
         self._stop.done = iteration
         self._together(lambda journal: journal.iteration(iteration, metrics, collected))
 
-    def evaluation(self, iteration: int, collected: Collected) -> dict[str, float]:
-        return self._together(lambda journal: journal.evaluation(iteration, collected)) or {}
+    def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]:
+        return self._together(lambda journal: journal.evaluation(iteration, collected, seconds)) or {}
 
     def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None:
         states = backend.state()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
+import logging
 import os
 import re
 import signal
@@ -27,6 +29,8 @@ from flowalign.config.cluster import PatienceConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
+from flowalign.intake.file import load_align
+from flowalign.intake.run_directory import begin_run, check_run
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.metrics import read_metrics, without_times
@@ -224,6 +228,49 @@ def test_a_run_whose_rank_is_killed_goes_back_by_itself_and_changes_no_bit(
     assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
     assert [row.get("learner/restarts") for row in rows[1]] == [None, None, 1.0, 1.0]
     assert fresh.learner.pids[0] != before and not Path(f"/proc/{before}").exists()
+
+
+def test_a_run_goes_on_with_the_other_backend_and_the_bits_of_an_undisturbed_one(
+    fresh: RayBackend, tiny_pipeline_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"local": local_backend, "ray": lambda *given: cast(Any, Lent(fresh, at=0))}
+
+    def done(name: str, kind: str, iterations: int) -> Path:
+        changes = {"name": name, "runs_dir": str(tmp_path), "iterations": iterations, "checkpoint": {"every": 1}}
+        cluster = {"backend": kind, "rollout_workers": 2}
+        small = small_config(tiny_pipeline_dir, folder, cluster=cluster, logging={"wandb": "disabled"}, **changes)
+        (file := folder / f"{name}.yaml").write_text(small.model_dump_json())
+        config = load_align(file).config
+        check_run(config)
+        return drive(config, folder, Console(quiet=True), lambda: begin_run(config), backend=own[kind])
+
+    runs = [done("whole", "local", 2)]
+    for name, first, then in (("there", "ray", "local"), ("back", "local", "ray")):
+        runs.append([done(name, first, 1), done(name, then, 2)][-1])
+    held = [checkpoint.load(run / "checkpoints" / "step_000002") for run in runs]
+    for part in ("model", "ema"):
+        assert len({content_hash(getattr(found, part)) for found in held}) == 1
+    assert len({content_hash(found.optimizer_of(0)[0]) for found in held}) == 1
+    rows = [[without_times(row) for row in read_metrics(run / "metrics.jsonl")] for run in runs]
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+
+
+def test_an_answer_that_nobody_waits_for_any_more_prints_nothing(
+    fresh: RayBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of the ranks that were in step with one that has died."""
+    says = logging.getLogger("ray._private.worker")
+    says.addHandler(caplog.handler)
+    try:
+        actor = fresh.rollouts.actors[0]
+        ref = actor.rollout.remote("no request")
+        ray.get(actor.born.remote())  # which comes after it
+        del ref
+        gc.collect()
+        time.sleep(1.0)
+    finally:
+        says.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.slow

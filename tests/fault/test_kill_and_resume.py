@@ -114,6 +114,16 @@ def test_three_sigkills_at_random_moments_change_no_bit(tmp_path, tiny_pipeline_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("ray", "local"), ("local", "ray")])
+def test_the_command_goes_on_with_the_other_backend_and_changes_no_bit(tmp_path, tiny_pipeline_dir, kinds):
+    here(written(tmp_path, tiny_pipeline_dir, "whole", "ray"))
+    config = written(tmp_path, tiny_pipeline_dir, "changed", "ray")
+    for kind, iterations in zip(kinds, (4, 8), strict=True):
+        here(config, f"cluster.backend={kind}", f"iterations={iterations}")
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "changed")
+
+
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_killed_run_whose_reward_was_turned_ends_with_2_and_says_how_to_go_on_all_the_same(
     tmp_path, tiny_pipeline_dir

@@ -95,7 +95,14 @@ def test_idle_time_is_what_no_rollout_worker_used_of_a_collection():
     clock = Clock()
     clock.lap("collect_s")
     clock._laps["collect_s"] = 5.0
-    assert clock.metrics(3.0, 1.0, 10)["time/idle_s"] == pytest.approx(2.0)
+    assert clock.metrics((3.0, 1.0, 10))["time/idle_s"] == pytest.approx(2.0)
+
+
+def test_where_nothing_is_rolled_out_no_phase_of_it_has_a_time():
+    clock = Clock()
+    for phase in ("collect_s", "learn_s", "sync_s"):
+        clock.lap(phase)
+    assert set(clock.metrics()) == {"time/learn_s", "time/iteration_s"}
 
 
 def test_rows_that_are_missing_before_a_resume_are_said(tmp_path, caplog):

@@ -34,6 +34,22 @@ def test_rows_come_at_intervals_and_with_what_is_measured_and_wandb_has_them(
     assert re.findall(r"iteration (\d+)/12", said) == [str(row["iteration"]) for row in rows[1:]]
     assert sorted(os.listdir(run_dir / "samples")) == [f"iteration_{step:06d}" for step in (0, 4, 8, 12)]
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    for what, times in (("evaluation", [0, 4, 8, 12]), ("validation", [3, 6, 9, 12])):
+        assert [int(at) for at in re.findall(rf"{what} at iteration (\d+) begins", said)] == times
+        assert [row["iteration"] for row in rows if row.get(f"time/{what}_s", 0) > 0] == times
+    of_all = {"time/iteration_s", "time/learn_s"}  # nothing is rolled out but for evaluations
+    measured = {"time/evaluation_s", "time/validation_s"}
+    assert all({key for key in row if key.startswith("time/")} - measured == of_all for row in rows[1:])
+    assert re.search(r"validation \d\.\d+ \(average \d\.\d+, \d\.\d s\)", said)
+
+
+def test_an_evaluation_that_nobody_judges_says_where_its_images_lie(
+    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path
+) -> None:
+    evaluation = {"every": 12, "scorer": None}
+    said = here(written(tmp_path, tiny_pipeline_dir, bank, evaluation=evaluation))
+    lies = tmp_path / "runs" / "base" / "samples" / "iteration_000012"
+    assert f"evaluation at iteration 12: 5 samples of 5 prompts in {lies}; " in said and len(list(lies.iterdir())) == 6
 
 
 def test_the_best_checkpoint_of_a_loss_is_that_of_its_lowest_value(

@@ -167,6 +167,12 @@ def test_without_a_terminal_chunks_are_said_only_after_a_long_silence(monkeypatc
     assert capsys.readouterr().out == "rollout after iteration 11/40: chunk 2 of 8\n"
 
 
+def test_without_a_terminal_it_is_said_when_something_long_begins(capsys):
+    shown = Progress(Console(), total=40, done=11)
+    shown.doing("validation", 12)
+    assert capsys.readouterr().out == "validation at iteration 12 begins\n"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1m00s"), (200, "3m20s"), (7500, "2h05m")]
 )
