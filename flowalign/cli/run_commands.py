@@ -85,7 +85,7 @@ def _train(
         from flowalign.intake.file import load_pretrain
         from flowalign.intake.run_directory import accepted_of, begin_run
 
-        loaded = load_pretrain(config, overrides)
+        loaded = load_pretrain(config, overrides, command=command)
         if first:
             _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:

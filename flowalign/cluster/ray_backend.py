@@ -72,7 +72,10 @@ class RayBackend:
             say(line)
         facts = [f"Ray {where} in {time.monotonic() - began:.1f} s", _actors(asked)]
         if self._session.store is not None:
-            facts.append(f"object store of {size_text(self._session.store)}, an iteration needs {size_text(needed)}")
+            wanted = (
+                f", an iteration needs {size_text(needed)}" if needed else ""
+            )  # nothing, where nothing is rolled out
+            facts.append(f"object store of {size_text(self._session.store)}{wanted}")
         say("; ".join(facts))
         try:
             self._group = reserve(asked)

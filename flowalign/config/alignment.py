@@ -70,6 +70,6 @@ class AlignConfig(RunConfig):
             )
         if self.evaluation.weights == "ema" and self.learner.ema_decay is None:
             raise ValueError("evaluation.weights: ema needs learner.ema_decay; set it, or evaluate policy weights")
-        if self.cluster.backend == "local" and self.learner.ranks > 1:
-            raise ValueError("learner.ranks: cluster.backend=local runs one process; use backend=ray for more ranks")
+        if (lacking := self.lacking_for_ranks()) is not None:
+            raise ValueError(f"learner.ranks: {lacking}")
         return self

@@ -224,6 +224,19 @@ class RunConfig(Section):
     def reward_device(self) -> str:
         return self.cluster.device if self.cluster.reward_gpus else "cpu"
 
+    def lacking_for_ranks(self, processes: int = 1, otherwise: str = "") -> str | None:
+        """Say all that must be set for the configured ranks where ``processes`` were started; None: nothing must.
+
+        ``otherwise`` is another way to have them than Ray.
+        """
+        learner, needs = self.learner, []
+        if learner.engine == "torch":
+            needs.append("learner.engine=fsdp or deepspeed (torch is one process)")
+        if self.cluster.backend == "local" and learner.ranks != processes:
+            started = "one process" if processes == 1 else f"the {processes} processes that were started"
+            needs.append(f"cluster.backend=ray{otherwise} (local is {started})")
+        return f"{learner.ranks} ranks need {' and '.join(needs)}" if needs and learner.ranks > 1 else None
+
     def on(self, device: str) -> Self:
         """Return the same on another device."""
         return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})

@@ -52,8 +52,26 @@ class Section(BaseModel):
             if value is None and field is not None and not field.is_required() and _is_section(field.annotation):
                 continue
             single = isinstance(value, str | dict) and field is not None and _wants_list(field.annotation)
-            kept[key] = [value] if single else value
+            kept[key] = _listed(key, value) if single else value
         return kept
+
+
+def _listed(key: str, value: Any) -> list[Any]:
+    """Return a list of one; of a mapping by numbers, as overrides such as ``phases.0.iterations=400`` make one where no
+    list is, its members.
+
+    Raises:
+        ValueError: the numbers do not begin at 0, or leave one out.
+    """
+    if not isinstance(value, dict) or not value or not all(str(name).isdecimal() for name in value):
+        return [value]
+    members = {int(name): member for name, member in value.items()}
+    lacking = next((number for number in range(len(members)) if number not in members), None)
+    if lacking is not None:
+        raise ValueError(
+            f"{key}: there is no {key}.{lacking} before {key}.{max(members)}; write all members of the list"
+        )
+    return [members[number] for number in range(len(members))]
 
 
 def _wants_list(annotation: Any) -> bool:

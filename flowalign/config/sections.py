@@ -240,8 +240,6 @@ class UpdatesConfig(Section):
             raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
         if self.engine != "deepspeed" and self.zero_stage:
             raise ValueError("zero_stage: ZeRO needs learner.engine=deepspeed")
-        if self.engine == "torch" and self.ranks > 1:
-            raise ValueError("engine: torch is one process; use fsdp for more ranks")
         if self.compile and (self.zero_stage == 3 or self.engine == "fsdp"):
             engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
             raise ValueError(f"compile: {engine} cannot run a compiled network; turn one of them off")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flowalign.conditions import cat_conditions
-from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.captions import CaptionTable
@@ -102,17 +101,12 @@ class Feed:
     Raises:
         LatentsError: a bank cannot be read, has other captions than the run asks for, or no noise to mix with.
         NotEncoded: its captions have no embeddings on disk.
-        ConfigError: an encoder that is to be dropped does not exist.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
         longest, model = longest_text(config), config.model
         self._config = config
         self._parts = family_of(model.type).text_parts(Path(model.path))
-        if unknown := sorted(set(config.encoder_dropout) - set(self._parts)):
-            raise ConfigError(
-                "encoder_dropout", f"the model has no encoder {unknown[0]!r}; it has {', '.join(self._parts)}"
-            )
         encoder = encoder_hash(model)
         self._main = Captioned(Path(config.latents), model, longest, encoder, spare_of(config))
         check_channels(config.latents, self._main.bank, model)

@@ -14,7 +14,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
-from flowalign.models.checked import check_pipeline, check_teacher
+from flowalign.models.checked import check_pipeline, check_teacher, model_family
 
 if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
     from flowalign.algorithm import Algorithm, Needs
@@ -61,6 +61,7 @@ def check_model(config: RunConfig, needs: Needs) -> None:
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
     shape = check_pipeline("model.path", Path(config.model.path), config.model)
+    _check_dropped(config)
     own_teacher = config.teacher if isinstance(config, PretrainConfig) else None
     if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
         raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
@@ -76,6 +77,15 @@ def check_model(config: RunConfig, needs: Needs) -> None:
             check_source(Path(config.data.preferences))
         except PreferencesError as error:
             raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
+
+
+def _check_dropped(config: RunConfig) -> None:
+    """Check that the text encoders that are to be dropped at times are there."""
+    if not isinstance(config, PretrainConfig) or not config.encoder_dropout:
+        return
+    there = list(model_family(config.model.type).text_parts(Path(config.model.path)))
+    if unknown := sorted(set(config.encoder_dropout) - set(there)):
+        raise ConfigError(f"encoder_dropout.{unknown[0]}", f"the model has no such encoder; it has {', '.join(there)}")
 
 
 def check_numbers(config: AlignConfig, algorithm: Algorithm) -> None:

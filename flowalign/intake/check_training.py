@@ -77,12 +77,9 @@ def _check_ranks(config: PretrainConfig) -> None:
         raise ConfigError("learner.engine", f"torch is one process, and torchrun has started {started}; use fsdp")
     if config.cluster.backend == "ray" and started > 1:
         raise ConfigError("cluster.backend", f"ray starts its own ranks, and torchrun has started {started}; use local")
-    if config.cluster.backend == "local" and learner.ranks not in (1, started):
-        raise ConfigError(
-            "learner.ranks",
-            f"is {learner.ranks}, and cluster.backend=local runs the processes that it was started as, {started}; use "
-            f"backend=ray, or torchrun --nproc-per-node={learner.ranks}",
-        )
+    torchrun = f", or torchrun --nproc-per-node={learner.ranks}"
+    if (lacking := config.lacking_for_ranks(started, torchrun)) is not None:
+        raise ConfigError("learner.ranks", lacking)
 
 
 def _check_best(config: PretrainConfig) -> None:

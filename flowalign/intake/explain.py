@@ -9,11 +9,16 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import section_in
 from flowalign.config.section import ConfigError, nearest
+from flowalign.config.training import PretrainConfig
+from flowalign.intake.elsewhere import hint_for, keys_inside
 
 Key = tuple[str | int, ...]
 LONGEST = 600  # characters of a reason
+_OF_SECTIONS = ("model_type", "model_attributes_type", "dict_type")
+_KINDS = {**dict.fromkeys(_OF_SECTIONS, "a section of keys with values"), "list_type": "a list", "tuple_type": "a list"}
 _ALTERNATIVE = re.compile(r"constrained-\w+|list\[.*\]")  # pydantic's names of them
 
 
@@ -53,7 +58,9 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
     loc: Key = tuple(part for part in error["loc"] if part != "[key]")  # pydantic's mark where the key itself is wrong
     key = dotted((*prefix, *loc))
     if error["type"] == "extra_forbidden":
-        return key, f"unknown key; {_hint(str(loc[-1]), _section(model, loc[:-1]), model, prefix)}"
+        return key, f"unknown key; {_hint(loc, _section(model, loc[:-1]), model, prefix, error['input'])}"
+    if error["type"] in _KINDS:
+        return key, f"got {_shown(error['input'])}, {_wanted(error['type'], key, _section(model, loc), error['input'])}"
     if error["type"] == "missing":
         return key, f"is missing{_example(model, loc)}"
     if error["type"] == "value_error":
@@ -94,14 +101,40 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _hint(name: str, section: type[BaseModel] | None, model: type[BaseModel], prefix: Key) -> str:
-    known = list(section.model_fields) if section is not None else []
-    if get_close_matches(name, known, n=1, cutoff=0.75):
-        return nearest(name, known)
-    elsewhere = [path for path in [*_leaves(model), *_algorithm_leaves()] if path.rpartition(".")[2] == name]
-    if elsewhere and not prefix:
-        return f"did you mean {elsewhere[0]}?"
-    return nearest(name, known)
+def _wanted(kind: str, key: str, section: type[BaseModel] | None, given: Any) -> str:
+    """Say what belongs in the place of a text or a number: a section with its keys, a mapping, or a list."""
+    said = f"and is {_KINDS[kind]}"
+    fields = {} if section is None else section.model_fields
+    if kind in _OF_SECTIONS and fields:
+        said = f"and is a section, with {', '.join(fields)}"
+    elif fields:
+        said += f" of sections, each with {', '.join(fields)}"
+    required = [name for name, field in fields.items() if field.is_required()]
+    entry = "type" if key == "algorithm" else next((name for name in (*required, "path") if name in fields), None)
+    if kind in _OF_SECTIONS and entry is not None and isinstance(given, str):
+        said += f"; did you mean {key}.{entry}={given}?"
+    return said
+
+
+def _hint(loc: Key, section: type[BaseModel] | None, model: type[BaseModel], prefix: Key, given: Any) -> str:
+    name, known = str(loc[-1]), list(section.model_fields) if section is not None else []
+    here = ".".join(str(part) for part in (*prefix, *loc[:-1]) if not isinstance(part, int))
+    leaves = [*_leaves(model), *_algorithm_leaves()] if not prefix else _all_leaves()
+    meant, said = hint_for(".".join(filter(None, (here, name))), leaves)
+    if meant is None and said is not None:
+        return said
+    near = get_close_matches(name.lower(), known, n=1, cutoff=0.75 if meant is None else 0.9)
+    if near and (meant is None or meant.rpartition(".")[0] != here):
+        return f"did you mean {near[0]}?"
+    if meant is not None:
+        return f"did you mean {meant}?{f' ({said})' if said else ''}"
+    if inside := keys_inside(name, given, leaves):
+        return "; ".join(f"{theirs} is {ours} here" for theirs, ours in inside.items())
+    elsewhere = [path for path in leaves if path.rpartition(".")[2] == name]
+    if not elsewhere and len(name) > 3:
+        names = get_close_matches(name.lower(), [path.rpartition(".")[2] for path in leaves], n=1, cutoff=0.8)
+        elsewhere = [path for path in leaves if path.rpartition(".")[2] in names]
+    return f"did you mean {elsewhere[0]}?" if elsewhere else nearest(name, known)
 
 
 def _section(model: type[BaseModel], loc: Key) -> type[BaseModel] | None:
@@ -127,6 +160,11 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = section_in(field.annotation)
         if inner is not None:
             yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _all_leaves() -> list[str]:
+    """Return the keys of both kinds of runs."""
+    return list(dict.fromkeys((*_leaves(AlignConfig), *_leaves(PretrainConfig), *_algorithm_leaves())))
 
 
 def _algorithm_leaves() -> list[str]:

@@ -118,9 +118,9 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
     return _load(path, overrides, lambda raw, base: _checked_align(raw, base, require_files))
 
 
-def load_pretrain(path: Path, overrides: Sequence[str] = ()) -> Loaded[PretrainConfig]:
-    """Load a training run on latents, as `load_align` does."""
-    return _load(path, overrides, _checked_pretrain)
+def load_pretrain(path: Path, overrides: Sequence[str] = (), *, command: str = "pretrain") -> Loaded[PretrainConfig]:
+    """Load a training run on latents, as `load_align` does; the ``command`` `distill` is for those with a teacher."""
+    return _load(path, overrides, lambda raw, base: _checked_pretrain(raw, base, command))
 
 
 def _load(
@@ -268,7 +268,7 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(config.cluster.check_cores, config.learner.ranks, len(needs.teachers))
 
 
-def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]:
+def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[PretrainConfig]:
     if "rewards" in raw and "latents" not in raw:
         raise ConfigError("rewards", "belongs to an alignment, for `flowalign align`")
     if moved := moved_keys(raw):
@@ -277,6 +277,9 @@ def _checked_pretrain(raw: dict[str, Any], base: Path) -> Loaded[PretrainConfig]
         raise ConfigError(old, f"is {new} now" + (also and f"; {also}"))
     config = resolve_run(validate(PretrainConfig, raw), base, code=True)
     algorithm = checks.parse_algorithm(config.algorithm, "LatentBatch")
+    if command == "distill" and config.teacher is None and not algorithm.needs.teacher:
+        name = config.algorithm["type"]
+        raise ConfigError("algorithm.type", f"{name} learns from no teacher; use `flowalign pretrain`")
     check_training(config, algorithm.needs)
     checks.check_model(config, algorithm.needs)
     here = config.cluster.backend == "local" or config.cluster.address is None

@@ -12,16 +12,56 @@ from flowalign.config.sections import ModelConfig, OptimizerConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.paths import shipped_names
 from flowalign.models.recorded import recorded_model
+from flowalign.record.textfiles import is_there
 
 MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
 MAX_DECAY = 0.1  # the same of weight decay times learning rate
+OF_ACTORS = (
+    "address",
+    "rollout_workers",
+    "reward_workers",
+    "rollout_gpus",
+    "reward_gpus",
+    "learner_gpus",
+)
 
 
 def notes_of(config: RunConfig) -> list[str]:
     """Return a sentence for each setting that a run may have and the user hardly meant."""
+    of_all = [*_unused_evaluation(config), *_unused_cluster(config)]
     if isinstance(config, AlignConfig):
-        return _notes_of_alignment(config)
-    return _notes_of_training(config) if isinstance(config, PretrainConfig) else []
+        return [*_notes_of_alignment(config), *of_all]
+    return [*_notes_of_training(config), *of_all] if isinstance(config, PretrainConfig) else of_all
+
+
+def _unused_evaluation(config: RunConfig) -> list[str]:
+    """Note what is asked of evaluations in a run that makes none."""
+    evaluation, kept = config.evaluation, config.checkpoint
+    if evaluation.every:
+        return []
+    notes = []
+    meant = "keep_best" in kept.model_fields_set or evaluation.scorer is not None
+    if kept.keep_best and kept.best_metric is None and meant:
+        notes.append(
+            f"checkpoint.keep_best: {kept.keep_best}, and evaluation.every is 0, so that nothing says which are best; "
+            "no best checkpoint is kept"
+        )
+    prompts = evaluation.prompts
+    if prompts is not None and not prompts.startswith("shapes:") and not is_there(Path(prompts)):
+        notes.append(f"evaluation.prompts: {prompts} does not exist; evaluation.every is 0, and nothing reads it")
+    return notes
+
+
+def _unused_cluster(config: RunConfig) -> list[str]:
+    """Note the keys of Ray's actors that are set where no actor is started."""
+    cluster = config.cluster
+    if cluster.backend != "local":
+        return []
+    given = [name for name in OF_ACTORS if getattr(cluster, name) != type(cluster).model_fields[name].default]
+    if not given:
+        return []
+    named = ", ".join(f"cluster.{name}" for name in given)
+    return [f"{named}: of Ray's actors; with cluster.backend=local there are none, and nothing reads it"]
 
 
 def _notes_of_alignment(config: AlignConfig) -> list[str]:

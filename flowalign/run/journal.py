@@ -195,7 +195,7 @@ class RunJournal:
         self._writer.mark_good(good[-1] if good else None)
 
     def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]:
-        """Return the metrics of an evaluation, made in ``seconds``; its first images go to ``samples/iteration_<n>``."""
+        """Return the metrics of an evaluation that took ``seconds``; its images go to ``samples/iteration_<n>``."""
         self._lock.check()
         metadata = collected.batch.metadata
         metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)

@@ -245,8 +245,8 @@ def test_a_run_goes_on_with_the_other_backend_and_the_bits_of_an_undisturbed_one
         return drive(config, folder, Console(quiet=True), lambda: begin_run(config), backend=own[kind])
 
     runs = [done("whole", "local", 2)]
-    for name, first, then in (("there", "ray", "local"), ("back", "local", "ray")):
-        runs.append([done(name, first, 1), done(name, then, 2)][-1])
+    for run, first, then in (("there", "ray", "local"), ("back", "local", "ray")):
+        runs.append([done(run, first, 1), done(run, then, 2)][-1])
     held = [checkpoint.load(run / "checkpoints" / "step_000002") for run in runs]
     for part in ("model", "ema"):
         assert len({content_hash(getattr(found, part)) for found in held}) == 1

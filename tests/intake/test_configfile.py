@@ -127,7 +127,14 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("learner.micro_batch_size=0", "learner.micro_batch_size: got 0"),
         ("learner.updates_per_iteration=25", "25 updates on 1 ranks need as many transitions; an iteration has 24"),
         ("learner={engine: fsdp, zero_stage: 1}", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
-        ("learner.ranks=2", "learner.engine: torch is one process; use fsdp for more ranks"),
+        (
+            "learner.ranks=2",
+            "learner.ranks: 2 ranks need learner.engine=fsdp or deepspeed (torch is one process) and cluster.backend="
+            "ray (local is one process)",
+        ),
+        ("learner=adamw", "learner: got 'adamw', and is a section, with engine, zero_stage"),
+        ("model=foo", "transformer; did you mean model.path=foo?"),
+        ("rewards=3.5", "rewards.0: "),
         ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
         ("model.path=absent", "is not a directory; give a StableDiffusion3Pipeline directory"),
         ("model.lora={rank: 2, targets: []}", "model.lora.targets: "),

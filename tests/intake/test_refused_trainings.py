@@ -48,8 +48,36 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
         ({"sampling": {"num_steps": 3}}, "sampling: is evaluation now"),
         ({"betas": [0.9, 0.99], "threads": 1}, "betas: is learner.optimizer.betas now; threads is cluster.threads"),
         ({"captions": {"synthetic": 0.5}}, r"captions.synthetic: \S+bank has no such captions; it has original"),
-        ({"learner": TWO}, "learner.ranks: is 2, and cluster.backend=local runs the processes that it was started as"),
-        ({"learner": {"ranks": 2}, "cluster": {"backend": "ray"}}, "learner.engine: torch is one process; use fsdp"),
+        (
+            {"learner": TWO},
+            r"learner.ranks: 2 ranks need cluster.backend=ray, or torchrun --nproc-per-node=2 \(local is one proc",
+        ),
+        (
+            {"learner": {"ranks": 2}, "cluster": {"backend": "ray"}},
+            r"learner.ranks: 2 ranks need learner.engine=fsdp or deepspeed \(torch is one process\)$",
+        ),
+        (
+            {"learner": {"ranks": 2}},
+            r"learner.ranks: 2 ranks need learner.engine=fsdp or deepspeed \(torch is one process\) and cluster.back"
+            r"end=ray, or torchrun --nproc-per-node=2 \(local is one process\)$",
+        ),
+        (
+            {"encoder_dropout": {"clip_l": 0.5, "clip": 0.5}},
+            "encoder_dropout.clip: the model has no such encoder; it has clip_l, clip_g",
+        ),
+        (
+            {"validation": "bank"},
+            "validation: got 'bank', and is a section, with latents, every, num_samples, num_times, seed; did you mean "
+            r"validation.latents=bank\?$",
+        ),
+        (
+            {"teacher": "shapes"},
+            r"teacher: got 'shapes', and is a section, with type, path, .*mean teacher.path=shapes\?$",
+        ),
+        ({"evaluation": 3}, "evaluation: got 3, and is a section, with num_steps, .*weights$"),
+        ({"algorithm": "reflow"}, "algorithm: got 'reflow', and is a section of keys .* mean algorithm.type=reflow"),
+        ({"phases": 3}, "phases.0: got '3', and is a section, with iterations, learning_rate, "),
+        ({"learner": {"optimizer": {"betas": 3}}}, "learner.optimizer.betas: got 3, and is a list$"),
         ({"evaluation": {"prompts": "none.jsonl"}}, r"evaluation.prompts: \S+none.jsonl does not exist"),
         ({"evaluation": {"scorer": "genevall"}}, "evaluation.scorer: reward 'genevall' is unknown; did you mean"),
         ({"evaluation": {"gold": ["none.py:reward"]}}, r"evaluation.gold.0: reward file \S+none.py does not exist"),
@@ -86,6 +114,27 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
 def test_what_cannot_run_is_refused_under_its_key(changes: dict[str, Any], said: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^{said}"):
         load(folder, changes)
+
+
+def test_a_phase_may_be_written_by_its_number_where_no_list_is(folder: Path) -> None:
+    load(folder, {})
+    file = folder / "run.yaml"
+    phase = ["iterations=null", "phases.0.iterations=3", "phases.0.learning_rate=1e-3"]
+    assert [stretch.iterations for stretch in load_pretrain(file, phase).config.phases] == [3]
+    for override, said in (
+        ("phases.0.rate=1", "phases.0.rate: unknown key; known: iterations, learning_rate"),
+        ("phases.1.iterations=3", r"phases: there is no phases.0 before phases.1; write all members of the list$"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{said}"):
+            load_pretrain(file, [override])
+
+
+def test_distill_is_for_what_learns_from_a_teacher(folder: Path) -> None:
+    load(folder, {})
+    with pytest.raises(
+        ConfigError, match=r"^algorithm.type: rectified_flow learns from no teacher; use `flowalign pre"
+    ):
+        load_pretrain(folder / "run.yaml", command="distill")
 
 
 def test_ray_is_refused_under_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
