@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+__version__ = "0.2.0.dev0"
+
 
 def _find_own_rewards() -> None:
     """Bind the name ``rewards`` to the package beside this one.

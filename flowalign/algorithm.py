@@ -142,7 +142,7 @@ class Needs:
     batch: Batch
     scores: bool = False
     group_size: int = 1
-    rollout_weights: Literal["policy", "ema"] = "policy"
+    rollout_weights: Literal["model", "ema"] = "model"
     reference: Reference | None = None
     rollout: bool = False
     second: Second | None = None

@@ -58,7 +58,10 @@ _TRAINING = {
     "step": "iteration",
 }
 _NEW = ("learning_rate", "eps", "decay_steps", "decay", "final_learning_rate")
-RENAMES: tuple[Rename, ...] = tuple(Rename("key", old, new, training=True) for old, new in _TRAINING.items())
+RENAMES: tuple[Rename, ...] = (
+    *(Rename("key", old, new, training=True) for old, new in _TRAINING.items()),
+    *(Rename("key", key, key, values=(("policy", "model"),)) for key in ("evaluation.weights", "rollout_weights")),
+)
 
 _OF_ALL_RUNS = (  # what an alignment had alone, and a training has now too
     "checkpoint.best_metric", "checkpoint.keep_best",
@@ -112,6 +115,7 @@ EXCEPTIONS: tuple[Excepted, ...] = (
         for key in (f"{at}iterations", *(f"{at}learner.optimizer.{name}" for name in _NEW))
     ),
     Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),
+    Excepted("*", "*", "versions.flowalign", "the version is one of 0.2 now"),
     Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
     Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
 )

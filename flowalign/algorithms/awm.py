@@ -45,7 +45,7 @@ class AWM(ForwardAlgorithm):
         """
         clip_range: float | None = Field(1.0, gt=0)
         """Distance from 1 at which the ratio is clipped. AWM's code: 1. Null: no ratio and no old log-prob,
-        ``-A·log p``, which has the same gradient with one update an iteration and ``rollout_weights: policy``.
+        ``-A·log p``, which has the same gradient with one update an iteration and ``rollout_weights: model``.
         """
         weighting: Literal["uniform", "t", "ghuber"] = "uniform"
         """Weight of the surrogate. AWM's code has ``ghuber``, whose gradient grows without bound where the error is
@@ -99,6 +99,6 @@ class AWM(ForwardAlgorithm):
         else:
             difference = log_prob - item["old_log_prob"]
             loss, metrics = objectives.clipped_surrogate(difference, advantage, c.clip_range, c.clip_range)
-            if c.rollout_weights == "policy":
+            if c.rollout_weights == "model":
                 metrics |= objectives.replay_deviation(difference)
         return with_velocity_kl(LossOutput(loss, metrics), c.beta, velocity, models, minibatch)

@@ -16,6 +16,7 @@ from flowalign.algorithm import LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.algorithms.parts.reference import with_velocity_kl
+from flowalign.config.sections import Weights
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
 from flowalign.types import Credit, Scores, TrainBatch, Trajectories
@@ -48,7 +49,7 @@ class NFT(ForwardAlgorithm):
         """Weight of the KL to the reference; 0: none. The code's 1e-4 is 2e-5 here, since it multiplies the loss by
         ``advantage_clip / beta``.
         """
-        rollout_weights: Literal["policy", "ema"] = "ema"
+        rollout_weights: Weights = "ema"
         """Weights that make the images; ``ema`` (NFT's code): the average with ``learner.ema_decay``."""
 
     config: Config

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowalign import __version__
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
@@ -23,8 +24,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Aligns flow-matching image models with reinforcement learning on Ray clusters.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flowalign {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def flowalign(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="say which version this is")
+    ] = False,
+) -> None:
+    """Align flow-matching image models with reinforcement learning on Ray clusters."""
 
 
 app.command()(align)

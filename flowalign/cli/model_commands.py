@@ -25,6 +25,7 @@ from flowalign.cli.options import (
     check_text,
     finite,
     model_directory,
+    named_weights,
     storable,
 )
 from flowalign.cli.terminal import console as make_console
@@ -40,7 +41,10 @@ def evaluate(
     solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="default: as the run evaluates")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="model, ema, …; default: as the run evaluates", parser=named_weights),
+    ] = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
     reference: Reference = None,

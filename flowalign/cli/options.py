@@ -84,13 +84,34 @@ Model = Annotated[
     Path | None,
     typer.Option("--model", metavar="DIR", help="the base model, where it was moved", parser=model_directory),
 ]
-Kind = Annotated[str, typer.Option("--as", metavar="KIND", help="pipeline, lora, ema, or an average such as ema_0.99")]
+
+
+def named_weights(text: str) -> str:
+    """Return the name of weights as checkpoints have it."""
+    from flowalign.config.sections import weights_name
+
+    return weights_name(text)
+
+
+def kind_of(text: str) -> str:
+    """Return the kind of an export; the pipeline is that of the weights `model`."""
+    return "pipeline" if named_weights(text) == "model" else text
+
+
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--as", metavar="KIND", help="pipeline (of model), lora, ema, or an average such as ema_0.99", parser=kind_of
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Steps = Annotated[
     int | None,
     typer.Option(min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates"),
 ]
-Weights = Annotated[str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99")]
+Weights = Annotated[
+    str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99", parser=named_weights)
+]
 Guidance = Annotated[
     float | None,
     typer.Option(

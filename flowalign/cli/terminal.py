@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from flowalign import __version__
 from flowalign.record.disk import refusal
 from flowalign.record.progress import PLAIN, Phases
 from rewards.printable import printable, printable_lines
@@ -53,17 +54,8 @@ def plain(out: Console) -> Callable[[str], None]:
 def opening(out: Console, command: str, quiet: bool = False) -> Phases:
     """Say at once, before anything heavy is imported, that ``command`` is under way; begins to measure its phases."""
     if not quiet:
-        plain(out)(f"flowalign {_version()}: {command}")
+        plain(out)(f"flowalign {__version__}: {command}")
     return Phases()
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("flowalign")
-    except PackageNotFoundError:
-        return "of a source tree"
 
 
 def sentence(error: BaseException) -> str | None:

@@ -69,7 +69,7 @@ class AlignConfig(RunConfig):
                 "choose another"
             )
         if self.evaluation.weights == "ema" and self.learner.ema_decay is None:
-            raise ValueError("evaluation.weights: ema needs learner.ema_decay; set it, or evaluate policy weights")
+            raise ValueError("evaluation.weights: ema needs learner.ema_decay; set it, or evaluate `model`")
         if (lacking := self.lacking_for_ranks()) is not None:
             raise ValueError(f"learner.ranks: {lacking}")
         return self

@@ -19,6 +19,7 @@ from flowalign.config.sections import (
     RunName,
     SamplingConfig,
     UpdatesConfig,
+    Weights,
 )
 
 Precision = Literal["float32", "bfloat16"]
@@ -50,7 +51,7 @@ class EvaluationConfig(SamplingConfig):
     """Judge of the images; null: ``geneval``."""
     gold: list[RewardConfig] = Field(default_factory=list)
     """Further judges. What a run was not trained on tells whether it has learned or found a gap in its reward."""
-    weights: Literal["policy", "ema"] = "policy"
+    weights: Weights = "model"
     """Weights that are evaluated; ``ema``: the average with ``learner.ema_decay``."""
 
     @property

@@ -257,6 +257,15 @@ class LearnerConfig(UpdatesConfig):
     """Passes over an iteration's items."""
 
 
+OLDER_WEIGHTS = "policy"  # what evaluations and rollouts called ``model``
+
+
+def weights_name(name: Any) -> Any:
+    """Return the name of weights: ``model``, or that of an average; ``policy`` is the former name of ``model``."""
+    return "model" if name == OLDER_WEIGHTS else name
+
+
+Weights = Annotated[Literal["model", "ema"], BeforeValidator(weights_name)]
 SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `heun`")]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from flowalign.config.fields import Resolved
 from flowalign.config.section import Section
+from flowalign.config.sections import Weights
 
 
 class TeacherConfig(Section):
@@ -15,7 +16,7 @@ class TeacherConfig(Section):
 
     path: Annotated[str, Resolved("teacher")]
     """A pipeline directory, a run of this model or one of its checkpoints."""
-    weights: Literal["model", "ema"] = "model"
+    weights: Weights = "model"
     """Weights of a run that teach; ``ema``: their average."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """Guidance of its velocity; 1 or less is none."""

@@ -24,6 +24,7 @@ from flowalign.config.sections import (
     RewardConfig,
     UpdatesConfig,
     Wandb,
+    Weights,
 )
 
 TextLength = Annotated[int, Field(ge=1, le=512)]
@@ -137,7 +138,7 @@ class TrainingEvaluationConfig(EvaluationConfig):
     """Images of an evaluation."""
     scorer: RewardConfig | None = None
     """Judge of the images; null: none, they are looked at."""
-    weights: Literal["policy", "ema"] = "ema"
+    weights: Weights = "ema"
     """Weights that are evaluated; ``ema``: the first of the averages."""
 
     @property

@@ -125,4 +125,4 @@ def _with_later_options(algorithm: dict[str, Any]) -> dict[str, Any]:
         parsed = algorithm_of(algorithm)
     except ConfigError:
         return algorithm  # said of the new configuration, if it still is so there
-    return {**parsed.config.model_dump(mode="json"), **algorithm}
+    return {**algorithm, **parsed.config.model_dump(mode="json")}

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flowalign import __version__
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
@@ -21,7 +22,7 @@ from flowalign.record.disk import write_text, writing
 from flowalign.record.yamlfiles import dump_yaml, plain, read_mapping
 from rewards.missing import hint
 
-PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 
 
 def write_resolved(config: RunConfig, run_dir: Path, accepted: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -51,7 +52,7 @@ def write_resolved(config: RunConfig, run_dir: Path, accepted: Sequence[Mapping[
 
 def versions() -> dict[str, str]:
     """Return the versions of python and of the packages that a run depends on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "flowalign": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)

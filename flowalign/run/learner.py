@@ -123,7 +123,7 @@ class Learner:
 
         Where the policy itself rolled out there is nothing to do.
         """
-        if not self.needs.rollout or self.needs.rollout_weights == "policy" or self.ema is None:
+        if not self.needs.rollout or self.needs.rollout_weights != "ema" or self.ema is None:
             yield
             return
         with self.ema.bound():

@@ -85,7 +85,7 @@ CASES = {
     "opd aligned teachers": Case(OPD, prompts=(0, 1), options={"groups": 64}, models=aligned_teachers),
     "nft": Case({"type": "nft", **FORWARD}, 80, options={"ema_decay": 0.5}),
     "nft uniform": Case({"type": "nft", **FORWARD, "weighting": "uniform"}, 80, options={"ema_decay": 0.5}),
-    "nft on-policy": Case({"type": "nft", **FORWARD, "rollout_weights": "policy"}, 80),
+    "nft on-policy": Case({"type": "nft", **FORWARD, "rollout_weights": "model"}, 80),
     "nft two prompts": Case({"type": "nft", **FORWARD}, 100, prompts=(0, 1), options={"ema_decay": 0.5}),
     "sft best": Case(SFT, 80, 0.8, options={"learning_rate": 1e-3}),
     "sft rwr": Case({**SFT, "select": "rwr"}, 80, 0.8, options={"learning_rate": 1e-3}),

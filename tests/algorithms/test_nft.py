@@ -76,7 +76,7 @@ def test_a_perfect_prediction_divides_nothing_by_zero():
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_the_on_policy_gradient_is_that_of_the_flow_matching_loss_times_beta_2r_minus_1(beta):
     """At v = v_old both branches have the error v - u, and ∂v⁺ = β ∂v = -∂v⁻: β (2r - 1) · 2 (v - u) ∂v / d."""
-    model, algorithm = LinearVelocity(), nft(beta=beta, weighting="uniform", rollout_weights="policy")
+    model, algorithm = LinearVelocity(), nft(beta=beta, weighting="uniform", rollout_weights="model")
     train = prepared(algorithm, {"policy": model, "rollout": model})
     got = gradients(algorithm.loss({"policy": model}, train), model)
     item = train.tensors
@@ -102,7 +102,7 @@ def test_the_loss_is_the_old_error_plus_an_advantage_term_plus_a_square_around_t
 
 @pytest.mark.parametrize("weighting", ["uniform", "adaptive"])
 def test_equal_rewards_give_exactly_zero_gradient_on_policy(weighting):
-    model, algorithm = LinearVelocity(), nft(weighting=weighting, rollout_weights="policy")
+    model, algorithm = LinearVelocity(), nft(weighting=weighting, rollout_weights="model")
     train = prepared(algorithm, {"policy": model, "rollout": model}, torch.full((8,), 0.3))
     assert train.metrics["zero_std_fraction"] == 1 and len(train) == 24
     assert all(bool((g == 0).all()) for g in gradients(algorithm.loss({"policy": model}, train), model))
@@ -144,7 +144,7 @@ def test_an_invalid_sample_reaches_no_loss():
 
 
 def test_kl_is_the_velocitys_square_distance_to_the_reference_with_a_gradient_for_the_policy_only():
-    algorithm = nft(kl_beta=2.0, rollout_weights="policy")
+    algorithm = nft(kl_beta=2.0, rollout_weights="model")
     models = {"policy": LinearVelocity(0), "rollout": LinearVelocity(0), "reference": LinearVelocity(1)}
     assert algorithm.needs.roles == ("policy", "rollout", "reference")
     train = prepared(algorithm, models, torch.full((8,), 0.3))  # no advantage: the KL alone has a gradient

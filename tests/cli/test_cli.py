@@ -10,7 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from flowalign import __version__
 from flowalign.cli import app
+from flowalign.cli.options import kind_of
 from flowalign.cli.terminal import sentence
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -18,6 +20,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.doctor import examine, release
 from flowalign.intake.file import load_align
 from flowalign.intake.recorded import config_of
+from flowalign.intake.resolved import versions
 from flowalign.intake.run_directory import begin_run
 from tests.tiny import write_config
 
@@ -51,6 +54,17 @@ def test_help_lists_every_command() -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert all(command in shown.output for command in COMMANDS)
+
+
+def test_the_version_is_the_one_that_runs_and_that_runs_record() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"flowalign {__version__}\n") and __version__.startswith("0.2.")
+    assert versions()["flowalign"] == __version__
+
+
+@pytest.mark.parametrize(("said", "kind"), [("model", "pipeline"), ("policy", "pipeline"), ("ema_0.99", "ema_0.99")])
+def test_an_export_takes_the_names_of_weights(said: str, kind: str) -> None:
+    assert kind_of(said) == kind
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -43,5 +43,5 @@ def test_a_key_says_what_it_takes_in_words() -> None:
     assert said["learner.ranks"] == "whole number, 1 or more"
     assert said["model.lora"] == "section, or null"
     assert said["learner.optimizer.betas"] == "list of 2: number from 0 to below 1"
-    assert said["evaluation.weights"] == "`policy` or `ema`"
+    assert said["evaluation.weights"] == "`model` or `ema`"
     assert said["data.task_weights"] == "mapping of text to whole number, 0 or more"

@@ -387,6 +387,17 @@ def test_a_change_is_refused_with_key_old_and_new_value(config_path: Path) -> No
     assert "algorithm.beta" in str(caught.value)
 
 
+def test_weights_that_were_called_policy_are_those_called_model(config_path: Path) -> None:
+    new = load_align(config_path).config
+    assert (new.evaluation.weights, new.algorithm["rollout_weights"]) == ("model", "model")
+    older = load_align(config_path, ["evaluation.weights=policy", "algorithm.rollout_weights=policy"]).config
+    assert older == new
+    begun = new.model_copy(update={"algorithm": {**new.algorithm, "rollout_weights": "policy"}})  # as it was recorded
+    refuse_changes(begun, new, Path("runs/x"))
+    with pytest.raises(ConfigError, match=r"^evaluation.weights: got 'polici', input should be 'model' or 'ema'"):
+        load_align(config_path, ["evaluation.weights=polici"])
+
+
 def test_an_option_that_came_later_has_its_default_in_an_earlier_run(config_path: Path) -> None:
     new = load_align(config_path).config
     earlier = {key: value for key, value in new.algorithm.items() if key not in ("normalize", "epochs", "beta")}

@@ -43,7 +43,7 @@ def refused(folder: Path, content: dict[str, object], override: str) -> str:
         ("learning_rat=9", "learning_rat: unknown key; did you mean learner.optimizer.learning_rate?"),
         ("save_steps=9", "save_steps: unknown key; did you mean checkpoint.every?"),
         ("adam_weight_decay=9", "adam_weight_decay: unknown key; did you mean learner.optimizer.weight_decay?"),
-        ("learner.optimizer.epsilon=9", "learner.optimizer.epsilon: unknown key; did you mean learner.optimizer.eps?"),
+        ("learner.optimizer.epsilon=9", "learner.optimizer.epsilon: unknown key; did you mean eps?"),
         (
             "gradient_accumulation_steps=2",
             "gradient_accumulation_steps: unknown key; did you mean learner.micro_batch_size? (gradients are "

@@ -76,10 +76,11 @@ def test_flowalign_evaluate_measures_what_the_run_has(tiny_pipeline_dir: Path, b
     here(written(tmp_path, tiny_pipeline_dir, bank, evaluation=evaluation))
     run_dir, out = tmp_path / "runs" / "base", tmp_path / "out"
     measured = {}
-    for weights in ("ema", "model"):
+    for weights in ("ema", "model", "policy"):
         ended = CliRunner().invoke(app, ["evaluate", str(run_dir), "--weights", weights, "--out", str(out / weights)])
         assert ended.exit_code == 0, ended.output
         measured[weights] = json.loads((out / weights / "metrics.json").read_text())["metrics"]
     row = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert measured["ema"].items() <= row.items()
+    assert measured["policy"] == measured["model"]
     assert measured["model"]["eval/reward/overall"] != row["eval/reward/overall"]  # evaluation.weights is ema

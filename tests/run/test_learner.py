@@ -145,7 +145,7 @@ def old_velocity(algorithm, weights):
         return model(item["x"], item["t"], None)
 
 
-@pytest.mark.parametrize("weights", ["policy", "ema"])
+@pytest.mark.parametrize("weights", ["model", "ema"])
 def test_the_role_rollout_answers_with_the_weights_that_rollouts_were_given(weights):
     model, algorithm = LinearVelocity(), Inspected(rollout_weights=weights)
     own = learner(model, algorithm=algorithm, ema_decay=0.5)
@@ -153,7 +153,7 @@ def test_the_role_rollout_answers_with_the_weights_that_rollouts_were_given(weig
         given = own.weights()
         own.update(*batch(LinearVelocity(), ALGORITHMS["nft"]), iteration)
         assert torch.equal(algorithm.said["old_velocity"], old_velocity(algorithm, given))
-    assert torch.equal(own.weights()["weight"], own.engine.weights()["weight"]) == (weights == "policy")
+    assert torch.equal(own.weights()["weight"], own.engine.weights()["weight"]) == (weights == "model")
 
 
 def test_in_annotate_the_role_rollout_stands_in_for_the_policy():
@@ -166,7 +166,7 @@ def test_in_annotate_the_role_rollout_stands_in_for_the_policy():
 
 def test_on_policy_the_old_velocity_is_bitwise_the_first_steps_own():
     model = LinearVelocity()
-    own = learner(model, algorithm={**ALGORITHMS["nft"], "rollout_weights": "policy"}, updates_per_iteration=1)
+    own = learner(model, algorithm={**ALGORITHMS["nft"], "rollout_weights": "model"}, updates_per_iteration=1)
     assert own.update(*batch(model, ALGORITHMS["nft"]), iteration=0).metrics["old/velocity_mse"] == 0
 
 

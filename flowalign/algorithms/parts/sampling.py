@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, Needs
+from flowalign.config.sections import Weights
 from flowalign.config.walk import Grid, Shift
 from flowalign.types import Guidance, Noise, SamplingPlan, Trajectories
 
@@ -32,7 +31,7 @@ class SamplingConfig(WalkConfig):
     """Guidance of the rollout; 1 or less is none, as in diffusers."""
     norm_preserving: bool = False
     """Guided velocity rescaled to the norm of the conditional one."""
-    rollout_weights: Literal["policy", "ema"] = "policy"
+    rollout_weights: Weights = "model"
     """Weights that make the images; ``ema``: the average with ``learner.ema_decay``, which is constant and applied at
     every update.
     """
