@@ -74,7 +74,7 @@ def test_what_both_kinds_of_runs_have_is_named(tmp_path: Path, override: str, sa
             "sample.num_image_per_prompt=8",
             "sample: unknown key; sample.num_image_per_prompt is algorithm.group_size here",
         ),
-        ("algorithm.num_generations=8", "algorithm.num_generations: unknown key; did you mean algorithm.group_size?"),
+        ("algorithm.num_generations=8", "algorithm.num_generations: unknown key; did you mean group_size?"),
         ("mixed_precision=bf16", "mixed_precision: unknown key; did you mean model.dtype?"),
         ("reward_fn={pickscore: 1}", "reward_fn: unknown key; did you mean rewards?"),
     ],
