@@ -6,6 +6,7 @@ import torch
 from flowalign.conditions import cat_conditions
 from flowalign.rows import Rows
 from flowalign.types import Condition, Conditions
+from tests.conditions import text_condition
 
 
 def parts(dtype=torch.float32, sizes=(3, 1, 0, 4)):
@@ -54,10 +55,10 @@ def test_conditions_of_chunks_give_what_the_joined_one_gives_with_the_used_promp
     def condition(rows: int, index_N: list[int], seed: int) -> Condition:
         own = torch.Generator().manual_seed(seed)
         tokens, pooled = torch.randn(rows, 3, 4, generator=own), torch.randn(rows, 2, generator=own)
-        return Condition(tokens, pooled, torch.tensor(index_N), torch.zeros(3, 4), torch.zeros(2))
+        return text_condition(tokens, pooled, torch.tensor(index_N), torch.zeros(3, 4), torch.zeros(2))
 
     parts = condition(3, [2, 0, 2], 0), condition(2, [1, 1], 1)
     found, expected = (made.take(torch.tensor(index).long()) for made in (Conditions(parts), cat_conditions(parts)))
     assert len(found) == len(index) and len(Conditions(parts)) == 5
-    assert all(torch.equal(a, b) for a, b in zip(found.expand(), expected.expand(), strict=True))
-    assert len(found.tokens_PLD) == len(set(expected.index_N.tolist()))
+    assert all(torch.equal(a, b) for a, b in zip(found.expand().values(), expected.expand().values(), strict=True))
+    assert found.num_prompts == len(set(expected.index_N.tolist()))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flowalign.algorithm import LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
-from flowalign.conditions import dropped_conditions
 from flowalign.flow import forward, path
 from flowalign.flow.guidance import cfg
 from flowalign.flow.randomness import seeded
@@ -85,5 +84,4 @@ class GuidanceDistill(LatentAlgorithm):
         teacher, x, t = models["teacher"], item["x"], item["t"]
         if "guidance" not in item:
             return teacher(x, t, condition, guidance=Guidance(self.config.guidance_scale))
-        null = dropped_conditions(condition, torch.ones(len(condition), dtype=torch.bool))
-        return cfg(teacher(x, t, condition), teacher(x, t, null), item["guidance"])
+        return cfg(teacher(x, t, condition), teacher(x, t, condition.negative), item["guidance"])

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.algorithm import LossOutput, Models, Needs, VelocityModel
 from flowalign.algorithms.parts.points import DROPPED, DensityConfig, LatentAlgorithm, noised
-from flowalign.conditions import dropped_conditions
 from flowalign.flow import path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.path import per_sample
@@ -99,8 +98,7 @@ class MeanFlow(LatentAlgorithm):
         plain = path.velocity_target(item["x0"], item["noise"])
         if (c.omega, c.kappa) == (1, 0):
             return plain
-        null = dropped_conditions(condition, torch.ones(len(condition), dtype=torch.bool))
-        guided = c.omega * plain + (1 - c.omega - c.kappa) * policy(x, t, null, r=t)
+        guided = c.omega * plain + (1 - c.omega - c.kappa) * policy(x, t, condition.negative, r=t)
         if c.kappa:
             guided = guided + c.kappa * policy(x, t, condition, r=t)
         return torch.where(per_sample(item[DROPPED], plain, torch.bool), plain, guided)

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowalign.conditions import cat_conditions
+from flowalign.conditions import cat_conditions, take_rows
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.data.banks.bank import shortened
 from flowalign.data.banks.captions import CaptionTable
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.flow.randomness import Stream, seeded
@@ -49,15 +50,7 @@ class Captioned:
         """
         if self.bank.embeddings is not None and self.bank.embeddings.file is not None:
             self.bank.embeddings.file.check()
-        end = self._table.tokens_PLD.shape[1] + length - self._length
-        used, index = torch.unique(rows, return_inverse=True)
-        return replace(
-            self._table,
-            tokens_PLD=self._table.tokens_PLD[used, :end],
-            pooled_PE=self._table.pooled_PE[used],
-            null_LD=self._table.null_LD[:end],
-            index_N=index,
-        )
+        return shortened(self._table, self._length - length).take(rows).used()
 
 
 def check_channels(directory: str, bank: LatentBank, model: ModelConfig) -> None:
@@ -154,13 +147,14 @@ def without_encoders(condition: Condition, parts: Sequence[TextPart], dropped_NE
     """
     pairs = torch.cat([condition.index_N[:, None].cpu(), dropped_NE.long()], 1)
     chosen, index = torch.unique(pairs, dim=0, return_inverse=True)
-    tokens, pooled = condition.tokens_PLD[chosen[:, 0]].clone(), condition.pooled_PE[chosen[:, 0]].clone()
+    text, null = take_rows(condition.text, chosen[:, 0]), take_rows(condition.null, condition.null_N[0])
+    tokens, pooled = text["tokens"].clone(), text["pooled"].clone()
     for e, part in enumerate(parts):
         rows = chosen[:, 1 + e].nonzero().flatten()
         place, width, features = slice(*part.tokens), slice(*part.features), slice(*part.pooled)
-        tokens[rows, place, width] = condition.null_LD[place, width]
-        pooled[rows, features] = condition.null_E[features]
-    return replace(condition, tokens_PLD=tokens, pooled_PE=pooled, index_N=index)
+        tokens[rows, place, width] = null["tokens"][place, width]
+        pooled[rows, features] = null["pooled"][features]
+    return replace(condition, text={"tokens": tokens, "pooled": pooled}, index_N=index)
 
 
 def _fitting(real: Drawn, latents: Tensor, config: PretrainConfig) -> Tensor:

@@ -28,7 +28,7 @@ class Encoding:
 def encoding(policy: Policy, length: int) -> Encoding:
     """Return a model's answers; ``length`` is that of the text."""
     network, encoders = policy.network, policy.encoders
-    tokens = encoders.encode_prompts((PROMPT,), length).tokens_PLD
+    tokens = encoders.encode_prompts((PROMPT,), length).text["tokens"]
     image = torch.arange(64 * 64 * 3, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 64, 64, 3)
     latents = encoders.encode_images(image.to(tokens.device))
     return Encoding(network.latent_shape(), tokens.float().cpu(), latents.float().cpu())

@@ -5,8 +5,6 @@ Shapes: N samples, P prompts, C H W latents.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def guided(network: Network) -> VelocityModel:
         if guidance is None or is_input or not guides(guidance.scale):
             return network.velocity(x, t, condition, r=r, guidance=scale if is_input else None)
         both = network.velocity(
-            torch.cat([x, x]), torch.cat([t, t]), doubled(condition), r=None if r is None else torch.cat([r, r])
+            torch.cat([x, x]), torch.cat([t, t]), condition.doubled(), r=None if r is None else torch.cat([r, r])
         )
         null, conditional = both.chunk(2)
         if not guidance.norm_preserving:
@@ -48,17 +46,6 @@ def guided(network: Network) -> VelocityModel:
         return cfg_norm_preserving(conditional, null, guidance.scale, patch_size=network.patch_size)
 
     return velocity
-
-
-def doubled(condition: Condition) -> Condition:
-    """Return the empty prompt for each sample, then the condition of all of them."""
-    rows = condition.tokens_PLD.shape[0]
-    return replace(
-        condition,
-        tokens_PLD=torch.cat([condition.tokens_PLD, condition.null_LD[None]]),
-        pooled_PE=torch.cat([condition.pooled_PE, condition.null_E[None]]),
-        index_N=torch.cat([torch.full_like(condition.index_N, rows), condition.index_N]),
-    )
 
 
 def frozen(network: Network) -> VelocityModel:

@@ -95,7 +95,7 @@ def main() -> None:
         policy.encoders.encode_prompts(list(batch.prompts), options.max_sequence_length),
         policy.encoders.encode_prompts([""] * options.batch, options.max_sequence_length),
     ]
-    (tokens, pooled), (null, null_pooled) = (condition.expand() for condition in both)
+    (tokens, pooled), (null, null_pooled) = (condition.expand().values() for condition in both)
     embeddings = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
     embeddings |= {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": null_pooled}
     exact = float((made.final_NCHW[:] - theirs("latent", **embeddings).cpu()).abs().max())

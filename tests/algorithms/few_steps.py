@@ -21,6 +21,7 @@ from flowalign.flow.solvers.euler import solve as euler
 from flowalign.types import Condition, Guidance, LatentBatch
 from tests.algorithms.mixture import MODES, STD, mixture_velocity
 from tests.algorithms.whole import prepare
+from tests.conditions import text_condition
 
 
 class Gaussian:
@@ -59,12 +60,12 @@ def plane(count: int, mode: int | None = None) -> Condition:
     if mode is not None:
         pooled[mode] = 1
     index = torch.zeros(count, dtype=torch.long)
-    return Condition(torch.zeros(1, 1, 1), pooled[None], index, torch.zeros(1, 1), null)
+    return text_condition(torch.zeros(1, 1, 1), pooled[None], index, torch.zeros(1, 1), null)
 
 
 def exact(x: Tensor, t: Tensor, condition: Condition, *, guidance: Guidance | None = None, **options: Any) -> Tensor:
     """The mixture's velocity where the prompt is null, its mode's otherwise; guided on request."""
-    flat, pooled = x.flatten(1), condition.expand()[1]
+    flat, pooled = x.flatten(1), condition.expand()["pooled"]
     everything = velocity = mixture_velocity(flat, t)
     if not pooled.any():
         return everything.reshape(x.shape)
@@ -97,7 +98,7 @@ class Student(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, x, t, condition, *, r=None, guidance=None):
-        flat, pooled = x.flatten(1), condition.expand()[1]
+        flat, pooled = x.flatten(1), condition.expand()["pooled"]
         told = torch.zeros_like(t) if guidance is None else torch.as_tensor(guidance.scale).expand(t.shape) / 5
         apart = torch.zeros_like(t) if r is None else t - r
         columns = [flat, flat / (0.3 + t[:, None]), torch.stack([t, apart, told], 1), pooled]

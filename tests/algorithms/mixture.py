@@ -31,6 +31,7 @@ from flowalign.samples.rollout import SampleNoise, integrate, rollout
 from flowalign.types import Condition, PreferencePairs, PromptBatch, SamplingPlan, Trajectories, Update
 from tests.algorithms.every import plan_of
 from tests.algorithms.toy import make_scores
+from tests.conditions import text_condition
 from tests.learners import make_learner
 
 MODES = 2.0 * torch.tensor([[math.cos(a), math.sin(a)] for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)])
@@ -73,7 +74,7 @@ class MixtureModule(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        flat, (_, pooled) = x.flatten(1), condition.expand()
+        flat, pooled = x.flatten(1), condition.expand()["pooled"]
         residual = self.residual(torch.cat([flat, t[:, None], pooled], 1))
         return (mixture_velocity(flat, t) + residual).reshape(x.shape)
 
@@ -103,7 +104,7 @@ class MixtureEncoders:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         pooled = one_hot(torch.tensor([int(prompt) for prompt in rows]), len(MODES)).float()
         index = torch.tensor([rows[prompt] for prompt in prompts])
-        return Condition(torch.zeros(len(rows), 1, 1), pooled, index, torch.zeros(1, 1), torch.zeros(len(MODES)))
+        return text_condition(torch.zeros(len(rows), 1, 1), pooled, index, torch.zeros(1, 1), torch.zeros(len(MODES)))
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.zeros(len(latents), 1, 1, 3, dtype=torch.uint8)

@@ -84,9 +84,7 @@ def test_the_gradient_through_decoder_and_reward_is_that_of_finite_differences(w
     models["decoder"] = lambda latents: decoder(latents).double()  # type: ignore[assignment]
     with torch.no_grad():
         _, items = prepared(algorithm, worker.source.batch(0), None, models)
-    condition = replace(
-        items.condition, **{k: v.double() for k, v in vars(items.condition).items() if v.is_floating_point()}
-    )
+    condition = replace(items.condition, text={name: rows.double() for name, rows in items.condition.text.items()})
     items = replace(items, tensors={**items.tensors, "x": items.tensors["x"].double()}, condition=condition)
     algorithm.loss(models, items).loss.backward()
 
@@ -151,9 +149,9 @@ def test_prompts_are_encoded_once_and_apart_where_there_are_no_encoders(
     assert asked == ["prompts"]
     made = source.batch(1)
     expected = load_encoders(config.model).encode_prompts(made.batch.prompts, 16)
-    for one, other in zip(made.condition.expand(), expected.expand(), strict=True):
+    for one, other in zip(made.condition.expand().values(), expected.expand().values(), strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(made.condition.null_LD, expected.null_LD) and made.batch.sample_ids == (4, 5, 6, 7)
+    assert torch.equal(made.condition.null["tokens"], expected.null["tokens"]) and made.batch.sample_ids == (4, 5, 6, 7)
     noise = initial_noise(made.seed, made.batch.sample_ids, made.latent_shape)
     assert torch.equal(noise, SampleNoise(config.seed, made.batch.sample_ids, made.latent_shape).draw())
 

@@ -5,23 +5,24 @@ import torch
 
 from flowalign.algorithms import build_algorithm
 from flowalign.flow.path import per_sample
-from flowalign.types import Condition, Guidance, LatentBatch
+from flowalign.types import Guidance, LatentBatch
 from tests.algorithms.toy import SHAPE
 from tests.algorithms.whole import prepare
+from tests.conditions import text_condition
 
 NULL, PROMPT = 2.0, 5.0
 
 
 def prompted(count):
     pooled = torch.full((1, 1), PROMPT)
-    return Condition(
+    return text_condition(
         torch.zeros(1, 1, 1), pooled, torch.zeros(count, dtype=torch.long), torch.zeros(1, 1), pooled[0] * 0
     )
 
 
 def teacher(x, t, condition, *, guidance=None, **options):
     """``x t`` plus 5 for a prompt or 2 for none; guided between the two."""
-    own = torch.where(condition.expand()[1][:, :1] == 0, NULL, PROMPT).view(-1, 1, 1, 1)
+    own = torch.where(condition.expand()["pooled"][:, :1] == 0, NULL, PROMPT).view(-1, 1, 1, 1)
     scale = 1.0 if guidance is None else guidance.scale
     return x * per_sample(t, x) + NULL + scale * (own - NULL)
 

@@ -12,10 +12,11 @@ from flowalign.algorithms.meanflow import curvature
 from flowalign.flow.path import per_sample
 from flowalign.models.architectures.inputs import add_inputs, pooled_with_inputs
 from flowalign.shapes.build.pipeline import new_transformer
-from flowalign.types import Condition, LatentBatch, value_of
+from flowalign.types import LatentBatch, value_of
 from tests.algorithms.few_steps import Gaussian
 from tests.algorithms.toy import SHAPE, condition
 from tests.algorithms.whole import prepare
+from tests.conditions import text_condition
 
 T, R = torch.tensor([0.9, 0.6, 0.5]), torch.tensor([0.1, 0.4, 0.5])
 
@@ -46,7 +47,7 @@ def prepared(count=200, latents=None, pooled=0.0, **config):
     if latents is None:
         latents = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
     own = condition(len(latents))
-    own = Condition(own.tokens_PLD, own.pooled_PE + pooled, own.index_N, own.null_LD, own.null_E)
+    own = replace(own, text={**own.text, "pooled": own.text["pooled"] + pooled})
     return algorithm, prepare(algorithm, LatentBatch(latents, own, 0), None, {})
 
 
@@ -74,7 +75,7 @@ def transformer() -> Any:
 
 def policy_of(network):
     def velocity(x, t, condition, *, r=None, **options):
-        tokens, pooled = condition.expand()
+        tokens, pooled = condition.expand().values()
         return network(
             hidden_states=x,
             encoder_hidden_states=tokens,
@@ -90,7 +91,7 @@ def latents_and_condition():
     generator = torch.Generator().manual_seed(2)
     x, velocity = torch.randn(2, 3, 16, 8, 8, generator=generator)
     tokens, pooled = torch.randn(1, 4, 16, generator=generator), torch.randn(1, 16, generator=generator)
-    return x, velocity, Condition(tokens, pooled, torch.zeros(3, dtype=torch.long), tokens[0] * 0, pooled[0] * 0)
+    return x, velocity, text_condition(tokens, pooled, torch.zeros(3, dtype=torch.long), tokens[0] * 0, pooled[0] * 0)
 
 
 def test_the_curvature_of_a_real_transformer_is_that_of_finite_differences(transformer):
@@ -164,7 +165,7 @@ def test_the_times_are_ordered_and_three_quarters_alike():
 def test_guidance_mixes_the_data_with_both_of_the_networks_own_velocities():
     # The network says 7 for the prompt (pooled 1) and 3 without; dropped samples keep the plain velocity.
     def policy(x, t, condition, *, r=None, **options):
-        return torch.where(condition.expand()[1].view(-1, 1, 1, 1) == 0, 3.0, 7.0).expand(x.shape)
+        return torch.where(condition.expand()["pooled"].view(-1, 1, 1, 1) == 0, 3.0, 7.0).expand(x.shape)
 
     options = {"omega": 0.5, "kappa": 0.2, "adaptive_power": 0, "condition_dropout": 0.4}
     algorithm, train = prepared(pooled=1.0, **options)

@@ -107,7 +107,7 @@ def test_a_deeper_wider_teacher_of_another_shift_is_asked_where_the_student_walk
     _, rollout, _ = student.rollout(Request(build_run(config).sampler.batch(0), plan, 0, 0))
     metrics = learner.update([rollout], None, 0).metrics
     learner.close()
-    tokens, pooled = rollout.condition.take(torch.arange(len(rollout))).expand()
+    tokens, pooled = rollout.condition.take(torch.arange(len(rollout))).expand().values()
     networks = [load_pipeline(directory).transformer for directory in (tiny_pipeline_dir, teacher)]
     expected = []
     for step in range(*plan.noise.window):

@@ -29,7 +29,7 @@ def test_the_base_makes_all_modes_alike_whatever_the_prompt():
 
 def test_of_a_labelled_pair_the_winner_alone_is_near_the_mode_of_its_prompt():
     pairs = LabelledPairs((0, 2))
-    modes = pairs.condition.expand()[1].argmax(1).tolist()
+    modes = pairs.condition.expand()["pooled"].argmax(1).tolist()
     assert len(modes) > 200 and set(modes) == {0, 2}
     assert reward(pairs.winner_NCHW, modes).all() and not reward(pairs.loser_NCHW, modes).any()
 

@@ -9,13 +9,14 @@ from flowalign.flow import sde
 from flowalign.flow.path import per_sample
 from flowalign.flow.sde import step_log_prob
 from flowalign.types import Condition, PromptBatch, SamplingPlan, Scores, Trajectories
+from tests.conditions import text_condition
 
 SHAPE = (2, 3, 3)
 
 
 def condition(count: int) -> Condition:
     zeros = torch.zeros
-    return Condition(zeros(1, 1, 1), zeros(1, 1), zeros(count, dtype=torch.long), zeros(1, 1), zeros(1))
+    return text_condition(zeros(1, 1, 1), zeros(1, 1), zeros(count, dtype=torch.long), zeros(1, 1), zeros(1))
 
 
 class LinearVelocity(torch.nn.Module):

@@ -131,7 +131,7 @@ def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBac
         spans = [(*(int(end, 16) for end in line[0].split("-")), line[1], " ".join(line[5:])) for line in lines]
         found = []
         for chunk in actor.chunks:
-            for tensor in (chunk.states_NSCHW, chunk.final_NCHW, chunk.log_prob_NS, chunk.condition.tokens_PLD):
+            for tensor in (chunk.states_NSCHW, chunk.final_NCHW, chunk.log_prob_NS, chunk.condition.text["tokens"]):
                 found += [rights + name for a, b, rights, name in spans if a <= tensor.data_ptr() < b]
         return found
 

@@ -16,7 +16,7 @@ from flowalign.data.banks.files import write_tensors
 from flowalign.data.banks.latents import Embeddings, LatentBank, LatentsError, Shard, load_bank, save_bank
 from flowalign.data.feed import Captioned
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition
+from tests.conditions import text_condition
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 
@@ -187,10 +187,10 @@ def test_a_bank_written_over_another_one_is_the_new_one(tmp_path: Path) -> None:
 
 def test_embeddings_are_shortened_but_never_lengthened() -> None:
     tokens = torch.arange(3 * 10).view(3, 10, 1).float()
-    table = Condition(tokens, torch.zeros(3, 2), torch.arange(3), tokens[0], torch.zeros(2))
+    table = text_condition(tokens, torch.zeros(3, 2), torch.arange(3), tokens[0], torch.zeros(2))
     embeddings = Embeddings(table, max_sequence_length=6)
     short = embeddings.condition(2)
-    assert torch.equal(short.tokens_PLD, tokens[:, :6]) and torch.equal(short.null_LD, tokens[0, :6])
+    assert torch.equal(short.text["tokens"], tokens[:, :6]) and torch.equal(short.null["tokens"][0], tokens[0, :6])
     with pytest.raises(LatentsError, match="max_sequence_length 6, the run asks for 7"):
         embeddings.condition(7)
 

@@ -115,13 +115,13 @@ def test_a_parquet_file_gives_the_preferred_image_as_the_winner_and_counts_ties(
     seen = []
     for iteration in range(3):
         batch = sampler.batch(iteration)
-        tokens, _ = batch.condition.expand()
+        tokens = batch.condition.expand()["tokens"]
         for n in range(4):
             i = next(i for i, latent in winners.items() if torch.equal(latent, batch.winner_NCHW[n]))
             assert torch.equal(batch.loser_NCHW[n], losers[i])
             expected = policy.encoders.encode_prompts((rows[i]["caption"],), 16)
-            assert torch.equal(tokens[n], expected.tokens_PLD[0]) and torch.equal(
-                batch.condition.null_LD, expected.null_LD
+            assert torch.equal(tokens[n], expected.text["tokens"][0]) and torch.equal(
+                batch.condition.null["tokens"], expected.null["tokens"]
             )
             seen.append(i)
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))

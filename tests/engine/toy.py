@@ -11,7 +11,8 @@ from flowalign.algorithm import LossOutput
 from flowalign.config.sections import OptimizerConfig
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.flow.randomness import seeded
-from flowalign.types import Condition, Max, TrainBatch
+from flowalign.types import Max, TrainBatch
+from tests.conditions import text_condition
 
 ITEMS = 12
 SETTINGS = {"learning_rate": 1e-2, "weight_decay": 0.05, "warmup_steps": 3, "max_grad_norm": 1.0}
@@ -39,7 +40,9 @@ class Network(nn.Module):
 def batch(step: int) -> TrainBatch:
     generator = seeded(3, step)
     x, y = (torch.randn(ITEMS, 6, generator=generator) for _ in range(2))
-    condition = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(ITEMS).long(), torch.zeros(1, 1), y[0])
+    condition = text_condition(
+        torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(ITEMS).long(), torch.zeros(1, 1), y[0]
+    )
     return TrainBatch({"x": x, "y": y}, condition, {"step": step})
 
 

@@ -86,5 +86,5 @@ def test_the_t5_part_of_the_text_is_encoded_and_not_zero(sd35_dir):
     encoders = load_encoders(sd35_dir)
     condition = encoders.encode_prompts(["a photo of a red circle"], 16)
     clip_tokens = encoders.pipeline.tokenizer_max_length
-    assert condition.tokens_PLD.shape == (1, clip_tokens + 16, 160)
-    assert bool((condition.tokens_PLD[:, clip_tokens:] != 0).any())
+    assert condition.text["tokens"].shape == (1, clip_tokens + 16, 160)
+    assert bool((condition.text["tokens"][:, clip_tokens:] != 0).any())

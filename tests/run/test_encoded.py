@@ -54,7 +54,7 @@ def test_a_learner_of_pairs_holds_no_encoder_and_draws_what_one_with_encoders_dr
     expected = pairs_of(own, load_encoders(config.model)).batch(1)
     for one, other in ((made.winner_NCHW, expected.winner_NCHW), (made.loser_NCHW, expected.loser_NCHW)):
         assert torch.equal(one, other)
-    assert torch.equal(made.condition.tokens_PLD, expected.condition.tokens_PLD)
+    assert torch.equal(made.condition.text["tokens"], expected.condition.text["tokens"])
 
 
 def test_what_is_encoded_already_starts_no_process(

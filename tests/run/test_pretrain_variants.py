@@ -36,6 +36,7 @@ from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from flowalign.types import LatentBatch
 from tests.algorithms.whole import prepare
+from tests.conditions import text_condition
 from tests.flow.analytic import raw_output
 from tests.tiny import encoded_here, merged
 
@@ -121,9 +122,8 @@ def test_a_weighting_turns_the_velocity_error_into_that_of_noise_or_data(weighti
 
 
 def _condition(count: int):
-    from flowalign.types import Condition
 
-    return Condition(
+    return text_condition(
         torch.zeros(1, 2, 3), torch.zeros(1, 3), torch.zeros(count).long(), torch.ones(2, 3), torch.ones(3)
     )
 
@@ -163,8 +163,8 @@ def test_a_flow_may_begin_from_an_edm_network_and_computes_the_same_at_first(tin
     with torch.no_grad():
         raw = edm.network.module(
             hidden_states=family.network_input(z, own),
-            encoder_hidden_states=condition.expand()[0],
-            pooled_projections=condition.expand()[1],
+            encoder_hidden_states=condition.expand()["tokens"],
+            pooled_projections=condition.expand()["pooled"],
             timestep=1000 * family.network_time(own),
             return_dict=False,
         )[0]
@@ -279,7 +279,7 @@ def test_single_encoders_are_dropped_alone():
     condition = replace(_condition(3), tokens_PLD=torch.zeros(1, 5, 4), null_LD=torch.ones(5, 4), null_E=torch.ones(3))
     parts = [TextPart((0, 3), (0, 1), (0, 2)), TextPart((0, 3), (1, 4), (2, 3)), TextPart((3, None), (0, 4), (0, 0))]
     dropped = torch.tensor([[True, False, False], [False, True, True], [False, False, False]])
-    tokens, pooled = without_encoders(condition, parts, dropped).expand()
+    tokens, pooled = without_encoders(condition, parts, dropped).expand().values()
     assert tokens[0, :3].tolist() == [[1, 0, 0, 0]] * 3 and tokens[0, 3:].sum() == 0 and pooled[0].tolist() == [1, 1, 0]
     assert tokens[1, :3].tolist() == [[0, 1, 1, 1]] * 3 and tokens[1, 3:].sum() == 8 and pooled[1].tolist() == [0, 0, 1]
     assert tokens[2].sum() == 0 and pooled[2].sum() == 0
@@ -289,13 +289,14 @@ def test_dropping_all_encoders_is_the_empty_text(tmp_path, tiny_pipeline_dir, ba
     policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
     every = dict.fromkeys(policy.encoders.text_parts, 1.0)
     batch = Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout=every), policy.encoders)).batch(0, 4)
-    tokens, pooled = batch.condition.expand()
+    tokens, pooled = batch.condition.expand().values()
     clip = policy.encoders.text_parts["clip_g"].tokens[1]
-    assert torch.equal(tokens[0, :clip], batch.condition.null_LD[:clip]) and torch.equal(
-        pooled[0], batch.condition.null_E
+    assert torch.equal(tokens[0, :clip], batch.condition.null["tokens"][0, :clip]) and torch.equal(
+        pooled[0], batch.condition.null["pooled"][0]
     )
     kept = Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank), policy.encoders)).batch(0, 4)
-    assert torch.equal(kept.latents_NCHW, batch.latents_NCHW) and not torch.equal(kept.condition.expand()[1], pooled)
+    assert torch.equal(kept.latents_NCHW, batch.latents_NCHW)
+    assert not torch.equal(kept.condition.expand()["pooled"], pooled)
 
 
 def test_real_data_has_fresh_noise_beside_the_pairs_own(tmp_path, tiny_pipeline_dir, bank):

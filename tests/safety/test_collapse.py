@@ -26,7 +26,8 @@ from flowalign.safety.signals import (
     some_of_each,
     thumbnails,
 )
-from flowalign.types import Condition, Pictures, PromptBatch, Samples, SamplingPlan, Scores, Trajectories
+from flowalign.types import Pictures, PromptBatch, Samples, SamplingPlan, Scores, Trajectories
+from tests.conditions import text_condition
 
 NAN = math.nan
 
@@ -40,7 +41,7 @@ def signals(images: np.ndarray, group_ids: tuple[int, ...], scores: Scores, **sa
     """Signals of the preview that a rollout worker makes of the images."""
     n, nothing, config = len(images), torch.zeros(len(images), 1), SafetyConfig(**safety)
     batch, plan = PromptBatch(("",) * n, group_ids, tuple(range(n)), ({},) * n), SamplingPlan((1.0, 0.0))
-    condition = Condition(nothing[:, None], nothing, torch.arange(n), nothing[:1], nothing[0])
+    condition = text_condition(nothing[:, None], nothing, torch.arange(n), nothing[:1], nothing[0])
     walked = Trajectories(batch, condition, plan, nothing, nothing, nothing, 0, 0)
     (seen,) = looked_at([batch], plan, config, evaluation=False)
     preview = preview_of(Samples(Pictures(batch, torch.from_numpy(images)), walked), seen)

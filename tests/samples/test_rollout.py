@@ -65,7 +65,7 @@ def test_chunks_and_their_order_do_not_change_a_sample(policy):
     assert torch.equal(whole.log_prob_NS, joined.log_prob_NS)
     assert joined.batch == batch
     order = torch.arange(len(batch)).flip(0)
-    for one, other in zip(*(made.condition.take(order).expand() for made in (joined, whole)), strict=True):
+    for one, other in zip(*(made.condition.take(order).expand().values() for made in (joined, whole)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -173,9 +173,9 @@ def test_a_frozen_reference_does_not_move_with_the_policy(tiny_pipeline_dir):
 def test_a_prompt_is_embedded_alike_whatever_comes_with_it(policy):
     alone = policy.encoders.encode_prompts(PROMPTS[:1], 16)
     among = policy.encoders.encode_prompts(PROMPTS, 16)
-    assert torch.equal(alone.tokens_PLD[0], among.tokens_PLD[0])
+    assert torch.equal(alone.text["tokens"][0], among.text["tokens"][0])
     twice = policy.encoders.encode_prompts(PROMPTS[:1] * 3, 16)
-    assert twice.tokens_PLD.shape[0] == 1 and twice.index_N.tolist() == [0, 0, 0]
+    assert twice.num_prompts == 1 and twice.index_N.tolist() == [0, 0, 0]
 
 
 def test_an_image_size_that_does_not_fit_the_patches_is_refused(policy):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flowalign.algorithm import Algorithm, AlgorithmConfig, Models, Scheduled
 from flowalign.algorithms.parts.sampling import SamplingConfig
-from flowalign.conditions import dropped_conditions
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
@@ -75,7 +74,7 @@ class LatentAlgorithm(Algorithm):
     """Base of the algorithms that learn from latents on disk: their ``credit`` ends with `Noised.credit`."""
 
     def items(self, batch: LatentBatch, credit: Credit) -> TrainBatch:
-        condition = dropped_conditions(batch.condition.take(credit.sample), credit.tensors[DROPPED])
+        condition = batch.condition.take(credit.sample).dropped(credit.tensors[DROPPED])
         return TrainBatch(credit.tensors, condition)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowalign.conditions import TextRows
 from flowalign.data.images import ORIGINAL
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.types import Condition
@@ -103,8 +104,16 @@ class Embeddings:
                 f"latents: the embeddings have max_sequence_length {self.max_sequence_length}, the run asks for "
                 f"{length}; choose shorter texts or precompute the embeddings again"
             )
-        end = self.table.tokens_PLD.shape[1] - surplus
-        return replace(self.table, tokens_PLD=self.table.tokens_PLD[:, :end], null_LD=self.table.null_LD[:end])
+        return shortened(self.table, surplus)
+
+
+def shortened(table: Condition, surplus: int) -> Condition:
+    """Return embeddings without the last ``surplus`` of their tokens."""
+
+    def shorter(rows: TextRows) -> TextRows:
+        return {**rows, "tokens": rows["tokens"][:, : rows["tokens"].shape[1] - surplus]}
+
+    return replace(table, text=shorter(table.text), null=shorter(table.null))
 
 
 class LatentBank:

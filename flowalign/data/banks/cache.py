@@ -61,7 +61,7 @@ class EncodedCache:
         key = self._key(b"caption", text.encode())
         if not self._path(key).is_file():
             condition = self._own(key).encode_prompts((text,), self._length)
-            self._store(key, {"tokens": condition.tokens_PLD[0], "pooled": condition.pooled_PE[0]})
+            self._store(key, {name: row[0].contiguous() for name, row in condition.text.items()})
         return key
 
     def condition(self, keys: Sequence[str]) -> Condition:
@@ -69,11 +69,10 @@ class EncodedCache:
         rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         captions, null = [self.read(key) for key in rows], self.read(self.caption(""))
         return Condition(
-            tokens_PLD=torch.stack([caption["tokens"] for caption in captions]),
-            pooled_PE=torch.stack([caption["pooled"] for caption in captions]),
+            text={name: torch.stack([caption[name] for caption in captions]) for name in null},
+            null={name: row[None] for name, row in null.items()},
             index_N=torch.tensor([rows[key] for key in keys]),
-            null_LD=null["tokens"],
-            null_E=null["pooled"],
+            null_N=torch.zeros(len(keys), dtype=torch.long),
         )
 
     def _own(self, key: str) -> Encoders:

@@ -5,17 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from flowalign.conditions import count_rows
 from flowalign.config.sections import ModelConfig
 from flowalign.models.encoders import Encoders
 from flowalign.record.disk import draft_of, on_disk, writing
 from flowalign.record.files import save_tensors, tensors_size
 from flowalign.types import Condition
+
+NULL = "null_"
+
+
+def stored(table: Condition) -> dict[str, Tensor]:
+    """Return the tensors of a table with one negative prompt as its file has them: the prompts' rows, (P, ...) by name,
+    and under ``null_<name>`` the negative one's, without the dimension of the row."""
+    return {**table.text, **{f"{NULL}{name}": rows[0].contiguous() for name, rows in table.null.items()}}
+
+
+def table_of(tensors: Mapping[str, Tensor]) -> Condition:
+    """Return what a file of embeddings holds: one row a prompt, in the order of the prompts."""
+    null = {name.removeprefix(NULL): row[None] for name, row in tensors.items() if name.startswith(NULL)}
+    text = {name: tensors[name] for name in null}
+    count = count_rows(text)
+    return Condition(text, null, torch.arange(count), torch.zeros(count, dtype=torch.long))
 
 
 class NotEncoded(RuntimeError):
@@ -42,12 +60,7 @@ class CaptionTable:
         if self.path.is_file():
             return
         table = encoders.encode_prompts(self._prompts, self._length).to("cpu")
-        tensors = {
-            "tokens": table.tokens_PLD,
-            "pooled": table.pooled_PE,
-            "null_tokens": table.null_LD.contiguous(),
-            "null_pooled": table.null_E.contiguous(),
-        }
+        tensors = stored(table)
         needed = on_disk([tensors_size(tensors)])
         with writing(str(self.path), self.path, needed):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +71,4 @@ class CaptionTable:
         """Return a row a prompt, in the order of the prompts. Raise NotEncoded where the file is not there."""
         if not self.path.is_file():
             raise NotEncoded(f"latents: the captions have not been encoded: {self.path} is missing")
-        held = load_file(self.path)
-        rows = torch.arange(len(self._prompts))
-        return Condition(held["tokens"], held["pooled"], rows, held["null_tokens"], held["null_pooled"])
+        return table_of(load_file(self.path))

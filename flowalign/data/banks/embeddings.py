@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.data.banks.bank import LatentsError
+from flowalign.data.banks.captions import NULL
 from flowalign.data.banks.files import write_bytes
 from flowalign.models.encoders import Encoders
 from flowalign.record.disk import on_disk, require_room
@@ -30,25 +31,25 @@ def write_embeddings(
         DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
             large for ``dtype``.
     """
-    empty = encoders.encode_prompts(("",), length)
-    null, pooled = _narrow(empty.null_LD, dtype), _narrow(empty.null_E, dtype)
-    shapes = {
-        "tokens": (len(prompts), *null.shape),
-        "pooled": (len(prompts), *pooled.shape),
-        "null_tokens": tuple(null.shape),
-        "null_pooled": tuple(pooled.shape),
-    }
+    empty = encoders.encode_prompts(("",), length).null
+    null = {name: _narrow(rows[0], dtype) for name, rows in empty.items()}
+    shapes = {name: (len(prompts), *row.shape) for name, row in null.items()}
+    shapes |= {f"{NULL}{name}": tuple(row.shape) for name, row in null.items()}
     header, size = _header(shapes, dtype)
     require_room(str(path), path, on_disk([size]))
 
     def parts() -> Iterator[bytes]:
         yield header
-        rows = []
+        first, *others = null  # the first are long and written at once
+        kept: dict[str, list[Tensor]] = {name: [] for name in others}
         for prompt in prompts:
-            row = encoders.encode_prompts((prompt,), length)
-            rows.append(_narrow(row.pooled_PE[0], dtype))
-            yield _bytes(_narrow(row.tokens_PLD[0], dtype))
-        yield from map(_bytes, (*rows, null, pooled))
+            own = encoders.encode_prompts((prompt,), length).text
+            row = {name: _narrow(rows[0], dtype) for name, rows in own.items()}
+            yield _bytes(row[first])
+            for name in others:
+                kept[name].append(row[name])
+        yield from (_bytes(row) for name in others for row in kept[name])
+        yield from map(_bytes, null.values())
 
     entry = write_bytes(path, parts(), size)
     return {**entry, "count": len(prompts), "dtype": str(dtype).removeprefix("torch."), "max_sequence_length": length}

@@ -21,17 +21,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.data.banks.bank import Drawn, Embeddings, LatentBank, LatentsError, Mapped, Shard
+from flowalign.data.banks.captions import table_of
 from flowalign.data.banks.files import write_json, write_tensors
 from flowalign.data.images import ORIGINAL
 from flowalign.record.files import stays_below
 from flowalign.record.textfiles import TextError, read_json, read_object
-from flowalign.types import Condition
 
 __all__ = ["Drawn", "Embeddings", "LatentBank", "LatentsError", "Shard", "load_bank", "save_bank"]
 
@@ -207,14 +206,7 @@ def _embeddings(directory: Path, entry: Mapping[str, Any], num_prompts: int) -> 
     tensors = _tensors(path, ["tokens", "pooled", "null_tokens", "null_pooled"])
     if len(tensors["tokens"]) != num_prompts or len(tensors["pooled"]) != num_prompts:
         raise LatentsError(f"latents: {path} has {len(tensors['tokens'])} rows for {num_prompts} prompts")
-    table = Condition(
-        tokens_PLD=tensors["tokens"],
-        pooled_PE=tensors["pooled"],
-        index_N=torch.arange(num_prompts),
-        null_LD=tensors["null_tokens"],
-        null_E=tensors["null_pooled"],
-    )
-    return Embeddings(table, int(entry["max_sequence_length"]), file)
+    return Embeddings(table_of(tensors), int(entry["max_sequence_length"]), file)
 
 
 def _old_layout(directory: Path) -> LatentBank:

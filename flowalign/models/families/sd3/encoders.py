@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.conditions import cat_rows
 from flowalign.models.base import ModelError
 from flowalign.models.encoders import TextPart
 from flowalign.models.families.sd3.files import parts_of
@@ -67,14 +68,13 @@ class SD3Encoders:
         rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         encoded = [self._encode(prompt, length) for prompt in [*rows, ""]]
         return Condition(
-            tokens_PLD=torch.cat([tokens for tokens, _ in encoded[:-1]]),
-            pooled_PE=torch.cat([pooled for _, pooled in encoded[:-1]]),
+            text=cat_rows(encoded[:-1]),
+            null=encoded[-1],
             index_N=torch.tensor([rows[prompt] for prompt in prompts], device=self.device),
-            null_LD=encoded[-1][0][0],
-            null_E=encoded[-1][1][0],
+            null_N=torch.zeros(len(prompts), dtype=torch.long, device=self.device),
         )
 
-    def _encode_one(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+    def _encode_one(self, prompt: str, length: int) -> dict[str, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompt,
             prompt_2=prompt,
@@ -84,7 +84,7 @@ class SD3Encoders:
             device=self.device,
         )
         assert tokens is not None and pooled is not None
-        return tokens, pooled
+        return {"tokens": tokens, "pooled": pooled}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

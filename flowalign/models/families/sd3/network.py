@@ -100,7 +100,8 @@ class SD3Network:
         inputs = self.inputs
         if r is not None and "r" not in inputs:
             raise ModelError("this network takes no second time r; give it one with model.inputs: [r]")
-        tokens, pooled = condition.expand()
+        text = condition.expand()
+        tokens, pooled = text["tokens"], text["pooled"]
         if inputs:
             from flowalign.models.architectures.inputs import pooled_with_inputs
 
