@@ -22,7 +22,7 @@ from flowalign.config.sections import ModelConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.base import Policy
 from flowalign.models.build import load_policy
-from flowalign.models.families.sd3.loading import assembled
+from flowalign.models.loading import assembled
 from flowalign.samples.opened import ode_plan
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.prompts import TASKS

@@ -34,6 +34,15 @@ PARTS: dict[str, dict[str, Any]] = {
     "text_encoder": {**TEXT, "projection_dim": 32, "vocab_size": 64, "max_position_embeddings": 24},
     "text_encoder_2": {**TEXT, "projection_dim": 32, "vocab_size": 64, "max_position_embeddings": 24},
 }
+INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": [None, None],
+    "tokenizer_3": [None, None],
+}
 PARTS["vae"] |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
@@ -84,7 +93,7 @@ def write_configs_of_a_pipeline(directory: Path, *, shift: float = 2.5) -> Path:
         (directory / name).mkdir(parents=True)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (directory / name / file).write_text(json.dumps(content))
-    (directory / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    (directory / "model_index.json").write_text(json.dumps(INDEX))
     return directory
 
 

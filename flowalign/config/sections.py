@@ -83,8 +83,10 @@ InputName = Literal["r", "guidance"]
 class ModelConfig(Section):
     """The model that a run begins from."""
 
-    type: str = "sd3"
-    """Model family: its name in ``flowalign/models/families``, or ``package.module`` of your own."""
+    type: str | None = None
+    """Model family: its name in ``flowalign/models/families``, or ``package.module`` of your own; null: that of the
+    directory's pipeline.
+    """
     path: Annotated[str, Resolved("pipeline")] = "shapes"
     """A pipeline directory; ``shapes``: the one that ships with the package."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256

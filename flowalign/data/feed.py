@@ -16,9 +16,8 @@ from flowalign.data.banks.bank import shortened
 from flowalign.data.banks.captions import CaptionTable
 from flowalign.data.banks.latents import Drawn, LatentBank, LatentsError, load_bank
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.checked import model_family
-from flowalign.models.encoders import TextPart
-from flowalign.models.family import family_of
+from flowalign.models.directory import open_directory, text_parts
+from flowalign.models.family import TextPart
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.types import Condition, LatentBatch
 
@@ -55,7 +54,7 @@ class Captioned:
 
 def check_channels(directory: str, bank: LatentBank, model: ModelConfig) -> None:
     """Raise LatentsError where the latents of the bank in ``directory`` have other channels than the model's."""
-    channels = model_family(model.type).latent_shape(Path(model.path), model.height, model.width)[0]
+    channels = open_directory(model).geometry.channels
     found = {shard.latents.shape[1] for shard in bank.shards}
     if found != {channels}:
         there = " and ".join(map(str, sorted(found)))
@@ -99,7 +98,7 @@ class Feed:
     def __init__(self, config: PretrainConfig) -> None:
         longest, model = longest_text(config), config.model
         self._config = config
-        self._parts = family_of(model.type).text_parts(Path(model.path))
+        self._parts = text_parts(model)
         encoder = encoder_hash(model)
         self._main = Captioned(Path(config.latents), model, longest, encoder, spare_of(config))
         check_channels(config.latents, self._main.bank, model)

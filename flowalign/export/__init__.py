@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    SD3Transformer2DModel,
-)
 
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
@@ -18,7 +15,7 @@ from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
 from flowalign.export.writing import write_lora, write_pipeline
 from flowalign.models.base import Policy
-from flowalign.models.families.sd3.encoders import SD3Encoders
+from flowalign.models.loading import transformer_of
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.earlier import iteration_of
@@ -76,7 +73,7 @@ def export(
 ) -> ExportResult:
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
-    ``pipeline``: a StableDiffusion3Pipeline with full weights, a LoRA merged in; ``ema``: the same of the averaged
+    ``pipeline``: a pipeline of the family with full weights, a LoRA merged in; ``ema``: the same of the averaged
     weights (``ema_0.99``: of another average). One whose network takes more inputs, or is of another family than
     ``rf``, has a ``pipeline.py`` beside it, without which diffusers refuses to load it. ``lora``: the adapter in
     PEFT's and in diffusers' layout. ``dtype`` is a pipeline's transformer's: other than float32, it is compared with
@@ -117,10 +114,8 @@ def _check(kind: Kind, config: Sampled, dtype: Dtype) -> None:
 def _opened(found: Path, config: Sampled, which: str) -> tuple[Policy, dict[str, Any]]:
     """Return the policy of a checkpoint and its state.json. Refuse a policy that diffusers has no class for."""
     policy, state = open_policy(found, config, which)
-    if not isinstance(policy.encoders, SD3Encoders):
-        raise ExportError(f"export knows models of type sd3, not {config.model.type}")
     module = policy.network.module
-    if type(module) is not SD3Transformer2DModel:
+    if type(module) is not transformer_of(policy.network.family):
         raise ExportError(f"diffusers has no class for a {type(module).__name__}; evaluate the run itself")
     return policy, state
 

@@ -13,6 +13,7 @@ from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
+from flowalign.models.directory import family_of_model
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.earlier import iteration_of, training_of_0_1
 from flowalign.record.metrics import read_metrics
@@ -32,9 +33,9 @@ pipe = DiffusionPipeline.from_pretrained(
 image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
 """
 
-PIPELINE_USE = """from diffusers import StableDiffusion3Pipeline
+PIPELINE_USE = """from diffusers import {pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained("path/to/this/directory"{absent})
+pipe = {pipeline}.from_pretrained("path/to/this/directory"{absent})
 image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
 """
 
@@ -141,12 +142,13 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
-    absent = (Path(config.model.path) / "text_encoder_3").is_dir()
+    family = family_of_model(config.model)
+    lacking = [part for part in family.optional if not (Path(config.model.path) / part).is_dir()]
     plain = CUSTOM_USE if own else PIPELINE_USE
     remote = ", trust_remote_code=True" if own and kind == "lora" else ""
     use = (LORA_USE if kind == "lora" else plain).format(
-        pipeline="DiffusionPipeline" if own else "StableDiffusion3Pipeline",
-        absent=remote + ("" if absent else ", text_encoder_3=None, tokenizer_3=None"),
+        pipeline="DiffusionPipeline" if own else family.pipeline,
+        absent=remote + "".join(f", {part}=None" for part in lacking),
         steps=config.evaluation.num_steps,
         guidance=config.evaluation.guidance_scale,
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from flowalign.conditions import cat_rows
 from flowalign.config.sampled import Sampled
-from flowalign.config.sections import SamplingConfig
+from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.export import pipeline as own_pipeline
 from flowalign.models.architectures.inputs import CONFIG_KEY
 from flowalign.models.base import Policy
 from flowalign.models.customcode import refuse_custom_code
-from flowalign.models.families.sd3.loading import plain_pipeline, quietly
+from flowalign.models.directory import family_of_model
+from flowalign.models.family import ModelFamily
 from flowalign.models.guided import guided
+from flowalign.models.loading import plain_pipeline, quietly
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
@@ -64,10 +63,8 @@ def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Err
     )
 
 
-def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipeline:
-    """Load a pipeline directory through diffusers alone, in float32.
-
-    A T5 that was left out is named, as diffusers wants.
+def load_pipeline(directory: Path, device: str = "cpu", *, family: ModelFamily | None = None) -> Any:
+    """Load a pipeline directory of ``family``, by default the one that it names, through diffusers alone, in float32.
 
     Where the directory has a ``pipeline.py``, it stands for the one of this package, which takes its place: no code of
     a directory is run.
@@ -76,11 +73,10 @@ def load_pipeline(directory: Path, device: str = "cpu") -> StableDiffusion3Pipel
         ModelError: the directory names code of its own.
     """
     refuse_custom_code(directory)
-    index = json.loads((directory / "model_index.json").read_text())
-    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if not any(index.get(name) or [])}
-    more: Any = {"dtype": torch.float32, "local_files_only": True, **absent}
     with quietly():
-        pipeline: Any = plain_pipeline(str(directory), **more)
+        pipeline: Any = plain_pipeline(
+            family or family_of_model(ModelConfig(path=str(directory))), directory, dtype=torch.float32
+        )
         if (directory / "pipeline.py").is_file():
             pipeline = own_pipeline.FlowalignPipeline(**pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
@@ -104,41 +100,31 @@ def probe(policy: Policy, config: Sampled) -> Probe:
 
 
 @torch.no_grad()
-def differences(expected: Probe, pipeline: Any, config: Sampled) -> Errors:
+def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sampled) -> Errors:
     """Compare velocity and latents of the public pipeline with the probe's: the largest differences, see `share`.
 
     Those of guided latents are divided by what guidance makes of rounding.
     """
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
     pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
-    tokens, _, pooled, _ = pipeline.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-    )
+    text = cat_rows([family.encode(pipeline, prompt, length) for prompt in prompts])
     extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
     # A family walks levels of its own on every grid.
     even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(own_pipeline.FAMILY) or "rf") == "rf"
     told = pipeline.scheduler.config["num_train_timesteps"]  # of the time
-    zeros = torch.zeros(len(prompts), extra, device=pooled.device)  # the velocity at the time itself, unguided
-    velocity = pipeline.transformer(
-        hidden_states=noise,
-        encoder_hidden_states=tokens,
-        pooled_projections=torch.cat([pooled, zeros], 1),
-        timestep=torch.full((len(prompts),), PROBE_TIME * told, device=noise.device),
-        return_dict=False,
-    )[0]
-    size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
-    found = {}
-    for guidance in expected.latents:
-        found[guidance] = pipeline(
-            prompts,
-            latents=noise,
-            num_inference_steps=PROBE_STEPS,
-            sigmas=even_levels(PROBE_STEPS) if even else None,
-            guidance_scale=guidance,
-            max_sequence_length=length,
-            output_type="latent",
-            **size,
-        ).images
+    if family.inputs is not None:  # the velocity at the time itself, unguided
+        zeros = torch.zeros(len(prompts), extra, device=noise.device)
+        text[family.inputs] = torch.cat([text[family.inputs], zeros], 1)
+    t, unguided = torch.full((len(prompts),), PROBE_TIME, device=noise.device), torch.ones(len(prompts))
+    guidance = unguided.to(noise.device) if family.takes_guidance(pipeline.transformer.config) else None
+    velocity = family.forward(pipeline.transformer, noise, t, text, ticks=told, guidance=guidance)
+    levels = even_levels(PROBE_STEPS) if even else None
+    found = {
+        scale: family.sample(
+            pipeline, prompts, noise, num_steps=PROBE_STEPS, guidance_scale=scale, length=length, sigmas=levels
+        )
+        for scale in expected.latents
+    }
     return _errors(share(velocity, expected.velocity_NCHW), found, expected)
 
 

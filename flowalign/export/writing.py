@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    StableDiffusion3Pipeline,
-)
 
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
@@ -18,8 +15,9 @@ from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name
 from flowalign.export.verify import Errors, differences, euler, largest, load_pipeline, probe
 from flowalign.models.base import Policy
-from flowalign.models.families.sd3.files import OWN_PIPELINE
-from flowalign.models.families.sd3.loading import assembled, quietly
+from flowalign.models.directory import OWN_PIPELINE
+from flowalign.models.encoders import Encoders
+from flowalign.models.loading import assembled, pipeline_of, quietly
 from flowalign.models.merge import fuse_lora
 from flowalign.models.network import Network
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
@@ -37,22 +35,22 @@ def write_pipeline(policy: Policy, directory: Path, config: Sampled, dtype: torc
         expected = probe(policy, config)
     module.to(dtype)
     pipeline = assembled(policy)
-    widen_encoders(pipeline)
+    widen_encoders(policy.encoders)
     pipeline.scheduler = euler(pipeline.scheduler, **_walking(config.evaluation))
     # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
     (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
     save_pipeline(pipeline, policy.network, directory)
-    return differences(expected, load_pipeline(directory, config.device), config)
+    family = policy.network.family
+    return differences(expected, family, load_pipeline(directory, config.device, family=family), config)
 
 
-def widen_encoders(pipeline: Any) -> None:
+def widen_encoders(encoders: Encoders) -> None:
     """Convert half-precision encoders to float32.
 
     transformers loads them in half precision, whatever dtype the pipeline is loaded in.
     """
-    for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-        if part is not None:
-            part.float()
+    for part in encoders.text_encoders:
+        part.float()
 
 
 def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
@@ -96,15 +94,16 @@ def write_lora(policy: Policy, directory: Path, config: Sampled) -> Errors:
     # Readers without PEFT's metadata take alpha = rank, so alpha / rank goes into B.
     scale = adapter.lora_alpha / adapter.r
     scaled: Any = {n: w * scale if ".lora_B." in n else w for n, w in weights.items()}
-    StableDiffusion3Pipeline.save_lora_weights(str(directory), transformer_lora_layers=scaled)
+    family = policy.network.family
+    pipeline_of(family).save_lora_weights(str(directory), transformer_lora_layers=scaled)
     found = []
     for library in ("diffusers", "peft"):
-        pipeline = load_pipeline(Path(config.model.path), config.device)
+        pipeline = load_pipeline(Path(config.model.path), config.device, family=family)
         if library == "diffusers":
             pipeline.load_lora_weights(str(directory))
         else:
             PeftModel.from_pretrained(pipeline.transformer, str(directory))
-        found.append(differences(expected, pipeline, config))
+        found.append(differences(expected, family, pipeline, config))
     velocity, latents, counts, difference, value = zip(*found, strict=True)
     return Errors(largest(velocity), largest(latents), sum(counts), largest(difference), largest(value))
 

@@ -93,7 +93,7 @@ class PathFamily:
         return (a + b).to(t.dtype)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """Return the network's time, in [0, 1], float32; a model of the SD3 family takes 1000 times this.
+        """Return the network's time, in [0, 1], float32; the network is told as much, or 1000 times as much.
 
         It is t itself, for ``edm`` the quantile of sigma and not ``c_noise = ln(sigma) / 4``: the network's
         embedding is made for this range.
@@ -179,6 +179,11 @@ def rf_velocity(path_family: PathFamily, network: Network) -> Network:
         return path_family.velocity(z, network(path_family.network_input(z, t), path_family.network_time(t)), t)
 
     return velocity
+
+
+def straight(name: str, output: Network) -> Network:
+    """Return the velocity on the straight path from the output of a network of the path family ``name``."""
+    return output if name == "rf" else rf_velocity(path_family(name), output)
 
 
 def sampling_sigmas(path_family: PathFamily, num_steps: int, *, shift: float = 1.0) -> Tensor:

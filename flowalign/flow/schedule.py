@@ -97,7 +97,8 @@ class PipelineSchedule:
     (arXiv:2403.03206, eq. 23); ``dynamic``: the shift is a function of the size; ``converts``: the option, if any, that
     makes other levels of them (karras, a terminal level, ...); ``named_shift``: what the scheduler's file calls its
     shift, which a dynamic one does not use; ``num_train_timesteps``: what the network is told of t is so many times t;
-    ``make``: levels of a number of steps, and of a static shift in the place of the scheduler's own.
+    ``is_given``: the pipeline hands the scheduler levels of its own; ``make``: levels of a number of steps, and of a
+    static shift in the place of the scheduler's own.
     """
 
     shift: float = 1.0
@@ -106,12 +107,13 @@ class PipelineSchedule:
     converts: str | None = None
     named_shift: float = 1.0
     num_train_timesteps: int = 1000
+    is_given: bool = False
     make: Callable[[int, float | None], Tensor] | None = None
 
     @property
     def is_static(self) -> bool:
         """True where ``sigmas(..., grid="diffusers")`` at this shift is what the pipeline walks."""
-        return not self.dynamic and self.converts is None and self.num_train_timesteps == 1000
+        return not self.dynamic and self.converts is None and not self.is_given and self.num_train_timesteps == 1000
 
     def shift_of(self, shift: Shift) -> float | None:
         """Return a configured shift as a number.

@@ -12,7 +12,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.intake.paths import Config
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.samples.cache import check_sampling
 

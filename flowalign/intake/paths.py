@@ -16,6 +16,8 @@ from flowalign.config.pathfamilies import canonical
 from flowalign.config.section import ConfigError, Section, nearest
 from flowalign.config.sections import PATH_OPTIONS, SHIPPED, ModelConfig, RewardConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.models.directory import family_of_model
+from flowalign.models.errors import ModelError
 from flowalign.models.recorded import recorded_model
 from flowalign.record.textfiles import is_there
 from rewards.missing import hint
@@ -96,7 +98,7 @@ def _resolved(value: Any, held: Held, base: Path, key: str) -> Any:
 
 
 def _as_recorded(model: ModelConfig, key: str) -> ModelConfig:
-    """Return ``family`` and ``inputs`` that are not given as the directory records them."""
+    """Return ``type``, ``family`` and ``inputs`` that are not given as the directory records them."""
     recorded = recorded_model(Path(model.path), key)
     try:
         path_family = canonical(model.family or str(recorded.get("family", "rf")))
@@ -104,7 +106,10 @@ def _as_recorded(model: ModelConfig, key: str) -> ModelConfig:
         raise ConfigError(key, f"{model.path} holds a model of a family that is not known here: {error}") from error
     fresh = model.transformer is not None
     inputs = list(model.inputs or ()) if fresh or model.inputs is not None else recorded.get("inputs", [])
-    return model.model_copy(update={"family": path_family, "inputs": inputs})
+    kind = model.type
+    with suppress(ModelError):  # which is said where the directory is checked
+        kind = kind or family_of_model(model).name
+    return model.model_copy(update={"type": kind, "family": path_family, "inputs": inputs})
 
 
 def _options_of(algorithm: str, code: bool) -> type[BaseModel] | None:

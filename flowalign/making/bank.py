@@ -22,10 +22,10 @@ from flowalign.data.banks.writer import FROM, BankWriter, finished
 from flowalign.data.images import ImageRow, ImagesError, ImageSource
 from flowalign.making.duplicates import find_duplicates
 from flowalign.making.encode import Cutter, RowsDigest, Sizes, encode, in_order
-from flowalign.models.base import ModelError
 from flowalign.models.build import load_encoders
+from flowalign.models.directory import open_directory
 from flowalign.models.encoders import Encoders
-from flowalign.models.family import family_of
+from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import encoder_hash
 from rewards.pictures import PictureError, look
 
@@ -97,7 +97,7 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
         say(f"{options.to} is complete already")
         return done
     encoders = load_encoders(options.model).to(options.device)
-    shape = partial(family_of(options.model.type).latent_shape, Path(options.model.path))
+    shape = open_directory(options.model).latent_shape
     buckets = _buckets(options, shape)
     writer = BankWriter(options.to, identity)
     sizes = Sizes(options.batch_size, options.shard_size, options.device, options.workers)

@@ -20,10 +20,8 @@ from flowalign.intake.recorded import config_of
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights
 from flowalign.models.encoding import Encoding, encoding
-from flowalign.models.families.sd3.encoders import SD3Encoders
-from flowalign.models.families.sd3.loading import assembled
+from flowalign.models.loading import assembled
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
-from flowalign.models.network import Network
 from flowalign.record.files import give_usual_modes
 from flowalign.record.outputs import check_place, draft_beside, take_place
 from flowalign.samples.opened import open_policy, torch_threads
@@ -92,7 +90,7 @@ def merge(
     if pipeline.scheduler.config["stochastic_sampling"]:
         # The first one's scheduler is kept, and by its record a consistency student is known.
         record["sampling"] = first.config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
-    _write(pipeline, first.policy.network, total, to, record)
+    _write(pipeline, first.policy, total, to, record)
     return record
 
 
@@ -146,8 +144,6 @@ def _open(path: Path, which: str, first: Sampled | None, base: Path | None) -> S
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
     config = config.on("cpu").model_copy(update={"model": model})
     policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
-    if not isinstance(policy.encoders, SD3Encoders):
-        raise MergeError(f"{path}: merge knows models of type sd3, not {config.model.type}")
     fuse_lora(policy.network)
     return Source(path, config, policy, state.get("base_hash"))
 
@@ -166,15 +162,16 @@ def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> No
         )
 
 
-def _write(pipeline: Any, network: Network, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
+def _write(pipeline: Any, policy: Policy, expected: dict[str, Tensor], to: Path, record: dict[str, Any]) -> None:
     """Write the model, reload it with diffusers and compare it before it takes its name.
 
     An earlier export is replaced.
     """
+    network, encoders = policy.network, policy.encoders
     with draft_beside(to) as draft:
-        widen_encoders(pipeline)
+        widen_encoders(encoders)
         save_pipeline(pipeline, network, draft)
-        held = dict(load_pipeline(draft).transformer.named_parameters())
+        held = dict(load_pipeline(draft, family=network.family).transformer.named_parameters())
         if any(not torch.equal(held[name].float(), weight) for name, weight in expected.items()):
             raise MergeError(f"the merge, written to {to} and reloaded, holds other weights; nothing was kept")
         rows = "\n".join(f"| {s:.4g} | {code(n)} |" for s, n in zip(record["shares"], record["sources"], strict=True))

@@ -1,4 +1,4 @@
-"""The parts of a model."""
+"""Both halves of a model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 from flowalign.models.encoders import Encoders
 from flowalign.models.network import Network
-
-
-class ModelError(ValueError):
-    """A model directory that is missing, incomplete or of the wrong kind."""
 
 
 @dataclass

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from flowalign.algorithm import VelocityModel
 from flowalign.config.sections import LoraConfig, ModelConfig
-from flowalign.models.base import ModelError, Policy
+from flowalign.models import loading
+from flowalign.models.base import Policy
+from flowalign.models.directory import family_of_model, refuse_absent
 from flowalign.models.encoders import Encoders
-from flowalign.models.family import family_of
+from flowalign.models.errors import ModelError
 from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
 
@@ -35,7 +37,8 @@ def load_encoders(config: ModelConfig, *, text: bool = True) -> Encoders:
 
     Without ``text`` it loads the autoencoder alone. Raise ModelError where that fails.
     """
-    return family_of(config.type).load_encoders(Path(config.path), dtype=getattr(torch, config.dtype), text=text)
+    dtype = getattr(torch, config.dtype)
+    return loading.load_encoders(family_of_model(config), Path(config.path), dtype=dtype, text=text)
 
 
 def load_network(config: ModelConfig) -> Network:
@@ -47,7 +50,9 @@ def load_network(config: ModelConfig) -> Network:
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
     """
-    network = family_of(config.type).load_network(Path(config.path), dtype=getattr(torch, config.dtype))
+    family = family_of_model(config)
+    refuse_absent(family, config)
+    network = loading.load_network(family, Path(config.path), dtype=getattr(torch, config.dtype))
     if config.transformer is not None:
         from flowalign.models.architectures.fresh import new_transformer
 

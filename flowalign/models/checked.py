@@ -7,7 +7,8 @@ from pathlib import Path
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
-from flowalign.models.base import ModelError
+from flowalign.models.directory import Directory, check_directory, family_of_model
+from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily, family_of, known_families
 from flowalign.record.checkpoint import CheckpointError, find
 
@@ -31,10 +32,12 @@ def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, 
             f"{path} is a run or a checkpoint; a run starts from a pipeline, so make one: flowalign export {path} "
             "--to DIR, with --as ema for its averaged weights",
         )
-    family = model_family(model.type)
+    if model.type is not None:
+        model_family(model.type)
     try:
-        family.check(path)
-        return family.latent_shape(path, model.height, model.width)
+        family = family_of_model(model.model_copy(update={"path": str(path)}))
+        check_directory(family, path)
+        return Directory(family, path).latent_shape(model.height, model.width)
     except ValueError as error:
         reason = str(error).removeprefix("model.path: ")
         given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)

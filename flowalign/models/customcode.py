@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 
 
 def refuse_custom_code(directory: Path) -> None:

@@ -1,52 +1,175 @@
-"""The contract of a model family: what a kind of pipeline directory is, and how its halves are loaded."""
+"""The contract of a model family: the facts by which a kind of pipeline directory is loaded, asked and written.
+
+Shapes: N samples, P prompts, C h w latents, L text tokens.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
-import torch
+from torch import Tensor, nn
 
-from flowalign.flow.schedule import PipelineSchedule
-from flowalign.models.base import ModelError
-from flowalign.models.encoders import Encoders, TextPart
-from flowalign.models.network import Network
+from flowalign.models.coding import decode_scaled, encode_scaled
+from flowalign.models.errors import ModelError
 from rewards.usercode.loading import load_module
 
-
-class LoadNetwork(Protocol):
-    def __call__(self, directory: Path, *, dtype: torch.dtype) -> Network: ...
+Config = Mapping[str, Any]  # what a part's config.json says
 
 
-class LoadEncoders(Protocol):
-    def __call__(self, directory: Path, *, dtype: torch.dtype, text: bool = True) -> Encoders: ...
+@dataclass(frozen=True)
+class Geometry:
+    """The latents of a model: ``channels``, ``factor`` pixels a side of a latent, ``patch`` latents a side of a token.
+
+    ``size`` is the side of the images that its pipeline makes unasked, in pixels; ``table`` the number of tokens a side
+    that its positions end at, 0 where they do not.
+    """
+
+    channels: int
+    factor: int
+    patch: int
+    size: int
+    table: int = 0
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The place of one text encoder's output in a condition: tokens [begin, end) and their features, pooled features.
+
+    An ``end`` of None is the end of the text, whose length may vary.
+    """
+
+    tokens: tuple[int, int | None]
+    features: tuple[int, int]
+    pooled: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published model whose files are not there: the configuration of each part by its folder.
+
+    ``parameters`` are the numbers of parameters of parts whose configuration is not needed, ``source`` names the model.
+    """
+
+    source: str
+    parts: Mapping[str, Config]
+    parameters: Mapping[str, int] = field(default_factory=dict)
+
+
+class SmallFiles(Protocol):
+    """The small files of a pipeline, see ``models.directory``."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def config(self, part: str) -> Config:
+        """Return what the ``config.json`` of a part says."""
+        ...
+
+    def has(self, part: str) -> bool:
+        """Tell whether the pipeline has a part."""
+        ...
+
+
+class Forward(Protocol):
+    """Calls a family's module: latents ``x`` (N, C, h, w) at times ``t`` (N,) in [0, 1] to dx/dt of the straight path.
+
+    ``text`` has a row a sample; ``ticks`` is the scheduler's ``num_train_timesteps``, ``guidance`` (N,) what a module
+    that takes a scale is given. The answer is of the shape of ``x``.
+    """
+
+    def __call__(
+        self, module: Any, x: Tensor, t: Tensor, text: Mapping[str, Tensor], *, ticks: int, guidance: Tensor | None
+    ) -> Tensor: ...
+
+
+class Sample(Protocol):
+    """Samples with a loaded pipeline of diffusers' alone: from noise (N, C, h, w) to latents of that shape.
+
+    ``guidance_scale`` is a number as flowalign understands it; ``sigmas`` are levels in the place of the pipeline's.
+    """
+
+    def __call__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        noise: Tensor,
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        length: int,
+        sigmas: Sequence[float] | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family, the value ``FAMILY`` of its module. All functions raise ModelError where a directory does not fit.
+    """One family, the value ``FAMILY`` of its module: what is true of its pipelines and not of every pipeline.
 
-    ``check`` looks at a directory's small files, in milliseconds. ``load_network`` reads the network and small files
-    alone, ``load_encoders`` all else, without ``text`` the autoencoder alone; both put nothing on a device.
-    ``latent_shape``, ``schedule`` and ``text_parts`` tell from small files what the loaded halves would.
-    ``encoder_parts`` are the folders that decide what prompts and pictures are encoded to.
+    ``pipeline`` and ``network`` name the diffusers classes of the pipeline and of its part ``transformer``. ``text``
+    are the parts that read prompts, encoders and tokenizers; those in ``optional`` a directory may lack.
+
+    ``geometry`` reads the configurations of transformer and autoencoder. ``forward`` calls the network, ``sample`` the
+    whole pipeline. ``encode`` reads one prompt by a loaded pipeline: rows of one prompt by name, (1, ...), ``tokens``
+    among them, with a text of ``length`` tokens at most. ``text_shapes`` tells the shapes of those rows, without the 1,
+    from the small files. ``decode`` and ``encode_pictures`` stand between latents and pixels, see ``models.coding``.
+
+    ``levels`` are those that the pipeline hands its scheduler for a number of steps; None: it hands it the number.
+    ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
+    the pipeline does to the length of a guided velocity: nothing, or each ``token`` gets back that of the conditional
+    one. ``guidance_offset`` is what a guidance scale here is above the pipeline's own number for it.
+
+    What not every family has: ``inputs`` names the row that numbers beside the time are appended to (``model.inputs``),
+    ``text_parts`` the places of single encoders (``encoder_dropout``), ``is_fresh`` says whether networks can be begun
+    anew (``model.transformer``). ``published`` are models by the name of their folder.
     """
 
     name: str
-    check: Callable[[Path], None]
-    load_network: LoadNetwork
-    load_encoders: LoadEncoders
-    latent_shape: Callable[[Path, int | None, int | None], tuple[int, int, int]]
-    schedule: Callable[[Path, int | None, int | None], PipelineSchedule]
-    text_parts: Callable[[Path], dict[str, TextPart]]
-    encoder_parts: tuple[str, ...]
-    lora_targets: tuple[str, ...] = ()
+    title: str
+    pipeline: str
+    network: str
+    text: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    geometry: Callable[[Config, Config], Geometry]
+    forward: Forward
+    encode: Callable[[Any, str, int], dict[str, Tensor]]
+    sample: Sample
+    text_shapes: Callable[[SmallFiles, int], dict[str, tuple[int, ...]]]
+    optional: tuple[str, ...] = ()
+    decode: Callable[[Any, Tensor], Tensor] = decode_scaled
+    encode_pictures: Callable[[Any, Tensor], Tensor] = encode_scaled
+    levels: Callable[[int], Sequence[float]] | None = None
+    takes_guidance: Callable[[Config], bool] = lambda config: False
+    guidance_norm: Literal["none", "token"] = "none"
+    guidance_offset: float = 0.0
+    inputs: str | None = None
+    text_parts: Callable[[SmallFiles], dict[str, TextPart]] | None = None
+    is_fresh: bool = False
+    published: Mapping[str, Published] = field(default_factory=dict)
+
+    @property
+    def encoder_parts(self) -> tuple[str, ...]:
+        """The folders that decide what prompts and pictures are encoded to."""
+        return ("vae", *self.text)
+
+    @property
+    def required_parts(self) -> tuple[str, ...]:
+        """The folders that a directory must have."""
+        encoders = (part for part in self.text if part.startswith("text_encoder") and part not in self.optional)
+        return ("transformer", "vae", *encoders, "scheduler")
 
 
+def module_config(module: nn.Module) -> Config:
+    """Return what a diffusers module was made with."""
+    return module.config  # type: ignore[return-value]
+
+
+@cache
 def known_families() -> list[str]:
     """Return the names of the families that ship with the package."""
     folder = Path(__file__).parent / "families"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from flowalign.config.sections import ModelConfig
-from flowalign.models.family import family_of
+from flowalign.models.directory import family_of_model
 
 TRAINED = ("transformer", "scheduler")
 SCALES = ("scaling_factor", "shift_factor")
@@ -29,18 +29,22 @@ def encoder_hash(model: ModelConfig) -> str:
     """
     root = Path(model.path)
     parts = (path for path in root.iterdir() if path.is_dir() and path.name not in TRAINED)
-    return _fingerprint(model.type, parts, torch.float32)
+    return _fingerprint(_kind(model), parts, torch.float32)
 
 
 def encoders_of(model: ModelConfig) -> Encoders:
     """Return the hash of the files that decide what ``model`` encodes to, its weights rounded as asked."""
-    family, root = family_of(model.type), Path(model.path)
+    family, root = family_of_model(model), Path(model.path)
 
     def rounded(precision: str) -> str:
         parts = [root / name for name in family.encoder_parts if (root / name).is_dir()]
-        return _fingerprint(model.type, parts, getattr(torch, precision))
+        return _fingerprint(_kind(model), parts, getattr(torch, precision))
 
     return cache(rounded)
+
+
+def _kind(model: ModelConfig) -> str:
+    return model.type or family_of_model(model).name
 
 
 def same_encoders(own: Encoders, others: Encoders) -> bool:

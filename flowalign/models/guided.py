@@ -1,4 +1,4 @@
-"""Guidance and the conversion of paths, over any network.
+"""Guidance over any network.
 
 Shapes: N samples, P prompts, C H W latents.
 """
@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
-from flowalign.flow import pathfamilies
 from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
 from flowalign.models.network import Network
 from flowalign.types import Condition, Guidance
-
-
-def straight(path_family: str, output: pathfamilies.Network) -> pathfamilies.Network:
-    """Return the velocity on the straight path from a network's output, ``output(z, the family's own time)``."""
-    return output if path_family == "rf" else pathfamilies.rf_velocity(pathfamilies.path_family(path_family), output)
 
 
 def guided(network: Network) -> VelocityModel:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.models.base import ModelError
 from flowalign.models.build import has_lora
+from flowalign.models.errors import ModelError
 from flowalign.models.network import Network
 
 # What a configuration may differ in without its network computing anything else.

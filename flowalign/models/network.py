@@ -1,46 +1,77 @@
-"""The half of a model that learns."""
+"""The half of a model that learns, over the diffusers class of its family.
+
+Shapes: N samples, C h w latents, L text tokens.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.flow.pathfamilies import straight
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.models.directory import sized, walk_of
+from flowalign.models.errors import ModelError
+from flowalign.models.family import Geometry, ModelFamily, module_config
 from flowalign.types import Condition
 
+SHORT = 128  # tokens
 
-class Network(Protocol):
+
+@dataclass
+class Network:
     """A ``module`` that learns, and what it computes: the velocity of the straight path, whatever its path is.
 
-    ``path_family`` says which path it was trained on (see ``flow.pathfamilies``). It knows neither texts nor pictures.
+    ``path_family`` says which path it was trained on (see ``flow.pathfamilies``). ``scheduler`` are the options of the
+    pipeline's own. ``mixed`` is autocast to bfloat16: trainable parameters are float32 whatever the base's dtype, so
+    that rollout and learner both need it, or they would not compute the same function. It knows neither texts nor
+    pictures.
     """
 
+    family: ModelFamily
     module: nn.Module
-    path_family: str
+    scheduler: Mapping[str, Any]
+    geometry: Geometry
+    mixed: bool = False
+    path_family: str = "rf"
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The numbers that it takes beside the time."""
-        ...
+        """The numbers that it takes beside the time: those that it was given, see ``model.inputs``, or its family's."""
+        own = self._added
+        return own or (("guidance",) if self.family.takes_guidance(module_config(self.module)) else ())
 
     @property
-    def device(self) -> torch.device: ...
+    def _added(self) -> tuple[str, ...]:
+        if self.family.inputs is None:
+            return ()
+        from flowalign.models.architectures.inputs import inputs_of
+
+        return inputs_of(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
     @property
     def patch_size(self) -> int:
         """The side of a token in latents."""
-        ...
+        return self.geometry.patch
 
     @property
     def lora_targets(self) -> list[str]:
         """Module names that a LoRA adapts unless the configuration says otherwise."""
-        ...
+        return list(self.family.lora_targets)
 
     def with_module(self, module: nn.Module) -> Network:
         """Return the same network with another module, such as a frozen copy of its own."""
-        ...
+        return replace(self, module=module)
 
     def velocity(
         self,
@@ -51,17 +82,75 @@ class Network(Protocol):
         r: Tensor | None = None,
         guidance: float | Tensor | None = None,
     ) -> Tensor:
-        """Compute dx/dt, float32, at x (N, C, H, W), t (N,), in one call of the module.
+        """Compute dx/dt, float32, at x (N, C, h, w), t (N,), in one call of the module.
 
-        ``r`` and ``guidance`` are numbers for a network that takes them; `guided` makes two calls of a scale.
+        ``r`` and ``guidance`` are numbers for a network that takes them; `guided` makes two calls of a scale. A network
+        that takes ``r`` gives the average velocity between ``t`` and ``r``, by default ``t`` itself.
+
+        Raises:
+            ModelError: an ``r`` for a network that takes none.
         """
-        ...
+        added = self._added
+        if r is not None and "r" not in added:
+            raise ModelError("this network takes no second time r; give it one with model.inputs: [r]")
+        text, exact, given = condition.expand(), None, None
+        if added:
+            from flowalign.models.architectures.inputs import pooled_with_inputs
+
+            exact = self.family.inputs
+            assert exact is not None
+            text[exact] = pooled_with_inputs(text[exact].to(self._dtype), t, r, guidance, added)
+        elif guidance is not None:
+            given = torch.as_tensor(guidance, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        output = partial(self._output, text=text, exact=exact, guidance=given)
+        return straight(self.path_family, output)(x, t)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def _output(
+        self, x: Tensor, t: Tensor, *, text: Mapping[str, Tensor], exact: str | None, guidance: Tensor | None
+    ) -> Tensor:
+        """Return the module's own output, float32: on the straight path a velocity, else see ``flow.pathfamilies``.
+
+        The row ``exact`` keeps its dtype: columns of times stay float32.
+        """
+        dtype, device = self._dtype, self.device.type
+        length = text["tokens"].shape[1] + x.shape[-1] * x.shape[-2] // self.geometry.patch**2
+        rows = {name: row.to(dtype) if row.is_floating_point() and name != exact else row for name, row in text.items()}
+        # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
+        with torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext(), _attention(device, length):
+            ticks = int(self.scheduler["num_train_timesteps"])
+            out = self.family.forward(self.module, x.to(dtype), t, rows, ticks=ticks, guidance=guidance)
+        return out.float()
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Return (C, h, w) of an image size in pixels, None being the model's own. Raise ModelError where none fits."""
-        ...
+        """Return (C, h, w) of an image size in pixels, None being the model's own.
+
+        Raises:
+            ModelError: the size is not a multiple of what autoencoder and patches need, or beyond their positions.
+        """
+        return sized(self.geometry, height, width)
 
     def schedule(self, height: int | None = None, width: int | None = None) -> PipelineSchedule:
-        """Return the noise levels that the model's own pipeline walks at an image size in pixels, None being its
-        own."""
-        ...
+        """Return the noise levels that the model's own pipeline walks at an image size in pixels, None being its own.
+
+        Raises:
+            ModelError: as of `latent_shape`.
+        """
+        return walk_of(self.family, self.scheduler, self.geometry, height, width)
+
+
+def _attention(device: str, length: int) -> AbstractContextManager[Any]:
+    """Return the kernel of attention over ``length`` tokens.
+
+    It is torch's own choice but for short bfloat16 sequences on a CPU.
+
+    There its flash kernel's backward pass is so slow that plain products win (``scripts/benchmarks/kernels.py``).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device == "cpu" and length <= SHORT and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

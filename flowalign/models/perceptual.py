@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from flowalign.models.base import ModelError
 from flowalign.models.encoders import Encoders
+from flowalign.models.errors import ModelError
 from rewards.interface import SpecError
 from rewards.models.openclip import OpenClip
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowalign.flow import schedule
 from flowalign.flow.schedule import PipelineSchedule
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -44,7 +44,7 @@ CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
 _POSITIVE = ("shift", "base_image_seq_len", "max_image_seq_len")
 
 
-def check_scheduler(directory: Path) -> dict[str, Any]:
+def check_scheduler(directory: Path, title: str = "pipelines") -> dict[str, Any]:
     """Return the options of a pipeline's scheduler, those that its file leaves out included; in milliseconds.
 
     Raises:
@@ -58,8 +58,8 @@ def check_scheduler(directory: Path) -> dict[str, Any]:
     for found in (named[-1], written.get("_class_name")):
         if found not in (None, SCHEDULER):
             raise ModelError(
-                f"model.path: {directory} has a {found}; models of type sd3 are walked as {SCHEDULER} walks, so give "
-                f"the pipeline that scheduler"
+                f"model.path: {directory} has a {found}; {title} is walked as {SCHEDULER} walks, so give the pipeline "
+                f"that scheduler"
             )
     try:
         return checked_options(written, noises=_is_consistency_student(directory))
@@ -114,13 +114,15 @@ def _check_value(name: str, value: Any, options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class FlowScheduler:
-    """A scheduler of flow levels with its options, and the ``mu`` that the pipeline hands it for an image size.
+    """A scheduler of flow levels with its options, and what the pipeline hands it.
 
-    ``mu`` is None where the shift is static.
+    ``mu`` belongs to an image size; it is None where the shift is static. ``given`` makes the levels that it is handed
+    for a number of steps; None: it is handed the number.
     """
 
     options: Mapping[str, Any]
     mu: float | None = None
+    given: Callable[[int], Sequence[float]] | None = None
 
     def schedule(self, resolution: float = 1.0) -> PipelineSchedule:
         """Return the walk of the pipeline; ``resolution`` is the root of the size asked for over the model's own."""
@@ -135,6 +137,7 @@ class FlowScheduler:
             converts=next((name for name in CONVERSIONS if own[name]), None),
             named_shift=float(own["shift"]),
             num_train_timesteps=int(own["num_train_timesteps"]),
+            is_given=self.given is not None,
             make=self.levels,
         )
 
@@ -147,7 +150,7 @@ class FlowScheduler:
         """
         own = self.options
         dynamic = self.mu is not None and shift is None
-        if not dynamic and not any(own[name] for name in CONVERSIONS):
+        if not dynamic and self.given is None and not any(own[name] for name in CONVERSIONS):
             static = float(own["shift"]) if shift is None else shift
             return schedule.sigmas(num_steps, static, "diffusers", int(own["num_train_timesteps"]))
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -157,7 +160,8 @@ class FlowScheduler:
         # Rounded to float32, a shifted 1 may be 0.99999988 or 1.0000001.
         scheduler.sigma_max = 1.0
         with np.errstate(all="ignore"):  # what is no number is refused below
-            scheduler.set_timesteps(num_steps, mu=self.mu if dynamic else None)
+            handed = {"num_inference_steps": num_steps} if self.given is None else {"sigmas": self.given(num_steps)}
+            scheduler.set_timesteps(**handed, mu=self.mu if dynamic else None)  # type: ignore[arg-type]
         levels = torch.as_tensor(scheduler.sigmas, dtype=torch.float32)
         return schedule.checked_levels(levels, f"the walk of {num_steps} steps of the model's scheduler")
 

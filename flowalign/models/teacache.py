@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from flowalign.flow.caching import IDENTITY, Polynomial, StepCache, relative_l1
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 
 HOOK = "flowalign_teacache"
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from flowalign.models.base import ModelError
 from flowalign.models.customcode import refuse_custom_code
+from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
 
 _MARKS = 2  # tokens for begin and end

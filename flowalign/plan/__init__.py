@@ -11,10 +11,11 @@ from typing import Any
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.models.inspect import FALLBACK_FOLDER, ModelSizes, default_lora_targets, inspect_model, own_schedule
+from flowalign.models.directory import open_directory
+from flowalign.models.errors import ModelError
+from flowalign.models.inspect import ModelSizes, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry
 from flowalign.plan.memory import Memory, plan_memory
-from rewards.missing import hint
 
 GIB = 2**30
 
@@ -45,21 +46,19 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
         ConfigError: there is no such directory. ModelError: it is there, and cannot be read.
     """
     notes = [f"not ready on this machine: {sentence}" for sentence in missing]
-    directory = Path(config.model.path)
-    if not directory.exists():
-        if directory.name.lower() != FALLBACK_FOLDER:
-            raise ConfigError(
-                "model.path",
-                f"{directory} does not exist{hint(directory)}; of a model whose files are not here only the sizes of "
-                f"{FALLBACK_FOLDER} are known",
-            )
-        notes.append(f"{directory} is absent: sizes are those of Stable Diffusion 3.5 medium")
+    try:
+        published = open_directory(config.model).published
+    except ModelError as error:
+        raise ConfigError("model.path", str(error).removeprefix("model.path: ")) from error
+    if published is not None:
+        notes.append(f"{config.model.path} is absent: sizes are those of {published.source}")
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     geometry = plan_geometry(config, algorithm)
-    sizes, teachers = _sizes(config, directory), {}
+    sizes, teachers = inspect_model(config.model), {}
     for name, teacher in algorithm.needs.teachers.items():
         if (Path(teacher.path) / "model_index.json").is_file():
-            teachers[name] = _sizes(config, Path(teacher.path))
+            own = config.model.model_copy(update={"path": teacher.path, "type": None})
+            teachers[name] = inspect_model(own)
     memory = plan_memory(config, algorithm.needs, geometry, sizes, teachers)
     return Plan(
         geometry,
@@ -68,18 +67,6 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
         _learner_flops(config, geometry, sizes, [sizes, *teachers.values()]),
         memory,
         (*notes, *_odd(config, geometry)),
-    )
-
-
-def _sizes(config: AlignConfig, directory: Path) -> ModelSizes:
-    lora = config.model.lora
-    return inspect_model(
-        directory,
-        max_sequence_length=config.model.max_sequence_length,
-        height=config.model.height,
-        width=config.model.width,
-        lora_rank=None if lora is None else lora.rank,
-        lora_targets=() if lora is None else lora.targets or default_lora_targets(config.model.type),
     )
 
 

@@ -13,7 +13,7 @@ from flowalign.config.teachers import TeacherConfig
 from flowalign.flow.guidance import guides
 from flowalign.flow.path import Scalar
 from flowalign.flow.solvers import evaluations
-from flowalign.models.inspect import extra_inputs
+from flowalign.models.directory import extra_inputs
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from flowalign.data.banks.captions import NotEncoded
 from flowalign.data.feed import tables
 from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import PreferencesError, load_pairs
-from flowalign.models.base import ModelError
 from flowalign.models.build import load_encoders
 from flowalign.models.encoders import Encoders
+from flowalign.models.errors import ModelError
 from flowalign.record.disk import DiskError
 
 MODULE = "flowalign.run.encoded"

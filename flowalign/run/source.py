@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,8 +14,8 @@ from flowalign.data.feed import Feed
 from flowalign.data.preferences import check_shared
 from flowalign.engine import process_group
 from flowalign.flow.randomness import Stream, seeded
+from flowalign.models.directory import open_directory
 from flowalign.models.encoders import Encoders
-from flowalign.models.family import family_of
 from flowalign.run.encoded import encode_captions, encode_prompts, pairs_of, prompt_cache
 from flowalign.run.fixed import group_sampler
 from flowalign.samples.joined import join_trajectories
@@ -67,8 +66,7 @@ class PromptsAlone:
     def __init__(self, config: AlignConfig, needs: Needs, encoders: Encoders | None, first_here: bool) -> None:
         self._config, self._encoders, self._first_here = config, encoders, first_here
         self._sampler = group_sampler(config, needs)
-        family, model = family_of(config.model.type), config.model
-        self._latent_shape = family.latent_shape(Path(model.path), model.height, model.width)
+        self._latent_shape = open_directory(config.model).latent_shape(config.model.height, config.model.width)
 
     def meet(self) -> None:
         """Encode the prompts of the run that are not on disk yet, once on each machine; a collective call.

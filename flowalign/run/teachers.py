@@ -15,7 +15,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
 from flowalign.models.guided import frozen
 from flowalign.models.network import Network

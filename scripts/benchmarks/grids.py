@@ -24,7 +24,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from flowalign.flow import schedule, sde
-from flowalign.models.families.sd3.files import walk_of
+from flowalign.models.directory import scheduler_of
 from flowalign.models.scheduler import checked_options
 
 KINDS: tuple[sde.Kind, ...] = ("flow", "dance", "cps")
@@ -111,7 +111,7 @@ def parity(every: int = 1) -> dict[str, Any]:
         expected = _diffusers_levels(options, tokens, num_steps)
         falls = abs(float(expected[0]) - 1) < 1e-6 and bool((expected.diff() < 0).all())
         try:
-            levels = walk_of(checked_options(options), tokens, 4096).levels(num_steps)
+            levels = scheduler_of(checked_options(options), tokens).levels(num_steps)
         except ValueError:
             if falls:
                 raise

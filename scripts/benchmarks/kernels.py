@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flowalign.shapes
-from flowalign.models.families.sd3.loading import load_encoders
+from flowalign.config.sections import ModelConfig
+from flowalign.models.build import load_encoders
 
 SHIPPED = Path(flowalign.shapes.__path__[0]) / "assets" / "pipeline"
 
@@ -57,8 +58,8 @@ def main() -> None:
         for tokens in (34, 288)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
     }
-    policies = {"contiguous": load_encoders(SHIPPED)}
-    policies["channels_last"] = load_encoders(SHIPPED)
+    policies = {"contiguous": load_encoders(ModelConfig(path=str(SHIPPED)))}
+    policies["channels_last"] = load_encoders(ModelConfig(path=str(SHIPPED)))
     policies["contiguous"].vae.to(memory_format=torch.contiguous_format)
     latents = torch.randn(48, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     images = [policy.decode(latents).int() for policy in policies.values()]

@@ -21,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from flowalign.intake.file import load_align
-from flowalign.models.families.sd3.encoders import SD3Encoders
 from flowalign.record.metrics import read_metrics
 from flowalign.run.drive import drive
 from flowalign.run.fixed import build_run
@@ -63,7 +62,6 @@ def local(iterations: int) -> dict[str, float]:
     rolls = backend.rollouts.policy
     for network in (rolls.network, backend.learner.network):
         watch.watch(network, "velocity")
-    assert isinstance(rolls.encoders, SD3Encoders)
     watch.watch(rolls.encoders.vae, "decode")
     watch.watch(torch.autograd, "backward")
     shares, totals = [], []

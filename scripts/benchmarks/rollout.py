@@ -21,7 +21,7 @@ import torch
 import flowalign.shapes
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_policy
-from flowalign.models.families.sd3.loading import assembled
+from flowalign.models.loading import assembled
 from flowalign.samples.rollout import SampleNoise, rollout
 from flowalign.shapes.prompts import evaluation_set
 from flowalign.types import Guidance, PromptBatch, SamplingPlan

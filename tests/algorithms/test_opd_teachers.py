@@ -20,7 +20,7 @@ from flowalign.export import export
 from flowalign.export.verify import load_pipeline
 from flowalign.flow import sde
 from flowalign.intake.file import load_align
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
 from flowalign.run.collecting import Request

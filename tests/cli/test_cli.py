@@ -295,14 +295,15 @@ def test_an_evaluation_s_prompts_are_checked_before_a_model_is_opened(tmp_path: 
 
 
 def test_an_image_beyond_the_positions_of_a_model_is_refused_before_it_is_drawn(config_path: Path) -> None:
-    from flowalign.models.base import ModelError
-    from flowalign.models.inspect import latent_shape
+    from flowalign.config.sections import ModelConfig
+    from flowalign.models.directory import open_directory
+    from flowalign.models.errors import ModelError
 
-    model = config_path.parent / "model"
-    assert latent_shape(model, 128, 64) == (16, 16, 8)
+    model = open_directory(ModelConfig(path=str(config_path.parent / "model")))
+    assert model.latent_shape(128, 64) == (16, 16, 8)
     for height, width in ((144, 64), (64, 144), (1024, 1024), (0, 64)):
         with pytest.raises(ModelError, match=f"image size {height}x{width}: "):
-            latent_shape(model, height, width)
+            model.latent_shape(height, width)
 
 
 def test_plan_says_that_it_takes_alignments_only() -> None:

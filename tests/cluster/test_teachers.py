@@ -25,8 +25,8 @@ from flowalign.cluster.placement import shares
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
+from flowalign.models.errors import ModelError
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.collecting import Request
 from flowalign.run.fixed import build_run

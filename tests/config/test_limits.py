@@ -25,8 +25,8 @@ from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import load_align, load_pretrain
 from flowalign.intake.recorded import config_of
-from flowalign.models.base import ModelError
 from flowalign.models.checked import check_pipeline
+from flowalign.models.errors import ModelError
 from flowalign.models.inspect import inspect_model
 from flowalign.plan import make_plan
 from flowalign.record.checkpointwriter import CheckpointWriter
@@ -261,7 +261,7 @@ def test_a_pipeline_whose_files_say_too_much_is_refused(
     with pytest.raises((ConfigError, ModelError), match=re.escape(said)):
         own = config_of(pipeline, None)
         check_pipeline("model.path", pipeline, own.model)
-        inspect_model(pipeline, max_sequence_length=16)
+        inspect_model(own.model.model_copy(update={"max_sequence_length": 16}))
 
 
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "a/../../x", "a\0b"])

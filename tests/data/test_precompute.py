@@ -133,7 +133,8 @@ def test_the_options_of_the_command_reach_the_bank_and_its_embeddings_are_the_mo
     policy = load_policy(ModelConfig(path=options.model.path))
     own, found = policy.encoders.encode_prompts(bank.prompts, 8), bank.embeddings.condition(8)
     for name in ("tokens", "pooled"):
-        assert torch.equal(getattr(own, name), getattr(found, name)), name
+        assert torch.equal(own.text[name], found.text[name]), name
+        assert torch.equal(own.null[name], found.null[name]), name
 
 
 def test_what_cannot_be_used_is_left_out_counted_and_named(options: Options, folder: Path) -> None:

@@ -25,7 +25,7 @@ from flowalign.models.architectures import dit
 from flowalign.models.architectures.fresh import new_transformer
 from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.models.build import load_policy
-from flowalign.models.families.sd3.files import OWN_PIPELINE
+from flowalign.models.directory import OWN_PIPELINE
 from flowalign.models.guided import guided
 from flowalign.samples.opened import policy_plan
 from flowalign.types import Guidance

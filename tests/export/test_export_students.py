@@ -28,9 +28,8 @@ from flowalign.intake.recorded import config_of
 from flowalign.intake.run_directory import begin_run
 from flowalign.making.merge import merge
 from flowalign.measure.evaluate import evaluate_checkpoint
-from flowalign.models.base import ModelError
-from flowalign.models.build import load_policy
-from flowalign.models.families.sd3.loading import load_encoders
+from flowalign.models.build import load_encoders, load_policy
+from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.models.guided import guided
 from flowalign.models.inspect import inspect_model
@@ -225,7 +224,8 @@ def test_a_merge_keeps_family_and_inputs_and_samples_in_diffusers(tmp_path, tiny
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(MergeError, match=r"is of the family rf and .* of v/cos"):
         merge([tmp_path / "v_out", tiny_pipeline_dir], tmp_path / "none")
-    assert inspect_model(tmp_path / "r_out", max_sequence_length=4).transformer > 0  # what flowalign plan reads
+    own = ModelConfig(path=str(tmp_path / "r_out"), max_sequence_length=4)
+    assert inspect_model(own).transformer > 0  # what flowalign plan reads
 
 
 def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_dir, bank):
@@ -233,10 +233,10 @@ def test_a_loader_of_ours_runs_no_code_of_a_directory(tmp_path, tiny_pipeline_di
     run = trained(tmp_path, tiny_pipeline_dir, bank, **own)
     out = export(run, tmp_path / "out", config=config_of(run, None)).path
     (out / "pipeline.py").write_text("raise RuntimeError('this was run')\n")
-    assert type(load_encoders(out).pipeline) is StableDiffusion3Pipeline
+    assert type(load_encoders(ModelConfig(path=str(out))).pipeline) is StableDiffusion3Pipeline
     index = out / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": ["pipeline", "OtherPipeline"]}))
-    with pytest.raises(ModelError, match="models of type sd3 need a StableDiffusion3Pipeline"):
+    with pytest.raises(ModelError, match=r"holds a OtherPipeline, .* known: .*StableDiffusion3Pipeline"):
         load_policy(ModelConfig(path=str(out)))
 
 

@@ -49,9 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Any]:
     server: Any = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["tests.fault.victim", "flowalign.run.local", "flowalign.models.families.sd3.loading"]
-    )
+    server.set_forkserver_preload(["tests.fault.victim", "flowalign.run.local", "flowalign.models.loading"])
     yield server
 
 

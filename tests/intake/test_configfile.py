@@ -136,7 +136,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("model=foo", "transformer; did you mean model.path=foo?"),
         ("rewards=3.5", "rewards.0: "),
         ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
-        ("model.path=absent", "is not a directory; give a StableDiffusion3Pipeline directory"),
+        ("model.path=absent", "is not a directory; give a pipeline directory"),
         ("model.lora={rank: 2, targets: []}", "model.lora.targets: "),
         ("data.task_weights={1: 3}", "data.task_weights: no prompt has the task '1'"),
         ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),

@@ -8,13 +8,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from flowalign.config.sections import ModelConfig
 from flowalign.intake.file import load_align
-from flowalign.models.families.sd3.loading import load_encoders
-from flowalign.models.inspect import SD35_MEDIUM
+from flowalign.models.build import load_encoders
+from flowalign.models.families.sd3 import FAMILY
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 from flowalign.run.drive import drive
 from tests.tiny import write_pipeline
+
+MEDIUM = FAMILY.published["stable-diffusion-3.5-medium"].parts["transformer"]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sd35"
 SMALL = [
@@ -62,7 +65,7 @@ def sd35_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pipeline(
         tmp_path_factory.mktemp("sd35"),
         half=False,
-        transformer=SD3Transformer2DModel(**{**SD35_MEDIUM, **changes}),
+        transformer=SD3Transformer2DModel(**{**MEDIUM, **changes}),
         text_encoder_3=T5EncoderModel(text),
         tokenizer_3=t5,
     )
@@ -83,7 +86,7 @@ def test_a_published_recipe_runs_on_a_small_model_of_its_architecture(sd35_dir, 
 
 
 def test_the_t5_part_of_the_text_is_encoded_and_not_zero(sd35_dir):
-    encoders = load_encoders(sd35_dir)
+    encoders = load_encoders(ModelConfig(path=str(sd35_dir)))
     condition = encoders.encode_prompts(["a photo of a red circle"], 16)
     clip_tokens = encoders.pipeline.tokenizer_max_length
     assert condition.text["tokens"].shape == (1, clip_tokens + 16, 160)

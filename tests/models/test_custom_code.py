@@ -19,8 +19,8 @@ from PIL import Image
 
 from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.export.verify import load_pipeline
-from flowalign.models.base import ModelError
 from flowalign.models.build import load_policy
+from flowalign.models.errors import ModelError
 from rewards.interface import SpecError
 from rewards.models.customcode import custom_code
 from rewards.resolve import resolve

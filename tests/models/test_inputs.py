@@ -12,8 +12,8 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.models.architectures.inputs import PREFIX, add_inputs, inputs_of, pooled_with_inputs, restore_inputs
-from flowalign.models.base import ModelError
-from flowalign.models.families.sd3.network import LORA_TARGETS
+from flowalign.models.errors import ModelError
+from flowalign.models.families.sd3 import FAMILY
 from flowalign.shapes.build.pipeline import new_transformer
 
 BOTH = ("r", "guidance")
@@ -167,7 +167,7 @@ def test_a_deep_copy_has_weights_of_its_own(network):
 
 def test_inputs_and_a_lora_go_together_in_either_order(network):
     other = copy.deepcopy(network)
-    lora = LoraConfig(r=2, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    lora = LoraConfig(r=2, init_lora_weights="gaussian", target_modules=list(FAMILY.lora_targets))
     taught(network).add_adapter(lora)
     other.add_adapter(lora)
     taught(other)

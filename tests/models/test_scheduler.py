@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule, sigmas
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.models.scheduler import DEFAULTS, FlowScheduler, check_scheduler, checked_options
 from tests.tiny import write_configs_of_a_pipeline

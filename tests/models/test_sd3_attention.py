@@ -7,8 +7,8 @@ import torch
 
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_policy
-from flowalign.models.families.sd3.network import SHORT, _attention
 from flowalign.models.guided import guided
+from flowalign.models.network import SHORT, _attention
 
 
 def operators(policy, length: int, mixed: bool) -> set[str]:

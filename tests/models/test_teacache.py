@@ -11,8 +11,8 @@ from peft import LoraConfig
 from flowalign.config.sections import TransformerConfig
 from flowalign.flow.caching import fit, relative_l1
 from flowalign.models.architectures.fresh import CLASSES, new_transformer
-from flowalign.models.base import ModelError
-from flowalign.models.families.sd3.network import LORA_TARGETS
+from flowalign.models.errors import ModelError
+from flowalign.models.families.sd3 import FAMILY
 from flowalign.models.teacache import BlockCache, Distances
 
 LIKE = {
@@ -161,7 +161,7 @@ def test_a_smaller_threshold_computes_more_and_errs_less():
 
 def test_a_lora_is_part_of_what_is_cached():
     network = random_network()
-    network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=LORA_TARGETS))
+    network.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=list(FAMILY.lora_targets)))
     with_lora = walk(network)
     with BlockCache(network, STEPS, 0.0):
         assert torch.equal(walk(network), with_lora)

@@ -12,7 +12,7 @@ from flowalign.config.sections import Architecture, TransformerConfig
 from flowalign.models.architectures.dit import ConcatBlock
 from flowalign.models.architectures.fresh import CLASSES, flops, matching, new_transformer, spec_flops
 from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs
-from flowalign.models.families.sd3.network import LORA_TARGETS
+from flowalign.models.families.sd3 import FAMILY
 
 LIKE = {
     "sample_size": 8,
@@ -176,7 +176,7 @@ def test_baselines_take_loras_inputs_and_gradient_checkpoints(architecture):
 
     network, inputs = random_network(architecture), tensors()
     answer = network(**inputs)[0]
-    network.add_adapter(LoraConfig(r=2, target_modules=LORA_TARGETS))
+    network.add_adapter(LoraConfig(r=2, target_modules=list(FAMILY.lora_targets)))
     add_inputs(network, ["r"])
     pooled = pooled_with_inputs(inputs["pooled_projections"], inputs["timestep"] / 1000, names=inputs_of(network))
     network.enable_gradient_checkpointing()

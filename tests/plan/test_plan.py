@@ -11,10 +11,12 @@ from torch import Tensor
 from flowalign.algorithms import build_algorithm
 from flowalign.cli.terminal import console, print_rows
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.flow.solvers import evaluations
 from flowalign.flow.solvers.heun import solve as heun
 from flowalign.intake.file import load_align
-from flowalign.models.inspect import SD35_FROZEN, inspect_model
+from flowalign.models.families.sd3 import FAMILY
+from flowalign.models.inspect import inspect_model
 from flowalign.plan import Plan, make_plan, plan_geometry, plan_rows
 from tests.tiny import write_config, write_configs_of_a_pipeline
 
@@ -54,7 +56,7 @@ def test_only_a_scale_above_one_of_a_network_without_such_an_input_costs_a_secon
 
 
 def test_parameters_are_counted_from_configuration_files_alone(config_path: Path) -> None:
-    sizes = inspect_model(config_path.parent / "model", max_sequence_length=16)
+    sizes = inspect_model(ModelConfig(path=str(config_path.parent / "model"), max_sequence_length=16))
     assert sizes.latent_shape == (16, 8, 8)
     assert (sizes.image_tokens, sizes.text_tokens, sizes.width, sizes.num_layers) == (16, 40, 64, 2)
     assert set(sizes.frozen) == {"vae", "text_encoder", "text_encoder_2"}
@@ -62,9 +64,8 @@ def test_parameters_are_counted_from_configuration_files_alone(config_path: Path
 
 
 def test_a_lora_counts_rank_times_both_sides_of_each_target(config_path: Path) -> None:
-    sizes = inspect_model(
-        config_path.parent / "model", max_sequence_length=16, lora_rank=4, lora_targets=["attn.to_q", "attn.to_k"]
-    )
+    lora = LoraConfig(rank=4, targets=["attn.to_q", "attn.to_k"])
+    sizes = inspect_model(ModelConfig(path=str(config_path.parent / "model"), max_sequence_length=16, lora=lora))
     assert sizes.trainable == 2 * 2 * 4 * (64 + 64)
 
 
@@ -90,7 +91,7 @@ def test_the_published_recipes_plan_without_their_weights(name: str) -> None:
     made = plan(ROOT / "configs" / "sd35" / f"{name}.yaml")
     assert made.geometry.images == 48 * 24
     assert made.model.transformer == 2_243_171_520
-    assert made.model.frozen == SD35_FROZEN
+    assert made.model.frozen == FAMILY.published["stable-diffusion-3.5-medium"].parameters
     assert any("is absent: sizes are those of Stable Diffusion 3.5 medium" in note for note in made.notes)
     assert dict(plan_rows(made))["latents"] == "16x64x64, 1024 image and 205 text tokens"
 
@@ -114,7 +115,8 @@ def test_teachers_are_counted_with_their_own_size_and_where_they_live(config_pat
     learner = ("cluster.backend=ray", "learner.engine=deepspeed", "learner.ranks=2")
     alone = plan(config_path, *taught("b: {path: model}"), *learner)
     inside, actors = (plan(config_path, *teachers, *learner, f"cluster.teachers={w}") for w in ("learner", "actor"))
-    sizes = [inspect_model(d, max_sequence_length=16) for d in (deep, config_path.parent / "model")]
+    models = (ModelConfig(path=str(d), max_sequence_length=16) for d in (deep, config_path.parent / "model"))
+    sizes = [inspect_model(model) for model in models]
     expected = {"a": 4 * sizes[0].transformer, "b": 4 * sizes[1].transformer}
     assert actors.memory.teachers == inside.memory.teachers == expected and expected["a"] > 2 * expected["b"]
     assert actors.memory.learner_rank == alone.memory.learner_rank
@@ -149,7 +151,7 @@ def test_a_reference_is_a_copy_of_the_network_unless_a_lora_can_be_switched_off(
 
 def test_a_model_that_is_not_there_is_no_published_one(config_path: Path) -> None:
     for path, said in {
-        "modle": r"modle does not exist \(did you mean 'model'\?\); of a model whose files are not here",
+        "modle": r"modle is not a directory \(did you mean 'model'\?\); give .* known: stable-diffusion-3\.5-medium",
         "$SCRATCH/model": r"\(\$SCRATCH is not expanded here; write the path out\)",
         "~nobodyhere/model": r"\(~nobodyhere is not expanded: there is no such user; write the path out\)",
     }.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +25,9 @@ from flowalign.making.shapes_latents import make_bank
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.measure.validation import Validation
 from flowalign.models.build import load_policy
-from flowalign.models.encoders import Encoders, TextPart
+from flowalign.models.directory import text_parts
+from flowalign.models.encoders import Encoders
+from flowalign.models.family import TextPart
 from flowalign.models.guided import guided
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
@@ -276,7 +277,8 @@ def test_the_validation_loss_is_that_of_a_text_length_that_is_trained(tmp_path, 
 
 
 def test_single_encoders_are_dropped_alone():
-    condition = replace(_condition(3), tokens_PLD=torch.zeros(1, 5, 4), null_LD=torch.ones(5, 4), null_E=torch.ones(3))
+    index = torch.zeros(3).long()
+    condition = text_condition(torch.zeros(1, 5, 4), torch.zeros(1, 3), index, torch.ones(5, 4), torch.ones(3))
     parts = [TextPart((0, 3), (0, 1), (0, 2)), TextPart((0, 3), (1, 4), (2, 3)), TextPart((3, None), (0, 4), (0, 0))]
     dropped = torch.tensor([[True, False, False], [False, True, True], [False, False, False]])
     tokens, pooled = without_encoders(condition, parts, dropped).expand().values()
@@ -286,11 +288,12 @@ def test_single_encoders_are_dropped_alone():
 
 
 def test_dropping_all_encoders_is_the_empty_text(tmp_path, tiny_pipeline_dir, bank):
-    policy = load_policy(ModelConfig(path=str(tiny_pipeline_dir)))
-    every = dict.fromkeys(policy.encoders.text_parts, 1.0)
+    model = ModelConfig(path=str(tiny_pipeline_dir))
+    policy, parts = load_policy(model), text_parts(model)
+    every = dict.fromkeys(parts, 1.0)
     batch = Feed(encoded(config(tmp_path, tiny_pipeline_dir, bank, encoder_dropout=every), policy.encoders)).batch(0, 4)
     tokens, pooled = batch.condition.expand().values()
-    clip = policy.encoders.text_parts["clip_g"].tokens[1]
+    clip = parts["clip_g"].tokens[1]
     assert torch.equal(tokens[0, :clip], batch.condition.null["tokens"][0, :clip]) and torch.equal(
         pooled[0], batch.condition.null["pooled"][0]
     )

@@ -8,11 +8,11 @@ import torch
 
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config.sections import LoraConfig, ModelConfig
-from flowalign.models.base import ModelError
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
-from flowalign.models.families.sd3.loading import assembled
+from flowalign.models.errors import ModelError
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
+from flowalign.models.loading import assembled
 from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import NonFiniteSamples, SampleNoise, refuse_non_finite, rollout
 from flowalign.types import Guidance, Noise, PromptBatch, SamplingPlan, Scores, Trajectories, value_of

@@ -13,15 +13,13 @@ from torch import Tensor
 from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, cut
 from flowalign.data.banks.captions import NotEncoded
+from flowalign.models.directory import open_directory
 from flowalign.models.encoders import Encoders
-from flowalign.models.family import family_of
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.record.disk import draft_of, on_disk, writing
 from flowalign.record.files import save_tensors, tensors_size
 from flowalign.types import Condition
 from rewards.pictures import look, read
-
-SMALL = 64  # pixels a side that every model takes, whatever its patches and its table of positions
 
 
 class EncodedCache:
@@ -34,9 +32,9 @@ class EncodedCache:
 
     def __init__(self, folder: Path, encoders: Encoders | None, model: ModelConfig) -> None:
         self.folder, self._encoders, self._length = folder, encoders, model.max_sequence_length
-        shape, path = family_of(model.type).latent_shape, Path(model.path)
-        _, rows, columns = shape(path, model.height, model.width)
-        factor = SMALL // shape(path, SMALL, SMALL)[1]
+        directory = open_directory(model)
+        _, rows, columns = directory.latent_shape(model.height, model.width)
+        factor = directory.geometry.factor
         self._size = Bucket(rows * factor, columns * factor)
         size = self._size.width, self._size.height
         salt = encoder_hash(model), model.dtype, str(model.max_sequence_length), str(size)

@@ -22,7 +22,7 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, TimestepEmbedding
 from torch import Tensor, nn
 
-from flowalign.models.base import ModelError
+from flowalign.models.errors import ModelError
 
 SCALES = {"r": 1000.0, "guidance": 100.0}  # the columns' order
 PREFIX = "time_text_embed.inputs."

@@ -74,7 +74,7 @@ def _sources(config: RunConfig, base_dir: Path) -> Iterator[_Source]:
         if key.startswith(unread):
             continue
         if isinstance(section, ModelConfig):
-            yield from _of_code(f"{key.removesuffix('path')}type", section.type)
+            yield from _of_code(f"{key.removesuffix('path')}type", section.type or "")
         if isinstance(section, RewardConfig):
             yield from _of_reward(key, value, held, section, base_dir)
         elif held == "pipeline":
