@@ -133,9 +133,7 @@ def family_of_model(model: ModelConfig) -> ModelFamily:
         found = [family for family in families if path.name.lower() in family.published]
         if found:
             return found[0]
-        raise ModelError(
-            f"model.path: {path} is not a directory{hint(path)}; give a pipeline directory{_known(families)}"
-        )
+        raise _absent(path, families)
     name = pipeline_class(path)
     if name == OWN_PIPELINE[1]:
         name = next(iter(_own_base(path)), name)
