@@ -5,12 +5,14 @@ Shapes: N samples, C h w latents, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flowalign.conditions import cat_rows
 from flowalign.models.errors import ModelError
@@ -18,6 +20,12 @@ from flowalign.models.family import ModelFamily
 from flowalign.types import Condition
 
 CACHED_PROMPTS = 512
+
+
+def padded(row: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return the row of a text with zeros behind its tokens (1, L, D) and their mask (1, L), up to ``length``."""
+    missing = length - row["tokens"].shape[1]
+    return {**row, "tokens": pad(row["tokens"], (0, 0, 0, missing)), "mask": pad(row["mask"], (0, missing))}
 
 
 class Encoders:
@@ -58,22 +66,30 @@ class Encoders:
         return self
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], length: int) -> Condition:
-        """Encode each distinct prompt as one row, mapped back to all prompts, plus the empty prompt.
+    def encode_prompts(
+        self, prompts: Sequence[str], length: int, *, negatives: Sequence[str] | None = None, full: bool = False
+    ) -> Condition:
+        """Encode each distinct prompt as one row, mapped back to all prompts, and likewise the negative ones.
 
         Each is encoded once and alone, so that its embedding never depends on its batch. ``length`` is that of the part
-        of the text which a configuration chooses (``model.max_sequence_length``).
+        of the text which a configuration chooses (``model.max_sequence_length``), or the most tokens of it. All texts
+        of one call are padded to the length of the longest, or with ``full`` to ``length``; `text_lengths` tells which
+        have one length. ``negatives`` are a prompt for each of the prompts; by default the family's own.
         """
         if not self.text_encoders:
             raise ModelError("the text encoders of this model were not loaded")
-        rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        encoded = [self._encode(prompt, length) for prompt in [*rows, ""]]
-        return Condition(
-            text=cat_rows(encoded[:-1]),
-            null=encoded[-1],
-            index_N=torch.tensor([rows[prompt] for prompt in prompts], device=self.device),
-            null_N=torch.zeros(len(prompts), dtype=torch.long, device=self.device),
-        )
+        text, index = self._rows(prompts, length, full)
+        null, null_index = self._rows(negatives or [self.family.negative or ""] * len(prompts), length, full)
+        return Condition(text, null, index, null_index)
+
+    def _rows(self, prompts: Sequence[str], length: int, full: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Return a row for each distinct prompt, and which of them each prompt has."""
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = [self._encode(prompt, length) for prompt in places]
+        if multiple := self.family.padding:
+            longest = length if full else max(row["tokens"].shape[1] for row in rows)
+            rows = [padded(row, math.ceil(longest / multiple) * multiple) for row in rows]
+        return cat_rows(rows), torch.tensor([places[prompt] for prompt in prompts], device=self.device)
 
     def _encode_one(self, prompt: str, length: int) -> dict[str, Tensor]:
         return self.family.encode(self.pipeline, prompt, length)

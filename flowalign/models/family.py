@@ -119,6 +119,11 @@ class ModelFamily:
     among them, with a text of ``length`` tokens at most. ``text_shapes`` tells the shapes of those rows, without the 1,
     from the small files. ``decode`` and ``encode_pictures`` stand between latents and pixels, see ``models.coding``.
 
+    ``padding``: 0, or the number of tokens that a text's length is padded to a multiple of. Then ``encode`` gives the
+    text as long as it is, and beside ``tokens`` a ``mask`` (1, L) of them; else every text is as long as ``length``
+    makes it. ``negative`` is the prompt that guidance leads away from where nobody names one; None: there is no
+    guidance without one.
+
     ``levels`` are those that the pipeline hands its scheduler for a number of steps; None: it hands it the number.
     ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
     the pipeline does to the length of a guided velocity: nothing, or each ``token`` gets back that of the conditional
@@ -143,6 +148,8 @@ class ModelFamily:
     optional: tuple[str, ...] = ()
     decode: Callable[[Any, Tensor], Tensor] = decode_scaled
     encode_pictures: Callable[[Any, Tensor], Tensor] = encode_scaled
+    padding: int = 0
+    negative: str | None = ""
     levels: Callable[[int], Sequence[float]] | None = None
     takes_guidance: Callable[[Config], bool] = lambda config: False
     guidance_norm: Literal["none", "token"] = "none"

@@ -15,7 +15,9 @@ from flowalign.types import Condition, Guidance
 
 
 def guided(network: Network) -> VelocityModel:
-    """Return the velocity of ``network``, guided where the scale is above 1: both passes in one batched call.
+    """Return the velocity of ``network``, guided where the scale is above 1.
+
+    Both passes are one batched call where prompts and negative prompts are of one length.
 
     A network that takes the guidance as an input is handed the scale as it is, and called once.
     """
@@ -31,10 +33,14 @@ def guided(network: Network) -> VelocityModel:
         scale, is_input = None if guidance is None else guidance.scale, "guidance" in network.inputs
         if guidance is None or is_input or not guides(guidance.scale):
             return network.velocity(x, t, condition, r=r, guidance=scale if is_input else None)
-        both = network.velocity(
-            torch.cat([x, x]), torch.cat([t, t]), condition.doubled(), r=None if r is None else torch.cat([r, r])
-        )
-        null, conditional = both.chunk(2)
+        if condition.is_even:
+            both = network.velocity(
+                torch.cat([x, x]), torch.cat([t, t]), condition.doubled(), r=None if r is None else torch.cat([r, r])
+            )
+            null, conditional = both.chunk(2)
+        else:
+            null = network.velocity(x, t, condition.negative, r=r)
+            conditional = network.velocity(x, t, condition, r=r)
         if not guidance.norm_preserving:
             return cfg(conditional, null, guidance.scale)
         return cfg_norm_preserving(conditional, null, guidance.scale, patch_size=network.patch_size)

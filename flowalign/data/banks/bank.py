@@ -111,7 +111,8 @@ def shortened(table: Condition, surplus: int) -> Condition:
     """Return embeddings without the last ``surplus`` of their tokens."""
 
     def shorter(rows: TextRows) -> TextRows:
-        return {**rows, "tokens": rows["tokens"][:, : rows["tokens"].shape[1] - surplus]}
+        cut = {name: rows[name][:, : rows[name].shape[1] - surplus] for name in ("tokens", "mask") if name in rows}
+        return {**rows, **cut}
 
     return replace(table, text=shorter(table.text), null=shorter(table.null))
 

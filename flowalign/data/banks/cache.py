@@ -58,7 +58,7 @@ class EncodedCache:
         """Return the key of a caption's embeddings, (L, D) and (E,)."""
         key = self._key(b"caption", text.encode())
         if not self._path(key).is_file():
-            condition = self._own(key).encode_prompts((text,), self._length)
+            condition = self._own(key).encode_prompts((text,), self._length, full=True)
             self._store(key, {name: row[0].contiguous() for name, row in condition.text.items()})
         return key
 

@@ -59,7 +59,7 @@ class CaptionTable:
         """Encode the prompts, unless the file is there; written by rename. Raises DiskError."""
         if self.path.is_file():
             return
-        table = encoders.encode_prompts(self._prompts, self._length).to("cpu")
+        table = encoders.encode_prompts(self._prompts, self._length, full=True).to("cpu")
         tensors = stored(table)
         needed = on_disk([tensors_size(tensors)])
         with writing(str(self.path), self.path, needed):

@@ -31,7 +31,7 @@ def write_embeddings(
         DiskError: before the first prompt where the disk cannot hold all of it. LatentsError: a number is too
             large for ``dtype``.
     """
-    empty = encoders.encode_prompts(("",), length).null
+    empty = encoders.encode_prompts(("",), length, full=True).null
     null = {name: _narrow(rows[0], dtype) for name, rows in empty.items()}
     shapes = {name: (len(prompts), *row.shape) for name, row in null.items()}
     shapes |= {f"{NULL}{name}": tuple(row.shape) for name, row in null.items()}
@@ -43,7 +43,7 @@ def write_embeddings(
         first, *others = null  # the first are long and written at once
         kept: dict[str, list[Tensor]] = {name: [] for name in others}
         for prompt in prompts:
-            own = encoders.encode_prompts((prompt,), length).text
+            own = encoders.encode_prompts((prompt,), length, full=True).text
             row = {name: _narrow(rows[0], dtype) for name, rows in own.items()}
             yield _bytes(row[first])
             for name in others:
