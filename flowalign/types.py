@@ -61,11 +61,16 @@ class CacheRule:
 class Guidance:
     """Classifier-free guidance: its ``scale``, a float or (N,), where 1 or less is none.
 
-    With ``norm_preserving`` the guided velocity keeps the length of the conditional one.
+    A network that takes the scale as an input is handed it as it is, and guided by two passes at ``true_scale``. With
+    ``norm_preserving`` each token of the guided velocity keeps the length of the conditional one; with ``norm_cap`` the
+    whole of it is at most so many times as long. Guidance ends where 1 - t is beyond ``until``.
     """
 
     scale: float | Tensor = 1.0
     norm_preserving: bool = False
+    true_scale: float = 1.0
+    norm_cap: float | None = None
+    until: float = 1.0
 
 
 @dataclass(frozen=True)

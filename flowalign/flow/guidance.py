@@ -47,6 +47,24 @@ def cfg_norm_preserving(v_cond: Tensor, v_uncond: Tensor, scale: Scalar, patch_s
     return (guided * ratio).to(v_cond.dtype)
 
 
+def norm_capped(guided: Tensor, v_cond: Tensor, cap: float) -> Tensor:
+    """Return ``guided`` (N, ...), each sample shortened to at most ``cap`` times the length of ``v_cond``.
+
+    (public Z-Image pipeline, ``cfg_normalization``)
+    """
+    lengths = [torch.linalg.vector_norm(v.float().flatten(1), dim=1) for v in (guided, v_cond)]
+    factor = (cap * lengths[1] / lengths[0].clamp_min(1e-12)).clamp_max(1.0)
+    return (guided * per_sample(factor, guided)).to(guided.dtype)
+
+
+def ended(scale: Scalar, t: Tensor, until: float) -> Scalar:
+    """Return the scale at times ``t`` (N,) of a guidance that ends where 1 - t is beyond ``until``: there it is 1.
+
+    (public Z-Image pipeline, ``cfg_truncation``)
+    """
+    return scale if until >= 1 else torch.where(1 - t > until, torch.ones_like(t), torch.as_tensor(scale).to(t))
+
+
 def _norm(v: Tensor, patch_size: int) -> Tensor:
     """Return the norm of each token in float32, in a shape that broadcasts against ``v``."""
     v = v.float()

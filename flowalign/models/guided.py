@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
-from flowalign.flow.guidance import cfg, cfg_norm_preserving, guides
+from flowalign.flow.guidance import cfg, cfg_norm_preserving, ended, guides, norm_capped
 from flowalign.models.network import Network
 from flowalign.types import Condition, Guidance
 
 
 def guided(network: Network) -> VelocityModel:
-    """Return the velocity of ``network``, guided where the scale is above 1.
+    """Return the velocity of ``network``, guided as a `Guidance` says, and as its family's pipeline does.
 
-    Both passes are one batched call where prompts and negative prompts are of one length.
-
-    A network that takes the guidance as an input is handed the scale as it is, and called once.
+    Two passes are one batched call where prompts and negative prompts have texts of one length.
     """
 
     def velocity(
@@ -30,22 +28,35 @@ def guided(network: Network) -> VelocityModel:
         r: Tensor | None = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
-        scale, is_input = None if guidance is None else guidance.scale, "guidance" in network.inputs
-        if guidance is None or is_input or not guides(guidance.scale):
-            return network.velocity(x, t, condition, r=r, guidance=scale if is_input else None)
-        if condition.is_even:
-            both = network.velocity(
-                torch.cat([x, x]), torch.cat([t, t]), condition.doubled(), r=None if r is None else torch.cat([r, r])
-            )
-            null, conditional = both.chunk(2)
-        else:
-            null = network.velocity(x, t, condition.negative, r=r)
-            conditional = network.velocity(x, t, condition, r=r)
-        if not guidance.norm_preserving:
-            return cfg(conditional, null, guidance.scale)
-        return cfg_norm_preserving(conditional, null, guidance.scale, patch_size=network.patch_size)
+        if guidance is None:
+            return network.velocity(x, t, condition, r=r)
+        takes = "guidance" in network.inputs
+        given, scale = (guidance.scale, guidance.true_scale) if takes else (None, guidance.scale)
+        if not guides(scale):
+            return network.velocity(x, t, condition, r=r, guidance=given)
+        null, conditional = _both(network, x, t, condition, r, given)
+        scale = ended(scale, t, guidance.until)
+        if guidance.norm_preserving or network.keeps_token_norms:
+            return cfg_norm_preserving(conditional, null, scale, patch_size=network.patch_size)
+        combined = cfg(conditional, null, scale)
+        return combined if guidance.norm_cap is None else norm_capped(combined, conditional, guidance.norm_cap)
 
     return velocity
+
+
+def _both(
+    network: Network, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None, given: float | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the velocities of the negative prompts and of the prompts."""
+    if not condition.is_even:
+        sides = (condition.negative, condition)
+        null, conditional = (network.velocity(x, t, side, r=r, guidance=given) for side in sides)
+        return null, conditional
+    twice = None if r is None else torch.cat([r, r])
+    given = torch.cat([given, given]) if isinstance(given, Tensor) and given.ndim else given
+    both = network.velocity(torch.cat([x, x]), torch.cat([t, t]), condition.doubled(), r=twice, guidance=given)
+    null, conditional = both.chunk(2)
+    return null, conditional
 
 
 def frozen(network: Network) -> VelocityModel:

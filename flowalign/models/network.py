@@ -65,6 +65,11 @@ class Network:
         return self.geometry.patch
 
     @property
+    def keeps_token_norms(self) -> bool:
+        """Whether its pipeline gives each token of a guided velocity the length of the conditional one."""
+        return self.family.guidance_norm == "token"
+
+    @property
     def lora_targets(self) -> list[str]:
         """Module names that a LoRA adapts unless the configuration says otherwise."""
         return list(self.family.lora_targets)
