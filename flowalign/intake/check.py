@@ -14,7 +14,8 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
-from flowalign.models.checked import check_pipeline, check_teacher, model_family
+from flowalign.models.checked import check_pipeline, check_teacher
+from flowalign.models.directory import text_parts
 
 if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
     from flowalign.algorithm import Algorithm, Needs
@@ -83,7 +84,7 @@ def _check_dropped(config: RunConfig) -> None:
     """Check that the text encoders that are to be dropped at times are there."""
     if not isinstance(config, PretrainConfig) or not config.encoder_dropout:
         return
-    there = list(model_family(config.model.type).text_parts(Path(config.model.path)))
+    there = list(text_parts(config.model))
     if unknown := sorted(set(config.encoder_dropout) - set(there)):
         raise ConfigError(f"encoder_dropout.{unknown[0]}", f"the model has no such encoder; it has {', '.join(there)}")
 
