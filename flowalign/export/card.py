@@ -14,6 +14,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
 from flowalign.models.directory import family_of_model
+from flowalign.models.family import ModelFamily
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.earlier import iteration_of, training_of_0_1
 from flowalign.record.metrics import read_metrics
@@ -30,20 +31,20 @@ folder = "path/to/this/directory"
 pipe = DiffusionPipeline.from_pretrained(
     folder, custom_pipeline=f"{{folder}}/pipeline.py", trust_remote_code=True{absent}
 )
-image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
 """
 
 PIPELINE_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/directory"{absent})
-image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
 """
 
 LORA_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/{base}"{absent})
 pipe.load_lora_weights("path/to/this/directory")  # reads pytorch_lora_weights.safetensors
-image = pipe("a photo of a red circle", num_inference_steps={steps}, guidance_scale={guidance:g}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
 
 # or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
 # from peft import PeftModel
@@ -150,13 +151,20 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
         pipeline="DiffusionPipeline" if own else family.pipeline,
         absent=remote + "".join(f", {part}=None" for part in lacking),
         steps=config.evaluation.num_steps,
-        guidance=config.evaluation.guidance_scale,
+        guidance=_guidance(config.evaluation.guidance_scale, None if own else family),
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
         base=printable(base).replace("\\", "/").replace('"', "'"),
     )
     lines += ["## Use", "", f"```python\n{use}```", ""]
     lines += ["## Licence", "", f"The weights derive from {code(base, cell=False)} and stay under its licence.", ""]
     return "\n".join(lines)
+
+
+def _guidance(scale: float, family: ModelFamily | None) -> str:
+    """Write the arguments of a pipeline's call that mean a guidance scale; our own pipeline takes the scale itself."""
+    arguments = {"guidance_scale": scale} if family is None else family.guidance_call(scale)
+    shown = {name: front(value) if isinstance(value, str) else f"{value:g}" for name, value in arguments.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _hashed(state: Row) -> str:

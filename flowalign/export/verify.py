@@ -12,7 +12,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from flowalign.conditions import cat_rows
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.export import pipeline as own_pipeline
@@ -20,6 +19,7 @@ from flowalign.models.architectures.inputs import CONFIG_KEY
 from flowalign.models.base import Policy
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.directory import family_of_model
+from flowalign.models.encoders import text_rows
 from flowalign.models.family import ModelFamily
 from flowalign.models.guided import guided
 from flowalign.models.loading import plain_pipeline, quietly
@@ -107,7 +107,7 @@ def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sam
     """
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
     pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
-    text = cat_rows([family.encode(pipeline, prompt, length) for prompt in prompts])
+    text = text_rows(family, [family.encode(pipeline, prompt, length) for prompt in prompts])
     extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
     # A family walks levels of its own on every grid.
     even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(own_pipeline.FAMILY) or "rf") == "rf"

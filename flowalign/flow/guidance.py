@@ -47,22 +47,31 @@ def cfg_norm_preserving(v_cond: Tensor, v_uncond: Tensor, scale: Scalar, patch_s
     return (guided * ratio).to(v_cond.dtype)
 
 
-def norm_capped(guided: Tensor, v_cond: Tensor, cap: float) -> Tensor:
-    """Return ``guided`` (N, ...), each sample shortened to at most ``cap`` times the length of ``v_cond``.
+def cfg_norm_capped(v_cond: Tensor, v_uncond: Tensor, scale: Scalar, cap: float) -> Tensor:
+    """Return the guided velocity, each sample shortened to at most ``cap`` times the length of ``v_cond``.
 
-    (public Z-Image pipeline, ``cfg_normalization``)
+    The length is taken over a whole sample. ``scale`` as in `cfg`; what is not guided is not shortened. Returns the
+    shape and dtype of ``v_cond``. (public Z-Image pipeline, ``cfg_normalization``)
     """
+    guided = cfg(v_cond, v_uncond, scale)
+    if not guides(scale):
+        return guided
     lengths = [torch.linalg.vector_norm(v.float().flatten(1), dim=1) for v in (guided, v_cond)]
     factor = (cap * lengths[1] / lengths[0].clamp_min(1e-12)).clamp_max(1.0)
-    return (guided * per_sample(factor, guided)).to(guided.dtype)
+    capped = (guided * per_sample(factor, guided)).to(guided.dtype)
+    return torch.where(per_sample(scale, guided) <= 1, guided, capped)
 
 
 def ended(scale: Scalar, t: Tensor, until: float) -> Scalar:
     """Return the scale at times ``t`` (N,) of a guidance that ends where 1 - t is beyond ``until``: there it is 1.
 
-    (public Z-Image pipeline, ``cfg_truncation``)
+    Whether it is beyond hangs on the last digit where a level falls on ``until``: 1 - t is rounded and compared as the
+    public pipeline does it. (public Z-Image pipeline, ``cfg_truncation``)
     """
-    return scale if until >= 1 else torch.where(1 - t > until, torch.ones_like(t), torch.as_tensor(scale).to(t))
+    if until >= 1:
+        return scale
+    beyond = ((1000 - 1000 * t) / 1000).double() > until
+    return torch.where(beyond, torch.ones_like(t), torch.as_tensor(scale).to(t))
 
 
 def _norm(v: Tensor, patch_size: int) -> Tensor:

@@ -25,7 +25,10 @@ INDEX = "model_index.json"
 # File and class of the pipeline that an export of ours names where a plain one would sample wrongly.
 OWN_PIPELINE = ("pipeline", "FlowalignPipeline")
 SIZE, LAYERS = 1_000_000, 1_000
-_REPEATED = ("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers", "layers_per_block")
+_REPEATED = (
+    *("num_layers", "num_single_layers", "num_hidden_layers", "num_decoder_layers", "layers_per_block"),
+    *("n_layers", "n_refiner_layers", "num_res_blocks", "depth"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class Directory:
     def source(self) -> str:
         """What the sizes are of."""
         if self.published is not None:
-            return f"built-in configuration of {self.published.source}"
+            size = self.published.file_bytes
+            files = "" if size is None else f", whose files take {size / 1e9:.1f} GB"
+            return f"built-in configuration of {self.published.source}{files}"
         return str(self.path)
 
     @cached_property

@@ -22,6 +22,17 @@ from flowalign.types import Condition
 CACHED_PROMPTS = 512
 
 
+def text_rows(family: ModelFamily, rows: Sequence[Mapping[str, Tensor]], longest: int = 0) -> dict[str, Tensor]:
+    """Return the rows of single prompts, (1, ...), as one table.
+
+    Texts of their own length are padded to the family's multiple of the longest, or of ``longest`` where that is more.
+    """
+    if multiple := family.padding:
+        longest = max(longest, *(row["tokens"].shape[1] for row in rows))
+        rows = [padded(row, math.ceil(longest / multiple) * multiple) for row in rows]
+    return cat_rows(rows)
+
+
 def padded(row: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     """Return the row of a text with zeros behind its tokens (1, L, D) and their mask (1, L), up to ``length``."""
     missing = length - row["tokens"].shape[1]
@@ -86,10 +97,8 @@ class Encoders:
         """Return a row for each distinct prompt, and which of them each prompt has."""
         places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = [self._encode(prompt, length) for prompt in places]
-        if multiple := self.family.padding:
-            longest = length if full else max(row["tokens"].shape[1] for row in rows)
-            rows = [padded(row, math.ceil(longest / multiple) * multiple) for row in rows]
-        return cat_rows(rows), torch.tensor([places[prompt] for prompt in prompts], device=self.device)
+        table = text_rows(self.family, rows, length if full else 0)
+        return table, torch.tensor([places[prompt] for prompt in prompts], device=self.device)
 
     def _encode_one(self, prompt: str, length: int) -> dict[str, Tensor]:
         return self.family.encode(self.pipeline, prompt, length)

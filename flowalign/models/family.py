@@ -54,11 +54,19 @@ class Published:
     """What is known of a published model whose files are not there: the configuration of each part by its folder.
 
     ``parameters`` are the numbers of parameters of parts whose configuration is not needed, ``source`` names the model.
+    ``file_bytes`` is what its files take, None where that is not known.
     """
 
     source: str
     parts: Mapping[str, Config]
     parameters: Mapping[str, int] = field(default_factory=dict)
+    file_bytes: int | None = None
+
+
+def heads_and_layers(transformer: Config) -> tuple[int, int]:
+    """Return the width and the number of blocks of a network, as most configurations name them."""
+    width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
+    return width, int(transformer["num_layers"])
 
 
 class SmallFiles(Protocol):
@@ -118,16 +126,18 @@ class ModelFamily:
     whole pipeline. ``encode`` reads one prompt by a loaded pipeline: rows of one prompt by name, (1, ...), ``tokens``
     among them, with a text of ``length`` tokens at most. ``text_shapes`` tells the shapes of those rows, without the 1,
     from the small files. ``decode`` and ``encode_pictures`` stand between latents and pixels, see ``models.coding``.
+    ``blocks`` reads the network's width and its number of blocks.
 
     ``padding``: 0, or the number of tokens that a text's length is padded to a multiple of. Then ``encode`` gives the
     text as long as it is, and beside ``tokens`` a ``mask`` (1, L) of them; else every text is as long as ``length``
-    makes it. ``negative`` is the prompt that guidance leads away from where nobody names one; None: there is no
-    guidance without one.
+    makes it. ``forward`` takes texts without a mask as whole. ``negative`` is the prompt that guidance leads away from
+    where nobody names one; None: there is no guidance without one.
 
     ``levels`` are those that the pipeline hands its scheduler for a number of steps; None: it hands it the number.
     ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
     the pipeline does to the length of a guided velocity: nothing, or each ``token`` gets back that of the conditional
-    one. ``guidance_offset`` is what a guidance scale here is above the pipeline's own number for it.
+    one. ``guidance_offset`` is what a guidance scale here is above the pipeline's own number for it, ``guidance_call``
+    the arguments of the pipeline's call that mean a guidance scale of ours.
 
     What not every family has: ``inputs`` names the row that numbers beside the time are appended to (``model.inputs``),
     ``text_parts`` the places of single encoders (``encoder_dropout``), ``is_fresh`` says whether networks can be begun
@@ -154,6 +164,8 @@ class ModelFamily:
     takes_guidance: Callable[[Config], bool] = lambda config: False
     guidance_norm: Literal["none", "token"] = "none"
     guidance_offset: float = 0.0
+    guidance_call: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+    blocks: Callable[[Config], tuple[int, int]] = heads_and_layers
     inputs: str | None = None
     text_parts: Callable[[SmallFiles], dict[str, TextPart]] | None = None
     is_fresh: bool = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
-from flowalign.flow.guidance import cfg, cfg_norm_preserving, ended, guides, norm_capped
+from flowalign.flow.guidance import cfg, cfg_norm_capped, cfg_norm_preserving, ended, guides
 from flowalign.models.network import Network
 from flowalign.types import Condition, Guidance
 
@@ -38,8 +38,9 @@ def guided(network: Network) -> VelocityModel:
         scale = ended(scale, t, guidance.until)
         if guidance.norm_preserving or network.keeps_token_norms:
             return cfg_norm_preserving(conditional, null, scale, patch_size=network.patch_size)
-        combined = cfg(conditional, null, scale)
-        return combined if guidance.norm_cap is None else norm_capped(combined, conditional, guidance.norm_cap)
+        if guidance.norm_cap is not None:
+            return cfg_norm_capped(conditional, null, scale, guidance.norm_cap)
+        return cfg(conditional, null, scale)
 
     return velocity
 

@@ -50,7 +50,7 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
     trainable = (
         total if lora is None else lora_parameters(network, lora.rank, lora.targets or directory.family.lora_targets)
     )
-    heads = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    width, num_layers = directory.family.blocks(config)
     return ModelSizes(
         source=directory.source,
         transformer=total,
@@ -60,8 +60,8 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
         latent_shape=shape,
         image_tokens=shape[1] * shape[2] // geometry.patch**2,
         text_tokens=rows["tokens"][0],
-        width=heads,
-        num_layers=int(config["num_layers"]),
+        width=width,
+        num_layers=num_layers,
     )
 
 
@@ -121,7 +121,7 @@ def _forward_flops(
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        text = {name: torch.empty(1, *row) for name, row in rows.items()}
+        text = {name: torch.empty(1, *row) for name, row in rows.items() if name != "mask"}  # a text of full length
         family.forward(network, torch.empty(1, *shape), torch.empty(1), text, ticks=1000, guidance=torch.empty(1))
     return int(counter.get_total_flops())
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowalign.flow.guidance import cfg, cfg_norm_preserving
+from flowalign.flow.guidance import cfg, cfg_norm_capped, cfg_norm_preserving, ended
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,3 +63,31 @@ def test_guidance_keeps_the_dtype_of_the_model(pair: Pair):
 def test_odd_latents_are_refused(pair: Pair):
     with pytest.raises(ValueError, match="6x8"):
         cfg_norm_preserving(*pair, 2.0, patch_size=4)
+
+
+def test_a_cap_shortens_a_whole_sample_and_only_one_that_is_guided():
+    """|cond| is 5 and |guided| 10, [6, 8]: a cap of 1 halves it, one of 3 leaves it; guided by 1 it stays as it is."""
+    cond, null = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+    for cap, expected in ((1.0, [[3.0, 4.0]]), (0.5, [[1.5, 2.0]]), (3.0, [[6.0, 8.0]])):
+        torch.testing.assert_close(cfg_norm_capped(cond, null, 2.0, cap), torch.tensor(expected))
+    assert cfg_norm_capped(cond, null, 1.0, 0.5) is cond
+    two = cfg_norm_capped(cond.repeat(2, 1), null.repeat(2, 1), torch.tensor([1.0, 2.0]), 0.5)
+    torch.testing.assert_close(two, torch.tensor([[3.0, 4.0], [1.5, 2.0]]))
+
+
+def test_a_cap_is_over_a_sample_and_not_over_a_token():
+    """A token that guidance makes three times as long stays so where the sample as a whole may be twice as long."""
+    cond, null = torch.ones(1, 1, 2, 2), torch.tensor([[[[0.0, 1.0], [1.0, 1.0]]]])
+    assert torch.equal(cfg_norm_capped(cond, null, 3.0, 2.0), cfg(cond, null, 3.0))
+
+
+def test_guidance_ends_beyond_a_time():
+    """Time runs from noise, t = 1, to the image: until 0.3 means t of 0.7 and more. What is just beyond is.
+
+    As float32 0.3 is 0.30000001, and so beyond 0.3, as it is to the public pipeline.
+    """
+    scales = ended(4.0, torch.tensor([1.0, 0.75, 0.7, 0.25]), 0.3)
+    assert torch.as_tensor(scales).tolist() == [4.0, 4.0, 1.0, 1.0]
+    scales = ended(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 0.5]), 0.4)
+    assert torch.as_tensor(scales).tolist() == [2.0, 1.0]
+    assert ended(4.0, torch.tensor([0.0]), 1.0) == 4.0

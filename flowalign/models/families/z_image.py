@@ -1,0 +1,145 @@
+"""Z-Image and Z-Image-Turbo.
+
+LoRA targets are those of diffusers' own training (``examples/dreambooth/train_dreambooth_lora_z_image.py``): the
+projections of every attention. Configurations of the published models were read in ports that quote the files; sizes of
+files are those of Z-Image-Turbo's repository, whose network is in float32. Those of Z-Image were not found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.models.errors import ModelError
+from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
+
+BUCKET = 32  # tokens that the network pads a caption to a multiple of, with one that it has learned
+PATCH = 2  # the pipeline asks for no other
+WHOLE = 1000  # what the pipeline takes a time from, whatever the scheduler's number of times
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    if PATCH not in transformer["all_patch_size"]:
+        raise ModelError(f"model.path: all_patch_size lacks {PATCH}, the only patch that the public pipeline asks for")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    _, rows, columns = transformer["axes_lens"]
+    return Geometry(int(transformer["in_channels"]), factor, PATCH, 1024, table=int(min(rows, columns)))
+
+
+def blocks(transformer: Config) -> tuple[int, int]:
+    """Count the refiners of the image's tokens and of the text's as whole blocks."""
+    return int(transformer["dim"]), int(transformer["n_layers"]) + 2 * int(transformer["n_refiner_layers"])
+
+
+def forward(
+    module: Any, x: Tensor, t: Tensor, text: Mapping[str, Tensor], *, ticks: int, guidance: Tensor | None
+) -> Tensor:
+    """Call the network, whose time runs from noise at 0 to the image at 1, and whose output is the other way round.
+
+    It takes captions without padding, and pads them itself.
+    """
+    captions = list(text["tokens"].unbind())
+    if (mask := text.get("mask")) is not None:
+        captions = [caption[:length] for caption, length in zip(captions, mask.sum(1).tolist(), strict=True)]
+    time = (WHOLE - t * ticks) / WHOLE
+    output = module(list(x.unsqueeze(2).unbind()), time, captions, return_dict=False)[0]
+    return -torch.stack(output).squeeze(2)
+
+
+def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    prompts = [prompt]  # a list of its own: the pipeline writes its template into it
+    (tokens,), _ = pipeline.encode_prompt(
+        prompts, device=pipeline.vae.device, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    return {"tokens": tokens[None], "mask": torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)}
+
+
+def guidance_call(scale: float) -> dict[str, Any]:
+    return {"guidance_scale": max(scale - 1, 0.0)}
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    length: int,
+    sigmas: Sequence[float] | None = None,
+) -> Tensor:
+    factor = pipeline.vae_scale_factor
+    return pipeline(
+        list(prompts),
+        latents=noise,
+        num_inference_steps=num_steps,
+        sigmas=sigmas,
+        **guidance_call(guidance_scale),
+        max_sequence_length=length,
+        output_type="latent",
+        height=noise.shape[2] * factor,
+        width=noise.shape[3] * factor,
+    ).images
+
+
+def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
+    tokens = math.ceil(length / BUCKET) * BUCKET
+    return {"tokens": (tokens, int(directory.config("transformer")["cap_feat_dim"])), "mask": (tokens,)}
+
+
+def levels(num_steps: int) -> list[float]:
+    return torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
+
+
+_NETWORK: dict[str, Any] = {  # Tongyi-MAI/Z-Image-Turbo and Z-Image, transformer/config.json
+    "all_f_patch_size": [1],
+    "all_patch_size": [2],
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "dim": 3840,
+    "in_channels": 16,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "norm_eps": 1e-05,
+    "qk_norm": True,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+}
+_VAE = {"block_out_channels": [128, 256, 512, 512]}
+_FROZEN = {"vae": 83_819_683, "text_encoder": 4_022_468_096}  # FLUX.1's autoencoder, Qwen3-4B
+
+
+def _published(name: str, shift: float, file_bytes: int | None = None) -> Published:
+    parts = {"transformer": _NETWORK, "vae": _VAE, "scheduler": {"shift": shift}}
+    return Published(name, parts, _FROZEN, file_bytes)
+
+
+FAMILY = ModelFamily(
+    name="z_image",
+    title="Z-Image",
+    pipeline="ZImagePipeline",
+    network="ZImageTransformer2DModel",
+    text=("text_encoder", "tokenizer"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    geometry=geometry,
+    forward=forward,
+    encode=encode,
+    sample=sample,
+    text_shapes=text_shapes,
+    padding=BUCKET,
+    levels=levels,
+    guidance_offset=1.0,
+    guidance_call=guidance_call,
+    blocks=blocks,
+    published={
+        "z-image": _published("Z-Image", 6.0),
+        "z-image-turbo": _published("Z-Image-Turbo", 3.0, 32_880_000_000),
+    },
+)
