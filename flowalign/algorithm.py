@@ -136,7 +136,8 @@ class Needs:
     condition is one, and shuffling and sharing keep it together. ``signed_time`` asks for velocities at t in [-1, 1].
 
     ``inputs`` are those that its network must have beside the time, ``path_family`` the path that it is trained on,
-    ``update_guidance_scale`` the guidance of the update where that is not the rollout's.
+    ``update_guidance_scale`` the guidance of the update where that is not the rollout's. A loss that
+    names no guidance asks a network that takes the scale as an input at ``guidance_scale``.
     """
 
     batch: Batch
@@ -158,6 +159,7 @@ class Needs:
     inputs: tuple[str, ...] = ()
     path_family: str = "rf"
     update_guidance_scale: float | None = None
+    guidance_scale: float = 1.0
 
     @property
     def trained(self) -> int:

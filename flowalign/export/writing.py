@@ -59,7 +59,7 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     Where a plain pipeline would sample it wrongly, add a file that samples it rightly, without which diffusers refuses
     to load it.
     """
-    own = bool(network.inputs) or network.path_family != "rf"
+    own = bool(network.added_inputs) or network.path_family != "rf"
     transformer = pipeline.transformer
     if own or own_pipeline.FAMILY in transformer.config:
         transformer.register_to_config(**{own_pipeline.FAMILY: network.path_family})

@@ -60,6 +60,14 @@ class Directory:
             return part in self.published.parts or part in self.published.parameters
         return any(self.index.get(part) or [])
 
+    def class_of(self, part: str) -> tuple[str, str]:
+        """Return the library and the class of a part, as the index or the part's own published file names them."""
+        if self.published is None:
+            library, name = self.index[part]
+            return library, name
+        own = self.published.parts[part]
+        return ("diffusers", own["_class_name"]) if "_class_name" in own else ("transformers", own["architectures"][0])
+
     def config(self, part: str) -> Mapping[str, Any]:
         """Return the sizes that a part's own file states.
 
@@ -265,9 +273,13 @@ def sized(geometry: Geometry, height: int | None, width: int | None) -> tuple[in
     return geometry.channels, size[0] // geometry.factor, size[1] // geometry.factor
 
 
-def extra_inputs(directory: Path) -> tuple[str, ...]:
-    """Return the numbers that a pipeline's network takes beside the time, as its configuration lists them."""
-    return tuple(read_sizes(directory / "transformer" / "config.json").get("extra_inputs") or ())
+def network_inputs(model: ModelConfig) -> tuple[str, ...]:
+    """Return the numbers that a model's network takes beside the time, from its small files: those that it was given,
+    or its family's. Raise ModelError where there are no files."""
+    directory = open_directory(model)
+    config = directory.config("transformer")
+    added = model.inputs if model.inputs is not None else config.get("extra_inputs")
+    return tuple(added or ()) or (("guidance",) if directory.family.takes_guidance(config) else ())
 
 
 def read_sizes(path: Path) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class TextPart:
 class Published:
     """What is known of a published model whose files are not there: the configuration of each part by its folder.
 
-    ``parameters`` are the numbers of parameters of parts whose configuration is not needed, ``source`` names the model.
+    ``parameters`` are the numbers of parameters of parts whose configuration is not needed; that of others
+    names their class, as ``_class_name`` or as transformers' ``architectures``. ``source`` names the model,
     ``file_bytes`` is what its files take, None where that is not known.
     """
 

@@ -128,19 +128,22 @@ def _forward_flops(
 
 def _frozen(directory: Directory) -> dict[str, int]:
     """Return the number of parameters of the autoencoder and of each text encoder whose configuration is there."""
-    if directory.published is not None:
-        return dict(directory.published.parameters)
     parts = [part for part in directory.family.encoder_parts if not part.startswith("tokenizer")]
-    there = [part for part in parts if (directory.path / part / "config.json").is_file()]
-    return {part: sum(p.numel() for p in _part_without_weights(directory, part).parameters()) for part in there}
+    if (published := directory.published) is not None:
+        known = published.parameters
+        there = [part for part in parts if part in published.parts and part not in known]
+    else:
+        there, known = [part for part in parts if (directory.path / part / "config.json").is_file()], {}
+    counted = {part: sum(p.numel() for p in _part_without_weights(directory, part).parameters()) for part in there}
+    return {**counted, **known}
 
 
 def _part_without_weights(directory: Directory, part: str) -> nn.Module:
-    """Build an encoder of its class that ``model_index.json`` names, on the meta device."""
+    """Build an encoder of its class that ``model_index.json`` names, or what is published of it, on the meta device."""
     import diffusers
     import transformers
 
-    library, name = directory.index[part]
+    library, name = directory.class_of(part)
     config = {k: v for k, v in directory.config(part).items() if not k.startswith("_")}
     with torch.device("meta"):
         if library == "diffusers":

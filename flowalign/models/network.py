@@ -31,7 +31,7 @@ class Network:
     ``path_family`` says which path it was trained on (see ``flow.pathfamilies``). ``scheduler`` are the options of the
     pipeline's own. ``mixed`` is autocast to bfloat16: trainable parameters are float32 whatever the base's dtype, so
     that rollout and learner both need it, or they would not compute the same function. It knows neither texts nor
-    pictures.
+    pictures. ``scale`` is what one that takes a guidance scale is handed where a loss names none.
     """
 
     family: ModelFamily
@@ -40,15 +40,16 @@ class Network:
     geometry: Geometry
     mixed: bool = False
     path_family: str = "rf"
+    scale: float = 1.0
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The numbers that it takes beside the time: those that it was given, see ``model.inputs``, or its family's."""
-        own = self._added
-        return own or (("guidance",) if self.family.takes_guidance(module_config(self.module)) else ())
+        return self.added_inputs or (("guidance",) if self.family.takes_guidance(module_config(self.module)) else ())
 
     @property
-    def _added(self) -> tuple[str, ...]:
+    def added_inputs(self) -> tuple[str, ...]:
+        """Those of its inputs that its class has not."""
         if self.family.inputs is None:
             return ()
         from flowalign.models.architectures.inputs import inputs_of
@@ -90,15 +91,18 @@ class Network:
         """Compute dx/dt, float32, at x (N, C, h, w), t (N,), in one call of the module.
 
         ``r`` and ``guidance`` are numbers for a network that takes them; `guided` makes two calls of a scale. A network
-        that takes ``r`` gives the average velocity between ``t`` and ``r``, by default ``t`` itself.
+        that takes ``r`` gives the average velocity between ``t`` and ``r``, by default ``t`` itself; of ``guidance``
+        ``scale`` is the default.
 
         Raises:
             ModelError: an ``r`` for a network that takes none.
         """
-        added = self._added
+        added = self.added_inputs
         if r is not None and "r" not in added:
             raise ModelError("this network takes no second time r; give it one with model.inputs: [r]")
         text, exact, given = condition.expand(), None, None
+        if guidance is None and "guidance" in self.inputs:
+            guidance = self.scale
         if added:
             from flowalign.models.architectures.inputs import pooled_with_inputs
 

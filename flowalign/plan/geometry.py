@@ -9,11 +9,12 @@ from pathlib import Path
 
 from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow.guidance import guides
 from flowalign.flow.path import Scalar
 from flowalign.flow.solvers import evaluations
-from flowalign.models.directory import extra_inputs
+from flowalign.models.directory import network_inputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     transitions = images * max(window, 1)
     learner = config.learner
     per_step = math.ceil(transitions / learner.updates_per_iteration)
-    inputs = config.model.inputs
+    inputs = network_inputs(config.model)
     guided = 1 if plan is None else _passes(plan.guidance.scale, inputs)
     own = needs.update_guidance_scale
     update_guided = guided if own is None else _passes(own, inputs)
@@ -75,7 +76,8 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
         rollout_passes=0 if plan is None else images * evaluations(plan.solver, num_steps) * guided,
         learner_forward_passes=items * (len(needs.roles) - len(needs.teachers) + needs.trained - 1),
         learner_backward_passes=items * needs.trained,
-        teacher_passes=transitions * max((_teacher_passes(t, inputs) for t in needs.teachers.values()), default=0),
+        teacher_passes=transitions
+        * max((_teacher_passes(t, config.model) for t in needs.teachers.values()), default=0),
         evaluation_passes=evaluation.num_samples
         * evaluations(evaluation.solver, evaluation.num_steps)
         * _passes(evaluation.guidance_scale, inputs)
@@ -84,15 +86,16 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     )
 
 
-def _passes(guidance_scale: Scalar, inputs: Sequence[str] | None) -> int:
+def _passes(guidance_scale: Scalar, inputs: Sequence[str]) -> int:
     """Return the evaluations for one velocity: a network that takes the guidance as an input needs no second."""
-    return 2 if guides(guidance_scale) and "guidance" not in (inputs or ()) else 1
+    return 2 if guides(guidance_scale) and "guidance" not in inputs else 1
 
 
-def _teacher_passes(teacher: TeacherConfig, inputs: Sequence[str] | None) -> int:
+def _teacher_passes(teacher: TeacherConfig, student: ModelConfig) -> int:
     """Return the evaluations of a teacher.
 
     One that is no pipeline is a run of the model, and takes what the model takes.
     """
-    path = Path(teacher.path)
-    return _passes(teacher.guidance_scale, extra_inputs(path) if (path / "model_index.json").is_file() else inputs)
+    own = {"path": teacher.path, "type": None, "inputs": None}
+    is_pipeline = (Path(teacher.path) / "model_index.json").is_file()
+    return _passes(teacher.guidance_scale, network_inputs(student.model_copy(update=own) if is_pipeline else student))

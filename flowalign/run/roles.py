@@ -73,6 +73,7 @@ def roles_of(
         ScorerError: see `PixelRewards`.
     """
     device = config.device
+    network.scale = needs.guidance_scale
     roles = Roles({"policy": guided(network)})
     if isinstance(config, AlignConfig):
         roles.models |= load_teachers(config, needs.teachers, network, teachers, compares=compares)

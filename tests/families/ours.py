@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,32 @@ def replay_difference(policy: Policy, prompts: Sequence[str], guidance: float) -
         outputs = [algorithm.loss(models, train.take(part)) for part in order.split(count)]
     assert len(outputs) > 1
     return max(float(value_of(output.metrics["replay/max_abs_dlogp"])) for output in outputs)
+
+
+def alone_and_among_others(policy: Policy, prompts: Sequence[str], guidance: float) -> list[tuple[Tensor, Tensor]]:
+    """Give final latents, log-prob and pixels of each sample of a stochastic rollout as it is made alone, in a batch
+    filled up to the size of all, and among the others: pairs of what must be equal."""
+    content = {"type": "flow_grpo", "num_steps": 3, "group_size": 2, "guidance_scale": guidance}
+    plan = build_algorithm(content, policy.network.schedule(64, 64)).plan(0, 0)
+    assert plan is not None
+    ids = tuple(range(len(prompts)))
+    size: dict[str, Any] = {"length": LENGTH, "height": 64, "width": 64, "geometry": len(ids)}
+
+    def made(rows: Sequence[int]) -> list[Tensor]:
+        batch = PromptBatch(tuple(prompts), ids, ids, ({},) * len(ids)).take(rows)
+        walked = rollout(policy, batch, plan, seed=3, policy_version=0, **size)
+        kept = walked.trajectories
+        return [torch.as_tensor(kept.final_NCHW), kept.log_prob_NS, walked.pictures.images]
+
+    together = made(ids)
+    return [(one[0], all_[row]) for row in ids for one, all_ in zip(made([row]), together, strict=True)]
+
+
+def card_class(directory: Path) -> str:
+    """Name the class that an export's card loads it with."""
+    found = re.search(r"(\w+)\.from_pretrained\(", (directory / "README.md").read_text())
+    assert found is not None
+    return found[1]
 
 
 def flowalign(*arguments: str | Path) -> str:

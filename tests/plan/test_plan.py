@@ -151,7 +151,7 @@ def test_a_reference_is_a_copy_of_the_network_unless_a_lora_can_be_switched_off(
 
 def test_a_model_that_is_not_there_is_no_published_one(config_path: Path) -> None:
     for path, said in {
-        "modle": r"modle is not a directory \(did you mean 'model'\?\); give .* known: stable-diffusion-3\.5-medium",
+        "modle": r"modle is not a directory \(did you mean 'model'\?\); give .* known: .*stable-diffusion-3\.5-medium",
         "$SCRATCH/model": r"\(\$SCRATCH is not expanded here; write the path out\)",
         "~nobodyhere/model": r"\(~nobodyhere is not expanded: there is no such user; write the path out\)",
     }.items():

@@ -42,7 +42,12 @@ class SamplingConfig(WalkConfig):
 
         `dataclasses.replace` adds the rest.
         """
-        return Needs(Trajectories, group_size=self.group_size, rollout_weights=self.rollout_weights)
+        return Needs(
+            Trajectories,
+            group_size=self.group_size,
+            rollout_weights=self.rollout_weights,
+            guidance_scale=self.guidance_scale,
+        )
 
     def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:
         """Plan a walk along ``sigmas`` (K + 1,) by ODE steps, and by those that ``noise`` says.

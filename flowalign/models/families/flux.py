@@ -1,0 +1,189 @@
+"""FLUX.1 dev and schnell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, heads_and_layers
+
+SIZE = 128  # latents a side of the images that the pipeline makes unasked
+PATCH = 2
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Geometry(int(transformer["in_channels"]) // PATCH**2, factor, PATCH, SIZE * factor)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Return latents (N, C, h, w) as tokens (N, h w / 4, 4 C), row by row."""
+    patches = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))  # N C h p w q
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
+    """Return tokens as latents of the shape of ``like``."""
+    rows, columns = (side // PATCH for side in like.shape[-2:])
+    patches = tokens.unflatten(-1, (-1, PATCH, PATCH)).unflatten(1, (rows, columns))  # N h w C p q
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def forward(
+    module: Any, x: Tensor, t: Tensor, text: Mapping[str, Tensor], *, ticks: int, guidance: Tensor | None
+) -> Tensor:
+    rows, columns = (torch.arange(side // PATCH, device=x.device) for side in x.shape[-2:])
+    places = torch.cartesian_prod(torch.zeros(1, device=x.device), rows.float(), columns.float())
+    tokens = module(
+        hidden_states=packed(x),
+        encoder_hidden_states=text["tokens"],
+        pooled_projections=text["pooled"],
+        timestep=t * ticks / 1000,
+        guidance=guidance if module.config.guidance_embeds else None,
+        txt_ids=places.new_zeros(text["tokens"].shape[1], 3),
+        img_ids=places,
+        return_dict=False,
+    )[0]
+    return unpacked(tokens, x)
+
+
+def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    """Encode one prompt: its T5 tokens, padded to ``length`` without a mask, and CLIP's pooled features."""
+    tokens, pooled, _ = pipeline.encode_prompt(
+        prompt=prompt, prompt_2=prompt, max_sequence_length=length, device=pipeline.vae.device
+    )
+    return {"tokens": tokens, "pooled": pooled}
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    length: int,
+    sigmas: Sequence[float] | None = None,
+) -> Tensor:
+    """Sample; a network without an input for the scale is guided by the pipeline's second pass, from the empty text."""
+    if pipeline.transformer.config.guidance_embeds:
+        guidance: dict[str, Any] = {"guidance_scale": guidance_scale}
+    else:
+        guidance = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(prompts)}
+    factor = pipeline.vae_scale_factor
+    tokens = pipeline(
+        list(prompts),
+        latents=packed(noise),
+        num_inference_steps=num_steps,
+        sigmas=sigmas,
+        max_sequence_length=length,
+        output_type="latent",
+        height=noise.shape[2] * factor,
+        width=noise.shape[3] * factor,
+        **guidance,
+    ).images
+    return unpacked(tokens, noise)
+
+
+def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
+    transformer = directory.config("transformer")
+    return {
+        "tokens": (length, int(transformer["joint_attention_dim"])),
+        "pooled": (int(transformer["pooled_projection_dim"]),),
+    }
+
+
+def blocks(transformer: Config) -> tuple[int, int]:
+    width, double = heads_and_layers(transformer)
+    return width, double + int(transformer["num_single_layers"])
+
+
+def levels(num_steps: int) -> Sequence[float]:
+    return np.linspace(1.0, 1 / num_steps, num_steps)  # type: ignore[return-value]
+
+
+_NETWORK: dict[str, Any] = {  # transformer/config.json
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+_PARTS: dict[str, Config] = {  # what the classes' defaults are not
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {
+        "architectures": ["CLIPTextModel"],
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+    },
+    "text_encoder_2": {
+        "architectures": ["T5EncoderModel"],
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_ff": 10240,
+        "num_heads": 64,
+        "num_layers": 24,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+_ENCODER_BYTES = 167_666_902 + 246_144_152 + 9_524_621_312  # bfloat16, in the order of the parts
+_SHIFT = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+}
+
+FAMILY = ModelFamily(
+    name="flux",
+    title="FLUX.1",
+    pipeline="FluxPipeline",
+    network="FluxTransformer2DModel",
+    text=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    # Those of diffusers' training of FLUX LoRAs; the queries, keys and values are of both kinds of blocks.
+    lora_targets=(
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *(f"{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2")),
+    ),
+    geometry=geometry,
+    forward=forward,
+    encode=encode,
+    sample=sample,
+    text_shapes=text_shapes,
+    negative=None,
+    levels=levels,
+    takes_guidance=lambda transformer: bool(transformer.get("guidance_embeds")),
+    blocks=blocks,
+    published={
+        "flux.1-dev": Published(
+            "FLUX.1-dev",
+            {**_PARTS, "transformer": {**_NETWORK, "guidance_embeds": True}, "scheduler": {**_SHIFT, "shift": 3.0}},
+            file_bytes=23_802_816_640 + _ENCODER_BYTES,
+        ),
+        "flux.1-schnell": Published(
+            "FLUX.1-schnell",
+            {**_PARTS, "transformer": _NETWORK, "scheduler": {"shift": 1.0}},
+            file_bytes=23_782_357_120 + _ENCODER_BYTES,
+        ),
+    },
+)
