@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -143,3 +144,13 @@ def write_run(directory: Path, model: Path, text: str = "") -> Path:
         "cluster: {backend: local, threads: 1}\n" + text
     )
     return path
+
+
+def assert_an_iteration_is_exported(directory: Path, model: Path) -> None:
+    """An iteration replays its rollout exactly and moves the weights, and its LoRA is written in both layouts."""
+    flowalign("align", write_run(directory, model))
+    made, lora = directory / "runs" / "once", directory / "lora"
+    assert '"replay/max_abs_dlogp": 0.0' in (made / "metrics.jsonl").read_text()
+    flowalign("export", made, "--to", lora, "--as", "lora")
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        assert any(tensor.any() for key, tensor in load_file(lora / name).items() if ".lora_B." in key)

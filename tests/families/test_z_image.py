@@ -15,7 +15,7 @@ from flowalign.models.base import Policy
 from flowalign.models.families.z_image import FAMILY
 from flowalign.models.inspect import inspect_model, own_schedule
 from flowalign.samples.opened import open_policy
-from tests.families.ours import LENGTH, flowalign, our_latents, our_policy, replay_difference, write_run
+from tests.families.ours import LENGTH, assert_an_iteration_is_exported, our_latents, our_policy, replay_difference
 from tests.families.public import apart, initial_noise, public_latents, public_pipeline, public_pixels
 from tests.tiny import run_config, write_checkpoint
 
@@ -121,13 +121,7 @@ def test_exports_are_loaded_by_plain_diffusers(tiny: Callable[..., Path], tmp_pa
 
 
 def test_an_iteration_of_flow_grpo_ends_in_an_export(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_run(tmp_path, tiny("z_image-turbo"))
-    flowalign("align", path)
-    made = tmp_path / "runs" / "once"
-    assert '"replay/max_abs_dlogp": 0.0' in (made / "metrics.jsonl").read_text()
-    flowalign("export", made, "--to", tmp_path / "lora", "--as", "lora")
-    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-    assert all((tmp_path / "lora" / name).is_file() for name in names)
+    assert_an_iteration_is_exported(tmp_path, tiny("z_image-turbo"))
 
 
 @pytest.mark.parametrize("name", ["Z-Image", "Z-Image-Turbo"])

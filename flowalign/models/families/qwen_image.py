@@ -1,0 +1,169 @@
+"""Qwen-Image.
+
+LoRA targets are those of Flow-GRPO's own training of its sister for edits (``scripts/train_qwenimage_edit_plus.py`` of
+yifan123/flow_grpo): attention and feed-forward layers of both streams. Configurations of the published model were read
+in ports that quote its files; their sizes are those that its indices of shards state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowalign.models.errors import ModelError
+from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
+
+PATCH = 2  # latents a side of a token, whatever the network's configuration says
+# The pipeline pads to the longest prompt of a call. Of 32 there are few lengths, so that micro-batches fill, and at
+# most 31 tokens too many beside the 4,096 of an image.
+BUCKET = 32
+WHOLE = 1000  # what the pipeline takes a time as a share of, whatever the scheduler's number of times
+# What the network's class has and its pipeline does not hand over.
+UNUSED = ("guidance_embeds", "use_additional_t_cond")
+
+
+def geometry(transformer: Config, vae: Config) -> Geometry:
+    for option in UNUSED:
+        if transformer.get(option):
+            raise ModelError(
+                f"model.path: {option} is set, which the public pipeline cannot sample; give another model"
+            )
+    return Geometry(int(transformer["in_channels"]) // PATCH**2, 2 ** len(vae["temperal_downsample"]), PATCH, 1024)
+
+
+def forward(
+    module: Any, x: Tensor, t: Tensor, text: Mapping[str, Tensor], *, ticks: int, guidance: Tensor | None
+) -> Tensor:
+    """Call the network on packed latents; the place of a text depends on the image's size alone.
+
+    A mask is given even where nothing is padded, so that a row's bits do not hang on its neighbours.
+    """
+    count, channels, height, width = x.shape
+    rows, columns = height // PATCH, width // PATCH
+    packed = x.view(count, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+    output = module(
+        hidden_states=packed.reshape(count, rows * columns, channels * PATCH**2),
+        timestep=t * ticks / WHOLE,
+        encoder_hidden_states=text["tokens"],
+        encoder_hidden_states_mask=text.get("mask"),
+        img_shapes=[[(1, rows, columns)]] * count,
+        return_dict=False,
+    )[0]
+    unpacked = output.view(count, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return unpacked.reshape(x.shape)
+
+
+def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    """Encode one prompt; of its template the pipeline drops the beginning, and then cuts it to ``length``."""
+    tokens, _ = pipeline.encode_prompt([prompt], device=pipeline.vae.device, max_sequence_length=length)
+    return {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
+
+
+def guidance_call(scale: float) -> dict[str, Any]:
+    """Return the arguments of guidance away from an empty prompt: without a negative one the pipeline has none."""
+    return {"true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else {"true_cfg_scale": scale}
+
+
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    length: int,
+    sigmas: Sequence[float] | None = None,
+) -> Tensor:
+    size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
+    guidance = guidance_call(guidance_scale)
+    if "negative_prompt" in guidance:
+        guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
+    made = pipeline(
+        list(prompts),
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        num_inference_steps=num_steps,
+        sigmas=sigmas,
+        max_sequence_length=length,
+        output_type="latent",
+        **guidance,
+        **size,
+    ).images
+    return pipeline._unpack_latents(made, *size.values(), pipeline.vae_scale_factor).squeeze(2)
+
+
+def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
+    tokens = math.ceil(length / BUCKET) * BUCKET
+    return {"tokens": (tokens, int(directory.config("transformer")["joint_attention_dim"])), "mask": (tokens,)}
+
+
+def levels(num_steps: int) -> list[float]:
+    return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents (N, C, h, w) to pixels (N, 3, H, W) about [-1, 1], float32, as films of one frame."""
+    mean, deviation = _moments(vae, latents)
+    # Divided by an inverse, as the pipeline does: its last digit is another than a product's.
+    z = latents.unsqueeze(2) / (1.0 / deviation) + mean
+    return vae.decode(z.to(vae.dtype), return_dict=False)[0][:, :, 0].float()
+
+
+def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), float32: the posterior's mean."""
+    encoded = vae.encode(pixels.unsqueeze(2)).latent_dist.mean.float()
+    mean, deviation = _moments(vae, encoded)
+    return ((encoded - mean) / deviation).squeeze(2)
+
+
+def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of the latents, each (1, C, 1, 1, 1)."""
+    config = vae.config
+    mean, deviation = (torch.tensor(config[key]).to(like) for key in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1), deviation.view(1, -1, 1, 1, 1)
+
+
+_NETWORK: dict[str, Any] = {  # Qwen/Qwen-Image, transformer/config.json
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+_SCHEDULER = {"use_dynamic_shifting": True, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
+_FROZEN = {"vae": 126_892_531, "text_encoder": 8_292_166_656}  # Qwen2.5-VL-7B
+_PARTS = {"transformer": _NETWORK, "vae": {"temperal_downsample": [False, True, True]}, "scheduler": _SCHEDULER}
+
+FAMILY = ModelFamily(
+    name="qwen_image",
+    title="Qwen-Image",
+    pipeline="QwenImagePipeline",
+    network="QwenImageTransformer2DModel",
+    text=("text_encoder", "tokenizer"),
+    lora_targets=(
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ),
+    geometry=geometry,
+    forward=forward,
+    encode=encode,
+    sample=sample,
+    text_shapes=text_shapes,
+    decode=decode,
+    encode_pictures=encode_pictures,
+    padding=BUCKET,
+    negative=None,
+    levels=levels,
+    guidance_norm="token",
+    guidance_call=guidance_call,
+    published={"qwen-image": Published("Qwen-Image", _PARTS, _FROZEN, 57_700_000_000)},
+)
