@@ -1,9 +1,10 @@
-"""From latents to pixels and back, by an autoencoder with a scale and a shift."""
+"""From latents to pixels and back, by an autoencoder with a scale and a shift, or one of films with moments."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,28 @@ def encode_scaled(vae: Any, pixels: Tensor) -> Tensor:
     config = vae.config
     mean = vae.encode(pixels).latent_dist.mean.float()
     return (mean - (config["shift_factor"] or 0.0)) * config["scaling_factor"]
+
+
+def decode_frame(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents (N, C, h, w), each a film of one frame, to pixels (N, 3, H, W) about [-1, 1], float32.
+
+    The latents of ``vae`` have a mean and a deviation a channel.
+    """
+    mean, deviation = _moments(vae, latents)
+    # Divided by an inverse, as the public pipelines do: its last digit is another than a product's.
+    z = latents.unsqueeze(2) / (1.0 / deviation) + mean
+    return vae.decode(z.to(vae.dtype), return_dict=False)[0][:, :, 0].float()
+
+
+def encode_frame(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels (N, 3, H, W) in [-1, 1] as films of one frame to latents (N, C, h, w), float32: their mean."""
+    encoded = vae.encode(pixels.unsqueeze(2)).latent_dist.mean.float()
+    mean, deviation = _moments(vae, encoded)
+    return ((encoded - mean) / deviation).squeeze(2)
+
+
+def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of the latents, each (1, C, 1, 1, 1)."""
+    config = vae.config
+    mean, deviation = (torch.tensor(config[key]).to(like) for key in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1), deviation.view(1, -1, 1, 1, 1)

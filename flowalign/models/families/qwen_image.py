@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowalign.models.coding import decode_frame, encode_frame
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
 
@@ -105,28 +106,6 @@ def levels(num_steps: int) -> list[float]:
     return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents (N, C, h, w) to pixels (N, 3, H, W) about [-1, 1], float32, as films of one frame."""
-    mean, deviation = _moments(vae, latents)
-    # Divided by an inverse, as the pipeline does: its last digit is another than a product's.
-    z = latents.unsqueeze(2) / (1.0 / deviation) + mean
-    return vae.decode(z.to(vae.dtype), return_dict=False)[0][:, :, 0].float()
-
-
-def encode_pictures(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels (N, 3, H, W) in [-1, 1] to latents (N, C, h, w), float32: the posterior's mean."""
-    encoded = vae.encode(pixels.unsqueeze(2)).latent_dist.mean.float()
-    mean, deviation = _moments(vae, encoded)
-    return ((encoded - mean) / deviation).squeeze(2)
-
-
-def _moments(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of the latents, each (1, C, 1, 1, 1)."""
-    config = vae.config
-    mean, deviation = (torch.tensor(config[key]).to(like) for key in ("latents_mean", "latents_std"))
-    return mean.view(1, -1, 1, 1, 1), deviation.view(1, -1, 1, 1, 1)
-
-
 _NETWORK: dict[str, Any] = {  # Qwen/Qwen-Image, transformer/config.json
     "attention_head_dim": 128,
     "axes_dims_rope": [16, 56, 56],
@@ -158,8 +137,8 @@ FAMILY = ModelFamily(
     encode=encode,
     sample=sample,
     text_shapes=text_shapes,
-    decode=decode,
-    encode_pictures=encode_pictures,
+    decode=decode_frame,
+    encode_pictures=encode_frame,
     padding=BUCKET,
     negative=None,
     levels=levels,
