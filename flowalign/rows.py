@@ -14,7 +14,8 @@ class Rows:
 
     ``rows[index]`` and ``rows[index, other, …]`` gather what the joined tensor would give, bit for bit. ``index`` is
     whatever indexes one dimension of a tensor: numbers in any order and with repeats, a mask, a slice. The ``other``
-    indices are numbers, or tensors of as many as there are rows.
+    indices are numbers, or tensors of as many as there are rows. Parts may differ in shape; rows that are gathered
+    together do not.
     """
 
     def __init__(self, parts: Sequence[Tensor | Rows]) -> None:
@@ -30,9 +31,11 @@ class Rows:
     def __getitem__(self, index: Any) -> Tensor:
         first, *others = index if isinstance(index, tuple) else (index,)
         row = torch.arange(len(self))[first]
-        made = torch.empty((*row.shape, *self.shape[1 + len(others) :]), dtype=self.dtype, device=self.device)
         part_of = torch.bucketize(row.contiguous(), self._ends, right=True)
-        for i in part_of.unique().tolist():
+        used = part_of.unique().tolist()
+        like = self.parts[used[0]] if used else self.parts[0]
+        made = torch.empty((*row.shape, *like.shape[1 + len(others) :]), dtype=self.dtype, device=self.device)
+        for i in used:
             own, part = part_of == i, self.parts[i]
             within = (row - (self._ends[i] - len(part)), *others)
             made[own] = part[tuple(at[own] if isinstance(at, Tensor) else at for at in within)]

@@ -6,10 +6,11 @@ Shapes: N samples, P distinct prompts, S stored SDE steps, K schedule steps, C H
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,17 +20,39 @@ from flowalign.rows import Rows
 SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
 
 
+class SampleShape(NamedTuple):
+    """What one batch of a network has in common: (height, width) in pixels, None being the model's own, and the numbers
+    of tokens of the text and of the negative text, 0 where all texts have one length."""
+
+    size: tuple[int, int] | None
+    text: int
+    negative: int
+
+
 @dataclass(frozen=True)
 class PromptBatch:
-    """N samples to make: prompt, group and sample id of each; groups are keyed by id, never by text."""
+    """N samples to make: prompt, group and sample id of each; groups are keyed by id, never by text.
+
+    ``negatives`` are their negative prompts, () where all have that of the model's family. ``shapes`` say what can be
+    in one batch, () where all are alike.
+    """
 
     prompts: tuple[str, ...]
     group_ids: tuple[int, ...]
     sample_ids: tuple[int, ...]
     metadata: tuple[Mapping[str, Any], ...]
+    negatives: tuple[str, ...] = ()
+    shapes: tuple[SampleShape, ...] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(self.prompts), len(self.group_ids), len(self.sample_ids), len(self.metadata)}
+        own = (
+            self.prompts,
+            self.group_ids,
+            self.sample_ids,
+            self.metadata,
+            *filter(None, (self.negatives, self.shapes)),
+        )
+        lengths = {*map(len, own)}
         if len(lengths) != 1:
             raise ValueError(f"PromptBatch fields differ in length: {sorted(lengths)}")
 
@@ -37,11 +60,22 @@ class PromptBatch:
         return len(self.prompts)
 
     def chunks(self, size: int) -> list[PromptBatch]:
-        """Return consecutive pieces of ``size`` samples: the fixed geometry of a rollout."""
-        return [self.take(range(i, min(i + size, len(self)))) for i in range(0, len(self), size)]
+        """Return consecutive pieces of ``size`` samples of one shape: the fixed geometry of a rollout."""
+        kinds = self.shapes or (None,) * len(self)
+        ends = [i for i in range(1, len(self)) if kinds[i] != kinds[i - 1]]
+        pieces = zip([0, *ends], [*ends, len(self)], strict=True)
+        return [self.take(range(i, min(i + size, end))) for begin, end in pieces for i in range(begin, end, size)]
 
     def take(self, index: Sequence[int]) -> PromptBatch:
-        return PromptBatch(*(tuple(getattr(self, name)[i] for i in index) for name in self.__dataclass_fields__))
+        """Return a selection of the samples."""
+        own = (getattr(self, name) for name in self.__dataclass_fields__)
+        return PromptBatch(*(tuple(values[i] for i in index) if values else () for values in own))
+
+    @property
+    def kinds(self) -> Tensor:
+        """The number of each sample's shape among those that there are, (N,)."""
+        places = {shape: place for place, shape in enumerate(dict.fromkeys(self.shapes))}
+        return torch.tensor([places[shape] for shape in self.shapes]) if places else torch.zeros(len(self)).long()
 
 
 def task_of(row: Mapping[str, Any]) -> str:
@@ -118,7 +152,7 @@ class SamplingPlan:
     steps. With ``average_velocity`` the network is also given the time that a step leads to. ``initial_scale`` is the
     standard deviation of the first state, other than 1 where ``sigmas`` begin below 1. With ``keep_means`` the means of
     the window's steps are kept. With ``cache`` ODE steps skip the network where little changes, and never those of the
-    window.
+    window. ``by_size`` has other levels for the image sizes, (height, width), that the pipeline walks otherwise.
     """
 
     sigmas: tuple[float, ...]
@@ -130,6 +164,11 @@ class SamplingPlan:
     initial_scale: float = 1.0
     keep_means: bool = False
     cache: CacheRule | None = None
+    by_size: tuple[tuple[tuple[int, int], tuple[float, ...]], ...] = ()
+
+    def at(self, size: tuple[int, int] | None) -> SamplingPlan:
+        """Return the plan of the walks of one image size."""
+        return replace(self, sigmas=dict(self.by_size).get(size, self.sigmas) if size else self.sigmas, by_size=())
 
     @property
     def num_steps(self) -> int:
@@ -186,6 +225,16 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.batch)
+
+    @property
+    def kinds_N(self) -> Tensor:
+        """The number of each sample's shape, (N,)."""
+        return self.batch.kinds[:: len(self.plan.branching.granularities)]
+
+    def of_kind(self, kind: int) -> Trajectories:
+        """Return the same samples with the plan of those of one shape, which alone may then be asked for."""
+        shapes = list(dict.fromkeys(self.batch.shapes))
+        return replace(self, plan=self.plan.at(shapes[kind].size)) if shapes else self
 
 
 class Samples(NamedTuple):

@@ -118,6 +118,10 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*", "*", "versions.flowalign", "the version is one of 0.2 now"),
     Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
     Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
+    Excepted("*", "*flowalign.json", "velocity_error", "an export is compared on prompts that are encoded one by one"),
+    Excepted("*", "*config.yaml", "*negative_prompt", "a run may have a negative prompt"),
+    Excepted("*", "*state.json", "config.*negative_prompt", "a run may have a negative prompt"),
+    Excepted("*", "*config.yaml", "data.sizes*", "a run may make images of several sizes"),
 )
 
 

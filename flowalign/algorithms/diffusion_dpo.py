@@ -121,7 +121,7 @@ class DiffusionDPO(Scheduled):
     def annotate(self, models: Models, batch: Trajectories | PreferencePairs, credit: Credit) -> Mapping[str, Tensor]:
         """Draw times and noises: a function of the run's seed, the iteration and the pair."""
         c = self.config
-        shape = _latents(batch)[0].shape[1:]
+        shape = _latents(batch)[0][credit.sample[:1]].shape[1:]
 
         def generator(pair: int) -> torch.Generator:
             of_rollout = () if isinstance(batch, PreferencePairs) else (batch.policy_version,)

@@ -95,6 +95,10 @@ class ModelConfig(Section):
     """Height of the images in pixels; null: the model's own."""
     width: Positive | None = None
     """Width of the images in pixels; null: the model's own."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, where a row of the prompts has no ``negative_prompt`` of its own; null: what the
+    model's pipeline takes, mostly the empty text.
+    """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation. Weights that are trained stay in float32."""
     lora: LoraConfig | None = None
@@ -129,10 +133,19 @@ class DataConfig(Section):
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
+    sizes: list[Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$"), Takes("HEIGHTxWIDTH")]] = Field(
+        default_factory=list
+    )
+    """Sizes of the images in pixels, HEIGHTxWIDTH, of which each group draws one; none: the model's own."""
     preferences: Annotated[str | None, Resolved()] = None
     """A parquet file or a folder of pairs, for an algorithm that learns from pairs."""
     preferences_cache: Annotated[str | None, Resolved("written"), MayChange()] = None
     """Folder of the pairs' latents; null: one beside the pairs."""
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Return ``sizes`` as (height, width)."""
+        return [(int(height), int(width)) for height, _, width in (size.partition("x") for size in self.sizes)]
 
 
 PATH_OPTIONS = ("path", "processor", "checkpoint", "head")  # of a scorer, wherever they stand in its options

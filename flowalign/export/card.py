@@ -14,6 +14,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
 from flowalign.models.directory import family_of_model
+from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
 from flowalign.record.accepted import ACCEPTED
 from flowalign.record.earlier import iteration_of, training_of_0_1
@@ -143,12 +144,13 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     lines += _scores(config, kind, before, after)
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
-    family = family_of_model(config.model)
-    lacking = [part for part in family.optional if not (Path(config.model.path) / part).is_dir()]
+    family = _public(config)
+    optional = () if family is None else family.optional
+    lacking = [part for part in optional if not (Path(config.model.path) / part).is_dir()]
     plain = CUSTOM_USE if own else PIPELINE_USE
     remote = ", trust_remote_code=True" if own and kind == "lora" else ""
     use = (LORA_USE if kind == "lora" else plain).format(
-        pipeline="DiffusionPipeline" if own else family.pipeline,
+        pipeline="DiffusionPipeline" if own or family is None else family.pipeline,
         absent=remote + "".join(f", {part}=None" for part in lacking),
         steps=config.evaluation.num_steps,
         guidance=_guidance(config.evaluation.guidance_scale, None if own else family),
@@ -165,6 +167,14 @@ def _guidance(scale: float, family: ModelFamily | None) -> str:
     arguments = {"guidance_scale": scale} if family is None else family.guidance_call(scale)
     shown = {name: front(value) if isinstance(value, str) else f"{value:g}" for name, value in arguments.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _public(config: Sampled) -> ModelFamily | None:
+    """Return the model's family; None where the base model has gone since."""
+    try:
+        return family_of_model(config.model)
+    except ModelError:
+        return None
 
 
 def _hashed(state: Row) -> str:

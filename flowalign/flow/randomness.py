@@ -37,6 +37,7 @@ class Stream(IntEnum):
     BANK_SIZE = 59
     CAPTION_KINDS = 61
     CUT = 67
+    IMAGE_SIZE = 71
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -15,7 +15,9 @@ from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
 from flowalign.models.checked import check_pipeline, check_teacher
-from flowalign.models.directory import text_parts
+from flowalign.models.directory import open_directory, text_parts
+from flowalign.models.errors import ModelError
+from flowalign.types import Trajectories
 
 if TYPE_CHECKING:  # torch is loaded where an algorithm is, not before
     from flowalign.algorithm import Algorithm, Needs
@@ -63,6 +65,7 @@ def check_model(config: RunConfig, needs: Needs) -> None:
     """
     shape = check_pipeline("model.path", Path(config.model.path), config.model)
     _check_dropped(config)
+    _check_sizes(config, needs)
     own_teacher = config.teacher if isinstance(config, PretrainConfig) else None
     if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
         raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
@@ -78,6 +81,22 @@ def check_model(config: RunConfig, needs: Needs) -> None:
             check_source(Path(config.data.preferences))
         except PreferencesError as error:
             raise ConfigError("data.preferences", str(error).removeprefix("data.preferences: ")) from error
+
+
+def _check_sizes(config: RunConfig, needs: Needs) -> None:
+    """Check that the model takes every image size that a run makes, and that the run makes images."""
+    if not isinstance(config, AlignConfig) or not config.data.sizes:
+        return
+    if needs.batch is not Trajectories:
+        raise ConfigError(
+            "data.sizes", "are those of rolled out images, and this algorithm learns from none; leave it out"
+        )
+    directory = open_directory(config.model)
+    for i, size in enumerate(config.data.image_sizes):
+        try:
+            directory.latent_shape(*size)
+        except ModelError as error:
+            raise ConfigError(f"data.sizes.{i}", str(error)) from error
 
 
 def _check_dropped(config: RunConfig) -> None:

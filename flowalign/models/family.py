@@ -130,9 +130,10 @@ class ModelFamily:
     ``blocks`` reads the network's width and its number of blocks.
 
     ``padding``: 0, or the number of tokens that a text's length is padded to a multiple of. Then ``encode`` gives the
-    text as long as it is, and beside ``tokens`` a ``mask`` (1, L) of them; else every text is as long as ``length``
-    makes it. ``forward`` takes texts without a mask as whole. ``negative`` is the prompt that guidance leads away from
-    where nobody names one; None: there is no guidance without one.
+    text as long as it is, and beside ``tokens`` a ``mask`` (1, L) of them, and ``count_tokens`` says by the tokenizer
+    alone how long that is of a prompt; else every text is as long as ``length`` makes it. ``forward`` takes texts
+    without a mask as whole. ``negative`` is the prompt that guidance leads away from where nobody names one; None:
+    there is no guidance without one.
 
     ``levels`` are those that the pipeline hands its scheduler for a number of steps; None: it hands it the number.
     ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
@@ -160,6 +161,7 @@ class ModelFamily:
     decode: Callable[[Any, Tensor], Tensor] = decode_scaled
     encode_pictures: Callable[[Any, Tensor], Tensor] = encode_scaled
     padding: int = 0
+    count_tokens: Callable[[Any, str, int], int] | None = None
     negative: str | None = ""
     levels: Callable[[int], Sequence[float]] | None = None
     takes_guidance: Callable[[Config], bool] = lambda config: False

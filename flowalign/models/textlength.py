@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from flowalign.config.sections import ModelConfig
 from flowalign.models.customcode import refuse_custom_code
+from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
 
@@ -20,6 +25,33 @@ _UNSEEN = re.compile(
     "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00a0\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
     "|[\u200c\u200d](?=[ -~]|$)"
 )
+
+
+def text_lengths(model: ModelConfig, texts: Sequence[str]) -> list[int]:
+    """Return the number of tokens that each text has once it is padded, 0 where all have one length.
+
+    Raises:
+        ModelError: the tokenizer of the model cannot be read.
+    """
+    family = family_of_model(model)
+    if not family.padding or family.count_tokens is None:
+        return [0] * len(texts)
+    directory = Path(model.path)
+    tokenizer = _tokenizer(str(directory / "tokenizer"))
+    counts = (family.count_tokens(tokenizer, text, model.max_sequence_length) for text in texts)
+    return [math.ceil(count / family.padding) * family.padding for count in counts]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: str) -> Any:
+    refuse_custom_code(Path(path).parent)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"model.path: {path} cannot be read as a tokenizer ({reason}); is it whole?") from error
 
 
 def cut_prompts(directory: Path, prompts: Iterable[str]) -> tuple[int, int]:

@@ -188,7 +188,7 @@ def _engine(learner: TrainingLearnerConfig) -> str:
 def _model(model: ModelConfig) -> str:
     fresh = model.transformer
     began = "" if fresh is None else f", a fresh {fresh.architecture} of {fresh.num_layers} layers"
-    return f"{model.type} · {Path(model.path).name}{began}"
+    return " · ".join(filter(None, [model.type, f"{Path(model.path).name}{began}"]))
 
 
 def _latents(config: PretrainConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowalign.algorithm import Needs
@@ -18,6 +19,7 @@ from flowalign.models.inspect import own_schedule
 from flowalign.models.textlength import prompt_note
 from flowalign.record.progress import duration
 from flowalign.run.loop import Run, Sampler
+from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import sampling_plan
 from flowalign.types import PromptBatch, SamplingPlan
 
@@ -33,9 +35,12 @@ def build_run(config: RunConfig) -> Run:
     """Return the fixed parts of a run: algorithm, prompts, evaluation."""
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     sampler: Sampler
-    sampler, least = _NoPrompts(), 0.0
+    sampler, least, sized = _NoPrompts(), 0.0, []
     if isinstance(config, AlignConfig):
-        least, sampler = config.min_valid_fraction, group_sampler(config, algorithm.needs)
+        least, sampler = config.min_valid_fraction, Arranged(group_sampler(config, algorithm.needs), config)
+        for height, width in config.data.image_sizes:
+            own = own_schedule(config.model.model_copy(update={"height": height, "width": width}))
+            sized.append(((height, width), build_algorithm(config.algorithm, own)))
     return Run(
         algorithm=algorithm,
         sampler=sampler,
@@ -43,8 +48,21 @@ def build_run(config: RunConfig) -> Run:
         iterations=config.total,
         seed=config.seed,
         min_valid_fraction=least,
+        sized=tuple(sized),
         evaluates_ema=config.evaluation.weights == "ema",
     )
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The samples of each iteration in the order that networks take them."""
+
+    drawn: GroupSampler
+    config: AlignConfig
+
+    def batch(self, iteration: int) -> PromptBatch:
+        own = self.config
+        return arranged(self.drawn.batch(iteration), own.model_as_trained, sizes=own.data.image_sizes, seed=own.seed)
 
 
 def group_sampler(config: AlignConfig, needs: Needs) -> GroupSampler:
@@ -67,8 +85,8 @@ def _evaluation(config: RunConfig) -> tuple[PromptBatch, SamplingPlan, int]:
     plan = sampling_plan(e, schedule=own, path_family=config.model.family, inputs=config.model.inputs)
     if e.prompts is None and isinstance(config, PretrainConfig):
         captions = list(dict.fromkeys(load_bank(Path(config.latents), verify=False).prompts))
-        return _of_captions(captions, e.num_samples), plan, e.seed
-    return evaluation_batch(e.prompts, e.num_samples), plan, e.seed
+        return arranged(_of_captions(captions, e.num_samples), config.model_as_trained), plan, e.seed
+    return arranged(evaluation_batch(e.prompts, e.num_samples), config.model_as_trained), plan, e.seed
 
 
 def _of_captions(captions: list[str], count: int) -> PromptBatch:
@@ -89,9 +107,10 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
         batch = f"{data.groups_per_iteration} groups of {run.algorithm.needs.group_size} images an iteration"
         if data.preferences is not None:
             yield f"preference pairs: {data.preferences}, {data.groups_per_iteration} an iteration"
-        elif isinstance(run.sampler, GroupSampler):
-            note = prompt_note(model, run.sampler.prompts)
-            yield f"prompts: {len(run.sampler.prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
+        elif isinstance(run.sampler, Arranged):
+            prompts = run.sampler.drawn.prompts
+            note = prompt_note(model, prompts)
+            yield f"prompts: {len(prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
         walks = data.preferences is None
     else:
         assert isinstance(config, PretrainConfig)

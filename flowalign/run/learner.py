@@ -16,8 +16,8 @@ from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
-from flowalign.run.share import Cut, MicroBatches, RankItems, asked_of
-from flowalign.types import Condition, Credit, Max, Mean, Scores, TrainBatch, Update
+from flowalign.run.share import Cut, MicroBatches, RankItems, Said, asked_of, kinds_of
+from flowalign.types import Condition, Credit, Max, Mean, Scores, TrainBatch, Trajectories, Update
 
 Loss = Callable[[Models, TrainBatch], LossOutput]
 
@@ -62,7 +62,9 @@ class Learner:
 
     def _update(self, batch: Any, credit: Credit, iteration: int) -> Update:
         parts = list(self._parts(len(credit), iteration))
-        share = self._annotated(batch, credit, [self._cut(own) for part in parts for own in self._item_sets(part)])
+        kinds = kinds_of(batch, credit)
+        cuts = [self._cut(own, kinds) for part in parts for own in self._item_sets(part)]
+        share = self._annotated(batch, credit, cuts, kinds)
         history = []
         for part in parts:
             second = self._second_steps(share, part)
@@ -85,19 +87,22 @@ class Learner:
         second = 0 if self.needs.second is None else self.needs.second.updates
         return [*(own for own in part.tensor_split(max(1, second)) if second and own.numel()), part]
 
-    def _cut(self, items: Tensor) -> Cut:
-        return Cut(items, self.micro_batch_size // self.needs.item_samples, self.engine.world_size)
+    def _cut(self, items: Tensor, kinds: Tensor | None) -> Cut:
+        return Cut(items, self.micro_batch_size // self.needs.item_samples, self.engine.world_size, kinds)
 
-    def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut]) -> RankItems:
+    def _annotated(self, batch: Any, credit: Credit, cuts: Sequence[Cut], kinds: Tensor | None) -> RankItems:
         """Let the algorithm annotate the items that this rank will learn from, without gradients."""
         networks = self.needs.roles
         models = {role: self._in_micro_batches(model) for role, model in self.models.items() if role in networks}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
-        own, asked = asked_of(cuts, self.engine.rank, self.engine.world_size)
+        by_kind, place = {}, (self.engine.rank, self.engine.world_size)
         with torch.no_grad(), self._rollout_weights_bound():
-            said = self.algorithm.annotate(models, batch, credit.take(asked))
-        return RankItems(self.algorithm, batch, credit, own, said, self.device)
+            for kind in [None] if kinds is None else kinds.unique().tolist():
+                part = batch.of_kind(kind or 0) if isinstance(batch, Trajectories) else batch
+                own, asked = asked_of(cuts, *place, kind)
+                by_kind[kind or 0] = Said(own, self.algorithm.annotate(models, part, credit.take(asked)), part)
+        return RankItems(self.algorithm, credit, by_kind, kinds, self.device)
 
     def _in_micro_batches(self, model: VelocityModel) -> VelocityModel:
         """Return ``model`` over any number of samples from the CPU and back, in the geometry and precision of a
@@ -163,7 +168,7 @@ class Learner:
             self._kinds |= {prefix + name: type(metric) for name, metric in output.metrics.items()}
             return output
 
-        cut = self._cut(items)
+        cut = self._cut(items, share.kinds)
         weights = [count * updates / total for count in cut.counts()]
         own = MicroBatches(share, cut.of(engine.rank))
         metrics = engine.step(keeping_kinds, own, weights[engine.rank :: engine.world_size])

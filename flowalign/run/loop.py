@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,7 +99,10 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run."""
+    """The fixed parts of a run.
+
+    ``sized`` has the algorithm on the schedule of each image size, (height, width), other than the model's own.
+    """
 
     algorithm: Algorithm
     sampler: Sampler
@@ -107,7 +110,16 @@ class Run:
     iterations: int
     seed: int
     min_valid_fraction: float
+    sized: tuple[tuple[tuple[int, int], Algorithm], ...] = ()
     evaluates_ema: bool = False
+
+    def plan(self, iteration: int) -> SamplingPlan | None:
+        """Return how the samples of an iteration are made, at each size; None: there are none."""
+        plan = self.algorithm.plan(iteration, self.seed)
+        if plan is None or not self.sized:
+            return plan
+        own = ((size, algorithm.plan(iteration, self.seed)) for size, algorithm in self.sized)
+        return replace(plan, by_size=tuple((size, made.sigmas) for size, made in own if made is not None))
 
 
 def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int:
@@ -122,7 +134,7 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
     journal.begin()
     for iteration in range(start, run.iterations):
         clock = Clock()
-        plan = run.algorithm.plan(iteration, run.seed)
+        plan = run.plan(iteration)
         collected = None
         if plan is not None:
             count = journal.doing("rollout")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowalign.config.run import SafetyConfig
 from flowalign.safety.signals import members, some_of_each, strided
@@ -45,5 +47,14 @@ def join_previews(parts: Sequence[Preview]) -> Preview:
     """Join those of consecutive chunks."""
     begins = np.cumsum([0, *map(len, parts)]).tolist()
     images = {begin + i: image for begin, part in zip(begins, parts, strict=False) for i, image in part.images.items()}
-    small = np.concatenate([part.thumbnails for part in parts])
+    small = np.concatenate([_resampled(part.thumbnails, parts[0].thumbnails.shape[1:3]) for part in parts])
     return Preview(small, images, *(sum(getattr(part, name) for part in parts) for name in _COUNTED))
+
+
+def _resampled(images: NDArray[np.uint8], size: Any) -> NDArray[np.uint8]:
+    """Return images (N, H, W, 3) of another size as those of ``size``, by the nearest pixels: they are counted, not
+    looked at."""
+    if images.shape[1:3] == size:
+        return images
+    rows, columns = (np.arange(new) * old // new for old, new in zip(images.shape[1:3], size, strict=True))
+    return images[:, rows][:, :, columns]

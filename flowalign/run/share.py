@@ -1,6 +1,7 @@
 """The items that one rank learns from: which they are, what networks say of them, and each micro-batch in its turn.
 
-A rank holds no tensors of the others' items: a micro-batch is taken from the batch when it is learned from.
+A rank holds no tensors of the others' items: a micro-batch is taken from the batch when it is learned from. Items of
+several kinds, which have other image sizes or texts of other lengths, are never in one micro-batch.
 """
 
 from __future__ import annotations
@@ -13,22 +14,40 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithm import Algorithm, annotated
-from flowalign.types import Credit, TrainBatch
+from flowalign.types import Credit, TrainBatch, Trajectories
+
+
+def kinds_of(batch: Any, credit: Credit) -> Tensor | None:
+    """Return the number of each item's shape, (M,), where a batch has samples of several.
+
+    The samples of an item, a whole group or a pair, are of one.
+    """
+    if not isinstance(batch, Trajectories) or len(set(batch.batch.shapes)) < 2:
+        return None
+    return batch.kinds_N[credit.sample.reshape(len(credit), -1)[:, 0]]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The ``items`` of one update as micro-batches of at most ``size``, for ranks in turn; a short one is the last.
+    """The ``items`` of one update as micro-batches of at most ``size``, for ranks in turn.
 
-    Every rank has as many. Where they do not come out even, the last is there more than once, and counts once.
+    Every rank has as many. Where they do not come out even, the last is there more than once, and counts once. A
+    micro-batch has items of one of ``kinds``, the number of each item's shape; a short one is the last of its kind.
     """
 
     items: Tensor
     size: int
     world_size: int
+    kinds: Tensor | None = None
+
+    def _own(self) -> list[Tensor]:
+        if self.kinds is None:
+            return list(self.items.split(self.size))
+        kinds = self.kinds[self.items]
+        return [part for kind in kinds.unique() for part in self.items[kinds == kind].split(self.size)]
 
     def _all(self) -> list[Tensor]:
-        found = list(self.items.split(self.size))
+        found = self._own()
         return found + [found[-1]] * (-len(found) % self.world_size)
 
     def of(self, rank: int) -> list[Tensor]:
@@ -37,7 +56,7 @@ class Cut:
 
     def counts(self) -> list[int]:
         """Return how many items each micro-batch of all ranks counts for, in turn."""
-        own = [len(part) for part in self.items.split(self.size)]
+        own = [len(part) for part in self._own()]
         return own + [0] * (-len(own) % self.world_size)
 
 
@@ -47,29 +66,45 @@ def items_of(cuts: Sequence[Cut], rank: int) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.long), *parts]).unique()
 
 
-def asked_of(cuts: Sequence[Cut], rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Return the items of a rank, and these again with repetitions: every rank asks networks about as many."""
+def asked_of(cuts: Sequence[Cut], rank: int, world_size: int, kind: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the items of a rank, and these again with repetitions: every rank asks networks about as many.
+
+    With a ``kind`` they are those of it; a rank that has none of it asks about another's.
+    """
     own = [items_of(cuts, each) for each in range(world_size)]
+    if kind is not None:
+        assert cuts[0].kinds is not None
+        own = [items[cuts[0].kinds[items] == kind] for items in own]
     most, mine = max(map(len, own)), own[rank]
-    return mine, mine[torch.arange(most).clamp_max(len(mine) - 1)] if len(mine) else mine
+    asked = mine if len(mine) or kind is None else next((items for items in own if len(items)), mine)
+    return mine, asked[torch.arange(most).clamp_max(len(asked) - 1)] if len(asked) else asked
+
+
+@dataclass(frozen=True)
+class Said:
+    """The items ``index``, ascending, and what the algorithm ``said`` of each, in the same order; their ``batch``."""
+
+    index: Tensor
+    said: Mapping[str, Tensor]
+    batch: Any
 
 
 @dataclass(frozen=True)
 class RankItems:
-    """A rank's ``index``, ascending, of the items of a batch, and what ``said`` of each, in the same order."""
+    """A rank's items of a batch, with what was said of those of each kind."""
 
     algorithm: Algorithm
-    batch: Any
     credit: Credit
-    index: Tensor
-    said: Mapping[str, Tensor]
+    by_kind: Mapping[int, Said]
+    kinds: Tensor | None
     device: str
 
     def minibatch(self, items: Tensor) -> TrainBatch:
-        """Take ``items`` of the share, where the network is."""
-        row = torch.searchsorted(self.index, items)
-        taken = self.algorithm.items(self.batch, self.credit.take(items))
-        whole = annotated(taken, {name: tensor[row] for name, tensor in self.said.items()})
+        """Take ``items`` of the share, all of one kind, where the network is."""
+        own = self.by_kind[0 if self.kinds is None else int(self.kinds[items[0]])]
+        row = torch.searchsorted(own.index, items)
+        taken = self.algorithm.items(own.batch, self.credit.take(items))
+        whole = annotated(taken, {name: tensor[row] for name, tensor in own.said.items()})
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in whole.tensors.items()}
         return replace(whole, tensors=moved, condition=whole.condition.used().to(self.device))
 

@@ -38,7 +38,7 @@ def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
         raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
     if len(parts) == 1:
         return parts[0]
-    names = ("prompts", "group_ids", "sample_ids", "metadata")
+    names = PromptBatch.__dataclass_fields__
     batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
     means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
     return replace(

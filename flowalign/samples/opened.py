@@ -192,7 +192,7 @@ def torch_threads(count: int) -> Iterator[None]:
 def roll(
     policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: Sampled, seed: int, progress: Progress = silent
 ) -> Iterator[Samples]:
-    """Yield the chunks of ``batch`` in the run's own geometry."""
+    """Yield the chunks of ``batch``, as it was `arranged`, in the run's own geometry."""
     done = 0
     for chunk in batch.chunks(config.rollout.chunk_size):
         yield rollout(

@@ -28,6 +28,7 @@ from flowalign.types import (
     Pictures,
     PromptBatch,
     Samples,
+    SampleShape,
     SamplingPlan,
     SdeKind,
     Trajectories,
@@ -218,6 +219,14 @@ def _groups(groups: Sequence[int], condition: Condition) -> tuple[Tensor, Tensor
     return first, member
 
 
+def check_lengths(condition: Condition, shape: SampleShape) -> None:
+    """Raise ValueError where a chunk's texts have other lengths than they were arranged by: its samples would depend on
+    their neighbours."""
+    found = (condition.text["tokens"].shape[1], condition.null["tokens"].shape[1])
+    if shape.text and found != (shape.text, shape.negative):
+        raise ValueError(f"texts of {shape.text} and {shape.negative} tokens were encoded to {found[0]} and {found[1]}")
+
+
 def rollout(
     policy: Policy,
     batch: PromptBatch,
@@ -233,7 +242,8 @@ def rollout(
 ) -> Samples:
     """Make the samples of one chunk; the result lies on the CPU, an image for every sample and granularity.
 
-    ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels.
+    ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels, those of the batch's
+    shape come first.
     ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
     samples replay exactly too.
 
@@ -241,7 +251,13 @@ def rollout(
         NonFiniteSamples: the policy has diverged.
     """
     network, encoders, branching = policy.network, policy.encoders, plan.branching
-    condition = encoders.encode_prompts(batch.prompts, length)
+    condition = encoders.encode_prompts(batch.prompts, length, negatives=batch.negatives or None)
+    whole = plan
+    if batch.shapes:
+        asked = batch.shapes[0]
+        check_lengths(condition, asked)
+        height, width = asked.size or (height, width)
+        plan = plan.at(asked.size)
     shape = network.latent_shape(height, width)
     noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if branching.shared_noise else None)
     groups = batch.group_ids if branching.shared_noise and branching.shared_prefix else None
@@ -263,7 +279,7 @@ def rollout(
     trajectories = Trajectories(
         batch=made,
         condition=condition.to("cpu").take(torch.tensor(rows)),
-        plan=plan,
+        plan=whole,
         states_NSCHW=states.cpu(),
         log_prob_NS=log_probs.cpu(),
         final_NCHW=final,

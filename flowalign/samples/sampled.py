@@ -22,6 +22,7 @@ from flowalign.models.base import Policy
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
 from flowalign.rows import Rows
+from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import (
     Progress,
     Which,
@@ -108,19 +109,20 @@ def sample_checkpoint(
     """
     texts = tuple(prompt for prompt in prompts for _ in range(num_images))
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
-    batch = PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts))
+    batch = arranged(PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts)), model.config.model)
     with model.opened() as (policy, _, plan):
         made = list(roll(policy, batch, plan, model.config, model.seed, progress))
+    order = torch.tensor(batch.sample_ids).argsort()
     names = [f"{i:04d}.png" for i in range(len(batch))]
     index = [{"file": names[i], "prompt": text, "sample_id": i, **model.made_with} for i, text in enumerate(texts)]
     with filled(out_dir) as draft:
-        save_images(draft, names, torch.cat([pictures.images for pictures, _ in made]))
+        save_images(draft, names, torch.cat([pictures.images for pictures, _ in made])[order])
         write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
         if save_latents:
             size = model.config.model
             shape = policy.network.latent_shape(size.height, size.width)
-            noise = SampleNoise(model.seed, batch.sample_ids, shape).draw()
-            latents = Rows([trajectories.final_NCHW for _, trajectories in made])[:]
+            noise = SampleNoise(model.seed, range(len(texts)), shape).draw()
+            latents = Rows([trajectories.final_NCHW for _, trajectories in made])[order]
             save_tensors({"noise": noise, "latents": latents}, draft / "latents.safetensors")
     return [out_dir / name for name in names]
 

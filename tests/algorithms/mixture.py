@@ -100,7 +100,7 @@ class MixtureNetwork:
 class MixtureEncoders:
     """Prompts are the modes' numbers; a picture shows nothing."""
 
-    def encode_prompts(self, prompts: Sequence[str], length: int = 1) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str], length: int = 1, **options: Any) -> Condition:
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         pooled = one_hot(torch.tensor([int(prompt) for prompt in rows]), len(MODES)).float()
         index = torch.tensor([rows[prompt] for prompt in prompts])

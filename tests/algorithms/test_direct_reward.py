@@ -149,8 +149,8 @@ def test_prompts_are_encoded_once_and_apart_where_there_are_no_encoders(
     assert asked == ["prompts"]
     made = source.batch(1)
     expected = load_encoders(config.model).encode_prompts(made.batch.prompts, 16)
-    for one, other in zip(made.condition.expand().values(), expected.expand().values(), strict=True):
-        assert torch.equal(one, other)
+    for name, rows in expected.expand().items():
+        assert torch.equal(made.condition.expand()[name], rows)
     assert torch.equal(made.condition.null["tokens"], expected.null["tokens"]) and made.batch.sample_ids == (4, 5, 6, 7)
     noise = initial_noise(made.seed, made.batch.sample_ids, made.latent_shape)
     assert torch.equal(noise, SampleNoise(config.seed, made.batch.sample_ids, made.latent_shape).draw())

@@ -32,7 +32,7 @@ PHASES = [
 def content(**changes: Any) -> dict[str, Any]:
     own = {
         "name": "base",
-        "model": {"path": "models/tiny", "max_sequence_length": 16},
+        "model": {"type": "sd3", "path": "models/tiny", "max_sequence_length": 16},
         "latents": "banks/photographs",
         "algorithm": {"type": "rectified_flow"},
         "phases": PHASES,
@@ -165,10 +165,10 @@ def test_a_loss_of_parts_shows_each_that_differs_from_the_whole(tmp_path: Path) 
 def test_settings_name_phases_teacher_and_data(tmp_path: Path) -> None:
     text = page(tmp_path, [], teacher={"path": "models/big"}, learner={"micro_batch_size": 4}).text
     for part in (
-        "Algorithm rectified_flow Model sd3 · tiny Teacher sd3 · big Latents photographs Batch 8 latents, 4 at once",
+        "Algorithm rectified_flow Model sd3 · tiny Teacher big Latents photographs Batch 8 latents, 4 at once",
         "Learning rate 0.002 → 0.001 in 30 iterations; 0.001 in 10 iterations Average decay 0.9, 0.99",
         "Validation 8 latents of held, every 10 iterations Seed 0 Backend local, torch learner, bfloat16 on cpu",
-        "sd3 · tiny, trained with rectified_flow on photographs, taught by sd3 · big.",
+        "sd3 · tiny, trained with rectified_flow on photographs, taught by big.",
         "torch 2.15.0",
         "num_times: 4",
     ):
@@ -221,7 +221,7 @@ def test_the_wall_times_of_all_starts_are_added(tmp_path: Path) -> None:
 def test_texts_from_outside_are_shown_as_they_are(tmp_path: Path) -> None:
     names = {f"loss/{payload}": number / 9 for number, payload in enumerate(PAYLOADS)}
     names |= {f"validation_ema/loss_t{payload}": 0.4 for payload in PAYLOADS[:2]}
-    own = {"model": {"path": "models/<b>mine"}, "latents": PAYLOADS[0], "runs_dir": PAYLOADS[2]}
+    own = {"model": {"type": "sd3", "path": "models/<b>mine"}, "latents": PAYLOADS[0], "runs_dir": PAYLOADS[2]}
     made = page(tmp_path / "run", [row(5, 1.0, **names), row(10, 0.9, **names)], **own)
     found = Elements(made.source)
     assert not found.tags & {"script", "iframe", "object"} and not [a for a in found.attributes if a.startswith("on")]

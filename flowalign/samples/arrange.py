@@ -1,0 +1,68 @@
+"""The order of samples: those that one batch of a network can hold follow one another.
+
+A network's batch has one image size, one length of text and one of negative text, so that a sample never depends on its
+neighbours. What a prompt's length is depends on the prompt alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from flowalign.config.sections import ModelConfig
+from flowalign.flow.randomness import Stream, seeded
+from flowalign.models.directory import family_of_model
+from flowalign.models.textlength import text_lengths
+from flowalign.types import PromptBatch, SampleShape
+
+NEGATIVE = "negative_prompt"  # of a row
+
+
+def arranged(
+    batch: PromptBatch, model: ModelConfig, *, sizes: Sequence[tuple[int, int]] = (), seed: int = 0
+) -> PromptBatch:
+    """Return ``batch`` with the negative prompt and the shape of each sample, those of one shape in a row.
+
+    A negative prompt is that of the sample's row (``negative_prompt``), else ``model.negative_prompt``, else the
+    family's own. Of ``sizes``, (height, width) in pixels, each group has one, drawn by (``seed``, group id); without
+    any all are of the model's size. The order within a shape stays. Where all samples are alike nothing changes.
+
+    Raises:
+        ModelError: the tokenizer of the model cannot be read.
+    """
+    family = family_of_model(model)
+    own = model.negative_prompt
+    given = [row.get(NEGATIVE, own) for row in batch.metadata]
+    negatives = tuple((family.negative or "") if text is None else str(text) for text in given)
+    if any(text is not None for text in given):
+        batch = replace(batch, negatives=negatives)
+    if not sizes and not family.padding:
+        return batch
+    drawn = {group: _size(sizes, seed, group) for group in dict.fromkeys(batch.group_ids)}
+    texts = _lengths(model, (*batch.prompts, *negatives)) if family.padding else [0] * (2 * len(batch))
+    shapes = [
+        SampleShape(drawn[group], text, negative)
+        for group, text, negative in zip(batch.group_ids, texts[: len(batch)], texts[len(batch) :], strict=True)
+    ]
+    places = {shape: place for place, shape in enumerate(dict.fromkeys(shapes))}
+    order = sorted(range(len(batch)), key=lambda i: places[shapes[i]])
+    return replace(batch, shapes=tuple(shapes)).take(order)
+
+
+def _size(sizes: Sequence[tuple[int, int]], seed: int, group: int) -> tuple[int, int] | None:
+    if not sizes:
+        return None
+    return sizes[int(torch.randint(len(sizes), (), generator=seeded(seed, Stream.IMAGE_SIZE, group)))]
+
+
+def _lengths(model: ModelConfig, texts: Sequence[str]) -> list[int]:
+    found = {text: _length(model.path, model.type, model.max_sequence_length, text) for text in dict.fromkeys(texts)}
+    return [found[text] for text in texts]
+
+
+@lru_cache(maxsize=65536)
+def _length(path: str, kind: str | None, length: int, text: str) -> int:
+    return text_lengths(ModelConfig(path=path, type=kind, max_sequence_length=length), [text])[0]
