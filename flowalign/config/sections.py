@@ -124,6 +124,12 @@ def _texts(weights: Any) -> Any:
     return {str(task) if type(task) is int else task: weight for task, weight in weights.items()}
 
 
+def _size(text: str) -> str:
+    if re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text) is None:
+        raise ValueError(f"got {text!r}; write HEIGHTxWIDTH in pixels, such as 512x768")
+    return text
+
+
 class DataConfig(Section):
     """The prompts, or the pairs, that a run learns from."""
 
@@ -133,9 +139,7 @@ class DataConfig(Section):
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
-    sizes: list[Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$"), Takes("HEIGHTxWIDTH")]] = Field(
-        default_factory=list
-    )
+    sizes: list[Annotated[str, AfterValidator(_size)]] = Field(default_factory=list)
     """Sizes of the images in pixels, HEIGHTxWIDTH, of which each group draws one; none: the model's own."""
     preferences: Annotated[str | None, Resolved()] = None
     """A parquet file or a folder of pairs, for an algorithm that learns from pairs."""

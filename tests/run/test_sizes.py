@@ -129,7 +129,8 @@ def test_a_negative_prompt_leads_guided_samples_away_and_no_others(tmp_path: Pat
 
 
 def test_sizes_that_a_model_does_not_take_are_refused_before_anything_starts(tmp_path: Path, model: Path) -> None:
-    rest = f"name: a\niterations: 1\nalgorithm: {{type: flow_grpo}}\nrewards: [{{spec: jpeg}}]\nmodel: {{path: {model}}}\n"
+    rest = f"name: a\niterations: 1\nalgorithm: {{type: flow_grpo}}\nmodel: {{path: {model}}}\n"
+    rest += "rewards: [{spec: jpeg}]\n"
     cases = {
         "data: {sizes: [64x64, 64x60]}": (r"data\.sizes\.1", "both sides must be multiples of 16"),
         "data: {sizes: [64x256]}": (r"data\.sizes\.0", "table of positions ends at 128"),

@@ -58,6 +58,13 @@ def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
     return {"tokens": tokens[None], "mask": torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)}
 
 
+def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
+    """Count the tokens of a prompt in its chat template, cut at ``length``, as the pipeline does."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return len(tokenizer(text, max_length=length, truncation=True).input_ids)
+
+
 def guidance_call(scale: float) -> dict[str, Any]:
     return {"guidance_scale": max(scale - 1, 0.0)}
 
@@ -134,6 +141,7 @@ FAMILY = ModelFamily(
     sample=sample,
     text_shapes=text_shapes,
     padding=BUCKET,
+    count_tokens=count_tokens,
     levels=levels,
     guidance_offset=1.0,
     guidance_call=guidance_call,
