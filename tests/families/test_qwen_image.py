@@ -96,6 +96,16 @@ def test_a_sample_alone_has_the_bits_that_it_has_among_others_of_its_bucket(poli
         assert torch.equal(our_latents(policy, [prompt], noise=noise[row : row + 1], **call), together[row : row + 1])
 
 
+def test_lengths_are_counted_as_prompts_are_encoded(policy: Policy) -> None:
+    """By the tokenizer alone; line breaks at the ends, marks of the template and what is cut included."""
+    count = policy.network.family.count_tokens
+    assert count is not None
+    for prompt in ("", SHORT, LONG, "\n\na red cube \n", "<|im_end|>\n", "crème brûlée 猫", 30 * LONG):
+        for length in (16, LENGTH):
+            encoded = policy.encoders.encode_prompts([prompt], length).text["mask"]
+            assert count(policy.encoders.pipeline.tokenizer, prompt, length) == encoded.sum()
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "lora"])
 def test_exports_are_loaded_by_plain_diffusers(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """With the latents of the trained policy; `export` compares both layouts of a LoRA before it keeps them."""

@@ -65,6 +65,13 @@ def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
     return {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
 
 
+def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
+    """Count the tokens of a prompt and of the template's end: those before, to the turn's name, are dropped."""
+    turn = "<|im_start|>user\n"
+    whole = tokenizer(f"{turn}{prompt}<|im_end|>\n<|im_start|>assistant\n").input_ids
+    return min(len(whole) - len(tokenizer(turn).input_ids), length)
+
+
 def guidance_call(scale: float) -> dict[str, Any]:
     """Return the arguments of guidance away from an empty prompt: without a negative one the pipeline has none."""
     return {"true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else {"true_cfg_scale": scale}
@@ -140,6 +147,7 @@ FAMILY = ModelFamily(
     decode=decode_frame,
     encode_pictures=encode_frame,
     padding=BUCKET,
+    count_tokens=count_tokens,
     negative=None,
     levels=levels,
     guidance_norm="token",
