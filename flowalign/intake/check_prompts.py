@@ -10,7 +10,9 @@ from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import EvaluationConfig
 from flowalign.config.section import ConfigError, nearest
-from flowalign.config.sections import RewardConfig
+from flowalign.config.sections import ModelConfig, RewardConfig
+from flowalign.models.directory import family_of_model
+from flowalign.models.errors import ModelError
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
@@ -39,6 +41,22 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, adv
                     wrong.setdefault(place, f"{where}: {str(error).removeprefix('metadata: ')}{advice}")
     if wrong:
         raise ConfigError(key, wrong[min(wrong)] + and_more(len(wrong) - 1))
+
+
+def check_guided(key: str, scale: float, model: ModelConfig, source: str | None) -> None:
+    """Check that there is something that guidance leads away from: of the model, or of every row of the prompts."""
+    from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.samples.arrange import check_negatives
+
+    try:
+        family_of_model(model)
+        rows = [{}] if source is None else load_prompts(source)
+    except (ModelError, PromptsError):
+        return  # check_model and check_prompts say it
+    try:
+        check_negatives(model, scale, rows)
+    except ModelError as error:
+        raise ConfigError(key, str(error)) from error
 
 
 def check_captions(evaluation: EvaluationConfig) -> None:

@@ -242,6 +242,8 @@ def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], N
     yield partial(check_cache, "evaluation.cache", evaluation.cache)
     if not evaluation.every:
         return
+    guided = "evaluation.guidance_scale", evaluation.guidance_scale
+    yield partial(promptcheck.check_guided, *guided, config.model, evaluation.prompts)
     if isinstance(config, PretrainConfig):
         yield from _judge_checks(config, base)
     if evaluation.prompts is None:
@@ -262,10 +264,21 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
     yield partial(promptcheck.check_tasks_taught, config, needs)
+    for key, scale in _scales(config.algorithm, needs):
+        yield partial(promptcheck.check_guided, key, scale, config.model, prompts)
     yield from _evaluation_checks(config, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     yield partial(check_device, "cluster.device", config.cluster.device, here)
     yield partial(config.cluster.check_cores, config.learner.ranks, len(needs.teachers))
+
+
+def _scales(algorithm: Mapping[str, Any], needs: Needs) -> Iterator[tuple[str, float]]:
+    """Give the scales of guidance that a file gives an algorithm and its teachers, by their keys."""
+    for name, value in algorithm.items():
+        if name.endswith("guidance_scale") and isinstance(value, int | float):
+            yield f"algorithm.{name}", value
+    for name, teacher in needs.teachers.items():
+        yield f"algorithm.teachers.{name}.guidance_scale", teacher.guidance_scale
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[PretrainConfig]:

@@ -22,7 +22,6 @@ from flowalign.measure.evaluated import UNTAGGED, by_task, facts, standard_error
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
 from flowalign.models.textlength import prompt_note
 from flowalign.record.earlier import iteration_of
-from flowalign.samples.arrange import arranged
 from flowalign.samples.joined import cat_scores
 from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
@@ -106,7 +105,7 @@ def evaluate_checkpoint(
     """
     config, own = model.config, model.config.evaluation
     source = prompts or own.prompts
-    batch = arranged(evaluation_batch(source, num_samples or own.num_samples), config.model)
+    batch = model.arranged(evaluation_batch(source, num_samples or own.num_samples))
     with torch_threads(config.threads):
         scorers = load_scorers(config.evaluation.judges, base_dir, offers=EVALUATION)
         with model.opened() as (policy, state, plan):

@@ -6,15 +6,18 @@ neighbours. What a prompt's length is depends on the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from flowalign.config.sections import ModelConfig
+from flowalign.flow.guidance import guides
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.models.directory import family_of_model
+from flowalign.models.directory import family_of_model, open_directory
+from flowalign.models.errors import ModelError
 from flowalign.models.textlength import text_lengths
 from flowalign.types import PromptBatch, SampleShape
 
@@ -50,6 +53,26 @@ def arranged(
     places = {shape: place for place, shape in enumerate(dict.fromkeys(shapes))}
     order = sorted(range(len(batch)), key=lambda i: places[shapes[i]])
     return replace(batch, shapes=tuple(shapes)).take(order)
+
+
+def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Check that there is something that guidance of the prompts ``rows`` by ``scale`` leads away from.
+
+    A pipeline without a negative prompt of its own does not guide where nobody gives one, and does not say so.
+
+    Raises:
+        ModelError: the model's is such, and neither it nor each of the rows has one.
+    """
+    directory = open_directory(model)
+    family = directory.family
+    if family.negative is not None or model.negative_prompt is not None or not guides(scale):
+        return
+    if family.takes_guidance(directory.config("transformer")) or all(row.get(NEGATIVE) is not None for row in rows):
+        return
+    raise ModelError(
+        f"{scale:g} guides nothing: {family.title} is guided away from a negative prompt alone, and has none of its "
+        'own; give model.negative_prompt, such as " ", or take 1'
+    )
 
 
 def _size(sizes: Sequence[tuple[int, int]], seed: int, group: int) -> tuple[int, int] | None:

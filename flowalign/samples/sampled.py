@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from flowalign.config.sampled import Sampled
+from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
+from flowalign.models.errors import ModelError
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
 from flowalign.rows import Rows
-from flowalign.samples.arrange import arranged
+from flowalign.samples.arrange import arranged, check_negatives
 from flowalign.samples.opened import (
     Progress,
     Which,
@@ -59,6 +61,14 @@ class SampledModel:
         with torch_threads(self.config.threads):
             policy, state = open_policy(self.path, self.config, self.which)
             yield policy, state, policy_plan(policy, self.sampling, self.config.model)
+
+    def arranged(self, batch: PromptBatch) -> PromptBatch:
+        """Return ``batch`` as `arrange.arranged` does. Raise ConfigError where nothing is there to guide away from."""
+        try:
+            check_negatives(self.config.model, self.sampling.guidance_scale, batch.metadata)
+        except ModelError as error:
+            raise ConfigError("--guidance-scale", str(error)) from error
+        return arranged(batch, self.config.model)
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def sample_checkpoint(
     """
     texts = tuple(prompt for prompt in prompts for _ in range(num_images))
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
-    batch = arranged(PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts)), model.config.model)
+    batch = model.arranged(PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts)))
     with model.opened() as (policy, _, plan):
         made = list(roll(policy, batch, plan, model.config, model.seed, progress))
     order = torch.tensor(batch.sample_ids).argsort()

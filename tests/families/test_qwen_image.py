@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.export import export
+from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import inspect_model, own_schedule
 from flowalign.samples.opened import open_policy
-from tests.families.ours import LENGTH, assert_an_iteration_is_exported, our_latents, our_policy, replay_difference
+from flowalign.samples.sampled import sample_checkpoint, sampled_model
+from tests.families.ours import (
+    LENGTH,
+    assert_an_iteration_is_exported,
+    our_latents,
+    our_policy,
+    replay_difference,
+    write_run,
+)
 from tests.families.public import apart, initial_noise, public_latents, public_pipeline, public_pixels
 from tests.tiny import run_config, write_checkpoint
 
@@ -143,3 +153,30 @@ def test_what_the_public_pipeline_cannot_sample_is_refused_by_name(tiny: Callabl
     directory = tiny("qwen_image", transformer={option: True})
     with pytest.raises(ModelError, match=f"model.path: {option} is set"):
         our_policy(directory)
+
+
+def test_guidance_without_a_negative_prompt_is_refused_before_a_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The public pipeline would not guide, and say nothing. A model's negative prompt will do, or one of every row."""
+    path = write_run(tmp_path, tiny("qwen_image"))
+    guided = "algorithm.guidance_scale=4.0"
+    with pytest.raises(ConfigError, match=r"algorithm\.guidance_scale: 4 guides nothing: Qwen-Image .*give model\.neg"):
+        load_align(path, [guided])
+    with pytest.raises(ConfigError, match=r"evaluation\.guidance_scale: 3 guides nothing"):
+        load_align(path, ["evaluation.every=1", "evaluation.guidance_scale=3", "evaluation.prompts=prompts.jsonl"])
+    assert load_align(path, [guided, "model.negative_prompt=''"]).config.model.negative_prompt == ""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("}", ', "negative_prompt": " "}'))
+    load_align(path, [guided])
+    prompts.write_text(prompts.read_text() + '{"prompt": "a red cube"}\n')
+    with pytest.raises(ConfigError, match="guides nothing"):
+        load_align(path, [guided])
+
+
+def test_guidance_without_a_negative_prompt_is_refused_before_samples(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = run_config(tiny("qwen_image"), model={"path": str(tiny("qwen_image")), "max_sequence_length": LENGTH})
+    model = sampled_model(tiny("qwen_image"), config, guidance_scale=4.0)
+    with pytest.raises(ConfigError, match="--guidance-scale: 4 guides nothing"):
+        sample_checkpoint(model, [SHORT], tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
