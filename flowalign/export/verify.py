@@ -14,15 +14,15 @@ from torch import Tensor
 
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import ModelConfig, SamplingConfig
-from flowalign.export import pipeline as own_pipeline
-from flowalign.models.architectures.inputs import CONFIG_KEY
 from flowalign.models.base import Policy
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.directory import family_of_model
 from flowalign.models.encoders import text_rows
 from flowalign.models.family import ModelFamily
 from flowalign.models.guided import guided
-from flowalign.models.loading import plain_pipeline, quietly
+from flowalign.models.inputs import CONFIG_KEY
+from flowalign.models.loading import own_pipeline, plain_pipeline, quietly
+from flowalign.models.recorded import PATH_FAMILY
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
@@ -73,12 +73,11 @@ def load_pipeline(directory: Path, device: str = "cpu", *, family: ModelFamily |
         ModelError: the directory names code of its own.
     """
     refuse_custom_code(directory)
+    family = family or family_of_model(ModelConfig(path=str(directory)))
     with quietly():
-        pipeline: Any = plain_pipeline(
-            family or family_of_model(ModelConfig(path=str(directory))), directory, dtype=torch.float32
-        )
+        pipeline: Any = plain_pipeline(family, directory, dtype=torch.float32)
         if (directory / "pipeline.py").is_file():
-            pipeline = own_pipeline.FlowalignPipeline(**pipeline.components)
+            pipeline = own_pipeline(family)(**pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -110,7 +109,7 @@ def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sam
     text = text_rows(family, [family.encode(pipeline, prompt, length) for prompt in prompts])
     extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
     # A family walks levels of its own on every grid.
-    even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(own_pipeline.FAMILY) or "rf") == "rf"
+    even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(PATH_FAMILY) or "rf") == "rf"
     told = pipeline.scheduler.config["num_train_timesteps"]  # of the time
     if family.inputs is not None:  # the velocity at the time itself, unguided
         zeros = torch.zeros(len(prompts), extra, device=noise.device)

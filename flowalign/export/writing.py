@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -11,15 +12,15 @@ import torch
 
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
-from flowalign.export import pipeline as own_pipeline
 from flowalign.export.card import base_name
 from flowalign.export.verify import Errors, differences, euler, largest, load_pipeline, probe
 from flowalign.models.base import Policy
 from flowalign.models.directory import OWN_PIPELINE
 from flowalign.models.encoders import Encoders
-from flowalign.models.loading import assembled, pipeline_of, quietly
+from flowalign.models.loading import assembled, own_pipeline, pipeline_of, quietly
 from flowalign.models.merge import fuse_lora
 from flowalign.models.network import Network
+from flowalign.models.recorded import PATH_FAMILY
 from flowalign.models.scheduler import CONVERSIONS, DEFAULTS
 from flowalign.record.disk import on_disk, require_room
 from flowalign.record.files import save_tensors
@@ -61,8 +62,8 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     """
     own = bool(network.added_inputs) or network.path_family != "rf"
     transformer = pipeline.transformer
-    if own or own_pipeline.FAMILY in transformer.config:
-        transformer.register_to_config(**{own_pipeline.FAMILY: network.path_family})
+    if own or PATH_FAMILY in transformer.config:
+        transformer.register_to_config(**{PATH_FAMILY: network.path_family})
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
     require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))
@@ -71,7 +72,7 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     forget_local_paths(directory)
     if not own:
         return
-    shutil.copy(own_pipeline.__file__, directory / f"{OWN_PIPELINE[0]}.py")
+    shutil.copy(str(inspect.getsourcefile(own_pipeline(network.family))), directory / f"{OWN_PIPELINE[0]}.py")
     index = directory / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": list(OWN_PIPELINE)}
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

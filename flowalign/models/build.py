@@ -17,6 +17,7 @@ from flowalign.models.base import Policy
 from flowalign.models.directory import family_of_model, refuse_absent
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
+from flowalign.models.family import module_config
 from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
 
@@ -54,11 +55,10 @@ def load_network(config: ModelConfig) -> Network:
     refuse_absent(family, config)
     network = loading.load_network(family, Path(config.path), dtype=getattr(torch, config.dtype))
     if config.transformer is not None:
-        from flowalign.models.architectures.fresh import new_transformer
-
-        network.module = new_transformer(network.module.config, config.transformer).eval()  # type: ignore[arg-type]
+        assert family.fresh is not None  # see `refuse_absent`
+        network.module = family.fresh(module_config(network.module), config.transformer).eval()
     if config.inputs:
-        from flowalign.models.architectures.inputs import add_inputs
+        from flowalign.models.inputs import add_inputs
 
         add_inputs(network.module, config.inputs)
     network.path_family = config.family or "rf"

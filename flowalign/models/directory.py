@@ -171,10 +171,12 @@ def text_parts(model: ModelConfig) -> dict[str, TextPart]:
 
 def refuse_absent(family: ModelFamily, model: ModelConfig) -> None:
     """Raise ModelError, by key, for what a configuration asks of a model whose family has it not."""
-    if model.transformer is not None and not family.is_fresh:
+    if model.transformer is not None and family.fresh is None:
         raise ModelError(f"model.transformer: {family.title} has no networks that begin anew; leave it out")
     if model.inputs and family.inputs is None:
         raise ModelError(f"model.inputs: the networks of {family.title} take no further inputs; leave them out")
+    if model.family not in (None, "rf") and family.own_pipeline is None:
+        raise ModelError(f"model.family: {family.title} is of the straight path alone; write rf, or leave it out")
 
 
 def pipeline_class(directory: Path) -> str:
@@ -199,7 +201,7 @@ def _own_base(directory: Path) -> Iterator[str]:
 def check_directory(family: ModelFamily, directory: Path) -> None:
     """Raise ModelError, in milliseconds, unless ``directory`` looks like the family's pipeline on disk."""
     name = pipeline_class(directory)
-    own = family.is_fresh and _read(directory / INDEX).get("_class_name") == list(OWN_PIPELINE)
+    own = family.own_pipeline is not None and _read(directory / INDEX).get("_class_name") == list(OWN_PIPELINE)
     if name != family.pipeline and not own:
         raise ModelError(
             f"model.path: {directory} holds a {name}; models of type {family.name} need a {family.pipeline}"

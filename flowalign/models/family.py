@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from flowalign.config.sections import TransformerConfig
 from flowalign.models.coding import decode_scaled, encode_scaled
 from flowalign.models.errors import ModelError
 from rewards.usercode.loading import load_module
@@ -142,8 +143,11 @@ class ModelFamily:
     the arguments of the pipeline's call that mean a guidance scale of ours.
 
     What not every family has: ``inputs`` names the row that numbers beside the time are appended to (``model.inputs``),
-    ``text_parts`` the places of single encoders (``encoder_dropout``), ``is_fresh`` says whether networks can be begun
-    anew (``model.transformer``). ``published`` are models by the name of their folder.
+    ``text_parts`` the places of single encoders (``encoder_dropout``), ``fresh`` makes a network to begin
+    anew with (``model.transformer``), given the configuration of the one that it replaces. ``own_pipeline`` is the
+    module of a pipeline for diffusers, which samples what the plain one would sample wrongly: networks with further
+    inputs, or of another path than the straight one (``model.family``). ``published`` are models by the name
+    of their folder.
     """
 
     name: str
@@ -171,7 +175,8 @@ class ModelFamily:
     blocks: Callable[[Config], tuple[int, int]] = heads_and_layers
     inputs: str | None = None
     text_parts: Callable[[SmallFiles], dict[str, TextPart]] | None = None
-    is_fresh: bool = False
+    fresh: Callable[[Config, TransformerConfig], nn.Module] | None = None
+    own_pipeline: str | None = None
     published: Mapping[str, Published] = field(default_factory=dict)
 
     @property

@@ -108,7 +108,7 @@ def trained_parameters(model: ModelConfig) -> int | None:
 
 def _without_weights(family: ModelFamily, config: Mapping[str, Any]) -> nn.Module:
     """Build the network of a ``config.json`` on the meta device."""
-    from flowalign.models.architectures.inputs import CONFIG_KEY
+    from flowalign.models.inputs import CONFIG_KEY
     from flowalign.models.loading import transformer_of
 
     with torch.device("meta"):

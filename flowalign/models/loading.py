@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from flowalign.models.base import Policy
-from flowalign.models.directory import Directory, check_directory
+from flowalign.models.directory import OWN_PIPELINE, Directory, check_directory
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
@@ -77,6 +78,17 @@ def pipeline_of(family: ModelFamily) -> Any:
     return getattr(diffusers, family.pipeline)
 
 
+def own_pipeline(family: ModelFamily) -> Any:
+    """Return the pipeline of ours that samples what a plain one would sample wrongly.
+
+    Raises:
+        ModelError: the family has none.
+    """
+    if family.own_pipeline is None:
+        raise ModelError(f"{family.title} has no pipeline for networks with further inputs or of another path")
+    return getattr(importlib.import_module(family.own_pipeline), OWN_PIPELINE[1])
+
+
 def transformer_of(family: ModelFamily) -> Any:
     """Return the diffusers class of the family's networks."""
     import diffusers
@@ -99,7 +111,7 @@ def load_network(family: ModelFamily, directory: Path, *, dtype: torch.dtype = t
             str(directory / "transformer"), torch_dtype=dtype, local_files_only=True, trust_remote_code=False
         )
     if family.inputs is not None:
-        from flowalign.models.architectures.inputs import restore_inputs
+        from flowalign.models.inputs import restore_inputs
 
         restore_inputs(module, directory / "transformer")
     return Network(family, module.eval(), own.scheduler, own.geometry, mixed=dtype == torch.bfloat16)

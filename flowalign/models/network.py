@@ -52,7 +52,7 @@ class Network:
         """Those of its inputs that its class has not."""
         if self.family.inputs is None:
             return ()
-        from flowalign.models.architectures.inputs import inputs_of
+        from flowalign.models.inputs import inputs_of
 
         return inputs_of(self.module)
 
@@ -104,7 +104,7 @@ class Network:
         if guidance is None and "guidance" in self.inputs:
             guidance = self.scale
         if added:
-            from flowalign.models.architectures.inputs import pooled_with_inputs
+            from flowalign.models.inputs import pooled_with_inputs
 
             exact = self.family.inputs
             assert exact is not None

@@ -10,6 +10,7 @@ from flowalign.config.section import ConfigError
 from flowalign.record.textfiles import TextError, is_there, read_object
 
 RECORD = "flowalign.json"
+PATH_FAMILY = "_flow_family"  # of the config.json of a network that gives no velocity of the straight path
 
 
 def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:
@@ -30,6 +31,6 @@ def recorded_model(pipeline: Path, key: str = "model.path") -> dict[str, Any]:
         found |= {key: written[key] for key in ("max_sequence_length", "family", "sampling") if key in written}
     with suppress(TextError):
         written = read_object(network)
-        kept = {"inputs": written.get("extra_inputs"), "family": written.get("_flow_family")}
+        kept = {"inputs": written.get("extra_inputs"), "family": written.get(PATH_FAMILY)}
         found = {key: value for key, value in kept.items() if value} | found
     return found

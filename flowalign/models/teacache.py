@@ -24,7 +24,7 @@ HOOK = "flowalign_teacache"
 class BlockCache:
     """A context in which ``network`` skips its blocks for the samples whose step resembles the last computed one.
 
-    ``network``: an SD3Transformer2DModel, or another with blocks of its signature, with or without a LoRA; it is called
+    ``network``: one whose blocks are called by name as an MM-DiT's are, with or without a LoRA; it is called
     as ever, ``num_steps`` times a trajectory with the same number of rows. Compared is the first block's input after
     its norm and modulation. A sample that reuses gets the stored change of its image tokens in place of the blocks,
     before the last norm; only the others go through them. ``threshold`` and ``rescale`` are StepCache's.

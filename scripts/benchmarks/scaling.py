@@ -22,7 +22,7 @@ from cells import RESULTS, ROOT, machine, run_once, study
 from pictures import Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig, TransformerConfig
-from flowalign.models.architectures.fresh import flops, matching, new_transformer
+from flowalign.models.families.sd3.fresh import flops, matching, new_transformer
 from flowalign.record import checkpoint
 from flowalign.record.metrics import read_metrics
 

@@ -10,7 +10,7 @@ from torch import nn
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.meanflow import curvature
 from flowalign.flow.path import per_sample
-from flowalign.models.architectures.inputs import add_inputs, pooled_with_inputs
+from flowalign.models.inputs import add_inputs, pooled_with_inputs
 from flowalign.shapes.build.pipeline import new_transformer
 from flowalign.types import LatentBatch, value_of
 from tests.algorithms.few_steps import Gaussian

@@ -17,16 +17,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.config.pathfamilies import FORMULATIONS
 from flowalign.config.sections import ModelConfig, SamplingConfig, TransformerConfig
-from flowalign.export import pipeline as pipeline_file
 from flowalign.flow import pathfamilies
 from flowalign.flow.guidance import cfg
 from flowalign.flow.schedule import sigmas
-from flowalign.models.architectures import dit
-from flowalign.models.architectures.fresh import new_transformer
-from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.models.build import load_policy
 from flowalign.models.directory import OWN_PIPELINE
+from flowalign.models.families.sd3 import dit
+from flowalign.models.families.sd3 import pipeline as pipeline_file
+from flowalign.models.families.sd3.fresh import new_transformer
 from flowalign.models.guided import guided
+from flowalign.models.inputs import add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.samples.opened import policy_plan
 from flowalign.types import Guidance
 

@@ -11,9 +11,9 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowalign.models.architectures.inputs import PREFIX, add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.models.errors import ModelError
 from flowalign.models.families.sd3 import FAMILY
+from flowalign.models.inputs import PREFIX, add_inputs, inputs_of, pooled_with_inputs, restore_inputs
 from flowalign.shapes.build.pipeline import new_transformer
 
 BOTH = ("r", "guidance")

@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 from flowalign.config.sections import TransformerConfig
 from flowalign.flow.caching import fit, relative_l1
-from flowalign.models.architectures.fresh import CLASSES, new_transformer
 from flowalign.models.errors import ModelError
 from flowalign.models.families.sd3 import FAMILY
+from flowalign.models.families.sd3.fresh import CLASSES, new_transformer
 from flowalign.models.teacache import BlockCache, Distances
 
 LIKE = {

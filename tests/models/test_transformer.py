@@ -9,10 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.config.sections import Architecture, TransformerConfig
-from flowalign.models.architectures.dit import ConcatBlock
-from flowalign.models.architectures.fresh import CLASSES, flops, matching, new_transformer, spec_flops
-from flowalign.models.architectures.inputs import add_inputs, inputs_of, pooled_with_inputs
 from flowalign.models.families.sd3 import FAMILY
+from flowalign.models.families.sd3.dit import ConcatBlock
+from flowalign.models.families.sd3.fresh import CLASSES, flops, matching, new_transformer, spec_flops
+from flowalign.models.inputs import add_inputs, inputs_of, pooled_with_inputs
 
 LIKE = {
     "sample_size": 8,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowalign.config.sections import TransformerConfig
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, TextPart
 from flowalign.record.textfiles import TextError, read_object
@@ -113,6 +114,12 @@ def clip_tokens(directory: SmallFiles) -> int:
     )
 
 
+def fresh(like: Config, spec: TransformerConfig) -> nn.Module:
+    from flowalign.models.families.sd3.fresh import new_transformer
+
+    return new_transformer(like, spec)
+
+
 _MEDIUM: dict[str, Any] = {  # stabilityai/stable-diffusion-3.5-medium, transformer/config.json
     "sample_size": 128,
     "patch_size": 2,
@@ -149,7 +156,8 @@ FAMILY = ModelFamily(
     text_shapes=text_shapes,
     inputs="pooled",
     text_parts=text_parts,
-    is_fresh=True,
+    fresh=fresh,
+    own_pipeline="flowalign.models.families.sd3.pipeline",
     published={
         "stable-diffusion-3.5-medium": Published(
             "Stable Diffusion 3.5 medium", {"transformer": _MEDIUM, "scheduler": {"shift": 3.0}}, _FROZEN

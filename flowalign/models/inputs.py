@@ -58,7 +58,7 @@ class TimeTextInputs(CombinedTimestepTextProjEmbeddings):
 def add_inputs(network: Any, names: Iterable[str], *, seed: int = 0) -> None:
     """Give ``network`` the inputs ``names`` (of "r", "guidance") that it does not have yet; it computes the same after.
 
-    ``network``: an SD3Transformer2DModel or another with its ``time_text_embed``. The new parameters,
+    ``network``: one with diffusers' ``time_text_embed`` of time and pooled text. The new parameters,
     ``time_text_embed.inputs.<name>.*``, are trainable, on the device and in the dtype of the embedding beside them;
     they depend on ``seed`` alone. The network's configuration lists the inputs as ``extra_inputs``. PEFT freezes
     whatever is no adapter, so add a LoRA first, or unfreeze ``network.time_text_embed.inputs`` after it.

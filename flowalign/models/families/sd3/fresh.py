@@ -11,8 +11,8 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from flowalign.config.sections import Architecture, TransformerConfig
-from flowalign.models.architectures.dit import HEAD_DIM, ConcatDiT, CrossDiT, UViT, adaln_zero
-from flowalign.models.architectures.inputs import CONFIG_KEY, add_inputs, inputs_of
+from flowalign.models.families.sd3.dit import HEAD_DIM, ConcatDiT, CrossDiT, UViT, adaln_zero
+from flowalign.models.inputs import CONFIG_KEY, add_inputs, inputs_of
 
 CLASSES: dict[str, type[SD3Transformer2DModel]] = {
     "mmdit": SD3Transformer2DModel,

@@ -1,1 +1,0 @@
-"""Networks other than the pipeline's own."""
