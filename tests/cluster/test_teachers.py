@@ -185,8 +185,6 @@ def test_a_teacher_in_an_actor_that_is_killed_over_a_question_gives_the_bits_of_
 def test_a_teacher_killed_over_a_question_is_asked_again(fresh: RayBackend, local: Trace) -> None:
     before = pids(fresh)
     fresh.sync()
-    for actor in fresh.teachers.actors:
-        ray.get(actor.__ray_call__.remote(lambda actor: actor.shared._answers.clear()))
     ray.get(fresh.teachers.actors[1].__ray_call__.remote(die_at_the_third))
     assert_same_bits(trace(fresh, fresh.config), local)
     assert pids(fresh)[1] != before[1]
