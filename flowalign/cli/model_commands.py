@@ -14,6 +14,7 @@ from flowalign.cli.options import (
     Kind,
     Like,
     Model,
+    NegativePrompt,
     NumSamples,
     Overwrite,
     Seed,
@@ -38,6 +39,7 @@ def evaluate(
     num_samples: NumSamples = None,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
+    negative_prompt: NegativePrompt = None,
     solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
@@ -61,6 +63,7 @@ def evaluate(
     from flowalign.intake.suite import asked_evaluation
     from flowalign.record.outputs import check_out
 
+    check_text("--negative-prompt", negative_prompt or "")
     if out is not None:
         check_out("--out", out)
     own = config_of(checkpoint, config, model)
@@ -71,7 +74,14 @@ def evaluate(
     console = make_console(as_json)
     against = reference and reference_metrics(reference, num_samples, extractor, clip, own.device, console.print)
     source = sampled_model(
-        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
+        checkpoint,
+        own,
+        which=weights,
+        seed=seed,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        negative_prompt=negative_prompt,
     )
     shown = progress(console, "samples")
     result = evaluate_checkpoint(source, num_samples=num_samples, prompts=prompts, progress=shown)
@@ -92,6 +102,7 @@ def sample(
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     num_steps: Steps = None,
     guidance_scale: Guidance = None,
+    negative_prompt: NegativePrompt = None,
     solver: Solver = None,
     seed: Seed = 0,
     weights: Weights = "model",
@@ -108,6 +119,7 @@ def sample(
     check_out("--out", out)
     for text in prompt:
         check_text("--prompt", text)
+    check_text("--negative-prompt", negative_prompt or "")
     own = config_of(checkpoint, config, model)
     from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
@@ -115,7 +127,14 @@ def sample(
 
     console = make_console(as_json)
     source = sampled_model(
-        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
+        checkpoint,
+        own,
+        which=weights,
+        seed=seed,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        negative_prompt=negative_prompt,
     )
     shown = progress(console, "images")
     files = sample_checkpoint(source, prompt, out, num_images=num_images, save_latents=latents, progress=shown)

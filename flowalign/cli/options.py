@@ -112,6 +112,10 @@ Steps = Annotated[
 Weights = Annotated[
     str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99", parser=named_weights)
 ]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="what guidance leads away from; default: as the run or the model has it"),
+]
 Guidance = Annotated[
     float | None,
     typer.Option(

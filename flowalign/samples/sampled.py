@@ -74,7 +74,10 @@ class SampledModel:
     def made_with(self) -> dict[str, Any]:
         """The record, beside each sample, of how it was made."""
         how = self.sampling.model_dump(include=set(SamplingConfig.model_fields), exclude_none=True)
-        return how | {
+        led = (
+            {} if self.config.model.negative_prompt is None else {"negative_prompt": self.config.model.negative_prompt}
+        )
+        return (how | led) | {
             "max_sequence_length": self.config.model.max_sequence_length,
             "weights": self.which,
             "seed": self.seed,
@@ -90,6 +93,7 @@ def sampled_model(
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     solver: str | None = None,
+    negative_prompt: str | None = None,
 ) -> SampledModel:
     """Return the model at ``path`` with what a caller asks for; what is not given is as in ``config.evaluation``.
 
@@ -97,6 +101,9 @@ def sampled_model(
         ConfigError: the solver has no such option, or its steps cannot be cached.
     """
     own, path = config.evaluation, Path(path)
+    if negative_prompt is not None:
+        model = config.model.model_copy(update={"negative_prompt": negative_prompt})
+        config = config.model_copy(update={"model": model})
     if which is None:
         which = "ema" if own.weights == "ema" and not is_pipeline(path) else "model"
     seed = own.seed if seed is None else seed

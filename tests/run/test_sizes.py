@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align
@@ -152,3 +154,18 @@ def test_texts_of_other_lengths_than_they_were_arranged_by_are_refused(tmp_path:
     wrong: PromptBatch = replace(batch, shapes=tuple(SampleShape(shape.size, 3, 3) for shape in batch.shapes))
     with pytest.raises(ValueError, match="texts of 3 and 3 tokens were encoded to"):
         backend.collect(wrong, plan, seed=config.seed)
+
+
+def test_a_picture_is_drawn_away_from_a_negative_prompt_which_its_record_names(tmp_path: Path, model: Path) -> None:
+    def drawn(name: str, *more: str) -> tuple[bytes, dict[str, Any]]:
+        to = tmp_path / name
+        line = ["sample", str(model), "--prompt", "a red circle", "--num-steps", "3", "--out", str(to), *more]
+        done = CliRunner().invoke(app, line, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return (to / "0000.png").read_bytes(), json.loads((to / "index.json").read_text())[0]
+
+    away = ("--negative-prompt", "two blue stars")
+    (plain, _), (same, _) = drawn("a"), drawn("b", *away)
+    (guided, own), (led, record) = drawn("c", "--guidance-scale", "4"), drawn("d", "--guidance-scale", "4", *away)
+    assert plain == same and guided != led and plain != guided
+    assert "negative_prompt" not in own and record["negative_prompt"] == "two blue stars"
