@@ -73,6 +73,9 @@ def _checked(row: Row, where: str) -> Row:
         raise TextError(f'{where}: "prompt" {found}; write a text' + (f" (it has {near[0]!r})" if near else ""))
     if not prompt.strip() or "\0" in prompt:
         raise TextError(f'{where}: "prompt" {"is empty" if not prompt.strip() else "holds a NUL character"}')
+    negative = row.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise TextError(f'{where}: "negative_prompt" is {kind_of(negative)}; write a text, or leave it out')
     for name in ("tag", "task"):
         if isinstance(row.get(name), dict | list):
             raise TextError(f"{where}: {name!r} is {kind_of(row[name])}; write one name")

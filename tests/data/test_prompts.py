@@ -80,6 +80,7 @@ GOOD = '{"prompt": "a"}\n'
         (GOOD + '{"prompt": null}', 'line 2: "prompt" is null'),
         (GOOD + '{"prompt": ["a"]}', 'line 2: "prompt" is a list'),
         (GOOD + '{"prompt": "a", "tag": {}}', "line 2: 'tag' is a mapping"),
+        (GOOD + '{"prompt": "a", "negative_prompt": ["b"]}', 'line 2: "negative_prompt" is a list; write a text'),
         (GOOD + '\n{"prompt": " "}', 'line 3: "prompt" is empty'),
         (GOOD + '{"prompt": "a\\u0000b"}', 'line 2: "prompt" holds a NUL'),
         (GOOD + '{"prompt": "a \\ud83d"}', r"line 2: holds half a character \(\\ud83d"),
