@@ -45,12 +45,27 @@ def _resume(value: Any) -> str:
 class LoraConfig(Section):
     """A PEFT LoRA on the transformer."""
 
+    path: Annotated[str | None, Resolved()] = None
+    """An adapter to begin from, a folder or a file, in PEFT's layout or in diffusers'; its rank, alpha and targets are
+    the run's. Null: a fresh one, which changes nothing.
+    """
     rank: Positive = 32
     """Rank of the two factors."""
     alpha: Annotated[float, Field(gt=0)] = 64
     """Scale of their product, as ``alpha / rank``."""
     targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Layers that have one, by the ends of their names; null: the model family's own list."""
+
+    @property
+    def is_settled(self) -> bool:
+        """True where rank, alpha and targets are all given, as a run records them."""
+        return {"rank", "alpha"} <= self.model_fields_set and self.targets is not None
+
+    @property
+    def described(self) -> str:
+        """Rank and alpha, and the name of the adapter that it begins from."""
+        begun = "" if self.path is None else f", begun from {Path(self.path).name}"
+        return f"LoRA, rank {self.rank}, alpha {self.alpha:g}{begun}"
 
 
 Architecture = Literal["mmdit", "concat", "cross", "uvit"]

@@ -199,11 +199,7 @@ def _algorithm(config: Sampled, state: Row) -> str:
 def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
     assert isinstance(config, AlignConfig)
     averaged = ", averaged weights (EMA)" if kind.startswith("ema") else ""
-    trained = (
-        "all transformer weights"
-        if config.model.lora is None
-        else f"LoRA, rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g}"
-    )
+    trained = "all transformer weights" if config.model.lora is None else text(config.model.lora.described)
     return {
         "Algorithm": f"{text(config.algorithm['type'])} · {trained}{averaged}",
         "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",

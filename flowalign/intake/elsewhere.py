@@ -64,6 +64,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("use_lora", "lora", "finetune_type", "lora_config", "peft"), ("model.lora",)),
     **dict.fromkeys(("lora_rank", "lora_r"), ("model.lora.rank",)),
     "lora_alpha": ("model.lora.alpha",),
+    **dict.fromkeys(("lora_path", "adapter_path", "adapter_name_or_path", "lora_weights"), ("model.lora.path",)),
     **dict.fromkeys(("target_modules", "lora_target_modules", "lora_targets"), ("model.lora.targets",)),
     **dict.fromkeys(("resolution", "image_size"), _SIZE),
     **dict.fromkeys(("max_length", "max_text_length", "text_length"), ("model.max_sequence_length",)),

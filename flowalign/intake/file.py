@@ -24,6 +24,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.engine.device import check_device
 from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
+from flowalign.intake.adapters import with_adapters
 from flowalign.intake.check_training import check_rollouts, check_signed_time, check_training
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
 from flowalign.intake.explain import explain
@@ -191,6 +192,8 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     algorithm = checks.parse_algorithm(config.algorithm, "Trajectories")
     missing = _lacking(_reward_checks(config, base, algorithm.needs), require_files)
     missing += _lacking(_run_checks(config, base, algorithm.needs), require_files)
+    config, lacking = _adapted(config, require_files)
+    missing += lacking
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
@@ -211,6 +214,16 @@ def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list
                 raise
             missing.append(str(error))
     return missing
+
+
+def _adapted(config: Config, require_files: bool = True) -> tuple[Config, list[str]]:
+    """Return ``config`` as `with_adapters`; without ``require_files`` also what this machine lacks for it."""
+    try:
+        return with_adapters(config), []
+    except ConfigError as error:
+        if require_files:
+            raise
+        return config, [str(error)]
 
 
 def _reward_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Callable[[], None]]:
@@ -295,6 +308,7 @@ def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[P
         raise ConfigError("algorithm.type", f"{name} learns from no teacher; use `flowalign pretrain`")
     check_training(config, algorithm.needs)
     checks.check_model(config, algorithm.needs)
+    config, _ = _adapted(config)
     here = config.cluster.backend == "local" or config.cluster.address is None
     check_device("cluster.device", config.device, here)
     config.cluster.check_cores(config.learner.ranks, 0, makes_images=config.makes_images)

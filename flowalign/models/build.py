@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models import loading
+from flowalign.models.adapters import begin_from, check_targets, read_adapter, settled
 from flowalign.models.base import Policy
 from flowalign.models.directory import family_of_model, refuse_absent
 from flowalign.models.encoders import Encoders
@@ -22,13 +23,13 @@ from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
 
 
-def load_policy(config: ModelConfig, *, device: str = "cpu") -> Policy:
+def load_policy(config: ModelConfig, *, device: str = "cpu", begin: bool = True) -> Policy:
     """Load both halves of a pipeline directory, see `load_network`, and move them to ``device``.
 
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
     """
-    network, encoders = load_network(config), load_encoders(config)
+    network, encoders = load_network(config, begin=begin), load_encoders(config)
     network.module.to(device)
     return Policy(network, encoders.to(device))
 
@@ -42,14 +43,17 @@ def load_encoders(config: ModelConfig, *, text: bool = True) -> Encoders:
     return loading.load_encoders(family_of_model(config), Path(config.path), dtype=dtype, text=text)
 
 
-def load_network(config: ModelConfig) -> Network:
-    """Load the network of a pipeline directory, on the CPU, and if asked a fresh LoRA on it; no encoder is loaded.
+def load_network(config: ModelConfig, *, begin: bool = True) -> Network:
+    """Load the network of a pipeline directory, on the CPU, and if asked a LoRA on it, fresh or that of
+    ``lora.path``; no encoder is loaded. Without ``begin`` whoever loads it binds the weights, and those of
+    ``lora.path`` are 0 and not read.
 
     Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
     trainable is float32, whatever ``config.dtype`` says of the rest.
 
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
+        AdapterError: ``lora.path`` holds no adapter of this model.
     """
     family = family_of_model(config)
     refuse_absent(family, config)
@@ -62,13 +66,21 @@ def load_network(config: ModelConfig) -> Network:
 
         add_inputs(network.module, config.inputs)
     network.path_family = config.family or "rf"
-    if config.lora is None:
+    lora, adapter = config.lora, None
+    if lora is not None and lora.path is not None and (begin or not lora.is_settled):
+        adapter = read_adapter(family, Path(lora.path))
+        lora = settled(lora, adapter, network.module)
+    if lora is None:
         network.module.requires_grad_(True)
     else:
-        add_lora(network, config.lora)
+        add_lora(network, lora)
     for parameter in network.module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+            if lora is not None and lora.path is not None:
+                parameter.data.zero_()
+    if adapter is not None and begin:
+        begin_from(network.module, adapter)
     return network
 
 
@@ -76,11 +88,12 @@ def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
     """Add a PEFT LoRA named ``default``; its initial weights depend on ``seed`` alone.
 
     Raises:
-        ModelError: no layer that can have a LoRA goes by the name of a target.
+        ModelError: no layer that can have a LoRA goes by the name of a target, or one that does cannot.
     """
     from peft import LoraConfig as PeftConfig
 
     network.module.requires_grad_(False)
+    check_targets(network.module, config.targets or ())
     adapter = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -106,7 +119,10 @@ def has_lora(network: nn.Module) -> bool:
 
 
 def reference_velocity(network: Network, device: str | torch.device | None = None) -> VelocityModel:
-    """Return the frozen start of the run: the network without its adapter, or a frozen copy of it, on ``device``."""
+    """Return the frozen start of the run: the network without its adapter, or a frozen copy of it, on ``device``.
+
+    The start of a run that begins from an adapter is `start.StartingAdapter`.
+    """
     if not has_lora(network.module):
         return frozen(frozen_copy(network, device))
     velocity = guided(network)

@@ -106,6 +106,22 @@ def trained_parameters(model: ModelConfig) -> int | None:
     return lora_parameters(network, model.lora.rank, model.lora.targets or directory.family.lora_targets)
 
 
+def bare_network(model: ModelConfig) -> nn.Module:
+    """Return the network of ``model`` on the meta device, with its inputs and without a LoRA.
+
+    Raises:
+        ModelError: the files do not say it.
+    """
+    from flowalign.models.architectures.inputs import CONFIG_KEY, add_inputs
+
+    directory = open_directory(model)
+    config = directory.config("transformer")
+    network = _without_weights(directory.family, config)
+    if inputs := {*(config.get(CONFIG_KEY) or ()), *(model.inputs or ())}:
+        add_inputs(network, inputs)
+    return network
+
+
 def _without_weights(family: ModelFamily, config: Mapping[str, Any]) -> nn.Module:
     """Build the network of a ``config.json`` on the meta device."""
     from flowalign.models.inputs import CONFIG_KEY

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import LoraConfig
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
 
@@ -79,7 +80,7 @@ def plan_memory(
         learner_gradients=trainable // shards[1] * trained,
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
         learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,
-        learner_reference=_reference(needs, lora, base + trainable),
+        learner_reference=_reference(needs, config.model.lora, base + trainable, trainable),
         learner_activations=_KEPT_PER_TOKEN * token * micro,
         trajectories=geometry.images * (geometry.window_steps + 2) * latent,
         teachers={
@@ -89,11 +90,14 @@ def plan_memory(
     )
 
 
-def _reference(needs: Needs, lora: bool, network: int) -> int:
+def _reference(needs: Needs, lora: LoraConfig | None, network: int, trainable: int) -> int:
     """Return the bytes of a frozen copy of the network.
 
-    Without its adapter a LoRA's network is its own, unless the reference moves.
+    Without its adapter a LoRA's network is its own, unless the reference moves; with the one that the run began from,
+    the adapter alone is copied.
     """
     if needs.reference is None:
         return 0
-    return network if needs.reference.refresh is not None or not lora else 0
+    if lora is None or needs.reference.refresh is not None:
+        return network
+    return 0 if lora.path is None else trainable

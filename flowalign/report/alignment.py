@@ -182,7 +182,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
     return {
         "Algorithm": str(algorithm["type"]),
         "Model": " · ".join(filter(None, [config.model.type, Path(config.model.path).name])),
-        "Trained": "all transformer weights" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
+        "Trained": "all transformer weights" if lora is None else lora.described,
         "Rewards": ", ".join(f"{r.label} (gold)" if r.gold else f"{r.label} × {r.weight:g}" for r in config.rewards),
         "Batch": f"{config.data.groups_per_iteration} "
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),

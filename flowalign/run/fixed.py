@@ -134,7 +134,9 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
 
 def lines_on_model(config: RunConfig, trained: int, total: int, seconds: float) -> Iterator[str]:
     """Yield lines on what the backend has loaded: the model, and preference pairs that it leaves out."""
-    adapter = "" if config.model.lora is None else f", a LoRA of rank {config.model.lora.rank}"
+    lora = config.model.lora
+    adapter = "" if lora is None else f", a LoRA of rank {lora.rank}"
+    adapter += "" if lora is None or lora.path is None else f" that begins from {lora.path}"
     yield (
         f"model: {_named(config.model.path)}, {trained:,} of {total:,} parameters are trained{adapter}; "
         f"loaded in {duration(seconds)}"

@@ -27,6 +27,7 @@ from flowalign.models.fingerprint import encoders_of, same_encoders
 from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
 from flowalign.models.perceptual import ImageFeatures
+from flowalign.models.start import StartingAdapter
 from flowalign.run.learner import Learner
 from flowalign.run.second import second_network
 from flowalign.run.teachers import Teacher, load_teachers
@@ -41,18 +42,26 @@ class Follower(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """A reference of weights that a run cannot make anew, and a checkpoint keeps."""
+
+    def take(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+
 @dataclass
 class Roles:
     """The networks of a learner's rank as functions, by role, and those of them that have more to them.
 
     Among the functions are also features, decoder and reward, where those are needed.
 
-    ``second`` is trained beside the policy, ``reference`` is one that is refreshed.
+    ``second`` is trained beside the policy, ``reference`` is one that is refreshed, or that the run began from.
     """
 
     models: dict[str, VelocityModel]
     second: Network | None = None
-    reference: RefreshedReference | None = None
+    reference: Kept | None = None
     followers: list[Follower] = field(default_factory=list)
 
 
@@ -78,9 +87,12 @@ def roles_of(
     if isinstance(config, AlignConfig):
         roles.models |= load_teachers(config, needs.teachers, network, teachers, compares=compares)
     if needs.reference is not None and needs.reference.refresh is not None:
-        roles.reference = RefreshedReference(network, needs.reference.refresh, device)
-        roles.models["reference"] = roles.reference.velocity
-        roles.followers.append(roles.reference)
+        refreshed = RefreshedReference(network, needs.reference.refresh, device)
+        roles.reference, roles.models["reference"] = refreshed, refreshed.velocity
+        roles.followers.append(refreshed)
+    elif needs.reference is not None and config.model.lora is not None and config.model.lora.path is not None:
+        start = StartingAdapter(network)
+        roles.reference, roles.models["reference"] = start, start.velocity
     elif needs.reference is not None:
         roles.models["reference"] = reference_velocity(network, device)
     if needs.second is not None:

@@ -23,6 +23,7 @@ from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from flowalign.measure.validation import validation_of
+from flowalign.models.adapters import AdapterError
 from flowalign.models.build import bind_weights, count_parameters, load_network, load_policy
 from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
@@ -31,7 +32,7 @@ from flowalign.record.checkpoint import CheckpointError, content_hash
 from flowalign.run.collecting import Request
 from flowalign.run.learner import Learner
 from flowalign.run.previews import preview_of
-from flowalign.run.roles import RefreshedReference, precise, roles_of
+from flowalign.run.roles import precise, roles_of
 from flowalign.run.second import is_second, restore_second, second_settings, second_state
 from flowalign.run.source import Rollouts, source_of
 from flowalign.run.teachers import Teacher
@@ -77,7 +78,7 @@ class RolloutWorker:
     def __init__(self, config: RunConfig, name: str = "rollout-0") -> None:
         self.config, self.name = config, name
         with torch_threads(config.threads):
-            self.policy = load_policy(config.model, device=config.device)
+            self.policy = load_policy(config.model, device=config.device, begin=False)
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
@@ -182,7 +183,12 @@ class LearnerWorker:
     ) -> None:
         self.config = config
         torch.set_num_threads(config.threads)
-        self.network = network = load_network(config.model)
+        self._unread: AdapterError | None = None
+        try:
+            network = load_network(config.model)
+        except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
+            network, self._unread = load_network(config.model, begin=False), error
+        self.network = network
         self.parameters = count_parameters(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
         needs, device = algorithm.needs, config.device
@@ -215,6 +221,7 @@ class LearnerWorker:
 
     def update(self, chunks: Sequence[Trajectories], scores: Scores | None, iteration: int) -> Update:
         """Learn from the iteration's batch: its trajectories, or, where none were made, what the source has on disk."""
+        self._refuse_unread()
         if self.rollouts is not None:
             self.rollouts.take(chunks)
         with torch_threads(self.config.threads):
@@ -225,6 +232,7 @@ class LearnerWorker:
 
     def validate(self) -> dict[str, float]:
         """Return the validation loss of the weights and of their average; a collective call."""
+        self._refuse_unread()
         if self.validation is None:
             return {}
         with torch_threads(self.config.threads):
@@ -237,6 +245,7 @@ class LearnerWorker:
 
     def weights(self, evaluation: bool = False) -> dict[str, Tensor]:
         """Return the weights that rollouts bind next, or those that ``evaluation.weights`` names."""
+        self._refuse_unread()
         if evaluation and self.config.evaluation.weights == "ema" and self.learner.ema is not None:
             return self.learner.ema.weights()
         return self.learner.weights()
@@ -287,12 +296,18 @@ class LearnerWorker:
             except ValueError as error:
                 raise CheckpointError(str(error)) from None
         learner.version = version
+        self._unread = None
+        if self.roles.reference is not None:
+            self.roles.reference.take(held)
         for follower in self.roles.followers:
-            if isinstance(follower, RefreshedReference):
-                follower.take(held)
-            else:
+            if follower is not self.roles.reference:
                 follower.follow(learner, learner.engine.steps - 1)
         return "; ".join(line for line in lines if line is not None) or None
+
+    def _refuse_unread(self) -> None:
+        """Raise AdapterError where the adapter to begin from could not be had, and nothing was restored either."""
+        if self._unread is not None:
+            raise self._unread
 
     def close(self) -> None:
         self.learner.engine.close()

@@ -69,7 +69,7 @@ def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[N
     if pipeline and which != "model":
         raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
     found = path if pipeline else find_checkpoint(path, which)
-    network = load_network(model_of(path, config))
+    network = load_network(model_of(path, config), begin=False)
     network.module.to(config.device)
     if pipeline:
         if (wrong := fault("the weights", dict(network.module.named_parameters()))) is not None:
