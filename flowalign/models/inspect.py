@@ -112,7 +112,7 @@ def bare_network(model: ModelConfig) -> nn.Module:
     Raises:
         ModelError: the files do not say it.
     """
-    from flowalign.models.architectures.inputs import CONFIG_KEY, add_inputs
+    from flowalign.models.inputs import CONFIG_KEY, add_inputs
 
     directory = open_directory(model)
     config = directory.config("transformer")
