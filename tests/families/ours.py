@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -38,8 +38,8 @@ class Given:
         return self._noise
 
 
-def our_policy(directory: Path) -> Policy:
-    return load_policy(ModelConfig(path=str(directory), max_sequence_length=LENGTH))
+def our_policy(directory: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Policy:
+    return load_policy(ModelConfig(path=str(directory), max_sequence_length=LENGTH, dtype=dtype))
 
 
 def our_latents(

@@ -17,6 +17,7 @@ from flowalign.export import export
 from flowalign.models.base import Policy
 from flowalign.models.families import flux
 from flowalign.models.loading import assembled
+from flowalign.models.packing import packed, unpacked
 from flowalign.plan import make_plan
 from flowalign.record.metrics import read_metrics
 from flowalign.samples.opened import open_policy
@@ -92,9 +93,9 @@ def test_the_size_that_is_made_unasked_is_the_pipeline_s_own(policy: Policy, pub
 
 def test_latents_are_packed_as_the_pipeline_packs_them(public: Public) -> None:
     x = initial_noise(2, WIDE)
-    tokens = flux.packed(x)
+    tokens = packed(x, 2)
     assert torch.equal(tokens, public("flux-dev")._pack_latents(x, *x.shape))
-    assert torch.equal(flux.unpacked(tokens, x), x)
+    assert torch.equal(unpacked(tokens, x, 2), x)
 
 
 def test_the_number_is_handed_over_as_it_is_and_none_to_schnell(policy: Policy, name: str) -> None:

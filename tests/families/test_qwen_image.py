@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
@@ -16,6 +18,7 @@ from flowalign.export import export
 from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
 from flowalign.models.errors import ModelError
+from flowalign.models.families.qwen_image import FAMILY
 from flowalign.models.inspect import inspect_model, own_schedule
 from flowalign.samples.opened import open_policy
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
@@ -90,9 +93,11 @@ def test_pictures_are_encoded_as_films_of_one_frame(policy: Policy, public: Publ
     torch.testing.assert_close(made, (expected - mean) / deviation)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_stochastic_rollout_replays_bit_for_bit(policy: Policy, guidance: float) -> None:
-    assert replay_difference(policy, [SHORT, SHORT, "a blue ball", "a blue ball"], guidance) == 0
+def test_a_stochastic_rollout_replays_bit_for_bit(tiny: Callable[..., Path], dtype: Any, guidance: float) -> None:
+    prompts = [SHORT, SHORT, "a blue ball", "a blue ball"]
+    assert replay_difference(our_policy(tiny("qwen_image"), dtype), prompts, guidance) == 0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -143,9 +148,25 @@ def test_an_iteration_of_flow_grpo_ends_in_an_export(tiny: Callable[..., Path], 
 
 
 def test_a_published_model_is_planned_without_its_files() -> None:
-    sizes = inspect_model(ModelConfig(path="absent/Qwen-Image"))
+    """The numbers of the repository, and those of its classes on the meta device with its configuration files."""
+    sizes, published = inspect_model(ModelConfig(path="absent/Qwen-Image")), FAMILY.published["qwen-image"]
     assert (sizes.transformer, sizes.width, sizes.num_layers) == (20_430_401_088, 3072, 60)
     assert (sizes.latent_shape, sizes.image_tokens, sizes.text_tokens) == ((16, 128, 128), 4096, 256)
+    assert sizes.source.endswith("whose files take 57.7 GB")
+    text: dict[str, Any] = {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
+    text |= {"num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    with torch.device("meta"):
+        encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        )
+        parts = {
+            "transformer": QwenImageTransformer2DModel(**published.parts["transformer"]),
+            "text_encoder": encoder,
+            "vae": AutoencoderKLQwenImage(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2),
+        }
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    assert counted == {"transformer": sizes.transformer, **sizes.frozen}
 
 
 @pytest.mark.parametrize("option", ["guidance_embeds", "use_additional_t_cond"])

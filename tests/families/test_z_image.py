@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from transformers import Qwen3Config, Qwen3Model
 
 from flowalign.config.sections import ModelConfig
 from flowalign.export import export
@@ -75,9 +77,11 @@ def test_levels_are_those_of_a_static_shift_at_every_size(tiny: Callable[..., Pa
         torch.testing.assert_close(own.levels(4), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_stochastic_rollout_replays_bit_for_bit(policy: Policy, guidance: float) -> None:
-    assert replay_difference(policy, [SHORT, SHORT, "a blue ball", "a blue ball"], guidance) == 0
+def test_a_stochastic_rollout_replays_bit_for_bit(tiny: Callable[..., Path], dtype: Any, guidance: float) -> None:
+    prompts = [SHORT, SHORT, "a blue ball", "a blue ball"]
+    assert replay_difference(our_policy(tiny("z_image"), dtype), prompts, guidance) == 0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -134,8 +138,35 @@ def test_an_iteration_of_flow_grpo_ends_in_an_export(tiny: Callable[..., Path], 
     assert_an_iteration_is_exported(tmp_path, tiny("z_image-turbo"))
 
 
-@pytest.mark.parametrize("name", ["Z-Image", "Z-Image-Turbo"])
-def test_a_published_model_is_planned_without_its_files(name: str) -> None:
-    sizes = inspect_model(ModelConfig(path=f"absent/{name}"))
+@pytest.mark.parametrize("model", ["Z-Image", "Z-Image-Turbo"])
+def test_a_published_model_is_planned_without_its_files(model: str) -> None:
+    """The numbers of the repository, and those of its classes on the meta device with its configuration files."""
+    sizes, published = inspect_model(ModelConfig(path=f"absent/{model}")), FAMILY.published[model.lower()]
     assert (sizes.transformer, sizes.width, sizes.num_layers) == (6_154_908_736, 3840, 34)
     assert (sizes.latent_shape, sizes.image_tokens, sizes.text_tokens) == ((16, 128, 128), 4096, 256)
+    assert sizes.source.endswith("Z-Image" if published.file_bytes is None else "whose files take 32.9 GB")
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    text = Qwen3Config(
+        **heads,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        parts = {
+            "transformer": ZImageTransformer2DModel(**published.parts["transformer"]),
+            "text_encoder": Qwen3Model(text),
+            "vae": AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=16,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+        }
+    counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    assert counted == {"transformer": sizes.transformer, **sizes.frozen}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, heads_and_layers
+from flowalign.models.packing import packed, unpacked
 
 SIZE = 128  # latents a side of the images that the pipeline makes unasked
 PATCH = 2
@@ -20,26 +21,13 @@ def geometry(transformer: Config, vae: Config) -> Geometry:
     return Geometry(int(transformer["in_channels"]) // PATCH**2, factor, PATCH, SIZE * factor)
 
 
-def packed(x: Tensor) -> Tensor:
-    """Return latents (N, C, h, w) as tokens (N, h w / 4, 4 C), row by row."""
-    patches = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))  # N C h p w q
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
-    """Return tokens as latents of the shape of ``like``."""
-    rows, columns = (side // PATCH for side in like.shape[-2:])
-    patches = tokens.unflatten(-1, (-1, PATCH, PATCH)).unflatten(1, (rows, columns))  # N h w C p q
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
 def forward(
     module: Any, x: Tensor, t: Tensor, text: Mapping[str, Tensor], *, ticks: int, guidance: Tensor | None
 ) -> Tensor:
     rows, columns = (torch.arange(side // PATCH, device=x.device) for side in x.shape[-2:])
     places = torch.cartesian_prod(torch.zeros(1, device=x.device), rows.float(), columns.float())
     tokens = module(
-        hidden_states=packed(x),
+        hidden_states=packed(x, PATCH),
         encoder_hidden_states=text["tokens"],
         pooled_projections=text["pooled"],
         timestep=t * ticks / 1000,
@@ -48,7 +36,7 @@ def forward(
         img_ids=places,
         return_dict=False,
     )[0]
-    return unpacked(tokens, x)
+    return unpacked(tokens, x, PATCH)
 
 
 def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
@@ -77,7 +65,7 @@ def sample(
     factor = pipeline.vae_scale_factor
     tokens = pipeline(
         list(prompts),
-        latents=packed(noise),
+        latents=packed(noise, PATCH),
         num_inference_steps=num_steps,
         sigmas=sigmas,
         max_sequence_length=length,
@@ -86,7 +74,7 @@ def sample(
         width=noise.shape[3] * factor,
         **guidance,
     ).images
-    return unpacked(tokens, noise)
+    return unpacked(tokens, noise, PATCH)
 
 
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowalign.models.coding import decode_frame, encode_frame
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
+from flowalign.models.packing import packed, unpacked
 
 PATCH = 2  # latents a side of a token, whatever the network's configuration says
 # The pipeline pads to the longest prompt of a call. Of 32 there are few lengths, so that micro-batches fill, and at
@@ -44,19 +45,16 @@ def forward(
 
     A mask is given even where nothing is padded, so that a row's bits do not hang on its neighbours.
     """
-    count, channels, height, width = x.shape
-    rows, columns = height // PATCH, width // PATCH
-    packed = x.view(count, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
-    output = module(
-        hidden_states=packed.reshape(count, rows * columns, channels * PATCH**2),
+    rows, columns = (side // PATCH for side in x.shape[-2:])
+    tokens = module(
+        hidden_states=packed(x, PATCH),
         timestep=t * ticks / WHOLE,
         encoder_hidden_states=text["tokens"],
         encoder_hidden_states_mask=text.get("mask"),
-        img_shapes=[[(1, rows, columns)]] * count,
+        img_shapes=[[(1, rows, columns)]] * len(x),
         return_dict=False,
     )[0]
-    unpacked = output.view(count, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return unpacked.reshape(x.shape)
+    return unpacked(tokens, x, PATCH)
 
 
 def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
@@ -87,21 +85,22 @@ def sample(
     length: int,
     sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    size = {"height": noise.shape[2] * pipeline.vae_scale_factor, "width": noise.shape[3] * pipeline.vae_scale_factor}
     guidance = guidance_call(guidance_scale)
     if "negative_prompt" in guidance:
         guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
-    made = pipeline(
+    factor = pipeline.vae_scale_factor
+    tokens = pipeline(
         list(prompts),
-        latents=pipeline._pack_latents(noise, *noise.shape),
+        latents=packed(noise, PATCH),
         num_inference_steps=num_steps,
         sigmas=sigmas,
         max_sequence_length=length,
         output_type="latent",
+        height=noise.shape[2] * factor,
+        width=noise.shape[3] * factor,
         **guidance,
-        **size,
     ).images
-    return pipeline._unpack_latents(made, *size.values(), pipeline.vae_scale_factor).squeeze(2)
+    return unpacked(tokens, noise, PATCH)
 
 
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
