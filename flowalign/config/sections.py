@@ -105,7 +105,9 @@ class ModelConfig(Section):
     path: Annotated[str, Resolved("pipeline")] = "shapes"
     """A pipeline directory; ``shapes``: the one that ships with the package."""
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 256
-    """Tokens of the T5 part of a text, zeros where there is no T5."""
+    """Tokens of a text: the most where texts have lengths of their own; where CLIP and T5 read it those of T5's part,
+    zeros where there is no T5.
+    """
     height: Positive | None = None
     """Height of the images in pixels; null: the model's own."""
     width: Positive | None = None

@@ -163,7 +163,7 @@ def test_a_published_model_is_planned_without_its_files() -> None:
         parts = {
             "transformer": QwenImageTransformer2DModel(**published.parts["transformer"]),
             "text_encoder": encoder,
-            "vae": AutoencoderKLQwenImage(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2),
+            "vae": AutoencoderKLQwenImage(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2),
         }
     counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert counted == {"transformer": sizes.transformer, **sizes.frozen}

@@ -145,28 +145,15 @@ def test_a_published_model_is_planned_without_its_files(model: str) -> None:
     assert (sizes.transformer, sizes.width, sizes.num_layers) == (6_154_908_736, 3840, 34)
     assert (sizes.latent_shape, sizes.image_tokens, sizes.text_tokens) == ((16, 128, 128), 4096, 256)
     assert sizes.source.endswith("Z-Image" if published.file_bytes is None else "whose files take 32.9 GB")
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    text = Qwen3Config(
-        **heads,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
+    text: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    text |= {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936}
+    vae: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+    vae |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with torch.device("meta"):
         parts = {
             "transformer": ZImageTransformer2DModel(**published.parts["transformer"]),
-            "text_encoder": Qwen3Model(text),
-            "vae": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=16,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            "text_encoder": Qwen3Model(Qwen3Config(**text, tie_word_embeddings=True)),
+            "vae": AutoencoderKL(**vae, use_quant_conv=False, use_post_quant_conv=False),
         }
     counted = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert counted == {"transformer": sizes.transformer, **sizes.frozen}
