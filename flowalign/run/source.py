@@ -18,8 +18,9 @@ from flowalign.models.directory import open_directory
 from flowalign.models.encoders import Encoders
 from flowalign.run.encoded import encode_captions, encode_prompts, pairs_of, prompt_cache
 from flowalign.run.fixed import group_sampler
+from flowalign.samples.arrange import with_negatives
 from flowalign.samples.joined import join_trajectories
-from flowalign.types import EncodedPrompts, LatentBatch, PreferencePairs, Trajectories
+from flowalign.types import EncodedPrompts, LatentBatch, PreferencePairs, PromptBatch, Trajectories
 
 
 class Rollouts:
@@ -68,6 +69,9 @@ class PromptsAlone:
         self._sampler = group_sampler(config, needs)
         self._latent_shape = open_directory(config.model).latent_shape(config.model.height, config.model.width)
 
+    def _batch(self, iteration: int) -> PromptBatch:
+        return with_negatives(self._sampler.batch(iteration), self._config.model)
+
     def meet(self) -> None:
         """Encode the prompts of the run that are not on disk yet, once on each machine; a collective call.
 
@@ -75,8 +79,8 @@ class PromptsAlone:
             DiskError, ModelError: see `EncodedCache`. EncodingFailed: the process that encodes has died.
             OtherRankFailed: another rank could not do it.
         """
-        batches = map(self._sampler.batch, range(self._config.total))
-        prompts = list(dict.fromkeys(prompt for batch in batches for prompt in batch.prompts))
+        batches = map(self._batch, range(self._config.total))
+        prompts = list(dict.fromkeys(text for own in batches for text in (*own.prompts, *own.negatives)))
         with process_group.failing_together():
             if self._first_here:
                 encode_prompts(self._config, prompts, self._encoders)
@@ -84,8 +88,9 @@ class PromptsAlone:
 
     def batch(self, iteration: int) -> EncodedPrompts:
         """Return the samples that a rollout of the iteration would make."""
-        batch = self._sampler.batch(iteration)
-        condition = self._cache.condition([self._cache.caption(prompt) for prompt in batch.prompts])
+        batch = self._batch(iteration)
+        keys = ([self._cache.caption(text) for text in texts] for texts in (batch.prompts, batch.negatives))
+        condition = self._cache.condition(*keys)
         return EncodedPrompts(batch, condition, self._latent_shape, self._config.seed)
 
 

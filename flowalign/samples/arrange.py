@@ -36,14 +36,10 @@ def arranged(
     Raises:
         ModelError: the tokenizer of the model cannot be read.
     """
-    family = family_of_model(model)
-    own = model.negative_prompt
-    given = [row.get(NEGATIVE, own) for row in batch.metadata]
-    negatives = tuple((family.negative or "") if text is None else str(text) for text in given)
-    if any(text is not None for text in given):
-        batch = replace(batch, negatives=negatives)
+    family, batch = family_of_model(model), with_negatives(batch, model)
     if not sizes and not family.padding:
         return batch
+    negatives = batch.negatives or (family.negative or "",) * len(batch)
     drawn = {group: _size(sizes, seed, group) for group in dict.fromkeys(batch.group_ids)}
     texts = _lengths(model, (*batch.prompts, *negatives)) if family.padding else [0] * (2 * len(batch))
     shapes = [
@@ -53,6 +49,15 @@ def arranged(
     places = {shape: place for place, shape in enumerate(dict.fromkeys(shapes))}
     order = sorted(range(len(batch)), key=lambda i: places[shapes[i]])
     return replace(batch, shapes=tuple(shapes)).take(order)
+
+
+def with_negatives(batch: PromptBatch, model: ModelConfig) -> PromptBatch:
+    """Return ``batch`` with the negative prompt of each sample; where nobody names one it is left as it is."""
+    given = [row.get(NEGATIVE, model.negative_prompt) for row in batch.metadata]
+    if all(text is None for text in given):
+        return batch
+    own = family_of_model(model).negative or ""
+    return replace(batch, negatives=tuple(own if text is None else text for text in given))
 
 
 def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str, Any]]) -> None:

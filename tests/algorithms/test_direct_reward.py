@@ -152,6 +152,11 @@ def test_prompts_are_encoded_once_and_apart_where_there_are_no_encoders(
     for name, rows in expected.expand().items():
         assert torch.equal(made.condition.expand()[name], rows)
     assert torch.equal(made.condition.null["tokens"], expected.null["tokens"]) and made.batch.sample_ids == (4, 5, 6, 7)
+    led = config.model_copy(update={"model": config.model.model_copy(update={"negative_prompt": "a green star"})})
+    away = source_of(led, needs)
+    away.meet()
+    null = away.batch(1).condition.null["tokens"]
+    assert torch.equal(null, load_encoders(config.model).encode_prompts(["a green star"], 16).text["tokens"])
     noise = initial_noise(made.seed, made.batch.sample_ids, made.latent_shape)
     assert torch.equal(noise, SampleNoise(config.seed, made.batch.sample_ids, made.latent_shape).draw())
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flowalign.conditions import cat_rows
 from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, cut
 from flowalign.data.banks.captions import NotEncoded
@@ -62,16 +63,18 @@ class EncodedCache:
             self._store(key, {name: row[0].contiguous() for name, row in condition.text.items()})
         return key
 
-    def condition(self, keys: Sequence[str]) -> Condition:
-        """Return the condition of samples by the keys of their captions."""
-        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        captions, null = [self.read(key) for key in rows], self.read(self.caption(""))
-        return Condition(
-            text={name: torch.stack([caption[name] for caption in captions]) for name in null},
-            null={name: row[None] for name, row in null.items()},
-            index_N=torch.tensor([rows[key] for key in keys]),
-            null_N=torch.zeros(len(keys), dtype=torch.long),
-        )
+    def condition(self, keys: Sequence[str], negatives: Sequence[str] = ()) -> Condition:
+        """Return the condition of samples by the keys of their captions, and of their negative ones, by default the
+        empty caption's."""
+        text, index = self._rows(keys)
+        null, null_index = self._rows(negatives or [self.caption("")] * len(keys))
+        return Condition(text, null, index, null_index)
+
+    def _rows(self, keys: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return a row for each distinct key, and which of them each key has."""
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        rows = [{name: row[None] for name, row in self.read(key).items()} for key in places]
+        return cat_rows(rows), torch.tensor([places[key] for key in keys])
 
     def _own(self, key: str) -> Encoders:
         if self._encoders is None:
