@@ -18,6 +18,7 @@ from flowalign.cli.options import (
     NumSamples,
     Overwrite,
     Seed,
+    ShardSize,
     Solver,
     Source,
     Steps,
@@ -148,6 +149,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     kind: Kind = "pipeline",
+    shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     model: Model = None,
     as_json: Json = False,
@@ -162,7 +164,7 @@ def export(
     own = config_of(run, None, model)
     from flowalign.export import export as write_export
 
-    result = write_export(run, to, kind=kind, config=own, overwrite=overwrite)
+    result = write_export(run, to, kind=kind, config=own, overwrite=overwrite, shard_size=shard_size)
     say = plain(make_console(as_json))
     say(result.compared)
     say(f"exported to {to} ({kind}, iteration {result.iteration})")

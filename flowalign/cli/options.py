@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,6 +104,19 @@ Kind = Annotated[
     typer.Option(
         "--as", metavar="KIND", help="pipeline (of model), lora, ema, or an average such as ema_0.99", parser=kind_of
     ),
+]
+
+
+def size_of_files(text: str) -> str:
+    """Return a size as diffusers reads it: a whole number of KB, MB or GB, of 1000 bytes and so on."""
+    found = re.fullmatch(r"([1-9]\d{0,5})\s*([KMG]B)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"got {text!r}; write a whole number of KB, MB or GB, such as 5GB")
+    return f"{found[1]}{found[2].upper()}"
+
+
+ShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="most that a file of a pipeline's weights takes", parser=size_of_files)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Steps = Annotated[

@@ -13,7 +13,7 @@ from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
-from flowalign.export.writing import write_lora, write_pipeline
+from flowalign.export.writing import SHARD_SIZE, write_lora, write_pipeline
 from flowalign.models.base import Policy
 from flowalign.models.loading import transformer_of
 from flowalign.record import checkpoint
@@ -70,6 +70,7 @@ def export(
     dtype: Dtype = "float32",
     tolerance: float = 1e-5,
     overwrite: bool = False,
+    shard_size: str = SHARD_SIZE,
 ) -> ExportResult:
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
@@ -77,7 +78,8 @@ def export(
     weights (``ema_0.99``: of another average). One whose network takes more inputs, or is of another family than
     ``rf``, has a ``pipeline.py`` beside it, without which diffusers refuses to load it. ``lora``: the adapter in
     PEFT's and in diffusers' layout. ``dtype`` is a pipeline's transformer's: other than float32, it is compared with
-    our policy of equally rounded weights. All else is float32.
+    our policy of equally rounded weights. All else is float32. ``shard_size``, such as ``5GB``, is the most that a
+    file of weights takes.
 
     Raises:
         ExportError: the kind does not fit the run, or a reloaded export differs by more than ``tolerance`` of the
@@ -95,7 +97,7 @@ def export(
             policy, state = _opened(found, config, which)
             trained = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
-            errors = _write(policy, draft, config, kind, dtype)
+            errors = _write(policy, draft, config, kind, dtype, shard_size)
         _refuse_difference(errors, tolerance, to)
         result = ExportResult(to, kind, found, int(iteration_of(state) or 0), digest, *errors)
         _keep(draft, to, result, config, state, policy.network.path_family)
@@ -120,10 +122,10 @@ def _opened(found: Path, config: Sampled, which: str) -> tuple[Policy, dict[str,
     return policy, state
 
 
-def _write(policy: Policy, draft: Path, config: Sampled, kind: Kind, dtype: Dtype) -> Errors:
+def _write(policy: Policy, draft: Path, config: Sampled, kind: Kind, dtype: Dtype, shard_size: str) -> Errors:
     if kind == "lora":
         return write_lora(policy, draft, config)
-    return write_pipeline(policy, draft, config, getattr(torch, dtype))
+    return write_pipeline(policy, draft, config, getattr(torch, dtype), shard_size)
 
 
 def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:

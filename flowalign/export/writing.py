@@ -26,8 +26,12 @@ from flowalign.record.disk import on_disk, require_room
 from flowalign.record.files import save_tensors
 from flowalign.record.outputs import RECORD as RECORD
 
+SHARD_SIZE = "5GB"
 
-def write_pipeline(policy: Policy, directory: Path, config: Sampled, dtype: torch.dtype) -> Errors:
+
+def write_pipeline(
+    policy: Policy, directory: Path, config: Sampled, dtype: torch.dtype, shard_size: str = SHARD_SIZE
+) -> Errors:
     expected = probe(policy, config)
     fuse_lora(policy.network)
     module = policy.network.module
@@ -40,7 +44,7 @@ def write_pipeline(policy: Policy, directory: Path, config: Sampled, dtype: torc
     pipeline.scheduler = euler(pipeline.scheduler, **_walking(config.evaluation))
     # By its record our loader knows a consistency student, whose scheduler it would refuse in another directory.
     (directory / RECORD).write_text(json.dumps({"sampling": {"solver": config.evaluation.solver}}), encoding="utf-8")
-    save_pipeline(pipeline, policy.network, directory)
+    save_pipeline(pipeline, policy.network, directory, shard_size)
     family = policy.network.family
     return differences(expected, family, load_pipeline(directory, config.device, family=family), config)
 
@@ -54,8 +58,9 @@ def widen_encoders(encoders: Encoders) -> None:
         part.float()
 
 
-def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
-    """Save the pipeline of ``network`` as it is.
+def save_pipeline(pipeline: Any, network: Network, directory: Path, shard_size: str = SHARD_SIZE) -> None:
+    """Save the pipeline of ``network`` as it is; weights of a part that take more than ``shard_size``, as several files
+    with an index.
 
     Where a plain pipeline would sample it wrongly, add a file that samples it rightly, without which diffusers refuses
     to load it.
@@ -68,7 +73,7 @@ def save_pipeline(pipeline: Any, network: Network, directory: Path) -> None:
     sizes = (sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
     require_room(f"a pipeline in {directory.parent}", directory.parent, on_disk(sizes))
     with quietly():
-        pipeline.save_pretrained(str(directory), safe_serialization=True)
+        pipeline.save_pretrained(str(directory), safe_serialization=True, max_shard_size=shard_size)
     forget_local_paths(directory)
     if not own:
         return

@@ -222,6 +222,12 @@ def _check_shards(index: Path) -> None:
         raise ModelError(f"model.path: {index} has no weight_map; the download or export is incomplete")
     if outside := [name for name in named.values() if not stays_below(name) or Path(name).name != name]:
         raise ModelError(f"model.path: {index} names {outside[0]}; the files of a part lie beside its index")
+    absent = sorted({name for name in named.values() if not (index.parent / name).exists()})
+    if absent and index.name.count(".") == 3:  # others are of a variant, which is not read
+        raise ModelError(
+            f"model.path: {index.parent / absent[0]} is not there, which {index.name} names; the download or export is "
+            "incomplete"
+        )
 
 
 def walk_of(

@@ -26,6 +26,7 @@ from flowalign.models.family import family_of
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.models.start import StartingAdapter
+from flowalign.plan import make_plan
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.run.workers import LearnerWorker
 from tests.families.ours import LENGTH, flowalign, write_run
@@ -115,6 +116,15 @@ def test_a_run_begins_with_what_the_library_itself_loads(tiny: Build, adapter: W
     bare = load_network(ModelConfig(path=str(base)))
     own, public_own, plain = velocities([ours, ours.with_module(public), bare], base)
     assert torch.equal(own, public_own) and float((own - plain).abs().max()) > 1e-3
+
+
+def test_a_plan_counts_a_copy_of_the_adapter_for_the_reference(tiny: Build, adapter: Write, tmp_path: Path) -> None:
+    """4 bytes a number of the LoRA, where there is a KL; without an adapter to begin from the base is the reference."""
+    fresh = load_align(run_of(tmp_path, tiny("sd3"), "{rank: 3}")).config
+    config = load_align(run_of(tmp_path, tiny("sd3"), f"{{path: {adapter()}}}")).config
+    plan, other = make_plan(config), make_plan(fresh)
+    assert plan.model.trainable == other.model.trainable > 0
+    assert plan.memory.learner_reference == 4 * plan.model.trainable and other.memory.learner_reference == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
