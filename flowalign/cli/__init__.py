@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowalign import __version__
+from flowalign.cli.doctor_command import doctor
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
@@ -174,14 +175,4 @@ def launch(
     raise typer.Exit(submit(config, cluster, [*(overrides or ()), *accepted]))
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check this machine: versions, compiler, memory, GPU, shipped files. Exit code 1 if something needed fails."""
-    from dataclasses import asdict
-
-    from flowalign.doctor import examine
-
-    findings = examine()
-    print_rows(make_console(as_json), [(f.status, f.what, f.found, f.advice) for f in findings])
-    print_json(as_json, {"findings": [asdict(f) for f in findings]})
-    raise typer.Exit(int(any(f.status == "fail" for f in findings)))
+app.command()(doctor)

@@ -13,7 +13,7 @@ from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
-from flowalign.models.directory import family_of_model
+from flowalign.models.directory import Directory, family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
 from flowalign.record.accepted import ACCEPTED
@@ -21,6 +21,7 @@ from flowalign.record.earlier import iteration_of, training_of_0_1
 from flowalign.record.metrics import read_metrics
 from flowalign.record.textfiles import TextError, read_text
 from flowalign.record.yamlfiles import parse_yaml, plain
+from flowalign.types import Guidance
 from rewards.printable import printable
 
 Row = Mapping[str, Any]
@@ -153,7 +154,7 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
         pipeline="DiffusionPipeline" if own or family is None else family.pipeline,
         absent=remote + "".join(f", {part}=None" for part in lacking),
         steps=config.evaluation.num_steps,
-        guidance=_guidance(config.evaluation.guidance_scale, None if own else family),
+        guidance=_guidance(config, None if own else family),
         length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
         base=printable(base).replace("\\", "/").replace('"', "'"),
     )
@@ -162,9 +163,12 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
     return "\n".join(lines)
 
 
-def _guidance(scale: float, family: ModelFamily | None) -> str:
-    """Write the arguments of a pipeline's call that mean a guidance scale; our own pipeline takes the scale itself."""
-    arguments = {"guidance_scale": scale} if family is None else family.guidance_call(scale)
+def _guidance(config: Sampled, family: ModelFamily | None) -> str:
+    """Write the arguments of a pipeline's call that mean a guidance; our own pipeline takes the scale itself."""
+    guidance = Guidance(config.evaluation.guidance_scale)
+    arguments: dict[str, Any] = {"guidance_scale": guidance.scale}
+    if family is not None:
+        arguments = family.guidance_call(Directory(family, Path(config.model.path)).config("transformer"), guidance)
     shown = {name: front(value) if isinstance(value, str) else f"{value:g}" for name, value in arguments.items()}
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 

@@ -16,6 +16,7 @@ from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, Published, TextPart, family_of, known_families
+from flowalign.models.mistaken import no_pipeline
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.record.files import stays_below
 from flowalign.record.textfiles import TextError, read_object
@@ -181,12 +182,9 @@ def refuse_absent(family: ModelFamily, model: ModelConfig) -> None:
 
 def pipeline_class(directory: Path) -> str:
     """Return the class that a directory's ``model_index.json`` names. Raise ModelError where there is none."""
-    if not directory.is_dir():
-        raise ModelError(f"model.path: {directory} is not a directory{hint(directory)}; give a pipeline directory")
-    index = directory / INDEX
-    if not index.is_file():
-        raise ModelError(f"model.path: {directory} has no {INDEX}; give a pipeline directory")
-    name = _read(index).get("_class_name")
+    if (reason := no_pipeline(directory)) is not None:
+        raise ModelError(f"model.path: {reason}")
+    name = _read(directory / INDEX).get("_class_name")
     return str(name[-1] if isinstance(name, list) and name else name)
 
 
@@ -201,12 +199,13 @@ def _own_base(directory: Path) -> Iterator[str]:
 def check_directory(family: ModelFamily, directory: Path) -> None:
     """Raise ModelError, in milliseconds, unless ``directory`` looks like the family's pipeline on disk."""
     name = pipeline_class(directory)
-    own = family.own_pipeline is not None and _read(directory / INDEX).get("_class_name") == list(OWN_PIPELINE)
-    if name != family.pipeline and not own:
+    of_ours = family.own_pipeline is not None and _read(directory / INDEX).get("_class_name") == list(OWN_PIPELINE)
+    if name != family.pipeline and not of_ours:
         raise ModelError(
             f"model.path: {directory} holds a {name}; models of type {family.name} need a {family.pipeline}"
         )
-    for part in family.required_parts:
+    own = Directory(family, directory)
+    for part in dict.fromkeys((*family.required_parts, *filter(own.has, family.text))):
         if not (directory / part).is_dir():
             raise ModelError(f"model.path: {directory} has no folder {part}; the download or export is incomplete")
     for index in sorted(directory.glob("*/*.safetensors.index.json")):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowalign.config.sections import TransformerConfig
 from flowalign.models.coding import decode_scaled, encode_scaled
 from flowalign.models.errors import ModelError
+from flowalign.types import Guidance
 from rewards.usercode.loading import load_module
 
 Config = Mapping[str, Any]  # what a part's config.json says
@@ -140,7 +141,7 @@ class ModelFamily:
     ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
     the pipeline does to the length of a guided velocity: nothing, or each ``token`` gets back that of the conditional
     one. ``guidance_offset`` is what a guidance scale here is above the pipeline's own number for it, ``guidance_call``
-    the arguments of the pipeline's call that mean a guidance scale of ours.
+    the arguments of the pipeline's call that mean a guidance of ours of a network with this configuration.
 
     What not every family has: ``inputs`` names the row that numbers beside the time are appended to (``model.inputs``),
     ``text_parts`` the places of single encoders (``encoder_dropout``), ``fresh`` makes a network to begin
@@ -171,7 +172,7 @@ class ModelFamily:
     takes_guidance: Callable[[Config], bool] = lambda config: False
     guidance_norm: Literal["none", "token"] = "none"
     guidance_offset: float = 0.0
-    guidance_call: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+    guidance_call: Callable[[Config, Guidance], dict[str, Any]] = lambda network, own: {"guidance_scale": own.scale}
     blocks: Callable[[Config], tuple[int, int]] = heads_and_layers
     inputs: str | None = None
     text_parts: Callable[[SmallFiles], dict[str, TextPart]] | None = None

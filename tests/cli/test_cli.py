@@ -17,7 +17,7 @@ from flowalign.cli.terminal import sentence
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED
-from flowalign.doctor import examine, release
+from flowalign.doctor.machine import examine, release
 from flowalign.intake.file import load_align
 from flowalign.intake.recorded import config_of
 from flowalign.intake.resolved import versions

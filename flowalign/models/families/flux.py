@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, heads_and_layers
 from flowalign.models.packing import packed, unpacked
+from flowalign.types import Guidance
 
 SIZE = 128  # latents a side of the images that the pipeline makes unasked
 PATCH = 2
@@ -39,12 +40,27 @@ def forward(
     return unpacked(tokens, x, PATCH)
 
 
+def takes_guidance(transformer: Config) -> bool:
+    return bool(transformer.get("guidance_embeds"))
+
+
 def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
     """Encode one prompt: its T5 tokens, padded to ``length`` without a mask, and CLIP's pooled features."""
     tokens, pooled, _ = pipeline.encode_prompt(
         prompt=prompt, prompt_2=prompt, max_sequence_length=length, device=pipeline.vae.device
     )
     return {"tokens": tokens, "pooled": pooled}
+
+
+def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
+    """Return the number that a network takes, and that of the second pass, which is made with a negative prompt alone.
+
+    It is all the guidance of a network that takes none.
+    """
+    takes = takes_guidance(transformer)
+    call: dict[str, Any] = {"guidance_scale": guidance.scale} if takes else {}
+    scale = guidance.true_scale if takes else guidance.scale
+    return {**call, "true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else call
 
 
 def sample(
@@ -57,11 +73,9 @@ def sample(
     length: int,
     sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sample; a network without an input for the scale is guided by the pipeline's second pass, from the empty text."""
-    if pipeline.transformer.config.guidance_embeds:
-        guidance: dict[str, Any] = {"guidance_scale": guidance_scale}
-    else:
-        guidance = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(prompts)}
+    guidance = guidance_call(pipeline.transformer.config, Guidance(guidance_scale))
+    if "negative_prompt" in guidance:
+        guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
     factor = pipeline.vae_scale_factor
     tokens = pipeline(
         list(prompts),
@@ -160,7 +174,8 @@ FAMILY = ModelFamily(
     text_shapes=text_shapes,
     negative=None,
     levels=levels,
-    takes_guidance=lambda transformer: bool(transformer.get("guidance_embeds")),
+    takes_guidance=takes_guidance,
+    guidance_call=guidance_call,
     blocks=blocks,
     published={
         "flux.1-dev": Published(

@@ -19,6 +19,7 @@ from flowalign.models.coding import decode_frame, encode_frame
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
 from flowalign.models.packing import packed, unpacked
+from flowalign.types import Guidance
 
 PATCH = 2  # latents a side of a token, whatever the network's configuration says
 # The pipeline pads to the longest prompt of a call. Of 32 there are few lengths, so that micro-batches fill, and at
@@ -70,9 +71,10 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
     return min(len(whole) - len(tokenizer(turn).input_ids), length)
 
 
-def guidance_call(scale: float) -> dict[str, Any]:
+def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
     """Return the arguments of guidance away from an empty prompt: without a negative one the pipeline has none."""
-    return {"true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else {"true_cfg_scale": scale}
+    call: dict[str, Any] = {"true_cfg_scale": guidance.scale}
+    return {**call, "negative_prompt": ""} if guidance.scale > 1 else call
 
 
 def sample(
@@ -85,7 +87,7 @@ def sample(
     length: int,
     sigmas: Sequence[float] | None = None,
 ) -> Tensor:
-    guidance = guidance_call(guidance_scale)
+    guidance = guidance_call({}, Guidance(guidance_scale))
     if "negative_prompt" in guidance:
         guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
     factor = pipeline.vae_scale_factor

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
+from flowalign.types import Guidance
 
 BUCKET = 32  # tokens that the network pads a caption to a multiple of, with one that it has learned
 PATCH = 2  # the pipeline asks for no other
@@ -65,8 +66,13 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
     return len(tokenizer(text, max_length=length, truncation=True).input_ids)
 
 
-def guidance_call(scale: float) -> dict[str, Any]:
-    return {"guidance_scale": max(scale - 1, 0.0)}
+def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
+    call: dict[str, Any] = {"guidance_scale": max(guidance.scale - 1, 0.0)}
+    if guidance.norm_cap is not None:
+        call["cfg_normalization"] = guidance.norm_cap
+    if guidance.until < 1:
+        call["cfg_truncation"] = guidance.until
+    return call
 
 
 def sample(
@@ -85,7 +91,7 @@ def sample(
         latents=noise,
         num_inference_steps=num_steps,
         sigmas=sigmas,
-        **guidance_call(guidance_scale),
+        **guidance_call({}, Guidance(guidance_scale)),
         max_sequence_length=length,
         output_type="latent",
         height=noise.shape[2] * factor,

@@ -1,0 +1,1 @@
+"""Looks at what a run would stand on: this machine, or a model."""

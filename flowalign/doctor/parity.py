@@ -1,0 +1,147 @@
+"""Four steps of ours and of the model's own pipeline from the same noise: how far apart they are.
+
+Shapes: N samples, C h w latents, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.config.sections import ModelConfig, SamplingConfig
+from flowalign.doctor.checks import Check, judged
+from flowalign.doctor.translated import STEPS
+from flowalign.export.verify import euler, load_pipeline, share
+from flowalign.models.base import Policy
+from flowalign.models.directory import Directory
+from flowalign.models.guided import guided
+from flowalign.samples.opened import policy_plan
+from flowalign.samples.rollout import SampleNoise, integrate
+from flowalign.types import Guidance
+
+PROMPTS = ("a red cube", "a photo of two small dogs that run over the grass near an old house")
+NEGATIVE = "blurry, low quality"
+ADVICE = (
+    "do not train on it, what is learned would not be what its pipeline samples; report it with the object of --json, "
+    "and try a pipeline of diffusers' own classes"
+)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One way of sampling; a ``negative`` prompt of None is what the pipeline takes unasked."""
+
+    name: str
+    guidance: Guidance
+    negative: str | None = None
+
+    @property
+    def negatives(self) -> list[str] | None:
+        return None if self.negative is None else [self.negative] * len(PROMPTS)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one side makes of the same noise: latents (N, C, h, w) by walk, pictures (N, H, W, 3) of the first walk."""
+
+    latents: dict[str, Tensor]
+    pictures: Tensor
+
+
+def walks(directory: Directory) -> tuple[Walk, ...]:
+    """Return the ways of sampling that are compared; a network that takes the scale is led away by a second number."""
+    takes = directory.family.takes_guidance(directory.config("transformer"))
+    led = Guidance(4.0, true_scale=3.0) if takes else Guidance(3.0)
+    return (
+        Walk("unguided", Guidance(1.0)),
+        Walk("guided", Guidance(4.0)),
+        Walk("negative prompt", led, NEGATIVE),
+    )
+
+
+@torch.no_grad()
+def ours(policy: Policy, model: ModelConfig, asked: tuple[Walk, ...]) -> Answers:
+    """Walk as an evaluation does."""
+    network, found = policy.network, dict[str, Tensor]()
+    shape, ids = network.latent_shape(model.height, model.width), range(len(PROMPTS))
+    for walk in asked:
+        plan = policy_plan(policy, SamplingConfig(num_steps=STEPS), model)
+        condition = policy.encoders.encode_prompts(PROMPTS, model.max_sequence_length, negatives=walk.negatives)
+        noise, plan = SampleNoise(0, ids, shape), replace(plan, guidance=walk.guidance)
+        found[walk.name] = integrate(guided(network), condition, noise, plan, network.device)[2].cpu()
+    first = found[asked[0].name].to(network.device)
+    return Answers(found, policy.encoders.decode(first).cpu())
+
+
+@torch.no_grad()
+def theirs(directory: Directory, model: ModelConfig, asked: tuple[Walk, ...], device: str) -> Answers:
+    """Walk as the pipeline that diffusers loads does, alone."""
+    family, found = directory.family, dict[str, Tensor]()
+    pipeline = load_pipeline(directory.path, device, family=family)
+    if pipeline.scheduler.config.get("stochastic_sampling"):  # of a consistency student of ours
+        pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
+    noise = SampleNoise(0, range(len(PROMPTS)), directory.latent_shape(model.height, model.width)).draw().to(device)
+    length = model.max_sequence_length
+
+    def sampled(called: Any, walk: Walk) -> Tensor:
+        scale = float(walk.guidance.scale)
+        return family.sample(called, PROMPTS, noise, num_steps=STEPS, guidance_scale=scale, length=length)
+
+    for walk in asked:
+        call = family.guidance_call(directory.config("transformer"), walk.guidance)
+        if walk.negatives is not None:
+            call["negative_prompt"] = walk.negatives
+        elif "negative_prompt" in call:
+            call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
+        found[walk.name] = sampled(_Called(pipeline, call), walk).cpu()
+    try:
+        sampled(_Called(pipeline, {"output_type": "np"}, keep=True), asked[0])
+    except _Kept as kept:
+        return Answers(found, torch.from_numpy((kept.made * 255).round().astype("uint8")))
+    raise RuntimeError(f"{family.name} samples without a call of its pipeline")
+
+
+class _Kept(Exception):
+    """Carries what a pipeline ``made`` past the family's own reading of it."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+
+class _Called:
+    """A pipeline whose call has these arguments in the place of what it is given."""
+
+    def __init__(self, pipeline: Any, arguments: dict[str, Any], *, keep: bool = False) -> None:
+        self._pipeline, self._arguments, self._keep = pipeline, arguments, keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, *prompts: Any, **given: Any) -> Any:
+        made = self._pipeline(*prompts, **{**given, **self._arguments})
+        if self._keep:
+            raise _Kept(made.images)
+        return made
+
+
+def compared(own: Answers, public: Answers, asked: tuple[Walk, ...]) -> Iterator[Check]:
+    """Say how far apart latents are, and the pictures that are decoded of them."""
+    for walk in asked:
+        mine, other = own.latents[walk.name], public.latents[walk.name]
+        said = f"{STEPS} steps from the same noise, {_named(walk)}, ours and the pipeline's"
+        figures = {"largest_value": float(other.abs().max()), "scale": float(walk.guidance.scale)}
+        yield judged(walk.name, said, share(mine, other), ADVICE, **figures, true_scale=walk.guidance.true_scale)
+    levels = int((own.pictures.int() - public.pictures.int()).abs().max())
+    said = f"decoded, a value differs by at most {levels} of 255"
+    yield Check("ok" if levels <= 1 else "fail", "pictures", said, "" if levels <= 1 else ADVICE, {"levels": levels})
+
+
+def _named(walk: Walk) -> str:
+    true = f" and true_guidance_scale {walk.guidance.true_scale:g}" if walk.guidance.true_scale != 1 else ""
+    led = "" if walk.negative is None else " away from a negative prompt"
+    return f"guidance_scale {walk.guidance.scale:g}{true}{led}"
