@@ -102,8 +102,8 @@ def _refuse_too_large(files: Files, device: str) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else _free_memory()
     if free is not None and free < needed:
         raise ModelError(
-            f"{files.directory.path} is compared in float32, two copies at once, which take {size_text(needed)} of memory; "
-            f"{device} has {size_text(free)} free: run doctor on a machine with more"
+            f"{files.directory.path} is compared in float32, two copies at once, which take {size_text(needed)} of "
+            f"memory; {device} has {size_text(free)} free: run doctor on a machine with more"
         )
 
 

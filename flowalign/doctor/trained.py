@@ -1,4 +1,4 @@
-"""What training needs of a model: layers for a LoRA, a weight sync that is acknowledged, exports that diffusers loads."""
+"""What training needs of a model: layers for a LoRA, acknowledged weight syncs, exports that diffusers loads."""
 
 from __future__ import annotations
 
