@@ -45,7 +45,7 @@ def without(file: Path, key: str) -> str:
         (INDEX, "{}".encode("utf-16"), "model_index.json looks like UTF-16 text; save it as UTF-8"),
         (INDEX, '{"_class_name": "é"}'.encode("cp1252"), "model_index.json, line 1 is not UTF-8"),
         (INDEX, b"\x00" * 64, "model_index.json, line 1 holds a NUL byte"),
-        (INDEX, "{}", "holds a None; models of type sd3 need a StableDiffusion3Pipeline"),
+        (INDEX, "{}", "holds a None, which no family here loads"),
         (NETWORK, CUT, "transformer/config.json is not JSON"),
         (NETWORK, "{}", "transformer/config.json lacks 'patch_size'; give the directory of a whole pipeline"),
         (NETWORK, '{"patch_size": null}', "transformer/config.json holds no number where one is wanted"),
