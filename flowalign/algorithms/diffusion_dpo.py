@@ -19,13 +19,14 @@ from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.algorithms.parts.points import drawn
 from flowalign.algorithms.parts.reference import Refresh
 from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.config.guidance import GUIDANCE_KEYS
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.rows import Rows
 from flowalign.types import Credit, PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
-ROLLOUT_OPTIONS = ("num_steps", "grid", "guidance_scale", "norm_preserving", "rollout_weights")
+ROLLOUT_OPTIONS = ("num_steps", "grid", *GUIDANCE_KEYS, "norm_preserving", "rollout_weights")
 
 
 class DiffusionDPO(Scheduled):

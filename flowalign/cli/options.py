@@ -138,6 +138,31 @@ Guidance = Annotated[
 ]
 
 
+TrueGuidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=LARGEST["true_guidance_scale"],
+        callback=finite,
+        help="of two passes, where the network takes --guidance-scale as an input; 1 is none; default: as the run "
+        "evaluates",
+    ),
+]
+NormCap = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        max=LARGEST["guidance_norm_cap"],
+        callback=finite,
+        help="most times its length that guidance makes of a velocity; default: as the run evaluates",
+    ),
+]
+Until = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, callback=finite, help="1 - t at which guidance ends; default: as the run evaluates"),
+]
+
+
 def check_text(key: str, text: str) -> None:
     """Raise ConfigError for what was given in another encoding than the terminal's: it is no text."""
     if any("\ud800" <= character <= "\udfff" for character in text):

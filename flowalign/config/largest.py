@@ -50,6 +50,7 @@ LARGEST: dict[str, float] = {
     # Beyond these, latents and losses leave float32, and the weights would be blamed for it.
     "noise_level": 10,
     **dict.fromkeys(("guidance_scale", "update_guidance_scale", "guidance_range", "omega"), 1_000),
+    **dict.fromkeys(("true_guidance_scale", "guidance_norm_cap"), 1_000),
     **dict.fromkeys(("adaptive_power", "density_shift", "density_params"), 10_000),
     **dict.fromkeys(("clip_range", "low", "high", "advantage_clip", "beta", "kl_beta", "temperature"), 1_000_000),
     **dict.fromkeys(("reward_weight", "winner_weight", "sft_weight", "weight", "alpha"), 1_000_000_000),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
+from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.section import Section
 from flowalign.config.solvers import spelled
@@ -314,13 +315,11 @@ class CacheConfig(Section):
     """Change of the input below which a step takes the last one's residual."""
 
 
-class SamplingConfig(Section):
+class SamplingConfig(GuidanceKeys, Section):
     """The way in which a model is sampled where nothing else is said."""
 
     num_steps: Positive = 10
     """Steps of a walk."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance; 1 or less is none, unless the network takes it as an input."""
     solver: SolverName = "euler"
     """An ODE solver of ``flow/solvers``, with its options in parentheses where it has some: ``euler`` (DDIM for the
     diffusion families), ``heun``, ``dpmpp_2m``. ``ddpm``: ancestral. ``consistency``: each prediction of the image is

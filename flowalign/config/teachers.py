@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from flowalign.config.fields import Resolved
+from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.section import Section
 from flowalign.config.sections import Weights
 
 
-class TeacherConfig(Section):
+class TeacherConfig(GuidanceKeys, Section):
     """A frozen network that an alignment run distils from."""
 
     path: Annotated[str, Resolved("teacher")]
     """A pipeline directory, a run of this model or one of its checkpoints."""
     weights: Weights = "model"
     """Weights of a run that teach; ``ema``: their average."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Guidance of its velocity; 1 or less is none."""
     norm_preserving: bool = False
     """Guided velocity rescaled to the norm of the conditional one."""
     tasks: list[str] | None = None

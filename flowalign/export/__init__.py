@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import write_card
@@ -145,8 +146,14 @@ def _keep(
     write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": path_family}
-    record["sampling"] = config.evaluation.model_dump(include=set(SamplingConfig.model_fields) - {"cache"})
+    record["sampling"] = _sampling(config.evaluation)
     if result.kind != "lora" and config.evaluation.grid == "diffusers":
         record["sampling"]["grid"] = "pipeline"  # the scheduler beside it walks so, see `_walking`
     give_usual_modes(draft)
     take_place(draft, to, record)
+
+
+def _sampling(own: SamplingConfig) -> dict[str, Any]:
+    """Return the way of sampling that an export records; of guidance what says something."""
+    how = own.model_dump(include=set(SamplingConfig.model_fields) - {"cache", *GUIDANCE_KEYS})
+    return how | guidance_facts(own)

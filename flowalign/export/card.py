@@ -9,10 +9,12 @@ from typing import Any
 
 from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
+from flowalign.flow.guidance import guidance_of
 from flowalign.models.directory import Directory, family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
@@ -33,20 +35,20 @@ folder = "path/to/this/directory"
 pipe = DiffusionPipeline.from_pretrained(
     folder, custom_pipeline=f"{{folder}}/pipeline.py", trust_remote_code=True{absent}
 )
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
 """
 
 PIPELINE_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/directory"{absent})
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
 """
 
 LORA_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/{base}"{absent})
 pipe.load_lora_weights("path/to/this/directory")  # reads pytorch_lora_weights.safetensors
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}, {length}).images[0]
+image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
 
 # or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
 # from peft import PeftModel
@@ -165,12 +167,14 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
 
 def _guidance(config: Sampled, family: ModelFamily | None) -> str:
     """Write the arguments of a pipeline's call that mean a guidance; our own pipeline takes the scale itself."""
-    guidance = Guidance(config.evaluation.guidance_scale)
+    guidance = guidance_of(config.evaluation)
     arguments: dict[str, Any] = {"guidance_scale": guidance.scale}
     if family is not None:
         arguments = family.guidance_call(Directory(family, Path(config.model.path)).config("transformer"), guidance)
+    if config.model.negative_prompt is not None:
+        arguments["negative_prompt"] = config.model.negative_prompt
     shown = {name: front(value) if isinstance(value, str) else f"{value:g}" for name, value in arguments.items()}
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    return "".join(f"{name}={value}, " for name, value in shown.items())
 
 
 def _public(config: Sampled) -> ModelFamily | None:
@@ -220,7 +224,7 @@ def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
         "Algorithm": f"{text(own['algorithm']['type'])}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
         "Iterations": f"{iteration_of(state)} of {iterations} · seed {own['seed']}",
         "Latents": f"{code(Path(own['latents']).name)}, {own['learner']['batch_size']} an iteration",
-        "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, guidance {sampling['guidance_scale']:g}",
+        "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, {said_guidance(sampling)}",
     }
     algorithm = shipped_algorithm(own["algorithm"])
     facts |= {} if algorithm is None else algorithm.card_facts()
@@ -242,7 +246,7 @@ def _scores(config: Sampled, kind: str, before: Row, after: Row) -> list[str]:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation
     how = f"{e.num_samples} samples of {code(e.prompts, cell=False)}, {e.num_steps} Euler steps"
-    how += f", guidance {e.guidance_scale:g}"
+    how += f", {said_guidance(guidance_facts(e))}"
     lines = [
         "## Scores",
         "",

@@ -8,7 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowalign.config.guidance import GuidanceKeys
 from flowalign.flow.path import Scalar, per_sample
+from flowalign.types import Guidance
+
+
+def guidance_of(own: GuidanceKeys) -> Guidance:
+    """Return the guidance that a section of a configuration describes."""
+    return Guidance(
+        own.guidance_scale,
+        getattr(own, "norm_preserving", False),
+        own.true_guidance_scale,
+        own.guidance_norm_cap,
+        own.guidance_until,
+    )
 
 
 def guides(scale: Scalar | None) -> bool:

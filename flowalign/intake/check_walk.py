@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.algorithm import Algorithm, AlgorithmConfig
+from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.intake.paths import Config
+from flowalign.models.checked import check_guidance
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.samples.cache import check_sampling
@@ -57,6 +59,9 @@ def check_walks(
 ) -> None:
     """Check that the algorithm's levels exist, those of ``sampling``, the section of that name, and its solver."""
     check_sampling(section, sampling)
+    check_guidance(f"{section}.", sampling, model)
+    if isinstance(algorithm.config, GuidanceKeys):
+        check_guidance("algorithm.", algorithm.config, model)
     algorithm.schedule = own
     try:
         algorithm.check_schedule()

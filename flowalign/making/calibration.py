@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.config.guidance import guidance_facts
 from flowalign.config.section import ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
@@ -57,7 +58,8 @@ def calibrate(
         "input_range": [float(inputs.min()), float(inputs.max())],
         "distances": len(inputs),
         "checkpoint": model.path.name,
-        **{key: getattr(model.sampling, key) for key in ("num_steps", "guidance_scale", "solver")},
+        **{key: getattr(model.sampling, key) for key in ("num_steps", "solver")},
+        **guidance_facts(model.sampling),
     }
     with writing(str(to), to):
         to.parent.mkdir(parents=True, exist_ok=True)

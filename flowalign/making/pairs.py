@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.config.guidance import guidance_facts
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.banks.writer import BankWriter, finished
@@ -79,7 +80,8 @@ def _identity(model: SampledModel, prompts: str, pairs: int, shard_size: int) ->
         "pairs": pairs,
         "seed": model.seed,
         "shard_size": shard_size,
-        **{key: getattr(model.sampling, key) for key in ("solver", "num_steps", "guidance_scale")},
+        **{key: getattr(model.sampling, key) for key in ("solver", "num_steps")},
+        **guidance_facts(model.sampling),
     }
 
 

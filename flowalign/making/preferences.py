@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.parts.pairs import best_worst_pairs
+from flowalign.config.guidance import guidance_facts
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
@@ -89,7 +90,7 @@ def _card(
         "prompts": prompts,
         "group_size": group_size,
         "num_steps": plan.num_steps,
-        "guidance_scale": plan.guidance.scale,
+        **guidance_facts(model.sampling),
         "seed": model.seed,
     }
 

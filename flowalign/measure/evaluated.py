@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sections import SamplingConfig
 from flowalign.types import Preview, Scores, Trajectories
 
@@ -69,7 +70,8 @@ def facts(
         "num_prompts": len(set(prompts)),
         "prompts": source,
         "prompts_there": prompts_there,
-        **sampling.model_dump(include={"num_steps", "solver", "grid", "guidance_scale"}),
+        **sampling.model_dump(include={"num_steps", "solver", "grid"}),
+        **guidance_facts(sampling),
         "seed": seed,
         "weights": weights,
         "images_per_s": round(len(prompts) / max(seconds, 1e-9), 3),
@@ -101,6 +103,6 @@ def made_with(said: Mapping[str, Any]) -> str:
     """Say how images were made: ``10 steps of euler, guidance 1, seed 0, weights: model``."""
     steps = said["num_steps"]
     return (
-        f"{steps} step{'s' * (steps > 1)} of {said['solver']}, guidance {said['guidance_scale']:g}, seed "
+        f"{steps} step{'s' * (steps > 1)} of {said['solver']}, {said_guidance(said)}, seed "
         f"{said['seed']}, weights: {said['weights']}"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from flowalign.config.guidance import GUIDANCE_KEYS, GuidanceKeys, guidance_facts
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
-from flowalign.models.directory import Directory, check_directory, family_of_model
+from flowalign.models.directory import Directory, check_directory, family_of_model, network_inputs, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily, family_of, known_families
 from flowalign.record.checkpoint import CheckpointError, find
@@ -45,6 +47,36 @@ def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, 
         raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
 
 
+def check_guidance(section: str, own: GuidanceKeys, model: ModelConfig, keys: Sequence[str] = GUIDANCE_KEYS) -> None:
+    """Raise ConfigError for a key of guidance, those among ``keys``, that a model has no use for.
+
+    ``section`` stands before the key. A model that is not there is said elsewhere.
+    """
+    try:
+        family, takes = open_directory(model).family, "guidance" in network_inputs(model)
+    except ModelError:
+        return
+    given = [key for key in guidance_facts(own) if key in keys]
+    if "true_guidance_scale" in given and not takes:
+        raise ConfigError(
+            f"{section}true_guidance_scale",
+            f"the network of this {family.title} takes no guidance as an input, so that guidance_scale is that of two "
+            "passes; set guidance_scale, and leave this out",
+        )
+    named = "true_guidance_scale" if takes else "guidance_scale"
+    scale = max(getattr(own, named), 0.0 if takes else getattr(own, "update_guidance_scale", None) or 0.0)
+    for key in ("guidance_norm_cap", "guidance_until"):
+        if key in given and scale <= 1:
+            raise ConfigError(
+                f"{section}{key}", f"{named} is {scale:g}, so that there are no two passes; set that, or leave this out"
+            )
+    if "guidance_norm_cap" in given and (getattr(own, "norm_preserving", False) or family.guidance_norm == "token"):
+        whose = "norm_preserving" if family.guidance_norm == "none" else f"guidance of {family.title}"
+        raise ConfigError(
+            f"{section}guidance_norm_cap", f"{whose} keeps the length of every token already; leave this out"
+        )
+
+
 def check_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
     """Return the shape of a teacher's latents, None for a run.
 
@@ -54,7 +86,10 @@ def check_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple
     if (path / "model_index.json").is_file():
         if teacher.weights != "model":
             raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
-        return check_pipeline(f"{key}.path", path, model)
+        shape = check_pipeline(f"{key}.path", path, model)
+        check_guidance(f"{key}.", teacher, model.model_copy(update={"path": str(path), "type": None, "inputs": None}))
+        return shape
+    check_guidance(f"{key}.", teacher, model)
     try:
         find(path, None)
     except CheckpointError as error:

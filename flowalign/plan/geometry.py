@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
-from flowalign.flow.guidance import guides
-from flowalign.flow.path import Scalar
+from flowalign.flow.guidance import guidance_of, guides
 from flowalign.flow.solvers import evaluations
 from flowalign.models.directory import network_inputs
+from flowalign.types import Guidance
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     learner = config.learner
     per_step = math.ceil(transitions / learner.updates_per_iteration)
     inputs = network_inputs(config.model)
-    guided = 1 if plan is None else _passes(plan.guidance.scale, inputs)
+    guided = 1 if plan is None else _passes(plan.guidance, inputs)
     own = needs.update_guidance_scale
-    update_guided = guided if own is None else _passes(own, inputs)
+    update_guided = guided if plan is None or own is None else _passes(replace(plan.guidance, scale=own), inputs)
     items = transitions * learner.epochs * update_guided
     micro_batch_size = needs.whole(learner.micro_batch_size)
     evaluation = config.evaluation
@@ -80,15 +80,15 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
         * max((_teacher_passes(t, config.model) for t in needs.teachers.values()), default=0),
         evaluation_passes=evaluation.num_samples
         * evaluations(evaluation.solver, evaluation.num_steps)
-        * _passes(evaluation.guidance_scale, inputs)
+        * _passes(guidance_of(evaluation), inputs)
         if evaluation.every
         else 0,
     )
 
 
-def _passes(guidance_scale: Scalar, inputs: Sequence[str]) -> int:
-    """Return the evaluations for one velocity: a network that takes the guidance as an input needs no second."""
-    return 2 if guides(guidance_scale) and "guidance" not in inputs else 1
+def _passes(guidance: Guidance, inputs: Sequence[str]) -> int:
+    """Return the evaluations for one velocity: a network that takes the scale has a second for its true one alone."""
+    return 2 if guides(guidance.true_scale if "guidance" in inputs else guidance.scale) else 1
 
 
 def _teacher_passes(teacher: TeacherConfig, student: ModelConfig) -> int:
@@ -98,4 +98,4 @@ def _teacher_passes(teacher: TeacherConfig, student: ModelConfig) -> int:
     """
     own = {"path": teacher.path, "type": None, "inputs": None}
     is_pipeline = (Path(teacher.path) / "model_index.json").is_file()
-    return _passes(teacher.guidance_scale, network_inputs(student.model_copy(update=own) if is_pipeline else student))
+    return _passes(guidance_of(teacher), network_inputs(student.model_copy(update=own) if is_pipeline else student))

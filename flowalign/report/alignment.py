@@ -8,6 +8,7 @@ from typing import Any
 
 from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sections import RewardConfig
 from flowalign.report import alarms, figures
 from flowalign.report.evaluations import Evaluations, geneval_mode
@@ -178,7 +179,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
     """Return the settings that a reader asks for first."""
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
     group, pairs = _group_size(config), config.data.preferences
-    optimizer = config.learner.optimizer
+    optimizer, guided = config.learner.optimizer, said_guidance(guidance_facts(e))
     return {
         "Algorithm": str(algorithm["type"]),
         "Model": " · ".join(filter(None, [config.model.type, Path(config.model.path).name])),
@@ -188,7 +189,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",
         **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
-        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, guidance {e.guidance_scale:g}",
+        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}",
         "Seed": str(config.seed),
         "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PhaseConfig, PretrainConfig, TrainingLearnerConfig, ValidationConfig
 from flowalign.report import figures
@@ -216,5 +217,5 @@ def _validation(own: ValidationConfig) -> str:
 def _evaluation(config: PretrainConfig) -> str:
     own = config.evaluation
     prompts = "captions of the latents" if own.prompts is None else own.prompts
-    how = f"{own.num_steps} steps, guidance {own.guidance_scale:g}"
+    how = f"{own.num_steps} steps, {said_guidance(guidance_facts(own))}"
     return f"{own.num_samples} samples of {prompts}, every {own.every} iterations, {how}" if own.every else ""

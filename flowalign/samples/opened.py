@@ -19,6 +19,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.config.solvers import NOISY
 from flowalign.flow import pathfamilies
+from flowalign.flow.guidance import guidance_of
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_encoders, load_network
@@ -30,7 +31,7 @@ from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
 from flowalign.samples.cache import cache_rule, check_sampling
 from flowalign.samples.rollout import rollout
-from flowalign.types import Guidance, Noise, PromptBatch, Samples, SamplingPlan
+from flowalign.types import Noise, PromptBatch, Samples, SamplingPlan
 
 Which = str  # model, ema, or the name of another average such as ema_0.99
 Progress = Callable[[int, int], None]  # how many of how many are done
@@ -146,7 +147,7 @@ def sampling_plan(
     return SamplingPlan(
         tuple(levels.tolist()),
         noise,
-        Guidance(sampling.guidance_scale),
+        guidance_of(sampling),
         solver=solver,
         average_velocity="r" in (inputs or ()),
         initial_scale=path.initial_scale,
@@ -154,16 +155,13 @@ def sampling_plan(
     )
 
 
-def asked(
-    own: SamplingConfig, num_steps: int | None, guidance_scale: float | None, solver: str | None = None
-) -> SamplingConfig:
+def asked(own: SamplingConfig, **changes: Any) -> SamplingConfig:
     """Return ``own`` with what a caller asked for instead.
 
     Raises:
         ConfigError: the solver has no such option, or its steps cannot be cached.
     """
-    update = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver}
-    made = own.model_copy(update={key: value for key, value in update.items() if value is not None})
+    made = own.model_copy(update=changes)
     try:
         check_sampling("", made)
     except ConfigError as error:

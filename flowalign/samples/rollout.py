@@ -145,6 +145,7 @@ def refuse_non_finite(final_NCHW: Tensor, policy_version: int, plan: SamplingPla
         return
     said = f"{broken} of {len(final_NCHW)} samples of policy version {policy_version} are NaN or Inf"
     usual = {"noise_level": (plan.noise.level, 2), "guidance_scale": (plan.guidance.scale, 30)}
+    usual["true_guidance_scale"] = (plan.guidance.true_scale, 30)
     extreme = [f"{name} {value:g}" for name, (value, most) in usual.items() if value > most]
     if extreme:
         raise NonFiniteSamples(f"{said}: {' and '.join(extreme)} is more than a walk bears; take less")

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
+from flowalign.models.checked import check_guidance
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
@@ -30,6 +32,7 @@ from flowalign.samples.opened import (
     Which,
     asked,
     is_pipeline,
+    model_of,
     open_policy,
     policy_plan,
     roll,
@@ -73,10 +76,9 @@ class SampledModel:
     @property
     def made_with(self) -> dict[str, Any]:
         """The record, beside each sample, of how it was made."""
-        how = self.sampling.model_dump(include=set(SamplingConfig.model_fields), exclude_none=True)
-        led = (
-            {} if self.config.model.negative_prompt is None else {"negative_prompt": self.config.model.negative_prompt}
-        )
+        own, negative = set(SamplingConfig.model_fields) - set(GUIDANCE_KEYS), self.config.model.negative_prompt
+        how = self.sampling.model_dump(include=own, exclude_none=True) | guidance_facts(self.sampling)
+        led = {} if negative is None else {"negative_prompt": negative}
         return (how | led) | {
             "max_sequence_length": self.config.model.max_sequence_length,
             "weights": self.which,
@@ -90,15 +92,15 @@ def sampled_model(
     *,
     which: Which | None = None,
     seed: int | None = None,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    solver: str | None = None,
     negative_prompt: str | None = None,
+    **changes: Any,
 ) -> SampledModel:
     """Return the model at ``path`` with what a caller asks for; what is not given is as in ``config.evaluation``.
 
+    ``changes`` are keys of `SamplingConfig`; None asks for nothing.
+
     Raises:
-        ConfigError: the solver has no such option, or its steps cannot be cached.
+        ConfigError: the solver has no such option, or its steps cannot be cached; or there is no such guidance.
     """
     own, path = config.evaluation, Path(path)
     if negative_prompt is not None:
@@ -107,7 +109,13 @@ def sampled_model(
     if which is None:
         which = "ema" if own.weights == "ema" and not is_pipeline(path) else "model"
     seed = own.seed if seed is None else seed
-    return SampledModel(path, config, which, seed, asked(own, num_steps, guidance_scale, solver))
+    given = {key: value for key, value in changes.items() if value is not None}
+    sampling = asked(own, **given)
+    try:
+        check_guidance("", sampling, model_of(path, config), list(given))
+    except ConfigError as error:
+        raise ConfigError(f"--{error.key.replace('_', '-')}", error.reason) from error
+    return SampledModel(path, config, which, seed, sampling)
 
 
 def sample_checkpoint(

@@ -76,7 +76,7 @@ def test_an_option_that_a_solver_has_not_is_an_error_at_its_key_before_anything_
     with pytest.raises(ConfigError, match=r"evaluation.solver: relaxed has no option size; its options: by, rounds"):
         check_sampling("evaluation", SamplingConfig(solver="relaxed(size=1)"))
     with pytest.raises(ConfigError, match=r"--solver: heun has no option order; it has no options"):
-        asked(SamplingConfig(), 4, None, "heun(order=3)")
+        asked(SamplingConfig(), num_steps=4, solver="heun(order=3)")
     with pytest.raises(ValueError, match=r"ddpm has no option eta; write ddpm"):
         check_solver("ddpm(eta=0.5)")
 
@@ -103,5 +103,5 @@ def test_a_solver_is_cached_that_asks_once_a_step_and_makes_no_noise(with_option
         with pytest.raises(ConfigError, match=rf"sampling.cache: {name} {why}; only the ODE steps of euler, dpmpp_2m"):
             check_sampling("sampling", SamplingConfig(solver=name, cache=cache))
     with pytest.raises(ConfigError, match=r"--solver: heun asks for more"):
-        asked(SamplingConfig(cache=cache), None, None, "heun")
+        asked(SamplingConfig(cache=cache), solver="heun")
     assert [evaluations(name, 10) for name in ("euler", "heun", "relaxed", "ddpm")] == [10, 19, 10, 10]

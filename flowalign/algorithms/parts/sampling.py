@@ -6,9 +6,11 @@ from pydantic import Field
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, Needs
+from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.sections import Weights
 from flowalign.config.walk import Grid, Shift
-from flowalign.types import Guidance, Noise, SamplingPlan, Trajectories
+from flowalign.flow.guidance import guidance_of
+from flowalign.types import Noise, SamplingPlan, Trajectories
 
 
 class WalkConfig(AlgorithmConfig):
@@ -22,13 +24,11 @@ class WalkConfig(AlgorithmConfig):
     """``pipeline``: the levels that the model's own pipeline walks. ``paper``: equal steps, shifted once."""
 
 
-class SamplingConfig(WalkConfig):
+class SamplingConfig(GuidanceKeys, WalkConfig):
     """Options of the algorithms that roll out."""
 
     group_size: int = Field(24, ge=2)
     """Images of one prompt, among which advantages are formed. The codes of NFT and AWM: 24."""
-    guidance_scale: float = Field(1.0, ge=0)
-    """Guidance of the rollout; 1 or less is none, as in diffusers."""
     norm_preserving: bool = False
     """Guided velocity rescaled to the norm of the conditional one."""
     rollout_weights: Weights = "model"
@@ -54,5 +54,4 @@ class SamplingConfig(WalkConfig):
 
         By default all are ODE steps: no state is kept, no log-prob exists.
         """
-        guidance = Guidance(self.guidance_scale, self.norm_preserving)
-        return SamplingPlan(tuple(sigmas.tolist()), noise or Noise(), guidance)
+        return SamplingPlan(tuple(sigmas.tolist()), noise or Noise(), guidance_of(self))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flowalign.algorithm import Models, teacher_role
 from flowalign.config.teachers import TeacherConfig
-from flowalign.types import Condition, Guidance, task_of
+from flowalign.flow.guidance import guidance_of
+from flowalign.types import Condition, task_of
 
 
 class NoTeacher(ValueError):
@@ -56,6 +57,6 @@ def taught_velocity(
                 item["x"][own],
                 item["sigma"][own],
                 condition.take(own),
-                guidance=Guidance(teacher.guidance_scale, teacher.norm_preserving),
+                guidance=guidance_of(teacher),
             )
     return target

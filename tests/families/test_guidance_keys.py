@@ -1,0 +1,166 @@
+"""The keys of guidance: what they ask of a walk, what a plan counts for them, and where they are refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.parts.teachers import taught_velocity
+from flowalign.cli import app
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import SamplingConfig
+from flowalign.export.card import write_card
+from flowalign.flow.schedule import PipelineSchedule
+from flowalign.intake.file import load_align
+from flowalign.models.families import flux
+from flowalign.plan.geometry import plan_geometry
+from flowalign.samples.opened import sampling_plan
+from flowalign.types import Guidance
+from tests.conditions import text_condition
+from tests.families.ours import LENGTH, flowalign, write_run
+from tests.families.public import apart, public_latents
+from tests.tiny import run_config
+
+KEYS = {"guidance_scale": 3.5, "true_guidance_scale": 2.0, "guidance_norm_cap": 1.5, "guidance_until": 0.8}
+GUIDANCE = Guidance(3.5, False, 2.0, 1.5, 0.8)
+Build = Callable[..., Path]
+
+
+def test_rollouts_evaluations_and_teachers_are_guided_as_their_keys_say() -> None:
+    assert sampling_plan(SamplingConfig.model_validate(KEYS), schedule=PipelineSchedule()).guidance == GUIDANCE
+    plan = build_algorithm({"type": "nft", **KEYS}).plan(0, 0)
+    assert plan is not None and plan.guidance == GUIDANCE
+    opd = build_algorithm({"type": "opd", "teachers": {"a": {"path": "a", **KEYS}}})
+    seen: list[Guidance] = []
+
+    def teacher(x: Any, t: Any, condition: Any, **options: Any) -> Any:
+        seen.append(options["guidance"])
+        return x
+
+    one = torch.zeros(1, 1, 1)
+    item = {"x": torch.zeros(1, 4, 2, 2), "sigma": torch.zeros(1), "teacher": torch.zeros(1, dtype=torch.long)}
+    condition = text_condition(one, one[:, 0], torch.zeros(1, dtype=torch.long), one[0], one[0, 0])
+    taught_velocity({"teacher:a": teacher}, opd.config.teachers, item, condition)
+    assert seen == [GUIDANCE]
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "passes"),
+    [
+        ("FLUX.1-dev", {"guidance_scale": 3.5}, 1),
+        ("FLUX.1-dev", {"guidance_scale": 3.5, "true_guidance_scale": 2.0}, 2),
+        ("FLUX.1-schnell", {"guidance_scale": 3.5}, 2),
+        ("FLUX.1-schnell", {"guidance_scale": 1.0}, 1),
+    ],
+)
+def test_a_plan_counts_a_second_pass_where_there_is_one(model: str, keys: dict[str, float], passes: int) -> None:
+    """Two images of 10 steps in rollout and update, 3 of 4 steps in an evaluation."""
+    config = AlignConfig.model_validate(
+        {
+            "name": "x",
+            "iterations": 1,
+            "model": {"path": model},
+            "data": {"groups_per_iteration": 1},
+            "algorithm": {"type": "flow_grpo", "group_size": 2, "num_steps": 10, **keys},
+            "rewards": ["clip"],
+            "evaluation": {"every": 1, "num_samples": 3, "num_steps": 4, **keys},
+        }
+    )
+    made = plan_geometry(config, build_algorithm(config.algorithm))
+    assert (made.rollout_passes, made.learner_backward_passes) == (20 * passes, 20 * passes)
+    assert made.evaluation_passes == 12 * passes
+
+
+REFUSED: dict[str, tuple[str, list[str], str]] = {
+    "no input": (
+        "sd3",
+        ["algorithm.true_guidance_scale=2"],
+        "algorithm.true_guidance_scale: the network",
+    ),
+    "no input in an evaluation": (
+        "flux-schnell",
+        ["evaluation.true_guidance_scale=2"],
+        "evaluation.true_guidance_scale",
+    ),
+    "no two passes": (
+        "flux-dev",
+        ["algorithm.guidance_norm_cap=1"],
+        "algorithm.guidance_norm_cap: true_guid",
+    ),
+    "no guidance": ("z_image", ["evaluation.guidance_until=0.5"], "evaluation.guidance_until: guidance_scale is 1, so"),
+    "two rules of length": (
+        "sd3",
+        ["algorithm.guidance_norm_cap=1", "algorithm.guidance_scale=3", "algorithm.norm_preserving=true"],
+        "algorithm.guidance_norm_cap: norm_preserving keeps",
+    ),
+    "a number that is none": ("flux-dev", ["algorithm.true_guidance_scale=-1"], "algorithm.true_guidance_scale"),
+    "another name": ("flux-dev", ["algorithm.true_cfg_scale=3"], "unknown key; did you mean true_guidance_scale"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_model_has_no_use_for_is_refused_by_its_key(tiny: Build, tmp_path: Path, case: str) -> None:
+    family, changes, said = REFUSED[case]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_align(write_run(tmp_path, tiny(family)), changes)
+
+
+def test_a_teacher_s_own_network_decides(tiny: Build, tmp_path: Path) -> None:
+    path = write_run(tmp_path, tiny("flux-dev"))
+
+    def teachers(name: str) -> list[str]:
+        one = f"{{path: {tiny(name)}, true_guidance_scale: 2}}"
+        return [f"algorithm={{type: opd, num_steps: 2, teachers: {{a: {one}}}}}", "rewards=[]"]
+
+    load_align(path, teachers("flux-dev"))
+    with pytest.raises(ConfigError, match=r"^algorithm\.teachers\.a\.true_guidance_scale: the network of this FLUX\.1"):
+        load_align(path, teachers("flux-schnell"))
+
+
+def test_the_commands_take_the_same_keys(tiny: Build, public: Any, tmp_path: Path) -> None:
+    """A sample with true guidance has the latents of the public pipeline's second pass from the empty text."""
+    directory, out = tiny("flux-dev"), tmp_path / "out"
+    path = write_run(tmp_path, directory)
+    asked = ["--num-steps", "3", "--guidance-scale", "3.5", "--true-guidance-scale", "2", "--seed", "5", "--latents"]
+    said = flowalign("sample", directory, "--prompt", "a red cube", *asked, "--config", path, "--out", out)
+    assert "guidance 3.5, true guidance 2" in " ".join(said.split())
+    made = load_file(out / "latents.safetensors")
+    call: dict[str, Any] = {"num_steps": 3, "guidance": 3.5, "true_guidance": 2.0, "negative": "", "size": (64, 64)}
+    theirs = public_latents(public("flux-dev"), ["a red cube"], noise=made["noise"], max_sequence_length=LENGTH, **call)
+    assert apart(made["latents"], theirs) <= 1e-5
+    refused = CliRunner().invoke(
+        app, ["sample", str(tiny("sd3")), "--prompt", "a", "--true-guidance-scale", "2", "--out", str(tmp_path / "no")]
+    )
+    assert refused.exit_code == 2 and "--true-guidance-scale: the network of this" in " ".join(refused.output.split())
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("flux-dev", {"guidance_scale": 3.5}, "guidance_scale=3.5, max"),
+        ("flux-dev", KEYS, 'guidance_scale=3.5, true_cfg_scale=2, negative_prompt="", max'),
+        ("flux-schnell", {"guidance_scale": 2.0}, 'true_cfg_scale=2, negative_prompt="", max'),
+        ("flux-schnell", {"guidance_scale": 1.0}, "num_inference_steps=4, max"),
+        ("z_image", KEYS, "guidance_scale=2.5, cfg_normalization=1.5, cfg_truncation=0.8, max"),
+    ],
+)
+def test_a_card_says_what_the_pipeline_is_called_with(
+    tiny: Build, tmp_path: Path, name: str, keys: dict[str, float], said: str
+) -> None:
+    config = run_config(tiny(name), evaluation={"num_samples": 4, "num_steps": 4, **keys})
+    write_card(tmp_path, config, {"iteration": 1}, kind="pipeline", run_dir=tmp_path)
+    assert said in (tmp_path / "README.md").read_text()
+
+
+def test_a_call_of_a_network_that_takes_no_number_has_none() -> None:
+    assert flux.guidance_call({"guidance_embeds": False}, Guidance(1.0)) == {}
