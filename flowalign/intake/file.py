@@ -252,7 +252,7 @@ def _judge_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]
 def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]:
     """Yield checks that an evaluation on the way can be had, where there is one."""
     evaluation = config.evaluation
-    yield partial(check_cache, "evaluation.cache", evaluation.cache)
+    yield partial(check_cache, "evaluation.cache", evaluation.cache, config.model)
     if not evaluation.every:
         return
     guided = "evaluation.guidance_scale", evaluation.guidance_scale
@@ -271,7 +271,7 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     """Yield checks that model and prompts are there and fit what learns and judges, and the machine holds the run."""
     prompts = config.data.prompts
     yield partial(checks.check_model, config, needs)
-    yield partial(check_cache, "rollout.cache", config.rollout.cache)
+    yield partial(check_cache, "rollout.cache", config.rollout.cache, config.model)
     yield partial(check_rollouts, config.model)
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)

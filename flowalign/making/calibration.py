@@ -15,10 +15,11 @@ from flowalign.config.section import ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
 from flowalign.flow.solvers import check_cacheable
+from flowalign.models.checked import check_cached
 from flowalign.models.guided import guided
 from flowalign.models.teacache import Distances
 from flowalign.record.disk import write_text, writing
-from flowalign.samples.opened import Progress, silent
+from flowalign.samples.opened import Progress, model_of, silent
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import SampledModel
 from flowalign.types import PromptBatch
@@ -46,6 +47,7 @@ def calibrate(
         check_cacheable(model.sampling.solver)
     except ValueError as error:
         raise ConfigError("evaluation.solver", str(error)) from error
+    check_cached("CHECKPOINT", model_of(model.path, model.config))
     batch = evaluation_batch(prompts or model.config.evaluation.prompts, num_samples)
     inputs, outputs = _distances(model, batch, progress)
     try:
@@ -73,7 +75,7 @@ def _distances(model: SampledModel, batch: PromptBatch, progress: Progress) -> t
     with model.opened() as (policy, _, plan):
         network = policy.network
         shape = network.latent_shape(size.height, size.width)
-        with Distances(network.module) as distances:
+        with Distances(network.module, network.family.cached) as distances:
             for chunk in batch.chunks(model.config.rollout.chunk_size):
                 distances.reset()
                 noise = SampleNoise(model.seed, chunk.sample_ids, shape)

@@ -77,6 +77,19 @@ def check_guidance(section: str, own: GuidanceKeys, model: ModelConfig, keys: Se
         )
 
 
+def check_cached(key: str, model: ModelConfig) -> None:
+    """Raise ConfigError, under ``key``, where a model's network has no blocks that a step cache may skip.
+
+    A model that is not there is said elsewhere.
+    """
+    try:
+        family = family_of_model(model)
+    except ModelError:
+        return
+    if not family.cached:
+        raise ConfigError(key, f"the networks of {family.title} have no blocks that a cache knows how to skip")
+
+
 def check_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
     """Return the shape of a teacher's latents, None for a run.
 

@@ -9,6 +9,7 @@ Shapes: N samples (2 N under guidance), L text tokens, T image tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,21 +20,30 @@ from flowalign.flow.caching import IDENTITY, Polynomial, StepCache, relative_l1
 from flowalign.models.errors import ModelError
 
 HOOK = "flowalign_teacache"
+BLOCKS = ("transformer_blocks",)
 
 
 class BlockCache:
     """A context in which ``network`` skips its blocks for the samples whose step resembles the last computed one.
 
-    ``network``: one whose blocks are called by name as an MM-DiT's are, with or without a LoRA; it is called
-    as ever, ``num_steps`` times a trajectory with the same number of rows. Compared is the first block's input after
-    its norm and modulation. A sample that reuses gets the stored change of its image tokens in place of the blocks,
-    before the last norm; only the others go through them. ``threshold`` and ``rescale`` are StepCache's.
+    ``network``: a module with or without a LoRA, whose ``blocks`` are those of its family (`ModelFamily.cached`); it is
+    called as ever, ``num_steps`` times a trajectory with the same number of rows. Compared is the first block's input
+    after its norm and modulation. A sample that reuses gets the stored change of its image tokens in place of the
+    blocks, before the last norm; only the others go through them. ``threshold`` and ``rescale`` are StepCache's.
 
     Call ``reset`` before each trajectory after the first. ``computed`` and ``reused`` count rows since construction.
     """
 
-    def __init__(self, network: nn.Module, num_steps: int, threshold: float, rescale: Polynomial = IDENTITY) -> None:
-        self.network = network
+    def __init__(
+        self,
+        network: nn.Module,
+        num_steps: int,
+        threshold: float,
+        rescale: Polynomial = IDENTITY,
+        *,
+        blocks: Sequence[str] = BLOCKS,
+    ) -> None:
+        self.network, self.blocks = network, blocks
         self.computed = self.reused = 0
         self._rule = lambda: StepCache(num_steps, threshold, rescale)
         self._hooked: list[nn.Module] = []
@@ -48,7 +58,7 @@ class BlockCache:
 
     def __enter__(self) -> BlockCache:
         """Hook the blocks. Raise ModelError where the network has no blocks to skip, or is being cached already."""
-        blocks = _blocks(self.network)
+        blocks = _blocks(self.network, self.blocks)
         if any(HOOK in _registry(block).hooks for block in blocks):
             raise ModelError("this network is being cached already; leave the other cache first")
         self.reset()
@@ -118,11 +128,11 @@ class Distances:
     """A context that collects what `flow.caching.fit` is fitted on, from full runs of ``network``.
 
     Call ``reset`` between trajectories. ``inputs`` and ``outputs`` hold the relative L1 change of the modulated input
-    and of the network's output between each step and the one before, (N,) a step.
+    and of the network's output between each step and the one before, (N,) a step. ``blocks`` are as `BlockCache`'s.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, blocks: Sequence[str] = BLOCKS) -> None:
+        self.network, self.blocks = network, blocks
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self._last: dict[int, Tensor] = {}
@@ -133,7 +143,7 @@ class Distances:
 
     def __enter__(self) -> Distances:
         """Hook the blocks. Raise ModelError where the network has no blocks to skip."""
-        for module, into in ((_blocks(self.network)[0].norm1, self.inputs), (self.network, self.outputs)):
+        for module, into in ((_blocks(self.network, self.blocks)[0].norm1, self.inputs), (self.network, self.outputs)):
             self._handles.append(module.register_forward_hook(self._collector(into)))  # type: ignore[operator, union-attr]
         return self
 
@@ -151,9 +161,10 @@ class Distances:
         return collect
 
 
-def _blocks(network: nn.Module) -> nn.ModuleList:
-    blocks = getattr(network, "transformer_blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not hasattr(blocks[0], "norm1"):
+def _blocks(network: nn.Module, lists: Sequence[str]) -> list[Any]:
+    """Return the blocks of all lists, in the order in which they are called."""
+    blocks = [block for name in lists for block in getattr(network, name, ())]
+    if not blocks or not hasattr(blocks[0], "norm1"):
         raise ModelError(f"{type(network).__name__} has no transformer blocks that a cache knows how to skip")
     return blocks
 

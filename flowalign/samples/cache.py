@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import CacheConfig, SamplingConfig
+from flowalign.config.sections import CacheConfig, ModelConfig, SamplingConfig
 from flowalign.flow.solvers import check_cacheable, check_solver
+from flowalign.models.checked import check_cached
 from flowalign.record.textfiles import read_object
 from flowalign.types import CacheRule
 
@@ -27,8 +28,10 @@ def cache_rule(cache: CacheConfig | None) -> CacheRule | None:
         ) from error
 
 
-def check_cache(key: str, cache: CacheConfig | None) -> None:
-    """Raise ConfigError where the calibration of the cache under ``key`` cannot be read."""
+def check_cache(key: str, cache: CacheConfig | None, model: ModelConfig) -> None:
+    """Raise ConfigError where the calibration of the cache under ``key`` cannot be read, or the model has no cache."""
+    if cache is not None:
+        check_cached(key, model)
     try:
         cache_rule(cache)
     except ConfigError as error:

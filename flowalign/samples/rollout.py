@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowalign.algorithm import VelocityModel
 from flowalign.flow import sde
@@ -22,6 +22,7 @@ from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
+from flowalign.models.network import Network
 from flowalign.types import (
     CacheRule,
     Condition,
@@ -120,7 +121,7 @@ def integrate(
     return torch.stack(states, 1), torch.stack(log_probs, 1), final, kept
 
 
-def caching_of(network: nn.Module, rule: CacheRule | None, made: list[Any] | None = None) -> Caching:
+def caching_of(network: Network, rule: CacheRule | None, made: list[Any] | None = None) -> Caching:
     """Give what makes ``network`` skip its blocks on a stretch of so many ODE steps, as ``rule`` says.
 
     The caches are added to ``made``; they count what they computed and reused.
@@ -130,7 +131,8 @@ def caching_of(network: nn.Module, rule: CacheRule | None, made: list[Any] | Non
     from flowalign.models.teacache import BlockCache
 
     def cached(steps: int) -> BlockCache:
-        cache = BlockCache(network, steps, rule.threshold, Polynomial(rule.coefficients))
+        rescale, blocks = Polynomial(rule.coefficients), network.family.cached
+        cache = BlockCache(network.module, steps, rule.threshold, rescale, blocks=blocks)
         if made is not None:
             made.append(cache)
         return cache
@@ -271,7 +273,7 @@ def rollout(
         network.device,
         geometry=geometry,
         groups=groups,
-        caching=caching_of(network.module, plan.cache, caches),
+        caching=caching_of(network, plan.cache, caches),
     )
     refuse_non_finite(final, policy_version, plan)
     images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])

@@ -21,7 +21,7 @@ from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
-from flowalign.models.checked import check_guidance
+from flowalign.models.checked import check_cached, check_guidance
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
@@ -109,6 +109,8 @@ def sampled_model(
     if which is None:
         which = "ema" if own.weights == "ema" and not is_pipeline(path) else "model"
     seed = own.seed if seed is None else seed
+    if own.cache is not None:
+        check_cached("evaluation.cache", model_of(path, config))
     given = {key: value for key, value in changes.items() if value is not None}
     sampling = asked(own, **given)
     try:

@@ -55,7 +55,7 @@ def walked(policy: Any, judge: Judge, plans: dict[str, SamplingPlan]) -> dict[st
         for name in names:
             plan, noise = plans[name], SampleNoise(7, chunk.sample_ids, policy.network.latent_shape(None, None))
             began = time.perf_counter()
-            caching = caching_of(policy.network.module, plan.cache)
+            caching = caching_of(policy.network, plan.cache)
             latents = integrate(guided(policy.network), condition, noise, plan, geometry=CHUNK, caching=caching)[2]
             found[name]["seconds"].append(time.perf_counter() - began)
             found[name]["latents"].append(latents)

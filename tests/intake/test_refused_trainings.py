@@ -74,7 +74,7 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
             {"teacher": "shapes"},
             r"teacher: got 'shapes', and is a section, with type, path, .*mean teacher.path=shapes\?$",
         ),
-        ({"evaluation": 3}, "evaluation: got 3, and is a section, with num_steps, .*weights$"),
+        ({"evaluation": 3}, "evaluation: got 3, and is a section, with guidance_scale, .*weights$"),
         ({"algorithm": "reflow"}, "algorithm: got 'reflow', and is a section of keys .* mean algorithm.type=reflow"),
         ({"phases": 3}, "phases.0: got '3', and is a section, with iterations, learning_rate, "),
         ({"learner": {"optimizer": {"betas": 3}}}, "learner.optimizer.betas: got 3, and is a list$"),

@@ -200,7 +200,7 @@ def test_a_cache_skips_steps_and_a_threshold_near_zero_none(tiny_pipeline_dir, c
         plan = replace(full, cache=cache_rule(cache))
         calls.clear()
         noise = SampleNoise(0, range(4), SHAPE)
-        caching = caching_of(policy.network.module, plan.cache)
+        caching = caching_of(policy.network, plan.cache)
         return integrate(guided(policy.network), condition, noise, plan, caching=caching)[2], len(calls)
 
     plain, all_steps = walked(None)

@@ -177,6 +177,7 @@ FAMILY = ModelFamily(
     takes_guidance=takes_guidance,
     guidance_call=guidance_call,
     blocks=blocks,
+    cached=("transformer_blocks", "single_transformer_blocks"),
     published={
         "flux.1-dev": Published(
             "FLUX.1-dev",

@@ -158,6 +158,7 @@ FAMILY = ModelFamily(
     text_parts=text_parts,
     fresh=fresh,
     own_pipeline="flowalign.models.families.sd3.pipeline",
+    cached=("transformer_blocks",),
     published={
         "stable-diffusion-3.5-medium": Published(
             "Stable Diffusion 3.5 medium", {"transformer": _MEDIUM, "scheduler": {"shift": 3.0}}, _FROZEN
