@@ -147,8 +147,8 @@ class ModelFamily:
     ``text_parts`` the places of single encoders (``encoder_dropout``), ``fresh`` makes a network to begin
     anew with (``model.transformer``), given the configuration of the one that it replaces. ``own_pipeline`` is the
     module of a pipeline for diffusers, which samples what the plain one would sample wrongly: networks with further
-    inputs, or of another path than the straight one (``model.family``). ``cached`` names the lists of blocks that a step
-    cache may skip, in the order in which they are called: each block takes ``hidden_states``, ``encoder_hidden_states``
+    inputs, or of another path than the straight one (``model.family``). ``cached`` names the lists of blocks that a
+    step cache may skip, in the order of their calls: each block takes ``hidden_states``, ``encoder_hidden_states``
     and ``temb`` by name and returns text and image, and the first has a ``norm1(hidden_states, emb=temb)``.
     ``published`` are models by the name of their folder.
     """
