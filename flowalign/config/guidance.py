@@ -25,6 +25,7 @@ class GuidanceKeys(BaseModel):
     """Part of the walk, as 1 - t, after which two passes become one."""
 
 
+SCALES = ("guidance_scale", "true_guidance_scale")
 GUIDANCE_KEYS = tuple(GuidanceKeys.model_fields)
 
 

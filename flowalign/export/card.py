@@ -23,7 +23,6 @@ from flowalign.record.earlier import iteration_of, training_of_0_1
 from flowalign.record.metrics import read_metrics
 from flowalign.record.textfiles import TextError, read_text
 from flowalign.record.yamlfiles import parse_yaml, plain
-from flowalign.types import Guidance
 from rewards.printable import printable
 
 Row = Mapping[str, Any]

@@ -54,7 +54,7 @@ def check_guided(key: str, scale: float, model: ModelConfig, source: str | None)
     except (ModelError, PromptsError):
         return  # check_model and check_prompts say it
     try:
-        check_negatives(model, scale, rows)
+        check_negatives(model, scale, rows, true=key.endswith("true_guidance_scale"))
     except ModelError as error:
         raise ConfigError(key, str(error)) from error
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.guidance import SCALES
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig, SamplingConfig
@@ -255,8 +256,9 @@ def _evaluation_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], N
     yield partial(check_cache, "evaluation.cache", evaluation.cache, config.model)
     if not evaluation.every:
         return
-    guided = "evaluation.guidance_scale", evaluation.guidance_scale
-    yield partial(promptcheck.check_guided, *guided, config.model, evaluation.prompts)
+    for key in SCALES:
+        guided = f"evaluation.{key}", getattr(evaluation, key)
+        yield partial(promptcheck.check_guided, *guided, config.model, evaluation.prompts)
     if isinstance(config, PretrainConfig):
         yield from _judge_checks(config, base)
     if evaluation.prompts is None:
@@ -291,7 +293,7 @@ def _scales(algorithm: Mapping[str, Any], needs: Needs) -> Iterator[tuple[str, f
         if name.endswith("guidance_scale") and isinstance(value, int | float):
             yield f"algorithm.{name}", value
     for name, teacher in needs.teachers.items():
-        yield f"algorithm.teachers.{name}.guidance_scale", teacher.guidance_scale
+        yield from ((f"algorithm.teachers.{name}.{key}", getattr(teacher, key)) for key in SCALES)
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[PretrainConfig]:

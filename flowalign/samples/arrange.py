@@ -60,10 +60,11 @@ def with_negatives(batch: PromptBatch, model: ModelConfig) -> PromptBatch:
     return replace(batch, negatives=tuple(own if text is None else text for text in given))
 
 
-def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str, Any]]) -> None:
+def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str, Any]], *, true: bool = False) -> None:
     """Check that there is something that guidance of the prompts ``rows`` by ``scale`` leads away from.
 
-    A pipeline without a negative prompt of its own does not guide where nobody gives one, and does not say so.
+    A ``true`` scale is that of a network which takes another one as an input. A pipeline without a negative prompt of
+    its own does not guide where nobody gives one, and does not say so.
 
     Raises:
         ModelError: the model's is such, and neither it nor each of the rows has one.
@@ -72,7 +73,8 @@ def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str
     family = directory.family
     if family.negative is not None or model.negative_prompt is not None or not guides(scale):
         return
-    if family.takes_guidance(directory.config("transformer")) or all(row.get(NEGATIVE) is not None for row in rows):
+    takes = family.takes_guidance(directory.config("transformer"))
+    if takes != true or all(row.get(NEGATIVE) is not None for row in rows):
         return
     raise ModelError(
         f"{scale:g} guides nothing: {family.title} is guided away from a negative prompt alone, and has none of its "

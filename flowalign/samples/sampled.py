@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
+from flowalign.config.guidance import GUIDANCE_KEYS, SCALES, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
@@ -67,10 +67,12 @@ class SampledModel:
 
     def arranged(self, batch: PromptBatch) -> PromptBatch:
         """Return ``batch`` as `arrange.arranged` does. Raise ConfigError where nothing is there to guide away from."""
-        try:
-            check_negatives(self.config.model, self.sampling.guidance_scale, batch.metadata)
-        except ModelError as error:
-            raise ConfigError("--guidance-scale", str(error)) from error
+        for key in SCALES:
+            try:
+                scale = getattr(self.sampling, key)
+                check_negatives(self.config.model, scale, batch.metadata, true=key == "true_guidance_scale")
+            except ModelError as error:
+                raise ConfigError(f"--{key.replace('_', '-')}", str(error)) from error
         return arranged(batch, self.config.model)
 
     @property

@@ -102,6 +102,16 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         ["algorithm.guidance_norm_cap=1", "algorithm.guidance_scale=3", "algorithm.norm_preserving=true"],
         "algorithm.guidance_norm_cap: norm_preserving keeps",
     ),
+    "no negative prompt": (
+        "flux-dev",
+        ["algorithm.true_guidance_scale=2"],
+        "algorithm.true_guidance_scale: 2 guides nothing: FLUX.1 is guided away from a negative prompt alone",
+    ),
+    "no negative prompt of two passes": (
+        "flux-schnell",
+        ["evaluation.guidance_scale=2", "evaluation.every=1"],
+        "evaluation.guidance_scale: 2 guides nothing",
+    ),
     "a number that is none": ("flux-dev", ["algorithm.true_guidance_scale=-1"], "algorithm.true_guidance_scale"),
     "another name": ("flux-dev", ["algorithm.true_cfg_scale=3"], "unknown key; did you mean true_guidance_scale"),
 }
@@ -119,7 +129,11 @@ def test_a_teacher_s_own_network_decides(tiny: Build, tmp_path: Path) -> None:
 
     def teachers(name: str) -> list[str]:
         one = f"{{path: {tiny(name)}, true_guidance_scale: 2}}"
-        return [f"algorithm={{type: opd, num_steps: 2, teachers: {{a: {one}}}}}", "rewards=[]"]
+        return [
+            "model.negative_prompt=blurry",
+            f"algorithm={{type: opd, num_steps: 2, teachers: {{a: {one}}}}}",
+            "rewards=[]",
+        ]
 
     load_align(path, teachers("flux-dev"))
     with pytest.raises(ConfigError, match=r"^algorithm\.teachers\.a\.true_guidance_scale: the network of this FLUX\.1"):
@@ -131,6 +145,7 @@ def test_the_commands_take_the_same_keys(tiny: Build, public: Any, tmp_path: Pat
     directory, out = tiny("flux-dev"), tmp_path / "out"
     path = write_run(tmp_path, directory)
     asked = ["--num-steps", "3", "--guidance-scale", "3.5", "--true-guidance-scale", "2", "--seed", "5", "--latents"]
+    asked += ["--negative-prompt", ""]
     said = flowalign("sample", directory, "--prompt", "a red cube", *asked, "--config", path, "--out", out)
     assert "guidance 3.5, true guidance 2" in " ".join(said.split())
     made = load_file(out / "latents.safetensors")
