@@ -25,7 +25,7 @@ from flowalign.models.build import bind_weights, reference_velocity
 from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
-from flowalign.run.workers import RefreshedReference
+from flowalign.run.roles import RefreshedReference
 from flowalign.samples.joined import join_trajectories
 from flowalign.samples.rollout import SampleNoise, integrate, rollout
 from flowalign.types import Condition, PreferencePairs, PromptBatch, SamplingPlan, Trajectories, Update
