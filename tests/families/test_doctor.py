@@ -163,7 +163,7 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "no safetensors": (lambda m: weights(m)[0].write_bytes(b"\x02" + bytes(7) + b"hello"), "is no safetensors file"),
     "no text encoder": (lambda m: shutil.rmtree(m / "text_encoder"), "has no folder text_encoder; the download"),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer_2"), "has no folder tokenizer_2; the download"),
-    "a shard": (shard, "has no model-00001-of-00002.safetensors"),
+    "a shard": (shard, "model-00001-of-00002.safetensors is not there"),
     "fp16 alone": (lambda m: rename_all(m, ".fp16.safetensors"), "the variant fp16 alone, and the plain files"),
     "bf16 alone": (lambda m: rename_all(m, ".bf16.safetensors"), 'variant="bf16") and save_pretrained'),
     "pickles": (lambda m: rename_all(m, ".bin"), "as a pickle (.bin), which may run code"),
