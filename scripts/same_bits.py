@@ -122,6 +122,13 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*", "*config.yaml", "*negative_prompt", "a run may have a negative prompt"),
     Excepted("*", "*state.json", "config.*negative_prompt", "a run may have a negative prompt"),
     Excepted("*", "*config.yaml", "data.sizes*", "a run may make images of several sizes"),
+    Excepted("*", "*config.yaml", "*lora.path", "a LoRA may begin from an adapter"),
+    Excepted("*", "*state.json", "config.*lora.path", "a LoRA may begin from an adapter"),
+    *(
+        Excepted("*", file, f"{at}{key}", "guidance has the keys of other families' pipelines")
+        for key in ("true_guidance_scale", "guidance_norm_cap", "guidance_until")
+        for file, at in (("*config.yaml", "*"), ("*state.json", "config.*"))
+    ),
 )
 
 
