@@ -30,5 +30,5 @@ def judged(name: str, said: str, share: float, advice: str, **figures: Any) -> C
     """Return the check of a difference, a ``share`` of the largest value; what is no number fails."""
     within = share <= TOLERANCE
     far = "" if within else f", more than {TOLERANCE:g}"
-    text = f"{said}: {share:.1e} of the largest value apart{far}"
+    text = f"{said}: equal" if share == 0 else f"{said}: {share:.1e} of the largest value apart{far}"
     return Check("ok" if within else "fail", name, text, "" if within else advice, {"apart": share, **figures})

@@ -133,11 +133,11 @@ def compared(own: Answers, public: Answers, asked: tuple[Walk, ...]) -> Iterator
     """Say how far apart latents are, and the pictures that are decoded of them."""
     for walk in asked:
         mine, other = own.latents[walk.name], public.latents[walk.name]
-        said = f"{STEPS} steps from the same noise, {_named(walk)}, ours and the pipeline's"
+        said = f"{STEPS} steps of ours and of the pipeline's, {_named(walk)}"
         figures = {"largest_value": float(other.abs().max()), "scale": float(walk.guidance.scale)}
         yield judged(walk.name, said, share(mine, other), ADVICE, **figures, true_scale=walk.guidance.true_scale)
     levels = int((own.pictures.int() - public.pictures.int()).abs().max())
-    said = f"decoded, a value differs by at most {levels} of 255"
+    said = f"decoded, the largest difference of a value is {levels} of 255"
     yield Check("ok" if levels <= 1 else "fail", "pictures", said, "" if levels <= 1 else ADVICE, {"levels": levels})
 
 
