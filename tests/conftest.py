@@ -16,6 +16,7 @@ settings.load_profile("suite")
 # A walk over all objects of torch and diffusers takes 0.3 s, which is a tenth of a suite that makes it often.
 gc.set_threshold(50_000, 20, 50)
 
+MATRIX = ("family", "algorithm", "weights", "killed", "replay", "export", "seconds")
 RANKS = {"tests/engine/test_convert.py", "tests/engine/test_sharded.py", "tests/algorithms/test_invariance.py"}
 FIRST = ("tests/cluster/", "tests/engine/", "tests/algorithms/test_invariance", "tests/fault/", "tests/test_")
 
@@ -39,6 +40,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ranks" if file in RANKS else file
 
     return Together(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the rows that `tests.families.test_matrix` records as one table."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    reports = [report for report in reports if getattr(report, "when", "") == "call"]
+    rows = [dict(report.user_properties).get("matrix") for report in reports]
+    if rows := sorted(filter(None, rows)):
+        terminalreporter.section("families")
+        for row in [MATRIX, *rows]:
+            terminalreporter.write_line("".join(str(cell).ljust(16) for cell in row).rstrip())
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,17 @@ import torch
 import transformers
 from torch import nn
 
+from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.export import export
+from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
 from flowalign.models.families import flux
 from flowalign.models.loading import assembled
 from flowalign.models.packing import packed, unpacked
 from flowalign.plan import make_plan
 from flowalign.record.metrics import read_metrics
+from flowalign.run.roles import roles_of
 from flowalign.samples.opened import open_policy
 from tests.families.ours import (
     LENGTH,
@@ -113,6 +116,20 @@ def test_the_number_is_handed_over_as_it_is_and_none_to_schnell(policy: Policy, 
         assert given == [None, None, None]
     else:
         assert torch.equal(torch.cat(given), torch.tensor([1.0, 2.3, 3.5]))
+
+
+def test_a_loss_without_guidance_asks_at_the_number_of_the_rollouts(tiny: Build, tmp_path: Path) -> None:
+    """NFT's policy and reference; the number is a part of the function that is sampled, and so of what is learned."""
+    nft = "algorithm={type: nft, guidance_scale: 3.5, kl_beta: 1, rollout_weights: model}"
+    config = load_align(write_run(tmp_path, tiny("flux-dev")), [nft]).config
+    algorithm, policy = build_algorithm(config.algorithm), our_policy(tiny("flux-dev"))
+    condition = policy.encoders.encode_prompts([SHORT], LENGTH)
+    noise, time = initial_noise(1, WIDE), torch.tensor([0.5])
+    expected = policy.network.velocity(noise, time, condition, guidance=3.5)
+    roles = roles_of(config, policy.network, algorithm.needs).models
+    for role in ("policy", "reference"):
+        assert torch.equal(roles[role](noise, time, condition), expected)
+    assert not torch.equal(policy.network.velocity(noise, time, condition, guidance=1.0), expected)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
