@@ -19,6 +19,7 @@ from flowalign.models.checked import check_cached
 from flowalign.models.guided import guided
 from flowalign.models.teacache import Distances
 from flowalign.record.disk import write_text, writing
+from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import Progress, model_of, silent
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import SampledModel
@@ -48,7 +49,7 @@ def calibrate(
     except ValueError as error:
         raise ConfigError("evaluation.solver", str(error)) from error
     check_cached("CHECKPOINT", model_of(model.path, model.config))
-    batch = evaluation_batch(prompts or model.config.evaluation.prompts, num_samples)
+    batch = arranged(evaluation_batch(prompts or model.config.evaluation.prompts, num_samples), model.config.model)
     inputs, outputs = _distances(model, batch, progress)
     try:
         polynomial = fit(inputs, outputs, degree)
@@ -79,7 +80,9 @@ def _distances(model: SampledModel, batch: PromptBatch, progress: Progress) -> t
             for chunk in batch.chunks(model.config.rollout.chunk_size):
                 distances.reset()
                 noise = SampleNoise(model.seed, chunk.sample_ids, shape)
-                condition = policy.encoders.encode_prompts(chunk.prompts, size.max_sequence_length)
+                condition = policy.encoders.encode_prompts(
+                    chunk.prompts, size.max_sequence_length, negatives=chunk.negatives or None
+                )
                 integrate(guided(network), condition, noise, plan, network.device)
                 done += len(chunk)
                 progress(done, len(batch))

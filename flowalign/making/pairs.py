@@ -22,6 +22,7 @@ from flowalign.models.guided import guided
 from flowalign.record.checkpoint import find
 from flowalign.record.contents import base_hash
 from flowalign.record.manifest import digest_of, manifest_of
+from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import Progress, Which, silent
 from flowalign.samples.rollout import SampleNoise, integrate, refuse_non_finite
 from flowalign.samples.sampled import SampledModel
@@ -92,8 +93,8 @@ def _write_shards(
     made, chunk = _Shard(), sampler.groups
     with model.opened() as (policy, _, plan):
         for iteration in range(writer.position, -(-pairs // chunk)):
-            batch = sampler.batch(iteration)
-            made.add(*_walked(model, policy, plan, batch), batch.prompts)
+            for part in arranged(sampler.batch(iteration), model.config.model).chunks(chunk):
+                made.add(*_walked(model, policy, plan, part), part.prompts)
             last = (iteration + 1) * chunk >= pairs
             if last:
                 made.cut(pairs - writer.count)
@@ -107,7 +108,9 @@ def _walked(model: SampledModel, policy: Policy, plan: SamplingPlan, batch: Prom
     """Return the latents of a chunk and the noise that they were walked from, (N, C, H, W) on the CPU."""
     size, network = model.config.model, policy.network
     shape = network.latent_shape(size.height, size.width)
-    condition = policy.encoders.encode_prompts(batch.prompts, size.max_sequence_length)
+    condition = policy.encoders.encode_prompts(
+        batch.prompts, size.max_sequence_length, negatives=batch.negatives or None
+    )
     noise = HalfNoise(model.seed, batch.sample_ids, shape)
     geometry = model.config.rollout.chunk_size
     final = integrate(guided(network), condition, noise, plan, network.device, geometry=geometry)[2].cpu()

@@ -21,6 +21,7 @@ from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.record.disk import draft_of, folder_for, write_text
+from flowalign.samples.arrange import arranged
 from flowalign.samples.offers import PREFERENCES, check_reward
 from flowalign.samples.opened import Progress, roll, silent
 from flowalign.samples.sampled import SampledModel
@@ -61,7 +62,7 @@ def make_preferences(
         scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
         drawn = _Drawn(pairs)
         while drawn.made < pairs:
-            batch = sampler.batch(drawn.groups // sampler.groups)
+            batch = arranged(sampler.batch(drawn.groups // sampler.groups), model.config.model)
             made = roll(policy, batch, plan, model.config, model.seed)
             pictures = Pictures(batch, torch.cat([chunk.images for chunk, _ in made]))
             drawn.add(*_pairs(pictures, scorer, model.seed), sampler.groups)
