@@ -74,7 +74,9 @@ def make_pairs(
 
 def _identity(model: SampledModel, prompts: str, pairs: int, shard_size: int) -> dict[str, Any]:
     """Return all that decides the bank's content, as plain data."""
+    negative = model.config.model.negative_prompt
     return {
+        **({} if negative is None else {"negative_prompt": negative}),
         "checkpoint": str(model.path.resolve()),
         "weights": model.which,
         "prompts": prompts,

@@ -61,6 +61,20 @@ def test_a_pair_is_a_noise_and_what_the_model_makes_of_it(tmp_path, tiny_pipelin
     torch.testing.assert_close(drawn.latents, made, rtol=2e-3, atol=2e-3)
 
 
+def test_guided_pairs_are_led_away_from_negative_prompts(tmp_path, tiny_pipeline_dir):
+    def latents(name: str, scale: float, negative: str | None = None) -> torch.Tensor:
+        own = {"num_steps": 2, "seed": 0, "guidance_scale": scale, "negative_prompt": negative}
+        walked = sampled_model(tiny_pipeline_dir, run_config(tiny_pipeline_dir), **own)
+        make_pairs(walked, tmp_path / name, prompts="shapes:train", pairs=4, shard_size=4)
+        return load_bank(tmp_path / name).shards[0].latents
+
+    plain, led = latents("plain", 4.0), latents("led", 4.0, "a green star")
+    assert not torch.equal(plain, led) and torch.equal(latents("led", 4.0, "a green star"), led)
+    assert torch.equal(latents("a", 1.0), latents("b", 1.0, "a green star"))
+    with pytest.raises(LatentsError):  # the directory is another's
+        latents("plain", 4.0, "a green star")
+
+
 def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):
     pairs_of(tiny_pipeline_dir, tmp_path / "whole")
 
