@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = super()._split_scope(nodeid)
             return "ranks" if file in RANKS else file
 
+        def remove_node(self, node: Any) -> str | None:
+            """Give on what a dead worker had left, without the test that it died in and the files that it had ended.
+
+            xdist 3.8 gives on those too: the test kills the next worker, and a file of which nothing is left is work
+            whose end no worker ever reports, so the run waits for ever.
+            """
+            files = self.assigned_work.pop(node)
+            died_in = next((test for file in files.values() for test, ended in file.items() if not ended), None)
+            for file in files.values():
+                if died_in in file:
+                    file[died_in] = True
+            self.workqueue.update({name: file for name, file in files.items() if not all(file.values())})
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return died_in
+
     return Together(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say in a log at once which test failed and how: the summary at the end is lost with a run that has no end."""
+    if report.failed and not sys.stdout.isatty() and "PYTEST_XDIST_WORKER" not in os.environ:
+        error = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")] or [str(report.longrepr)]
+        print(f"\nFAILED in {report.when}: {report.nodeid}\n" + "\n".join(error[-8:])[-2000:], flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
