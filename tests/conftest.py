@@ -65,7 +65,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Say in a log at once which test failed and how: the summary at the end is lost with a run that has no end."""
     if report.failed and not sys.stdout.isatty() and "PYTEST_XDIST_WORKER" not in os.environ:
         error = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")] or [str(report.longrepr)]
-        print(f"\nFAILED in {report.when}: {report.nodeid}\n" + "\n".join(error[-8:])[-2000:], flush=True)
+        when = report.when if report.when in ("setup", "call", "teardown") else "the death of its worker"
+        print(f"\nFAILED in {when}: {report.nodeid}\n" + "\n".join(error[-8:])[-2000:], flush=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
