@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from flowalign.export.verify import euler, load_pipeline, share
 from flowalign.models.base import Policy
 from flowalign.models.directory import Directory
 from flowalign.models.guided import guided
+from flowalign.models.publicwalk import PublicWalk
 from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.types import Guidance
@@ -80,53 +80,18 @@ def ours(policy: Policy, model: ModelConfig, asked: tuple[Walk, ...]) -> Answers
 @torch.no_grad()
 def theirs(directory: Directory, model: ModelConfig, asked: tuple[Walk, ...], device: str) -> Answers:
     """Walk as the pipeline that diffusers loads does, alone."""
-    family, found = directory.family, dict[str, Tensor]()
+    family = directory.family
     pipeline = load_pipeline(directory.path, device, family=family)
     if pipeline.scheduler.config.get("stochastic_sampling"):  # of a consistency student of ours
         pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
     noise = SampleNoise(0, range(len(PROMPTS)), directory.latent_shape(model.height, model.width)).draw().to(device)
     length = model.max_sequence_length
-
-    def sampled(called: Any, walk: Walk) -> Tensor:
-        scale = float(walk.guidance.scale)
-        return family.sample(called, PROMPTS, noise, num_steps=STEPS, guidance_scale=scale, length=length)
-
-    for walk in asked:
-        call = family.guidance_call(directory.config("transformer"), walk.guidance)
-        if walk.negatives is not None:
-            call["negative_prompt"] = walk.negatives
-        elif "negative_prompt" in call:
-            call["negative_prompt"] = [call["negative_prompt"]] * len(PROMPTS)
-        found[walk.name] = sampled(_Called(pipeline, call), walk).cpu()
-    try:
-        sampled(_Called(pipeline, {"output_type": "np"}, keep=True), asked[0])
-    except _Kept as kept:
-        return Answers(found, torch.from_numpy((kept.made * 255).round().astype("uint8")))
-    raise RuntimeError(f"{family.name} samples without a call of its pipeline")
-
-
-class _Kept(Exception):
-    """Carries what a pipeline ``made`` past the family's own reading of it."""
-
-    def __init__(self, made: Any) -> None:
-        super().__init__()
-        self.made = made
-
-
-class _Called:
-    """A pipeline whose call has these arguments in the place of what it is given."""
-
-    def __init__(self, pipeline: Any, arguments: dict[str, Any], *, keep: bool = False) -> None:
-        self._pipeline, self._arguments, self._keep = pipeline, arguments, keep
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
-
-    def __call__(self, *prompts: Any, **given: Any) -> Any:
-        made = self._pipeline(*prompts, **{**given, **self._arguments})
-        if self._keep:
-            raise _Kept(made.images)
-        return made
+    public = [
+        PublicWalk(family, PROMPTS, noise, walk.guidance, num_steps=STEPS, length=length, negatives=walk.negatives)
+        for walk in asked
+    ]
+    latents = {walk.name: one.latents(pipeline).cpu() for walk, one in zip(asked, public, strict=True)}
+    return Answers(latents, public[0].pictures(pipeline))
 
 
 def compared(own: Answers, public: Answers, asked: tuple[Walk, ...]) -> Iterator[Check]:

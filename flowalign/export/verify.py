@@ -22,10 +22,12 @@ from flowalign.models.family import ModelFamily
 from flowalign.models.guided import guided
 from flowalign.models.inputs import CONFIG_KEY
 from flowalign.models.loading import own_pipeline, plain_pipeline, quietly
+from flowalign.models.publicwalk import PublicWalk
 from flowalign.models.recorded import PATH_FAMILY
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.samples.opened import policy_plan
 from flowalign.samples.rollout import SampleNoise, integrate
+from flowalign.types import Guidance
 
 PROBE_PROMPTS = ("a photo of a red circle", "a photo of two dogs")
 PROBE_STEPS = 4
@@ -119,9 +121,7 @@ def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sam
     velocity = family.forward(pipeline.transformer, noise, t, text, ticks=told, guidance=guidance)
     levels = even_levels(PROBE_STEPS) if even else None
     found = {
-        scale: family.sample(
-            pipeline, prompts, noise, num_steps=PROBE_STEPS, guidance_scale=scale, length=length, sigmas=levels
-        )
+        scale: PublicWalk(family, prompts, noise, Guidance(scale), PROBE_STEPS, length, sigmas=levels).latents(pipeline)
         for scale in expected.latents
     }
     return _errors(share(velocity, expected.velocity_NCHW), found, expected)

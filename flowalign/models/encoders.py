@@ -34,9 +34,11 @@ def text_rows(family: ModelFamily, rows: Sequence[Mapping[str, Tensor]], longest
 
 
 def padded(row: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return the row of a text with zeros behind its tokens (1, L, D) and their mask (1, L), up to ``length``."""
-    missing = length - row["tokens"].shape[1]
-    return {**row, "tokens": pad(row["tokens"], (0, 0, 0, missing)), "mask": pad(row["mask"], (0, missing))}
+    """Return the row of a text with zeros behind its tokens (1, L, D), up to ``length``, and a mask (1, length)."""
+    tokens = row["tokens"]
+    missing = length - tokens.shape[1]
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return {**row, "tokens": pad(tokens, (0, 0, 0, missing)), "mask": pad(row.get("mask", mask), (0, missing))}
 
 
 class Encoders:

@@ -6,6 +6,7 @@ Shapes: N samples, P prompts, C h w latents, L text tokens.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,25 +100,6 @@ class Forward(Protocol):
     ) -> Tensor: ...
 
 
-class Sample(Protocol):
-    """Samples with a loaded pipeline of diffusers' alone: from noise (N, C, h, w) to latents of that shape.
-
-    ``guidance_scale`` is a number as flowalign understands it; ``sigmas`` are levels in the place of the pipeline's.
-    """
-
-    def __call__(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        noise: Tensor,
-        *,
-        num_steps: int,
-        guidance_scale: float,
-        length: int,
-        sigmas: Sequence[float] | None = None,
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class ModelFamily:
     """One family, the value ``FAMILY`` of its module: what is true of its pipelines and not of every pipeline.
@@ -125,17 +107,18 @@ class ModelFamily:
     ``pipeline`` and ``network`` name the diffusers classes of the pipeline and of its part ``transformer``. ``text``
     are the parts that read prompts, encoders and tokenizers; those in ``optional`` a directory may lack.
 
-    ``geometry`` reads the configurations of transformer and autoencoder. ``forward`` calls the network, ``sample`` the
-    whole pipeline. ``encode`` reads one prompt by a loaded pipeline: rows of one prompt by name, (1, ...), ``tokens``
-    among them, with a text of ``length`` tokens at most. ``text_shapes`` tells the shapes of those rows, without the 1,
-    from the small files. ``decode`` and ``encode_pictures`` stand between latents and pixels, see ``models.coding``.
-    ``blocks`` reads the network's width and its number of blocks.
+    ``geometry`` reads the configurations of transformer and autoencoder. ``forward`` calls the network; ``packed`` says
+    that the pipeline takes and gives latents as rows of tokens, see ``models.packing``. ``encode`` reads one prompt by
+    a loaded pipeline: rows of one prompt by name, (1, ...), ``tokens`` among them, with a text of ``length`` tokens at
+    most. ``text_shapes`` tells the shapes of those rows, without the 1, from the small files. ``decode`` and
+    ``encode_pictures`` stand between latents and pixels, see ``models.coding``. ``blocks`` reads the network's width
+    and its number of blocks.
 
     ``padding``: 0, or the number of tokens that a text's length is padded to a multiple of. Then ``encode`` gives the
-    text as long as it is, and beside ``tokens`` a ``mask`` (1, L) of them, and ``count_tokens`` says by the tokenizer
-    alone how long that is of a prompt; else every text is as long as ``length`` makes it. ``forward`` takes texts
-    without a mask as whole. ``negative`` is the prompt that guidance leads away from where nobody names one; None:
-    there is no guidance without one.
+    text as long as it is, and ``count_tokens`` says by the tokenizer alone how long that is of a prompt; ``forward``
+    gets ``tokens`` with zeros behind them and a ``mask`` (N, L), and takes texts without a mask as whole. Else every
+    text is as long as ``length`` makes it. ``negative`` is the prompt that guidance leads away from where nobody names
+    one; None: there is no guidance without one.
 
     ``levels`` are those that the pipeline hands its scheduler for a number of steps; None: it hands it the number.
     ``takes_guidance`` tells whether a network takes the guidance scale as an input. ``guidance_norm`` says what
@@ -162,9 +145,9 @@ class ModelFamily:
     geometry: Callable[[Config, Config], Geometry]
     forward: Forward
     encode: Callable[[Any, str, int], dict[str, Tensor]]
-    sample: Sample
     text_shapes: Callable[[SmallFiles, int], dict[str, tuple[int, ...]]]
     optional: tuple[str, ...] = ()
+    packed: bool = False
     decode: Callable[[Any, Tensor], Tensor] = decode_scaled
     encode_pictures: Callable[[Any, Tensor], Tensor] = encode_scaled
     padding: int = 0
@@ -182,6 +165,13 @@ class ModelFamily:
     own_pipeline: str | None = None
     cached: tuple[str, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
+
+    def full_text(self, directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the rows of a text of the full ``length``, padded, without the 1."""
+        if not self.padding:
+            return self.text_shapes(directory, length)
+        longest = math.ceil(length / self.padding) * self.padding
+        return {**self.text_shapes(directory, longest), "mask": (longest,)}
 
     @property
     def encoder_parts(self) -> tuple[str, ...]:

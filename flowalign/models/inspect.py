@@ -44,7 +44,7 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
     config, geometry = directory.config("transformer"), directory.geometry
     network = _without_weights(directory.family, config)
     shape = directory.latent_shape(model.height, model.width)
-    rows = directory.family.text_shapes(directory, model.max_sequence_length)
+    rows = directory.family.full_text(directory, model.max_sequence_length)
     total = sum(p.numel() for p in network.parameters())
     lora = model.lora
     trainable = (

@@ -44,6 +44,11 @@ CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
 _POSITIVE = ("shift", "base_image_seq_len", "max_image_seq_len")
 
 
+def to_one_nth(num_steps: int) -> list[float]:
+    """Return the levels from 1 to 1/N, evenly spaced, which most pipelines that hand over levels hand over."""
+    return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+
+
 def check_scheduler(directory: Path, title: str = "pipelines") -> dict[str, Any]:
     """Return the options of a pipeline's scheduler, those that its file leaves out included; in milliseconds.
 

@@ -31,7 +31,7 @@ def stored_bytes(config: RunConfig) -> int:
     steps = (window + 1 if window else 0) + (window if plan.keep_means else 0)
     image = 2 * latent + height * width * _PIXELS  # a reward may need the latents too
     walks = samples * (steps * latent + len(plan.branching.granularities) * image)
-    rows = directory.family.text_shapes(directory, model.max_sequence_length)
+    rows = directory.family.full_text(directory, model.max_sequence_length)
     text = sum(map(math.prod, rows.values())) * _FLOAT
     chunks = math.ceil(samples / config.rollout.chunk_size)
     return walks + (config.data.groups_per_iteration + 2 * chunks) * text

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, heads_and_layers
 from flowalign.models.packing import packed, unpacked
+from flowalign.models.scheduler import to_one_nth
 from flowalign.types import Guidance
 
 SIZE = 128  # latents a side of the images that the pipeline makes unasked
@@ -63,34 +63,6 @@ def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
     return {**call, "true_cfg_scale": scale, "negative_prompt": ""} if scale > 1 else call
 
 
-def sample(
-    pipeline: Any,
-    prompts: Sequence[str],
-    noise: Tensor,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    length: int,
-    sigmas: Sequence[float] | None = None,
-) -> Tensor:
-    guidance = guidance_call(pipeline.transformer.config, Guidance(guidance_scale))
-    if "negative_prompt" in guidance:
-        guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
-    factor = pipeline.vae_scale_factor
-    tokens = pipeline(
-        list(prompts),
-        latents=packed(noise, PATCH),
-        num_inference_steps=num_steps,
-        sigmas=sigmas,
-        max_sequence_length=length,
-        output_type="latent",
-        height=noise.shape[2] * factor,
-        width=noise.shape[3] * factor,
-        **guidance,
-    ).images
-    return unpacked(tokens, noise, PATCH)
-
-
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
     transformer = directory.config("transformer")
     return {
@@ -104,12 +76,7 @@ def blocks(transformer: Config) -> tuple[int, int]:
     return width, double + int(transformer["num_single_layers"])
 
 
-def levels(num_steps: int) -> Sequence[float]:
-    return np.linspace(1.0, 1 / num_steps, num_steps)  # type: ignore[return-value]
-
-
 _NETWORK: dict[str, Any] = {  # transformer/config.json
-    "_class_name": "FluxTransformer2DModel",
     "in_channels": 64,
     "num_layers": 19,
     "num_single_layers": 38,
@@ -118,34 +85,8 @@ _NETWORK: dict[str, Any] = {  # transformer/config.json
     "joint_attention_dim": 4096,
     "pooled_projection_dim": 768,
 }
-_PARTS: dict[str, Config] = {  # what the classes' defaults are not
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "architectures": ["CLIPTextModel"],
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-    },
-    "text_encoder_2": {
-        "architectures": ["T5EncoderModel"],
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_ff": 10240,
-        "num_heads": 64,
-        "num_layers": 24,
-        "feed_forward_proj": "gated-gelu",
-    },
-}
+_VAE = {"block_out_channels": [128, 256, 512, 512]}
+_FROZEN = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}  # CLIP-L, T5-XXL
 _ENCODER_BYTES = 167_666_902 + 246_144_152 + 9_524_621_312  # bfloat16, in the order of the parts
 _SHIFT = {
     "use_dynamic_shifting": True,
@@ -154,6 +95,12 @@ _SHIFT = {
     "max_image_seq_len": 4096,
     "max_shift": 1.15,
 }
+
+
+def _published(name: str, scheduler: Config, file_bytes: int, **network: bool) -> Published:
+    parts = {"transformer": {**_NETWORK, **network}, "vae": _VAE, "scheduler": scheduler}
+    return Published(name, parts, _FROZEN, file_bytes + _ENCODER_BYTES)
+
 
 FAMILY = ModelFamily(
     name="flux",
@@ -170,24 +117,16 @@ FAMILY = ModelFamily(
     geometry=geometry,
     forward=forward,
     encode=encode,
-    sample=sample,
+    packed=True,
     text_shapes=text_shapes,
     negative=None,
-    levels=levels,
+    levels=to_one_nth,
     takes_guidance=takes_guidance,
     guidance_call=guidance_call,
     blocks=blocks,
     cached=("transformer_blocks", "single_transformer_blocks"),
     published={
-        "flux.1-dev": Published(
-            "FLUX.1-dev",
-            {**_PARTS, "transformer": {**_NETWORK, "guidance_embeds": True}, "scheduler": {**_SHIFT, "shift": 3.0}},
-            file_bytes=23_802_816_640 + _ENCODER_BYTES,
-        ),
-        "flux.1-schnell": Published(
-            "FLUX.1-schnell",
-            {**_PARTS, "transformer": _NETWORK, "scheduler": {"shift": 1.0}},
-            file_bytes=23_782_357_120 + _ENCODER_BYTES,
-        ),
+        "flux.1-dev": _published("FLUX.1-dev", {**_SHIFT, "shift": 3.0}, 23_802_816_640, guidance_embeds=True),
+        "flux.1-schnell": _published("FLUX.1-schnell", {"shift": 1.0}, 23_782_357_120),
     },
 )

@@ -7,18 +7,16 @@ in ports that quote its files; their sizes are those that its indices of shards 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from flowalign.models.coding import decode_frame, encode_frame
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
 from flowalign.models.packing import packed, unpacked
+from flowalign.models.scheduler import to_one_nth
 from flowalign.types import Guidance
 
 PATCH = 2  # latents a side of a token, whatever the network's configuration says
@@ -61,7 +59,7 @@ def forward(
 def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
     """Encode one prompt; of its template the pipeline drops the beginning, and then cuts it to ``length``."""
     tokens, _ = pipeline.encode_prompt([prompt], device=pipeline.vae.device, max_sequence_length=length)
-    return {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
+    return {"tokens": tokens}
 
 
 def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
@@ -77,41 +75,8 @@ def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
     return {**call, "negative_prompt": ""} if guidance.scale > 1 else call
 
 
-def sample(
-    pipeline: Any,
-    prompts: Sequence[str],
-    noise: Tensor,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    length: int,
-    sigmas: Sequence[float] | None = None,
-) -> Tensor:
-    guidance = guidance_call({}, Guidance(guidance_scale))
-    if "negative_prompt" in guidance:
-        guidance["negative_prompt"] = [guidance["negative_prompt"]] * len(prompts)
-    factor = pipeline.vae_scale_factor
-    tokens = pipeline(
-        list(prompts),
-        latents=packed(noise, PATCH),
-        num_inference_steps=num_steps,
-        sigmas=sigmas,
-        max_sequence_length=length,
-        output_type="latent",
-        height=noise.shape[2] * factor,
-        width=noise.shape[3] * factor,
-        **guidance,
-    ).images
-    return unpacked(tokens, noise, PATCH)
-
-
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
-    tokens = math.ceil(length / BUCKET) * BUCKET
-    return {"tokens": (tokens, int(directory.config("transformer")["joint_attention_dim"])), "mask": (tokens,)}
-
-
-def levels(num_steps: int) -> list[float]:
-    return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+    return {"tokens": (length, int(directory.config("transformer")["joint_attention_dim"]))}
 
 
 _NETWORK: dict[str, Any] = {  # Qwen/Qwen-Image, transformer/config.json
@@ -143,14 +108,14 @@ FAMILY = ModelFamily(
     geometry=geometry,
     forward=forward,
     encode=encode,
-    sample=sample,
+    packed=True,
     text_shapes=text_shapes,
     decode=decode_frame,
     encode_pictures=encode_frame,
     padding=BUCKET,
     count_tokens=count_tokens,
     negative=None,
-    levels=levels,
+    levels=to_one_nth,
     guidance_norm="token",
     guidance_call=guidance_call,
     published={"qwen-image": Published("Qwen-Image", _PARTS, _FROZEN, 57_700_000_000)},

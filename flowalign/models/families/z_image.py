@@ -7,8 +7,7 @@ files are those of Z-Image-Turbo's repository, whose network is in float32. Thos
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
     (tokens,), _ = pipeline.encode_prompt(
         prompts, device=pipeline.vae.device, do_classifier_free_guidance=False, max_sequence_length=length
     )
-    return {"tokens": tokens[None], "mask": torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)}
+    return {"tokens": tokens[None]}
 
 
 def count_tokens(tokenizer: Any, prompt: str, length: int) -> int:
@@ -75,33 +74,8 @@ def guidance_call(transformer: Config, guidance: Guidance) -> dict[str, Any]:
     return call
 
 
-def sample(
-    pipeline: Any,
-    prompts: Sequence[str],
-    noise: Tensor,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    length: int,
-    sigmas: Sequence[float] | None = None,
-) -> Tensor:
-    factor = pipeline.vae_scale_factor
-    return pipeline(
-        list(prompts),
-        latents=noise,
-        num_inference_steps=num_steps,
-        sigmas=sigmas,
-        **guidance_call({}, Guidance(guidance_scale)),
-        max_sequence_length=length,
-        output_type="latent",
-        height=noise.shape[2] * factor,
-        width=noise.shape[3] * factor,
-    ).images
-
-
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
-    tokens = math.ceil(length / BUCKET) * BUCKET
-    return {"tokens": (tokens, int(directory.config("transformer")["cap_feat_dim"])), "mask": (tokens,)}
+    return {"tokens": (length, int(directory.config("transformer")["cap_feat_dim"]))}
 
 
 def levels(num_steps: int) -> list[float]:
@@ -144,7 +118,6 @@ FAMILY = ModelFamily(
     geometry=geometry,
     forward=forward,
     encode=encode,
-    sample=sample,
     text_shapes=text_shapes,
     padding=BUCKET,
     count_tokens=count_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,30 +48,6 @@ def encode(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
         device=pipeline.vae.device,
     )
     return {"tokens": tokens, "pooled": pooled}
-
-
-def sample(
-    pipeline: Any,
-    prompts: Sequence[str],
-    noise: Tensor,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    length: int,
-    sigmas: Sequence[float] | None = None,
-) -> Tensor:
-    factor = pipeline.vae_scale_factor
-    return pipeline(
-        list(prompts),
-        latents=noise,
-        num_inference_steps=num_steps,
-        sigmas=sigmas,
-        guidance_scale=guidance_scale,
-        max_sequence_length=length,
-        output_type="latent",
-        height=noise.shape[2] * factor,
-        width=noise.shape[3] * factor,
-    ).images
 
 
 def text_shapes(directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:
@@ -152,7 +128,6 @@ FAMILY = ModelFamily(
     geometry=geometry,
     forward=forward,
     encode=encode,
-    sample=sample,
     text_shapes=text_shapes,
     inputs="pooled",
     text_parts=text_parts,
