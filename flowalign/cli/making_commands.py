@@ -7,43 +7,37 @@ from typing import Annotated
 
 import typer
 
-from flowalign.cli.options import Guidance, Json, Like, Model, Seed, Solver, Source, Steps, Weights
+from flowalign.cli.options import Json, Seed, Source, Weights
+from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
 
 POOR_FIT = 0.5
 
 
+@takes_sampling
 def make_pairs(
     checkpoint: Source,
     to: Annotated[Path, typer.Option("--to", help="directory of the bank")],
+    sampling: Sampling,
     pairs: Annotated[int, typer.Option(min=1)] = 20_000,
     prompts: Annotated[
         str, typer.Option(help="shapes:train, a jsonl file, or a bank for its captions")
     ] = "shapes:train",
-    solver: Solver = None,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
     seed: Seed = 0,
     weights: Weights = "model",
     shard_size: Annotated[int, typer.Option(min=1, help="pairs a shard, what an interruption can cost")] = 2048,
-    config: Like = None,
-    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
-    from flowalign.intake.recorded import config_of
     from flowalign.record.outputs import check_out
 
     check_out("--to", to)
-    own = config_of(checkpoint, config, model)
+    own = sampling.config_of(checkpoint)
     from flowalign.making.pairs import make_pairs as write_pairs
-    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    source = sampled_model(
-        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale, solver=solver
-    )
+    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     manifest = write_pairs(
         source, to, prompts=prompts, pairs=pairs, shard_size=shard_size, progress=progress(console, "pairs")
     )
@@ -51,33 +45,27 @@ def make_pairs(
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 
+@takes_sampling
 def calibrate_cache(
     checkpoint: Source,
     to: Annotated[Path, typer.Option("--to", help="file to write")],
+    sampling: Sampling,
     num_samples: Annotated[int, typer.Option(min=1, max=1_000_000)] = 48,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = None,
     degree: Annotated[int, typer.Option(min=1, max=8, help="of the polynomial")] = 4,
     seed: Seed = 0,
     weights: Weights = "model",
-    config: Like = None,
-    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
-    from flowalign.intake.recorded import config_of
     from flowalign.record.outputs import check_file
 
     check_file("--to", to)
-    own = config_of(checkpoint, config, model)
+    own = sampling.config_of(checkpoint)
     from flowalign.making.calibration import calibrate
-    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    source = sampled_model(
-        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale
-    )
+    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "samples")
     found = calibrate(source, to, prompts=prompts, num_samples=num_samples, degree=degree, progress=shown)
     print_rows(console, [(key, str(found[key])) for key in ("distances", "relative_error", "input_range")])
@@ -90,40 +78,34 @@ def calibrate_cache(
     print_json(as_json, {**found, "out": str(to)})
 
 
+@takes_sampling
 def make_preferences(
     checkpoint: Source,
     reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
+    sampling: Sampling,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
     prompts: Annotated[str, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = "shapes:train",
     pairs: Annotated[int, typer.Option(min=1)] = 2000,
     out: Path = Path("preferences"),
     group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
     seed: Seed = 0,
     weights: Weights = "model",
-    config: Like = None,
-    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
     from flowalign.config.sections import RewardConfig
     from flowalign.intake.overrides import scalar_options
     from flowalign.intake.paths import resolve_reward
-    from flowalign.intake.recorded import config_of
     from flowalign.record.outputs import check_out
 
     check_out("--out", out)
-    own = config_of(checkpoint, config, model)
+    own = sampling.config_of(checkpoint)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
     from flowalign.making.preferences import counts_of
     from flowalign.making.preferences import make_preferences as write_preferences
-    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
-    source = sampled_model(
-        checkpoint, own, which=weights, seed=seed, num_steps=num_steps, guidance_scale=guidance_scale
-    )
+    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "pairs")
     card = write_preferences(source, named, out, prompts=prompts, pairs=pairs, group_size=group_size, progress=shown)
     console.print(f"{counts_of(card)}; written to {out}")

@@ -9,23 +9,15 @@ import typer
 
 from flowalign.cli.measure import Clip, Extractor, Reference
 from flowalign.cli.options import (
-    Guidance,
     Json,
     Kind,
-    Like,
     Model,
-    NegativePrompt,
-    NormCap,
     NumSamples,
     Overwrite,
     Seed,
     ShardSize,
-    Solver,
     Source,
-    Steps,
     Suite,
-    TrueGuidance,
-    Until,
     Weights,
     check_text,
     finite,
@@ -33,21 +25,17 @@ from flowalign.cli.options import (
     named_weights,
     storable,
 )
+from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, progress
 from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
 
 
+@takes_sampling
 def evaluate(
     checkpoint: Source,
+    sampling: Sampling,
     num_samples: NumSamples = None,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
-    negative_prompt: NegativePrompt = None,
-    true_guidance_scale: TrueGuidance = None,
-    guidance_norm_cap: NormCap = None,
-    guidance_until: Until = None,
-    solver: Solver = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
     weights: Annotated[
@@ -60,39 +48,22 @@ def evaluate(
     extractor: Extractor = SHIPPED_CLIP,
     clip: Clip = SHIPPED_CLIP,
     out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
-    config: Like = None,
-    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Sample the evaluation prompts and score them, as the run itself does."""
     from flowalign.cli.runs import say_evaluation, write_evaluation
-    from flowalign.intake.recorded import config_of
     from flowalign.intake.suite import asked_evaluation
     from flowalign.record.outputs import check_out
 
-    check_text("--negative-prompt", negative_prompt or "")
     if out is not None:
         check_out("--out", out)
-    own = config_of(checkpoint, config, model)
+    own = sampling.config_of(checkpoint)
     own, num_samples = asked_evaluation(own, suite is not None, detector, prompts, num_samples)
     from flowalign.measure.evaluate import evaluate_checkpoint
-    from flowalign.samples.sampled import sampled_model
 
     console = make_console(as_json)
     against = reference and reference_metrics(reference, num_samples, extractor, clip, own.device, console.print)
-    source = sampled_model(
-        checkpoint,
-        own,
-        which=weights,
-        seed=seed,
-        num_steps=num_steps,
-        solver=solver,
-        guidance_scale=guidance_scale,
-        true_guidance_scale=true_guidance_scale,
-        guidance_norm_cap=guidance_norm_cap,
-        guidance_until=guidance_until,
-        negative_prompt=negative_prompt,
-    )
+    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "samples")
     result = evaluate_checkpoint(source, num_samples=num_samples, prompts=prompts, progress=shown)
     if against:
@@ -106,52 +77,31 @@ def evaluate(
         print_json(as_json, result.summary)
 
 
+@takes_sampling
 def sample(
     checkpoint: Source,
     prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    sampling: Sampling,
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
-    num_steps: Steps = None,
-    guidance_scale: Guidance = None,
-    negative_prompt: NegativePrompt = None,
-    true_guidance_scale: TrueGuidance = None,
-    guidance_norm_cap: NormCap = None,
-    guidance_until: Until = None,
-    solver: Solver = None,
     seed: Seed = 0,
     weights: Weights = "model",
     latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
     out: Path = Path("samples"),
-    config: Like = None,
-    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Draw images from a checkpoint."""
-    from flowalign.intake.recorded import config_of
     from flowalign.record.outputs import check_out
 
     check_out("--out", out)
     for text in prompt:
         check_text("--prompt", text)
-    check_text("--negative-prompt", negative_prompt or "")
-    own = config_of(checkpoint, config, model)
+    own = sampling.config_of(checkpoint)
     from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
-    from flowalign.samples.sampled import sample_checkpoint, sampled_model
+    from flowalign.samples.sampled import sample_checkpoint
 
     console = make_console(as_json)
-    source = sampled_model(
-        checkpoint,
-        own,
-        which=weights,
-        seed=seed,
-        num_steps=num_steps,
-        solver=solver,
-        guidance_scale=guidance_scale,
-        true_guidance_scale=true_guidance_scale,
-        guidance_norm_cap=guidance_norm_cap,
-        guidance_until=guidance_until,
-        negative_prompt=negative_prompt,
-    )
+    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "images")
     files = sample_checkpoint(source, prompt, out, num_images=num_images, save_latents=latents, progress=shown)
     if note := prompt_note(Path(own.model.path), prompt):

@@ -13,7 +13,6 @@ import typer
 
 from flowalign.cli.terminal import reserve_output
 from flowalign.config.largest import LARGEST, OTHERWISE
-from flowalign.config.solvers import solver_names, spelled
 
 
 def storable(value: int | None) -> int | None:
@@ -78,9 +77,6 @@ Source = Annotated[
         parser=model_directory,
     ),
 ]
-Like = Annotated[
-    Path | None, typer.Option("--config", help="an alignment's configuration, instead of the one recorded there")
-]
 Model = Annotated[
     Path | None,
     typer.Option("--model", metavar="DIR", help="the base model, where it was moved", parser=model_directory),
@@ -119,47 +115,8 @@ ShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="most that a file of a pipeline's weights takes", parser=size_of_files)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
-Steps = Annotated[
-    int | None,
-    typer.Option(min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates"),
-]
 Weights = Annotated[
     str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99", parser=named_weights)
-]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option(metavar="TEXT", help="what guidance leads away from; default: as the run or the model has it"),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        min=0, max=LARGEST["guidance_scale"], callback=finite, help="1 is none; default: as the run evaluates"
-    ),
-]
-
-
-TrueGuidance = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=LARGEST["true_guidance_scale"],
-        callback=finite,
-        help="of two passes, where the network takes --guidance-scale as an input; 1 is none; default: as the run "
-        "evaluates",
-    ),
-]
-NormCap = Annotated[
-    float | None,
-    typer.Option(
-        min=0.001,
-        max=LARGEST["guidance_norm_cap"],
-        callback=finite,
-        help="most times its length that guidance makes of a velocity; default: as the run evaluates",
-    ),
-]
-Until = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, callback=finite, help="1 - t at which guidance ends; default: as the run evaluates"),
 ]
 
 
@@ -169,22 +126,6 @@ def check_text(key: str, text: str) -> None:
         from flowalign.config.section import ConfigError
 
         raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
-
-
-def known_solver(text: str) -> str:
-    """Return the solver's name with its options, as it is kept."""
-    try:
-        return spelled(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-Solver = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help=f"{', '.join(solver_names())}; default: as the run evaluates", parser=known_solver
-    ),
-]
 
 
 class Suite(StrEnum):

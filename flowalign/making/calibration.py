@@ -19,7 +19,6 @@ from flowalign.models.checked import check_cached
 from flowalign.models.guided import guided
 from flowalign.models.teacache import Distances
 from flowalign.record.disk import write_text, writing
-from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import Progress, model_of, silent
 from flowalign.samples.rollout import SampleNoise, integrate
 from flowalign.samples.sampled import SampledModel
@@ -40,16 +39,17 @@ def calibrate(
     The schedule matters: calibrate with the steps and guidance that will be used. (arXiv:2411.19108, sec. 3.3)
 
     Raises:
-        ConfigError: the solver asks for more or other than one velocity a step, or the steps are too few for a fit.
+        ConfigError: the solver asks for more or other than one velocity a step, the steps are too few for a fit, or
+            guidance has nothing to lead away from.
         CheckpointError, ModelError, PromptsError: what is calibrated cannot be had.
     """
     model = replace(model, sampling=model.sampling.model_copy(update={"cache": None}))
     try:
         check_cacheable(model.sampling.solver)
     except ValueError as error:
-        raise ConfigError("evaluation.solver", str(error)) from error
+        raise ConfigError("--solver", str(error)) from error
     check_cached("CHECKPOINT", model_of(model.path, model.config))
-    batch = arranged(evaluation_batch(prompts or model.config.evaluation.prompts, num_samples), model.config.model)
+    batch = model.arranged(evaluation_batch(prompts or model.config.evaluation.prompts, num_samples))
     inputs, outputs = _distances(model, batch, progress)
     try:
         polynomial = fit(inputs, outputs, degree)

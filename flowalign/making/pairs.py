@@ -50,7 +50,7 @@ def make_pairs(
     ``prompts`` is a set of them as for an alignment, or a latent bank, whose captions are taken. Returns the manifest.
 
     Raises:
-        ConfigError: the solver makes noise of its own.
+        ConfigError: the solver makes noise of its own, or guidance has nothing to lead away from.
         LatentsError: the directory was begun with other options, or the disk is full.
         NonFiniteSamples: the model has diverged.
         PromptsError, CheckpointError, ModelError: what the pairs are made from cannot be had.
@@ -60,6 +60,7 @@ def make_pairs(
     except ValueError as error:
         raise ConfigError("--solver", str(error)) from error
     rows = _prompts(prompts)
+    model.check_led(rows)
     encoder = encoder_hash(model.config.model)
     identity = _identity(model, prompts, pairs, shard_size)
     made_from = {"checkpoint": _weights_digest(model.path, model.which), "prompts": digest_of({"prompts": rows})}

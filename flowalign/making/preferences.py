@@ -49,15 +49,18 @@ def make_preferences(
     from the model's seed. Groups whose scores are all equal give no pair and are counted.
 
     Raises:
-        ConfigError: ``out`` holds a set already, or prompts and reward do not fit.
+        ConfigError: ``out`` holds a set already, prompts and reward do not fit, or guidance has nothing to lead away
+            from.
         PreferencesError: the reward tells too few images apart.
     """
     if any(out.glob("*.parquet")):
         raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
     check_reward("--reward", reward, Path.cwd(), PREFERENCES)
     check_prompts("--prompts", prompts, [reward])
+    rows = load_prompts(prompts)
+    model.check_led(rows)
     groups = max(1, model.config.rollout.chunk_size // group_size)
-    sampler = GroupSampler(load_prompts(prompts), groups=groups, group_size=group_size, seed=model.seed)
+    sampler = GroupSampler(rows, groups=groups, group_size=group_size, seed=model.seed)
     with folder_for(out), model.opened() as (policy, state, plan):
         scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
         drawn = _Drawn(pairs)

@@ -60,11 +60,18 @@ def with_negatives(batch: PromptBatch, model: ModelConfig) -> PromptBatch:
     return replace(batch, negatives=tuple(own if text is None else text for text in given))
 
 
-def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str, Any]], *, true: bool = False) -> None:
+def check_negatives(
+    model: ModelConfig,
+    scale: float,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    true: bool = False,
+    key: str = "model.negative_prompt",
+) -> None:
     """Check that there is something that guidance of the prompts ``rows`` by ``scale`` leads away from.
 
-    A ``true`` scale is that of a network which takes another one as an input. A pipeline without a negative prompt of
-    its own does not guide where nobody gives one, and does not say so.
+    A ``true`` scale is that of a network which takes another one as an input. ``key`` is where a negative prompt is
+    given. A pipeline without one of its own does not guide where nobody gives one, and does not say so.
 
     Raises:
         ModelError: the model's is such, and neither it nor each of the rows has one.
@@ -78,7 +85,7 @@ def check_negatives(model: ModelConfig, scale: float, rows: Iterable[Mapping[str
         return
     raise ModelError(
         f"{scale:g} guides nothing: {family.title} is guided away from a negative prompt alone, and has none of its "
-        'own; give model.negative_prompt, such as " ", or take 1'
+        f'own; give {key}, such as " ", or take 1'
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +66,18 @@ class SampledModel:
             yield policy, state, policy_plan(policy, self.sampling, self.config.model)
 
     def arranged(self, batch: PromptBatch) -> PromptBatch:
-        """Return ``batch`` as `arrange.arranged` does. Raise ConfigError where nothing is there to guide away from."""
+        """Return ``batch`` as `arrange.arranged` does. Raise ConfigError as `check_led`."""
+        self.check_led(batch.metadata)
+        return arranged(batch, self.config.model)
+
+    def check_led(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ConfigError where guidance of the prompts ``rows`` has nothing to lead away from."""
         for key in SCALES:
             try:
-                scale = getattr(self.sampling, key)
-                check_negatives(self.config.model, scale, batch.metadata, true=key == "true_guidance_scale")
+                scale, true = getattr(self.sampling, key), key == "true_guidance_scale"
+                check_negatives(self.config.model, scale, rows, true=true, key="--negative-prompt")
             except ModelError as error:
                 raise ConfigError(f"--{key.replace('_', '-')}", str(error)) from error
-        return arranged(batch, self.config.model)
 
     @property
     def made_with(self) -> dict[str, Any]:

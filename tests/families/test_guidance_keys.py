@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.teachers import taught_velocity
 from flowalign.cli import app
+from flowalign.cli.sampling import Sampling
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
@@ -117,6 +118,16 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
 }
 
 
+# Each command that samples from a model, with what else it needs; {} is the test's folder.
+SAMPLING: dict[str, list[str]] = {
+    "sample": ["--prompt", "a", "--out", "{}/out"],
+    "evaluate": ["--out", "{}/out"],
+    "make-pairs": ["--to", "{}/out"],
+    "make-preferences": ["--reward", "{}/brightness.py:reward", "--out", "{}/out"],
+    "calibrate-cache": ["--to", "{}/out"],
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_model_has_no_use_for_is_refused_by_its_key(tiny: Build, tmp_path: Path, case: str) -> None:
     family, changes, said = REFUSED[case]
@@ -157,6 +168,29 @@ def test_the_commands_take_the_same_keys(tiny: Build, public: Any, tmp_path: Pat
     )
     assert refused.exit_code == 2 and "--true-guidance-scale: the network of this" in " ".join(refused.output.split())
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("command", SAMPLING)
+def test_every_command_that_samples_has_the_same_options(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert all(f"--{name.replace('_', '-')} " in shown for name in Sampling.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("command", SAMPLING)
+@pytest.mark.parametrize(
+    ("model", "option"), [("flux-schnell", "--guidance-scale"), ("flux-dev", "--true-guidance-scale")]
+)
+def test_guidance_that_guides_nothing_is_refused_by_every_command(
+    tiny: Build, tmp_path: Path, command: str, model: str, option: str
+) -> None:
+    """The public pipeline would make one pass, and we two."""
+    write_run(tmp_path, tiny(model))
+    words = [word.format(tmp_path) for word in SAMPLING[command]]
+    asked = [command, str(tiny(model)), *words, option, "4", "--config", str(tmp_path / "run.yaml")]
+    done = CliRunner().invoke(app, asked)
+    said = " ".join(done.output.split())
+    assert done.exit_code == 2 and f"{option}: 4 guides nothing: FLUX.1 is guided away from a" in said
+    assert 'give --negative-prompt, such as " "' in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

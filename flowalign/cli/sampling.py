@@ -1,0 +1,126 @@
+"""How a command samples from a model: the options that all such commands have, and what is made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from flowalign.cli.options import Model, check_text, finite
+from flowalign.config.largest import LARGEST
+from flowalign.config.solvers import solver_names, spelled
+
+if TYPE_CHECKING:
+    from flowalign.config.sampled import Sampled
+    from flowalign.samples.sampled import SampledModel
+
+Like = Annotated[
+    Path | None, typer.Option("--config", help="an alignment's configuration, instead of the one recorded there")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates"),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="what guidance leads away from; default: as the run or the model has it"),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=LARGEST["guidance_scale"], callback=finite, help="1 is none; default: as the run evaluates"
+    ),
+]
+TrueGuidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=LARGEST["true_guidance_scale"],
+        callback=finite,
+        help="of two passes, where the network takes --guidance-scale as an input; 1 is none; default: as the run "
+        "evaluates",
+    ),
+]
+NormCap = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        max=LARGEST["guidance_norm_cap"],
+        callback=finite,
+        help="most times its length that guidance makes of a velocity; default: as the run evaluates",
+    ),
+]
+Until = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, callback=finite, help="1 - t at which guidance ends; default: as the run evaluates"),
+]
+
+
+def known_solver(text: str) -> str:
+    """Return the solver's name with its options, as it is kept."""
+    try:
+        return spelled(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Solver = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help=f"{', '.join(solver_names())}; default: as the run evaluates", parser=known_solver
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a command is given of how it samples; each field is an option of it, see `takes_sampling`."""
+
+    num_steps: Steps = None
+    guidance_scale: Guidance = None
+    negative_prompt: NegativePrompt = None
+    true_guidance_scale: TrueGuidance = None
+    guidance_norm_cap: NormCap = None
+    guidance_until: Until = None
+    solver: Solver = None
+    config: Like = None
+    model: Model = None
+
+    def config_of(self, checkpoint: Path) -> Sampled:
+        """Return the configuration that belongs to a checkpoint. Raise ConfigError where there is none."""
+        from flowalign.intake.recorded import config_of
+
+        check_text("--negative-prompt", self.negative_prompt or "")
+        return config_of(checkpoint, self.config, self.model)
+
+    def model_of(self, checkpoint: Path, own: Sampled, *, weights: str | None, seed: int | None) -> SampledModel:
+        """Return the model that is sampled from, and how; ``own`` is its configuration. Raise as `sampled_model`."""
+        from flowalign.samples.sampled import sampled_model
+
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        del given["config"], given["model"]
+        return sampled_model(checkpoint, own, which=weights, seed=seed, **given)
+
+
+def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Sampling` in the place of its parameter ``sampling``."""
+    own, hints = inspect.signature(command, eval_str=True), get_type_hints(Sampling, include_extras=True)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    options = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+        for field in fields(Sampling)
+    ]
+    taken = [part for name, one in own.parameters.items() for part in (options if name == "sampling" else [one])]
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        command(sampling=Sampling(**{field.name: given.pop(field.name) for field in fields(Sampling)}), **given)
+
+    called.__signature__ = own.replace(parameters=taken)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return called
