@@ -16,6 +16,7 @@ from flowalign.models.textlength import text_lengths
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.samples.joined import join_trajectories
+from tests.families.ours import PADDED
 from tests.tiny import run_config
 
 LONG = "two small dogs run over the grass near the old house, with a zebra and a camel, two red cubes on the grass"
@@ -29,7 +30,6 @@ REWARD = """
 def reward(images, prompts, metadata):
     return images.reshape(len(images), -1).mean(1) / 255
 """
-PADDED = ("z_image",)  # families whose texts are as long as they are
 
 
 def config_of(folder: Path, model: Path, **changes: object) -> AlignConfig:
