@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.families.adapted import write_adapter
 from tests.families.public import public_pipeline
 from tests.families.tiny import FAMILIES, tiny_pipeline
 
@@ -43,3 +44,16 @@ def public(tiny: Callable[..., Path]) -> Callable[..., Any]:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of an adapter by family and layout, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def write(name: str = "sd3", layout: str = "peft") -> Path:
+        if (name, layout) not in made:
+            made[name, layout] = write_adapter(tiny(name), name, tmp_path_factory.mktemp("adapter") / "lora", layout)
+        return made[name, layout]
+
+    return write

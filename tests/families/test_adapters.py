@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,57 +25,14 @@ from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.models.start import StartingAdapter
 from flowalign.plan import make_plan
-from flowalign.record.metrics import read_metrics, without_times
-from flowalign.run.workers import LearnerWorker
-from tests.families.ours import LENGTH, flowalign, write_run
+from tests.families.adapted import ALPHA, RANK, model_of, run_of, write_adapter
+from tests.families.ours import LENGTH, write_run
 from tests.families.public import public_pipeline
 
 Build = Callable[..., Path]
 Write = Callable[..., Path]
 NAMES = ("sd3", "flux-dev", "qwen_image", "z_image")
 LAYOUTS = ("peft", "diffusers", "metadata")
-RANK, ALPHA = 3, 5.0
-
-
-def write_adapter(base: Path, name: str, folder: Path, layout: str, **changes: Any) -> Path:
-    """Save a LoRA whose factors are all drawn, as the library of ``layout`` saves it; ``diffusers`` knows no alpha."""
-    pipeline = public_pipeline(base)
-    module = pipeline.transformer
-    targets = list(family_of(name.partition("-")[0]).lora_targets)
-    alpha = RANK if layout == "diffusers" else ALPHA
-    config = PeftConfig(**{"r": RANK, "lora_alpha": alpha, "target_modules": targets, **changes})
-    module.add_adapter(config)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    state: Any = get_peft_model_state_dict(module)
-    if layout == "peft":
-        module.peft_config["default"].save_pretrained(str(folder))
-        save_file({f"base_model.model.{n}": w for n, w in state.items()}, folder / "adapter_model.safetensors")
-    else:
-        said = {"transformer_lora_adapter_metadata": config.to_dict()} if layout == "metadata" else {}
-        if said:
-            said["transformer_lora_adapter_metadata"]["target_modules"] = targets
-        type(pipeline).save_lora_weights(str(folder), transformer_lora_layers=state, **said)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """Return the folder of an adapter by family and layout, made once."""
-    made: dict[tuple[str, str], Path] = {}
-
-    def write(name: str = "sd3", layout: str = "peft") -> Path:
-        if (name, layout) not in made:
-            made[name, layout] = write_adapter(tiny(name), name, tmp_path_factory.mktemp("adapter") / "lora", layout)
-        return made[name, layout]
-
-    return write
-
-
-def model_of(base: Path, path: Path, **lora: Any) -> ModelConfig:
-    return ModelConfig(path=str(base), max_sequence_length=LENGTH, lora=LoraConfig(path=str(path), **lora))
 
 
 def loaded_by_its_library(base: Path, path: Path, layout: str) -> nn.Module:
@@ -186,74 +141,6 @@ def test_the_start_of_a_run_is_the_model_with_its_adapter(tiny: Build, adapter: 
     assert sorted(kept) == sorted(learns)
     start.take({name: weight + 1 for name, weight in kept.items()})
     assert not torch.equal(start.velocity(x, t, condition), expected)
-
-
-def run_of(folder: Path, base: Path, lora: str, text: str = "") -> Path:
-    path = write_run(folder, base, text)
-    content = path.read_text().replace("lora: {rank: 4, alpha: 6}", f"lora: {lora}").replace("once", folder.name)
-    path.write_text(content.replace("type: flow_grpo,", "type: flow_grpo, beta: 0.1,"))
-    return path
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [without_times(row) for row in read_metrics(folder / "runs" / folder.name / "metrics.jsonl")]
-
-
-@pytest.mark.slow
-def test_a_run_from_an_adapter_goes_on_without_its_file(tiny: Build, adapter: Write, tmp_path: Path) -> None:
-    """The KL to its start is exactly 0 at first and not later; a run that is interrupted has the same bits, though the
-    adapter is gone; its export has all of it, and begins a run itself."""
-    base = tiny("sd3")
-    folders = tmp_path / "whole", tmp_path / "parts"
-    for folder in folders:
-        folder.mkdir()
-        shutil.copytree(adapter(), folder / "mine")
-    whole, parts = (run_of(folder, base, "{path: mine}") for folder in folders)
-    flowalign("align", whole, "iterations=2")
-    flowalign("align", parts)
-    shutil.rmtree(tmp_path / "parts" / "mine")
-    flowalign("align", parts, "iterations=2")
-    rows, resumed = rows_of(folders[0]), rows_of(folders[1])
-    assert [row["loss/kl"] == 0 for row in rows] == [True, False]
-    assert all(row["replay/max_abs_dlogp"] == 0 for row in rows) and rows == resumed
-    last = [folder / "runs" / folder.name / "checkpoints" / "step_000002" / "model.safetensors" for folder in folders]
-    assert last[0].read_bytes() == last[1].read_bytes()
-    flowalign("export", folders[1] / "runs" / "parts", "--to", tmp_path / "out", "--as", "lora")
-    began = load_file(adapter() / "adapter_model.safetensors")
-    ended = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert began.keys() == ended.keys()
-    moved = [float((ended[key] - began[key]).abs().max()) for key in began]
-    assert 0 < max(moved) < 0.1 < float(began[next(iter(began))].abs().max())
-    again = load_network(model_of(base, tmp_path / "out"))
-    saved = load_file(last[1])
-    assert all(torch.equal(p, saved[key]) for key, p in again.module.named_parameters() if p.requires_grad)
-
-
-def test_a_changed_adapter_is_no_part_of_the_run(tiny: Build, adapter: Write, tmp_path: Path) -> None:
-    (folder := tmp_path / "changed").mkdir()
-    shutil.copytree(adapter(), folder / "mine")
-    path = run_of(folder, tiny("sd3"), "{path: mine}")
-    flowalign("align", path)
-    file = folder / "mine" / "adapter_model.safetensors"
-    save_file({key: 2 * weight for key, weight in load_file(file).items()}, file)
-    with pytest.raises(AssertionError, match=r"model\.lora\.path: .*adapter_model\.safetensors has changed"):
-        flowalign("align", path, "iterations=2")
-
-
-def test_a_learner_whose_adapter_is_gone_learns_nothing_unless_restored(tiny: Build, tmp_path: Path) -> None:
-    lora = "{path: gone, rank: 3, alpha: 5, targets: [attn.to_q]}"
-    path = run_of(tmp_path, tiny("sd3"), "null")
-    config = load_align(path).config
-    model = config.model.model_copy(
-        update={"lora": LoraConfig(path=str(tmp_path / "gone"), rank=3, alpha=5, targets=["attn.to_q"])}
-    )
-    learner = LearnerWorker(config.model_copy(update={"model": model}))
-    with pytest.raises(ModelError, match=r"model\.lora\.path: .*gone is not there"):
-        learner.weights()
-    learner.close()
-    path.write_text(path.read_text().replace("lora: null", f"lora: {lora}"))
-    with pytest.raises(ConfigError, match=r"model\.lora\.path: .*gone is not there"):
-        load_align(path)
 
 
 def edited(adapter: Path, folder: Path, settings: dict[str, Any] | None = None, **weights: Any) -> Path:
