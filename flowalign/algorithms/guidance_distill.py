@@ -15,7 +15,6 @@ from torch import Tensor
 from flowalign.algorithm import LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import forward, path
-from flowalign.flow.guidance import cfg
 from flowalign.flow.randomness import seeded
 from flowalign.types import Condition, Credit, Guidance, LatentBatch, Scores, TrainBatch
 
@@ -33,7 +32,7 @@ class GuidanceDistill(LatentAlgorithm):
         """Guidance of the teacher, which is built into the student: it is called without."""
         guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
         """Range of guidances, of which each sample draws its own and the student, whose network has the input
-        ``guidance``, is told; null: ``guidance_scale`` alone.
+        ``guidance`` or takes a number by its class, is told; null: ``guidance_scale`` alone.
         """
 
         @model_validator(mode="after")
@@ -81,7 +80,5 @@ class GuidanceDistill(LatentAlgorithm):
     @torch.no_grad()
     def _target(self, models: Models, item: Mapping[str, Tensor], condition: Condition) -> Tensor:
         """Return the guided teacher's velocity (N, C, H, W)."""
-        teacher, x, t = models["teacher"], item["x"], item["t"]
-        if "guidance" not in item:
-            return teacher(x, t, condition, guidance=Guidance(self.config.guidance_scale))
-        return cfg(teacher(x, t, condition), teacher(x, t, condition.negative), item["guidance"])
+        guidance = Guidance(item.get("guidance", self.config.guidance_scale))
+        return models["teacher"](item["x"], item["t"], condition, guidance=guidance)

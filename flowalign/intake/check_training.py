@@ -10,6 +10,8 @@ from flowalign.config.pathfamilies import formulation, may_learn
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.models.directory import network_inputs, open_directory
+from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
 
 
@@ -46,15 +48,33 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
         raise ConfigError("teacher", f"is missing; {name} learns from one, give teacher.path")
     if config.teacher is not None and not needs.teacher:
         raise ConfigError("teacher", f"{name} learns from none; leave it out")
-    lacking = [key for key in needs.inputs if key not in (config.model.inputs or ())]
-    if lacking:
-        raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
+    _check_inputs(config.model, needs, name)
     network, learned = config.model.family or "rf", needs.path_family
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
     _check_ranks(config)
     _check_best(config)
+
+
+def _check_inputs(model: ModelConfig, needs: Needs, name: str) -> None:
+    """Check that the network takes the numbers that an algorithm tells it: by ``model.inputs``, or by its class."""
+    given = model.inputs or ()
+    if not (lacking := [key for key in needs.inputs if key not in given]):
+        return
+    try:
+        family, takes = open_directory(model).family, network_inputs(model)
+    except ModelError:  # of a model that is not there, which is said elsewhere
+        return
+    if not (lacking := [key for key in lacking if key not in takes]):
+        return
+    if family.inputs is None:
+        raise ConfigError(
+            "model.path",
+            f"{name} with these options needs a network that takes {lacking[0]}, and that of this {family.title} takes "
+            "none and can be given none; name another model, or leave the option out",
+        )
+    raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
 
 
 def _check_captions(config: PretrainConfig) -> None:

@@ -72,7 +72,7 @@ def exact(x: Tensor, t: Tensor, condition: Condition, *, guidance: Guidance | No
     for mode in range(len(MODES)):
         own = (pooled[:, mode] == 1)[:, None]
         velocity = torch.where(own, mixture_velocity(flat, t, MODES[mode : mode + 1]), velocity)
-    scale = 1.0 if guidance is None else guidance.scale
+    scale = per_sample(1.0 if guidance is None else guidance.scale, flat)
     return (everything + scale * (velocity - everything)).reshape(x.shape)
 
 

@@ -23,7 +23,7 @@ def prompted(count):
 def teacher(x, t, condition, *, guidance=None, **options):
     """``x t`` plus 5 for a prompt or 2 for none; guided between the two."""
     own = torch.where(condition.expand()["pooled"][:, :1] == 0, NULL, PROMPT).view(-1, 1, 1, 1)
-    scale = 1.0 if guidance is None else guidance.scale
+    scale = per_sample(1.0 if guidance is None else guidance.scale, x)
     return x * per_sample(t, x) + NULL + scale * (own - NULL)
 
 
@@ -50,7 +50,7 @@ def test_a_student_that_is_told_its_guidance_has_loss_0_where_it_follows_it():
     def student(x, t, condition, *, guidance=None, **options):
         assert guidance is not None
         seen.append(guidance.scale)
-        return teacher(x, t, condition, guidance=Guidance(per_sample(guidance.scale, x)))
+        return teacher(x, t, condition, guidance=guidance)
 
     algorithm, train = prepared(guidance_range=[1, 5])
     assert float(algorithm.loss({"policy": student, "teacher": teacher}, train).loss) < 1e-10
