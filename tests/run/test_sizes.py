@@ -6,6 +6,7 @@ The scheduler shifts by the size, so that each size is walked along other levels
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from flowalign.cli import app
@@ -22,7 +24,7 @@ from flowalign.intake.file import load_align
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.samples.joined import join_trajectories
-from flowalign.types import PromptBatch, SampleShape
+from flowalign.types import PromptBatch, SampleShape, TrainBatch
 from tests.models.test_pipeline_walk import tiny_with
 from tests.tiny import run_config
 
@@ -94,6 +96,36 @@ def test_a_sample_among_other_sizes_is_what_it_is_alone(tmp_path: Path, model: P
         assert torch.equal(alone.log_prob_NS[0], joined.log_prob_NS[place])
         levels = build_run(config_of(tmp_path, model, ALGORITHMS["flow_grpo"])).plan(0)
         assert levels is not None and joined.of_kind(int(joined.kinds_N[place])).plan.sigmas == levels.at(size).sigmas
+
+
+@pytest.mark.parametrize("name", ["nft", "awm", "sft"])
+def test_points_lie_on_the_levels_of_their_own_size(tmp_path: Path, model: Path, name: str) -> None:
+    """As many points as levels: each image is learned from at every level of its size once.
+
+    Those are 1, 667/1000, 334/1000 and 1/1000, which the scheduler makes of four steps, shifted by e^mu. Here mu is 2
+    for the 16 tokens of 64x64, and 1 for the 8 of the others.
+    """
+    config = config_of(tmp_path, model, {"type": name, **WALK, "timesteps": 4})
+    run, backend = build_run(config), LocalBackend(config, tmp_path)
+    backend.sync()
+    batch, plan = run.sampler.batch(0), run.plan(0)
+    assert plan is not None
+    collected = backend.collect(batch, plan, seed=config.seed)
+    learns, seen = backend.learner.learner.algorithm, list[tuple[int, Tensor]]()
+    loss = learns.loss
+
+    def noting(models: Any, minibatch: TrainBatch) -> Any:
+        seen.append((minibatch.tensors["x"][0, 0].numel(), minibatch.tensors["t"]))
+        return loss(models, minibatch)
+
+    learns.loss = noting  # type: ignore[method-assign]
+    backend.update(collected.trajectories, collected.scores, 0)
+    for latents, mu in ((64, 2.0), (32, 1.0)):
+        times = torch.cat([t for count, t in seen if count == latents])
+        own = [math.exp(mu) / (math.exp(mu) + 1 / level - 1) for level in (1, 0.667, 0.334, 0.001)]
+        assert len(times) and not len(times) % 4
+        expected = torch.tensor(sorted(own * (len(times) // 4)))
+        torch.testing.assert_close(times.sort().values, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_groups_are_one_size_and_those_of_one_size_follow_one_another(tmp_path: Path, model: Path) -> None:
