@@ -58,7 +58,8 @@ def _checked(key: str, model: ModelConfig, began: LoraConfig | None) -> ModelCon
         gone = not is_there(Path(lora.path)) and Path(lora.path).name == Path(began.path).name
         given |= {"path": began.path} if gone else {}
         return model.model_copy(update={"lora": lora.model_copy(update={**kept, **given})})
-    from flowalign.models.adapters import check_targets, read_adapter, settled
+    from flowalign.models.adapters import read_adapter
+    from flowalign.models.adapting import check_targets, settled
     from flowalign.models.directory import family_of_model
     from flowalign.models.inspect import bare_network
 

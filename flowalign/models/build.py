@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flowalign.algorithm import VelocityModel
 from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models import loading
-from flowalign.models.adapters import begin_from, check_targets, read_adapter, settled
+from flowalign.models.adapters import read_adapter
+from flowalign.models.adapting import begin_from, check_targets, settled
 from flowalign.models.base import Policy
 from flowalign.models.directory import family_of_model, refuse_absent
 from flowalign.models.encoders import Encoders
