@@ -47,12 +47,22 @@ KNOWN = (
         r"The following part of your input was truncated because CLIP can only handle",
         _CLIP,
     ),
+    Known(
+        "diffusers.loaders.lora_base",
+        r"No LoRA keys associated to \w+ found with the prefix='text_encoder",
+        "a LoRA here is one of the network: text encoders do not learn",
+    ),
     Known("transformers.tokenization_utils_base", r"Token indices sequence length is longer than the specified", _CLIP),
     Known("DeepSpeed", r"Setting accelerator to CPU", "cluster.device says so; it is asked for, not a fallback"),
     Known(
         "python",
         r"The pynvml package is deprecated",
         "of torch on a machine with a GPU; which NVML package is installed changes nothing here",
+    ),
+    Known(
+        "python",
+        r"`FluxPosEmbed` is deprecated",
+        "diffusers' own networks (Chroma) take it from where diffusers had it before",
     ),
     Known(
         "python",

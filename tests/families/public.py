@@ -72,7 +72,7 @@ def run_public(
         call = {"true_cfg_scale": guidance}
     elif name == "FluxPipeline":
         call["true_cfg_scale"] = true_guidance
-    if name in ("QwenImagePipeline", "FluxPipeline"):
+    if name in ("QwenImagePipeline", "FluxPipeline", "ChromaPipeline"):
         noise = pipeline._pack_latents(noise, *noise.shape)  # Qwen-Image's own noise (N, 1, C, h, w) packs the same
     if negative is not None:
         call["negative_prompt"] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)

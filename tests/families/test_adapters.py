@@ -28,10 +28,11 @@ from flowalign.plan import make_plan
 from tests.families.adapted import ALPHA, RANK, model_of, run_of, write_adapter
 from tests.families.ours import LENGTH, write_run
 from tests.families.public import public_pipeline
+from tests.families.tiny import FAMILIES
 
 Build = Callable[..., Path]
 Write = Callable[..., Path]
-NAMES = ("sd3", "flux-dev", "qwen_image", "z_image")
+NAMES = tuple(name for name in FAMILIES if name not in ("flux-schnell", "z_image-turbo"))  # one of each family
 LAYOUTS = ("peft", "diffusers", "metadata")
 
 

@@ -23,12 +23,13 @@ from tests.families.ours import (
     replay_difference,
 )
 from tests.families.public import apart, initial_noise, public_latents, public_pipeline, public_pixels
+from tests.families.tiny import FAMILIES
 from tests.tiny import run_config, write_checkpoint
 
 Build = Callable[..., Path]
 Asked = dict[str, Any]
 FLUX, Z_IMAGE = ("flux-dev", "flux-schnell"), ("z_image", "z_image-turbo")
-NAMES = (*FLUX, "qwen_image", *Z_IMAGE)
+NAMES = tuple(name for name in FAMILIES if name != "sd3")  # whose tests are older: tests/models, tests/export
 SHORT, LONG = "a red cube", "two small dogs run over the grass near the old house, with a zebra and a camel"
 TWO, FAR = [SHORT, LONG], [SHORT, LONG + ", " + LONG]
 NEAR = [SHORT, "a photo of a small blue ball", "a green table near the old house"]  # texts that fill one bucket of 32
@@ -72,21 +73,33 @@ OF_Z_IMAGE: dict[str, tuple[Asked, Asked]] = {
         {"guidance": 4.0, "cfg_truncation": 0.3},
     ),
 }
+OF_CHROMA: dict[str, Asked] = {
+    "plain": {"prompts": [SHORT]},
+    "unguided": {"negative": BAD, "size": TALL},
+    "guided": {"guidance": 4.0},
+    "negative": {"guidance": 4.0, "negative": BAD, "size": TALL},
+    "lengths": {"prompts": FAR, "guidance": 2.5, "negative": LONG},
+    "cut": {"prompts": [20 * LONG], "guidance": 2.5},  # no token of padding is left
+    "large": {"prompts": [SHORT], "guidance": 4.0, "size": (256, 192)},
+}
 WALKS = {
     **{f"flux: {walk}": asked for walk, asked in OF_FLUX.items()},
     **{f"qwen_image: {walk}": ("qwen_image", asked, {}) for walk, asked in OF_QWEN_IMAGE.items()},
+    **{f"chroma: {walk}": ("chroma", asked, {}) for walk, asked in OF_CHROMA.items()},
     **{f"{name}: {walk}": (name, *asked) for name in Z_IMAGE for walk, asked in OF_Z_IMAGE.items()},
 }
+DTYPES = ("float32", "bfloat16")
 REPLAYS: list[tuple[str, Any, float]] = [
     *((name, "float32", guidance) for name in FLUX for guidance in (1.0, 3.5)),
-    *(("qwen_image", dtype, guidance) for dtype in ("float32", "bfloat16") for guidance in (1.0, 4.0)),
-    *(("z_image", dtype, guidance) for dtype in ("float32", "bfloat16") for guidance in (1.0, 5.0)),
+    *((name, dtype, guidance) for name in ("qwen_image", "chroma") for dtype in DTYPES for guidance in (1.0, 4.0)),
+    *(("z_image", dtype, guidance) for dtype in DTYPES for guidance in (1.0, 5.0)),
 ]
 # Our guidance of exports' latents, the public pipeline in other words, and what the card says of no guidance.
 EXPORTS: dict[str, tuple[Asked, Asked, str]] = {
     "flux-dev": ({"guidance": 1.0}, {}, "guidance_scale=1,"),
     "flux-schnell": ({"guidance": 1.0}, {}, "num_inference_steps="),
     "qwen_image": ({"guidance": 4.0, "negative": BAD}, {}, "true_cfg_scale=1,"),
+    "chroma": ({"guidance": 4.0, "negative": BAD}, {}, "guidance_scale=1,"),
     **{name: ({"guidance": 4.0}, {"guidance": 3.0}, "guidance_scale=0,") for name in Z_IMAGE},
 }
 
@@ -102,6 +115,11 @@ def policies(tiny: Build) -> Callable[[str], Policy]:
         return loaded[name]
 
     return load
+
+
+def test_every_family_is_walked_replayed_and_exported() -> None:
+    walked, replayed = {name for name, *_ in WALKS.values()}, {name for name, *_ in REPLAYS}
+    assert walked == EXPORTS.keys() == set(NAMES) and replayed | {"z_image-turbo"} == set(NAMES)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -130,7 +148,7 @@ def test_a_stochastic_rollout_replays_bit_for_bit(tiny: Build, name: str, dtype:
     ("name", "guidance"),
     [
         *((name, 3.5) for name in FLUX),
-        *(("qwen_image", guidance) for guidance in (1.0, 4.0)),
+        *((name, guidance) for name in ("qwen_image", "chroma") for guidance in (1.0, 4.0)),
         *((name, guidance) for name in Z_IMAGE for guidance in (1.0, 5.0)),
     ],
 )
@@ -176,7 +194,7 @@ def test_exports_are_loaded_by_plain_diffusers(tiny: Build, tmp_path: Path, name
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("flux-dev", ("algorithm.guidance_scale=3.5",)), ("qwen_image", ()), ("z_image-turbo", ())],
+    [("flux-dev", ("algorithm.guidance_scale=3.5",)), ("qwen_image", ()), ("z_image-turbo", ()), ("chroma", ())],
 )
 def test_an_iteration_of_flow_grpo_ends_in_an_export(
     tiny: Build, tmp_path: Path, name: str, changes: tuple[str, ...]

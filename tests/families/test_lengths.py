@@ -55,7 +55,7 @@ def test_lengths_told_by_the_tokenizer_are_those_of_the_encoded_texts(tiny: Call
     assert len(set(told)) > 1 and max(told) == 96
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", (*PADDED, "chroma"))
 def test_a_sample_among_other_lengths_and_sizes_is_what_it_is_alone(
     tiny: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
@@ -63,8 +63,9 @@ def test_a_sample_among_other_lengths_and_sizes_is_what_it_is_alone(
     run, backend = build_run(config), LocalBackend(config, tmp_path)
     backend.sync()
     batch, plan = run.sampler.batch(0), run.plan(0)
-    assert plan is not None and len(set(batch.shapes)) > 2 and len({shape.text for shape in batch.shapes}) > 1
-    assert any(shape.text != shape.negative for shape in batch.shapes)
+    assert plan is not None and len({shape.size for shape in batch.shapes}) == 2
+    assert (len({shape.text for shape in batch.shapes}) > 1) == (name in PADDED)
+    assert any(shape.text != shape.negative for shape in batch.shapes) == (name in PADDED)
     collected = backend.collect(batch, plan, seed=config.seed)
     joined = join_trajectories(collected.trajectories)
     for place in range(len(batch)):

@@ -30,7 +30,15 @@ from tests.families.tiny import FAMILIES
 from tests.fault.victim import content, work
 
 Build = Callable[..., Path]
-GUIDANCE = {"sd3": 4.5, "flux-dev": 3.5, "flux-schnell": 2.0, "qwen_image": 4.0, "z_image": 5.0, "z_image-turbo": 1.0}
+GUIDANCE = {
+    "sd3": 4.5,
+    "flux-dev": 3.5,
+    "flux-schnell": 2.0,
+    "qwen_image": 4.0,
+    "z_image": 5.0,
+    "z_image-turbo": 1.0,
+    "chroma": 4.0,
+}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "flow_grpo": {"window": {"kind": "random", "size": 1, "stop": 2}},
     "nft": {"timesteps": 2},

@@ -38,7 +38,7 @@ def rows_called(model: Any, **changes: Any) -> list[int]:
 
 
 def test_when_a_second_pass_is_made(public: Public) -> None:
-    """SD3: above 1. FLUX: true guidance above 1 and a negative prompt. Qwen-Image: the same. Z-Image: above 0.
+    """SD3, Chroma: above 1. FLUX: true guidance above 1 and a negative prompt. Qwen-Image: the same. Z-Image: above 0.
 
     SD3 and Z-Image put both passes in one batch (SD3 the negative first, Z-Image last); the others call twice.
     """
@@ -52,9 +52,11 @@ def test_when_a_second_pass_is_made(public: Public) -> None:
     assert rows_called(public("qwen_image"), guidance=1.0, negative=BAD) == [1, 1]
     assert rows_called(public("z_image"), guidance=0.1) == [2, 2]
     assert rows_called(public("z_image"), guidance=0.0, negative=BAD) == [1, 1]
+    assert rows_called(public("chroma"), guidance=1.1) == [1, 1, 1, 1]
+    assert rows_called(public("chroma"), guidance=1.0, negative=BAD) == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["sd3", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "z_image", "chroma"])
 def test_no_negative_prompt_is_the_empty_one(public: Public, name: str) -> None:
     made, empty, other = (public_latents(public(name), [SHORT], **call(negative=n)) for n in (None, "", BAD))
     assert torch.equal(made, empty) and apart(other, made) > 0.01
@@ -86,6 +88,7 @@ def test_the_times_of_a_walk(public: Public) -> None:
     assert np.allclose(times(public("qwen_image")), 1 - (1 - qwen) * 0.98 / (1 - qwen[-1]), rtol=1e-5)
     assert np.allclose(times(public("z_image"), guidance=0.0), 1 - shifted(grid, 6), rtol=1e-6)
     assert np.allclose(times(public("z_image-turbo"), guidance=0.0), 1 - shifted(grid, 3), rtol=1e-6)
+    assert np.allclose(times(public("chroma"), guidance=1.0), shifted(grid, 3), rtol=1e-6)
 
 
 def test_z_images_time_is_made_from_a_thousandth_of_a_time(public: Public) -> None:
@@ -99,12 +102,27 @@ def test_z_images_time_is_made_from_a_thousandth_of_a_time(public: Public) -> No
     assert made == ((1000 - sigmas * 1000) / 1000).tolist() != (1 - sigmas).tolist()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "chroma"])
 def test_padding_of_t5_takes_part(public: Public, name: str) -> None:
-    """No mask anywhere: another ``max_sequence_length`` (256 for SD3, 512 for FLUX) is another result."""
+    """No mask, or one that only weighs: another ``max_sequence_length`` (256 for SD3, else 512) is another result."""
     model = public(name, t5=True) if name == "sd3" else public(name)
     short, long = (public_latents(model, [SHORT], **call(max_sequence_length=n)) for n in (48, 64))
     assert apart(long, short) > 0.001
+
+
+def test_chromas_mask_is_added_to_the_scores_of_attention(public: Public) -> None:
+    """So a token that it calls masked weighs e times less, and is not left out (diffusers' issue 12116).
+
+    A text of four tokens, its end included, and the one behind them have a 1, and so has the image.
+    """
+    model = public("chroma")
+    with recorded(model) as calls:
+        made = public_latents(model, [SHORT], **call(num_steps=1, guidance=1.0, max_sequence_length=16))
+    assert calls[0]["attention_mask"].tolist() == [[1.0] * 5 + [0.0] * 11 + [1.0] * 24]
+    with torch.no_grad():
+        less = {**calls[0], "attention_mask": calls[0]["attention_mask"] * 0.5}
+        assert apart(*(model.transformer(**given)[0] for given in (less, calls[0]))) > 0.001
+    assert made.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image"])
@@ -156,11 +174,11 @@ def test_fluxs_text_stands_at_the_origin(public: Public) -> None:
     assert calls[0]["guidance"].tolist() == [4.0]  # the transformer multiplies by 1000, as it does the time
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen_image", "z_image", "chroma"])
 def test_sides_that_16_does_not_divide(public: Public, name: str) -> None:
-    """FLUX and Qwen-Image cut them down; SD3 and Z-Image refuse them."""
+    """FLUX, Chroma and Qwen-Image cut them down; SD3 and Z-Image refuse them."""
     odd = call(size=(72, 79), noise=initial_noise(1, (64, 64)))
-    if name in ("flux-dev", "qwen_image"):
+    if name in ("flux-dev", "qwen_image", "chroma"):
         assert public_pixels(public(name), [SHORT], **odd).shape == (1, 64, 64, 3)
     else:
         with pytest.raises(ValueError, match="divisible"):
@@ -192,11 +210,14 @@ def test_z_image_writes_its_template_into_the_list_of_prompts(public: Public) ->
     assert prompts == ["<|im_start|>user\na red cube<|im_end|>\n<|im_start|>assistant\n"]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sd3", "bfloat16"), ("flux-dev", "bfloat16"), ("z_image", "float32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("sd3", "bfloat16"), ("flux-dev", "bfloat16"), ("chroma", "bfloat16"), ("z_image", "float32")],
+)
 def test_what_a_walk_in_bfloat16_keeps(tiny: Public, name: str, dtype: str) -> None:
     """States are rounded to bfloat16 after every step, but Z-Image's, whose latents and guidance are float32.
 
-    FLUX and Qwen-Image round the time too (1000 sigma, then sigma); SD3 and Z-Image hand over float32.
+    FLUX, Chroma and Qwen-Image round the time too (1000 sigma, then sigma); SD3 and Z-Image hand over float32.
     """
     states: list[torch.dtype] = []
 
@@ -209,4 +230,4 @@ def test_what_a_walk_in_bfloat16_keeps(tiny: Public, name: str, dtype: str) -> N
         run_public(model, [SHORT], output_type="latent", callback_on_step_end=note, **call())
     assert set(states) == {getattr(torch, dtype)}
     time = calls[1]["t" if name == "z_image" else "timestep"]
-    assert time.dtype == (torch.bfloat16 if name == "flux-dev" else torch.float32)
+    assert time.dtype == (torch.bfloat16 if name in ("flux-dev", "chroma") else torch.float32)

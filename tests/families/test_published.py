@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
@@ -36,21 +37,30 @@ Options = dict[str, Any]
 
 
 def autoencoder() -> AutoencoderKL:
-    """Make that of FLUX.1, which Z-Image takes too."""
+    """Make that of FLUX.1, which Chroma and Z-Image take too."""
     shape: Options = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
     shape |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(**shape, use_quant_conv=False, use_post_quant_conv=False)
 
 
+def t5() -> T5EncoderModel:
+    """Make that of FLUX.1, which Chroma takes too."""
+    shape: Options = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
+    return T5EncoderModel(T5Config(**shape, feed_forward_proj="gated-gelu"))
+
+
 def flux(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
     clip: Options = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-    t5: Options = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
     return {
         "transformer": FluxTransformer2DModel(**transformer),
         "vae": autoencoder(),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
-        "text_encoder_2": T5EncoderModel(T5Config(**t5, feed_forward_proj="gated-gelu")),
+        "text_encoder_2": t5(),
     }
+
+
+def chroma(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
+    return {"transformer": ChromaTransformer2DModel(**transformer), "vae": autoencoder(), "text_encoder": t5()}
 
 
 def qwen_image(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -80,6 +90,7 @@ def z_image(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
 MODELS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, nn.Module]], int, int, int, str | None]] = {
     "FLUX.1-dev": (flux, 11_901_408_320, 3072, 57, "33.7 GB"),
     "FLUX.1-schnell": (flux, 11_891_178_560, 3072, 57, "33.7 GB"),
+    "Chroma1-HD": (chroma, 8_899_983_424, 3072, 57, None),
     "Qwen-Image": (qwen_image, 20_430_401_088, 3072, 60, "57.7 GB"),
     "Z-Image": (z_image, 6_154_908_736, 3840, 34, None),
     "Z-Image-Turbo": (z_image, 6_154_908_736, 3840, 34, "32.9 GB"),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign.models.family import known_families
 from tests.families.public import apart, initial_noise, public_latents, public_pipeline, public_pixels, recorded
-from tests.families.tiny import tiny_pipeline
+from tests.families.tiny import FAMILIES, tiny_pipeline
 
 Public = Callable[..., Any]
 SHORT, LONG = "a red cube", "two small dogs run over the grass near the old house, with a zebra"
@@ -90,6 +91,10 @@ def test_saving_and_loading_again_gives_the_same(public: Public, family: str, tm
     model = public(family)
     model.save_pretrained(str(tmp_path))
     assert torch.equal(latents(tmp_path, [SHORT]), latents(model, [SHORT]))
+
+
+def test_every_family_has_a_tiny_pipeline() -> None:
+    assert {name.partition("-")[0] for name in FAMILIES} == set(known_families())
 
 
 def test_sd3_has_its_third_encoder_where_asked(public: Public) -> None:

@@ -16,6 +16,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -58,6 +60,7 @@ SCHEDULERS: dict[str, Options] = {
     },
     "z_image": {"shift": 6.0, "use_dynamic_shifting": False},  # Z-Image
     "z_image-turbo": {"shift": 3.0, "use_dynamic_shifting": False},  # Z-Image-Turbo
+    "chroma": {"shift": 3.0, "use_dynamic_shifting": False},  # Chroma1-HD
 }
 FAMILIES = tuple(SCHEDULERS)
 HEADS: Options = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -80,7 +83,8 @@ def tiny_pipeline(
     Sides of images are multiples of 16 px, from 64 to 128 (larger works but for sd3, whose positions end there).
     Raises a KeyError for a name that is not in ``FAMILIES``.
     """
-    new = {"sd3": _sd3, "flux": _flux, "qwen_image": _qwen_image, "z_image": _z_image}[family.partition("-")[0]]
+    builders = {"sd3": _sd3, "flux": _flux, "qwen_image": _qwen_image, "z_image": _z_image, "chroma": _chroma}
+    new = builders[family.partition("-")[0]]
     changes = {"transformer": transformer or {}, "vae": vae or {}}
     with torch.device("cpu"):
         pipeline_class, components = new(family, changes, t5) if new is _sd3 else new(family, changes)
@@ -158,6 +162,27 @@ def _flux(family: str, changes: dict[str, Options]) -> tuple[type[DiffusionPipel
         "tokenizer": tokenizer,
         "text_encoder_2": _t5(48),
         "tokenizer_2": t5_tokenizer(),
+    }
+
+
+def _chroma(family: str, changes: dict[str, Options]) -> tuple[type[DiffusionPipeline], Options]:
+    return ChromaPipeline, {
+        "transformer": _built(
+            ChromaTransformer2DModel,
+            changes["transformer"],
+            **HEADS,
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            joint_attention_dim=48,
+            axes_dims_rope=ROPE,
+            approximator_num_channels=16,
+            approximator_hidden_dim=32,
+            approximator_layers=1,
+        ),
+        "vae": _autoencoder(changes["vae"], scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": _t5(48),
+        "tokenizer": t5_tokenizer(),
     }
 
 

@@ -207,6 +207,9 @@ EXAMPLES = {
         "['time_text_embed.inputs.r.linear_1.weight, time_text_embed.inputs.r.linear_1.bias']",
         "There are modules in SD3Transformer2DModel that should be kept in float32: []. Casting directly",
     ],
+    "diffusers.loaders.lora_base": [
+        "No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'. This is safe to ignore"
+    ],
     "DeepSpeed": ["Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."],
     "transformers.tokenization_utils_base": [
         "Token indices sequence length is longer than the specified maximum sequence length for this model (164 > 77)"
@@ -219,6 +222,7 @@ UNKNOWN = [
         "Some weights of the model checkpoint at x were not used when initializing SD3Transformer2DModel: \n "
         "['time_text_embed.inputs.r.bias, proj_out.weight']",
     ),
+    ("diffusers.loaders.peft", "No LoRA keys associated to SD3Transformer2DModel found with the prefix='transformer'."),
     ("diffusers.models.modeling_utils", "There are modules in X that should be kept in float32: ['norm']"),
     ("DeepSpeed", "A rank set its accelerator to CPU"),
 ]
