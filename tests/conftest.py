@@ -70,14 +70,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the rows that `tests.families.test_matrix` records as one table."""
+    """Print the rows that tests of the families, of their recipes and of ``real.py`` record as one table."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     reports = [report for report in reports if getattr(report, "when", "") == "call"]
     rows = [dict(report.user_properties).get("matrix") for report in reports]
     if rows := sorted(filter(None, rows)):
         terminalreporter.section("families")
-        for row in [MATRIX, *rows]:
-            terminalreporter.write_line("".join(str(cell).ljust(16) for cell in row).rstrip())
+        table = [[str(cell) for cell in row] for row in [MATRIX, *rows]]
+        widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+        for row in table:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            terminalreporter.write_line("".join(cells).rstrip())
 
 
 @pytest.fixture(scope="session")

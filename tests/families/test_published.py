@@ -13,12 +13,14 @@ from diffusers import (
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -44,17 +46,30 @@ def autoencoder() -> AutoencoderKL:
 
 
 def t5() -> T5EncoderModel:
-    """Make that of FLUX.1, which Chroma takes too."""
+    """Make that of FLUX.1, which Chroma and Stable Diffusion 3 take too."""
     shape: Options = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24}
     return T5EncoderModel(T5Config(**shape, feed_forward_proj="gated-gelu"))
 
 
+CLIP_L: Options = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_G: Options = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+
+
+def sd3(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
+    return {
+        "transformer": SD3Transformer2DModel(**transformer),
+        "vae": autoencoder(),
+        "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L, projection_dim=768)),
+        "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, projection_dim=1280)),
+        "text_encoder_3": t5(),
+    }
+
+
 def flux(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
-    clip: Options = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     return {
         "transformer": FluxTransformer2DModel(**transformer),
         "vae": autoencoder(),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
         "text_encoder_2": t5(),
     }
 
@@ -88,6 +103,8 @@ def z_image(transformer: Mapping[str, Any]) -> dict[str, nn.Module]:
 # Its classes, with what its configuration files state and the classes' defaults are not; the numbers of the repository:
 # parameters, width and blocks of the network, and the bytes of its files.
 MODELS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, nn.Module]], int, int, int, str | None]] = {
+    "stable-diffusion-3.5-medium": (sd3, 2_243_171_520, 1536, 24, "16.3 GB"),
+    "stable-diffusion-3.5-large": (sd3, 8_056_627_520, 2432, 38, None),
     "FLUX.1-dev": (flux, 11_901_408_320, 3072, 57, "33.7 GB"),
     "FLUX.1-schnell": (flux, 11_891_178_560, 3072, 57, "33.7 GB"),
     "Chroma1-HD": (chroma, 8_899_983_424, 3072, 57, None),
@@ -103,8 +120,12 @@ def test_a_published_model_has_the_sizes_of_its_classes(name: str) -> None:
     model = ModelConfig(path=f"absent/{name}")
     sizes, published = inspect_model(model), family_of_model(model).published[name.lower()]
     assert (sizes.transformer, sizes.width, sizes.num_layers) == (count, width, num_layers)
-    assert (sizes.latent_shape, sizes.image_tokens, sizes.text_tokens) == ((16, 128, 128), 4096, 256)
-    assert sizes.source.endswith(name if files is None else f"{name}, whose files take {files}")
+    assert (sizes.latent_shape, sizes.image_tokens, sizes.text_tokens) == (
+        (16, 128, 128),
+        4096,
+        77 + 256 if made is sd3 else 256,
+    )
+    assert sizes.source.endswith(published.source if files is None else f"{published.source}, whose files take {files}")
     with torch.device("meta"):
         parts = made(published.parts["transformer"])
     counted = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}

@@ -88,7 +88,7 @@ def test_odd_geometry_is_noted(config_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["flow_grpo_geneval", "flow_grpo_pickscore"])
 def test_the_published_recipes_plan_without_their_weights(name: str) -> None:
-    made = plan(ROOT / "configs" / "sd35" / f"{name}.yaml")
+    made = plan(ROOT / "configs" / "sd3" / f"{name}.yaml")
     assert made.geometry.images == 48 * 24
     assert made.model.transformer == 2_243_171_520
     assert made.model.frozen == FAMILY.published["stable-diffusion-3.5-medium"].parameters

@@ -111,8 +111,17 @@ _MEDIUM: dict[str, Any] = {  # stabilityai/stable-diffusion-3.5-medium, transfor
     "dual_attention_layers": list(range(13)),
     "qk_norm": "rms_norm",
 }
+_LARGE = {  # stabilityai/stable-diffusion-3.5-large
+    **_MEDIUM,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
 _FROZEN = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840}
 _FROZEN |= {"text_encoder_3": 4_762_310_656}
+_FROZEN_BYTES = 167_666_902 + 247_323_896 + 1_389_382_176 + 9_524_621_312  # half precision, in the order of the parts
 
 FAMILY = ModelFamily(
     name="sd3",
@@ -136,7 +145,13 @@ FAMILY = ModelFamily(
     cached=("transformer_blocks",),
     published={
         "stable-diffusion-3.5-medium": Published(
-            "Stable Diffusion 3.5 medium", {"transformer": _MEDIUM, "scheduler": {"shift": 3.0}}, _FROZEN
-        )
+            "Stable Diffusion 3.5 medium",
+            {"transformer": _MEDIUM, "scheduler": {"shift": 3.0}},
+            _FROZEN,
+            file_bytes=4_939_433_672 + _FROZEN_BYTES,
+        ),
+        "stable-diffusion-3.5-large": Published(
+            "Stable Diffusion 3.5 large", {"transformer": _LARGE, "scheduler": {"shift": 3.0}}, _FROZEN
+        ),
     },
 )

@@ -19,7 +19,7 @@ from tests.tiny import write_pipeline
 
 MEDIUM = FAMILY.published["stable-diffusion-3.5-medium"].parts["transformer"]
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sd35"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "sd3"
 SMALL = [
     "model.height=64",
     "model.width=64",
