@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc import locate
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from flowalign.config.fields import Takes
+from flowalign.config.words import takes
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MARKED = re.compile(r"(<!-- keys of ([\w.]+) -->\n)(.*?)(<!-- end of keys -->)", re.S)
@@ -77,47 +76,6 @@ def section_in(annotation: Any, between: str = "") -> tuple[type[BaseModel] | No
         if found[0] is not None:
             return found
     return None, ""
-
-
-def takes(annotation: Any, metadata: Any = ()) -> str:
-    """Say what may be written under a key."""
-    metadata = [fact for part in metadata for fact in (part.metadata if isinstance(part, FieldInfo) else [part])]
-    for fact in metadata:
-        if isinstance(fact, Takes):
-            return fact.words
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return takes(arguments[0], [*metadata, *arguments[1:]])
-    if origin in (Union, UnionType):
-        parts = [takes(part, metadata) for part in arguments if part is not type(None)]
-        return " or ".join(parts) + (", or null" if type(None) in arguments else "")
-    if origin is Literal:
-        *names, last = (f"`{value}`" for value in arguments)
-        return f"{', '.join(names)} or {last}" if names else last
-    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
-        return f"list: {takes(arguments[0])}"
-    if origin is tuple:
-        return f"list of {len(arguments)}: {takes(arguments[0])}"
-    if origin is dict:
-        return "mapping" if arguments[1] is Any else f"mapping of {takes(arguments[0])} to {takes(arguments[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
-    if annotation is bool:
-        return "`true` or `false`"
-    if annotation in (int, float):
-        return ("whole number" if annotation is int else "number") + limits(metadata)
-    return {str: "text"}.get(annotation, "anything")
-
-
-def limits(metadata: Any) -> str:
-    """Say between which numbers one lies."""
-    low = high = ""
-    for fact in metadata:
-        if isinstance(fact, Ge | Gt):
-            low = f" from {fact.ge}" if isinstance(fact, Ge) else f" above {fact.gt}"
-        if isinstance(fact, Le | Lt):
-            high = f" to {fact.le}" if isinstance(fact, Le) else f" to below {fact.lt}"
-    return f",{low.removeprefix(' from')} or more" if low.startswith(" from") and not high else low + high
 
 
 def default_of(field: FieldInfo) -> str:

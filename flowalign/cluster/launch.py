@@ -19,6 +19,7 @@ from flowalign.cluster.errors import ClusterError
 from flowalign.cluster.packed import check_hides_nothing
 from flowalign.cluster.tokens import own_token
 from flowalign.config.section import ConfigError
+from flowalign.config.words import advice
 from flowalign.record.textfiles import TextError, read_text
 from rewards.errors import one_line
 from rewards.missing import hint
@@ -77,7 +78,13 @@ def _explain(error: ValidationError) -> str:
         "address": "the dashboard's http://host:port, 8265 by default",
         "runs_dir": "an absolute path that every node shares",
     }
-    return f"{key}: {first['msg']}" + (f"; give {wanted[key]}" if key in wanted else "")
+    if first["type"] == "missing":
+        said = "is missing"
+    else:
+        said = f"got {first['input']!r}"
+        if first["type"] != "string_pattern_mismatch":
+            said += f"; {advice(first, ClusterFile.model_fields.get(str(first['loc'][0])))}"
+    return f"{key}: {said}" + (f"; give {wanted[key]}" if key in wanted else "")
 
 
 def launch(

@@ -10,9 +10,10 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config.alignment import AlignConfig
-from flowalign.config.fields import section_in
+from flowalign.config.fields import fields_along, section_in
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.training import PretrainConfig
+from flowalign.config.words import advice
 from flowalign.intake.elsewhere import hint_for, keys_inside
 
 Key = tuple[str | int, ...]
@@ -67,16 +68,13 @@ def _sentence(error: Any, model: type[BaseModel], prefix: Key) -> tuple[str, str
         return _own_words(str(error["ctx"]["error"]), model, (*prefix, *loc))
     if error["type"] == "string_pattern_mismatch":
         return key, f"got {_shown(error['input'])}; write letters, digits, '.', '_' and '-', a letter or digit first"
-    reason = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        if near := get_close_matches(str(error["input"]), choices, n=1):
-            reason += f"; did you mean {near[0]}?"
+    *_, field = (None, *fields_along(model, dotted(loc)))
+    reason = advice(error, field)
     if isinstance(error["input"], str) and re.fullmatch(r"[-+]?\d+,\d+", error["input"].strip()):
         whole = error["type"].startswith("int")
         text = error["input"].strip().replace(",", "" if whole else ".")
         reason += f"; write it {'without a comma' if whole else 'with a point'}: {text}"
-    return key, f"got {_shown(error['input'])}, {reason}"
+    return key, f"got {_shown(error['input'])}; {reason}"
 
 
 def _example(model: type[BaseModel], loc: Key) -> str:

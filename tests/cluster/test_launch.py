@@ -41,9 +41,10 @@ def test_shipped_cluster_files_are_valid(name: str) -> None:
     ("content", "message"),
     [
         ({"address": "http://h:1", "runs_dir": "/r", "tokenenv": "T"}, "unknown key 'tokenenv'.*mean 'token_env'"),
-        ({"address": "h:1", "runs_dir": "/r"}, "address: .*give the dashboard's http://host:port"),
+        ({"address": "h:1", "runs_dir": "/r"}, "address: got 'h:1'; give the dashboard's http://host:port"),
         ({"address": "http://h:1", "runs_dir": "runs"}, "runs_dir: .*give an absolute path that every node shares"),
-        ({"runs_dir": "/r"}, "address: Field required"),
+        ({"runs_dir": "/r"}, "address: is missing; give the dashboard's http://host:port"),
+        ({"address": "http://h:1", "runs_dir": "/r", "python": 3}, "python: got 3; write a text$"),
     ],
 )
 def test_wrong_cluster_file_names_key_and_remedy(tmp_path: Path, content: dict[str, str], message: str) -> None:

@@ -155,7 +155,7 @@ def test_every_wild_number_of_every_key_is_refused_or_planned(config_path: Path,
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("learner.optimizer.betas=[0.9, 1.0]", "learner.optimizer.betas.1: got 1.0, input should be less than 1"),
+        ("learner.optimizer.betas=[0.9, 1.0]", "learner.optimizer.betas.1: got 1.0; write a number from 0 to below 1"),
         ("cluster.reward_deadline_s=.inf", "cluster.reward_deadline_s: is inf; every number"),
         ("cluster.reward_deadline_s=1e30", "cluster.reward_deadline_s: got 1e+30, at most 10,000,000 is possible"),
         ("cluster.threads=1000000", "cluster.threads: got 1,000,000, at most 1,024 is possible"),

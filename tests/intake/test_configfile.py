@@ -119,12 +119,26 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("rewards=[]", "rewards: flow_grpo needs at least one reward"),
         ("algorithm.type=flow_gpro", "did you mean flow_grpo?"),
         ("algorithm.type=rectified_flow", "algorithm."),
-        ("algorithm.group_size=1", "algorithm.group_size: got 1, input should be greater than or equal to 2"),
+        ("algorithm.group_size=1", "algorithm.group_size: got 1; write a whole number, 2 or more"),
         ("algorithm.kind=flaw", "did you mean flow?"),
         ("algorithm.window.size=12", "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
         ("algorithm.window={kind: random, size: 4, stop: 3}", "algorithm.window: no 4 noisy steps"),
         ("learner.engine=deepspede", "learner.engine: got 'deepspede'"),
-        ("learner.micro_batch_size=0", "learner.micro_batch_size: got 0"),
+        ("learner.micro_batch_size=0", "learner.micro_batch_size: got 0; write a whole number, 1 or more"),
+        ("learner.micro_batch_size=1.5", "learner.micro_batch_size: got 1.5; write a whole number, 1 or more"),
+        ("learner.micro_batch_size=many", "learner.micro_batch_size: got 'many'; write a whole number, 1 or more"),
+        ("model.height=tall", "model.height: got 'tall'; write a whole number, 1 or more, or null"),
+        ("learner.optimizer.learning_rate=0", "learner.optimizer.learning_rate: got 0; write a number above 0"),
+        ("learner.zero_stage=4", "learner.zero_stage: got 4; write a whole number from 0 to 3"),
+        ("min_valid_fraction=-0.1", "min_valid_fraction: got -0.1; write a number from 0 to 1"),
+        ("learner.optimizer.betas=[0.9]", "learner.optimizer.betas.1: is missing"),
+        ("learner.compile=maybe", "learner.compile: got 'maybe'; write true or false"),
+        ("algorithm.window.size=0", "algorithm.window.size: got 0; write a whole number, 1 or more"),
+        ("data.task_weights={colors: -1}", "data.task_weights.colors: got -1; write a whole number, 0 or more"),
+        (
+            "algorithm={type: opd, teachers: {t: {path: model, guidance_until: 2}}}",
+            "algorithm.teachers.t.guidance_until: got 2; write a number from 0 to 1",
+        ),
         ("learner.updates_per_iteration=25", "25 updates on 1 ranks need as many transitions; an iteration has 24"),
         ("learner={engine: fsdp, zero_stage: 1}", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
         (
@@ -137,7 +151,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("rewards=3.5", "rewards.0: "),
         ("learner.zero_stage=1", "learner.zero_stage: ZeRO needs learner.engine=deepspeed"),
         ("model.path=absent", "is not a directory; give a pipeline directory"),
-        ("model.lora={rank: 2, targets: []}", "model.lora.targets: "),
+        ("model.lora={rank: 2, targets: []}", "model.lora.targets: got []; write a list of 1 or more"),
         ("data.task_weights={1: 3}", "data.task_weights: no prompt has the task '1'"),
         ("model.type=sd4", "model.type: no model family 'sd4'; did you mean sd3?"),
         ("model.height=60", "model.height: image size 60x64: both sides must be multiples of 16"),
@@ -146,7 +160,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("evaluation.prompts=absent.jsonl", "evaluation.prompts: "),
         ("evaluation.weights=ema", "evaluation.weights: ema needs learner.ema_decay"),
         ("cluster.device=gpu", "cluster.device: got 'gpu'; write cpu, cuda or cuda:N"),
-        ("iterations=null", "iterations: got None"),
+        ("iterations=null", "iterations: got None; write a whole number, 1 or more"),
         ("model.height=512", "model.height: image size 512x64: the model's table of positions ends at 128 pixels a si"),
         ("model.width=144", "model.width: image size 64x144: the model's table of positions ends at 128 pixels a side"),
         ("algorithm={type: opd, teachers: {t: {path: model}}, height: 1}", "algorithm.height: unknown key"),
@@ -177,7 +191,7 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("name=12:30:00", "name: got '12:30:00'; write letters, digits, '.', '_' and '-', a letter or digit first"),
         ("name=", "name: got ''; write letters"),
         (f"name={'a' * 300}", "name: got 'aaa"),
-        ("logging.wandb=on", "logging.wandb: got 'on', input should be 'offline', 'online' or 'disabled'"),
+        ("logging.wandb=on", "logging.wandb: got 'on'; write offline, online or disabled"),
         ("learner.engine=no", "learner.engine: got 'no'"),
         ("cluster.device=0", "cluster.device: got '0'; write cpu, cuda or cuda:N"),
         ("data.prompts=" + "x" * 300, "data.prompts: "),
@@ -394,7 +408,7 @@ def test_weights_that_were_called_policy_are_those_called_model(config_path: Pat
     assert older == new
     begun = new.model_copy(update={"algorithm": {**new.algorithm, "rollout_weights": "policy"}})  # as it was recorded
     refuse_changes(begun, new, Path("runs/x"))
-    with pytest.raises(ConfigError, match=r"^evaluation.weights: got 'polici', input should be 'model' or 'ema'"):
+    with pytest.raises(ConfigError, match=r"^evaluation.weights: got 'polici'; write model or ema"):
         load_align(config_path, ["evaluation.weights=polici"])
 
 

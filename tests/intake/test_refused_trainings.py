@@ -46,6 +46,23 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
     ("changes", "said"),
     [
         ({"sampling": {"num_steps": 3}}, "sampling: is evaluation now"),
+        ({"batch_size": 4}, "batch_size: is learner.batch_size now$"),
+        (
+            {"micro_batch_size": 0.5, "batch_size": 0},
+            "batch_size: is learner.batch_size now; micro_batch_size is learn",
+        ),
+        ({"learner": {"batch_size": 0}}, "learner.batch_size: got 0; write a whole number, 1 or more$"),
+        (
+            {"learner": {"optimizer": {"batch_size": 4}}},
+            "learner.optimizer.batch_size: unknown key; did you mean learner.",
+        ),
+        (
+            {
+                "iterations": None,
+                "phases": [{"iterations": 3, "learning_rate": 1e-3, "max_sequence_lengths": {600: 1}}],
+            },
+            "phases.0.max_sequence_lengths.600: got 600; write a whole number from 1 to 512$",
+        ),
         ({"betas": [0.9, 0.99], "threads": 1}, "betas: is learner.optimizer.betas now; threads is cluster.threads"),
         ({"captions": {"synthetic": 0.5}}, r"captions.synthetic: \S+bank has no such captions; it has original"),
         (
@@ -93,8 +110,8 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
             " prompt$",
         ),
         ({"seed": 1234}, "evaluation.seed: 1234 is the run's own seed"),
-        ({"learner": {"ema_decay": None}}, "learner.ema_decay: got None, input should be a valid number$"),
-        ({"learner": {"ema_decay": [0.9, 1.5]}}, "learner.ema_decay.1: got 1.5, input should be less than 1$"),
+        ({"learner": {"ema_decay": None}}, "learner.ema_decay: got None; write a number from 0 to below 1$"),
+        ({"learner": {"ema_decay": [0.9, 1.5]}}, "learner.ema_decay.1: got 1.5; write a number from 0 to below 1$"),
         ({"validation": {"latents": "none"}}, r"validation.latents: \S+none holds no latents"),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best: is 1, and nothing says which are best; give evalu"),
         (
