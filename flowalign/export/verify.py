@@ -54,11 +54,12 @@ class Probe:
     latents: dict[float, Tensor]
 
 
-def _errors(velocity: float, found: dict[float, Tensor], expected: Probe) -> Errors:
+def _errors(velocity: float, found: dict[float, Tensor], expected: Probe, *, passes: bool) -> Errors:
+    """Return the differences; ``passes`` tells whether guidance is made of two, which magnifies their rounding."""
     pairs = [(g, found[g], made) for g, made in expected.latents.items()]
     return Errors(
         velocity,
-        largest([share(f, made) / _amplification(g) for g, f, made in pairs]),
+        largest([share(f, made) / (_amplification(g) if passes else 1) for g, f, made in pairs]),
         sum(len(made) for _, _, made in pairs),
         largest([float((f - made).abs().max()) for _, f, made in pairs]),
         largest([float(made.abs().max()) for _, _, made in pairs]),
@@ -104,27 +105,29 @@ def probe(policy: Policy, config: Sampled) -> Probe:
 def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sampled) -> Errors:
     """Compare velocity and latents of the public pipeline with the probe's: the largest differences, see `share`.
 
-    Those of guided latents are divided by what guidance makes of rounding.
+    Those of latents that two passes guide are divided by what guidance makes of rounding.
     """
     prompts, noise, length = list(PROBE_PROMPTS), expected.noise_NCHW, config.model.max_sequence_length
     pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
     text = text_rows(family, [family.encode(pipeline, prompt, length) for prompt in prompts])
-    extra = len(pipeline.transformer.config.get(CONFIG_KEY) or ())
+    extra = pipeline.transformer.config.get(CONFIG_KEY) or ()
     # A family walks levels of its own on every grid.
     even = config.evaluation.grid == "paper" and (pipeline.transformer.config.get(PATH_FAMILY) or "rf") == "rf"
     told = pipeline.scheduler.config["num_train_timesteps"]  # of the time
     if family.inputs is not None:  # the velocity at the time itself, unguided
-        zeros = torch.zeros(len(prompts), extra, device=noise.device)
+        zeros = torch.zeros(len(prompts), len(extra), device=noise.device)
         text[family.inputs] = torch.cat([text[family.inputs], zeros], 1)
     t, unguided = torch.full((len(prompts),), PROBE_TIME, device=noise.device), torch.ones(len(prompts))
-    guidance = unguided.to(noise.device) if family.takes_guidance(pipeline.transformer.config) else None
+    takes = family.takes_guidance(pipeline.transformer.config)
+    guidance = unguided.to(noise.device) if takes else None
     velocity = family.forward(pipeline.transformer, noise, t, text, ticks=told, guidance=guidance)
     levels = even_levels(PROBE_STEPS) if even else None
     found = {
         scale: PublicWalk(family, prompts, noise, Guidance(scale), PROBE_STEPS, length, sigmas=levels).latents(pipeline)
         for scale in expected.latents
     }
-    return _errors(share(velocity, expected.velocity_NCHW), found, expected)
+    passes = not takes and "guidance" not in extra
+    return _errors(share(velocity, expected.velocity_NCHW), found, expected, passes=passes)
 
 
 def even_levels(count: int) -> list[float]:

@@ -20,7 +20,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.guidance import SCALES
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import RewardConfig, SamplingConfig
+from flowalign.config.sections import ModelConfig, RewardConfig, SamplingConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.engine.device import check_device
 from flowalign.intake import check as checks
@@ -32,6 +32,7 @@ from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import Config, resolve_run
+from flowalign.models.checked import teacher_model
 from flowalign.record.checkpoint import has_any
 from flowalign.record.contents import put, relocated
 from flowalign.record.earlier import is_of_0_1, moved_keys, training_of_0_1
@@ -279,21 +280,22 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
     yield partial(promptcheck.check_tasks_taught, config, needs)
-    for key, scale in _scales(config.algorithm, needs):
-        yield partial(promptcheck.check_guided, key, scale, config.model, prompts)
+    for key, scale, model in _scales(config, needs):
+        yield partial(promptcheck.check_guided, key, scale, model, prompts)
     yield from _evaluation_checks(config, base)
     here = config.cluster.backend == "local" or config.cluster.address is None
     yield partial(check_device, "cluster.device", config.cluster.device, here)
     yield partial(config.cluster.check_cores, config.learner.ranks, len(needs.teachers))
 
 
-def _scales(algorithm: Mapping[str, Any], needs: Needs) -> Iterator[tuple[str, float]]:
-    """Give the scales of guidance that a file gives an algorithm and its teachers, by their keys."""
-    for name, value in algorithm.items():
+def _scales(config: AlignConfig, needs: Needs) -> Iterator[tuple[str, float, ModelConfig]]:
+    """Give the scales of guidance of an algorithm and of its teachers by their keys, and the model that each is of."""
+    for name, value in config.algorithm.items():
         if name.endswith("guidance_scale") and isinstance(value, int | float):
-            yield f"algorithm.{name}", value
+            yield f"algorithm.{name}", value, config.model
     for name, teacher in needs.teachers.items():
-        yield from ((f"algorithm.teachers.{name}.{key}", getattr(teacher, key)) for key in SCALES)
+        own = teacher_model(teacher, config.model)
+        yield from ((f"algorithm.teachers.{name}.{key}", getattr(teacher, key), own) for key in SCALES)
 
 
 def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[PretrainConfig]:

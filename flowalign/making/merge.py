@@ -19,6 +19,7 @@ from flowalign.export.writing import save_pipeline, widen_encoders
 from flowalign.intake.recorded import config_of
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights
+from flowalign.models.directory import is_pipeline
 from flowalign.models.encoding import Encoding, encoding
 from flowalign.models.loading import assembled
 from flowalign.models.merge import MergeError, add, check_architecture, fuse_lora, shares
@@ -77,7 +78,7 @@ def merge(
     """
     if len(sources) < 2:
         raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
-    if which != "model" and all(map(_is_pipeline, sources)):
+    if which != "model" and all(map(is_pipeline, sources)):
         raise MergeError(f"--weights: a pipeline has one set of weights, not {which}; leave it out")
     portions = shares(weights, len(sources))
     check_place(to, overwrite)
@@ -137,19 +138,15 @@ def _average(
 
 def _open(path: Path, which: str, first: Sampled | None, base: Path | None) -> Source:
     """Open a source with full weights in float32; text length and image size are the first one's."""
-    config = config_of(path, None, None if _is_pipeline(path) else base)
+    config = config_of(path, None, None if is_pipeline(path) else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
     model = config.model.model_copy(update={"dtype": "float32", **sizes})
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
     config = config.on("cpu").model_copy(update={"model": model})
-    policy, state = open_policy(path, config, "model" if _is_pipeline(path) else which)
+    policy, state = open_policy(path, config, "model" if is_pipeline(path) else which)
     fuse_lora(policy.network)
     return Source(path, config, policy, state.get("base_hash"))
-
-
-def _is_pipeline(path: Path) -> bool:
-    return (path / "model_index.json").is_file()
 
 
 def _check_encoders(path: Path, its: Encoding, first: Path, own: Encoding) -> None:

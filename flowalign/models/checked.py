@@ -9,7 +9,14 @@ from flowalign.config.guidance import GUIDANCE_KEYS, GuidanceKeys, guidance_fact
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
-from flowalign.models.directory import Directory, check_directory, family_of_model, network_inputs, open_directory
+from flowalign.models.directory import (
+    Directory,
+    check_directory,
+    family_of_model,
+    is_pipeline,
+    network_inputs,
+    open_directory,
+)
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily, family_of, known_families
 from flowalign.record.checkpoint import CheckpointError, find
@@ -90,17 +97,24 @@ def check_cached(key: str, model: ModelConfig) -> None:
         raise ConfigError(key, f"the networks of {family.title} have no blocks that a cache knows how to skip")
 
 
+def teacher_model(teacher: TeacherConfig, student: ModelConfig) -> ModelConfig:
+    """Return the model that a teacher's network is of: its own pipeline, or that of the student, whose run it is."""
+    if not is_pipeline(Path(teacher.path)):
+        return student
+    return student.model_copy(update={"path": teacher.path, "type": None, "inputs": None})
+
+
 def check_teacher(key: str, teacher: TeacherConfig, model: ModelConfig) -> tuple[int, int, int] | None:
     """Return the shape of a teacher's latents, None for a run.
 
     A teacher is a pipeline, or a run or checkpoint of this very model, whose latents are the model's.
     """
     path = Path(teacher.path)
-    if (path / "model_index.json").is_file():
+    if is_pipeline(path):
         if teacher.weights != "model":
             raise ConfigError(f"{key}.weights", f"{path} is a pipeline, which has one set of weights; leave it out")
         shape = check_pipeline(f"{key}.path", path, model)
-        check_guidance(f"{key}.", teacher, model.model_copy(update={"path": str(path), "type": None, "inputs": None}))
+        check_guidance(f"{key}.", teacher, teacher_model(teacher, model))
         return shape
     check_guidance(f"{key}.", teacher, model)
     try:

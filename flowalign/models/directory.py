@@ -5,7 +5,7 @@ Nothing here imports diffusers or reads weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, Published, TextPart, family_of, known_families
-from flowalign.models.mistaken import no_pipeline
+from flowalign.models.mistaken import another_pipeline, no_pipeline
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.record.files import stays_below
 from flowalign.record.textfiles import TextError, read_object
@@ -149,11 +149,14 @@ def family_of_model(model: ModelConfig) -> ModelFamily:
             return found[0]
         raise _absent(path, families)
     name = pipeline_class(path)
-    if name == OWN_PIPELINE[1]:
-        name = next(iter(_own_base(path)), name)
+    own = next((family for family in families if family.network == _network_class(path)), None)
+    if own is not None and name in (own.pipeline, OWN_PIPELINE[1]):
+        return own
     for family in families:
         if family.pipeline == name:
             return family
+    if own is not None:
+        _refuse_another_pipeline(path, own)
     known = ", ".join(f"{family.pipeline} ({family.name})" for family in families)
     raise ModelError(f"model.path: {path} holds a {name}, which no family here loads; known: {known}")
 
@@ -180,6 +183,11 @@ def refuse_absent(family: ModelFamily, model: ModelConfig) -> None:
         raise ModelError(f"model.family: {family.title} is of the straight path alone; write rf, or leave it out")
 
 
+def is_pipeline(path: Path) -> bool:
+    """Tell whether a directory says that it is a pipeline; a run or a checkpoint does not."""
+    return (path / INDEX).is_file()
+
+
 def pipeline_class(directory: Path) -> str:
     """Return the class that a directory's ``model_index.json`` names. Raise ModelError where there is none."""
     if (reason := no_pipeline(directory)) is not None:
@@ -188,12 +196,17 @@ def pipeline_class(directory: Path) -> str:
     return str(name[-1] if isinstance(name, list) and name else name)
 
 
-def _own_base(directory: Path) -> Iterator[str]:
-    """Give the class of the pipeline that an export of ours with a pipeline of its own stands for."""
-    network = (_read(directory / INDEX).get("transformer") or [None, None])[-1]
-    for family in map(family_of, known_families()):
-        if family.network == network:
-            yield family.pipeline
+def _network_class(directory: Path) -> str | None:
+    """Return the class that a directory's index names for the network."""
+    named = _read(directory / INDEX).get("transformer")
+    return named[-1] if isinstance(named, list) and named else None
+
+
+def _refuse_another_pipeline(directory: Path, family: ModelFamily) -> None:
+    """Raise ModelError where a directory names another pipeline of diffusers' over a network of the family."""
+    name = _read(directory / INDEX).get("_class_name")
+    if isinstance(name, str) and _network_class(directory) == family.network:
+        raise ModelError(f"model.path: {another_pipeline(directory, name, family.title, family.pipeline)}")
 
 
 def check_directory(family: ModelFamily, directory: Path) -> None:
@@ -201,6 +214,7 @@ def check_directory(family: ModelFamily, directory: Path) -> None:
     name = pipeline_class(directory)
     of_ours = family.own_pipeline is not None and _read(directory / INDEX).get("_class_name") == list(OWN_PIPELINE)
     if name != family.pipeline and not of_ours:
+        _refuse_another_pipeline(directory, family)
         raise ModelError(
             f"model.path: {directory} holds a {name}; models of type {family.name} need a {family.pipeline}"
         )

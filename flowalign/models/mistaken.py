@@ -1,4 +1,4 @@
-"""What a path is that is no pipeline directory, and what to give instead."""
+"""What a path is that is no pipeline directory, or that of another pipeline, and what to give instead."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ def no_pipeline(path: Path) -> str | None:
     if (path / "model_index.json").is_file():
         return None
     return f"{path} has no model_index.json{_instead(path)}"
+
+
+def another_pipeline(path: Path, name: str, title: str, pipeline: str) -> str:
+    """Return what to do with a directory whose index names the pipeline ``name`` over a network of a known family.
+
+    It is not taken for the family's ``pipeline``: no file says whether such a model, which may be made to change a
+    picture, samples from text alone as that one does.
+    """
+    return (
+        f"{path} holds a {name} over a network of {title}; only what a {pipeline} samples from text alone is aligned. "
+        f"Where it can, save its parts as one, by diffusers' {pipeline}.from_pretrained(…).save_pretrained(NEW), and "
+        "look at that: flowalign doctor NEW"
+    )
 
 
 def _instead(path: Path) -> str:

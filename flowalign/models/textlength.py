@@ -13,7 +13,7 @@ from typing import Any
 
 from flowalign.config.sections import ModelConfig
 from flowalign.models.customcode import refuse_custom_code
-from flowalign.models.directory import family_of_model
+from flowalign.models.directory import INDEX, family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
 
@@ -99,5 +99,11 @@ def _cut_note(directory: Path, prompts: Iterable[str]) -> str:
     if not count:
         return ""
     said = f"{count} {'is' if count == 1 else 'are'} longer than the {limit} tokens that CLIP reads; the rest"
-    t5 = (directory / "text_encoder_3").is_dir()
-    return f"{said} of {'it' if count == 1 else 'them'} is " + ("for T5 alone" if t5 else "cut off")
+    return f"{said} of {'it' if count == 1 else 'them'} is " + ("for T5 alone" if _has_t5(directory) else "cut off")
+
+
+def _has_t5(directory: Path) -> bool:
+    """Tell whether a pipeline has a T5 beside its first text encoder, and the folder is there."""
+    named = read_object(directory / INDEX)
+    encoders = (part for part in named if part.startswith("text_encoder") and (directory / part).is_dir())
+    return any(str((named[part] or [None])[-1]).startswith("T5") for part in encoders)

@@ -11,7 +11,8 @@ from typing import Any
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.models.directory import open_directory
+from flowalign.models.checked import teacher_model
+from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import ModelSizes, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry
@@ -56,9 +57,8 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
     geometry = plan_geometry(config, algorithm)
     sizes, teachers = inspect_model(config.model), {}
     for name, teacher in algorithm.needs.teachers.items():
-        if (Path(teacher.path) / "model_index.json").is_file():
-            own = config.model.model_copy(update={"path": teacher.path, "type": None})
-            teachers[name] = inspect_model(own)
+        if is_pipeline(Path(teacher.path)):
+            teachers[name] = inspect_model(teacher_model(teacher, config.model))
     memory = plan_memory(config, algorithm.needs, geometry, sizes, teachers)
     return Plan(
         geometry,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
@@ -13,6 +12,7 @@ from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow.guidance import guidance_of, guides
 from flowalign.flow.solvers import evaluations
+from flowalign.models.checked import teacher_model
 from flowalign.models.directory import network_inputs
 from flowalign.types import Guidance
 
@@ -92,10 +92,5 @@ def _passes(guidance: Guidance, inputs: Sequence[str]) -> int:
 
 
 def _teacher_passes(teacher: TeacherConfig, student: ModelConfig) -> int:
-    """Return the evaluations of a teacher.
-
-    One that is no pipeline is a run of the model, and takes what the model takes.
-    """
-    own = {"path": teacher.path, "type": None, "inputs": None}
-    is_pipeline = (Path(teacher.path) / "model_index.json").is_file()
-    return _passes(guidance_of(teacher), network_inputs(student.model_copy(update=own) if is_pipeline else student))
+    """Return the evaluations of a teacher."""
+    return _passes(guidance_of(teacher), network_inputs(teacher_model(teacher, student)))

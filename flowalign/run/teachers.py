@@ -15,12 +15,13 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
+from flowalign.models.directory import is_pipeline
 from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
 from flowalign.models.guided import frozen
 from flowalign.models.network import Network
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.samples.opened import is_pipeline, model_of, open_network, torch_threads
+from flowalign.samples.opened import model_of, open_network, torch_threads
 from flowalign.types import Condition
 
 

@@ -23,6 +23,7 @@ from flowalign.flow.guidance import guidance_of
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_encoders, load_network
+from flowalign.models.directory import is_pipeline
 from flowalign.models.network import Network
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
@@ -58,10 +59,6 @@ def model_of(path: Path, config: Sampled) -> ModelConfig:
     if not is_pipeline(path):
         return config.model
     return config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
-
-
-def is_pipeline(path: Path) -> bool:
-    return (Path(path) / "model_index.json").is_file()
 
 
 def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[Network, dict[str, Any]]:

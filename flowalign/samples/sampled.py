@@ -22,6 +22,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
 from flowalign.models.checked import check_cached, check_guidance
+from flowalign.models.directory import is_pipeline
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
@@ -31,7 +32,6 @@ from flowalign.samples.opened import (
     Progress,
     Which,
     asked,
-    is_pipeline,
     model_of,
     open_policy,
     policy_plan,

@@ -10,16 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flowalign.cli import app
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.doctor import trained
 from flowalign.doctor.files import look_at
 from flowalign.doctor.model import reasonable_size
 from flowalign.doctor.translated import guidance
+from flowalign.models.checked import check_pipeline
 from flowalign.models.directory import Directory
 from flowalign.models.families import sd3
 from flowalign.models.family import family_of
@@ -175,8 +179,13 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
     "an unknown option": (lambda m: edit(m / SCHEDULER, zigzag=True), "the option zigzag is none of"),
     "another scheduler": (lambda m: edit(m / SCHEDULER, _class_name="DPMSolverMultistepScheduler"), "has a DPMSolver"),
     "another pipeline": (
-        lambda m: edit(m / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        lambda m: edit(m / "model_index.json", _class_name="StableDiffusionXLPipeline", transformer=[None, None]),
         "holds a StableDiffusionXLPipeline, which no family here loads; known: ",
+    ),
+    "another pipeline over the same parts": (
+        lambda m: edit(m / "model_index.json", _class_name="StableDiffusion3Img2ImgPipeline"),
+        "holds a StableDiffusion3Img2ImgPipeline over a network of Stable Diffusion 3; only what a "
+        "StableDiffusion3Pipeline samples from text alone is aligned. Where it can, save its parts as one, by",
     ),
     "code": (lambda m: edit(m / "model_index.json", transformer=["mine", "Mine"]), "names code of its own"),
     "one file": (lambda m: keep_alone(m, "model.safetensors"), "it holds a single-file checkpoint (model.safetensors)"),
@@ -211,6 +220,30 @@ def test_paths_that_are_no_directories_are_refused_with_what_to_give(tiny: Build
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a single-file checkpoint, and a pipeline is a directory" in doctor(tmp_path / "model.safetensors")[2]
     assert "is a file, and a pipeline is a directory" in doctor(model / "model_index.json")[2]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "pipeline"),
+    [
+        ("flux-dev", "FluxKontextPipeline", "FluxPipeline"),
+        ("qwen_image", "QwenImageEditPipeline", "QwenImagePipeline"),
+        ("z_image", "ZImageImg2ImgPipeline", "ZImagePipeline"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_another_pipeline_over_known_parts_is_refused_with_what_to_do(
+    tiny: Build, tmp_path: Path, family: str, name: str, pipeline: str, named: bool
+) -> None:
+    """What is told to do works: diffusers loads the parts as the family's pipeline, which is accepted."""
+    model = shutil.copytree(tiny(family), tmp_path / "model")
+    edit(model / "model_index.json", _class_name=name)
+    asked = ModelConfig(path=str(model), type=family.partition("-")[0] if named else None)
+    with pytest.raises(
+        ConfigError, match=rf"^model\.path: \S+ holds a {name} over a network of .*{pipeline}\.from_pre"
+    ):
+        check_pipeline("model.path", model, asked)
+    getattr(diffusers, pipeline).from_pretrained(str(model)).save_pretrained(str(tmp_path / "own"))
+    check_pipeline("model.path", tmp_path / "own", asked.model_copy(update={"path": str(tmp_path / "own")}))
 
 
 @pytest.mark.parametrize(

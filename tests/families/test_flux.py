@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from flowalign.algorithms import build_algorithm
+from flowalign.export.verify import Probe, _errors
 from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
 from flowalign.models.loading import assembled
 from flowalign.models.packing import packed, unpacked
+from flowalign.models.textlength import prompt_note
 from flowalign.run.roles import roles_of
 from flowalign.samples.opened import open_policy
 from tests.families.ours import LENGTH, our_latents, our_policy, write_run
@@ -83,6 +85,21 @@ def test_a_loss_without_guidance_asks_at_the_number_of_the_rollouts(tiny: Build,
     for role in ("policy", "reference"):
         assert torch.equal(roles[role](noise, time, condition), expected)
     assert not torch.equal(policy.network.velocity(noise, time, condition, guidance=1.0), expected)
+
+
+def test_guidance_that_is_an_input_excuses_no_rounding() -> None:
+    """A difference of 0.1 beside 2 is 0.05 of it; two passes at guidance 3 magnify rounding by 3 + 2."""
+    expected, found = (
+        Probe(torch.zeros(1), torch.zeros(1), {3.0: torch.full((1, 2), 2.0)}),
+        {3.0: torch.full((1, 2), 2.1)},
+    )
+    for passes, error in ((False, 0.05), (True, 0.01)):
+        assert _errors(0.0, found, expected, passes=passes).latents == pytest.approx(error)
+
+
+def test_what_clip_does_not_read_is_said_to_be_for_t5_alone(tiny: Build) -> None:
+    said = "1 is longer than the 77 tokens that CLIP reads; the rest of it is for T5 alone"
+    assert prompt_note(tiny("flux-dev"), [SHORT, "a photo of a dog " * 40]) == said
 
 
 def test_a_lora_lies_on_both_kinds_of_blocks(tiny: Build) -> None:

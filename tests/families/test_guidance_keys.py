@@ -151,6 +151,20 @@ def test_a_teacher_s_own_network_decides(tiny: Build, tmp_path: Path) -> None:
         load_align(path, teachers("flux-schnell"))
 
 
+def test_a_teacher_is_led_away_from_what_its_own_pipeline_takes(tiny: Build, tmp_path: Path) -> None:
+    """Schnell's guidance is two passes, which need a negative prompt; dev's is an input, and needs none."""
+
+    def teaches(student: str, teacher: str, *changes: str) -> None:
+        one = f"{{path: {tiny(teacher)}, guidance_scale: 2}}"
+        opd = [f"algorithm={{type: opd, num_steps: 2, teachers: {{a: {one}}}}}", "rewards=[]"]
+        load_align(write_run(tmp_path, tiny(student)), [*opd, *changes])
+
+    teaches("flux-schnell", "flux-dev")
+    with pytest.raises(ConfigError, match=r"^algorithm\.teachers\.a\.guidance_scale: 2 guides nothing: FLUX\.1"):
+        teaches("flux-dev", "flux-schnell")
+    teaches("flux-dev", "flux-schnell", "model.negative_prompt=blurry")
+
+
 def test_the_commands_take_the_same_keys(tiny: Build, public: Any, tmp_path: Path) -> None:
     """A sample with true guidance has the latents of the public pipeline's second pass from the empty text."""
     directory, out = tiny("flux-dev"), tmp_path / "out"

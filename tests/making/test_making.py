@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from rich.console import Console
@@ -73,6 +74,52 @@ def test_guided_pairs_are_led_away_from_negative_prompts(tmp_path, tiny_pipeline
     assert torch.equal(latents("a", 1.0), latents("b", 1.0, "a green star"))
     with pytest.raises(LatentsError):  # the directory is another's
         latents("plain", 4.0, "a green star")
+
+
+BRIGHT = "def bright(images, *rest):\n    return images.reshape(len(images), -1).mean(1)\n"
+
+
+@pytest.fixture
+def told(tmp_path) -> tuple[str, str]:
+    """Two files of the same prompts; the rows of the second have a negative prompt."""
+    rows = [{"prompt": prompt} for prompt in ("a red star", "two hearts")]
+    for name, more in (("plain", {}), ("led", {"negative_prompt": "a green star"})):
+        lines = (json.dumps({**row, **more}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return str(tmp_path / "plain.jsonl"), str(tmp_path / "led.jsonl")
+
+
+def guided_model(model: Path, scale: float, negative: str | None = None, num_steps: int = 2):
+    own = {"num_steps": num_steps, "seed": 0, "guidance_scale": scale, "negative_prompt": negative}
+    return sampled_model(model, run_config(model), **own)
+
+
+def test_preferences_are_between_images_that_are_led_away_from_negative_prompts(tmp_path, tiny_pipeline_dir, told):
+    (tmp_path / "mine.py").write_text(BRIGHT)
+    reward, (plain, led) = RewardConfig(spec=f"{tmp_path / 'mine.py'}:bright"), told
+
+    def images(name: str, scale: float, prompts: str, negative: str | None = None) -> list[bytes]:
+        out, model = tmp_path / name, guided_model(tiny_pipeline_dir, scale, negative)
+        make_preferences(model, reward, out, prompts=prompts, pairs=2, group_size=2)
+        made = pyarrow.parquet.read_table(next(out.glob("*.parquet"))).to_pylist()
+        return [row[side]["bytes"] for row in made for side in ("jpg_0", "jpg_1")]
+
+    away = images("option", 4.0, plain, "a green star")
+    assert len(away) == 4 and images("rows", 4.0, led) == away
+    assert not set(images("empty", 4.0, plain)) & set(away)
+    assert images("unguided", 1.0, led) == images("plain", 1.0, plain)
+
+
+def test_a_calibration_is_of_walks_that_are_led_away_from_negative_prompts(tmp_path, tiny_pipeline_dir, told):
+    plain, led = told
+
+    def found(scale: float, prompts: str, negative: str | None = None) -> list[float]:
+        model = guided_model(tiny_pipeline_dir, scale, negative, num_steps=6)
+        return calibrate(model, tmp_path / "cache.json", prompts=prompts, num_samples=2, degree=2)["coefficients"]
+
+    away = found(4.0, plain, "a green star")
+    assert found(4.0, led) == away != found(4.0, plain)
+    assert found(1.0, led) == found(1.0, plain)
 
 
 def test_interrupted_pairs_go_on_to_the_same_bytes(tmp_path, tiny_pipeline_dir):

@@ -1,0 +1,44 @@
+"""Preferences of a family whose texts have lengths of their own: each image is what its prompt alone gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from flowalign.config.sections import RewardConfig
+from flowalign.making.preferences import make_preferences
+from flowalign.samples.sampled import sampled_model
+from tests.tiny import run_config
+
+LONG = "a photo of two small dogs that run over the grass near the old house and a blue ball on the green table"
+ROWS = [
+    {"prompt": "a red cube", "negative_prompt": "blurry"},
+    {"prompt": LONG, "negative_prompt": "low quality picture with bad text"},
+]
+
+
+def pairs(model: Path, folder: Path, rows: list[dict[str, str]]) -> set[tuple[str, bytes, bytes]]:
+    """Make the pairs of four groups, guided; return the prompt of each and its images as they were written."""
+    folder.mkdir()
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text("def bright(images, *rest):\n    return images.reshape(len(images), -1).mean(1)\n")
+    config = run_config(model, model={"path": str(model), "max_sequence_length": 96, "height": 64, "width": 64})
+    walked = sampled_model(model, config, num_steps=2, seed=0, guidance_scale=3.0)
+    reward = RewardConfig(spec=f"{folder / 'mine.py'}:bright")
+    make_preferences(walked, reward, folder / "out", prompts=str(folder / "prompts.jsonl"), pairs=4, group_size=2)
+    table = pyarrow.parquet.read_table(next((folder / "out").glob("*.parquet"))).to_pylist()
+    return {(row["caption"], row["jpg_0"]["bytes"], row["jpg_1"]["bytes"]) for row in table}
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_pairs_among_prompts_of_other_lengths_are_those_of_a_prompt_alone(
+    tiny: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    model = tiny(name)
+    together = pairs(model, tmp_path / "both", ROWS)
+    alone = [pairs(model, tmp_path / f"alone{number}", [row]) for number, row in enumerate(ROWS)]
+    assert len(together) == 4 and all(len(together & own) == 2 for own in alone)
