@@ -129,6 +129,11 @@ EXCEPTIONS: tuple[Excepted, ...] = (
         for key in ("true_guidance_scale", "guidance_norm_cap", "guidance_until")
         for file, at in (("*config.yaml", "*"), ("*state.json", "config.*"))
     ),
+    *(
+        Excepted("*", file, f"{at}rollout.{key}", "rollouts may read embeddings from disk")
+        for key in ("text_encoders", "embeddings")
+        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
+    ),
 )
 
 

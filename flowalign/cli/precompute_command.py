@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flowalign.cli.options import Json, finite
+from flowalign.cli.options import Json, NegativePrompt, Overrides, finite
+from flowalign.cli.precompute_prompts import encode_prompts, encode_run, kind_of, needed, refuse_others
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 
@@ -28,9 +29,20 @@ class Stored(StrEnum):
 
 
 def precompute(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a parquet file or a folder; with --hub a name")],
-    to: Annotated[Path, typer.Option("--to", help="directory of the bank")],
-    model: Annotated[str, typer.Option(help="pipeline directory whose encoders are used; shapes is the shipped one")],
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="images: a parquet file or a folder, with --hub a name; prompts: a jsonl file, shapes:train or "
+            "shapes:eval; or a run's CONFIG.yaml",
+        ),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option("--to", help="directory of the bank, or folder of the embeddings")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="pipeline directory whose encoders are used; shapes is the shipped one")
+    ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=caption_llava")
     ] = None,
@@ -59,9 +71,19 @@ def precompute(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     dtype: Annotated[Precision, typer.Option(help="of the encoders")] = Precision.float32,
     workers: Annotated[int, typer.Option(min=1, help="threads that decode images")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="of prompts alone: torch threads, those of the runs")] = 2,
+    negative_prompt: NegativePrompt = None,
     as_json: Json = False,
 ) -> None:
-    """Encode captioned images into a latent bank for pretraining; the same command continues an interrupted one."""
+    """Encode captioned images into a latent bank for pretraining, or prompts into the embeddings that runs read.
+
+    The same command continues an interrupted one.
+    """
+    kind = kind_of(source)
+    refuse_others(context, kind)
+    if kind == "run":
+        encode_run(source, overrides or (), as_json)
+        return
     from flowalign.config.section import ConfigError
     from flowalign.config.sections import SHIPPED, ModelConfig, RewardConfig
     from flowalign.engine.device import check_device
@@ -69,6 +91,7 @@ def precompute(
     from flowalign.record.outputs import check_out
 
     check_device("--device", device)
+    to, model = needed("--to", to), needed("--model", model)
     check_out("--to", to)
     if (deduplicate is None) != (clip is None):
         raise ConfigError("--deduplicate", "goes with --clip, which tells near-duplicates; give both or neither")
@@ -79,7 +102,11 @@ def precompute(
         path=str(SHIPPED / "pipeline") if model == "shapes" else model,
         max_sequence_length=max_sequence_length,
         dtype=dtype.value,
+        negative_prompt=negative_prompt,
     )
+    if kind == "prompts":
+        encode_prompts(source, to, encoders, device, threads, as_json)
+        return
     from flowalign.data.banks.latents import load_bank
     from flowalign.making.bank import Options
     from flowalign.making.bank import precompute as write_bank

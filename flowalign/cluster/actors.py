@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,13 +64,15 @@ class RolloutActor(Mortal):
 
     variables: ClassVar[dict[str, str]] = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
-    def __init__(self, config: RunConfig, name: str, expected: Expected | None = None) -> None:
-        self.config, self.name, self.expected = config, name, expected
+    def __init__(
+        self, config: RunConfig, name: str, texts: Sequence[str] = (), expected: Expected | None = None
+    ) -> None:
+        self.config, self.name, self.texts, self.expected = config, name, texts, expected
 
     def start(self) -> int:
         """Load the model; answers with the process id."""
         with held(self.expected, self.config):
-            self.worker = RolloutWorker(self.config, self.name)
+            self.worker = RolloutWorker(self.config, self.name, self.texts)
         return os.getpid()
 
     def bind(self, weights: Weights, version: int) -> BindReceipt:

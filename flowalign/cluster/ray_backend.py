@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from flowalign.config.run import RunConfig
 from flowalign.plan.stored import stored_bytes
 from flowalign.record.disk import size_text
 from flowalign.run.collecting import Request, collected, requests_of
+from flowalign.run.fixed import texts_without_encoders
 from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
@@ -56,6 +58,7 @@ class RayBackend:
         made: MadeOf | None = None,
         rank: Rank = Rank(),  # noqa: B008 - a value
     ) -> None:
+        config = config.model_copy(update={"runs_dir": os.path.abspath(config.runs_dir)})  # actors work elsewhere
         self.config, self.base_dir, self.say, self._made = config, base_dir.resolve(), say, made
         self._started = self._told = False
         self._cache = cache_rule(config.rollout.cache)
@@ -90,10 +93,11 @@ class RayBackend:
         first_rank = rollout.count + reward.count
         named = self._start_teachers(teacher, first_rank + learner.count)
         self._start_learner(learner, first_rank, named)
+        texts = texts_without_encoders(self.config) if rollout.count else []
         self.rollouts = Pool(
             "rollout",
             rollout.count,
-            lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}", self._expected("model.")),
+            lambda i: self._actor(RolloutActor, rollout, i, threads, f"rollout-{i}", texts, self._expected("model.")),
             self._vigil,
         )
         self._closers.append(self.rollouts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field
@@ -23,10 +24,11 @@ from flowalign.config.sections import (
 )
 
 Precision = Literal["float32", "bfloat16"]
+EMBEDDINGS = ".encoded"  # in the folder of run directories
 
 
 class RolloutConfig(Section):
-    """The geometry of rollouts."""
+    """The geometry of rollouts, and where they have the prompts' embeddings from."""
 
     chunk_size: Positive = 48
     """Samples of one rollout call. It shapes the numbers, the count of workers does not."""
@@ -34,6 +36,19 @@ class RolloutConfig(Section):
     """Images that the autoencoder decodes at once."""
     cache: CacheConfig | None = None
     """ODE steps before and after the window that are skipped, never one inside; null: none."""
+    text_encoders: Annotated[Literal["keep", "drop", "never"], MayChange()] = "keep"
+    """Text encoders of rollout workers. ``keep``: loaded, they encode prompts as these come. ``drop``: before the first
+    iteration all prompts of the run that have no embedding on disk are encoded in a process that ends. ``never``: a
+    prompt without an embedding on disk is refused.
+    """
+    embeddings: Annotated[str | None, Resolved("written"), MayChange()] = None
+    """Folder of the prompts' embeddings, kept by content for all runs; null: `.encoded` in ``runs_dir``, and none where
+    text encoders are kept.
+    """
+
+    @property
+    def keeps_text_encoders(self) -> bool:
+        return self.text_encoders == "keep"
 
 
 class EvaluationConfig(SamplingConfig):
@@ -188,6 +203,17 @@ class RunConfig(Section):
     def network_dtype(self) -> Precision:
         """The precision of a network's passes where that is not the loss's; their result is float32 then."""
         return "float32"
+
+    @property
+    def embeddings(self) -> Path:
+        """The folder of embeddings of prompts."""
+        return Path(self.rollout.embeddings or Path(self.runs_dir, EMBEDDINGS))
+
+    @property
+    def rollout_embeddings(self) -> Path | None:
+        """The folder that rollouts read embeddings from; None: there is none."""
+        named = self.rollout.embeddings is not None or not self.rollout.keeps_text_encoders
+        return self.embeddings if named else None
 
     @property
     def model_as_trained(self) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field
@@ -29,6 +30,11 @@ class SampledConfig(Section):
     """Torch threads."""
     device: str = "cpu"
     """``cpu``, ``cuda`` or ``cuda:N``."""
+
+    @property
+    def rollout_embeddings(self) -> Path | None:
+        """The folder that embeddings of prompts are read from; None: there is none."""
+        return None if self.rollout.embeddings is None else Path(self.rollout.embeddings)
 
     @property
     def reward_device(self) -> str:

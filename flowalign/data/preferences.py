@@ -146,7 +146,7 @@ def load_pairs(config: AlignConfig, encoders: Encoders | None, *, rank: int = 0,
         NotEncoded: without encoders, something is not on disk.
     """
     source, folder = _places(config)
-    cache = EncodedCache(folder, encoders, config.model)
+    cache = EncodedCache(folder, encoders, config.model, config.device)
     if world_size > 1 and encoders is not None:
         # Each rank its own share first, so that they need not all encode everything.
         for row in islice(read_rows(source), rank, None, world_size):

@@ -120,14 +120,28 @@ class GroupSampler:
             metadata=tuple(row for row in chosen for _ in range(self.group_size)),
         )
 
+    def rows(self, iterations: int) -> list[Row]:
+        """Return the rows that so many iterations draw, task after task, each once."""
+        passes, place = divmod(iterations * self.groups, len(self._cycle))
+        found: list[Row] = []
+        for task in dict.fromkeys(self._cycle):
+            pool = self._by_task[task]
+            turns = passes * self._cycle.count(task) + self._cycle[:place].count(task)
+            found += pool if turns >= len(pool) else [pool[i] for i in self._order(task, 0)[:turns].tolist()]
+        return found
+
     def _pick(self, turn: int) -> Row:
         passes, place = divmod(turn, len(self._cycle))
         task = self._cycle[place]
         used = passes * self._cycle.count(task) + self._cycle[:place].count(task)
         pool = self._by_task[task]
+        return pool[int(self._order(task, used // len(pool))[used % len(pool)])]
+
+    def _order(self, task: str, walk: int) -> torch.Tensor:
+        """Return the order of a task's prompts on their ``walk``, counted from 0."""
         index = list(self._by_task).index(task)
-        order = torch.randperm(len(pool), generator=seeded(self.seed, Stream.PROMPT_ORDER, index, used // len(pool)))
-        return pool[int(order[used % len(pool)])]
+        drawn = seeded(self.seed, Stream.PROMPT_ORDER, index, walk)
+        return torch.randperm(len(self._by_task[task]), generator=drawn)
 
 
 def _tag(row: Row) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import Needs
+from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
-from flowalign.config.run import EvaluationConfig
+from flowalign.config.run import EvaluationConfig, RunConfig
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig, RewardConfig
 from flowalign.models.directory import family_of_model
@@ -57,6 +57,25 @@ def check_guided(key: str, scale: float, model: ModelConfig, source: str | None)
         check_negatives(model, scale, rows, true=key.endswith("true_guidance_scale"))
     except ModelError as error:
         raise ConfigError(key, str(error)) from error
+
+
+def check_embedded(config: RunConfig, algorithm: Algorithm) -> None:
+    """Check that every prompt has an embedding on disk where nothing may encode one."""
+    from flowalign.data.banks.bank import LatentsError
+    from flowalign.data.prompts import PromptsError
+    from flowalign.models.embeddings import Embeddings
+    from flowalign.run.encoded import refuse_missing
+    from flowalign.samples.opened import torch_threads
+    from flowalign.samples.texts import texts_of_run
+
+    if config.rollout.text_encoders != "never":
+        return
+    try:
+        with torch_threads(config.threads):
+            embeddings = Embeddings(config.embeddings, config.model, config.device)
+            refuse_missing(config, embeddings, texts_of_run(config, algorithm))
+    except (PromptsError, LatentsError, ModelError):
+        return  # check_prompts, check_model and the run say it
 
 
 def check_captions(evaluation: EvaluationConfig) -> None:

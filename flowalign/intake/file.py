@@ -199,6 +199,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
+    missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
     return Loaded(config, base, tuple(missing))
 
 
@@ -317,7 +318,9 @@ def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[P
     check_device("cluster.device", config.device, here)
     config.cluster.check_cores(config.learner.ranks, 0, makes_images=config.makes_images)
     missing = _lacking(_evaluation_checks(config, base), require_files=True)
-    return Loaded(_walked(config, algorithm, "evaluation", config.evaluation), base, tuple(missing))
+    config = _walked(config, algorithm, "evaluation", config.evaluation)
+    promptcheck.check_embedded(config, algorithm)
+    return Loaded(config, base, tuple(missing))
 
 
 def _walked(

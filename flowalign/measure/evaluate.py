@@ -108,7 +108,7 @@ def evaluate_checkpoint(
     batch = model.arranged(evaluation_batch(source, num_samples or own.num_samples))
     with torch_threads(config.threads):
         scorers = load_scorers(config.evaluation.judges, base_dir, offers=EVALUATION)
-        with model.opened() as (policy, state, plan):
+        with model.opened(batch) as (policy, state, plan):
             parts, walked, rows, seconds = [], [], [], 0.0
             for (pictures, trajectories), took in timed(roll(policy, batch, plan, config, model.seed, progress)):
                 parts.append((pictures.images, _scored(scorers, pictures)))

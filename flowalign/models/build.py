@@ -17,6 +17,7 @@ from flowalign.models.adapters import read_adapter
 from flowalign.models.adapting import begin_from, check_targets, settled
 from flowalign.models.base import Policy
 from flowalign.models.directory import family_of_model, refuse_absent
+from flowalign.models.embeddings import Embeddings
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.models.family import module_config
@@ -24,24 +25,33 @@ from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
 
 
-def load_policy(config: ModelConfig, *, device: str = "cpu", begin: bool = True) -> Policy:
-    """Load both halves of a pipeline directory, see `load_network`, and move them to ``device``.
+def load_policy(
+    config: ModelConfig,
+    *,
+    device: str = "cpu",
+    begin: bool = True,
+    text: bool = True,
+    embeddings: Embeddings | None = None,
+) -> Policy:
+    """Load both halves of a pipeline directory, see `load_network` and `load_encoders`, and move them to ``device``.
 
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
     """
-    network, encoders = load_network(config, begin=begin), load_encoders(config)
+    network, encoders = load_network(config, begin=begin), load_encoders(config, text=text, embeddings=embeddings)
     network.module.to(device)
     return Policy(network, encoders.to(device))
 
 
-def load_encoders(config: ModelConfig, *, text: bool = True) -> Encoders:
-    """Load the encoders, which do not learn, on the CPU.
+def load_encoders(config: ModelConfig, *, text: bool = True, embeddings: Embeddings | None = None) -> Encoders:
+    """Load the encoders, which do not learn, on the CPU; they read and keep texts in ``embeddings``.
 
     Without ``text`` it loads the autoencoder alone. Raise ModelError where that fails.
     """
     dtype = getattr(torch, config.dtype)
-    return loading.load_encoders(family_of_model(config), Path(config.path), dtype=dtype, text=text)
+    encoders = loading.load_encoders(family_of_model(config), Path(config.path), dtype=dtype, text=text)
+    encoders.embeddings = embeddings
+    return encoders
 
 
 def load_network(config: ModelConfig, *, begin: bool = True) -> Network:

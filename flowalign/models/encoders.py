@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowalign.conditions import cat_rows
+from flowalign.models.embeddings import DamagedEmbedding, Embeddings, NotEmbedded
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
+from flowalign.record.disk import DiskError
+from flowalign.record.log import say_once
 from flowalign.types import Condition
 
 CACHED_PROMPTS = 512
@@ -44,11 +47,13 @@ def padded(row: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
 class Encoders:
     """Between people and latents: texts and pictures in, pictures out.
 
-    ``pipeline`` is one of the family's whose network has no weights; all else is frozen and in eval mode.
+    ``pipeline`` is one of the family's whose network has no weights; all else is frozen and in eval mode. Texts that
+    lie in ``embeddings`` are read from there, so that without text encoders these alone can be had; others go there.
     """
 
     def __init__(self, family: ModelFamily, pipeline: Any) -> None:
         self.family, self.pipeline = family, pipeline
+        self.embeddings: Embeddings | None = None
         self.vae = pipeline.vae
         if all(weight.ndim <= 4 for weight in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
@@ -98,12 +103,44 @@ class Encoders:
     def _rows(self, prompts: Sequence[str], length: int, full: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Return a row for each distinct prompt, and which of them each prompt has."""
         places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        rows = [self._encode(prompt, length) for prompt in places]
+        rows = [self.encode_text(prompt, length) for prompt in places]
         table = text_rows(self.family, rows, length if full else 0)
         return table, torch.tensor([places[prompt] for prompt in prompts], device=self.device)
 
-    def _encode_one(self, prompt: str, length: int) -> dict[str, Tensor]:
-        return self.family.encode(self.pipeline, prompt, length)
+    @torch.no_grad()
+    def encode_text(self, text: str, length: int) -> dict[str, Tensor]:
+        """Encode one text, by itself, to rows (1, ...) by name, without padding where texts are of their own length.
+
+        Raises:
+            NotEmbedded: the text encoders were not loaded, and ``embeddings`` do not have it.
+            DamagedEmbedding: likewise, since its file was damaged.
+        """
+        return self._encode(text, length)
+
+    def _encode_one(self, text: str, length: int) -> dict[str, Tensor]:
+        kept, own = self.embeddings, self.text_encoders
+        key = "" if kept is None else kept.key(text, length)
+        try:
+            found = None if kept is None else kept.read(key)
+        except DamagedEmbedding as error:
+            if not own:
+                raise DamagedEmbedding(f"{error}; the same command encodes {text!r} anew") from error
+            found = None
+            say_once(f"{error}; {text!r} is encoded anew")
+        if found is not None:
+            return {name: row.to(self.device) for name, row in found.items()}
+        if not own and kept is None:
+            raise ModelError("the text encoders of this model were not loaded")
+        if not own:
+            raise NotEmbedded(f"{kept.folder} has no embedding of {text!r}, and the text encoders were not loaded")
+        rows = self.family.encode(self.pipeline, text, length)
+        if kept is not None:
+            try:
+                kept.write(key, text, rows)
+            except DiskError as error:  # what is encoded serves without it
+                self.embeddings = None
+                say_once(f"{error}; from here on no embeddings are kept")
+        return rows
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,22 +1,33 @@
-"""Hashes of the files that encode images and prompts, which an export in another precision keeps."""
+"""Hashes of the files that encode images and prompts, which an export in another precision keeps.
+
+`text_hash` alone is of the files that read texts, and of all that they say.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from flowalign.config.sections import ModelConfig
 from flowalign.models.directory import family_of_model
+from flowalign.record.disk import DiskError, folder_for, write_text
 
 TRAINED = ("transformer", "scheduler")
 SCALES = ("scaling_factor", "shift_factor")
 PRECISIONS = ("float32", "bfloat16", "float16")
+BINARY = (".safetensors", ".bin", ".h5", ".msgpack")
+# Where a file was saved, by what, and what a call sets anew each time.
+UNSAID = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "padding", "truncation")
+FRESH_S = 2.0  # a file that was changed so lately might be changed again within the same tick of its disk's clock
 
 Encoders = Callable[[str], str]  # a precision -> a hash
 
@@ -41,6 +52,74 @@ def encoders_of(model: ModelConfig) -> Encoders:
         return _fingerprint(_kind(model), parts, getattr(torch, precision))
 
     return cache(rounded)
+
+
+def text_hash(model: ModelConfig) -> str:
+    """Return the sha256 over all that decides what texts are encoded to: weights as float32, configurations, tokenizers
+    with their chat templates.
+
+    Raises:
+        ModelError: the family is not known.
+    """
+    digest = hashlib.sha256(_kind(model).encode())
+    for part in _text_parts(model):
+        digest.update(part.name.encode())
+        if weighed := any(part.glob("*.safetensors")):
+            _weights(part, digest, torch.float32)
+        for path in _files(part):
+            if not weighed or (path.suffix not in BINARY and not path.name.endswith(".index.json")):
+                digest.update(path.relative_to(part).as_posix().encode() + _said(path))
+    return digest.hexdigest()
+
+
+def kept_text_hash(model: ModelConfig, folder: Path) -> str:
+    """Return `text_hash`. Once known it lies in ``folder``, so that files nobody has touched are not read again."""
+    stamp = _stamp(model)
+    place = folder / "encoders" / f"{stamp}.txt"
+    with suppress(OSError, ValueError):
+        found = place.read_text(encoding="ascii")
+        if len(found) == len(stamp):
+            return found
+    found = text_hash(model)
+    if _stamp(model, before=time.time() - FRESH_S) == stamp:
+        with suppress(DiskError), folder_for(place.parent):
+            write_text(place, found)
+    return found
+
+
+def _stamp(model: ModelConfig, before: float | None = None) -> str | None:
+    """Return a hash of sizes, times and places on the disk; None where a file was changed later than ``before``."""
+    facts: list[Any] = [_kind(model)]
+    for part in _text_parts(model):
+        for path in _files(part):
+            state = path.stat()
+            if before is not None and max(state.st_mtime, state.st_ctime) > before:
+                return None
+            where = part.name, path.relative_to(part).as_posix(), state.st_dev, state.st_ino
+            facts.append((*where, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _text_parts(model: ModelConfig) -> list[Path]:
+    root = Path(model.path)
+    return sorted(root / name for name in family_of_model(model).text if (root / name).is_dir())
+
+
+def _said(path: Path) -> bytes:
+    """Return what a file says: of JSON the values, whatever their order, but for what says nothing of a text."""
+    content = path.read_bytes()
+    if path.suffix != ".json":
+        return content
+    try:
+        return json.dumps(_telling(json.loads(content)), sort_keys=True).encode()
+    except ValueError:
+        return content
+
+
+def _telling(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _telling(inner) for name, inner in value.items() if name not in UNSAID}
+    return value
 
 
 def _kind(model: ModelConfig) -> str:

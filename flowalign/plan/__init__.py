@@ -11,19 +11,24 @@ from typing import Any
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
+from flowalign.data.prompts import PromptsError
 from flowalign.models.checked import teacher_model
 from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import ModelSizes, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry
 from flowalign.plan.memory import Memory, plan_memory
+from flowalign.samples.texts import texts_of_run
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole estimate; ``notes`` say what was assumed or looks odd."""
+    """The whole estimate; ``notes`` say what was assumed or looks odd.
+
+    ``num_texts`` are the prompts and negative prompts whose embeddings the run keeps on disk.
+    """
 
     geometry: Geometry
     model: ModelSizes
@@ -31,6 +36,7 @@ class Plan:
     learner_flops: int
     memory: Memory
     notes: tuple[str, ...]
+    num_texts: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         own = asdict(self)
@@ -59,7 +65,13 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
     for name, teacher in algorithm.needs.teachers.items():
         if is_pipeline(Path(teacher.path)):
             teachers[name] = inspect_model(teacher_model(teacher, config.model))
-    memory = plan_memory(config, algorithm.needs, geometry, sizes, teachers)
+    num_texts = 0
+    if config.rollout_embeddings is not None:
+        try:
+            num_texts = len(texts_of_run(config, algorithm))
+        except PromptsError as error:
+            notes.append(f"the embeddings on disk are not counted: {error}")
+    memory = plan_memory(config, algorithm.needs, geometry, sizes, teachers, num_texts)
     return Plan(
         geometry,
         sizes,
@@ -67,6 +79,7 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
         _learner_flops(config, geometry, sizes, [sizes, *teachers.values()]),
         memory,
         (*notes, *_odd(config, geometry)),
+        num_texts,
     )
 
 
@@ -137,12 +150,21 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             f"activations about {_size(memory.learner_activations)}",
         ),
         ("trajectories", f"{_size(memory.trajectories)} an iteration"),
+        *([("embeddings", _embeddings(memory, plan.num_texts))] if plan.num_texts else []),
     ]
     if memory.teachers:
         where = "in every learner rank" if memory.teachers_in_learner else "each in an actor that all ranks ask"
         named = ", ".join(f"{name} {_size(count)}" for name, count in memory.teachers.items())
         rows.append(("teachers", f"{where}: {named}"))
     return rows
+
+
+def _embeddings(memory: Memory, num_texts: int) -> str:
+    kept = "in every rollout worker" if memory.keeps_text_encoders else "loaded apart, to encode what is missing"
+    return (
+        f"of {_count(num_texts, 'text')}, at most {_size(memory.embeddings)} on disk; "
+        f"text encoders of {_size(memory.text_encoders)}, {kept}"
+    )
 
 
 def _count(count: int, what: str, ending: str = "s") -> str:

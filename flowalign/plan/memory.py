@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from flowalign.algorithm import Needs
 from flowalign.config.alignment import AlignConfig
-from flowalign.config.sections import LoraConfig
+from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.models.directory import open_directory
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
 
@@ -24,6 +25,9 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 class Memory:
     """Bytes; ``activations`` are rough, within a factor of two.
 
+    ``text_encoders`` are in ``rollout_weights`` where rollout workers keep them, and otherwise in no other number: a
+    process of their own encodes what is not among the ``embeddings``, the most bytes of those on disk.
+
     ``teachers``, by name, are each in an actor of its own or, with ``teachers_in_learner``, all in every learner rank.
     """
 
@@ -38,6 +42,9 @@ class Memory:
     trajectories: int
     teachers: dict[str, int]
     teachers_in_learner: bool
+    text_encoders: int = 0
+    keeps_text_encoders: bool = True
+    embeddings: int = 0
 
     @property
     def rollout_worker(self) -> int:
@@ -51,16 +58,22 @@ class Memory:
 
 
 def plan_memory(
-    config: AlignConfig, needs: Needs, geometry: Geometry, sizes: ModelSizes, teachers: Mapping[str, ModelSizes]
+    config: AlignConfig,
+    needs: Needs,
+    geometry: Geometry,
+    sizes: ModelSizes,
+    teachers: Mapping[str, ModelSizes],
+    num_texts: int = 0,
 ) -> Memory:
     """Return the bytes of a rollout worker, of a learner rank and of each teacher.
 
-    What could be trained is float32 everywhere.
+    What could be trained is float32 everywhere. ``num_texts`` are those whose embeddings are kept on disk.
 
     ``teachers`` are the sizes of those that are pipelines; all others are runs of the model, and of its size.
     """
     element, learner = _BYTES[config.model.dtype], config.learner
-    others = sum(sizes.frozen.values()) * element
+    text = sum(count for part, count in sizes.frozen.items() if part.startswith("text_encoder")) * element
+    others = sum(sizes.frozen.values()) * element - (0 if config.rollout.keeps_text_encoders else text)
     lora = config.model.lora is not None
     trainable = sizes.trainable * 4
     base = sizes.transformer * element if lora else 0
@@ -87,7 +100,17 @@ def plan_memory(
             name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers
         },
         teachers_in_learner=not config.cluster.has_teacher_actors,
+        text_encoders=text,
+        keeps_text_encoders=config.rollout.keeps_text_encoders,
+        embeddings=num_texts * _embedding(config.model, element),
     )
+
+
+def _embedding(model: ModelConfig, element: int) -> int:
+    """Return the bytes of the longest text's rows; a mask takes one a token."""
+    directory = open_directory(model)
+    rows = directory.family.text_shapes(directory, model.max_sequence_length)
+    return sum(math.prod(shape) * (1 if name == "mask" else element) for name, shape in rows.items())
 
 
 def _reference(needs: Needs, lora: LoraConfig | None, network: int, trainable: int) -> int:

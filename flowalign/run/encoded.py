@@ -19,19 +19,23 @@ from typing import Any
 import torch
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.bank import LatentsError
-from flowalign.data.banks.cache import EncodedCache
 from flowalign.data.banks.captions import NotEncoded
 from flowalign.data.feed import tables
 from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import PreferencesError, load_pairs
 from flowalign.models.build import load_encoders
+from flowalign.models.embeddings import Embeddings
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import DiskError
 
 MODULE = "flowalign.run.encoded"
+NAMED = 3  # prompts that a refusal names
 _TYPED: dict[str, type[Exception]] = {
     error.__name__: error for error in (DiskError, LatentsError, ModelError, PreferencesError)
 }
@@ -69,23 +73,59 @@ def encode_captions(config: PretrainConfig) -> None:
         encode_apart("captions", {"config": config.model_dump(mode="json")})
 
 
-def prompt_cache(config: AlignConfig, encoders: Encoders | None = None) -> EncodedCache:
-    """Return the embeddings of prompts on disk: those of all runs in ``runs_dir``, by content."""
-    return EncodedCache(Path(config.runs_dir, ".encoded"), encoders, config.model)
+def rollout_embeddings(config: RunConfig, texts: Sequence[str]) -> Embeddings | None:
+    """Return the embeddings that rollouts read; None where they encode for themselves.
 
-
-def encode_prompts(config: AlignConfig, prompts: Sequence[str], encoders: Encoders | None) -> None:
-    """Encode the prompts, and the empty one, that are not on disk yet: by ``encoders``, or where there are none apart.
+    Where the text encoders are not kept, all ``texts`` are on disk then: what was not is encoded apart, or refused.
 
     Raises:
-        DiskError, ModelError: see `EncodedCache`. EncodingFailed: the process has died.
+        ConfigError: see `refuse_missing`. DiskError, ModelError: see `Embeddings`. EncodingFailed: see `encode_texts`.
     """
-    try:
-        cache = prompt_cache(config, encoders)
-        for prompt in ("", *prompts):
-            cache.caption(prompt)
-    except NotEncoded:
-        encode_apart("prompts", {"config": config.model_dump(mode="json"), "prompts": list(prompts)})
+    if config.rollout_embeddings is None:
+        return None
+    found = Embeddings(config.rollout_embeddings, config.model, config.device)
+    if config.rollout.text_encoders == "never":
+        refuse_missing(config, found, texts)
+    if config.rollout.text_encoders == "drop":
+        encode_texts(config, found, texts)
+    return found
+
+
+def refuse_missing(config: RunConfig, embeddings: Embeddings, texts: Sequence[str]) -> None:
+    """Raise ConfigError where one of the ``texts`` of a run is not among the ``embeddings``."""
+    lacking = embeddings.lacking(texts, config.model_as_trained.max_sequence_length)
+    if not lacking:
+        return
+    named, more = ", ".join(map(repr, lacking[:NAMED])), len(lacking) - NAMED
+    raise ConfigError(
+        "rollout.text_encoders",
+        f"is never, and {len(lacking)} of the run's {len(set(texts))} prompts have no embedding in "
+        f"{embeddings.folder}: {named}{f' and {more} more' if more > 0 else ''}; make them with `flowalign precompute` "
+        "of this configuration, or take drop",
+    )
+
+
+def encode_texts(
+    config: RunConfig, embeddings: Embeddings, texts: Sequence[str], encoders: Encoders | None = None
+) -> None:
+    """Encode those ``texts`` that are not among the ``embeddings``, by ``encoders``, or where there are none apart.
+
+    Processes of one machine do it in turns, so that no text is encoded twice.
+
+    Raises:
+        DiskError, ModelError: see `Embeddings`. EncodingFailed: the process that encodes has died.
+    """
+    length = config.model_as_trained.max_sequence_length
+    if not embeddings.lacking(texts, length):
+        return
+    with embeddings.filling():
+        lacking = embeddings.lacking(texts, length)
+        if lacking and encoders is not None:
+            embeddings.fill(encoders.encode_text, lacking, length)
+        elif lacking:
+            place = {"folder": str(embeddings.folder), "device": config.device}
+            model = config.model.model_dump(mode="json")
+            encode_apart("texts", {**place, "model": model, "length": length, "texts": lacking})
 
 
 def encode_apart(what: str, asked: Mapping[str, Any]) -> None:
@@ -117,9 +157,10 @@ def _encode_pairs(asked: Mapping[str, Any]) -> None:
     load_pairs(config, encoders, rank=asked["rank"], world_size=asked["world_size"])
 
 
-def _encode_prompts(asked: Mapping[str, Any]) -> None:
-    config = AlignConfig.model_validate(asked["config"])
-    encode_prompts(config, asked["prompts"], load_encoders(config.model).to(config.device))
+def _encode_texts(asked: Mapping[str, Any]) -> None:
+    model, device = ModelConfig.model_validate(asked["model"]), asked["device"]
+    encoders = load_encoders(model).to(device)
+    Embeddings(Path(asked["folder"]), model, device).fill(encoders.encode_text, asked["texts"], asked["length"])
 
 
 def _encode_captions(asked: Mapping[str, Any]) -> None:
@@ -131,7 +172,7 @@ def _encode_captions(asked: Mapping[str, Any]) -> None:
 
 _WORK: dict[str, Callable[[Mapping[str, Any]], None]] = {
     "pairs": _encode_pairs,
-    "prompts": _encode_prompts,
+    "texts": _encode_texts,
     "captions": _encode_captions,
 }
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowalign.algorithm import Needs
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
@@ -14,13 +13,14 @@ from flowalign.config.sections import SHIPPED
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
 from flowalign.data.preferences import left_out
-from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
+from flowalign.data.prompts import GroupSampler
 from flowalign.models.inspect import own_schedule
 from flowalign.models.textlength import prompt_note
 from flowalign.record.progress import duration
 from flowalign.run.loop import Run, Sampler
 from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import sampling_plan
+from flowalign.samples.texts import evaluated, group_sampler, texts_of_run
 from flowalign.types import PromptBatch, SamplingPlan
 
 
@@ -53,6 +53,17 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
+def texts_without_encoders(config: RunConfig) -> list[str]:
+    """Return the texts that rollout workers without text encoders must find on disk; none where these are kept.
+
+    Raises:
+        PromptsError, LatentsError: the prompts cannot be read.
+    """
+    if config.rollout.keeps_text_encoders:
+        return []
+    return texts_of_run(config, build_algorithm(config.algorithm, own_schedule(config.model)))
+
+
 @dataclass(frozen=True)
 class Arranged:
     """The samples of each iteration in the order that networks take them."""
@@ -65,17 +76,6 @@ class Arranged:
         return arranged(self.drawn.batch(iteration), own.model_as_trained, sizes=own.data.image_sizes, seed=own.seed)
 
 
-def group_sampler(config: AlignConfig, needs: Needs) -> GroupSampler:
-    """Return what draws the prompts of each iteration. Raise PromptsError where there are none."""
-    return GroupSampler(
-        load_prompts(config.data.prompts),
-        groups=config.data.groups_per_iteration,
-        group_size=needs.group_size,
-        seed=config.seed,
-        task_weights=config.data.task_weights,
-    )
-
-
 def _evaluation(config: RunConfig) -> tuple[PromptBatch, SamplingPlan, int]:
     """Return the evaluation.
 
@@ -83,17 +83,7 @@ def _evaluation(config: RunConfig) -> tuple[PromptBatch, SamplingPlan, int]:
     """
     e, own = config.evaluation, own_schedule(config.model)
     plan = sampling_plan(e, schedule=own, path_family=config.model.family, inputs=config.model.inputs)
-    if e.prompts is None and isinstance(config, PretrainConfig):
-        captions = list(dict.fromkeys(load_bank(Path(config.latents), verify=False).prompts))
-        return arranged(_of_captions(captions, e.num_samples), config.model_as_trained), plan, e.seed
-    return arranged(evaluation_batch(e.prompts, e.num_samples), config.model_as_trained), plan, e.seed
-
-
-def _of_captions(captions: list[str], count: int) -> PromptBatch:
-    """Return ``count`` samples of captions that lie evenly apart in their list."""
-    rows = [{"prompt": captions[i * len(captions) // count % len(captions)]} for i in range(count)]
-    ids = tuple(range(count))
-    return PromptBatch(tuple(row["prompt"] for row in rows), ids, ids, tuple(rows))
+    return arranged(evaluated(config), config.model_as_trained), plan, e.seed
 
 
 def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
@@ -123,6 +113,8 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
     replaced = run.algorithm.replaced_levels()
     if replaced is not None and walks:
         yield f"levels: {replaced}"
+    if (line := line_on_encoders(config, run)) is not None:
+        yield line
     if run.evaluation is not None:
         prompts, e = run.evaluation[0].prompts, config.evaluation
         note = prompt_note(model, prompts)
@@ -130,6 +122,15 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
             f"evaluation: {len(prompts)} samples of {len(set(prompts))} prompts of {e.prompts or 'the bank'}, "
             f"every {e.every} iterations" + (note and f"; {note}")
         )
+
+
+def line_on_encoders(config: RunConfig, run: Run) -> str | None:
+    """Return a sentence on the prompts whose embeddings are read, where rollout workers hold no text encoders."""
+    if config.rollout.keeps_text_encoders or not config.makes_images:
+        return None
+    count, never = len(texts_of_run(config, run.algorithm)), config.rollout.text_encoders == "never"
+    first = "" if never else "; what is missing there is encoded first"
+    return f"text encoders: none in rollout workers, {count} texts are read from {config.embeddings}{first}"
 
 
 def lines_on_model(config: RunConfig, trained: int, total: int, seconds: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ from flowalign.config.run import RunConfig
 from flowalign.engine import process_group
 from flowalign.record.checkpoint import content_hash
 from flowalign.run.collecting import collected, requests_of
+from flowalign.run.fixed import texts_without_encoders
 from flowalign.run.loop import NOTHING, Collected, Count
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import SyncGuard, has_learned
@@ -35,9 +36,11 @@ class LocalBackend:
         self.config = config
         processes = "one process" if rank.alone else f"{rank.world_size} processes"
         say(f"local: {processes}, {config.threads} thread{'s' * (config.threads > 1)}{' each' * (not rank.alone)}")
-        self.rollouts = RolloutWorker(config) if config.makes_images and not rank.index else None
+        rolls_out = config.makes_images and not rank.index
+        self.rollouts = RolloutWorker(config, texts=texts_without_encoders(config)) if rolls_out else None
         self.rewards = RewardWorker(config, base_dir) if self.rollouts is not None else None
         encoders = None if self.rollouts is None else self.rollouts.policy.encoders
+        encoders = encoders if encoders is not None and encoders.text_encoders else None
         place = (rank.index, rank.world_size, rank.port, rank.host)
         self.learner = LearnerWorker(config, *place, encoders=encoders, first_here=rank.local == 0)
         self._guard = SyncGuard()

@@ -10,16 +10,18 @@ from flowalign.algorithm import Needs, Source
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.training import PhaseConfig, PretrainConfig
+from flowalign.data.banks.cache import EncodedCache
 from flowalign.data.feed import Feed
 from flowalign.data.preferences import check_shared
 from flowalign.engine import process_group
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.directory import open_directory
+from flowalign.models.embeddings import Embeddings
 from flowalign.models.encoders import Encoders
-from flowalign.run.encoded import encode_captions, encode_prompts, pairs_of, prompt_cache
-from flowalign.run.fixed import group_sampler
+from flowalign.run.encoded import encode_captions, encode_texts, pairs_of
 from flowalign.samples.arrange import with_negatives
 from flowalign.samples.joined import join_trajectories
+from flowalign.samples.texts import group_sampler, texts_of
 from flowalign.types import EncodedPrompts, LatentBatch, PreferencePairs, PromptBatch, Trajectories
 
 
@@ -76,15 +78,15 @@ class PromptsAlone:
         """Encode the prompts of the run that are not on disk yet, once on each machine; a collective call.
 
         Raises:
-            DiskError, ModelError: see `EncodedCache`. EncodingFailed: the process that encodes has died.
+            DiskError, ModelError: see `Embeddings`. EncodingFailed: the process that encodes has died.
             OtherRankFailed: another rank could not do it.
         """
-        batches = map(self._batch, range(self._config.total))
-        prompts = list(dict.fromkeys(text for own in batches for text in (*own.prompts, *own.negatives)))
+        config = self._config
         with process_group.failing_together():
             if self._first_here:
-                encode_prompts(self._config, prompts, self._encoders)
-        self._cache = prompt_cache(self._config)
+                texts = texts_of(self._sampler.rows(config.total), config.model)
+                encode_texts(config, Embeddings(config.embeddings, config.model, config.device), texts, self._encoders)
+        self._cache = EncodedCache(config.embeddings, None, config.model, config.device)
 
     def batch(self, iteration: int) -> EncodedPrompts:
         """Return the samples that a rollout of the iteration would make."""

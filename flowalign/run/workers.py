@@ -30,6 +30,7 @@ from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
 from flowalign.record.checkpoint import CheckpointError, content_hash
 from flowalign.run.collecting import Request
+from flowalign.run.encoded import rollout_embeddings
 from flowalign.run.learner import Learner
 from flowalign.run.previews import preview_of
 from flowalign.run.roles import precise, roles_of
@@ -73,12 +74,20 @@ class BindReceipt:
 
 
 class RolloutWorker:
-    """Holds a policy and makes chunks of samples with the weights it was last given."""
+    """Holds a policy and makes chunks of samples with the weights it was last given.
 
-    def __init__(self, config: RunConfig, name: str = "rollout-0") -> None:
+    ``texts`` are all that it will be asked to condition samples on, where it holds no text encoders.
+
+    Raises:
+        ConfigError, ModelError, DiskError, EncodingFailed: see `encoded.rollout_embeddings`.
+    """
+
+    def __init__(self, config: RunConfig, name: str = "rollout-0", texts: Sequence[str] = ()) -> None:
         self.config, self.name = config, name
         with torch_threads(config.threads):
-            self.policy = load_policy(config.model, device=config.device, begin=False)
+            own: dict[str, Any] = {"text": config.rollout.keeps_text_encoders}
+            own["embeddings"] = rollout_embeddings(config, texts)
+            self.policy = load_policy(config.model, device=config.device, begin=False, **own)
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:

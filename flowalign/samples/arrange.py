@@ -60,6 +60,12 @@ def with_negatives(batch: PromptBatch, model: ModelConfig) -> PromptBatch:
     return replace(batch, negatives=tuple(own if text is None else text for text in given))
 
 
+def texts_of_batch(batch: PromptBatch, model: ModelConfig) -> list[str]:
+    """Return the texts that the samples of ``batch``, as it was `arranged`, are conditioned on, each once."""
+    own = family_of_model(model).negative or ""
+    return list(dict.fromkeys((*batch.prompts, *(batch.negatives or (own,)))))
+
+
 def check_negatives(
     model: ModelConfig,
     scale: float,

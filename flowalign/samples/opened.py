@@ -24,12 +24,14 @@ from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_encoders, load_network
 from flowalign.models.directory import is_pipeline
+from flowalign.models.embeddings import Embeddings
 from flowalign.models.network import Network
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
+from flowalign.samples.arrange import texts_of_batch
 from flowalign.samples.cache import cache_rule, check_sampling
 from flowalign.samples.rollout import rollout
 from flowalign.types import Noise, PromptBatch, Samples, SamplingPlan
@@ -42,15 +44,24 @@ def silent(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def open_policy(path: Path, config: Sampled, which: Which = "model") -> tuple[Policy, dict[str, Any]]:
+def open_policy(
+    path: Path, config: Sampled, which: Which = "model", batch: PromptBatch | None = None
+) -> tuple[Policy, dict[str, Any]]:
     """Open the policy at ``path`` and its state.json: a run directory, a checkpoint, or a base pipeline (empty state).
+
+    Where ``batch`` is all that it is asked for, texts are read and kept where the run's rollouts do; without any that
+    is not there, no text encoder is loaded.
 
     Raises:
         CheckpointError: ``path`` is none of these, or what it holds is not whole or does not fit ``config.model``; or
             other weights than the model are asked of a pipeline.
     """
     network, state = open_network(path, config, which)
-    encoders = load_encoders(model_of(path, config)).to(config.device)
+    model, embeddings, text = model_of(path, config), None, True
+    if batch is not None and config.rollout_embeddings is not None:
+        embeddings = Embeddings(config.rollout_embeddings, model, config.device)
+        text = bool(embeddings.lacking(texts_of_batch(batch, model), model.max_sequence_length))
+    encoders = load_encoders(model, text=text, embeddings=embeddings).to(config.device)
     return Policy(network, encoders), state
 
 

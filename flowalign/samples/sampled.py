@@ -55,14 +55,16 @@ class SampledModel:
     sampling: SamplingConfig
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Policy, dict[str, Any], SamplingPlan]]:
+    def opened(self, batch: PromptBatch | None = None) -> Iterator[tuple[Policy, dict[str, Any], SamplingPlan]]:
         """Yield the policy, its state.json and how it is sampled; inside, torch has as many threads as in the run.
+
+        ``batch``, as it was `arranged`, is all that is asked of it, where that is known.
 
         Raises:
             CheckpointError, ModelError: as `open_policy` does.
         """
         with torch_threads(self.config.threads):
-            policy, state = open_policy(self.path, self.config, self.which)
+            policy, state = open_policy(self.path, self.config, self.which, batch)
             yield policy, state, policy_plan(policy, self.sampling, self.config.model)
 
     def arranged(self, batch: PromptBatch) -> PromptBatch:
@@ -143,7 +145,7 @@ def sample_checkpoint(
     texts = tuple(prompt for prompt in prompts for _ in range(num_images))
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
     batch = model.arranged(PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts)))
-    with model.opened() as (policy, _, plan):
+    with model.opened(batch) as (policy, _, plan):
         made = list(roll(policy, batch, plan, model.config, model.seed, progress))
     order = torch.tensor(batch.sample_ids).argsort()
     names = [f"{i:04d}.png" for i in range(len(batch))]

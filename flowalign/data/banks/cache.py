@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowalign.conditions import cat_rows
 from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, cut
 from flowalign.data.banks.captions import NotEncoded
-from flowalign.models.directory import open_directory
-from flowalign.models.encoders import Encoders
+from flowalign.models.directory import family_of_model, open_directory
+from flowalign.models.embeddings import Embeddings
+from flowalign.models.encoders import Encoders, text_rows
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.record.disk import draft_of, on_disk, writing
 from flowalign.record.files import save_tensors, tensors_size
@@ -28,18 +29,25 @@ class EncodedCache:
 
     Every image is encoded alone, so that its latent never depends on its batch, and kept in float16. Files are
     written by rename: whoever else encodes the same writes the same. Without ``encoders`` what is missing raises
-    NotEncoded.
+    NotEncoded. Captions are `Embeddings`.
     """
 
-    def __init__(self, folder: Path, encoders: Encoders | None, model: ModelConfig) -> None:
-        self.folder, self._encoders, self._length = folder, encoders, model.max_sequence_length
-        directory = open_directory(model)
+    def __init__(self, folder: Path, encoders: Encoders | None, model: ModelConfig, device: str = "cpu") -> None:
+        self.folder, self._encoders, self._model = folder, encoders, model
+        self._length, self._texts = model.max_sequence_length, Embeddings(folder, model, device)
+        self._earlier: set[str] = set()
+
+    @cached_property
+    def _size(self) -> Bucket:
+        directory, model = open_directory(self._model), self._model
         _, rows, columns = directory.latent_shape(model.height, model.width)
         factor = directory.geometry.factor
-        self._size = Bucket(rows * factor, columns * factor)
-        size = self._size.width, self._size.height
-        salt = encoder_hash(model), model.dtype, str(model.max_sequence_length), str(size)
-        self._salt = " ".join(salt).encode()
+        return Bucket(rows * factor, columns * factor)
+
+    @cached_property
+    def _salt(self) -> bytes:
+        model, size = self._model, (self._size.width, self._size.height)
+        return " ".join((encoder_hash(model), model.dtype, str(model.max_sequence_length), str(size))).encode()
 
     def image(self, content: bytes) -> str:
         """Return the key of an image file's latent (C, H, W). Raise PictureError where it is no picture.
@@ -56,11 +64,15 @@ class EncodedCache:
         return key
 
     def caption(self, text: str) -> str:
-        """Return the key of a caption's embeddings, (L, D) and (E,)."""
-        key = self._key(b"caption", text.encode())
-        if not self._path(key).is_file():
-            condition = self._own(key).encode_prompts((text,), self._length, full=True)
-            self._store(key, {name: row[0].contiguous() for name, row in condition.text.items()})
+        """Return the key of a caption's embedding; one that an earlier version has written serves as well."""
+        key = self._texts.key(text, self._length)
+        if self._texts.path(key).is_file():
+            return key
+        earlier = self._key(b"caption", text.encode())
+        if self._path(earlier).is_file():
+            self._earlier.add(earlier)
+            return earlier
+        self._texts.write(key, text, self._own(key).encode_text(text, self._length))
         return key
 
     def condition(self, keys: Sequence[str], negatives: Sequence[str] = ()) -> Condition:
@@ -71,10 +83,18 @@ class EncodedCache:
         return Condition(text, null, index, null_index)
 
     def _rows(self, keys: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """Return a row for each distinct key, and which of them each key has."""
+        """Return a row for each distinct key, of the whole length, and which of them each key has."""
         places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        rows = [{name: row[None] for name, row in self.read(key).items()} for key in places]
-        return cat_rows(rows), torch.tensor([places[key] for key in keys])
+        table = text_rows(family_of_model(self._model), [self._row(key) for key in places], self._length)
+        return table, torch.tensor([places[key] for key in keys])
+
+    def _row(self, key: str) -> dict[str, Tensor]:
+        if key in self._earlier:
+            return {name: row[None] for name, row in self.read(key).items()}
+        found = self._texts.read(key)
+        if found is None:
+            raise NotEncoded(f"{self._path(key)} is missing, and nothing here encodes it")
+        return found
 
     def _own(self, key: str) -> Encoders:
         if self._encoders is None:
