@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import typer
-from click.core import ParameterSource
 
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, progress
@@ -39,7 +38,8 @@ def refuse_others(context: typer.Context, kind: Kind) -> None:
     for option in context.command.params:
         name = option.name or ""
         known = name not in OF_IMAGES if kind == "images" else name in (OF_RUN if kind == "run" else OF_PROMPTS)
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        where = context.get_parameter_source(name)
+        given = where is not None and where.name == "COMMANDLINE"
         if given and not known and name not in ("source", "as_json"):
             said = "KEY=VALUE" if name == "overrides" else option.opts[0]
             how = ", which names its own" if kind == "run" else ""

@@ -28,6 +28,7 @@ from flowalign.record.log import say_once
 Encode = Callable[[str, int], Mapping[str, Tensor]]  # a text and its length -> rows (1, ...) by name
 Progress = Callable[[int, int], None]  # how many of how many are done
 FORMAT = 1
+SAID = "embedding"  # in the head of a file, one value: several would be written in any order
 READERS = ("diffusers", "transformers")  # whose code holds templates, and which layer a pipeline takes
 
 
@@ -79,7 +80,7 @@ class Embeddings:
             raise DamagedEmbedding(f"{path} cannot be read: {error.strerror or error}") from error
         try:
             size = int.from_bytes(content[:8], "little")
-            said = json.loads(content[8 : 8 + size])["__metadata__"]
+            said = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][SAID])
             rows = load(content)
         except Exception as error:
             raise self._damaged(path, "it was cut short, or is no file of embeddings") from error
@@ -95,10 +96,10 @@ class Embeddings:
     def write(self, key: str, text: str, rows: Mapping[str, Tensor]) -> None:
         """Keep the rows of a text, (1, ...) by name. Raise DiskError where the disk does not take them."""
         path, own = self.path(key), {name: row.detach().cpu().contiguous() for name, row in rows.items()}
-        said = {"key": key, "text": text.encode("utf-8", "replace").decode(), "sha256": _digest(own)}
-        needed = on_disk([tensors_size(own) + len(json.dumps(said))])
+        said = json.dumps({"key": key, "text": text, "sha256": _digest(own)})
+        needed = on_disk([tensors_size(own) + len(said)])
         with folder_for(path.parent), draft_of(path, needed=needed, shared=True) as draft:
-            save_tensors(own, draft, said)
+            save_tensors(own, draft, {SAID: said})
 
     def lacking(self, texts: Iterable[str], length: int) -> list[str]:
         """Return the ``texts`` without a whole file, each once. A file that was cut short is named and goes."""

@@ -93,9 +93,10 @@ class Encoders:
         of the text which a configuration chooses (``model.max_sequence_length``), or the most tokens of it. All texts
         of one call are padded to the length of the longest, or with ``full`` to ``length``; `text_lengths` tells which
         have one length. ``negatives`` are a prompt for each of the prompts; by default the family's own.
+
+        Raises:
+            ModelError: as `encode_text` does.
         """
-        if not self.text_encoders:
-            raise ModelError("the text encoders of this model were not loaded")
         text, index = self._rows(prompts, length, full)
         null, null_index = self._rows(negatives or [self.family.negative or ""] * len(prompts), length, full)
         return Condition(text, null, index, null_index)
@@ -118,29 +119,32 @@ class Encoders:
         return self._encode(text, length)
 
     def _encode_one(self, text: str, length: int) -> dict[str, Tensor]:
-        kept, own = self.embeddings, self.text_encoders
-        key = "" if kept is None else kept.key(text, length)
-        try:
-            found = None if kept is None else kept.read(key)
-        except DamagedEmbedding as error:
-            if not own:
-                raise DamagedEmbedding(f"{error}; the same command encodes {text!r} anew") from error
-            found = None
-            say_once(f"{error}; {text!r} is encoded anew")
-        if found is not None:
+        kept = self.embeddings
+        if kept is None:
+            if not self.text_encoders:
+                raise ModelError("the text encoders of this model were not loaded")
+            return self.family.encode(self.pipeline, text, length)
+        key = kept.key(text, length)
+        if (found := self._read(kept, key, text)) is not None:
             return {name: row.to(self.device) for name, row in found.items()}
-        if not own and kept is None:
-            raise ModelError("the text encoders of this model were not loaded")
-        if not own:
+        if not self.text_encoders:
             raise NotEmbedded(f"{kept.folder} has no embedding of {text!r}, and the text encoders were not loaded")
         rows = self.family.encode(self.pipeline, text, length)
-        if kept is not None:
-            try:
-                kept.write(key, text, rows)
-            except DiskError as error:  # what is encoded serves without it
-                self.embeddings = None
-                say_once(f"{error}; from here on no embeddings are kept")
+        try:
+            kept.write(key, text, rows)
+        except DiskError as error:  # what is encoded serves without it
+            self.embeddings = None
+            say_once(f"{error}; from here on no embeddings are kept")
         return rows
+
+    def _read(self, kept: Embeddings, key: str, text: str) -> dict[str, Tensor] | None:
+        try:
+            return kept.read(key)
+        except DamagedEmbedding as error:
+            if not self.text_encoders:
+                raise DamagedEmbedding(f"{error}; the same command encodes {text!r} anew") from error
+            say_once(f"{error}; {text!r} is encoded anew")
+            return None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def kept_text_hash(model: ModelConfig, folder: Path) -> str:
     place = folder / "encoders" / f"{stamp}.txt"
     with suppress(OSError, ValueError):
         found = place.read_text(encoding="ascii")
-        if len(found) == len(stamp):
+        if len(found) == hashlib.sha256().digest_size * 2:
             return found
     found = text_hash(model)
     if _stamp(model, before=time.time() - FRESH_S) == stamp:

@@ -184,14 +184,12 @@ def test_another_template_encoder_tokenizer_length_or_precision_encodes_anew_and
     folder, own = tmp_path / "kept", ModelConfig(path=str(tiny("z_image")), max_sequence_length=LENGTH)
     assert len(store(folder, own)) == len(TEXTS) and store(folder, own) == []
 
-    def padded(model: Path) -> None:  # as a tokenizer that was called so leaves its file
+    def called_cut(model: Path) -> None:  # as a tokenizer that was called so leaves its file
         file = model / "tokenizer" / "tokenizer.json"
-        content = json.loads(file.read_text()) | {"truncation": {"max_length": 7}}
-        file.write_text(json.dumps(content, indent=1))
-        shutil.rmtree(model / "transformer" / "nothing", ignore_errors=True)
-        (model / "vae" / "config.json").touch()
+        cut = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation": cut}, indent=1))
 
-    assert store(folder, changed_copy(Path(own.path), tmp_path / "copy", padded)) == []
+    assert store(folder, changed_copy(Path(own.path), tmp_path / "copy", called_cut)) == []
     for change in CHANGES:
         other = changed_copy(Path(own.path), tmp_path / change.__name__, change)
         assert len(store(folder, other)) == len(TEXTS), change.__name__

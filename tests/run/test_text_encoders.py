@@ -195,15 +195,19 @@ def test_a_run_without_text_encoders_learns_the_same_and_goes_on_with_other_prom
     backend: str, tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = {"backend": backend, "threads": 1, "rollout_workers": 2 if backend == "ray" else 1}
-    files = []
-    for name, rollout in {"kept": {}, "dropped": {"text_encoders": "drop"}}.items():
+
+    def learned(name: str, **rollout: str) -> tuple[Path, str, dict[str, torch.Tensor]]:
         own = {"name": name, "rollout": {"chunk_size": 4, **rollout}, "cluster": cluster}
         config = write_run(tmp_path, tiny_pipeline_dir, **own)
         shown = called("align", config)
         assert shown.exit_code == 0, shown.output
-        files.append(load_file(tmp_path / "runs" / name / "checkpoints" / "step_000002" / "model.safetensors"))
-    assert "text encoders: none in rollout workers, 5 texts are read from" in shown.output
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+        weights = tmp_path / "runs" / name / "checkpoints" / "step_000002" / "model.safetensors"
+        return config, shown.output, load_file(weights)
+
+    _, _, expected = learned("kept")
+    config, said, found = learned("dropped", text_encoders="drop")
+    assert "text encoders: none in rollout workers, 5 texts are read from" in said
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     assert len(list((tmp_path / "runs" / ".encoded").rglob("*.safetensors"))) == 5
     write_prompts(tmp_path, [{"prompt": prompt} for prompt in (*PROMPTS, "a camel")])
     shown = called("align", config, "iterations=4", "--accept-changed", "data.prompts", "--accept-changed",
@@ -225,9 +229,9 @@ def test_workers_that_start_at_once_encode_each_text_once(
     monkeypatch.setattr(encoded, "encode_apart", lambda what, given: (asked.append(given["texts"]), apart(what, given)))
 
     def start(_: int) -> Callable[..., Any]:
-        return RolloutWorker(config, texts=PROMPTS).policy.encoders.encode_prompts
+        return RolloutWorker(config, texts=PROMPTS).policy.encoders.encode_text
 
     with torch_threads(1), ThreadPoolExecutor(2) as pool:
         one, other = pool.map(start, range(2))
-    assert asked == [PROMPTS]
-    assert torch.equal(one(PROMPTS[:1], 16).text["tokens"], other(PROMPTS[:1], 16).text["tokens"])
+        assert asked == [PROMPTS]
+        assert all(torch.equal(one(text, 16)["tokens"], other(text, 16)["tokens"]) for text in PROMPTS)
