@@ -33,6 +33,7 @@ from flowalign.models.embeddings import Embeddings
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import DiskError
+from flowalign.record.libraries import silence
 
 MODULE = "flowalign.run.encoded"
 NAMED = 3  # prompts that a refusal names
@@ -185,6 +186,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     request, answer = map(Path, sys.argv[1:])
+    silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, and for the run, which decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     asked = json.loads(request.read_text(encoding="utf-8"))

@@ -36,10 +36,14 @@ def look():
     gc.collect()
     counted = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     mib = {name: int(text.split()[0]) / 1024 for name, text in counted.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) / 1024
     private = mib["Private_Clean"] + mib["Private_Dirty"]
     return {"private": round(private, 1), "rss": round(mib["Rss"], 1), "peak_rss": round(peak, 1)}
 config = AlignConfig.model_validate(json.loads(sys.argv[2]))
+def stored():
+    return len(list(config.embeddings.rglob("*.safetensors")))
+before = stored()
 bare, began, chunk_s = look(), time.monotonic(), None
 if sys.argv[1] == "learner":
     worker = LearnerWorker(config)
@@ -56,8 +60,10 @@ else:
 from transformers import PreTrainedModel
 held = sum(p.numel() for found in gc.get_objects() if isinstance(found, PreTrainedModel) for p in found.parameters())
 apart = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+encoded = stored() - before
 print("PROBE " + json.dumps({"bare_mib": bare, "standing_mib": look(), "text_encoder_parameters": held,
-      "start_s": round(start_s, 1), "chunk_s": chunk_s and round(chunk_s, 2), "peak_rss_apart_mib": round(apart, 1)}))
+      "start_s": round(start_s, 1), "chunk_s": chunk_s and round(chunk_s, 2), "texts_on_disk_before": before,
+      "encoded_apart": encoded, "peak_rss_apart_mib": round(apart, 1) if encoded else None}))
 """
 
 
@@ -80,12 +86,10 @@ def config(folder: Path, text_encoders: str) -> dict[str, Any]:
 
 def probed(folder: Path, worker: str, text_encoders: str) -> dict[str, Any]:
     """What a worker of a process of its own is found to be."""
-    stored = list((folder / "runs" / ".encoded").rglob("*.safetensors"))
     command = [sys.executable, "-P", "-c", PROBE, worker, json.dumps(config(folder, text_encoders))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = json.loads(next(line for line in said.splitlines() if line.startswith("PROBE "))[6:])
-    return {"texts_on_disk_before": len(stored), **found}
+    return json.loads(next(line for line in said.splitlines() if line.startswith("PROBE "))[6:])
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
         folder = Path(work)
         with contextlib.redirect_stdout(sys.stderr):  # where libraries greet on standard output
             size = write_pipeline(folder / "pipeline")
-        rows = [{"prompt": f"a photo of {i} red cubes beside a blue ball"} for i in range(NUM_PROMPTS)]
+        rows = [{"prompt": f"{i} red cubes"} for i in range(NUM_PROMPTS)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         found = {
             "rollout worker, text encoders kept": probed(folder, "rollout", "keep"),
