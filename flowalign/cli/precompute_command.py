@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flowalign.cli.options import Json, NegativePrompt, Overrides, finite
+from flowalign.cli.options import Json, Overrides, finite
 from flowalign.cli.precompute_prompts import encode_prompts, encode_run, kind_of, needed, refuse_others
+from flowalign.cli.sampling import NegativePrompt
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 
