@@ -11,11 +11,6 @@ from flowalign.algorithm import VelocityModel
 from flowalign.types import Condition
 
 
-def padded(x: Tensor, size: int) -> Tensor:
-    """Return ``x`` (N, ...) with copies of its first row behind it, up to ``size`` rows."""
-    return torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
-
-
 def fixed_geometry(model: VelocityModel, size: int) -> VelocityModel:
     """Call ``model`` with exactly ``size`` samples: a smaller batch is padded with copies of its first.
 

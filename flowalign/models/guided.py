@@ -17,7 +17,7 @@ from flowalign.types import Condition, Guidance
 def guided(network: Network) -> VelocityModel:
     """Return the velocity of ``network``, guided as a `Guidance` says, and as its family's pipeline does.
 
-    Two passes are one batched call where prompts and negative prompts have texts of one length.
+    Two passes are one batched call where prompts and negative prompts have texts of one length, and samples one scale.
     """
 
     def velocity(
@@ -34,7 +34,9 @@ def guided(network: Network) -> VelocityModel:
         given, scale = (guidance.scale, guidance.true_scale) if takes else (None, guidance.scale)
         if not guides(scale):
             return network.velocity(x, t, condition, r=r, guidance=given)
-        null, conditional = _both(network, x, t, condition, r, given)
+        # Scales of samples are a teacher's, which was always asked twice: one batch of both has other last bits.
+        at_once = condition.is_even and not isinstance(scale, Tensor)
+        null, conditional = _both(network, x, t, condition, r, given, at_once)
         scale = ended(scale, t, guidance.until)
         if guidance.norm_preserving or network.keeps_token_norms:
             return cfg_norm_preserving(conditional, null, scale, patch_size=network.patch_size)
@@ -46,10 +48,16 @@ def guided(network: Network) -> VelocityModel:
 
 
 def _both(
-    network: Network, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None, given: float | Tensor | None
+    network: Network,
+    x: Tensor,
+    t: Tensor,
+    condition: Condition,
+    r: Tensor | None,
+    given: float | Tensor | None,
+    at_once: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the velocities of the negative prompts and of the prompts."""
-    if not condition.is_even:
+    if not at_once:
         sides = (condition.negative, condition)
         null, conditional = (network.velocity(x, t, side, r=r, guidance=given) for side in sides)
         return null, conditional

@@ -20,7 +20,7 @@ from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.sde import step_log_prob
 from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
-from flowalign.models.fixed_geometry import fixed_geometry, padded
+from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
 from flowalign.types import (
@@ -247,8 +247,8 @@ def rollout(
 
     ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels, those of the batch's
     shape come first.
-    ``geometry`` is the number of samples that the network and the autoencoder are called with; a shorter chunk is
-    padded to it, so that its samples replay exactly too, and a sample's picture does not hang on how many there are.
+    ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
+    samples replay exactly too.
 
     Raises:
         NonFiniteSamples: the policy has diverged.
@@ -276,8 +276,7 @@ def rollout(
         caching=caching_of(network, plan.cache, caches),
     )
     refuse_non_finite(final, policy_version, plan)
-    filled = padded(final, (geometry or 0) * len(branching.granularities))
-    images = torch.cat([encoders.decode(part).cpu() for part in filled.split(decode_batch_size)])[: len(final)]
+    images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])
     rows, final = branching.samples_of_images(len(batch)), final.cpu()
     made = batch.take(rows)
     trajectories = Trajectories(
