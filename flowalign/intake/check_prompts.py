@@ -63,7 +63,7 @@ def check_embedded(config: RunConfig, algorithm: Algorithm) -> None:
     """Check that every prompt has an embedding on disk where nothing may encode one."""
     from flowalign.data.banks.bank import LatentsError
     from flowalign.data.prompts import PromptsError
-    from flowalign.models.embeddings import Embeddings
+    from flowalign.models.embeddings import EmbeddingStore
     from flowalign.run.encoded import refuse_missing
     from flowalign.samples.opened import torch_threads
     from flowalign.samples.texts import texts_of_run
@@ -72,7 +72,7 @@ def check_embedded(config: RunConfig, algorithm: Algorithm) -> None:
         return
     try:
         with torch_threads(config.threads):
-            embeddings = Embeddings(config.embeddings, config.model, config.device)
+            embeddings = EmbeddingStore(config.embeddings, config.model, config.device)
             refuse_missing(config, embeddings, texts_of_run(config, algorithm))
     except (PromptsError, LatentsError, ModelError):
         return  # check_prompts, check_model and the run say it

@@ -12,7 +12,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_encoders
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.inspect import own_schedule
 from flowalign.record.disk import size_text
 from flowalign.samples.opened import Progress, silent, torch_threads
@@ -58,7 +58,7 @@ def fill_embeddings(
         ModelError: the model cannot be loaded. DiskError: the disk does not take what is encoded.
     """
     began, length = time.monotonic(), model.max_sequence_length
-    embeddings = Embeddings(folder, model, device)
+    embeddings = EmbeddingStore(folder, model, device)
     with torch_threads(threads), embeddings.filling():
         lacking = embeddings.lacking(texts, length)
         if lacking:

@@ -17,7 +17,7 @@ from flowalign.models.adapters import read_adapter
 from flowalign.models.adapting import begin_from, check_targets, settled
 from flowalign.models.base import Policy
 from flowalign.models.directory import family_of_model, refuse_absent
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.models.family import module_config
@@ -31,7 +31,7 @@ def load_policy(
     device: str = "cpu",
     begin: bool = True,
     text: bool = True,
-    embeddings: Embeddings | None = None,
+    embeddings: EmbeddingStore | None = None,
 ) -> Policy:
     """Load both halves of a pipeline directory, see `load_network` and `load_encoders`, and move them to ``device``.
 
@@ -43,7 +43,7 @@ def load_policy(
     return Policy(network, encoders.to(device))
 
 
-def load_encoders(config: ModelConfig, *, text: bool = True, embeddings: Embeddings | None = None) -> Encoders:
+def load_encoders(config: ModelConfig, *, text: bool = True, embeddings: EmbeddingStore | None = None) -> Encoders:
     """Load the encoders, which do not learn, on the CPU; they read and keep texts in ``embeddings``.
 
     Without ``text`` it loads the autoencoder alone. Raise ModelError where that fails.

@@ -40,7 +40,7 @@ class DamagedEmbedding(ModelError):
     """A file of embeddings is not what was written."""
 
 
-class Embeddings:
+class EmbeddingStore:
     """The embeddings of texts in ``folder``, of one model and for one kind of ``device``.
 
     The name of a file is the hash of the text, its length, the precision, what encodes (weights, configurations and

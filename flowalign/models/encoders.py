@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowalign.conditions import cat_rows
-from flowalign.models.embeddings import DamagedEmbedding, Embeddings, NotEmbedded
+from flowalign.models.embeddings import DamagedEmbedding, EmbeddingStore, NotEmbedded
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
 from flowalign.record.disk import DiskError
@@ -53,7 +53,7 @@ class Encoders:
 
     def __init__(self, family: ModelFamily, pipeline: Any) -> None:
         self.family, self.pipeline = family, pipeline
-        self.embeddings: Embeddings | None = None
+        self.embeddings: EmbeddingStore | None = None
         self.vae = pipeline.vae
         if all(weight.ndim <= 4 for weight in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)  # faster convolutions on a CPU
@@ -137,7 +137,7 @@ class Encoders:
             say_once(f"{error}; from here on no embeddings are kept")
         return rows
 
-    def _read(self, kept: Embeddings, key: str, text: str) -> dict[str, Tensor] | None:
+    def _read(self, kept: EmbeddingStore, key: str, text: str) -> dict[str, Tensor] | None:
         try:
             return kept.read(key)
         except DamagedEmbedding as error:

@@ -29,7 +29,7 @@ from flowalign.data.feed import tables
 from flowalign.data.pairsampler import PairSampler
 from flowalign.data.preferences import PreferencesError, load_pairs
 from flowalign.models.build import load_encoders
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import DiskError
@@ -74,17 +74,17 @@ def encode_captions(config: PretrainConfig) -> None:
         encode_apart("captions", {"config": config.model_dump(mode="json")})
 
 
-def rollout_embeddings(config: RunConfig, texts: Sequence[str]) -> Embeddings | None:
+def rollout_embeddings(config: RunConfig, texts: Sequence[str]) -> EmbeddingStore | None:
     """Return the embeddings that rollouts read; None where they encode for themselves.
 
     Where the text encoders are not kept, all ``texts`` are on disk then: what was not is encoded apart, or refused.
 
     Raises:
-        ConfigError: see `refuse_missing`. DiskError, ModelError: see `Embeddings`. EncodingFailed: see `encode_texts`.
+        ConfigError: see `refuse_missing`. DiskError, ModelError, EncodingFailed: see `encode_texts`.
     """
     if config.rollout_embeddings is None:
         return None
-    found = Embeddings(config.rollout_embeddings, config.model, config.device)
+    found = EmbeddingStore(config.rollout_embeddings, config.model, config.device)
     if config.rollout.text_encoders == "never":
         refuse_missing(config, found, texts)
     if config.rollout.text_encoders == "drop":
@@ -92,7 +92,7 @@ def rollout_embeddings(config: RunConfig, texts: Sequence[str]) -> Embeddings | 
     return found
 
 
-def refuse_missing(config: RunConfig, embeddings: Embeddings, texts: Sequence[str]) -> None:
+def refuse_missing(config: RunConfig, embeddings: EmbeddingStore, texts: Sequence[str]) -> None:
     """Raise ConfigError where one of the ``texts`` of a run is not among the ``embeddings``."""
     lacking = embeddings.lacking(texts, config.model_as_trained.max_sequence_length)
     if not lacking:
@@ -107,14 +107,14 @@ def refuse_missing(config: RunConfig, embeddings: Embeddings, texts: Sequence[st
 
 
 def encode_texts(
-    config: RunConfig, embeddings: Embeddings, texts: Sequence[str], encoders: Encoders | None = None
+    config: RunConfig, embeddings: EmbeddingStore, texts: Sequence[str], encoders: Encoders | None = None
 ) -> None:
     """Encode those ``texts`` that are not among the ``embeddings``, by ``encoders``, or where there are none apart.
 
     Processes of one machine do it in turns, so that no text is encoded twice.
 
     Raises:
-        DiskError, ModelError: see `Embeddings`. EncodingFailed: the process that encodes has died.
+        DiskError, ModelError: see `EmbeddingStore`. EncodingFailed: the process that encodes has died.
     """
     length = config.model_as_trained.max_sequence_length
     if not embeddings.lacking(texts, length):
@@ -161,7 +161,7 @@ def _encode_pairs(asked: Mapping[str, Any]) -> None:
 def _encode_texts(asked: Mapping[str, Any]) -> None:
     model, device = ModelConfig.model_validate(asked["model"]), asked["device"]
     encoders = load_encoders(model).to(device)
-    Embeddings(Path(asked["folder"]), model, device).fill(encoders.encode_text, asked["texts"], asked["length"])
+    EmbeddingStore(Path(asked["folder"]), model, device).fill(encoders.encode_text, asked["texts"], asked["length"])
 
 
 def _encode_captions(asked: Mapping[str, Any]) -> None:

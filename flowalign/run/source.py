@@ -16,7 +16,7 @@ from flowalign.data.preferences import check_shared
 from flowalign.engine import process_group
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.directory import open_directory
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.encoders import Encoders
 from flowalign.run.encoded import encode_captions, encode_texts, pairs_of
 from flowalign.samples.arrange import with_negatives
@@ -78,14 +78,15 @@ class PromptsAlone:
         """Encode the prompts of the run that are not on disk yet, once on each machine; a collective call.
 
         Raises:
-            DiskError, ModelError: see `Embeddings`. EncodingFailed: the process that encodes has died.
+            DiskError, ModelError: see `EmbeddingStore`. EncodingFailed: the process that encodes has died.
             OtherRankFailed: another rank could not do it.
         """
         config = self._config
         with process_group.failing_together():
             if self._first_here:
                 texts = texts_of(self._sampler.rows(config.total), config.model)
-                encode_texts(config, Embeddings(config.embeddings, config.model, config.device), texts, self._encoders)
+                store = EmbeddingStore(config.embeddings, config.model, config.device)
+                encode_texts(config, store, texts, self._encoders)
         self._cache = EncodedCache(config.embeddings, None, config.model, config.device)
 
     def batch(self, iteration: int) -> EncodedPrompts:

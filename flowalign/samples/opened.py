@@ -24,7 +24,7 @@ from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
 from flowalign.models.build import bind_weights, load_encoders, load_network
 from flowalign.models.directory import is_pipeline
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.network import Network
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
@@ -59,7 +59,7 @@ def open_policy(
     network, state = open_network(path, config, which)
     model, embeddings, text = model_of(path, config), None, True
     if batch is not None and config.rollout_embeddings is not None:
-        embeddings = Embeddings(config.rollout_embeddings, model, config.device)
+        embeddings = EmbeddingStore(config.rollout_embeddings, model, config.device)
         text = bool(embeddings.lacking(texts_of_batch(batch, model), model.max_sequence_length))
     encoders = load_encoders(model, text=text, embeddings=embeddings).to(config.device)
     return Policy(network, encoders), state

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_encoders
-from flowalign.models.embeddings import DamagedEmbedding, Embeddings, NotEmbedded
+from flowalign.models.embeddings import DamagedEmbedding, EmbeddingStore, NotEmbedded
 from flowalign.models.encoders import Encoders
 from flowalign.run import encoded
 from flowalign.run.fixed import build_run
@@ -54,7 +54,7 @@ def calls_of(encoders: Encoders) -> Iterator[list[str]]:
 
 def store(folder: Path, model: ModelConfig, texts: list[str] | None = None) -> list[str]:
     """Encode ``texts`` through a store in ``folder`` by encoders that are loaded anew; return the calls of these."""
-    encoders = load_encoders(model, embeddings=Embeddings(folder, model, "cpu"))
+    encoders = load_encoders(model, embeddings=EmbeddingStore(folder, model, "cpu"))
     with torch_threads(1), calls_of(encoders) as called:
         for text in TEXTS if texts is None else texts:
             encoders.encode_text(text, model.max_sequence_length)
@@ -206,7 +206,7 @@ def test_files_that_were_touched_are_read_again_and_others_are_not(
     model = changed_copy(tiny("z_image"), tmp_path / "model", lambda path: None)
 
     def key() -> str:
-        return Embeddings(tmp_path / "kept", model, "cpu").key("a", LENGTH)
+        return EmbeddingStore(tmp_path / "kept", model, "cpu").key("a", LENGTH)
 
     first = key()
     assert not (tmp_path / "kept").exists()  # they are too fresh for their times to tell
@@ -230,7 +230,7 @@ def test_the_kind_of_device_and_on_a_cpu_the_threads_are_a_part_of_the_name(tiny
 
     def key(device: str, threads: int) -> str:
         with torch_threads(threads):
-            return Embeddings(tmp_path, model, device).key("a", LENGTH)
+            return EmbeddingStore(tmp_path, model, device).key("a", LENGTH)
 
     assert len({key("cpu", 1), key("cpu", 2), key("cuda", 1)}) == 3
     assert key("cuda:1", 2) == key("cuda", 1)
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_named_and_encoded_anew_or_refused_where_nothing_encod
 ) -> None:
     model = ModelConfig(path=str(tiny("z_image")), max_sequence_length=LENGTH)
     store(tmp_path, model)
-    embeddings = Embeddings(tmp_path, model, "cpu")
+    embeddings = EmbeddingStore(tmp_path, model, "cpu")
     with torch_threads(1):
         path = embeddings.path(embeddings.key("blurry", LENGTH))
         whole = path.read_bytes()
@@ -274,7 +274,7 @@ def test_a_damaged_file_is_named_and_encoded_anew_or_refused_where_nothing_encod
 def test_before_a_start_a_file_that_was_cut_short_counts_as_missing(tiny: Build, tmp_path: Path) -> None:
     model = ModelConfig(path=str(tiny("z_image")), max_sequence_length=LENGTH)
     store(tmp_path, model)
-    embeddings = Embeddings(tmp_path, model, "cpu")
+    embeddings = EmbeddingStore(tmp_path, model, "cpu")
     with torch_threads(1):
         assert embeddings.lacking([*TEXTS, "a camel", "a camel"], LENGTH) == ["a camel"]
         cut(embeddings.path(embeddings.key(LONG, LENGTH)))
@@ -282,7 +282,7 @@ def test_before_a_start_a_file_that_was_cut_short_counts_as_missing(tiny: Build,
 
 
 def _write_often(folder: Path, model: ModelConfig, rows: dict[str, Tensor]) -> None:
-    embeddings = Embeddings(folder, model, "cpu")
+    embeddings = EmbeddingStore(folder, model, "cpu")
     for _ in range(40):
         for text in TEXTS:
             embeddings.write(embeddings.key(text, LENGTH), text, rows)
@@ -291,7 +291,7 @@ def _write_often(folder: Path, model: ModelConfig, rows: dict[str, Tensor]) -> N
 def test_processes_that_write_the_same_at_once_leave_whole_files_alone(tiny: Build, tmp_path: Path) -> None:
     model = ModelConfig(path=str(tiny("z_image")), max_sequence_length=LENGTH)
     rows, forked = {"tokens": torch.randn(1, 64, 512)}, multiprocessing.get_context("fork")
-    embeddings = Embeddings(tmp_path, model, "cpu")
+    embeddings = EmbeddingStore(tmp_path, model, "cpu")
     keys = [embeddings.key(text, LENGTH) for text in TEXTS]
     writers = [forked.Process(target=_write_often, args=(tmp_path, model, rows)) for _ in range(3)]
     for writer in writers:

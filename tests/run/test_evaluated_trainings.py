@@ -84,3 +84,22 @@ def test_flowalign_evaluate_measures_what_the_run_has(tiny_pipeline_dir: Path, b
     assert measured["ema"].items() <= row.items()
     assert measured["policy"] == measured["model"]
     assert measured["model"]["eval/reward/overall"] != row["eval/reward/overall"]  # evaluation.weights is ema
+
+
+def test_an_evaluation_without_text_encoders_is_that_with_them(
+    tiny_pipeline_dir: Path, bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompts are the captions of the bank, encoded ahead."""
+    kept = written(tmp_path, tiny_pipeline_dir, bank, "kept", phases=[{"iterations": 4, "learning_rate": 1e-3}])
+    here(kept)
+    dropped = written(
+        tmp_path, tiny_pipeline_dir, bank, "dropped", phases=[{"iterations": 4, "learning_rate": 1e-3}],
+        rollout={"text_encoders": "drop"},
+    )  # fmt: skip
+    encoded = CliRunner().invoke(app, ["precompute", str(dropped), "--json"])
+    assert json.loads(encoded.stdout)["encoded"] == 6, encoded.output  # five prompts and the empty text
+    monkeypatch.setattr("flowalign.run.encoded.subprocess.Popen", None)
+    assert "none in rollout workers, 6 texts are read from" in here(dropped)
+    found = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("kept", "dropped")]
+    scores = [[row["eval/reward/overall"] for row in rows if "eval/reward/overall" in row] for rows in found]
+    assert scores[0] == scores[1] and len(scores[0]) == 2

@@ -15,7 +15,7 @@ from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.buckets import Bucket, cut
 from flowalign.data.banks.captions import NotEncoded
 from flowalign.models.directory import family_of_model, open_directory
-from flowalign.models.embeddings import Embeddings
+from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.encoders import Encoders, text_rows
 from flowalign.models.fingerprint import encoder_hash
 from flowalign.record.disk import draft_of, on_disk, writing
@@ -29,12 +29,12 @@ class EncodedCache:
 
     Every image is encoded alone, so that its latent never depends on its batch, and kept in float16. Files are
     written by rename: whoever else encodes the same writes the same. Without ``encoders`` what is missing raises
-    NotEncoded. Captions are `Embeddings`.
+    NotEncoded. Captions lie in an `EmbeddingStore`.
     """
 
     def __init__(self, folder: Path, encoders: Encoders | None, model: ModelConfig, device: str = "cpu") -> None:
         self.folder, self._encoders, self._model = folder, encoders, model
-        self._length, self._texts = model.max_sequence_length, Embeddings(folder, model, device)
+        self._length, self._texts = model.max_sequence_length, EmbeddingStore(folder, model, device)
         self._earlier: set[str] = set()
 
     @cached_property
