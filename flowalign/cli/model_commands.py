@@ -104,7 +104,7 @@ def sample(
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "images")
     files = sample_checkpoint(source, prompt, out, num_images=num_images, save_latents=latents, progress=shown)
-    if note := prompt_note(Path(own.model.path), prompt):
+    if note := prompt_note(own.model, prompt):
         plain(console)(f"of the prompts {note}")
     plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {made_with(source.made_with)}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})

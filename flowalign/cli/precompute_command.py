@@ -142,7 +142,7 @@ def precompute(
     for line in _skipped(to, manifest):
         console.print(line)
     console.print(f"{manifest['count']} images in {to}")
-    if note := prompt_note(Path(encoders.path), load_bank(to, verify=False).prompts):
+    if note := prompt_note(encoders, load_bank(to, verify=False).prompts):
         console.print(f"of the captions {note}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 

@@ -140,7 +140,7 @@ def _scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
 
 def _notes(config: Sampled, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
     """Return notes on how many prompts the text encoders cut, and what was retried or masked."""
-    cut = prompt_note(Path(config.model.path), batch.prompts)
+    cut = prompt_note(config.model, batch.prompts)
     said = [f"of the prompts {cut}"] if cut else []
     return (*said, *(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()))
 

@@ -91,7 +91,7 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
 
     They say how many of the prompts the text encoders cut, and whose shift the configuration's replaces.
     """
-    model = Path(config.model.path)
+    model = config.model_as_trained
     if isinstance(config, AlignConfig):
         data = config.data
         batch = f"{data.groups_per_iteration} groups of {run.algorithm.needs.group_size} images an iteration"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowalign.algorithms import build_algorithm
+from flowalign.config.sections import ModelConfig
 from flowalign.export.verify import Probe, _errors
 from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
@@ -99,7 +100,7 @@ def test_guidance_that_is_an_input_excuses_no_rounding() -> None:
 
 def test_what_clip_does_not_read_is_said_to_be_for_t5_alone(tiny: Build) -> None:
     said = "1 is longer than the 77 tokens that CLIP reads; the rest of it is for T5 alone"
-    assert prompt_note(tiny("flux-dev"), [SHORT, "a photo of a dog " * 40]) == said
+    assert prompt_note(ModelConfig(path=str(tiny("flux-dev"))), [SHORT, "a photo of a dog " * 20]) == said
 
 
 def test_a_lora_lies_on_both_kinds_of_blocks(tiny: Build) -> None:

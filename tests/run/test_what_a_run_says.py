@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from flowalign.cli.running import held
+from flowalign.config.sections import ModelConfig
 from flowalign.intake.file import load_align
 from flowalign.models.textlength import cut_prompts, prompt_note
 from flowalign.record import progress
@@ -264,24 +265,26 @@ def test_prompts_that_hold_what_nobody_sees_are_counted_and_it_is_named(tiny_pip
     said = (
         "6 hold invisible characters (no-break space, soft hyphen, zero width no-break space), which an encoder reads"
     )
-    assert prompt_note(tiny_pipeline_dir, [*unseen, "a dog", *unseen]) == said
+    model = ModelConfig(path=str(tiny_pipeline_dir))
+    assert prompt_note(model, [*unseen, "a dog", *unseen]) == said
     written = [
         "\U0001f468\u200d\U0001f469\u200d\U0001f467 a family",
         "\u0645\u06cc\u200c\u062e\u0648",
         "\u00e9",
         "a\tdog",
     ]
-    assert "invisible" not in prompt_note(tiny_pipeline_dir, written)
-    assert prompt_note(tiny_pipeline_dir, ["a \x1b[31mdog"]).startswith("1 holds invisible characters (u+001b)")
+    assert "invisible" not in prompt_note(model, written)
+    assert prompt_note(model, ["a \x1b[31mdog"]).startswith("1 holds invisible characters (u+001b)")
 
 
 def test_prompts_that_clip_cuts_are_counted_once_each_and_short_ones_never_tokenized(config_path, tiny_pipeline_dir):
     long = "a photo of a dog " * 40
-    assert cut_prompts(tiny_pipeline_dir, ["a dog", long, long, long + "!"]) == (2, 16)
-    assert cut_prompts(tiny_pipeline_dir, ["a dog"] * 3) == (0, 16)
+    model = ModelConfig(path=str(tiny_pipeline_dir))
+    assert cut_prompts(model, ["a dog", long, long, long + "!"]) == [("CLIP", 2, 16)]
+    assert cut_prompts(model, ["a dog"] * 3) == []
     said = "1 is longer than the 16 tokens that CLIP reads; the rest of it is cut off"
-    assert prompt_note(tiny_pipeline_dir, ["a dog", long]) == said
-    assert cut_prompts(config_path.parent, [long]) == (0, 0)  # no pipeline, no tokenizer
+    assert prompt_note(model, ["a dog", long]) == said
+    assert cut_prompts(ModelConfig(path=str(config_path.parent)), [long]) == []  # no pipeline, no tokenizer
 
 
 @pytest.mark.parametrize(
