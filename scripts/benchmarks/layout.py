@@ -1,0 +1,345 @@
+"""How far a prompt's words move the layout that the embedded world's base predicts, and what teaches it.
+
+    python scripts/benchmarks/layout.py                       # the shipped base: one line of JSON, a minute
+    python scripts/benchmarks/layout.py --samples 64000 --text oracle --start fresh --times high     # six minutes
+
+Of two prompts that differ in the relation alone ("left of", "right of"), in the order of their objects alone, or in
+the order of their colours alone, the true mean pictures differ by m = E[x0 | a] - E[x0 | b], found from renders. A
+network's predictions, x - t v(x, t), differ by d from the same noised pictures. Printed is <d, m> / <m, m> over twelve
+pairs: 1 where the words do all that they should at t = 1, 0 where they do nothing. (What t < 1 leaves visible of a
+picture makes the words matter less there.)
+
+With ``--samples`` the network is trained on renders of ``--tasks`` first, and looked at eight times on the way:
+
+- ``--text shipped`` (the pipeline's encoders), ``oracle`` (one-hot tokens that say every object, colour and relation)
+  or ``reading`` (encoders of three layers, trained here to tell a prompt's facts from the tokens that the network
+  sees);
+- ``--start base`` (the shipped network) or ``fresh``;
+- ``--times logit_normal`` (as the base was trained), ``high`` (uniform in [0.8, 1]) or ``half`` (half of each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import machine
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from flowalign.shapes.build.autoencoder import to_pixels
+from flowalign.shapes.build.pipeline import TEXT_TAIL, load, new_transformer
+from flowalign.shapes.build.text import CONTEXT_LENGTH, tokenize
+from flowalign.shapes.prompts import RELATIONS, Metadata, prompts, sample_prompt, scene
+from flowalign.shapes.render import render
+from rewards.geneval.detectors.palette import COLORS, SHAPES
+
+ASSETS = Path(__file__).resolve().parents[2] / "flowalign" / "shapes" / "assets" / "pipeline"
+KINDS = ("relation", "objects", "colors")
+LEVELS = (1.0, 0.95, 0.9, 0.8)
+PAIRS, RENDERS, NOISES, SLOTS = 12, 48, 16, 16
+NAMES = list(COLORS)
+Encode = Callable[[Sequence[Metadata]], tuple[Tensor, Tensor]]
+
+
+def facts(row: Metadata) -> tuple[int, ...]:
+    """Say what a prompt says, in the order of its words: two objects and their colours, relation, number less one."""
+    things, relation = row["include"], row["include"][-1].get("position")
+    first, second = (things[::-1] if relation else [*things, {}])[:2]
+
+    def of(names: Sequence[str], name: str | None) -> int:
+        return 0 if name is None else list(names).index(name) + 1
+
+    return (
+        of(SHAPES, first["class"]),
+        of(NAMES, first.get("color")),
+        of(SHAPES, second.get("class")),
+        of(NAMES, second.get("color")),
+        of(RELATIONS, relation and relation[0]),
+        first["count"] - 1,
+    )
+
+
+SIZES = (len(SHAPES) + 1, len(NAMES) + 1, len(SHAPES) + 1, len(NAMES) + 1, len(RELATIONS) + 1, 4)
+
+
+class Reader(nn.Module):
+    """Tells the facts of a prompt from its tokens (N, L, D), a query each, or from its pooled vector (N, D).
+
+    It sees what the network sees: vectors whose mean and size are taken away.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(len(SIZES), width) / width**0.5)
+        self.keys = nn.Linear(width, width, bias=False)
+        self.of_tokens, self.of_pooled = (nn.ModuleList(nn.Linear(width, size) for size in SIZES) for _ in range(2))
+
+    def forward(self, tokens: Tensor, pooled: Tensor) -> list[tuple[Tensor, ...]]:
+        tokens, pooled = (F.layer_norm(x, x.shape[-1:]) for x in (tokens, pooled))
+        weights = torch.softmax(self.queries @ self.keys(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5, -1)
+        read = (weights @ tokens).unbind(1)
+        return [
+            tuple(head(x) for head, x in zip(self.of_tokens, read, strict=True)),
+            tuple(head(pooled) for head in self.of_pooled),
+        ]
+
+
+def reading_encoders(tokenizer: Any, *, steps: int = 500, batch: int = 128, layers: int = 3) -> list[nn.Module]:
+    """Train text encoders to tell a prompt's facts from the penultimate layer and from the pooled vector."""
+    torch.manual_seed(0)
+    special: dict[str, Any] = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    encoders = nn.ModuleList(
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                **special,
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=4 * width,
+                projection_dim=width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // 64,
+                max_position_embeddings=CONTEXT_LENGTH,
+                hidden_act=activation,
+                initializer_factor=1.0,
+            )
+        )
+        for width, activation in ((128, "quick_gelu"), (192, "gelu"))
+    )
+    readers = nn.ModuleList(Reader(width) for width in (128, 192))
+    weights = [*encoders.parameters(), *readers.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.05)
+    rng = np.random.default_rng(3)
+
+    def read(rows: Sequence[Metadata]) -> list[tuple[Tensor, ...]]:
+        ids = tokenize(tokenizer, [row["prompt"] for row in rows])
+        outs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+        return [
+            answer
+            for out, reader in zip(outs, readers, strict=True)
+            for answer in reader(out.hidden_states[-2], out.text_embeds)
+        ]
+
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * scheduled(step, steps)
+        rows = [sample_prompt("train", rng) for _ in range(batch)]
+        told = torch.tensor([facts(row) for row in rows]).T
+        losses = [
+            F.cross_entropy(guess, fact, label_smoothing=0.05)
+            for answer in read(rows)
+            for guess, fact in zip(answer, told, strict=True)
+        ]
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        rows = [sample_prompt("eval", rng) for _ in range(600)]
+        told = torch.tensor([facts(row) for row in rows]).T
+        right = [
+            [(g.argmax(1) == f).float().mean().item() for g, f in zip(answer, told, strict=True)]
+            for answer in read(rows)
+        ]
+    say("reading", held_out_prompts_read=round(min(map(min, right)), 4))
+    return [encoder.eval().requires_grad_(False) for encoder in encoders]
+
+
+def encoder_of(pipeline: Any, text: str) -> Encode:
+    """Return what encodes rows to tokens (N, L, D) and pooled vectors (N, D)."""
+    if text == "oracle":
+        return oracle
+    if text == "reading":
+        pipeline.text_encoder, pipeline.text_encoder_2 = reading_encoders(pipeline.tokenizer)
+
+    @cache
+    def one(prompt: str) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            tokens, _, pooled, _ = pipeline.encode_prompt(
+                [prompt], None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_TAIL
+            )
+        return tokens.float(), pooled.float()
+
+    def encode(rows: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+        tokens, pooled = zip(*(one(row["prompt"]) for row in rows), strict=True)
+        return torch.cat(tokens), torch.cat(pooled)
+
+    return encode
+
+
+def oracle(rows: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
+    """Return a token an object that says its shape, colour, relation and side by ones, and pooled vectors of zeros."""
+    tokens = torch.zeros(len(rows), SLOTS, 320)
+    for token, row in zip(tokens, rows, strict=True):
+        things = [(side, clause) for side, clause in enumerate(row["include"]) for _ in range(clause["count"])]
+        relation = row["include"][-1].get("position")
+        for slot, (side, clause) in zip(token, things, strict=False):
+            slot[list(SHAPES).index(clause["class"])] = 6.0
+            if "color" in clause:
+                slot[20 + NAMES.index(clause["color"])] = 6.0
+            if relation:
+                slot[60 + 2 * RELATIONS.index(relation[0]) + side] = 6.0
+    return tokens, torch.zeros(len(rows), 320)
+
+
+def velocity(network: nn.Module, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return network(
+            hidden_states=x,
+            timestep=1000 * t,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0].float()
+
+
+@torch.no_grad()
+def latents(vae: Any, rows: Sequence[Metadata], rng: np.random.Generator) -> Tensor:
+    pixels = to_pixels(np.stack([render(scene(row, rng), rng) for row in rows]))
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = vae.encode(pixels).latent_dist.mean
+    return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@cache
+def pairs(kind: str) -> tuple[tuple[Metadata, Metadata], ...]:
+    """Return pairs of rows that differ in one thing alone, of all prompts, held out or not."""
+    rows = [
+        row for split in ("train", "eval") for row in prompts(split, "color_attr" if kind == "colors" else "position")
+    ]
+    told = {facts(row): row for row in rows}
+    inverse = {1: 2, 2: 1, 3: 4, 4: 3}
+
+    def other(fact: tuple[int, ...]) -> tuple[int, ...]:
+        a, ca, b, cb, relation, number = fact
+        if kind == "relation":
+            return a, ca, b, cb, inverse[relation], number
+        return (b, ca, a, cb, relation, number) if kind == "objects" else (a, cb, b, ca, relation, number)
+
+    chosen = np.random.default_rng(5).permutation(len(rows))[:PAIRS]
+    return tuple((rows[i], told[other(facts(rows[i]))]) for i in chosen)
+
+
+@torch.no_grad()
+def look(network: nn.Module, vae: Any, encode: Encode) -> dict[str, dict[str, float]]:
+    """Return <d, m> / <m, m> of each kind of pair at each level."""
+    network.eval()
+    found = {}
+    for kind in KINDS:
+        along, size = dict.fromkeys(LEVELS, 0.0), 0.0
+        for number, (a, b) in enumerate(pairs(kind)):
+            rng, generator = np.random.default_rng([number, 7]), torch.Generator().manual_seed(number)
+            of_a, of_b = (latents(vae, [row] * RENDERS, rng) for row in (a, b))
+            m = of_a.mean(0) - of_b.mean(0)
+            size += m.square().sum().item()
+            pictures = torch.cat([of_a[: NOISES // 2], of_b[: NOISES // 2]])
+            tokens, pooled = encode([a, b])
+            for t in LEVELS:
+                x = (1 - t) * pictures + t * torch.randn(pictures.shape, generator=generator)
+                v = [
+                    velocity(
+                        network,
+                        x,
+                        torch.full((NOISES,), t),
+                        tokens[i].expand(NOISES, -1, -1),
+                        pooled[i].expand(NOISES, -1),
+                    )
+                    for i in range(2)
+                ]
+                along[t] += (t * (v[1] - v[0]).mean(0) * m).sum().item()
+        found[kind] = {str(t): round(value / size, 3) for t, value in along.items()}
+    return found
+
+
+def scheduled(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def say(stage: str, **what: Any) -> None:
+    print(json.dumps({"stage": stage, **what}), flush=True)
+
+
+def drawn(times: str, count: int) -> Tensor:
+    usual, high = torch.sigmoid(torch.randn(count)), 0.8 + 0.2 * torch.rand(count)
+    return {"logit_normal": usual, "high": high, "half": torch.where(torch.rand(count) < 0.5, usual, high)}[times]
+
+
+def learn(network: nn.Module, vae: Any, encode: Encode, arguments: argparse.Namespace) -> None:
+    """Train by flow matching on a bank of renders, with a tenth of the prompts dropped, and look eight times."""
+    rng, batch, steps = np.random.default_rng(1), 64, arguments.samples // 64
+    tasks = arguments.tasks.split(",")
+    rows, bank = [], []
+    for _ in range(math.ceil(min(arguments.samples, 24_000) / 250)):
+        chosen = [prompts("train", tasks[int(rng.integers(len(tasks)))]) for _ in range(250)]
+        drawn_rows = [pool[int(rng.integers(len(pool)))] for pool in chosen]
+        bank.append(latents(vae, drawn_rows, rng).half())
+        rows += drawn_rows
+    stored = torch.cat(bank)
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    empty: Metadata = {"prompt": "", "include": [{"count": 0}]}
+    began, losses = time.monotonic(), []
+    for step in range(steps):
+        network.train()
+        optimizer.param_groups[0]["lr"] = arguments.learning_rate * scheduled(step, steps)
+        index = rng.integers(len(rows), size=batch)
+        x0 = stored[torch.from_numpy(index)].float()
+        tokens, pooled = encode([rows[i] if rng.random() >= 0.1 else empty for i in index])
+        t, noise = drawn(arguments.times, batch), torch.randn(x0.shape)
+        level = t[:, None, None, None]
+        v = velocity(network, (1 - level) * x0 + level * noise, t, tokens, pooled)
+        loss = F.mse_loss(v, noise - x0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % max(1, steps // 8) == 0:
+            mean = sum(losses) / len(losses)
+            seconds = round(time.monotonic() - began)
+            say(
+                "learnt", samples=(step + 1) * batch, loss=round(mean, 4), seconds=seconds, **look(network, vae, encode)
+            )
+            losses = []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, default=ASSETS)
+    parser.add_argument("--samples", type=int, default=0)
+    parser.add_argument("--text", choices=("shipped", "oracle", "reading"), default="shipped")
+    parser.add_argument("--start", choices=("base", "fresh"), default="base")
+    parser.add_argument("--times", choices=("logit_normal", "high", "half"), default="logit_normal")
+    parser.add_argument("--tasks", default="position")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pipeline = load(arguments.pipeline)
+    network, vae = pipeline.transformer, pipeline.vae.eval()
+    if arguments.start == "fresh":
+        torch.manual_seed(0)
+        network = new_transformer(320, 320)
+    say(
+        "asked",
+        **{k: str(v) for k, v in vars(arguments).items() if k != "pipeline"},
+        machine=machine(arguments.threads),
+    )
+    encode = encoder_of(pipeline, arguments.text)
+    say("before", **look(network, vae, encode))
+    if arguments.samples:
+        learn(network, vae, encode, arguments)
+
+
+if __name__ == "__main__":
+    main()
