@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flowalign.cli.options import Json, model_directory
+from flowalign.cli.options import Json, image_size, model_directory
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json, print_rows, sentence
 
 _WORDS = {"fact": "", "skip": "skip", "ok": "ok", "fail": "fail"}
 _STYLES = {"ok": "green", "skip": "yellow", "fail": "red"}
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Return (height, width) in pixels."""
-    if (found := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)) is None:
-        raise typer.BadParameter(f"{text!r} is no size; write HEIGHTxWIDTH in pixels, such as 512x768")
-    return int(found[1]), int(found[2])
 
 
 def doctor(

@@ -33,6 +33,13 @@ def model_directory(text: str) -> Path:
     return SHIPPED / "pipeline" if text == "shapes" and not Path(text).exists() else Path(text)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Return (height, width) in pixels."""
+    if (found := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)) is None:
+        raise typer.BadParameter(f"{text!r} is no size; write HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(found[1]), int(found[2])
+
+
 def finite(value: Any) -> Any:
     """Return a number or a list of them. Refuse NaN and infinity."""
     for number in value if isinstance(value, list | tuple) else (value,):

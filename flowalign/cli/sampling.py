@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from flowalign.cli.options import Model, check_text, finite
+from flowalign.cli.options import Model, check_text, finite, image_size
 from flowalign.config.largest import LARGEST
 from flowalign.config.solvers import solver_names, spelled
 
@@ -61,6 +61,16 @@ Until = Annotated[
 ]
 
 
+Size = Annotated[
+    Any,
+    typer.Option(
+        metavar="HEIGHTxWIDTH",
+        parser=image_size,
+        help="of the images in pixels; default: as the run or the model has it",
+    ),
+]
+
+
 def known_solver(text: str) -> str:
     """Return the solver's name with its options, as it is kept."""
     try:
@@ -88,6 +98,7 @@ class Sampling:
     guidance_norm_cap: NormCap = None
     guidance_until: Until = None
     solver: Solver = None
+    size: Size = None
     config: Like = None
     model: Model = None
 
@@ -96,15 +107,31 @@ class Sampling:
         from flowalign.intake.recorded import config_of
 
         check_text("--negative-prompt", self.negative_prompt or "")
-        return config_of(checkpoint, self.config, self.model)
+        own = config_of(checkpoint, self.config, self.model)
+        return own if self.size is None else _sized(checkpoint, own, self.size)
 
     def model_of(self, checkpoint: Path, own: Sampled, *, weights: str | None, seed: int | None) -> SampledModel:
         """Return the model that is sampled from, and how; ``own`` is its configuration. Raise as `sampled_model`."""
         from flowalign.samples.sampled import sampled_model
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        del given["config"], given["model"]
+        del given["config"], given["model"], given["size"]  # which `config_of` has taken
         return sampled_model(checkpoint, own, which=weights, seed=seed, **given)
+
+
+def _sized(checkpoint: Path, own: Sampled, size: tuple[int, int]) -> Sampled:
+    """Return the configuration with images of ``size``. Raise ConfigError where the model makes none such."""
+    from flowalign.config.section import ConfigError
+    from flowalign.models.directory import open_directory
+    from flowalign.models.errors import ModelError
+    from flowalign.samples.opened import model_of
+
+    height, width = size
+    try:
+        open_directory(model_of(checkpoint, own)).latent_shape(height, width)
+    except ModelError as error:
+        raise ConfigError("--size", str(error).removeprefix("model.path: ")) from error
+    return own.model_copy(update={"model": own.model.model_copy(update={"height": height, "width": width})})
 
 
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:

@@ -142,8 +142,8 @@ def _texts(weights: Any) -> Any:
     return {str(task) if type(task) is int else task: weight for task, weight in weights.items()}
 
 
-def _size(text: str) -> str:
-    if re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text) is None:
+def _size(text: object) -> object:
+    if not isinstance(text, str) or re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text) is None:
         raise ValueError(f"got {text!r}; write HEIGHTxWIDTH in pixels, such as 512x768")
     return text
 
@@ -157,8 +157,9 @@ class DataConfig(Section):
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
-    sizes: list[Annotated[str, AfterValidator(_size)]] = Field(default_factory=list)
-    """Sizes of the images in pixels, HEIGHTxWIDTH, of which each group draws one; none: the model's own."""
+    sizes: list[Annotated[str, BeforeValidator(_size)]] = Field(default_factory=list)
+    """Sizes of the images in pixels, HEIGHTxWIDTH, of which each group draws one; none: the model's own.
+    Evaluations keep to ``model.height`` and ``model.width``."""
     preferences: Annotated[str | None, Resolved()] = None
     """A parquet file or a folder of pairs, for an algorithm that learns from pairs."""
     preferences_cache: Annotated[str | None, Resolved("written"), MayChange()] = None

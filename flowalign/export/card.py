@@ -73,6 +73,11 @@ def base_name(path: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
 
 
+def _file_name(prompts: str | None) -> str | None:
+    """Return the name alone of a file of prompts: a card is published, and folders of this machine are nobody's."""
+    return None if prompts is None else Path(prompts).name
+
+
 def _front_matter(config: Sampled, state: Row, kind: str, after: Row) -> list[str]:
     """Return the front matter as YAML, each value written as JSON, which YAML contains."""
     base = base_name(config.model.path)
@@ -88,7 +93,7 @@ def _front_matter(config: Sampled, state: Row, kind: str, after: Row) -> list[st
     overall = {key.split("/")[1]: value for key, value in after.items() if key.endswith("/overall")}
     if overall:
         metrics = [{"type": name, "name": f"{name}, overall", "value": round(v, 4)} for name, v in overall.items()]
-        dataset = {"type": "geneval", "name": config.evaluation.prompts}
+        dataset = {"type": "geneval", "name": _file_name(config.evaluation.prompts)}
         result = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
         lines += ["model-index:", f"- {front({'name': config.name, 'results': [result]})}"]
     return lines
@@ -156,7 +161,7 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
         absent=remote + "".join(f", {part}=None" for part in lacking),
         steps=config.evaluation.num_steps,
         guidance=_guidance(config, None if own else family),
-        length=f"max_sequence_length={config.model.max_sequence_length}{_sigmas(config)}",
+        length=f"max_sequence_length={config.model.max_sequence_length}{_size(config)}{_sigmas(config)}",
         base=printable(base).replace("\\", "/").replace('"', "'"),
     )
     lines += ["## Use", "", f"```python\n{use}```", ""]
@@ -174,6 +179,14 @@ def _guidance(config: Sampled, family: ModelFamily | None) -> str:
         arguments["negative_prompt"] = config.model.negative_prompt
     shown = {name: front(value) if isinstance(value, str) else f"{value:g}" for name, value in arguments.items()}
     return "".join(f"{name}={value}, " for name, value in shown.items())
+
+
+def _size(config: Sampled) -> str:
+    """Write the arguments of a pipeline's call that are the images' size; nothing where it is the pipeline's own."""
+    sides = {"height": config.model.height, "width": config.model.width}
+    if isinstance(config, AlignConfig) and config.data.sizes and not any(sides.values()):
+        sides = dict(zip(sides, config.data.image_sizes[0], strict=True))
+    return "".join(f", {name}={side}" for name, side in sides.items() if side is not None)
 
 
 def _public(config: Sampled) -> ModelFamily | None:
@@ -210,8 +223,9 @@ def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
     return {
         "Algorithm": f"{text(config.algorithm['type'])} · {trained}{averaged}",
         "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",
-        "Prompts": f"{code(config.data.prompts)}, {config.data.groups_per_iteration} groups an iteration",
+        "Prompts": f"{code(_file_name(config.data.prompts))}, {config.data.groups_per_iteration} groups an iteration",
         "Rewards": "; ".join(_reward(reward) for reward in config.rewards),
+        **({"Sizes": ", ".join(config.data.sizes)} if config.data.sizes else {}),
     }
 
 
@@ -244,7 +258,7 @@ def _scores(config: Sampled, kind: str, before: Row, after: Row) -> list[str]:
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation
-    how = f"{e.num_samples} samples of {code(e.prompts, cell=False)}, {e.num_steps} Euler steps"
+    how = f"{e.num_samples} samples of {code(_file_name(e.prompts), cell=False)}, {e.num_steps} Euler steps"
     how += f", {said_guidance(guidance_facts(e))}"
     lines = [
         "## Scores",

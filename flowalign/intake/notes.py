@@ -10,6 +10,7 @@ from flowalign.config.pathfamilies import canonical
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig, OptimizerConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.intake.notes_of_walks import notes_of_walks
 from flowalign.intake.paths import shipped_names
 from flowalign.models.recorded import recorded_model
 from flowalign.record.textfiles import is_there
@@ -67,6 +68,7 @@ def _unused_cluster(config: RunConfig) -> list[str]:
 def _notes_of_alignment(config: AlignConfig) -> list[str]:
     updates = config.iterations * config.learner.updates_per_iteration
     notes = [*_recorded_length(config.model), *_other_family("model", config.model)]
+    notes += notes_of_walks(config)
     optimizer = config.learner.optimizer
     notes += _rates("learner.optimizer", optimizer.learning_rate, optimizer.final_learning_rate)
     decayed = max(optimizer.learning_rate, optimizer.final_learning_rate)

@@ -16,7 +16,7 @@ from flowalign.flow.schedule import PipelineSchedule, resolution_shift
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, Published, TextPart, family_of, known_families
-from flowalign.models.mistaken import another_pipeline, no_pipeline
+from flowalign.models.mistaken import another_pipeline, no_pipeline, of_the_hub
 from flowalign.models.scheduler import FlowScheduler, check_scheduler, checked_options
 from flowalign.record.files import stays_below
 from flowalign.record.textfiles import TextError, read_object
@@ -163,7 +163,7 @@ def family_of_model(model: ModelConfig) -> ModelFamily:
 
 def _absent(path: Path, families: Sequence[ModelFamily]) -> ModelError:
     known = ", ".join(name for family in families for name in family.published)
-    plan = f", or plan one whose sizes are known: {known}" if known else ""
+    plan = (f", or plan one whose sizes are known: {known}" if known else "") + of_the_hub(path)
     return ModelError(f"model.path: {path} is not a directory{hint(path)}; give a pipeline directory{plan}")
 
 

@@ -22,10 +22,21 @@ def no_pipeline(path: Path) -> str | None:
         advice = _CONVERT if path.suffix in _WEIGHTS else "give the directory that model_index.json lies in"
         return f"{path} is {kind}, and a pipeline is a directory; {advice}"
     if not path.is_dir():
-        return f"{path} is not a directory{hint(path)}; give a pipeline directory"
+        return f"{path} is not a directory{hint(path)}; give a pipeline directory{of_the_hub(path)}"
     if (path / "model_index.json").is_file():
         return None
     return f"{path} has no model_index.json{_instead(path)}"
+
+
+def of_the_hub(path: Path) -> str:
+    """Return how a model is fetched, where an absent ``path`` looks like its name on the Hugging Face hub."""
+    owner = path.parent
+    if owner.exists() or not owner.parent.is_dir() or path.suffix in _WEIGHTS:
+        return ""
+    name = f"{owner.name}/{path.name}"
+    return (
+        f"; nothing is downloaded by a run: if {name} is a model of the hub, hf download {name} --local-dir {path.name}"
+    )
 
 
 def another_pipeline(path: Path, name: str, title: str, pipeline: str) -> str:

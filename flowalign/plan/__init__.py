@@ -11,6 +11,7 @@ from typing import Any
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.data.prompts import PromptsError
 from flowalign.models.checked import teacher_model
 from flowalign.models.directory import is_pipeline, open_directory
@@ -61,10 +62,11 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
         notes.append(f"{config.model.path} is absent: sizes are those of {published.source}")
     algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
     geometry = plan_geometry(config, algorithm)
-    sizes, teachers = inspect_model(config.model), {}
+    model = _largest(config)
+    sizes, teachers = inspect_model(model), {}
     for name, teacher in algorithm.needs.teachers.items():
         if is_pipeline(Path(teacher.path)):
-            teachers[name] = inspect_model(teacher_model(teacher, config.model))
+            teachers[name] = inspect_model(teacher_model(teacher, model))
     num_texts = 0
     if config.rollout_embeddings is not None:
         try:
@@ -83,6 +85,14 @@ def make_plan(config: AlignConfig, missing: tuple[str, ...] = ()) -> Plan:
     )
 
 
+def _largest(config: AlignConfig) -> ModelConfig:
+    """Return the model at the largest of ``data.sizes``, or as it is where there are none."""
+    if not config.data.sizes:
+        return config.model
+    height, width = max(config.data.image_sizes, key=math.prod)
+    return config.model.model_copy(update={"height": height, "width": width})
+
+
 def _learner_flops(config: AlignConfig, g: Geometry, model: ModelSizes, asked: Sequence[ModelSizes]) -> int:
     """Return the FLOPs of all ranks.
 
@@ -98,6 +108,12 @@ def _learner_flops(config: AlignConfig, g: Geometry, model: ModelSizes, asked: S
 
 def _odd(config: AlignConfig, geometry: Geometry) -> list[str]:
     notes = []
+    if config.data.sizes:
+        height, width = max(config.data.image_sizes, key=math.prod)
+        notes.append(
+            f"memory and FLOPs are those of {height}x{width}, the largest of data.sizes; a chunk and a micro-batch "
+            "hold one size, so that there may be more of them"
+        )
     if geometry.micro_batch_size > geometry.transitions_per_step:
         notes.append(
             f"learner.micro_batch_size {geometry.micro_batch_size} exceeds the {geometry.transitions_per_step} "

@@ -48,6 +48,11 @@ KNOWN = (
         _CLIP,
     ),
     Known(
+        "diffusers.pipelines.flux.pipeline_flux",
+        r"The following part of your input was truncated because CLIP can only handle",
+        _CLIP,
+    ),
+    Known(
         "diffusers.loaders.lora_base",
         r"No LoRA keys associated to \w+ found with the prefix='text_encoder",
         "a LoRA here is one of the network: text encoders do not learn",

@@ -189,7 +189,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",
         **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
-        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}",
+        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}" if e.every else "none",
         "Seed": str(config.seed),
         "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",
     }

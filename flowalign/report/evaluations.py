@@ -60,6 +60,8 @@ class Evaluations:
         figure = None
         if len(self.rows) > 1:
             figure = figures.lines(iterations(self.rows), curves, bold="overall", label=judged, wide=wide)
+        if not self.rows:
+            return Chart("Evaluation", None, "This run was not evaluated.", wide)
         few = f"A curve needs two evaluations; this run has {len(self.rows)}."
         return Chart(f"{self.label} by task", figure, few, wide)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from flowalign import __version__
@@ -85,6 +86,11 @@ def assert_refused(code: int, out: str, err: str, said: str) -> None:
         (["algorithm.group_size=1"], "algorithm.group_size: got 1"),
         (["algorithm.window.size=12"], "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
         (["model.path=absent"], "is not a directory; give a pipeline directory"),
+        (
+            ["model.path=owner/absent-1"],
+            "if owner/absent-1 is a model of the hub, hf download owner/absent-1 --local-dir absent-1",
+        ),
+        (["data.sizes=[[64, 96]]"], "data.sizes.0: got [64, 96]; write HEIGHTxWIDTH in pixels, such as 512x768"),
         (["rewards.0.spec=absent.py:reward"], "absent.py does not exist"),
     ],
 )
@@ -242,6 +248,25 @@ def test_shapes_names_the_shipped_pipeline_where_a_checkpoint_is_asked_for(tmp_p
     arguments = ["--prompt", "a photo of a red star", "--num-steps", "1", "--out", str(tmp_path / "out")]
     shown = CliRunner().invoke(app, ["sample", "shapes", *arguments])
     assert shown.exit_code == 0 and (tmp_path / "out" / "0000.png").is_file()
+
+
+def test_a_size_is_that_of_the_pictures_and_one_that_the_model_cannot_make_is_refused(tmp_path: Path) -> None:
+    arguments = [
+        "sample",
+        "shapes",
+        "--prompt",
+        "a photo of a red star",
+        "--num-steps",
+        "1",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    shown = CliRunner().invoke(app, [*arguments, "--size", "32x48"])
+    assert shown.exit_code == 0
+    with Image.open(tmp_path / "a" / "0000.png") as picture:
+        assert picture.size == (48, 32)  # width first, as PIL has it
+    shown = CliRunner().invoke(app, ["evaluate", "shapes", "--size", "40x64"])
+    assert shown.exit_code == 2 and "--size: image size 40x64" in " ".join(shown.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -225,5 +225,17 @@ def test_a_card_says_what_the_pipeline_is_called_with(
     assert said in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_calls_for_pictures_of_a_size_that_was_learned_and_names_no_folder_of_this_machine(
+    tiny: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jsonl").write_text("")
+    own = {"prompts": str(tmp_path / "own.jsonl"), "sizes": ["64x96", "96x64"]}
+    config = run_config(tiny("flux-dev"), data=own)
+    write_card(tmp_path, config, {"iteration": 1}, kind="pipeline", run_dir=tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert ", height=64, width=96)" in card and "| Sizes | 64x96, 96x64 |" in card
+    assert "| Prompts | `own.jsonl`, " in card and str(tmp_path) not in card
+
+
 def test_a_call_of_a_network_that_takes_no_number_has_none() -> None:
     assert flux.guidance_call({"guidance_embeds": False}, Guidance(1.0)) == {}

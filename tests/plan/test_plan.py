@@ -55,6 +55,15 @@ def test_only_a_scale_above_one_of_a_network_without_such_an_input_costs_a_secon
     assert plan_geometry(config, build_algorithm(config.algorithm)).rollout_passes == 120
 
 
+def test_several_sizes_are_planned_by_the_largest_which_is_said(config_path: Path) -> None:
+    small, both = plan(config_path, "data.sizes=[32x32]"), plan(config_path, "data.sizes=[32x32, 32x64]")
+    assert (small.model.latent_shape, both.model.latent_shape) == ((16, 4, 4), (16, 4, 8))
+    assert (small.model.image_tokens, both.model.image_tokens) == (4, 8)  # patches of two latents
+    assert small.rollout_flops < both.rollout_flops
+    assert any(note.startswith("memory and FLOPs are those of 32x64, the largest of data.sizes") for note in both.notes)
+    assert not any("data.sizes" in note for note in plan(config_path).notes)
+
+
 def test_parameters_are_counted_from_configuration_files_alone(config_path: Path) -> None:
     sizes = inspect_model(ModelConfig(path=str(config_path.parent / "model"), max_sequence_length=16))
     assert sizes.latent_shape == (16, 8, 8)

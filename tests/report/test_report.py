@@ -173,6 +173,7 @@ def test_a_run_before_its_second_evaluation_shows_only_the_first(tmp_path: Path)
 def test_a_run_without_evaluation_still_has_its_reward_curve(tmp_path: Path) -> None:
     page = report(write_run(tmp_path / "run", 5, evaluated=False))
     assert "not evaluated" in page.text and "Same seed" not in page.text
+    assert "This run was not evaluated." in page.text and "by task" not in page.text
     assert 'aria-label="geneval by iteration"' in page.source
 
 

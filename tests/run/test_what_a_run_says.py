@@ -211,6 +211,9 @@ EXAMPLES = {
     "diffusers.loaders.lora_base": [
         "No LoRA keys associated to CLIPTextModel found with the prefix='text_encoder'. This is safe to ignore"
     ],
+    "diffusers.pipelines.flux.pipeline_flux": [
+        "The following part of your input was truncated because CLIP can only handle sequences up to 77 tokens: ['a']"
+    ],
     "DeepSpeed": ["Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."],
     "transformers.tokenization_utils_base": [
         "Token indices sequence length is longer than the specified maximum sequence length for this model (164 > 77)"

@@ -1,0 +1,80 @@
+"""Notes on how a run walks: guidance, negative prompts and sizes that were hardly meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.guidance import SCALES
+from flowalign.models.directory import Directory, network_inputs, open_directory
+from flowalign.models.errors import ModelError
+
+
+def notes_of_walks(config: AlignConfig) -> list[str]:
+    """Return a sentence for each such setting. A model that is not there is said elsewhere."""
+    notes = _evaluated_otherwise(config)
+    try:
+        directory, inputs = open_directory(config.model), network_inputs(config.model)
+        return [*notes, *_forgotten(config, directory), *_led_nowhere(config, inputs), *_sized(config, directory)]
+    except ModelError:
+        return notes
+
+
+def _evaluated_otherwise(config: AlignConfig) -> list[str]:
+    """Note evaluations that are guided otherwise than rollouts by their default alone."""
+    algorithm, evaluation = config.algorithm, config.evaluation
+    return [
+        f"evaluation.{key}: {getattr(evaluation, key):g}, the default, while algorithm.{key} is {algorithm[key]:g}; "
+        "evaluations, `sample` and `evaluate` take that of evaluation"
+        for key in SCALES
+        if key not in evaluation.model_fields_set and algorithm.get(key, 1) != getattr(evaluation, key)
+    ]
+
+
+def _forgotten(config: AlignConfig, directory: Directory) -> list[str]:
+    """Note that a network which its family always hands a guidance is handed 1."""
+    takes = directory.family.takes_guidance(directory.config("transformer"))
+    if not takes or config.algorithm.get("guidance_scale") != 1:
+        return []
+    return [
+        "algorithm.guidance_scale: 1; the network takes it as an input, where 1 is a number like any other and not "
+        "none (docs/models.md names the usual one)"
+    ]
+
+
+def _led_nowhere(config: AlignConfig, inputs: tuple[str, ...]) -> list[str]:
+    """Note a negative prompt where nothing is guided away from it."""
+    scale = "true_guidance_scale" if "guidance" in inputs else "guidance_scale"
+    scales = [*_found(scale, config.algorithm), getattr(config.evaluation, scale)]
+    if scale == "guidance_scale":
+        scales += _found("update_guidance_scale", config.algorithm)
+    if config.model.negative_prompt is None or max(scales) > 1:
+        return []
+    return [
+        f"model.negative_prompt: nothing leads away from it, since no {scale} is above 1; set algorithm.{scale}, or "
+        "leave this out"
+    ]
+
+
+def _sized(config: AlignConfig, directory: Directory) -> list[str]:
+    """Note evaluations at a size that the run does not learn from."""
+    if not config.data.sizes or not config.evaluation.every:
+        return []
+    _, *sides = directory.latent_shape(config.model.height, config.model.width)
+    height, width = (side * directory.geometry.factor for side in sides)
+    if (height, width) in config.data.image_sizes:
+        return []
+    return [
+        f"data.sizes: evaluations make images of {height}x{width}, that of model, which is none of these; set "
+        "model.height and model.width"
+    ]
+
+
+def _found(key: str, within: Any) -> Iterator[float]:
+    """Yield the numbers that stand under ``key`` in an algorithm's options, however deep: teachers have their own."""
+    parts = within.items() if isinstance(within, Mapping) else enumerate(within) if isinstance(within, list) else ()
+    for name, value in parts:
+        if name == key and isinstance(value, int | float):
+            yield value
+        yield from _found(key, value)
