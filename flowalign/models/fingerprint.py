@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,10 @@ import torch
 from safetensors import safe_open
 
 from flowalign.config.sections import ModelConfig
-from flowalign.models.directory import family_of_model
+from flowalign.models.directory import INDEX, family_of_model
+from flowalign.models.weights import loaded_files
 from flowalign.record.disk import DiskError, folder_for, write_text
+from flowalign.record.textfiles import read_object
 
 TRAINED = ("transformer", "scheduler")
 SCALES = ("scaling_factor", "shift_factor")
@@ -35,11 +37,13 @@ Encoders = Callable[[str], str]  # a precision -> a hash
 def encoder_hash(model: ModelConfig) -> str:
     """Return the sha256 over all parts of a pipeline directory but transformer and scheduler.
 
-    Weights count as float32, tokenizers by their vocabulary: saving a pipeline anew may change precision, key order
-    and padding, none of which changes what the same call encodes. Other files of other parts count byte by byte.
+    Weights count as float32, tokenizers by their vocabulary and chat template: saving a pipeline anew may change
+    precision, key order and padding, none of which changes what the same call encodes. Other files of other parts count
+    byte by byte.
     """
     root = Path(model.path)
-    parts = (path for path in root.iterdir() if path.is_dir() and path.name not in TRAINED)
+    unread = {*TRAINED, *_left_out(root)}
+    parts = (path for path in root.iterdir() if path.is_dir() and path.name not in unread)
     return _fingerprint(_kind(model), parts, torch.float32)
 
 
@@ -48,7 +52,7 @@ def encoders_of(model: ModelConfig) -> Encoders:
     family, root = family_of_model(model), Path(model.path)
 
     def rounded(precision: str) -> str:
-        parts = [root / name for name in family.encoder_parts if (root / name).is_dir()]
+        parts = _parts(root, family.encoder_parts)
         return _fingerprint(_kind(model), parts, getattr(torch, precision))
 
     return cache(rounded)
@@ -61,13 +65,13 @@ def text_hash(model: ModelConfig) -> str:
     Raises:
         ModelError: the family is not known.
     """
-    digest = hashlib.sha256(_kind(model).encode())
+    digest = hashlib.sha256(json.dumps([_kind(model), _classes(model)]).encode())
     for part in _text_parts(model):
         digest.update(part.name.encode())
         if weighed := any(part.glob("*.safetensors")):
             _weights(part, digest, torch.float32)
         for path in _files(part):
-            if not weighed or (path.suffix not in BINARY and not path.name.endswith(".index.json")):
+            if not weighed or (path.suffix not in BINARY and ".safetensors.index." not in path.name):
                 digest.update(path.relative_to(part).as_posix().encode() + _said(path))
     return digest.hexdigest()
 
@@ -89,7 +93,7 @@ def kept_text_hash(model: ModelConfig, folder: Path) -> str:
 
 def _stamp(model: ModelConfig, before: float | None = None) -> str | None:
     """Return a hash of sizes, times and places on the disk; None where a file was changed later than ``before``."""
-    facts: list[Any] = [_kind(model)]
+    facts: list[Any] = [_kind(model), _classes(model)]
     for part in _text_parts(model):
         for path in _files(part):
             state = path.stat()
@@ -101,8 +105,29 @@ def _stamp(model: ModelConfig, before: float | None = None) -> str | None:
 
 
 def _text_parts(model: ModelConfig) -> list[Path]:
-    root = Path(model.path)
-    return sorted(root / name for name in family_of_model(model).text if (root / name).is_dir())
+    return _parts(Path(model.path), family_of_model(model).text)
+
+
+def _classes(model: ModelConfig) -> list[Any]:
+    """Return the class that the index names for each text encoder; null is that of one which is left out."""
+    index = _index(Path(model.path))
+    return [index.get(name) for name in family_of_model(model).text if name.startswith("text_encoder")]
+
+
+def _parts(root: Path, names: Iterable[str]) -> list[Path]:
+    """Return the folders of those parts that the pipeline has."""
+    unread = _left_out(root)
+    return sorted(root / name for name in names if name not in unread and (root / name).is_dir())
+
+
+def _left_out(root: Path) -> set[str]:
+    """Return the parts that the index names as null: nothing is loaded of their folders, which may still be there."""
+    return {name for name, entry in _index(root).items() if isinstance(entry, list) and not any(entry)}
+
+
+def _index(root: Path) -> Mapping[str, Any]:
+    file = root / INDEX
+    return read_object(file) if file.is_file() else {}
 
 
 def _said(path: Path) -> bytes:
@@ -138,7 +163,7 @@ def _fingerprint(kind: str, parts: Iterable[Path], dtype: torch.dtype) -> str:
         if any(part.glob("*.safetensors")):
             _weights(part, digest, dtype)
         elif part.name.startswith("tokenizer"):
-            digest.update(_vocabulary(part))
+            digest.update(_vocabulary(part) + _template(part))
         else:
             for path in _files(part):
                 digest.update(path.relative_to(part).as_posix().encode() + path.read_bytes())
@@ -148,7 +173,7 @@ def _fingerprint(kind: str, parts: Iterable[Path], dtype: torch.dtype) -> str:
 def _weights(part: Path, digest: hashlib._Hash, dtype: torch.dtype) -> None:
     """Hash every tensor by name, whatever file it lies in, and an autoencoder's scale and shift."""
     where = {}
-    for path in sorted(part.glob("*.safetensors")):
+    for path in loaded_files(part):
         with safe_open(path, framework="pt") as file:
             where |= dict.fromkeys(file.keys(), path)
     for name in sorted(where):
@@ -170,6 +195,15 @@ def _vocabulary(part: Path) -> bytes:
     if slow.is_file():
         return json.dumps(json.loads(slow.read_text(encoding="utf-8")), sort_keys=True).encode()
     return b"".join(path.read_bytes() for path in _files(part))
+
+
+def _template(part: Path) -> bytes:
+    """Return a tokenizer's chat template, whichever file it lies in; empty where it has none."""
+    own, config = part / "chat_template.jinja", part / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_bytes()
+    said = read_object(config).get("chat_template") if config.is_file() else None
+    return (said if isinstance(said, str) else json.dumps(said)).encode() if said else b""
 
 
 def _files(part: Path) -> Iterator[Path]:

@@ -23,6 +23,7 @@ from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, Time
 from torch import Tensor, nn
 
 from flowalign.models.errors import ModelError
+from flowalign.models.weights import loaded_files
 
 SCALES = {"r": 1000.0, "guidance": 100.0}  # the columns' order
 PREFIX = "time_text_embed.inputs."
@@ -129,7 +130,7 @@ def restore_inputs(network: Any, directory: Path) -> None:
     names = json.loads((directory / "config.json").read_text()).get(CONFIG_KEY, ())
     add_inputs(network, names)
     wanted = {name: p for name, p in network.named_parameters() if name.startswith(PREFIX)}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in loaded_files(directory):
         with safe_open(path, "pt") as file:
             for name in wanted.keys() & set(file.keys()):
                 wanted.pop(name).data.copy_(file.get_tensor(name))

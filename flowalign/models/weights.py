@@ -61,11 +61,30 @@ def read_weights(part: Path) -> Weights:
     variants = tuple(sorted({match[2] for _, match in named if match[2] and match[3] == "safetensors"}))
     if not plain:
         raise ModelError(_without_plain(part, variants, any(match[3] == "bin" for _, match in named)))
-    files = _of_index(part) or plain
+    files = loaded_files(part)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in files:
         tensors |= _tensors(path)
     return Weights(tuple(files), sum(path.stat().st_size for path in files), tensors, variants)
+
+
+def loaded_files(part: Path) -> list[Path]:
+    """Return the files that the public libraries load the folder ``part`` from, and no others that lie beside them:
+    variants, or shards that no index names.
+
+    Where one file and shards lie there, transformers takes the file and diffusers the shards.
+
+    Raises:
+        ModelError: an index names no shards, or one that is not there.
+    """
+    for name, prefers in (("model", "file"), ("diffusion_pytorch_model", "shards")):
+        single, index = part / f"{name}.safetensors", part / f"{name}.safetensors.index.json"
+        if single.is_file() and (prefers == "file" or not index.is_file()):
+            return [single]
+        if index.is_file():
+            return _of_index(index)
+    files = sorted(part.glob("*.safetensors"))
+    return [file for file in files if (match := _NAME.fullmatch(file.name)) is None or match[2] is None] or files
 
 
 def _without_plain(part: Path, variants: Iterable[str], pickled: bool) -> str:
@@ -82,18 +101,17 @@ def _without_plain(part: Path, variants: Iterable[str], pickled: bool) -> str:
     return f"{part} has no weights (*.safetensors); the download or export is incomplete"
 
 
-def _of_index(part: Path) -> list[Path]:
-    """Return the shards that an index names, each of which must be there; none without an index."""
-    for index in sorted(part.glob("*.safetensors.index.json")):
-        try:
-            found = sorted({part / str(name) for name in read_object(index)["weight_map"].values()})
-        except (TextError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} names no shards ({error}); the download or export is incomplete") from error
-        for path in found:
-            if not path.is_file():
-                raise ModelError(f"{part} has no {path.name}, which {index.name} names; the download is incomplete")
-        return found
-    return []
+def _of_index(index: Path) -> list[Path]:
+    """Return the shards that an index names, each of which must be there."""
+    part = index.parent
+    try:
+        found = sorted({part / str(name) for name in read_object(index)["weight_map"].values()})
+    except (TextError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} names no shards ({error}); the download or export is incomplete") from error
+    for path in found:
+        if not path.is_file():
+            raise ModelError(f"{part} has no {path.name}, which {index.name} names; the download is incomplete")
+    return found
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -53,7 +53,7 @@ def arranged(
 
 def with_negatives(batch: PromptBatch, model: ModelConfig) -> PromptBatch:
     """Return ``batch`` with the negative prompt of each sample; where nobody names one it is left as it is."""
-    given = [row.get(NEGATIVE, model.negative_prompt) for row in batch.metadata]
+    given = [negative_of(row, model) for row in batch.metadata]
     if all(text is None for text in given):
         return batch
     own = family_of_model(model).negative or ""
@@ -64,6 +64,12 @@ def texts_of_batch(batch: PromptBatch, model: ModelConfig) -> list[str]:
     """Return the texts that the samples of ``batch``, as it was `arranged`, are conditioned on, each once."""
     own = family_of_model(model).negative or ""
     return list(dict.fromkeys((*batch.prompts, *(batch.negatives or (own,)))))
+
+
+def negative_of(row: Mapping[str, Any], model: ModelConfig) -> str | None:
+    """Return the negative prompt of a row, else the model's; a null in the row, as tables write it, names none."""
+    own = row.get(NEGATIVE)
+    return model.negative_prompt if own is None else own
 
 
 def check_negatives(

@@ -14,7 +14,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.models.directory import family_of_model
-from flowalign.samples.arrange import NEGATIVE
+from flowalign.samples.arrange import negative_of
 from flowalign.types import EncodedPrompts, PromptBatch
 
 
@@ -41,7 +41,7 @@ def texts_of(rows: Iterable[Mapping[str, Any]], model: ModelConfig) -> list[str]
     own = family_of_model(model).negative or ""
     found: dict[str, None] = {}
     for row in rows:
-        given = row.get(NEGATIVE, model.negative_prompt)
+        given = negative_of(row, model)
         found |= dict.fromkeys((row["prompt"], own if given is None else given, own))
     return list(found)
 

@@ -248,7 +248,8 @@ def _log_alpha_bar() -> Tensor:
 
 def _read(inputs: nn.ModuleDict, folder: Path) -> None:
     wanted = {f"{PREFIX}{name}": parameter for name, parameter in inputs.named_parameters()}
-    for path in sorted(folder.glob("*.safetensors")):
+    # A variant, such as fp16, has one dot more in its name: where the plain files lie beside it, they come first.
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name)):
         with safe_open(str(path), "pt") as file:
             for name in wanted.keys() & set(file.keys()):
                 wanted.pop(name).data.copy_(file.get_tensor(name))
