@@ -1,4 +1,4 @@
-"""Notes on how a run walks: guidance, negative prompts and sizes that were hardly meant."""
+"""Notes on how a run walks: guidance, negative prompts, sizes and chunks that were hardly meant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.models.errors import ModelError
 
 def notes_of_walks(config: AlignConfig) -> list[str]:
     """Return a sentence for each such setting. A model that is not there is said elsewhere."""
-    notes = _evaluated_otherwise(config)
+    notes = [*_evaluated_otherwise(config), *_filled_up(config)]
     try:
         directory, inputs = open_directory(config.model), network_inputs(config.model)
         return [*notes, *_forgotten(config, directory), *_led_nowhere(config, inputs), *_sized(config, directory)]
@@ -29,6 +29,20 @@ def _evaluated_otherwise(config: AlignConfig) -> list[str]:
         "evaluations, `sample` and `evaluate` take that of evaluation"
         for key in SCALES
         if key not in evaluation.model_fields_set and algorithm.get(key, 1) != getattr(evaluation, key)
+    ]
+
+
+def _filled_up(config: AlignConfig) -> list[str]:
+    """Note a chunk that no iteration fills: every chunk costs as much as a full one, which keeps a sample's bits."""
+    size, group = config.rollout.chunk_size, config.algorithm.get("group_size")
+    if not isinstance(group, int) or config.data.preferences is not None:
+        return []
+    images = config.data.groups_per_iteration * group
+    if size <= images:
+        return []
+    return [
+        f"rollout.chunk_size: {size}, and an iteration makes {images} images; a chunk is filled up and takes the time "
+        f"and the memory of {size}"
     ]
 
 

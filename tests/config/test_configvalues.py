@@ -178,7 +178,7 @@ def test_the_command_for_the_other_kind_of_configuration_is_named(config_path: P
     ],
 )
 def test_what_hardly_was_meant_is_noted(config_path: Path, overrides: list[str], noted: list[str]) -> None:
-    found = load_align(config_path, overrides).notes
+    found = load_align(config_path, ["rollout.chunk_size=12", *overrides]).notes  # as many as an iteration's images
     assert len(found) == len(noted) and all(map(str.startswith, found, noted))
 
 
@@ -244,9 +244,10 @@ def test_a_text_length_or_a_family_that_a_model_was_not_made_for_is_said(
 
 
 def test_an_alignment_says_so_too(config_path: Path, tmp_path: Path) -> None:
-    found = load_align(config_path, ["model={path: shapes, family: v/cos, max_sequence_length: 2}"]).notes
+    full = "rollout.chunk_size=12"
+    found = load_align(config_path, [full, "model={path: shapes, family: v/cos, max_sequence_length: 2}"]).notes
     assert [note.partition(";")[0] for note in found] == ["model.family: shapes is a model of rf"]
-    found = load_align(config_path, ["model={path: shapes}", "model.family=rf"]).notes
+    found = load_align(config_path, [full, "model={path: shapes}", "model.family=rf"]).notes
     assert found == ()
     (folder := tmp_path / "model").mkdir()
     for part in (config_path.parent / "model").iterdir():
@@ -255,8 +256,8 @@ def test_an_alignment_says_so_too(config_path: Path, tmp_path: Path) -> None:
     text = config_path.read_text().replace(", max_sequence_length: 16", "")
     (tmp_path / "run.yaml").write_text(text)
     said = f"model.max_sequence_length: 256, the default; {folder} was made for 3"
-    assert load_align(tmp_path / "run.yaml").notes == (said,)
-    assert load_align(tmp_path / "run.yaml", ["model.max_sequence_length=256"]).notes == ()
+    assert load_align(tmp_path / "run.yaml", [full]).notes == (said,)
+    assert load_align(tmp_path / "run.yaml", [full, "model.max_sequence_length=256"]).notes == ()
 
 
 @pytest.mark.parametrize(

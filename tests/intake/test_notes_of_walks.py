@@ -73,6 +73,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("flux-dev", ["data.sizes=[64x64, 64x96]", "model={height: 64, width: 96}"], []),
         ("flux-dev", ["data.sizes=[64x64, 64x96]", "evaluation.every=0"], []),
+        ("flux-dev", ["data.groups_per_iteration=3", "algorithm.group_size=16"], []),
+        (
+            "flux-dev",
+            ["data.groups_per_iteration=2", "algorithm.group_size=4"],
+            [
+                "rollout.chunk_size: 48, and an iteration makes 8 images; a chunk is filled up and takes the time and "
+                "the memory of 48"
+            ],
+        ),
         (
             "flux-dev",
             ["data.sizes=[64x64, 64x96]", "model={height: 96, width: 64}"],
