@@ -134,6 +134,7 @@ EXCEPTIONS: tuple[Excepted, ...] = (
         for key in ("text_encoders", "embeddings")
         for file, at in (("*config.yaml", ""), ("*state.json", "config."))
     ),
+    Excepted("*", "*pipeline.py", "code", "an export's own pipeline reads plain weights before an fp16 variant's"),
 )
 
 
