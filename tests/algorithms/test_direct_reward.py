@@ -146,7 +146,7 @@ def test_prompts_are_encoded_once_and_apart_where_there_are_no_encoders(
     source_of(config, needs).meet()
     source = source_of(config, needs)
     source.meet()
-    assert asked == ["prompts"]
+    assert asked == ["texts"]
     made = source.batch(1)
     expected = load_encoders(config.model).encode_prompts(made.batch.prompts, 16)
     for name, rows in expected.expand().items():
