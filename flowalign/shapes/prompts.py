@@ -9,7 +9,7 @@ and evaluation differs in its seeds only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import permutations
@@ -88,6 +88,39 @@ def meaning(row: Metadata) -> str:
     if relation:
         return f"{things[1]} {relation} {things[0]}"
     return " and ".join(sorted(things))
+
+
+FACTS = {
+    "first shape": len(SHAPES) + 1,
+    "first color": len(COLORS) + 1,
+    "second shape": len(SHAPES) + 1,
+    "second color": len(COLORS) + 1,
+    "relation": len(RELATIONS) + 1,
+    "number": len(NUMBERS) + 2,
+}
+"""What a prompt may say, in the order of its words, with the number of answers; 0 is "nothing"."""
+
+
+def facts(row: Metadata) -> tuple[int, ...]:
+    """Say what a prompt says: an answer to each of ``FACTS``.
+
+    ``{"prompt": "", "include": []}``, the empty prompt, says nothing.
+    """
+    things, colors = list(row["include"]), list(COLORS)
+    relation = things[-1].get("position") if things else None
+    first, second = (*(things[::-1] if relation else things), {}, {})[:2]
+
+    def of(names: Sequence[str], name: str | None) -> int:
+        return 0 if name is None else names.index(name) + 1
+
+    return (
+        of(SHAPES, first.get("class")),
+        of(colors, first.get("color")),
+        of(SHAPES, second.get("class")),
+        of(colors, second.get("color")),
+        of(RELATIONS, relation and relation[0]),
+        first.get("count", 0),
+    )
 
 
 def _is_eval(row: Metadata) -> bool:

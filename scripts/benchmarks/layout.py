@@ -15,7 +15,8 @@ With ``--samples`` the network is trained on renders of ``--tasks`` first, and l
   or ``reading`` (encoders of three layers, trained here to tell a prompt's facts from the tokens that the network
   sees);
 - ``--start base`` (the shipped network) or ``fresh``;
-- ``--times logit_normal`` (as the base was trained), ``high`` (uniform in [0.8, 1]) or ``half`` (half of each).
+- ``--times logit_normal`` (as the first base was trained), ``later`` (logit-normal of m = 0.5), ``mode`` (with heavy
+  tails), ``uniform`` or ``high`` (uniform in [0.8, 1]).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from flowalign.flow.density import LogitNormal, Mode, Uniform
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.pipeline import TEXT_TAIL, load, new_transformer
 from flowalign.shapes.build.text import CONTEXT_LENGTH, tokenize
@@ -267,9 +269,13 @@ def say(stage: str, **what: Any) -> None:
     print(json.dumps({"stage": stage, **what}), flush=True)
 
 
-def drawn(times: str, count: int) -> Tensor:
-    usual, high = torch.sigmoid(torch.randn(count)), 0.8 + 0.2 * torch.rand(count)
-    return {"logit_normal": usual, "high": high, "half": torch.where(torch.rand(count) < 0.5, usual, high)}[times]
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logit_normal": LogitNormal().from_uniform,
+    "later": LogitNormal(0.5).from_uniform,
+    "mode": Mode().from_uniform,
+    "uniform": Uniform().from_uniform,
+    "high": lambda u: 0.8 + 0.2 * u,
+}
 
 
 def learn(network: nn.Module, vae: Any, encode: Encode, arguments: argparse.Namespace) -> None:
@@ -295,7 +301,7 @@ def learn(network: nn.Module, vae: Any, encode: Encode, arguments: argparse.Name
         index = rng.integers(len(rows), size=batch)
         x0 = stored[torch.from_numpy(index)].float()
         tokens, pooled = encode([rows[i] if rng.random() >= 0.1 else empty for i in index])
-        t, noise = drawn(arguments.times, batch), torch.randn(x0.shape)
+        t, noise = TIMES[arguments.times](torch.rand(batch)), torch.randn(x0.shape)
         level = t[:, None, None, None]
         v = velocity(network, (1 - level) * x0 + level * noise, t, tokens, pooled)
         loss = F.mse_loss(v, noise - x0)
@@ -319,7 +325,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0)
     parser.add_argument("--text", choices=("shipped", "oracle", "reading"), default="shipped")
     parser.add_argument("--start", choices=("base", "fresh"), default="base")
-    parser.add_argument("--times", choices=("logit_normal", "high", "half"), default="logit_normal")
+    parser.add_argument("--times", choices=list(TIMES), default="logit_normal")
     parser.add_argument("--tasks", default="position")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)

@@ -17,7 +17,8 @@ from flowalign.shapes.build.colors import train_colors
 from flowalign.shapes.build.detector import save_detector, train_detector
 from flowalign.shapes.build.pickscore import save_pickscore, train_pickscore
 from flowalign.shapes.build.pipeline import assemble, load, save_half
-from flowalign.shapes.build.text import new_tokenizer, save_open_clip, train_towers
+from flowalign.shapes.build.reading import train_encoders
+from flowalign.shapes.build.text import new_tokenizer, save_open_clip, train_open_clip
 
 
 def autoencoder(work: Path, steps: int | None) -> None:
@@ -26,15 +27,21 @@ def autoencoder(work: Path, steps: int | None) -> None:
 
 def text(work: Path, steps: int | None) -> None:
     tokenizer = new_tokenizer()
-    towers = train_towers(work, tokenizer, steps=steps or 1200)
     tokenizer.save_pretrained(work / "tokenizer")
-    for number, encoder in enumerate(towers.encoders, start=1):
-        encoder.save_pretrained(work / f"text_encoder_{number}")  # type: ignore[operator]
-    save_open_clip(towers.clip, tokenizer, work / "open_clip")
+    save_open_clip(train_open_clip(work, tokenizer, steps=steps or 1200), tokenizer, work / "open_clip")
+
+
+def encoders(work: Path, steps: int | None) -> None:
+    for number, encoder in enumerate(train_encoders(work, _tokenizer(work), steps=steps or 1500), start=1):
+        encoder.save_pretrained(work / f"text_encoder_{number}")
+
+
+def _tokenizer(work: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
 
 
 def pickscore(work: Path, steps: int | None) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
+    tokenizer = _tokenizer(work)
     save_pickscore(train_pickscore(work, tokenizer, steps=steps or 900), tokenizer, work / "pickscore")
 
 
@@ -43,22 +50,20 @@ def detector(work: Path, steps: int | None) -> None:
 
 
 def colors(work: Path, steps: int | None) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
+    tokenizer = _tokenizer(work)
     save_open_clip(train_colors(work, work / "open_clip", tokenizer, steps=steps or 200), tokenizer, work / "colors")
 
 
 def untrained(work: Path, steps: int | None) -> None:
     """Save the pipeline with a random transformer, which pretraining starts from."""
-    encoders = [
+    both = [
         CLIPTextModelWithProjection.from_pretrained(
             work / f"text_encoder_{number}", dtype=torch.float32, trust_remote_code=False
         )
         for number in (1, 2)
     ]
     vae = AutoencoderKL.from_pretrained(work / "vae", trust_remote_code=False)
-    assemble(vae, CLIPTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False), encoders).save_pretrained(
-        work / "untrained"
-    )
+    assemble(vae, _tokenizer(work), both).save_pretrained(work / "untrained")
 
 
 def finish(work: Path, steps: int | None) -> None:
@@ -73,7 +78,7 @@ def finish(work: Path, steps: int | None) -> None:
     save_half(pipeline, work / "pipeline")
 
 
-STAGES = {f.__name__: f for f in (autoencoder, text, pickscore, detector, colors, untrained, finish)}
+STAGES = {f.__name__: f for f in (autoencoder, text, encoders, pickscore, detector, colors, untrained, finish)}
 
 
 def main() -> None:

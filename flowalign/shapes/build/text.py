@@ -1,8 +1,4 @@
-"""Tokenizer, text encoders and the open_clip model of the embedded world, trained contrastively together.
-
-One image tower (open_clip's) is contrasted with three text towers: open_clip's own and the two CLIP
-text encoders that condition the MM-DiT (as CLIP-L and CLIP-G do in SD3, arXiv:2403.03206, sec. 4).
-"""
+"""Tokenizer and open_clip model of the embedded world."""
 
 from __future__ import annotations
 
@@ -27,7 +23,6 @@ from flowalign.shapes.render import render
 
 CONTEXT_LENGTH = 16
 _EMBED = 96
-_WIDTHS = (128, 192)
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -60,7 +55,9 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
+def new_text_encoder(
+    tokenizer: CLIPTokenizer, width: int, activation: str, *, layers: int = 2
+) -> CLIPTextModelWithProjection:
     special: dict[str, Any] = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
@@ -70,7 +67,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int, activation: str) -> C
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=width // 64,
         max_position_embeddings=CONTEXT_LENGTH,
         hidden_act=activation,
@@ -98,29 +95,6 @@ def open_clip_config(vocab_size: int) -> dict[str, Any]:
     }
 
 
-class Towers(nn.Module):
-    """An image tower and three text towers in one embedding space."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        config = open_clip_config(len(tokenizer))["model_cfg"]
-        config["text_cfg"].pop("hf_tokenizer_name")
-        self.clip = open_clip.CLIP(**config)
-        self.encoders = nn.ModuleList(
-            new_text_encoder(tokenizer, width, activation)
-            for width, activation in zip(_WIDTHS, ("quick_gelu", "gelu"), strict=True)
-        )
-        self.heads = nn.ModuleList(nn.Linear(width, _EMBED, bias=False) for width in _WIDTHS)
-
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the unit image embeddings (N, 96) and the text embeddings (N, 96) of each tower."""
-        image = self.clip.encode_image(pixels, normalize=True)
-        texts = [self.clip.encode_text(ids, normalize=True)]
-        for encoder, head in zip(self.encoders, self.heads, strict=True):
-            texts.append(F.normalize(head(encoder(ids).text_embeds), dim=-1))
-        return image, texts
-
-
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     """Compute the symmetric InfoNCE in which every copy of a caption counts as positive; ``same`` is (N, N) bool."""
     logits = scale * image @ text.T
@@ -128,9 +102,14 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tenso
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch: int = 128, seed: int = 0) -> Towers:
+def train_open_clip(
+    work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch: int = 128, seed: int = 0
+) -> open_clip.CLIP:
+    """Train the two towers by contrast of renders with their prompts."""
     torch.manual_seed(seed)
-    towers = Towers(tokenizer)
+    config = open_clip_config(len(tokenizer))["model_cfg"]
+    config["text_cfg"].pop("hf_tokenizer_name")
+    clip = open_clip.CLIP(**config)
 
     def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 1, step])
@@ -139,15 +118,13 @@ def train_towers(work_dir: Path, tokenizer: CLIPTokenizer, *, steps: int, batch:
         ids = tokenize(tokenizer, [row["prompt"] for row in rows])
         same = (ids[:, None] == ids[None]).all(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            image, texts = towers(pixels, ids)
-        scale = towers.clip.logit_scale.exp().clamp(max=100)
-        losses = [contrastive_loss(image.float(), text.float(), scale, same) for text in texts]
-        accuracy = (image.float() @ texts[0].float().T).argmax(1)
-        right = same[torch.arange(batch), accuracy].float().mean().item()
-        return torch.stack(losses).mean(), {"top1": round(right, 3)}
+            image, text = clip.encode_image(pixels, normalize=True), clip.encode_text(ids, normalize=True)
+        loss = contrastive_loss(image.float(), text.float(), clip.logit_scale.exp().clamp(max=100), same)
+        right = same[torch.arange(batch), (image.float() @ text.float().T).argmax(1)].float().mean().item()
+        return loss, {"top1": round(right, 3)}
 
-    train("towers", towers, loss_at, work_dir=work_dir, steps=steps, learning_rate=1e-3)
-    return towers
+    train("open_clip", clip, loss_at, work_dir=work_dir, steps=steps, learning_rate=1e-3)
+    return clip
 
 
 def save_open_clip(clip: nn.Module, tokenizer: CLIPTokenizer, directory: Path) -> None:
