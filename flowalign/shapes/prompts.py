@@ -21,12 +21,14 @@ from flowalign.shapes.render import Thing
 from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 Split = Literal["train", "eval"]
+Pair = Literal["relation", "objects", "colors", "number"]
 Metadata = dict[str, Any]
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 _INVERSE = {"right of": "left of", "below": "above"}
+PAIRS: tuple[Pair, ...] = ("relation", "objects", "colors", "number")
 _DISJOINT_FROM = 40
 _CELLS = [(r, c) for r in range(2) for c in range(2)]
 
@@ -140,6 +142,28 @@ def _split(task: str, split: Split) -> tuple[Metadata, ...]:
 def prompts(split: Split, task: str | None = None) -> list[Metadata]:
     """Return GenEval rows (``tag, include, exclude?, prompt`` and ``held_out``) of one split, one task or all six."""
     return [dict(row) for name in (TASKS if task is None else (task,)) for row in _split(name, split)]
+
+
+def minimal_pairs(kind: Pair, split: Split = "eval") -> list[tuple[Metadata, Metadata]]:
+    """Return each row of a split with the row that differs from it in one thing alone, which may be of either split.
+
+    ``kind``: ``relation`` (its opposite), ``objects`` (swapped around a relation), ``colors`` (swapped between two
+    objects) or ``number`` (one more, or from four to two).
+    """
+    task: dict[Pair, str] = {"relation": "position", "objects": "position", "colors": "color_attr"}
+    named = {facts(row): row for row in _all(task.get(kind, "counting"))}
+
+    def other(fact: tuple[int, ...]) -> tuple[int, ...]:
+        a, color_a, b, color_b, relation, number = fact
+        if kind == "relation":
+            return a, color_a, b, color_b, {1: 2, 2: 1, 3: 4, 4: 3}[relation], number
+        if kind == "objects":
+            return b, color_a, a, color_b, relation, number
+        if kind == "colors":
+            return a, color_b, b, color_a, relation, number
+        return a, color_a, b, color_b, relation, 2 if number == max(NUMBERS) else number + 1
+
+    return [(row, named[other(facts(row))]) for row in prompts(split, task.get(kind, "counting"))]
 
 
 def sample_prompt(split: Split, rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> Metadata:
