@@ -29,6 +29,7 @@ from flowalign.shapes.prompts import TASKS
 from rewards.geneval.detectors.palette import PaletteDetector
 from rewards.geneval.judge import judge
 
+ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"
 SEED = 1234
 
@@ -66,6 +67,33 @@ def plain(policy: Policy, count: int) -> dict[str, dict[str, float]]:
     return verdicts(images, [dict(row) for row in batch.metadata])
 
 
+def words(told: dict[str, Any]) -> str:
+    """Write the tables of what ``scripts/benchmarks/words.py`` found."""
+    lines = ["| | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
+    for key, name in (("official", "official"), ("strict", "strict"), ("learnable", "prompts with a right picture")):
+        lines.append(f"| {name} | " + " | ".join(f"{told['tasks'][task][key]:.3f}" for task in TASKS) + " |")
+    position = told["tasks"]["position"]
+    by_relation = ", ".join(f"{name} {share:.2f}" for name, share in position["by_relation"].items())
+    lines += [
+        "",
+        f"Where both objects are there, the relation is right in {position['relation_given_both']:.3f}: {by_relation}.",
+    ]
+    kinds = list(told["encoders"])
+    lines += ["", "| what changes in a prompt | " + " | ".join(kinds) + " |", "| --- " * (len(kinds) + 1) + "|"]
+    for key, name in (
+        ("tokens_told", "both of a pair read right from the tokens"),
+        ("pooled_told", "the same from the pooled vector"),
+        ("tokens_share", "share of the tokens' variance"),
+        ("pooled_share", "share of the pooled vector's variance"),
+    ):
+        lines.append(f"| {name} | " + " | ".join(f"{told['encoders'][kind][key]:.4f}" for kind in kinds) + " |")
+    lines.append("| change of the picture | " + " | ".join(f"{told['swaps'][kind]:.4f}" for kind in kinds) + " |")
+    whole = ", ".join(
+        f"{told['swaps'][f'prompt of {task}']:.3f} ({task})" for task in ("position", "color_attr", "counting")
+    )
+    return "\n".join([*lines, "", f"Another prompt of the same task changes a picture by {whole}."])
+
+
 def checksums() -> str:
     """``sha256sum`` lines of every shipped file but the list itself."""
     files = sorted(p for p in ASSETS.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
@@ -101,7 +129,9 @@ def main() -> None:
         for mode, scores in table.items():
             lines.append(f"| {name} | {mode} | " + " | ".join(f"{scores[c]:.3f}" for c in columns) + " |")
     template = (Path(__file__).parent / "shapes_card.md").read_text()
+    told = json.loads((ROOT / "scripts" / "benchmarks" / "results" / "words.json").read_text())
     card = template.replace("{{scores}}", "\n".join(lines)).replace("{{machine}}", options.machine)
+    card = card.replace("{{words}}", words(told))
     (ASSETS / "README.md").write_text(card)
     (ASSETS / "SHA256SUMS").write_text(checksums())
     print(json.dumps(rows))
