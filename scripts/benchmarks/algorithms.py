@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import algorithms_table
-from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, machine, write
+from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, insert, machine, write
 
 from flowalign.intake.file import load_align
 from flowalign.record.metrics import read_metrics
@@ -59,6 +59,7 @@ CELLS = {
     ),
     "dpo_online": Cell("dpo_online", "Diffusion-DPO, online"),
 }
+TITLES = {name: cell.title for name, cell in CELLS.items()}
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -139,11 +140,11 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    titles = {name: cell.title for name, cell in CELLS.items()}
-    cells = algorithms_table.load(OWN, titles)
+    cells = algorithms_table.load(OWN, TITLES)
     algorithms_table.curves(cells, ROOT / "docs" / "figures" / "algorithms.png")
-    algorithms_table.insert(cells, ROOT / "docs" / "algorithms.md")
-    print(algorithms_table.markdown(cells))
+    table = algorithms_table.markdown(cells)
+    insert(table, ROOT / "docs" / "algorithms.md", algorithms_table.BEGIN, algorithms_table.END)
+    print(table)
 
 
 def main() -> None:
