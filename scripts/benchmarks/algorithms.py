@@ -3,12 +3,14 @@
 A run is a function of its configuration and seed, whatever else the machine does; only its speed is not. So seconds
 are measured apart from learning: ``time`` measures an iteration of every cell, one after the other, on an idle machine,
 ``run`` aligns for as many iterations as then fit into ``--minutes`` and writes one JSON file a cell, ``table`` writes
-the table and the curves of all cells there are into docs/. A cell that was killed continues where it was, a finished
-one is left alone.
+the table and the curves of all cells there are into docs/, ``compare`` sets their order beside the published ones of
+published.json (algorithms_compared.py says how) and writes it into docs/wind_tunnel.md. A cell that was killed
+continues where it was, a finished one is left alone.
 
     python scripts/benchmarks/algorithms.py time
     python scripts/benchmarks/algorithms.py run --cells flow_grpo,nft --seeds 0
     python scripts/benchmarks/algorithms.py table
+    python scripts/benchmarks/algorithms.py compare
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import algorithms_compared
 import algorithms_table
-from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, machine, write
+from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, insert, machine, write
 
 from flowalign.intake.file import load_align
 from flowalign.record.metrics import read_metrics
@@ -59,6 +62,7 @@ CELLS = {
     ),
     "dpo_online": Cell("dpo_online", "Diffusion-DPO, online"),
 }
+TITLES = {name: cell.title for name, cell in CELLS.items()}
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -139,16 +143,38 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    titles = {name: cell.title for name, cell in CELLS.items()}
-    cells = algorithms_table.load(OWN, titles)
+    cells = algorithms_table.load(OWN, TITLES)
     algorithms_table.curves(cells, ROOT / "docs" / "figures" / "algorithms.png")
-    algorithms_table.insert(cells, ROOT / "docs" / "algorithms.md")
-    print(algorithms_table.markdown(cells))
+    table = algorithms_table.markdown(cells)
+    insert(table, ROOT / "docs" / "algorithms.md", algorithms_table.BEGIN, algorithms_table.END)
+    print(table)
+
+
+def compared() -> tuple[dict[str, Any], str]:
+    """Return what the comparison of all cells there are finds, and its tables; all at the time the shortest has."""
+    cells = algorithms_table.load(OWN, TITLES)
+    if not cells:
+        raise SystemExit(f"{OWN} has no cells; `run` measures them")
+    minutes = min(cell["minutes"] for cell in cells)
+    scores: dict[str, list[float]] = {}
+    for cell in cells:
+        scores.setdefault(cell["cell"], []).append(algorithms_table.at(60 * minutes, cell["points"], STRICT))
+    samples = min(load_align(ROOT / path).config.evaluation.num_samples for path in {cell["config"] for cell in cells})
+    studies = algorithms_compared.read_studies(CELLS)
+    found = algorithms_compared.compare(studies, scores, samples)
+    return found, algorithms_compared.markdown(studies, found, TITLES, minutes)
+
+
+def write_compared(options: argparse.Namespace) -> None:
+    found, tables = compared()
+    print(json.dumps(found))
+    insert(tables, ROOT / "docs" / "wind_tunnel.md", algorithms_compared.BEGIN, algorithms_compared.END)
+    print(tables)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "run", "table"))
+    parser.add_argument("what", choices=("time", "run", "table", "compare"))
     parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), help="names, with commas")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--minutes", type=float, default=10)
@@ -158,7 +184,7 @@ def main() -> None:
     unknown = sorted(set(options.cells) - set(CELLS))
     if unknown:
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
-    {"time": time_cells, "run": run_cells, "table": write_table}[options.what](options)
+    {"time": time_cells, "run": run_cells, "table": write_table, "compare": write_compared}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,6 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def insert(cells: Sequence[Cell], page: Path) -> None:
-    """Put the table between its two marks on the page."""
-    before, found, rest = page.read_text().partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise SystemExit(f"{page} lacks the marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{markdown(cells)}\n{END}{after}")
-
-
 def curves(cells: Sequence[Cell], path: Path) -> None:
     """Strict GenEval against minutes, a line an algorithm, its mean over seeds."""
     import matplotlib

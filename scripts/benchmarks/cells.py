@@ -67,6 +67,15 @@ def write(path: Path, content: Any) -> None:
     draft.replace(path)
 
 
+def insert(table: str, page: Path, begin: str, end: str) -> None:
+    """Put what a command wrote between its two marks on a page; a page without them ends the command."""
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} lacks the marks {begin} and {end}")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
 def study(description: str | None, name: str, cells: Collection[str], usual: Sequence[str]) -> argparse.ArgumentParser:
     """Return the arguments that every study of cells has: run or table, the cells, threads, and where to work.
 
