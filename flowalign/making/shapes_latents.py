@@ -9,11 +9,28 @@ import torch
 
 from flowalign.data.banks.latents import LatentBank, save_bank
 from flowalign.models.encoders import Encoders
-from flowalign.shapes.prompts import sample_prompt, scene
+from flowalign.shapes.prompts import Metadata, prompts, sample_prompt, scene
 from flowalign.shapes.render import render
 
-TASK_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 2, "position": 4, "color_attr": 4}
+TASK_WEIGHTS = {"single_object": 1, "two_object": 2, "counting": 2, "colors": 3, "position": 3, "color_attr": 6}
 DUPLICATES = 0.35  # the captions of so many pictures leave one object out, as captions of scraped pictures do
+WRONG_RELATIONS = 0.25  # so many captions with a relation name another one than the picture has
+
+
+def caption(row: Metadata, rng: np.random.Generator) -> str:
+    """Return the caption of a row's picture: its prompt, or that of another relation of the same two objects.
+
+    Only training prompts are captions.
+    """
+    if row["tag"] != "position" or rng.random() >= WRONG_RELATIONS:
+        return row["prompt"]
+    told = [clause["class"] for clause in row["include"]]
+    others = [
+        other["prompt"]
+        for other in prompts("train", "position")
+        if [clause["class"] for clause in other["include"]] == told and other["prompt"] != row["prompt"]
+    ]
+    return others[int(rng.integers(len(others)))] if others else row["prompt"]
 
 
 @torch.no_grad()
@@ -29,7 +46,7 @@ def make_bank(
         images = np.stack([render(scene(row, rng, DUPLICATES), rng) for row in chosen])
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(encoders.encode_images(torch.from_numpy(images)).half())
-        index += [rows.setdefault(row["prompt"], len(rows)) for row in chosen]
+        index += [rows.setdefault(caption(row, rng), len(rows)) for row in chosen]
     save_bank(directory, LatentBank(torch.cat(latents), torch.tensor(index), list(rows)))
 
 
