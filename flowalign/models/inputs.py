@@ -50,6 +50,7 @@ class TimeTextInputs(CombinedTimestepTextProjEmbeddings):
         names = self.names
         # Columns may be float32 beside half-precision weights: rounding them would move a time by whole units.
         text = pooled_projection[:, : -len(names)].to(self.text_embedder.linear_1.weight.dtype)
+        text = text.contiguous()  # on some processors a product of a strided view rounds otherwise
         embedded = super().forward(timestep, text)
         for name, column in zip(names, pooled_projection[:, -len(names) :].unbind(1), strict=True):
             embedded = embedded + self.inputs[name](self.time_proj(SCALES[name] * column).to(text.dtype))

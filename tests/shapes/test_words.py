@@ -62,7 +62,7 @@ def test_the_shipped_encoders_tell_held_out_minimal_pairs_apart():
         texts = [encoders.encode_text(row["prompt"], 2) for row in rows]
         return torch.cat([t["tokens"] for t in texts]), torch.cat([t["pooled"] for t in texts])
 
-    rows = [row for task in TASKS for row in prompts("train", task)[::3]]
+    rows = [row for task in TASKS for row in prompts("train", task)[:: 4 if task == "color_attr" else 1]]
     (tokens, pooled), told = encoded(rows), answers(rows)
     reader = Reader(tokens.shape[-1], pooled.shape[-1])
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
