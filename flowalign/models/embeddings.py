@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors import safe_open
 from torch import Tensor
 
 from flowalign.config.sections import ModelConfig
 from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import kept_text_hash
+from flowalign.record.checkpoint import content_hash
 from flowalign.record.disk import draft_of, folder_for, on_disk
 from flowalign.record.files import only_one, save_tensors, tensors_size
 from flowalign.record.log import say_once
@@ -29,6 +30,7 @@ Encode = Callable[[str, int], Mapping[str, Tensor]]  # a text and its length -> 
 Progress = Callable[[int, int], None]  # how many of how many are done
 FORMAT = 1
 SAID = "embedding"  # in the head of a file, one value: several would be written in any order
+HASH, EARLIER_HASH = "content_hash", "sha256"  # in that value, of the rows
 READERS = ("diffusers", "transformers")  # whose code holds templates, and which layer a pipeline takes
 
 
@@ -72,21 +74,28 @@ class EmbeddingStore:
             DamagedEmbedding: the file was cut short or changed; it is removed, so that the text is encoded anew.
         """
         path = self.path(key)
+        if (found := self._open(path)) is None:
+            return None
+        said, rows = found
+        if said.get("key") != key or not _is_as_written(rows, said):
+            raise self._damaged(path, "its content has changed")
+        return rows
+
+    def _open(self, path: Path, *, rows: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return what a whole file says of itself, and with ``rows`` these; None and errors as `read`."""
         try:
-            content = path.read_bytes()
+            path.open("rb").close()  # safe_open calls whatever it cannot open missing
+            with safe_open(path, "pt") as file:
+                said = dict(json.loads(file.metadata()[SAID]))
+                # Copies: those of safe_open are the mapped file, and a system allows so many maps of a process.
+                own = {name: file.get_tensor(name).clone() for name in file.keys()} if rows else {}
         except FileNotFoundError:
             return None
         except OSError as error:
             raise DamagedEmbedding(f"{path} cannot be read: {error.strerror or error}") from error
-        try:
-            size = int.from_bytes(content[:8], "little")
-            said = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][SAID])
-            rows = load(content)
         except Exception as error:
             raise self._damaged(path, "it was cut short, or is no file of embeddings") from error
-        if said.get("key") != key or said.get("sha256") != _digest(rows):
-            raise self._damaged(path, "its content has changed")
-        return rows
+        return said, own
 
     def _damaged(self, path: Path, why: str) -> DamagedEmbedding:
         with suppress(OSError):
@@ -96,22 +105,21 @@ class EmbeddingStore:
     def write(self, key: str, text: str, rows: Mapping[str, Tensor]) -> None:
         """Keep the rows of a text, (1, ...) by name. Raise DiskError where the disk does not take them."""
         path, own = self.path(key), {name: row.detach().cpu().contiguous() for name, row in rows.items()}
-        said = json.dumps({"key": key, "text": text, "sha256": _digest(own)})
+        said = json.dumps({"key": key, "text": text, HASH: content_hash(own)})
         needed = on_disk([tensors_size(own) + len(said)])
         with folder_for(path.parent), draft_of(path, needed=needed, shared=True) as draft:
             save_tensors(own, draft, {SAID: said})
 
     def lacking(self, texts: Iterable[str], length: int) -> list[str]:
         """Return the ``texts`` without a whole file, each once. A file that was cut short is named and goes."""
-        found = []
-        for text in dict.fromkeys(texts):
-            path = self.path(self.key(text, length))
-            if not path.is_file():
-                found.append(text)
-            elif not _is_whole(path):
-                say_once(f"{self._damaged(path, 'it was cut short')}")
-                found.append(text)
-        return found
+        return [text for text in dict.fromkeys(texts) if not self._has(self.key(text, length))]
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self._open(self.path(key), rows=False) is not None
+        except DamagedEmbedding as error:
+            say_once(str(error))
+            return False
 
     def fill(self, encode: Encode, texts: Sequence[str], length: int, progress: Progress = lambda *done: None) -> None:
         """Keep what ``encode`` makes of each of the ``texts``; ``progress(done, total)`` is called after each.
@@ -140,21 +148,12 @@ def _readers() -> list[str]:
     return [version(name) for name in READERS]
 
 
-def _digest(rows: Mapping[str, Tensor]) -> str:
+def _is_as_written(rows: Mapping[str, Tensor], said: Mapping[str, Any]) -> bool:
+    """Tell whether ``rows`` have the hash that was written beside them, now or by an earlier version."""
+    if HASH in said:
+        return said[HASH] == content_hash(rows)
     digest = hashlib.sha256()
     for name, row in sorted(rows.items()):
         digest.update(f"{name} {row.dtype} {tuple(row.shape)} ".encode())
-        digest.update(row.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    """Tell whether a safetensors file is as long as its head says."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            head: dict[str, Any] = json.loads(file.read(size))
-        ends = [entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"]
-        return path.stat().st_size == 8 + size + max(ends)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
-        return False
+        digest.update(row.view(-1).view(torch.uint8).numpy().data)
+    return said.get(EARLIER_HASH) == digest.hexdigest()

@@ -14,6 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowalign.record.disk import writing
+
 PROBE = ".mode"
 
 
@@ -74,8 +76,12 @@ def only_one(path: Path) -> Iterator[None]:
     """Wait until no other process of this machine is inside with the same ``path``, a file that is made for that.
 
     Where the disk of ``path`` knows no such locks nobody waits.
+
+    Raises:
+        DiskError: its folder does not take the file.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with writing(str(path), path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)

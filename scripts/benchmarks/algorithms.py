@@ -17,32 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import algorithms_compared
 import algorithms_table
-from cells import GOLD, HELD_OUT, OFFICIAL, RESULTS, ROOT, STRICT, TASKS, align, insert, machine, write
+from alignments import Budget, Cell, run_cell, time_cells
+from cells import RESULTS, ROOT, STRICT, insert, run_once
 
 from flowalign.intake.file import load_align
-from flowalign.record.metrics import read_metrics
 
 OWN = RESULTS / "algorithms"
-TIMED_ITERATIONS = 5
-EVALUATIONS = 4
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A configuration under configs/shapes, and what differs from it."""
-
-    config: str
-    title: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
+SECONDS = OWN / "seconds.json"
 
 CELLS = {
     "flow_grpo": Cell("flow_grpo", "Flow-GRPO, random window of 3"),
@@ -65,86 +52,21 @@ CELLS = {
 TITLES = {name: cell.title for name, cell in CELLS.items()}
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds, images and transitions of an iteration: medians without the first, which warms up."""
-    more = {"iterations": TIMED_ITERATIONS, "evaluation.every": 0, "checkpoint.resume": "never"}
-    more |= {"checkpoint.best_metric": "reward/total/mean", "checkpoint.keep_best": 0}
-    cell = CELLS[name]
-    run = align(cell.config, {**cell.overrides, **more}, options.threads, options.work_dir / "time", name)
-    rows = read_metrics(run / "metrics.jsonl")[1:]
-    keys = {"iteration_s": "time/iteration_s", "rollout_s": "time/rollout_s", "learn_s": "time/learn_s"}
-    measured = {key: statistics.median(row[source] for row in rows) for key, source in keys.items()}
-    measured["transitions"] = statistics.median(row["learner/transitions"] for row in rows)
-    measured["images"] = float(round(rows[0]["throughput/images_per_s"] * rows[0]["time/iteration_s"]))
-    return measured
-
-
-def time_cells(options: argparse.Namespace) -> None:
-    path = OWN / "seconds.json"
-    known = json.loads(path.read_text())["cells"] if path.exists() else {}
-    for name in options.cells:
-        known[name] = measure(name, options)
-        print(json.dumps({"cell": name, **known[name]}), flush=True)
-        write(path, {"machine": machine(options.threads), "cells": known})
+def measure_cells(options: argparse.Namespace) -> None:
+    time_cells(SECONDS, {name: CELLS[name] for name in options.cells}, options)
 
 
 def run_cells(options: argparse.Namespace) -> None:
-    seconds = json.loads((OWN / "seconds.json").read_text())["cells"]
+    seconds, budget = json.loads(SECONDS.read_text())["cells"], Budget(options.minutes)
     for seed in options.seeds:
         for name in options.cells:
-            target = OWN / f"{name}-seed{seed}.json"
-            if target.exists():
-                continue
-            write(target, run_cell(name, seed, seconds[name]["iteration_s"], options))
-            print(json.dumps({"cell": name, "seed": seed, "file": str(target.relative_to(ROOT))}), flush=True)
-
-
-def run_cell(name: str, seed: int, iteration_s: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One alignment from start to end; the learning rate falls over exactly its iterations."""
-    cell = CELLS[name]
-    every = max(1, round(options.minutes * 60 / iteration_s / EVALUATIONS))
-    config = load_align(ROOT / "configs" / "shapes" / f"{cell.config}.yaml").config
-    updates = config.learner.updates_per_iteration * config.learner.epochs
-    more: dict[str, Any] = {
-        "seed": seed,
-        "iterations": every * EVALUATIONS,
-        "learner.optimizer.decay_steps": every * EVALUATIONS * updates,
-        "evaluation.every": every,
-        "evaluation.gold": [HELD_OUT],
-        "checkpoint.every": every,
-    }
-    run = align(cell.config, {**cell.overrides, **more}, options.threads, options.work_dir, f"{name}-seed{seed}")
-    rows = read_metrics(run / "metrics.jsonl")
-    return {
-        "cell": name,
-        "config": f"configs/shapes/{cell.config}.yaml",
-        "overrides": dict(cell.overrides),
-        "learning_rate": config.learner.optimizer.learning_rate,
-        "seed": seed,
-        "minutes": options.minutes,
-        "machine": machine(options.threads),
-        "wall_s": rows[-1]["wall_s"],
-        "points": points(rows),
-    }
-
-
-def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each evaluation found, and what had been used by then."""
-    found, images, transitions = [], 0, 0
-    for row in rows:
-        images += round(row.get("throughput/images_per_s", 0) * row.get("time/iteration_s", 0))
-        transitions += int(row.get("learner/transitions", 0))
-        if STRICT not in row:
-            continue
-        scores = {key: row[key] for key in (STRICT, OFFICIAL, GOLD)}
-        scores |= {f"eval/geneval_strict/{task}": row[f"eval/geneval_strict/{task}"] for task in TASKS}
-        found.append({"iteration": row["iteration"], "images": images, "transitions": transitions, **scores})
-    return found
+            run = partial(run_cell, name, CELLS[name], seed, seconds[name]["iteration_s"], budget, options)
+            run_once(OWN / f"{name}-seed{seed}.json", run, cell=name, seed=seed)
 
 
 def write_table(options: argparse.Namespace) -> None:
     cells = algorithms_table.load(OWN, TITLES)
-    algorithms_table.curves(cells, ROOT / "docs" / "figures" / "algorithms.png")
+    algorithms_table.draw(cells, ROOT / "docs" / "figures" / "algorithms.png")
     table = algorithms_table.markdown(cells)
     insert(table, ROOT / "docs" / "algorithms.md", algorithms_table.BEGIN, algorithms_table.END)
     print(table)
@@ -184,7 +106,7 @@ def main() -> None:
     unknown = sorted(set(options.cells) - set(CELLS))
     if unknown:
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
-    {"time": time_cells, "run": run_cells, "table": write_table, "compare": write_compared}[options.what](options)
+    {"time": measure_cells, "run": run_cells, "table": write_table, "compare": write_compared}[options.what](options)
 
 
 if __name__ == "__main__":

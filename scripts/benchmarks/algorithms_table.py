@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import GOLD, OFFICIAL, STRICT, TASKS
+from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves
 
 BEGIN, END = "<!-- measured: scripts/benchmarks/algorithms.py table -->", "<!-- end of measured -->"
 HEAD = ["algorithm", "seeds", "strict", "official", "PickScore", *TASKS, "images", "transitions", "s/iteration"]
@@ -81,26 +81,14 @@ def markdown(cells: Sequence[Cell]) -> str:
     start = cells[0]["points"][0]
     base = ["before", "", f"{start[STRICT]:.3f}", f"{start[OFFICIAL]:.3f}", f"{start[GOLD]:.2f}"]
     base += [f"{start[f'eval/geneval_strict/{task}']:.2f}" for task in TASKS] + [""] * 5
-    rows = [HEAD, ["---"] * len(HEAD), base, *(row(own) for own in grouped(cells))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return as_markdown(HEAD, [base, *(row(own) for own in grouped(cells))])
 
 
-def curves(cells: Sequence[Cell], path: Path) -> None:
+def draw(cells: Sequence[Cell], path: Path) -> None:
     """Strict GenEval against minutes, a line an algorithm, its mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for own, colour in zip(grouped(cells), itertools.cycle(colours), strict=False):
+    lines = {}
+    for own in grouped(cells):
         times = [point["seconds"] / 60 for point in own[0]["points"]]
-        means = [statistics.fmean(cell["points"][i][STRICT] for cell in own) for i in range(len(times))]
-        axes.plot(times, means, marker="o", markersize=3, color=colour, label=f"{own[0]['title']} {means[-1]:.3f}")
-    axes.set(xlabel="minutes of training, evaluations left out", ylabel="strict GenEval, 600 held-out samples")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        scores = [[point[STRICT] for point in cell["points"]] for cell in own]
+        lines[own[0]["title"]] = times, scores
+    curves(lines, "minutes of training, evaluations left out", "strict GenEval, 600 held-out samples", path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,8 +32,13 @@ def flowalign(arguments: Sequence[str], threads: int, log: Path) -> None:
         )
 
 
-def align(config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> Path:
-    """``flowalign align`` of ``configs/shapes/<config>.yaml`` on the local backend; the run directory."""
+def words(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as a command takes them."""
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+
+
+def local(overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> list[str]:
+    """Return the words of an alignment in one process, as a run ``name`` in ``runs_dir``."""
     keys = {
         "cluster.backend": "local",
         "cluster.threads": threads,
@@ -40,9 +47,13 @@ def align(config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Pat
         "logging.wandb": "disabled",
         "runs_dir": str(runs_dir),
         "name": name,
-        **overrides,
     }
-    written = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    return words({**keys, **overrides})
+
+
+def align(config: str, overrides: Mapping[str, Any], threads: int, runs_dir: Path, name: str) -> Path:
+    """``flowalign align`` of ``configs/shapes/<config>.yaml`` on the local backend; the run directory."""
+    written = local(overrides, threads, runs_dir, name)
     flowalign(["align", f"configs/shapes/{config}.yaml", *written], threads, runs_dir / f"{name}.log")
     return runs_dir / name
 
@@ -101,4 +112,42 @@ def run_once(target: Path, run_cell: Callable[[], Mapping[str, Any]], **cell: An
     """Run a cell that has no file yet, write what it found to ``target``, and say so."""
     if not target.exists():
         write(target, run_cell())
-        print(json.dumps({**cell, "file": str(target.relative_to(ROOT))}), flush=True)
+        print(json.dumps({**cell, "file": shown(target)}), flush=True)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def as_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]  # x, and the y of each seed
+
+
+def curves(lines: Lines, xlabel: str, ylabel: str, path: Path, *, spread: bool = False) -> None:
+    """Draw the mean over seeds of each line, with its end in the legend; with ``spread`` also from least to most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for (title, (x, seeds)), colour in zip(lines.items(), itertools.cycle(colours), strict=False):
+        by_point = list(zip(*seeds, strict=True))
+        means = [statistics.fmean(values) for values in by_point]
+        axes.plot(x, means, marker="o", markersize=3, color=colour, label=f"{title} {means[-1]:.3f}")
+        if spread:
+            axes.fill_between(x, [*map(min, by_point)], [*map(max, by_point)], color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import RESULTS, ROOT, flowalign, machine, run_once, study
+from cells import RESULTS, ROOT, flowalign, machine, run_once, slug, study
 from pictures import Judge, bank, insert_table, opened, train
 from PIL import Image
 
@@ -97,7 +97,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def file_of(name: str) -> Path:
-    return OWN / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    return OWN / f"{slug(name)}.json"
 
 
 def markdown() -> str:

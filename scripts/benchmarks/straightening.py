@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, flowalign, machine, run_once, study
+from cells import RESULTS, flowalign, machine, run_once, slug, study
 from pictures import CHUNK, Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
@@ -109,10 +109,6 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "loss": row["loss"],
     }
     return cell | {"cost": cost} | measured(opened(run, "ema")[0], judge)
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def markdown() -> str:

@@ -157,6 +157,22 @@ def test_half_precision_keeps_the_inputs_in_the_same_precision(tiny_pipeline_dir
     torch.testing.assert_close(made.float(), our_steps(directory, 2, guidance=3.0), atol=0.2, rtol=0.2)
 
 
+def test_plain_weights_are_read_before_those_of_a_variant_beside_them(tiny_pipeline_dir, tmp_path):
+    directory = write_export(tmp_path, tiny_pipeline_dir, ("r", "guidance"))
+    plain = loaded(directory).transformer
+    half = loaded(directory).transformer.half()
+    half.save_pretrained(directory / "transformer", variant="fp16")
+    files = sorted(path.name for path in (directory / "transformer").glob("*.safetensors"))
+    assert files == ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
+    networks = (loaded(directory).transformer, plain, half)
+    read, wanted, rounded = (dict(network.named_parameters()) for network in networks)
+    own = [name for name in wanted if name.startswith(pipeline_file.PREFIX)]
+    assert own and all(torch.equal(read[name], wanted[name]) for name in own)
+    assert not any(torch.equal(read[name], rounded[name].float()) for name in own)
+    made = sample(loaded(directory), directory, num_inference_steps=2, guidance_scale=3.0)
+    torch.testing.assert_close(made, our_steps(directory, 2, guidance=3.0), atol=1e-5, rtol=0)
+
+
 def test_unknown_or_missing_inputs_are_refused(tiny_pipeline_dir, tmp_path):
     directory = write_export(tmp_path, tiny_pipeline_dir, ())
     path = directory / "transformer" / "config.json"

@@ -36,6 +36,7 @@ LONG = "two small dogs run over the grass near the old house, with a zebra and a
 ROWS = [{"prompt": "a red cube", "negative_prompt": "blurry"}, {"prompt": LONG}, {"prompt": "a zebra"}]
 TEXTS = ["a red cube", LONG, "blurry"]
 PIPELINES: dict[str, dict[str, Any]] = {"sd3": {"t5": True}, "z_image": {}, "qwen_image": {}}
+WRITTEN_EARLIER = "ca3a9e79a3f17733d4d69d5017089e4c25e32f718e088b21ac656cb071e6cefd"  # as commit 01b674d hashes
 Build = Callable[..., Path]
 
 
@@ -281,6 +282,34 @@ def test_before_a_start_a_file_that_was_cut_short_counts_as_missing(tiny: Build,
         assert embeddings.lacking([*TEXTS, "a camel", "a camel"], LENGTH) == ["a camel"]
         cut(embeddings.path(embeddings.key(LONG, LENGTH)))
         assert embeddings.lacking(TEXTS, LENGTH) == [LONG]
+
+
+def test_what_an_earlier_version_wrote_is_read_and_its_damages_are_found(tiny: Build, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(tiny("z_image")), max_sequence_length=LENGTH)
+    embeddings = EmbeddingStore(tmp_path, model, "cpu")
+    rows = {
+        "tokens": torch.arange(6, dtype=torch.bfloat16).view(1, 2, 3),
+        "mask": torch.tensor([[True, False]]),
+    }
+    with torch_threads(1):
+        key = embeddings.key("blurry", LENGTH)
+        said = {"key": key, "text": "blurry", "sha256": WRITTEN_EARLIER}
+        embeddings.path(key).parent.mkdir()
+        save_file(rows, embeddings.path(key), {"embedding": json.dumps(said)})
+        read = embeddings.read(key)
+        assert read is not None and all(torch.equal(read[name], row) for name, row in rows.items())
+        assert embeddings.lacking(["blurry"], LENGTH) == []
+        flipped(embeddings.path(key))
+        with pytest.raises(DamagedEmbedding, match="its content has changed"):
+            embeddings.read(key)
+
+
+def test_what_is_read_stays_when_its_file_is_written_over(tmp_path: Path) -> None:
+    embeddings, rows = EmbeddingStore(tmp_path, ModelConfig(), "cpu"), {"tokens": torch.ones(1, 64, 512)}
+    embeddings.write("a" * 64, "blurry", rows)
+    read = embeddings.read("a" * 64)
+    flipped(embeddings.path("a" * 64))
+    assert read is not None and torch.equal(read["tokens"], rows["tokens"])
 
 
 def _write_often(folder: Path, model: ModelConfig, rows: dict[str, Tensor]) -> None:

@@ -18,7 +18,8 @@ from flowalign.intake.resolved import write_resolved
 from flowalign.making.merge import merge
 from flowalign.making.preferences import make_preferences
 from flowalign.record.checkpointwriter import CheckpointWriter
-from flowalign.record.files import save_tensors
+from flowalign.record.disk import DiskError
+from flowalign.record.files import only_one, save_tensors
 from flowalign.record.metrics import MetricsWriter
 from flowalign.samples.sampled import sample_checkpoint, sampled_model
 from tests.tiny import run_config, write_checkpoint, write_pipeline
@@ -82,3 +83,19 @@ def test_what_other_libraries_write_for_us_has_the_umasks_mode(tmp_path: Path) -
         make_preferences(model, reward, out / "pairs", prompts="shapes:train", pairs=1, group_size=2)
     assert {path.suffix for path in out.rglob("*")} >= {".safetensors", ".json", ".md", ".png", ".parquet"}
     assert modes(out) == {0o640}
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("{tmp}/file/lock", "Not a directory"),
+        ("{tmp}/gone/lock", "No such file or directory"),
+        ("{tmp}/" + 300 * "l", "File name too long"),
+        ("/proc/lock", "No such file or directory"),  # a disk that takes no file of anybody
+    ],
+)
+def test_a_folder_that_takes_no_lock_is_named_with_the_reason(tmp_path: Path, place: str, why: str) -> None:
+    (tmp_path / "file").touch()
+    path = place.format(tmp=tmp_path)
+    with pytest.raises(DiskError, match=f"^{path} cannot be written: .*{why}"), only_one(Path(path)):
+        pytest.fail("nothing is locked")

@@ -1,0 +1,224 @@
+"""Which recipe to align the embedded world with: two searches over configurations, and the best of them at length.
+
+``tune`` makes the same small search for every algorithm of algorithms.py: half, once and twice the learning rate of
+its configuration, and two values of one further key. ``screen`` begins with the best of those (`recipes_cells.START`)
+and varies one finding at a time. ``final`` aligns by the best two of the screening at length, with three seeds, and
+``curve`` draws their strict score against images into docs/figures.
+
+Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
+it. Each cell is a JSON file under results/recipes, written when it ends: a finished cell is left alone, one that was
+killed continues where it was. ``check`` loads all configurations and runs nothing.
+
+    python scripts/benchmarks/recipes.py check
+    python scripts/benchmarks/recipes.py time --threads 1
+    python scripts/benchmarks/recipes.py tune --jobs 2 --threads 1
+    python scripts/benchmarks/recipes.py tune --table
+    python scripts/benchmarks/recipes.py screen --cells start,tasks_weak --jobs 2 --threads 1
+    python scripts/benchmarks/recipes.py final --jobs 2 --threads 1 && python scripts/benchmarks/recipes.py curve
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import algorithms
+import psutil
+import recipes_table
+from alignments import Budget, Cell, asked, faults, run_cell, time_cells
+from cells import RESULTS, ROOT, run_once, shown, words
+from recipes_cells import FINDINGS, SCREEN, TUNE, screened
+
+from flowalign.intake.file import read_yaml
+
+OWN = RESULTS / "recipes"
+MOST_SCREENED = 24
+# Keys that change what is learned and not, or hardly, how long an iteration takes.
+FREE = (
+    "algorithm.clip_range",
+    "algorithm.density",
+    "algorithm.density_params",
+    "algorithm.initial_noise",
+    "algorithm.noise_level",
+    "algorithm.reference_refresh",
+    "algorithm.std",
+    "algorithm.weighting",
+    "algorithm.window.every",
+    "data.task_weights",
+    "learner.ema_decay",
+    "learner.optimizer.final_learning_rate",
+    "learner.optimizer.learning_rate",
+    "rewards.0.options.mode",
+)
+
+
+class Search(NamedTuple):
+    cells: Mapping[str, Cell]
+    budget: Budget
+    seeds: tuple[int, ...] = (0,)
+
+
+SEARCHES = {
+    "tune": Search(TUNE, Budget(10, num_samples=300)),
+    "screen": Search(SCREEN, Budget(15, num_samples=300)),
+    "final": Search(SCREEN, Budget(60, evaluations=12), (0, 1, 2)),
+}
+
+
+def cost_of(cell: Cell) -> str:
+    """What decides how long an iteration takes: cells of which it is the same are timed once."""
+    costly = {key: value for key, value in sorted(cell.overrides.items()) if key not in FREE}
+    if costly.get("algorithm.beta") and read_yaml(cell.file)["algorithm"].get("beta"):
+        del costly["algorithm.beta"]  # a reference is asked or is not, however much its answer weighs
+    return " ".join([cell.config, *words(costly)])
+
+
+def seconds_file(options: argparse.Namespace) -> Path:
+    return options.results / "seconds.json"
+
+
+def known_seconds(path: Path) -> dict[str, float]:
+    """Seconds of an iteration by `cost_of`: what ``time`` found, and algorithms.py on the same machine."""
+    own = json.loads(path.read_text())
+    there = json.loads(algorithms.SECONDS.read_text())
+    same = there["cells"] if there["machine"] == own["machine"] else {}
+    found = {cost_of(cell): same[name] for name, cell in algorithms.CELLS.items() if name in same} | own["cells"]
+    return {cost: timed["iteration_s"] for cost, timed in found.items()}
+
+
+def time_all(options: argparse.Namespace) -> None:
+    time_cells(seconds_file(options), {}, options)  # says at once where it is another machine's
+    known = known_seconds(seconds_file(options))
+    cells = {cost_of(cell): cell for search in SEARCHES.values() for cell in search.cells.values()}
+    time_cells(seconds_file(options), {cost: cell for cost, cell in cells.items() if cost not in known}, options)
+
+
+def check() -> None:
+    """Load every configuration. Of findings for other algorithms than the start's, those of each kind on one such."""
+    studies = {"algorithms": algorithms.CELLS, "tune": TUNE, "screen": SCREEN}
+    for name in ("flow_grpo", "nft", "awm", "sft", "dpo_online"):
+        own = {tag: found for tag, found in FINDINGS.items() if found.types}
+        studies[f"findings on {name}"] = screened(TUNE[f"{name}-rate-1"], own)
+    found = [f"{name}: {fault}" for name, cells in studies.items() for fault in faults(cells)]
+    start = SCREEN["start"]
+    for name, search in SEARCHES.items():  # a budget adds the same keys to every cell
+        within = replace(start, overrides={**start.overrides, **search.budget.overrides(start.load(), 5.0)})
+        found += [f"{name}: {fault}" for fault in faults({"budget": within})]
+    if len(SCREEN) > MOST_SCREENED:
+        found.append(f"screen: {len(SCREEN)} cells; at most {MOST_SCREENED} fit into a night")
+    print(json.dumps({"cells": {name: len(cells) for name, cells in studies.items()}, "faults": found}))
+    if found:
+        raise SystemExit(2)
+
+
+def run_search(name: str, options: argparse.Namespace) -> None:
+    search, work = SEARCHES[name], {}
+    budget, path = budget_of(name, options), seconds_file(options)
+    if not path.exists():
+        raise SystemExit(f"{shown(path)} is missing: `time` first")
+    known, names = known_seconds(path), options.cells or usual(name, options)
+    if lacking := [cell for cell in names if cost_of(search.cells[cell]) not in known]:
+        raise SystemExit(f"{shown(path)} has no seconds of {', '.join(lacking)}: `time` first")
+    options = argparse.Namespace(**{**vars(options), "work_dir": options.work_dir / name})
+    for seed in options.seeds or search.seeds:
+        for tag in names:
+            cell, target = search.cells[tag], options.results / name / f"{tag}-seed{seed}.json"
+            refuse_another(target, asked(tag, cell, seed, budget))
+            run = partial(run_cell, tag, cell, seed, known[cost_of(cell)], budget, options)
+            work[target] = partial(run_once, target, run, cell=tag, seed=seed)
+    if failed := side_by_side(work, options.jobs):
+        raise SystemExit(f"{len(failed)} of {len(work)} cells failed: {', '.join(failed)}")
+
+
+def budget_of(name: str, options: argparse.Namespace) -> Budget:
+    given = {key: getattr(options, key) for key in Budget.__dataclass_fields__ if getattr(options, key) is not None}
+    return Budget(**{**vars(SEARCHES[name].budget), **given})
+
+
+def usual(name: str, options: argparse.Namespace) -> list[str]:
+    """The cells of a search that names none: all, for ``final`` the best two of the screening."""
+    if name != "final":
+        return list(SEARCHES[name].cells)
+    found = recipes_table.load(options.results / "screen")
+    if len(found) < 2:
+        raise SystemExit("the screening has fewer than two cells: `screen` first, or name --cells")
+    return [cell["cell"] for cell in found[:2]]
+
+
+def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
+    """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
+    there = json.loads(target.read_text()) if target.exists() else wanted
+    if other := [key for key, value in wanted.items() if there.get(key) != value]:
+        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
+
+
+def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:
+    """Run cells, each a process of its own, so many at a time; return those that failed, whose logs say why."""
+    failed: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run): target.stem for target, run in work.items()}
+        try:
+            for done in as_completed(running):
+                if isinstance(error := done.exception(), subprocess.CalledProcessError):
+                    print(json.dumps({"cell": running[done], "exit_code": error.returncode}), flush=True)
+                    failed.append(running[done])
+                else:
+                    done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def end_cells(*_: Any) -> NoReturn:
+    """Hand SIGTERM on, so that the cells write a checkpoint to go on from."""
+    for child in psutil.Process().children():
+        child.terminate()
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "time", *SEARCHES, "curve"))
+    parser.add_argument("--table", action="store_true", help="print what a search has found, as markdown")
+    parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    parser.add_argument("--minutes", type=float, help="of training, evaluations left out")
+    parser.add_argument("--evaluations", type=int, help="in these minutes, beside the first")
+    parser.add_argument("--num-samples", type=int, help="of an evaluation")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--results", type=Path, default=OWN)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recipes")
+    options = parser.parse_args()
+    options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve()
+    if options.what in SEARCHES and (unknown := set(options.cells or ()) - set(SEARCHES[options.what].cells)):
+        parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(SEARCHES[options.what].cells)}")
+    if options.what == "check":
+        return check()
+    if options.what == "time":
+        return time_all(options)
+    if options.what == "curve":
+        return recipes_table.curve(options.results / "final", ROOT / "docs" / "figures" / "recipes.png")
+    if options.table:
+        found = recipes_table.load(options.results / options.what)
+        return print(recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found))
+    signal.signal(signal.SIGTERM, end_cells)
+    try:
+        run_search(options.what, options)
+    except KeyboardInterrupt:
+        print("ended early: the same command continues", file=sys.stderr)
+        raise SystemExit(75) from None
+
+
+if __name__ == "__main__":
+    main()

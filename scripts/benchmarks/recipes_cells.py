@@ -1,0 +1,136 @@
+"""The cells of scripts/benchmarks/recipes.py: what is tried of each algorithm, and the findings tried on the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from algorithms import CELLS
+from alignments import Cell
+
+from flowalign.intake.file import read_yaml
+
+RATES = ("learner.optimizer.learning_rate", "learner.optimizer.final_learning_rate")
+
+
+def at_rate(cell: Cell, factor: float) -> dict[str, Any]:
+    """Overrides of a cell at ``factor`` times its learning rate, from begin to end of the fall."""
+    optimizer = read_yaml(cell.file)["learner"]["optimizer"]
+    own = [cell.overrides.get(key, optimizer[key.rpartition(".")[2]]) for key in RATES]
+    return {key: float(f"{factor * rate:.6g}") for key, rate in zip(RATES, own, strict=True)}
+
+
+class Knob(NamedTuple):
+    """A key of an algorithm beside the learning rate, and the values tried besides its configuration's."""
+
+    key: str
+    values: Sequence[Any]
+
+
+KNOBS = {
+    "flow_grpo": Knob("algorithm.noise_level", (0.5, 1.0)),
+    "flow_grpo_full": Knob("algorithm.noise_level", (0.5, 1.0)),
+    "flow_grpo_fast": Knob("algorithm.noise_level", (0.6, 0.95)),
+    "mix_grpo": Knob("algorithm.window.every", (10, 50)),
+    "grpo_guard": Knob("algorithm.clip_range", (8e-6, 3.2e-5)),
+    "g2rpo": Knob("algorithm.noise_level", (0.5, 1.0)),
+    "nft": Knob("algorithm.beta", (0.5, 2.0)),
+    "awm": Knob("algorithm.beta", (1.0, 4.0)),
+    "awm_free": Knob("algorithm.weighting", ("t", "ghuber")),
+    "sft": Knob("algorithm.beta", (0.1, 0.5)),
+    "rwr": Knob("algorithm.beta", (0.1, 0.5)),
+    "dpo_online": Knob("algorithm.beta", (30, 300)),
+}
+
+
+def of_algorithm(name: str) -> dict[str, Cell]:
+    """The search of one algorithm: half, once and twice its learning rate, then its knob at the learning rate."""
+    own, (key, values) = CELLS[name], KNOBS[name]
+    tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", at_rate(own, factor)) for factor in (1, 0.5, 2)}
+    word = key.rpartition(".")[2]
+    tried |= {f"{word}-{value}": (f"{word} {value}", {key: value}) for value in values}
+    return {
+        f"{name}-{tag}": Cell(own.config, title, {**own.overrides, **overrides})
+        for tag, (title, overrides) in tried.items()
+    }
+
+
+TUNE: dict[str, Cell] = {tag: cell for name in CELLS for tag, cell in of_algorithm(name).items()}
+
+
+def algorithm_of(cell: str) -> str:
+    """The algorithm that a cell of `TUNE` belongs to."""
+    return cell.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is tried on the best algorithm, if it is one of ``types``; none: whichever it is."""
+
+    title: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    types: tuple[str, ...] = ()
+
+
+WINDOWED, NFT, AWM, SFT, DPO = ("flow_grpo",), ("nft",), ("awm",), ("sft",), ("diffusion_dpo",)
+LORA = {"model.lora": {"rank": 32, "alpha": 64}}
+LATER = {"algorithm.density": "logit_normal", "algorithm.density_params": {"m": 0.5}}
+WEAK = {"position": 3, "color_attr": 2, "two_object": 2, "counting": 2}
+FINDINGS: dict[str, Finding] = {
+    "tasks_weak": Finding("weak tasks two and three times as often", {"data.task_weights": WEAK}),
+    "tasks_position": Finding("position three times as often", {"data.task_weights": {"position": 3}}),
+    "whole_prompts": Finding("credit for whole prompts alone", {"rewards.0.options.mode": "strict"}),
+    "std_none": Finding("advantages undivided", {"algorithm.std": "none"}, (*WINDOWED, *NFT, *AWM)),
+    "std_group": Finding("advantages over their group's deviation", {"algorithm.std": "group"}, (*NFT, *AWM)),
+    "std_batch": Finding("advantages over the batch's deviation", {"algorithm.std": "batch"}, WINDOWED),
+    "groups_of_16": Finding("12 groups of 16", {"algorithm.group_size": 16, "data.groups_per_iteration": 12}),
+    "groups_of_4": Finding("48 groups of 4", {"algorithm.group_size": 4, "data.groups_per_iteration": 48}),
+    "batch_half": Finding("12 groups of 8", {"data.groups_per_iteration": 12}),
+    "batch_double": Finding("48 groups of 8", {"data.groups_per_iteration": 48}),
+    "updates_2": Finding("two updates an iteration", {"learner.updates_per_iteration": 2}),
+    "lora": Finding("LoRA of rank 32, learning rate 5e-4", {**LORA, RATES[0]: 5e-4, RATES[1]: 1.25e-4}),
+    "keep_extremes": Finding(
+        "the best two and worst two of a group", {"algorithm.keep": {"best": 2, "worst": 2}}, WINDOWED
+    ),
+    "noise_0.5": Finding("noise 0.5", {"algorithm.noise_level": 0.5}, WINDOWED),
+    "noise_1": Finding("noise 1", {"algorithm.noise_level": 1.0}, WINDOWED),
+    "noise_own": Finding("a first noise for each image", {"algorithm.initial_noise": "own"}, WINDOWED),
+    "window_2": Finding("a window of 2", {"algorithm.window.size": 2}, WINDOWED),
+    "window_late": Finding("a window in the first 8 steps", {"algorithm.window.stop": 8}, WINDOWED),
+    "kl": Finding("a KL of 0.04", {"algorithm.beta": 0.04}, WINDOWED),
+    "kl_nft": Finding("a KL of 0.001", {"algorithm.kl_beta": 1e-3}, NFT),
+    "beta_0.5": Finding("β 0.5", {"algorithm.beta": 0.5}, NFT),
+    "beta_2": Finding("β 2", {"algorithm.beta": 2.0}, NFT),
+    "old_slower": Finding("an old policy of decay 0.9", {"learner.ema_decay": 0.9}, NFT),
+    "old_newest": Finding("the last iteration's policy is the old one", {"learner.ema_decay": 0.0}, NFT),
+    "kl_half": Finding("half the KL", {"algorithm.beta": 1.0}, AWM),
+    "kl_double": Finding("twice the KL", {"algorithm.beta": 4.0}, AWM),
+    "refresh_16": Finding("a reference up to 16 iterations old", {"algorithm.reference_refresh": 16}, AWM),
+    "points_6": Finding("6 points of an image", {"algorithm.timesteps": 6}, (*NFT, *AWM, *SFT)),
+    "points_later": Finding("points at later times, logit-normal of m = 0.5", LATER, (*NFT, *AWM, *SFT)),
+    "weighting_uniform": Finding("errors weighted alike", {"algorithm.weighting": "uniform"}, NFT),
+    "best_2": Finding("the best two of a group", {"algorithm.best_of_group": 2}, SFT),
+    "beta_30": Finding("β 30", {"algorithm.beta": 30}, DPO),
+    "beta_300": Finding("β 300", {"algorithm.beta": 300}, DPO),
+    "refresh_10": Finding("a reference up to 10 iterations old", {"algorithm.reference_refresh": 10}, DPO),
+    "winner_too": Finding("the winner is learned from as well", {"algorithm.sft_weight": 0.1}, DPO),
+}
+
+
+def screened(start: Cell, findings: Mapping[str, Finding] = FINDINGS) -> dict[str, Cell]:
+    """The cells that begin with ``start``, each with one finding varied that its algorithm knows."""
+    kind = read_yaml(start.file)["algorithm"]["type"]
+    tried = {
+        "start": Finding("start"),
+        "rate_half": Finding("half the learning rate", at_rate(start, 0.5)),
+        "rate_double": Finding("twice the learning rate", at_rate(start, 2)),
+        **{name: found for name, found in findings.items() if kind in (found.types or (kind,))},
+    }
+    return {
+        name: Cell(start.config, found.title, {**start.overrides, **found.overrides}) for name, found in tried.items()
+    }
+
+
+START = "nft-rate-1"  # the cell of `TUNE` that the screening begins with
+SCREEN: dict[str, Cell] = screened(TUNE[START])

@@ -1,0 +1,78 @@
+"""The tables and the curve of scripts/benchmarks/recipes.py, from its JSON files alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from algorithms import CELLS
+from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves
+from recipes_cells import SCREEN, TUNE, algorithm_of
+
+Cell = Mapping[str, Any]
+
+
+def load(directory: Path) -> list[dict[str, Any]]:
+    """The finished cells of a search, the best strict score first."""
+    return sorted((json.loads(path.read_text()) for path in directory.glob("*-seed*.json")), key=strict, reverse=True)
+
+
+def strict(cell: Cell) -> float:
+    """The strict score after all of its minutes, not the best on the way: the best of several is partly luck."""
+    return cell["points"][-1][STRICT]
+
+
+def grouped(cells: Sequence[Cell], by: Any) -> list[list[Cell]]:
+    """Cells by a key of theirs, the group of the best first."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(by(cell), []).append(cell)
+    return list(groups.values())
+
+
+def tuned(cells: Sequence[Cell]) -> str:
+    """The best cell of each algorithm, and how far its cells lie apart."""
+    rows = []
+    for own in grouped(cells, lambda cell: algorithm_of(cell["cell"])):
+        name, scores, end = algorithm_of(own[0]["cell"]), [strict(cell) for cell in own], own[0]["points"][-1]
+        all_there = sum(algorithm_of(tag) == name for tag in TUNE)
+        row = [CELLS[name].title, TUNE[own[0]["cell"]].title, f"{own[0]['points'][0][STRICT]:.3f}"]
+        row += [f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}", f"{end[GOLD]:.2f}"]
+        row += [f"{statistics.median(scores):.3f}", f"{scores[-1]:.3f}", f"{scores[0] - scores[-1]:.3f}"]
+        rows.append([*row, f"{len(own)} of {all_there}", f"{end['images']:,}"])
+    head = ["algorithm", "best cell", "before", "strict", "official", "PickScore"]
+    return as_markdown([*head, "median", "worst", "spread", "cells", "images"], rows)
+
+
+def screened(cells: Sequence[Cell]) -> str:
+    """Each cell's scores, means over seeds, and how far they lie above those of the start."""
+    by_name = {own[0]["cell"]: own for own in grouped(cells, lambda cell: cell["cell"])}
+
+    def mean(own: Sequence[Cell], key: str) -> float:
+        return statistics.fmean(cell["points"][-1][key] for cell in own)
+
+    start = mean(by_name["start"], STRICT) if "start" in by_name else None
+    rows = []
+    for name, own in sorted(by_name.items(), key=lambda item: -mean(item[1], STRICT)):
+        spread = f" ± {statistics.stdev(map(strict, own)):.3f}" if len(own) > 1 else ""
+        gain = "" if start is None else f"{mean(own, STRICT) - start:+.3f}"
+        scores = [f"{mean(own, STRICT):.3f}{spread}", gain, f"{mean(own, OFFICIAL):.3f}", f"{mean(own, GOLD):.2f}"]
+        tasks = [f"{mean(own, f'eval/geneval_strict/{task}'):.2f}" for task in TASKS]
+        images = f"{statistics.fmean(cell['points'][-1]['images'] for cell in own):,.0f}"
+        rows.append([SCREEN[name].title, str(len(own)), *scores, *tasks, images])
+    head = ["cell", "seeds", "strict", "above the start", "official", "PickScore", *TASKS, "images"]
+    return as_markdown(head, rows)
+
+
+def curve(directory: Path, path: Path) -> None:
+    """Strict GenEval against images, a line a recipe: its mean over seeds, and from the least seed to the most."""
+    lines = {}
+    for own in grouped(load(directory), lambda cell: cell["cell"]):
+        images = [point["images"] for point in own[0]["points"]]
+        lines[SCREEN[own[0]["cell"]].title] = images, [[point[STRICT] for point in cell["points"]] for cell in own]
+    if not lines:
+        raise SystemExit(f"{directory} holds no finished cell: `final` first")
+    curves(lines, "images", "strict GenEval of held-out samples, mean and range over seeds", path, spread=True)

@@ -1,0 +1,178 @@
+"""``scripts/benchmarks/recipes.py``: every cell's configuration loads, and what a search keeps, skips and prints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "scripts" / "benchmarks"
+PROGRAM = [sys.executable, str(BENCHMARKS / "recipes.py")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+STRICT = "eval/geneval_strict/overall"
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of the study, which find one another as those of a script do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("alignments", "algorithms", "cells", "recipes", "recipes_cells", "recipes_table")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def test_the_configuration_of_every_cell_loads(own: Any) -> None:
+    done = subprocess.run([*PROGRAM, "check"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    assert said["faults"] == []
+    assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] <= 24
+    assert said["cells"]["tune"] == 5 * len(own.algorithms.CELLS)
+    kinds = [set(found.types) for found in own.recipes_cells.FINDINGS.values()]
+    assert set().union(*kinds) == {"flow_grpo", "nft", "awm", "sft", "diffusion_dpo"}  # the check names one of each
+
+
+def test_a_misspelt_key_and_a_cell_that_changes_nothing_are_faults(own: Any) -> None:
+    cell = partial(own.alignments.Cell, "nft", "")
+    cells = {"a": cell({}), "b": cell({"algorithm.bta": 2}), "c": cell({"algorithm.beta": 1.0}), "d": cell({"seed": 1})}
+    found = list(own.alignments.faults(cells))
+    assert (
+        len(found) == 2 and re.match(r"b: algorithm\.bta: .*beta", found[0]) and found[1] == "c: is the same run as a"
+    )
+
+
+def test_minutes_become_iterations_by_the_seconds_of_one(own: Any) -> None:
+    cell = own.alignments.Cell("nft", "", {"learner.updates_per_iteration": 2})
+    keys = own.alignments.Budget(10, evaluations=4, num_samples=300).overrides(cell.load(), 5.0)
+    assert (keys["iterations"], keys["evaluation.every"], keys["checkpoint.every"]) == (120, 30, 30)
+    assert keys["learner.optimizer.decay_steps"] == 240 and keys["evaluation.num_samples"] == 300
+    assert "evaluation.num_samples" not in own.alignments.Budget(10).overrides(cell.load(), 5.0)
+
+
+def test_a_learning_rate_is_scaled_from_begin_to_end_of_its_fall(own: Any) -> None:
+    cells = own.recipes_cells.TUNE
+    rates = [[cells[f"awm_free-rate-{f}"].overrides[key] for key in own.recipes_cells.RATES] for f in ("0.5", "1", "2")]
+    assert rates == [[6e-5, 1.5e-5], [1.2e-4, 3e-5], [2.4e-4, 6e-5]]
+    assert all(cells[f"awm_free-rate-{f}"].overrides["algorithm.beta"] == 0 for f in ("0.5", "2"))
+    twice = own.recipes_cells.screened(cells["nft-rate-2"])["rate_double"]
+    assert twice.overrides[own.recipes_cells.RATES[0]] == 4.8e-4
+
+
+def test_cells_that_cost_the_same_are_timed_once(own: Any) -> None:
+    cost, cells = own.recipes.cost_of, own.recipes_cells.TUNE
+    of_awm = {cost(cells[name]) for name in ("awm-rate-1", "awm-rate-2", "awm-beta-1.0", "awm-beta-4.0")}
+    assert of_awm == {cost(own.algorithms.CELLS["awm"])}
+    assert len({cost(cells[name]) for name in ("awm-rate-1", "awm_free-rate-1", "sft-rate-1", "sft-beta-0.1")}) == 4
+
+
+def test_seconds_of_algorithms_count_on_their_own_machine_alone(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"machine": "a", "cells": {"awm": {"iteration_s": 5.0}, "nft": {"iteration_s": 6.0}, "gone": {}}}
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    monkeypatch.setattr(own.algorithms, "SECONDS", tmp_path / "theirs.json")
+    path = tmp_path / "seconds.json"
+    for machine, known in (("a", {"nft": 7.0, "awm": 5.0}), ("b", {"nft": 7.0})):
+        path.write_text(json.dumps({"machine": machine, "cells": {"nft": {"iteration_s": 7.0}}}))
+        assert own.recipes.known_seconds(path) == known
+
+
+def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_path: Path) -> None:
+    cell, budget = own.recipes_cells.SCREEN["start"], own.alignments.Budget(15)
+    wanted = own.alignments.asked("start", cell, 0, budget)
+    own.recipes.refuse_another(tmp_path / "none.json", wanted)
+    (tmp_path / "there.json").write_text(json.dumps({**wanted, "points": []}))
+    own.recipes.refuse_another(tmp_path / "there.json", wanted)
+    for key, value in (("minutes", 10), ("base", "another"), ("overrides", {"seed": 1})):
+        with pytest.raises(SystemExit, match=rf"there\.json is of another run \({key} differ"):
+            own.recipes.refuse_another(tmp_path / "there.json", {**wanted, key: value})
+
+
+def test_a_cell_that_fails_does_not_end_the_others(
+    own: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(code: int) -> None:
+        subprocess.run([sys.executable, "-c", f"raise SystemExit({code})"], check=True)
+        (tmp_path / "made").write_text("")
+
+    work = {tmp_path / "a.json": partial(run, 3), tmp_path / "b.json": partial(run, 0)}
+    assert own.recipes.side_by_side(work, 1) == ["a"] and (tmp_path / "made").is_file()
+    assert json.loads(capsys.readouterr().out) == {"cell": "a", "exit_code": 3}
+
+
+def found(own: Any, name: str, seed: int, scores: list[float]) -> dict[str, Any]:
+    """What a run of a cell writes, with these strict scores at its evaluations."""
+    rest = {"eval/geneval/overall": 0.7, "eval/pickscore/overall": 9.0}
+    tasks = {f"eval/geneval_strict/{task}": 0.5 for task in own.cells.TASKS}
+    points = [{"images": 100 * i, STRICT: score, **rest, **tasks} for i, score in enumerate(scores)]
+    return {"cell": name, "seed": seed, "points": points}
+
+
+def written(folder: Path, cells: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    for cell in cells:
+        (folder / f"{cell['cell']}-seed{cell['seed']}.json").write_text(json.dumps(cell))
+    return folder
+
+
+def test_the_table_of_a_tuning_has_the_best_cell_and_the_spread(own: Any, tmp_path: Path) -> None:
+    ends = {"nft-rate-1": [0.4, 0.9, 0.6], "nft-rate-2": [0.4, 0.5, 0.7], "awm-rate-1": [0.4, 0.4, 0.65]}
+    load = own.recipes_table.load(
+        written(tmp_path / "tune", [found(own, name, 0, scores) for name, scores in ends.items()])
+    )
+    rows = own.recipes_table.tuned(load).splitlines()[2:]
+    assert rows[0].startswith(
+        "| DiffusionNFT | learning rate × 2 | 0.400 | 0.700 | 0.700 | 9.00 | 0.650 | 0.600 | 0.100"
+    )
+    assert rows[1].startswith("| AWM | learning rate × 1 | 0.400 | 0.650") and "| 1 of 5 | 200 |" in rows[1]
+
+
+def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, tmp_path: Path) -> None:
+    ends = {"start": 0.5, "tasks_weak": 0.6, "std_none": 0.55}
+    written(tmp_path / "screen", [found(own, name, 0, [0.4, end]) for name, end in ends.items()])
+    best = own.recipes.usual("final", SimpleNamespace(results=tmp_path))
+    assert best == ["tasks_weak", "std_none"]
+    final = written(
+        tmp_path / "final", [found(own, name, seed, [0.4, 0.6 + seed / 10]) for name in best for seed in (0, 1)]
+    )
+    table = own.recipes_table.screened(own.recipes_table.load(final))
+    assert table.count("| 2 | 0.650 ± 0.071 |  | 0.700") == 2
+    own.recipes_table.curve(final, tmp_path / "recipes.png")
+    assert (tmp_path / "recipes.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_search_that_is_ended_goes_on_where_it_was(own: Any, tmp_path: Path) -> None:
+    cost = own.recipes.cost_of(own.recipes_cells.SCREEN["start"])
+    seconds = {"machine": own.cells.machine(1), "cells": {cost: {"iteration_s": 10.0}}}
+    (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    asked = ["--minutes", "0.01", "--evaluations", "3", "--num-samples", "12", "--threads", "1"]
+    places = ["--results", str(tmp_path), "--work-dir", str(tmp_path / "runs")]
+    command = [*PROGRAM, "screen", "--cells", "start", *asked, *places]
+    rows = tmp_path / "runs" / "screen" / "start-seed0" / "metrics.jsonl"
+    first = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while not (rows.exists() and rows.read_text().count("\n") >= 2):
+        assert first.poll() is None
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    assert "the same command continues" in first.communicate()[1] and first.returncode == 75
+    assert not (tmp_path / "screen" / "start-seed0.json").exists()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["cell"] == "start"
+    assert "resuming" in (tmp_path / "runs" / "screen" / "start-seed0.log").read_text()
+    cell = json.loads((tmp_path / "screen" / "start-seed0.json").read_text())
+    assert [point["iteration"] for point in cell["points"]] == [0, 1, 2, 3]
+    assert [point["images"] for point in cell["points"]] == [0, 192, 384, 576]
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert again.stdout == ""
