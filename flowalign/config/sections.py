@@ -184,6 +184,10 @@ class RewardConfig(Section):
     """Name of its score; null: that of a scorer or an attribute, else the ``spec``."""
     weight: float = 1.0
     """Weight in the total that is trained on."""
+    parts: dict[str, float] = Field(default_factory=dict)
+    """Weights of further scores of the reward, each of which is then trained on as a reward of its own. Where such a
+    score is NaN and the main one is not, it does not apply.
+    """
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
     """Tasks (``task``, else ``tag``) of the prompts that it scores; null: all."""
     gold: bool = False
@@ -197,6 +201,20 @@ class RewardConfig(Section):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"spec": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RewardConfig:
+        if self.gold and self.parts:
+            raise ValueError("parts: nothing of a gold reward is trained on; leave one of the two out")
+        if self.label in self.parts:
+            raise ValueError(f"parts: {self.label} is the main score, whose weight is `weight`")
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Weights in the total by score, its own and those of its parts, where they are not 0."""
+        weights = {} if self.gold else {self.label: self.weight, **self.parts}
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def label(self) -> str:

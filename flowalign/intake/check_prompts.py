@@ -137,7 +137,7 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
         return
     for i, reward in enumerate(rewards):
         _check_tasks_there(f"rewards.{i}", reward, source, found)
-    trained = [reward for reward in rewards if reward.weight and not reward.gold]
+    trained = [reward for reward in rewards if reward.terms]
     if trained and all(reward.tasks is not None for reward in trained):
         covered = {task for reward in trained for task in reward.tasks or ()}
         if left := [task for task in found if task not in covered]:
