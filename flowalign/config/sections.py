@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
 from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.pathfamilies import PathFamilyName
@@ -155,6 +156,8 @@ class DataConfig(Section):
     """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
+    curriculum: CurriculumConfig | None = None
+    """Draw by pass rate; null: all prompts of a task in turn, whatever they scored."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
     sizes: list[Annotated[str, BeforeValidator(_size)]] = Field(default_factory=list)
