@@ -18,6 +18,7 @@ from flowalign.conditions import Condition, Conditions
 from flowalign.rows import Rows
 
 SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
+UNTAGGED = "untagged"  # in the names of metrics: the task of a prompt without a tag
 
 
 class SampleShape(NamedTuple):

@@ -20,11 +20,13 @@ TOTAL = "total"
 
 
 class Named(NamedTuple):
-    """A configured reward: the name it goes by, what runs, and whether that name was given to it."""
+    """A configured reward: the name it goes by, what runs, whether that name was given to it, and which further scores
+    have a weight."""
 
     label: str
     spec: str
     given: bool
+    parts: tuple[str, ...] = ()
 
 
 def prefixes(rewards: Sequence[Named]) -> list[str]:
@@ -42,7 +44,8 @@ def check_names(rewards: Sequence[Named], where: str = "rewards") -> None:
     try:
         answers = [[reward.label] for reward in rewards]
         for reward, prefix, own in zip(rewards, prefixes(rewards), answers, strict=True):
-            own += [prefix + key for key in further_scores(reward.spec) if key != reward.label]
+            further = dict.fromkeys((*further_scores(reward.spec), *reward.parts))
+            own += [prefix + key for key in further if key != reward.label]
         one_owner({key: reward.label for key in own} for reward, own in zip(rewards, answers, strict=True))
     except InvalidScores as error:
         raise SpecError(f"{where}: {error}") from None

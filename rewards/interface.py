@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -43,7 +43,8 @@ _ATOMS = {str, int, float, bool, type(None)}
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores images; may also have ``setup(device: str)``, called once before the first batch.
+    """Scores images; may also have ``setup(device: str)``, called once before the first batch, and ``sometimes``, the
+    names of scores that do not apply to every sample: NaN there, beside a main score that is a number, is no failure.
 
     One that needs more than this signature gives has ``answer`` in place of ``score``, as ``Answers`` has. One that
     asks others may have ``retried() -> dict[str, int]``: what had to be asked again since the last call.
@@ -90,7 +91,8 @@ class Checked:
     Every dictionary is keyed by reward name. ``scores`` float64 (N,), NaN where invalid; ``valid`` bool
     (N,); ``causes`` counts the refused samples by cause (``nan``, ``inf``, ``magnitude``). ``applies`` bool (N,) says
     which samples were scored at all; None means all. ``retries`` counts by cause what a scorer had to ask again; one
-    that asks nobody has no entry. ``reward`` is the name of the reward that answered.
+    that asks nobody has no entry. ``reward`` is the name of the reward that answered. ``narrowed`` bool (N,) says of
+    scores that apply to fewer samples than the reward which ones these are.
     """
 
     scores: dict[str, NDArray[np.float64]]
@@ -99,6 +101,7 @@ class Checked:
     applies: NDArray[np.bool_] | None = None
     retries: dict[str, dict[str, int]] = field(default_factory=dict)
     reward: str = ""
+    narrowed: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 def as_arrays(name: str, scores: Any, n: int) -> dict[str, NDArray[np.float64]]:
@@ -242,9 +245,26 @@ def _copied(value: Any) -> Any:
     return value if kind in _ATOMS else copy.deepcopy(value)
 
 
-def score_batch(name: str, scorer: Scorer, asked: Asked) -> Checked:
-    """Make a ``call``, then `validate_scores`: this is what a reward actor runs."""
-    return validate_scores(name, call(name, scorer, asked), len(asked))
+def score_batch(name: str, scorer: Scorer, asked: Asked, parts: Iterable[str] = ()) -> Checked:
+    """Make a ``call``, then `validate_scores`: this is what a reward actor runs.
+
+    The scores ``parts``, and those that the scorer declares in ``sometimes``, need not apply to every sample: where
+    one is NaN and the main score is valid it does not, which is no failure.
+    """
+    answered = call(name, scorer, asked)
+    checked = validate_scores(name, answered, len(asked))
+    with blamed(name):
+        own = (getattr(scorer, "name", None), getattr(scorer, "sometimes", ()))
+        narrower = [key for key in dict.fromkeys((*parts, *own[1])) if key in answered]
+    if not narrower:
+        return checked
+    main = main_key(name, own[0], list(answered))
+    absent = {key: np.isnan(answered[key]) & checked.valid[main] for key in narrower}
+    causes = dict(checked.causes)
+    for key, where in absent.items():
+        counts = {**causes[key], "nan": causes[key].get("nan", 0) - int(where.sum())}
+        causes[key] = {cause: count for cause, count in counts.items() if count}
+    return replace(checked, causes=causes, narrowed={key: ~where for key, where in absent.items()})
 
 
 def main_key(label: str, own: str | None, keys: Sequence[str]) -> str:

@@ -97,6 +97,18 @@ def further_scores(spec: str) -> tuple[str, ...]:
     return () if ":" in spec or spec not in builtin_names() else getattr(_class(spec), "further", ())
 
 
+def answered(spec: str | Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of all scores that one of ours answers with its options, the main one first; loads no model.
+
+    None for a user's code and for a server, of which nothing is known. Raises ``SpecError`` as ``check``.
+    """
+    kind, options = _split(spec)
+    if ":" in kind or kind not in builtin_names():
+        return None
+    scorer = _builtin(kind, options)
+    return (getattr(scorer, "name", kind), *getattr(scorer, "further", ()))
+
+
 def location_of(spec: str) -> str | None:
     """Return ``path/to/file.py`` or ``package.module`` of a user's reward.
 

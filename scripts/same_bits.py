@@ -134,6 +134,9 @@ EXCEPTIONS: tuple[Excepted, ...] = (
         for key in ("text_encoders", "embeddings")
         for file, at in (("*config.yaml", ""), ("*state.json", "config."))
     ),
+    Excepted("*", "*config.yaml", "data.curriculum", "prompts may be drawn by how often they are passed"),
+    Excepted("*", "*config.yaml", "*.parts", "further scores of a reward may be trained on"),
+    Excepted("*", "*state.json", "config.*.parts", "further scores of a reward may be trained on"),
     Excepted("*", "*pipeline.py", "code", "an export's own pipeline reads plain weights before an fp16 variant's"),
 )
 

@@ -59,7 +59,7 @@ class AlignConfig(RunConfig):
             raise ValueError(
                 f"evaluation.gold: two scorers share a name ({', '.join(judges)}); give each its own `name`"
             )
-        if self.rewards and not any(reward.weight and not reward.gold for reward in self.rewards):
+        if self.rewards and not any(reward.terms for reward in self.rewards):
             raise ValueError("rewards: none is trained on; give one a weight other than 0 without gold: true")
         if self.data.preferences_cache is not None and self.data.preferences is None:
             raise ValueError("data.preferences_cache: there is nothing to keep without data.preferences")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
 from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.pathfamilies import PathFamilyName
@@ -155,6 +156,8 @@ class DataConfig(Section):
     """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
     """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
+    curriculum: CurriculumConfig | None = None
+    """Draw by pass rate; null: all prompts of a task in turn, whatever they scored."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
     sizes: list[Annotated[str, BeforeValidator(_size)]] = Field(default_factory=list)
@@ -184,6 +187,10 @@ class RewardConfig(Section):
     """Name of its score; null: that of a scorer or an attribute, else the ``spec``."""
     weight: float = 1.0
     """Weight in the total that is trained on."""
+    parts: dict[str, float] = Field(default_factory=dict)
+    """Weights of further scores of the reward, each of which is then trained on as a reward of its own. Where such a
+    score is NaN and the main one is not, it does not apply.
+    """
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
     """Tasks (``task``, else ``tag``) of the prompts that it scores; null: all."""
     gold: bool = False
@@ -197,6 +204,20 @@ class RewardConfig(Section):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"spec": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RewardConfig:
+        if self.gold and self.parts:
+            raise ValueError("parts: nothing of a gold reward is trained on; leave one of the two out")
+        if self.label in self.parts:
+            raise ValueError(f"parts: {self.label} is the main score, whose weight is `weight`")
+        return self
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Weights in the total by score, its own and those of its parts, where they are not 0."""
+        weights = {} if self.gold else {self.label: self.weight, **self.parts}
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
-from flowalign.types import PromptBatch
+from flowalign.types import PromptBatch, Scores
 from rewards.missing import hint
 
 Row = dict[str, Any]
@@ -103,14 +103,14 @@ class GroupSampler:
     ) -> None:
         self._by_task: dict[str, list[Row]] = {}
         for row in rows:
-            self._by_task.setdefault(_tag(row), []).append(row)
+            self._by_task.setdefault(tag_of(row), []).append(row)
         self._cycle = task_cycle(rows, task_weights or {})
         self.prompts = [row["prompt"] for row in rows]
         self.groups, self.group_size, self.seed = groups, group_size, seed
 
     def batch(self, iteration: int) -> PromptBatch:
         """Return ``groups * group_size`` samples of an iteration, group after group."""
-        chosen = [self._pick(iteration * self.groups + g) for g in range(self.groups)]
+        chosen = self._chosen(iteration)
         count = self.groups * self.group_size
         first = iteration * count
         return PromptBatch(
@@ -130,6 +130,21 @@ class GroupSampler:
             found += pool if turns >= len(pool) else [pool[i] for i in self._order(task, 0)[:turns].tolist()]
         return found
 
+    def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
+        """Learn nothing of what an iteration scored: the draw is a function of (seed, iteration)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing for a checkpoint to keep."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+
+    def _chosen(self, iteration: int) -> list[Row]:
+        """Return the row of each group of an iteration."""
+        return [self._pick(iteration * self.groups + g) for g in range(self.groups)]
+
     def _pick(self, turn: int) -> Row:
         passes, place = divmod(turn, len(self._cycle))
         task = self._cycle[place]
@@ -144,7 +159,8 @@ class GroupSampler:
         return torch.randperm(len(self._by_task[task]), generator=drawn)
 
 
-def _tag(row: Row) -> str:
+def tag_of(row: Mapping[str, Any]) -> str:
+    """Return the task by which a prompt is drawn: its ``tag``, or nothing."""
     return str(row.get("tag") or "")
 
 
@@ -156,7 +172,7 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     Raises:
         PromptsError: a weight for a task that no prompt has, or nothing but zeros.
     """
-    tasks = dict.fromkeys((_tag(row) for row in rows), 1)
+    tasks = dict.fromkeys((tag_of(row) for row in rows), 1)
     if unknown := sorted(weights.keys() - tasks.keys()):
         has = ", ".join(tasks)
         raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")

@@ -251,7 +251,9 @@ def _steps(count: int) -> str:
 def _reward(reward: RewardConfig) -> str:
     options = ", ".join(text(f"{key}={value}") for key, value in reward.options.items())
     spec = reward.spec.rpartition(":")[2] if ".py:" in reward.spec else reward.spec
-    return f"{code(reward.name or spec)} × {reward.weight:g}" + (f" ({options})" if options else "")
+    weights = {reward.name or spec: reward.weight, **reward.parts}
+    said = " + ".join(f"{code(score)} × {weight:g}" for score, weight in weights.items())
+    return said + (f" ({options})" if options else "")
 
 
 def _scores(config: Sampled, kind: str, before: Row, after: Row) -> list[str]:

@@ -38,6 +38,7 @@ class Stream(IntEnum):
     CAPTION_KINDS = 61
     CUT = 67
     IMAGE_SIZE = 71
+    CURRICULUM = 73
 
 
 def seeded(*numbers: int) -> torch.Generator:

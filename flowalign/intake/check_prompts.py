@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig, RewardConfig
 from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
+from flowalign.samples.offers import names_of
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
@@ -137,11 +138,42 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
         return
     for i, reward in enumerate(rewards):
         _check_tasks_there(f"rewards.{i}", reward, source, found)
-    trained = [reward for reward in rewards if reward.weight and not reward.gold]
+    trained = [reward for reward in rewards if reward.terms]
     if trained and all(reward.tasks is not None for reward in trained):
         covered = {task for reward in trained for task in reward.tasks or ()}
         if left := [task for task in found if task not in covered]:
             raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
+
+
+def check_curriculum(config: AlignConfig, needs: Needs) -> None:
+    """Check that something trained or measured tells of every prompt that may be drawn whether it was passed."""
+    from rewards.composite import TOTAL, prefixes
+    from rewards.interface import ScorerError
+    from rewards.resolve import answered
+
+    curriculum, key = config.data.curriculum, "data.curriculum.score"
+    if curriculum is None:
+        return
+    if not needs.scores:
+        raise ConfigError("data.curriculum", f"{config.algorithm['type']} learns without scores; leave it out")
+    owners: dict[str, RewardConfig | None] = {TOTAL: None}
+    scores: list[tuple[str, ...] | None] = []
+    for reward, prefix in zip(config.rewards, prefixes(names_of(config.rewards)), strict=True):
+        try:
+            scores.append(answered({"type": reward.spec, **reward.options}))
+        except ScorerError:
+            return  # check_reward says it
+        owners |= {reward.label: reward, **{prefix + further: reward for further in (scores[-1] or ())[1:]}}
+    if curriculum.score not in owners and None not in scores:  # else its first answer says it
+        raise ConfigError(key, f"no reward answers {curriculum.score!r}; {nearest(curriculum.score, owners)}")
+    owner = owners.get(curriculum.score)
+    if owner is not None and owner.gold:
+        raise ConfigError(key, f"{curriculum.score} is gold, and nothing is trained by that; give it weight: 0 instead")
+    if owner is not None and owner.tasks is not None:
+        weights = config.data.task_weights
+        drawn = _tasks_of(config.data.prompts, lambda row: weights.get(str(row.get("tag") or ""), 1) > 0)
+        if left := [task for task in drawn if task not in owner.tasks]:
+            raise ConfigError(key, f"{curriculum.score} is not for the task {left[0]!r}; take another, or `total`")
 
 
 def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
@@ -154,8 +186,8 @@ def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
             _check_tasks_there(key, reward, source, found)
 
 
-def _tasks_of(source: str) -> list[str]:
-    """Return the tasks of the prompts in their order.
+def _tasks_of(source: str, which: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> list[str]:
+    """Return the tasks of the prompts in their order, or of those ``which`` are meant.
 
     There is none where the prompts cannot be read, which `check_prompts` says.
     """
@@ -163,7 +195,7 @@ def _tasks_of(source: str) -> list[str]:
     from flowalign.types import task_of
 
     try:
-        return list(dict.fromkeys(map(task_of, load_prompts(source))))
+        return list(dict.fromkeys(map(task_of, filter(which, load_prompts(source)))))
     except PromptsError:
         return []
 

@@ -11,6 +11,7 @@ _SEED, _PROMPTS, _SIZE = ("seed",), ("latents", "data.prompts"), ("model.height"
 _GROUP, _STEPS, _CLIP = ("algorithm.group_size",), ("algorithm.num_steps",), ("algorithm.clip_range",)
 _DTYPE, _EVALUATED, _LOGGED = ("learner.dtype", "model.dtype"), ("evaluation.every",), ("logging.every",)
 _BATCH, _AT_ONCE, _BETAS = ("learner.batch_size",), ("learner.micro_batch_size",), ("learner.optimizer.betas",)
+_CURRICULUM = ("data.curriculum",)
 _WARMUP, _DECAY, _NORM = (
     ("learner.optimizer.warmup_steps",),
     ("learner.optimizer.decay", "learner.optimizer.decay_steps"),
@@ -75,6 +76,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reward_weights", "reward_weight"), ("rewards.weight",)),
     **dict.fromkeys(("dataset", "dataset_name", "dataset_dir", "train_data_dir", "data_dir"), _PROMPTS),
     **dict.fromkeys(("prompt_fn", "prompt_file", "prompts_file", "train_prompts", "prompt_path"), _PROMPTS),
+    **dict.fromkeys(("curriculum_learning", "dynamic_sampling", "dynamic_sample", "filter_groups"), _CURRICULUM),
     **dict.fromkeys(("output_dir", "save_dir", "logdir", "log_dir", "exp_dir"), ("runs_dir",)),
     **dict.fromkeys(("run_name", "experiment_name", "exp_name"), ("name",)),
     **dict.fromkeys(("save_steps", "save_freq", "save_every", "save_interval", "checkpointing_steps"), _SAVED),
@@ -111,6 +113,10 @@ WORDS: dict[str, str] = {
 }
 # Beside a key, where its value has another meaning than that of the name.
 BESIDE: dict[str, str] = {
+    **dict.fromkeys(
+        ("dynamic_sampling", "dynamic_sample", "filter_groups"),
+        "it draws prompts by pass rate, before they are rolled out; none is rolled out in the place of another",
+    ),
     **dict.fromkeys(("resolution", "image_size"), "and model.width"),
     **dict.fromkeys(
         ("gradient_accumulation_steps", "grad_accum", "grad_accumulation_steps"),

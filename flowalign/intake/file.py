@@ -280,6 +280,7 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
+    yield partial(promptcheck.check_curriculum, config, needs)
     yield partial(promptcheck.check_tasks_taught, config, needs)
     for key, scale, model in _scales(config, needs):
         yield partial(promptcheck.check_guided, key, scale, model, prompts)

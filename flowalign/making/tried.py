@@ -131,7 +131,7 @@ def lines_of(tried: Tried, width: int | None = None) -> list[str]:
 
     columns = [["file", *map(printable, tried.files), "", *_FOOT]]
     for name, values in tried.scores.items():
-        usable, shown = values[np.isfinite(values)], _formatted(values)
+        usable, shown = values[np.isfinite(values)], _formatted(values, "refused" if name in tried.causes else "-")
         foot = [shown(value(usable)) if len(usable) else "" for value in _FOOT.values()]
         columns.append([printable(name), *map(shown, values), "", *foot])
     if width is not None:
@@ -162,11 +162,12 @@ def _refusals(tried: Tried) -> list[str]:
     return lines
 
 
-def _formatted(values: np.ndarray) -> Callable[[float], str]:
-    """Return a function that formats the scores of one reward, all with the same number of digits."""
+def _formatted(values: np.ndarray, missing: str) -> Callable[[float], str]:
+    """Return a function that formats the scores of one reward, all with the same number of digits; ``missing`` stands
+    for what is no number."""
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
     kind = ".1f" if largest >= 1000 else ".2e" if 0 < largest < 0.01 else ".4f"
-    return lambda value: format(value, kind) if np.isfinite(value) else "refused"
+    return lambda value: format(value, kind) if np.isfinite(value) else missing
 
 
 def _cut(text: str, cells: int) -> str:

@@ -18,7 +18,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.sampled import Sampled
 from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.measure.distances import Features, clip_score, compare
-from flowalign.measure.evaluated import UNTAGGED, by_task, facts, standard_errors
+from flowalign.measure.evaluated import by_task, facts, standard_errors
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
 from flowalign.models.textlength import prompt_note
 from flowalign.record.earlier import iteration_of
@@ -27,7 +27,7 @@ from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, faults, load_scorers, merge, question, score_images
-from flowalign.types import Pictures, PromptBatch, Samples, Scores
+from flowalign.types import UNTAGGED, Pictures, PromptBatch, Samples, Scores
 from rewards.interface import blamed
 from rewards.models.openclip import OpenClip
 

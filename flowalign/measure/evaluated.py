@@ -9,9 +9,7 @@ from typing import Any
 
 from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sections import SamplingConfig
-from flowalign.types import Preview, Scores, Trajectories
-
-UNTAGGED = "untagged"
+from flowalign.types import UNTAGGED, Preview, Scores, Trajectories
 
 
 def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:

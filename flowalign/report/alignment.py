@@ -103,11 +103,13 @@ def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any
     It is None where nothing is rewarded.
     """
     values = known(trained, "reward/total/mean")
-    rewards = [reward for reward in config.rewards if reward.weight and not reward.gold]
-    if not rewards or not values:
+    terms = [
+        (_trained_on(reward, score), weight) for reward in config.rewards for score, weight in reward.terms.items()
+    ]
+    if not terms or not values:
         return None
-    plain = len(rewards) == 1 and rewards[0].weight == 1
-    name = " + ".join(_trained_on(reward) + ("" if plain else f" × {reward.weight:g}") for reward in rewards)
+    plain = len(terms) == 1 and terms[0][1] == 1
+    name = " + ".join(score + ("" if plain else f" × {weight:g}") for score, weight in terms)
     count = min(WINDOW, len(values) // 2)
     if not count:
         return {"name": name, "before": None, "after": values[0], "gain": None, "over": "one iteration"}
@@ -116,8 +118,15 @@ def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any
     return {"name": name, "before": before, "after": after, "gain": after - before, "over": over}
 
 
-def _trained_on(reward: RewardConfig) -> str:
-    return f"{reward.label}, {geneval_mode(reward)}" if reward.spec == "geneval" else reward.label
+def _trained_on(reward: RewardConfig, score: str) -> str:
+    main = score == reward.label and reward.spec == "geneval"
+    return f"{score}, {geneval_mode(reward)}" if main else score
+
+
+def _weighted(reward: RewardConfig) -> list[str]:
+    if reward.gold:
+        return [f"{reward.label} (gold)"]
+    return [f"{score} × {weight:g}" for score, weight in {reward.label: reward.weight, **reward.parts}.items()]
 
 
 def _group_size(config: AlignConfig) -> int | None:
@@ -184,7 +193,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         "Algorithm": str(algorithm["type"]),
         "Model": " · ".join(filter(None, [config.model.type, Path(config.model.path).name])),
         "Trained": "all transformer weights" if lora is None else lora.described,
-        "Rewards": ", ".join(f"{r.label} (gold)" if r.gold else f"{r.label} × {r.weight:g}" for r in config.rewards),
+        "Rewards": ", ".join(said for reward in config.rewards for said in _weighted(reward)),
         "Batch": f"{config.data.groups_per_iteration} "
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",

@@ -91,7 +91,7 @@ def main_score(rows: Iterable[Row], judge: RewardConfig | None, rewards: Iterabl
     GenEval as a reward in a mode other than ``official`` demands exact counts; ``geneval_strict`` evaluates that.
     """
     name, held = "" if judge is None else judge.label, _held(rows)
-    trained = [r for r in rewards if r.weight and not r.gold and r.spec == "geneval"]
+    trained = [r for r in rewards if r.terms and r.spec == "geneval"]
     if name + STRICT in held and any(geneval_mode(reward) != "official" for reward in trained):
         return name + STRICT
     return name if name in held or not held else sorted(held)[0]

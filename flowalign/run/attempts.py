@@ -23,7 +23,8 @@ from flowalign.run.resume import leave_behind, resume_from
 class Attempts:
     """Runs the loop; each attempt is what the same command, given again, would do, with a journal of its own.
 
-    ``restore`` brings the learner to a checkpoint's state. A learner that was just made is at the run's beginning.
+    ``restore`` brings prompts and learner to a checkpoint's state; None is the run's beginning, where a learner is that
+    was just made.
     Where this process is not ``alone`` in the run, others do the same loop.
     """
 
@@ -31,7 +32,7 @@ class Attempts:
         self,
         config: RunConfig,
         backend: Backend,
-        restore: Callable[[Checkpoint], None],
+        restore: Callable[[Checkpoint | None], None],
         *,
         console: Console,
         made: MadeOf,
@@ -92,8 +93,7 @@ class Attempts:
             self._say(f"restarted: {lost}; all its ranks begin again in {duration(wait_s)} from {at} ({times})")
             self._stop.wait(wait_s)
             self._backend.restart_learner()
-            if saved is not None:
-                self._restore(saved)
+            self._restore(saved)
             self._lock.check()
             if saved is not None:
                 leave_behind(run_dir, "auto" if resume == "never" else resume, saved, self._say)

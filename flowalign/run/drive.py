@@ -20,6 +20,7 @@ from flowalign.record.progress import PLAIN, Phases
 from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.run.attempts import Attempts
 from flowalign.run.fixed import build_run, lines_on_data, lines_on_model
+from flowalign.run.journal import CURRICULUM
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import Backend, iterate
 from flowalign.run.made import Accepted, MadeOf
@@ -130,8 +131,9 @@ class _Driver:
         backend = make_backend(config, self._base_dir, self._say, self._made, self._rank)
         self._stop.meet()
 
-        def restore(goal: Checkpoint) -> None:
-            if (line := backend.restore(self._states(goal))) is not None:
+        def restore(goal: Checkpoint | None) -> None:
+            run.sampler.restore({} if goal is None else goal.state.get(CURRICULUM, {}))
+            if goal is not None and (line := backend.restore(self._states(goal))) is not None:
                 self._say(line)
 
         attempts: Attempts | None = None

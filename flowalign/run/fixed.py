@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
@@ -21,7 +22,7 @@ from flowalign.run.loop import Run, Sampler
 from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import sampling_plan
 from flowalign.samples.texts import evaluated, group_sampler, texts_of_run
-from flowalign.types import PromptBatch, SamplingPlan
+from flowalign.types import PromptBatch, SamplingPlan, Scores
 
 
 class _NoPrompts:
@@ -29,6 +30,15 @@ class _NoPrompts:
 
     def batch(self, iteration: int) -> PromptBatch:
         raise ValueError(f"iteration {iteration}: this run learns from what lies on disk, and has no prompts")
+
+    def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def build_run(config: RunConfig) -> Run:
@@ -75,6 +85,15 @@ class Arranged:
         own = self.config
         return arranged(self.drawn.batch(iteration), own.model_as_trained, sizes=own.data.image_sizes, seed=own.seed)
 
+    def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
+        return self.drawn.learn(batch, scores)
+
+    def state(self) -> dict[str, Any]:
+        return self.drawn.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.drawn.restore(state)
+
 
 def _evaluation(config: RunConfig) -> tuple[PromptBatch, SamplingPlan, int]:
     """Return the evaluation.
@@ -101,6 +120,8 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
             prompts = run.sampler.drawn.prompts
             note = prompt_note(model, prompts)
             yield f"prompts: {len(prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
+            if (by := data.curriculum) is not None:
+                yield f"curriculum: prompts are drawn by how often {by.score} is {by.threshold:g} or more"
         walks = data.preferences is None
     else:
         assert isinstance(config, PretrainConfig)

@@ -33,6 +33,7 @@ from flowalign.samples.scoring import faults
 from flowalign.types import Scores
 
 RESTARTS = "learner/restarts"
+CURRICULUM = "curriculum"  # in a checkpoint's state
 
 
 def due(config: RunConfig, what: str, iteration: int) -> bool:
@@ -220,12 +221,18 @@ class RunJournal:
             self._say_best_unknown(metrics)
         return metrics
 
-    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None:
+    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float], drawn: Mapping[str, Any]) -> None:
         self.at = iteration
-        self.save(iteration, backend.state(), metrics)
+        self.save(iteration, backend.state(), metrics, drawn)
 
-    def save(self, iteration: int, states: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint of what the learner's ranks hold."""
+    def save(
+        self,
+        iteration: int,
+        states: Sequence[Mapping[str, Any]],
+        metrics: Mapping[str, float],
+        drawn: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint of what the learner's ranks hold, and of what the prompts are ``drawn`` by."""
         late = self._best.startswith("validation") and not self.due("validation", iteration)
         if not (self._best.startswith("eval/") or late):
             self._say_best_unknown(metrics)
@@ -245,6 +252,7 @@ class RunJournal:
                 "base_hash": self._made.base_hash(),
                 "wall_s": self.wall_s(),
                 "metrics": {k: v for k, v in metrics.items() if v == v},
+                **({CURRICULUM: drawn} if drawn else {}),
                 **({"config": json.loads(self.config.model_dump_json())} if self.config.command != "align" else {}),
                 **self._made.facts(),
             },

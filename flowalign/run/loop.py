@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -72,9 +72,16 @@ class Backend(Protocol):
 
 
 class Sampler(Protocol):
-    """The samples of each iteration."""
+    """The samples of each iteration: a function of seed, iteration, and the scores of those before."""
 
     def batch(self, iteration: int) -> PromptBatch: ...
+
+    # Takes over what an iteration scored, and returns metrics, where later ones depend on it.
+    def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...  # plain data for a checkpoint, empty where nothing was learned
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...  # an empty one is the beginning of the run
 
 
 class Journal(Protocol):
@@ -89,7 +96,10 @@ class Journal(Protocol):
 
     def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]: ...
 
-    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None: ...
+    # `drawn` is the sampler's state.
+    def checkpoint(
+        self, iteration: int, backend: Backend, metrics: dict[str, float], drawn: Mapping[str, Any]
+    ) -> None: ...
 
     def due(self, what: str, iteration: int) -> bool: ...
 
@@ -142,6 +152,7 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
         clock.lap("collect_s")
         if collected is not None and run.algorithm.needs.scores:
             require_valid(collected.scores, run.min_valid_fraction)
+        learned = {} if collected is None else run.sampler.learn(collected.batch, collected.scores)
         made, scores = (None, None) if collected is None else (collected.trajectories, collected.scores)
         journal.doing("learning")
         update = backend.update(made, scores, iteration)
@@ -150,7 +161,7 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
         if collected is not None or journal.due("evaluation", done):
             backend.sync()
         clock.lap("sync_s")
-        metrics = {**_measured(collected, clock), **update.metrics}
+        metrics = {**_measured(collected, clock), **learned, **update.metrics}
         if journal.due("evaluation", done):
             metrics |= _evaluate(run, backend, journal, done)
         if journal.due("validation", done):
@@ -158,7 +169,7 @@ def iterate(run: Run, backend: Backend, journal: Journal, start: int = 0) -> int
         journal.iteration(done, metrics, collected)
         stopping = journal.stopping  # a request that comes later must not skip its checkpoint
         if stopping or journal.due("checkpoint", done):
-            journal.checkpoint(done, backend, metrics)
+            journal.checkpoint(done, backend, metrics, run.sampler.state())
             stopping = stopping or journal.stopping
         if stopping:
             return done

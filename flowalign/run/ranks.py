@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,9 @@ class SharedJournal:
     def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]:
         return self._together(lambda journal: journal.evaluation(iteration, collected, seconds)) or {}
 
-    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float]) -> None:
+    def checkpoint(self, iteration: int, backend: Backend, metrics: dict[str, float], drawn: Mapping[str, Any]) -> None:
         states = backend.state()
-        self._together(lambda journal: journal.save(iteration, states, metrics))
+        self._together(lambda journal: journal.save(iteration, states, metrics, drawn))
 
     def due(self, what: str, iteration: int) -> bool:
         return due(self._config, what, iteration)

@@ -151,7 +151,8 @@ class RewardWorker:
         for scorer in scorers:
             with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
                 parts.append(self._answers(scorer, asked))
-        return merge(parts, {s.name: s.weight for s in scorers}), time.monotonic() - began
+        weights = {name: weight for scorer in scorers for name, weight in scorer.weights.items()}
+        return merge(parts, weights), time.monotonic() - began
 
     def _answers(self, scorer: NamedScorer, asked: Sequence[Asked]) -> Checked:
         """Ask a scorer of groups about the chunks joined; any other about one by one, the batches of any other run."""

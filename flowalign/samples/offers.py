@@ -9,7 +9,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from rewards.composite import Named, check_names
 from rewards.interface import Offers, ScorerError
-from rewards.resolve import check
+from rewards.resolve import answered, check
 
 _ELSEWHERE = "name it under `rewards` of a run, or take one without that need"
 TRAINING = Offers("a run", frozenset({"group", "latents"}))
@@ -20,11 +20,16 @@ TRY_REWARD = Offers("try-reward", frozenset(), _ELSEWHERE)
 
 
 def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers) -> None:
-    """Check that the reward can be made of its options, and needs nothing that is not offered to it."""
+    """Check that the reward can be made of its options, has its parts, and needs nothing that is not offered to it."""
     try:
         check({"type": reward.spec, **reward.options}, base_dir, offers)
+        known = answered({"type": reward.spec, **reward.options})
     except ScorerError as error:
         raise ConfigError(key, str(error)) from error
+    if known is not None and (unknown := [part for part in reward.parts if part not in known]):
+        raise ConfigError(
+            f"{key}.parts", f"{reward.spec} with these options answers no {unknown[0]!r}; it answers {', '.join(known)}"
+        )
 
 
 def check_gradient(key: str, reward: RewardConfig, base_dir: Path, algorithm: str) -> None:
@@ -33,8 +38,9 @@ def check_gradient(key: str, reward: RewardConfig, base_dir: Path, algorithm: st
     if "gradient" not in check({"type": reward.spec, **reward.options}, base_dir):
         why = "none travels over HTTP" if reward.spec.startswith("url:") else 'it does not declare needs = {"gradient"}'
         raise ConfigError(key, f"{reward.label} gives no gradient, which {algorithm} learns by: {why}")
-    for name in ("runtime_env", "tasks"):
-        if getattr(reward, name) is not None:
+    given = {"runtime_env": reward.runtime_env, "tasks": reward.tasks, "parts": reward.parts or None}
+    for name, value in given.items():
+        if value is not None:
             raise ConfigError(f"{key}.{name}", f"{algorithm} asks its rewards inside the learner, about every image")
 
 
@@ -47,9 +53,14 @@ def of_images(rewards: Sequence[RewardConfig], base_dir: Path) -> list[RewardCon
     ]
 
 
+def names_of(rewards: Sequence[RewardConfig]) -> list[Named]:
+    """Return what is known of the names of rewards' scores before any has answered."""
+    return [Named(own.label, own.spec, own.name is not None, tuple(own.parts)) for own in rewards]
+
+
 def check_reward_names(key: str, rewards: Sequence[RewardConfig]) -> None:
     """Check that no two rewards answer to one name."""
     try:
-        check_names([Named(reward.label, reward.spec, reward.name is not None) for reward in rewards], key)
+        check_names(names_of(rewards), key)
     except ScorerError as error:
         raise ConfigError(key, str(error).removeprefix(f"{key}: ")) from error

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
-from flowalign.samples.offers import TRAINING
+from flowalign.samples.offers import TRAINING, names_of
 from flowalign.types import Pictures, Scores, task_of
-from rewards.composite import Named, check_names, combine, one_owner, prefixes
+from rewards.composite import check_names, combine, one_owner, prefixes
 from rewards.interface import (
     Asked,
     Checked,
@@ -54,7 +54,8 @@ class NamedScorer:
     """A scorer, the name its score goes by, its weight in the total (0: only measured), and the tasks it is for.
 
     Inside ``apart`` it finds its own surroundings, and leaves those of the run as they are. ``before`` begins the
-    names of its further scores. ``needs`` is what the scorer declares.
+    names of its further scores. ``needs`` is what the scorer declares. ``parts`` are the weights of further scores, as
+    the scorer calls them, that need not apply to every sample.
     """
 
     name: str
@@ -64,6 +65,12 @@ class NamedScorer:
     apart: Apart = field(default_factory=Apart, compare=False)
     before: str = ""
     needs: frozenset[str] = frozenset()
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights in the total, by the names of scores."""
+        return {self.name: self.weight, **{self.before + part: weight for part, weight in self.parts.items()}}
 
 
 def load_scorer(
@@ -89,7 +96,8 @@ def load_scorer(
     tasks = None if config.tasks is None else tuple(config.tasks)
     with apart, blamed(config.label):
         needs = needs_of(config.label, scorer)
-    return NamedScorer(config.label, 0.0 if config.gold else config.weight, scorer, tasks, apart, needs=needs)
+    weight = 0.0 if config.gold else config.weight
+    return NamedScorer(config.label, weight, scorer, tasks, apart, needs=needs, parts=config.parts)
 
 
 def load_scorers(
@@ -100,7 +108,7 @@ def load_scorers(
     offers: Offers = TRAINING,
 ) -> list[NamedScorer]:
     """Load every configured reward. Raise SpecError where two answer to one name, of which one would be lost."""
-    names = [Named(config.label, config.spec, config.name is not None) for config in configs]
+    names = names_of(configs)
     check_names(names)
     scorers = [load_scorer(config, base_dir, device, hosted, offers) for config in configs]
     return [replace(scorer, before=before) for scorer, before in zip(scorers, prefixes(names), strict=True)]
@@ -157,6 +165,10 @@ def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Chec
         spread(lambda part: part.applies, True),
         {key: dict(counts) for key, counts in retries.items()},
         parts[0][1].reward,
+        {
+            key: spread(lambda part, key=key: part.narrowed.get(key), False)
+            for key in dict.fromkeys(key for _, part in parts for key in part.narrowed)
+        },
     )
 
 
@@ -164,9 +176,17 @@ def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
     applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in asked.metadata], bool)
     rows = np.flatnonzero(applies).tolist()
     if not rows:
-        nothing = np.full(len(applies), np.nan)
-        return Checked({named.name: nothing}, {named.name: applies}, {}, applies, reward=named.name)
-    checked = score_batch(named.name, named.scorer, asked.take(rows))
+        nothing, keys = np.full(len(applies), np.nan), list(named.weights)
+        narrowed = dict.fromkeys(keys[1:], applies)
+        return Checked(
+            dict.fromkeys(keys, nothing),
+            dict.fromkeys(keys, applies),
+            {},
+            applies,
+            reward=named.name,
+            narrowed=narrowed,
+        )
+    checked = score_batch(named.name, named.scorer, asked.take(rows), named.parts)
     with blamed(named.name):
         main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
         asks = getattr(named.scorer, "retried", None)
@@ -179,6 +199,7 @@ def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
         applies,
         retries,
         named.name,
+        {rename[k]: _spread(v, applies, False) for k, v in checked.narrowed.items()},
     )
 
 
@@ -229,6 +250,7 @@ def merge(parts: Sequence[Checked], weights: Mapping[str, float]) -> Scores:
     scores = {k: v for part in parts for k, v in part.scores.items()}
     valid = {k: v for part in parts for k, v in part.valid.items()}
     applies = {k: part.applies for part in parts if part.applies is not None for k in part.scores}
+    applies |= {k: own for part in parts for k, own in part.narrowed.items()}
     total, every = combine(scores, weights, valid, applies)
     causes = {f"{name}/{cause}": n for part in parts for name, c in part.causes.items() for cause, n in c.items()}
     return Scores(

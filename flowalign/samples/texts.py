@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.latents import load_bank
+from flowalign.data.curriculum import CurriculumSampler
 from flowalign.data.prompts import GroupSampler, evaluation_batch, load_prompts
 from flowalign.models.directory import family_of_model
 from flowalign.samples.arrange import negative_of
@@ -48,12 +50,14 @@ def texts_of(rows: Iterable[Mapping[str, Any]], model: ModelConfig) -> list[str]
 
 def group_sampler(config: AlignConfig, needs: Needs) -> GroupSampler:
     """Return what draws the prompts of each iteration. Raise PromptsError where there are none."""
-    return GroupSampler(
-        load_prompts(config.data.prompts),
-        groups=config.data.groups_per_iteration,
+    data = config.data
+    by_rate = None if data.curriculum is None else partial(CurriculumSampler, curriculum=data.curriculum)
+    return (by_rate or GroupSampler)(
+        load_prompts(data.prompts),
+        groups=data.groups_per_iteration,
         group_size=needs.group_size,
         seed=config.seed,
-        task_weights=config.data.task_weights,
+        task_weights=data.task_weights,
     )
 
 

@@ -24,6 +24,7 @@ Detection = dict[str, Any]
 Detections = Mapping[str, Sequence[Detection]]
 
 _NO_OFFSET = 1e-3
+KINDS = ("objects", "counts", "colors", "positions")
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,26 @@ BENCHMARK = Rules()
 
 @dataclass(frozen=True)
 class Verdict:
-    """``objects`` are the detections that were counted, by class, most confident first."""
+    """``objects`` are the detections that were counted, by class, most confident first.
+
+    ``credits`` are means of the numbers whose mean is ``score``, by kind of condition: counts of one (``objects``) and
+    of more (``counts``), ``colors``, ``positions``. A kind that the prompt has no condition of is left out.
+    """
 
     correct: bool
     score: float
     strict: bool
     reason: str
     objects: Mapping[str, Sequence[Detection]] = field(default_factory=dict, compare=False)
+    credits: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class _Clause:
-    """One ``include`` entry judged: ``matched`` as the benchmark says, ``credits`` one number a condition."""
+    """One ``include`` entry judged: ``matched`` as the benchmark says, ``credits`` a kind and a number a condition."""
 
     matched: bool
-    credits: tuple[float, ...]
+    credits: tuple[tuple[str, float], ...]
     exact: bool
     reasons: tuple[str, ...]
     objects: tuple[Detection, ...] = ()
@@ -79,13 +85,15 @@ def judge(metadata: Mapping[str, Any], detections: Detections, rules: Rules = BE
         if found >= unwanted["count"]:
             correct = False
             reasons.append(f"expected {unwanted['class']}<{unwanted['count']}, found {found}")
-    credit = [value for clause in clauses for value in clause.credits]
+    credits = [credit for clause in clauses for credit in clause.credits]
+    by_kind = {kind: [value for own, value in credits if own == kind] for kind in KINDS}
     return Verdict(
         correct=correct,
-        score=float(np.mean(credit)),
+        score=float(np.mean([value for _, value in credits])),
         strict=correct and all(clause.exact for clause in clauses),
         reason="\n".join(reasons),
         objects=objects,
+        credits={kind: float(np.mean(values)) for kind, values in by_kind.items() if values},
     )
 
 
@@ -115,14 +123,14 @@ def _judge_clause(
 ) -> _Clause:
     name, count = wanted["class"], wanted["count"]
     best = tuple(found[:count])
-    credits = [_closeness(count, len(found))]
+    credits = [("objects" if count == 1 else "counts", _closeness(count, len(found)))]
     reasons: list[str] = []
     matched = len(best) >= count
     if not matched:
         reasons.append(f"expected {name}>={count}, found {len(best)}")
     if "color" in wanted:
         color = wanted["color"]
-        credits.append(_closeness(count, sum(_color(item) == color for item in found)))
+        credits.append(("colors", _closeness(count, sum(_color(item) == color for item in found))))
         seen = Counter(_color(item) for item in best)
         if matched and seen[color] < count:
             matched = False
@@ -133,7 +141,7 @@ def _judge_clause(
             reason = _misplaced(wanted, best, earlier, rules)
             matched = reason is None
             reasons += [] if reason is None else [reason]
-        credits.append(float(matched))
+        credits.append(("positions", float(matched)))
     return _Clause(matched, tuple(credits), len(found) == count, tuple(reasons), best)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rewards.geneval.detectors import load_detector
-from rewards.geneval.judge import Rules, Verdict, judge
+from rewards.geneval.judge import KINDS, Rules, Verdict, judge
 from rewards.geneval.rows import check_names, check_row
 from rewards.interface import Answers, Asked, Images, InputError, Metadata, ScorerError, SpecError
 from rewards.printable import printable
@@ -29,11 +29,12 @@ class GenevalScorer(Answers):
     """``geneval`` in [0, 1], from GenEval metadata (``tag``, ``include``, ``exclude``).
 
     Modes: ``official`` (the public benchmark's verdict, 0 or 1), ``strict`` (also exact counts, 0 or 1) and
-    ``partial`` (mean of the clause scores).
+    ``partial`` (mean of the clause scores). With ``clauses`` these are answered by kind as well: ``geneval_objects``,
+    ``geneval_counts``, ``geneval_colors`` and ``geneval_positions``, NaN where a prompt asks for none of a kind.
     """
 
     name = "geneval"
-    further = ("geneval_strict",)
+    further: tuple[str, ...] = ("geneval_strict",)
     range = (0.0, 1.0)
 
     def __init__(
@@ -41,6 +42,7 @@ class GenevalScorer(Answers):
         *,
         detector: str | dict[str, Any] = "palette",
         mode: Mode = "partial",
+        clauses: bool = False,
         threshold: float = Rules.threshold,
         counting_threshold: float = Rules.counting_threshold,
         max_objects: int = Rules.max_objects,
@@ -50,7 +52,12 @@ class GenevalScorer(Answers):
     ) -> None:
         if mode not in get_args(Mode):
             raise SpecError(f"geneval: mode {mode!r} is unknown; write one of {', '.join(get_args(Mode))}")
+        if not isinstance(clauses, bool):
+            raise SpecError(f"geneval: clauses is {clauses!r}; write true or false")
         self.mode = mode
+        self.kinds = KINDS if clauses else ()
+        self.sometimes = tuple(map(_clause_score, self.kinds))
+        self.further = (*self.further, *self.sometimes)
         self.rules = Rules(threshold, counting_threshold, max_objects, position_threshold)
         self.detector = load_detector(detector)
         self.device = device
@@ -86,13 +93,22 @@ class GenevalScorer(Answers):
         return [judge(row, objects, self.rules) for row, objects in zip(metadata, found, strict=True)]
 
     def answer(self, asked: Asked) -> dict[str, np.ndarray]:
-        """Return ``geneval`` (N,) in the configured mode, and beside it ``geneval_strict``, 0 or 1."""
+        """Return ``geneval`` (N,) in the configured mode, beside it ``geneval_strict``, 0 or 1, and the clauses."""
         field = {"official": "correct", "strict": "strict", "partial": "score"}[self.mode]
         verdicts = self.verdicts(asked.images, asked.metadata)
+        clauses = {
+            _clause_score(kind): np.array([v.credits.get(kind, np.nan) for v in verdicts], np.float64)
+            for kind in self.kinds
+        }
         return {
             "geneval": np.array([getattr(v, field) for v in verdicts], np.float64),
             "geneval_strict": np.array([v.strict for v in verdicts], np.float64),
+            **clauses,
         }
+
+
+def _clause_score(kind: str) -> str:
+    return f"geneval_{kind}"
 
 
 def judge_lines(lines: Iterable[str | bytes]) -> Iterator[str]:
@@ -106,7 +122,7 @@ def judge_lines(lines: Iterable[str | bytes]) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
             what = f"no key {error}" if isinstance(error, KeyError) else error
             raise InputError(f'line {number}: {what}; write {{"metadata": …, "detections": …}}') from error
-        yield json.dumps({key: value for key, value in asdict(verdict).items() if key != "objects"})
+        yield json.dumps({key: value for key, value in asdict(verdict).items() if key not in ("objects", "credits")})
 
 
 def main() -> int:

@@ -183,6 +183,7 @@ REFUSED = {
     "group.py:Grouped": r"^rewards\.0: reward '.*Grouped' needs 'group', which a learner does not offer",
     "{spec: WARM, tasks: [colors]}": r"^rewards\.0\.tasks: .* asks its rewards inside the learner, about every image$",
     "{spec: WARM, runtime_env: {}}": r"^rewards\.0\.runtime_env: .* asks its rewards inside the learner",
+    "{spec: WARM, parts: {cold: 1}}": r"^rewards\.0\.parts: .* asks its rewards inside the learner",
     "": r"^rewards: .*DirectReward needs at least one reward$",
 }
 

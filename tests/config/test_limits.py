@@ -40,6 +40,7 @@ NEEDED = {  # what a section cannot be without
     "evaluation.scorer": "evaluation.scorer={spec: jpeg}",
     "algorithm.clip_range": "algorithm.clip_range={low: 1, high: 1}",
     "algorithm.keep": "algorithm.keep={best: 1, worst: 1}",
+    "data.curriculum": "data.curriculum={score: geneval}",
     **{f"{of}.cache": f"{of}.cache={{calibration: c.json}}" for of in ("rollout", "evaluation")},
     **{of: f"{of}={{latents: bank}}" for of in ("real_data", "validation")},
 }

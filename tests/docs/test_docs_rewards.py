@@ -255,6 +255,8 @@ def written(default: Any) -> str:
         return "required"
     if default is None or default == ():
         return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
     if isinstance(default, str):
         return default if len(default) <= 40 else "built in"
     return f"{default:g}"

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**GRPO, "ratio": "guard", "window": {"kind": "fixed", "size": 1}},
         {"updates_per_iteration": 2, "epochs": 2},
     ),
+    "flow_grpo curriculum": ({**GRPO, "window": {"kind": "fixed", "size": 1}}, {}),
     "dpo online": ({**DPO, "group_size": 3, "num_steps": 2, "reference_refresh": 7}, {}),
     "dpo offline": ({**DPO, **PAIRS}, {}),
     "opd": ({"type": "opd", "num_steps": 3, "group_size": 3, "kind": "flow", "noise_level": 0.7}, {}),
@@ -84,6 +85,8 @@ def config(name: str, case: str, folder: Path, pipeline: Path) -> dict[str, Any]
         teacher = folder / "teacher"
         path = teacher if teacher.exists() else another(pipeline, teacher)
         sections |= {"algorithm": {**algorithm, "teachers": {"other": {"path": str(path)}}}, "rewards": []}
+    if case == "flow_grpo curriculum":
+        sections |= {"data": {"groups_per_iteration": 2, "curriculum": {"score": "reward", "threshold": 0.515}}}
     if algorithm.get("source") == "offline":
         pairs = folder / "pairs.parquet"
         path = pairs if pairs.exists() else write_pairs(pairs)

@@ -1,0 +1,75 @@
+"""A curriculum that nothing could tell of is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowalign.config.section import ConfigError
+from flowalign.intake.file import load_align
+from tests.tiny import write_config
+
+STRICT = "data.curriculum={score: geneval_strict}"
+CODE = "def mine(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+
+
+def loaded(folder: Path, *overrides: str):
+    (folder / "r.py").write_text(CODE)
+    return load_align(write_config(folder), overrides).config
+
+
+def test_there_is_none_unless_it_is_asked_for(tmp_path: Path) -> None:
+    assert loaded(tmp_path).data.curriculum is None
+    asked = loaded(tmp_path, STRICT).data.curriculum
+    assert asked is not None and (asked.score, asked.threshold, asked.floor) == ("geneval_strict", 1.0, 0.1)
+    assert loaded(tmp_path, STRICT, "data.curriculum=null").data.curriculum is None
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        ["data.curriculum={score: total, threshold: 0.9}"],
+        ["data.curriculum={score: geneval}"],
+        ["data.curriculum={score: later}", "rewards=[{spec: 'r.py:mine'}]"],  # its first answer says whether
+        ["data.curriculum={score: a.geneval_strict}", "rewards=[{spec: geneval, name: a}, {spec: geneval, name: b}]"],
+        ["data.curriculum={score: geneval_positions}", "rewards=[{spec: geneval, options: {clauses: true}}]"],
+        [
+            "data.curriculum={score: geneval_strict}",
+            "rewards=[{spec: geneval, tasks: [counting]}, {spec: jpeg, weight: 0.1}]",
+            "data.task_weights={single_object: 0, two_object: 0, colors: 0, position: 0, color_attr: 0}",
+        ],
+        [STRICT, "rewards=[{spec: jpeg}, {spec: geneval, weight: 0}]"],
+    ],
+)
+def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path: Path, fine: list[str]) -> None:
+    assert loaded(tmp_path, *fine).data.curriculum is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.curriculum={score: geneval_strikt}"], r"data\.curriculum\.score: no .*did you mean geneval_strict\?"),
+        (["data.curriculum={score: geneval_positions}"], r"data\.curriculum\.score: no reward answers"),
+        (["data.curriculum={score: clip}"], r"data\.curriculum\.score: .*known: total, geneval, geneval_strict"),
+        (["data.curriculum={threshold: 1}"], r"data\.curriculum\.score: is missing"),
+        (["data.curriculum={score: geneval, floor: 0}"], r"data\.curriculum\.floor: .*above 0"),
+        (["data.curriculum={score: geneval, floor: 1.5}"], r"data\.curriculum\.floor: .*1"),
+        (["data.curriculum={score: geneval, treshold: 1}"], r"data\.curriculum\.treshold: .*threshold"),
+        (
+            [STRICT, "rewards=[{spec: jpeg}, {spec: geneval, gold: true}]"],
+            r"data\.curriculum\.score: geneval_strict is gold.*weight: 0",
+        ),
+        (
+            [STRICT, "rewards=[{spec: jpeg}, {spec: geneval, tasks: [counting, colors]}]"],
+            r"data\.curriculum\.score: geneval_strict is not for the task 'single_object'",
+        ),
+        (
+            [STRICT, "algorithm={type: opd, teachers: {a: {path: model}}}", "rewards=[]"],
+            r"data\.curriculum: opd learns without scores",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_key_and_a_reason(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        loaded(tmp_path, *overrides)
