@@ -40,19 +40,26 @@ def test_no_shipped_configuration_names_a_path_of_the_machine_that_made_it():
 
 
 @pytest.mark.slow
-def test_the_base_scores_between_forty_and_seventy_five_percent_with_no_task_at_zero():
+def test_the_base_understands_and_errs():
+    """It leaves room for rewards, and each task gives them something to find."""
     torch.set_num_threads(1)
     policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
-    batch = evaluation_batch("shapes:eval", 300)
+    batch = evaluation_batch("shapes:eval", 600)
     rows = [dict(row) for row in batch.metadata]
     plan = ode_plan(policy, 10, 1.0)
     parts = [rollout(policy, part, plan, seed=1234, policy_version=0, length=2).pictures for part in batch.chunks(60)]
     images = np.concatenate([part.images.numpy() for part in parts])
     found = PaletteDetector().detect(images, rows)
-    right = [judge(row, objects).correct for row, objects in zip(rows, found, strict=True)]
-    by_task = {t: np.mean([r for r, row in zip(right, rows, strict=True) if row["tag"] == t]) for t in TASKS}
-    assert 0.40 <= np.mean(list(by_task.values())) <= 0.75
-    assert min(by_task.values()) > 0
+    verdicts = [judge(row, objects) for row, objects in zip(rows, found, strict=True)]
+    strict = {t: np.mean([v.strict for v, row in zip(verdicts, rows, strict=True) if row["tag"] == t]) for t in TASKS}
+    assert 0.35 <= np.mean(list(strict.values())) <= 0.50
+    assert min(strict.values()) >= 0.20
+    both = [
+        verdict.correct
+        for row, objects, verdict in zip(rows, found, verdicts, strict=True)
+        if row["tag"] == "position" and all(objects.get(clause["class"]) for clause in row["include"])
+    ]
+    assert 0.5 <= np.mean(both) <= 0.8
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])
