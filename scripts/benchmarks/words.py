@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/words.py                              # the shipped base, five minutes on one core
     python scripts/benchmarks/words.py --pipeline DIR --to FILE     # another one
+    python scripts/benchmarks/words.py --sheet docs/figures/base.png   # twelve pictures of each task, and no figures
 
 Printed is one JSON object.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from cells import machine, write
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,10 +167,26 @@ def of_tasks(policy: Policy, count: int, group: int) -> dict[str, dict[str, Any]
     return found
 
 
+def sheet(policy: Policy, path: Path, count: int = 12, side: int = 96) -> None:
+    """Draw ``count`` pictures of each task in a row, each above its prompt, as the evaluation draws its first ones."""
+    rows = [dict(row) for row in evaluation_batch("shapes:eval", count * len(TASKS)).metadata]
+    pictures = drawn(policy, rows, range(len(rows)))
+    page = Image.new("RGB", (count * (side + 6), len(TASKS) * (side + 48)), "white")
+    pen = ImageDraw.Draw(page)
+    for number, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        column, line = divmod(number, len(TASKS))  # an evaluation takes tasks in turn
+        x, y = column * (side + 6), line * (side + 48)
+        page.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        pen.text((x, y + side), textwrap.fill(row["prompt"].removeprefix("a photo of "), 17), fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=SHIPPED / "pipeline")
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--sheet", type=Path)
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts of each task")
     parser.add_argument("--group", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=96)
@@ -176,6 +195,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     policy = load_policy(ModelConfig(path=str(options.pipeline), dtype="bfloat16"))
+    if options.sheet:
+        sheet(policy, options.sheet)
+        return
     found = {
         "machine": machine(options.threads),
         "encoders": of_encoders(policy, options.reader_steps),
