@@ -22,8 +22,8 @@ def test_the_number_of_a_stream_stays_what_it_was():
         "BANK_ROWS": 2, "TEXT_LENGTH": 3, "FRESH_NOISE": 5, "WINDOW": 5, "TEXT_DROPOUT": 6, "PROMPT_ORDER": 7,
         "VALIDATION_NOISE": 7, "GROUP_NOISE": 11, "SHUFFLE": 11, "POINTS": 13, "STEPS_OF_A_SAMPLE": 17,
         "STEPS_OF_AN_ITERATION": 19, "PAIR_POINTS": 31, "PAIR_BATCH": 37, "PAIR_ORDER": 41, "PAIR_SIDES": 43,
-        "BANK_SIZE": 59, "CAPTION_KINDS": 61, "CUT": 67,
- "IMAGE_SIZE": 71,
+        "BANK_SIZE": 59, "CAPTION_KINDS": 61, "CUT": 67, "IMAGE_SIZE": 71,
+        "CURRICULUM": 73,
     }  # fmt: skip
 
 
