@@ -21,6 +21,7 @@ from flowalign.models.recorded import recorded_model
 from flowalign.record.checkpoint import find, verify
 from flowalign.record.contents import base_hash, base_of
 from flowalign.record.log import LOG
+from flowalign.run.made.base import changed_base
 
 
 def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sampled:
@@ -49,7 +50,24 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sam
             "model.path",
             f"{config.model.path}, which {source} was trained from, is not there; say where it is now: --model DIR",
         )
+    if file is None and model is None:
+        _check_base(config, source)
     return config
+
+
+def _check_base(config: Sampled, source: Path) -> None:
+    """Refuse a base model that has changed since a checkpoint was written: its pictures would be another model's."""
+    found = find(source, None)
+    if changed := changed_base(_state(found), Path(config.model.path), weights_too=config.model.lora is not None):
+        raise ConfigError(
+            "model.path",
+            f"{changed} since {found.name} was written, which was trained with what was there then; say where that is: "
+            f"--model DIR (--model {config.model.path} takes what is there now)",
+        )
+
+
+def _state(found: Path) -> dict[str, Any]:
+    return json.loads((found / "state.json").read_bytes()) if verify(found, ("state.json",)) else {}
 
 
 def _check_family(config: Sampled, source: Path) -> None:
@@ -68,17 +86,18 @@ def _with_model(config: Sampled, source: Path, run_dir: Path, model: Path) -> Sa
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model.absolute())})})
     check_pipeline("--model", model, config.model)
     found = find(source, None)
-    state = json.loads((found / "state.json").read_bytes()) if verify(found, ("state.json",)) else {}
+    state = _state(found)
     wanted, given = state.get("base_hash") or base_of(recorded_contents(run_dir).get("model.path")), base_hash(model)
-    if wanted in (None, given):
-        return config
-    if config.model.lora is not None:
+    if config.model.lora is not None and wanted not in (None, given):
         raise ConfigError(
             "--model",
             f"{model} is another model than {found} was trained from (transformer files {given[:12]}, not "
             f"{wanted[:12]}); a LoRA fits its own base alone",
         )
-    LOG.warning(f"--model: {model} is another model than {found} was trained from; all but the transformer is its")
+    if changed := changed_base(state, model, weights_too=True):
+        LOG.warning(f"--model: {changed} since {found} was trained; all but the transformer's weights is of {model}")
+    elif wanted not in (None, given):  # of version 0.1, which recorded the transformer's weights alone
+        LOG.warning(f"--model: {model} is another model than {found} was trained from; all but the transformer is its")
     return config
 
 

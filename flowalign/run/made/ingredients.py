@@ -78,7 +78,7 @@ def _sources(config: RunConfig, base_dir: Path) -> Iterator[_Source]:
         if isinstance(section, RewardConfig):
             yield from _of_reward(key, value, held, section, base_dir)
         elif held == "pipeline":
-            yield _source(key, _pipeline, Path(value))
+            yield _source(key, pipeline_parts, Path(value))
         elif held == "teacher":
             yield _source(key, _teacher, value, section)
         elif held == "bank":
@@ -140,7 +140,7 @@ def _code(key: str, location: str, base_dir: Path = Path(".")) -> Iterator[Part]
     return (Part(key, name, file) for name, file in files_of_code(location, base_dir).items())
 
 
-def _pipeline(key: str, root: Path) -> Iterator[Part]:
+def pipeline_parts(key: str, root: Path) -> Iterator[Part]:
     """Yield the files that loading a pipeline reads.
 
     These are its index, what an export of ours says of itself, and the folders of its parts.
@@ -160,7 +160,7 @@ def _pipeline(key: str, root: Path) -> Iterator[Part]:
 
 def _teacher(key: str, path: str, teacher: TeacherConfig) -> Iterator[Part]:
     if (Path(path) / "model_index.json").is_file():
-        yield from _pipeline(key, Path(path))
+        yield from pipeline_parts(key, Path(path))
         return
     with suppress(CheckpointError, OSError):
         found = checkpoint.find(Path(path), None, lambda text: None)

@@ -1,0 +1,37 @@
+"""The base model of a checkpoint, held against the files that its run was made of when it is opened again."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flowalign.run.made.hashing import hash_file
+from flowalign.run.made.ingredients import pipeline_parts
+from flowalign.run.made.records import UNREADABLE, difference, said_of, stamp_of
+
+KEY = "model.path"
+_TRAINED = "transformer/*.safetensors"
+
+
+def changed_base(state: Mapping[str, Any], model: Path, *, weights_too: bool) -> str | None:
+    """Say which file of the pipeline at ``model`` is not what a checkpoint's ``state`` was trained with.
+
+    None where all are, or where the checkpoint does not say (version 0.1). The transformer's weights count with
+    ``weights_too``: a checkpoint of all weights brings its own.
+    """
+    recorded = state.get("made_of", {}).get(KEY)
+    if recorded is None:
+        return None
+    parts = [part for part in pipeline_parts(KEY, model) if weights_too or not fnmatch.fnmatchcase(part.name, _TRAINED)]
+    found = {}
+    for part in parts:
+        found[part.name], now = UNREADABLE, stamp_of(part)
+        if part.path is not None and now is not None:
+            with suppress(OSError):
+                found[part.name] = hash_file(part.path, now)
+    wanted = {name: known for name, known in recorded.items() if weights_too or not fnmatch.fnmatchcase(name, _TRAINED)}
+    changes = difference(wanted, found)
+    return said_of(parts, changes) if changes else None

@@ -1,0 +1,90 @@
+"""A base model that has changed since a run was made: what is opened of the run is never half another model."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flowalign.cli import app
+
+PROMPT = ("--prompt", "a photo of a star", "--num-images", "1", "--num-steps", "2")
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_pipeline_dir: Path) -> Path:
+    return Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "base"))
+
+
+def flowalign(*arguments: object) -> tuple[int, str]:
+    shown = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert shown.exception is None or isinstance(shown.exception, SystemExit), shown.exception
+    return shown.exit_code, " ".join((shown.output + shown.stderr).split())
+
+
+def trained(tmp_path: Path, base: Path, **model: Any) -> Path:
+    """A run of one iteration."""
+    config = {
+        "name": "run",
+        "runs_dir": str(tmp_path / "runs"),
+        "iterations": 1,
+        "model": {"path": str(base), "max_sequence_length": 16, **model},
+        "data": {"groups_per_iteration": 2},
+        "algorithm": {"type": "flow_grpo", "group_size": 2, "num_steps": 3},
+        "rewards": ["jpeg"],
+        "rollout": {"chunk_size": 4},
+        "learner": {"engine": "torch", "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}},
+        "cluster": {"backend": "local", "threads": 1},
+        "evaluation": {"every": 0},
+        "checkpoint": {"every": 1},
+        "logging": {"wandb": "disabled"},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    code, said = flowalign("align", file)
+    assert code == 0, said
+    return tmp_path / "runs" / "run"
+
+
+def retrain(file: Path) -> None:
+    """Other weights of the same size, as after another training."""
+    weights = load_file(file)
+    save_file({name: value + 0.01 for name, value in weights.items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+def test_another_text_encoder_than_a_run_was_trained_with_is_refused_by_whatever_opens_it(
+    tmp_path: Path, base: Path, model: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained(tmp_path, base, **model)
+    as_it_was = shutil.copytree(base, tmp_path / "as it was")
+    retrain(base / "text_encoder" / "model.safetensors")
+    for command in (
+        ("sample", run, *PROMPT, "--out", tmp_path / "images"),
+        ("export", run, "--to", tmp_path / "export", "--as", "lora" if model else "pipeline"),
+        ("evaluate", run, "--num-samples", 2),
+    ):
+        code, said = flowalign(*command)
+        assert code == 2
+        assert f"model.path: {base}/text_encoder/model.safetensors has changed since step_000001 was written" in said
+        assert "--model DIR" in said
+    assert not (tmp_path / "images").exists() and not (tmp_path / "export").exists()
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images", "--model", as_it_was)
+    assert code == 0, said
+    with caplog.at_level(logging.WARNING):
+        code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "others", "--model", base)
+    assert code == 0, said
+    assert "text_encoder/model.safetensors has changed" in said + caplog.text
+
+
+def test_a_checkpoint_of_all_weights_brings_its_own(tmp_path: Path, base: Path) -> None:
+    run = trained(tmp_path, base)
+    retrain(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images")
+    assert code == 0, said
