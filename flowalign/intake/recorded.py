@@ -18,7 +18,7 @@ from flowalign.intake.file import load_align
 from flowalign.intake.resolved import read_resolved, recorded_contents
 from flowalign.models.checked import check_pipeline
 from flowalign.models.recorded import recorded_model
-from flowalign.record.checkpoint import find, verify
+from flowalign.record.checkpoint import CheckpointError, find, verify
 from flowalign.record.contents import base_hash, base_of
 from flowalign.record.log import LOG
 from flowalign.run.made.base import changed_base
@@ -57,8 +57,12 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sam
 
 def _check_base(config: Sampled, source: Path) -> None:
     """Refuse a base model that has changed since a checkpoint was written: its pictures would be another model's."""
-    found = find(source, None)
-    if changed := changed_base(_state(found), Path(config.model.path), weights_too=config.model.lora is not None):
+    try:
+        found = find(source, None, lambda text: None)
+        state = _state(found)
+    except CheckpointError:
+        return  # whoever opens it says so
+    if changed := changed_base(state, Path(config.model.path), weights_too=config.model.lora is not None):
         raise ConfigError(
             "model.path",
             f"{changed} since {found.name} was written, which was trained with what was there then; say where that is: "
