@@ -53,6 +53,7 @@ FREE = (
     "algorithm.std",
     "algorithm.weighting",
     "algorithm.window.every",
+    "data.curriculum",
     "data.task_weights",
     "learner.ema_decay",
     "learner.optimizer.final_learning_rate",

@@ -77,7 +77,16 @@ WINDOWED, NFT, AWM, SFT, DPO = ("flow_grpo",), ("nft",), ("awm",), ("sft",), ("d
 LORA = {"model.lora": {"rank": 32, "alpha": 64}}
 LATER = {"algorithm.density": "logit_normal", "algorithm.density_params": {"m": 0.5}}
 WEAK = {"position": 3, "color_attr": 2, "two_object": 2, "counting": 2}
+# Each kind of clause on its own scale: a relation is not drowned by the objects that nearly always are there.
+CLAUSES = {
+    "spec": "geneval",
+    "weight": 0,
+    "options": {"clauses": True},
+    "parts": {f"geneval_{kind}": 1 for kind in ("objects", "counts", "colors", "positions")},
+}
 FINDINGS: dict[str, Finding] = {
+    "clauses": Finding("credit for each kind of clause", {"rewards": [CLAUSES], "algorithm.normalize": "per_reward"}),
+    "curriculum": Finding("prompts passed half of the time", {"data.curriculum": {"score": "geneval_strict"}}),
     "tasks_weak": Finding("weak tasks two and three times as often", {"data.task_weights": WEAK}),
     "tasks_position": Finding("position three times as often", {"data.task_weights": {"position": 3}}),
     "whole_prompts": Finding("credit for whole prompts alone", {"rewards.0.options.mode": "strict"}),
