@@ -96,7 +96,7 @@ def train_encoders(
             for guess, fact in zip(answer, told, strict=True)
         ]
         right = [
-            (guess.argmax(1) == fact).float().mean()
+            (guess.argmax(1) == fact).float().mean().item()
             for answer in read
             for guess, fact in zip(answer, told, strict=True)
         ]
