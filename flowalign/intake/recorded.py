@@ -50,7 +50,7 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sam
             "model.path",
             f"{config.model.path}, which {source} was trained from, is not there; say where it is now: --model DIR",
         )
-    if file is None and model is None:
+    if model is None and not (source / "model_index.json").is_file():
         _check_base(config, source)
     return config
 
@@ -66,7 +66,7 @@ def _check_base(config: Sampled, source: Path) -> None:
         raise ConfigError(
             "model.path",
             f"{changed} since {found.name} was written, which was trained with what was there then; say where that is: "
-            f"--model DIR (--model {config.model.path} takes what is there now)",
+            "--model DIR" + ("" if config.model.lora else f" (--model {config.model.path} takes what is there now)"),
         )
 
 

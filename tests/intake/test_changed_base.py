@@ -83,6 +83,25 @@ def test_another_text_encoder_than_a_run_was_trained_with_is_refused_by_whatever
     assert "text_encoder/model.safetensors has changed" in said + caplog.text
 
 
+def test_a_base_of_very_many_files_is_compared_as_it_is_recorded(tmp_path: Path, base: Path) -> None:
+    """Of more than a thousand files a run keeps one hash for all."""
+    for number in range(1000):
+        (base / "vae" / f"{number}.txt").write_text(str(number))
+    run = trained(tmp_path, base)
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images")
+    assert code == 0, said
+    (base / "vae" / "7.txt").write_text("another")
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "others")
+    assert code == 2 and "has changed, been added or gone" in said
+
+
+def test_a_configuration_given_beside_a_run_does_not_excuse_its_base(tmp_path: Path, base: Path) -> None:
+    run = trained(tmp_path, base)
+    retrain(base / "text_encoder" / "model.safetensors")
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images", "--config", run / "config.yaml")
+    assert code == 2 and "has changed since step_000001 was written" in said
+
+
 def test_a_checkpoint_of_all_weights_brings_its_own(tmp_path: Path, base: Path) -> None:
     run = trained(tmp_path, base)
     retrain(base / "transformer" / "diffusion_pytorch_model.safetensors")

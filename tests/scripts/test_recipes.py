@@ -63,10 +63,10 @@ def test_minutes_become_iterations_by_the_seconds_of_one(own: Any) -> None:
 def test_a_learning_rate_is_scaled_from_begin_to_end_of_its_fall(own: Any) -> None:
     cells = own.recipes_cells.TUNE
     rates = [[cells[f"awm_free-rate-{f}"].overrides[key] for key in own.recipes_cells.RATES] for f in ("0.5", "1", "2")]
-    assert rates == [[3e-5, 7.5e-6], [6e-5, 1.5e-5], [1.2e-4, 3e-5]]
+    assert rates == [[6e-5, 1.5e-5], [1.2e-4, 3e-5], [2.4e-4, 6e-5]]
     assert all(cells[f"awm_free-rate-{f}"].overrides["algorithm.beta"] == 0 for f in ("0.5", "2"))
     twice = own.recipes_cells.screened(cells["nft-rate-2"])["rate_double"]
-    assert twice.overrides[own.recipes_cells.RATES[0]] == 4.8e-4
+    assert twice.overrides[own.recipes_cells.RATES[0]] == 2.4e-4
 
 
 def test_cells_that_cost_the_same_are_timed_once(own: Any) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.run.made.hashing import hash_file
-from flowalign.run.made.ingredients import pipeline_parts
-from flowalign.run.made.records import UNREADABLE, difference, said_of, stamp_of
+from flowalign.run.made.ingredients import Part, pipeline_parts
+from flowalign.run.made.records import ALL, UNREADABLE, difference, record_of, said_of, stamp_of
 
 KEY = "model.path"
-_TRAINED = "transformer/*.safetensors"
+_TRAINED = ("transformer/*.safetensors", "transformer/*.safetensors.index.json", "transformer/*.bin")
 
 
 def changed_base(state: Mapping[str, Any], model: Path, *, weights_too: bool) -> str | None:
@@ -25,13 +25,20 @@ def changed_base(state: Mapping[str, Any], model: Path, *, weights_too: bool) ->
     recorded = state.get("made_of", {}).get(KEY)
     if recorded is None:
         return None
-    parts = [part for part in pipeline_parts(KEY, model) if weights_too or not fnmatch.fnmatchcase(part.name, _TRAINED)]
-    found = {}
-    for part in parts:
-        found[part.name], now = UNREADABLE, stamp_of(part)
-        if part.path is not None and now is not None:
-            with suppress(OSError):
-                found[part.name] = hash_file(part.path, now)
-    wanted = {name: known for name, known in recorded.items() if weights_too or not fnmatch.fnmatchcase(name, _TRAINED)}
-    changes = difference(wanted, found)
+
+    def counts(name: str) -> bool:
+        return weights_too or not any(fnmatch.fnmatchcase(name, pattern) for pattern in _TRAINED)
+
+    # Of more files than are listed there is one hash for all, the transformer's weights among them.
+    parts = [part for part in pipeline_parts(KEY, model) if ALL in recorded or counts(part.name)]
+    found = record_of(parts, _hash).get(KEY, {})
+    changes = difference({name: known for name, known in recorded.items() if counts(name)}, found)
     return said_of(parts, changes) if changes else None
+
+
+def _hash(part: Part) -> str:
+    now = stamp_of(part)
+    if part.path is not None and now is not None:
+        with suppress(OSError):
+            return hash_file(part.path, now)
+    return UNREADABLE
