@@ -12,11 +12,10 @@ picture makes the words matter less there.)
 With ``--samples`` the network is trained on renders of ``--tasks`` first, and looked at eight times on the way:
 
 - ``--text shipped`` (the pipeline's encoders), ``oracle`` (one-hot tokens that say every object, colour and relation)
-  or ``reading`` (encoders of three layers, trained here to tell a prompt's facts from the tokens that the network
-  sees);
+  or ``reading`` (encoders made here as the shipped ones were, in 500 steps);
 - ``--start base`` (the shipped network) or ``fresh``;
-- ``--times logit_normal`` (as the first base was trained), ``later`` (logit-normal of m = 0.5), ``mode`` (with heavy
-  tails), ``uniform`` or ``high`` (uniform in [0.8, 1]).
+- ``--times logit_normal`` (as the base of commit d2e20c0 was trained), ``later`` (logit-normal of m = 0.5), ``mode``
+  (with heavy tails), ``uniform`` or ``high`` (uniform in [0.8, 1]).
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,124 +35,22 @@ import torch
 from cells import machine
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from flowalign.flow.density import LogitNormal, Mode, Uniform
+from flowalign.record.contents import base_hash
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.pipeline import TEXT_TAIL, load, new_transformer
-from flowalign.shapes.build.text import CONTEXT_LENGTH, tokenize
-from flowalign.shapes.prompts import RELATIONS, Metadata, prompts, sample_prompt, scene
+from flowalign.shapes.build.reading import NOTHING, train_encoders
+from flowalign.shapes.prompts import RELATIONS, Metadata, Pair, minimal_pairs, prompts, scene
 from flowalign.shapes.render import render
 from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 ASSETS = Path(__file__).resolve().parents[2] / "flowalign" / "shapes" / "assets" / "pipeline"
-KINDS = ("relation", "objects", "colors")
+KINDS: tuple[Pair, ...] = ("relation", "objects", "colors")
 LEVELS = (1.0, 0.95, 0.9, 0.8)
 PAIRS, RENDERS, NOISES, SLOTS = 12, 48, 16, 16
 NAMES = list(COLORS)
 Encode = Callable[[Sequence[Metadata]], tuple[Tensor, Tensor]]
-
-
-def facts(row: Metadata) -> tuple[int, ...]:
-    """Say what a prompt says, in the order of its words: two objects and their colours, relation, number less one."""
-    things, relation = row["include"], row["include"][-1].get("position")
-    first, second = (things[::-1] if relation else [*things, {}])[:2]
-
-    def of(names: Sequence[str], name: str | None) -> int:
-        return 0 if name is None else list(names).index(name) + 1
-
-    return (
-        of(SHAPES, first["class"]),
-        of(NAMES, first.get("color")),
-        of(SHAPES, second.get("class")),
-        of(NAMES, second.get("color")),
-        of(RELATIONS, relation and relation[0]),
-        first["count"] - 1,
-    )
-
-
-SIZES = (len(SHAPES) + 1, len(NAMES) + 1, len(SHAPES) + 1, len(NAMES) + 1, len(RELATIONS) + 1, 4)
-
-
-class Reader(nn.Module):
-    """Tells the facts of a prompt from its tokens (N, L, D), a query each, or from its pooled vector (N, D).
-
-    It sees what the network sees: vectors whose mean and size are taken away.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(SIZES), width) / width**0.5)
-        self.keys = nn.Linear(width, width, bias=False)
-        self.of_tokens, self.of_pooled = (nn.ModuleList(nn.Linear(width, size) for size in SIZES) for _ in range(2))
-
-    def forward(self, tokens: Tensor, pooled: Tensor) -> list[tuple[Tensor, ...]]:
-        tokens, pooled = (F.layer_norm(x, x.shape[-1:]) for x in (tokens, pooled))
-        weights = torch.softmax(self.queries @ self.keys(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5, -1)
-        read = (weights @ tokens).unbind(1)
-        return [
-            tuple(head(x) for head, x in zip(self.of_tokens, read, strict=True)),
-            tuple(head(pooled) for head in self.of_pooled),
-        ]
-
-
-def reading_encoders(tokenizer: Any, *, steps: int = 500, batch: int = 128, layers: int = 3) -> list[nn.Module]:
-    """Train text encoders to tell a prompt's facts from the penultimate layer and from the pooled vector."""
-    torch.manual_seed(0)
-    special: dict[str, Any] = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    encoders = nn.ModuleList(
-        CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                **special,
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=4 * width,
-                projection_dim=width,
-                num_hidden_layers=layers,
-                num_attention_heads=width // 64,
-                max_position_embeddings=CONTEXT_LENGTH,
-                hidden_act=activation,
-                initializer_factor=1.0,
-            )
-        )
-        for width, activation in ((128, "quick_gelu"), (192, "gelu"))
-    )
-    readers = nn.ModuleList(Reader(width) for width in (128, 192))
-    weights = [*encoders.parameters(), *readers.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.05)
-    rng = np.random.default_rng(3)
-
-    def read(rows: Sequence[Metadata]) -> list[tuple[Tensor, ...]]:
-        ids = tokenize(tokenizer, [row["prompt"] for row in rows])
-        outs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
-        return [
-            answer
-            for out, reader in zip(outs, readers, strict=True)
-            for answer in reader(out.hidden_states[-2], out.text_embeds)
-        ]
-
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * scheduled(step, steps)
-        rows = [sample_prompt("train", rng) for _ in range(batch)]
-        told = torch.tensor([facts(row) for row in rows]).T
-        losses = [
-            F.cross_entropy(guess, fact, label_smoothing=0.05)
-            for answer in read(rows)
-            for guess, fact in zip(answer, told, strict=True)
-        ]
-        optimizer.zero_grad()
-        torch.stack(losses).mean().backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-    with torch.no_grad():
-        rows = [sample_prompt("eval", rng) for _ in range(600)]
-        told = torch.tensor([facts(row) for row in rows]).T
-        right = [
-            [(g.argmax(1) == f).float().mean().item() for g, f in zip(answer, told, strict=True)]
-            for answer in read(rows)
-        ]
-    say("reading", held_out_prompts_read=round(min(map(min, right)), 4))
-    return [encoder.eval().requires_grad_(False) for encoder in encoders]
 
 
 def encoder_of(pipeline: Any, text: str) -> Encode:
@@ -160,7 +58,8 @@ def encoder_of(pipeline: Any, text: str) -> Encode:
     if text == "oracle":
         return oracle
     if text == "reading":
-        pipeline.text_encoder, pipeline.text_encoder_2 = reading_encoders(pipeline.tokenizer)
+        with TemporaryDirectory() as work:
+            pipeline.text_encoder, pipeline.text_encoder_2 = train_encoders(Path(work), pipeline.tokenizer, steps=500)
 
     @cache
     def one(prompt: str) -> tuple[Tensor, Tensor]:
@@ -182,7 +81,7 @@ def oracle(rows: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
     tokens = torch.zeros(len(rows), SLOTS, 320)
     for token, row in zip(tokens, rows, strict=True):
         things = [(side, clause) for side, clause in enumerate(row["include"]) for _ in range(clause["count"])]
-        relation = row["include"][-1].get("position")
+        relation = row["include"][-1].get("position") if things else None
         for slot, (side, clause) in zip(token, things, strict=False):
             slot[list(SHAPES).index(clause["class"])] = 6.0
             if "color" in clause:
@@ -212,22 +111,10 @@ def latents(vae: Any, rows: Sequence[Metadata], rng: np.random.Generator) -> Ten
 
 
 @cache
-def pairs(kind: str) -> tuple[tuple[Metadata, Metadata], ...]:
+def pairs(kind: Pair) -> tuple[tuple[Metadata, Metadata], ...]:
     """Return pairs of rows that differ in one thing alone, of all prompts, held out or not."""
-    rows = [
-        row for split in ("train", "eval") for row in prompts(split, "color_attr" if kind == "colors" else "position")
-    ]
-    told = {facts(row): row for row in rows}
-    inverse = {1: 2, 2: 1, 3: 4, 4: 3}
-
-    def other(fact: tuple[int, ...]) -> tuple[int, ...]:
-        a, ca, b, cb, relation, number = fact
-        if kind == "relation":
-            return a, ca, b, cb, inverse[relation], number
-        return (b, ca, a, cb, relation, number) if kind == "objects" else (a, cb, b, ca, relation, number)
-
-    chosen = np.random.default_rng(5).permutation(len(rows))[:PAIRS]
-    return tuple((rows[i], told[other(facts(rows[i]))]) for i in chosen)
+    every = [*minimal_pairs(kind, "train"), *minimal_pairs(kind, "eval")]
+    return tuple(every[i] for i in np.random.default_rng(5).permutation(len(every))[:PAIRS])
 
 
 @torch.no_grad()
@@ -293,14 +180,13 @@ def learn(network: nn.Module, vae: Any, encode: Encode, arguments: argparse.Name
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
     )
-    empty: Metadata = {"prompt": "", "include": [{"count": 0}]}
     began, losses = time.monotonic(), []
     for step in range(steps):
         network.train()
         optimizer.param_groups[0]["lr"] = arguments.learning_rate * scheduled(step, steps)
         index = rng.integers(len(rows), size=batch)
         x0 = stored[torch.from_numpy(index)].float()
-        tokens, pooled = encode([rows[i] if rng.random() >= 0.1 else empty for i in index])
+        tokens, pooled = encode([rows[i] if rng.random() >= 0.1 else NOTHING for i in index])
         t, noise = TIMES[arguments.times](torch.rand(batch)), torch.randn(x0.shape)
         level = t[:, None, None, None]
         v = velocity(network, (1 - level) * x0 + level * noise, t, tokens, pooled)
@@ -339,6 +225,7 @@ def main() -> None:
     say(
         "asked",
         **{k: str(v) for k, v in vars(arguments).items() if k != "pipeline"},
+        base=base_hash(arguments.pipeline)[:12],
         machine=machine(arguments.threads),
     )
     encode = encoder_of(pipeline, arguments.text)

@@ -2,7 +2,8 @@
 
 An earlier base's encoders learned by contrast with pictures alone, as CLIP does. Between the pictures of a batch the
 words tell apart, their order hardly ever: "left of" and "right of" ended in nearly the same vectors, and the network
-that saw them never learned the difference (docs/decisions.md, "Why the embedded base knows no left and right").
+that saw them never learned the difference (docs/decisions.md, "Why the embedded base before
+today's knew no left and right").
 SD3 conditions on the penultimate layer and on the pooled vector (arXiv:2403.03206, sec. 4), so both are read here.
 """
 
