@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -115,8 +116,10 @@ def run_once(target: Path, run_cell: Callable[[], Mapping[str, Any]], **cell: An
         print(json.dumps({**cell, "file": shown(target)}), flush=True)
 
 
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+def slug(name: str, longest: int = 120) -> str:
+    """The name as a run may be called; of a longer one its beginning and a hash."""
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    return plain if len(plain) <= longest else f"{plain[:longest]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def shown(path: Path) -> str:

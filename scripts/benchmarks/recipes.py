@@ -1,9 +1,10 @@
 """Which recipe to align the embedded world with: two searches over configurations, and the best of them at length.
 
-``tune`` makes the same small search for every algorithm of algorithms.py: half, once and twice the learning rate of
-its configuration, and two values of one further key. ``screen`` begins with the best of those (`recipes_cells.START`)
-and varies one finding at a time. ``final`` aligns by the best two of the screening at length, with three seeds, and
-``curve`` draws their strict score against images into docs/figures.
+``tune`` makes the same small search for every algorithm of algorithms.py: once and twice the learning rate of its
+configuration, then four times where twice was better and half where it was not. Two values of one further key are tried
+where --cells names them. ``screen`` begins with the best of those (`recipes_cells.START`) and varies one finding at a
+time. ``final`` aligns by the best two of the screening at length, with three seeds, and ``curve`` draws their strict
+score against images into docs/figures.
 
 Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
 it. Each cell is a JSON file under results/recipes, written when it ends: a finished cell is left alone, one that was
@@ -24,7 +25,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ import psutil
 import recipes_table
 from alignments import Budget, Cell, asked, faults, run_cell, time_cells
 from cells import RESULTS, ROOT, run_once, shown, words
-from recipes_cells import FINDINGS, SCREEN, TUNE, screened
+from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
 
@@ -69,7 +70,7 @@ class Search(NamedTuple):
 
 
 SEARCHES = {
-    "tune": Search(TUNE, Budget(10, num_samples=300)),
+    "tune": Search(TUNE, Budget(10)),
     "screen": Search(SCREEN, Budget(15, num_samples=300)),
     "final": Search(SCREEN, Budget(60, evaluations=12), (0, 1, 2)),
 }
@@ -122,22 +123,51 @@ def check() -> None:
 
 
 def run_search(name: str, options: argparse.Namespace) -> None:
-    search, work = SEARCHES[name], {}
-    budget, path = budget_of(name, options), seconds_file(options)
+    path, work_dir = seconds_file(options), options.work_dir / name
     if not path.exists():
         raise SystemExit(f"{shown(path)} is missing: `time` first")
-    known, names = known_seconds(path), options.cells or usual(name, options)
+    known, failed, count = known_seconds(path), [], 0
+    options = argparse.Namespace(**{**vars(options), "work_dir": work_dir})
+    for names in rounds(name, options):
+        work = work_of(name, names, known, options)
+        failed, count = failed + side_by_side(work, options.jobs), count + len(work)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {count} cells failed: {', '.join(failed)}")
+
+
+def rounds(name: str, options: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield cells that can run side by side: the third learning rate of ``tune`` waits for what the first two found."""
+    if name != "tune" or options.cells:
+        yield options.cells or usual(name, options)
+        return
+    algorithms_here = list(dict.fromkeys(map(algorithm_of, TUNE)))
+    yield [f"{own}-rate-{factor}" for own in algorithms_here for factor in FIRST_FACTORS]
+    ends = {cell["cell"]: recipes_table.strict(cell) for cell in recipes_table.load(options.results / name)}
+    yield third_rates(ends)
+
+
+def third_rates(ends: Mapping[str, float]) -> list[str]:
+    """The third cell of each algorithm whose first two have ended, by their strict scores at the end."""
+    first, second = (f"-rate-{factor}" for factor in FIRST_FACTORS)
+    both = [own for own in map(algorithm_of, TUNE) if {own + first, own + second} <= set(ends)]
+    better = {own: UP if ends[own + second] > ends[own + first] else DOWN for own in both}
+    return [f"{own}-rate-{factor:g}" for own, factor in better.items()]
+
+
+def work_of(
+    name: str, names: Sequence[str], known: Mapping[str, float], options: argparse.Namespace
+) -> dict[Path, Callable[[], None]]:
+    """What runs each of the cells, by the file that it writes."""
+    search, budget, work = SEARCHES[name], budget_of(name, options), {}
     if lacking := [cell for cell in names if cost_of(search.cells[cell]) not in known]:
-        raise SystemExit(f"{shown(path)} has no seconds of {', '.join(lacking)}: `time` first")
-    options = argparse.Namespace(**{**vars(options), "work_dir": options.work_dir / name})
+        raise SystemExit(f"{shown(seconds_file(options))} has no seconds of {', '.join(lacking)}: `time` first")
     for seed in options.seeds or search.seeds:
         for tag in names:
             cell, target = search.cells[tag], options.results / name / f"{tag}-seed{seed}.json"
             refuse_another(target, asked(tag, cell, seed, budget))
             run = partial(run_cell, tag, cell, seed, known[cost_of(cell)], budget, options)
             work[target] = partial(run_once, target, run, cell=tag, seed=seed)
-    if failed := side_by_side(work, options.jobs):
-        raise SystemExit(f"{len(failed)} of {len(work)} cells failed: {', '.join(failed)}")
+    return work
 
 
 def budget_of(name: str, options: argparse.Namespace) -> Budget:

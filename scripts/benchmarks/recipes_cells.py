@@ -22,7 +22,7 @@ def at_rate(cell: Cell, factor: float) -> dict[str, Any]:
 
 
 class Knob(NamedTuple):
-    """A key of an algorithm beside the learning rate, and the values tried besides its configuration's."""
+    """A key of an algorithm beside the learning rate, and the values besides its configuration's: tried if named."""
 
     key: str
     values: Sequence[Any]
@@ -44,10 +44,14 @@ KNOBS = {
 }
 
 
+FIRST_FACTORS, UP, DOWN = (1, 2), 4, 0.5  # of the learning rate: two, then one more on the side of the better
+
+
 def of_algorithm(name: str) -> dict[str, Cell]:
-    """The search of one algorithm: half, once and twice its learning rate, then its knob at the learning rate."""
+    """What can be tried of one algorithm: half to four times its learning rate, and its knob at the learning rate."""
     own, (key, values) = CELLS[name], KNOBS[name]
-    tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", at_rate(own, factor)) for factor in (1, 0.5, 2)}
+    factors = (*FIRST_FACTORS, UP, DOWN)
+    tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", at_rate(own, factor)) for factor in factors}
     word = key.rpartition(".")[2]
     tried |= {f"{word}-{value}": (f"{word} {value}", {key: value}) for value in values}
     return {

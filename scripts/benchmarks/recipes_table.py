@@ -38,12 +38,12 @@ def tuned(cells: Sequence[Cell]) -> str:
     rows = []
     for own in grouped(cells, lambda cell: algorithm_of(cell["cell"])):
         name, scores, end = algorithm_of(own[0]["cell"]), [strict(cell) for cell in own], own[0]["points"][-1]
-        all_there = sum(algorithm_of(tag) == name for tag in TUNE)
-        row = [CELLS[name].title, TUNE[own[0]["cell"]].title, f"{own[0]['points'][0][STRICT]:.3f}"]
+        row = [CELLS[name].title, TUNE[own[0]["cell"]].title, f"{own[0]['learning_rate']:.3g}"]
+        row += [f"{own[0]['points'][0][STRICT]:.3f}"]
         row += [f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}", f"{end[GOLD]:.2f}"]
         row += [f"{statistics.median(scores):.3f}", f"{scores[-1]:.3f}", f"{scores[0] - scores[-1]:.3f}"]
-        rows.append([*row, f"{len(own)} of {all_there}", f"{end['images']:,}"])
-    head = ["algorithm", "best cell", "before", "strict", "official", "PickScore"]
+        rows.append([*row, str(len(own)), f"{end['images']:,}"])
+    head = ["algorithm", "best cell", "learning rate", "before", "strict", "official", "PickScore"]
     return as_markdown([*head, "median", "worst", "spread", "cells", "images"], rows)
 
 

@@ -38,7 +38,7 @@ def test_the_configuration_of_every_cell_loads(own: Any) -> None:
     said = json.loads(done.stdout)
     assert said["faults"] == []
     assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] <= 24
-    assert said["cells"]["tune"] == 5 * len(own.algorithms.CELLS)
+    assert said["cells"]["tune"] == 6 * len(own.algorithms.CELLS)
     kinds = [set(found.types) for found in own.recipes_cells.FINDINGS.values()]
     assert set().union(*kinds) == {"flow_grpo", "nft", "awm", "sft", "diffusion_dpo"}  # the check names one of each
 
@@ -74,6 +74,12 @@ def test_cells_that_cost_the_same_are_timed_once(own: Any) -> None:
     of_awm = {cost(cells[name]) for name in ("awm-rate-1", "awm-rate-2", "awm-beta-1.0", "awm-beta-4.0")}
     assert of_awm == {cost(own.algorithms.CELLS["awm"])}
     assert len({cost(cells[name]) for name in ("awm-rate-1", "awm_free-rate-1", "sft-rate-1", "sft-beta-0.1")}) == 4
+
+
+def test_what_is_timed_can_name_a_run(own: Any) -> None:
+    costs = {own.recipes.cost_of(cell) for search in own.recipes.SEARCHES.values() for cell in search.cells.values()}
+    names = {own.cells.slug(cost) for cost in costs}
+    assert len(names) == len(costs) and max(map(len, names)) <= 200
 
 
 def test_seconds_of_algorithms_count_on_their_own_machine_alone(
@@ -116,7 +122,7 @@ def found(own: Any, name: str, seed: int, scores: list[float]) -> dict[str, Any]
     rest = {"eval/geneval/overall": 0.7, "eval/pickscore/overall": 9.0}
     tasks = {f"eval/geneval_strict/{task}": 0.5 for task in own.cells.TASKS}
     points = [{"images": 100 * i, STRICT: score, **rest, **tasks} for i, score in enumerate(scores)]
-    return {"cell": name, "seed": seed, "points": points}
+    return {"cell": name, "seed": seed, "learning_rate": 1.2e-4, "points": points}
 
 
 def written(folder: Path, cells: list[dict[str, Any]]) -> Path:
@@ -133,9 +139,15 @@ def test_the_table_of_a_tuning_has_the_best_cell_and_the_spread(own: Any, tmp_pa
     )
     rows = own.recipes_table.tuned(load).splitlines()[2:]
     assert rows[0].startswith(
-        "| DiffusionNFT | learning rate × 2 | 0.400 | 0.700 | 0.700 | 9.00 | 0.650 | 0.600 | 0.100"
+        "| DiffusionNFT | learning rate × 2 | 0.00012 | 0.400 | 0.700 | 0.700 | 9.00 | 0.650 | 0.600 | 0.100"
     )
-    assert rows[1].startswith("| AWM | learning rate × 1 | 0.400 | 0.650") and "| 1 of 5 | 200 |" in rows[1]
+    assert rows[1].startswith("| AWM | learning rate × 1 | 0.00012 | 0.400 | 0.650") and "| 1 | 200 |" in rows[1]
+
+
+def test_the_third_learning_rate_lies_on_the_side_of_the_better(own: Any) -> None:
+    ends = {"nft-rate-1": 0.7, "nft-rate-2": 0.6, "awm-rate-1": 0.5, "awm-rate-2": 0.55, "sft-rate-1": 0.4}
+    assert own.recipes.third_rates(ends) == ["nft-rate-0.5", "awm-rate-4"]
+    assert set(own.recipes.third_rates(ends)) <= set(own.recipes_cells.TUNE)
 
 
 def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, tmp_path: Path) -> None:
