@@ -4,13 +4,14 @@ A run is a function of its configuration and seed, whatever else the machine doe
 are measured apart from learning: ``time`` measures an iteration of every cell, one after the other, on an idle machine,
 ``run`` aligns for as many iterations as then fit into ``--minutes`` and writes one JSON file a cell, ``table`` writes
 the table and the curves of all cells there are into docs/, ``compare`` sets their order beside the published ones of
-published.json (algorithms_compared.py says how) and writes it into docs/wind_tunnel.md. A cell that was killed
-continues where it was, a finished one is left alone.
+published.json (algorithms_compared.py says how) and writes it into docs/wind_tunnel.md, beside what ``changed`` since
+the cells of another base. A cell that was killed continues where it was, a finished one is left alone.
 
     python scripts/benchmarks/algorithms.py time
     python scripts/benchmarks/algorithms.py run --cells flow_grpo,nft --seeds 0
     python scripts/benchmarks/algorithms.py table
     python scripts/benchmarks/algorithms.py compare
+    python scripts/benchmarks/algorithms.py changed --against scripts/benchmarks/results/algorithms-base-1
 """
 
 from __future__ import annotations
@@ -72,16 +73,25 @@ def write_table(options: argparse.Namespace) -> None:
     print(table)
 
 
-def compared() -> tuple[dict[str, Any], str]:
-    """Return what the comparison of all cells there are finds, and its tables; all at the time the shortest has."""
-    cells = algorithms_table.load(OWN, TITLES)
+def scores_of(directory: Path) -> tuple[dict[str, list[float]], float, int]:
+    """Return the strict score of each seed of each algorithm, after how many minutes, and of how many samples.
+
+    All at the time that the shortest cell has.
+    """
+    cells = algorithms_table.load(directory, TITLES)
     if not cells:
-        raise SystemExit(f"{OWN} has no cells; `run` measures them")
+        raise SystemExit(f"{directory} has no cells; `run` measures them")
     minutes = min(cell["minutes"] for cell in cells)
     scores: dict[str, list[float]] = {}
     for cell in cells:
         scores.setdefault(cell["cell"], []).append(algorithms_table.at(60 * minutes, cell["points"], STRICT))
-    samples = min(load_align(ROOT / path).config.evaluation.num_samples for path in {cell["config"] for cell in cells})
+    files = {ROOT / cell["config"] for cell in cells}
+    return scores, minutes, min(load_align(path).config.evaluation.num_samples for path in files)
+
+
+def compared() -> tuple[dict[str, Any], str]:
+    """Return what the comparison of all cells there are finds, and its tables."""
+    scores, minutes, samples = scores_of(OWN)
     studies = algorithms_compared.read_studies(CELLS)
     found = algorithms_compared.compare(studies, scores, samples)
     return found, algorithms_compared.markdown(studies, found, TITLES, minutes)
@@ -94,19 +104,29 @@ def write_compared(options: argparse.Namespace) -> None:
     print(tables)
 
 
+def write_changed(options: argparse.Namespace) -> None:
+    found = algorithms_compared.changed(scores_of(options.against.resolve())[0], scores_of(OWN)[0])
+    print(json.dumps(found))
+    table = algorithms_compared.changed_markdown(found, TITLES)
+    insert(table, ROOT / "docs" / "wind_tunnel.md", algorithms_compared.CHANGED, algorithms_compared.CHANGED_END)
+    print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "run", "table", "compare"))
+    parser.add_argument("what", choices=("time", "run", "table", "compare", "changed"))
     parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), help="names, with commas")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "algorithms")
+    parser.add_argument("--against", type=Path, default=OWN.with_name("algorithms-base-1"), help="of `changed`")
     options = parser.parse_args()
     unknown = sorted(set(options.cells) - set(CELLS))
     if unknown:
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
-    {"time": measure_cells, "run": run_cells, "table": write_table, "compare": write_compared}[options.what](options)
+    written = {"table": write_table, "compare": write_compared, "changed": write_changed}
+    ({"time": measure_cells, "run": run_cells} | written)[options.what](options)
 
 
 if __name__ == "__main__":

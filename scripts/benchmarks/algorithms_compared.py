@@ -35,6 +35,7 @@ from scipy import stats
 
 PUBLISHED = Path(__file__).with_name("published.json")
 BEGIN, END = "<!-- compared: scripts/benchmarks/algorithms.py compare -->", "<!-- end of compared -->"
+CHANGED, CHANGED_END = "<!-- changed: scripts/benchmarks/algorithms.py changed -->", "<!-- end of changed -->"
 REPLICATES = 20_000
 Text = Annotated[str, Field(min_length=1)]
 Pair = tuple[str, str]  # the better, the worse
@@ -244,6 +245,36 @@ def markdown(studies: Sequence[Study], found: Mapping[str, Any], titles: Mapping
         f"{varies}; that of {samples} samples is at most {0.5 / samples**0.5:.3f}."
     )
     return f"{table(shares)}\n\n{errors}\n\n{table(rows)}"
+
+
+def changed(before: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Set two orders of our own beside each other: of the algorithms that both have, by their means over seeds.
+
+    ``tau`` is Kendall's and ``rho`` Spearman's, with the p-value of no relation for each.
+    """
+    names = [name for name in now if name in before]
+    scores = [[float(np.mean(own[name])) for name in names] for own in (before, now)]
+    if len(names) < 2:
+        raise SystemExit("fewer than two algorithms are in both: `run` measures them")
+    ranks = [stats.rankdata(-np.array(own)).tolist() for own in scores]
+    tau, rho = stats.kendalltau(*scores), stats.spearmanr(*scores)
+    rows = zip(names, *scores, *ranks, strict=True)
+    keys = ("before", "now", "rank_before", "rank_now")
+    return {
+        "cells": {name: dict(zip(keys, own, strict=True)) for name, *own in sorted(rows, key=lambda row: row[4])},
+        "tau": [float(tau.statistic), float(tau.pvalue)],  # type: ignore[attr-defined]
+        "rho": [float(rho.statistic), float(rho.pvalue)],  # type: ignore[attr-defined]
+    }
+
+
+def changed_markdown(found: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    rows = [["algorithm", "strict GenEval before", "now", "rank before", "now"]]
+    for name, own in found["cells"].items():
+        scores = [f"{own[key]:.3f}" for key in ("before", "now")]
+        rows.append([titles[name], *scores, *(f"{own[key]:g}" for key in ("rank_before", "rank_now"))])
+    (tau, tau_p), (rho, rho_p) = found["tau"], found["rho"]
+    related = f"Kendall's τ {tau:.2f} (p = {tau_p:.2f}), Spearman's ρ {rho:.2f} (p = {rho_p:.2f})"
+    return f"{table(rows)}\n\n{related}, of {len(found['cells'])} algorithms that both have."
 
 
 def _row(study: Study, one: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:

@@ -4,7 +4,8 @@
 configuration, then four times where twice was better and half where it was not. Two values of one further key are tried
 where --cells names them. ``screen`` begins with the best of those (`recipes_cells.START`) and varies one finding at a
 time. ``final`` aligns by the best two of the screening at length, with three seeds, and ``curve`` draws their strict
-score against images into docs/figures.
+score against images into docs/figures. ``adopt`` makes the best cell that ``tune`` found of each algorithm that
+algorithm's cell of algorithms.py, whose table then needs only further seeds.
 
 Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
 it. Each cell is a JSON file under results/recipes, written when it ends: a finished cell is left alone, one that was
@@ -170,6 +171,16 @@ def work_of(
     return work
 
 
+def adopt(options: argparse.Namespace, target: Path = algorithms.OWN) -> None:
+    """Copy the best searched cell of each algorithm under its name, where no cell of its seed is yet."""
+    ended = recipes_table.load(options.results / "tune")
+    for own in recipes_table.grouped(ended, lambda cell: algorithm_of(cell["cell"])):
+        name, best = algorithm_of(own[0]["cell"]), own[0]
+        path = target / f"{name}-seed{best['seed']}.json"
+        if name in (options.cells or algorithms.CELLS):
+            run_once(path, lambda cell=best, name=name: {**cell, "cell": name, "found_as": cell["cell"]}, cell=name)
+
+
 def budget_of(name: str, options: argparse.Namespace) -> Budget:
     given = {key: getattr(options, key) for key in Budget.__dataclass_fields__ if getattr(options, key) is not None}
     return Budget(**{**vars(SEARCHES[name].budget), **given})
@@ -219,7 +230,7 @@ def end_cells(*_: Any) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("check", "time", *SEARCHES, "curve"))
+    parser.add_argument("what", choices=("check", "time", *SEARCHES, "adopt", "curve"))
     parser.add_argument("--table", action="store_true", help="print what a search has found, as markdown")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
@@ -238,6 +249,8 @@ def main() -> None:
         return check()
     if options.what == "time":
         return time_all(options)
+    if options.what == "adopt":
+        return adopt(options)
     if options.what == "curve":
         return recipes_table.curve(options.results / "final", ROOT / "docs" / "figures" / "recipes.png")
     if options.table:

@@ -203,3 +203,15 @@ def test_equal_draws_count_a_half() -> None:
     drawn = {"a": np.array([1.0, 1.0, 1.0, 1.0]), "b": np.array([0.0, 0.0, 2.0, 1.0])}
     assert compared.same(("a", "b"), drawn).tolist() == [1, 1, 0, 0.5]
     assert compared.same(("b", "a"), drawn).tolist() == [0, 0, 1, 0.5]
+
+
+def test_two_orders_of_ours_are_set_beside_each_other() -> None:
+    before, now = {"a": [0.6, 0.7], "b": [0.5], "c": [0.4], "gone": [0.1]}, {"c": [0.5], "b": [0.6], "a": [0.55]}
+    found = compared.changed(before, now)
+    assert list(found["cells"]) == ["b", "a", "c"] and found["cells"]["a"]["before"] == pytest.approx(0.65)
+    assert [own["rank_before"] for own in found["cells"].values()] == [2, 1, 3]
+    assert found["tau"][0] == pytest.approx(1 / 3) and found["rho"][0] == pytest.approx(0.5)
+    written = compared.changed_markdown(found, {"a": "A", "b": "B", "c": "C"})
+    assert "| A | 0.650 | 0.550 | 1 | 2 |" in written and written.endswith("of 3 algorithms that both have.")
+    with pytest.raises(SystemExit, match="fewer than two algorithms"):
+        compared.changed({"a": [0.1]}, now)

@@ -150,6 +150,16 @@ def test_the_third_learning_rate_lies_on_the_side_of_the_better(own: Any) -> Non
     assert set(own.recipes.third_rates(ends)) <= set(own.recipes_cells.TUNE)
 
 
+def test_the_best_of_a_search_becomes_the_algorithm_s_cell_and_replaces_none(own: Any, tmp_path: Path) -> None:
+    ends = {"nft-rate-1": 0.7, "nft-rate-2": 0.6, "awm-rate-1": 0.5, "awm-rate-2": 0.55}
+    written(tmp_path / "tune", [found(own, name, 0, [0.4, end]) for name, end in ends.items()])
+    (tmp_path / "awm-seed0.json").write_text('"there"')
+    own.recipes.adopt(SimpleNamespace(results=tmp_path, cells=None), tmp_path)
+    taken = json.loads((tmp_path / "nft-seed0.json").read_text())
+    assert (taken["cell"], taken["found_as"], taken["points"][-1][STRICT]) == ("nft", "nft-rate-1", 0.7)
+    assert (tmp_path / "awm-seed0.json").read_text() == '"there"'
+
+
 def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, tmp_path: Path) -> None:
     ends = {"start": 0.5, "tasks_weak": 0.6, "std_none": 0.55}
     written(tmp_path / "screen", [found(own, name, 0, [0.4, end]) for name, end in ends.items()])
