@@ -64,7 +64,7 @@ class EvaluationConfig(SamplingConfig):
     seed: int = 1234
     """Seed of their noises."""
     scorer: RewardConfig | None = None
-    """Judge of the images; null: ``geneval``."""
+    """Judge of the images; null: ``geneval`` with ``mode: official``, and the strict verdict beside it."""
     gold: list[RewardConfig] = Field(default_factory=list)
     """Further judges. What a run was not trained on tells whether it has learned or found a gap in its reward."""
     weights: Weights = "model"
