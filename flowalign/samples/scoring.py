@@ -67,6 +67,10 @@ class NamedScorer:
     needs: frozenset[str] = frozenset()
     parts: Mapping[str, float] = field(default_factory=dict)
 
+    def is_for(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether it scores the samples of a prompt, by the prompt's task."""
+        return self.tasks is None or task_of(row) in self.tasks
+
     @property
     def weights(self) -> dict[str, float]:
         """The weights in the total, by the names of scores."""
@@ -173,7 +177,7 @@ def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Chec
 
 
 def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
-    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in asked.metadata], bool)
+    applies = np.array([named.is_for(row) for row in asked.metadata], bool)
     rows = np.flatnonzero(applies).tolist()
     if not rows:
         nothing, keys = np.full(len(applies), np.nan), list(named.weights)
