@@ -24,7 +24,7 @@ from typing import Any
 import algorithms_compared
 import algorithms_table
 from alignments import Budget, Cell, run_cell, time_cells
-from cells import RESULTS, ROOT, STRICT, insert, run_once
+from cells import RESULTS, ROOT, STRICT, insert, positive, run_once
 
 from flowalign.intake.file import load_align
 
@@ -97,14 +97,16 @@ def write_compared(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("time", "run", "table", "compare"))
-    parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), help="names, with commas")
+    parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "algorithms")
     options = parser.parse_args()
-    unknown = sorted(set(options.cells) - set(CELLS))
-    if unknown:
+    if options.cells is not None and options.what in ("table", "compare"):
+        parser.error(f"--cells: {options.what} takes all cells that were run; leave it out")
+    options.cells = options.cells or list(CELLS)
+    if unknown := sorted(set(options.cells) - set(CELLS)):
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
     {"time": measure_cells, "run": run_cells, "table": write_table, "compare": write_compared}[options.what](options)
 
