@@ -25,6 +25,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.engine.device import check_device
 from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
+from flowalign.intake import check_scores as scorecheck
 from flowalign.intake.adapters import with_adapters
 from flowalign.intake.check_training import check_rollouts, check_signed_time, check_training
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
@@ -280,7 +281,8 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
-    yield partial(promptcheck.check_curriculum, config, needs)
+    yield partial(scorecheck.check_every_prompt_scored, config, needs)
+    yield partial(scorecheck.check_curriculum, config, needs)
     yield partial(promptcheck.check_tasks_taught, config, needs)
     for key, scale, model in _scales(config, needs):
         yield partial(promptcheck.check_guided, key, scale, model, prompts)
