@@ -41,7 +41,14 @@ from flowalign.record.log import say_once
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
-from flowalign.samples.offers import EVALUATION, TRAINING, check_gradient, check_reward, check_reward_names
+from flowalign.samples.offers import (
+    EVALUATION,
+    TRAINING,
+    check_gradient,
+    check_judge,
+    check_reward,
+    check_reward_names,
+)
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
@@ -247,9 +254,9 @@ def _reward_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Ca
 def _judge_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]:
     """Yield the checks that every judge can be had."""
     if config.evaluation.scorer is not None:
-        yield partial(check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
+        yield partial(check_judge, "evaluation.scorer", config.evaluation.scorer, base)
     for i, reward in enumerate(config.evaluation.gold):
-        yield partial(check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
+        yield partial(check_judge, f"evaluation.gold.{i}", reward, base)
     yield partial(check_reward_names, "evaluation", config.evaluation.judges)
 
 
