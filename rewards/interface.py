@@ -48,6 +48,10 @@ class Scorer(Protocol):
 
     One that needs more than this signature gives has ``answer`` in place of ``score``, as ``Answers`` has. One that
     asks others may have ``retried() -> dict[str, int]``: what had to be asked again since the last call.
+
+    One of ours may say before it has a model what a run can be held against: ``range``, the least and the largest value
+    of all its scores; ``check_row(row)``, which raises ``InputError`` for a row that could never be judged; and
+    ``absent(row)``, those of ``sometimes`` that no image of a row can have.
     """
 
     def score(self, images: Images, prompts: list[str], metadata: list[Metadata]) -> Mapping[str, Any]:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import rewards.scorers
-from rewards.interface import Metadata, Offers, Scorer, SpecError, blamed, needs_of
+from rewards.interface import MAX_MAGNITUDE, Metadata, Offers, Scorer, SpecError, blamed, needs_of
 from rewards.models.usercode import file_of, from_code, halves, is_file_name, module_of, nearest
 from rewards.question import declared
 from rewards.usercode import source
@@ -83,10 +84,26 @@ def row_check(spec: str | Mapping[str, Any]) -> Callable[[Metadata], None] | Non
 
     None where any row will do, and for a user's code, which is not run for that. Raises ``SpecError`` as ``check``.
     """
-    kind, options = _split(spec)
-    if ":" in kind or kind not in builtin_names():
-        return None
-    return getattr(_builtin(kind, options), "check_row", None)
+    return getattr(_of_ours(spec), "check_row", None)
+
+
+def row_absences(spec: str | Mapping[str, Any]) -> Callable[[Metadata], Collection[str]] | None:
+    """Return what tells which scores no image of a row can have; loads no model.
+
+    None where nobody can tell: every score may be of any row, or the code is the user's. Raises ``SpecError`` as
+    ``check``.
+    """
+    scorer = _of_ours(spec)
+    return getattr(scorer, "absent", None) if getattr(scorer, "sometimes", ()) else None
+
+
+def bounds(spec: str | Mapping[str, Any]) -> tuple[float, float]:
+    """Return the least and the largest value of a scorer's scores; larger magnitudes are masked. Loads no model.
+
+    Raises ``SpecError`` as ``check``.
+    """
+    low, high = getattr(_of_ours(spec), "range", (-math.inf, math.inf))
+    return max(low, -MAX_MAGNITUDE), min(high, MAX_MAGNITUDE)
 
 
 def further_scores(spec: str) -> tuple[str, ...]:
@@ -102,11 +119,8 @@ def answered(spec: str | Mapping[str, Any]) -> tuple[str, ...] | None:
 
     None for a user's code and for a server, of which nothing is known. Raises ``SpecError`` as ``check``.
     """
-    kind, options = _split(spec)
-    if ":" in kind or kind not in builtin_names():
-        return None
-    scorer = _builtin(kind, options)
-    return (getattr(scorer, "name", kind), *getattr(scorer, "further", ()))
+    scorer = _of_ours(spec)
+    return None if scorer is None else (getattr(scorer, "name", _split(spec)[0]), *getattr(scorer, "further", ()))
 
 
 def location_of(spec: str) -> str | None:
@@ -152,6 +166,12 @@ def _split(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not isinstance(kind, str) or not kind:
         raise SpecError(f"reward {spec!r} has no `type`; write a name, path/to/file.py:reward or url:http://…")
     return kind, options
+
+
+def _of_ours(spec: str | Mapping[str, Any]) -> Scorer | None:
+    """Return one of our scorers, not set up; None for a user's code and a server."""
+    kind, options = _split(spec)
+    return None if ":" in kind or kind not in builtin_names() else _builtin(kind, options)
 
 
 def _http(kind: str, options: dict[str, Any]) -> Scorer:

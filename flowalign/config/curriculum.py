@@ -18,6 +18,6 @@ class CurriculumConfig(Section):
     score: Annotated[str, Field(min_length=1)]
     """Score that tells whether an image passes: ``total``, or one of the rewards', such as ``geneval_strict``."""
     threshold: float = 1.0
-    """Least score of an image that passes."""
+    """Least score of an image that passes, above the least that the score can be and not beyond the largest."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Weight of a prompt that is passed always or never, beside 1 of one that is passed half of the time."""

@@ -186,10 +186,10 @@ class RewardConfig(Section):
     name: str | None = None
     """Name of its score; null: that of a scorer or an attribute, else the ``spec``."""
     weight: float = 1.0
-    """Weight in the total that is trained on."""
+    """Weight in the total that is trained on; of ``rewards`` alone."""
     parts: dict[str, float] = Field(default_factory=dict)
-    """Weights of further scores of the reward, each of which is then trained on as a reward of its own. Where such a
-    score is NaN and the main one is not, it does not apply.
+    """Weights of further scores of the reward, each of which is then trained on as a reward of its own; of ``rewards``
+    alone. Where such a score is NaN and the main one is not, it does not apply.
     """
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
     """Tasks (``task``, else ``tag``) of the prompts that it scores; null: all."""

@@ -14,7 +14,7 @@ from flowalign.intake.check import algorithm_of
 from flowalign.intake.check_walk import renamed_grids
 from flowalign.intake.paths import resolve_run
 from flowalign.intake.resolved import recorded_contents
-from flowalign.record.contents import ACCEPT, digests, leaves, may_hold_other, same
+from flowalign.record.contents import ACCEPT, digests, has_digest, leaves, located, may_hold_other, same
 from flowalign.record.log import say_once
 from flowalign.record.manifest import manifests
 
@@ -59,7 +59,7 @@ def refuse_changes(old: Config, new: Config, run_dir: Path, accepted: Collection
         raise ConfigError("name", f"{run_dir} holds a run of another command; choose another name")
     later = old.model_copy(update={"algorithm": _with_later_options(old.algorithm)})
     old = resolve_run(later, run_dir, code=True)  # type: ignore[type-var]
-    old = renamed_grids(old, new, run_dir)  # type: ignore[type-var]
+    old = _measured_alone(renamed_grids(old, new, run_dir))  # type: ignore[type-var]
     held = recorded_contents(run_dir)
     was, now = (leaves(config.model_dump(mode="json")) for config in (old, new))
     changed = [
@@ -104,6 +104,8 @@ def _refuse_other_contents(
             continue
         if was.get(key) != now.get(key) or held.get(key, digest) == digest or key in accepted:
             continue
+        if (place := located(now[key])) is not None and has_digest(place[0], held[key]):
+            continue
         said = f"{now[key]} holds something else than when {run_dir} was begun"
         if digest.startswith("file:"):
             raise ConfigError(
@@ -112,6 +114,14 @@ def _refuse_other_contents(
                 f"{ACCEPT} {key}",
             )
         say_once(f"{key}: {said}; it is used all the same")
+
+
+def _measured_alone(old: Config) -> Config:
+    """Return an earlier run without the weights of its evaluations' scorers, which did nothing and are refused now."""
+    evaluation, unused = old.evaluation, {"weight": 1.0, "parts": {}}
+    scorer = None if evaluation.scorer is None else evaluation.scorer.model_copy(update={**unused, "gold": False})
+    gold = [judge.model_copy(update=unused) for judge in evaluation.gold]
+    return old.model_copy(update={"evaluation": evaluation.model_copy(update={"scorer": scorer, "gold": gold})})
 
 
 def _records_what_it_is_made_of(run_dir: Path) -> bool:

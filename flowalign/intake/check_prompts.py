@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig, RewardConfig
 from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
-from flowalign.samples.offers import names_of
 
 
 def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
@@ -145,37 +144,6 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
             raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
 
 
-def check_curriculum(config: AlignConfig, needs: Needs) -> None:
-    """Check that something trained or measured tells of every prompt that may be drawn whether it was passed."""
-    from rewards.composite import TOTAL, prefixes
-    from rewards.interface import ScorerError
-    from rewards.resolve import answered
-
-    curriculum, key = config.data.curriculum, "data.curriculum.score"
-    if curriculum is None:
-        return
-    if not needs.scores:
-        raise ConfigError("data.curriculum", f"{config.algorithm['type']} learns without scores; leave it out")
-    owners: dict[str, RewardConfig | None] = {TOTAL: None}
-    scores: list[tuple[str, ...] | None] = []
-    for reward, prefix in zip(config.rewards, prefixes(names_of(config.rewards)), strict=True):
-        try:
-            scores.append(answered({"type": reward.spec, **reward.options}))
-        except ScorerError:
-            return  # check_reward says it
-        owners |= {reward.label: reward, **{prefix + further: reward for further in (scores[-1] or ())[1:]}}
-    if curriculum.score not in owners and None not in scores:  # else its first answer says it
-        raise ConfigError(key, f"no reward answers {curriculum.score!r}; {nearest(curriculum.score, owners)}")
-    owner = owners.get(curriculum.score)
-    if owner is not None and owner.gold:
-        raise ConfigError(key, f"{curriculum.score} is gold, and nothing is trained by that; give it weight: 0 instead")
-    if owner is not None and owner.tasks is not None:
-        weights = config.data.task_weights
-        drawn = _tasks_of(config.data.prompts, lambda row: weights.get(str(row.get("tag") or ""), 1) > 0)
-        if left := [task for task in drawn if task not in owner.tasks]:
-            raise ConfigError(key, f"{curriculum.score} is not for the task {left[0]!r}; take another, or `total`")
-
-
 def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
     """Check that every task that a scorer of an evaluation is for occurs in its prompts."""
     scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
@@ -186,16 +154,13 @@ def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
             _check_tasks_there(key, reward, source, found)
 
 
-def _tasks_of(source: str, which: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> list[str]:
-    """Return the tasks of the prompts in their order, or of those ``which`` are meant.
-
-    There is none where the prompts cannot be read, which `check_prompts` says.
-    """
+def _tasks_of(source: str) -> list[str]:
+    """Return the tasks of the prompts in their order; none where they cannot be read, which `check_prompts` says."""
     from flowalign.data.prompts import PromptsError, load_prompts
     from flowalign.types import task_of
 
     try:
-        return list(dict.fromkeys(map(task_of, filter(which, load_prompts(source)))))
+        return list(dict.fromkeys(map(task_of, load_prompts(source))))
     except PromptsError:
         return []
 

@@ -25,6 +25,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.engine.device import check_device
 from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
+from flowalign.intake import check_scores as scorecheck
 from flowalign.intake.adapters import with_adapters
 from flowalign.intake.check_training import check_rollouts, check_signed_time, check_training
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
@@ -40,7 +41,14 @@ from flowalign.record.log import say_once
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
-from flowalign.samples.offers import EVALUATION, TRAINING, check_gradient, check_reward, check_reward_names
+from flowalign.samples.offers import (
+    EVALUATION,
+    TRAINING,
+    check_gradient,
+    check_judge,
+    check_reward,
+    check_reward_names,
+)
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"
@@ -246,9 +254,9 @@ def _reward_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Ca
 def _judge_checks(config: RunConfig, base: Path) -> Iterator[Callable[[], None]]:
     """Yield the checks that every judge can be had."""
     if config.evaluation.scorer is not None:
-        yield partial(check_reward, "evaluation.scorer", config.evaluation.scorer, base, EVALUATION)
+        yield partial(check_judge, "evaluation.scorer", config.evaluation.scorer, base)
     for i, reward in enumerate(config.evaluation.gold):
-        yield partial(check_reward, f"evaluation.gold.{i}", reward, base, EVALUATION)
+        yield partial(check_judge, f"evaluation.gold.{i}", reward, base)
     yield partial(check_reward_names, "evaluation", config.evaluation.judges)
 
 
@@ -280,7 +288,8 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
-    yield partial(promptcheck.check_curriculum, config, needs)
+    yield partial(scorecheck.check_every_prompt_scored, config, needs)
+    yield partial(scorecheck.check_curriculum, config, needs)
     yield partial(promptcheck.check_tasks_taught, config, needs)
     for key, scale, model in _scales(config, needs):
         yield partial(promptcheck.check_guided, key, scale, model, prompts)

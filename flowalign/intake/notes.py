@@ -10,6 +10,7 @@ from flowalign.config.pathfamilies import canonical
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig, OptimizerConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.intake.check_scores import notes_of_scores
 from flowalign.intake.notes_of_walks import notes_of_walks
 from flowalign.intake.paths import shipped_names
 from flowalign.models.recorded import recorded_model
@@ -75,7 +76,7 @@ def _notes_of_alignment(config: AlignConfig) -> list[str]:
     notes += _decay("learner.optimizer.weight_decay", optimizer.weight_decay, decayed)
     notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
     notes += _ends_learning(config.learner.optimizer, updates)
-    notes += _keeps_no_best(config)
+    notes += [*_keeps_no_best(config), *notes_of_scores(config)]
     if "every" in config.checkpoint.model_fields_set:
         notes += _only_last("checkpoint.every", config.checkpoint.every, config.iterations, "iterations", "is saved")
     return notes

@@ -161,12 +161,20 @@ def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _result_rows(named: NamedScorer, pictures: Pictures, scores: Scores) -> list[dict[str, Any]]:
-    """Return GenEval's results rows; verdict and reason come from the scorer where it can explain itself."""
+    """Return GenEval's results rows; verdict and reason come from the scorer where it can explain itself.
+
+    Of samples that it is not for, by their tasks, it is not asked.
+    """
     batch, values = pictures.batch, scores.by_reward[named.name].tolist()
     metadata = [dict(row) for row in batch.metadata]
+    verdicts: list[Any] = [None] * len(batch)
     with named.apart, blamed(named.name, " while it explained its scores"):
-        explain, own = getattr(named.scorer, "verdicts", None), copy.deepcopy(metadata)
-        verdicts: list[Any] = explain(pictures.images.numpy().copy(), own) if explain else [None] * len(batch)
+        explain = getattr(named.scorer, "verdicts", None)
+        places = [i for i, row in enumerate(metadata) if named.is_for(row)] if explain else []
+        if explain and places:
+            own = copy.deepcopy([metadata[i] for i in places])
+            for place, verdict in zip(places, explain(pictures.images.numpy()[places], own), strict=True):
+                verdicts[place] = verdict
     rows = []
     for i, verdict in enumerate(verdicts):
         row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}

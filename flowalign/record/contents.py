@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flowalign.config.training import PretrainConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.files import sha256
+from flowalign.record.pipelinefiles import files_read
 
 LARGE = 64 * 2**20
 END = 2**20
@@ -91,12 +92,24 @@ def digest_of(path: Path) -> str | None:
         if path.is_file():
             return f"file:{_of_file(path)}"
         if (path / "model_index.json").is_file():
-            return f"pipeline:{base_hash(path)}:{_of_folder(path)}"
+            return f"pipeline:{base_hash(path)}:{_of_folder(path, files_read)}"
         if (path / checkpoint.MANIFEST).is_file() or (path / "checkpoints").is_dir():
             return f"checkpoint:{sha256(checkpoint.find(path, None, lambda text: None) / checkpoint.MANIFEST)}"
         return f"folder:{_of_folder(path)}" if path.is_dir() else None
     except (OSError, CheckpointError, TooMany):
         return None
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Tell whether a path's content has a digest, as this version makes it or an older one, which took all files of a
+    pipeline."""
+    made = digest_of(path)
+    if made is None or made == digest or base_of(made) is None or base_of(made) != base_of(digest):
+        return made == digest
+    try:
+        return digest == f"pipeline:{base_of(made)}:{_of_folder(path)}"
+    except (OSError, TooMany):
+        return False
 
 
 class TooMany(Exception):
@@ -115,12 +128,16 @@ def _of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(folder: Path, read: Callable[[Collection[str]], Collection[str]] = lambda names: names) -> str:
+    """Return a hash of names, sizes and small texts in a folder, of the files that are ``read``."""
     digest = hashlib.sha256()
-    for path in sorted(_files(folder)):
-        size = path.stat().st_size
-        held = sha256(path) if path.suffix in TEXTS and size <= END else ""
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{held}\n".encode(errors="surrogateescape"))
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(_files(folder))}
+    counted = read(files)
+    for name, path in files.items():
+        if name in counted:
+            size = path.stat().st_size
+            held = sha256(path) if path.suffix in TEXTS and size <= END else ""
+            digest.update(f"{name}\0{size}\0{held}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -151,11 +168,10 @@ def same(before: Any, after: Any, recorded: str | None, run_dir: Path) -> bool:
     was, now = located(before), located(after)
     if was is None or now is None or was[1] != now[1]:
         return False
-    held = digest_of(now[0])
-    if held is None:
-        return False
     known = recorded or digest_of(was[0])
-    return held == known if known is not None else moved(was[0], run_dir, None) == now[0]
+    if known is not None:
+        return has_digest(now[0], known)
+    return digest_of(now[0]) is not None and moved(was[0], run_dir, None) == now[0]
 
 
 def may_hold_other(before: Any, after: Any) -> bool:
@@ -179,7 +195,7 @@ def relocated(values: dict[str, Any], run_dir: Path, began: str | None, held: Ma
         if _is_written(key) or place is None or place[0].exists():
             continue
         new = moved(place[0], run_dir, began)
-        if new is not None and held.get(key) in (None, digest_of(new)):
+        if new is not None and (held.get(key) is None or has_digest(new, held[key])):
             found[key] = f"{new}{place[1]}"
             put(values, key.split("."), found[key])
     return found

@@ -28,8 +28,9 @@ from flowalign.run.made import MadeOf
 from flowalign.safety.collapse import CollapseAlarm
 from flowalign.safety.hacking import ALARM, HackingAlarm
 from flowalign.safety.signals import CollapseSignals
+from flowalign.safety.silent import SilentScores
 from flowalign.samples.opened import torch_threads
-from flowalign.samples.scoring import faults
+from flowalign.samples.scoring import faults, unscored
 from flowalign.types import Scores
 
 RESTARTS = "learner/restarts"
@@ -89,6 +90,10 @@ class RunJournal:
         self._progress = Progress(console, config.total, start, command=config.command)
         self._samples, self._learning_s = 0, 0.0  # since the last row
         self._masked: dict[str, int] = {}
+        self._silent, self._unscored_said = (
+            SilentScores(min(safety.window, config.total or safety.window), known),
+            False,
+        )
         self._best_said = not policy.keep_best
 
     def wall_s(self) -> float:
@@ -106,6 +111,7 @@ class RunJournal:
         self._stop.done = iteration
         if collected is not None:
             self.say_faults(f"iteration {iteration}", collected.scores)
+            self._say_unscored(iteration, collected.scores, metrics)
             metrics = metrics | self._measure(collected)
         metrics = metrics | self._alarm.update(metrics)
         self._warn(iteration, [key.rpartition("/")[2] for key, on in metrics.items() if key.startswith(ALARM) and on])
@@ -140,6 +146,18 @@ class RunJournal:
             if scores.retries.get(name) or masked > self._masked.get(name, 0):
                 self._progress.say(f"reward {name} in {when}: {said}")
             self._masked[name] = max(masked, self._masked.get(name, 0))
+
+    def _say_unscored(self, iteration: int, scores: Scores, metrics: Mapping[str, float]) -> None:
+        """Say once that images have no total since no score applies to them, and which scores never came."""
+        said = unscored(scores)
+        if said and not self._unscored_said:
+            self._progress.say(f"warning at iteration {iteration}: {said}; they have no total reward")
+        self._unscored_said = self._unscored_said or bool(said)
+        for name in self._silent.update(metrics, scores.weights):
+            self._progress.say(
+                f"warning at iteration {iteration}: {name} is trained on, and was NaN on every image so far, so that "
+                "its weight does nothing; see why its reward answers none, or leave it out"
+            )
 
     def _say_best_unknown(self, measured: Iterable[str]) -> None:
         """Say once that no checkpoint can be the best, since what tells it is not measured."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from flowalign.rows import Rows
 from flowalign.types import Condition, Conditions, PromptBatch, Scores, Trajectories
@@ -69,8 +70,8 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         retries.setdefault(name, Counter()).update(counts)
     names = dict.fromkeys(name for part in parts for name in part.by_reward)
     nothing = [torch.full_like(part.total, float("nan")) for part in parts]
-    routed = dict.fromkeys(name for part in parts for name in part.applies)
-    everywhere = [torch.ones_like(part.valid) for part in parts]
+    owners = one_owner(part.owners for part in parts)
+    applies = {name: torch.cat([_applies(part, name, owners.get(name, name)) for part in parts]) for name in names}
     return Scores(
         by_reward={k: torch.cat([p.by_reward.get(k, n) for p, n in zip(parts, nothing, strict=True)]) for k in names},
         total=torch.cat([p.total for p in parts]),
@@ -78,6 +79,15 @@ def cat_scores(parts: Sequence[Scores]) -> Scores:
         causes=causes,
         weights=parts[0].weights,
         retries={name: dict(counts) for name, counts in retries.items()},
-        applies={k: torch.cat([p.applies.get(k, e) for p, e in zip(parts, everywhere, strict=True)]) for k in routed},
-        owners=one_owner(part.owners for part in parts),
+        applies={name: own for name, own in applies.items() if not own.all()},
+        owners=owners,
     )
+
+
+def _applies(part: Scores, name: str, owner: str) -> Tensor:
+    """Return which samples of a chunk a score is for; where the chunk has none of it, those that its reward is for.
+
+    A scorer that is for none of a chunk's tasks is not asked, so that nobody knows there which further scores it has.
+    """
+    asked = name if name in part.by_reward else owner
+    return part.applies.get(asked, torch.ones_like(part.valid))

@@ -32,6 +32,20 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
         )
 
 
+def check_judge(key: str, judge: RewardConfig, base_dir: Path) -> None:
+    """Check that a scorer of an evaluation can be had, and has no key that only says how a reward is trained on."""
+    for name in ("weight", "parts"):
+        if getattr(judge, name) != getattr(RewardConfig(spec=judge.spec), name):
+            raise ConfigError(
+                f"{key}.{name}",
+                "weighs what is trained on, and an evaluation measures all scores as they are; leave it out, or name "
+                "the reward under `rewards` as well",
+            )
+    if judge.gold and key.endswith(".scorer"):
+        raise ConfigError(f"{key}.gold", "a scorer of evaluations is never trained on; leave it out")
+    check_reward(key, judge, base_dir, EVALUATION)
+
+
 def check_gradient(key: str, reward: RewardConfig, base_dir: Path, algorithm: str) -> None:
     """Check that the reward can be differentiated where the learner is: in this process, of every sample."""
     check_reward(key, reward, base_dir, LEARNER)

@@ -20,6 +20,7 @@ from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.sde import step_log_prob
 from flowalign.flow.solvers import ode_solver
 from flowalign.models.base import Policy
+from flowalign.models.encoders import Encoders
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
@@ -230,6 +231,17 @@ def check_lengths(condition: Condition, shape: SampleShape) -> None:
         raise ValueError(f"texts of {shape.text} and {shape.negative} tokens were encoded to {found[0]} and {found[1]}")
 
 
+def _decoded(encoders: Encoders, final_NCHW: Tensor, at_once: int) -> Tensor:
+    """Decode what is left over of batches of ``at_once``, uint8 (N, H, W, 3).
+
+    One alone is decoded beside itself where others have company: convolutions of one sample take another kernel in
+    float32 on some CPUs, and the picture other last bits than in a larger chunk.
+    """
+    if len(final_NCHW) == 1 < at_once:
+        return encoders.decode(torch.cat([final_NCHW, final_NCHW]))[:1]
+    return encoders.decode(final_NCHW)
+
+
 def rollout(
     policy: Policy,
     batch: PromptBatch,
@@ -276,7 +288,8 @@ def rollout(
         caching=caching_of(network, plan.cache, caches),
     )
     refuse_non_finite(final, policy_version, plan)
-    images = torch.cat([encoders.decode(part).cpu() for part in final.split(decode_batch_size)])
+    at_once = min(decode_batch_size, (geometry or 1) * len(branching.granularities))
+    images = torch.cat([_decoded(encoders, part, at_once).cpu() for part in final.split(decode_batch_size)])
     rows, final = branching.samples_of_images(len(batch)), final.cpu()
     made = batch.take(rows)
     trajectories = Trajectories(

@@ -67,6 +67,10 @@ class NamedScorer:
     needs: frozenset[str] = frozenset()
     parts: Mapping[str, float] = field(default_factory=dict)
 
+    def is_for(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether it scores the samples of a prompt, by the prompt's task."""
+        return self.tasks is None or task_of(row) in self.tasks
+
     @property
     def weights(self) -> dict[str, float]:
         """The weights in the total, by the names of scores."""
@@ -173,7 +177,7 @@ def together(parts: Sequence[tuple[Sequence[int], Checked]], count: int) -> Chec
 
 
 def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
-    applies = np.array([named.tasks is None or task_of(row) in named.tasks for row in asked.metadata], bool)
+    applies = np.array([named.is_for(row) for row in asked.metadata], bool)
     rows = np.flatnonzero(applies).tolist()
     if not rows:
         nothing, keys = np.full(len(applies), np.nan), list(named.weights)
@@ -287,11 +291,20 @@ def _counted(causes: Mapping[str, int]) -> str:
     return ", ".join(f"{cause} × {count}" if count > 1 else cause for cause, count in causes.items())
 
 
+def unscored(scores: Scores) -> str:
+    """Say how many samples no score that is trained on applies to; empty where there is none. Nobody failed there."""
+    applies = [scores.applies.get(name, torch.ones_like(scores.valid)) for name in scores.weights]
+    bare = len(scores.valid) - int(torch.stack(applies).any(0).sum()) if applies else 0
+    names = ", ".join(scores.weights)
+    return f"nothing that is trained on applies to {bare} of {len(scores.valid)} images ({names})" if bare else ""
+
+
 def require_valid(scores: Scores, fraction: float) -> None:
     """Raise TooManyInvalid below ``fraction`` of valid samples, naming the causes."""
     share = scores.valid.float().mean().item()
     if share < fraction:
-        why = ", ".join(f"{cause}: {count}" for cause, count in sorted(scores.causes.items())) or "no cause recorded"
+        causes = [f"{cause}: {count}" for cause, count in sorted(scores.causes.items())]
+        why = ", ".join([*causes, *filter(None, [unscored(scores)])]) or "no cause recorded"
         raise TooManyInvalid(
             f"only {share:.0%} of {len(scores.valid)} samples have a usable reward, "
             f"min_valid_fraction is {fraction:.0%} ({why}); nothing was updated"

@@ -79,6 +79,14 @@ class GenevalScorer(Answers):
         """Raise InputError for a row that could never be judged, or of which the detector finds nothing."""
         check_row(metadata, *self._known, self.rules.max_objects)
 
+    def absent(self, metadata: Metadata) -> set[str]:
+        """Return the clauses' scores that a row has none of, whatever its images show.
+
+        Raise InputError for a row of another form.
+        """
+        there = judge(metadata, {}).credits if self.kinds else {}
+        return {_clause_score(kind) for kind in self.kinds if kind not in there}
+
     def verdicts(self, images: Images, metadata: list[Metadata]) -> list[Verdict]:
         """Return the full verdict on each image (N, H, W, 3).
 

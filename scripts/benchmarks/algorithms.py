@@ -25,7 +25,7 @@ from typing import Any
 import algorithms_compared
 import algorithms_table
 from alignments import Budget, Cell, run_cell, time_cells
-from cells import RESULTS, ROOT, STRICT, insert, run_once
+from cells import RESULTS, ROOT, STRICT, insert, positive, run_once
 
 from flowalign.intake.file import load_align
 
@@ -115,15 +115,17 @@ def write_changed(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("time", "run", "table", "compare", "changed"))
-    parser.add_argument("--cells", type=lambda text: text.split(","), default=list(CELLS), help="names, with commas")
+    parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "algorithms")
     parser.add_argument("--against", type=Path, default=OWN.with_name("algorithms-base-1"), help="of `changed`")
     options = parser.parse_args()
-    unknown = sorted(set(options.cells) - set(CELLS))
-    if unknown:
+    if options.cells is not None and options.what in ("table", "compare", "changed"):
+        parser.error(f"--cells: {options.what} takes all cells that were run; leave it out")
+    options.cells = options.cells or list(CELLS)
+    if unknown := sorted(set(options.cells) - set(CELLS)):
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
     written = {"table": write_table, "compare": write_compared, "changed": write_changed}
     ({"time": measure_cells, "run": run_cells} | written)[options.what](options)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import RESULTS, ROOT, flowalign, machine, write
+from cells import RESULTS, ROOT, flowalign, machine, positive, write
 from pictures import CHUNK, Judge, insert_table, opened
 
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--num-samples", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "caching")
     options = parser.parse_args()
     found = run(options)

@@ -104,7 +104,7 @@ def study(description: str | None, name: str, cells: Collection[str], usual: Seq
     parser.add_argument("what", choices=("run", "table"))
     some = "" if len(usual) == len(cells) else f"; by default {len(usual)} of {len(cells)}"
     parser.add_argument("--cells", type=named, default=list(usual), help=f"with semicolons{some}")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / name)
     return parser
 
@@ -114,6 +114,17 @@ def run_once(target: Path, run_cell: Callable[[], Mapping[str, Any]], **cell: An
     if not target.exists():
         write(target, run_cell())
         print(json.dumps({**cell, "file": shown(target)}), flush=True)
+
+
+def positive(text: str) -> int:
+    """Read a whole number of 1 or more, as an argument's ``type``."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return number
 
 
 def slug(name: str, longest: int = 120) -> str:

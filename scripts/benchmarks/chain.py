@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, align, flowalign, machine, write
+from cells import RESULTS, ROOT, align, flowalign, machine, positive, write
 from pictures import Judge, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--num-samples", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "chain")
     options = parser.parse_args()
     run = options.aligned

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import positive
 
 from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.data.prompts import evaluation_batch
@@ -50,7 +51,7 @@ def judged(detector: Any, images: np.ndarray, rows: list[dict[str, Any]]) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--path", default=str(SHIPPED / "detector"))
     parser.add_argument("--clip", default=str(SHIPPED / "colors"))
     options = parser.parse_args()

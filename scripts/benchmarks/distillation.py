@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, ROOT, STRICT, TASKS, align, flowalign, machine, write
+from cells import RESULTS, ROOT, STRICT, TASKS, align, flowalign, machine, positive, write
 
 from flowalign.record.metrics import read_metrics
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--teacher-iterations", type=int, default=60)
     parser.add_argument("--student-iterations", type=int, default=80)
     parser.add_argument("--students", type=lambda text: text.split(","), default=list(STUDENTS))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "distillation")
     options = parser.parse_args()
     options.work_dir = options.work_dir.resolve()

@@ -32,11 +32,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import machine
+from cells import machine, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.flow.density import LogitNormal, Mode, Uniform
+from flowalign.models.checked import check_pipeline
 from flowalign.record.contents import base_hash
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.pipeline import TEXT_TAIL, load, new_transformer
@@ -214,9 +217,13 @@ def main() -> None:
     parser.add_argument("--times", choices=list(TIMES), default="logit_normal")
     parser.add_argument("--tasks", default="position")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    try:
+        check_pipeline("--pipeline", arguments.pipeline, ModelConfig(path=str(arguments.pipeline)))
+    except ConfigError as error:
+        parser.error(str(error))
     pipeline = load(arguments.pipeline)
     network, vae = pipeline.transformer, pipeline.vae.eval()
     if arguments.start == "fresh":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, write
+from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, write
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.sections import RewardConfig
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--samples", type=int, default=1200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "preferences")
     options = parser.parse_args()
     work = options.work_dir.resolve()

@@ -242,6 +242,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recipes")
     options = parser.parse_args()
+    if options.cells is not None and (options.what not in SEARCHES or options.table):
+        parser.error("--cells: of a search that runs; check, time, curve and tables take all cells, leave it out")
+    if min(options.threads, options.jobs) < 1:
+        parser.error("--threads, --jobs: write 1 or more")
     options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve()
     if options.what in SEARCHES and (unknown := set(options.cells or ()) - set(SEARCHES[options.what].cells)):
         parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(SEARCHES[options.what].cells)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import positive
 
 import flowalign.shapes
 from flowalign.config.sections import ModelConfig
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--max-sequence-length", type=int, default=16)
     parser.add_argument("--device", default="cpu")

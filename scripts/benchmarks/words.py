@@ -28,15 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import machine, write
+from cells import machine, positive, write
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.data.prompts import evaluation_batch
 from flowalign.models.base import Policy
 from flowalign.models.build import load_policy
+from flowalign.models.checked import check_pipeline
+from flowalign.models.errors import ModelError
 from flowalign.samples.opened import ode_plan
 from flowalign.samples.rollout import rollout
 from flowalign.shapes.build.pipeline import TEXT_TAIL
@@ -187,14 +190,19 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=SHIPPED / "pipeline")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--sheet", type=Path)
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts of each task")
-    parser.add_argument("--group", type=int, default=24)
-    parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--reader-steps", type=int, default=600)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=positive, default=24, help="held-out prompts of each task")
+    parser.add_argument("--group", type=positive, default=24)
+    parser.add_argument("--pairs", type=positive, default=96)
+    parser.add_argument("--reader-steps", type=positive, default=600)
+    parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    policy = load_policy(ModelConfig(path=str(options.pipeline), dtype="bfloat16"))
+    model = ModelConfig(path=str(options.pipeline), dtype="bfloat16")
+    try:
+        check_pipeline("--pipeline", options.pipeline, model)
+        policy = load_policy(model)
+    except (ConfigError, ModelError) as error:
+        parser.error(str(error))
     if options.sheet:
         sheet(policy, options.sheet)
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flowalign.cli import app
+from flowalign.record.files import sha256
+from flowalign.run.made.base import changed_base
 
 PROMPT = ("--prompt", "a photo of a star", "--num-images", "1", "--num-steps", "2")
 
@@ -83,14 +87,84 @@ def test_another_text_encoder_than_a_run_was_trained_with_is_refused_by_whatever
     assert "text_encoder/model.safetensors has changed" in said + caplog.text
 
 
+UNREAD = {
+    "transformer/notes.txt": "mine",
+    "transformer/.DS_Store": "",
+    "text_encoder/model.fp16.safetensors": "a variant",
+    "text_encoder/flax_model.msgpack": "of another library",
+    "text_encoder/pytorch_model.bin": "a pickle beside safetensors",
+    "vae/samples/picture.png": "",
+    "tokenizer/README.md": "",
+}
+
+
+def lay(base: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
+def test_files_that_nothing_reads_may_come_and_go(tmp_path: Path, base: Path, model: dict[str, Any]) -> None:
+    lay(base, {"vae/old.txt": "a note"})
+    run = trained(tmp_path, base, **model)
+    (base / "vae" / "old.txt").unlink()
+    lay(base, UNREAD)
+    for command in (
+        ("sample", run, *PROMPT, "--out", tmp_path / "images"),
+        ("export", run, "--to", tmp_path / "export", "--as", "lora" if model else "pipeline"),
+        ("evaluate", run, "--num-samples", 2),
+        ("align", tmp_path / "run.yaml", "iterations=2"),
+    ):
+        code, said = flowalign(*command)
+        assert code == 0, said
+        assert "is new" not in said and "is gone" not in said
+
+
+def recorded(base: Path, files: Iterable[Path]) -> dict[str, str]:
+    return {path.relative_to(base).as_posix(): sha256(path) for path in files}
+
+
+def of_an_earlier_version(base: Path) -> dict[str, dict[str, str]]:
+    """What checkpoints of earlier versions have of a base: all files of the folders, of very many one hash for all."""
+    files = recorded(base, (path for path in base.rglob("*") if path.is_file() and path.name[0] != "."))
+    if len(files) > 1000:
+        lines = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
+        files = {"*": hashlib.sha256(lines.encode()).hexdigest()}
+    return {"model.path": files}
+
+
+def test_a_record_of_an_earlier_version_is_compared_by_what_is_read(base: Path) -> None:
+    lay(base, {"vae/old.txt": "a note", "text_encoder/model.fp16.safetensors": "a variant"})
+    state = {"made_of": of_an_earlier_version(base)}
+    assert changed_base(state, base, weights_too=True) is None
+    for name in ("vae/old.txt", "text_encoder/model.fp16.safetensors"):
+        (base / name).unlink()
+    lay(base, {"transformer/notes.txt": "mine"})
+    assert changed_base(state, base, weights_too=True) is None
+    (base / "vae" / "config.json").unlink()
+    assert changed_base(state, base, weights_too=True) == "vae/config.json is gone"
+
+
+def test_a_record_of_an_earlier_version_of_very_many_files_holds_with_what_is_not_read(base: Path) -> None:
+    lay(base, {f"vae/{number}.txt": str(number) for number in range(1000)})
+    state = {"made_of": of_an_earlier_version(base)}
+    assert [*state["made_of"]["model.path"]] == ["*"]
+    assert changed_base(state, base, weights_too=True) is None
+    (base / "vae" / "7.txt").write_text("another")  # nobody can tell which file it was
+    said = changed_base(state, base, weights_too=True)
+    assert said is not None and "has changed, been added or gone" in said
+
+
 def test_a_base_of_very_many_files_is_compared_as_it_is_recorded(tmp_path: Path, base: Path) -> None:
-    """Of more than a thousand files a run keeps one hash for all."""
+    """Of more than a thousand files a run keeps one hash for all; those that are not read are not among them."""
     for number in range(1000):
-        (base / "vae" / f"{number}.txt").write_text(str(number))
+        lay(base, {f"vae/{number}.json": str(number), f"vae/{number}.txt": ""})
     run = trained(tmp_path, base)
+    (base / "vae" / "7.txt").write_text("another")
     code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images")
     assert code == 0, said
-    (base / "vae" / "7.txt").write_text("another")
+    (base / "vae" / "7.json").write_text("another")
     code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "others")
     assert code == 2 and "has changed, been added or gone" in said
 

@@ -31,6 +31,9 @@ def test_there_is_none_unless_it_is_asked_for(tmp_path: Path) -> None:
     [
         ["data.curriculum={score: total, threshold: 0.9}"],
         ["data.curriculum={score: geneval}"],
+        ["data.curriculum={score: geneval, threshold: 1.0e-3}"],
+        ["data.curriculum={score: jpeg, threshold: -2}", "rewards=[jpeg]"],
+        ["data.curriculum={score: mine, threshold: 90}", "rewards=[{spec: 'r.py:mine'}]"],
         ["data.curriculum={score: later}", "rewards=[{spec: 'r.py:mine'}]"],  # its first answer says whether
         ["data.curriculum={score: a.geneval_strict}", "rewards=[{spec: geneval, name: a}, {spec: geneval, name: b}]"],
         ["data.curriculum={score: geneval_positions}", "rewards=[{spec: geneval, options: {clauses: true}}]"],
@@ -63,6 +66,42 @@ def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path
         (
             [STRICT, "rewards=[{spec: jpeg}, {spec: geneval, tasks: [counting, colors]}]"],
             r"data\.curriculum\.score: geneval_strict is not for the task 'single_object'",
+        ),
+        (
+            ["data.curriculum={score: geneval_strict, threshold: 1.5}"],
+            r"data\.curriculum\.threshold: is 1\.5, which no image reaches: geneval_strict lies between 0 and 1; write "
+            r"a number above 0 to 1",
+        ),
+        (["data.curriculum={score: geneval, threshold: 0}"], r"data\.curriculum\.threshold: is 0, which every image"),
+        (
+            ["data.curriculum={score: total, threshold: -3}"],
+            r"curriculum\.threshold: .*total lies between 0 and 1",
+        ),
+        (
+            [
+                "data.curriculum={score: total, threshold: 3.5}",
+                "rewards=[{spec: geneval, weight: 3, tasks: [position]}, "
+                "{spec: geneval, name: b, weight: -1, options: {clauses: true}, parts: {geneval_counts: 0.4}}]",
+            ],
+            r"data\.curriculum\.threshold: .*between -1 and 3\.4;",
+        ),
+        (["data.curriculum={score: jpeg}", "rewards=[jpeg]"], r"threshold: is 1, which no .*between -1e\+06 and 0;"),
+        (
+            ["data.curriculum={score: sky, threshold: 1.0e+7}", "rewards=[{spec: 'r.py:mine', parts: {sky: 1}}]"],
+            r"data\.curriculum\.threshold: is 1e\+07, which no image reaches: sky lies between -1e\+06 and 1e\+06",
+        ),
+        (["data.curriculum={score: geneval, threshold: .inf}"], r"data\.curriculum\.threshold"),
+        (
+            ["data.curriculum={score: sky}", "rewards=[jpeg, {spec: 'r.py:mine', parts: {sky: 1}, tasks: [position]}]"],
+            r"data\.curriculum\.score: sky is not for the task 'single_object'",
+        ),
+        (
+            [
+                "data.curriculum={score: geneval_positions}",
+                "rewards=[{spec: geneval, options: {clauses: true}}]",
+                "data.task_weights={position: 0}",
+            ],
+            r"data\.curriculum\.score: no prompt that may be drawn can have a geneval_positions; take another",
         ),
         (
             [STRICT, "algorithm={type: opd, teachers: {a: {path: model}}}", "rewards=[]"],

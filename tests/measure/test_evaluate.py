@@ -40,6 +40,27 @@ def result(base: Path, run: Path) -> EvaluationResult:
     return evaluate_checkpoint(sampled_model(run, run_config(base)))
 
 
+def test_a_scorer_for_some_tasks_is_not_asked_to_explain_prompts_that_it_cannot_judge(
+    base: Path, run: Path, tmp_path: Path
+) -> None:
+    judged = {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "red"}]}
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a poem", "tag": "texts"}, {"prompt": "a photo of a red star", **judged}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_config(
+        base,
+        rollout={"chunk_size": 1},
+        evaluation={"num_samples": 3, "num_steps": 2, "scorer": {"spec": "geneval", "tasks": ["colors"]}},
+    )
+    found = evaluate_checkpoint(sampled_model(run, config), prompts=str(prompts))
+    assert [row["tag"] for row in found.rows] == ["texts", "colors", "texts"]
+    assert [row["score"] is None for row in found.rows] == [True, False, True]
+    assert [row["reason"] == "" and not row["correct"] for row in found.rows][::2] == [True, True]
+    strict = found.rows[1]["score"] if found.rows[1]["correct"] else 0.0
+    assert found.metrics["eval/geneval_strict/overall"] == found.metrics["eval/geneval_strict/colors"] == strict
+    assert not [key for key in found.metrics if key.endswith("/texts")]
+
+
 def scores(**by_reward: list[float]) -> Scores:
     tensors = {name: torch.tensor(values) for name, values in by_reward.items()}
     total = next(iter(tensors.values()))

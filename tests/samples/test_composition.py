@@ -14,6 +14,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.check_prompts import check_reward_tasks
+from flowalign.measure.evaluate import evaluation_metrics
 from flowalign.safety.hacking import HackingAlarm
 from flowalign.samples.joined import cat_scores
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, reward_metrics, score_images
@@ -194,3 +195,42 @@ def test_tasks_that_no_prompt_has_and_prompts_that_no_reward_is_for_are_refused_
 def test_a_reward_for_every_prompt_beside_one_for_some_is_fine():
     rewards = [{"spec": "geneval"}, {"spec": "jpeg", "tasks": ["counting", "colors"]}]
     check_reward_tasks([RewardConfig.model_validate(reward) for reward in rewards], "shapes:train")
+
+
+class Judge:
+    """A verdict beside its main score, and one more that a scorer answers where it applies."""
+
+    name = "judge"
+    sometimes = ("seldom",)
+
+    def score(self, images, prompts, metadata):
+        ones = np.ones(len(images))
+        return {
+            "judge": ones,
+            "strict": ones,
+            "seldom": np.where([row["tag"] == "position" for row in metadata], 1, np.nan),
+        }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("tasks", [("position",), ("position", "counting"), ("colors",)])
+def test_however_chunks_are_cut_a_scorer_for_some_tasks_tells_the_same_of_them(size, tasks):
+    """Chunks without such a task do not ask it, so that its further scores are unknown there and not everywhere."""
+    rows = [*ROWS, *ROWS]
+    images = IMAGES.repeat(2, 1, 1, 1).numpy()
+    scorers = NamedScorer("all", 1.0, Mean()), NamedScorer("judge", 1.0, Judge(), tasks)
+
+    def chunk(own):
+        asked = Asked(images[own], [""] * len(rows[own]), rows[own])
+        return merge([score_images(s, asked) for s in scorers], {"all": 1.0, "judge": 1.0})
+
+    whole = chunk(slice(None))
+    joined = cat_scores([chunk(slice(i, i + size)) for i in range(0, len(rows), size)])
+    assert joined.by_reward.keys() == whole.by_reward.keys() and joined.applies.keys() == whole.applies.keys()
+    for name, values in whole.by_reward.items():
+        torch.testing.assert_close(joined.by_reward[name], values, rtol=0, atol=0, equal_nan=True)
+        expected = whole.applies.get(name, torch.ones(len(rows), dtype=torch.bool))
+        assert torch.equal(joined.applies.get(name, torch.ones_like(expected)), expected), name
+    assert torch.equal(joined.total, whole.total) and joined.owners == whole.owners
+    assert evaluation_metrics(joined, rows) == pytest.approx(evaluation_metrics(whole, rows), nan_ok=True)
+    assert evaluation_metrics(joined, rows)["eval/strict/overall"] == 1

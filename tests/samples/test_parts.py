@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,15 @@ from flowalign.algorithms.parts.credit import advantages
 from flowalign.config.sections import RewardConfig
 from flowalign.measure.evaluate import evaluation_metrics
 from flowalign.samples.joined import cat_scores
-from flowalign.samples.scoring import load_scorers, merge, reward_metrics, score_images
+from flowalign.samples.scoring import (
+    TooManyInvalid,
+    load_scorers,
+    merge,
+    require_valid,
+    reward_metrics,
+    score_images,
+    unscored,
+)
 from flowalign.shapes.render import Thing, render
 from flowalign.types import Scores
 from rewards.interface import Asked, InvalidScores
@@ -147,3 +156,14 @@ def test_clauses_of_an_evaluation_are_means_over_the_tasks_that_have_them():
     metrics = evaluation_metrics(scores, [RELATED, RELATED, COUNTED])
     assert metrics["eval/geneval_positions/overall"] == metrics["eval/geneval_positions/position"] == 0.5
     assert metrics["eval/geneval_counts/overall"] == 0.5 and "eval/geneval_counts/position" not in metrics
+
+
+def test_too_few_images_with_a_total_are_said_with_what_applies_to_none_of_them(tmp_path):
+    rows = answers([9, 9, NAN, 9], [NAN, NAN, NAN, 1])
+    scores = scored(tmp_path, rows, {"weight": 0, "parts": {"where": 1}})
+    said = "(all/nan: 1, where/nan: 1, nothing that is trained on applies to 2 of 4 images (where)); nothing"
+    with pytest.raises(TooManyInvalid, match=re.escape(said)):
+        require_valid(scores, 0.5)
+    require_valid(scores, 0.25)
+    assert unscored(scored(tmp_path, rows, {"parts": {"where": 1}})) == ""
+    assert unscored(Scores({}, torch.zeros(0), torch.zeros(0, dtype=torch.bool))) == ""

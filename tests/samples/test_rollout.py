@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowalign.algorithms.flow_grpo import FlowGRPO
-from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.config.sections import SHIPPED, LoraConfig, ModelConfig
 from flowalign.models.build import add_lora, bind_weights, disabled_adapters, load_policy, reference_velocity
 from flowalign.models.errors import ModelError
 from flowalign.models.fixed_geometry import fixed_geometry
@@ -67,6 +67,35 @@ def test_chunks_and_their_order_do_not_change_a_sample(policy):
     order = torch.arange(len(batch)).flip(0)
     for one, other in zip(*(made.condition.take(order).expand().values() for made in (joined, whole)), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_last_picture_of_a_chunk_is_decoded_as_those_that_are_not_alone():
+    """In float32, where a convolution of one sample takes another kernel on some CPUs."""
+    shapes = load_policy(ModelConfig(path=str(SHIPPED / "pipeline")))
+    batch, plan = prompt_batch(24), SamplingPlan(sigmas=(1.0, 0.5, 0.0))
+
+    def pictures(size, **options):
+        made = (rollout(shapes, c, plan, seed=3, policy_version=0, length=2, **options) for c in batch.chunks(size))
+        return torch.cat([one.pictures.images for one in made])
+
+    together = pictures(2, geometry=2)
+    assert torch.equal(pictures(1, geometry=2), together)
+    assert torch.equal(pictures(3, geometry=3, decode_batch_size=2), pictures(3, geometry=3))
+
+
+def test_pictures_that_are_all_decoded_alone_need_no_room_for_two(policy, monkeypatch):
+    seen, decode = [], policy.encoders.decode
+    monkeypatch.setattr(policy.encoders, "decode", lambda latents: seen.append(len(latents)) or decode(latents))
+    plan = SamplingPlan(sigmas=(1.0, 0.0))
+    for options, expected in (
+        ({"geometry": 1}, [1]),
+        ({"geometry": 4, "decode_batch_size": 1}, [1]),
+        ({}, [1]),
+        ({"geometry": 4}, [2]),
+    ):
+        seen.clear()
+        assert len(rollout(policy, prompt_batch(1), plan, seed=3, policy_version=0, length=16, **options).pictures) == 1
+        assert seen == expected
 
 
 def test_the_noise_of_a_step_does_not_depend_on_the_window(policy):

@@ -22,7 +22,7 @@ from flowalign.record.contents import ACCEPT, base_hash_of
 from flowalign.run.made.hashing import Hashes, Unsteady, holds
 from flowalign.run.made.ingredients import Part, is_manifest, parts_of
 from flowalign.run.made.late import Expected
-from flowalign.run.made.records import UNREADABLE, Record, difference, record_of, said_of, stamp_of
+from flowalign.run.made.records import UNREADABLE, Record, pipeline_difference, record_of, said_of, stamp_of
 
 RECORD = "made_of"
 _PUT_BACK = "put back what was there, and the same command goes on from the last checkpoint"
@@ -185,7 +185,7 @@ class MadeOf:
         return not holds(part.path, self._hash(part))
 
     def _difference(self, key: str, recorded: Mapping[str, str]) -> dict[str, list[str | None]]:
-        return difference(recorded, record_of(self._of(key), self._hash)[key])
+        return pipeline_difference(key, recorded, self._of(key), self._hash)
 
     def _check_accepted(self, known: Sequence[str]) -> None:
         for key in self._accepted.keys:

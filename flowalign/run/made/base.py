@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flowalign.run.made.hashing import hash_file
-from flowalign.run.made.ingredients import Part, pipeline_parts
-from flowalign.run.made.records import ALL, UNREADABLE, difference, record_of, said_of, stamp_of
+from flowalign.run.made.ingredients import pipeline_parts
+from flowalign.run.made.records import ALL, hash_now, pipeline_difference, said_of
 
 KEY = "model.path"
 _TRAINED = ("transformer/*.safetensors", "transformer/*.safetensors.index.json", "transformer/*.bin")
@@ -31,14 +29,6 @@ def changed_base(state: Mapping[str, Any], model: Path, *, weights_too: bool) ->
 
     # Of more files than are listed there is one hash for all, the transformer's weights among them.
     parts = [part for part in pipeline_parts(KEY, model) if ALL in recorded or counts(part.name)]
-    found = record_of(parts, _hash).get(KEY, {})
-    changes = difference({name: known for name, known in recorded.items() if counts(name)}, found)
+    was = {name: known for name, known in recorded.items() if counts(name)}
+    changes = pipeline_difference(KEY, was, parts, hash_now)
     return said_of(parts, changes) if changes else None
-
-
-def _hash(part: Part) -> str:
-    now = stamp_of(part)
-    if part.path is not None and now is not None:
-        with suppress(OSError):
-            return hash_file(part.path, now)
-    return UNREADABLE

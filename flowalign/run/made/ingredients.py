@@ -26,6 +26,7 @@ from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.contents import UNREAD, leaves
 from flowalign.record.manifest import digest_of
+from flowalign.record.pipelinefiles import files_read
 from flowalign.record.textfiles import TextError, read_object
 from flowalign.shapes import prompts as shapes
 from rewards.resolve import location_of
@@ -140,10 +141,10 @@ def _code(key: str, location: str, base_dir: Path = Path(".")) -> Iterator[Part]
     return (Part(key, name, file) for name, file in files_of_code(location, base_dir).items())
 
 
-def pipeline_parts(key: str, root: Path) -> Iterator[Part]:
-    """Yield the files that loading a pipeline reads.
+def pipeline_parts(key: str, root: Path, *, unread: bool = False) -> Iterator[Part]:
+    """Yield the files that loading a pipeline reads; with ``unread`` also the others beside them.
 
-    These are its index, what an export of ours says of itself, and the folders of its parts.
+    These are its index, what an export of ours says of itself, and in the folders of its parts `files_read`.
     """
     try:
         index = read_object(root / "model_index.json")
@@ -154,8 +155,9 @@ def pipeline_parts(key: str, root: Path) -> Iterator[Part]:
         if (root / name).is_file():
             yield Part(key, name, root / name)
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and any(value)):
-        for file in files_under(root / name):
-            yield Part(key, file.relative_to(root).as_posix(), file)
+        files = {file.relative_to(root).as_posix(): file for file in files_under(root / name)}
+        read = files if unread else files_read(files)
+        yield from (Part(key, file, path) for file, path in files.items() if file in read)
 
 
 def _teacher(key: str, path: str, teacher: TeacherConfig) -> Iterator[Part]:

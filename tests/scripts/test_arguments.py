@@ -1,0 +1,40 @@
+"""Arguments of the benchmarks that cannot be: a sentence and exit code 2, nothing is run and nothing ignored."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["words.py", "--threads", "0"], "argument --threads: '0' is no whole number of 1 or more"),
+        (["words.py", "--group", "none"], "argument --group: 'none' is no whole number of 1 or more"),
+        (["words.py", "--pipeline", "{here}"], "--pipeline: {here} has no model_index.json"),
+        (["words.py", "--pipeline", "{here}/none"], "--pipeline: {here}/none is not a directory"),
+        (["layout.py", "--pipeline", "{here}"], "--pipeline: {here} has no model_index.json"),
+        (["algorithms.py", "compare", "--cells", "nft"], "--cells: compare takes all cells that were run"),
+        (["algorithms.py", "run", "--cells", "nfd"], "--cells: no cell 'nfd'"),
+        (["recipes.py", "check", "--cells", "start"], "--cells: of a search that runs"),
+        (["recipes.py", "screen", "--table", "--cells", "start"], "--cells: of a search that runs"),
+        (["recipes.py", "tune", "--threads", "0"], "--threads, --jobs: write 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    asked: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script, *arguments = (word.format(here=tmp_path) for word in asked)
+    program = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and shown.out == ""
+    assert said.format(here=tmp_path) in " ".join(shown.err.split())
