@@ -128,23 +128,33 @@ def run_cell(
 
 def asked(name: str, cell: Cell, seed: int, budget: Budget) -> dict[str, Any]:
     """What a run is, apart from where it ran and what it found."""
-    sums = (SHIPPED / "SHA256SUMS").read_text().splitlines()
-    shipped = "\n".join(line for line in sums if line.split()[-1].startswith("pipeline/"))
     return {
         "cell": name,
         "config": f"configs/shapes/{cell.config}.yaml",
         "overrides": dict(cell.overrides),
-        "base": hashlib.sha256(shipped.encode()).hexdigest()[:12],
+        "base": base_digest(),
         "seed": seed,
         **vars(budget),
     }
+
+
+def base_digest() -> str:
+    """What tells the shipped base from an earlier one."""
+    sums = (SHIPPED / "SHA256SUMS").read_text().splitlines()
+    shipped = "\n".join(line for line in sums if line.split()[-1].startswith("pipeline/"))
+    return hashlib.sha256(shipped.encode()).hexdigest()[:12]
+
+
+def images_in(row: Mapping[str, Any]) -> int:
+    """Images that an iteration made and a reward judged, by its row of the metrics."""
+    return round(row.get("throughput/images_per_s", 0) * row.get("time/iteration_s", 0))
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each evaluation found, and what had been used by then."""
     found, images, transitions = [], 0, 0
     for row in rows:
-        images += round(row.get("throughput/images_per_s", 0) * row.get("time/iteration_s", 0))
+        images += images_in(row)
         transitions += int(row.get("learner/transitions", 0))
         if STRICT not in row:
             continue

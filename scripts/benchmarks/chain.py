@@ -1,121 +1,190 @@
-"""The whole chain on shapes: base, alignment, four-step student, export; how much of the alignment's gain is left.
+"""How much of an alignment's gain a student of four steps keeps, and what it takes to keep 90 % of it.
 
-Starts from a Flow-GRPO run (made here unless ``--aligned`` names one), exports it, lets it draw noise and images,
-straightens it on these pairs (``--by reflow``) or distils it on these images, in rounds of 8 and 4 steps (``--by
-progressive``) or to its consistency function (``--by consistency``), exports the student as a plain pipeline and judges
-base, aligned model and student on the same prompts and noises: strict GenEval at the run's own 10 steps, at 8 and at 4.
-Writes one JSON file.
+One aligned model, a run of configs/shapes/flow_grpo.yaml that is made here unless ``--aligned`` names one, is exported
+(its average, which such a run evaluates), draws noise and images, and is made into students of four steps in the ways
+of chain_cells.py. Each student is exported as a plain pipeline and judged against base and aligned model on the same
+prompts and noises: strict GenEval at 4 steps and at the alignment's 10. What it keeps is (student at 4 steps - base) /
+(aligned - base), both at 10 steps, with a 95 % interval over prompts; 90 % is kept where all of the interval is above.
 
-    python scripts/benchmarks/chain.py --aligned runs/shapes-flow-grpo
+Each cell is a JSON file under results/chain, written when it ends: a finished cell is left alone, one that was killed
+goes on, one of another base, aligned model, number of images or way is refused. Cells that begin alike share what they
+share. ``check`` loads all configurations and runs nothing, ``table`` prints what there is as markdown. The best of
+several cells is partly luck: ``--seeds 1`` trains it once more and judges all models by other noises.
+
+    python scripts/benchmarks/chain.py check
+    python scripts/benchmarks/chain.py run --aligned runs/shapes-flow-grpo --jobs 2 --threads 1
+    python scripts/benchmarks/chain.py run --aligned runs/shapes-flow-grpo --cells long --seeds 1 --num-samples 4800
+    python scripts/benchmarks/chain.py table
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from cells import RESULTS, ROOT, align, flowalign, machine, positive, write
-from pictures import Judge, opened, train
+from alignments import base_digest, images_in
+from cells import RESULTS, ROOT, align, machine, positive, run_once
+from chain_cells import CELLS, STEPS, Cell
+from chain_students import ENDING, exported, made_student, weights_of
+from chain_table import kept_by, markdown
+from pictures import Judge, opened
+from recipes import end_cells, refuse_another, side_by_side
 
+from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, SamplingConfig
+from flowalign.data.banks.latents import LatentBank, save_bank
+from flowalign.intake.file import read_yaml
+from flowalign.record.metrics import read_metrics
 
+OWN = RESULTS / "chain"
 BASE = SHIPPED / "pipeline"
-SAMPLED = {
-    "10": SamplingConfig(num_steps=10),
-    "8": SamplingConfig(num_steps=8, grid="paper"),
-    "4": SamplingConfig(num_steps=4, grid="paper"),
-}
-SECOND_ORDER = {"4, dpmpp_2m": SamplingConfig(num_steps=4, grid="paper", solver="dpmpp_2m")}
+MOST_CELLS = 12
+FEW = SamplingConfig(num_steps=STEPS, grid="paper")
+SAMPLED = {"10": SamplingConfig(num_steps=10), "4": FEW}
+ALIGNED = {**SAMPLED, "8": SamplingConfig(num_steps=8, grid="paper")}  # the walk that two rounds of halving begin with
+JUDGING = threading.Lock()  # torch's number of threads is that of a thread, its memory that of all
 
 
-def exported(source: Path, to: Path, kind: str, threads: int) -> Path:
-    if not to.exists():
-        flowalign(["export", str(source), "--to", str(to), "--as", kind], threads, to.with_suffix(".log"))
-    return to
+@cache
+def judge_of(num_samples: int) -> Judge:
+    return Judge(num_samples)
 
 
-def made_pairs(aligned: Path, options: argparse.Namespace) -> Path:
-    """Noises and what the aligned model makes of them: pairs for a reflow, its own images for a distillation."""
-    pairs = options.work_dir / "pairs"
-    if not (pairs / "manifest.json").is_file():
-        asked = ["--pairs", str(options.pairs), "--num-steps", "8", "--solver", "heun"]
-        log = options.work_dir / "pairs.log"
-        flowalign(["make-pairs", str(aligned), "--to", str(pairs), *asked], options.threads, log)
-    return pairs
+def judged(
+    model: Path, samplings: Mapping[str, SamplingConfig], seed: int, options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Scores of a pipeline at each number of steps, and its verdict on each image: ``1`` for a right one."""
+    with JUDGING:
+        torch.set_num_threads(options.threads)
+        judge, policy, found = judge_of(options.num_samples), opened(model, "model")[0], {}
+        for name, sampling in samplings.items():
+            made = judge.draw(policy, sampling, seed=7 + 1000 * seed)
+            found[name] = {**judge.score(made), "right": "".join(str(int(v)) for v in judge.verdicts(made))}
+    return found
 
 
-def reflowed(aligned: Path, options: argparse.Namespace) -> Path:
-    """A straightening on the pairs of the aligned model, from the aligned model itself."""
-    work, pairs = options.work_dir, made_pairs(aligned, options)
-    keys = {"latents": str(pairs), "model.path": str(aligned), "phases.0.iterations": options.steps}
-    run = train("pretrain", "reflow", keys, options.threads, work, "reflow")
-    return exported(run, work / "reflow-model", "ema", options.threads)
+def run_reference(who: Mapping[str, Any], run: Path, aligned: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Base and aligned model, which all students of a seed are held against."""
+    rows = read_metrics(run / "metrics.jsonl")
+    alignment = {"run": read_yaml(run / "config.yaml")["algorithm"]["type"], "iterations": rows[-1]["iteration"]}
+    alignment |= {"images": sum(map(images_in, rows))}
+    models = {"base": BASE, "aligned": aligned}
+    scores = {name: judged(model, ALIGNED, who["seed"], options) for name, model in models.items()}
+    return {**who, "alignment": alignment, "machine": machine(options.threads), "scores": scores}
 
 
-def distilled(aligned: Path, options: argparse.Namespace) -> Path:
-    """Rounds of 8 and 4 steps, each from the student before it, on the aligned model's own images."""
-    start, pairs = aligned, made_pairs(aligned, options)
-    for steps in (8, 4):
-        keys = {"latents": str(pairs), "phases.0.iterations": options.steps // 2, "algorithm.num_steps": steps}
-        keys |= {"phases.0.learning_rate": 2.0e-4}
-        keys |= {"model.path": str(start), "teacher.path": str(start), "evaluation.num_steps": steps}
-        run = train("distill", "progressive", keys, options.threads, options.work_dir, f"progressive-{steps}")
-        start = exported(run, options.work_dir / f"progressive-{steps}-model", "ema", options.threads)
-    return start
+def run_cell(
+    wanted: Mapping[str, Any], cell: Cell, aligned: Path, reference: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    student, cost = made_student(cell, aligned, wanted["seed"], options)
+    samplings = {name: s.model_copy(update={"solver": cell.solver}) for name, s in SAMPLED.items()}
+    scores = judged(student, samplings, wanted["seed"], options)
+    kept = kept_by(scores, json.loads(reference.read_text())["scores"])
+    return {**wanted, "machine": machine(options.threads), "cost": cost, "scores": scores, "kept": kept}
 
 
-def made_consistent(aligned: Path, options: argparse.Namespace) -> Path:
-    """One consistency distillation, of the aligned model on its own images."""
-    keys = {"latents": str(made_pairs(aligned, options)), "phases.0.iterations": options.steps // 2}
-    keys |= {"model.path": str(aligned), "teacher.path": str(aligned), "phases.0.learning_rate": 2.0e-4}
-    keys |= {"evaluation.num_steps": 4}
-    run = train("distill", "consistency", keys, options.threads, options.work_dir, "consistency")
-    return exported(run, options.work_dir / "consistency-model", "ema", options.threads)
+def search(options: argparse.Namespace) -> None:
+    run = options.aligned or options.work_dir / "aligned"
+    if options.aligned is None:
+        make = partial(align, "flow_grpo", {"seed": 0}, options.threads, options.work_dir, "aligned")
+        all_end({run: make}, 1)
+    weights, references, students = weights_of(run), {}, {}
+    aligned = options.work_dir / weights / "aligned-model"
+    for seed in options.seeds:
+        who = {"base": base_digest(), "aligned": weights, "num_samples": options.num_samples, "seed": seed}
+        reference = options.results / f"reference-seed{seed}.json"
+        for name, cell in options.cells.items():
+            wanted, target = {"cell": name, **who, **cell.plain}, options.results / f"{name}-seed{seed}.json"
+            refuse_another(target, wanted)
+            begin = partial(run_cell, wanted, cell, aligned, reference, options)
+            students[target] = partial(run_once, target, begin, cell=name, seed=seed)
+        refuse_another(reference, who)
+        begin = partial(run_reference, who, run, aligned, options)
+        references[reference] = partial(run_once, reference, begin, cell="reference", seed=seed)
+    all_end({aligned: partial(exported, run, aligned, options.threads)}, 1)
+    all_end(references, 1)
+    all_end(students, options.jobs)
 
 
-STUDENTS = {"reflow": reflowed, "progressive": distilled, "consistency": made_consistent}
+def all_end(work: Mapping[Path, Callable[[], Any]], jobs: int) -> None:
+    if failed := side_by_side(work, jobs):
+        raise SystemExit(f"{len(failed)} of {len(work)} failed: {', '.join(failed)}")
+
+
+def faults(cells: Mapping[str, Cell]) -> Iterator[str]:
+    """Yield what is wrong with the configurations of cells, and cells that are the same way."""
+    known: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_bank(Path(folder), LatentBank(torch.zeros(1, 4, 8, 8), torch.tensor([0]), ["a photo of a star"]))
+        for name, cell in cells.items():
+            first = known.setdefault(json.dumps(cell.plain), name)
+            if first != name:
+                yield f"{name}: is the same way as {first}"
+            try:
+                steps = [link.load(BASE, Path(folder)).evaluation.num_steps for link in cell.links]
+            except ConfigError as error:
+                yield f"{name}: {error}"
+                continue
+            if steps[-1] != STEPS:
+                yield f"{name}: ends with a student of {steps[-1]} steps, not {STEPS}"
+
+
+def check() -> None:
+    found = list(faults(CELLS))
+    if len(CELLS) > MOST_CELLS:
+        found.append(f"{len(CELLS)} cells; at most {MOST_CELLS} fit into a night")
+    print(json.dumps({"cells": len(CELLS), "faults": found}))
+    if found:
+        raise SystemExit(2)
+
+
+def end(number: int, _: Any) -> NoReturn:
+    """Begin nothing new, and hand SIGTERM on, so that what runs writes a checkpoint to go on from."""
+    ENDING.set()
+    if number == signal.SIGTERM:
+        end_cells()
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one of configs/shapes")
-    parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--by", choices=tuple(STUDENTS), default="progressive")
-    parser.add_argument("--pairs", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--num-samples", type=int, default=600)
-    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("what", choices=("check", "run", "table"))
+    parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one that is made here")
+    parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--num-samples", type=int, default=1200, help="images of a model at each number of steps")
+    parser.add_argument("--pairs", type=int, help="for a trial, instead of a cell's own")
+    parser.add_argument("--steps", type=int, help="of each link, for a trial, instead of a cell's own")
+    parser.add_argument("--jobs", type=positive, default=1, help="cells side by side")
+    parser.add_argument("--threads", type=positive, default=2, help="of each")
+    parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "chain")
     options = parser.parse_args()
-    run = options.aligned
-    if run is None:
-        keys = {"iterations": options.iterations, "learner.optimizer.decay_steps": options.iterations}
-        run = align("flow_grpo", keys, options.threads, options.work_dir, "aligned")
-    model = exported(run, options.work_dir / "aligned-model", "pipeline", options.threads)
-    student = STUDENTS[options.by](model, options)
-    torch.set_num_threads(options.threads)
-    judge = Judge(options.num_samples)
-    scores: dict[str, dict[str, Any]] = {}
-    for name, path in (("base", BASE), ("aligned", model), ("student", student)):
-        policy = opened(path, "model")[0]
-        own = {"solver": "consistency"} if name == "student" and options.by == "consistency" else {}
-        settings = SAMPLED | (SECOND_ORDER if name == "aligned" else {})
-        scores[name] = {key: judge(policy, s.model_copy(update=own)) for key, s in settings.items()}
-    base, aligned, few = scores["base"]["10"]["geneval"], scores["aligned"]["10"]["geneval"], scores["student"]["4"]
-    found = {
-        "by": options.by,
-        "machine": machine(options.threads),
-        "prompts": options.num_samples,
-        "scores": scores,
-        "gain": aligned - base,
-        "gain_left_at_4_steps": (few["geneval"] - base) / (aligned - base),
-        "gain_left_at_4_steps_without_student": (scores["aligned"]["4"]["geneval"] - base) / (aligned - base),
-    }
-    write(RESULTS / f"chain-{options.by}.json", found)
-    print(json.dumps({key: value for key, value in found.items() if key != "scores"}, indent=1))
+    options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve()
+    options.aligned = options.aligned and options.aligned.resolve()
+    if unknown := set(options.cells or ()) - set(CELLS):
+        parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(CELLS)}")
+    if options.what == "check":
+        return check()
+    if options.what == "table":
+        return print(markdown(options.results))
+    options.cells = {name: CELLS[name].shortened(options.pairs, options.steps) for name in options.cells or CELLS}
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    try:
+        search(options)
+    except KeyboardInterrupt:
+        print("ended early: the same command continues", file=sys.stderr)
+        raise SystemExit(75) from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flowalign.measure.features import OpenClipFeatures, batches_of, extract
 from flowalign.models.base import Policy
 from flowalign.samples.opened import open_policy, policy_plan
 from flowalign.samples.rollout import rollout
-from flowalign.samples.scoring import load_scorer, question, score_images
+from flowalign.samples.scoring import NamedScorer, load_scorer, question, score_images
 from flowalign.types import Pictures, Samples
 from rewards.models.openclip import OpenClip
 
@@ -63,6 +63,11 @@ def insert_table(name: str, table: str, page: Path = ROOT / "docs" / "pretrainin
     page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
 
 
+def strict_geneval() -> NamedScorer:
+    spec = RewardConfig(spec="geneval", name="geneval", options={"mode": "strict", "detector": "palette"})
+    return load_scorer(spec, ROOT)
+
+
 class Judge:
     """Draws the evaluation prompts with fixed seeds and says how far the images are from true scenes.
 
@@ -77,8 +82,7 @@ class Judge:
         self._clip.setup("cpu")
         self._features = OpenClipFeatures(self._clip)
         self._reference = self._of(true_scenes(num_reference, seed=1))
-        spec = RewardConfig(spec="geneval", name="geneval", options={"mode": "strict", "detector": "palette"})
-        self.geneval = load_scorer(spec, ROOT)
+        self.geneval = strict_geneval()
 
     def _of(self, images: np.ndarray) -> np.ndarray:
         return extract(self._features, batches_of(images), len(images))
@@ -89,13 +93,15 @@ class Judge:
         return [rollout(policy, chunk, plan, seed=seed, policy_version=0, length=2, geometry=CHUNK) for chunk in chunks]
 
     def score(self, made: list[Samples]) -> dict[str, float]:
-        images = torch.cat([chunk.pictures.images for chunk in made])
-        verdicts = score_images(self.geneval, question(Pictures(self.batch, images)))
-        images = images.numpy()
-        values = verdicts.scores["geneval"]
+        images = torch.cat([chunk.pictures.images for chunk in made]).numpy()
         measured = compare(self._of(images), self._reference, metrics=("fid", "precision", "recall"))
         measured["clip"] = clip_score(images, list(self.batch.prompts), self._clip)
-        return measured | {"geneval": float(np.nanmean(np.asarray(values)))}
+        return measured | {"geneval": float(np.nanmean(self.verdicts(made)))}
+
+    def verdicts(self, made: list[Samples]) -> np.ndarray:
+        """(N,): 1 of an image that shows what its prompt says, 0 of another, NaN of one that could not be judged."""
+        images = torch.cat([chunk.pictures.images for chunk in made])
+        return np.asarray(score_images(self.geneval, question(Pictures(self.batch, images))).scores["geneval"])
 
     def __call__(self, policy: Policy, sampling: SamplingConfig, seed: int = 7) -> dict[str, float]:
         return self.score(self.draw(policy, sampling, seed))
