@@ -21,20 +21,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import algorithms
-import psutil
 import recipes_table
-from alignments import Budget, Cell, asked, faults, run_cell, time_cells
+from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
 from cells import RESULTS, ROOT, run_once, shown, words
 from recipes_cells import FINDINGS, SCREEN, TUNE, screened
 
@@ -155,38 +150,6 @@ def usual(name: str, options: argparse.Namespace) -> list[str]:
     return [cell["cell"] for cell in found[:2]]
 
 
-def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
-    """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
-    there = json.loads(target.read_text()) if target.exists() else wanted
-    if other := [key for key, value in wanted.items() if there.get(key) != value]:
-        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
-
-
-def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:
-    """Run cells, each a process of its own, so many at a time; return those that failed, whose logs say why."""
-    failed: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run): target.stem for target, run in work.items()}
-        try:
-            for done in as_completed(running):
-                if isinstance(error := done.exception(), subprocess.CalledProcessError):
-                    print(json.dumps({"cell": running[done], "exit_code": error.returncode}), flush=True)
-                    failed.append(running[done])
-                else:
-                    done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
-
-
-def end_cells(*_: Any) -> NoReturn:
-    """Hand SIGTERM on, so that the cells write a checkpoint to go on from."""
-    for child in psutil.Process().children():
-        child.terminate()
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "time", *SEARCHES, "curve"))
@@ -213,12 +176,8 @@ def main() -> None:
     if options.table:
         found = recipes_table.load(options.results / options.what)
         return print(recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found))
-    signal.signal(signal.SIGTERM, end_cells)
-    try:
+    with ended_early():
         run_search(options.what, options)
-    except KeyboardInterrupt:
-        print("ended early: the same command continues", file=sys.stderr)
-        raise SystemExit(75) from None
 
 
 if __name__ == "__main__":
