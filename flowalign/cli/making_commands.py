@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowalign.cli.options import Json, Seed, Source, Weights
+from flowalign.cli.options import Json, Seed, Source, Weights, finite
 from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
@@ -88,6 +88,9 @@ def make_preferences(
     pairs: Annotated[int, typer.Option(min=1)] = 2000,
     out: Path = Path("preferences"),
     group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
+    min_difference: Annotated[
+        float, typer.Option(min=0, callback=finite, help="of their scores; groups below it give no pair")
+    ] = 0.0,
     seed: Seed = 0,
     weights: Weights = "model",
     as_json: Json = False,
@@ -107,6 +110,15 @@ def make_preferences(
     console = make_console(as_json)
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "pairs")
-    card = write_preferences(source, named, out, prompts=prompts, pairs=pairs, group_size=group_size, progress=shown)
+    card = write_preferences(
+        source,
+        named,
+        out,
+        prompts=prompts,
+        pairs=pairs,
+        group_size=group_size,
+        min_difference=min_difference,
+        progress=shown,
+    )
     console.print(f"{counts_of(card)}; written to {out}")
     print_json(as_json, {**card, "out": str(out)})

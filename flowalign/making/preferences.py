@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from flowalign.types import Pictures, SamplingPlan
 
 SHARD = 500  # pairs a file
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
+NEAR = "whose best and worst scores are nearer than asked for"
 PATIENCE = 20  # groups that may be drawn for each pair that is wanted
 
 
@@ -41,20 +43,24 @@ def make_preferences(
     prompts: str,
     pairs: int,
     group_size: int = 8,
+    min_difference: float = 0.0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write ``pairs-*.parquet`` and ``preferences.json``; returns what the latter holds.
 
     The columns are Pick-a-Pic v2's, the scores and the tag. Images are PNG; which place the better one has is drawn
-    from the model's seed. Groups whose scores are all equal give no pair and are counted.
+    from the model's seed. Groups whose scores are all equal give no pair and are counted; so do those whose best and
+    worst score differ by less than ``min_difference`` >= 0, in the reward's own unit.
 
     Raises:
-        ConfigError: ``out`` holds a set already, prompts and reward do not fit, or guidance has nothing to lead away
-            from.
+        ConfigError: ``out`` holds a set already, prompts and reward do not fit, guidance has nothing to lead away
+            from, or ``min_difference`` is no difference that the reward's scores can have.
         PreferencesError: the reward tells too few images apart.
     """
     if any(out.glob("*.parquet")):
         raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
+    if not 0 <= min_difference < math.inf:
+        raise ConfigError("--min-difference", f"{min_difference} is no difference of scores; give 0 or more")
     check_reward("--reward", reward, Path.cwd(), PREFERENCES)
     check_prompts("--prompts", prompts, [reward])
     rows = load_prompts(prompts)
@@ -63,16 +69,20 @@ def make_preferences(
     sampler = GroupSampler(rows, groups=groups, group_size=group_size, seed=model.seed)
     with folder_for(out), model.opened() as (policy, state, plan):
         scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
+        if min_difference:
+            _check_within_range(scorer, min_difference)
         drawn = _Drawn(pairs)
         while drawn.made < pairs:
             batch = arranged(sampler.batch(drawn.groups // sampler.groups), model.config.model)
             made = roll(policy, batch, plan, model.config, model.seed)
             pictures = Pictures(batch, torch.cat([chunk.images for chunk, _ in made]))
-            drawn.add(*_pairs(pictures, scorer, model.seed), sampler.groups)
+            drawn.add(*_pairs(pictures, scorer, model.seed, min_difference), sampler.groups)
             drawn.write(out)
             progress(drawn.made, pairs)
-            drawn.check_patience(reward.label, group_size)
-    card = _card(model, reward, state, plan, prompts, group_size) | drawn.counts
+            drawn.check_patience(reward.label, group_size, min_difference)
+    card = _card(model, reward, state, plan, prompts, group_size)
+    card |= {"min_difference": min_difference} if min_difference else {}
+    card |= drawn.counts
     write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
     return card
 
@@ -123,12 +133,13 @@ class _Drawn:
         if len(self._waiting) >= SHARD or whole:
             self._waiting = _write(self._waiting, out, whole)
 
-    def check_patience(self, label: str, group_size: int) -> None:
+    def check_patience(self, label: str, group_size: int, min_difference: float) -> None:
         """Raise PreferencesError where too many groups gave too few pairs."""
         if self.groups >= PATIENCE * self.wanted > PATIENCE * self.made:
+            by, less = (f" by {min_difference:g}", ", a smaller difference") if min_difference else ("", "")
             raise PreferencesError(
                 f"only {self.made} of {self.wanted} pairs after {self.groups} groups of {group_size} images: the "
-                f"reward {label!r} tells too few of them apart; choose a finer one or larger groups"
+                f"reward {label!r} tells too few of them apart{by}; choose a finer one{less} or larger groups"
             )
 
     @property
@@ -152,7 +163,19 @@ def counts_of(card: Mapping[str, Any]) -> str:
     return said + (f"; {card['pairs_beyond']} more than was asked for" if card["pairs_beyond"] else "")
 
 
-def _pairs(pictures: Pictures, scorer: NamedScorer, seed: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+def _check_within_range(named: NamedScorer, min_difference: float) -> None:
+    """Raise ConfigError for a difference that no two scores can have, where the scorer says what they are."""
+    lowest, highest = getattr(named.scorer, "range", None) or (-math.inf, math.inf)
+    if min_difference > highest - lowest:
+        raise ConfigError(
+            "--min-difference",
+            f"no two scores of {named.name!r} differ by {min_difference:g}: they are from {lowest:g} to {highest:g}",
+        )
+
+
+def _pairs(
+    pictures: Pictures, scorer: NamedScorer, seed: int, min_difference: float
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Return the rows of a batch, and the reasons why groups gave none."""
     batch, images = pictures.batch, pictures.images
     with scorer.apart:
@@ -162,6 +185,9 @@ def _pairs(pictures: Pictures, scorer: NamedScorer, seed: int) -> tuple[list[dic
     judged_in = Counter(batch.group_ids[sample] for sample in scores.valid.nonzero().flatten().tolist())
     silent = set(batch.group_ids) - {batch.group_ids[winner] for winner in best.tolist()}
     why = Counter(EQUAL if judged_in[group] > 1 else REFUSED for group in silent)
+    apart = _apart(scores.total[best], scores.total[worst], min_difference)
+    why += Counter({NEAR: int((~apart).sum())})
+    best, worst = best[apart], worst[apart]
     rows = []
     for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
         first = int(torch.randint(2, (), generator=seeded(seed, Stream.PAIR_SIDES, batch.group_ids[winner])))
@@ -173,6 +199,13 @@ def _pairs(pictures: Pictures, scorer: NamedScorer, seed: int) -> tuple[list[dic
             row[f"score_{i}"] = float(scores.total[sample])
         rows.append(row)
     return rows, why
+
+
+def _apart(best: Tensor, worst: Tensor, min_difference: float) -> Tensor:
+    """Tell which scores (P,) differ by ``min_difference`` or more: 0.9 and 0.8 by 0.1, though as float32 by less."""
+    best, worst = best.double(), worst.double()
+    rounding = torch.finfo(torch.float32).eps / 2 * (best.abs() + worst.abs())
+    return best - worst + rounding >= min_difference
 
 
 def _tag(metadata: Mapping[str, Any]) -> str:

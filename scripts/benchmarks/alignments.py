@@ -1,4 +1,4 @@
-"""What studies of alignments share: cells, what an iteration of one takes, and runs of so many minutes.
+"""What studies of alignments share: cells, what an iteration takes, runs of so many minutes, cells side by side.
 
 A run is a function of its configuration and seed, whatever else the machine does; only its speed is not. So seconds are
 measured apart from learning, on an idle machine, and a run of so many minutes is one of as many iterations as would fit
@@ -10,13 +10,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cells import GOLD, HELD_OUT, OFFICIAL, ROOT, STRICT, TASKS, align, local, machine, slug, write
+import psutil
+from cells import GOLD, HELD_OUT, OFFICIAL, ROOT, STRICT, TASKS, align, local, machine, shown, slug, write
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -162,3 +168,46 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         scores |= {f"eval/geneval_strict/{task}": row[f"eval/geneval_strict/{task}"] for task in TASKS}
         found.append({"iteration": row["iteration"], "images": images, "transitions": transitions, **scores})
     return found
+
+
+def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
+    """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
+    there = json.loads(target.read_text()) if target.exists() else wanted
+    if other := [key for key, value in wanted.items() if there.get(key) != value]:
+        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
+
+
+def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:
+    """Run cells, each a process of its own, so many at a time; return those that failed, whose logs say why."""
+    failed: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run): target.stem for target, run in work.items()}
+        try:
+            for done in as_completed(running):
+                if isinstance(error := done.exception(), subprocess.CalledProcessError):
+                    print(json.dumps({"cell": running[done], "exit_code": error.returncode}), flush=True)
+                    failed.append(running[done])
+                else:
+                    done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def end_cells(*_: Any) -> NoReturn:
+    """Hand SIGTERM on, so that the cells write a checkpoint to go on from."""
+    for child in psutil.Process().children():
+        child.terminate()
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_early() -> Iterator[None]:
+    """Inside, SIGTERM or Ctrl-C end the cells and then this command, with the exit code of what goes on later."""
+    signal.signal(signal.SIGTERM, end_cells)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("ended early: the same command continues", file=sys.stderr)
+        raise SystemExit(75) from None

@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from alignments import base_digest, images_in
+from alignments import base_digest, end_cells, images_in, refuse_another, side_by_side
 from cells import RESULTS, ROOT, align, machine, positive, run_once
 from chain_cells import CELLS, STEPS, Cell
 from chain_students import ENDING, exported, made_student, weights_of
 from chain_table import kept_by, markdown
 from pictures import Judge, opened
-from recipes import end_cells, refuse_another, side_by_side
 
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, SamplingConfig

@@ -1,108 +1,221 @@
-"""Offline Diffusion-DPO against the base: pairs from ``make-preferences``, then the win rate by a held-out reward.
+"""What brings offline Diffusion-DPO further: one search over what its pairs are and how they are learned from.
 
-Both models draw the evaluation prompts with the same noise; the aligned one wins where PickScore, which no pair has
-seen, rates its image higher, and a draw counts half. The interval of one seed is Wilson's; that of all together
+Pairs are the base's own images (``make-preferences``), each kind of them made once. A cell learns from one kind, and
+then base and aligned model draw the evaluation prompts with the same noise: the aligned one wins where PickScore, which
+no pair has seen, rates its image higher, and a draw counts half. The interval of one seed is Wilson's; that of several
 resamples the evaluation's samples, each with its outcomes under every seed, for they share prompts and noise.
 
-    python scripts/benchmarks/preferences.py --pairs 2000 --seeds 0,1,2 --iterations 150
+``search`` runs the cells of preferences_cells.py with seed 0: all but the last two differ in one thing from ``start``.
+``final`` runs named ones with three seeds. Each cell is a JSON file under results/preferences, written when it ends: a
+finished cell is left alone, one that was killed continues where it was. ``check`` loads all configurations and runs
+nothing, ``table`` prints what there is as markdown.
+
+    python scripts/benchmarks/preferences.py check
+    python scripts/benchmarks/preferences.py search --jobs 2 --threads 1
+    python scripts/benchmarks/preferences.py search --cells start,rate_4 --threads 2
+    python scripts/benchmarks/preferences.py final --cells start,rate_4 --jobs 2 --threads 1
+    python scripts/benchmarks/preferences.py table
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import shutil
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, write
+import preferences_table
+from alignments import base_digest, ended_early, faults, refuse_another, side_by_side
+from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, run_once, shown, write
+from preferences_cells import CELLS, CONFIG, KINDS, PairsCell
 
-from flowalign.config.alignment import AlignConfig
-from flowalign.config.sections import RewardConfig
-from flowalign.intake.file import load_align
-from flowalign.intake.paths import resolve_reward
-from flowalign.measure.evaluate import evaluate_checkpoint
-from flowalign.samples.sampled import sampled_model
+from flowalign.config.sections import SHIPPED
+from flowalign.intake.file import read_yaml
+from flowalign.record.metrics import read_metrics
 
-PIPELINE = ROOT / "flowalign" / "shapes" / "assets" / "pipeline"
-
-
-def judged(path: Path, config: AlignConfig, which: Any, samples: int) -> tuple[np.ndarray, dict[str, float]]:
-    """The held-out scores (N,) of a model's evaluation images, and its GenEval."""
-    held_out = resolve_reward(RewardConfig.model_validate(HELD_OUT), ROOT, "held out")
-    scored = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"scorer": held_out})})
-    rows = evaluate_checkpoint(sampled_model(path, scored, which=which), num_samples=samples).rows
-    metrics = evaluate_checkpoint(sampled_model(path, config, which=which), num_samples=samples).metrics
-    return np.array([row["score"] for row in rows]), metrics
+OWN = RESULTS / "preferences"
+BASE = SHIPPED / "pipeline"
+SEEDS = {"search": (0,), "final": (0, 1, 2)}
+REWARD = ("mode=partial", "detector=palette", "--reward", "geneval")
+STRICT_AND_OFFICIAL = {"spec": "geneval", "options": {"mode": "official", "detector": "palette"}}
+# Every cell ends with its last iteration and is judged then; checkpoints are for one that is killed.
+UNWATCHED = {"evaluation.every": 0, "checkpoint.every": 25, "checkpoint.keep_last": 1, "checkpoint.keep_best": 0}
+LEARNED = ("loss/dpo", "dpo/implicit_accuracy", "dpo/margin", "dpo/winner_gap", "dpo/loser_gap")
+LAST = 20  # iterations whose mean says how a run ended
 
 
-def wilson(wins: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a proportion (Wilson 1927)."""
-    p, scale = wins / count, 1 + z * z / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - half) / scale, (middle + half) / scale
+def pairs_dir(kind: str, options: argparse.Namespace) -> Path:
+    return options.work_dir / "pairs" / f"{kind}-{options.pairs}"
 
 
-def resampled(outcomes_SN: np.ndarray, draws: int = 10000) -> tuple[float, float]:
-    """Interval of the mean outcome over seeds and samples: percentiles over resampled columns."""
-    means = outcomes_SN.mean(0)
-    index = np.random.default_rng(0).integers(0, len(means), (draws, len(means)))
-    low, high = np.percentile(means[index].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+def make_pairs(name: str, options: argparse.Namespace) -> None:
+    """Make the pairs of a kind, or not at all: half of a set must not be taken for one."""
+    out = pairs_dir(name, options)
+    if out.exists():
+        return
+    draft = out.with_suffix(".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    asked = ["make-preferences", str(BASE), *REWARD, *KINDS[name].words, "--pairs", str(options.pairs)]
+    flowalign([*asked, "--out", str(draft)], options.threads, out.with_suffix(".log"))
+    draft.replace(out)
+
+
+def card_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What ``make-preferences`` says of a kind's pairs. End the command where they are of another kind."""
+    card = json.loads((pairs_dir(name, options) / "preferences.json").read_text())
+    if not KINDS[name].made(card):
+        raise SystemExit(f"{shown(pairs_dir(name, options))} is not of {KINDS[name]}: move it away, or --work-dir")
+    counted = ("pairs", "groups", "groups_without_pair", "why_without_pair")
+    return {key: card[key] for key in ("reward", "prompts", "num_steps", "guidance_scale", "seed", *counted)}
+
+
+def write_judge(options: argparse.Namespace) -> Path:
+    """Write how models are judged: as configs/shapes/dpo.yaml evaluates, each sample by what no pair has seen."""
+    own = read_yaml(ROOT / "configs" / "shapes" / f"{CONFIG}.yaml")
+    evaluation = {**own["evaluation"], "every": 0, "scorer": HELD_OUT, "gold": [STRICT_AND_OFFICIAL]}
+    place = {"cluster": {"backend": "local", "threads": options.threads}, "learner": {"engine": "torch"}}
+    kept = {key: own[key] for key in ("name", "model", "data", "algorithm")}
+    path = options.work_dir / "judge.yaml"
+    write(path, {**kept, **place, "evaluation": evaluation})
+    return path
+
+
+def judge(model: Path, out: Path, options: argparse.Namespace) -> None:
+    """Draw and score the evaluation samples of a model; what lies in ``out`` is another's by now."""
+    shutil.rmtree(out, ignore_errors=True)
+    asked = ["evaluate", str(model), "--config", str(options.work_dir / "judge.yaml")]
+    asked += ["--num-samples", str(options.samples), "--out", str(out)]
+    flowalign(asked, options.threads, out.with_suffix(".log"))
+
+
+def judged_base(options: argparse.Namespace) -> Path:
+    return options.work_dir / "judged" / f"base-{options.samples}"
+
+
+def judge_base(options: argparse.Namespace) -> None:
+    """Judge what all cells are compared with, once."""
+    out = judged_base(options)
+    if not (out / "metrics.json").is_file():
+        judge(BASE, out, options)
+    target, wanted = options.results / "base.json", {"base": base_digest(), "samples": options.samples}
+    refuse_another(target, wanted)
+    if not target.exists():
+        write(target, {**wanted, "machine": machine(options.threads), **found(out)})
+
+
+def found(out: Path) -> dict[str, Any]:
+    """The scores of a judgement: means over all samples and over those of each task, and the standard errors."""
+    content = json.loads((out / "metrics.json").read_text())
+    return {key: content[key] for key in ("metrics", "standard_errors")}
+
+
+def outcomes(before: Path, after: Path) -> str:
+    """How the aligned model fared at each sample against the base: ``+`` won, ``-`` lost, ``=`` a draw."""
+    rows = [[json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] for out in (before, after)]
+    compared = zip(*rows, strict=True)
+    if any(base["filename"] != own["filename"] or base["prompt"] != own["prompt"] for base, own in compared):
+        raise SystemExit(f"{shown(after)} has other samples than {shown(before)}: remove both")
+    scores = [[float(row["score"]) for row in own] for own in rows]  # which a masked sample would not have
+    return "".join("=" if own == base else "+" if own > base else "-" for base, own in zip(*scores, strict=True))
+
+
+def asked(name: str, cell: PairsCell, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell's run is, apart from where it ran and what it found."""
+    return {
+        "cell": name,
+        "config": f"configs/shapes/{cell.config}.yaml",
+        "overrides": dict(cell.overrides),
+        "base": base_digest(),
+        "seed": seed,
+        "pairs": {"kind": cell.pairs, "count": options.pairs, **vars(KINDS[cell.pairs])},
+        "samples": options.samples,
+    }
+
+
+def run_cell(name: str, cell: PairsCell, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One alignment from start to end, or on from where it was killed, and its judgement against the base."""
+    card, tag = card_of(cell.pairs, options), f"{name}-seed{seed}"
+    keys = {**cell.overrides, **UNWATCHED, "data.preferences": str(pairs_dir(cell.pairs, options)), "seed": seed}
+    run = align(cell.config, keys, options.threads, options.work_dir / "runs", tag)
+    rows = read_metrics(run / "metrics.jsonl")
+    if rows[-1]["iteration"] != cell.overrides["iterations"]:
+        raise SystemExit(f"{shown(run)} is of {rows[-1]['iteration']} iterations: move it away, or --work-dir")
+    judged = options.work_dir / "judged" / tag
+    judge(run, judged, options)
+    return {
+        **asked(name, cell, seed, options),
+        "learning_rate": cell.load().learner.optimizer.learning_rate,
+        "made": card,
+        "machine": machine(options.threads),
+        "iteration_s": statistics.median(row["time/iteration_s"] for row in rows if "time/iteration_s" in row),
+        "learned": {key: statistics.fmean(row[key] for row in rows[-LAST:] if key in row) for key in LEARNED},
+        **found(judged),
+        "outcomes": outcomes(judged_base(options), judged),
+    }
+
+
+def check() -> None:
+    found = list(faults(CELLS))
+    if unused := sorted(set(KINDS) - {cell.pairs for cell in CELLS.values()}):
+        found.append(f"no cell learns from the pairs {', '.join(unused)}")
+    print(json.dumps({"cells": len(CELLS), "kinds": list(KINDS), "faults": found}))
+    if found:
+        raise SystemExit(2)
+
+
+def run_cells(names: Sequence[str], seeds: Collection[int], options: argparse.Namespace) -> None:
+    work, kinds = {}, dict[str, None]()
+    for seed in seeds:
+        for name in names:
+            cell, target = CELLS[name].of(options.iterations), options.results / f"{name}-seed{seed}.json"
+            refuse_another(target, asked(name, cell, seed, options))
+            if not target.exists():
+                run = partial(run_cell, name, cell, seed, options)
+                work[target] = partial(run_once, target, run, cell=name, seed=seed)
+                kinds[cell.pairs] = None
+    if not work:
+        return
+    write_judge(options)
+    first = {pairs_dir(kind, options): partial(make_pairs, kind, options) for kind in kinds}
+    settle({judged_base(options): partial(judge_base, options), **first}, options.jobs)
+    settle(work, options.jobs)
+
+
+def settle(work: Mapping[Path, Any], jobs: int) -> None:
+    """Do all of it, so much at a time, and end the command where something failed."""
+    if failed := side_by_side(work, jobs):
+        raise SystemExit(f"{len(failed)} of {len(work)} failed: {', '.join(failed)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2000)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=150)
-    parser.add_argument("--samples", type=int, default=1200)
-    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("what", choices=("check", *SEEDS, "table"))
+    parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; a search has all")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    parser.add_argument("--pairs", type=int, default=2000, help="of each kind")
+    parser.add_argument("--samples", type=int, default=1200, help="of a judgement")
+    parser.add_argument("--iterations", type=int, help="of every cell, in place of its own")
+    parser.add_argument("--jobs", type=positive, default=1, help="cells side by side")
+    parser.add_argument("--threads", type=positive, default=2, help="of each")
+    parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "preferences")
     options = parser.parse_args()
-    work = options.work_dir.resolve()
-    pairs = work / "pairs"
-    if not (pairs / "preferences.json").is_file():
-        asked = ["make-preferences", str(PIPELINE), "mode=partial", "detector=palette", "--reward", "geneval"]
-        flowalign([*asked, "--pairs", str(options.pairs), "--out", str(pairs)], options.threads, work / "pairs.log")
-    keys = {
-        "data.preferences": str(pairs),
-        "iterations": options.iterations,
-        "checkpoint.every": options.iterations,
-        "evaluation.every": options.iterations,
-    }
-    config = load_align(
-        ROOT / "configs/shapes/dpo.yaml", [f"cluster.threads={options.threads}", *_written(pairs)]
-    ).config
-    before, base = judged(PIPELINE, config, "model", options.samples)
-    outcomes, runs = [], []
-    for seed in options.seeds:
-        run = align("dpo", {**keys, "seed": seed}, options.threads, work, f"dpo-seed{seed}")
-        after, metrics = judged(run, config, "ema", options.samples)
-        outcome = np.where(after == before, 0.5, after > before)
-        outcomes.append(outcome)
-        runs.append(
-            {"seed": seed, "win_rate": outcome.mean(), "interval": wilson(outcome.sum(), len(outcome)), **metrics}
-        )
-    stacked = np.stack(outcomes)
-    report = {
-        "machine": machine(options.threads),
-        "pairs": json.loads((pairs / "preferences.json").read_text()) | {"checkpoint": "shapes"},
-        "iterations": options.iterations,
-        "algorithm": config.algorithm,
-        "learning_rate": config.learner.optimizer.learning_rate,
-        "base": base,
-        "seeds": runs,
-        "win_rate": float(stacked.mean()),
-        "interval": resampled(stacked),
-    }
-    write(RESULTS / "preferences.json", report)
-    print(json.dumps(report))
-
-
-def _written(pairs: Path) -> list[str]:
-    return [f"data.preferences={pairs}", "cluster.backend=local", "learner.engine=torch"]
+    # What is made of one base lies apart from what was made of another.
+    options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve() / base_digest()
+    if unknown := set(options.cells or ()) - set(CELLS):
+        parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(CELLS)}")
+    if options.what == "final" and not options.cells:
+        parser.error("--cells: name those that are run with every seed")
+    if options.what == "check":
+        return check()
+    if options.what == "table":
+        return print(preferences_table.markdown(options.results))
+    with ended_early():
+        run_cells(options.cells or list(CELLS), options.seeds or SEEDS[options.what], options)
 
 
 if __name__ == "__main__":

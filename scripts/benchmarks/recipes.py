@@ -23,21 +23,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import algorithms
-import psutil
 import recipes_table
-from alignments import Budget, Cell, asked, faults, run_cell, time_cells
-from cells import RESULTS, ROOT, run_once, shown, words
+from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
+from cells import RESULTS, ROOT, positive, run_once, shown, words
 from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
@@ -177,8 +172,7 @@ def adopt(options: argparse.Namespace, target: Path = algorithms.OWN) -> None:
     for own in recipes_table.grouped(ended, lambda cell: algorithm_of(cell["cell"])):
         name, best = algorithm_of(own[0]["cell"]), own[0]
         path = target / f"{name}-seed{best['seed']}.json"
-        if name in (options.cells or algorithms.CELLS):
-            run_once(path, lambda cell=best, name=name: {**cell, "cell": name, "found_as": cell["cell"]}, cell=name)
+        run_once(path, lambda cell=best, name=name: {**cell, "cell": name, "found_as": cell["cell"]}, cell=name)
 
 
 def budget_of(name: str, options: argparse.Namespace) -> Budget:
@@ -196,38 +190,6 @@ def usual(name: str, options: argparse.Namespace) -> list[str]:
     return [cell["cell"] for cell in found[:2]]
 
 
-def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
-    """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
-    there = json.loads(target.read_text()) if target.exists() else wanted
-    if other := [key for key, value in wanted.items() if there.get(key) != value]:
-        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
-
-
-def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:
-    """Run cells, each a process of its own, so many at a time; return those that failed, whose logs say why."""
-    failed: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run): target.stem for target, run in work.items()}
-        try:
-            for done in as_completed(running):
-                if isinstance(error := done.exception(), subprocess.CalledProcessError):
-                    print(json.dumps({"cell": running[done], "exit_code": error.returncode}), flush=True)
-                    failed.append(running[done])
-                else:
-                    done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
-
-
-def end_cells(*_: Any) -> NoReturn:
-    """Hand SIGTERM on, so that the cells write a checkpoint to go on from."""
-    for child in psutil.Process().children():
-        child.terminate()
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "time", *SEARCHES, "adopt", "curve"))
@@ -237,15 +199,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of training, evaluations left out")
     parser.add_argument("--evaluations", type=int, help="in these minutes, beside the first")
     parser.add_argument("--num-samples", type=int, help="of an evaluation")
-    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
-    parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--jobs", type=positive, default=1, help="cells side by side")
+    parser.add_argument("--threads", type=positive, default=2, help="of each")
     parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recipes")
     options = parser.parse_args()
     if options.cells is not None and (options.what not in SEARCHES or options.table):
         parser.error("--cells: of a search that runs; check, time, curve and tables take all cells, leave it out")
-    if min(options.threads, options.jobs) < 1:
-        parser.error("--threads, --jobs: write 1 or more")
     options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve()
     if options.what in SEARCHES and (unknown := set(options.cells or ()) - set(SEARCHES[options.what].cells)):
         parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(SEARCHES[options.what].cells)}")
@@ -260,12 +220,8 @@ def main() -> None:
     if options.table:
         found = recipes_table.load(options.results / options.what)
         return print(recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found))
-    signal.signal(signal.SIGTERM, end_cells)
-    try:
+    with ended_early():
         run_search(options.what, options)
-    except KeyboardInterrupt:
-        print("ended early: the same command continues", file=sys.stderr)
-        raise SystemExit(75) from None
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def test_seconds_of_algorithms_count_on_their_own_machine_alone(
 def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_path: Path) -> None:
     cell, budget = own.recipes_cells.SCREEN["start"], own.alignments.Budget(15)
     wanted = own.alignments.asked("start", cell, 0, budget)
-    own.recipes.refuse_another(tmp_path / "none.json", wanted)
+    own.alignments.refuse_another(tmp_path / "none.json", wanted)
     (tmp_path / "there.json").write_text(json.dumps({**wanted, "points": []}))
-    own.recipes.refuse_another(tmp_path / "there.json", wanted)
+    own.alignments.refuse_another(tmp_path / "there.json", wanted)
     for key, value in (("minutes", 10), ("base", "another"), ("overrides", {"seed": 1})):
         with pytest.raises(SystemExit, match=rf"there\.json is of another run \({key} differ"):
-            own.recipes.refuse_another(tmp_path / "there.json", {**wanted, key: value})
+            own.alignments.refuse_another(tmp_path / "there.json", {**wanted, key: value})
 
 
 def test_a_cell_that_fails_does_not_end_the_others(
@@ -113,7 +113,7 @@ def test_a_cell_that_fails_does_not_end_the_others(
         (tmp_path / "made").write_text("")
 
     work = {tmp_path / "a.json": partial(run, 3), tmp_path / "b.json": partial(run, 0)}
-    assert own.recipes.side_by_side(work, 1) == ["a"] and (tmp_path / "made").is_file()
+    assert own.alignments.side_by_side(work, 1) == ["a"] and (tmp_path / "made").is_file()
     assert json.loads(capsys.readouterr().out) == {"cell": "a", "exit_code": 3}
 
 
@@ -154,7 +154,7 @@ def test_the_best_of_a_search_becomes_the_algorithm_s_cell_and_replaces_none(own
     ends = {"nft-rate-1": 0.7, "nft-rate-2": 0.6, "awm-rate-1": 0.5, "awm-rate-2": 0.55}
     written(tmp_path / "tune", [found(own, name, 0, [0.4, end]) for name, end in ends.items()])
     (tmp_path / "awm-seed0.json").write_text('"there"')
-    own.recipes.adopt(SimpleNamespace(results=tmp_path, cells=None), tmp_path)
+    own.recipes.adopt(SimpleNamespace(results=tmp_path), tmp_path)
     taken = json.loads((tmp_path / "nft-seed0.json").read_text())
     assert (taken["cell"], taken["found_as"], taken["points"][-1][STRICT]) == ("nft", "nft-rate-1", 0.7)
     assert (tmp_path / "awm-seed0.json").read_text() == '"there"'
