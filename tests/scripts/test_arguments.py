@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["algorithms.py", "run", "--cells", "nfd"], "--cells: no cell 'nfd'"),
         (["recipes.py", "check", "--cells", "start"], "--cells: of a search that runs"),
         (["recipes.py", "screen", "--table", "--cells", "start"], "--cells: of a search that runs"),
-        (["recipes.py", "tune", "--threads", "0"], "--threads, --jobs: write 1 or more"),
+        (["recipes.py", "tune", "--threads", "0"], "argument --threads: '0' is no whole number of 1 or more"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(
