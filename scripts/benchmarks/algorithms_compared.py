@@ -254,10 +254,11 @@ def changed(before: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[fl
     """
     names = [name for name in now if name in before]
     scores = [[float(np.mean(own[name])) for name in names] for own in (before, now)]
+    first, second = scores
     if len(names) < 2:
         raise SystemExit("fewer than two algorithms are in both: `run` measures them")
     ranks = [stats.rankdata(-np.array(own)).tolist() for own in scores]
-    tau, rho = stats.kendalltau(*scores), stats.spearmanr(*scores)
+    tau, rho = stats.kendalltau(first, second), stats.spearmanr(first, second)
     rows = zip(names, *scores, *ranks, strict=True)
     keys = ("before", "now", "rank_before", "rank_now")
     return {
