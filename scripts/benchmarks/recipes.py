@@ -32,7 +32,7 @@ from typing import NamedTuple
 import algorithms
 import recipes_table
 from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
-from cells import RESULTS, ROOT, positive, run_once, shown, words
+from cells import RESULTS, ROOT, insert, positive, run_once, shown, words
 from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
@@ -193,7 +193,7 @@ def usual(name: str, options: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "time", *SEARCHES, "adopt", "curve"))
-    parser.add_argument("--table", action="store_true", help="print what a search has found, as markdown")
+    parser.add_argument("--table", action="store_true", help="print what a search has found; `tune`: into docs too")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
     parser.add_argument("--minutes", type=float, help="of training, evaluations left out")
@@ -219,7 +219,10 @@ def main() -> None:
         return recipes_table.curve(options.results / "final", ROOT / "docs" / "figures" / "recipes.png")
     if options.table:
         found = recipes_table.load(options.results / options.what)
-        return print(recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found))
+        table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found)
+        if options.what == "tune" and options.results == OWN:
+            insert(table, ROOT / "docs" / "algorithms.md", recipes_table.BEGIN, recipes_table.END)
+        return print(table)
     with ended_early():
         run_search(options.what, options)
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from algorithms import CELLS
 from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves
-from recipes_cells import SCREEN, TUNE, algorithm_of
+from recipes_cells import SCREEN, algorithm_of
+
+BEGIN, END = "<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"
 
 Cell = Mapping[str, Any]
 
@@ -34,17 +36,31 @@ def grouped(cells: Sequence[Cell], by: Any) -> list[list[Cell]]:
 
 
 def tuned(cells: Sequence[Cell]) -> str:
-    """The best cell of each algorithm, and how far its cells lie apart."""
+    """The best cell of each algorithm, and what each of its cells has come to; in brackets the most on the way."""
     rows = []
     for own in grouped(cells, lambda cell: algorithm_of(cell["cell"])):
-        name, scores, end = algorithm_of(own[0]["cell"]), [strict(cell) for cell in own], own[0]["points"][-1]
-        row = [CELLS[name].title, TUNE[own[0]["cell"]].title, f"{own[0]['learning_rate']:.3g}"]
-        row += [f"{own[0]['points'][0][STRICT]:.3f}"]
-        row += [f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}", f"{end[GOLD]:.2f}"]
-        row += [f"{statistics.median(scores):.3f}", f"{scores[-1]:.3f}", f"{scores[0] - scores[-1]:.3f}"]
-        rows.append([*row, str(len(own)), f"{end['images']:,}"])
-    head = ["algorithm", "best cell", "learning rate", "before", "strict", "official", "PickScore"]
-    return as_markdown([*head, "median", "worst", "spread", "cells", "images"], rows)
+        name, end = algorithm_of(own[0]["cell"]), own[0]["points"][-1]
+        row = [CELLS[name].title, f"{own[0]['learning_rate']:.3g}", f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}"]
+        row += [f"{end[GOLD]:.2f}", *(f"{end[f'eval/geneval_strict/{task}']:.2f}" for task in TASKS)]
+        tried = [f"{told(cell)} {strict(cell):.3f} ({most(cell):.3f})" for cell in sorted(own, key=rate)]
+        rows.append([*row, f"{end['images']:,}", ", ".join(tried)])
+    return as_markdown(
+        ["algorithm", "learning rate", "strict", "official", "PickScore", *TASKS, "images", "tried"], rows
+    )
+
+
+def rate(cell: Cell) -> float:
+    return cell["learning_rate"]
+
+
+def told(cell: Cell) -> str:
+    """A cell's learning rate, or the further key that it varies."""
+    tag = cell["cell"].partition("-")[2]
+    return f"{rate(cell):.3g}:" if tag.startswith("rate-") else f"{tag.replace('-', ' ')}:"
+
+
+def most(cell: Cell) -> float:
+    return max(point[STRICT] for point in cell["points"])
 
 
 def screened(cells: Sequence[Cell]) -> str:

@@ -122,7 +122,7 @@ def found(own: Any, name: str, seed: int, scores: list[float]) -> dict[str, Any]
     rest = {"eval/geneval/overall": 0.7, "eval/pickscore/overall": 9.0}
     tasks = {f"eval/geneval_strict/{task}": 0.5 for task in own.cells.TASKS}
     points = [{"images": 100 * i, STRICT: score, **rest, **tasks} for i, score in enumerate(scores)]
-    return {"cell": name, "seed": seed, "learning_rate": 1.2e-4, "points": points}
+    return {"cell": name, "seed": seed, "learning_rate": 1e-4 if "0.5" in name else 2e-4, "points": points}
 
 
 def written(folder: Path, cells: list[dict[str, Any]]) -> Path:
@@ -133,15 +133,21 @@ def written(folder: Path, cells: list[dict[str, Any]]) -> Path:
 
 
 def test_the_table_of_a_tuning_has_the_best_cell_and_the_spread(own: Any, tmp_path: Path) -> None:
-    ends = {"nft-rate-1": [0.4, 0.9, 0.6], "nft-rate-2": [0.4, 0.5, 0.7], "awm-rate-1": [0.4, 0.4, 0.65]}
+    ends = {"nft-rate-1": [0.4, 0.9, 0.6], "nft-rate-0.5": [0.4, 0.5, 0.7], "awm-rate-1": [0.4, 0.4, 0.65]}
+    ends["nft-beta-0.5"] = [0.4, 0.4, 0.5]
     load = own.recipes_table.load(
         written(tmp_path / "tune", [found(own, name, 0, scores) for name, scores in ends.items()])
     )
     rows = own.recipes_table.tuned(load).splitlines()[2:]
-    assert rows[0].startswith(
-        "| DiffusionNFT | learning rate × 2 | 0.00012 | 0.400 | 0.700 | 0.700 | 9.00 | 0.650 | 0.600 | 0.100"
-    )
-    assert rows[1].startswith("| AWM | learning rate × 1 | 0.00012 | 0.400 | 0.650") and "| 1 | 200 |" in rows[1]
+    assert rows[0].startswith("| DiffusionNFT | 0.0001 | 0.700 | 0.700 | 9.00 | 0.50 |")
+    assert rows[0].endswith("| 200 | 0.0001: 0.700 (0.700), beta 0.5: 0.500 (0.500), 0.0002: 0.600 (0.900) |")
+    assert rows[1].startswith("| AWM | 0.0002 | 0.650 |") and rows[1].endswith("| 0.0002: 0.650 (0.650) |")
+
+
+def test_the_page_holds_the_committed_search(own: Any) -> None:
+    table = own.recipes_table.tuned(own.recipes_table.load(own.recipes.OWN / "tune"))
+    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert f"{own.recipes_table.BEGIN}\n{table}\n{own.recipes_table.END}" in page
 
 
 def test_the_third_learning_rate_lies_on_the_side_of_the_better(own: Any) -> None:
