@@ -109,10 +109,24 @@ def test_weights_are_the_variance_of_a_pass_above_a_floor_and_a_task_s_is_their_
 def test_the_metrics_say_each_task_s_rate_and_its_share_of_the_next_groups() -> None:
     drawn = known(sampler(floor=0.25), b0=-40.0, b1=40.0)
     measured = drawn.learn(*scored(("b2", [NAN])))
-    assert measured["curriculum/a/pass_rate"] == 0.5 and measured["curriculum/b/pass_rate"] == pytest.approx(0.5)
+    assert "curriculum/a/pass_rate" not in measured  # no image of a was ever measured
+    assert measured["curriculum/b/pass_rate"] == pytest.approx(0.5)
     share = (0.25 + 0.25 + 1 + 1) / 4
     assert measured["curriculum/b/share"] == pytest.approx(share / (1 + share))
     assert measured["curriculum/a/share"] + measured["curriculum/b/share"] == pytest.approx(1)
+
+
+def test_a_task_has_a_pass_rate_from_its_first_valid_score_on_through_a_checkpoint_too() -> None:
+    drawn = sampler()
+    assert "curriculum/b/pass_rate" not in drawn.learn(*scored(("a0", [1, 0]), ("b0", [NAN, NAN])))
+    first = drawn.learn(*scored(("b0", [1, NAN, 0]), ("a0", [NAN, NAN])))
+    # Half of b's images passed as was expected, which moves no rating; it was measured all the same.
+    assert first["curriculum/b/pass_rate"] == 0.5 and drawn.state()["b"] == {"rating": 0.0, "prompts": {"b0": 0.0}}
+    resumed = sampler()
+    resumed.restore(json.loads(json.dumps(drawn.state())))
+    nothing = scored(("a0", [NAN]))
+    assert resumed.learn(*nothing) == pytest.approx(drawn.learn(*nothing), nan_ok=True)
+    assert "curriculum/b/pass_rate" in resumed.learn(*nothing)
 
 
 def test_prompts_without_a_tag_are_one_task() -> None:
