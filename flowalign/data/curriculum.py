@@ -58,8 +58,8 @@ class CurriculumSampler(GroupSampler):
         """Take over how often the prompts of an iteration were passed; images without a valid score do not count.
 
         Return the metrics ``curriculum/pass_rate``, the share of its images that passed, and of each task
-        ``curriculum/<task>/share`` of the next iteration's groups and ``curriculum/<task>/pass_rate``, the mean estimate
-        over its prompts. A task none of whose images ever had a valid score has no such estimate.
+        ``curriculum/<task>/share`` of the next iteration's groups and ``curriculum/<task>/pass_rate``, the mean
+        estimate over its prompts. A task none of whose images ever had a valid score has no such estimate.
 
         Raises:
             ConfigError: no reward answers the score.

@@ -131,7 +131,7 @@ CLAUSES = "rewards=[{spec: geneval, options: {clauses: true}}]"
         ([CLAUSES, "data.curriculum={score: total}"], None),
     ],
 )
-def test_tasks_that_its_score_never_applies_to_are_noted(tmp_path: Path, overrides: list[str], bare: str | None) -> None:
+def test_tasks_that_its_score_is_not_of_are_noted(tmp_path: Path, overrides: list[str], bare: str | None) -> None:
     notes = notes_of(loaded(tmp_path, "data.curriculum={score: geneval_positions}", *overrides))
     said = [note for note in notes if note.startswith("data.curriculum")]
     assert len(said) == (bare is not None)
