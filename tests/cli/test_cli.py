@@ -82,7 +82,7 @@ def assert_refused(code: int, out: str, err: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["learner.micro_batchsize=8"], "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
+        (["learner.micro_batchsize=8"], "learner.micro_batchsize: unknown key; did you mean learner.micro_batch_size?"),
         (["algorithm.group_size=1"], "algorithm.group_size: got 1"),
         (["algorithm.window.size=12"], "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
         (["model.path=absent"], "is not a directory; give a pipeline directory"),
