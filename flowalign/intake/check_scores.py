@@ -14,7 +14,7 @@ from flowalign.config.sections import DataConfig, RewardConfig
 from flowalign.samples.offers import names_of
 from rewards.composite import TOTAL, prefixes
 from rewards.interface import ScorerError
-from rewards.resolve import answered, bounds, row_absences
+from rewards.resolve import answered, bounds, option_for, row_absences
 
 Row = dict[str, Any]
 
@@ -111,7 +111,8 @@ def check_curriculum(config: AlignConfig, needs: Needs) -> None:
         owners, every = _owners(config.rewards)
         owner = owners.get(curriculum.score)
         if curriculum.score not in owners and every:  # else its first answer says it
-            raise ConfigError(key, f"no reward answers {curriculum.score!r}; {nearest(curriculum.score, owners)}")
+            hint = _option_for(config.rewards, curriculum.score) or nearest(curriculum.score, owners)
+            raise ConfigError(key, f"no reward answers {curriculum.score!r}; {hint}")
         if owner is not None:
             _check_tells(config.data, *owner)
         low, high = _total_bounds(config.rewards) if curriculum.score == TOTAL else (-math.inf, math.inf)
@@ -141,6 +142,14 @@ def _owners(rewards: Sequence[RewardConfig]) -> tuple[dict[str, tuple[RewardConf
         owners[reward.label] = reward, reward.label
         owners |= {prefix + own: (reward, own) for own in (*(known or ())[1:], *reward.parts)}
     return owners, every
+
+
+def _option_for(rewards: Sequence[RewardConfig], score: str) -> str | None:
+    """Say with which option one of the rewards would answer the ``score``; None where none would."""
+    for i, (reward, prefix) in enumerate(zip(rewards, prefixes(names_of(rewards)), strict=True)):
+        if score.startswith(prefix) and (option := option_for(_spec(reward), score.removeprefix(prefix))):
+            return f"rewards.{i}, {reward.label}, does with options: {{{option}}}"
+    return None
 
 
 def _check_tells(data: DataConfig, owner: RewardConfig, own: str) -> None:

@@ -55,7 +55,17 @@ def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path
     ("overrides", "said"),
     [
         (["data.curriculum={score: geneval_strikt}"], r"data\.curriculum\.score: no .*did you mean geneval_strict\?"),
-        (["data.curriculum={score: geneval_positions}"], r"data\.curriculum\.score: no reward answers"),
+        (
+            ["data.curriculum={score: geneval_positions}", "rewards=[jpeg, geneval]"],
+            r"curriculum\.score: no .*'geneval_positions'; rewards\.1, geneval, does with options: {clauses: true}$",
+        ),
+        (
+            [
+                "data.curriculum={score: b.geneval_counts}",
+                "rewards=[{spec: geneval, name: a}, {spec: geneval, name: b}]",
+            ],
+            r"curriculum\.score: no .*'b\.geneval_counts'; rewards\.1, b, does with options: {clauses: true}$",
+        ),
         (["data.curriculum={score: clip}"], r"data\.curriculum\.score: .*known: total, geneval, geneval_strict"),
         (["data.curriculum={threshold: 1}"], r"data\.curriculum\.score: is missing"),
         (["data.curriculum={score: geneval, floor: 0}"], r"data\.curriculum\.floor: .*above 0"),
