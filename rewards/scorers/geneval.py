@@ -35,7 +35,8 @@ class GenevalScorer(Answers):
 
     name = "geneval"
     further: tuple[str, ...] = ("geneval_strict",)
-    asked_for: ClassVar[dict[str, str]] = {f"geneval_{kind}": "clauses: true" for kind in KINDS}  # by which option one is answered
+    # By which option further ones are answered.
+    asked_for: ClassVar[dict[str, str]] = {f"geneval_{kind}": "clauses: true" for kind in KINDS}
     range = (0.0, 1.0)
 
     def __init__(
