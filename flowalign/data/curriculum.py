@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.section import ConfigError, nearest
-from flowalign.data.prompts import GroupSampler, Row, tag_of
+from flowalign.data.prompts import GroupSampler, Row
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import UNTAGGED, PromptBatch, Scores
+from flowalign.types import UNTAGGED, PromptBatch, Scores, task_of
 from rewards.composite import TOTAL
 
 # What a task and a prompt take over of a surprise, in logits: together Newton's step where p is 1/2, since p (1 - p) is
@@ -72,7 +72,7 @@ class CurriculumSampler(GroupSampler):
             of_group.setdefault(group, []).append(image)
         # One after the other: the groups of a task that come together would each move it by the same surprise.
         for _, images in sorted(of_group.items()):
-            task = self._tasks.index(tag_of(batch.metadata[images[0]]))
+            task = self._tasks.index(task_of(batch.metadata[images[0]]))
             places = self._places[task, batch.prompts[images[0]]]
             valid, passed = int(counts[images].sum()), int(passes[images].sum())
             surprise = (passed - valid * float(self.pass_rates(places)[0])) / len(images)

@@ -24,10 +24,11 @@ def drawn_rows(data: DataConfig) -> list[Row]:
 
     There is none where the prompts cannot be read, which `check_prompts` says.
     """
-    from flowalign.data.prompts import PromptsError, load_prompts, tag_of
+    from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.types import task_of
 
     try:
-        return [row for row in load_prompts(data.prompts) if data.task_weights.get(tag_of(row), 1) > 0]
+        return [row for row in load_prompts(data.prompts) if data.task_weights.get(task_of(row), 1) > 0]
     except PromptsError:
         return []
 
@@ -78,8 +79,7 @@ def notes_of_scores(config: AlignConfig) -> Iterator[str]:
 
 def _notes_of_curriculum(config: AlignConfig) -> Iterator[str]:
     """Yield a note on the tasks to none of whose prompts the curriculum's score applies."""
-    from flowalign.data.prompts import tag_of
-    from flowalign.types import UNTAGGED
+    from flowalign.types import UNTAGGED, task_of
 
     curriculum = config.data.curriculum
     owner = None if curriculum is None else _owners(config.rewards)[0].get(curriculum.score)
@@ -87,7 +87,7 @@ def _notes_of_curriculum(config: AlignConfig) -> Iterator[str]:
         return
     by_task: dict[str, bool] = {}
     for row in drawn_rows(config.data):
-        task = tag_of(row) or UNTAGGED
+        task = task_of(row) or UNTAGGED
         by_task[task] = by_task.get(task, False) or owner[1] not in absent(row)
     if bare := [task for task, applies in by_task.items() if not applies]:
         yield (

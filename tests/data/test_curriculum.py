@@ -188,6 +188,14 @@ def test_prompts_that_were_moved_keep_their_ratings_and_those_that_are_gone_lose
     assert set(one.state()["a"]["prompts"]) == {"a0", "a1"} and set(other.state()["a"]["prompts"]) == {"a1"}
 
 
+def test_a_task_of_its_own_word_goes_before_the_tag() -> None:
+    rows = [{"prompt": "a0", "tag": "a", "task": "mine"}, {"prompt": "a1", "tag": "a"}]
+    batch, scores = scored(("a0", [1, 1]))
+    drawn = sampler(rows)
+    drawn.learn(replace(batch, metadata=(rows[0],) * 2), scores)
+    assert set(drawn.state()) == {"mine", "a"} and set(drawn.state()["mine"]["prompts"]) == {"a0"}
+
+
 def test_the_same_prompt_twice_in_a_task_is_one() -> None:
     drawn = sampler([*ROWS, ROWS[0]])
     drawn.learn(*scored(("a0", [1, 1])))
