@@ -257,8 +257,10 @@ def _steps(count: int) -> str:
 def _reward(reward: RewardConfig) -> str:
     options = ", ".join(text(f"{key}={value}") for key, value in reward.options.items())
     spec = reward.spec.rpartition(":")[2] if ".py:" in reward.spec else reward.spec
-    weights = {reward.name or spec: reward.weight, **reward.parts}
-    said = " + ".join(f"{code(score)} × {weight:g}" for score, weight in weights.items())
+    own = reward.name or spec
+    weights = {} if reward.gold else {own: reward.weight, **reward.parts}
+    said = " + ".join(f"{code(score)} × {weight:g}" for score, weight in weights.items() if weight)
+    said = said or f"{code(own)}, {'gold' if reward.gold else 'measured only'}"
     return said + (f" ({options})" if options else "")
 
 

@@ -221,6 +221,15 @@ def test_a_card_of_the_shipped_base_states_its_licence(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text().startswith("---\nlicense: apache-2.0\nlibrary_name")
 
 
+def test_a_card_says_of_rewards_what_is_trained_on_alone(base: Path, tmp_path: Path) -> None:
+    parts = {"geneval_colors": 1, "geneval_positions": 2}
+    geneval = {"spec": "geneval", "weight": 0, "options": {"clauses": True}, "parts": parts}
+    rewards = [geneval, {"spec": "jpeg", "gold": True}, {"spec": "clip", "weight": 0}]
+    write_card(tmp_path, run_config(base, rewards=rewards), {"iteration": 1}, kind="pipeline", run_dir=tmp_path)
+    said = "`geneval_colors` × 1 + `geneval_positions` × 2 (clauses=True); `jpeg`, gold; `clip`, measured only |"
+    assert f"| Rewards | {said}" in (tmp_path / "README.md").read_text()
+
+
 def test_what_an_evaluation_was_made_of_is_no_score_of_a_card(base: Path, tmp_path: Path) -> None:
     made = {"eval/num_samples": 24.0, "eval/skipped_steps": 0.25}
     state = {"iteration": 1, "metrics": {"eval/geneval/overall": 0.5, **made}}
