@@ -80,7 +80,7 @@ class PromptBatch:
 
 
 def task_of(row: Mapping[str, Any]) -> str:
-    """Return the word by which rewards and teachers know a prompt: its ``task``, else its ``tag``."""
+    """Return the word by which a prompt is drawn and rewards and teachers know it: its ``task``, else its ``tag``."""
     return str(row.get("task") or row.get("tag") or "")
 
 

@@ -123,6 +123,14 @@ def answered(spec: str | Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if scorer is None else (getattr(scorer, "name", _split(spec)[0]), *getattr(scorer, "further", ()))
 
 
+def option_for(spec: str | Mapping[str, Any], score: str) -> str | None:
+    """Return the option, such as ``clauses: true``, with which one of our scorers would answer a ``score``.
+
+    None where no option does, and for a user's code and a server. Raises ``SpecError`` as ``check``.
+    """
+    return getattr(_of_ours(spec), "asked_for", {}).get(score)
+
+
 def location_of(spec: str) -> str | None:
     """Return ``path/to/file.py`` or ``package.module`` of a user's reward.
 

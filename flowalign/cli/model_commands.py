@@ -163,7 +163,7 @@ def merge(
     print_json(as_json, {**record, "path": str(to)})
 
 
-def report(run: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+def report(run: Annotated[Path, typer.Argument(help="a run directory, finished or not")]) -> None:
     """Write report.html, one self-contained file: curves, tables, images before and after."""
     from flowalign.cli.runs import report_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,16 +62,16 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
 
 def say_evaluation(out: Console, result: EvaluationResult) -> None:
     """Print the findings of an evaluation: each value with its standard error, of how many samples, made how."""
-    from flowalign.measure.evaluated import text
+    from flowalign.measure.evaluated import said_error, text
 
     say = plain(out)
     say(text(result.made))
     for note in result.notes:
         say(note)
-    rows = []
+    counts, rows = Counter(str(row["tag"]) for row in result.rows), []
     for key, value in result.metrics.items():
-        error = result.standard_errors.get(key.replace("eval/", "standard_error/", 1))
-        rows.append((key, f"{value:.4f}" + ("" if error is None or error != error else f" ± {error:.4f}")))
+        error = said_error(key.replace("eval/", "standard_error/", 1), result.standard_errors, 4, counts)
+        rows.append((key, f"{value:.4f}{error}"))
     print_rows(out, rows)
 
 

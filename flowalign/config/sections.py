@@ -155,7 +155,7 @@ class DataConfig(Section):
     prompts: Annotated[str, Resolved("prompts")] = "shapes:train"
     """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
-    """Groups of a task (``tag``) for each one of a task without a weight; none with 0."""
+    """Groups of a task (``task``, else ``tag``) for each one of a task without a weight; none with 0."""
     curriculum: CurriculumConfig | None = None
     """Draw by pass rate; null: all prompts of a task in turn, whatever they scored."""
     groups_per_iteration: Positive = 12

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.section import ConfigError, nearest
-from flowalign.data.prompts import GroupSampler, Row, tag_of
+from flowalign.data.prompts import GroupSampler, Row
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.types import UNTAGGED, PromptBatch, Scores
+from flowalign.types import UNTAGGED, PromptBatch, Scores, task_of
 from rewards.composite import TOTAL
 
 # What a task and a prompt take over of a surprise, in logits: together Newton's step where p is 1/2, since p (1 - p) is
@@ -58,8 +58,8 @@ class CurriculumSampler(GroupSampler):
         """Take over how often the prompts of an iteration were passed; images without a valid score do not count.
 
         Return the metrics ``curriculum/pass_rate``, the share of its images that passed, and of each task
-        ``curriculum/<task>/pass_rate``, the mean estimate over its prompts, and ``curriculum/<task>/share`` of the next
-        iteration's groups.
+        ``curriculum/<task>/share`` of the next iteration's groups and ``curriculum/<task>/pass_rate``, the mean
+        estimate over its prompts. A task none of whose images ever had a valid score has no such estimate.
 
         Raises:
             ConfigError: no reward answers the score.
@@ -72,12 +72,13 @@ class CurriculumSampler(GroupSampler):
             of_group.setdefault(group, []).append(image)
         # One after the other: the groups of a task that come together would each move it by the same surprise.
         for _, images in sorted(of_group.items()):
-            task = self._tasks.index(tag_of(batch.metadata[images[0]]))
+            task = self._tasks.index(task_of(batch.metadata[images[0]]))
             places = self._places[task, batch.prompts[images[0]]]
             valid, passed = int(counts[images].sum()), int(passes[images].sum())
             surprise = (passed - valid * float(self.pass_rates(places)[0])) / len(images)
             self._task_ratings_T[task] += TASK_STEP * surprise
             self._ratings_P[places] += PROMPT_STEP * surprise
+            self._seen_P[places] |= valid > 0
         rate = int(passes.sum()) / int(counts.sum()) if bool(counts.any()) else float("nan")
         return {"curriculum/pass_rate": rate, **self._metrics()}
 
@@ -94,8 +95,8 @@ class CurriculumSampler(GroupSampler):
         """Return the ratings by task and prompt, as plain data; those of prompts that were not seen are left out."""
         own: dict[str, dict[str, float]] = {task: {} for task in self._tasks}
         for (task, prompt), places in self._places.items():
-            if rating := float(self._ratings_P[places[0]]):
-                own[self._tasks[task]][prompt] = rating
+            if self._seen_P[places[0]]:
+                own[self._tasks[task]][prompt] = float(self._ratings_P[places[0]])
         ratings = zip(self._tasks, self._task_ratings_T.tolist(), strict=True)
         return {task: {"rating": rating, "prompts": own[task]} for task, rating in ratings}
 
@@ -103,11 +104,13 @@ class CurriculumSampler(GroupSampler):
         """Go on from the ratings of a ``state``; an empty one is the beginning. Prompts that are gone are left out."""
         self._task_ratings_T = np.zeros(len(self._tasks))
         self._ratings_P = np.zeros(len(self._pool))
+        self._seen_P = np.zeros(len(self._pool), bool)
         for index, task in enumerate(self._tasks):
             held = state.get(task, {"rating": 0.0, "prompts": {}})
             self._task_ratings_T[index] = held["rating"]
             for prompt, rating in held["prompts"].items():
-                self._ratings_P[self._places.get((index, prompt), [])] = rating
+                places = self._places.get((index, prompt), [])
+                self._ratings_P[places], self._seen_P[places] = rating, True
 
     def _chosen(self, iteration: int) -> list[Row]:
         """Draw by systematic sampling: points evenly apart on the weights, prompts of a task side by side, shuffled."""
@@ -121,16 +124,17 @@ class CurriculumSampler(GroupSampler):
         return [self._pool[place] for place in order[places].tolist()]
 
     def _metrics(self) -> dict[str, float]:
-        """Return what each task's prompts are believed to be passed, and how large a share of the groups they have."""
+        """Return what each task's prompts are believed to be passed, where any of them was measured, and how large a
+        share of the groups they have."""
         counts = np.bincount(self._task_P)
         rates = np.bincount(self._task_P, self.pass_rates()) / counts
         shares = np.bincount(self._task_P, self.weights())
         shares = shares / shares.sum()
-        found: dict[str, float] = {}
-        for task, rate, share in zip(self._tasks, rates.tolist(), shares.tolist(), strict=True):
-            name = f"curriculum/{task or UNTAGGED}"
-            found |= {f"{name}/pass_rate": rate, f"{name}/share": share}
-        return found
+        # Prompts that were seen may be gone from the file since; what they told of their task is still there.
+        measured = (np.bincount(self._task_P, self._seen_P) > 0) | (self._task_ratings_T != 0)
+        names = [f"curriculum/{task or UNTAGGED}" for task in self._tasks]
+        found = {f"{name}/pass_rate": float(rates[t]) for t, name in enumerate(names) if measured[t]}
+        return found | {f"{name}/share": float(share) for name, share in zip(names, shares, strict=True)}
 
     def _score(self, scores: Scores) -> torch.Tensor:
         """Return the score that tells what passes, (N,), NaN where it is not valid."""

@@ -13,7 +13,7 @@ import torch
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
-from flowalign.types import PromptBatch, Scores
+from flowalign.types import PromptBatch, Scores, task_of
 from rewards.missing import hint
 
 Row = dict[str, Any]
@@ -83,7 +83,7 @@ def _checked(row: Row, where: str) -> Row:
 
 
 class GroupSampler:
-    """Draws the groups of an iteration: tasks (``tag``) in turn, by weight, then a prompt of the task.
+    """Draws the groups of an iteration: tasks (``task``, else ``tag``) in turn, by weight, then a prompt of the task.
 
     Tasks without a weight have weight 1. The prompts are a shuffle within each task, walked without replacement and
     reshuffled each pass.
@@ -103,7 +103,7 @@ class GroupSampler:
     ) -> None:
         self._by_task: dict[str, list[Row]] = {}
         for row in rows:
-            self._by_task.setdefault(tag_of(row), []).append(row)
+            self._by_task.setdefault(task_of(row), []).append(row)
         self._cycle = task_cycle(rows, task_weights or {})
         self.prompts = [row["prompt"] for row in rows]
         self.groups, self.group_size, self.seed = groups, group_size, seed
@@ -159,11 +159,6 @@ class GroupSampler:
         return torch.randperm(len(self._by_task[task]), generator=drawn)
 
 
-def tag_of(row: Mapping[str, Any]) -> str:
-    """Return the task by which a prompt is drawn: its ``tag``, or nothing."""
-    return str(row.get("tag") or "")
-
-
 def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     """Return the order in which tasks have their turns: each as often as its weight, spread out.
 
@@ -172,7 +167,7 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     Raises:
         PromptsError: a weight for a task that no prompt has, or nothing but zeros.
     """
-    tasks = dict.fromkeys((tag_of(row) for row in rows), 1)
+    tasks = dict.fromkeys((task_of(row) for row in rows), 1)
     if unknown := sorted(weights.keys() - tasks.keys()):
         has = ", ".join(tasks)
         raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")

@@ -27,6 +27,7 @@ from rewards.printable import printable
 
 Row = Mapping[str, Any]
 MOST_OF_A_CARD = 1_000_000  # bytes
+HOW_MADE = ("eval/num_samples", "eval/skipped_steps")  # of an evaluation, and no scores
 
 CUSTOM_USE = """from diffusers import DiffusionPipeline
 
@@ -57,7 +58,8 @@ image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{
 
 def write_card(directory: Path, config: Sampled, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
     """Write README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
-    after = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
+    measured = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
+    after = {key: value for key, value in measured.items() if key not in HOW_MADE}
     before = _before(run_dir / "metrics.jsonl")
     front = "\n".join(_front_matter(config, state, kind, after))
     (directory / "README.md").write_text(
@@ -67,10 +69,14 @@ def write_card(directory: Path, config: Sampled, state: Mapping[str, Any], *, ki
 
 def base_name(path: str) -> str:
     """Return ``owner/name`` of a model in the hub's cache, ``shapes``, else the directory's own name."""
-    if Path(path).resolve() == (SHIPPED / "pipeline").resolve():
+    if _is_shipped(Path(path)):
         return "shapes"
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", path)
     return f"{cached[1]}/{cached[2]}" if cached else Path(path).resolve().name
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.resolve() == (SHIPPED / "pipeline").resolve()
 
 
 def _file_name(prompts: str | None) -> str | None:
@@ -108,7 +114,7 @@ def _tag(config: Sampled, algorithm: str) -> str:
 
 def _licence(base: Path) -> list[str]:
     """Return the base model's own licence fields, as its card states them; where it states none, a pointer to it."""
-    card = base / "README.md"
+    card = (SHIPPED if _is_shipped(base) else base) / "README.md"  # one card for all that is shipped
     try:
         head = re.match(r"---\n(.*?)\n---", read_text(card, MOST_OF_A_CARD), re.DOTALL) if card.is_file() else None
         stated = parse_yaml(head[1], str(card)) if head else None
@@ -149,7 +155,7 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
     made = f"A {what} {code(base, cell=False)} by flowalign with {text(algorithm)}."
     lines = [f"# {text(config.name)}", "", made, "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    lines += _scores(config, kind, before, after)
+    lines += _scores(config, kind, before, after, state.get("metrics", {}).get("eval/skipped_steps"))
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
     family = _public(config)
     optional = () if family is None else family.optional
@@ -251,17 +257,20 @@ def _steps(count: int) -> str:
 def _reward(reward: RewardConfig) -> str:
     options = ", ".join(text(f"{key}={value}") for key, value in reward.options.items())
     spec = reward.spec.rpartition(":")[2] if ".py:" in reward.spec else reward.spec
-    weights = {reward.name or spec: reward.weight, **reward.parts}
-    said = " + ".join(f"{code(score)} × {weight:g}" for score, weight in weights.items())
+    own = reward.name or spec
+    weights = {} if reward.gold else {own: reward.weight, **reward.parts}
+    said = " + ".join(f"{code(score)} × {weight:g}" for score, weight in weights.items() if weight)
+    said = said or f"{code(own)}, {'gold' if reward.gold else 'measured only'}"
     return said + (f" ({options})" if options else "")
 
 
-def _scores(config: Sampled, kind: str, before: Row, after: Row) -> list[str]:
+def _scores(config: Sampled, kind: str, before: Row, after: Row, skipped: float | None) -> list[str]:
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation
     how = f"{e.num_samples} samples of {code(_file_name(e.prompts), cell=False)}, {e.num_steps} Euler steps"
     how += f", {said_guidance(guidance_facts(e))}"
+    how += "" if skipped is None else f", {skipped:.0%} of the steps skipped"
     lines = [
         "## Scores",
         "",

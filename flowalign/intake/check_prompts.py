@@ -175,6 +175,7 @@ def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Seque
 def check_tasks_taught(config: AlignConfig, needs: Needs) -> None:
     """Check that every task of the prompts has its teacher."""
     from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.types import task_of
 
     if needs.teacher_of is None:
         return
@@ -185,7 +186,7 @@ def check_tasks_taught(config: AlignConfig, needs: Needs) -> None:
     weights = config.data.task_weights
     try:
         for row in rows:
-            if weights.get(str(row.get("tag", "")), 1):
+            if weights.get(task_of(row), 1):
                 needs.teacher_of(row)
     except ValueError as error:
         raise ConfigError("algorithm.teachers", str(error).removeprefix("algorithm.teachers: ")) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from flowalign.algorithm import Needs
@@ -13,7 +14,7 @@ from flowalign.config.sections import DataConfig, RewardConfig
 from flowalign.samples.offers import names_of
 from rewards.composite import TOTAL, prefixes
 from rewards.interface import ScorerError
-from rewards.resolve import answered, bounds, row_absences
+from rewards.resolve import answered, bounds, option_for, row_absences
 
 Row = dict[str, Any]
 
@@ -23,10 +24,11 @@ def drawn_rows(data: DataConfig) -> list[Row]:
 
     There is none where the prompts cannot be read, which `check_prompts` says.
     """
-    from flowalign.data.prompts import PromptsError, load_prompts, tag_of
+    from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.types import task_of
 
     try:
-        return [row for row in load_prompts(data.prompts) if data.task_weights.get(tag_of(row), 1) > 0]
+        return [row for row in load_prompts(data.prompts) if data.task_weights.get(task_of(row), 1) > 0]
     except PromptsError:
         return []
 
@@ -58,7 +60,8 @@ def check_every_prompt_scored(config: AlignConfig, needs: Needs) -> None:
 
 
 def notes_of_scores(config: AlignConfig) -> Iterator[str]:
-    """Yield a note on each weight of a score that no prompt that may be drawn can have."""
+    """Yield a note on each weight of a score that no prompt that may be drawn can have, and on the tasks of which a
+    curriculum is told nothing."""
     if config.data.preferences is not None:
         return
     for i, reward in enumerate(config.rewards):
@@ -70,6 +73,28 @@ def notes_of_scores(config: AlignConfig) -> Iterator[str]:
             if there is not None and name not in there:
                 key = f"rewards.{i}.parts.{name}" if name in reward.parts else f"rewards.{i}.weight"
                 yield f"{key}: {weight:g}, of a score that no prompt which may be drawn can have; nothing comes of it"
+    with suppress(ScorerError):
+        yield from _notes_of_curriculum(config)
+
+
+def _notes_of_curriculum(config: AlignConfig) -> Iterator[str]:
+    """Yield a note on the tasks to none of whose prompts the curriculum's score applies."""
+    from flowalign.types import UNTAGGED, task_of
+
+    curriculum = config.data.curriculum
+    owner = None if curriculum is None else _owners(config.rewards)[0].get(curriculum.score)
+    if curriculum is None or owner is None or (absent := row_absences(_spec(owner[0]))) is None:
+        return
+    by_task: dict[str, bool] = {}
+    for row in drawn_rows(config.data):
+        task = task_of(row) or UNTAGGED
+        by_task[task] = by_task.get(task, False) or owner[1] not in absent(row)
+    if bare := [task for task, applies in by_task.items() if not applies]:
+        yield (
+            f"data.curriculum.score: {curriculum.score} applies to no prompt of {', '.join(bare)}; nothing tells how "
+            "often these are passed, so they keep the highest weight. Leave them out by data.task_weights, or take "
+            "another score, such as total"
+        )
 
 
 def check_curriculum(config: AlignConfig, needs: Needs) -> None:
@@ -82,16 +107,12 @@ def check_curriculum(config: AlignConfig, needs: Needs) -> None:
         return
     if not needs.scores:
         raise ConfigError("data.curriculum", f"{config.algorithm['type']} learns without scores; leave it out")
-    owners: dict[str, tuple[RewardConfig, str] | None] = {TOTAL: None}  # the reward, and what its scorer calls it
-    scores: list[tuple[str, ...] | None] = []
     try:
-        for reward, prefix in zip(config.rewards, prefixes(names_of(config.rewards)), strict=True):
-            scores.append(answered(_spec(reward)))
-            owners[reward.label] = reward, reward.label
-            owners |= {prefix + own: (reward, own) for own in (*(scores[-1] or ())[1:], *reward.parts)}
+        owners, every = _owners(config.rewards)
         owner = owners.get(curriculum.score)
-        if curriculum.score not in owners and None not in scores:  # else its first answer says it
-            raise ConfigError(key, f"no reward answers {curriculum.score!r}; {nearest(curriculum.score, owners)}")
+        if curriculum.score not in owners and every:  # else its first answer says it
+            hint = _option_for(config.rewards, curriculum.score) or nearest(curriculum.score, owners)
+            raise ConfigError(key, f"no reward answers {curriculum.score!r}; {hint}")
         if owner is not None:
             _check_tells(config.data, *owner)
         low, high = _total_bounds(config.rewards) if curriculum.score == TOTAL else (-math.inf, math.inf)
@@ -105,6 +126,30 @@ def check_curriculum(config: AlignConfig, needs: Needs) -> None:
             f"is {curriculum.threshold:g}, which {passes} image reaches: {curriculum.score} lies between {low:g} and "
             f"{high:g}; write a number above {low:g} to {high:g}",
         )
+
+
+def _owners(rewards: Sequence[RewardConfig]) -> tuple[dict[str, tuple[RewardConfig, str] | None], bool]:
+    """Return of each score its reward and what that one's scorer calls it, None of the total; and whether these are all
+    scores that there are.
+
+    Raises ScorerError where a reward cannot be made.
+    """
+    owners: dict[str, tuple[RewardConfig, str] | None] = {TOTAL: None}
+    every = True
+    for reward, prefix in zip(rewards, prefixes(names_of(rewards)), strict=True):
+        known = answered(_spec(reward))
+        every = every and known is not None
+        owners[reward.label] = reward, reward.label
+        owners |= {prefix + own: (reward, own) for own in (*(known or ())[1:], *reward.parts)}
+    return owners, every
+
+
+def _option_for(rewards: Sequence[RewardConfig], score: str) -> str | None:
+    """Say with which option one of the rewards would answer the ``score``; None where none would."""
+    for i, (reward, prefix) in enumerate(zip(rewards, prefixes(names_of(rewards)), strict=True)):
+        if score.startswith(prefix) and (option := option_for(_spec(reward), score.removeprefix(prefix))):
+            return f"rewards.{i}, {reward.label}, does with options: {{{option}}}"
+    return None
 
 
 def _check_tells(data: DataConfig, owner: RewardConfig, own: str) -> None:

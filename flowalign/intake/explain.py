@@ -124,7 +124,8 @@ def _hint(loc: Key, section: type[BaseModel] | None, model: type[BaseModel], pre
     own = meant.rpartition(".")[2] if meant is not None else ""
     near = [own] if own in known else get_close_matches(name.lower(), known, n=1, cutoff=0.9 if own else 0.75)
     if near:
-        return f"did you mean {near[0]}?{f' ({said})' if said and near == [own] else ''}"
+        meant = dotted((*prefix, *loc[:-1], near[0]))
+        return f"did you mean {meant}?{f' ({said})' if said and near == [own] else ''}"
     if meant is not None:
         return f"did you mean {meant}?{f' ({said})' if said else ''}"
     if inside := keys_inside(name, given, leaves):

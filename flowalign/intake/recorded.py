@@ -39,7 +39,7 @@ def config_of(source: Path, file: Path | None, model: Path | None = None) -> Sam
         sampling = recorded.pop("sampling", {})
         return _sampled(model={"path": str(source), **recorded}, evaluation=sampling)
     run_dir = next((d for d in (source, *source.resolve().parents[:2]) if (d / "config.yaml").is_file()), source)
-    own = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir)
+    own = load_align(file, require_files=False).config if file is not None else read_resolved(run_dir, or_pipeline=True)
     config = own if isinstance(own, AlignConfig) else of_training(own)
     if file is not None and (source / "model_index.json").is_file():
         _check_family(config, source)

@@ -77,13 +77,19 @@ def recorded_versions(run_dir: Path) -> dict[str, str]:
     return plain(read_mapping(path).get("versions") or {})
 
 
-def read_resolved(run_dir: Path) -> AlignConfig | PretrainConfig:
-    """Return the configuration that a run directory was made with. Raise ConfigError where there is none."""
+def read_resolved(run_dir: Path, *, or_pipeline: bool = False) -> AlignConfig | PretrainConfig:
+    """Return the configuration that a run directory was made with.
+
+    Raise ConfigError where there is none; ``or_pipeline`` tells whether a pipeline might have been given as well.
+    """
     path = run_dir / RESOLVED
     if not path.is_file():
         absent = f"does not exist{hint(run_dir)}"
         what = f"has no {RESOLVED}" if run_dir.is_dir() else "is no directory" if run_dir.exists() else absent
-        raise ConfigError("", f"{run_dir} {what}; give the directory of a run, such as runs/NAME, or of a pipeline")
+        if (run_dir / "model_index.json").is_file():
+            what = "is a pipeline, and no run"
+        of = "of a run, such as runs/NAME" + (", or of a pipeline" if or_pipeline else "")
+        raise ConfigError("", f"{run_dir} {what}; give the directory {of}")
     raw = read_yaml(path)
     if "latents" in raw:
         return resolve_run(validate(PretrainConfig, raw), run_dir)

@@ -49,6 +49,23 @@ def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+def said_error(key: str, errors: Mapping[str, float], digits: int, counts: Mapping[str, int] | None = None) -> str:
+    """Write what stands behind the value of a ``standard_error/<name>/<task>``: `` ± 0.1443``, nothing where it is not
+    known.
+
+    Samples that were all right, or all wrong, have a spread of 0, which is no certainty: they are said to be alike, of
+    how many by ``counts`` of tasks. An overall over such a task is ``or more``.
+    """
+    error, (name, _, task) = errors.get(key, math.nan), key.rpartition("/")
+    if math.isnan(error):
+        return ""
+    if not error:
+        count = (counts or {}).get(task)
+        return " (all alike within a task)" if task == "overall" else f" (all alike{f', of {count}' if count else ''})"
+    tasks = (own for other, own in errors.items() if other != key and other.rpartition("/")[0] == name)
+    return f" ± {error:.{digits}f}" + (" or more" if task == "overall" and 0 in tasks else "")
+
+
 def facts(
     prompts: Sequence[str],
     source: str,

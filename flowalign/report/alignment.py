@@ -28,6 +28,7 @@ from flowalign.report.page import (
 )
 from flowalign.report.samples import read_gallery
 from flowalign.safety.collapse import stopped_by_alarm
+from flowalign.shapes.prompts import TASKS
 
 PHASES = ("rollout", "score", "learn", "sync", "idle")
 HEALTH = {
@@ -55,7 +56,7 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
     trained = [row for row in rows if row["iteration"] > 0]
     evaluations = Evaluations(rows, config.evaluation.judge, config.rewards)
     settings = _settings(config)
-    rewarded = f" on {settings['Rewards']}" if config.rewards else ""
+    rewarded = f" on {_trained_terms(config)}" if config.rewards else ""
     measured = "Training reward is measured on each iteration's own images, noise and all; the" if rewarded else "The"
     health = small_curves(trained, HEALTH)
     trust = "What goes wrong first in this kind of training, iteration by iteration."
@@ -68,7 +69,7 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
         tiles=_tiles(config, rows, trained),
         learned=f"{measured} evaluation has its own prompts, fixed seeds and a sampler without noise, before, during "
         "and after.",
-        charts=[_training_chart(config, trained), evaluations.chart()],
+        charts=[_training_chart(config, trained), evaluations.chart(), *_curriculum_charts(trained)],
         scores=evaluations.scores(settings["Evaluation"]),
         gallery=read_gallery(run_dir, evaluations.main),
         times=_times(trained),
@@ -124,9 +125,24 @@ def _trained_on(reward: RewardConfig, score: str) -> str:
 
 
 def _weighted(reward: RewardConfig) -> list[str]:
-    if reward.gold:
-        return [f"{reward.label} (gold)"]
-    return [f"{score} × {weight:g}" for score, weight in {reward.label: reward.weight, **reward.parts}.items()]
+    """Return the scores that are trained on with their weights, then the main score where it is measured alone."""
+    kind = "gold" if reward.gold else "measured only"
+    measured = [] if reward.label in reward.terms else [f"{reward.label} ({kind})"]
+    return [f"{score} × {weight:g}" for score, weight in reward.terms.items()] + measured
+
+
+def _trained_terms(config: AlignConfig) -> str:
+    """Return what is trained on: each score with its weight, and that they are normalized alone where they are."""
+    terms = [f"{score} × {weight:g}" for reward in config.rewards for score, weight in reward.terms.items()]
+    alone = len(terms) > 1 and _normalize(config) == "per_reward"
+    return ", ".join(terms) + (", each normalized alone" if alone else "")
+
+
+def _normalize(config: AlignConfig) -> str | None:
+    """Return which of several rewards' advantages are normalized; None where the algorithm has no such option."""
+    algorithm = shipped_algorithm(config.algorithm)
+    found = config.algorithm.get("normalize")
+    return found if algorithm is None else getattr(algorithm.config, "normalize", None)
 
 
 def _group_size(config: AlignConfig) -> int | None:
@@ -169,6 +185,30 @@ def _training_chart(config: AlignConfig, trained: Sequence[Row]) -> Chart:
     return Chart(title, figure, "No iteration has finished yet.")
 
 
+def _curriculum_charts(trained: Sequence[Row]) -> list[Chart]:
+    """Draw each task's pass rate and its share of the groups; nothing without a curriculum."""
+    rates, shares = (_by_task(trained, what) for what in ("pass_rate", "share"))
+    found = []
+    if rates:
+        images = {"images of the iteration": [row.get("curriculum/pass_rate") for row in trained]}
+        label = "estimated pass rate of a task's prompts"
+        figure = figures.lines(iterations(trained), images | rates, bold=next(iter(images)), label=label)
+        found.append(Chart("Pass rate by task", figure))
+    if shares:
+        label = "share of the next iteration's groups"
+        found.append(Chart("Share of the groups by task", figures.lines(iterations(trained), shares, label=label)))
+    return found
+
+
+def _by_task(trained: Sequence[Row], what: str) -> dict[str, list[float | None]]:
+    """Return the values of ``curriculum/<task>/<what>`` by task; a name may have slashes."""
+    head, end = "curriculum/", f"/{what}"
+    keys = sorted({key for row in trained for key in row if key.startswith(head) and key.endswith(end)})
+    held = {key[len(head) : -len(end)]: key for key in keys if len(key) > len(head) + len(end)}
+    tasks = [task for task in TASKS if task in held] + [task for task in held if task not in TASKS]
+    return {task.replace("_", " "): [row.get(held[task]) for row in trained] for task in tasks}
+
+
 def _times(trained: Sequence[Row]) -> Times | None:
     """Return the mean seconds and share of each phase."""
     if not trained:
@@ -189,15 +229,20 @@ def _settings(config: AlignConfig) -> dict[str, str]:
     algorithm, lora, e = config.algorithm, config.model.lora, config.evaluation
     group, pairs = _group_size(config), config.data.preferences
     optimizer, guided = config.learner.optimizer, said_guidance(guidance_facts(e))
+    normalize, by = _normalize(config), config.data.curriculum
+    weights = ", ".join(f"{task} × {weight}" for task, weight in config.data.task_weights.items())
     return {
         "Algorithm": str(algorithm["type"]),
         "Model": " · ".join(filter(None, [config.model.type, Path(config.model.path).name])),
         "Trained": "all transformer weights" if lora is None else lora.described,
         "Rewards": ", ".join(said for reward in config.rewards for said in _weighted(reward)),
+        **({"Normalize": str(normalize)} if normalize is not None and config.rewards else {}),
         "Batch": f"{config.data.groups_per_iteration} "
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",
         **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
+        **({"Task weights": weights} if weights and not pairs else {}),
+        **({"Curriculum": f"{by.score} of {by.threshold:g} or more passes, floor {by.floor:g}"} if by else {}),
         "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}" if e.every else "none",
         "Seed": str(config.seed),
         "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flowalign.config.run import RunConfig
 from flowalign.measure.evaluate import best_metric, evaluation_metrics
-from flowalign.measure.evaluated import skipped, standard_errors
+from flowalign.measure.evaluated import said_error, skipped, standard_errors
 from flowalign.record.checkpoint import steps
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
@@ -222,9 +222,8 @@ class RunJournal:
         samples = self.run_dir / "samples" / f"iteration_{iteration:06d}"
         _write_samples(samples, collected)
         overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
-        spread = {name: errors[f"standard_error/{name}/overall"] for name in overall}
-        known = {name: f" ± {error:.3f}" for name, error in spread.items() if error == error}
-        said = ", ".join(f"{name} {value:.3f}{known.get(name, '')}" for name, value in overall.items())
+        spread = {name: said_error(f"standard_error/{name}/overall", errors, 3) for name in overall}
+        said = ", ".join(f"{name} {value:.3f}{spread[name]}" for name, value in overall.items())
         metrics |= errors | {"eval/num_samples": float(len(collected.batch)), "time/evaluation_s": seconds}
         cached = ""
         if collected.preview.computed:

@@ -9,7 +9,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from rewards.composite import Named, check_names
 from rewards.interface import Offers, ScorerError
-from rewards.resolve import answered, check
+from rewards.resolve import answered, check, option_for
 
 _ELSEWHERE = "name it under `rewards` of a run, or take one without that need"
 TRAINING = Offers("a run", frozenset({"group", "latents"}))
@@ -27,8 +27,11 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
     except ScorerError as error:
         raise ConfigError(key, str(error)) from error
     if known is not None and (unknown := [part for part in reward.parts if part not in known]):
+        option = option_for({"type": reward.spec, **reward.options}, unknown[0])
         raise ConfigError(
-            f"{key}.parts", f"{reward.spec} with these options answers no {unknown[0]!r}; it answers {', '.join(known)}"
+            f"{key}.parts",
+            f"{reward.spec} with these options answers no {unknown[0]!r}; "
+            + (f"give it options: {{{option}}}" if option else f"it answers {', '.join(known)}"),
         )
 
 

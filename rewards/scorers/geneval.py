@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class GenevalScorer(Answers):
 
     name = "geneval"
     further: tuple[str, ...] = ("geneval_strict",)
+    # By which option further ones are answered.
+    asked_for: ClassVar[dict[str, str]] = {f"geneval_{kind}": "clauses: true" for kind in KINDS}
     range = (0.0, 1.0)
 
     def __init__(

@@ -201,4 +201,4 @@ def test_teachers_are_checked_before_anything_starts(tmp_path):
     assert "no teacher has the task 'single_object'" in refusal(config, taught("t: {path: teacher, tasks: [colors]}"))
     assert "algorithm.window" in refusal(config, taught("t: {path: teacher}", ", window: {kind: fixed, size: 0}"))
     said = refusal(config, taught("t: {path: teacher, guidance: 3}"))
-    assert said == "algorithm.teachers.t.guidance: unknown key; did you mean guidance_scale?"
+    assert said == "algorithm.teachers.t.guidance: unknown key; did you mean algorithm.teachers.t.guidance_scale?"

@@ -82,7 +82,7 @@ def assert_refused(code: int, out: str, err: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["learner.micro_batchsize=8"], "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
+        (["learner.micro_batchsize=8"], "learner.micro_batchsize: unknown key; did you mean learner.micro_batch_size?"),
         (["algorithm.group_size=1"], "algorithm.group_size: got 1"),
         (["algorithm.window.size=12"], "algorithm.window: window [1, 13) leaves the schedule of 10 steps"),
         (["model.path=absent"], "is not a directory; give a pipeline directory"),
@@ -136,6 +136,16 @@ def test_a_path_that_is_no_run_ends_in_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "file.safetensors").touch()
         shown = CliRunner().invoke(app, ["sample", str(tmp_path / name), "--prompt", "x"])
         assert shown.exit_code == 2 and f"{name} {said}; give the directory of a run" in shown.stderr
+        assert "such as runs/NAME, or of a pipeline" in shown.stderr
+
+
+def test_a_report_is_of_a_run_alone_and_says_so_of_a_pipeline(tmp_path: Path) -> None:
+    for name, said in (("out", "is a pipeline, and no run"), ("other", "has no config.yaml")):
+        (tmp_path / name).mkdir()
+        (tmp_path / "out" / "model_index.json").touch()
+        shown = CliRunner().invoke(app, ["report", str(tmp_path / name)])
+        assert shown.exit_code == 2 and "or of a pipeline" not in shown.stderr
+        assert f"{name} {said}; give the directory of a run, such as runs/NAME" in shown.stderr
 
 
 @pytest.mark.parametrize("arguments", [["sample", "~/model", "--prompt", "x"], ["report", "~/model"]])

@@ -109,10 +109,24 @@ def test_weights_are_the_variance_of_a_pass_above_a_floor_and_a_task_s_is_their_
 def test_the_metrics_say_each_task_s_rate_and_its_share_of_the_next_groups() -> None:
     drawn = known(sampler(floor=0.25), b0=-40.0, b1=40.0)
     measured = drawn.learn(*scored(("b2", [NAN])))
-    assert measured["curriculum/a/pass_rate"] == 0.5 and measured["curriculum/b/pass_rate"] == pytest.approx(0.5)
+    assert "curriculum/a/pass_rate" not in measured  # no image of a was ever measured
+    assert measured["curriculum/b/pass_rate"] == pytest.approx(0.5)
     share = (0.25 + 0.25 + 1 + 1) / 4
     assert measured["curriculum/b/share"] == pytest.approx(share / (1 + share))
     assert measured["curriculum/a/share"] + measured["curriculum/b/share"] == pytest.approx(1)
+
+
+def test_a_task_has_a_pass_rate_from_its_first_valid_score_on_through_a_checkpoint_too() -> None:
+    drawn = sampler()
+    assert "curriculum/b/pass_rate" not in drawn.learn(*scored(("a0", [1, 0]), ("b0", [NAN, NAN])))
+    first = drawn.learn(*scored(("b0", [1, NAN, 0]), ("a0", [NAN, NAN])))
+    # Half of b's images passed as was expected, which moves no rating; it was measured all the same.
+    assert first["curriculum/b/pass_rate"] == 0.5 and drawn.state()["b"] == {"rating": 0.0, "prompts": {"b0": 0.0}}
+    resumed = sampler()
+    resumed.restore(json.loads(json.dumps(drawn.state())))
+    nothing = scored(("a0", [NAN]))
+    assert resumed.learn(*nothing) == pytest.approx(drawn.learn(*nothing), nan_ok=True)
+    assert "curriculum/b/pass_rate" in resumed.learn(*nothing)
 
 
 def test_prompts_without_a_tag_are_one_task() -> None:
@@ -172,6 +186,14 @@ def test_prompts_that_were_moved_keep_their_ratings_and_those_that_are_gone_lose
     (a0, a1, *b), (*b_backwards, a1_moved) = one.pass_rates(), other.pass_rates()
     assert b == b_backwards[::-1] and a1 == a1_moved and a0 != 0.5
     assert set(one.state()["a"]["prompts"]) == {"a0", "a1"} and set(other.state()["a"]["prompts"]) == {"a1"}
+
+
+def test_a_task_of_its_own_word_goes_before_the_tag() -> None:
+    rows = [{"prompt": "a0", "tag": "a", "task": "mine"}, {"prompt": "a1", "tag": "a"}]
+    batch, scores = scored(("a0", [1, 1]))
+    drawn = sampler(rows)
+    drawn.learn(replace(batch, metadata=(rows[0],) * 2), scores)
+    assert set(drawn.state()) == {"mine", "a"} and set(drawn.state()["mine"]["prompts"]) == {"a0"}
 
 
 def test_the_same_prompt_twice_in_a_task_is_one() -> None:

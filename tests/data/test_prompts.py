@@ -4,6 +4,12 @@ import pytest
 
 from flowalign.data.prompts import GroupSampler, PromptsError, load_prompts, task_cycle
 
+OWN_TASKS = [
+    {"prompt": "p0", "tag": "colors", "task": "mine"},
+    {"prompt": "p1", "tag": "colors"},
+    {"prompt": "p2", "task": "mine"},
+    {"prompt": "p3", "tag": "counting", "task": ""},
+]
 ROWS = [{"prompt": f"{tag}{i}", "tag": tag} for tag in ("a", "b", "c") for i in range(4)]
 
 
@@ -146,3 +152,11 @@ def test_of_several_wrong_rows_the_first_is_said_and_how_many_more(tmp_path):
         read(tmp_path, content)
     with pytest.raises(PromptsError, match=r"line 3 is not JSON .*\(1 more row is wrong\)$"):
         read(tmp_path, content.replace("3}", '"b"}'))
+
+
+def test_a_prompt_is_drawn_by_its_task_else_by_its_tag_as_rewards_know_it() -> None:
+    sampler = GroupSampler(OWN_TASKS, groups=3, group_size=1, seed=0, task_weights={"colors": 0, "counting": 2})
+    assert [{"p0": "mine", "p2": "mine", "p3": "counting"}[p] for p in sampler.batch(0).prompts].count("counting") == 2
+    assert {row["prompt"] for row in sampler.rows(9)} == {"p0", "p2", "p3"}
+    with pytest.raises(PromptsError, match="no prompt has the task 'color'; the prompts have: mine, colors, counting"):
+        GroupSampler(OWN_TASKS, groups=1, group_size=1, seed=0, task_weights={"color": 1})

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.config.sections import SHIPPED
 from flowalign.export import ExportError, export
-from flowalign.export.card import base_name
+from flowalign.export.card import base_name, write_card
 from flowalign.export.verify import load_pipeline
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
@@ -213,6 +213,32 @@ def test_the_card_states_base_rewards_scores_and_licence(
 def test_the_model_of_the_package_goes_by_its_name_in_a_card() -> None:
     assert base_name(str(SHIPPED / "pipeline")) == "shapes" and base_name("models/pipeline") == "pipeline"
     assert base_name("hub/models--owner--name/snapshots/1") == "owner/name"
+
+
+def test_a_card_of_the_shipped_base_states_its_licence(tmp_path: Path) -> None:
+    shipped = run_config(SHIPPED / "pipeline", lora=True)
+    write_card(tmp_path, shipped, {"iteration": 1}, kind="lora", run_dir=tmp_path)
+    assert (tmp_path / "README.md").read_text().startswith("---\nlicense: apache-2.0\nlibrary_name")
+
+
+def test_a_card_says_of_rewards_what_is_trained_on_alone(base: Path, tmp_path: Path) -> None:
+    parts = {"geneval_colors": 1, "geneval_positions": 2}
+    geneval = {"spec": "geneval", "weight": 0, "options": {"clauses": True}, "parts": parts}
+    rewards = [geneval, {"spec": "jpeg", "gold": True}, {"spec": "clip", "weight": 0}]
+    write_card(tmp_path, run_config(base, rewards=rewards), {"iteration": 1}, kind="pipeline", run_dir=tmp_path)
+    said = "`geneval_colors` × 1 + `geneval_positions` × 2 (clauses=True); `jpeg`, gold; `clip`, measured only |"
+    assert f"| Rewards | {said}" in (tmp_path / "README.md").read_text()
+
+
+def test_what_an_evaluation_was_made_of_is_no_score_of_a_card(base: Path, tmp_path: Path) -> None:
+    made = {"eval/num_samples": 24.0, "eval/skipped_steps": 0.25}
+    state = {"iteration": 1, "metrics": {"eval/geneval/overall": 0.5, **made}}
+    write_card(tmp_path, run_config(base), state, kind="pipeline", run_dir=tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| geneval/overall | – | 0.500 |" in text and not {key for key in made if f"| {key[5:]} |" in text}
+    assert ", 25% of the steps skipped, the same seeds before and after." in text
+    write_card(tmp_path, run_config(base), {"iteration": 1, "metrics": made}, kind="pipeline", run_dir=tmp_path)
+    assert "This run was not evaluated before the export." in (tmp_path / "README.md").read_text()
 
 
 def test_the_licence_fields_of_the_base_model_are_kept(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:

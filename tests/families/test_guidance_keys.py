@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         "evaluation.guidance_scale: 2 guides nothing",
     ),
     "a number that is none": ("flux-dev", ["algorithm.true_guidance_scale=-1"], "algorithm.true_guidance_scale"),
-    "another name": ("flux-dev", ["algorithm.true_cfg_scale=3"], "unknown key; did you mean true_guidance_scale"),
+    "another name": ("flux-dev", ["algorithm.true_cfg_scale=3"], "did you mean algorithm.true_guidance_scale"),
 }
 
 

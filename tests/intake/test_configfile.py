@@ -107,12 +107,13 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("learner.micro_batchsize=8", "learner.micro_batchsize: unknown key; did you mean micro_batch_size?"),
-        ("algorithm.groupsize=8", "algorithm.groupsize: unknown key; did you mean group_size?"),
+        ("learner.micro_batchsize=8", "learner.micro_batchsize: unknown key; did you mean learner.micro_batch_size?"),
+        ("algorithm.groupsize=8", "algorithm.groupsize: unknown key; did you mean algorithm.group_size?"),
+        ("algorithm.normalise=total", "algorithm.normalise: unknown key; did you mean algorithm.normalize?"),
         ("algorithm.window.length=8", "algorithm.window.length: unknown key; known: start, size, stop, kind"),
         ("group_size=8", "group_size: unknown key; did you mean algorithm.group_size?"),
         ("learning_rate=8", "learning_rate: unknown key; did you mean learner.optimizer.learning_rate?"),
-        ("rewards.0.wieght=8", "rewards.0.wieght: unknown key; did you mean weight?"),
+        ("rewards.0.wieght=8", "rewards.0.wieght: unknown key; did you mean rewards.0.weight?"),
         ("rewards.0.options.modes=strict", "rewards.0: reward 'geneval' has no option 'modes'; did you mean 'mode'?"),
         ("rewards.0.spec=genevil", "rewards.0: reward 'genevil' is unknown; did you mean 'geneval'"),
         ("rewards.0.spec=absent.py:reward", "absent.py does not exist"),
@@ -467,7 +468,7 @@ def test_a_pretraining_file_loads_and_resolves(
             load_pretrain(path, [f"phases.0.max_sequence_lengths={lengths}"])
     with pytest.raises(ConfigError, match=r"^model.height: image size 512x64: the model's table of positions ends"):
         load_pretrain(path, ["model.height=512"])
-    with pytest.raises(ConfigError, match=r"^phases.0.iteration: unknown key; did you mean iterations"):
+    with pytest.raises(ConfigError, match=r"^phases.0.iteration: unknown key; did you mean phases.0.iterations"):
         load_pretrain(path, ["phases.0.iteration=3"])
     with pytest.raises(ConfigError, match=r"^teacher.path: .*nowhere is not a directory"):
         load_pretrain(path, ["algorithm.type=progressive", "teacher.path=nowhere"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align
+from flowalign.intake.notes import notes_of
 from tests.tiny import write_config
 
 STRICT = "data.curriculum={score: geneval_strict}"
@@ -53,7 +55,17 @@ def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path
     ("overrides", "said"),
     [
         (["data.curriculum={score: geneval_strikt}"], r"data\.curriculum\.score: no .*did you mean geneval_strict\?"),
-        (["data.curriculum={score: geneval_positions}"], r"data\.curriculum\.score: no reward answers"),
+        (
+            ["data.curriculum={score: geneval_positions}", "rewards=[jpeg, geneval]"],
+            r"curriculum\.score: no .*'geneval_positions'; rewards\.1, geneval, does with options: {clauses: true}$",
+        ),
+        (
+            [
+                "data.curriculum={score: b.geneval_counts}",
+                "rewards=[{spec: geneval, name: a}, {spec: geneval, name: b}]",
+            ],
+            r"curriculum\.score: no .*'b\.geneval_counts'; rewards\.1, b, does with options: {clauses: true}$",
+        ),
         (["data.curriculum={score: clip}"], r"data\.curriculum\.score: .*known: total, geneval, geneval_strict"),
         (["data.curriculum={threshold: 1}"], r"data\.curriculum\.score: is missing"),
         (["data.curriculum={score: geneval, floor: 0}"], r"data\.curriculum\.floor: .*above 0"),
@@ -112,3 +124,26 @@ def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path
 def test_what_cannot_be_is_refused_by_its_key_and_a_reason(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         loaded(tmp_path, *overrides)
+
+
+CLAUSES = "rewards=[{spec: geneval, options: {clauses: true}}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bare"),
+    [
+        ([CLAUSES], "single_object, two_object, counting, colors, color_attr"),
+        ([CLAUSES, "data.task_weights={colors: 0, counting: 0, two_object: 0}"], "single_object, color_attr"),
+        (["rewards=[jpeg, {spec: geneval, name: g, options: {clauses: true}}]"], "single_object, two_object, .*"),
+        ([CLAUSES, "data.task_weights={single_object: 0, two_object: 0, counting: 0, colors: 0, color_attr: 0}"], None),
+        ([CLAUSES, "data.curriculum={score: geneval_objects}"], None),
+        ([CLAUSES, "data.curriculum={score: geneval_strict}"], None),
+        ([CLAUSES, "data.curriculum={score: total}"], None),
+    ],
+)
+def test_tasks_that_its_score_is_not_of_are_noted(tmp_path: Path, overrides: list[str], bare: str | None) -> None:
+    notes = notes_of(loaded(tmp_path, "data.curriculum={score: geneval_positions}", *overrides))
+    said = [note for note in notes if note.startswith("data.curriculum")]
+    assert len(said) == (bare is not None)
+    for note in said:
+        assert re.fullmatch(f"data.curriculum.score: geneval_positions applies to no prompt of {bare}; .*", note)

@@ -43,7 +43,7 @@ def refused(folder: Path, content: dict[str, object], override: str) -> str:
         ("learning_rat=9", "learning_rat: unknown key; did you mean learner.optimizer.learning_rate?"),
         ("save_steps=9", "save_steps: unknown key; did you mean checkpoint.every?"),
         ("adam_weight_decay=9", "adam_weight_decay: unknown key; did you mean learner.optimizer.weight_decay?"),
-        ("learner.optimizer.epsilon=9", "learner.optimizer.epsilon: unknown key; did you mean eps?"),
+        ("learner.optimizer.epsilon=9", "learner.optimizer.epsilon: unknown key; did you mean learner.optimizer.eps?"),
         (
             "gradient_accumulation_steps=2",
             "gradient_accumulation_steps: unknown key; did you mean learner.micro_batch_size? (gradients are "
@@ -74,7 +74,7 @@ def test_what_both_kinds_of_runs_have_is_named(tmp_path: Path, override: str, sa
             "sample.num_image_per_prompt=8",
             "sample: unknown key; sample.num_image_per_prompt is algorithm.group_size here",
         ),
-        ("algorithm.num_generations=8", "algorithm.num_generations: unknown key; did you mean group_size?"),
+        ("algorithm.num_generations=8", "algorithm.num_generations: unknown key; did you mean algorithm.group_size?"),
         ("mixed_precision=bf16", "mixed_precision: unknown key; did you mean model.dtype?"),
         ("reward_fn={pickscore: 1}", "reward_fn: unknown key; did you mean rewards?"),
     ],

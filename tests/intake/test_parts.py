@@ -23,7 +23,10 @@ def loaded(folder: Path, *overrides: str):
     ("overrides", "said"),
     [
         (["rewards=[{spec: geneval, parts: {geneval_colours: 1}}]"], r"rewards\.0\.parts: geneval with these"),
-        (["rewards=[{spec: geneval, parts: {geneval_colors: 1}}]"], r"rewards\.0\.parts: .*answers geneval, geneval_s"),
+        (
+            ["rewards=[{spec: geneval, parts: {geneval_colors: 1}}]"],
+            r"rewards\.0\.parts: .* answers no 'geneval_colors'; give it options: {clauses: true}$",
+        ),
         (["rewards=[{spec: geneval, parts: {geneval: 1}}]"], r"rewards\.0\.parts: geneval is the main score"),
         (
             ["rewards=[{spec: jpeg}, {spec: geneval, gold: true, parts: {geneval_strict: 1}}]"],
@@ -33,7 +36,7 @@ def loaded(folder: Path, *overrides: str):
         (["rewards=[{spec: geneval, options: {clauses: 1}}]"], r"rewards\.0: geneval: clauses is 1; write true or"),
         (
             ["rewards=[{spec: geneval, parts: {mine: 1}}, {spec: 'r.py:mine'}]"],
-            r"rewards\.0\.parts: geneval with these options answers no 'mine'",
+            r"rewards\.0\.parts: geneval with these options answers no 'mine'; it answers geneval, geneval_strict",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.config.sections import CacheConfig, SamplingConfig
-from flowalign.measure.evaluated import facts, made_with, skipped, standard_errors, text
+from flowalign.measure.evaluated import facts, made_with, said_error, skipped, standard_errors, text
 from flowalign.types import Scores, Trajectories
 from tests.tiny import write_pipeline
 
@@ -51,6 +51,26 @@ def test_below_two_valid_samples_no_error_is_known(values: list[float]):
 def test_masked_samples_do_not_count_in_the_error():
     whole, masked = scores(a=[0.0, 1.0]), scores(a=[0.0, NAN, 1.0])
     assert standard_errors(whole, [{}] * 2) == standard_errors(masked, [{}] * 3)
+
+
+def test_samples_that_are_all_alike_are_said_to_be_so_and_not_to_be_certain():
+    own = scores(a=[1, 1, 1, 1, 0, 1, 0, 0], b=[1, 1, 1, 1, 0, 0, 0, 0], c=[0, 1, 0, 1, 0, 1, 0, 1])
+    found = standard_errors(own, [{"tag": "x"}] * 4 + [{"tag": "y"}] * 4)
+    keys = {key.removeprefix("standard_error/"): said_error(key, found, 4, {"x": 4, "y": 4}) for key in found}
+    assert keys == {
+        "a/x": " (all alike, of 4)",
+        "a/y": " ± 0.2500",
+        "a/overall": " ± 0.1250 or more",
+        "b/x": " (all alike, of 4)",
+        "b/y": " (all alike, of 4)",
+        "b/overall": " (all alike within a task)",
+        "c/x": " ± 0.2887",
+        "c/y": " ± 0.2887",
+        "c/overall": " ± 0.2041",
+    }
+    assert said_error("standard_error/fid", found, 4) == ""
+    one = standard_errors(scores(a=[1.0]), [{}])
+    assert said_error("standard_error/a/overall", one, 3) == ""
 
 
 def test_the_line_names_samples_prompts_steps_guidance_solver_seed_and_weights():

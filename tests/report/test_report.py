@@ -142,6 +142,38 @@ def test_settings_configuration_and_versions_are_there(finished: Page) -> None:
         assert part in finished.text
 
 
+PARTS = {"geneval_objects": 1, "geneval_positions": 2}
+
+
+def test_a_run_on_clauses_says_what_is_trained_on_how_and_what_is_drawn(tmp_path: Path) -> None:
+    page = report(
+        write_run(tmp_path / "run", 2),
+        rewards=[{"spec": "geneval", "weight": 0, "options": {"clauses": True}, "parts": PARTS}],
+        algorithm={"type": "flow_grpo", "group_size": 4, "normalize": "per_reward"},
+        data={"task_weights": {"colors": 0, "position": 3}, "curriculum": {"score": "geneval_positions"}},
+    )
+    assert " on geneval_objects × 1, geneval_positions × 2, each normalized alone." in page.text
+    assert "Rewards geneval_objects × 1, geneval_positions × 2, geneval (measured only)" in page.text
+    assert "Normalize per_reward" in page.text and "× 0," not in page.text.partition("Settings")[0]
+    assert "Task weights colors × 0, position × 3" in page.text
+    assert "Curriculum geneval_positions of 1 or more passes, floor 0.1" in page.text
+
+
+def test_pass_rates_and_shares_are_drawn_where_the_metrics_have_them(finished: Page, tmp_path: Path) -> None:
+    assert "Pass rate by task" not in finished.text and "Normalize total" in finished.text
+    assert "Curriculum" not in finished.text and "Task weights" not in finished.text
+    writer = MetricsWriter(tmp_path, "tiny", config().logging)
+    for number in (1, 2, 3):
+        shares = {"curriculum/position/share": 0.6, "curriculum/my_own/share": 0.4}
+        rates = {"curriculum/pass_rate": 0.25, "curriculum/position/pass_rate": 0.2} if number > 1 else {}
+        writer.write(number, iteration(number) | shares | rates, wall_s=5.0)
+    writer.close()
+    page = report(tmp_path)
+    assert "Pass rate by task" in page.text and "Share of the groups by task" in page.text
+    labels = re.findall(r'aria-label="([^"]*)"', page.source)
+    assert "images of the iteration, position by iteration" in labels and "position, my own by iteration" in labels
+
+
 def test_the_page_asks_for_nothing_outside_itself(finished: Page) -> None:
     assert all(address.startswith(("data:", "#")) for address in finished.addresses)
     assert not re.findall(r"https?://|@import|url\((?!#)", finished.source)
