@@ -136,7 +136,7 @@ CLAUSES = "rewards=[{spec: geneval, options: {clauses: true}}]"
         ([CLAUSES, "data.task_weights={colors: 0, counting: 0, two_object: 0}"], "single_object, color_attr"),
         (["rewards=[jpeg, {spec: geneval, name: g, options: {clauses: true}}]"], "single_object, two_object, .*"),
         ([CLAUSES, "data.task_weights={single_object: 0, two_object: 0, counting: 0, colors: 0, color_attr: 0}"], None),
-        ([CLAUSES, "data.curriculum={score: geneval_objects}"], None),
+        ([CLAUSES, "data.curriculum={score: geneval_objects}"], "counting"),
         ([CLAUSES, "data.curriculum={score: geneval_strict}"], None),
         ([CLAUSES, "data.curriculum={score: total}"], None),
     ],
@@ -146,4 +146,4 @@ def test_tasks_that_its_score_is_not_of_are_noted(tmp_path: Path, overrides: lis
     said = [note for note in notes if note.startswith("data.curriculum")]
     assert len(said) == (bare is not None)
     for note in said:
-        assert re.fullmatch(f"data.curriculum.score: geneval_positions applies to no prompt of {bare}; .*", note)
+        assert re.fullmatch(f"data.curriculum.score: geneval_[a-z]+ applies to no prompt of {bare}; .*", note)
