@@ -77,10 +77,10 @@ def write_judge(options: argparse.Namespace) -> Path:
     """Write how models are judged: as configs/shapes/dpo.yaml evaluates, each sample by what no pair has seen."""
     own = read_yaml(ROOT / "configs" / "shapes" / f"{CONFIG}.yaml")
     evaluation = {**own["evaluation"], "every": 0, "scorer": HELD_OUT, "gold": [STRICT_AND_OFFICIAL]}
-    place = {"cluster": {"backend": "local", "threads": options.threads}, "learner": {"engine": "torch"}}
-    kept = {key: own[key] for key in ("name", "model", "data", "algorithm")}
+    own["cluster"] = {"backend": "local", "threads": options.threads}
+    own["learner"]["engine"] = "torch"
     path = options.work_dir / "judge.yaml"
-    write(path, {**kept, **place, "evaluation": evaluation})
+    write(path, {**own, "evaluation": evaluation})
     return path
 
 
