@@ -159,11 +159,11 @@ def run_cell(name: str, cell: PairsCell, seed: int, options: argparse.Namespace)
 
 
 def check() -> None:
-    found = list(faults(CELLS))
+    wrong = list(faults(CELLS))
     if unused := sorted(set(KINDS) - {cell.pairs for cell in CELLS.values()}):
-        found.append(f"no cell learns from the pairs {', '.join(unused)}")
-    print(json.dumps({"cells": len(CELLS), "kinds": list(KINDS), "faults": found}))
-    if found:
+        wrong.append(f"no cell learns from the pairs {', '.join(unused)}")
+    print(json.dumps({"cells": len(CELLS), "kinds": list(KINDS), "faults": wrong}))
+    if wrong:
         raise SystemExit(2)
 
 
