@@ -77,10 +77,10 @@ def write_judge(options: argparse.Namespace) -> Path:
     """Write how models are judged: as configs/shapes/dpo.yaml evaluates, each sample by what no pair has seen."""
     own = read_yaml(ROOT / "configs" / "shapes" / f"{CONFIG}.yaml")
     evaluation = {**own["evaluation"], "every": 0, "scorer": HELD_OUT, "gold": [STRICT_AND_OFFICIAL]}
-    place = {"cluster": {"backend": "local", "threads": options.threads}, "learner": {"engine": "torch"}}
-    kept = {key: own[key] for key in ("name", "model", "data", "algorithm")}
+    own["cluster"] = {"backend": "local", "threads": options.threads}
+    own["learner"]["engine"] = "torch"
     path = options.work_dir / "judge.yaml"
-    write(path, {**kept, **place, "evaluation": evaluation})
+    write(path, {**own, "evaluation": evaluation})
     return path
 
 
@@ -159,11 +159,11 @@ def run_cell(name: str, cell: PairsCell, seed: int, options: argparse.Namespace)
 
 
 def check() -> None:
-    found = list(faults(CELLS))
+    wrong = list(faults(CELLS))
     if unused := sorted(set(KINDS) - {cell.pairs for cell in CELLS.values()}):
-        found.append(f"no cell learns from the pairs {', '.join(unused)}")
-    print(json.dumps({"cells": len(CELLS), "kinds": list(KINDS), "faults": found}))
-    if found:
+        wrong.append(f"no cell learns from the pairs {', '.join(unused)}")
+    print(json.dumps({"cells": len(CELLS), "kinds": list(KINDS), "faults": wrong}))
+    if wrong:
         raise SystemExit(2)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flowalign.intake.file import load_align
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "scripts" / "benchmarks"
 PROGRAM = [sys.executable, str(BENCHMARKS / "preferences.py")]
@@ -82,6 +84,17 @@ def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_pa
         file.write_text(json.dumps({**wanted, key: value}))
         with pytest.raises(SystemExit, match=rf"start-seed0\.json is of another run \({key} differ"):
             own.preferences.run_cells(["start"], [0], there)
+
+
+def test_models_are_judged_as_the_configuration_evaluates_and_by_what_no_pair_has_seen(
+    own: Any, tmp_path: Path
+) -> None:
+    judge = load_align(own.preferences.write_judge(Namespace(work_dir=tmp_path, threads=1)), require_files=False).config
+    assert [scorer.label for scorer in judge.evaluation.judges] == ["pickscore", "geneval"]
+    config = own.preferences_cells.CELLS["start"].load()
+    assert judge.model == config.model and judge.evaluation.weights == "ema"
+    other = {"scorer", "gold", "every"}
+    assert judge.evaluation.model_dump(exclude=other) == config.evaluation.model_dump(exclude=other)
 
 
 def judged(folder: Path, scores: list[float]) -> Path:
