@@ -14,11 +14,14 @@ from flowalign.intake.file import read_yaml
 RATES = ("learner.optimizer.learning_rate", "learner.optimizer.final_learning_rate")
 
 
-def at_rate(cell: Cell, factor: float) -> dict[str, Any]:
-    """Overrides of a cell at ``factor`` times its learning rate, from begin to end of the fall."""
-    optimizer = read_yaml(cell.file)["learner"]["optimizer"]
-    own = [cell.overrides.get(key, optimizer[key.rpartition(".")[2]]) for key in RATES]
-    return {key: float(f"{factor * rate:.6g}") for key, rate in zip(RATES, own, strict=True)}
+def falling(rate: float) -> dict[str, Any]:
+    """Overrides that let the learning rate fall from ``rate`` to a quarter of it."""
+    return {key: float(f"{part * rate:.6g}") for key, part in zip(RATES, (1, 0.25), strict=True)}
+
+
+def rate_of(cell: Cell) -> float:
+    """The learning rate that a cell begins with."""
+    return cell.overrides.get(RATES[0], read_yaml(cell.file)["learner"]["optimizer"]["learning_rate"])
 
 
 class Knob(NamedTuple):
@@ -44,14 +47,18 @@ KNOBS = {
 }
 
 
+# What the search over learning rates began with, not what configs/shapes has since: that is what the search found.
+FIRST_RATES = {name: 6e-5 if name == "nft" else 1.2e-4 for name in CELLS}
 FIRST_FACTORS, UP, DOWN = (1, 2), 4, 0.5  # of the learning rate: two, then one more on the side of the better
+NAMED_FACTORS = (0.25,)  # tried where --cells names it: where half is the best and still breaks
 
 
 def of_algorithm(name: str) -> dict[str, Cell]:
-    """What can be tried of one algorithm: half to four times its learning rate, and its knob at the learning rate."""
+    """What can be tried of one algorithm: a quarter to four times its first rate, and its knob at its file's rate."""
     own, (key, values) = CELLS[name], KNOBS[name]
-    factors = (*FIRST_FACTORS, UP, DOWN)
-    tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", at_rate(own, factor)) for factor in factors}
+    factors = (*FIRST_FACTORS, UP, DOWN, *NAMED_FACTORS)
+    first = FIRST_RATES[name]
+    tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", falling(factor * first)) for factor in factors}
     word = key.rpartition(".")[2]
     tried |= {f"{word}-{value}": (f"{word} {value}", {key: value}) for value in values}
     return {
@@ -101,6 +108,7 @@ FINDINGS: dict[str, Finding] = {
     "groups_of_4": Finding("48 groups of 4", {"algorithm.group_size": 4, "data.groups_per_iteration": 48}),
     "batch_half": Finding("12 groups of 8", {"data.groups_per_iteration": 12}),
     "batch_double": Finding("48 groups of 8", {"data.groups_per_iteration": 48}),
+    "updates_1": Finding("one update an iteration", {"learner.updates_per_iteration": 1}),
     "updates_2": Finding("two updates an iteration", {"learner.updates_per_iteration": 2}),
     "lora": Finding("LoRA of rank 32, learning rate 5e-4", {**LORA, RATES[0]: 5e-4, RATES[1]: 1.25e-4}),
     "keep_extremes": Finding(
@@ -131,19 +139,32 @@ FINDINGS: dict[str, Finding] = {
 }
 
 
+def written(cell: Cell, key: str) -> Any:
+    """What a cell has at ``key``; None where neither it nor its file writes any."""
+    found: Any = read_yaml(cell.file)
+    for name in key.split("."):
+        found = found[int(name)] if isinstance(found, list) else (found or {}).get(name)
+    return cell.overrides.get(key, found)
+
+
+def differs(start: Cell, found: Finding) -> bool:
+    return any(written(start, key) != value for key, value in found.overrides.items())
+
+
 def screened(start: Cell, findings: Mapping[str, Finding] = FINDINGS) -> dict[str, Cell]:
-    """The cells that begin with ``start``, each with one finding varied that its algorithm knows."""
+    """The cells that begin with ``start``, each with one finding varied that its algorithm knows and it has not."""
     kind = read_yaml(start.file)["algorithm"]["type"]
+    known = {name: found for name, found in findings.items() if kind in (found.types or (kind,))}
     tried = {
         "start": Finding("start"),
-        "rate_half": Finding("half the learning rate", at_rate(start, 0.5)),
-        "rate_double": Finding("twice the learning rate", at_rate(start, 2)),
-        **{name: found for name, found in findings.items() if kind in (found.types or (kind,))},
+        "rate_half": Finding("half the learning rate", falling(0.5 * rate_of(start))),
+        "rate_double": Finding("twice the learning rate", falling(2 * rate_of(start))),
+        **{name: found for name, found in known.items() if differs(start, found)},
     }
     return {
         name: Cell(start.config, found.title, {**start.overrides, **found.overrides}) for name, found in tried.items()
     }
 
 
-START = "nft-rate-1"  # the cell of `TUNE` that the screening begins with
+START = "grpo_guard-rate-1"  # the cell of `TUNE` that the screening begins with
 SCREEN: dict[str, Cell] = screened(TUNE[START])

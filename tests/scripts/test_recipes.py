@@ -38,7 +38,7 @@ def test_the_configuration_of_every_cell_loads(own: Any) -> None:
     said = json.loads(done.stdout)
     assert said["faults"] == []
     assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] <= 24
-    assert said["cells"]["tune"] == 6 * len(own.algorithms.CELLS)
+    assert said["cells"]["tune"] == 7 * len(own.algorithms.CELLS)
     kinds = [set(found.types) for found in own.recipes_cells.FINDINGS.values()]
     assert set().union(*kinds) == {"flow_grpo", "nft", "awm", "sft", "diffusion_dpo"}  # the check names one of each
 
@@ -67,6 +67,11 @@ def test_a_learning_rate_is_scaled_from_begin_to_end_of_its_fall(own: Any) -> No
     assert all(cells[f"awm_free-rate-{f}"].overrides["algorithm.beta"] == 0 for f in ("0.5", "2"))
     twice = own.recipes_cells.screened(cells["nft-rate-2"])["rate_double"]
     assert twice.overrides[own.recipes_cells.RATES[0]] == 2.4e-4
+
+
+def test_the_committed_cells_are_those_of_the_search_whatever_the_configurations_have_since(own: Any) -> None:
+    cells = own.recipes_table.load(own.recipes.OWN / "tune")
+    assert cells and all(cell["overrides"] == own.recipes_cells.TUNE[cell["cell"]].overrides for cell in cells)
 
 
 def test_cells_that_cost_the_same_are_timed_once(own: Any) -> None:
