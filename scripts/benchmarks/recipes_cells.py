@@ -31,19 +31,19 @@ class Knob(NamedTuple):
     values: Sequence[Any]
 
 
-KNOBS = {
-    "flow_grpo": Knob("algorithm.noise_level", (0.5, 1.0)),
-    "flow_grpo_full": Knob("algorithm.noise_level", (0.5, 1.0)),
-    "flow_grpo_fast": Knob("algorithm.noise_level", (0.6, 0.95)),
-    "mix_grpo": Knob("algorithm.window.every", (10, 50)),
-    "grpo_guard": Knob("algorithm.clip_range", (8e-6, 3.2e-5)),
-    "g2rpo": Knob("algorithm.noise_level", (0.5, 1.0)),
-    "nft": Knob("algorithm.beta", (0.5, 2.0)),
-    "awm": Knob("algorithm.beta", (1.0, 4.0)),
-    "awm_free": Knob("algorithm.weighting", ("t", "ghuber")),
-    "sft": Knob("algorithm.beta", (0.1, 0.5)),
-    "rwr": Knob("algorithm.beta", (0.1, 0.5)),
-    "dpo_online": Knob("algorithm.beta", (30, 300)),
+KNOBS: dict[str, tuple[Knob, ...]] = {
+    "flow_grpo": (Knob("algorithm.noise_level", (0.5, 1.0)),),
+    "flow_grpo_full": (Knob("algorithm.noise_level", (0.5, 1.0)),),
+    "flow_grpo_fast": (Knob("algorithm.noise_level", (0.6, 0.95)),),
+    "mix_grpo": (Knob("algorithm.window.every", (10, 50)),),
+    "grpo_guard": (Knob("algorithm.clip_range", (8e-6, 3.2e-5)),),
+    "g2rpo": (Knob("algorithm.noise_level", (0.5, 1.0)),),
+    "nft": (Knob("algorithm.beta", (0.5, 2.0)), Knob("algorithm.kl_beta", (1e-3,))),
+    "awm": (Knob("algorithm.beta", (1.0, 4.0)), Knob("algorithm.reference_refresh", (None,))),
+    "awm_free": (Knob("algorithm.weighting", ("t", "ghuber")),),
+    "sft": (Knob("algorithm.beta", (0.1, 0.5)),),
+    "rwr": (Knob("algorithm.beta", (0.1, 0.5)),),
+    "dpo_online": (Knob("algorithm.beta", (30, 300)),),
 }
 
 
@@ -53,14 +53,19 @@ FIRST_FACTORS, UP, DOWN = (1, 2), 4, 0.5  # of the learning rate: two, then one 
 NAMED_FACTORS = (0.25,)  # tried where --cells names it: where half is the best and still breaks
 
 
+def told(value: Any) -> str:
+    return "never" if value is None else str(value)
+
+
 def of_algorithm(name: str) -> dict[str, Cell]:
     """What can be tried of one algorithm: a quarter to four times its first rate, and its knob at its file's rate."""
-    own, (key, values) = CELLS[name], KNOBS[name]
+    own = CELLS[name]
     factors = (*FIRST_FACTORS, UP, DOWN, *NAMED_FACTORS)
     first = FIRST_RATES[name]
     tried = {f"rate-{factor:g}": (f"learning rate × {factor:g}", falling(factor * first)) for factor in factors}
-    word = key.rpartition(".")[2]
-    tried |= {f"{word}-{value}": (f"{word} {value}", {key: value}) for value in values}
+    for key, values in KNOBS[name]:
+        word = key.rpartition(".")[2]
+        tried |= {f"{word}-{told(value)}": (f"{word} {told(value)}", {key: value}) for value in values}
     return {
         f"{name}-{tag}": Cell(own.config, title, {**own.overrides, **overrides})
         for tag, (title, overrides) in tried.items()

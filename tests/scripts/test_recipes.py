@@ -38,7 +38,7 @@ def test_the_configuration_of_every_cell_loads(own: Any) -> None:
     said = json.loads(done.stdout)
     assert said["faults"] == []
     assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] <= 24
-    assert said["cells"]["tune"] == 7 * len(own.algorithms.CELLS)
+    assert said["cells"]["tune"] == 7 * len(own.algorithms.CELLS) + 2
     kinds = [set(found.types) for found in own.recipes_cells.FINDINGS.values()]
     assert set().union(*kinds) == {"flow_grpo", "nft", "awm", "sft", "diffusion_dpo"}  # the check names one of each
 
