@@ -18,7 +18,7 @@ from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled,
 from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.algorithms.parts.points import drawn
 from flowalign.algorithms.parts.reference import Refresh
-from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.sampling import OdeConfig
 from flowalign.config.guidance import GUIDANCE_KEYS
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
@@ -26,13 +26,13 @@ from flowalign.flow.randomness import Stream, seeded
 from flowalign.rows import Rows
 from flowalign.types import Credit, PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
-ROLLOUT_OPTIONS = ("num_steps", "grid", *GUIDANCE_KEYS, "norm_preserving", "rollout_weights")
+ROLLOUT_OPTIONS = ("num_steps", "grid", "solver", *GUIDANCE_KEYS, "norm_preserving", "rollout_weights")
 
 
 class DiffusionDPO(Scheduled):
     """The policy's error on the winner must fall, against the reference's, more than its error on the loser."""
 
-    class Config(SamplingConfig):
+    class Config(OdeConfig):
         """The options of a rollout are those of ``online``; a pair of ``offline`` is a group of two."""
 
         type: str = "diffusion_dpo"

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowalign.algorithm import Algorithm, AlgorithmConfig, Models, Scheduled
-from flowalign.algorithms.parts.sampling import SamplingConfig
+from flowalign.algorithms.parts.sampling import OdeConfig
 from flowalign.flow import density, forward, path
 from flowalign.flow.density import Name as DensityName
 from flowalign.flow.randomness import Stream, seeded
@@ -94,7 +94,7 @@ def draw_dropped(batch: LatentBatch, generator: torch.Generator, dropout: float)
     return torch.rand(batch.latents_NCHW.shape[0], generator=generator) < dropout
 
 
-class ForwardConfig(SamplingConfig):
+class ForwardConfig(OdeConfig):
     """Options of the algorithms that roll out along the ODE and learn on forward-noised final latents,
     ``x_t = (1 - t) x_0 + t noise``. The losses know no guidance.
     """

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from flowalign.algorithm import AlgorithmConfig, Needs
+from flowalign.config.fields import Takes
 from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.sections import Weights
+from flowalign.config.solvers import names_of_ode, spelled
 from flowalign.config.walk import Grid, Shift
 from flowalign.flow.guidance import guidance_of
+from flowalign.flow.solvers import check_solver, ode_solver
 from flowalign.types import Noise, SamplingPlan, Trajectories
+
+
+def _ode(text: str) -> str:
+    ode_solver(name := spelled(text))
+    check_solver(name)
+    return name
+
+
+OdeSolverName = Annotated[str, AfterValidator(_ode), Takes(f"{', '.join(f'`{name}`' for name in names_of_ode())}")]
 
 
 class WalkConfig(AlgorithmConfig):
@@ -55,3 +70,16 @@ class SamplingConfig(GuidanceKeys, WalkConfig):
         By default all are ODE steps: no state is kept, no log-prob exists.
         """
         return SamplingPlan(tuple(sigmas.tolist()), noise or Noise(), guidance_of(self))
+
+
+class OdeConfig(SamplingConfig):
+    """Options of the algorithms whose images are made by ODE steps alone, and learned from as if they were data."""
+
+    solver: OdeSolverName = "euler"
+    """ODE solver that makes the images, a file of ``flow/solvers`` with its options in parentheses where it has some.
+    What a solver gets wrong is learned too, and made again in the next iteration from what was learned: ``dpmpp_2m`` is of
+    second order at the price of ``euler``. NFT's code: of second order.
+    """
+
+    def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:
+        return replace(super().sampling_plan(sigmas, noise), solver=self.solver)
