@@ -344,8 +344,8 @@ class SamplingConfig(GuidanceKeys, Section):
     """Steps of a walk."""
     solver: SolverName = "euler"
     """An ODE solver of ``flow/solvers``, with its options in parentheses where it has some: ``euler`` (DDIM for the
-    diffusion families), ``heun``, ``dpmpp_2m``. ``ddpm``: ancestral. ``consistency``: each prediction of the image is
-    noised anew.
+    diffusion families), ``heun``, ``ab2``, ``dpmpp_2m``. ``ddpm``: ancestral. ``consistency``: each prediction of the
+    image is noised anew.
     """
     grid: Grid = "pipeline"
     """Levels of a walk on the straight path. ``pipeline``: those of the model's own pipeline. ``paper``: equal steps.

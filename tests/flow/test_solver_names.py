@@ -35,12 +35,12 @@ def with_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     module = ModuleType("flowalign.flow.solvers.relaxed")
     module.solve = relaxed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(names, "names_of_ode", lambda: ["euler", "heun", "dpmpp_2m", "relaxed"])
+    monkeypatch.setattr(names, "names_of_ode", lambda: ["euler", "ab2", "heun", "dpmpp_2m", "relaxed"])
     yield "relaxed"
 
 
 def test_the_files_of_the_folder_are_the_ode_solvers_and_euler_is_the_first() -> None:
-    assert names_of_ode() == ["euler", "dpmpp_2m", "heun"]
+    assert names_of_ode() == ["euler", "ab2", "dpmpp_2m", "heun"]
     assert solver_names() == [*names_of_ode(), "ddpm", "consistency"]
     assert all(callable(ode_solver(name)) for name in names_of_ode())
 
@@ -49,7 +49,7 @@ def test_the_files_of_the_folder_are_the_ode_solvers_and_euler_is_the_first() ->
     ("written", "said"),
     [
         ("eulr", r"got 'eulr'; did you mean euler\?"),
-        ("zzz", r"got 'zzz'; known: euler, dpmpp_2m, heun, ddpm, consistency"),
+        ("zzz", r"got 'zzz'; known: euler, ab2, dpmpp_2m, heun, ddpm, consistency"),
         ("heun(", r"got 'heun\('; did you mean heun"),
         ("heun()", r"write heun or heun\(option=2\)"),
         ("heun(order)", r"write heun or heun\(option=2\)"),
@@ -96,11 +96,13 @@ def test_the_velocities_of_a_walk_are_counted_with_the_options(with_options: str
 
 
 def test_a_solver_is_cached_that_asks_once_a_step_and_makes_no_noise(with_options: str) -> None:
-    for name in ("euler", "dpmpp_2m", "relaxed(by=0.5)"):
+    for name in ("euler", "ab2", "dpmpp_2m", "relaxed(by=0.5)"):
         check_cacheable(name)
     cache = CacheConfig(calibration="c.json")
     for name, why in (("heun", "asks for more than one velocity a step"), ("ddpm", "makes noise in its steps")):
-        with pytest.raises(ConfigError, match=rf"sampling.cache: {name} {why}; only the ODE steps of euler, dpmpp_2m"):
+        with pytest.raises(
+            ConfigError, match=rf"sampling.cache: {name} {why}; only the ODE steps of euler, ab2, dpmpp_2m"
+        ):
             check_sampling("sampling", SamplingConfig(solver=name, cache=cache))
     with pytest.raises(ConfigError, match=r"--solver: heun asks for more"):
         asked(SamplingConfig(cache=cache), solver="heun")

@@ -8,6 +8,7 @@ import torch
 
 from flowalign.flow.schedule import sigmas
 from flowalign.flow.sde import reverse_step
+from flowalign.flow.solvers.ab2 import solve as ab2
 from flowalign.flow.solvers.dpmpp_2m import solve as dpmpp_2m
 from flowalign.flow.solvers.euler import solve as euler
 from flowalign.flow.solvers.heun import solve as heun
@@ -36,7 +37,22 @@ def test_dpmpp_2m_converges_with_order_two(gaussian):
     assert orders(dpmpp_2m, gaussian, [40, 80, 160, 320])[-1] == pytest.approx(2, abs=0.05)
 
 
-def test_dpmpp_2m_evaluates_once_a_step_and_reports_each_state(gaussian):
+def test_ab2_converges_with_order_two(gaussian):
+    assert orders(ab2, gaussian, [40, 80, 160, 320])[-1] == pytest.approx(2, abs=0.05)
+
+
+def test_a_step_of_ab2_is_that_computed_by_hand():
+    """v = t from 1 over 0.5 and 0.2 to 0: -0.5 by Euler, then v = 0.5 + 0.3 / (2 · 0.5) · (0.5 - 1) = 0.35, and last
+    v = 0.2 + 0.2 / (2 · 0.3) · (0.2 - 0.5) = 0.1, the exact means between the levels.
+    """
+    states = []
+    grid = torch.tensor([1.0, 0.5, 0.2, 0.0], dtype=torch.float64)
+    ab2(lambda x, t: t[:, None], torch.zeros(1, 1, dtype=torch.float64), grid, lambda k, x: states.append(x.item()))
+    assert states == pytest.approx([-0.5, -0.5 - 0.3 * 0.35, -0.5 - 0.3 * 0.35 - 0.2 * 0.1])
+
+
+@pytest.mark.parametrize("solver", [ab2, dpmpp_2m])
+def test_a_multistep_solver_evaluates_once_a_step_and_reports_each_state(solver, gaussian):
     times, states = [], []
 
     def velocity_fn(x, t):
@@ -44,19 +60,19 @@ def test_dpmpp_2m_evaluates_once_a_step_and_reports_each_state(gaussian):
         return gaussian.velocity(x, t)
 
     grid = sigmas(6, 3.0)
-    end = dpmpp_2m(velocity_fn, torch.randn(2, 5), grid, callback=lambda k, state: states.append((k, state)))
+    end = solver(velocity_fn, torch.randn(2, 5), grid, callback=lambda k, state: states.append((k, state)))
     torch.testing.assert_close(torch.stack(times)[:, 1], grid[:-1], rtol=0, atol=0)
     assert [k for k, _ in states] == list(range(6)) and torch.equal(states[-1][1], end)
 
 
-@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
+@pytest.mark.parametrize("solver", [euler, heun, ab2, dpmpp_2m])
 def test_solvers_carry_noise_to_the_data_distribution(solver, gaussian):
     x = torch.tensor([[-1.0], [0.0], [2.0]], dtype=torch.float64)
     end = solver(gaussian.velocity, x, sigmas(1000, grid="paper"))
     torch.testing.assert_close(end, gaussian.mu + gaussian.c * x, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("solver", [euler, heun, dpmpp_2m])
+@pytest.mark.parametrize("solver", [euler, heun, ab2, dpmpp_2m])
 def test_straight_paths_need_one_step(solver):
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     grid = torch.tensor([1.0, 0.0])

@@ -77,8 +77,8 @@ class OdeConfig(SamplingConfig):
 
     solver: OdeSolverName = "euler"
     """ODE solver that makes the images, a file of ``flow/solvers`` with its options in parentheses where it has some.
-    What a solver gets wrong is learned too, and made again in the next iteration from what was learned: ``dpmpp_2m`` is of
-    second order at the price of ``euler``. NFT's code: of second order.
+    What a solver gets wrong is learned, and made again in the next iteration by what was learned. ``ab2`` is of second
+    order at the price of ``euler``. NFT's code: of second order.
     """
 
     def sampling_plan(self, sigmas: Tensor, noise: Noise | None = None) -> SamplingPlan:
