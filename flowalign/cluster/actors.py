@@ -21,7 +21,7 @@ from flowalign.cluster.witness import DEATHS, Witness
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import RewardConfig
-from flowalign.record.checkpoint import content_hash
+from flowalign.record.checkpoint import BUFFERS, content_hash
 from flowalign.record.death import Birth, say_hard_exits
 from flowalign.run.collecting import Request
 from flowalign.run.made.late import Expected, held
@@ -308,7 +308,7 @@ class LearnerActor(Mortal):
 
     def state(self) -> dict[str, Any]:
         """Return this rank's state; what all ranks share comes from rank 0 alone."""
-        state = self.worker.state()
+        state = {**self.worker.state(), BUFFERS: self.worker.buffers}
         return {**state, **dict.fromkeys(SHARED)} if self.rank else state
 
     def restore(
