@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
@@ -102,8 +103,10 @@ def combine(
         raise InvalidScores("no reward has a weight other than 0; give at least one a weight")
     missing = [name for name in used if name not in by_reward]
     if missing:
+        near = get_close_matches(missing[0], by_reward, n=1)
         raise InvalidScores(
             f"no scores for the weighted reward {missing[0]!r}; the scorers returned {', '.join(sorted(by_reward))}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     counts = {name: applies.get(name, np.ones(len(valid[name]), bool)) for name in used}
     usable = [valid[name] | ~counts[name] for name in used]

@@ -81,6 +81,13 @@ def needs_of(name: str, scorer: Any) -> frozenset[str]:
     return needs
 
 
+def declared_names(scorer: Any) -> tuple[str | None, list[str]]:
+    """Return what a scorer calls its main score, None where it does not say, and those that need not apply to every
+    sample: what stands in for it elsewhere must say so too."""
+    name = getattr(scorer, "name", None)
+    return name if isinstance(name, str) else None, [str(key) for key in getattr(scorer, "sometimes", ())]
+
+
 def ask(scorer: Any, asked: Asked) -> Any:
     """Return a scorer's answer, by ``answer`` where it declares ``needs`` or has no ``score``."""
     if hasattr(scorer, "needs") or not hasattr(scorer, "score"):

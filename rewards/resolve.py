@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import rewards.scorers
-from rewards.interface import MAX_MAGNITUDE, Metadata, Offers, Scorer, SpecError, blamed, needs_of
+from rewards.interface import MAX_MAGNITUDE, Metadata, Offers, Scorer, SpecError, blamed, main_key, needs_of
 from rewards.models.usercode import file_of, from_code, halves, is_file_name, module_of, nearest
 from rewards.question import declared
 from rewards.usercode import source
@@ -114,13 +114,18 @@ def further_scores(spec: str) -> tuple[str, ...]:
     return () if ":" in spec or spec not in builtin_names() else getattr(_class(spec), "further", ())
 
 
-def answered(spec: str | Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the names of all scores that one of ours answers with its options, the main one first; loads no model.
+def answered(spec: str | Mapping[str, Any], label: str = "") -> tuple[str, ...] | None:
+    """Return the names of all scores that one of ours answers with its options, as it calls them; loads no model.
 
-    None for a user's code and for a server, of which nothing is known. Raises ``SpecError`` as ``check``.
+    The main one is first: the one that is called as the reward's ``label``, else the scorer's own. None for a user's
+    code and for a server, of which nothing is known. Raises ``SpecError`` as ``check``.
     """
     scorer = _of_ours(spec)
-    return None if scorer is None else (getattr(scorer, "name", _split(spec)[0]), *getattr(scorer, "further", ()))
+    if scorer is None:
+        return None
+    names = (getattr(scorer, "name", _split(spec)[0]), *getattr(scorer, "further", ()))
+    main = main_key(label, names[0], names)
+    return (main, *(name for name in names if name != main))
 
 
 def option_for(spec: str | Mapping[str, Any], score: str) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rewards.geneval.judge import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(flowalign.shapes.__path__[0]) / "assets"
+KINDS = (".json", ".md", ".safetensors")
 SEED = 1234
 
 
@@ -73,7 +75,10 @@ def words(told: dict[str, Any]) -> str:
     for key, name in (("official", "official"), ("strict", "strict"), ("learnable", "prompts with a right picture")):
         lines.append(f"| {name} | " + " | ".join(f"{told['tasks'][task][key]:.3f}" for task in TASKS) + " |")
     position = told["tasks"]["position"]
-    by_relation = ", ".join(f"{name} {share:.2f}" for name, share in position["by_relation"].items())
+    known = {name: share for name, share in position["by_relation"].items() if share is not None}
+    if not known:
+        raise SystemExit("words.json: no picture shows both objects; let words.py draw more --prompts")
+    by_relation = ", ".join(f"{name} {share:.2f}" for name, share in known.items())
     lines += [
         "",
         f"Where both objects are there, the relation is right in {position['relation_given_both']:.3f}: {by_relation}.",
@@ -94,9 +99,16 @@ def words(told: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Another prompt of the same task changes a picture by {whole}."])
 
 
-def checksums() -> str:
-    """``sha256sum`` lines of every shipped file but the list itself."""
+def shipped() -> list[Path]:
+    """Every shipped file but the list of checksums; one of another kind, such as an editor's, ends the command."""
     files = sorted(p for p in ASSETS.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+    if strays := [p for p in files if p.suffix not in KINDS or p.name.startswith(".")]:
+        raise SystemExit(f"{strays[0]} is none of the files that ship; move it away")
+    return files
+
+
+def checksums(files: Sequence[Path]) -> str:
+    """The lines that ``sha256sum`` prints of ``files``."""
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(ASSETS)}\n" for p in files)
 
 
@@ -107,6 +119,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--machine", default="2 CPU cores")
     options = parser.parse_args()
+    if min(options.samples, options.plain_samples) < len(TASKS):
+        parser.error(f"--samples and --plain-samples: {len(TASKS)} tasks take turns, and each needs a sample")
+    files = {*shipped(), ASSETS / "README.md"}
     torch.set_num_threads(options.threads)
     policy = load_policy(ModelConfig(path=str(ASSETS / "pipeline")))
     rows = {
@@ -133,7 +148,7 @@ def main() -> None:
     card = template.replace("{{scores}}", "\n".join(lines)).replace("{{machine}}", options.machine)
     card = card.replace("{{words}}", words(told))
     (ASSETS / "README.md").write_text(card)
-    (ASSETS / "SHA256SUMS").write_text(checksums())
+    (ASSETS / "SHA256SUMS").write_text(checksums(sorted(files)))
     print(json.dumps(rows))
 
 

@@ -39,6 +39,9 @@ def align(
         loaded = load_align(config, overrides or ())
         _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
+            from flowalign.intake.check_teachers import check_runs_that_teach
+
+            check_runs_that_teach(loaded.config)
             accepted = accepted_of(loaded.config, accept_changed or ())
             begin = partial(begin_run, loaded.config, accepted)
             asked = {"lock": lock, "stop": stop, "accepted": accepted}

@@ -21,7 +21,7 @@ from flowalign.cluster.witness import DEATHS, Witness
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import RewardConfig
-from flowalign.record.checkpoint import content_hash
+from flowalign.record.checkpoint import BUFFERS, content_hash
 from flowalign.record.death import Birth, say_hard_exits
 from flowalign.run.collecting import Request
 from flowalign.run.made.late import Expected, held
@@ -30,7 +30,17 @@ from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, Roll
 from flowalign.samples.children import end_children
 from flowalign.samples.scoring import load_scorer
 from flowalign.types import Condition, Pictures, Preview, Scores, Trajectories, Update
-from rewards.interface import Answers, Asked, Offers, ScorerFailed, SpecError, call, one_line
+from rewards.interface import (
+    Answers,
+    Asked,
+    Offers,
+    ScorerFailed,
+    SpecError,
+    blamed,
+    call,
+    declared_names,
+    one_line,
+)
 from rewards.printable import write_out_logs
 from rewards.usercode.loading import keep_user_line
 
@@ -104,7 +114,7 @@ class HostedScorer(Answers):
             options["scheduling_strategy"] = here
         variables = {**worker_env(config.cluster.reward_threads), **given.pop("env_vars", {})}
         device = config.cluster.device if config.cluster.reward_gpus else "cpu"
-        self.name = reward.label
+        self._label = reward.label
         self._retried: dict[str, int] = {}
         try:
             # No resources of its own: it shares those of the actor that waits for it.
@@ -112,9 +122,9 @@ class HostedScorer(Answers):
             hosted: Any = ray.remote(HostedHere).options(num_cpus=0, runtime_env=environment, **options)
             self._actor = hosted.remote(reward.model_copy(update={"runtime_env": None}), base_dir, device, offers)
         except (ValueError, TypeError) as error:
-            raise SpecError(f"reward {self.name!r}: Ray refuses its runtime_env ({one_line(error)})") from None
+            raise SpecError(f"reward {self._label!r}: Ray refuses its runtime_env ({one_line(error)})") from None
         self._witness = Witness(self._actor)
-        self.needs = self._fetch(self._actor.start.remote())
+        self.needs, self.name, self.sometimes = self._fetch(self._actor.start.remote())
 
     def answer(self, asked: Asked) -> Mapping[str, Any]:
         scores, self._retried = self._fetch(self._actor.answer.remote(asked))
@@ -130,10 +140,10 @@ class HostedScorer(Answers):
             self._witness.meet()
             return fetch(ref)
         except RuntimeEnvSetupError as error:
-            raise SpecError(f"reward {self.name!r}: Ray could not make its runtime_env ({one_line(error)})") from None
+            raise SpecError(f"reward {self._label!r}: Ray could not make its runtime_env ({one_line(error)})") from None
         except DEATHS as error:
             why = self._witness.cause(error)
-            raise ScorerFailed(f"reward {self.name!r}: the process of its runtime_env died: {why}") from None
+            raise ScorerFailed(f"reward {self._label!r}: the process of its runtime_env died: {why}") from None
 
 
 class HostedHere(Mortal):
@@ -142,10 +152,11 @@ class HostedHere(Mortal):
     def __init__(self, reward: RewardConfig, base_dir: Path, device: str, offers: Offers) -> None:
         self.reward, self.base_dir, self.device, self.offers = reward, base_dir, device, offers
 
-    def start(self) -> frozenset[str]:
-        """Load the scorer; answers with what it needs."""
+    def start(self) -> tuple[frozenset[str], str | None, list[str]]:
+        """Load the scorer; answers with what it needs, and `declared_names` of it."""
         self.named = load_scorer(self.reward, self.base_dir, self.device, offers=self.offers)
-        return self.named.needs
+        with self.named.apart, blamed(self.reward.label):
+            return self.named.needs, *declared_names(self.named.scorer)
 
     def answer(self, asked: Asked) -> tuple[Mapping[str, Any], dict[str, int]]:
         """Return the scores, and the number of questions that the scorer had to ask again."""
@@ -308,7 +319,7 @@ class LearnerActor(Mortal):
 
     def state(self) -> dict[str, Any]:
         """Return this rank's state; what all ranks share comes from rank 0 alone."""
-        state = self.worker.state()
+        state = {**self.worker.state(), BUFFERS: self.worker.buffers}
         return {**state, **dict.fromkeys(SHARED)} if self.rank else state
 
     def restore(

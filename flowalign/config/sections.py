@@ -187,7 +187,7 @@ class RewardConfig(Section):
     """Name of its score; null: that of a scorer or an attribute, else the ``spec``."""
     weight: float = 1.0
     """Weight in the total that is trained on; of ``rewards`` alone."""
-    parts: dict[str, float] = Field(default_factory=dict)
+    parts: dict[Annotated[str, Field(min_length=1)], float] = Field(default_factory=dict)
     """Weights of further scores of the reward, each of which is then trained on as a reward of its own; of ``rewards``
     alone. Where such a score is NaN and the main one is not, it does not apply.
     """

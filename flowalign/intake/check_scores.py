@@ -137,7 +137,7 @@ def _owners(rewards: Sequence[RewardConfig]) -> tuple[dict[str, tuple[RewardConf
     owners: dict[str, tuple[RewardConfig, str] | None] = {TOTAL: None}
     every = True
     for reward, prefix in zip(rewards, prefixes(names_of(rewards)), strict=True):
-        known = answered(_spec(reward))
+        known = answered(_spec(reward), reward.label)
         every = every and known is not None
         owners[reward.label] = reward, reward.label
         owners |= {prefix + own: (reward, own) for own in (*(known or ())[1:], *reward.parts)}

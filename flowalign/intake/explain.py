@@ -118,6 +118,8 @@ def _hint(loc: Key, section: type[BaseModel] | None, model: type[BaseModel], pre
     name, known = str(loc[-1]), list(section.model_fields) if section is not None else []
     here = ".".join(str(part) for part in (*prefix, *loc[:-1]) if not isinstance(part, int))
     leaves = [*_leaves(model), *_algorithm_leaves()] if not prefix else _all_leaves()
+    if having := _algorithms_with(".".join(filter(None, (here, name)))):
+        return f"of all algorithms only {', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
     meant, said = hint_for(".".join(filter(None, (here, name))), leaves)
     if meant is None and said is not None:
         return said
@@ -168,6 +170,15 @@ def _all_leaves() -> list[str]:
 
 
 def _algorithm_leaves() -> list[str]:
+    return [leaf for leaves in _leaves_by_algorithm().values() for leaf in leaves]
+
+
+def _algorithms_with(key: str) -> list[str]:
+    """Return the algorithms that have a ``key``, which is unknown to the one that is asked."""
+    return [name for name, leaves in _leaves_by_algorithm().items() if key in leaves]
+
+
+def _leaves_by_algorithm() -> dict[str, list[str]]:
     from flowalign.algorithms import algorithm_class, known_algorithms
 
-    return [leaf for name in known_algorithms() for leaf in _leaves(algorithm_class(name).Config, "algorithm.")]
+    return {name: [*_leaves(algorithm_class(name).Config, "algorithm.")] for name in known_algorithms()}

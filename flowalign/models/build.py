@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,22 @@ def count_parameters(network: nn.Module) -> tuple[int, int]:
     """Return the number of trained parameters, and of all."""
     parameters = list(network.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def buffers_hash(network: nn.Module) -> str | None:
+    """Return a hash of what a network's files hold beside its parameters, such as positions; None where that is none.
+
+    It is of the values in bfloat16, in which the network may be loaded.
+    """
+    digest, found = hashlib.sha256(), False
+    for part in network.modules():
+        for name, value in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                found = True
+                rounded = value.detach().cpu().to(torch.bfloat16) if value.is_floating_point() else value.detach().cpu()
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(rounded.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest() if found else None
 
 
 def has_lora(network: nn.Module) -> bool:

@@ -48,6 +48,7 @@ LATEST = "latest"
 LAST_GOOD = "last_good"
 HIDDEN = ".tmp-"
 SPARE = 16 * BLOCK  # of a checkpoint: its manifest, directories and ``latest``
+BUFFERS = "buffers"  # in a state: a hash of what the network's files hold beside its parameters
 T = TypeVar("T")
 Say = Callable[[str], object]
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]

@@ -16,7 +16,7 @@ from rich.console import Console
 from flowalign.config.run import RunConfig
 from flowalign.measure.evaluate import best_metric, evaluation_metrics
 from flowalign.measure.evaluated import said_error, skipped, standard_errors
-from flowalign.record.checkpoint import steps
+from flowalign.record.checkpoint import BUFFERS, steps
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
@@ -267,6 +267,7 @@ class RunJournal:
                 "world_size": len(states),
                 "zero_stage": self.config.learner.zero_stage,
                 "base_hash": self._made.base_hash(),
+                BUFFERS: states[0][BUFFERS],
                 "wall_s": self.wall_s(),
                 "metrics": {k: v for k, v in metrics.items() if v == v},
                 **({CURRICULUM: drawn} if drawn else {}),

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowalign.config.run import RunConfig
 from flowalign.engine import process_group
-from flowalign.record.checkpoint import content_hash
+from flowalign.record.checkpoint import BUFFERS, content_hash
 from flowalign.run.collecting import collected, requests_of
 from flowalign.run.fixed import texts_without_encoders
 from flowalign.run.loop import NOTHING, Collected, Count
@@ -94,11 +94,12 @@ class LocalBackend:
 
     def state(self) -> list[dict[str, Any]]:
         """Return the learner's state, one entry a rank, in the first process; a collective call."""
-        own = self.learner.state()
+        own = {**self.learner.state(), BUFFERS: self.learner.buffers}
         return [{**own, "optimizer": gathered} for gathered in process_group.gather(*own["optimizer"]).values()]
 
     def restore(self, states: list[dict[str, Any]]) -> str | None:
-        return self.learner.restore(**states[self.learner.learner.engine.rank])
+        own = states[self.learner.learner.engine.rank]
+        return self.learner.restore(**{name: value for name, value in own.items() if name != BUFFERS})
 
     def restart_learner(self) -> None:
         raise ValueError("the only rank of the learner is this process")

@@ -24,7 +24,7 @@ from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from flowalign.measure.validation import validation_of
 from flowalign.models.adapters import AdapterError
-from flowalign.models.build import bind_weights, count_parameters, load_network, load_policy
+from flowalign.models.build import bind_weights, buffers_hash, count_parameters, load_network, load_policy
 from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
@@ -199,7 +199,7 @@ class LearnerWorker:
         except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
             network, self._unread = load_network(config.model, begin=False), error
         self.network = network
-        self.parameters = count_parameters(network.module)
+        self.parameters, self.buffers = count_parameters(network.module), buffers_hash(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
         needs, device = algorithm.needs, config.device
         self.roles = roles = roles_of(config, network, needs, teachers, compares=rank == 0)

@@ -23,9 +23,14 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
     """Check that the reward can be made of its options, has its parts, and needs nothing that is not offered to it."""
     try:
         check({"type": reward.spec, **reward.options}, base_dir, offers)
-        known = answered({"type": reward.spec, **reward.options})
+        known = answered({"type": reward.spec, **reward.options}, reward.label)
     except ScorerError as error:
         raise ConfigError(key, str(error)) from error
+    if known is not None and known[0] in reward.parts:
+        raise ConfigError(
+            f"{key}.parts",
+            f"{known[0]} is the main score of {reward.spec}, called {reward.label} here, whose weight is `weight`",
+        )
     if known is not None and (unknown := [part for part in reward.parts if part not in known]):
         option = option_for({"type": reward.spec, **reward.options}, unknown[0])
         raise ConfigError(

@@ -22,12 +22,12 @@ from flowalign.flow import pathfamilies
 from flowalign.flow.guidance import guidance_of
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.base import Policy
-from flowalign.models.build import bind_weights, load_encoders, load_network
+from flowalign.models.build import bind_weights, buffers_hash, load_encoders, load_network
 from flowalign.models.directory import is_pipeline
 from flowalign.models.embeddings import EmbeddingStore
 from flowalign.models.network import Network
 from flowalign.record import checkpoint
-from flowalign.record.checkpoint import CheckpointError
+from flowalign.record.checkpoint import BUFFERS, CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
@@ -88,6 +88,13 @@ def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[N
     if config.model.lora is not None and state.get("base_hash") not in (None, base_hash(Path(config.model.path))):
         raise CheckpointError(
             f"{found} is a LoRA of another base model than {config.model.path}; say where its own is: --model DIR"
+        )
+    # Of all weights the checkpoint brings its own, but what a network has beside them is that of its base.
+    from_files = config.model.lora is None and config.model.transformer is None
+    if from_files and state.get(BUFFERS) not in (None, buffers_hash(network.module)):
+        raise CheckpointError(
+            f"{found} was trained from another base model than {config.model.path}, whose network has other buffers, "
+            "such as positions; say where its own is: --model DIR"
         )
     return network, state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class HttpScorer(Answers):
     """
 
     name = "url"
+    sometimes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -58,8 +60,16 @@ class HttpScorer(Answers):
         self._names: set[str] = set()
 
     def setup(self, device: str | None = None) -> None:
-        """Ask for ``/health``: raises as ``answer`` does where no address answers, warns of each that does not."""
+        """Ask for ``/health``: raises as ``answer`` does where no address answers, warns of each that does not.
+
+        Take from ``/info``, where it says so, which score is the main one and which ones need not apply to every image.
+        """
         self.endpoint.ask("GET", "/health")
+        with suppress(ServerRefused, WireError):  # a server of another make need not have it
+            said = self.info()
+            main, sometimes = said.get("main"), said.get("sometimes")
+            self.name = main if isinstance(main, str) and main else self.name
+            self.sometimes = tuple(map(str, sometimes)) if isinstance(sometimes, list) else ()
         down = self.endpoint.unreachable("/health") if len(self.endpoint.addresses) > 1 else {}
         for address, cause in down.items():
             _log.warning("reward server %s is not reachable (%s); the other addresses take its batches", address, cause)

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rewards.interface import Asked, InputError, Offers, Scorer, ScorerError, call, needs_of
+from rewards.interface import Asked, InputError, Offers, Scorer, ScorerError, call, declared_names, needs_of
 from rewards.serving.batching import DEFAULT_BATCHING, Batching, Merger, Overloaded, Stopping
 from rewards.serving.doors import DEFAULT_DOORS, Doors
 from rewards.serving.form import read_form
@@ -152,9 +152,12 @@ class _Answers:
 
     async def info(self) -> dict[str, Any]:
         scale = getattr(self.scorer, "range", None)
+        main, sometimes = declared_names(self.scorer)
         return {
             "name": self.name,
             "scorer": type(self.scorer).__name__,
+            "main": main or self.name,
+            "sometimes": sometimes,
             "range": None if scale is None else [None if abs(edge) == float("inf") else edge for edge in scale],
             "content_type": CONTENT_TYPE,
             "limits": asdict(self.limits),

@@ -24,8 +24,8 @@ from typing import Any
 
 import algorithms_compared
 import algorithms_table
-from alignments import Budget, Cell, run_cell, time_cells
-from cells import RESULTS, ROOT, STRICT, insert, positive, run_once
+from alignments import Budget, Cell, ended_early, refuse_another, run_cell, time_cells
+from cells import RESULTS, ROOT, STRICT, insert, minutes, positive, read, run_once, seeds
 
 from flowalign.intake.file import load_align
 
@@ -58,9 +58,12 @@ def measure_cells(options: argparse.Namespace) -> None:
 
 
 def run_cells(options: argparse.Namespace) -> None:
-    seconds, budget = json.loads(SECONDS.read_text())["cells"], Budget(options.minutes)
+    seconds, budget = read(SECONDS, "cells")["cells"], Budget(options.minutes)
+    if lacking := [name for name in options.cells if name not in seconds]:
+        raise SystemExit(f"{SECONDS} has no seconds of {', '.join(lacking)}: `time` first")
     for seed in options.seeds:
         for name in options.cells:
+            refuse_another(OWN / f"{name}-seed{seed}.json", {"minutes": options.minutes})
             run = partial(run_cell, name, CELLS[name], seed, seconds[name]["iteration_s"], budget, options)
             run_once(OWN / f"{name}-seed{seed}.json", run, cell=name, seed=seed)
 
@@ -116,8 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("time", "run", "table", "compare", "changed"))
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seeds", type=seeds, default=[0])
+    parser.add_argument("--minutes", type=minutes, default=10)
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "algorithms")
     parser.add_argument("--against", type=Path, default=OWN.with_name("algorithms-base-1"), help="of `changed`")
@@ -128,7 +131,8 @@ def main() -> None:
     if unknown := sorted(set(options.cells) - set(CELLS)):
         parser.error(f"--cells: no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
     written = {"table": write_table, "compare": write_compared, "changed": write_changed}
-    ({"time": measure_cells, "run": run_cells} | written)[options.what](options)
+    with ended_early():
+        ({"time": measure_cells, "run": run_cells} | written)[options.what](options)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves
+from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, read
 
 BEGIN, END = "<!-- measured: scripts/benchmarks/algorithms.py table -->", "<!-- end of measured -->"
 HEAD = ["algorithm", "seeds", "strict", "official", "PickScore", *TASKS, "images", "transitions", "s/iteration"]
@@ -20,10 +19,11 @@ Cell = Mapping[str, Any]
 
 def load(directory: Path, titles: Mapping[str, str]) -> list[dict[str, Any]]:
     """The finished cells; each point gets its seconds from the speed that was measured for the cell's iterations."""
-    speeds = json.loads((directory / "seconds.json").read_text())["cells"]
+    speeds = read(directory / "seconds.json", "cells")["cells"]
     cells = []
-    for path in sorted(directory.glob("*-seed*.json")):
-        cell = json.loads(path.read_text())
+    for cell in finished(directory, titles, "points"):
+        if cell["cell"] not in speeds:
+            raise SystemExit(f"{directory / 'seconds.json'} has no seconds of {cell['cell']}: `time` first")
         speed = speeds[cell["cell"]]["iteration_s"]
         timed = [{**point, "seconds": point["iteration"] * speed} for point in cell["points"]]
         cells.append({**cell, "title": titles[cell["cell"]], "iteration_s": speed, "points": timed})

@@ -12,7 +12,6 @@ import hashlib
 import json
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-from cells import GOLD, HELD_OUT, OFFICIAL, ROOT, STRICT, TASKS, align, local, machine, shown, slug, write
+from cells import GOLD, HELD_OUT, OFFICIAL, ROOT, STRICT, TASKS, Failed, align, local, machine, read, shown, slug, write
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -104,7 +103,7 @@ def measure(name: str, cell: Cell, options: argparse.Namespace) -> dict[str, flo
 def time_cells(path: Path, cells: Mapping[str, Cell], options: argparse.Namespace) -> None:
     """Measure cells one after the other, and keep what was found in ``path`` beside what is known of this machine."""
     here = machine(options.threads)
-    there = json.loads(path.read_text()) if path.exists() else {"machine": here, "cells": {}}
+    there = read(path, "machine") if path.exists() else {"machine": here, "cells": {}}
     if there["machine"] != here:
         raise SystemExit(f"{path} is of another machine or of other threads ({there['machine']}); remove it first")
     write(path, there)
@@ -172,7 +171,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
     """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
-    there = json.loads(target.read_text()) if target.exists() else wanted
+    there = read(target) if target.exists() else wanted
     if other := [key for key, value in wanted.items() if there.get(key) != value]:
         raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
 
@@ -184,8 +183,9 @@ def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:
         running = {pool.submit(run): target.stem for target, run in work.items()}
         try:
             for done in as_completed(running):
-                if isinstance(error := done.exception(), subprocess.CalledProcessError):
-                    print(json.dumps({"cell": running[done], "exit_code": error.returncode}), flush=True)
+                if isinstance(error := done.exception(), Failed):
+                    print(json.dumps({"cell": running[done], "exit_code": error.returncode, "said": str(error)}))
+                    sys.stdout.flush()
                     failed.append(running[done])
                 else:
                     done.result()

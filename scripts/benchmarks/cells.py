@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,15 +23,25 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 HELD_OUT = {"spec": "pickscore", "options": {"path": "shapes:pickscore"}}
 
 
+class Failed(SystemExit):
+    """A command of the project that ended with another code than 0; one sentence where nobody catches it."""
+
+    def __init__(self, command: str, returncode: int, log: Path) -> None:
+        super().__init__(f"`flowalign {command}` ended with code {returncode}; {shown(log)} says why")
+        self.returncode = returncode
+
+
 def flowalign(arguments: Sequence[str], threads: int, log: Path) -> None:
-    """One command of the project with so many threads; what it says is added to ``log``."""
+    """One command of the project with so many threads; what it says is added to ``log``. Raise Failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     program = str(Path(sys.executable).parent / "flowalign")
     with log.open("a") as said:
-        subprocess.run(
-            [program, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, check=True
+        ended = subprocess.run(
+            [program, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, check=False
         )
+    if ended.returncode:
+        raise Failed(arguments[0], ended.returncode, log)
 
 
 def words(overrides: Mapping[str, Any]) -> list[str]:
@@ -79,6 +90,34 @@ def write(path: Path, content: Any) -> None:
     draft.replace(path)
 
 
+def read(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object in a file; one that is none, or lacks one of the ``keys``, ends the command."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{shown(path)} is missing: `time` or `run` first") from None
+    except ValueError as error:
+        raise SystemExit(f"{shown(path)} is no JSON ({error}); move it away") from None
+    if not isinstance(found, dict) or not all(found.get(key) not in (None, []) for key in keys):
+        raise SystemExit(f"{shown(path)} is not what this study writes; move it away")
+    return found
+
+
+def finished(directory: Path, known: Collection[str], *keys: str) -> list[dict[str, Any]]:
+    """Return the cells that have ended, each with its ``keys``; of one that is not ``known``, or of a copy, say so and
+    end."""
+    cells = []
+    for path in sorted(directory.glob("*-seed*.json")):
+        cell = read(path, "cell", "seed", *keys)
+        if path.stem != f"{cell['cell']}-seed{cell['seed']}" or cell["cell"] not in known:
+            raise SystemExit(
+                f"{shown(path)} holds {cell['cell']!r} with seed {cell['seed']}, which is no cell of that name here; "
+                "move it away"
+            )
+        cells.append(cell)
+    return cells
+
+
 def insert(table: str, page: Path, begin: str, end: str) -> None:
     """Put what a command wrote between its two marks on a page; a page without them ends the command."""
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
@@ -125,6 +164,25 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return number
+
+
+def minutes(text: str) -> float:
+    """Read a number above 0, as an argument's ``type``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def seeds(text: str) -> list[int]:
+    """Read whole numbers of 0 or more with commas, as an argument's ``type``."""
+    given = text.split(",")
+    if not all(seed.isdecimal() for seed in given):
+        raise argparse.ArgumentTypeError(f"{text!r} are no whole numbers of 0 or more, with commas")
+    return list(dict.fromkeys(map(int, given)))
 
 
 def slug(name: str, longest: int = 120) -> str:

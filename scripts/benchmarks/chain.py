@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 import torch
 from alignments import base_digest, end_cells, images_in, refuse_another, side_by_side
-from cells import RESULTS, ROOT, align, machine, positive, run_once
+from cells import RESULTS, ROOT, align, machine, positive, run_once, seeds
 from chain_cells import CELLS, STEPS, Cell
 from chain_students import ENDING, exported, made_student, weights_of
 from chain_table import kept_by, markdown
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("what", choices=("check", "run", "table"))
     parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one that is made here")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--seeds", type=seeds, default=[0])
     parser.add_argument("--num-samples", type=int, default=1200, help="images of a model at each number of steps")
     parser.add_argument("--pairs", type=int, help="for a trial, instead of a cell's own")
     parser.add_argument("--steps", type=int, help="of each link, for a trial, instead of a cell's own")

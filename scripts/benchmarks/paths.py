@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, machine, run_once, study
+from cells import RESULTS, machine, run_once, seeds, study
 from pictures import Judge, bank, insert_table, opened, train
 
 from flowalign.config.sections import SamplingConfig
@@ -168,7 +168,7 @@ def score(cell: Mapping[str, Any], steps: int, guidance: float, metric: str) -> 
 
 def main() -> None:
     parser = study(__doc__, "paths", CELLS, MEASURED)
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--seeds", type=seeds, default=[0])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--num-samples", type=int, default=320)
     parser.add_argument("--num-images", type=int, default=24_000)

@@ -30,7 +30,7 @@ from typing import Any
 
 import preferences_table
 from alignments import base_digest, ended_early, faults, refuse_another, side_by_side
-from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, run_once, shown, write
+from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, run_once, seeds, shown, write
 from preferences_cells import CELLS, CONFIG, KINDS, PairsCell
 
 from flowalign.config.sections import SHIPPED
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", *SEEDS, "table"))
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; a search has all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    parser.add_argument("--seeds", type=seeds)
     parser.add_argument("--pairs", type=int, default=2000, help="of each kind")
     parser.add_argument("--samples", type=int, default=1200, help="of a judgement")
     parser.add_argument("--iterations", type=int, help="of every cell, in place of its own")

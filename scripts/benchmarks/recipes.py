@@ -32,7 +32,7 @@ from typing import NamedTuple
 import algorithms
 import recipes_table
 from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
-from cells import RESULTS, ROOT, insert, positive, run_once, shown, words
+from cells import RESULTS, ROOT, insert, minutes, positive, read, run_once, seeds, shown, words
 from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
@@ -86,8 +86,7 @@ def seconds_file(options: argparse.Namespace) -> Path:
 
 def known_seconds(path: Path) -> dict[str, float]:
     """Seconds of an iteration by `cost_of`: what ``time`` found, and algorithms.py on the same machine."""
-    own = json.loads(path.read_text())
-    there = json.loads(algorithms.SECONDS.read_text())
+    own, there = read(path, "machine"), read(algorithms.SECONDS, "machine")
     same = there["cells"] if there["machine"] == own["machine"] else {}
     found = {cost_of(cell): same[name] for name, cell in algorithms.CELLS.items() if name in same} | own["cells"]
     return {cost: timed["iteration_s"] for cost, timed in found.items()}
@@ -120,8 +119,6 @@ def check() -> None:
 
 def run_search(name: str, options: argparse.Namespace) -> None:
     path, work_dir = seconds_file(options), options.work_dir / name
-    if not path.exists():
-        raise SystemExit(f"{shown(path)} is missing: `time` first")
     known, failed, count = known_seconds(path), [], 0
     options = argparse.Namespace(**{**vars(options), "work_dir": work_dir})
     for names in rounds(name, options):
@@ -184,10 +181,10 @@ def usual(name: str, options: argparse.Namespace) -> list[str]:
     """The cells of a search that names none: all, for ``final`` the best two of the screening."""
     if name != "final":
         return list(SEARCHES[name].cells)
-    found = recipes_table.load(options.results / "screen")
+    found = recipes_table.best(recipes_table.load(options.results / "screen"))
     if len(found) < 2:
         raise SystemExit("the screening has fewer than two cells: `screen` first, or name --cells")
-    return [cell["cell"] for cell in found[:2]]
+    return found[:2]
 
 
 def main() -> None:
@@ -195,10 +192,10 @@ def main() -> None:
     parser.add_argument("what", choices=("check", "time", *SEARCHES, "adopt", "curve"))
     parser.add_argument("--table", action="store_true", help="print what a search has found; `tune`: into docs too")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
-    parser.add_argument("--minutes", type=float, help="of training, evaluations left out")
-    parser.add_argument("--evaluations", type=int, help="in these minutes, beside the first")
-    parser.add_argument("--num-samples", type=int, help="of an evaluation")
+    parser.add_argument("--seeds", type=seeds)
+    parser.add_argument("--minutes", type=minutes, help="of training, evaluations left out")
+    parser.add_argument("--evaluations", type=positive, help="in these minutes, beside the first")
+    parser.add_argument("--num-samples", type=positive, help="of an evaluation")
     parser.add_argument("--jobs", type=positive, default=1, help="cells side by side")
     parser.add_argument("--threads", type=positive, default=2, help="of each")
     parser.add_argument("--results", type=Path, default=OWN)
@@ -219,6 +216,8 @@ def main() -> None:
         return recipes_table.curve(options.results / "final", ROOT / "docs" / "figures" / "recipes.png")
     if options.table:
         found = recipes_table.load(options.results / options.what)
+        if not found:
+            raise SystemExit(f"{shown(options.results / options.what)} holds no finished cell: `{options.what}` first")
         table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found)
         if options.what == "tune" and options.results == OWN:
             insert(table, ROOT / "docs" / "algorithms.md", recipes_table.BEGIN, recipes_table.END)

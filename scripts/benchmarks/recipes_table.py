@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from algorithms import CELLS
-from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves
-from recipes_cells import SCREEN, algorithm_of
+from alignments import Budget
+from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, shown
+from recipes_cells import SCREEN, TUNE, algorithm_of
 
 BEGIN, END = "<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"
 
@@ -18,8 +18,19 @@ Cell = Mapping[str, Any]
 
 
 def load(directory: Path) -> list[dict[str, Any]]:
-    """The finished cells of a search, the best strict score first."""
-    return sorted((json.loads(path.read_text()) for path in directory.glob("*-seed*.json")), key=strict, reverse=True)
+    """The finished cells of a search, the best strict score first; they must be of one base and one budget."""
+    cells = finished(directory, {**TUNE, **SCREEN}, "points")
+    for key in ("base", *Budget.__dataclass_fields__):
+        if len(values := {cell.get(key) for cell in cells}) > 1:
+            told = " and ".join(map(str, values))
+            raise SystemExit(f"{shown(directory)} has cells of different {key} ({told}): move those of one away")
+    return sorted(cells, key=strict, reverse=True)
+
+
+def best(cells: Sequence[Cell]) -> list[str]:
+    """The names of cells by their strict score, the mean over their seeds, the best first."""
+    groups = grouped(cells, lambda cell: cell["cell"])
+    return [own[0]["cell"] for own in sorted(groups, key=lambda own: -statistics.fmean(map(strict, own)))]
 
 
 def strict(cell: Cell) -> float:

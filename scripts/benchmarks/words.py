@@ -141,6 +141,11 @@ def of_swaps(policy: Policy, count: int) -> dict[str, float]:
     return found
 
 
+def share(right: np.ndarray) -> float | None:
+    """The mean of what is right; None of nothing, as where no picture shows both objects."""
+    return round(float(right.mean()), 4) if len(right) else None
+
+
 def of_tasks(policy: Policy, count: int, group: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     batch = evaluation_batch("shapes:eval", count * len(TASKS))
@@ -164,8 +169,8 @@ def of_tasks(policy: Policy, count: int, group: int) -> dict[str, dict[str, Any]
             said = np.array([row["include"][-1]["position"][0] for row in rows])[both]
             found[task] |= {
                 "both_there": round(float(np.mean(both)), 4),
-                "relation_given_both": round(float(right.mean()), 4),
-                "by_relation": {name: round(float(right[said == name].mean()), 4) for name in RELATIONS},
+                "relation_given_both": share(right),
+                "by_relation": {name: share(right[said == name]) for name in RELATIONS},
             }
     return found
 
@@ -196,6 +201,10 @@ def main() -> None:
     parser.add_argument("--reader-steps", type=positive, default=600)
     parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
+    if options.sheet and options.to:
+        parser.error("--sheet: draws pictures and finds no figures; leave --to out")
+    if options.sheet and options.sheet.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--sheet: {options.sheet} names no kind of picture; end it in .png")
     torch.set_num_threads(options.threads)
     model = ModelConfig(path=str(options.pipeline), dtype="bfloat16")
     try:

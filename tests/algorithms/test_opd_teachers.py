@@ -11,15 +11,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from flowalign.algorithms import build_algorithm
+from flowalign.cli import app
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.export import export
 from flowalign.export.verify import load_pipeline
 from flowalign.flow import sde
+from flowalign.intake.check_teachers import check_runs_that_teach
 from flowalign.intake.file import load_align
+from flowalign.intake.resolved import write_resolved
 from flowalign.models.errors import ModelError
 from flowalign.record.metrics import read_metrics
 from flowalign.report import write_report
@@ -137,6 +142,20 @@ def test_a_student_starts_from_what_another_run_exported(tiny_pipeline_dir, tmp_
     assert updates(worker_config(start, itself))[0]["loss/opd"] == 0
     assert updates(worker_config(start, base))[0]["loss/opd"] > 0
     from_run = write_config(tmp_path)
+    taught = f"algorithm={{type: opd, num_steps: 2, teachers: {{t: {{path: {run_dir}}}}}}}"
+    other = Path(shutil.copytree(tiny_pipeline_dir, tmp_path / "other"))
+    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(vae).items()}, vae, {"format": "pt"})
+    for base in (None, tiny_pipeline_dir, other):  # unknown, as it was, and changed since
+        if base is not None:
+            model = tuned.model.model_copy(update={"path": str(base)})
+            write_resolved(tuned.model_copy(update={"model": model}), run_dir)
+        check_runs_that_teach(load_align(from_run, [taught, f"model.path={tiny_pipeline_dir}", "rewards=[]"]).config)
+        if base != other:  # whose encoders are those of `start`, saved anew
+            check_runs_that_teach(load_align(from_run, [taught, f"model.path={start}", "rewards=[]"]).config)
+        shown = CliRunner().invoke(app, ["align", str(from_run), taught, f"model.path={other}", "rewards=[]"])
+        said = f"error: algorithm.teachers.t.path: {run_dir} learned with other text encoders or another autoencoder"
+        assert shown.exit_code == 2 and said in " ".join(shown.stderr.split())
     said = refusal(from_run, f"model.path={run_dir}")
     assert said.startswith(f"model.path: {run_dir} is a run or a checkpoint; ") and f"export {run_dir} --to" in said
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from flowalign.config.sections import RewardConfig
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
 from flowalign.samples.offers import TRAINING
-from flowalign.samples.scoring import ScorerHangs, bounded
-from rewards.interface import Checked, ScorerFailed, SpecError
+from flowalign.samples.scoring import ScorerHangs, bounded, load_scorer, score_images
+from rewards.interface import Asked, Checked, ScorerFailed, SpecError
 from tests.cluster.runs import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,12 @@ def deadly(images, prompts, metadata):
 
 def asleep(images, prompts, metadata):
     time.sleep(600)
+
+class Narrow:
+    name, sometimes = "light", ("first",)
+    def score(self, images, prompts, metadata):
+        first = [1.0] + [np.nan] * (len(images) - 1)
+        return {"light": images.mean((1, 2, 3)), "first": first}
 """
 
 
@@ -81,12 +88,18 @@ def test_a_reward_runs_with_the_packages_and_variables_of_its_own_environment(
     environment = {"env_vars": {"SHIFT": "10", "PYTHONPATH": path}}
     config = config_of(tiny_pipeline_dir, folder, {"name": "tripled", "runtime_env": environment})
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    named = RewardConfig(spec=f"{folder / 'own.py'}:Narrow", name="mine", runtime_env=environment)
     session = RaySession(None, [], "cpu")
     try:
         hosted = HostedScorer(config.rewards[0], TRAINING, folder, config)
         scores = hosted.score(images, ["a"] * 4, [{}] * 4)
+        narrow = load_scorer(named, folder, hosted=partial(HostedScorer, base_dir=folder, config=config))
+        checked = score_images(narrow, Asked(images, ["a"] * 4, [{}] * 4))
     finally:
         session.close()
+    # Another process changes neither which score is the main one nor which ones need not apply.
+    assert list(checked.scores) == ["mine", "first"] and checked.causes == {"mine": {}, "first": {}}
+    assert checked.narrowed["first"].tolist() == [True, False, False, False]
     np.testing.assert_allclose(scores["tripled"], 10 + 3 * images.mean((1, 2, 3)) / 255, rtol=1e-6)
     with pytest.raises(ModuleNotFoundError):
         __import__("only_there")

@@ -268,6 +268,7 @@ def test_an_alignment_says_so_too(config_path: Path, tmp_path: Path) -> None:
         ("iterations=yes", "is true (or yes, on), which is no number"),
         ("algorithm.noise_level=true", "is true (or yes, on), which is no number"),
         ("learner.optimizer.betas=[true, 0.9]", "is true (or yes, on), which is no number"),
+        ("data.task_weights.position=off", "is false (or no, off), which is no number; write a number"),
     ],
 )
 def test_a_truth_value_is_no_number(key: str, said: str) -> None:

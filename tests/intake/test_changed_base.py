@@ -18,6 +18,7 @@ from flowalign.cli import app
 from flowalign.record.files import sha256
 from flowalign.run.made.base import changed_base
 
+POSITIONS = "pos_embed.pos_embed"  # a buffer of the transformer, which no checkpoint has
 PROMPT = ("--prompt", "a photo of a star", "--num-images", "1", "--num-steps", "2")
 
 
@@ -56,10 +57,11 @@ def trained(tmp_path: Path, base: Path, **model: Any) -> Path:
     return tmp_path / "runs" / "run"
 
 
-def retrain(file: Path) -> None:
-    """Other weights of the same size, as after another training."""
-    weights = load_file(file)
-    save_file({name: value + 0.01 for name, value in weights.items()}, file, {"format": "pt"})
+def retrain(file: Path, which: str = "") -> None:
+    """Other weights of the same size, as after another training; or other values of ``which`` alone."""
+    tensors = load_file(file)
+    other = {which} if which else {*tensors} - {POSITIONS}
+    save_file({n: value + 0.01 if n in other else value for n, value in tensors.items()}, file, {"format": "pt"})
 
 
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full", "lora"])
@@ -180,4 +182,21 @@ def test_a_checkpoint_of_all_weights_brings_its_own(tmp_path: Path, base: Path) 
     run = trained(tmp_path, base)
     retrain(base / "transformer" / "diffusion_pytorch_model.safetensors")
     code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images")
+    assert code == 0, said
+
+
+def test_a_base_with_other_buffers_is_refused_though_a_checkpoint_brings_its_own_weights(
+    tmp_path: Path, base: Path
+) -> None:
+    run = trained(tmp_path, base)
+    as_it_was = shutil.copytree(base, tmp_path / "as it was")
+    retrain(base / "transformer" / "diffusion_pytorch_model.safetensors", POSITIONS)
+    for command in (
+        ("sample", run, *PROMPT, "--out", tmp_path / "images"),
+        ("export", run, "--to", tmp_path / "export", "--as", "pipeline"),
+        ("evaluate", run, "--num-samples", 2),
+    ):
+        code, said = flowalign(*command)
+        assert code == 2 and f"another base model than {base}, whose network has other buffers" in said
+    code, said = flowalign("sample", run, *PROMPT, "--out", tmp_path / "images", "--model", as_it_was)
     assert code == 0, said

@@ -95,3 +95,18 @@ def test_an_alignment_names_its_own(tmp_path: Path, override: str, said: str) ->
 )
 def test_a_training_names_its_own(tmp_path: Path, override: str, said: str) -> None:
     assert refused(tmp_path, TRAINING, override) == said
+
+
+@pytest.mark.parametrize(
+    ("content", "override", "said"),
+    [
+        (ALIGNMENT, "algorithm.winner_weight=1", "of all algorithms only"),
+        (ALIGNMENT, "algorithm.select=best", "algorithm.select: unknown key; of all algorithms only sft has it"),
+        (TRAINING, "algorithm.group_size=8", "of all algorithms only"),
+    ],
+)
+def test_a_key_of_other_algorithms_is_not_answered_with_itself(
+    tmp_path: Path, content: dict[str, object], override: str, said: str
+) -> None:
+    answer = refused(tmp_path, content, override)
+    assert said in answer and "did you mean" not in answer

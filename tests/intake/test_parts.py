@@ -29,6 +29,12 @@ def loaded(folder: Path, *overrides: str):
         ),
         (["rewards=[{spec: geneval, parts: {geneval: 1}}]"], r"rewards\.0\.parts: geneval is the main score"),
         (
+            ["rewards=[{spec: geneval, name: g, parts: {geneval: 1}}]"],
+            r"rewards\.0\.parts: geneval is the main score of geneval, called g here, whose weight is `weight`",
+        ),
+        (["rewards=[{spec: 'r.py:mine', parts: {'': 1}}]"], r"rewards\.0\.parts\.: got ''; "),
+        (["rewards=[{spec: geneval, parts: {geneval_strict: on}}]"], r"rewards\.0\.parts\.geneval_strict: is true"),
+        (
             ["rewards=[{spec: jpeg}, {spec: geneval, gold: true, parts: {geneval_strict: 1}}]"],
             r"rewards\.1\.parts: nothing of a gold reward",
         ),
@@ -43,6 +49,12 @@ def loaded(folder: Path, *overrides: str):
 def test_what_cannot_be_is_refused_by_its_key_and_a_reason(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         loaded(tmp_path, *overrides)
+
+
+def test_a_reward_called_as_a_further_score_has_the_scorer_s_own_as_a_part_and_for_a_curriculum(tmp_path: Path) -> None:
+    named = "rewards=[{spec: geneval, name: geneval_strict, parts: {geneval: 0.5}}]"
+    config = loaded(tmp_path, named, "data.curriculum={score: geneval}")
+    assert config.rewards[0].terms == {"geneval_strict": 1.0, "geneval": 0.5}
 
 
 def test_parts_of_code_whose_answers_nobody_knows_yet_may_have_any_name_but_another_s(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from rewards.http.client import HttpScorer, ServerRefused
-from rewards.interface import Asked, SpecError, score_batch
+from rewards.interface import Asked, SpecError, main_key, score_batch
 from rewards.scorers.jpeg import JpegScorer
 from rewards.serving.server import PortInUse, serve
 from rewards.wire import encode_request
@@ -76,6 +76,16 @@ def test_health_and_info_say_what_runs(shared_server):
     info = HttpScorer(server.url).info()
     assert info["name"] == "brightness"
     assert info["limits"]["max_count"] == 1024
+
+
+def test_a_reward_behind_a_server_has_the_main_score_and_the_narrow_ones_that_its_scorer_declares(shared_server, batch):
+    server = shared_server("Narrow")
+    scorer = HttpScorer(server.url)
+    scorer.setup("cpu")
+    checked = score_batch(f"url:{server.url}", scorer, Asked(*batch))
+    assert main_key(f"url:{server.url}", scorer.name, list(checked.scores)) == "light"
+    assert checked.causes == {"light": {}, "first": {}}
+    assert checked.narrowed["first"].tolist() == [True, False, False, False, False]
 
 
 def test_no_page_of_a_server_shows_where_its_file_lies(shared_server, user_file):

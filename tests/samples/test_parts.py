@@ -115,6 +115,8 @@ def test_a_scorer_may_declare_which_of_its_scores_do_not_apply_to_every_sample(t
 def test_a_part_that_is_not_answered_is_named_with_what_is(tmp_path):
     with pytest.raises(InvalidScores, match="weighted reward 'sky'; the scorers returned all, other, where"):
         scored(tmp_path, answers([1], [1]), {"parts": {"sky": 1}})
+    with pytest.raises(InvalidScores, match=r"'wheer'; .*; did you mean 'where'"):
+        scored(tmp_path, answers([1], [1]), {"parts": {"wheer": 1}})
 
 
 STAR, LEFT, RIGHT = Thing("star", "red", (0, 0)), Thing("ring", "red", (1, 0)), Thing("ring", "red", (0, 1))

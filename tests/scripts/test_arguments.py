@@ -24,6 +24,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["recipes.py", "check", "--cells", "start"], "--cells: of a search that runs"),
         (["recipes.py", "screen", "--table", "--cells", "start"], "--cells: of a search that runs"),
         (["recipes.py", "tune", "--threads", "0"], "argument --threads: '0' is no whole number of 1 or more"),
+        (["recipes.py", "tune", "--minutes", "nan"], "argument --minutes: 'nan' is no number above 0"),
+        (["recipes.py", "tune", "--minutes", "-3"], "argument --minutes: '-3' is no number above 0"),
+        (["recipes.py", "tune", "--evaluations", "0"], "argument --evaluations: '0' is no whole number of 1 or more"),
+        (["recipes.py", "tune", "--seeds", ""], "argument --seeds: '' are no whole numbers of 0 or more"),
+        (["algorithms.py", "run", "--seeds", "-1"], "argument --seeds: '-1' are no whole numbers of 0 or more"),
+        (["algorithms.py", "run", "--minutes", "0"], "argument --minutes: '0' is no number above 0"),
+        (["words.py", "--sheet", "x.notanext"], "--sheet: x.notanext names no kind of picture"),
+        (["words.py", "--sheet", "x.png", "--to", "y.json"], "--sheet: draws pictures and finds no figures"),
+        (["../shapes_card.py", "--samples", "3"], "--samples and --plain-samples: 6 tasks take turns"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(
@@ -31,7 +40,8 @@ def test_what_cannot_be_is_said_in_a_sentence(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script, *arguments = (word.format(here=tmp_path) for word in asked)
-    program = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.syspath_prepend(str((BENCHMARKS / script).parent))
+    program = importlib.import_module(Path(script).stem)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
         program.main()

@@ -113,13 +113,14 @@ def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_pa
 def test_a_cell_that_fails_does_not_end_the_others(
     own: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(code: int) -> None:
-        subprocess.run([sys.executable, "-c", f"raise SystemExit({code})"], check=True)
+    def run(*command: str) -> None:
+        own.cells.flowalign(command, 1, tmp_path / "said.log")
         (tmp_path / "made").write_text("")
 
-    work = {tmp_path / "a.json": partial(run, 3), tmp_path / "b.json": partial(run, 0)}
+    work = {tmp_path / "a.json": partial(run, "check", "none.yaml"), tmp_path / "b.json": partial(run, "--version")}
     assert own.alignments.side_by_side(work, 1) == ["a"] and (tmp_path / "made").is_file()
-    assert json.loads(capsys.readouterr().out) == {"cell": "a", "exit_code": 3}
+    said = f"`flowalign check` ended with code 2; {tmp_path / 'said.log'} says why"
+    assert json.loads(capsys.readouterr().out) == {"cell": "a", "exit_code": 2, "said": said}
 
 
 def found(own: Any, name: str, seed: int, scores: list[float]) -> dict[str, Any]:
@@ -149,6 +150,46 @@ def test_the_table_of_a_tuning_has_the_best_cell_and_the_spread(own: Any, tmp_pa
     assert rows[1].startswith("| AWM | 0.0002 | 0.650 |") and rows[1].endswith("| 0.0002: 0.650 (0.650) |")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nft-rate-1-seed1", "", r"is no JSON"),
+        ("nft-rate-1-seed1", '{"hello": 1}', r"is not what this study writes"),
+        ("nft-rate-1-seed0-old", {}, r"holds 'nft-rate-1' with seed 0, which is no cell of that name here"),
+        ("gone-seed0", {"cell": "gone"}, r"holds 'gone' with seed 0"),
+        ("nft-rate-1-seed1", {"seed": 1, "minutes": 60}, r"has cells of different minutes \((10 and 60|60 and 10)\)"),
+        ("nft-rate-1-seed1", {"seed": 1, "base": "b"}, r"has cells of different base"),
+    ],
+)
+def test_what_is_no_cell_of_the_search_or_of_another_budget_is_named_and_in_no_table(
+    own: Any, tmp_path: Path, name: str, content: Any, said: str
+) -> None:
+    cell = {**found(own, "nft-rate-1", 0, [0.4, 0.5]), "minutes": 10, "base": "a"}
+    folder = written(tmp_path / "tune", [cell])
+    assert own.recipes_table.load(folder) == [cell]
+    text = content if isinstance(content, str) else json.dumps({**cell, **content})
+    (folder / f"{name}.json").write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        own.recipes_table.load(folder)
+
+
+def test_cells_of_other_minutes_are_not_taken_for_those_that_are_asked_for(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own.algorithms, "OWN", tmp_path)
+    monkeypatch.setattr(own.algorithms, "SECONDS", tmp_path / "seconds.json")
+    asked = SimpleNamespace(minutes=20, seeds=[0], cells=["nft"])
+    with pytest.raises(SystemExit, match=r"seconds\.json is missing: `time` or `run` first"):
+        own.algorithms.run_cells(asked)
+    (tmp_path / "seconds.json").write_text('{"cells": {"nft": {"iteration_s": 5.0}}}')
+    (tmp_path / "nft-seed0.json").write_text('{"cell": "nft", "minutes": 10}')
+    with pytest.raises(SystemExit, match=r"nft-seed0\.json is of another run \(minutes differ\)"):
+        own.algorithms.run_cells(asked)
+    asked.cells = ["awm"]
+    with pytest.raises(SystemExit, match="has no seconds of awm: `time` first"):
+        own.algorithms.run_cells(asked)
+
+
 def test_the_page_holds_the_committed_search(own: Any) -> None:
     table = own.recipes_table.tuned(own.recipes_table.load(own.recipes.OWN / "tune"))
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
@@ -172,8 +213,11 @@ def test_the_best_of_a_search_becomes_the_algorithm_s_cell_and_replaces_none(own
 
 
 def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, tmp_path: Path) -> None:
-    ends = {"start": 0.5, "tasks_weak": 0.6, "std_none": 0.55}
-    written(tmp_path / "screen", [found(own, name, 0, [0.4, end]) for name, end in ends.items()])
+    ends = {"start": (0.5,), "tasks_weak": (0.6, 0.58), "std_none": (0.55,)}
+    screen = [
+        found(own, name, seed, [0.4, end]) for name, own_ends in ends.items() for seed, end in enumerate(own_ends)
+    ]
+    written(tmp_path / "screen", screen)
     best = own.recipes.usual("final", SimpleNamespace(results=tmp_path))
     assert best == ["tasks_weak", "std_none"]
     final = written(
