@@ -47,18 +47,19 @@ PARTS = {
     "memory": "gpu_memory",
     "quickstart": "gpu_runs",
 }
+RESERVED_S = {"memory": 60, "quickstart": 75}  # what the parts before them leave of the budget
 
 
 def measure(bench: Bench, names: Sequence[str], report: dict[str, Any], keep: Callable[[], None]) -> None:
     """Measure the parts ``names`` into ``report``, and call ``keep`` after each figure."""
-    for name in names:
-        began = time.monotonic()
+    for place, name in enumerate(names):
+        began, reserved = time.monotonic(), sum(RESERVED_S.get(later, 0) for later in names[place + 1 :])
         part: dict[str, Any] = {"figures": {}, "seconds": {}}
         report["parts"][name] = part
         try:
             for figure in getattr(importlib.import_module(PARTS[name]), name)(bench):
                 at = time.monotonic()
-                part["figures"][figure.name] = found = outcome(bench, figure)
+                part["figures"][figure.name] = found = outcome(bench, figure, reserved)
                 part["seconds"][figure.name] = round(time.monotonic() - at, 2)
                 say(f"{name} {figure.name}", found)
                 bench.free()
@@ -70,10 +71,10 @@ def measure(bench: Bench, names: Sequence[str], report: dict[str, Any], keep: Ca
         keep()
 
 
-def outcome(bench: Bench, figure: Figure) -> Any:
-    """Return what a figure measures, or why there is nothing."""
-    left, takes = bench.left(), figure.seconds * bench.size.pace
-    if left < takes or left <= 0:
+def outcome(bench: Bench, figure: Figure, reserved: float) -> Any:
+    """Return what a figure measures, or why there is nothing; ``reserved`` seconds are for later parts."""
+    left, takes = bench.left() - reserved * bench.size.pace, figure.seconds * bench.size.pace
+    if left <= takes:
         return {"absent": f"no time left: {max(left, 0):.0f} s, and it takes about {takes:.0f} s"}
     try:
         return figure.measure()

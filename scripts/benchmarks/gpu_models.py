@@ -190,10 +190,13 @@ def measured(bench: Bench, name: str, dtype: str) -> Measured:
 
 
 def compiled(bench: Bench, own: Measured) -> Measured:
-    """Return the same weights in a network that is compiled, as `learner.compile` does it, when it is first called."""
+    """Return the same weights in a network that is compiled, as `learner.compile` does it, when it is first called.
+
+    A run has one size of micro-batches: each is compiled for itself.
+    """
     torch._dynamo.reset()
     module = copy.deepcopy(own.network.module)
-    module.compile(backend=bench.size.compiler)
+    module.compile(backend=bench.size.compiler, dynamic=False)
     return replace(own, network=own.network.with_module(module))
 
 
