@@ -10,7 +10,6 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,15 +151,12 @@ def blocks(bench: Bench, model: ModelConfig) -> Measured:
     return Measured(network, condition, model.height)
 
 
-def _random_text(
-    bench: Bench, own: Directory, length: int, dtype: torch.dtype
-) -> Callable[[Sequence[int]], Condition]:
+def _random_text(bench: Bench, own: Directory, length: int, dtype: torch.dtype) -> Callable[[Sequence[int]], Condition]:
     """Return conditions of random texts of the full length, the last row being the empty one's."""
-    draw = torch.Generator().manual_seed(1)
-    rows = {}
+    draw, count, rows = torch.Generator().manual_seed(1), len(PROMPTS) + 1, {}
     for name, shape in own.family.full_text(own, length).items():
-        made = torch.randn(len(PROMPTS) + 1, *shape, generator=draw).to(dtype)
-        rows[name] = (torch.ones(len(PROMPTS) + 1, *shape, dtype=torch.bool) if name == "mask" else made).to(bench.device)
+        drawn = torch.randn(count, *shape, generator=draw).to(dtype)
+        rows[name] = (torch.ones_like(drawn, dtype=torch.bool) if name == "mask" else drawn).to(bench.device)
     text, null = ({name: row[part] for name, row in rows.items()} for part in (slice(None, -1), slice(-1, None)))
 
     def condition(prompts: Sequence[int]) -> Condition:

@@ -84,7 +84,7 @@ def _resumed(bench: Bench, *, deterministic: bool) -> dict[str, Any]:
 
 
 def _killed(bench: Bench, wanted: Mapping[str, Any], runs: Path, deterministic: bool) -> list[str]:
-    """Let one run end, kill another that goes on beside it, and resume that; return the operations that lack kernels."""
+    """Let one run end, kill another beside it, and resume that; return the operations that lack kernels."""
     started = {name: _process(bench, wanted, runs, name, deterministic) for name in ("whole", "broken")}
     try:
         _kill_at(bench, started["broken"], runs / "broken" / "checkpoints" / f"step_{KILLED_AT:06d}")
@@ -155,13 +155,13 @@ def _words(bench: Bench, wanted: Mapping[str, Any], runs: Path, name: str) -> li
     return local({"cluster.device": str(bench.device), **wanted}, bench.threads, runs, name)
 
 
-def _align(words: Sequence[str], config: Path = CONFIG) -> Path:
+def _align(words: Sequence[str], config: Path = CONFIG, *, quiet: bool = True) -> Path:
     loaded = load_align(config, words)
-    return drive(loaded.config, loaded.base_dir, Console(quiet=True))
+    return drive(loaded.config, loaded.base_dir, Console(quiet=quiet))
 
 
 def quickstart(bench: Bench) -> Iterator[Figure]:
-    """The quickstart with fewer iterations: seconds of an iteration and of its phases, the reward, GenEval's verdict."""
+    """The quickstart with fewer iterations: seconds of an iteration and its phases, the reward, GenEval's verdict."""
     yield Figure("flow_grpo", 60, partial(_shortened, bench))
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
     torch.use_deterministic_algorithms(asked.deterministic, warn_only=True)
-    _align(asked.overrides, asked.config)
+    _align(asked.overrides, asked.config, quiet=False)
 
 
 if __name__ == "__main__":

@@ -49,15 +49,15 @@ def _rolls_out(bench: Bench, name: str, kind: str, *, fast: bool = False) -> dic
     def velocity() -> None:
         own.network.velocity(x, t, condition)
 
-    first = _first(bench, velocity)
-    found = bench.timed(velocity)
-    return {"samples": samples, **found, **_reached(bench, found["seconds"], inspect_model(model).flops * samples), **first}
+    first, found = _first(bench, velocity), bench.timed(velocity)
+    flops = inspect_model(model).flops * samples
+    return {"samples": samples, **found, **_reached(bench, found["seconds"], flops), **first}
 
 
 def _learns(bench: Bench, name: str, kind: str, *, fast: bool = False) -> dict[str, Any]:
     """Measure updates of one micro-batch and of more.
 
-    The difference is passes forward and backward; what is left of the smaller update is the optimizer's and its guards'.
+    The difference is passes forward and backward; what is left of the smaller one is the optimizer's and its guards'.
     """
     model = shaped(bench, name, bench.size.pixels, **KINDS[kind])
     own, samples = _made(bench, blocks(bench, model), fast), bench.size.micro

@@ -23,6 +23,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["algorithms.py", "run", "--cells", "nfd"], "--cells: no cell 'nfd'"),
         (["recipes.py", "check", "--cells", "start"], "--cells: of a search that runs"),
         (["recipes.py", "screen", "--table", "--cells", "start"], "--cells: of a search that runs"),
+        (["gpu.py", "--out", "{here}/gpu.json", "--parts", "mfu,speed"], "--parts: no part 'speed'; there are replay"),
+        (["gpu.py", "--out", "{here}/gpu.json", "--device", "gpu"], "--device: 'gpu' is no device; write cpu or cuda"),
+        (["gpu.py", "--out", "{here}/gpu.json", "--device", "cpu"], "--size full is for a GPU; take --size small"),
         (["recipes.py", "tune", "--threads", "0"], "argument --threads: '0' is no whole number of 1 or more"),
     ],
 )
