@@ -42,10 +42,10 @@ def said(found: Any, key: str) -> Iterator[Any]:
             yield from said(value, key)
 
 
-def test_all_parts_are_measured_on_a_machine_without_ray_deepspeed_and_psutil(tmp_path: Path) -> None:
+def test_all_parts_are_measured_on_a_machine_without_ray_deepspeed_and_psutil(program: Any, tmp_path: Path) -> None:
     report = figures(tmp_path / "gpu.json", BARE)
     parts = {name: part["figures"] for name, part in report["parts"].items()}
-    assert report["finished"] and list(parts) == list(importlib.import_module("gpu").PARTS)
+    assert report["finished"] and list(parts) == list(program.PARTS)
     assert list(said(report, "error")) == []
     assert set(said(report, "absent")) == {"deepspeed is not installed", "a CPU has no TF32"}
     assert report["machine"]["libraries"]["deepspeed"] is None and report["machine"]["libraries"]["peft"]
@@ -77,9 +77,10 @@ def test_without_diffusers_and_pydantic_the_ceiling_is_measured_and_the_rest_say
     assert list(report["parts"]) == ["replay", "matmul", "memory"]
     assert report["parts"]["matmul"]["figures"]["bfloat16"]["tflops"] > 0
     assert {report["parts"][name]["absent"] for name in ("replay", "memory")} == {"pydantic is not installed"}
-    report = figures(tmp_path / "gpu.json", "diffusers", "--parts", "replay")
-    found = report["parts"]["replay"]["figures"]
-    assert {one["absent"] for one in found.values()} == {"diffusers is not installed"}
+    report = figures(tmp_path / "gpu.json", "diffusers", "--parts", "replay,mfu")
+    assert report["parts"]["replay"]["absent"] == "diffusers is not installed"
+    found = report["parts"]["mfu"]["figures"].values()
+    assert {one["absent"] for one in found} == {"diffusers is not installed"}
 
 
 @pytest.fixture
