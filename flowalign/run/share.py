@@ -6,7 +6,7 @@ several kinds, which have other image sizes or texts of other lengths, are never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -128,3 +128,7 @@ class MicroBatches(Sequence[TrainBatch]):
         if isinstance(index, slice):
             return MicroBatches(self._share, self._items[index])
         return self._share.minibatch(self._items[index])
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        # A sequence's own would take an IndexError from making one for the end, and the step would learn from fewer.
+        return (self._share.minibatch(items) for items in self._items)

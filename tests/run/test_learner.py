@@ -234,3 +234,19 @@ def test_the_policy_and_its_optimizer_get_their_bits_back_after_annotate_saw_the
     expected = failing_annotate(EngineSettings(type="torch", optimizer=OptimizerConfig(learning_rate=1e-2)))[-1]
     for name, weight in final.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
+def test_an_error_of_an_algorithm_s_items_is_not_taken_for_the_end_of_its_micro_batches():
+    class Short(NFT):
+        made = 0
+
+        def items(self, batch, credit):
+            self.made += 1
+            return ([super().items] * 2)[self.made - 1](batch, credit)  # the third is out of range
+
+    model, algorithm = LinearVelocity(), {"type": "nft", **FORWARD}
+    own = learner(model, algorithm=Short(NFT.Config(**FORWARD)), micro_batch_size=4)
+    before = own.engine.weights()
+    with pytest.raises(IndexError, match="list index out of range"):
+        own.update(*batch(model, algorithm), 0)
+    assert content_hash(own.engine.weights()) == content_hash(before)
