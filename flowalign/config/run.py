@@ -206,6 +206,13 @@ class RunConfig(Section):
         return "float32"
 
     @property
+    def precisions(self) -> set[Precision]:
+        """The precisions in which the network is called, by the learner and by rollouts."""
+        passes = {self.model.dtype, self.engine_dtype, self.network_dtype}
+        learner: Precision = "bfloat16" if "bfloat16" in passes else "float32"
+        return {learner, self.model.dtype} if self.makes_images else {learner}
+
+    @property
     def embeddings(self) -> Path:
         """The folder of embeddings of prompts."""
         return Path(self.rollout.embeddings or Path(self.runs_dir, EMBEDDINGS))

@@ -95,6 +95,7 @@ class TransformerConfig(Section):
 
 
 InputName = Literal["r", "guidance"]
+AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
 
 
 class ModelConfig(Section):
@@ -120,6 +121,10 @@ class ModelConfig(Section):
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation. Weights that are trained stay in float32."""
+    attention: AttentionKernel = "auto"
+    """Torch's kernel of the network's attention, of rollouts and learner alike. ``auto``: torch's choice. ``math``:
+    plain products, anywhere. ``flash``: a CPU, or a GPU in bfloat16 without masks. ``efficient``, ``cudnn``: a GPU.
+    """
     lora: LoraConfig | None = None
     """A LoRA that is trained in place of all weights."""
     family: PathFamilyName | None = None

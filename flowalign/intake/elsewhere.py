@@ -56,6 +56,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gradient_clipping", "grad_clip", "clip_grad_norm", "clip_grad", "max_norm"), _NORM),
     **dict.fromkeys(("use_ema", "ema", "ema_rate", "ema_beta"), ("learner.ema_decay",)),
     **dict.fromkeys(("use_compile", "torch_compile"), ("learner.compile",)),
+    **dict.fromkeys(("attn_implementation", "attention_backend", "attn_mode"), ("model.attention",)),
+    **dict.fromkeys(("use_flash_attn", "flash_attention", "use_flash_attention"), ("model.attention",)),
     **dict.fromkeys(("mixed_precision", "bf16", "fp16", "precision", "torch_dtype", "autocast"), _DTYPE),
     **dict.fromkeys(("num_gpus", "num_processes", "world_size", "nproc_per_node", "n_gpus", "gpus"), _RANKS),
     **dict.fromkeys(("deepspeed_stage", "zero"), ("learner.zero_stage",)),

@@ -80,6 +80,7 @@ class RolloutWorker:
 
     Raises:
         ConfigError, ModelError, DiskError, EncodingFailed: see `encoded.rollout_embeddings`.
+        ModelError: the kernel of ``model.attention`` does not run here.
     """
 
     def __init__(self, config: RunConfig, name: str = "rollout-0", texts: Sequence[str] = ()) -> None:
@@ -88,6 +89,7 @@ class RolloutWorker:
             own: dict[str, Any] = {"text": config.rollout.keeps_text_encoders}
             own["embeddings"] = rollout_embeddings(config, texts)
             self.policy = load_policy(config.model, device=config.device, begin=False, **own)
+            self.policy.network.refuse_missing_kernel(config.device, config.precisions)
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
@@ -198,6 +200,7 @@ class LearnerWorker:
             network = load_network(config.model)
         except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
             network, self._unread = load_network(config.model, begin=False), error
+        network.refuse_missing_kernel(config.device, config.precisions)
         self.network = network
         self.parameters = count_parameters(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
