@@ -96,6 +96,7 @@ class TransformerConfig(Section):
 
 InputName = Literal["r", "guidance"]
 AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
+ActivationCheckpointing = Literal["none", "blocks", "selective"]
 
 
 class ModelConfig(Section):
@@ -289,6 +290,10 @@ class UpdatesConfig(Section):
     ema_warmup: bool = False
     """A rise of the decays, as (1 + n) / (10 + n) after n updates of an average, so that it forgets the first weights.
     """
+    activation_checkpointing: Annotated[ActivationCheckpointing, MayChange()] = "none"
+    """What a backward pass computes anew in the place of keeping it; no bit changes. ``blocks``: all inside a
+    transformer block. ``selective``: all but products of matrices and attention.
+    """
     compile: bool = False
     """The network by ``torch.compile``."""
 
@@ -307,6 +312,14 @@ class UpdatesConfig(Section):
         if self.compile and (self.zero_stage == 3 or self.engine == "fsdp"):
             engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
             raise ValueError(f"compile: {engine} cannot run a compiled network; turn one of them off")
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                "activation_checkpointing: a compiled network chooses this by itself; turn one of them off"
+            )
+        if self.zero_stage == 3 and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing: ZeRO stage 3 changes in place what selective keeps; write blocks"
+            )
         return self
 
 

@@ -14,7 +14,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
-from flowalign.models.checked import check_kernel, check_pipeline, check_teacher
+from flowalign.models.checked import check_blocks, check_kernel, check_pipeline, check_teacher
 from flowalign.models.directory import open_directory, text_parts
 from flowalign.models.errors import ModelError
 from flowalign.types import Trajectories
@@ -65,6 +65,8 @@ def check_model(config: RunConfig, needs: Needs) -> None:
     """
     shape = check_pipeline("model.path", Path(config.model.path), config.model)
     check_kernel("model.attention", config.model, config.device, config.precisions)
+    if config.learner.activation_checkpointing != "none":
+        check_blocks("learner.activation_checkpointing", config.model)
     _check_dropped(config)
     _check_sizes(config, needs)
     own_teacher = config.teacher if isinstance(config, PretrainConfig) else None

@@ -111,6 +111,22 @@ def check_kernel(key: str, model: ModelConfig, device: str, precisions: Collecti
         raise ConfigError(key, reason)
 
 
+def check_blocks(key: str, model: ModelConfig) -> None:
+    """Raise ConfigError, under ``key``, where a model's network names no blocks whose activations are computed anew.
+
+    A model that is not there is said elsewhere.
+    """
+    from flowalign.models.activation_checkpointing import block_classes
+    from flowalign.models.loading import transformer_of
+
+    try:
+        family = family_of_model(model)
+    except ModelError:
+        return
+    if not block_classes(transformer_of(family)):
+        raise ConfigError(key, f"{family.network} names no blocks that could be computed anew; write none")
+
+
 def teacher_model(teacher: TeacherConfig, student: ModelConfig) -> ModelConfig:
     """Return the model that a teacher's network is of: its own pipeline, or that of the student, whose run it is."""
     if not is_pipeline(Path(teacher.path)):

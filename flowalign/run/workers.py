@@ -23,6 +23,7 @@ from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from flowalign.measure.validation import validation_of
+from flowalign.models.activation_checkpointing import checkpoint_activations
 from flowalign.models.adapters import AdapterError
 from flowalign.models.build import bind_weights, count_parameters, load_network, load_policy
 from flowalign.models.encoders import Encoders
@@ -201,6 +202,7 @@ class LearnerWorker:
         except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
             network, self._unread = load_network(config.model, begin=False), error
         network.refuse_missing_kernel(config.device, config.precisions)
+        checkpoint_activations(network.module, config.learner.activation_checkpointing)
         self.network = network
         self.parameters = count_parameters(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
