@@ -34,7 +34,8 @@ class RolloutConfig(Section):
     """Samples of one rollout call. It shapes the numbers, the count of workers does not. A
     chunk with fewer is filled up, and takes as long."""
     decode_batch_size: Positive = 48
-    """Images that the autoencoder decodes at once."""
+    """Images that the autoencoder decodes at once. With 1 it needs room for one, which is decoded whole: tiles would be
+    other pixels."""
     cache: CacheConfig | None = None
     """ODE steps before and after the window that are skipped, never one inside; null: none."""
     text_encoders: Annotated[Literal["keep", "drop", "never"], MayChange()] = "keep"
