@@ -34,7 +34,8 @@ class RolloutConfig(Section):
     """Samples of one rollout call. It shapes the numbers, the count of workers does not. A
     chunk with fewer is filled up, and takes as long."""
     decode_batch_size: Positive = 48
-    """Images that the autoencoder decodes at once."""
+    """Images that the autoencoder decodes at once. With 1 it needs room for one, which is decoded whole: tiles would be
+    other pixels."""
     cache: CacheConfig | None = None
     """ODE steps before and after the window that are skipped, never one inside; null: none."""
     text_encoders: Annotated[Literal["keep", "drop", "never"], MayChange()] = "keep"
@@ -204,6 +205,13 @@ class RunConfig(Section):
     def network_dtype(self) -> Precision:
         """The precision of a network's passes where that is not the loss's; their result is float32 then."""
         return "float32"
+
+    @property
+    def precisions(self) -> set[Precision]:
+        """The precisions in which the network is called, by the learner and by rollouts."""
+        passes = {self.model.dtype, self.engine_dtype, self.network_dtype}
+        learner: Precision = "bfloat16" if "bfloat16" in passes else "float32"
+        return {learner, self.model.dtype} if self.makes_images else {learner}
 
     @property
     def embeddings(self) -> Path:

@@ -95,6 +95,8 @@ class TransformerConfig(Section):
 
 
 InputName = Literal["r", "guidance"]
+AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
+ActivationCheckpointing = Literal["none", "blocks", "selective"]
 
 
 class ModelConfig(Section):
@@ -120,6 +122,10 @@ class ModelConfig(Section):
     """
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation. Weights that are trained stay in float32."""
+    attention: AttentionKernel = "auto"
+    """Torch's kernel of the network's attention, of rollouts and learner alike. ``auto``: torch's choice. ``math``:
+    plain products, anywhere. ``flash``: a CPU, or a GPU in bfloat16 without masks. ``efficient``, ``cudnn``: a GPU.
+    """
     lora: LoraConfig | None = None
     """A LoRA that is trained in place of all weights."""
     family: PathFamilyName | None = None
@@ -284,6 +290,10 @@ class UpdatesConfig(Section):
     ema_warmup: bool = False
     """A rise of the decays, as (1 + n) / (10 + n) after n updates of an average, so that it forgets the first weights.
     """
+    activation_checkpointing: Annotated[ActivationCheckpointing, MayChange()] = "none"
+    """What a backward pass computes anew in the place of keeping it; no bit changes. ``blocks``: all inside a
+    transformer block. ``selective``: all but products of matrices and attention.
+    """
     compile: bool = False
     """The network by ``torch.compile``."""
 
@@ -302,6 +312,14 @@ class UpdatesConfig(Section):
         if self.compile and (self.zero_stage == 3 or self.engine == "fsdp"):
             engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
             raise ValueError(f"compile: {engine} cannot run a compiled network; turn one of them off")
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                "activation_checkpointing: a compiled network chooses this by itself; turn one of them off"
+            )
+        if self.zero_stage == 3 and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "activation_checkpointing: ZeRO stage 3 changes in place what selective keeps; write blocks"
+            )
         return self
 
 

@@ -14,7 +14,7 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.explain import explain
-from flowalign.models.checked import check_pipeline, check_teacher
+from flowalign.models.checked import check_blocks, check_kernel, check_pipeline, check_teacher
 from flowalign.models.directory import open_directory, text_parts
 from flowalign.models.errors import ModelError
 from flowalign.types import Trajectories
@@ -64,11 +64,16 @@ def check_model(config: RunConfig, needs: Needs) -> None:
     So do those of the algorithm's teachers; the preference pairs, where there are some, have their columns.
     """
     shape = check_pipeline("model.path", Path(config.model.path), config.model)
+    check_kernel("model.attention", config.model, config.device, config.precisions)
+    if config.learner.activation_checkpointing != "none":
+        check_blocks("learner.activation_checkpointing", config.model)
     _check_dropped(config)
     _check_sizes(config, needs)
     own_teacher = config.teacher if isinstance(config, PretrainConfig) else None
     if own_teacher is not None and check_pipeline("teacher.path", Path(own_teacher.path), own_teacher) != shape:
         raise ConfigError("teacher.path", f"{own_teacher.path} has latents of another shape than the model's {shape}")
+    if own_teacher is not None:
+        check_kernel("teacher.attention", own_teacher, config.device, config.precisions)
     for name, teacher in needs.teachers.items():
         key = f"algorithm.teachers.{name}"
         own = check_teacher(key, teacher, config.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+_RECOMPUTED = ("learner.activation_checkpointing",)
 _RATE, _TOTAL, _SAVED = ("learner.optimizer.learning_rate",), ("iterations",), ("checkpoint.every",)
 _KEPT, _MODEL, _RANKS = ("checkpoint.keep_last",), ("model.path",), ("learner.ranks",)
 _SEED, _PROMPTS, _SIZE = ("seed",), ("latents", "data.prompts"), ("model.height", "model.width")
@@ -56,6 +57,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gradient_clipping", "grad_clip", "clip_grad_norm", "clip_grad", "max_norm"), _NORM),
     **dict.fromkeys(("use_ema", "ema", "ema_rate", "ema_beta"), ("learner.ema_decay",)),
     **dict.fromkeys(("use_compile", "torch_compile"), ("learner.compile",)),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "ac_mode"), _RECOMPUTED),
+    **dict.fromkeys(("attn_implementation", "attention_backend", "attn_mode"), ("model.attention",)),
+    **dict.fromkeys(("use_flash_attn", "flash_attention", "use_flash_attention"), ("model.attention",)),
     **dict.fromkeys(("mixed_precision", "bf16", "fp16", "precision", "torch_dtype", "autocast"), _DTYPE),
     **dict.fromkeys(("num_gpus", "num_processes", "world_size", "nproc_per_node", "n_gpus", "gpus"), _RANKS),
     **dict.fromkeys(("deepspeed_stage", "zero"), ("learner.zero_stage",)),
@@ -105,10 +109,6 @@ _IMAGES = (
 WORDS: dict[str, str] = {
     **{name: _ROW for name, keys in KEYS.items() if keys == _LOGGED},
     **{name: _IMAGES for name, keys in KEYS.items() if keys == _BATCH},
-    **dict.fromkeys(
-        ("gradient_checkpointing", "activation_checkpointing"),
-        "there is no such option; a smaller learner.micro_batch_size takes less memory",
-    ),
     **dict.fromkeys(("optimizer_type", "optim", "use_8bit_adam"), "AdamW is the one optimizer; leave it out"),
 }
 # Beside a key, where its value has another meaning than that of the name.

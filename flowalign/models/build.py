@@ -77,7 +77,7 @@ def load_network(config: ModelConfig, *, begin: bool = True) -> Network:
         from flowalign.models.inputs import add_inputs
 
         add_inputs(network.module, config.inputs)
-    network.path_family = config.family or "rf"
+    network.path_family, network.attention = config.family or "rf", config.attention
     lora, adapter = config.lora, None
     if lora is not None and lora.path is not None and (begin or not lora.is_settled):
         adapter = read_adapter(family, Path(lora.path))

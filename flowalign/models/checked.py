@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flowalign.config.guidance import GUIDANCE_KEYS, GuidanceKeys, guidance_facts
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
+from flowalign.models.attention import lacking_kernel
 from flowalign.models.directory import (
     Directory,
     check_directory,
@@ -95,6 +96,35 @@ def check_cached(key: str, model: ModelConfig) -> None:
         return
     if not family.cached:
         raise ConfigError(key, f"the networks of {family.title} have no blocks that a cache knows how to skip")
+
+
+def check_kernel(key: str, model: ModelConfig, device: str, precisions: Collection[str]) -> None:
+    """Raise ConfigError, under ``key``, where a device of this name cannot have the kernel of a model's attention.
+
+    A model that is not there is said elsewhere.
+    """
+    try:
+        masked = open_directory(model).family.masked
+    except ModelError:
+        return
+    if (reason := lacking_kernel(model.attention, device, precisions, masked)) is not None:
+        raise ConfigError(key, reason)
+
+
+def check_blocks(key: str, model: ModelConfig) -> None:
+    """Raise ConfigError, under ``key``, where a model's network names no blocks whose activations are computed anew.
+
+    A model that is not there is said elsewhere.
+    """
+    from flowalign.models.activation_checkpointing import block_classes
+    from flowalign.models.loading import transformer_of
+
+    try:
+        family = family_of_model(model)
+    except ModelError:
+        return
+    if not block_classes(transformer_of(family)):
+        raise ConfigError(key, f"{family.network} names no blocks that could be computed anew; write none")
 
 
 def teacher_model(teacher: TeacherConfig, student: ModelConfig) -> ModelConfig:

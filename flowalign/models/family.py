@@ -132,7 +132,8 @@ class ModelFamily:
     module of a pipeline for diffusers, which samples what the plain one would sample wrongly: networks with further
     inputs, or of another path than the straight one (``model.family``). ``cached`` names the lists of blocks that a
     step cache may skip, in the order of their calls: each block takes ``hidden_states``, ``encoder_hidden_states``
-    and ``temb`` by name and returns text and image, and the first has a ``norm1(hidden_states, emb=temb)``.
+    and ``temb`` by name and returns text and image, and the first has a ``norm1(hidden_states, emb=temb)``. ``masked``
+    says that attention gets a mask, which not every kernel takes.
     ``published`` are models by the name of their folder.
     """
 
@@ -164,6 +165,7 @@ class ModelFamily:
     fresh: Callable[[Config, TransformerConfig], nn.Module] | None = None
     own_pipeline: str | None = None
     cached: tuple[str, ...] = ()
+    masked: bool = False
     published: Mapping[str, Published] = field(default_factory=dict)
 
     def full_text(self, directory: SmallFiles, length: int) -> dict[str, tuple[int, ...]]:

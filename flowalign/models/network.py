@@ -5,8 +5,8 @@ Shapes: N samples, C h w latents, L text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from flowalign.flow.pathfamilies import straight
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.models.attention import kernel_of, missing_kernel
 from flowalign.models.directory import sized, walk_of
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, module_config
 from flowalign.types import Condition
-
-SHORT = 128  # tokens
 
 
 @dataclass
@@ -31,7 +30,8 @@ class Network:
     ``path_family`` says which path it was trained on (see ``flow.pathfamilies``). ``scheduler`` are the options of the
     pipeline's own. ``mixed`` is autocast to bfloat16: trainable parameters are float32 whatever the base's dtype, so
     that rollout and learner both need it, or they would not compute the same function. It knows neither texts nor
-    pictures. ``scale`` is what one that takes a guidance scale is handed where a loss names none.
+    pictures. ``scale`` is what one that takes a guidance scale is handed where a loss names none, ``attention`` the
+    kernel that it computes with (see ``models.attention``).
     """
 
     family: ModelFamily
@@ -41,6 +41,7 @@ class Network:
     mixed: bool = False
     path_family: str = "rf"
     scale: float = 1.0
+    attention: str = "auto"
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -129,10 +130,21 @@ class Network:
         length = text["tokens"].shape[1] + x.shape[-1] * x.shape[-2] // self.geometry.patch**2
         rows = {name: row.to(dtype) if row.is_floating_point() and name != exact else row for name, row in text.items()}
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
-        with torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext(), _attention(device, length):
+        precision = torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext()
+        with precision, kernel_of(self.attention, device, length):
             ticks = int(self.scheduler["num_train_timesteps"])
             out = self.family.forward(self.module, x.to(dtype), t, rows, ticks=ticks, guidance=guidance)
         return out.float()
+
+    def missing_kernel(self, device: str, precisions: Collection[str]) -> str | None:
+        """Say why its kernel of attention does not run on ``device`` in these precisions, and what to write; None: it
+        does."""
+        return missing_kernel(self.attention, self.module, device, precisions, self.family.masked)
+
+    def refuse_missing_kernel(self, device: str, precisions: Collection[str], key: str = "model.attention") -> None:
+        """Raise ModelError, under ``key``, where its kernel of attention does not run on ``device``."""
+        if (reason := self.missing_kernel(device, precisions)) is not None:
+            raise ModelError(f"{key}: {reason}")
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Return (C, h, w) of an image size in pixels, None being the model's own.
@@ -149,17 +161,3 @@ class Network:
             ModelError: as of `latent_shape`.
         """
         return walk_of(self.family, self.scheduler, self.geometry, height, width)
-
-
-def _attention(device: str, length: int) -> AbstractContextManager[Any]:
-    """Return the kernel of attention over ``length`` tokens.
-
-    It is torch's own choice but for short bfloat16 sequences on a CPU.
-
-    There its flash kernel's backward pass is so slow that plain products win (``scripts/benchmarks/kernels.py``).
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if device == "cpu" and length <= SHORT and torch.is_autocast_enabled("cpu"):
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()

@@ -98,8 +98,10 @@ def _learner_flops(config: AlignConfig, g: Geometry, model: ModelSizes, asked: S
 
     Every one asks its own teachers, unless they are actors that answer all ranks at once.
     """
-    # Gradients of activations cost a forward pass, gradients of weights another; a LoRA's own are negligible.
+    # Gradients of activations cost a forward pass, gradients of weights another; a LoRA's own are negligible. Blocks
+    # that are computed anew cost one more.
     backward = 2 if config.model.lora is None else 1
+    backward += config.learner.activation_checkpointing == "blocks"
     teachers = g.teacher_passes * max(sizes.flops for sizes in asked)
     if not config.cluster.has_teacher_actors:
         teachers *= config.learner.ranks

@@ -15,7 +15,11 @@ from flowalign.plan.geometry import Geometry
 
 # Bytes a token and layer keep for the backward pass, in units of width × element size
 # (arXiv:2205.05198, eq. 1, without the attention scores, which fused attention never stores).
-_KEPT_PER_TOKEN = 34
+_KEPT_PER_TOKEN = {
+    "none": 34,
+    "selective": 11,  # queries, keys, values, attention and its projection, a feed-forward layer's 4 + 1, the input
+    "blocks": 1,  # the input
+}
 _KEPT_FORWARD = 8
 _ADAM_MOMENTS = 8
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -83,6 +87,8 @@ def plan_memory(
     guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
     token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
     micro = min(geometry.micro_batch_size, geometry.transitions_per_step) * guided
+    kept, all_kept = _KEPT_PER_TOKEN[learner.activation_checkpointing], _KEPT_PER_TOKEN["none"]
+    anew = 0 if kept == all_kept else all_kept // sizes.num_layers + 1  # of the one block that is at work
     latent = math.prod(sizes.latent_shape) * 4
     chunk = min(geometry.chunk_size, geometry.images) * guided
     return Memory(
@@ -94,7 +100,7 @@ def plan_memory(
         learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
         learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,
         learner_reference=_reference(needs, config.model.lora, base + trainable, trainable),
-        learner_activations=_KEPT_PER_TOKEN * token * micro,
+        learner_activations=(kept + anew) * token * micro,
         trajectories=geometry.images * (geometry.window_steps + 2) * latent,
         teachers={
             name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers

@@ -128,6 +128,7 @@ def _teacher(config: RunConfig, network: Network) -> Network:
     if wanted is None:
         raise ConfigError("teacher", f"{config.algorithm['type']} needs one; give teacher.path")
     teacher = load_network(wanted)
+    teacher.refuse_missing_kernel(config.device, config.precisions, "teacher.attention")
     mine, theirs = network.latent_shape(), teacher.latent_shape()
     if mine != theirs or not same_encoders(encoders_of(config.model), encoders_of(wanted)):
         raise ConfigError(

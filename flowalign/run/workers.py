@@ -23,6 +23,7 @@ from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.convert import load
 from flowalign.measure.validation import validation_of
+from flowalign.models.activation_checkpointing import checkpoint_activations
 from flowalign.models.adapters import AdapterError
 from flowalign.models.build import bind_weights, buffers_hash, count_parameters, load_network, load_policy
 from flowalign.models.encoders import Encoders
@@ -80,6 +81,7 @@ class RolloutWorker:
 
     Raises:
         ConfigError, ModelError, DiskError, EncodingFailed: see `encoded.rollout_embeddings`.
+        ModelError: the kernel of ``model.attention`` does not run here.
     """
 
     def __init__(self, config: RunConfig, name: str = "rollout-0", texts: Sequence[str] = ()) -> None:
@@ -88,6 +90,7 @@ class RolloutWorker:
             own: dict[str, Any] = {"text": config.rollout.keeps_text_encoders}
             own["embeddings"] = rollout_embeddings(config, texts)
             self.policy = load_policy(config.model, device=config.device, begin=False, **own)
+            self.policy.network.refuse_missing_kernel(config.device, config.precisions)
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
@@ -198,6 +201,8 @@ class LearnerWorker:
             network = load_network(config.model)
         except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
             network, self._unread = load_network(config.model, begin=False), error
+        network.refuse_missing_kernel(config.device, config.precisions)
+        checkpoint_activations(network.module, config.learner.activation_checkpointing)
         self.network = network
         self.parameters, self.buffers = count_parameters(network.module), buffers_hash(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))

@@ -31,6 +31,7 @@ from flowalign.record.checkpoint import BUFFERS, CheckpointError
 from flowalign.record.checkpoint import find as find_checkpoint
 from flowalign.record.contents import base_hash
 from flowalign.record.destroyed import fault, total_norm
+from flowalign.record.log import say_once
 from flowalign.samples.arrange import texts_of_batch
 from flowalign.samples.cache import cache_rule, check_sampling
 from flowalign.samples.rollout import rollout
@@ -73,13 +74,19 @@ def model_of(path: Path, config: Sampled) -> ModelConfig:
 
 
 def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[Network, dict[str, Any]]:
-    """Open the network alone of what `open_policy` opens. Raise CheckpointError as it does."""
+    """Open the network alone of what `open_policy` opens. Raise CheckpointError as it does.
+
+    Where its kernel of attention does not run on this device, torch chooses one, which is said.
+    """
     path, pipeline = Path(path), is_pipeline(path)
     if pipeline and which != "model":
         raise CheckpointError(f"--weights: {path} is a pipeline, which has one set of weights, not {which}")
     found = path if pipeline else find_checkpoint(path, which)
     network = load_network(model_of(path, config), begin=False)
     network.module.to(config.device)
+    if (reason := network.missing_kernel(config.device, {config.model.dtype})) is not None:
+        say_once(f"model.attention: {reason}. Torch chooses here, and last digits may differ from the run's")
+        network.attention = "auto"
     if pipeline:
         if (wrong := fault("the weights", dict(network.module.named_parameters()))) is not None:
             raise CheckpointError(f"{path} is a pipeline that was destroyed, {wrong}; take an intact one")

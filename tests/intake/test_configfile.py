@@ -474,6 +474,16 @@ def test_a_pretraining_file_loads_and_resolves(
         load_pretrain(path, ["algorithm.type=progressive", "teacher.path=nowhere"])
     with pytest.raises(ConfigError, match=r"^learner.compile: FSDP cannot run a compiled network"):
         load_pretrain(path, ["learner.engine=fsdp", "learner.compile=true"])
+    anew, stage_3 = "learner.activation_checkpointing=", ["learner.engine=deepspeed", "learner.zero_stage=3"]
+    for changes, said in (
+        ([f"{anew}blocks", "learner.compile=true"], "a compiled network chooses this by itself; turn one of them off"),
+        ([f"{anew}selective", *stage_3], "ZeRO stage 3 changes in place what selective keeps; write blocks"),
+        ([f"{anew}block"], "got 'block'; write none, blocks or selective; did you mean blocks?"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load_pretrain(path, changes)
+        assert str(refused.value) == f"learner.activation_checkpointing: {said}"
+    assert load_pretrain(path, [f"{anew}blocks", *stage_3]).config.learner.activation_checkpointing == "blocks"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^learner.engine: torch is one process, and torchrun has started 2; use"):
         load_pretrain(path)

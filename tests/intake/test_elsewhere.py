@@ -49,6 +49,11 @@ def refused(folder: Path, content: dict[str, object], override: str) -> str:
             "gradient_accumulation_steps: unknown key; did you mean learner.micro_batch_size? (gradients are "
             "accumulated over an update's micro-batches by themselves)",
         ),
+        (
+            "gradient_checkpointing=true",
+            "gradient_checkpointing: unknown key; did you mean learner.activation_checkpointing?",
+        ),
+        ("attn_implementation=sdpa", "attn_implementation: unknown key; did you mean model.attention?"),
         ("optimizer.lr=1", "optimizer: unknown key; optimizer.lr is learner.optimizer.learning_rate here"),
     ],
 )

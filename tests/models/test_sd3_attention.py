@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flowalign.config.sections import ModelConfig
+from flowalign.models.attention import SHORT, kernel_of
 from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
-from flowalign.models.network import SHORT, _attention
 
 
 def operators(policy, length: int, mixed: bool) -> set[str]:
@@ -33,7 +33,7 @@ def test_only_short_bfloat16_sequences_on_a_cpu_leave_the_flash_kernel(tiny_pipe
 def test_both_kernels_compute_the_same_attention():
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 34, 64, generator=random) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16), _attention("cpu", 34):
+    with torch.autocast("cpu", torch.bfloat16), kernel_of("auto", "cpu", 34):
         plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     flash = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(plain.float(), flash, atol=2e-2, rtol=2e-2)

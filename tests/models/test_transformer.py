@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowalign.config.sections import Architecture, TransformerConfig
+from flowalign.models.activation_checkpointing import checkpoint_activations
 from flowalign.models.families.sd3 import FAMILY
 from flowalign.models.families.sd3.dit import ConcatBlock
 from flowalign.models.families.sd3.fresh import CLASSES, flops, matching, new_transformer, spec_flops
@@ -185,6 +186,19 @@ def test_baselines_take_loras_inputs_and_gradient_checkpoints(architecture):
     again.square().mean().backward()
     gradients = [p.grad for name, p in network.named_parameters() if "lora_B" in name]
     assert gradients and all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("how", ["blocks", "selective"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_that_are_computed_anew_change_no_bit(architecture, how):
+    found = []
+    for way in ("none", how):
+        network = random_network(architecture, num_layers=3).requires_grad_(True)
+        checkpoint_activations(network, way)
+        answer = network(**tensors())[0]
+        answer.square().mean().backward()
+        found.append([answer, *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) > 30 and all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

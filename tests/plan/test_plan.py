@@ -89,6 +89,21 @@ def test_zero_shards_optimizer_gradients_and_weights_in_turn(config_path: Path) 
     assert [m.learner_ema for m in averaged] == [whole.learner_gradients, whole.learner_gradients // 2]
 
 
+def test_activations_that_are_computed_anew_take_less_and_blocks_cost_a_pass(config_path: Path) -> None:
+    none, selective, blocks = (
+        plan(config_path, f"learner.activation_checkpointing={how}") for how in ("none", "selective", "blocks")
+    )
+    assert none.memory.learner_activations > selective.memory.learner_activations > blocks.memory.learner_activations
+    assert none.learner_flops == selective.learner_flops
+    assert blocks.learner_flops * 3 == none.learner_flops * 4  # of forward, 2 backward and 1 forward again
+    deep = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml"
+    kept = [
+        plan(deep, f"learner.activation_checkpointing={how}").memory.learner_activations
+        for how in ("none", "selective", "blocks")
+    ]
+    assert kept[1] < kept[0] / 2 and kept[2] < kept[0] / 10
+
+
 def test_odd_geometry_is_noted(config_path: Path) -> None:
     notes = plan(config_path, "learner.micro_batch_size=100", "cluster.rollout_workers=9").notes
     assert any("exceeds the 24 transitions" in note for note in notes)

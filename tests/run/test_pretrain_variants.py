@@ -368,6 +368,26 @@ def test_consistency_sampling_noises_every_prediction_anew(tmp_path, tiny_pipeli
     torch.testing.assert_close(final, x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["rectified_flow", "meanflow", "guidance_distill", "consistency"])
+def test_activations_that_are_computed_anew_change_no_bit_of_what_is_learned(
+    tmp_path, tiny_pipeline_dir, bank, algorithm
+):
+    """Of a base model, a few-step one, and students with a teacher and with an average that they follow."""
+    changes: dict[str, Any] = {"algorithm": {"type": algorithm}}
+    changes |= {"model": {"inputs": ["r"]}} if algorithm == "meanflow" else {}
+    changes |= {"model": {"inputs": ["guidance"]}} if algorithm == "guidance_distill" else {}
+    if algorithm in ("guidance_distill", "consistency"):
+        changes |= {"teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4}}
+    ended = []
+    for how in ("none", "blocks", "selective"):
+        learner = {"activation_checkpointing": how, "micro_batch_size": 4, "dtype": "bfloat16"}
+        run(tmp_path / how, tiny_pipeline_dir, bank, learner=learner, **changes)
+        ended.append(checkpoint.load(tmp_path / how / "base" / "checkpoints" / "step_000004"))
+    for other in ended[1:]:
+        for kind in ("model", "ema"):
+            assert checkpoint.content_hash(getattr(other, kind)) == checkpoint.content_hash(getattr(ended[0], kind))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rectified_flow", "meanflow"])
 def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_dir, bank, algorithm):

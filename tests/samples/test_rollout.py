@@ -83,6 +83,37 @@ def test_the_last_picture_of_a_chunk_is_decoded_as_those_that_are_not_alone():
     assert torch.equal(pictures(3, geometry=3, decode_batch_size=2), pictures(3, geometry=3))
 
 
+@pytest.fixture(scope="module")
+def shipped():
+    return load_policy(ModelConfig(path=str(SHIPPED / "pipeline"))).encoders
+
+
+def drawn(count, side):
+    return torch.randn(count, 16, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_pictures_have_the_same_bits_whatever_number_is_decoded_at_once(shipped, size):
+    """Before they are rounded to levels, and of more than one, see above."""
+    latents = drawn(8, 8)
+    together = shipped.decode_pixels(latents)
+    parts = torch.cat([shipped.decode_pixels(part) for part in latents.split(size)])
+    assert torch.equal(parts, together)
+
+
+def test_slices_of_diffusers_are_one_at_a_time_and_its_tiles_are_other_pictures(shipped):
+    """So that `rollout.decode_batch_size` says all that can be said without other pixels."""
+    latents = drawn(2, 12)
+    alone = torch.cat([shipped.decode_pixels(one) for one in latents.split(1)])
+    shipped.vae.enable_slicing()
+    assert torch.equal(shipped.decode_pixels(latents), alone)
+    shipped.vae.disable_slicing()
+    shipped.vae.enable_tiling()
+    tiled = shipped.decode_pixels(latents)
+    shipped.vae.disable_tiling()
+    assert (tiled - alone).abs().max() > 1 / 255
+
+
 def test_pictures_that_are_all_decoded_alone_need_no_room_for_two(policy, monkeypatch):
     seen, decode = [], policy.encoders.decode
     monkeypatch.setattr(policy.encoders, "decode", lambda latents: seen.append(len(latents)) or decode(latents))

@@ -79,6 +79,7 @@ FAMILY = ModelFamily(
     text_shapes=text_shapes,
     levels=to_one_nth,
     blocks=flux.blocks,
+    masked=True,
     published={
         "chroma1-hd": Published(
             "Chroma1-HD", {"transformer": _NETWORK, "vae": _VAE, "scheduler": {"shift": 3.0}}, _FROZEN

@@ -118,5 +118,6 @@ FAMILY = ModelFamily(
     levels=to_one_nth,
     guidance_norm="token",
     guidance_call=guidance_call,
+    masked=True,
     published={"qwen-image": Published("Qwen-Image", _PARTS, _FROZEN, 57_700_000_000)},
 )

@@ -125,6 +125,7 @@ FAMILY = ModelFamily(
     guidance_offset=1.0,
     guidance_call=guidance_call,
     blocks=blocks,
+    masked=True,
     published={
         "z-image": _published("Z-Image", 6.0),
         "z-image-turbo": _published("Z-Image-Turbo", 3.0, 32_880_000_000),
