@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import statistics
 import time
@@ -98,8 +99,13 @@ def saved_bytes(module: nn.Module, given: dict[str, Any], dtype: str) -> int:
 def held_bytes(module: nn.Module, given: dict[str, Any], dtype: str) -> int:
     """Return the bytes that a forward pass has taken from the allocator and not given back."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
-        loss = loss_of(module, given, dtype)
+    gc.collect()
+    gc.disable()  # what an earlier pass has left would count as given back by this one
+    try:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+            loss = loss_of(module, given, dtype)
+    finally:
+        gc.enable()
     held = sum(event.self_cpu_memory_usage for event in seen.events() or [])
     assert loss.requires_grad
     return int(held)

@@ -33,7 +33,7 @@ def latents(policy: Policy, solver: str, num_steps: int, count: int) -> torch.Te
     plan = replace(ode_plan(policy, num_steps, 1.0), solver=solver)
     chunks = evaluation_batch("shapes:eval", count).chunks(CHUNK)
     made = [rollout(policy, chunk, plan, seed=SEED, policy_version=0, length=2).trajectories for chunk in chunks]
-    return torch.cat([part.final_NCHW for part in made])
+    return torch.cat([part.final_NCHW[:] for part in made])
 
 
 def main() -> None:

@@ -245,7 +245,7 @@ def test_an_error_of_an_algorithm_s_items_is_not_taken_for_the_end_of_its_micro_
             return ([super().items] * 2)[self.made - 1](batch, credit)  # the third is out of range
 
     model, algorithm = LinearVelocity(), {"type": "nft", **FORWARD}
-    own = learner(model, algorithm=Short(NFT.Config(**FORWARD)), micro_batch_size=4)
+    own = learner(model, algorithm=Short(NFT.Config.model_validate(FORWARD)), micro_batch_size=4)
     before = own.engine.weights()
     with pytest.raises(IndexError, match="list index out of range"):
         own.update(*batch(model, algorithm), 0)
