@@ -20,6 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return [json.loads((folder / f"recomputed_rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow  # two ranks of five engines
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_weights_and_moments_are_the_same_to_the_bit(

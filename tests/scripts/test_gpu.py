@@ -42,6 +42,7 @@ def said(found: Any, key: str) -> Iterator[Any]:
             yield from said(value, key)
 
 
+@pytest.mark.slow
 def test_all_parts_are_measured_on_a_machine_without_ray_deepspeed_and_psutil(program: Any, tmp_path: Path) -> None:
     report = figures(tmp_path / "gpu.json", BARE)
     parts = {name: part["figures"] for name, part in report["parts"].items()}
