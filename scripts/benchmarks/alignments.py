@@ -131,16 +131,20 @@ def run_cell(
     }
 
 
-def asked(name: str, cell: Cell, seed: int, budget: Budget) -> dict[str, Any]:
-    """What a run is, apart from where it ran and what it found."""
+def identity(name: str, cell: Cell, seed: int) -> dict[str, Any]:
+    """Which cell a run is of, on which base, with which seed."""
     return {
         "cell": name,
         "config": f"configs/shapes/{cell.config}.yaml",
         "overrides": dict(cell.overrides),
         "base": base_digest(),
         "seed": seed,
-        **vars(budget),
     }
+
+
+def asked(name: str, cell: Cell, seed: int, budget: Budget) -> dict[str, Any]:
+    """What a run is, apart from where it ran and what it found."""
+    return {**identity(name, cell, seed), **vars(budget)}
 
 
 def base_digest() -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import preferences_table
-from alignments import base_digest, ended_early, faults, refuse_another, side_by_side
+from alignments import base_digest, ended_early, faults, identity, refuse_another, side_by_side
 from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, run_once, seeds, shown, write
 from preferences_cells import CELLS, CONFIG, KINDS, PairsCell
 
@@ -126,11 +126,7 @@ def outcomes(before: Path, after: Path) -> str:
 def asked(name: str, cell: PairsCell, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What a cell's run is, apart from where it ran and what it found."""
     return {
-        "cell": name,
-        "config": f"configs/shapes/{cell.config}.yaml",
-        "overrides": dict(cell.overrides),
-        "base": base_digest(),
-        "seed": seed,
+        **identity(name, cell, seed),
         "pairs": {"kind": cell.pairs, "count": options.pairs, **vars(KINDS[cell.pairs])},
         "samples": options.samples,
     }

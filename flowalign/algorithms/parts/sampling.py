@@ -20,7 +20,7 @@ from flowalign.types import Noise, SamplingPlan, Trajectories
 
 
 def _ode(text: str) -> str:
-    ode_solver(name := spelled(text))
+    ode_solver(name := spelled(text))  # refuses those that make noise, which `check_solver` lets pass
     check_solver(name)
     return name
 
