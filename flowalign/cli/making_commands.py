@@ -25,7 +25,7 @@ def make_pairs(
         str, typer.Option(help="shapes:train, a jsonl file, or a bank for its captions")
     ] = "shapes:train",
     seed: Seed = 0,
-    weights: Weights = "model",
+    weights: Weights = None,
     shard_size: Annotated[int, typer.Option(min=1, help="pairs a shard, what an interruption can cost")] = 2048,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +54,7 @@ def calibrate_cache(
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = None,
     degree: Annotated[int, typer.Option(min=1, max=8, help="of the polynomial")] = 4,
     seed: Seed = 0,
-    weights: Weights = "model",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
@@ -91,11 +91,12 @@ def make_preferences(
     min_difference: Annotated[
         float, typer.Option(min=0, callback=finite, help="of their scores; groups below it give no pair")
     ] = 0.0,
+    shard_size: Annotated[int, typer.Option(min=1, help="pairs a file, what an interruption can cost")] = 500,
     seed: Seed = 0,
-    weights: Weights = "model",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Make a preference set, as parquet, from a checkpoint's own images and a reward."""
+    """Make a preference set from a checkpoint's images and a reward; the same command goes on where it was."""
     from flowalign.config.sections import RewardConfig
     from flowalign.intake.overrides import scalar_options
     from flowalign.intake.paths import resolve_reward
@@ -118,6 +119,7 @@ def make_preferences(
         pairs=pairs,
         group_size=group_size,
         min_difference=min_difference,
+        shard_size=shard_size,
         progress=shown,
     )
     console.print(f"{counts_of(card)}; written to {out}")

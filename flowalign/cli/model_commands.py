@@ -22,7 +22,6 @@ from flowalign.cli.options import (
     check_text,
     finite,
     model_directory,
-    named_weights,
     storable,
 )
 from flowalign.cli.sampling import Sampling, takes_sampling
@@ -38,10 +37,7 @@ def evaluate(
     num_samples: NumSamples = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="model, ema, …; default: as the run evaluates", parser=named_weights),
-    ] = None,
+    weights: Weights = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
     reference: Reference = None,
@@ -84,7 +80,7 @@ def sample(
     sampling: Sampling,
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     seed: Seed = 0,
-    weights: Weights = "model",
+    weights: Weights = None,
     latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
     out: Path = Path("samples"),
     as_json: Json = False,
@@ -114,6 +110,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
     kind: Kind = "pipeline",
+    weights: Weights = None,
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     model: Model = None,
@@ -129,10 +126,10 @@ def export(
     own = config_of(run, None, model)
     from flowalign.export import export as write_export
 
-    result = write_export(run, to, kind=kind, config=own, overwrite=overwrite, shard_size=shard_size)
+    result = write_export(run, to, kind=kind, weights=weights, config=own, overwrite=overwrite, shard_size=shard_size)
     say = plain(make_console(as_json))
     say(result.compared)
-    say(f"exported to {to} ({kind}, iteration {result.iteration})")
+    say(f"exported to {to} ({result.kind}, weights: {result.weights}, iteration {result.iteration})")
     print_json(as_json, asdict(result))
 
 
@@ -145,7 +142,7 @@ def merge(
     weight: Annotated[
         list[float] | None, typer.Option(callback=finite, help="of each model, in their order; default: all alike")
     ] = None,
-    weights: Weights = "model",
+    weights: Weights = None,
     overwrite: Overwrite = False,
     model: Model = None,
     as_json: Json = False,

@@ -97,16 +97,9 @@ def named_weights(text: str) -> str:
     return weights_name(text)
 
 
-def kind_of(text: str) -> str:
-    """Return the kind of an export; the pipeline is that of the weights `model`."""
-    return "pipeline" if named_weights(text) == "model" else text
-
-
 Kind = Annotated[
     str,
-    typer.Option(
-        "--as", metavar="KIND", help="pipeline (of model), lora, ema, or an average such as ema_0.99", parser=kind_of
-    ),
+    typer.Option("--as", metavar="KIND", help="pipeline or lora; a name of weights is a pipeline of those"),
 ]
 
 
@@ -123,7 +116,12 @@ ShardSize = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier export; nobody else's files")]
 Weights = Annotated[
-    str, typer.Option(metavar="NAME", help="model, ema, or another average such as ema_0.99", parser=named_weights)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="model, ema, or another average such as ema_0.99; default: as the run evaluates",
+        parser=named_weights,
+    ),
 ]
 
 

@@ -7,7 +7,7 @@ options exist, and whether its steps can be cached, ``flow.solvers`` checks befo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -31,15 +31,16 @@ def solver_names() -> list[str]:
     return [*names_of_ode(), *NOISY]
 
 
-def parsed(text: str) -> tuple[str, dict[str, float]]:
-    """Split ``name(option=2)`` into the name and its options.
+def parsed(text: str, offered: Sequence[str] | None = None) -> tuple[str, dict[str, float]]:
+    """Split ``name(option=2)`` into the name and its options; ``offered`` are named for one that is unknown, else all.
 
     Raises:
         ValueError: no such solver, or what stands in the parentheses are no numbers with a name.
     """
     call = _CALL.fullmatch(text.strip())
     name = call[1] if call else text.strip()
-    if name not in (known := solver_names()):
+    if name not in solver_names():
+        known = solver_names() if offered is None else offered
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"got {text!r}; {hint}")
@@ -63,7 +64,7 @@ def _number(text: str) -> float | None:
     return int(value) if re.fullmatch(r"[-+]?\d+", text) else value
 
 
-def spelled(value: Any) -> str:
+def spelled(value: Any, offered: Sequence[str] | None = None) -> str:
     """Return the one spelling of a solver with its options; raises as `parsed` does."""
-    name, options = parsed(str(value))
+    name, options = parsed(str(value), offered)
     return f"{name}({', '.join(f'{key}={number!r}' for key, number in options.items())})" if options else name

@@ -11,7 +11,7 @@ import torch
 
 from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
 from flowalign.config.sampled import Sampled
-from flowalign.config.sections import SamplingConfig
+from flowalign.config.sections import SamplingConfig, weights_name
 from flowalign.export.card import write_card
 from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
 from flowalign.export.writing import SHARD_SIZE, write_lora, write_pipeline
@@ -23,9 +23,10 @@ from flowalign.record.earlier import iteration_of
 from flowalign.record.files import give_usual_modes
 from flowalign.record.outputs import RECORD as RECORD
 from flowalign.record.outputs import check_place, draft_beside, take_place
-from flowalign.samples.opened import open_policy, torch_threads
+from flowalign.samples.opened import Which, open_policy, torch_threads
+from flowalign.samples.sampled import evaluated_weights
 
-Kind = str  # pipeline, lora, ema, or another average such as ema_0.99
+KINDS = ("pipeline", "lora")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -42,7 +43,8 @@ class ExportResult:
     """
 
     path: Path
-    kind: Kind
+    kind: str
+    weights: Which
     checkpoint: Path
     iteration: int
     content_hash: str
@@ -66,7 +68,8 @@ def export(
     source: Path,
     to: Path,
     *,
-    kind: Kind = "pipeline",
+    kind: str = "pipeline",
+    weights: Which | None = None,
     config: Sampled,
     dtype: Dtype = "float32",
     tolerance: float = 1e-5,
@@ -75,12 +78,13 @@ def export(
 ) -> ExportResult:
     """Write ``source`` (a run directory or a checkpoint) to the directory ``to``.
 
-    ``pipeline``: a pipeline of the family with full weights, a LoRA merged in; ``ema``: the same of the averaged
-    weights (``ema_0.99``: of another average). One whose network takes more inputs, or is of another family than
-    ``rf``, has a ``pipeline.py`` beside it, without which diffusers refuses to load it. ``lora``: the adapter in
-    PEFT's and in diffusers' layout. ``dtype`` is a pipeline's transformer's: other than float32, it is compared with
-    our policy of equally rounded weights. All else is float32. ``shard_size``, such as ``5GB``, is the most that a
-    file of weights takes.
+    ``pipeline``: a pipeline of the family with full weights, a LoRA merged in. One whose network takes more inputs, or
+    is of another family than ``rf``, has a ``pipeline.py`` beside it, without which diffusers refuses to load it.
+    ``lora``: the adapter in PEFT's and in diffusers' layout. ``weights`` are ``model``, ``ema`` or another average such
+    as ``ema_0.99``, by default those that the run evaluates: what is exported has the scores that were reported. Such a
+    name as ``kind`` is a pipeline of those weights. ``dtype`` is a pipeline's transformer's: other than float32, it is
+    compared with our policy of equally rounded weights. All else is float32. ``shard_size``, such as ``5GB``, is the
+    most that a file of weights takes.
 
     Raises:
         ExportError: the kind does not fit the run, or a reloaded export differs by more than ``tolerance`` of the
@@ -88,26 +92,39 @@ def export(
         DirectoryTaken: ``to`` holds something; ``overwrite`` replaces an earlier export, and nothing else.
         CheckpointError, ModelError: the checkpoint or the base model cannot be read.
     """
-    which = kind if kind.startswith("ema") else "model"
-    found, to = checkpoint.find(Path(source), which), Path(to)
+    kind, weights = _asked(kind, weights)
     _check(kind, config, dtype)
+    weights = weights or evaluated_weights(source, config)
+    found, to = checkpoint.find(Path(source), weights), Path(to)
     check_place(to, overwrite)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     with draft_beside(to) as draft:
         with torch_threads(config.threads):
-            policy, state = _opened(found, config, which)
+            policy, state = _opened(found, config, weights)
             trained = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
             errors = _write(policy, draft, config, kind, dtype, shard_size)
         _refuse_difference(errors, tolerance, to)
-        result = ExportResult(to, kind, found, int(iteration_of(state) or 0), digest, *errors)
+        result = ExportResult(to, kind, weights, found, int(iteration_of(state) or 0), digest, *errors)
         _keep(draft, to, result, config, state, policy.network.path_family)
     return result
 
 
-def _check(kind: Kind, config: Sampled, dtype: Dtype) -> None:
-    if kind not in ("pipeline", "lora") and not re.fullmatch(r"ema(_[\d.]+)?", kind):
-        raise ExportError(f"{kind!r} is no kind of export; there are pipeline, lora, ema and averages such as ema_0.99")
+def _asked(kind: str, weights: Which | None) -> tuple[str, Which | None]:
+    """Return kind and weights, where the kind may be a name of weights."""
+    named = weights_name(kind)
+    if named != "model" and not re.fullmatch(r"ema(_[\d.]+)?", named):
+        return kind, weights
+    if weights not in (None, named):
+        raise ExportError(f"a pipeline of {named} and of {weights} weights was asked for; name one of them")
+    return "pipeline", named
+
+
+def _check(kind: str, config: Sampled, dtype: Dtype) -> None:
+    if kind not in KINDS:
+        raise ExportError(
+            f"{kind!r} is no kind of export; there are {' and '.join(KINDS)}, or weights such as model, ema, ema_0.99"
+        )
     if kind == "lora" and config.model.lora is None:
         raise ExportError("this run trained all weights and has no LoRA to export; export it as pipeline")
     if kind == "lora" and dtype != "float32":
@@ -123,7 +140,7 @@ def _opened(found: Path, config: Sampled, which: str) -> tuple[Policy, dict[str,
     return policy, state
 
 
-def _write(policy: Policy, draft: Path, config: Sampled, kind: Kind, dtype: Dtype, shard_size: str) -> Errors:
+def _write(policy: Policy, draft: Path, config: Sampled, kind: str, dtype: Dtype, shard_size: str) -> Errors:
     if kind == "lora":
         return write_lora(policy, draft, config)
     return write_pipeline(policy, draft, config, getattr(torch, dtype), shard_size)
@@ -143,7 +160,7 @@ def _keep(
     draft: Path, to: Path, result: ExportResult, config: Sampled, state: dict[str, Any], path_family: str
 ) -> None:
     """Write card and record, then rename once; an earlier export is replaced."""
-    write_card(draft, config, state, kind=result.kind, run_dir=result.checkpoint.parent.parent)
+    write_card(draft, config, state, kind=result.kind, weights=result.weights, run_dir=result.checkpoint.parent.parent)
     record = {**asdict(result), "path": to.name, "checkpoint": "/".join(result.checkpoint.parts[-3:])}
     record |= {"max_sequence_length": config.model.max_sequence_length, "family": path_family}
     record["sampling"] = _sampling(config.evaluation)

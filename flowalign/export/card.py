@@ -56,14 +56,16 @@ image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{
 """
 
 
-def write_card(directory: Path, config: Sampled, state: Mapping[str, Any], *, kind: str, run_dir: Path) -> None:
+def write_card(
+    directory: Path, config: Sampled, state: Mapping[str, Any], *, kind: str, weights: str = "model", run_dir: Path
+) -> None:
     """Write README.md for an export of the checkpoint that ``state`` (its state.json) describes."""
     measured = {key: value for key, value in state.get("metrics", {}).items() if key.startswith("eval/")}
     after = {key: value for key, value in measured.items() if key not in HOW_MADE}
     before = _before(run_dir / "metrics.jsonl")
     front = "\n".join(_front_matter(config, state, kind, after))
     (directory / "README.md").write_text(
-        f"---\n{front}\n---\n\n{_body(config, state, kind, before, after)}", encoding="utf-8"
+        f"---\n{front}\n---\n\n{_body(config, state, kind, weights, before, after)}", encoding="utf-8"
     )
 
 
@@ -135,13 +137,13 @@ def _before(path: Path) -> dict[str, float]:
     return next((row for row in rows if isinstance(row, dict) and row.get("iteration") == 0), {})
 
 
-def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> str:
+def _body(config: Sampled, state: Row, kind: str, weights: str, before: Row, after: Row) -> str:
     base = base_name(config.model.path)
     algorithm = _algorithm(config, state)
     what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
     facts = {
         "Base model": f"{code(base)}{_hashed(state)}",
-        **(_training(state["config"], state, kind) if "config" in state else _alignment(config, state, kind)),
+        **(_training(state["config"], state, weights) if "config" in state else _alignment(config, state, weights)),
         "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
     }
     if config.model.family not in (None, "rf"):
@@ -155,7 +157,7 @@ def _body(config: Sampled, state: Row, kind: str, before: Row, after: Row) -> st
     made = f"A {what} {code(base, cell=False)} by flowalign with {text(algorithm)}."
     lines = [f"# {text(config.name)}", "", made, "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    lines += _scores(config, kind, before, after, state.get("metrics", {}).get("eval/skipped_steps"))
+    lines += _scores(config, weights, before, after, state.get("metrics", {}).get("eval/skipped_steps"))
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
     family = _public(config)
     optional = () if family is None else family.optional
@@ -222,12 +224,11 @@ def _algorithm(config: Sampled, state: Row) -> str:
     return str(config.algorithm["type"])
 
 
-def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
+def _alignment(config: Sampled, state: Row, weights: str) -> dict[str, str]:
     assert isinstance(config, AlignConfig)
-    averaged = ", averaged weights (EMA)" if kind.startswith("ema") else ""
     trained = "all transformer weights" if config.model.lora is None else text(config.model.lora.described)
     return {
-        "Algorithm": f"{text(config.algorithm['type'])} · {trained}{averaged}",
+        "Algorithm": f"{text(config.algorithm['type'])} · {trained}{_averaged(weights)}",
         "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",
         "Prompts": f"{code(_file_name(config.data.prompts))}, {config.data.groups_per_iteration} groups an iteration",
         "Rewards": "; ".join(_reward(reward) for reward in config.rewards),
@@ -235,12 +236,12 @@ def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
     }
 
 
-def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
+def _training(own: Row, state: Row, weights: str) -> dict[str, str]:
     """Return the facts of a run on latents, from the configuration in its checkpoint."""
     own = training_of_0_1(own)
     sampling, iterations = own["evaluation"], sum(phase["iterations"] for phase in own["phases"]) or own["iterations"]
     facts = {
-        "Algorithm": f"{text(own['algorithm']['type'])}{', averaged weights (EMA)' if kind.startswith('ema') else ''}",
+        "Algorithm": f"{text(own['algorithm']['type'])}{_averaged(weights)}",
         "Iterations": f"{iteration_of(state)} of {iterations} · seed {own['seed']}",
         "Latents": f"{code(Path(own['latents']).name)}, {own['learner']['batch_size']} an iteration",
         "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, {said_guidance(sampling)}",
@@ -248,6 +249,10 @@ def _training(own: Row, state: Row, kind: str) -> dict[str, str]:
     algorithm = shipped_algorithm(own["algorithm"])
     facts |= {} if algorithm is None else algorithm.card_facts()
     return facts | ({"Teacher": code(base_name(own["teacher"]["path"]))} if own.get("teacher") else {})
+
+
+def _averaged(weights: str) -> str:
+    return "" if weights == "model" else f", averaged weights ({'EMA' if weights == 'ema' else weights})"
 
 
 def _steps(count: int) -> str:
@@ -264,7 +269,7 @@ def _reward(reward: RewardConfig) -> str:
     return said + (f" ({options})" if options else "")
 
 
-def _scores(config: Sampled, kind: str, before: Row, after: Row, skipped: float | None) -> list[str]:
+def _scores(config: Sampled, weights: str, before: Row, after: Row, skipped: float | None) -> list[str]:
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
     e = config.evaluation
@@ -282,6 +287,6 @@ def _scores(config: Sampled, kind: str, before: Row, after: Row, skipped: float 
     for key, value in after.items():
         old = before.get(key)
         lines.append(f"| {text(key.removeprefix('eval/'))} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
-    if kind.startswith("ema") != (e.weights == "ema"):
+    if weights != e.weights:
         lines += ["", f"The scores are those of the run's {e.weights} weights, not of the weights exported here."]
     return [*lines, ""]

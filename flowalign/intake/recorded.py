@@ -107,7 +107,7 @@ def _with_model(config: Sampled, source: Path, run_dir: Path, model: Path) -> Sa
 
 def of_training(config: PretrainConfig) -> SampledConfig:
     """Return the way in which what was trained on latents is sampled; judged as the run itself judges, if it does."""
-    own = None if config.evaluation.every else set(SamplingConfig.model_fields)
+    own = None if config.evaluation.every else {*SamplingConfig.model_fields, "weights"}
     how = {name: value for name, value in config.evaluation.model_dump(include=own).items() if value is not None}
     sections = {"model": config.model_as_trained, "rollout": config.rollout, "evaluation": how}
     return _sampled(threads=config.threads, device=config.device, **sections)

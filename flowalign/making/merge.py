@@ -61,15 +61,15 @@ def merge(
     to: Path,
     *,
     weights: Sequence[float] = (),
-    which: str = "model",
+    which: str | None = None,
     model: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Average transformers of one architecture, a LoRA merged into its own first, into the pipeline directory ``to``.
 
     Text encoders, autoencoder, scheduler and text length are the first one's. ``which`` weights are taken of a run or
-    checkpoint; a pipeline has one set. ``weights`` are scaled to add up to 1. ``model`` is the base of runs
-    whose own was moved. Returns what ``to`` records.
+    checkpoint, by default those that it evaluates; a pipeline has one set. ``weights`` are scaled to add up to 1.
+    ``model`` is the base of runs whose own was moved. Returns what ``to`` records.
 
     Raises:
         MergeError: fewer than two models, another architecture, other encoders or another base.
@@ -78,7 +78,7 @@ def merge(
     """
     if len(sources) < 2:
         raise MergeError(f"merge: got {len(sources)} model; give two or more runs, checkpoints or pipeline directories")
-    if which != "model" and all(map(is_pipeline, sources)):
+    if which not in (None, "model") and all(map(is_pipeline, sources)):
         raise MergeError(f"--weights: a pipeline has one set of weights, not {which}; leave it out")
     portions = shares(weights, len(sources))
     check_place(to, overwrite)
@@ -86,7 +86,7 @@ def merge(
     with torch_threads(first.config.threads):
         total = _average(first, sources[1:], portions, which, model)
         bind_weights(first.policy.network.module, total)
-    record = _record(first, sources, portions, which)
+    record = _record(first, sources, portions, which or "as evaluated")
     pipeline = assembled(first.policy)
     if pipeline.scheduler.config["stochastic_sampling"]:
         # The first one's scheduler is kept, and by its record a consistency student is known.
@@ -108,7 +108,7 @@ def _record(first: Source, sources: Sequence[Path], portions: Sequence[float], w
 
 
 def _average(
-    first: Source, others: Sequence[Path], portions: Sequence[float], which: str, model: Path | None
+    first: Source, others: Sequence[Path], portions: Sequence[float], which: str | None, model: Path | None
 ) -> dict[str, Tensor]:
     """Return the average of models; one model is in memory beside the first and the sum."""
     total: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ def _average(
     return total
 
 
-def _open(path: Path, which: str, first: Sampled | None, base: Path | None) -> Source:
+def _open(path: Path, which: str | None, first: Sampled | None, base: Path | None) -> Source:
     """Open a source with full weights in float32; text length and image size are the first one's."""
     config = config_of(path, None, None if is_pipeline(path) else base)
     like = (first or config).model
@@ -144,7 +144,7 @@ def _open(path: Path, which: str, first: Sampled | None, base: Path | None) -> S
     model = config.model.model_copy(update={"dtype": "float32", **sizes})
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
     config = config.on("cpu").model_copy(update={"model": model})
-    policy, state = open_policy(path, config, "model" if is_pipeline(path) else which)
+    policy, state = open_policy(path, config, "model" if is_pipeline(path) else which or config.evaluation.weights)
     fuse_lora(policy.network)
     return Source(path, config, policy, state.get("base_hash"))
 

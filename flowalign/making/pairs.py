@@ -63,7 +63,7 @@ def make_pairs(
     model.check_led(rows)
     encoder = encoder_hash(model.config.model)
     identity = _identity(model, prompts, pairs, shard_size)
-    made_from = {"checkpoint": _weights_digest(model.path, model.which), "prompts": digest_of({"prompts": rows})}
+    made_from = {"checkpoint": weights_digest(model.path, model.which), "prompts": digest_of({"prompts": rows})}
     if (done := finished(to, identity, made_from)) is not None:
         return done
     sampler = GroupSampler(rows, groups=model.config.rollout.chunk_size, group_size=1, seed=model.seed)
@@ -147,7 +147,7 @@ class _Shard:
         writer.write(latents, range(first, first + count), captions, position, "", noise=noise)
 
 
-def _weights_digest(checkpoint: Path, which: Which) -> str:
+def weights_digest(checkpoint: Path, which: Which) -> str:
     """Return a digest that tells which weights are taken: a run that has gone on since has others."""
     if (checkpoint / "model_index.json").is_file():
         return base_hash(checkpoint)

@@ -21,7 +21,10 @@ from flowalign.data.preferences import PreferencesError
 from flowalign.data.prompts import GroupSampler, load_prompts
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.intake.check_prompts import check_prompts
+from flowalign.making.continued import Continued
+from flowalign.making.pairs import weights_digest
 from flowalign.record.disk import draft_of, folder_for, write_text
+from flowalign.record.manifest import digest_of
 from flowalign.samples.arrange import arranged
 from flowalign.samples.offers import PREFERENCES, check_reward
 from flowalign.samples.opened import Progress, roll, silent
@@ -29,7 +32,6 @@ from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
 from flowalign.types import Pictures, SamplingPlan
 
-SHARD = 500  # pairs a file
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
 NEAR = "whose best and worst scores are nearer than asked for"
 PATIENCE = 20  # groups that may be drawn for each pair that is wanted
@@ -44,21 +46,24 @@ def make_preferences(
     pairs: int,
     group_size: int = 8,
     min_difference: float = 0.0,
+    shard_size: int = 500,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write ``pairs-*.parquet`` and ``preferences.json``; returns what the latter holds.
 
+    One that was interrupted goes on after its last file, to the same bytes, where all is asked for as it was.
+
     The columns are Pick-a-Pic v2's, the scores and the tag. Images are PNG; which place the better one has is drawn
     from the model's seed. Groups whose scores are all equal give no pair and are counted; so do those whose best and
-    worst score differ by less than ``min_difference`` >= 0, in the reward's own unit.
+    worst score differ by less than ``min_difference`` >= 0, in the reward's own unit. A file holds ``shard_size``
+    pairs.
 
     Raises:
-        ConfigError: ``out`` holds a set already, prompts and reward do not fit, guidance has nothing to lead away
-            from, or ``min_difference`` is no difference that the reward's scores can have.
+        ConfigError: ``out`` holds a set already or was begun with other options, prompts and reward do not fit,
+            guidance has nothing to lead away from, or ``min_difference`` is no difference that the reward's scores can
+            have.
         PreferencesError: the reward tells too few images apart.
     """
-    if any(out.glob("*.parquet")):
-        raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
     if not 0 <= min_difference < math.inf:
         raise ConfigError("--min-difference", f"{min_difference} is no difference of scores; give 0 or more")
     check_reward("--reward", reward, Path.cwd(), PREFERENCES)
@@ -67,11 +72,13 @@ def make_preferences(
     model.check_led(rows)
     groups = max(1, model.config.rollout.chunk_size // group_size)
     sampler = GroupSampler(rows, groups=groups, group_size=group_size, seed=model.seed)
+    asked = _asked(model, reward, prompts, rows, pairs, group_size, min_difference) | {"shard_size": shard_size}
+    continued = Continued(out, asked)
     with folder_for(out), model.opened() as (policy, state, plan):
         scorer = load_scorer(reward, Path.cwd(), model.config.reward_device, offers=PREFERENCES)
         if min_difference:
             _check_within_range(scorer, min_difference)
-        drawn = _Drawn(pairs)
+        drawn = _Drawn(pairs, shard_size, continued)
         while drawn.made < pairs:
             batch = arranged(sampler.batch(drawn.groups // sampler.groups), model.config.model)
             made = roll(policy, batch, plan, model.config, model.seed)
@@ -84,7 +91,33 @@ def make_preferences(
     card |= {"min_difference": min_difference} if min_difference else {}
     card |= drawn.counts
     write_text(out / "preferences.json", json.dumps(card, indent=1) + "\n")
+    continued.done()
     return card
+
+
+def _asked(
+    model: SampledModel,
+    reward: RewardConfig,
+    prompts: str,
+    rows: Sequence[Mapping[str, Any]],
+    pairs: int,
+    group_size: int,
+    min_difference: float,
+) -> dict[str, Any]:
+    """Return all that decides the set's content, as plain data."""
+    return {
+        "checkpoint": weights_digest(model.path, model.which),
+        "weights": model.which,
+        "prompts": {"name": prompts, "digest": digest_of({"prompts": list(rows)})},
+        "negative_prompt": model.config.model.negative_prompt,
+        "reward": reward.model_dump(mode="json"),
+        "pairs": pairs,
+        "group_size": group_size,
+        "min_difference": min_difference,
+        "seed": model.seed,
+        "chunk_size": model.config.rollout.chunk_size,
+        "sampling": model.sampling.model_dump(mode="json"),
+    }
 
 
 def _card(
@@ -110,16 +143,29 @@ def _card(
 
 
 class _Drawn:
-    """The pairs so far: those that wait for their file, how many there are, and of how many groups."""
+    """The pairs so far: those that wait for their file, how many there are, and of how many groups.
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
-        self.made = self.groups = self.beyond = 0
+    What ``continued`` was told last is taken up: the counts before the batch in which a file became full, and how many
+    of that batch's pairs lie in files. The batch is drawn once more.
+    """
+
+    def __init__(self, wanted: int, shard_size: int, continued: Continued) -> None:
+        known = continued.reached
+        self.wanted, self.shard_size = wanted, shard_size
+        self.groups, self.beyond = known.get("groups", 0), known.get("beyond", 0)
+        self._files, self._taken = known.get("files", 0), known.get("taken", 0)
+        self.made = self._files * shard_size
+        self._continued = continued
+        self._before: dict[str, Any] = {}  # what it was before the last batch
+        self._first = self.made  # pairs before that batch
         self._waiting: list[dict[str, Any]] = []
-        self._without: Counter[str] = Counter()
+        self._without: Counter[str] = Counter(known.get("without", {}))
 
     def add(self, found: Sequence[dict[str, Any]], without: Counter[str], groups: int) -> None:
         """Take as many rows as are wanted, of so many more groups; ``without`` says why some gave none."""
+        self._before = {"groups": self.groups, "beyond": self.beyond, "without": dict(self._without)}
+        self._first = self.made - self._taken
+        found, self._taken = found[self._taken :], 0
         self.groups += groups
         self._without.update(without)
         taken = found[: self.wanted - self.made]
@@ -130,8 +176,13 @@ class _Drawn:
     def write(self, out: Path) -> None:
         """Write the files that are full, and at the end the last one."""
         whole = self.made == self.wanted
-        if len(self._waiting) >= SHARD or whole:
-            self._waiting = _write(self._waiting, out, whole)
+        while len(self._waiting) >= self.shard_size or (whole and self._waiting):
+            _write(self._waiting[: self.shard_size], out / f"pairs-{self._files:05d}.parquet")
+            self._waiting = self._waiting[self.shard_size :]
+            self._files += 1
+            if not whole:
+                taken = self._files * self.shard_size - self._first
+                self._continued.reach({**self._before, "files": self._files, "taken": taken})
 
     def check_patience(self, label: str, group_size: int, min_difference: float) -> None:
         """Raise PreferencesError where too many groups gave too few pairs."""
@@ -220,16 +271,11 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _write(rows: list[dict[str, Any]], out: Path, last: bool) -> list[dict[str, Any]]:
-    """Write full shards, and with ``last`` what is left over, as files; return the rows that wait for more."""
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
     from datasets import Dataset, Features, Image, Value
 
     number, text = Value("float32"), Value("string")
     kinds = {"jpg": Image(), "label": number, "score": number}
     features = {f"{name}_{i}": kind for name, kind in kinds.items() for i in (0, 1)} | {"caption": text, "tag": text}
-    while len(rows) >= SHARD or (last and rows):
-        made = Dataset.from_list(rows[:SHARD], features=Features(features))
-        with draft_of(out / f"pairs-{len(list(out.glob('pairs-*.parquet'))):05d}.parquet") as draft:
-            made.to_parquet(str(draft))
-        rows = rows[SHARD:]
-    return rows
+    with draft_of(path) as draft:
+        Dataset.from_list(rows, features=Features(features)).to_parquet(str(draft))

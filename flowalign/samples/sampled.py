@@ -94,6 +94,11 @@ class SampledModel:
         }
 
 
+def evaluated_weights(path: Path, config: Sampled) -> Which:
+    """Return the weights whose scores a run reports, which are taken where none are named; of a pipeline ``model``."""
+    return "model" if is_pipeline(Path(path)) else config.evaluation.weights
+
+
 def sampled_model(
     path: Path,
     config: Sampled,
@@ -114,8 +119,7 @@ def sampled_model(
     if negative_prompt is not None:
         model = config.model.model_copy(update={"negative_prompt": negative_prompt})
         config = config.model_copy(update={"model": model})
-    if which is None:
-        which = "ema" if own.weights == "ema" and not is_pipeline(path) else "model"
+    which = which or evaluated_weights(path, config)
     seed = own.seed if seed is None else seed
     if own.cache is not None:
         check_cached("evaluation.cache", model_of(path, config))

@@ -33,7 +33,12 @@ def test_a_solver_of_second_order_makes_images_nearer_to_those_of_a_fine_walk(ty
 @pytest.mark.parametrize("type", OF_ODE)
 @pytest.mark.parametrize(
     ("solver", "said"),
-    [("ddpm", "makes noise of its own"), ("heum", "did you mean heun"), ("heun(order=3)", "no option order")],
+    [
+        ("ddpm", "makes noise of its own"),
+        ("heum", "did you mean heun"),
+        ("x", r"known: euler, ab2, dpmpp_2m, heun \["),  # none of those that are then refused
+        ("heun(order=3)", "no option order"),
+    ],
 )
 def test_a_solver_that_cannot_make_the_images_is_refused(type: str, solver: str, said: str) -> None:
     with pytest.raises(ValidationError, match=said):

@@ -109,6 +109,23 @@ def test_the_ema_export_holds_the_averaged_weights(runs: dict[str, Path], base: 
     assert difference(latents, rollout_latents(runs["full"], base, False, 1.0)) > 1e-2
 
 
+def test_a_lora_of_the_averaged_weights_can_be_exported(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    config = run_config(base, lora=True, evaluation={"weights": "ema"}, learner={"ema_decay": 0.5})
+    made = export(runs["lora"], tmp_path / "out", kind="lora", config=config)  # those that a run evaluates
+    assert (made.kind, made.weights) == ("lora", "ema")
+    assert export(runs["lora"], tmp_path / "last", kind="lora", weights="model", config=config).weights == "model"
+    pipeline = load_pipeline(base)
+    pipeline.load_lora_weights(str(made.path))
+    latents = public_latents(pipeline, 1.0)
+    assert difference(latents, rollout_latents(runs["lora"], base, True, 1.0, "ema")) <= 1e-5
+    assert difference(latents, rollout_latents(runs["lora"], base, True, 1.0)) > 1e-3
+
+
+def test_two_names_of_weights_are_not_both_exported(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="of ema and of model weights was asked for; name one"):
+        export(runs["full"], tmp_path / "out", kind="ema", weights="model", config=run_config(base))
+
+
 def test_text_encoders_are_exported_in_float32_and_no_local_path_is(
     runs: dict[str, Path], base: Path, tmp_path: Path
 ) -> None:

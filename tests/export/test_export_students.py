@@ -170,7 +170,7 @@ def test_every_kind_of_export_loads_and_samples_again(tmp_path, tiny_pipeline_di
         changes = {**changes, "teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4}}
     run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     out = export(run, tmp_path / "out", kind=kind, config=config_of(run, None)).path
-    expected = ours(run, PROMPT, "model" if kind == "pipeline" else kind)
+    expected = ours(run, PROMPT, config_of(run, None).evaluation.weights if kind == "pipeline" else kind)
     for found in (theirs(out, PROMPT, **options), ours(out, PROMPT)):
         assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
     own = config_of(out, None)
@@ -290,8 +290,9 @@ def test_every_average_can_be_exported(tmp_path, tiny_pipeline_dir, bank):
     run = trained(tmp_path, tiny_pipeline_dir, bank, **changes)
     digests = {
         kind: export(run, tmp_path / kind, kind=kind, config=config_of(run, None)).content_hash
-        for kind in ("pipeline", "ema", "ema_0.01")
+        for kind in ("pipeline", "model", "ema", "ema_0.01")
     }
+    assert digests.pop("pipeline") == digests["ema"]  # which a training evaluates
     assert len(set(digests.values())) == 3
     with pytest.raises(ExportError, match="'emma' is no kind of export"):
         export(run, tmp_path / "emma", kind="emma", config=config_of(run, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flowalign.making.preferences import EQUAL, NEAR, make_preferences
 from flowalign.samples.sampled import sampled_model
 from tests.tiny import run_config
 
+CARD = "preferences.json"
 GENEVAL = RewardConfig(spec="geneval", options={"mode": "partial", "detector": "palette"})
 
 
@@ -72,6 +74,56 @@ def test_groups_that_are_too_near_are_counted_and_named_where_there_are_no_other
         asked = {"pairs": 1, "group_size": 2, "min_difference": 0.11}
         made(tiny_pipeline_dir, scored(tmp_path, [0.9, 0.8]), tmp_path / "made", **asked)
     assert not (tmp_path / "made").exists()
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(most: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done >= most:
+            raise Killed
+
+    return progress
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# Batches are of two groups: a file ends within a batch, at its end, and several end in one.
+@pytest.mark.parametrize(("shard_size", "stops"), [(3, (3, 6, 7)), (4, (5,)), (1, (2, 4)), (5, (4,))])
+def test_an_interrupted_set_goes_on_to_the_same_bytes(
+    tiny_pipeline_dir: Path, tmp_path: Path, shard_size: int, stops: tuple[int, ...]
+) -> None:
+    reward = scored(tmp_path, [0.9, 0.8])
+    asked = {"pairs": 9, "group_size": 4, "shard_size": shard_size}
+    made(tiny_pipeline_dir, reward, tmp_path / "whole", **asked)
+    for most in stops:
+        with pytest.raises(Killed):
+            made(tiny_pipeline_dir, reward, tmp_path / "broken", **asked, progress=kill_at(most))
+    kept = [path.name for path in (tmp_path / "broken").glob("*.parquet")]
+    assert len(kept) == {3: 2, 4: 1, 1: 4, 5: 0}[shard_size]
+    made(tiny_pipeline_dir, reward, tmp_path / "broken", **asked)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert set(files(tmp_path / "whole")) == {*(f"pairs-{i:05d}.parquet" for i in range(-(-9 // shard_size))), CARD}
+
+
+def test_an_interrupted_set_goes_on_with_the_options_that_it_was_begun_with(
+    tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"pairs": 6, "group_size": 4, "shard_size": 2}
+    reward, out = scored(tmp_path, [0.9, 0.8]), tmp_path / "made"
+    with pytest.raises(Killed):
+        made(tiny_pipeline_dir, reward, out, **asked, progress=kill_at(2))
+    before = files(out)
+    with pytest.raises(ConfigError, match=r"was begun with pairs 6, now it is 7; give the same options to continue"):
+        made(tiny_pipeline_dir, reward, out, **{**asked, "pairs": 7})
+    assert files(out) == before
+    made(tiny_pipeline_dir, reward, out, **asked)
+    with pytest.raises(ConfigError, match="holds parquet files already"):
+        made(tiny_pipeline_dir, reward, out, **asked)
 
 
 @pytest.mark.parametrize("least", [-0.1, math.nan, math.inf])

@@ -20,7 +20,7 @@ from flowalign.types import Noise, SamplingPlan, Trajectories
 
 
 def _ode(text: str) -> str:
-    ode_solver(name := spelled(text))  # refuses those that make noise, which `check_solver` lets pass
+    ode_solver(name := spelled(text, names_of_ode()))  # refuses those that make noise, which `check_solver` lets pass
     check_solver(name)
     return name
 

@@ -1,0 +1,58 @@
+"""What a preference set that was interrupted needs to go on: its options, and how far its last file reached."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowalign.config.section import ConfigError
+from flowalign.record.disk import folder_for, write_text
+from flowalign.record.textfiles import read_object
+
+WORK = ".preferences"
+
+
+class Continued:
+    """The notes in a hidden folder of ``out``, which `done` removes. ``asked`` is all that decides the set's content.
+
+    Raises:
+        ConfigError: ``out`` holds a finished set, or one that was begun with other options.
+    """
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        self._folder, self._asked = out / WORK, json.loads(json.dumps(asked))
+        self._options, self._reached = self._folder / "options.json", self._folder / "reached.json"
+        if self._options.is_file():
+            self._check(out, read_object(self._options))
+        elif any(out.glob("*.parquet")):
+            raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
+
+    def _check(self, out: Path, before: Mapping[str, Any]) -> None:
+        changed = [key for key in {**before, **self._asked} if before.get(key) != self._asked.get(key)]
+        if changed:
+            was, now = (json.dumps(own.get(changed[0])) for own in (before, self._asked))
+            raise ConfigError(
+                "--out",
+                f"{out} was begun with {changed[0]} {was}, now it is {now}; give the same options to continue, or name "
+                "another directory",
+            )
+
+    @property
+    def reached(self) -> dict[str, Any]:
+        """What `reach` said last; empty at the beginning."""
+        return dict(read_object(self._reached)) if self._options.is_file() else {}
+
+    def reach(self, state: Mapping[str, Any]) -> None:
+        """Say how far what lies on the disk reaches."""
+        with folder_for(self._folder):
+            write_text(self._reached, json.dumps(state) + "\n")
+            if not self._options.is_file():
+                write_text(self._options, json.dumps(self._asked) + "\n")
+
+    def done(self) -> None:
+        """Forget how the set came about."""
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
