@@ -44,6 +44,10 @@ class AlignConfig(RunConfig):
         return self.rewards
 
     @property
+    def rollouts_compile(self) -> bool:
+        return self.learner.compile
+
+    @property
     def limits(self) -> SafetyConfig:
         return self.safety
 

@@ -235,6 +235,11 @@ class RunConfig(Section):
         return True
 
     @property
+    def rollouts_compile(self) -> bool:
+        """True where images are made by a compiled network, as the one that learns."""
+        return False
+
+    @property
     def trained_rewards(self) -> list[RewardConfig]:
         """What images are scored by while the model learns."""
         return []

@@ -295,7 +295,7 @@ class UpdatesConfig(Section):
     transformer block. ``selective``: all but products of matrices and attention.
     """
     compile: bool = False
-    """The network by ``torch.compile``."""
+    """The network by ``torch.compile``; in an alignment for the learner and for rollouts, which stay exactly alike."""
 
     @property
     def ema_decays(self) -> list[float]:

@@ -165,8 +165,13 @@ def reference_velocity(network: Network, device: str | torch.device | None = Non
 
 def frozen_copy(network: Network, device: str | torch.device | None = None) -> Network:
     """Return a network with its own copy of the weights, which do not learn; ``device`` None is the network's."""
-    module = copy.deepcopy(network.module).requires_grad_(False).eval()
-    return network.with_module(module if device is None else module.to(device))
+    module = copy.deepcopy(network.module).eval()
+    own = network.with_module(module if device is None else module.to(device))
+    if network.compiled:  # whose graph is one that learns, though nobody asks it for a gradient
+        own.compile()
+    else:
+        module.requires_grad_(False)
+    return own
 
 
 @contextmanager

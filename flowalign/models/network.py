@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flowalign.flow.pathfamilies import straight
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.attention import kernel_of, missing_kernel
+from flowalign.models.compiling import compile_blocks
 from flowalign.models.directory import sized, walk_of
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, module_config
@@ -31,7 +32,8 @@ class Network:
     pipeline's own. ``mixed`` is autocast to bfloat16: trainable parameters are float32 whatever the base's dtype, so
     that rollout and learner both need it, or they would not compute the same function. It knows neither texts nor
     pictures. ``scale`` is what one that takes a guidance scale is handed where a loss names none, ``attention`` the
-    kernel that it computes with (see ``models.attention``).
+    kernel that it computes with (see ``models.attention``). ``compiled`` asks for the graph that learns also where no
+    gradient is wanted: another one is fused otherwise, and has other last bits.
     """
 
     family: ModelFamily
@@ -42,6 +44,12 @@ class Network:
     path_family: str = "rf"
     scale: float = 1.0
     attention: str = "auto"
+    compiled: bool = False
+
+    def compile(self) -> None:
+        """Let torch.compile run the module's blocks, with gradients and without by the same graph."""
+        compile_blocks(self.module)
+        self.compiled = True
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -131,10 +139,11 @@ class Network:
         rows = {name: row.to(dtype) if row.is_floating_point() and name != exact else row for name, row in text.items()}
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
         precision = torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext()
-        with precision, kernel_of(self.attention, device, length):
+        learns, graph = torch.is_grad_enabled(), torch.enable_grad() if self.compiled else nullcontext()
+        with precision, kernel_of(self.attention, device, length), graph:
             ticks = int(self.scheduler["num_train_timesteps"])
             out = self.family.forward(self.module, x.to(dtype), t, rows, ticks=ticks, guidance=guidance)
-        return out.float()
+        return (out if learns else out.detach()).float()
 
     def missing_kernel(self, device: str, precisions: Collection[str]) -> str | None:
         """Say why its kernel of attention does not run on ``device`` in these precisions, and what to write; None: it

@@ -25,7 +25,10 @@ _MARK = "second:"  # no parameter's name has a colon
 
 def second_network(policy: Network) -> Network:
     """Return a network with its own copy of the weights, which learns what the policy's learns, LoRA included."""
-    return policy.with_module(copy.deepcopy(policy.module))
+    own = policy.with_module(copy.deepcopy(policy.module))
+    if policy.compiled:
+        own.compile()
+    return own
 
 
 def second_settings(policy: EngineSettings, wanted: Second) -> EngineSettings:

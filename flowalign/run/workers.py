@@ -91,6 +91,8 @@ class RolloutWorker:
             own["embeddings"] = rollout_embeddings(config, texts)
             self.policy = load_policy(config.model, device=config.device, begin=False, **own)
             self.policy.network.refuse_missing_kernel(config.device, config.precisions)
+            if config.rollouts_compile:
+                self.policy.network.compile()
         self.version = -1
 
     def bind(self, weights: dict[str, Tensor], version: int) -> BindReceipt:
@@ -203,6 +205,8 @@ class LearnerWorker:
             network, self._unread = load_network(config.model, begin=False), error
         network.refuse_missing_kernel(config.device, config.precisions)
         checkpoint_activations(network.module, config.learner.activation_checkpointing)
+        if config.rollouts_compile:
+            network.compile()
         self.network = network
         self.parameters, self.buffers = count_parameters(network.module), buffers_hash(network.module)
         algorithm = build_algorithm(config.algorithm, own_schedule(config.model))
@@ -337,6 +341,6 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         zero_stage=learner.zero_stage,  # type: ignore[arg-type]
         dtype=config.engine_dtype,
         optimizer=learner.optimizer,
-        compile=learner.compile,
+        compile=learner.compile and not config.rollouts_compile,  # which the worker has done
         schedule=config.learning_rate_at,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.config.alignment import AlignConfig
 from flowalign.config.guidance import GUIDANCE_KEYS, SCALES, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
@@ -65,6 +66,8 @@ class SampledModel:
         """
         with torch_threads(self.config.threads):
             policy, state = open_policy(self.path, self.config, self.which, batch)
+            if not is_pipeline(self.path) and isinstance(self.config, AlignConfig) and self.config.rollouts_compile:
+                policy.network.compile()
             yield policy, state, policy_plan(policy, self.sampling, self.config.model)
 
     def arranged(self, batch: PromptBatch) -> PromptBatch:

@@ -104,6 +104,10 @@ FINDINGS: dict[str, Finding] = {
     "clauses": Finding("credit for each kind of clause", {"rewards": [CLAUSES], "algorithm.normalize": "per_reward"}),
     "curriculum": Finding("prompts passed half of the time", {"data.curriculum": {"score": "geneval_strict"}}),
     "tasks_weak": Finding("weak tasks two and three times as often", {"data.task_weights": WEAK}),
+    "weak_clauses": Finding(
+        "weak tasks more often, and credit for each kind of clause",
+        {"data.task_weights": WEAK, "rewards": [CLAUSES], "algorithm.normalize": "per_reward"},
+    ),
     "tasks_position": Finding("position three times as often", {"data.task_weights": {"position": 3}}),
     "whole_prompts": Finding("credit for whole prompts alone", {"rewards.0.options.mode": "strict"}),
     "std_none": Finding("advantages undivided", {"algorithm.std": "none"}, (*WINDOWED, *NFT, *AWM)),

@@ -1,0 +1,70 @@
+"""Alignments of a compiled network: rollouts and learner by one graph, killed and continued, on Ray, evaluated anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.families.adapted import rows_of, run_of
+from tests.families.ours import flowalign
+
+Build = Callable[..., Path]
+COMPILED = "learner.compile=true"
+
+
+def aligned(folder: Path, base: Path, *changes: str, lora: str = "null") -> list[dict[str, Any]]:
+    """Run two iterations with a KL in ``folder``; return the rows of their metrics."""
+    folder.mkdir(exist_ok=True)
+    flowalign("align", run_of(folder, base, lora), "iterations=2", *changes)
+    return rows_of(folder)
+
+
+def last(folder: Path) -> Path:
+    return folder / "runs" / folder.name / "checkpoints" / "step_000002" / "model.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["null", "{rank: 2, alpha: 4}"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_policy_replays_its_rollouts_exactly(tiny: Build, tmp_path: Path, dtype: str, lora: str) -> None:
+    """Which a graph without gradients would not in bfloat16. The KL to its start is 0 at first, as it is else; what
+    is learned differs from the plain run's by rounding."""
+    plain = aligned(tmp_path / "plain", tiny("sd3"), f"model.dtype={dtype}", lora=lora)
+    rows = aligned(tmp_path / "compiled", tiny("sd3"), f"model.dtype={dtype}", COMPILED, lora=lora)
+    assert [row["replay/max_abs_dlogp"] for row in (*plain, *rows)] == [0, 0, 0, 0]
+    assert rows[0]["loss/kl"] < 1e-9 < rows[1]["loss/kl"]
+    wide = 1e-4 if dtype == "float32" else 5e-2
+    assert [row["loss/kl"] for row in rows[1:]] == pytest.approx([row["loss/kl"] for row in plain[1:]], rel=10 * wide)
+    one, two = (load_file(last(tmp_path / name)) for name in ("plain", "compiled"))
+    moved = max(float((weight - two[name]).abs().max()) for name, weight in one.items())
+    assert 0 < moved < 0.1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(tiny: Build, tmp_path: Path) -> None:
+    evaluated = ("evaluation.every=1", "evaluation.num_samples=4", "evaluation.num_steps=2")
+    rows = aligned(tmp_path / "whole", tiny("sd3"), COMPILED, *evaluated)
+    aligned(tmp_path / "parts", tiny("sd3"), COMPILED, *evaluated, "iterations=1")
+    assert aligned(tmp_path / "parts", tiny("sd3"), COMPILED, *evaluated) == rows
+    assert aligned(tmp_path / "ray", tiny("sd3"), COMPILED, *evaluated, "cluster.backend=ray") == rows
+    whole, *others = (last(tmp_path / name).read_bytes() for name in ("whole", "parts", "ray"))
+    assert others == [whole, whole]
+    run = tmp_path / "whole" / "runs" / "whole"
+    flowalign("evaluate", run, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    known = {key: value for key, value in rows[-1].items() if key.startswith("eval/geneval")}
+    assert known and {key: found[key] for key in known} == known
+
+
+def test_a_machine_without_a_compiler_says_so_before_anything_is_made(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (folder := tmp_path / "run").mkdir()
+    with pytest.raises(AssertionError, match=r"learner\.compile: torch\.compile needs a C\+\+ compiler; install g\+\+"):
+        flowalign("align", run_of(folder, tiny("sd3"), "null"), COMPILED)
