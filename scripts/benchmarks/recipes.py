@@ -190,7 +190,7 @@ def usual(name: str, options: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "time", *SEARCHES, "adopt", "curve"))
-    parser.add_argument("--table", action="store_true", help="print what a search has found; `tune`: into docs too")
+    parser.add_argument("--table", action="store_true", help="print what a search has found, and put it into docs")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=seeds)
     parser.add_argument("--minutes", type=minutes, help="of training, evaluations left out")
@@ -219,8 +219,8 @@ def main() -> None:
         if not found:
             raise SystemExit(f"{shown(options.results / options.what)} holds no finished cell: `{options.what}` first")
         table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found)
-        if options.what == "tune" and options.results == OWN:
-            insert(table, ROOT / "docs" / "algorithms.md", recipes_table.BEGIN, recipes_table.END)
+        if options.results == OWN:
+            insert(table, ROOT / "docs" / "algorithms.md", *recipes_table.MARKS[options.what])
         return print(table)
     with ended_early():
         run_search(options.what, options)

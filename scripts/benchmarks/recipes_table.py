@@ -12,7 +12,12 @@ from alignments import Budget
 from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, shown
 from recipes_cells import SCREEN, TUNE, algorithm_of
 
-BEGIN, END = "<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"
+# Where the table of a search stands in docs/algorithms.md.
+MARKS = {
+    "tune": ("<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"),
+    "screen": ("<!-- screened: scripts/benchmarks/recipes.py screen --table -->", "<!-- end of screened -->"),
+    "final": ("<!-- final: scripts/benchmarks/recipes.py final --table -->", "<!-- end of final -->"),
+}
 
 Cell = Mapping[str, Any]
 

@@ -190,10 +190,13 @@ def test_cells_of_other_minutes_are_not_taken_for_those_that_are_asked_for(
         own.algorithms.run_cells(asked)
 
 
-def test_the_page_holds_the_committed_search(own: Any) -> None:
-    table = own.recipes_table.tuned(own.recipes_table.load(own.recipes.OWN / "tune"))
+@pytest.mark.parametrize("search", ["tune", "screen", "final"])
+def test_the_page_holds_the_committed_searches(own: Any, search: str) -> None:
+    found = own.recipes_table.load(own.recipes.OWN / search)
+    table = own.recipes_table.tuned(found) if search == "tune" else own.recipes_table.screened(found)
+    begin, end = own.recipes_table.MARKS[search]
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    assert f"{own.recipes_table.BEGIN}\n{table}\n{own.recipes_table.END}" in page
+    assert f"{begin}\n{table}\n{end}" in page if found else begin not in page
 
 
 def test_the_third_learning_rate_lies_on_the_side_of_the_better(own: Any) -> None:
