@@ -21,6 +21,9 @@ def align(
     overrides: Overrides = None,
     take_over: TakeOver = False,
     accept_changed: AcceptChanged = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="say where the time of iterations 2 and 3 goes, and trace the fourth")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Align a model with reinforcement learning; the same command continues an interrupted run.
@@ -32,11 +35,11 @@ def align(
     console = make_console(as_json)
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
-        from flowalign.cli.runs import report_of, stop_of
+        from flowalign.cli.runs import report_of, say_profile, stop_of
         from flowalign.intake.file import load_align
         from flowalign.intake.run_directory import accepted_of, begin_run
 
-        loaded = load_align(config, overrides or ())
+        loaded = load_align(config, [*(overrides or ()), *(["logging.profile=true"] if profile else ())])
         _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
             from flowalign.intake.check_teachers import check_runs_that_teach
@@ -47,6 +50,8 @@ def align(
             asked = {"lock": lock, "stop": stop, "accepted": accepted}
             run_dir = _drive(loaded, console, begin, phases, **asked)
             stopped, advice = stop_of(run_dir, loaded.config)
+            if loaded.config.logging.profile:
+                say_profile(console, run_dir)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
         console.print(line)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 from flowalign.cli.terminal import finite, plain, print_rows
 from flowalign.config.alignment import AlignConfig
@@ -58,6 +59,23 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
     """Return the last row of metrics.jsonl; empty where there is none."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     return rows[-1] if rows else {}
+
+
+def say_profile(out: Console, run_dir: Path) -> None:
+    """Print where the time of each process of a profiled run went, and what of it was no pass of a model."""
+    from flowalign.run.profiling import FOLDER, not_the_model, profile_rows, read_profile
+
+    found = read_profile(run_dir)
+    for name, process in found.items():
+        table = Table(title=f"{name}: seconds of an iteration", title_justify="left", box=None)
+        for column, justify in (("phase", "left"), ("part", "left"), ("seconds", "right"), ("share", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for phase, part, seconds, share in profile_rows(process):
+            table.add_row(phase, part, f"{seconds:.3f}", f"{share:.1%}")
+        out.print(table)
+        seconds, share = not_the_model(process)
+        out.print(f"not a pass of a model: {seconds:.3f} s, {share:.1%}")
+    out.print(f"traces for Perfetto: {run_dir / FOLDER}" if found else "no profile: a run of five iterations has one")
 
 
 def say_evaluation(out: Console, result: EvaluationResult) -> None:

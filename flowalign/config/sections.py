@@ -384,6 +384,8 @@ class LoggingConfig(Section):
     """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
     wandb_project: str = "flowalign"
     """Project that the runs belong to."""
+    profile: bool = False
+    """A profile of an alignment's second to fourth iteration in the run's folder, see docs/running.md."""
 
     @field_validator("wandb", mode="before")
     @classmethod

@@ -29,6 +29,7 @@ from flowalign.engine.adamw import (
 from flowalign.engine.base import EngineSettings, LossFn
 from flowalign.engine.shards import Layout, undivided
 from flowalign.record.destroyed import fault, fault_of_moments, total_norm
+from flowalign.record.spans import span
 from flowalign.types import TrainBatch
 
 
@@ -58,7 +59,8 @@ class TorchEngine(AdamWEngine):
             self._reduce_gradients(i == len(weights) - 1)
             with self.autocast():
                 output = loss_fn(micro_batch)
-            weighted(output.loss, weight).backward()
+            with span("backward"):
+                weighted(output.loss, weight).backward()
             total.add(output, weight)
         metrics = total.reduce(self.world_size)
         grad_norm = self._clipped_norm()
@@ -66,7 +68,8 @@ class TorchEngine(AdamWEngine):
             refuse_non_finite(metrics, grad_norm, self.steps)
             learning_rate = self.settings.learning_rate_at(self.steps)
             set_learning_rate(self._adamw, learning_rate)
-            self._adamw.step()
+            with span("optimizer"):
+                self._adamw.step()
         finally:
             self._forget_gradients()
         self.steps += 1

@@ -38,6 +38,7 @@ from flowalign.engine.adamw import (
 from flowalign.engine.base import EngineSettings, LossFn, ResumeRefused
 from flowalign.engine.shards import Layout, flat_partitions, parameter_partitions, undivided
 from flowalign.record.destroyed import fault, fault_of_moments, total_norm
+from flowalign.record.spans import span
 from flowalign.types import TrainBatch
 
 MAX_BUCKET = 100_000_000
@@ -151,7 +152,8 @@ class DeepSpeedEngine(AdamWEngine):
             self._engine.set_gradient_accumulation_boundary(i == len(weights) - 1)
             # Times the world size, because DeepSpeed averages over ranks.
             loss = self._engine(loss_fn, micro_batch, weight, total, self.world_size)
-            self._engine.backward(loss, scale_wrt_gas=False)
+            with span("backward"):
+                self._engine.backward(loss, scale_wrt_gas=False)
         metrics = total.reduce(self.world_size)
         learning_rate = self.settings.learning_rate_at(self.steps)
         set_learning_rate(self._optimizer, learning_rate)
@@ -162,10 +164,12 @@ class DeepSpeedEngine(AdamWEngine):
             except Exception:
                 self._engine.zero_grad()
                 raise
-            self._engine.step()
+            with span("optimizer"):
+                self._engine.step()
         else:
             # ZeRO drops an update whose norm is not finite by itself, on all ranks and with its buffers.
-            self._engine.step()
+            with span("optimizer"):
+                self._engine.step()
             applied = self._engine.was_step_applied()
             grad_norm = float(self._engine.get_global_grad_norm() or 0.0) if applied else float("nan")
             refuse_non_finite(metrics, grad_norm, self.steps)

@@ -21,6 +21,7 @@ from flowalign.models.compiling import compile_blocks
 from flowalign.models.directory import sized, walk_of
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Geometry, ModelFamily, module_config
+from flowalign.record.spans import span
 from flowalign.types import Condition
 
 
@@ -140,7 +141,7 @@ class Network:
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
         precision = torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext()
         learns, graph = torch.is_grad_enabled(), torch.enable_grad() if self.compiled else nullcontext()
-        with precision, kernel_of(self.attention, device, length), graph:
+        with precision, kernel_of(self.attention, device, length), graph, span("network"):
             ticks = int(self.scheduler["num_train_timesteps"])
             out = self.family.forward(self.module, x.to(dtype), t, rows, ticks=ticks, guidance=guidance)
         return (out if learns else out.detach()).float()

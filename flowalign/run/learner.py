@@ -16,6 +16,7 @@ from flowalign.engine.base import Engine
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.record.destroyed import naming
+from flowalign.record.spans import span
 from flowalign.run.share import Cut, MicroBatches, RankItems, Said, asked_of, kinds_of
 from flowalign.types import Condition, Credit, Max, Mean, Scores, TrainBatch, Trajectories, Update
 
@@ -137,7 +138,8 @@ class Learner:
     def _step(self, share: RankItems, part: Tensor) -> dict[str, float]:
         metrics = self._learn(self.engine, self.algorithm.loss, share, part, self.passes.updates, share.credit.total)
         if self.ema is not None:
-            self.ema.update()
+            with span("average"):
+                self.ema.update()
         return metrics
 
     def _second_steps(self, share: RankItems, part: Tensor) -> dict[str, float]:

@@ -9,9 +9,11 @@ from typing import Any
 from flowalign.config.run import RunConfig
 from flowalign.engine import process_group
 from flowalign.record.checkpoint import BUFFERS, content_hash
+from flowalign.record.spans import span
 from flowalign.run.collecting import collected, requests_of
 from flowalign.run.fixed import texts_without_encoders
 from flowalign.run.loop import NOTHING, Collected, Count
+from flowalign.run.profiling import profiler_of
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker
@@ -36,6 +38,7 @@ class LocalBackend:
         self.config = config
         processes = "one process" if rank.alone else f"{rank.world_size} processes"
         say(f"local: {processes}, {config.threads} thread{'s' * (config.threads > 1)}{' each' * (not rank.alone)}")
+        profiler_of(config, "local")  # which all workers here share
         rolls_out = config.makes_images and not rank.index
         self.rollouts = RolloutWorker(config, texts=texts_without_encoders(config)) if rolls_out else None
         self.rewards = RewardWorker(config, base_dir) if self.rollouts is not None else None
@@ -81,8 +84,8 @@ class LocalBackend:
     def sync(self, evaluation: bool = False) -> None:
         if not self.config.makes_images:
             return
-        weights, version = self.learner.weights(evaluation), self.learner.version()
-        with process_group.failing_together():
+        with span("sync"), process_group.failing_together():
+            weights, version = self.learner.weights(evaluation), self.learner.version()
             if self.rollouts is not None:
                 receipt = self.rollouts.bind(weights, version)
                 sent = BindReceipt("learner", version, len(weights), content_hash(weights))

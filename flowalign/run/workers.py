@@ -30,10 +30,12 @@ from flowalign.models.encoders import Encoders
 from flowalign.models.guided import guided
 from flowalign.models.inspect import own_schedule
 from flowalign.record.checkpoint import CheckpointError, content_hash
+from flowalign.record.spans import span
 from flowalign.run.collecting import Request
 from flowalign.run.encoded import rollout_embeddings
 from flowalign.run.learner import Learner
 from flowalign.run.previews import preview_of
+from flowalign.run.profiling import profiler_of
 from flowalign.run.roles import precise, roles_of
 from flowalign.run.second import is_second, restore_second, second_settings, second_state
 from flowalign.run.source import Rollouts, source_of
@@ -107,7 +109,9 @@ class RolloutWorker:
         if asked.version != self.version:
             raise RuntimeError(f"{self.name} holds policy version {self.version}, asked for {asked.version}")
         began = time.monotonic()
-        with torch_threads(self.config.threads):
+        if (profiler := profiler_of(self.config, self.name)) is not None:
+            profiler.at(asked.version)
+        with torch_threads(self.config.threads), span("rollout"):
             made = rollout(
                 self.policy,
                 asked.batch,
@@ -154,7 +158,10 @@ class RewardWorker:
         asked = [question(chunk) for chunk in chunks]
         parts = []
         for scorer in scorers:
-            with scorer.apart:  # here and not in the thread, so that it ends even where the scorer does not
+            with (
+                span("score"),
+                scorer.apart,
+            ):  # apart here and not in the thread: it ends even where the scorer does not
                 parts.append(self._answers(scorer, asked))
         weights = {name: weight for scorer in scorers for name, weight in scorer.weights.items()}
         return merge(parts, weights), time.monotonic() - began
@@ -224,6 +231,7 @@ class LearnerWorker:
         self.source.meet()
         with process_group.failing_together():
             self.validation = validation_of(config)
+        self._profiler = profiler_of(config, f"learner-{rank}")
         own, ema = config.learner, None
         if own.ema_decays:
             ema = Averages(engine, own.ema_decays, every=own.ema_every, warmup=own.ema_warmup)
@@ -241,9 +249,11 @@ class LearnerWorker:
     def update(self, chunks: Sequence[Trajectories], scores: Scores | None, iteration: int) -> Update:
         """Learn from the iteration's batch: its trajectories, or, where none were made, what the source has on disk."""
         self._refuse_unread()
+        if self._profiler is not None:
+            self._profiler.at(iteration)
         if self.rollouts is not None:
             self.rollouts.take(chunks)
-        with torch_threads(self.config.threads):
+        with torch_threads(self.config.threads), span("learn"):
             update = self.learner.update(self.source.batch(iteration), scores, iteration)
             for follower in self.roles.followers:
                 follower.follow(self.learner, iteration)
@@ -329,6 +339,8 @@ class LearnerWorker:
             raise self._unread
 
     def close(self) -> None:
+        if self._profiler is not None:
+            self._profiler.close()
         self.learner.engine.close()
         if self.learner.second is not None:
             self.learner.second.close()

@@ -24,6 +24,7 @@ from flowalign.models.encoders import Encoders
 from flowalign.models.fixed_geometry import fixed_geometry
 from flowalign.models.guided import guided
 from flowalign.models.network import Network
+from flowalign.record.spans import span
 from flowalign.types import (
     CacheRule,
     Condition,
@@ -266,7 +267,8 @@ def rollout(
         NonFiniteSamples: the policy has diverged.
     """
     network, encoders, branching = policy.network, policy.encoders, plan.branching
-    condition = encoders.encode_prompts(batch.prompts, length, negatives=batch.negatives or None)
+    with span("texts"):
+        condition = encoders.encode_prompts(batch.prompts, length, negatives=batch.negatives or None)
     whole = plan
     if batch.shapes:
         asked = batch.shapes[0]
@@ -289,7 +291,8 @@ def rollout(
     )
     refuse_non_finite(final, policy_version, plan)
     at_once = min(decode_batch_size, (geometry or 1) * len(branching.granularities))
-    images = torch.cat([_decoded(encoders, part, at_once).cpu() for part in final.split(decode_batch_size)])
+    with span("decode"):
+        images = torch.cat([_decoded(encoders, part, at_once).cpu() for part in final.split(decode_batch_size)])
     rows, final = branching.samples_of_images(len(batch)), final.cpu()
     made = batch.take(rows)
     trajectories = Trajectories(
