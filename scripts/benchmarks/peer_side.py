@@ -212,7 +212,7 @@ class Theirs:
                 )
             scoring = time.perf_counter()
             pixels = (images.float().cpu().numpy().transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-            rewards = self.scorer.score(pixels, prompts, list(part.metadata))
+            rewards = self.scorer.score(pixels, prompts, [dict(row) for row in part.metadata])
             score_s += time.perf_counter() - scoring
             states = torch.stack(latents, 1)
             times = self.pipeline.scheduler.timesteps.repeat(len(prompts), 1)
