@@ -2,8 +2,8 @@
 
 The network's blocks, its LoRA, `checkpoint_activations`, autocast and the kernel of attention are those of a run, so
 that no table of units a token has to be kept for a family. Of blocks that are alike in turn three are run, and what the
-second of them adds counts for each further one. A GPU is not needed to count for one: its kernels of attention keep what
-the fused kernel of a CPU does, and `_AsOnAGpu` does what autocast does there.
+second of them adds counts for each further one. A GPU is not needed to count for one: its kernels of attention keep
+what the fused kernel of a CPU does, and `_AsOnAGpu` does what autocast does there.
 
 Shapes: N samples, C h w latents, L text tokens.
 """
@@ -103,9 +103,7 @@ def _line(few: int, many: int) -> Line:
     return Line(few - each * _FEW, each)
 
 
-def decoding(
-    decode: Any, autoencoder: nn.Module, latent: tuple[int, int, int], dtype: torch.dtype
-) -> tuple[Line, int]:
+def decoding(decode: Any, autoencoder: nn.Module, latent: tuple[int, int, int], dtype: torch.dtype) -> tuple[Line, int]:
     """Return the most bytes that the decoding of N latents (C, h, w) holds, and the FLOPs of one.
 
     ``autoencoder`` lies on the meta device, ``decode`` is the family's.
@@ -166,16 +164,14 @@ def _counted(
         there = [*_tensors(given), *module.parameters(), *module.buffers()]
         there += [p.grad for p in module.parameters() if p.grad is not None]
         live = stack.enter_context(_Live(there))
-        grown = stack.enter_context(_watched(live, further))
-        with torch.no_grad(), _casts(half):
+        with _grown(live, further), torch.no_grad(), _casts(half):
             network.velocity(*given)
-        rolled = live.most + grown()
+        rolled = live.most
         live.restart()
-        with _casts(half):
+        with _grown(live, further), _casts(half):
             loss = network.velocity(*given).square().mean()
-        more = grown()
         loss.backward()
-        return _Count(rolled, live.most + more)
+        return _Count(rolled, live.most)
 
 
 def _without_numbers(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -212,8 +208,9 @@ def _tensors(given: tuple[Tensor, Tensor, Condition]) -> list[Tensor]:
 
 
 def _alike(block: nn.Module) -> tuple[Any, ...]:
-    """Return what two blocks that hold as many bytes have in common."""
-    return type(block), tuple((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
+    """Return what two blocks that hold as many bytes have in common: shapes of parameters, and what they were told."""
+    told = sorted((name, own) for name, own in vars(block).items() if isinstance(own, int | float | str))
+    return type(block), told, [(name, p.shape) for name, p in block.named_parameters()]
 
 
 def _shortened(module: nn.Module) -> tuple[nn.Module, Further]:
@@ -242,40 +239,46 @@ def _shortened(module: nn.Module) -> tuple[nn.Module, Further]:
 
 
 @contextmanager
-def _watched(live: _Live, further: Further) -> Iterator[Any]:
-    """Give what tells how many bytes the missing blocks would have added by now to the last forward pass."""
+def _grown(live: _Live, further: Further) -> Iterator[None]:
+    """Add to what is alive, in the course of a forward pass, what the blocks would that are missing."""
     at: dict[int, int] = {}
 
-    def note(block: nn.Module, args: Any) -> None:
-        at.setdefault(id(block), live.now)  # a second pass, of activations that are computed anew, counts for nothing
+    def begin(block: nn.Module, args: Any) -> None:
+        at[id(block)] = live.now
 
-    hooks = [block.register_forward_pre_hook(note) for second, third, _ in further for block in (second, third)]
+    def add(second: nn.Module, missing: int, block: nn.Module, args: Any) -> None:
+        live.add(missing * (live.now - at[id(second)]))
 
-    def grown() -> int:
-        found = sum(missing * (at[id(third)] - at[id(second)]) for second, third, missing in further)
-        at.clear()
-        return found
-
+    hooks = [second.register_forward_pre_hook(begin) for second, _, _ in further]
+    hooks += [third.register_forward_pre_hook(partial(add, second, missing)) for second, third, missing in further]
     try:
-        yield grown
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all memories that operators have made and that are alive, beside those that were ``there``."""
+    """Counts the bytes of all memories that operators have made and that are alive, without those that were ``there``.
+    """
 
     def __init__(self, there: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.most = self._added = 0
         self._sizes: dict[int, int] = {}
         for tensor in there:
             self._take(tensor.untyped_storage(), counts=False)
 
+    def add(self, size: int) -> None:
+        """Count bytes that no operator has made, until `restart`."""
+        self._added += size
+        self.now += size
+        self.most = max(self.most, self.now)
+
     def restart(self) -> None:
-        """Forget the most that was alive."""
-        self.most = self.now
+        """Forget the most that was alive, and what was added."""
+        self.now -= self._added
+        self.most, self._added = self.now, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
@@ -332,7 +335,7 @@ class _Fused(TorchFunctionMode):
         if asked["enable_gqa"]:
             return func(*args, **kwargs)
         q, k, v, mask = (asked[name] for name in ("query", "key", "value", "attn_mask"))
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(q.device.type):
             q, k, v = (tensor.to(torch.bfloat16) for tensor in (q, k, v))
         if mask is not None:  # of booleans a kernel is given numbers
             mask = torch.empty_like(mask, dtype=q.dtype) if mask.dtype is torch.bool else mask.to(q.dtype)

@@ -10,6 +10,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.training import PretrainConfig
+from flowalign.data.banks.bank import LatentsError
 from flowalign.data.prompts import PromptsError
 from flowalign.models.directory import open_directory
 from flowalign.models.errors import ModelError
@@ -55,9 +56,7 @@ class Plan:
         return own | {"iteration_flops": self.rollout_flops + self.learner_flops}
 
 
-def make_plan(
-    config: RunConfig, missing: tuple[str, ...] = (), *, gpus: Gpus | None = None, mfu: float = MFU
-) -> Plan:
+def make_plan(config: RunConfig, missing: tuple[str, ...] = (), *, gpus: Gpus | None = None, mfu: float = MFU) -> Plan:
     """Count and estimate; of an absent directory with the published name the built-in sizes of that model are taken.
 
     ``missing`` are sentences about what this machine lacks. With ``gpus`` it is said whether the run fits on them, and
@@ -78,7 +77,7 @@ def make_plan(
     if config.rollout_embeddings is not None:
         try:
             num_texts = len(texts_of_run(config, made.algorithm))
-        except (PromptsError, ModelError, OSError, ValueError) as error:
+        except (PromptsError, LatentsError) as error:
             notes.append(f"the embeddings on disk are not counted: {error}")
     made = Estimate(made.config, made.algorithm, made.counted, made.teachers, num_texts)
     height, width = _pixels(config)

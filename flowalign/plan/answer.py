@@ -19,8 +19,8 @@ USABLE = 0.92
 """Share of a GPU's memory that a plan gives away. The rest is for the driver's context, the libraries' workspaces and
 what the allocator cannot use; an assumption that no GPU has confirmed."""
 MFU = 0.3
-"""Share of the peak that passes are taken to reach where nobody says it. Of the same peak Llama 3 was trained with 38 to
-43 % (arXiv:2407.21783, table 4), with fused kernels and large batches; ours are eager and small."""
+"""Share of the peak that passes are taken to reach where nobody says it. Of the same peak Llama 3 was trained with 38
+to 43 % (arXiv:2407.21783, table 4), with fused kernels and large batches; ours are eager and small."""
 _WAYS = 3
 _LORA_RANK = 32
 
@@ -190,6 +190,8 @@ def _ways(made: Estimate, gpus: Gpus, mfu: float) -> Iterator[Way]:
         if (config := changed(placed_config, changes)) is None:
             continue
         try:
+            if not all(holder.fits for holder in holders_of(estimate(config, on_gpu=True, passes=False), gpus)):
+                continue  # not even without passes, which take seconds to count
             own = estimate(config, on_gpu=True)
         except ModelError:
             continue
@@ -328,9 +330,7 @@ def as_dict(made: Answer) -> dict[str, Any]:
         "holders": held(made.holders),
         "micro_batch_size": made.micro_batch_size,
         "chunk_size": made.chunk_size,
-        "ways": [
-            {**vars(way), "holders": held(way.holders), "seconds": taken(way.seconds)} for way in made.ways
-        ],
+        "ways": [{**vars(way), "holders": held(way.holders), "seconds": taken(way.seconds)} for way in made.ways],
         "mfu": made.mfu,
         "seconds": taken(made.seconds),
         "gpu_hours": made.gpu_hours,

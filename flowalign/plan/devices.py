@@ -3,8 +3,8 @@
 Memory in GiB as ``nvidia-smi`` shows it but for a reserve of less than 2 %; TFLOP/s of bfloat16 on tensor cores with
 float32 sums and without sparsity, and of float32 without tensor cores, from the vendors' data sheets:
 
-- nvidia.com, data sheets of A10, A30, A40, A100, L4, L40, L40S, H100 (SXM5, PCIe, NVL), H200, RTX A6000, HGX B200. Those of L4
-  and from H100 on state the rate with sparsity, of which this is half.
+- nvidia.com, data sheets of A10, A30, A40, A100, L4, L40, L40S, H100 (SXM5, PCIe, NVL), H200, RTX A6000, HGX B200.
+  Those of L4 and from H100 on state the rate with sparsity, of which this is half.
 - NVIDIA Ampere GA102, Ada and RTX Blackwell GPU Architecture (white papers; appendices) for RTX 3090, 4090 and 5090.
 - amd.com, data sheet of Instinct MI300X.
 """

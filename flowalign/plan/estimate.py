@@ -20,7 +20,7 @@ from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.models.inspect import ModelSizes, inspect_model, own_schedule
 from flowalign.plan.geometry import Geometry, plan_geometry, with_micro_batches
 from flowalign.plan.memory import Counted, Memory, plan_memory
-from flowalign.plan.passes import passes_of
+from flowalign.plan.passes import NOTHING, passes_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ class Estimate:
         return replace(self, counted=replace(self.counted, geometry=geometry))
 
 
-def estimate(config: RunConfig, *, on_gpu: bool) -> Estimate:
-    """Count what ``config`` asks for, on a GPU or on a CPU.
+def estimate(config: RunConfig, *, on_gpu: bool, passes: bool = True) -> Estimate:
+    """Count what ``config`` asks for, on a GPU or on a CPU; without ``passes``, whose counting takes seconds, they hold
+    nothing.
 
     Raises:
         ModelError: the small files of a model do not say what it is.
@@ -99,11 +100,10 @@ def estimate(config: RunConfig, *, on_gpu: bool) -> Estimate:
         if is_pipeline(Path(teacher.path)):
             teachers[name] = _sizes(teacher_model(teacher, model))
     if isinstance(config, PretrainConfig) and config.teacher is not None:
-        own = {"height": model.height, "width": model.width}
+        own = {name: getattr(model, name) for name in ("height", "width", "max_sequence_length")}
         teachers["teacher"] = _sizes(config.teacher.model_copy(update=own))
-    passes = passes_of(config, model, "gpu" if on_gpu else "cpu")
-    geometry = plan_geometry(config, algorithm)
-    counted = Counted(config, algorithm.needs, geometry, sizes, passes, on_gpu)
+    held = passes_of(config, model, "gpu" if on_gpu else "cpu") if passes else NOTHING
+    counted = Counted(config, algorithm.needs, plan_geometry(config, algorithm), sizes, held, on_gpu)
     return Estimate(config, algorithm, counted, teachers)
 
 
@@ -114,7 +114,9 @@ def largest(config: RunConfig) -> ModelConfig:
         height, width = max(config.data.image_sizes, key=math.prod)
         return model.model_copy(update={"height": height, "width": width})
     if isinstance(config, PretrainConfig) and config.stretches:
-        drawn = [length for phase in config.stretches for length, weight in phase.max_sequence_lengths.items() if weight]
+        drawn = [
+            length for phase in config.stretches for length, weight in phase.max_sequence_lengths.items() if weight
+        ]
         return model.model_copy(update={"max_sequence_length": max(drawn)})
     return model
 

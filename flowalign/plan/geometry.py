@@ -10,8 +10,8 @@ from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
-from flowalign.config.training import PretrainConfig
 from flowalign.config.teachers import TeacherConfig
+from flowalign.config.training import PretrainConfig
 from flowalign.flow.guidance import guidance_of, guides
 from flowalign.flow.solvers import evaluations
 from flowalign.models.checked import teacher_model

@@ -28,6 +28,9 @@ class Passes:
     decode_flops: int
 
 
+NOTHING = Passes(Line(0, 0), Line(0, 0), Line(0, 0), 0)
+
+
 def passes_of(config: RunConfig, model: ModelConfig, device: Device) -> Passes:
     """Count for a run over ``model``, whose size of images and texts are the largest of the run.
 

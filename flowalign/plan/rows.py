@@ -143,7 +143,8 @@ def answer_sections(made: Answer) -> Iterator[tuple[str, Rows]]:
 def verdict(made: Answer) -> str:
     """Say in one line whether the run fits."""
     if not made.enough:
-        return f"does not fit: it asks for {made.needed:g} GPUs, {made.gpus.count} are given"
+        given = f"{made.gpus.count} {'is' if made.gpus.count == 1 else 'are'} given"
+        return f"does not fit: it asks for {made.needed:g} GPUs, and {given}"
     short = [holder for holder in made.holders if not holder.fits]
     if not short:
         return "fits"

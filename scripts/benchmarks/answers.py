@@ -55,7 +55,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 continue
             way = own["ways"][-1]
             changes = " ".join(f"`{override}`" for override in way["overrides"]) or "as it is"
-            rows.append(f"| {model} | {cards} | {changes} | {way['micro_batch_size']} | {duration(way['iteration_s'])} |")
+            rows.append(
+                f"| {model} | {cards} | {changes} | {way['micro_batch_size']} | {duration(way['iteration_s'])} |"
+            )
     return "\n".join(rows)
 
 

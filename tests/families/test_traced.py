@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from tests.families.tiny import FAMILIES
 
 LENGTH, SIZE, SAMPLES = 96, 128, 4
 DEEP = 5  # blocks, more than are run
-TOLERANCE = 0.05
+TOLERANCE = 0.1
 NAMES = [name for name in FAMILIES if name not in ("flux-schnell", "z_image-turbo")]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -92,7 +93,9 @@ def counted(model: ModelConfig, how: str, dtype: Dtype, **options: Any) -> Held:
     )
 
 
-def model_of(path: Path, dtype: Dtype = "float32", lora: bool = False, attention: AttentionKernel = "auto") -> ModelConfig:
+def model_of(
+    path: Path, dtype: Dtype = "float32", lora: bool = False, attention: AttentionKernel = "auto"
+) -> ModelConfig:
     own = LoraConfig(rank=4) if lora else None
     size: dict[str, Any] = {"height": SIZE, "width": SIZE, "max_sequence_length": LENGTH}
     return ModelConfig(path=str(path), dtype=dtype, lora=own, attention=attention, **size)
@@ -115,7 +118,7 @@ def test_a_pass_holds_what_was_counted_without_memory(
         own = counted(model, how, dtype)
         print(name, how, lora, dtype, own.rolled.at(SAMPLES) / rolled, own.learned.at(SAMPLES) / learned, learned)
         assert own.learned.at(SAMPLES) == pytest.approx(learned, rel=TOLERANCE), how
-        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=2 * TOLERANCE), how
+        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=TOLERANCE), how
 
 
 def test_plain_attention_holds_a_number_for_each_pair_of_tokens(deep: Callable[[str], Path]) -> None:
@@ -123,7 +126,7 @@ def test_plain_attention_holds_a_number_for_each_pair_of_tokens(deep: Callable[[
     for kernel in ("math", "flash"):
         model = model_of(deep("sd3"), attention=kernel)
         found[kernel] = counted(model, "none", "float32").learned.at(SAMPLES)
-        assert found[kernel] == pytest.approx(measured(model, "none", "float32")[1], rel=TOLERANCE)
+        assert found[kernel] == pytest.approx(measured(model, "none", "float32")[1], rel=0.02)
     assert found["math"] > 1.2 * found["flash"]
 
 
@@ -171,6 +174,7 @@ def forward_on(model: ModelConfig, device: str, traced: Any) -> int:
     real = "cuda" if device == "cuda" else "cpu"
     for samples in (2, 4):
         own, _ = traced._ready(empty_network(model), None, "none", True, "gpu" if device == "gpu" else "cpu")
+        own = replace(own, mixed=False)  # torch.autocast would be off where there is no GPU
         with FakeTensorMode(allow_non_fake_inputs=True), traced._Fused():
             with torch.device(real):
                 module = traced._without_numbers(own.module, torch.bfloat16)

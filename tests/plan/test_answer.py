@@ -49,7 +49,13 @@ def planned(path: Path, *overrides: str) -> Plan:
 
 @pytest.mark.parametrize(
     ("text", "count", "name"),
-    [("8xH100", 8, "H100"), ("h100-sxm", 1, None), ("H200", 1, "H200"), ("2 x rtx 4090", 2, "RTX4090"), ("4*L40S", 4, "L40S")],
+    [
+        ("8xH100", 8, "H100"),
+        ("h100-sxm", 1, None),
+        ("H200", 1, "H200"),
+        ("2 x rtx 4090", 2, "RTX4090"),
+        ("4*L40S", 4, "L40S"),
+    ],
 )
 def test_gpus_are_a_number_and_a_kind_in_any_case(text: str, count: int, name: str | None) -> None:
     if name is None:
@@ -102,6 +108,7 @@ def test_each_way_fits_as_a_configuration_of_its_own(config_path: Path) -> None:
         assert asked(config_path, gpus, *way.overrides).fits, way.overrides
 
 
+@pytest.mark.slow
 def test_a_published_recipe_on_small_cards_ends_with_what_makes_it_fit() -> None:
     card = gpus_of("RTX4090")
     assert card is not None
@@ -112,7 +119,7 @@ def test_a_published_recipe_on_small_cards_ends_with_what_makes_it_fit() -> None
     assert "cluster.backend=local" in way.overrides and way.holders[0].fits
     again = asked(SD3, card, *way.overrides)
     assert again.fits and again.seconds is not None and again.gpu_hours is not None
-    assert verdict(again) == "fits" and verdict(found).startswith("does not fit: it asks for 32 GPUs, 1 are given")
+    assert verdict(again) == "fits" and verdict(found).startswith("does not fit: it asks for 32 GPUs, and 1 is given")
     assert "What would fit" in dict(answer_sections(found)) and "What would fit" not in dict(answer_sections(again))
 
 
@@ -186,7 +193,7 @@ def test_a_training_on_latents_is_planned_without_its_bank(config_path: Path) ->
 
 def test_a_student_has_its_teacher_beside_it(config_path: Path) -> None:
     path = training(config_path, "teacher: {path: model}\nalgorithm: {type: guidance_distill, guidance_scale: 3}\n")
-    made = planned(path, "model.inputs=[guidance]")
+    made = planned(path)
     assert made.memory.learner_frozen == (made.model.transformer + made.model.buffers) * 4
     assert made.geometry.teacher_passes == made.geometry.transitions
     alone = planned(training(config_path))
@@ -223,8 +230,22 @@ def test_every_algorithm_is_planned_and_answered(config_path: Path, name: str) -
     else:
         options: dict[str, Any] = {"opd": ("algorithm={type: opd, teachers: {b: {path: model}}}", "rewards=[]")}
         own = options.get(name, (f"algorithm={{type: {name}}}",))
-        made = planned(config_path, *own)
+        made = planned(config_path, "learner.ema_decay=0.9", *own)
     assert made.learner_flops > 0 and made.memory.learner_activations > 0
+
+
+def test_a_loss_that_asks_twice_holds_two_passes_and_guidance_two_rows(config_path: Path) -> None:
+    passes = ("algorithm={type: sft}", "algorithm={type: diffusion_dpo}")
+    once, twice = (planned(config_path, own, "learner.micro_batch_size=2").memory for own in passes)
+    assert twice.learner_activations > 1.8 * once.learner_activations
+    plain, guided = (planned(config_path, f"algorithm.guidance_scale={scale}").memory for scale in (1, 3))
+    assert guided.learner_activations > 1.8 * plain.learner_activations
+    assert guided.rollout_activations > 1.8 * plain.rollout_activations
+    unguided = planned(config_path, "algorithm.guidance_scale=3", "algorithm.update_guidance_scale=1").memory
+    assert unguided.learner_activations == plain.learner_activations
+    judged = planned(config_path, "evaluation.guidance_scale=3").memory
+    assert judged.rollout_activations == guided.rollout_activations
+    assert judged.learner_activations == plain.learner_activations
 
 
 def test_changes_that_do_not_go_together_are_none(config_path: Path) -> None:

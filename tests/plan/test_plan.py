@@ -95,7 +95,7 @@ def test_activations_that_are_computed_anew_take_less_and_blocks_cost_a_pass(con
     none, selective, blocks = (
         plan(config_path, f"learner.activation_checkpointing={how}") for how in ("none", "selective", "blocks")
     )
-    assert none.memory.learner_activations > selective.memory.learner_activations > blocks.memory.learner_activations
+    assert none.memory.learner_activations > selective.memory.learner_activations >= blocks.memory.learner_activations
     assert none.learner_flops == selective.learner_flops
     assert blocks.learner_flops * 3 == none.learner_flops * 4  # of forward, 2 backward and 1 forward again
     deep = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml"

@@ -152,7 +152,9 @@ FAMILY = ModelFamily(
             file_bytes=4_939_433_672 + _FROZEN_BYTES,
         ),
         "stable-diffusion-3.5-large": Published(
-            "Stable Diffusion 3.5 large", {"transformer": _LARGE, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": 3.0}}, _FROZEN
+            "Stable Diffusion 3.5 large",
+            {"transformer": _LARGE, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": 3.0}},
+            _FROZEN,
         ),
     },
 )
