@@ -259,8 +259,7 @@ def _grown(live: _Live, further: Further) -> Iterator[None]:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all memories that operators have made and that are alive, without those that were ``there``.
-    """
+    """Counts the bytes of what operators have made and what is alive, without what was ``there`` before."""
 
     def __init__(self, there: Sequence[Tensor]) -> None:
         super().__init__()

@@ -64,11 +64,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="a table in the place of JSON")
+    parser.add_argument("--only", choices=RECIPES, action="append", help="a model; may be repeated")
     options = parser.parse_args()
-    found = {
-        model: {cards: answered(ROOT / "configs" / recipe, overrides, cards) for cards in CARDS}
-        for model, (recipe, overrides) in RECIPES.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for model in options.only or RECIPES:
+        recipe, overrides = RECIPES[model]
+        found[model] = {cards: answered(ROOT / "configs" / recipe, overrides, cards) for cards in CARDS}
     print(table(found) if options.markdown else json.dumps({"benchmark": "answers", "models": found}, indent=1))
 
 

@@ -3,9 +3,9 @@
     python scripts/benchmarks/planned.py > planned.json
 
 A network of 24 blocks is trained as a run trains it, by the engine `torch`: two updates, the second of two
-micro-batches, in a process of its own. ``measured_mib`` is the most that was resident beyond what was before the network
-was made. glibc is told to give back what is freed: else holes between tensors add up to a fifth, which no plan can know.
-The gradient of a loss of velocities is taken; no algorithm adds to it.
+micro-batches, in a process of its own. ``measured_mib`` is the most that was resident beyond what was before the
+network was made. glibc is told to give back what is freed: else holes between tensors add to it, which no plan can
+know. The gradient of a loss of velocities is taken; no algorithm adds to it.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def measure(name: str, model: Path, pixels: int) -> int:
     network.module.to(base).to_empty(device="cpu")
     for parameter in network.module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    for buffer in network.module.buffers():  # positions, whose values change no size
+        buffer.zero_()
     if config.model.lora is not None:
         add_lora(network, config.model.lora)
     checkpoint_activations(network.module, config.learner.activation_checkpointing)
