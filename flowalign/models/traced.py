@@ -303,7 +303,8 @@ class _Within:
     anew."""
 
     def __init__(self, forward: Any, device: Device) -> None:
-        self._forward, self._device = forward, device
+        self._forward = forward
+        self._device: Device = device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _kernels(self._device):

@@ -70,7 +70,7 @@ class Answer:
     """What is said of a run on ``gpus``, of which it needs ``needed``.
 
     ``micro_batch_size`` and ``chunk_size`` are the largest that fit as it is configured, 0 where not even one sample
-    does. ``ways`` are there where it does not fit.
+    does. ``ways`` are there where it does not fit: the least change, and those with the largest sizes.
     """
 
     gpus: Gpus
@@ -101,7 +101,8 @@ def answer(made: Estimate, gpus: Gpus, mfu: float = MFU) -> Answer:
     hours = None if taken is None else taken.iteration * made.config.total * needed / 3600
     micro, chunk = largest_sizes(made, gpus)
     fits = needed <= gpus.count and all(holder.fits for holder in holders)
-    ways = () if fits else tuple(itertools.islice(_ways(made, gpus, mfu), _WAYS))
+    ways = () if fits else tuple(_ways(made, gpus, mfu))
+    ways = ways if len(ways) <= _WAYS else (ways[0], *ways[1 - _WAYS :])
     return Answer(gpus, needed, holders, micro, chunk, ways, mfu, taken, hours)
 
 

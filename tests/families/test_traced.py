@@ -45,7 +45,7 @@ def most_held(passes: Callable[[], object]) -> tuple[int, int]:
         passes()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     now = most = 0
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
