@@ -133,7 +133,8 @@ def answer_sections(made: Answer) -> Iterator[tuple[str, Rows]]:
         rows.append(("largest chunk", f"rollout.chunk_size={made.chunk_size}"))
     if made.seconds is not None and made.gpu_hours is not None:
         rows.append(("an iteration", f"{_time(made.seconds)}, at an MFU of {made.mfu:.0%}, without rewards"))
-        rows.append(("the run", f"{made.gpu_hours:,.1f} GPU-hours"))
+        hours = made.gpu_hours
+        rows.append(("the run", f"{hours:,.1f} GPU-hours" if hours >= 1 else f"{hours * 60:,.1f} GPU-minutes"))
     if rows:
         yield "As it is configured", rows
     if made.ways:
@@ -165,7 +166,7 @@ def _bar(share: float) -> str:
 
 def _of_way(number: int, way: Way) -> Sequence[tuple[str, ...]]:
     held = ", ".join(f"{holder.name} {holder.bytes / GIB:.1f} GiB" for holder in way.holders)
-    taken = "" if way.seconds is None else f"; {duration(way.seconds.iteration)} an iteration"
+    taken = "" if way.seconds is None else f"; {_duration(way.seconds.iteration)} an iteration"
     return [(f"{number}.", " ".join(map(_quoted, way.overrides))), ("", f"{held}{taken}")]
 
 
@@ -176,8 +177,12 @@ def _quoted(override: str) -> str:
 def _time(taken: Seconds) -> str:
     parts = {"rollout": taken.rollout, "decoding": taken.decoding, "update": taken.learner}
     parts |= {"its share of an evaluation": taken.evaluation}
-    named = ", ".join(f"{name} {duration(own)}" for name, own in parts.items() if own)
-    return f"{duration(taken.iteration)} ({named})"
+    named = ", ".join(f"{name} {_duration(own)}" for name, own in parts.items() if own)
+    return f"{_duration(taken.iteration)} ({named})"
+
+
+def _duration(seconds: float) -> str:
+    return duration(seconds) if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
 
 
 def count_text(count: int, what: str, ending: str = "s") -> str:
