@@ -101,9 +101,9 @@ def answer(made: Estimate, gpus: Gpus, mfu: float = MFU) -> Answer:
     hours = None if taken is None else taken.iteration * made.config.total * needed / 3600
     micro, chunk = largest_sizes(made, gpus)
     fits = needed <= gpus.count and all(holder.fits for holder in holders)
-    ways = () if fits else tuple(_ways(made, gpus, mfu))
-    ways = ways if len(ways) <= _WAYS else (ways[0], *ways[1 - _WAYS :])
-    return Answer(gpus, needed, holders, micro, chunk, ways, mfu, taken, hours)
+    ways = [] if fits else list(_ways(made, gpus, mfu))
+    ways = ways if len(ways) <= _WAYS else [ways[0], *ways[1 - _WAYS :]]
+    return Answer(gpus, needed, holders, micro, chunk, tuple(ways), mfu, taken, hours)
 
 
 def needed_gpus(made: Estimate) -> float:
