@@ -137,7 +137,8 @@ class Needs:
 
     ``inputs`` are those that its network must have beside the time, ``path_family`` the path that it is trained on,
     ``update_guidance_scale`` the guidance of the update where that is not the rollout's. A loss that
-    names no guidance asks a network that takes the scale as an input at ``guidance_scale``.
+    names no guidance asks a network that takes the scale as an input at ``guidance_scale``. ``policy_passes`` are the
+    calls of the policy in ``loss``, each for all samples of the minibatch, whose activations are there at a time.
     """
 
     batch: Batch
@@ -160,6 +161,7 @@ class Needs:
     path_family: str = "rf"
     update_guidance_scale: float | None = None
     guidance_scale: float = 1.0
+    policy_passes: int = 1
 
     @property
     def trained(self) -> int:

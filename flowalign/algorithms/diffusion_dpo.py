@@ -96,7 +96,8 @@ class DiffusionDPO(Scheduled):
     def needs(self) -> Needs:
         c, online = self.config, self.config.source == "online"
         batch = Trajectories if online else PreferencePairs
-        return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
+        own = replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
+        return replace(own, policy_passes=2)  # of the winner and of the loser
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())

@@ -14,10 +14,11 @@ from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_pref
 from flowalign.cli.measure import measure
 from flowalign.cli.model_commands import evaluate, export, merge, report, sample
 from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, finite, token_of
+from flowalign.cli.plan_command import plan
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import print_json, print_rows
+from flowalign.cli.terminal import print_json
 from rewards.printable import printable
 
 app = typer.Typer(
@@ -59,25 +60,7 @@ app.command()(sample)
 app.command()(export)
 app.command()(merge)
 app.command()(report)
-
-
-@app.command()
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show geometry, parameters, FLOPs and memory of an alignment; starts nothing, needs no weights.
-
-    It takes alignments only: of a pretrain or distill configuration it can say nothing.
-    """
-    from flowalign.intake.file import load_align
-
-    loaded = load_align(config, overrides or (), require_files=False)
-    from flowalign.plan import make_plan, plan_rows
-
-    made = make_plan(loaded.config, loaded.missing)
-    console = make_console(as_json)
-    print_rows(console, plan_rows(made))
-    for note in made.notes:
-        console.print(f"note: {note}")
-    print_json(as_json, made.as_dict())
+app.command()(plan)
 
 
 @app.command("serve-reward")

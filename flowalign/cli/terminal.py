@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from typing import Any, TextIO
@@ -157,6 +157,21 @@ def print_rows(out: Console, rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         table.add_row(*map(_as_text, row), style=_STYLES.get(row[0]))
     out.print(table, soft_wrap=False)
+
+
+def print_sections(out: Console, sections: Iterable[tuple[str, Sequence[tuple[str, ...]]]]) -> None:
+    """Print tables below their titles, an empty line between two."""
+    for number, (title, rows) in enumerate(sections):
+        if number:
+            out.print("")
+        out.print(title, style="bold")
+        print_rows(out, [(f"  {row[0]}", *row[1:]) for row in rows])
+
+
+def print_verdict(out: Console, text: str, good: bool) -> None:
+    """Print the line that all others lead to."""
+    out.print("")
+    out.print(text, style="bold green" if good else "bold red")
 
 
 def progress(out: Console, what: str) -> Callable[[int, int], None]:

@@ -27,10 +27,8 @@ def check_rollouts(model: ModelConfig) -> None:
         )
 
 
-def check_training(config: PretrainConfig, needs: Needs) -> None:
-    """Check that the latents are there, and that algorithm, network and teacher fit together."""
-    if not config.total:
-        raise ConfigError("iterations", "is missing; give it, or phases with their own")
+def check_banks(config: PretrainConfig) -> None:
+    """Check that the latents are there."""
     banks = {"latents": config.latents}
     banks |= {} if config.real_data is None else {"real_data.latents": config.real_data.latents}
     banks |= {} if config.validation is None else {"validation.latents": config.validation.latents}
@@ -38,6 +36,12 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
         whole = (Path(bank) / "manifest.json").is_file() or (Path(bank) / "latents.safetensors").is_file()
         if not whole or not (Path(bank) / "prompts.json").is_file():
             raise ConfigError(key, f"{bank} holds no latents; make them first, with flowalign precompute or make-pairs")
+
+
+def check_training(config: PretrainConfig, needs: Needs) -> None:
+    """Check that algorithm, network and teacher fit together."""
+    if not config.total:
+        raise ConfigError("iterations", "is missing; give it, or phases with their own")
     _check_captions(config)
     name = config.algorithm["type"]
     if needs.second is not None:
@@ -53,7 +57,6 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
     check_signed_time(config.model, needs, name)
-    _check_ranks(config)
     _check_best(config)
 
 
@@ -90,7 +93,7 @@ def _check_captions(config: PretrainConfig) -> None:
         raise ConfigError(f"captions.{unknown[0]}", f"{config.latents} has no such captions; it has {', '.join(has)}")
 
 
-def _check_ranks(config: PretrainConfig) -> None:
+def check_ranks(config: PretrainConfig) -> None:
     """Check that the processes which learn are those that the configuration speaks of."""
     learner, started = config.learner, int(os.environ.get("WORLD_SIZE", "1"))
     if learner.engine == "torch" and started > 1:

@@ -27,7 +27,13 @@ from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
 from flowalign.intake import check_scores as scorecheck
 from flowalign.intake.adapters import with_adapters
-from flowalign.intake.check_training import check_rollouts, check_signed_time, check_training
+from flowalign.intake.check_training import (
+    check_banks,
+    check_ranks,
+    check_rollouts,
+    check_signed_time,
+    check_training,
+)
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
 from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
@@ -129,9 +135,23 @@ def load_align(path: Path, overrides: Sequence[str] = (), *, require_files: bool
     return _load(path, overrides, lambda raw, base: _checked_align(raw, base, require_files))
 
 
-def load_pretrain(path: Path, overrides: Sequence[str] = (), *, command: str = "pretrain") -> Loaded[PretrainConfig]:
+def load_pretrain(
+    path: Path, overrides: Sequence[str] = (), *, command: str = "pretrain", require_files: bool = True
+) -> Loaded[PretrainConfig]:
     """Load a training run on latents, as `load_align` does; the ``command`` `distill` is for those with a teacher."""
-    return _load(path, overrides, lambda raw, base: _checked_pretrain(raw, base, command))
+    return _load(path, overrides, lambda raw, base: _checked_pretrain(raw, base, command, require_files))
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[AlignConfig] | Loaded[PretrainConfig]:
+    """Load a run of whatever command, as `load_align` does without ``require_files``.
+
+    One that names ``latents`` is a training on them.
+    """
+    raw = _read(path)[0]
+    override(raw, overrides)
+    if "latents" not in raw:
+        return load_align(path, overrides, require_files=False)
+    return load_pretrain(path, overrides, command="distill" if raw.get("teacher") else "pretrain", require_files=False)
 
 
 def _load(
@@ -309,7 +329,9 @@ def _scales(config: AlignConfig, needs: Needs) -> Iterator[tuple[str, float, Mod
         yield from ((f"algorithm.teachers.{name}.{key}", getattr(teacher, key), own) for key in SCALES)
 
 
-def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[PretrainConfig]:
+def _checked_pretrain(
+    raw: dict[str, Any], base: Path, command: str, require_files: bool = True
+) -> Loaded[PretrainConfig]:
     if "rewards" in raw and "latents" not in raw:
         raise ConfigError("rewards", "belongs to an alignment, for `flowalign align`")
     if moved := moved_keys(raw):
@@ -322,15 +344,22 @@ def _checked_pretrain(raw: dict[str, Any], base: Path, command: str) -> Loaded[P
         name = config.algorithm["type"]
         raise ConfigError("algorithm.type", f"{name} learns from no teacher; use `flowalign pretrain`")
     check_training(config, algorithm.needs)
-    checks.check_model(config, algorithm.needs)
-    config, _ = _adapted(config)
-    here = config.cluster.backend == "local" or config.cluster.address is None
-    check_device("cluster.device", config.device, here)
-    config.cluster.check_cores(config.learner.ranks, 0, makes_images=config.makes_images)
-    missing = _lacking(_evaluation_checks(config, base), require_files=True)
-    config = _walked(config, algorithm, "evaluation", config.evaluation)
-    promptcheck.check_embedded(config, algorithm)
+    missing = _lacking(_training_checks(config, algorithm.needs), require_files)
+    config, lacking = _adapted(config, require_files)
+    missing += lacking + _lacking(_evaluation_checks(config, base), require_files)
+    config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
+    missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
     return Loaded(config, base, tuple(missing))
+
+
+def _training_checks(config: PretrainConfig, needs: Needs) -> Iterator[Callable[[], None]]:
+    """Yield checks that latents and model are there, and that the machine holds the run."""
+    yield partial(check_banks, config)
+    yield partial(checks.check_model, config, needs)
+    yield partial(check_ranks, config)
+    here = config.cluster.backend == "local" or config.cluster.address is None
+    yield partial(check_device, "cluster.device", config.device, here)
+    yield partial(config.cluster.check_cores, config.learner.ranks, 0, makes_images=config.makes_images)
 
 
 def _walked(

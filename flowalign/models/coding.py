@@ -7,6 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The autoencoder of Stable Diffusion 3, which FLUX.1 and others have taken over: what its file says of its sizes.
+SIXTEEN_CHANNELS: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 16,
+    "layers_per_block": 2,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
 
 def decode_scaled(vae: Any, latents: Tensor) -> Tensor:
     """Decode latents (N, C, h, w) to pixels (N, 3, H, W) about [-1, 1], float32; differentiable."""

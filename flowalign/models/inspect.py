@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,12 +16,16 @@ from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.models.directory import Directory, open_directory, read_sizes
 from flowalign.models.errors import ModelError
-from flowalign.models.family import ModelFamily
+from flowalign.models.family import Forward, ModelFamily, module_config
+from flowalign.models.network import Network
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two)."""
+    """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two).
+
+    ``buffers`` are the numbers that the network holds beside its parameters, such as a table of positions.
+    """
 
     source: str
     transformer: int
@@ -30,6 +37,7 @@ class ModelSizes:
     text_tokens: int
     width: int
     num_layers: int
+    buffers: int = 0
 
 
 def inspect_model(model: ModelConfig) -> ModelSizes:
@@ -41,8 +49,7 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
         ModelError: a configuration file is missing or unreadable, or the image size does not fit.
     """
     directory = open_directory(model)
-    config, geometry = directory.config("transformer"), directory.geometry
-    network = _without_weights(directory.family, config)
+    network = _as_configured(directory, model)
     shape = directory.latent_shape(model.height, model.width)
     rows = directory.family.full_text(directory, model.max_sequence_length)
     total = sum(p.numel() for p in network.parameters())
@@ -50,18 +57,19 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
     trainable = (
         total if lora is None else lora_parameters(network, lora.rank, lora.targets or directory.family.lora_targets)
     )
-    width, num_layers = directory.family.blocks(config)
+    width, num_layers = directory.family.blocks(module_config(network))
     return ModelSizes(
         source=directory.source,
         transformer=total,
         trainable=trainable,
         frozen=_frozen(directory),
-        flops=_forward_flops(directory.family, network, shape, rows),
+        flops=_forward_flops(directory.family.forward, network, shape, tuple(rows.items())),
         latent_shape=shape,
-        image_tokens=shape[1] * shape[2] // geometry.patch**2,
+        image_tokens=shape[1] * shape[2] // directory.geometry.patch**2,
         text_tokens=rows["tokens"][0],
         width=width,
         num_layers=num_layers,
+        buffers=sum(buffer.numel() for buffer in network.buffers()),
     )
 
 
@@ -122,6 +130,71 @@ def bare_network(model: ModelConfig) -> nn.Module:
     return network
 
 
+def empty_network(model: ModelConfig) -> Network:
+    """Return the network of ``model`` on the meta device, with its inputs or begun anew, and without a LoRA.
+
+    Raises:
+        ModelError: the files do not say it.
+    """
+    directory = open_directory(model)
+    module, config = _as_configured(directory, model), directory.config("transformer")
+    if inputs := _inputs(model, config):
+        from flowalign.models.inputs import add_inputs
+
+        module = copy.deepcopy(module)
+        add_inputs(module, inputs)
+    return Network(
+        directory.family,
+        module,
+        directory.scheduler,
+        directory.geometry,
+        mixed=model.dtype == "bfloat16",
+        path_family=model.family or "rf",
+        attention=model.attention,
+    )
+
+
+def empty_autoencoder(model: ModelConfig) -> nn.Module | None:
+    """Return the autoencoder of ``model`` on the meta device; None where no file says what it is.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    directory = open_directory(model)
+    there = directory.published is not None or (directory.path / "vae" / "config.json").is_file()
+    return _part_without_weights(directory, "vae").requires_grad_(False) if there else None
+
+
+def _as_configured(directory: Directory, model: ModelConfig) -> nn.Module:
+    """Return the directory's network, or the one that ``model`` begins anew, on the meta device; not to be changed."""
+    config = directory.config("transformer")
+    if model.transformer is None or directory.family.fresh is None:
+        return _of_class(directory.family.network, json.dumps(dict(config), sort_keys=True))
+    like = module_config(_of_class(directory.family.network, json.dumps(dict(config), sort_keys=True)))
+    with torch.device("meta"):
+        return directory.family.fresh(like, model.transformer)
+
+
+def _inputs(model: ModelConfig, config: Mapping[str, Any]) -> set[str]:
+    """Return the further inputs of a network: those that its own files name, unless it is begun anew, and the run's."""
+    from flowalign.models.inputs import CONFIG_KEY
+
+    own = () if model.transformer is not None else config.get(CONFIG_KEY) or ()
+    return {*own, *(model.inputs or ())}
+
+
+@lru_cache(maxsize=8)
+def _of_class(network: str, config: str) -> nn.Module:
+    """Build a diffusers network of a configuration in JSON, once; not to be changed."""
+    import diffusers
+
+    from flowalign.models.inputs import CONFIG_KEY
+
+    own = {key: value for key, value in json.loads(config).items() if not key.startswith("_") and key != CONFIG_KEY}
+    with torch.device("meta"):
+        return getattr(diffusers, network)(**own)
+
+
 def _without_weights(family: ModelFamily, config: Mapping[str, Any]) -> nn.Module:
     """Build the network of a ``config.json`` on the meta device."""
     from flowalign.models.inputs import CONFIG_KEY
@@ -131,14 +204,15 @@ def _without_weights(family: ModelFamily, config: Mapping[str, Any]) -> nn.Modul
         return transformer_of(family)(**{k: v for k, v in config.items() if not k.startswith("_") and k != CONFIG_KEY})
 
 
+@lru_cache(maxsize=64)
 def _forward_flops(
-    family: ModelFamily, network: nn.Module, shape: tuple[int, int, int], rows: Mapping[str, tuple[int, ...]]
+    forward: Forward, network: nn.Module, shape: tuple[int, int, int], rows: tuple[tuple[str, tuple[int, ...]], ...]
 ) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        text = {name: torch.empty(1, *row) for name, row in rows.items() if name != "mask"}  # a text of full length
-        family.forward(network, torch.empty(1, *shape), torch.empty(1), text, ticks=1000, guidance=torch.empty(1))
+        text = {name: torch.empty(1, *row) for name, row in rows if name != "mask"}  # a text of full length
+        forward(network, torch.empty(1, *shape), torch.empty(1), text, ticks=1000, guidance=torch.empty(1))
     return int(counter.get_total_flops())
 
 

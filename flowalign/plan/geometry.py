@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flowalign.algorithm import Algorithm
+from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.teachers import TeacherConfig
+from flowalign.config.training import PretrainConfig
 from flowalign.flow.guidance import guidance_of, guides
 from flowalign.flow.solvers import evaluations
 from flowalign.models.checked import teacher_model
@@ -22,6 +24,8 @@ class Geometry:
     """Counts of one iteration; ``passes`` are network evaluations of one sample.
 
     A transition is asked of one teacher, once: ``teacher_passes`` are those of all, guided where the dearest one is.
+
+    Of a training on latents a transition is one of them; it has no groups, and the chunks are those of evaluations.
     """
 
     groups: int
@@ -43,8 +47,11 @@ class Geometry:
     evaluation_passes: int
 
 
-def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
+def plan_geometry(config: RunConfig, algorithm: Algorithm) -> Geometry:
     """Return the counts that follow from the configuration and the algorithm's own sampling plan."""
+    if isinstance(config, PretrainConfig):
+        return _of_latents(config, algorithm)
+    assert isinstance(config, AlignConfig)
     plan, needs = algorithm.plan(0, config.seed), algorithm.needs
     images = config.data.groups_per_iteration * needs.group_size
     num_steps = 0 if plan is None else plan.num_steps
@@ -58,7 +65,6 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
     update_guided = guided if plan is None or own is None else _passes(replace(plan.guidance, scale=own), inputs)
     items = transitions * learner.epochs * update_guided
     micro_batch_size = needs.whole(learner.micro_batch_size)
-    evaluation = config.evaluation
     micro_batches = math.ceil(per_step / micro_batch_size)
     return Geometry(
         groups=config.data.groups_per_iteration,
@@ -78,12 +84,41 @@ def plan_geometry(config: AlignConfig, algorithm: Algorithm) -> Geometry:
         learner_backward_passes=items * needs.trained,
         teacher_passes=transitions
         * max((_teacher_passes(t, config.model) for t in needs.teachers.values()), default=0),
-        evaluation_passes=evaluation.num_samples
-        * evaluations(evaluation.solver, evaluation.num_steps)
-        * _passes(guidance_of(evaluation), inputs)
-        if evaluation.every
-        else 0,
+        evaluation_passes=_evaluation_passes(config, inputs),
     )
+
+
+def _of_latents(config: PretrainConfig, algorithm: Algorithm) -> Geometry:
+    """Return the counts of a training on latents, each network of the loss being asked once of a latent."""
+    learner, needs = config.learner, algorithm.needs
+    micro_batch_size = min(config.passes.micro_batch_size, learner.batch_size)
+    micro_batches = math.ceil(learner.batch_size / micro_batch_size)
+    return Geometry(
+        groups=0,
+        group_size=1,
+        images=0,
+        chunks=math.ceil(config.evaluation.num_samples / config.rollout.chunk_size) if config.makes_images else 0,
+        chunk_size=config.rollout.chunk_size if config.makes_images else 0,
+        num_steps=0,
+        window_steps=0,
+        transitions=learner.batch_size,
+        optimizer_steps=1,
+        transitions_per_step=learner.batch_size,
+        micro_batches_per_step=math.ceil(micro_batches / learner.ranks) * learner.ranks,
+        micro_batch_size=micro_batch_size,
+        rollout_passes=0,
+        learner_forward_passes=learner.batch_size * (len(needs.roles) - needs.teacher),
+        learner_backward_passes=learner.batch_size,
+        teacher_passes=learner.batch_size * needs.teacher,
+        evaluation_passes=_evaluation_passes(config, network_inputs(config.model)),
+    )
+
+
+def _evaluation_passes(config: RunConfig, inputs: Sequence[str]) -> int:
+    own = config.evaluation
+    if not own.every:
+        return 0
+    return own.num_samples * evaluations(own.solver, own.num_steps) * _passes(guidance_of(own), inputs)
 
 
 def _passes(guidance: Guidance, inputs: Sequence[str]) -> int:
@@ -94,3 +129,10 @@ def _passes(guidance: Guidance, inputs: Sequence[str]) -> int:
 def _teacher_passes(teacher: TeacherConfig, student: ModelConfig) -> int:
     """Return the evaluations of a teacher."""
     return _passes(guidance_of(teacher), network_inputs(teacher_model(teacher, student)))
+
+
+def with_micro_batches(geometry: Geometry, needs: Needs, size: int, ranks: int) -> Geometry:
+    """Return the same counts with micro-batches of at most ``size`` samples, whole items in each."""
+    size = needs.whole(size)
+    micro_batches = math.ceil(geometry.transitions_per_step / size)
+    return replace(geometry, micro_batch_size=size, micro_batches_per_step=math.ceil(micro_batches / ranks) * ranks)

@@ -1,4 +1,7 @@
-"""Bytes that the parts of a run need."""
+"""Bytes that the parts of a run need, a small function for each term.
+
+What could be trained is float32 everywhere, what is frozen as ``model.dtype`` says.
+"""
 
 from __future__ import annotations
 
@@ -7,109 +10,257 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flowalign.algorithm import Needs
-from flowalign.config.alignment import AlignConfig
-from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.config.run import RunConfig
+from flowalign.config.sections import ModelConfig
+from flowalign.flow.solvers import evaluations
 from flowalign.models.directory import open_directory
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
+from flowalign.plan.passes import Passes
 
-# Bytes a token and layer keep for the backward pass, in units of width × element size
-# (arXiv:2205.05198, eq. 1, without the attention scores, which fused attention never stores).
-_KEPT_PER_TOKEN = {
-    "none": 34,
-    "selective": 11,  # queries, keys, values, attention and its projection, a feed-forward layer's 4 + 1, the input
-    "blocks": 1,  # the input
-}
-_KEPT_FORWARD = 8
-_ADAM_MOMENTS = 8
-_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32 = 4
+_ADAM_MOMENTS = 2
+_BUCKET = 100_000_000  # numbers that ZeRO reduces at once, see engine/zero.py
+_BYTES = {"float32": FLOAT32, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; ``activations`` are rough, within a factor of two.
+    """Bytes at the most, by what holds them.
 
-    ``text_encoders`` are in ``rollout_weights`` where rollout workers keep them, and otherwise in no other number: a
-    process of their own encodes what is not among the ``embeddings``, the most bytes of those on disk.
+    A rollout worker holds network, autoencoder and text encoders, and beside them either what a pass holds or what the
+    decoding of ``rollout.decode_batch_size`` images does. ``text_encoders`` are in it where ``keeps_text_encoders``;
+    otherwise a process of their own encodes what is not among the ``embeddings``, the most bytes of those on disk.
+
+    A learner's rank has weights, moments, averages and frozen networks all the time, and beside them gradients and
+    activations: both at once where a step has several micro-batches, else the one as the other goes.
+    ``learner_step`` is what the optimizer takes beside the gradients.
 
     ``teachers``, by name, are each in an actor of its own or, with ``teachers_in_learner``, all in every learner rank.
     """
 
-    rollout_weights: int
+    rollout_network: int
+    autoencoder: int
+    text_encoders: int
+    keeps_text_encoders: bool
     rollout_activations: int
+    rollout_decoding: int
     learner_weights: int
     learner_gradients: int
     learner_optimizer: int
     learner_ema: int
     learner_reference: int
+    learner_frozen: int
     learner_activations: int
+    learner_step: int
+    gradients_stay: bool
     trajectories: int
     teachers: dict[str, int]
     teachers_in_learner: bool
-    text_encoders: int = 0
-    keeps_text_encoders: bool = True
     embeddings: int = 0
 
     @property
+    def rollout_weights(self) -> int:
+        """What a rollout worker holds all the time."""
+        return self.rollout_network + self.autoencoder + (self.text_encoders if self.keeps_text_encoders else 0)
+
+    @property
+    def rollout_working(self) -> int:
+        """What it holds beside that, at the most."""
+        return max(self.rollout_activations, self.rollout_decoding)
+
+    @property
     def rollout_worker(self) -> int:
-        return self.rollout_weights + self.rollout_activations
+        return self.rollout_weights + self.rollout_working
+
+    @property
+    def learner_held(self) -> int:
+        """What a learner's rank holds all the time."""
+        own = self.learner_weights + self.learner_optimizer + self.learner_ema
+        inside = sum(self.teachers.values()) if self.teachers_in_learner else 0
+        return own + self.learner_reference + self.learner_frozen + inside
+
+    @property
+    def learner_working(self) -> int:
+        """What it holds beside that, at the most."""
+        update = self.learner_gradients + self.learner_step
+        if self.gradients_stay:
+            return max(update, self.learner_gradients + self.learner_activations)
+        return max(update, self.learner_activations)
 
     @property
     def learner_rank(self) -> int:
-        weights = self.learner_weights + self.learner_gradients + self.learner_optimizer
-        inside = sum(self.teachers.values()) if self.teachers_in_learner else 0
-        return weights + self.learner_ema + self.learner_reference + inside + self.learner_activations
+        return self.learner_held + self.learner_working
 
 
-def plan_memory(
-    config: AlignConfig,
-    needs: Needs,
-    geometry: Geometry,
-    sizes: ModelSizes,
-    teachers: Mapping[str, ModelSizes],
-    num_texts: int = 0,
-) -> Memory:
+@dataclass(frozen=True)
+class Counted:
+    """What the terms are made of."""
+
+    config: RunConfig
+    needs: Needs
+    geometry: Geometry
+    sizes: ModelSizes
+    passes: Passes
+    on_gpu: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number that is not trained."""
+        return _BYTES[self.config.model.dtype]
+
+    @property
+    def learned_rows(self) -> int:
+        """Rows of a batch for one sample of a micro-batch: of both passes of guidance, and of all calls of a loss."""
+        g, asked = self.geometry, self.config.passes.epochs * self.needs.trained
+        return max(1, g.learner_backward_passes // (g.transitions * asked)) * self.needs.policy_passes
+
+    @property
+    def rolled_rows(self) -> int:
+        """Rows of a batch for one sample of a rollout or of an evaluation, whichever has more."""
+        g, own = self.geometry, self.config.evaluation
+        guided = 0 < 2 * g.images * g.num_steps <= g.rollout_passes
+        judged = g.evaluation_passes > own.num_samples * evaluations(own.solver, own.num_steps)
+        return 2 if guided or judged else 1
+
+    def shards(self, stage: int) -> int:
+        """Return among how many ranks that is divided which ZeRO divides from ``stage`` on."""
+        learner = self.config.learner
+        sharded = 3 if learner.engine == "fsdp" else learner.zero_stage
+        return learner.ranks if sharded >= stage else 1
+
+
+def plan_memory(counted: Counted, teachers: Mapping[str, ModelSizes], num_texts: int = 0) -> Memory:
     """Return the bytes of a rollout worker, of a learner rank and of each teacher.
 
-    What could be trained is float32 everywhere. ``num_texts`` are those whose embeddings are kept on disk.
-
-    ``teachers`` are the sizes of those that are pipelines; all others are runs of the model, and of its size.
+    ``num_texts`` are those whose embeddings are kept on disk. ``teachers`` are the sizes of those that are pipelines;
+    all others are runs of the model, and of its size.
     """
-    element, learner = _BYTES[config.model.dtype], config.learner
-    text = sum(count for part, count in sizes.frozen.items() if part.startswith("text_encoder")) * element
-    others = sum(sizes.frozen.values()) * element - (0 if config.rollout.keeps_text_encoders else text)
-    lora = config.model.lora is not None
-    trainable = sizes.trainable * 4
-    base = sizes.transformer * element if lora else 0
-    trained = needs.trained
-    sharded = 3 if learner.engine == "fsdp" else learner.zero_stage
-    shards = [learner.ranks if sharded >= stage else 1 for stage in (1, 2, 3)]
-    guided = 2 if 0 < 2 * geometry.images * geometry.num_steps <= geometry.rollout_passes else 1
-    token = sizes.width * element * sizes.num_layers * (sizes.image_tokens + sizes.text_tokens)
-    micro = min(geometry.micro_batch_size, geometry.transitions_per_step) * guided
-    kept, all_kept = _KEPT_PER_TOKEN[learner.activation_checkpointing], _KEPT_PER_TOKEN["none"]
-    anew = 0 if kept == all_kept else all_kept // sizes.num_layers + 1  # of the one block that is at work
-    latent = math.prod(sizes.latent_shape) * 4
-    chunk = min(geometry.chunk_size, geometry.images) * guided
+    c, config = counted, counted.config
+    rolls = config.makes_images
     return Memory(
-        rollout_weights=others + base + trainable,
-        # Without gradients one layer's activations are alive at a time.
-        rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
-        learner_weights=(base + trainable) // shards[2] * trained,
-        learner_gradients=trainable // shards[1] * trained,
-        learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
-        learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,
-        learner_reference=_reference(needs, config.model.lora, base + trainable, trainable),
-        learner_activations=(kept + anew) * token * micro,
-        trajectories=geometry.images * (geometry.window_steps + 2) * latent,
+        rollout_network=network(c) if rolls else 0,
+        autoencoder=autoencoder(c) if rolls else 0,
+        text_encoders=text_encoders(c),
+        keeps_text_encoders=rolls and config.rollout.keeps_text_encoders,
+        rollout_activations=rollout_activations(c) if rolls else 0,
+        rollout_decoding=decoding(c) if rolls else 0,
+        learner_weights=learner_weights(c),
+        learner_gradients=gradients(c),
+        learner_optimizer=optimizer(c),
+        learner_ema=averages(c),
+        learner_reference=reference(c),
+        learner_frozen=frozen_beside(c, teachers.get("teacher")),
+        learner_activations=learner_activations(c),
+        learner_step=optimizer_step(c),
+        gradients_stay=c.geometry.micro_batches_per_step > config.learner.ranks,
+        trajectories=trajectories(c),
         teachers={
-            name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers
+            name: teachers[name].transformer * FLOAT32 if name in teachers else network(c) for name in c.needs.teachers
         },
         teachers_in_learner=not config.cluster.has_teacher_actors,
-        text_encoders=text,
-        keeps_text_encoders=config.rollout.keeps_text_encoders,
-        embeddings=num_texts * _embedding(config.model, element),
+        embeddings=num_texts * _embedding(config.model, c.element),
     )
+
+
+def frozen_base(c: Counted) -> int:
+    """Bytes of the network that a LoRA lies on, its buffers included; 0 without a LoRA."""
+    return (c.sizes.transformer + c.sizes.buffers) * c.element if c.config.model.lora is not None else 0
+
+
+def trained(c: Counted) -> int:
+    """Bytes of what is trained, and of the buffers of a network that is trained whole."""
+    return c.sizes.trainable * FLOAT32 + (c.sizes.buffers * c.element if c.config.model.lora is None else 0)
+
+
+def network(c: Counted) -> int:
+    """Bytes of a whole network."""
+    return frozen_base(c) + trained(c)
+
+
+def autoencoder(c: Counted) -> int:
+    return sum(count for part, count in c.sizes.frozen.items() if not part.startswith("text_encoder")) * c.element
+
+
+def text_encoders(c: Counted) -> int:
+    return sum(count for part, count in c.sizes.frozen.items() if part.startswith("text_encoder")) * c.element
+
+
+def rollout_activations(c: Counted) -> int:
+    """Bytes of the pass of a chunk, which is filled up where it has fewer samples."""
+    return c.passes.rolled.at(c.geometry.chunk_size * c.rolled_rows)
+
+
+def decoding(c: Counted) -> int:
+    """Bytes of the decoding of the images that are decoded at once."""
+    images = min(c.config.rollout.decode_batch_size, max(c.geometry.chunk_size, 1))
+    return c.passes.decoded.at(images)
+
+
+def learner_weights(c: Counted) -> int:
+    """Bytes of the networks that learn; ZeRO has a second copy of what a rank steps."""
+    own = network(c) // c.shards(3)
+    if c.config.learner.zero_stage:
+        own += c.sizes.trainable * FLOAT32 // c.shards(1)
+    return own * c.needs.trained
+
+
+def gradients(c: Counted) -> int:
+    return c.sizes.trainable * FLOAT32 // c.shards(2) * c.needs.trained
+
+
+def optimizer(c: Counted) -> int:
+    """Bytes of AdamW's moments."""
+    return c.sizes.trainable * FLOAT32 * _ADAM_MOMENTS // c.shards(1) * c.needs.trained
+
+
+def optimizer_step(c: Counted) -> int:
+    """Bytes that an update takes beside weights, gradients and moments: AdamW's denominators, which a GPU computes of
+    all weights at once and a CPU one after the other, and ZeRO's bucket."""
+    denominators = c.sizes.trainable * FLOAT32 // c.shards(1) if c.on_gpu else 0
+    bucket = min(_BUCKET, c.sizes.trainable) * FLOAT32 if c.config.learner.zero_stage else 0
+    return denominators + bucket
+
+
+def averages(c: Counted) -> int:
+    return c.sizes.trainable * FLOAT32 // c.shards(1) * len(c.config.learner.ema_decays)
+
+
+def reference(c: Counted) -> int:
+    """Bytes of a frozen copy of the network.
+
+    Without its adapter a LoRA's network is its own, unless the reference moves; with the one that the run began from,
+    the adapter alone is copied.
+    """
+    lora = c.config.model.lora
+    if c.needs.reference is None:
+        return 0
+    if lora is None or c.needs.reference.refresh is not None:
+        return network(c)
+    return 0 if lora.path is None else c.sizes.trainable * FLOAT32
+
+
+def frozen_beside(c: Counted, teacher: ModelSizes | None) -> int:
+    """Bytes of what else lies frozen in a learner's rank: the teacher of a training on latents, the average as a
+    network, and the autoencoder that pixels or features are made by."""
+    own = (teacher.transformer + teacher.buffers) * FLOAT32 if teacher is not None and c.needs.teacher else 0
+    own += network(c) if c.needs.average else 0
+    return own + (autoencoder(c) if c.needs.decoder or c.needs.features else 0)
+
+
+def learner_activations(c: Counted) -> int:
+    """Bytes that the forward and backward pass of a micro-batch holds, casts of weights by autocast included.
+
+    A layer whose weights lie in shards is gathered for its pass, and the next one with it.
+    """
+    micro = min(c.geometry.micro_batch_size, c.geometry.transitions_per_step)
+    gathered = 2 * network(c) // c.sizes.num_layers if c.shards(3) > 1 else 0
+    return c.passes.learned.at(micro * c.learned_rows) + gathered
+
+
+def trajectories(c: Counted) -> int:
+    """Bytes of an iteration's states, in the memory of the machine."""
+    return c.geometry.images * (c.geometry.window_steps + 2) * math.prod(c.sizes.latent_shape) * FLOAT32
 
 
 def _embedding(model: ModelConfig, element: int) -> int:
@@ -117,16 +268,3 @@ def _embedding(model: ModelConfig, element: int) -> int:
     directory = open_directory(model)
     rows = directory.family.text_shapes(directory, model.max_sequence_length)
     return sum(math.prod(shape) * (1 if name == "mask" else element) for name, shape in rows.items())
-
-
-def _reference(needs: Needs, lora: LoraConfig | None, network: int, trainable: int) -> int:
-    """Return the bytes of a frozen copy of the network.
-
-    Without its adapter a LoRA's network is its own, unless the reference moves; with the one that the run began from,
-    the adapter alone is copied.
-    """
-    if needs.reference is None:
-        return 0
-    if lora is None or needs.reference.refresh is not None:
-        return network
-    return 0 if lora.path is None else trainable

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.models.inspect import trained_parameters
+from flowalign.plan.disk import Size, checkpoint_size
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import HIDDEN, SPARE, CheckpointError
 from flowalign.record.disk import free_bytes, on_disk, size_text
 from flowalign.record.manifest import manifest_of, manifests
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes of a checkpoint and of its largest file, at the least."""
-
-    whole: int
-    largest: int
 
 
 def check_room(config: RunConfig, run_dir: Path) -> str | None:
@@ -94,8 +85,4 @@ def _size(config: RunConfig, root: Path) -> Size | None:
     count = trained_parameters(config.model)
     if count is None:
         return None
-    averages = len(config.learner.ema_decays)
-    ranks = max(config.learner.ranks, int(os.environ.get("WORLD_SIZE", "1")))
-    divided = config.learner.zero_stage > 0 or config.learner.engine == "fsdp"
-    moments = 2 if divided else 2 * ranks  # where they are not divided each rank has all
-    return Size(count * 4 * (1 + averages + moments) + SPARE, count * (4 if divided else 8))
+    return checkpoint_size(config, count)

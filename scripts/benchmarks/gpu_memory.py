@@ -45,7 +45,7 @@ def _learns(bench: Bench, name: str, kind: str) -> dict[str, Any]:
     with bench.peak() as found:
         update(1)
         update(1)
-    beyond = planned.learner_gradients + planned.learner_optimizer + planned.learner_activations
+    beyond = planned.learner_optimizer + planned.learner_working
     return _beside(weights, found["bytes"], planned.learner_weights, beyond)
 
 
@@ -69,6 +69,7 @@ def _planned(bench: Bench, name: str, kind: str) -> tuple[Memory, int, Any]:
             "rewards": ["jpeg"],
             "rollout": {"chunk_size": size.rolled},
             "learner": {"engine": "torch", "micro_batch_size": size.micro},
+            "cluster": {"backend": "local", "device": str(bench.device)},
             "evaluation": {"every": 0},
         }
     )

@@ -341,6 +341,18 @@ def test_an_image_beyond_the_positions_of_a_model_is_refused_before_it_is_drawn(
             model.latent_shape(height, width)
 
 
-def test_plan_says_that_it_takes_alignments_only() -> None:
-    shown = CliRunner().invoke(app, ["plan", "--help"])
-    assert "takes alignments only" in " ".join(shown.output.replace("│", " ").split())
+def test_plan_answers_of_gpus_in_its_object_and_refuses_those_that_it_does_not_know(config_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["plan", str(config_path), "--json", "--gpus", "2xh100", "--mfu", "0.5"])
+    assert shown.exit_code == 0
+    made = json.loads(shown.stdout.splitlines()[-1])["answer"]
+    assert made["fits"] and made["gpus"]["name"] == "H100" and made["mfu"] == 0.5 and made["seconds"]["iteration"] > 0
+    assert shown.stderr.splitlines()[-1] == "fits"
+    for options, said in {
+        ("--gpus", "8xH1000"): "--gpus: no GPU H1000 is known; did you mean H100",
+        ("--gpus", "8"): "--gpus: 8 does not say what they hold; add --memory 80GiB",
+        ("--gpus", "0xH100"): "--gpus: 0xH100 is no number of GPUs",
+        ("--memory", "80"): "--memory: got '80'; write what one GPU holds",
+        ("--mfu", "0.5"): "--mfu: is a share of the peak of known GPUs",
+    }.items():
+        shown = CliRunner().invoke(app, ["plan", "absent.yaml", *options])  # before any file is read
+        assert shown.exit_code == 2 and shown.stderr.startswith(f"error: {said}"), shown.stderr

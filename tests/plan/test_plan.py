@@ -84,7 +84,9 @@ def test_zero_shards_optimizer_gradients_and_weights_in_turn(config_path: Path) 
     stages = [plan(config_path, *engine, f"learner.zero_stage={stage}").memory for stage in (1, 2, 3)]
     assert [m.learner_optimizer * 2 for m in stages] == [whole.learner_optimizer] * 3
     assert [m.learner_gradients * 2 for m in stages] == [whole.learner_gradients * n for n in (2, 1, 1)]
-    assert stages[2].learner_weights < stages[1].learner_weights == whole.learner_weights
+    assert stages[2].learner_weights < stages[1].learner_weights == stages[0].learner_weights
+    copies = stages[0].learner_weights - whole.learner_weights  # of what a rank steps, beside the network's own
+    assert copies * 2 == whole.learner_gradients
     averaged = (plan(config_path, *engine, f"learner={{zero_stage: {s}, ema_decay: 0.9}}").memory for s in (0, 1))
     assert [m.learner_ema for m in averaged] == [whole.learner_gradients, whole.learner_gradients // 2]
 
@@ -93,7 +95,7 @@ def test_activations_that_are_computed_anew_take_less_and_blocks_cost_a_pass(con
     none, selective, blocks = (
         plan(config_path, f"learner.activation_checkpointing={how}") for how in ("none", "selective", "blocks")
     )
-    assert none.memory.learner_activations > selective.memory.learner_activations > blocks.memory.learner_activations
+    assert none.memory.learner_activations > selective.memory.learner_activations >= blocks.memory.learner_activations
     assert none.learner_flops == selective.learner_flops
     assert blocks.learner_flops * 3 == none.learner_flops * 4  # of forward, 2 backward and 1 forward again
     deep = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml"
@@ -161,7 +163,9 @@ def test_a_transition_is_asked_of_one_teacher_once_and_of_the_policy_in_every_ep
 
 def test_a_reference_is_a_copy_of_the_network_unless_a_lora_can_be_switched_off(config_path: Path) -> None:
     lora = "model.lora={rank: 4, alpha: 8}"
-    network = plan(config_path).model.transformer * 4
+    model = plan(config_path).model
+    network = (model.transformer + model.buffers) * 4
+    assert model.buffers == 8 * 8 * 64  # the table of positions
     for overrides, bytes_ in (
         ((), 0),
         (("algorithm.beta=0.1",), network),

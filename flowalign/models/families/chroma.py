@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.models.coding import SIXTEEN_CHANNELS
 from flowalign.models.families import flux
 from flowalign.models.family import ModelFamily, Published, SmallFiles
 from flowalign.models.packing import packed, unpacked
@@ -62,7 +63,6 @@ _NETWORK: dict[str, Any] = {  # lodestones/Chroma1-HD, transformer/config.json
     "approximator_hidden_dim": 5120,
     "approximator_layers": 5,
 }
-_VAE = {"block_out_channels": [128, 256, 512, 512]}
 _FROZEN = {"vae": 83_819_683, "text_encoder": 4_762_310_656}  # FLUX.1's autoencoder and T5
 
 FAMILY = ModelFamily(
@@ -82,7 +82,7 @@ FAMILY = ModelFamily(
     masked=True,
     published={
         "chroma1-hd": Published(
-            "Chroma1-HD", {"transformer": _NETWORK, "vae": _VAE, "scheduler": {"shift": 3.0}}, _FROZEN
+            "Chroma1-HD", {"transformer": _NETWORK, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": 3.0}}, _FROZEN
         )
     },
 )

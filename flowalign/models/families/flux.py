@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.models.coding import SIXTEEN_CHANNELS
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, heads_and_layers
 from flowalign.models.packing import packed, unpacked
 from flowalign.models.scheduler import to_one_nth
@@ -85,7 +86,6 @@ _NETWORK: dict[str, Any] = {  # transformer/config.json
     "joint_attention_dim": 4096,
     "pooled_projection_dim": 768,
 }
-_VAE = {"block_out_channels": [128, 256, 512, 512]}
 _FROZEN = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}  # CLIP-L, T5-XXL
 _ENCODER_BYTES = 167_666_902 + 246_144_152 + 9_524_621_312  # bfloat16, in the order of the parts
 _SHIFT = {
@@ -98,7 +98,7 @@ _SHIFT = {
 
 
 def _published(name: str, scheduler: Config, file_bytes: int, **network: bool) -> Published:
-    parts = {"transformer": {**_NETWORK, **network}, "vae": _VAE, "scheduler": scheduler}
+    parts = {"transformer": {**_NETWORK, **network}, "vae": SIXTEEN_CHANNELS, "scheduler": scheduler}
     return Published(name, parts, _FROZEN, file_bytes + _ENCODER_BYTES)
 
 

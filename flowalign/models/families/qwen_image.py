@@ -92,7 +92,8 @@ _NETWORK: dict[str, Any] = {  # Qwen/Qwen-Image, transformer/config.json
 }
 _SCHEDULER = {"use_dynamic_shifting": True, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
 _FROZEN = {"vae": 126_892_531, "text_encoder": 8_292_166_656}  # Qwen2.5-VL-7B
-_PARTS = {"transformer": _NETWORK, "vae": {"temperal_downsample": [False, True, True]}, "scheduler": _SCHEDULER}
+_VAE = {"_class_name": "AutoencoderKLQwenImage", "temperal_downsample": [False, True, True]}
+_PARTS = {"transformer": _NETWORK, "vae": _VAE, "scheduler": _SCHEDULER}
 
 FAMILY = ModelFamily(
     name="qwen_image",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.models.coding import SIXTEEN_CHANNELS
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles
 from flowalign.types import Guidance
@@ -99,12 +100,11 @@ _NETWORK: dict[str, Any] = {  # Tongyi-MAI/Z-Image-Turbo and Z-Image, transforme
     "rope_theta": 256.0,
     "t_scale": 1000.0,
 }
-_VAE = {"block_out_channels": [128, 256, 512, 512]}
 _FROZEN = {"vae": 83_819_683, "text_encoder": 4_022_468_096}  # FLUX.1's autoencoder, Qwen3-4B
 
 
 def _published(name: str, shift: float, file_bytes: int | None = None) -> Published:
-    parts = {"transformer": _NETWORK, "vae": _VAE, "scheduler": {"shift": shift}}
+    parts = {"transformer": _NETWORK, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": shift}}
     return Published(name, parts, _FROZEN, file_bytes)
 
 

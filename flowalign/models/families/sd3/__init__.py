@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowalign.config.sections import TransformerConfig
+from flowalign.models.coding import SIXTEEN_CHANNELS
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Config, Geometry, ModelFamily, Published, SmallFiles, TextPart
 from flowalign.record.textfiles import TextError, read_object
@@ -146,12 +147,14 @@ FAMILY = ModelFamily(
     published={
         "stable-diffusion-3.5-medium": Published(
             "Stable Diffusion 3.5 medium",
-            {"transformer": _MEDIUM, "scheduler": {"shift": 3.0}},
+            {"transformer": _MEDIUM, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": 3.0}},
             _FROZEN,
             file_bytes=4_939_433_672 + _FROZEN_BYTES,
         ),
         "stable-diffusion-3.5-large": Published(
-            "Stable Diffusion 3.5 large", {"transformer": _LARGE, "scheduler": {"shift": 3.0}}, _FROZEN
+            "Stable Diffusion 3.5 large",
+            {"transformer": _LARGE, "vae": SIXTEEN_CHANNELS, "scheduler": {"shift": 3.0}},
+            _FROZEN,
         ),
     },
 )
