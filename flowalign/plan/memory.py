@@ -187,8 +187,9 @@ def text_encoders(c: Counted) -> int:
 
 
 def rollout_activations(c: Counted) -> int:
-    """Bytes of the pass of a chunk, which is filled up where it has fewer samples."""
-    return c.passes.rolled.at(c.geometry.chunk_size * c.rolled_rows)
+    """Bytes of the pass of a chunk, filled up where it has fewer samples; a compiled network keeps what learns."""
+    line = c.passes.learned if c.config.rollouts_compile else c.passes.rolled
+    return line.at(c.geometry.chunk_size * c.rolled_rows)
 
 
 def decoding(c: Counted) -> int:

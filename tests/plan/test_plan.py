@@ -106,6 +106,12 @@ def test_activations_that_are_computed_anew_take_less_and_blocks_cost_a_pass(con
     assert kept[1] < kept[0] / 2 and kept[2] < kept[0] / 10
 
 
+def test_a_chunk_of_a_compiled_network_holds_what_a_micro_batch_of_its_size_does(config_path: Path) -> None:
+    sizes = ("rollout.chunk_size=4", "learner.micro_batch_size=4")
+    plain, compiled = (plan(config_path, *sizes, f"learner.compile={how}").memory for how in ("false", "true"))
+    assert plain.rollout_activations < compiled.rollout_activations == compiled.learner_activations
+
+
 def test_odd_geometry_is_noted(config_path: Path) -> None:
     notes = plan(config_path, "learner.micro_batch_size=100", "cluster.rollout_workers=9").notes
     assert any("exceeds the 24 transitions" in note for note in notes)
