@@ -97,6 +97,7 @@ class TransformerConfig(Section):
 InputName = Literal["r", "guidance"]
 AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
 ActivationCheckpointing = Literal["none", "blocks", "selective"]
+Offloading = Literal["none", "host", "disk"]
 
 
 class ModelConfig(Section):
@@ -294,6 +295,12 @@ class UpdatesConfig(Section):
     """What a backward pass computes anew in the place of keeping it; no bit changes. ``blocks``: all inside a
     transformer block. ``selective``: all but products of matrices and attention.
     """
+    offload: Annotated[Offloading, MayChange()] = "none"
+    """Where the optimizer's moments, averages and frozen blocks lie but for the piece at work; no bit changes.
+    ``host``: pinned memory beside a GPU. ``disk``: mapped files.
+    """
+    offload_dir: Annotated[str | None, Resolved("written"), MayChange()] = None
+    """Folder of the files of ``disk``, on a disk of the learner's machine; null: the run's own."""
     compile: bool = False
     """The network by ``torch.compile``."""
 
@@ -316,6 +323,10 @@ class UpdatesConfig(Section):
             raise ValueError(
                 "activation_checkpointing: a compiled network chooses this by itself; turn one of them off"
             )
+        if self.compile and self.offload != "none":
+            raise ValueError("offload: a compiled network has no blocks to bring in; turn one of them off")
+        if self.offload_dir is not None and self.offload != "disk":
+            raise ValueError(f"offload_dir: is of offload=disk, and offload is {self.offload}; leave it out")
         if self.zero_stage == 3 and self.activation_checkpointing == "selective":
             raise ValueError(
                 "activation_checkpointing: ZeRO stage 3 changes in place what selective keeps; write blocks"

@@ -57,6 +57,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gradient_clipping", "grad_clip", "clip_grad_norm", "clip_grad", "max_norm"), _NORM),
     **dict.fromkeys(("use_ema", "ema", "ema_rate", "ema_beta"), ("learner.ema_decay",)),
     **dict.fromkeys(("use_compile", "torch_compile"), ("learner.compile",)),
+    **dict.fromkeys(("cpu_offload", "offload_optimizer", "offload_param", "fsdp_offload"), ("learner.offload",)),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "ac_mode"), _RECOMPUTED),
     **dict.fromkeys(("attn_implementation", "attention_backend", "attn_mode"), ("model.attention",)),
     **dict.fromkeys(("use_flash_attn", "flash_attention", "use_flash_attention"), ("model.attention",)),

@@ -11,6 +11,7 @@ from torch import nn
 
 from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.models.blocks import blocks_of
 from flowalign.models.directory import Directory, open_directory, read_sizes
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
@@ -18,7 +19,10 @@ from flowalign.models.family import ModelFamily
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two)."""
+    """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two).
+
+    ``blocks`` are the parameters of the ``transformer`` that lie in its blocks.
+    """
 
     source: str
     transformer: int
@@ -30,6 +34,7 @@ class ModelSizes:
     text_tokens: int
     width: int
     num_layers: int
+    blocks: int
 
 
 def inspect_model(model: ModelConfig) -> ModelSizes:
@@ -62,6 +67,7 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
         text_tokens=rows["tokens"][0],
         width=width,
         num_layers=num_layers,
+        blocks=sum(p.numel() for block in blocks_of(network) for p in block.parameters()),
     )
 
 

@@ -165,7 +165,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             f"{_size(memory.learner_rank)}: weights {_size(memory.learner_weights)}, "
             f"gradients {_size(memory.learner_gradients)}, optimizer {_size(memory.learner_optimizer)}, "
             f"EMA {_size(memory.learner_ema)}, reference {_size(memory.learner_reference)}, "
-            f"activations about {_size(memory.learner_activations)}",
+            f"activations about {_size(memory.learner_activations)}{_offloaded(memory)}",
         ),
         ("trajectories", f"{_size(memory.trajectories)} an iteration"),
         *([("embeddings", _embeddings(memory, plan.num_texts))] if plan.num_texts else []),
@@ -183,6 +183,11 @@ def _embeddings(memory: Memory, num_texts: int) -> str:
         f"of {_count(num_texts, 'text')}, at most {_size(memory.embeddings)} on disk; "
         f"text encoders of {_size(memory.text_encoders)}, {kept}"
     )
+
+
+def _offloaded(memory: Memory) -> str:
+    away = memory.learner_offloaded
+    return f"; {_size(away)} of these are kept off the device, and not counted" if away else ""
 
 
 def _count(count: int, what: str, ending: str = "s") -> str:

@@ -12,6 +12,7 @@ from flowalign.config.sections import LoraConfig, ModelConfig
 from flowalign.models.directory import open_directory
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
+from flowalign.plan.offloaded import offloaded_bytes
 
 # Bytes a token and layer keep for the backward pass, in units of width × element size
 # (arXiv:2205.05198, eq. 1, without the attention scores, which fused attention never stores).
@@ -33,6 +34,7 @@ class Memory:
     process of their own encodes what is not among the ``embeddings``, the most bytes of those on disk.
 
     ``teachers``, by name, are each in an actor of its own or, with ``teachers_in_learner``, all in every learner rank.
+    ``learner_offloaded`` are those of a rank's parts that ``learner.offload`` keeps off its device.
     """
 
     rollout_weights: int
@@ -49,6 +51,7 @@ class Memory:
     text_encoders: int = 0
     keeps_text_encoders: bool = True
     embeddings: int = 0
+    learner_offloaded: int = 0
 
     @property
     def rollout_worker(self) -> int:
@@ -58,7 +61,8 @@ class Memory:
     def learner_rank(self) -> int:
         weights = self.learner_weights + self.learner_gradients + self.learner_optimizer
         inside = sum(self.teachers.values()) if self.teachers_in_learner else 0
-        return weights + self.learner_ema + self.learner_reference + inside + self.learner_activations
+        held = weights + self.learner_ema + self.learner_reference + inside + self.learner_activations
+        return held - self.learner_offloaded
 
 
 def plan_memory(
@@ -91,24 +95,31 @@ def plan_memory(
     anew = 0 if kept == all_kept else all_kept // sizes.num_layers + 1  # of the one block that is at work
     latent = math.prod(sizes.latent_shape) * 4
     chunk = min(geometry.chunk_size, geometry.images) * guided
+    moments = sizes.trainable * _ADAM_MOMENTS // shards[0] * trained
+    average = trainable // shards[0] if learner.ema_decay is not None else 0
+    reference = _reference(needs, config.model.lora, base + trainable, trainable)
+    taught = {name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers}
+    whole = [base * trained if sharded < 3 else 0, 0 if lora and reference <= trainable else reference]
+    whole += [] if config.cluster.has_teacher_actors else taught.values()
     return Memory(
         rollout_weights=others + base + trainable,
         # Without gradients one layer's activations are alive at a time.
         rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
         learner_weights=(base + trainable) // shards[2] * trained,
         learner_gradients=trainable // shards[1] * trained,
-        learner_optimizer=sizes.trainable * _ADAM_MOMENTS // shards[0] * trained,
-        learner_ema=trainable // shards[0] if learner.ema_decay is not None else 0,
-        learner_reference=_reference(needs, config.model.lora, base + trainable, trainable),
+        learner_optimizer=moments,
+        learner_ema=average,
+        learner_reference=reference,
         learner_activations=(kept + anew) * token * micro,
         trajectories=geometry.images * (geometry.window_steps + 2) * latent,
-        teachers={
-            name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers
-        },
+        teachers=taught,
         teachers_in_learner=not config.cluster.has_teacher_actors,
         text_encoders=text,
         keeps_text_encoders=config.rollout.keeps_text_encoders,
         embeddings=num_texts * _embedding(config.model, element),
+        learner_offloaded=offloaded_bytes(
+            learner, config.device, sizes, moments=moments, averages=average, frozen=whole
+        ),
     )
 
 

@@ -33,6 +33,7 @@ from flowalign.record.checkpoint import CheckpointError, content_hash
 from flowalign.run.collecting import Request
 from flowalign.run.encoded import rollout_embeddings
 from flowalign.run.learner import Learner
+from flowalign.run.offloaded import offload_of
 from flowalign.run.previews import preview_of
 from flowalign.run.roles import precise, roles_of
 from flowalign.run.second import is_second, restore_second, second_settings, second_state
@@ -222,7 +223,8 @@ class LearnerWorker:
             self.validation = validation_of(config)
         own, ema = config.learner, None
         if own.ema_decays:
-            ema = Averages(engine, own.ema_decays, every=own.ema_every, warmup=own.ema_warmup)
+            kept: dict[str, Any] = {"every": own.ema_every, "warmup": own.ema_warmup, "offload": settings.offload}
+            ema = Averages(engine, own.ema_decays, **kept)
         self.learner = Learner(
             algorithm,
             roles.models,
@@ -339,4 +341,5 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         optimizer=learner.optimizer,
         compile=learner.compile,
         schedule=config.learning_rate_at,
+        offload=offload_of(config),
     )
