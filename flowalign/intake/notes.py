@@ -70,7 +70,7 @@ def _no_host(config: RunConfig) -> list[str]:
     """Note pinned memory where there is no other."""
     if config.learner.offload != "host" or config.device != "cpu":
         return []
-    return ["learner.offload: host is memory beside a GPU's; on a CPU it is the same as none, and disk is not"]
+    return ["learner.offload: host is memory beside a GPU's, and on a CPU the same as none; disk takes less"]
 
 
 def _notes_of_alignment(config: AlignConfig) -> list[str]:

@@ -4,15 +4,18 @@
 
 The same network learns from the same batches with and without it, each time in a process of its own, whole and by a
 LoRA, and keeps an average; that losses, weights and moments are the same to the bit is checked. ``resident_mib`` is
-what the kernel counts of a process (RSS) between two updates, less what it counted before there was a network;
-``peak_mib`` the same at its highest (VmHWM) from the third update on. ``of_plan`` is what fell, of what
-`flowalign plan` says. ``seconds`` are medians of an update, with the least and the most: the files' pages stay with the system where it
-has room, and with ``--cold`` they are written and dropped before each update.
+what the kernel counts of a process (RSS) between two updates, less what it counted before there was a network, and
+without what the allocator holds that nobody uses. ``peak_mib`` is the same at its highest (VmHWM) from the third update
+on. ``of_plan`` is what fell, as a share of what `flowalign plan` says.
+
+``seconds`` are medians of an update, with the least and the most. The files' pages stay with the system where it has
+room; with ``--cold`` they are written and dropped before each update.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -49,6 +52,11 @@ def resident(key: str = "VmRSS") -> int:
     return 1024 * int(told[key].split()[0])
 
 
+def trim() -> None:
+    """Let the allocator give back what nobody uses: with glibc's own thresholds it may keep what a network has left."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Learn in one way, and say what the kernel counts."""
     torch.set_num_threads(options.threads)
@@ -64,6 +72,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     empty = TrainBatch({}, Condition({}, {}, none, none), {})
     for step in range(options.repeats + 2):
         if step == 2:
+            trim()
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
         if options.cold:
             for file in mapped:
@@ -74,6 +83,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         average.update()
         taken.append(time.perf_counter() - began)
         losses.append(found["loss"])
+    trim()
     held, peak = resident() - before, resident("VmHWM") - before
     return {
         "hash": content_hash({**engine.weights(), **engine.optimizer_state()[0], **average.weights()}),

@@ -12,6 +12,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.cli.terminal import console, print_rows
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.engine.piecewise import PIECE
 from flowalign.flow.solvers import evaluations
 from flowalign.flow.solvers.heun import solve as heun
 from flowalign.intake.file import load_align
@@ -102,6 +103,23 @@ def test_activations_that_are_computed_anew_take_less_and_blocks_cost_a_pass(con
         for how in ("none", "selective", "blocks")
     ]
     assert kept[1] < kept[0] / 2 and kept[2] < kept[0] / 10
+
+
+def test_what_is_kept_on_disk_is_not_counted(config_path: Path) -> None:
+    none, disk = (plan(config_path, f"learner={{offload: {how}, ema_decay: 0.9}}") for how in ("none", "disk"))
+    piece = 2 * 4 * PIECE
+    assert none.memory.learner_offloaded == 0 and disk.memory.learner_optimizer == none.memory.learner_optimizer
+    moments = max(0, none.memory.learner_optimizer - piece)
+    assert disk.memory.learner_offloaded == moments + none.memory.learner_ema
+    assert disk.memory.learner_rank == none.memory.learner_rank - disk.memory.learner_offloaded
+    assert plan(config_path, "learner.offload=host").memory.learner_offloaded == 0  # on a CPU
+    deep, by_lora = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml", "learner.offload=disk"
+    kept, away = plan(deep), plan(deep, by_lora)
+    frozen = away.memory.learner_offloaded - max(0, away.memory.learner_optimizer - piece) - away.memory.learner_ema
+    assert 0.8 * kept.memory.learner_weights < frozen < kept.memory.learner_weights
+    shards = ("cluster.backend=ray", "learner.engine=fsdp", "learner.ranks=2", "learner.zero_stage=0")
+    assert plan(deep, by_lora, *shards).memory.learner_offloaded < away.memory.learner_offloaded - frozen / 2
+    assert "are kept off the device, and not counted" in dict(plan_rows(away))["learner rank"]
 
 
 def test_odd_geometry_is_noted(config_path: Path) -> None:
