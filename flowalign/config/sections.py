@@ -98,6 +98,7 @@ InputName = Literal["r", "guidance"]
 AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
 ActivationCheckpointing = Literal["none", "blocks", "selective"]
 Offloading = Literal["none", "host", "disk"]
+BaseDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class ModelConfig(Section):
@@ -129,6 +130,10 @@ class ModelConfig(Section):
     """
     lora: LoraConfig | None = None
     """A LoRA that is trained in place of all weights."""
+    base_dtype: BaseDtype | None = None
+    """Precision in which a LoRA's frozen base is stored, in rollouts and learner alike; null: ``dtype``. ``int8``:
+    linear layers of the blocks, one scale an output.
+    """
     family: PathFamilyName | None = None
     """Meaning of the network's output; null: as the directory records it, else ``rf``."""
     inputs: list[InputName] | None = None
@@ -137,9 +142,14 @@ class ModelConfig(Section):
     """A fresh network to begin with; null: the directory's own."""
 
     @model_validator(mode="after")
-    def _mmdit_alone_has_inputs(self) -> ModelConfig:
+    def _together(self) -> ModelConfig:
         if self.inputs and self.transformer is not None and self.transformer.architecture != "mmdit":
             raise ValueError("model.inputs: only an mmdit takes more inputs; leave them out")
+        if self.base_dtype is not None and self.lora is None:
+            raise ValueError(
+                f"base_dtype: {self.base_dtype} is of what a LoRA leaves frozen, and all weights are trained; "
+                "train a model.lora, or leave it out"
+            )
         return self
 
 

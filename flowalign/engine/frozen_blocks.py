@@ -1,14 +1,14 @@
 """Frozen weights of a network's blocks that are kept off the device, and brought in block by block.
 
-On a CPU they are mapped files themselves: work on them brings pages in, and once a block is done they are given back.
-Elsewhere the memory of a weight on the device is emptied and filled again; what autograd has saved of it, which are
+On a CPU they are the mapped files themselves: work on them brings pages in, which are given back once a block is done.
+Otherwise the memory of a weight on the device is emptied and filled again; what autograd has saved of it, which are
 views, sees that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowalign.engine.offload import Offload, Room
 from flowalign.models.blocks import blocks_of
+from flowalign.models.stored_linear import StoredLinear
 
 
 class FrozenBlocks:
@@ -31,10 +32,11 @@ class FrozenBlocks:
         self._device = device
         self._module = module
         blocks = list(blocks_of(module))
-        users = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
-        self._own = [[p for p in block.parameters() if not p.requires_grad and users[id(p)] == 1] for block in blocks]
+        users = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        self._own = [[p for p in _frozen(block) if users[id(p)] <= 1] for block in blocks]
         named = {f"{i}.{j}": p for i, own in enumerate(self._own) for j, p in enumerate(own)}
         self._room: Room = offload.room(named)
+        self._direct = self._room.direct and device.type == "cpu"
         self._homes = {id(p): self._room.tensors[name] for name, p in named.items()}
         self._in: int | None = None
         with torch.no_grad():
@@ -44,10 +46,10 @@ class FrozenBlocks:
             block.register_forward_pre_hook(partial(self._before, i))
             block.register_forward_hook(partial(self._after, i))
 
-    def _take(self, parameter: nn.Parameter) -> None:
+    def _take(self, parameter: Tensor) -> None:
         home = self._homes[id(parameter)]
         home.copy_(parameter.detach())
-        if self._device.type == "cpu":
+        if self._direct:
             parameter.data = home
         else:
             parameter.data = torch.empty_like(home, device=self._device, pin_memory=False)
@@ -72,7 +74,7 @@ class FrozenBlocks:
             return
         self.put_away()
         self._in = block
-        if self._device.type == "cpu":
+        if self._direct:
             return
         for parameter in self._own[block]:
             home, memory = self._homes[id(parameter)], parameter.untyped_storage()
@@ -85,7 +87,7 @@ class FrozenBlocks:
         if self._in is None:
             return
         for parameter in self._own[self._in]:
-            if self._device.type != "cpu":
+            if not self._direct:
                 parameter.untyped_storage().resize_(0)
             self._room.release(self._homes[id(parameter)])
         self._in = None
@@ -105,12 +107,18 @@ class FrozenBlocks:
                     self._room.release(held[name])
 
 
+def _frozen(block: nn.Module) -> Iterator[Tensor]:
+    """Yield the frozen parameters of a block, and the weights of a base that is stored smaller."""
+    yield from (p for p in block.parameters() if not p.requires_grad)
+    yield from (part.weight for part in block.modules() if isinstance(part, StoredLinear))  # type: ignore[misc]
+
+
 def offload_blocks(module: nn.Module, offload: Offload | None, device: torch.device | str) -> FrozenBlocks | None:
     """Keep the frozen weights of a module's blocks where ``offload`` says, from now on; None where there are none.
 
     Raises:
         DiskError: the disk has no room for them.
     """
-    if offload is None or all(p.requires_grad for block in blocks_of(module) for p in block.parameters()):
+    if offload is None or not any(True for block in blocks_of(module) for _ in _frozen(block)):
         return None
     return FrozenBlocks(module, offload, torch.device(device))

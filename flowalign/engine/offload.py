@@ -25,9 +25,10 @@ WHAT = "what learner.offload keeps on disk"
 
 
 class Room(Protocol):
-    """Tensors on the CPU, by name."""
+    """Tensors on the CPU, by name. Those that are ``direct`` are worked on where they lie, if that is on a CPU."""
 
     tensors: dict[str, Tensor]
+    direct: bool
 
     def release(self, tensor: Tensor) -> None:
         """Give back the memory of a tensor of this room, or of a part of one; what it holds is kept."""
@@ -51,6 +52,8 @@ class Offload:
 
 
 class _Pinned:
+    direct = False
+
     def __init__(self, like: Mapping[str, Tensor]) -> None:
         pinned = torch.cuda.is_available()
         self.tensors = {name: torch.zeros_like(t, device="cpu", pin_memory=pinned) for name, t in like.items()}
@@ -60,6 +63,8 @@ class _Pinned:
 
 
 class _Mapped:
+    direct = True
+
     def __init__(self, like: Mapping[str, Tensor], folder: Path) -> None:
         self.tensors: dict[str, Tensor] = {}
         places, size = {}, 0
@@ -96,10 +101,10 @@ class _Mapped:
 @contextmanager
 def at_work(room: Room, tensor: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Bring a tensor of ``room``, or a part of one, to ``device``, where it may be changed in place inside."""
-    if device.type == "cpu":
+    if room.direct and device.type == "cpu":
         yield tensor
     else:
-        there = tensor.to(device, non_blocking=True)
+        there = tensor.to(device, non_blocking=True, copy=True)
         yield there
         tensor.copy_(there)
     room.release(tensor)

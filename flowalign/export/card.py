@@ -226,6 +226,7 @@ def _alignment(config: Sampled, state: Row, kind: str) -> dict[str, str]:
     assert isinstance(config, AlignConfig)
     averaged = ", averaged weights (EMA)" if kind.startswith("ema") else ""
     trained = "all transformer weights" if config.model.lora is None else text(config.model.lora.described)
+    trained += "" if config.model.base_dtype is None else f", on a base in {config.model.base_dtype}"
     return {
         "Algorithm": f"{text(config.algorithm['type'])} · {trained}{averaged}",
         "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",

@@ -71,6 +71,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrained_model", "pretrained", "model_path", "model_id", "base_model"), _MODEL),
     **dict.fromkeys(("teacher_model", "teacher_path", "teacher_model_name_or_path"), ("teacher.path",)),
     **dict.fromkeys(("use_lora", "lora", "finetune_type", "lora_config", "peft"), ("model.lora",)),
+    **dict.fromkeys(("load_in_8bit", "quantize_base", "quantization", "base_quantization"), ("model.base_dtype",)),
     **dict.fromkeys(("lora_rank", "lora_r"), ("model.lora.rank",)),
     "lora_alpha": ("model.lora.alpha",),
     **dict.fromkeys(("lora_path", "adapter_path", "adapter_name_or_path", "lora_weights"), ("model.lora.path",)),

@@ -23,7 +23,7 @@ _KEPT_PER_TOKEN = {
 }
 _KEPT_FORWARD = 8
 _ADAM_MOMENTS = 8
-_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ def plan_memory(
     others = sum(sizes.frozen.values()) * element - (0 if config.rollout.keeps_text_encoders else text)
     lora = config.model.lora is not None
     trainable = sizes.trainable * 4
-    base = sizes.transformer * element if lora else 0
+    stored = _stored(config.model, element)
+    # Beside its blocks a base is as it is loaded, which is float32 where that is asked for.
+    base = sizes.blocks * stored + (sizes.transformer - sizes.blocks) * max(stored, element) if lora else 0
+    # Weights that are stored smaller than they were loaded are in no shards.
+    whole = sizes.blocks * stored if lora and stored < element else 0
     trained = needs.trained
     sharded = 3 if learner.engine == "fsdp" else learner.zero_stage
     shards = [learner.ranks if sharded >= stage else 1 for stage in (1, 2, 3)]
@@ -99,13 +103,15 @@ def plan_memory(
     average = trainable // shards[0] if learner.ema_decay is not None else 0
     reference = _reference(needs, config.model.lora, base + trainable, trainable)
     taught = {name: teachers[name].transformer * 4 if name in teachers else base + trainable for name in needs.teachers}
-    whole = [base * trained if sharded < 3 else 0, 0 if lora and reference <= trainable else reference]
-    whole += [] if config.cluster.has_teacher_actors else taught.values()
+    blocks = sizes.blocks * (stored if lora else 4)
+    frozen = [blocks * trained if lora and sharded < 3 else 0, blocks if reference > (trainable if lora else 0) else 0]
+    if not config.cluster.has_teacher_actors:
+        frozen += [teachers[name].blocks * 4 if name in teachers else blocks for name in needs.teachers]
     return Memory(
         rollout_weights=others + base + trainable,
         # Without gradients one layer's activations are alive at a time.
         rollout_activations=_KEPT_FORWARD * token // sizes.num_layers * chunk,
-        learner_weights=(base + trainable) // shards[2] * trained,
+        learner_weights=((base + trainable - whole) // shards[2] + whole) * trained,
         learner_gradients=trainable // shards[1] * trained,
         learner_optimizer=moments,
         learner_ema=average,
@@ -118,9 +124,14 @@ def plan_memory(
         keeps_text_encoders=config.rollout.keeps_text_encoders,
         embeddings=num_texts * _embedding(config.model, element),
         learner_offloaded=offloaded_bytes(
-            learner, config.device, sizes, moments=moments, averages=average, frozen=whole
+            learner, config.device, sizes.num_layers, moments=moments, averages=average, frozen=frozen
         ),
     )
+
+
+def _stored(model: ModelConfig, element: int) -> int:
+    """Return the bytes of a weight in the blocks of a LoRA's frozen base."""
+    return element if model.base_dtype is None else _BYTES[model.base_dtype]
 
 
 def _embedding(model: ModelConfig, element: int) -> int:

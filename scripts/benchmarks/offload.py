@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from activations import MIB, TEXT, batch, loss_of, network
+from activations import MIB, batch, loss_of, network
 from cells import ROOT, machine, positive
 
 from flowalign.algorithm import LossOutput
@@ -38,7 +38,6 @@ from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.offload import Offload
 from flowalign.models.blocks import blocks_of
-from flowalign.models.inspect import ModelSizes
 from flowalign.plan.offloaded import offloaded_bytes
 from flowalign.record.checkpoint import content_hash
 from flowalign.types import Condition, TrainBatch
@@ -111,15 +110,12 @@ def _mapped() -> list[int]:
 
 def _planned(module: torch.nn.Module, options: argparse.Namespace) -> int:
     """Return the bytes that `flowalign plan` says are kept off."""
-    frozen = [p for p in module.parameters() if not p.requires_grad]
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in frozen) or trained
-    own = sum(p.numel() for block in blocks_of(module) for p in block.parameters() if not (frozen and p.requires_grad))
-    sizes = ModelSizes("", total, trained, {}, 0, (16, options.side, options.side), 0, 0, TEXT, options.layers, own)
+    frozen = [p for block in blocks_of(module) for p in block.parameters() if not p.requires_grad]
     return offloaded_bytes(
         UpdatesConfig(offload="disk"),
         "cpu",
-        sizes,
+        options.layers,
         moments=8 * trained,
         averages=4 * trained,
         frozen=[sum(p.numel() * p.element_size() for p in frozen)],

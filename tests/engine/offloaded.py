@@ -1,7 +1,7 @@
 """One rank that learns with moments, average and frozen blocks on its device, and on disk.
 
 ``python -m tests.engine.offloaded DIR RANK WORLD PORT KINDS``, KINDS as in f0123: FSDP2 and ZeRO stages. What it
-learns is the MM-DiT of ``tests.engine.recomputed``, whole and by a LoRA.
+learns is the MM-DiT of ``tests.engine.recomputed``, whole, by a LoRA, and by a LoRA on a base of 8 bits.
 
 Half of a run goes on from what the other half has saved. Writes of each run the losses of all updates, the hashes of
 weights, average and optimizer's state after them, and what is left on disk.
@@ -22,19 +22,24 @@ from flowalign.engine.average import Average
 from flowalign.engine.build import build_engine
 from flowalign.engine.offload import Offload
 from flowalign.models.activation_checkpointing import checkpoint_activations
+from flowalign.models.stored_linear import store_base
 from flowalign.record.checkpoint import content_hash
-from tests.engine.recomputed import NETWORKS, batch, loss_of, transformer
+from tests.engine.recomputed import batch, loss_of, transformer
 from tests.engine.toy import settings
 
-WAYS = {"never": ("none", "none"), "first": ("disk", "none"), "then": ("none", "disk")}
-ANEW = {"whole": "none", "lora": "blocks"}
+WAYS = {"never": ("none", "none"), "first": ("disk", "none"), "then": ("host", "disk")}
+NETWORKS = {"whole": "float32", "lora": "bfloat16", "int8": "bfloat16"}
+ANEW = {"whole": "none", "lora": "blocks", "int8": "none"}
 
 
 def learned(kind: str, way: str, name: str, place: dict[str, Any], folder: Path) -> dict[str, Any]:
     losses, model, mean, saved = [], None, None, None
     for leg, kept in enumerate(WAYS[way]):
-        offload = Offload("disk", folder) if kept == "disk" else None
-        network = transformer(name == "lora")
+        # On a CPU `host` copies as it does to a GPU.
+        offload = None if kept == "none" else Offload(kept, folder)  # type: ignore[arg-type]
+        network = transformer(name != "whole")
+        if name == "int8":
+            store_base(network, "int8")
         checkpoint_activations(network, ANEW[name])
         own = {"type": "fsdp"} if kind == "f" else {"type": "torch"} if kind == "t" else {"zero_stage": int(kind)}
         engine = build_engine(network, settings(**own, dtype=NETWORKS[name], warmup_steps=0, offload=offload), **place)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.engine.recomputed import batch, loss_of, transformer
 from tests.engine.toy import Network, settings, update
 
 KINDS = "f0123"
-Results = list[dict[str, dict[str, dict[str, object]]]]
+Results = list[dict[str, dict[str, dict[str, dict[str, Any]]]]]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,8 @@ def test_ranks_learn_the_same_to_the_bit(ranks: Results, kind: str, name: str) -
         assert list(found) == list(WAYS)
         assert all(found[way] == found["never"] for way in found)
         assert found["then"]["left"] == []
+        first, *_ = found["never"]["losses"]
+        assert first == pytest.approx(rank["0"][name]["never"]["losses"][0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -102,14 +105,16 @@ def test_what_is_kept_is_read_and_changed_where_it_lies(tmp_path: Path) -> None:
     assert kept["a"].tolist() == [1, 2, 3, 4, 5] and list(kept) == ["a", "b", "none"] and not kept["none"].numel()
 
 
-def test_a_frozen_module_computes_and_takes_weights_as_it_does_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_a_frozen_module_computes_and_takes_weights_as_it_does_in_memory(
+    tmp_path: Path, kind: Literal["disk", "host"]
+) -> None:
     shared = nn.Linear(4, 4)
-    module = nn.Sequential(
-        nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Sequential(shared), nn.Sequential(shared)])
-    )
+    layers: Any = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(shared), nn.Sequential(shared)])
+    module: Any = nn.Sequential(nn.Linear(4, 4), layers)
     module.requires_grad_(False)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    blocks = offload_blocks(module, Offload("disk", tmp_path), "cpu")
+    blocks = offload_blocks(module, Offload(kind, tmp_path), "cpu")
     assert isinstance(blocks, FrozenBlocks)
     assert all(torch.equal(blocks.held()[name], value) for name, value in before.items())
     x = torch.ones(2, 4)
@@ -117,6 +122,8 @@ def test_a_frozen_module_computes_and_takes_weights_as_it_does_in_memory(tmp_pat
     blocks.bind({"1.0.weight": torch.eye(4), "0.bias": torch.zeros(4), "1.1.0.bias": torch.ones(4)})
     assert torch.equal(module[1][0](x), x + before["1.0.bias"])
     assert not module[0].bias.any() and torch.equal(module[1][2][0].bias, torch.ones(4))
+    # Away they take nothing on the device, but for a file that is mapped, whose memory is the device's.
+    assert (module[1][0].weight.untyped_storage().nbytes() == 0) == (kind == "host")
     module.requires_grad_(True)
     assert offload_blocks(module, Offload("disk", tmp_path), "cpu") is None
 

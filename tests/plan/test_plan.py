@@ -122,6 +122,19 @@ def test_what_is_kept_on_disk_is_not_counted(config_path: Path) -> None:
     assert "are kept off the device, and not counted" in dict(plan_rows(away))["learner rank"]
 
 
+def test_a_base_in_eight_bits_is_counted_so_in_rollouts_and_learner(config_path: Path) -> None:
+    deep = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml"
+    sizes = plan(deep).model
+    plain, eight, wide = (plan(deep, f"model.base_dtype={dtype}").memory for dtype in ("bfloat16", "int8", "float32"))
+    assert 0.9 * sizes.transformer < sizes.blocks < sizes.transformer
+    assert plain == plan(deep).memory
+    for part in ("rollout_weights", "learner_weights"):
+        assert getattr(plain, part) - getattr(eight, part) == sizes.blocks
+        assert getattr(wide, part) - getattr(plain, part) == 2 * sizes.transformer
+    with pytest.raises(ConfigError, match=r"^model.base_dtype: int8 is of what a LoRA leaves frozen"):
+        plan(deep, "model.lora=null", "model.base_dtype=int8")
+
+
 def test_odd_geometry_is_noted(config_path: Path) -> None:
     notes = plan(config_path, "learner.micro_batch_size=100", "cluster.rollout_workers=9").notes
     assert any("exceeds the 24 transitions" in note for note in notes)

@@ -25,13 +25,18 @@ def run(folder: Path, pipeline: Path, own: dict[str, Any], iterations: int = 2, 
 
 
 def everything(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    saved = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
+    latest = checkpoint.latest(run_dir / "checkpoints")
+    assert latest is not None
+    saved = checkpoint.load(latest)
     parts = {"model": saved.model, "ema": saved.ema or {}, "optimizer": saved.optimizer_of(0)[0]}
     rows = [without_times(row) for row in read_metrics(run_dir / "metrics.jsonl")]
     return rows, {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
 
 
-@pytest.mark.parametrize("model", [{}, FACTORS, {**FACTORS, "dtype": "bfloat16"}], ids=["whole", "lora", "bfloat16"])
+EIGHT = {**FACTORS, "dtype": "bfloat16", "base_dtype": "int8"}
+
+
+@pytest.mark.parametrize("model", [{}, FACTORS, EIGHT], ids=["whole", "lora", "int8"])
 def test_an_alignment_learns_the_same_and_leaves_nothing(
     tmp_path: Path, tiny_pipeline_dir: Path, model: dict[str, Any]
 ) -> None:
