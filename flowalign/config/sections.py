@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
@@ -393,20 +393,3 @@ class SamplingConfig(GuidanceKeys, Section):
     """Share of the posterior's noise that ``ddpm`` adds."""
     cache: CacheConfig | None = None
     """Steps that are skipped; null: none."""
-
-
-Wandb = Literal["offline", "online", "disabled"]
-
-
-class LoggingConfig(Section):
-    """The second copy of the metrics, for wandb."""
-
-    wandb: Wandb = "offline"
-    """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
-    wandb_project: str = "flowalign"
-    """Project that the runs belong to."""
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from flowalign.engine.offload import Offload, Room
@@ -76,11 +77,13 @@ class FrozenBlocks:
         self._in = block
         if self._direct:
             return
-        for parameter in self._own[block]:
-            home, memory = self._homes[id(parameter)], parameter.untyped_storage()
-            memory.resize_(home.numel() * home.element_size())
-            # Through `data`, which has a version of its own: autograd is not to take it for another weight.
-            parameter.data.copy_(home, non_blocking=True)
+        # Beside a derivative forward that is under way (MeanFlow's), which takes what changes for its own.
+        with temporarily_clear_interpreter_stack():
+            for parameter in self._own[block]:
+                home, memory = self._homes[id(parameter)], parameter.untyped_storage()
+                memory.resize_(home.numel() * home.element_size())
+                # Through `data`, which has a version of its own: autograd is not to take it for another weight.
+                parameter.data.copy_(home, non_blocking=True)
 
     def put_away(self) -> None:
         """Let no block be in."""
@@ -95,6 +98,8 @@ class FrozenBlocks:
     def held(self) -> dict[str, Tensor]:
         """Return where each parameter of the module is kept, by name; with none in, it can be read and written."""
         self.put_away()
+        if self._device.type == "cuda":  # a block may still be on its way to the device
+            torch.cuda.synchronize(self._device)
         return {name: self._homes.get(id(p), p.detach()) for name, p in self._module.named_parameters()}
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
@@ -110,7 +115,7 @@ class FrozenBlocks:
 def _frozen(block: nn.Module) -> Iterator[Tensor]:
     """Yield the frozen parameters of a block, and the weights of a base that is stored smaller."""
     yield from (p for p in block.parameters() if not p.requires_grad)
-    yield from (part.weight for part in block.modules() if isinstance(part, StoredLinear))  # type: ignore[misc]
+    yield from (part.weight for part in block.modules() if isinstance(part, StoredLinear))
 
 
 def offload_blocks(module: nn.Module, offload: Offload | None, device: torch.device | str) -> FrozenBlocks | None:

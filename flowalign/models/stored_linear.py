@@ -26,6 +26,9 @@ class StoredLinear(nn.Module):
     ``weight`` (O, I) and ``scale`` (O, 1) are buffers: no engine shards them, casts them or sends them to other ranks.
     """
 
+    weight: Tensor
+    scale: Tensor | None
+
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -96,4 +99,4 @@ def store_base(network: nn.Module, dtype: BaseDtype) -> None:
 
 def stored_values(network: nn.Module) -> int:
     """Return the number of weights that `store_base` has taken out of a network's parameters."""
-    return sum(part.weight.numel() for part in network.modules() if isinstance(part, StoredLinear))  # type: ignore[operator]
+    return sum(part.weight.numel() for part in network.modules() if isinstance(part, StoredLinear))

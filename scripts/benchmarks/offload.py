@@ -1,4 +1,4 @@
-"""What ``learner.offload: disk`` saves and costs, on an MM-DiT of 24 blocks and a CPU's size, as JSON.
+"""What ``learner.offload: disk`` and ``model.base_dtype`` save and cost, on an MM-DiT of 24 blocks and a CPU's size.
 
     python scripts/benchmarks/offload.py --threads 2 --folder /data > offload.json
 
@@ -7,6 +7,9 @@ LoRA, and keeps an average; that losses, weights and moments are the same to the
 what the kernel counts of a process (RSS) between two updates, less what it counted before there was a network, and
 without what the allocator holds that nobody uses. ``peak_mib`` is the same at its highest (VmHWM) from the third update
 on. ``of_plan`` is what fell, as a share of what `flowalign plan` says.
+
+``bases`` are LoRAs on a base that is stored smaller, without offload: ``deviation`` is how far the network's output is
+from that with the base as it was, as a share of its norm.
 
 ``seconds`` are medians of an update, with the least and the most. The files' pages stay with the system where it has
 room; with ``--cold`` they are written and dropped before each update.
@@ -38,11 +41,13 @@ from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.offload import Offload
 from flowalign.models.blocks import blocks_of
+from flowalign.models.stored_linear import store_base
 from flowalign.plan.offloaded import offloaded_bytes
 from flowalign.record.checkpoint import content_hash
 from flowalign.types import Condition, TrainBatch
 
 WAYS = ("none", "disk")
+BASES = ("bfloat16", "int8")
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -61,12 +66,13 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     before = resident()
     module = network("none", options.layers, options.heads, options.side, options.rank, options.dtype)
+    given = batch(options.batch, options.side, options.tokens)
+    deviation = _stored(module, given, options.base)
     offload = Offload("disk", options.folder) if options.probe == "disk" else None
     mapped = _mapped()
     engine = build_engine(module, EngineSettings("torch", dtype=options.dtype, offload=offload))
     average = Average(engine, 0.99, offload)
     losses, taken = [], []
-    given = batch(options.batch, options.side, options.tokens)
     none = torch.zeros(0, dtype=torch.long)
     empty = TrainBatch({}, Condition({}, {}, none, none), {})
     for step in range(options.repeats + 2):
@@ -92,7 +98,18 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(statistics.median(taken[2:]), 3),
         "least_and_most": [round(min(taken[2:]), 3), round(max(taken[2:]), 3)],
         "planned_mib": round(_planned(module, options) / MIB, 1),
+        "deviation": deviation,
     }
+
+
+@torch.no_grad()
+def _stored(module: Any, given: dict[str, Any], base: str) -> float:
+    """Store a LoRA's base in ``base``, and return how far that moves the network's output."""
+    if base == "float32":
+        return 0.0
+    before = module(**given)[0]
+    store_base(module, base)  # type: ignore[arg-type]
+    return float((module(**given)[0] - before).norm() / before.norm())
 
 
 def _mapped() -> list[int]:
@@ -126,25 +143,33 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Probe each way, in turns, and compare."""
     command = [sys.executable, str(Path(__file__).resolve())]
     for key, value in vars(options).items():
-        if key not in ("probe", "ranks", "rank", "cold"):
+        if key not in ("probe", "ranks", "rank", "base", "cold"):
             command += [f"--{key}", str(value)]
     command += ["--cold"] if options.cold else []
-    kinds = {}
+
+    def probed(way: str, rank: int, base: str = "float32") -> dict[str, Any]:
+        own = [*command, "--probe", way, "--rank", str(rank), "--base", base]
+        said = subprocess.run(own, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(said.splitlines()[-1])
+
+    kinds: dict[str, Any] = {}
     for name, rank in (("whole", 0), ("lora", options.ranks)):
-        ways = {}
-        for way in WAYS:
-            own = [*command, "--probe", way, "--rank", str(rank)]
-            said = subprocess.run(own, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-            ways[way] = json.loads(said.splitlines()[-1])
+        ways = {way: probed(way, rank) for way in WAYS}
         same = {(way["hash"], *way["losses"]) for way in ways.values()}
         assert len(same) == 1, f"losses, weights or moments differ: {same}"
         fell = ways["none"]["resident_mib"] - ways["disk"]["resident_mib"]
         planned = ways["disk"]["planned_mib"]
         for own in ways.values():
-            del own["hash"], own["losses"], own["planned_mib"]
+            del own["hash"], own["losses"], own["planned_mib"], own["deviation"]
         seconds = ways["disk"]["seconds"] / ways["none"]["seconds"]
         said = {"fell_mib": round(fell, 1), "planned_mib": planned, "of_plan": round(fell / planned, 3)}
         kinds[name] = {"same_bits": True, "ways": ways, **said, "seconds_to_none": round(seconds, 3)}
+    kinds["bases"] = {}
+    for base in BASES:
+        found = probed("none", options.ranks, base)
+        kinds["bases"][base] = {
+            key: value for key, value in found.items() if key not in ("hash", "losses", "planned_mib")
+        }
     return kinds
 
 
@@ -163,11 +188,12 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the files' pages from the system before each update")
     parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--base", choices=("float32", *BASES), default="float32", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.probe is not None:
         print(json.dumps(probe(options)))
         return
-    asked = {key: str(value) for key, value in vars(options).items() if key not in ("probe", "rank")}
+    asked = {key: str(value) for key, value in vars(options).items() if key not in ("probe", "rank", "base")}
     record = {"benchmark": "offload", **asked, "machine": machine(options.threads), **measured(options)}
     print(json.dumps(record, indent=1))
 

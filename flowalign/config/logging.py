@@ -1,0 +1,25 @@
+"""The copies of a run's metrics."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from flowalign.config.section import Section
+
+Wandb = Literal["offline", "online", "disabled"]
+
+
+class LoggingConfig(Section):
+    """The second copy of the metrics, for wandb."""
+
+    wandb: Wandb = "offline"
+    """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
+    wandb_project: str = "flowalign"
+    """Project that the runs belong to."""
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value
