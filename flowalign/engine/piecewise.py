@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch.optim.adamw import adamw
 
 from flowalign.engine.offload import Offload, Room, at_work, parts, streamed_norm
 
+_OPTIONS = [  # that torch's function takes as a group of parameters has them
+    name
+    for name, taken in signature(adamw).parameters.items()
+    if taken.kind is taken.KEYWORD_ONLY and not name.startswith("beta")
+]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**22  # values of a parameter, or of a shard of all of them, whose moments are in at a time
 
@@ -66,7 +72,7 @@ class PiecewiseAdamW(torch.optim.AdamW):
                     [step],
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
-                    **{name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")},
+                    **{name: group[name] for name in _OPTIONS},
                 )
                 self._norms += [torch.linalg.vector_norm(moment) for moment in (first, second)]
         state["step"].copy_(step)
