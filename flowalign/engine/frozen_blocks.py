@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from flowalign.engine.offload import Offload, Room
 from flowalign.models.blocks import blocks_of
+from flowalign.models.errors import ModelError
 from flowalign.models.stored_linear import StoredLinear
 
 
@@ -27,6 +27,9 @@ class FrozenBlocks:
 
     A block comes in with its forward pass, and for the backward pass with the first gradient of what it answered. It
     goes with the end of its forward pass, or when another comes. A weight that two parts share stays where it is.
+
+    Raises:
+        ModelError: in a derivative forward, of weights that have to be brought to the device.
     """
 
     def __init__(self, module: nn.Module, offload: Offload, device: torch.device) -> None:
@@ -77,13 +80,17 @@ class FrozenBlocks:
         self._in = block
         if self._direct:
             return
-        # Beside a derivative forward that is under way (MeanFlow's), which takes what changes for its own.
-        with temporarily_clear_interpreter_stack():
-            for parameter in self._own[block]:
-                home, memory = self._homes[id(parameter)], parameter.untyped_storage()
-                memory.resize_(home.numel() * home.element_size())
-                # Through `data`, which has a version of its own: autograd is not to take it for another weight.
-                parameter.data.copy_(home, non_blocking=True)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # What it computes has no hooks by which a block would come back for the gradient.
+            raise ModelError(
+                "learner.offload: a derivative forward, as of MeanFlow, cannot wait for frozen blocks; write none, or "
+                "train all weights"
+            )
+        for parameter in self._own[block]:
+            home, memory = self._homes[id(parameter)], parameter.untyped_storage()
+            memory.resize_(home.numel() * home.element_size())
+            # Through `data`, which has a version of its own: autograd is not to take it for another weight.
+            parameter.data.copy_(home, non_blocking=True)
 
     def put_away(self) -> None:
         """Let no block be in."""
