@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 from flowalign.engine.offload import Offload, Room
@@ -80,7 +81,7 @@ class FrozenBlocks:
         self._in = block
         if self._direct:
             return
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None:
             # What it computes has no hooks by which a block would come back for the gradient.
             raise ModelError(
                 "learner.offload: a derivative forward, as of MeanFlow, cannot wait for frozen blocks; write none, or "
