@@ -19,7 +19,7 @@ settings.load_profile("suite")
 gc.set_threshold(50_000, 20, 50)
 
 MATRIX = ("family", "algorithm", "weights", "killed", "replay", "export", "seconds")
-RANKS = {f"tests/engine/test_{name}.py" for name in ("activation_checkpointing", "convert", "sharded")}
+RANKS = {f"tests/engine/test_{name}.py" for name in ("activation_checkpointing", "convert", "offload", "sharded")}
 RANKS |= {"tests/algorithms/test_invariance.py"}
 FIRST = ("tests/cluster/", "tests/engine/", "tests/algorithms/test_invariance", "tests/fault/", "tests/test_")
 

@@ -129,6 +129,8 @@ def export(
     result = write_export(run, to, kind=kind, weights=weights, config=own, overwrite=overwrite, shard_size=shard_size)
     say = plain(make_console(as_json))
     say(result.compared)
+    if result.on_other_base is not None:
+        say(result.on_other_base)
     say(f"exported to {to} ({result.kind}, weights: {result.weights}, iteration {result.iteration})")
     print_json(as_json, asdict(result))
 

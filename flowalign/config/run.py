@@ -9,10 +9,10 @@ from pydantic import Field
 
 from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayChange, Resolved
+from flowalign.config.logging import LoggingConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
-    LoggingConfig,
     ModelConfig,
     Positive,
     Resume,

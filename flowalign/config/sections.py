@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, Resolved, Takes
@@ -97,6 +97,8 @@ class TransformerConfig(Section):
 InputName = Literal["r", "guidance"]
 AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
 ActivationCheckpointing = Literal["none", "blocks", "selective"]
+Offloading = Literal["none", "host", "disk"]
+BaseDtype = Literal["float32", "bfloat16", "int8"]
 
 
 class ModelConfig(Section):
@@ -128,6 +130,10 @@ class ModelConfig(Section):
     """
     lora: LoraConfig | None = None
     """A LoRA that is trained in place of all weights."""
+    base_dtype: BaseDtype | None = None
+    """Precision in which a LoRA's frozen base is stored, in rollouts and learner alike; null: ``dtype``. ``int8``:
+    linear layers of the blocks, one scale an output.
+    """
     family: PathFamilyName | None = None
     """Meaning of the network's output; null: as the directory records it, else ``rf``."""
     inputs: list[InputName] | None = None
@@ -136,9 +142,14 @@ class ModelConfig(Section):
     """A fresh network to begin with; null: the directory's own."""
 
     @model_validator(mode="after")
-    def _mmdit_alone_has_inputs(self) -> ModelConfig:
+    def _together(self) -> ModelConfig:
         if self.inputs and self.transformer is not None and self.transformer.architecture != "mmdit":
             raise ValueError("model.inputs: only an mmdit takes more inputs; leave them out")
+        if self.base_dtype is not None and self.lora is None:
+            raise ValueError(
+                f"base_dtype: {self.base_dtype} is of what a LoRA leaves frozen, and all weights are trained; "
+                "train a model.lora, or leave it out"
+            )
         return self
 
 
@@ -294,6 +305,12 @@ class UpdatesConfig(Section):
     """What a backward pass computes anew in the place of keeping it; no bit changes. ``blocks``: all inside a
     transformer block. ``selective``: all but products of matrices and attention.
     """
+    offload: Annotated[Offloading, MayChange()] = "none"
+    """Where the optimizer's moments, averages and frozen blocks lie but for the piece at work; no bit changes.
+    ``host``: pinned memory beside a GPU. ``disk``: mapped files.
+    """
+    offload_dir: Annotated[str | None, Resolved("written"), MayChange()] = None
+    """Folder of the files of ``disk``, on a disk of the learner's machine; null: the run's own."""
     compile: bool = False
     """The network by ``torch.compile``; in an alignment for the learner and for rollouts, which stay exactly alike."""
 
@@ -316,6 +333,10 @@ class UpdatesConfig(Section):
             raise ValueError(
                 "activation_checkpointing: a compiled network chooses this by itself; turn one of them off"
             )
+        if self.compile and self.offload != "none":
+            raise ValueError("offload: a compiled network has no blocks to bring in; turn one of them off")
+        if self.offload_dir is not None and self.offload != "disk":
+            raise ValueError(f"offload_dir: is of offload=disk, and offload is {self.offload}; leave it out")
         if self.zero_stage == 3 and self.activation_checkpointing == "selective":
             raise ValueError(
                 "activation_checkpointing: ZeRO stage 3 changes in place what selective keeps; write blocks"
@@ -372,22 +393,3 @@ class SamplingConfig(GuidanceKeys, Section):
     """Share of the posterior's noise that ``ddpm`` adds."""
     cache: CacheConfig | None = None
     """Steps that are skipped; null: none."""
-
-
-Wandb = Literal["offline", "online", "disabled"]
-
-
-class LoggingConfig(Section):
-    """The second copy of the metrics, for wandb."""
-
-    wandb: Wandb = "offline"
-    """``offline``: written beside the run, for ``wandb sync``. ``online``: sent while the run goes."""
-    wandb_project: str = "flowalign"
-    """Project that the runs belong to."""
-    profile: bool = False
-    """A profile of an alignment's second to fourth iteration in the run's folder, see docs/running.md."""
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        return "disabled" if value is None or str(value).lower() in ("false", "off", "no", "none") else value

@@ -12,18 +12,17 @@ from pydantic import Field, field_validator, model_validator
 
 from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
+from flowalign.config.logging import LoggingConfig, Wandb
 from flowalign.config.run import CheckpointConfig, EvaluationConfig, Passes, Precision, RunConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     Beta,
     Decay,
-    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     Positive,
     RewardConfig,
     UpdatesConfig,
-    Wandb,
     Weights,
 )
 

@@ -16,8 +16,9 @@ from flowalign.algorithm import LossOutput
 from flowalign.engine import process_group
 from flowalign.engine.adamw import held_state, layout_hash
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate
+from flowalign.engine.piecewise import PiecewiseAdamW
 from flowalign.engine.shards import Layout
-from flowalign.record.destroyed import DestroyedState
+from flowalign.record.destroyed import MAX_MOMENTS, DestroyedState, fault_of_moments
 from flowalign.types import Max, value_of
 
 
@@ -41,6 +42,11 @@ class AdamWEngine(ABC):
 
     def moments(self) -> dict[str, Tensor]:
         return held_state(self._adamw, self.held())
+
+    def _fault_of_moments(self) -> str | None:
+        if isinstance(self._adamw, PiecewiseAdamW) and self._adamw.norm_of_moments() <= MAX_MOMENTS:
+            return None  # known from the step itself: they are not brought in once more
+        return fault_of_moments(self.moments())
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.engine.base import EngineSettings, ResumeRefused
+from flowalign.engine.piecewise import PiecewiseAdamW
 from flowalign.engine.shards import Layout
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -17,6 +18,8 @@ _NONE = torch.empty(0, 0)
 
 
 def build_adamw(parameters: Iterable[Tensor], settings: EngineSettings) -> torch.optim.AdamW:
+    if settings.offload is not None:
+        return PiecewiseAdamW(parameters, settings.offload, **settings.optimizer.of_adamw)
     return torch.optim.AdamW(parameters, **settings.optimizer.of_adamw)
 
 
@@ -27,8 +30,9 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 def read_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the copies on the CPU of the moments and step of each named tensor (none before the first update)."""
+    piecewise = optimizer if isinstance(optimizer, PiecewiseAdamW) else None
     return {
-        f"{key}/{name}": value.detach().to("cpu", copy=True)
+        f"{key}/{name}": piecewise.copied(value, tensor) if piecewise else value.detach().to("cpu", copy=True)
         for name, tensor in named.items()
         for key, value in optimizer.state.get(tensor, {}).items()
     }
@@ -37,7 +41,7 @@ def read_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) ->
 def held_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the moments themselves, by the names that ``read_state`` gives their copies."""
     return {
-        f"{key}/{name}": value
+        f"{key}/{name}": value.to(tensor.device)
         for name, tensor in named.items()
         for key, value in optimizer.state.get(tensor, {}).items()
         if key != "step"
@@ -57,9 +61,15 @@ def write_state(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], t
             if found is None or found.shape != shape:
                 what = "missing" if found is None else f"of shape {tuple(found.shape)}"
                 raise ResumeRefused(f"optimizer state {key}/{name} is {what}, this engine needs {tuple(shape)}")
+    states = {
+        tensor: {key: tensors[f"{key}/{name}"] for key in STATE_KEYS}
+        for name, tensor in (named.items() if started else ())
+    }
+    if isinstance(optimizer, PiecewiseAdamW):
+        optimizer.hold(states)
+        return
     optimizer.state.clear()
-    for name, tensor in named.items() if started else ():
-        state = {key: tensors[f"{key}/{name}"] for key in STATE_KEYS}
+    for tensor, state in states.items():
         # torch keeps the step of a non-capturable AdamW on the CPU.
         optimizer.state[tensor] = {
             key: value.to("cpu" if key == "step" else tensor.device, torch.float32, copy=True)

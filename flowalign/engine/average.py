@@ -11,23 +11,24 @@ from torch import Tensor
 from flowalign.engine import process_group
 from flowalign.engine.accumulate import checked_weights
 from flowalign.engine.base import Engine
-from flowalign.record.destroyed import DestroyedState, fault, total_norm
+from flowalign.engine.offload import Kept, Offload, streamed_norm
+from flowalign.record.destroyed import DestroyedState, fault
 
 
 class Average:
     """This rank's share of an average, ``average = decay * average + (1 - decay) * weights``.
 
-    It lies beside the float32 tensors that the engine steps, on their device, and is put together only where somebody
-    asks for the whole.
+    It lies beside the float32 tensors that the engine steps, on their device or where ``offload`` says, and is put
+    together only where somebody asks for the whole.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
+    def __init__(self, engine: Engine, decay: float, offload: Offload | None = None) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"ema decay must be in [0, 1], not {decay}")
         self.decay = decay
         self._engine = engine
-        self._held = {name: tensor.detach().clone() for name, tensor in engine.held().items()}
-        self._began = total_norm(self._held)
+        self._held = Kept(engine.held(), offload)
+        self._began = streamed_norm(map(torch.linalg.vector_norm, self._held.values()))
         self._exchanged = False
 
     @torch.no_grad()
@@ -37,14 +38,17 @@ class Average:
         Raises:
             DestroyedState: that has destroyed it; every rank says the same.
         """
+        norms = []
         for name, weights in self._engine.held().items():
-            self._held[name].mul_(self.decay).add_(weights, alpha=1.0 - self.decay)
-        if (found := process_group.first_said(self._fault())) is not None:
+            with self._held.changing(name) as own:
+                own.mul_(self.decay).add_(weights, alpha=1.0 - self.decay)
+                norms.append(torch.linalg.vector_norm(own))
+        if (found := process_group.first_said(self._fault(streamed_norm(norms)))) is not None:
             raise DestroyedState(f"an update has destroyed {found}")
 
-    def _fault(self) -> str | None:
+    def _fault(self, norm: float) -> str | None:
         what = f"the average of decay {self.decay:g}"
-        found = fault(what, self._held, began=self._began)
+        found = fault(what, self._held, began=self._began, norm=norm)
         return found and (fault(what, self._engine.layout.named(self._held)) or found)
 
     def weights(self) -> dict[str, Tensor]:
@@ -54,7 +58,11 @@ class Average:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the average by a whole one, as a resume does. Raise ValueError where it does not fit."""
-        self._engine.layout.take(self._held, checked_weights(weights, self._engine.layout.shapes))
+        layout = self._engine.layout
+        checked = checked_weights(weights, layout.shapes)
+        for name in self._held:
+            with self._held.changing(name) as own:
+                layout.take({name: own}, checked)
 
     @contextmanager
     def bound(self) -> Iterator[None]:
@@ -72,9 +80,10 @@ class Average:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, weights in self._engine.held().items():
-            own = weights.clone()
-            weights.copy_(self._held[name])
-            self._held[name].copy_(own)
+            with self._held.changing(name) as average:
+                own = weights.clone()
+                weights.copy_(average)
+                average.copy_(own)
         self._engine.publish()
         self._exchanged = not self._exchanged
 
@@ -86,9 +95,17 @@ class Averages:
     ``(1 + n) / (10 + n)`` after n updates of the average, up to its own.
     """
 
-    def __init__(self, engine: Engine, decays: Sequence[float], *, every: int = 1, warmup: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        decays: Sequence[float],
+        *,
+        every: int = 1,
+        warmup: bool = False,
+        offload: Offload | None = None,
+    ) -> None:
         self._engine, self._every, self._warmup = engine, every, warmup
-        self._averages = {decay: Average(engine, decay) for decay in decays}
+        self._averages = {decay: Average(engine, decay, offload) for decay in decays}
         self._first, *self._others = self._averages
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowalign.algorithm import LossOutput
 from flowalign.config.sections import OptimizerConfig
+from flowalign.engine.offload import Offload
 from flowalign.engine.shards import Layout
 from flowalign.types import TrainBatch
 
@@ -31,7 +32,8 @@ class EngineSettings:
 
     ``dtype`` is the dtype of computation: trainable parameters, gradients and optimizer state are
     always float32, and bfloat16 means torch autocast around the loss. ``compile`` runs torch.compile on the network.
-    ``schedule`` gives the learning rate of an update, counted from 0, where it is not the optimizer's own.
+    ``schedule`` gives the learning rate of an update, counted from 0, where it is not the optimizer's own. ``offload``
+    says where moments and, with an engine whose ranks hold them whole, frozen blocks are kept; None: on the device.
     """
 
     type: Literal["deepspeed", "fsdp", "torch"] = "deepspeed"
@@ -40,6 +42,7 @@ class EngineSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     schedule: Callable[[int], float] | None = None
+    offload: Offload | None = None
 
     @property
     def max_grad_norm(self) -> float:

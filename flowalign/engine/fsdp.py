@@ -5,7 +5,7 @@ Frozen parameters are sharded like the trained ones: of a LoRA they are nearly a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.shards import Layout, rows
 from flowalign.engine.single import TorchEngine
+from flowalign.models.blocks import blocks_of
 
 
 class ShardedEngine(TorchEngine):
@@ -37,7 +38,7 @@ class ShardedEngine(TorchEngine):
                 dist.broadcast(tensor, 0)
         shapes = {name: tuple(p.shape) for name, p in trained.items()}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        for module in [*_blocks(self.network), self.network]:
+        for module in [*blocks_of(self.network), self.network]:
             # The root too: a shard that an average or a checkpoint replaces is seen by the next pass.
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)
@@ -46,6 +47,9 @@ class ShardedEngine(TorchEngine):
                 sharded.set_reduce_scatter_unused_params(True, recurse=False)
         self._shards = {name: p for name, p in self.network.named_parameters() if name in shapes}
         return rows(shapes, self.rank, self.world_size), {name: _local(p) for name, p in self._shards.items()}
+
+    def _offload_frozen(self, network: nn.Module) -> None:
+        """Do nothing: what is frozen is in shards, which FSDP2 holds on the device."""
 
     def _forget_gradients(self) -> None:
         super()._forget_gradients()
@@ -65,15 +69,6 @@ class ShardedEngine(TorchEngine):
         square = super()._norm([gradient for gradient in gradients if gradient.numel()]).to(self.device).square()
         dist.all_reduce(square)
         return square.sqrt()
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers of a network: what its outermost lists of modules hold. Each is gathered as one."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (layer for layer in child if next(layer.parameters(), None) is not None)
-        else:
-            yield from _blocks(child)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -58,9 +58,9 @@ class Layout:
 
     def _views(self, held: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
         """Yield each piece with a flat view of its values; no rank holds two pieces of one parameter."""
-        for name, pieces in self.pieces.items():
-            flat = held[name].detach().view(-1)
-            for piece in pieces:
+        for name, tensor in held.items():
+            flat = tensor.detach().view(-1)
+            for piece in self.pieces[name]:
                 yield piece, flat[piece.offset : piece.offset + piece.length]
 
     def whole(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

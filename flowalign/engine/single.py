@@ -27,8 +27,9 @@ from flowalign.engine.adamw import (
     write_state,
 )
 from flowalign.engine.base import EngineSettings, LossFn
+from flowalign.engine.frozen_blocks import offload_blocks
 from flowalign.engine.shards import Layout, undivided
-from flowalign.record.destroyed import fault, fault_of_moments, total_norm
+from flowalign.record.destroyed import fault, total_norm
 from flowalign.record.spans import span
 from flowalign.types import TrainBatch
 
@@ -40,10 +41,15 @@ class TorchEngine(AdamWEngine):
 
     def __init__(self, network: nn.Module, settings: EngineSettings, *, device: torch.device | str = "cpu") -> None:
         super().__init__(settings, device)
+        self._offload_frozen(network)
         self.network = network.to(self.device)
         self.layout, self._held = self._take(trainable_parameters(network))
         self._adamw = build_adamw(self._held.values(), settings)
         self._began = total_norm(self._held)
+
+    def _offload_frozen(self, network: nn.Module) -> None:
+        if self.settings.offload is not None:  # before the network moves: it may have no room on the device
+            offload_blocks(network, self.settings.offload, self.device)
 
     def _take(self, trained: Mapping[str, nn.Parameter]) -> tuple[Layout, dict[str, Tensor]]:
         """Return what this rank steps of the ``trained`` parameters, and where it lies."""
@@ -73,7 +79,7 @@ class TorchEngine(AdamWEngine):
         finally:
             self._forget_gradients()
         self.steps += 1
-        found = fault("the weights", self._held, began=self._began) or fault_of_moments(self.moments())
+        found = fault("the weights", self._held, began=self._began) or self._fault_of_moments()
         refuse_destroyed(found, learning_rate)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 

@@ -36,8 +36,9 @@ from flowalign.engine.adamw import (
     write_state,
 )
 from flowalign.engine.base import EngineSettings, LossFn, ResumeRefused
+from flowalign.engine.frozen_blocks import offload_blocks
 from flowalign.engine.shards import Layout, flat_partitions, parameter_partitions, undivided
-from flowalign.record.destroyed import fault, fault_of_moments, total_norm
+from flowalign.record.destroyed import fault, total_norm
 from flowalign.record.spans import span
 from flowalign.types import TrainBatch
 
@@ -105,6 +106,8 @@ class DeepSpeedEngine(AdamWEngine):
         self._adamw = self._optimizer.optimizer if settings.zero_stage else self._optimizer
         if settings.zero_stage == 3:
             self._clear_padding()
+        elif settings.offload is not None:  # after DeepSpeed has sent all weights to all ranks
+            offload_blocks(network, settings.offload, device)
         self.layout = self._layout()
         self._began = total_norm(self.held())
 
@@ -126,6 +129,7 @@ class DeepSpeedEngine(AdamWEngine):
             "gradient_clipping": self.settings.max_grad_norm if self.settings.zero_stage else 0.0,
             "steps_per_print": None,
             "zero_optimization": zero,
+            "zero_allow_untested_optimizer": self.settings.offload is not None,  # it knows torch's AdamW by its type
         }
 
     def _clear_padding(self) -> None:
@@ -182,7 +186,7 @@ class DeepSpeedEngine(AdamWEngine):
         held = self.held()
         found = fault("the weights", held, began=self._began)
         if found is None:
-            return fault_of_moments(self.moments())
+            return self._fault_of_moments()
         return fault("the weights", self.layout.named(held)) or found
 
     def _forget_gradients(self) -> None:

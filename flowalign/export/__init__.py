@@ -13,7 +13,7 @@ from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig, weights_name
 from flowalign.export.card import write_card
-from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest
+from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, Errors, largest, probe
 from flowalign.export.writing import SHARD_SIZE, write_lora, write_pipeline
 from flowalign.models.base import Policy
 from flowalign.models.loading import transformer_of
@@ -39,7 +39,8 @@ class ExportResult:
     """The export's path, and the largest differences found after reloading it: see `share`.
 
     ``iteration`` is a training run's step. ``num_latents`` were compared, whose ``largest_difference`` stands beside
-    their ``largest_value``.
+    their ``largest_value``. ``base_deviation`` is the norm of the difference between the velocity on the base as it is
+    published and on the base of ``base_dtype`` that a LoRA was trained on, as a share of the former.
     """
 
     path: Path
@@ -53,6 +54,8 @@ class ExportResult:
     num_latents: int
     largest_difference: float
     largest_value: float
+    base_dtype: str | None = None
+    base_deviation: float | None = None
 
     @property
     def compared(self) -> str:
@@ -61,6 +64,16 @@ class ExportResult:
             f"compared {self.num_latents} latents of {PROBE_STEPS} steps, guidance "
             f"{' and '.join(f'{g:g}' for g in PROBE_GUIDANCE)}, of the reloaded files with the policy's: largest "
             f"difference {self.largest_difference:.1e} of {self.largest_value:.2g}"
+        )
+
+    @property
+    def on_other_base(self) -> str | None:
+        """One sentence on a base that was stored smaller while the LoRA learned; None: it was not."""
+        if self.base_deviation is None:
+            return None
+        return (
+            f"exported against the base as it is published, where its velocity differs by {self.base_deviation:.2%} "
+            f"from that on the {self.base_dtype} base that the LoRA was trained on"
         )
 
 
@@ -83,7 +96,8 @@ def export(
     ``lora``: the adapter in PEFT's and in diffusers' layout. ``weights`` are ``model``, ``ema`` or another average such
     as ``ema_0.99``, by default those that the run evaluates: what is exported has the scores that were reported. Such a
     name as ``kind`` is a pipeline of those weights. ``dtype`` is a pipeline's transformer's: other than float32, it is
-    compared with our policy of equally rounded weights. All else is float32. ``shard_size``, such as ``5GB``, is the
+    compared with our policy of equally rounded weights. All else is float32, and the base of a LoRA is as published,
+    whatever it was trained on. ``shard_size``, such as ``5GB``, is the
     most that a file of weights takes.
 
     Raises:
@@ -97,17 +111,31 @@ def export(
     weights = weights or evaluated_weights(source, config)
     found, to = checkpoint.find(Path(source), weights), Path(to)
     check_place(to, overwrite)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
+    stored = _in_float32(config, config.model.base_dtype)
+    config = _in_float32(config, None)
     with draft_beside(to) as draft:
         with torch_threads(config.threads):
             policy, state = _opened(found, config, weights)
             trained = {name: p for name, p in policy.network.module.named_parameters() if p.requires_grad}
             digest = content_hash(trained)
+            deviation = None if stored == config else _deviation(policy, found, stored, weights)
             errors = _write(policy, draft, config, kind, dtype, shard_size)
         _refuse_difference(errors, tolerance, to)
-        result = ExportResult(to, kind, weights, found, int(iteration_of(state) or 0), digest, *errors)
-        _keep(draft, to, result, config, state, policy.network.path_family)
+        base = (stored.model.base_dtype, deviation)
+        result = ExportResult(to, kind, weights, found, int(iteration_of(state) or 0), digest, *errors, *base)
+        _keep(draft, to, result, stored, state, policy.network.path_family)
     return result
+
+
+def _in_float32(config: Sampled, base_dtype: str | None) -> Sampled:
+    changes = {"dtype": "float32", "base_dtype": base_dtype}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def _deviation(policy: Policy, found: Path, stored: Sampled, which: str) -> float:
+    """Return how far the velocity of a checkpoint is from that on the base of the configuration ``stored``."""
+    exact, own = (probe(each, stored).velocity_NCHW for each in (policy, open_policy(found, stored, which)[0]))
+    return float((own - exact).norm() / exact.norm())
 
 
 def _asked(kind: str, weights: Which | None) -> tuple[str, Which | None]:

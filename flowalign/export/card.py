@@ -227,6 +227,7 @@ def _algorithm(config: Sampled, state: Row) -> str:
 def _alignment(config: Sampled, state: Row, weights: str) -> dict[str, str]:
     assert isinstance(config, AlignConfig)
     trained = "all transformer weights" if config.model.lora is None else text(config.model.lora.described)
+    trained += "" if config.model.base_dtype is None else f", on a base in {config.model.base_dtype}"
     return {
         "Algorithm": f"{text(config.algorithm['type'])} · {trained}{_averaged(weights)}",
         "Iterations": f"{text(state['iteration'])} of {config.iterations} · seed {config.seed}",

@@ -30,7 +30,7 @@ OF_ACTORS = (
 
 def notes_of(config: RunConfig) -> list[str]:
     """Return a sentence for each setting that a run may have and the user hardly meant."""
-    of_all = [*_unused_evaluation(config), *_unused_cluster(config)]
+    of_all = [*_unused_evaluation(config), *_unused_cluster(config), *_no_host(config)]
     if isinstance(config, AlignConfig):
         return [*_notes_of_alignment(config), *of_all]
     return [*_notes_of_training(config), *of_all] if isinstance(config, PretrainConfig) else of_all
@@ -64,6 +64,13 @@ def _unused_cluster(config: RunConfig) -> list[str]:
         return []
     named = ", ".join(f"cluster.{name}" for name in given)
     return [f"{named}: of Ray's actors; with cluster.backend=local there are none, and nothing reads it"]
+
+
+def _no_host(config: RunConfig) -> list[str]:
+    """Note pinned memory where there is no other."""
+    if config.learner.offload != "host" or config.device != "cpu":
+        return []
+    return ["learner.offload: host is memory beside a GPU's, and on a CPU the same as none; disk takes less"]
 
 
 def _notes_of_alignment(config: AlignConfig) -> list[str]:

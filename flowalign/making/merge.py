@@ -141,7 +141,7 @@ def _open(path: Path, which: str | None, first: Sampled | None, base: Path | Non
     config = config_of(path, None, None if is_pipeline(path) else base)
     like = (first or config).model
     sizes = {"max_sequence_length": like.max_sequence_length, "height": like.height, "width": like.width}
-    model = config.model.model_copy(update={"dtype": "float32", **sizes})
+    model = config.model.model_copy(update={"dtype": "float32", "base_dtype": None, **sizes})
     # Sums need memory, not speed: a run of a GPU is merged wherever there is room.
     config = config.on("cpu").model_copy(update={"model": model})
     policy, state = open_policy(path, config, "model" if is_pipeline(path) else which or config.evaluation.weights)

@@ -52,7 +52,8 @@ def checkpoint_activations(module: nn.Module, how: str) -> None:
     """
     if how == "none":
         return
-    blocks = blocks_of(module)
+    names = block_classes(type(module))
+    blocks = [block for block in module.modules() if type(block).__name__ in names]
     if not blocks:
         raise ModelError(
             f"learner.activation_checkpointing: {type(module).__name__} names no blocks that could be computed anew; "
@@ -65,12 +66,6 @@ def checkpoint_activations(module: nn.Module, how: str) -> None:
 def block_classes(network: type) -> tuple[str, ...]:
     """Return the names of the classes of a network's blocks, as a class of diffusers tells them; empty: it does not."""
     return tuple(getattr(network, "_no_split_modules", None) or ())
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network, in their order; empty where its class names none."""
-    names = block_classes(type(module))
-    return [block for block in module.modules() if type(block).__name__ in names]
 
 
 class _Recomputed:

@@ -24,6 +24,7 @@ from flowalign.models.errors import ModelError
 from flowalign.models.family import module_config
 from flowalign.models.guided import frozen, guided
 from flowalign.models.network import Network
+from flowalign.models.stored_linear import store_base, stored_values
 
 
 def load_policy(
@@ -61,7 +62,7 @@ def load_network(config: ModelConfig, *, begin: bool = True) -> Network:
     ``lora.path`` are 0 and not read.
 
     Without a LoRA every parameter of the network is trainable; with one, only the adapter is. What is
-    trainable is float32, whatever ``config.dtype`` says of the rest.
+    trainable is float32, whatever ``config.dtype`` and ``config.base_dtype`` say of the rest.
 
     Raises:
         ModelError: the directory, the fresh network or its inputs cannot be had.
@@ -69,7 +70,8 @@ def load_network(config: ModelConfig, *, begin: bool = True) -> Network:
     """
     family = family_of_model(config)
     refuse_absent(family, config)
-    network = loading.load_network(family, Path(config.path), dtype=getattr(torch, config.dtype))
+    network = loading.load_network(family, Path(config.path), dtype=_loaded_dtype(config))
+    network.mixed = config.dtype == "bfloat16"
     if config.transformer is not None:
         assert family.fresh is not None  # see `refuse_absent`
         network.module = family.fresh(module_config(network.module), config.transformer).eval()
@@ -93,7 +95,14 @@ def load_network(config: ModelConfig, *, begin: bool = True) -> Network:
                 parameter.data.zero_()
     if adapter is not None and begin:
         begin_from(network.module, adapter)
+    if config.base_dtype is not None and getattr(torch, config.base_dtype) != _loaded_dtype(config):
+        store_base(network.module, config.base_dtype)
     return network
+
+
+def _loaded_dtype(config: ModelConfig) -> torch.dtype:
+    """Return what a network is loaded in, before its base is stored smaller: float32 where that is asked for."""
+    return torch.float32 if config.base_dtype == "float32" else getattr(torch, config.dtype)
 
 
 def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
@@ -123,7 +132,8 @@ def add_lora(network: Network, config: LoraConfig, *, seed: int = 0) -> None:
 def count_parameters(network: nn.Module) -> tuple[int, int]:
     """Return the number of trained parameters, and of all."""
     parameters = list(network.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + stored_values(network)
+    return sum(p.numel() for p in parameters if p.requires_grad), total
 
 
 def buffers_hash(network: nn.Module) -> str | None:

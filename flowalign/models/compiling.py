@@ -10,7 +10,7 @@ from typing import Any
 import torch._dynamo
 from torch import nn
 
-from flowalign.models.activation_checkpointing import blocks_of
+from flowalign.models.blocks import blocks_of
 from flowalign.models.errors import ModelError
 from flowalign.record.log import say_once
 
@@ -20,7 +20,7 @@ _SHAPES = 64
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Let torch.compile run the blocks of a ``module`` of diffusers; one whose class names no blocks, as a whole.
+    """Let torch.compile run the blocks of a ``module``; one that has none, as a whole.
 
     It works at the first pass of each shape, and says so. What it makes lies in torch's own cache on the disk
     (``TORCHINDUCTOR_CACHE_DIR``) and serves later runs and other workers.
@@ -35,7 +35,7 @@ def compile_blocks(module: nn.Module) -> None:
     config.recompile_limit = max(config.recompile_limit, _SHAPES)
     config.fail_on_recompile_limit_hit = True
     _announce()
-    for part in blocks_of(module) or [module]:
+    for part in list(blocks_of(module)) or [module]:
         part.compile(dynamic=False)
 
 

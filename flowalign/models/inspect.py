@@ -14,6 +14,7 @@ from torch import nn
 
 from flowalign.config.sections import ModelConfig
 from flowalign.flow.schedule import PipelineSchedule
+from flowalign.models.blocks import blocks_of
 from flowalign.models.directory import Directory, open_directory, read_sizes
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Forward, ModelFamily, module_config
@@ -24,7 +25,8 @@ from flowalign.models.network import Network
 class ModelSizes:
     """Parameter counts and the FLOPs of one forward pass of one sample (a multiply-add counts as two).
 
-    ``buffers`` are the numbers that the network holds beside its parameters, such as a table of positions.
+    ``buffers`` are the numbers that the network holds beside its parameters, such as a table of positions; ``blocks``
+    the parameters of the ``transformer`` that lie in its blocks.
     """
 
     source: str
@@ -38,6 +40,7 @@ class ModelSizes:
     width: int
     num_layers: int
     buffers: int = 0
+    blocks: int = 0
 
 
 def inspect_model(model: ModelConfig) -> ModelSizes:
@@ -70,6 +73,7 @@ def inspect_model(model: ModelConfig) -> ModelSizes:
         width=width,
         num_layers=num_layers,
         buffers=sum(buffer.numel() for buffer in network.buffers()),
+        blocks=sum(p.numel() for block in blocks_of(network) for p in block.parameters()),
     )
 
 

@@ -244,7 +244,8 @@ def _placed(made: Estimate, gpus: Gpus) -> dict[str, Any] | None:
 
 def _changes(config: RunConfig) -> Iterator[Mapping[str, Any]]:
     """Yield what may be changed to need less, what costs least first: nothing but sizes to begin with."""
-    choices = [_kept_less(config), _sharded(config), _half(config), _lora(config), _dropped(config), _decoded(config)]
+    choices = [_kept_less(config), _sharded(config), _half(config), _lora(config), _offloaded(config), _dropped(config)]
+    choices += [_eight_bits(config), _decoded(config)]
     sets = [[choice for choice in chosen if choice[1]] for chosen in itertools.product(*choices)]
     for chosen in sorted(sets, key=lambda chosen: sum(cost for cost, _ in chosen)):
         yield {key: value for _, own in chosen for key, value in own.items()}
@@ -280,6 +281,20 @@ def _lora(config: RunConfig) -> list[Choice]:
     if config.model.lora is not None or config.model.transformer is not None:
         return [_AS_IS]
     return [_AS_IS, (8.0, {"model.lora": {"rank": _LORA_RANK, "alpha": 2 * _LORA_RANK}})]
+
+
+def _offloaded(config: RunConfig) -> list[Choice]:
+    """Same bits, more transfers; no GPU has shown it yet."""
+    if config.learner.offload != "none" or config.learner.compile:
+        return [_AS_IS]
+    return [_AS_IS, (3.0, {"learner.offload": "host"})]
+
+
+def _eight_bits(config: RunConfig) -> list[Choice]:
+    """Other numbers, of a LoRA's base."""
+    if config.model.lora is None or config.model.base_dtype == "int8":
+        return [_AS_IS]
+    return [_AS_IS, (5.0, {"model.base_dtype": "int8"})]
 
 
 def _dropped(config: RunConfig) -> list[Choice]:

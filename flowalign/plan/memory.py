@@ -16,12 +16,13 @@ from flowalign.flow.solvers import evaluations
 from flowalign.models.directory import open_directory
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
+from flowalign.plan.offloaded import offloaded_bytes
 from flowalign.plan.passes import Passes
 
 FLOAT32 = 4
 _ADAM_MOMENTS = 2
 _BUCKET = 100_000_000  # numbers that ZeRO reduces at once, see engine/zero.py
-_BYTES = {"float32": FLOAT32, "bfloat16": 2}
+_BYTES = {"float32": FLOAT32, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Memory:
     ``learner_step`` is what the optimizer takes beside the gradients.
 
     ``teachers``, by name, are each in an actor of its own or, with ``teachers_in_learner``, all in every learner rank.
+    ``learner_offloaded`` are those of a rank's parts that ``learner.offload`` keeps off its device.
     """
 
     rollout_network: int
@@ -58,6 +60,7 @@ class Memory:
     teachers: dict[str, int]
     teachers_in_learner: bool
     embeddings: int = 0
+    learner_offloaded: int = 0
 
     @property
     def rollout_weights(self) -> int:
@@ -75,10 +78,10 @@ class Memory:
 
     @property
     def learner_held(self) -> int:
-        """What a learner's rank holds all the time."""
+        """What a learner's rank holds all the time, without what is offloaded."""
         own = self.learner_weights + self.learner_optimizer + self.learner_ema
         inside = sum(self.teachers.values()) if self.teachers_in_learner else 0
-        return own + self.learner_reference + self.learner_frozen + inside
+        return own + self.learner_reference + self.learner_frozen + inside - self.learner_offloaded
 
     @property
     def learner_working(self) -> int:
@@ -108,6 +111,12 @@ class Counted:
     def element(self) -> int:
         """Bytes of a number that is not trained."""
         return _BYTES[self.config.model.dtype]
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a weight in the blocks of a LoRA's frozen base."""
+        dtype = self.config.model.base_dtype
+        return self.element if dtype is None else _BYTES[dtype]
 
     @property
     def learned_rows(self) -> int:
@@ -160,12 +169,24 @@ def plan_memory(counted: Counted, teachers: Mapping[str, ModelSizes], num_texts:
         },
         teachers_in_learner=not config.cluster.has_teacher_actors,
         embeddings=num_texts * _embedding(config.model, c.element),
+        learner_offloaded=offloaded(c, teachers),
     )
 
 
 def frozen_base(c: Counted) -> int:
-    """Bytes of the network that a LoRA lies on, its buffers included; 0 without a LoRA."""
-    return (c.sizes.transformer + c.sizes.buffers) * c.element if c.config.model.lora is not None else 0
+    """Bytes of the network that a LoRA lies on, its buffers included; 0 without a LoRA.
+
+    Beside its blocks it is as it is loaded, which is float32 where that is asked for.
+    """
+    if c.config.model.lora is None:
+        return 0
+    beside = (c.sizes.transformer - c.sizes.blocks) * max(c.stored, c.element)
+    return c.sizes.blocks * c.stored + beside + c.sizes.buffers * c.element
+
+
+def unsharded_base(c: Counted) -> int:
+    """Bytes of a base's blocks that are in no shards: those that are stored smaller than they were loaded."""
+    return c.sizes.blocks * c.stored if c.config.model.lora is not None and c.stored < c.element else 0
 
 
 def trained(c: Counted) -> int:
@@ -200,7 +221,8 @@ def decoding(c: Counted) -> int:
 
 def learner_weights(c: Counted) -> int:
     """Bytes of the networks that learn; ZeRO has a second copy of what a rank steps."""
-    own = network(c) // c.shards(3)
+    whole = unsharded_base(c)
+    own = (network(c) - whole) // c.shards(3) + whole
     if c.config.learner.zero_stage:
         own += c.sizes.trainable * FLOAT32 // c.shards(1)
     return own * c.needs.trained
@@ -247,6 +269,21 @@ def frozen_beside(c: Counted, teacher: ModelSizes | None) -> int:
     own = (teacher.transformer + teacher.buffers) * FLOAT32 if teacher is not None and c.needs.teacher else 0
     own += network(c) if c.needs.average else 0
     return own + (autoencoder(c) if c.needs.decoder or c.needs.features else 0)
+
+
+def offloaded(c: Counted, teachers: Mapping[str, ModelSizes]) -> int:
+    """Bytes that ``learner.offload`` keeps off a rank's device: moments, averages, blocks of whole frozen networks."""
+    learner, lora, needs = c.config.learner, c.config.model.lora, c.needs
+    blocks = c.sizes.blocks * (FLOAT32 if lora is None else c.stored)
+    divided = learner.engine == "fsdp" or learner.zero_stage == 3
+    copied = reference(c) > (c.sizes.trainable * FLOAT32 if lora else 0)
+    frozen = [blocks * needs.trained if lora and not divided else 0, blocks * copied, blocks * needs.average]
+    if not c.config.cluster.has_teacher_actors:
+        frozen += [teachers[name].blocks * FLOAT32 if name in teachers else blocks for name in needs.teachers]
+    if needs.teacher and (teacher := teachers.get("teacher")) is not None:
+        frozen.append(teacher.blocks * FLOAT32)
+    own = {"moments": optimizer(c), "averages": averages(c), "frozen": frozen}
+    return offloaded_bytes(learner, c.config.device, c.sizes.num_layers, **own)
 
 
 def learner_activations(c: Counted) -> int:

@@ -99,7 +99,9 @@ def _learner_terms(memory: Memory) -> str:
     }
     working = {"gradients": memory.learner_gradients, "activations": memory.learner_activations}
     joined = " and " if memory.gradients_stay else " or "
-    return f"{_terms(held)}, and {_terms(working, joined)}"
+    away = memory.learner_offloaded
+    said = f"; {_size(away)} of these are kept off the device, and not counted" if away else ""
+    return f"{_terms(held)}, and {_terms(working, joined)}{said}"
 
 
 def _terms(terms: Mapping[str, int], joined: str = ", ") -> str:

@@ -36,12 +36,20 @@ def total_norm(named: Mapping[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def fault(what: str, named: Mapping[str, Tensor], largest: float = MAX_WEIGHTS, *, began: float = 0.0) -> str | None:
+def fault(
+    what: str,
+    named: Mapping[str, Tensor],
+    largest: float = MAX_WEIGHTS,
+    *,
+    began: float = 0.0,
+    norm: float | None = None,
+) -> str | None:
     """Say what is wrong with the tensors that are ``what``, and in which of them; None where nothing is.
 
-    ``began`` is the norm that they once had; where that was 0 nothing can vanish.
+    ``began`` is the norm that they once had; where that was 0 nothing can vanish. ``norm`` is theirs, where it is
+    known.
     """
-    norm = total_norm(named)
+    norm = total_norm(named) if norm is None else norm
     if norm < LEAST * began:
         return f"{what}: their norm has fallen from {began:.3g} at the beginning to {norm:.3g}, so they are all but 0"
     if norm <= largest:  # never true of NaN

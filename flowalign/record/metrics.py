@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.sections import LoggingConfig
+from flowalign.config.logging import LoggingConfig
 from flowalign.record.disk import append_line, draft_of, write_text
 from flowalign.record.log import say_once
 from flowalign.record.mirror import Mirror

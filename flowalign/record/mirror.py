@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from flowalign.config.logging import LoggingConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import LoggingConfig
 from flowalign.record.log import LOG
 from rewards.errors import one_line
 

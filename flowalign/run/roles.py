@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from flowalign.algorithm import Needs, VelocityModel
@@ -21,7 +20,9 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.engine.accumulate import autocast
-from flowalign.models.build import bind_weights, frozen_copy, load_encoders, load_network, reference_velocity
+from flowalign.engine.frozen_blocks import offload_blocks
+from flowalign.engine.offload import Offload
+from flowalign.models.build import load_network, reference_velocity
 from flowalign.models.encoders import Encoders
 from flowalign.models.fingerprint import encoders_of, same_encoders
 from flowalign.models.guided import frozen, guided
@@ -29,6 +30,7 @@ from flowalign.models.network import Network
 from flowalign.models.perceptual import ImageFeatures
 from flowalign.models.start import StartingAdapter
 from flowalign.run.learner import Learner
+from flowalign.run.offloaded import OffloadedCopy, load_decoder, offload_of
 from flowalign.run.second import second_network
 from flowalign.run.teachers import Teacher, load_teachers
 from flowalign.samples.differentiable import PixelRewards
@@ -81,37 +83,38 @@ def roles_of(
         ConfigError, ModelError: a teacher is missing, or does not share the model's latents or encoders.
         ScorerError: see `PixelRewards`.
     """
-    device = config.device
+    device, offload = config.device, offload_of(config)
     network.scale = needs.guidance_scale
     roles = Roles({"policy": guided(network)})
     if isinstance(config, AlignConfig):
-        roles.models |= load_teachers(config, needs.teachers, network, teachers, compares=compares)
+        roles.models |= load_teachers(config, needs.teachers, network, teachers, compares=compares, offload=offload)
     if needs.reference is not None and needs.reference.refresh is not None:
-        refreshed = RefreshedReference(network, needs.reference.refresh, device)
+        refreshed = RefreshedReference(network, needs.reference.refresh, device, offload)
         roles.reference, roles.models["reference"] = refreshed, refreshed.velocity
         roles.followers.append(refreshed)
     elif needs.reference is not None and config.model.lora is not None and config.model.lora.path is not None:
         start = StartingAdapter(network)
         roles.reference, roles.models["reference"] = start, start.velocity
+    elif needs.reference is not None and offload is not None and config.model.lora is None:
+        roles.models["reference"] = OffloadedCopy(network, offload, device).velocity
     elif needs.reference is not None:
         roles.models["reference"] = reference_velocity(network, device)
     if needs.second is not None:
         roles.second = second_network(network)
         roles.models["second"] = guided(roles.second)
     if needs.teacher:
-        roles.models["teacher"] = frozen(_teacher(config, network))
+        roles.models["teacher"] = frozen(_teacher(config, network, offload))
     if needs.average:
-        average = FollowingAverage(network, device)
+        average = FollowingAverage(network, device, offload)
         roles.models["ema"] = average.velocity
         roles.followers.append(average)
     roles.models = {role: precise(model, config.network_dtype, device) for role, model in roles.models.items()}
     functions: dict[str, Any] = {}
     if needs.features:
         assert isinstance(config, PretrainConfig)
-        decoder = load_encoders(config.model, text=False).to(device)
-        functions["features"] = ImageFeatures(decoder, Path(config.features))
+        functions["features"] = ImageFeatures(load_decoder(config, offload), Path(config.features))
     if needs.decoder:
-        functions["decoder"] = partial(_pixels, load_encoders(config.model, text=False).to(device))
+        functions["decoder"] = partial(_pixels, load_decoder(config, offload))
     if needs.reward:
         functions["reward"] = PixelRewards(config.trained_rewards, Path(), device)
     roles.models |= functions
@@ -122,7 +125,7 @@ def _pixels(encoders: Encoders, latents_NCHW: Tensor) -> Tensor:
     return encoders.decode_pixels(latents_NCHW).clamp(0, 1)
 
 
-def _teacher(config: RunConfig, network: Network) -> Network:
+def _teacher(config: RunConfig, network: Network, offload: Offload | None) -> Network:
     """Load the one frozen teacher of a training on latents."""
     wanted: ModelConfig | None = getattr(config, "teacher", None)
     if wanted is None:
@@ -136,7 +139,8 @@ def _teacher(config: RunConfig, network: Network) -> Network:
             f"{wanted.path} has latents {theirs} or encoders other than the student's {mine}; a teacher must "
             "share the student's autoencoder and text encoders",
         )
-    teacher.module.requires_grad_(False).eval().to(config.device)
+    offload_blocks(teacher.module.requires_grad_(False).eval(), offload, config.device)
+    teacher.module.to(config.device)
     return teacher
 
 
@@ -155,11 +159,11 @@ def precise(velocity: VelocityModel, dtype: Precision, device: str) -> VelocityM
 class RefreshedReference:
     """A frozen copy of the network, LoRA included, that takes the policy's weights every ``every`` iterations."""
 
-    def __init__(self, network: Network, every: int, device: str | torch.device | None = None) -> None:
+    def __init__(self, network: Network, every: int, device: str = "cpu", offload: Offload | None = None) -> None:
         self.every = every
         self._trained = [name for name, p in network.module.named_parameters() if p.requires_grad]
-        own = frozen_copy(network, device)
-        self._module, self.velocity = own.module, frozen(own)
+        self._copy = OffloadedCopy(network, offload, device)
+        self.velocity = self._copy.velocity
 
     def due(self, iteration: int) -> bool:
         """Tell whether iteration ``iteration``, counted from 0, ends with a refresh."""
@@ -170,20 +174,20 @@ class RefreshedReference:
             self.take(learner.engine.weights())
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
-        bind_weights(self._module, dict(weights))
+        self._copy.bind(weights)
 
     def weights(self) -> dict[str, Tensor]:
-        held = dict(self._module.named_parameters())
+        held = self._copy.held()
         return {name: held[name].detach().to("cpu", copy=True) for name in self._trained}
 
 
 class FollowingAverage:
     """A frozen copy of the network that holds the learner's average."""
 
-    def __init__(self, network: Network, device: str | torch.device | None = None) -> None:
-        own = frozen_copy(network, device)
-        self._module, self.velocity = own.module, frozen(own)
+    def __init__(self, network: Network, device: str, offload: Offload | None = None) -> None:
+        self._copy = OffloadedCopy(network, offload, device)
+        self.velocity = self._copy.velocity
 
     def follow(self, learner: Learner, iteration: int) -> None:
         if learner.ema is not None and learner.ema.due:
-            bind_weights(self._module, learner.ema.weights())
+            self._copy.bind(learner.ema.weights())

@@ -15,6 +15,8 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.teachers import TeacherConfig
 from flowalign.engine.accumulate import autocast
+from flowalign.engine.frozen_blocks import offload_blocks
+from flowalign.engine.offload import Offload
 from flowalign.models.directory import is_pipeline
 from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import PRECISIONS, Encoders, encoders_of
@@ -45,7 +47,7 @@ class LoadedTeacher:
         ModelError: what lies at its path cannot be opened, or is no run of this model.
     """
 
-    def __init__(self, config: AlignConfig, name: str) -> None:
+    def __init__(self, config: AlignConfig, name: str, offload: Offload | None = None) -> None:
         wanted, model = teachers_of(config)[name], config.model
         try:
             network, _ = open_network(Path(wanted.path), config, wanted.weights)
@@ -55,6 +57,7 @@ class LoadedTeacher:
                 f"this one; make a pipeline of any other: flowalign export {wanted.path} --to DIR"
             ) from error
         network.module.requires_grad_(False).eval()
+        offload_blocks(network.module, offload, config.device)
         self._shape, self.velocity = network.latent_shape(model.height, model.width), frozen(network)
         own = Path(wanted.path)
         self._encoders = encoders_of(model_of(own, config)) if is_pipeline(own) else None
@@ -106,15 +109,17 @@ def load_teachers(
     shared: Mapping[str, Teacher] | None = None,
     *,
     compares: bool = True,
+    offload: Offload | None = None,
 ) -> dict[str, VelocityModel]:
     """Load the networks of the teachers ``wanted``, by role: those of ``shared`` by name, all others here.
 
-    ``compares`` reads the files of all encoders, which one rank does for all.
+    ``compares`` reads the files of all encoders, which one rank does for all. ``offload`` says where the blocks of
+    those that are loaded here are kept.
 
     Raises:
         ModelError: a teacher encodes prompts or images otherwise than the model.
     """
-    found = {name: (shared or {}).get(name) or LoadedTeacher(config, name) for name in wanted}
+    found = {name: (shared or {}).get(name) or LoadedTeacher(config, name, offload) for name in wanted}
     shape, own = network.latent_shape(config.model.height, config.model.width), encoders_of(config.model)
     for name, teacher in found.items():
         key, path = f"algorithm.teachers.{name}", wanted[name].path

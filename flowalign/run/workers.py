@@ -34,6 +34,7 @@ from flowalign.record.spans import span
 from flowalign.run.collecting import Request
 from flowalign.run.encoded import rollout_embeddings
 from flowalign.run.learner import Learner
+from flowalign.run.offloaded import offload_of
 from flowalign.run.previews import preview_of
 from flowalign.run.profiling import profiler_of
 from flowalign.run.roles import precise, roles_of
@@ -234,7 +235,8 @@ class LearnerWorker:
         self._profiler = profiler_of(config, f"learner-{rank}")
         own, ema = config.learner, None
         if own.ema_decays:
-            ema = Averages(engine, own.ema_decays, every=own.ema_every, warmup=own.ema_warmup)
+            kept: dict[str, Any] = {"every": own.ema_every, "warmup": own.ema_warmup, "offload": settings.offload}
+            ema = Averages(engine, own.ema_decays, **kept)
         self.learner = Learner(
             algorithm,
             roles.models,
@@ -355,4 +357,5 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         optimizer=learner.optimizer,
         compile=learner.compile and not config.rollouts_compile,  # which the worker has done
         schedule=config.learning_rate_at,
+        offload=offload_of(config),
     )

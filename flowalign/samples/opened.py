@@ -70,7 +70,9 @@ def model_of(path: Path, config: Sampled) -> ModelConfig:
     """Return the model that is loaded of ``path``: the pipeline that it is, or the configured model of its weights."""
     if not is_pipeline(path):
         return config.model
-    return config.model.model_copy(update={"path": str(path), "lora": None, "transformer": None, "inputs": None})
+    return config.model.model_copy(
+        update={"path": str(path), "lora": None, "base_dtype": None, "transformer": None, "inputs": None}
+    )
 
 
 def open_network(path: Path, config: Sampled, which: Which = "model") -> tuple[Network, dict[str, Any]]:

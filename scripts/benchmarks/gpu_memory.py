@@ -11,6 +11,7 @@ from gpu_bench import Bench, Figure
 from gpu_models import KINDS, MODELS, blocks, inputs, shaped, updating
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.engine.offload import Offload
 from flowalign.plan import make_plan
 from flowalign.plan.memory import Memory
 
@@ -21,6 +22,7 @@ def memory(bench: Bench) -> Iterator[Figure]:
         for name in MODELS:
             yield Figure(f"{name} rollout, {kind}", 5, partial(_rolls_out, bench, name, kind))
             yield Figure(f"{name} learner, {kind}", 6, partial(_learns, bench, name, kind))
+            yield Figure(f"{name} learner, {kind}, offload host", 8, partial(_learns, bench, name, kind, offload=True))
 
 
 def _rolls_out(bench: Bench, name: str, kind: str) -> dict[str, Any]:
@@ -35,17 +37,21 @@ def _rolls_out(bench: Bench, name: str, kind: str) -> dict[str, Any]:
     return _beside(weights, found["bytes"], said, planned.rollout_activations)
 
 
-def _learns(bench: Bench, name: str, kind: str) -> dict[str, Any]:
-    """Measure two updates: the optimizer's moments are there from the end of the first on."""
-    planned, _, model = _planned(bench, name, kind)
+def _learns(bench: Bench, name: str, kind: str, offload: bool = False) -> dict[str, Any]:
+    """Measure two updates: the optimizer's moments are there from the end of the first on.
+
+    With ``offload`` the learner keeps on the host what it can, and the weights are those that are left.
+    """
+    planned, _, model = _planned(bench, name, kind, "host" if offload else "none")
     before = bench.held()
     own = blocks(bench, model)
     weights = bench.held() - before
-    update = updating(bench, own, bench.size.micro)
+    update = updating(bench, own, bench.size.micro, Offload("host", bench.folder) if offload else None)
+    weights = bench.held() - before if offload else weights
     with bench.peak() as found:
         update(1)
         update(1)
-    beyond = planned.learner_optimizer + planned.learner_working
+    beyond = planned.learner_optimizer + planned.learner_working - planned.learner_offloaded
     return _beside(weights, found["bytes"], planned.learner_weights, beyond)
 
 
@@ -56,7 +62,7 @@ def _beside(weights: int, beyond: int, planned_weights: int, planned_beyond: int
     return {"measured": found, "planned": said, "measured_of_planned": measured / planned}
 
 
-def _planned(bench: Bench, name: str, kind: str) -> tuple[Memory, int, Any]:
+def _planned(bench: Bench, name: str, kind: str, offload: str = "none") -> tuple[Memory, int, Any]:
     """Return the plan of a run at these shapes, the bytes of the frozen parts in it, and the run's model."""
     size, model = bench.size, shaped(bench, name, bench.size.pixels, **KINDS[kind])
     config = AlignConfig.model_validate(
@@ -68,7 +74,7 @@ def _planned(bench: Bench, name: str, kind: str) -> tuple[Memory, int, Any]:
             "data": {"groups_per_iteration": 1},
             "rewards": ["jpeg"],
             "rollout": {"chunk_size": size.rolled},
-            "learner": {"engine": "torch", "micro_batch_size": size.micro},
+            "learner": {"engine": "torch", "micro_batch_size": size.micro, "offload": offload},
             "cluster": {"backend": "local", "device": str(bench.device)},
             "evaluation": {"every": 0},
         }

@@ -20,6 +20,7 @@ from flowalign.algorithm import LossOutput
 from flowalign.config.sections import SHIPPED, ModelConfig, OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
+from flowalign.engine.offload import Offload
 from flowalign.models.build import add_lora, load_policy
 from flowalign.models.directory import Directory, open_directory
 from flowalign.models.encoders import Encoders
@@ -203,10 +204,11 @@ def inputs(bench: Bench, own: Measured, samples: int) -> tuple[Tensor, Tensor, C
     return x.to(bench.device), torch.rand(samples, generator=draw).to(bench.device), own.condition(range(samples))
 
 
-def updating(bench: Bench, own: Measured, samples: int) -> Callable[[int], object]:
+def updating(bench: Bench, own: Measured, samples: int, offload: Offload | None = None) -> Callable[[int], object]:
     """Return what makes an update of so many micro-batches of ``samples``, by the engine `torch` in bfloat16."""
     x, t, condition = inputs(bench, own, samples)
-    settings = EngineSettings("torch", dtype="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-6))
+    optimizer = OptimizerConfig(learning_rate=1e-6)
+    settings = EngineSettings("torch", dtype="bfloat16", optimizer=optimizer, offload=offload)
     engine = build_engine(own.network.module, settings, device=bench.device)
     batch = TrainBatch({"x": x, "t": t}, condition)
 

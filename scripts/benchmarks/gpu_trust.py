@@ -26,9 +26,10 @@ from flowalign.config.run import Passes
 from flowalign.config.sections import SHIPPED, LoraConfig, OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
+from flowalign.engine.offload import Offload
 from flowalign.export.writing import write_lora
 from flowalign.flow.randomness import seeded
-from flowalign.models.build import load_policy
+from flowalign.models.build import add_lora, load_policy
 from flowalign.models.guided import guided
 from flowalign.run.learner import Learner
 from flowalign.samples.rollout import SampleNoise, integrate
@@ -139,12 +140,29 @@ def engines(bench: Bench) -> Iterator[Figure]:
     for dtype in DTYPES:
         for name, (kind, stage) in ENGINES.items():
             yield Figure(f"{name} {dtype}", 10, partial(_against_torch, bench, kind, stage, dtype))
+        for what, lora in (("all weights", False), ("LoRA", True)):
+            yield Figure(f"offload host, {what} {dtype}", 12, partial(_offloaded, bench, dtype, lora))
 
 
 def _against_torch(bench: Bench, kind: str, stage: int, dtype: str) -> dict[str, Any]:
     begun = {name: p.detach().cpu() for name, p in _learns(bench, dtype).network.module.named_parameters()}
-    losses, expected = bench.once(f"torch {dtype}", lambda: _updated(bench, "torch", 0, dtype))
-    found, weights = _updated(bench, kind, stage, dtype)
+    plain = bench.once(f"torch {dtype}", lambda: _updated(bench, "torch", 0, dtype))
+    return _beside(begun, plain, _updated(bench, kind, stage, dtype))
+
+
+def _offloaded(bench: Bench, dtype: str, lora: bool) -> dict[str, Any]:
+    """Compare ``learner.offload: host`` with none; bits are to be the same."""
+    host = Offload("host", bench.folder)
+    plain, kept = (_updated(bench, "torch", 0, dtype, offload=offload, lora=lora) for offload in (None, host))
+    found = _beside({name: torch.zeros_like(weight) for name, weight in plain[1].items()}, plain, kept)
+    del found["share_of_the_distance_moved"]  # which begins at a network that nobody has kept
+    return found
+
+
+def _beside(
+    begun: dict[str, Tensor], plain: tuple[list[float], dict[str, Tensor]], other: tuple[list[float], dict[str, Tensor]]
+) -> dict[str, Any]:
+    (losses, expected), (found, weights) = plain, other
     gap, moved = (
         float(torch.stack([(to[name] - at[name]).double().norm() for name in expected]).norm())
         for to, at in ((weights, expected), (expected, begun))
@@ -162,12 +180,16 @@ def _learns(bench: Bench, dtype: str) -> Measured:
     return bench.once(f"learns {dtype}", lambda: shipped(bench, dtype))
 
 
-def _updated(bench: Bench, kind: str, stage: int, dtype: str) -> tuple[list[float], dict[str, Tensor]]:
+def _updated(
+    bench: Bench, kind: str, stage: int, dtype: str, *, offload: Offload | None = None, lora: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
     """Return the losses of an engine's updates on random latents, and the weights after them."""
     own, chunk = _learns(bench, dtype), bench.size.chunk
     network = own.network.with_module(copy.deepcopy(own.network.module))
-    optimizer = OptimizerConfig(learning_rate=RATE)
-    settings = EngineSettings(kind, zero_stage=stage, optimizer=optimizer, dtype=dtype)  # type: ignore[arg-type]
+    if lora:
+        add_lora(network, LoraConfig(rank=4))
+    own_settings: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "offload": offload}
+    settings = EngineSettings(kind, optimizer=OptimizerConfig(learning_rate=RATE), **own_settings)  # type: ignore[arg-type]
     engine = build_engine(network.module, settings, device=bench.device)
     algorithm, passes = build_algorithm({"type": "rectified_flow"}), Passes(chunk // 2)
     learner = Learner(algorithm, {"policy": guided(network)}, engine, passes=passes, device=str(bench.device))

@@ -94,6 +94,24 @@ def test_exported_lora_files_give_our_latents_in_both_layouts(
     assert difference(public_latents(pipeline, 3.0), ours) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["lora", "pipeline"])
+def test_a_lora_of_a_base_in_eight_bits_is_exported_against_the_base_as_it_is(
+    runs: dict[str, Path], base: Path, tmp_path: Path, kind: str
+) -> None:
+    plain, eight = run_config(base, lora=True), run_config(base, lora=True)
+    eight = eight.model_copy(update={"model": eight.model.model_copy(update={"base_dtype": "int8"})})
+    made, other = (
+        export(runs["lora"], tmp_path / name, kind=kind, config=own) for name, own in (("8", eight), ("32", plain))
+    )
+    files = list(made.path.glob("**/*.safetensors"))
+    assert files and all(f.read_bytes() == (other.path / f.relative_to(made.path)).read_bytes() for f in files)
+    assert made.base_deviation is not None and 1e-4 < made.base_deviation < 0.05
+    assert made.on_other_base is not None and f"differs by {made.base_deviation:.2%} from that on the int8 base" in (
+        made.on_other_base
+    )
+    assert other.on_other_base is None and "on a base in int8" in (made.path / "README.md").read_text()
+
+
 def test_a_plain_from_pretrained_reads_the_export_once_the_absent_encoder_is_named(
     runs: dict[str, Path], base: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.changes import refuse_changes, resume_differences
 from flowalign.intake.file import load_align, load_pretrain
+from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import resolve
 from flowalign.intake.resolved import read_resolved, write_resolved
@@ -484,6 +486,17 @@ def test_a_pretraining_file_loads_and_resolves(
             load_pretrain(path, changes)
         assert str(refused.value) == f"learner.activation_checkpointing: {said}"
     assert load_pretrain(path, [f"{anew}blocks", *stage_3]).config.learner.activation_checkpointing == "blocks"
+    for changes, said in (
+        (["learner.offload=disk", "learner.compile=true"], "offload: a compiled network has no blocks to bring in; "),
+        (["learner.offload_dir=here"], "offload_dir: is of offload=disk, and offload is none; leave it out"),
+        (["learner.offload=disc"], "offload: got 'disc'; write none, host or disk; did you mean disk?"),
+    ):
+        with pytest.raises(ConfigError, match=f"^learner.{re.escape(said)}"):
+            load_pretrain(path, changes)
+    away = load_pretrain(path, ["learner.offload=disk", "learner.offload_dir=here", *stage_3]).config.learner
+    assert away.offload == "disk" and away.offload_dir is not None and Path(away.offload_dir).is_absolute()
+    said = "learner.offload: host is memory beside a GPU's, and on a CPU the same as none; disk takes less"
+    assert said in notes_of(load_pretrain(path, ["learner.offload=host"]).config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^learner.engine: torch is one process, and torchrun has started 2; use"):
         load_pretrain(path)

@@ -12,6 +12,7 @@ from flowalign.algorithms import build_algorithm
 from flowalign.cli.terminal import console, print_rows
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.engine.piecewise import PIECE
 from flowalign.flow.solvers import evaluations
 from flowalign.flow.solvers.heun import solve as heun
 from flowalign.intake.file import load_align
@@ -110,6 +111,36 @@ def test_a_chunk_of_a_compiled_network_holds_what_a_micro_batch_of_its_size_does
     sizes = ("rollout.chunk_size=4", "learner.micro_batch_size=4")
     plain, compiled = (plan(config_path, *sizes, f"learner.compile={how}").memory for how in ("false", "true"))
     assert plain.rollout_activations < compiled.rollout_activations == compiled.learner_activations
+
+
+def test_what_is_kept_on_disk_is_not_counted(config_path: Path) -> None:
+    none, disk = (plan(config_path, f"learner={{offload: {how}, ema_decay: 0.9}}") for how in ("none", "disk"))
+    piece = 2 * 4 * PIECE
+    assert none.memory.learner_offloaded == 0 and disk.memory.learner_optimizer == none.memory.learner_optimizer
+    moments = max(0, none.memory.learner_optimizer - piece)
+    assert disk.memory.learner_offloaded == moments + none.memory.learner_ema
+    assert disk.memory.learner_rank == none.memory.learner_rank - disk.memory.learner_offloaded
+    assert plan(config_path, "learner.offload=host").memory.learner_offloaded == 0  # on a CPU
+    deep, by_lora = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml", "learner.offload=disk"
+    kept, away = plan(deep), plan(deep, by_lora)
+    frozen = away.memory.learner_offloaded - max(0, away.memory.learner_optimizer - piece) - away.memory.learner_ema
+    assert 0.8 * kept.memory.learner_weights < frozen < kept.memory.learner_weights
+    shards = ("cluster.backend=ray", "learner.engine=fsdp", "learner.ranks=2", "learner.zero_stage=0")
+    assert plan(deep, by_lora, *shards).memory.learner_offloaded < away.memory.learner_offloaded - frozen / 2
+    assert "are kept off the device, and not counted" in dict(plan_rows(away))["learner rank"]
+
+
+def test_a_base_in_eight_bits_is_counted_so_in_rollouts_and_learner(config_path: Path) -> None:
+    deep = ROOT / "configs" / "sd3" / "flow_grpo_geneval.yaml"
+    sizes = plan(deep).model
+    plain, eight, wide = (plan(deep, f"model.base_dtype={dtype}").memory for dtype in ("bfloat16", "int8", "float32"))
+    assert 0.9 * sizes.transformer < sizes.blocks < sizes.transformer
+    assert plain == plan(deep).memory
+    for part in ("rollout_weights", "learner_weights"):
+        assert getattr(plain, part) - getattr(eight, part) == sizes.blocks
+        assert getattr(wide, part) - getattr(plain, part) == 2 * sizes.transformer
+    with pytest.raises(ConfigError, match=r"^model.base_dtype: int8 is of what a LoRA leaves frozen"):
+        plan(deep, "model.lora=null", "model.base_dtype=int8")
 
 
 def test_odd_geometry_is_noted(config_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.config.sections import LoggingConfig, RewardConfig
+from flowalign.config.logging import LoggingConfig
+from flowalign.config.sections import RewardConfig
 from flowalign.data.banks.files import write_json, write_tensors
 from flowalign.export import export
 from flowalign.intake.resolved import write_resolved

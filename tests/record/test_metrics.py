@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.config.sections import LoggingConfig
+from flowalign.config.logging import LoggingConfig
 from flowalign.record.metrics import MetricsWriter, read_metrics, without_times
 from flowalign.run.clock import Clock
 

@@ -21,7 +21,7 @@ KEY = "0123456789" * 4
 CHECK = """
 import sys
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import LoggingConfig
+from flowalign.config.logging import LoggingConfig
 from flowalign.record.mirror import check_wandb
 try:
     check_wandb(LoggingConfig(wandb="online"))
@@ -32,7 +32,7 @@ BREAK = """
 import logging, sys
 from pathlib import Path
 import psutil
-from flowalign.config.sections import LoggingConfig
+from flowalign.config.logging import LoggingConfig
 from flowalign.record.metrics import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), "run", LoggingConfig(wandb="offline"))
 writer.write(1, {"loss": 1.0}, wall_s=0.0)

@@ -388,6 +388,24 @@ def test_activations_that_are_computed_anew_change_no_bit_of_what_is_learned(
             assert checkpoint.content_hash(getattr(other, kind)) == checkpoint.content_hash(getattr(ended[0], kind))
 
 
+@pytest.mark.parametrize("algorithm", ["meanflow", "guidance_distill", "consistency"])
+def test_what_lies_on_disk_changes_no_bit_of_what_is_learned(tmp_path, tiny_pipeline_dir, bank, algorithm):
+    changes: dict[str, Any] = {"algorithm": {"type": algorithm}}
+    changes |= {"model": {"inputs": ["r"]}} if algorithm == "meanflow" else {}
+    changes |= {"model": {"inputs": ["guidance"]}} if algorithm == "guidance_distill" else {}
+    if algorithm in ("guidance_distill", "consistency"):
+        changes |= {"teacher": {"path": str(tiny_pipeline_dir), "max_sequence_length": 4}}
+    ended = []
+    for how in ("none", "disk"):
+        run(tmp_path / how, tiny_pipeline_dir, bank, learner={"offload": how, "ema_decay": [0.9, 0.5]}, **changes)
+        ended.append(checkpoint.load(tmp_path / how / "base" / "checkpoints" / "step_000004"))
+    plain, other = ended
+    for kind in ("model", "ema"):
+        assert checkpoint.content_hash(getattr(other, kind)) == checkpoint.content_hash(getattr(plain, kind))
+    (tensors, facts), (found, found_facts) = plain.optimizer_of(0), other.optimizer_of(0)
+    assert checkpoint.content_hash(found) == checkpoint.content_hash(tensors) and found_facts == facts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rectified_flow", "meanflow"])
 def test_shards_on_one_rank_learn_what_plain_torch_does(tmp_path, tiny_pipeline_dir, bank, algorithm):

@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["layout.py", "--pipeline", "{here}"], "--pipeline: {here} has no model_index.json"),
         (["algorithms.py", "compare", "--cells", "nft"], "--cells: compare takes all cells that were run"),
         (["algorithms.py", "run", "--cells", "nfd"], "--cells: no cell 'nfd'"),
+        (["offload.py", "--ranks", "0"], "argument --ranks: '0' is no whole number of 1 or more"),
         (["activations.py", "--rank", "0"], "argument --rank: '0' is no whole number of 1 or more"),
         (["recipes.py", "check", "--cells", "start"], "--cells: of a search that runs"),
         (["recipes.py", "screen", "--table", "--cells", "start"], "--cells: of a search that runs"),
