@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from flowalign import __version__
 from flowalign.cli import app
-from flowalign.cli.options import kind_of
 from flowalign.cli.terminal import sentence
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
@@ -61,11 +60,6 @@ def test_the_version_is_the_one_that_runs_and_that_runs_record() -> None:
     shown = CliRunner().invoke(app, ["--version"])
     assert (shown.exit_code, shown.output) == (0, f"flowalign {__version__}\n") and __version__.startswith("0.2.")
     assert versions()["flowalign"] == __version__
-
-
-@pytest.mark.parametrize(("said", "kind"), [("model", "pipeline"), ("policy", "pipeline"), ("ema_0.99", "ema_0.99")])
-def test_an_export_takes_the_names_of_weights(said: str, kind: str) -> None:
-    assert kind_of(said) == kind
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -144,6 +144,12 @@ def test_two_names_of_weights_are_not_both_exported(runs: dict[str, Path], base:
         export(runs["full"], tmp_path / "out", kind="ema", weights="model", config=run_config(base))
 
 
+def test_a_kind_may_name_weights_by_their_former_name_too(runs: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    config = run_config(base, evaluation={"weights": "ema"}, learner={"ema_decay": 0.5})
+    made = export(runs["full"], tmp_path / "out", kind="policy", config=config)
+    assert (made.kind, made.weights) == ("pipeline", "model")
+
+
 def test_text_encoders_are_exported_in_float32_and_no_local_path_is(
     runs: dict[str, Path], base: Path, tmp_path: Path
 ) -> None:
