@@ -140,11 +140,12 @@ class Network:
         rows = {name: row.to(dtype) if row.is_floating_point() and name != exact else row for name, row in text.items()}
         # (`enabled=False` would not do: it switches off the autocast that a caller, such as pretraining, is in.)
         precision = torch.autocast(device, torch.bfloat16) if self.mixed else nullcontext()
-        learns, graph = torch.is_grad_enabled(), torch.enable_grad() if self.compiled else nullcontext()
+        forgets = self.compiled and not torch.is_grad_enabled()
+        graph = torch.enable_grad() if forgets else nullcontext()
         with precision, kernel_of(self.attention, device, length), graph, span("network"):
             ticks = int(self.scheduler["num_train_timesteps"])
             out = self.family.forward(self.module, x.to(dtype), t, rows, ticks=ticks, guidance=guidance)
-        return (out if learns else out.detach()).float()
+        return (out.detach() if forgets else out).float()
 
     def missing_kernel(self, device: str, precisions: Collection[str]) -> str | None:
         """Say why its kernel of attention does not run on ``device`` in these precisions, and what to write; None: it

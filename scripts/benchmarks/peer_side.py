@@ -117,7 +117,8 @@ class Theirs:
 
         self.options, self.walk, self.step = options, pipeline_with_logprob, sde_step_with_logprob
         absent: Any = {"text_encoder_3": None, "tokenizer_3": None}
-        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(str(SHIPPED / "pipeline"), **absent)
+        shipped = str(SHIPPED / "pipeline")
+        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(shipped, trust_remote_code=False, **absent)
         self.pipeline.set_progress_bar_config(disable=True)
         for frozen in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             frozen.float().requires_grad_(False)
