@@ -82,7 +82,7 @@ class MixtureModule(nn.Module):
 class MixtureNetwork:
     """A network whose latents are points of the plane, (2, 1, 1)."""
 
-    family, device, inputs, keeps_token_norms = "rf", torch.device("cpu"), (), False
+    family, device, inputs, keeps_token_norms, compiled = "rf", torch.device("cpu"), (), False, False
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.module = MixtureModule() if module is None else module

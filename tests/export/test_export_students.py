@@ -117,7 +117,7 @@ def test_a_consistency_student_is_a_plain_pipeline_that_noises_anew(tmp_path, ti
     assert not (tmp_path / "out" / "pipeline.py").exists()
     assert load_pipeline(tmp_path / "out").scheduler.config["stochastic_sampling"]
     found = theirs(tmp_path / "out", PROMPT, num_inference_steps=3, sigmas=[1.0, 2 / 3, 1 / 3])
-    torch.testing.assert_close(found, ours(run, PROMPT), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, ours(run, PROMPT, "ema"), rtol=1e-3, atol=1e-3)
 
 
 FLOW = {"type": "rectified_flow"}

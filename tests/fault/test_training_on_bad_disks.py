@@ -222,7 +222,8 @@ def test_the_room_that_a_training_needs_grows_by_its_averages_and_by_ranks_that_
 
 
 def cut(path: Path) -> None:
-    (path / "model.safetensors").write_bytes(b"short")
+    for name in ("model", "ema"):
+        (path / f"{name}.safetensors").write_bytes(b"short")
 
 
 @pytest.mark.parametrize(("command", "damage"), [("pretrain", cut), ("distill", shutil.rmtree)])

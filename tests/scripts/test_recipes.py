@@ -199,6 +199,17 @@ def test_the_page_holds_the_committed_searches(own: Any, search: str) -> None:
     assert f"{begin}\n{table}\n{end}" in page if found else begin not in page
 
 
+def test_the_shipped_hour_is_the_best_recipe(own: Any) -> None:
+    cell = own.recipes_cells.SCREEN["weak_clauses"]
+    budget = own.alignments.Budget(60, evaluations=12)
+    path = own.recipes.OWN / "final" / "weak_clauses-seed0.json"
+    seconds = json.loads(path.read_text())["iteration_s"]
+    within = own.alignments.Cell(cell.config, "", {**cell.overrides, **budget.overrides(cell.load(), seconds)})
+    measured, shipped = (each.load().model_dump() for each in (within, own.alignments.Cell("hour", "")))
+    measured["evaluation"]["gold"], measured["checkpoint"]["keep_last"] = [], shipped["checkpoint"]["keep_last"]
+    assert shipped.pop("name") and measured.pop("name") and shipped == measured
+
+
 def test_the_third_learning_rate_lies_on_the_side_of_the_better(own: Any) -> None:
     ends = {"nft-rate-1": 0.7, "nft-rate-2": 0.6, "awm-rate-1": 0.5, "awm-rate-2": 0.55, "sft-rate-1": 0.4}
     assert own.recipes.third_rates(ends) == ["nft-rate-0.5", "awm-rate-4"]
