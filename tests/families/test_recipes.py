@@ -106,7 +106,7 @@ def test_a_plan_without_weights_counts_what_the_classes_have(recipe: Path) -> No
     source = dict(plan_rows(made))["sizes from"]
     assert source.startswith(f"built-in configuration of {published.source}")
     assert published.file_bytes is None or f"whose files take {published.file_bytes / 1e9:.1f} GB" in source
-    absent = (f"{config.model.path} is absent: sizes are those of", "the embeddings on disk are not counted: data.prompts")
+    absent = f"{config.model.path} is absent: sizes are those of", "the embeddings on disk are not counted: data."
     assert all(note.startswith(absent) for note in made.notes)
     fits = 80e9  # an accelerator of today, by the plan's own estimate
     assert made.memory.learner_rank < fits and made.memory.rollout_worker < fits
