@@ -43,14 +43,18 @@ class Continued:
     @property
     def reached(self) -> dict[str, Any]:
         """What `reach` said last; empty at the beginning."""
-        return dict(read_object(self._reached)) if self._options.is_file() else {}
+        begun = self._options.is_file() and self._reached.is_file()
+        return dict(read_object(self._reached)) if begun else {}
+
+    def begin(self) -> None:
+        """Keep the options; before the first file, which would else be taken for another set's."""
+        if not self._options.is_file():
+            with folder_for(self._folder):
+                write_text(self._options, json.dumps(self._asked) + "\n")
 
     def reach(self, state: Mapping[str, Any]) -> None:
         """Say how far what lies on the disk reaches."""
-        with folder_for(self._folder):
-            write_text(self._reached, json.dumps(state) + "\n")
-            if not self._options.is_file():
-                write_text(self._options, json.dumps(self._asked) + "\n")
+        write_text(self._reached, json.dumps(state) + "\n")
 
     def done(self) -> None:
         """Forget how the set came about."""

@@ -23,6 +23,7 @@ from flowalign.flow.randomness import Stream, seeded
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.making.continued import Continued
 from flowalign.making.pairs import weights_digest
+from flowalign.record.contents import digests
 from flowalign.record.disk import draft_of, folder_for, write_text
 from flowalign.record.manifest import digest_of
 from flowalign.samples.arrange import arranged
@@ -111,6 +112,7 @@ def _asked(
         "prompts": {"name": prompts, "digest": digest_of({"prompts": list(rows)})},
         "negative_prompt": model.config.model.negative_prompt,
         "reward": reward.model_dump(mode="json"),
+        "files": digests({"reward": reward.model_dump(mode="json")}),
         "pairs": pairs,
         "group_size": group_size,
         "min_difference": min_difference,
@@ -176,6 +178,8 @@ class _Drawn:
     def write(self, out: Path) -> None:
         """Write the files that are full, and at the end the last one."""
         whole = self.made == self.wanted
+        if len(self._waiting) >= self.shard_size or whole:
+            self._continued.begin()
         while len(self._waiting) >= self.shard_size or (whole and self._waiting):
             _write(self._waiting[: self.shard_size], out / f"pairs-{self._files:05d}.parquet")
             self._waiting = self._waiting[self.shard_size :]

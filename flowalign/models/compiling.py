@@ -7,7 +7,6 @@ import shutil
 from functools import cache
 from typing import Any
 
-import torch._dynamo
 from torch import nn
 
 from flowalign.models.blocks import blocks_of
@@ -31,6 +30,8 @@ def compile_blocks(module: nn.Module) -> None:
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ModelError("learner.compile: torch.compile needs a C++ compiler; install g++, or write false")
+    import torch._dynamo  # seconds, which nobody else is to wait for
+
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _SHAPES)
     config.fail_on_recompile_limit_hit = True
@@ -42,5 +43,7 @@ def compile_blocks(module: nn.Module) -> None:
 @cache
 def _announce() -> None:
     """Say once in a process that compiling begins, when it does."""
+    import torch._dynamo
+
     said = "learner.compile: torch.compile is at work, which takes a minute or two and is kept for later runs"
     torch._dynamo.callback_handler.register_start_callback(lambda _: say_once(said))

@@ -120,7 +120,11 @@ def test_an_interrupted_set_goes_on_with_the_options_that_it_was_begun_with(
     before = files(out)
     with pytest.raises(ConfigError, match=r"was begun with pairs 6, now it is 7; give the same options to continue"):
         made(tiny_pipeline_dir, reward, out, **{**asked, "pairs": 7})
+    with pytest.raises(ConfigError, match=r"was begun with files"):
+        made(tiny_pipeline_dir, scored(tmp_path, [0.7, 0.8]), out, **asked)  # the same file, another content
+    reward = scored(tmp_path, [0.9, 0.8])
     assert files(out) == before
+    (out / ".preferences" / "reached.json").unlink()  # killed between a file and its note
     made(tiny_pipeline_dir, reward, out, **asked)
     with pytest.raises(ConfigError, match="holds parquet files already"):
         made(tiny_pipeline_dir, reward, out, **asked)
