@@ -37,7 +37,9 @@ def test_a_compiled_policy_replays_its_rollouts_exactly(tiny: Build, tmp_path: P
     plain = aligned(tmp_path / "plain", tiny("sd3"), f"model.dtype={dtype}", lora=lora)
     rows = aligned(tmp_path / "compiled", tiny("sd3"), f"model.dtype={dtype}", COMPILED, lora=lora)
     assert [row["replay/max_abs_dlogp"] for row in (*plain, *rows)] == [0, 0, 0, 0]
-    assert rows[0]["loss/kl"] < 1e-9 < rows[1]["loss/kl"]
+    # Without its adapter a LoRA's network has a graph of its own, so that its KL begins at rounding.
+    rounding = 1e-4 if lora != "null" and dtype == "bfloat16" else 1e-9
+    assert rows[0]["loss/kl"] < rounding < rows[1]["loss/kl"]
     wide = 1e-4 if dtype == "float32" else 5e-2
     assert [row["loss/kl"] for row in rows[1:]] == pytest.approx([row["loss/kl"] for row in plain[1:]], rel=10 * wide)
     one, two = (load_file(last(tmp_path / name)) for name in ("plain", "compiled"))
@@ -47,7 +49,12 @@ def test_a_compiled_policy_replays_its_rollouts_exactly(tiny: Build, tmp_path: P
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(tiny: Build, tmp_path: Path) -> None:
-    evaluated = ("evaluation.every=1", "evaluation.num_samples=4", "evaluation.num_steps=2")
+    evaluated = (
+        "evaluation.every=1",
+        "evaluation.num_samples=4",
+        "evaluation.num_steps=2",
+        "evaluation.gold=[{spec: jpeg}]",
+    )
     rows = aligned(tmp_path / "whole", tiny("sd3"), COMPILED, *evaluated)
     aligned(tmp_path / "parts", tiny("sd3"), COMPILED, *evaluated, "iterations=1")
     assert aligned(tmp_path / "parts", tiny("sd3"), COMPILED, *evaluated) == rows
@@ -56,9 +63,9 @@ def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(ti
     assert others == [whole, whole]
     run = tmp_path / "whole" / "runs" / "whole"
     flowalign("evaluate", run, "--out", tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    known = {key: value for key, value in rows[-1].items() if key.startswith("eval/geneval")}
-    assert known and {key: found[key] for key in known} == known
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    known = {key: value for key, value in rows[-1].items() if key.startswith("eval/jpeg/")}
+    assert any(known.values()) and {key: found[key] for key in known} == known
 
 
 def test_a_machine_without_a_compiler_says_so_before_anything_is_made(
