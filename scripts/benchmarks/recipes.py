@@ -1,11 +1,12 @@
-"""Which recipe to align the embedded world with: two searches over configurations, and the best of them at length.
+"""Which recipe to align the embedded world with: searches over configurations, and the best of them at length.
 
 ``tune`` makes the same small search for every algorithm of algorithms.py: once and twice the learning rate of its
 configuration, then four times where twice was better and half where it was not. Two values of one further key are tried
 where --cells names them. ``screen`` begins with the best of those (`recipes_cells.START`) and varies one finding at a
 time. ``final`` aligns by the best two of the screening at length, with three seeds, and ``curve`` draws their strict
-score against images into docs/figures. ``adopt`` makes the best cell that ``tune`` found of each algorithm that
-algorithm's cell of algorithms.py, whose table then needs only further seeds.
+score against images into docs/figures. ``sft`` asks what online fine-tuning needs to gain anything. ``adopt`` makes the
+best cell that ``tune`` found of each algorithm that algorithm's cell of algorithms.py, whose table then needs only
+further seeds.
 
 Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
 it. Each cell is a JSON file under results/recipes, written when it ends: a finished cell is left alone, one that was
@@ -33,7 +34,7 @@ import algorithms
 import recipes_table
 from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
 from cells import RESULTS, ROOT, insert, minutes, positive, read, run_once, seeds, shown, words
-from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, TUNE, UP, algorithm_of, screened
+from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, SFT_KL, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
 
@@ -69,6 +70,7 @@ SEARCHES = {
     "tune": Search(TUNE, Budget(10)),
     "screen": Search(SCREEN, Budget(15, num_samples=300)),
     "final": Search(SCREEN, Budget(60, evaluations=12), (0, 1, 2)),
+    "sft": Search(SFT_KL, Budget(10)),
 }
 
 
@@ -101,7 +103,7 @@ def time_all(options: argparse.Namespace) -> None:
 
 def check() -> None:
     """Load every configuration. Of findings for other algorithms than the start's, those of each kind on one such."""
-    studies = {"algorithms": algorithms.CELLS, "tune": TUNE, "screen": SCREEN}
+    studies = {"algorithms": algorithms.CELLS, "tune": TUNE, "screen": SCREEN, "sft": SFT_KL}
     for name in ("flow_grpo", "nft", "awm", "sft", "dpo_online"):
         own = {tag: found for tag, found in FINDINGS.items() if found.types}
         studies[f"findings on {name}"] = screened(TUNE[f"{name}-rate-1"], own)
@@ -218,7 +220,8 @@ def main() -> None:
         found = recipes_table.load(options.results / options.what)
         if not found:
             raise SystemExit(f"{shown(options.results / options.what)} holds no finished cell: `{options.what}` first")
-        table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found)
+        titles = {name: cell.title for name, cell in SEARCHES[options.what].cells.items()}
+        table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found, titles)
         if options.results == OWN:
             insert(table, ROOT / "docs" / "algorithms.md", *recipes_table.MARKS[options.what])
         return print(table)

@@ -10,13 +10,14 @@ from typing import Any
 from algorithms import CELLS
 from alignments import Budget
 from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, shown
-from recipes_cells import SCREEN, TUNE, algorithm_of
+from recipes_cells import SCREEN, SFT_KL, TUNE, algorithm_of
 
 # Where the table of a search stands in docs/algorithms.md.
 MARKS = {
     "tune": ("<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"),
     "screen": ("<!-- screened: scripts/benchmarks/recipes.py screen --table -->", "<!-- end of screened -->"),
     "final": ("<!-- final: scripts/benchmarks/recipes.py final --table -->", "<!-- end of final -->"),
+    "sft": ("<!-- fine-tuned: scripts/benchmarks/recipes.py sft --table -->", "<!-- end of fine-tuned -->"),
 }
 
 Cell = Mapping[str, Any]
@@ -24,7 +25,7 @@ Cell = Mapping[str, Any]
 
 def load(directory: Path) -> list[dict[str, Any]]:
     """The finished cells of a search, the best strict score first; they must be of one base and one budget."""
-    cells = finished(directory, {**TUNE, **SCREEN}, "points")
+    cells = finished(directory, {**TUNE, **SCREEN, **SFT_KL}, "points")
     for key in ("base", *Budget.__dataclass_fields__):
         if len(values := {cell.get(key) for cell in cells}) > 1:
             told = " and ".join(map(str, values))
@@ -79,7 +80,7 @@ def most(cell: Cell) -> float:
     return max(point[STRICT] for point in cell["points"])
 
 
-def screened(cells: Sequence[Cell]) -> str:
+def screened(cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
     """Each cell's scores, means over seeds, and how far they lie above those of the start."""
     by_name = {own[0]["cell"]: own for own in grouped(cells, lambda cell: cell["cell"])}
 
@@ -94,7 +95,7 @@ def screened(cells: Sequence[Cell]) -> str:
         scores = [f"{mean(own, STRICT):.3f}{spread}", gain, f"{mean(own, OFFICIAL):.3f}", f"{mean(own, GOLD):.2f}"]
         tasks = [f"{mean(own, f'eval/geneval_strict/{task}'):.2f}" for task in TASKS]
         images = f"{statistics.fmean(cell['points'][-1]['images'] for cell in own):,.0f}"
-        rows.append([SCREEN[name].title, str(len(own)), *scores, *tasks, images])
+        rows.append([titles[name], str(len(own)), *scores, *tasks, images])
     head = ["cell", "seeds", "strict", "above the start", "official", "PickScore", *TASKS, "images"]
     return as_markdown(head, rows)
 

@@ -190,10 +190,16 @@ def test_cells_of_other_minutes_are_not_taken_for_those_that_are_asked_for(
         own.algorithms.run_cells(asked)
 
 
-@pytest.mark.parametrize("search", ["tune", "screen", "final"])
+def titles(own: Any, search: str) -> dict[str, str]:
+    return {name: cell.title for name, cell in own.recipes.SEARCHES[search].cells.items()}
+
+
+@pytest.mark.parametrize("search", ["tune", "screen", "final", "sft"])
 def test_the_page_holds_the_committed_searches(own: Any, search: str) -> None:
     found = own.recipes_table.load(own.recipes.OWN / search)
-    table = own.recipes_table.tuned(found) if search == "tune" else own.recipes_table.screened(found)
+    table = (
+        own.recipes_table.tuned(found) if search == "tune" else own.recipes_table.screened(found, titles(own, search))
+    )
     begin, end = own.recipes_table.MARKS[search]
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     assert f"{begin}\n{table}\n{end}" in page if found else begin not in page
@@ -237,7 +243,7 @@ def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, t
     final = written(
         tmp_path / "final", [found(own, name, seed, [0.4, 0.6 + seed / 10]) for name in best for seed in (0, 1)]
     )
-    table = own.recipes_table.screened(own.recipes_table.load(final))
+    table = own.recipes_table.screened(own.recipes_table.load(final), titles(own, "final"))
     assert table.count("| 2 | 0.650 ± 0.071 |  | 0.700") == 2
     own.recipes_table.curve(final, tmp_path / "recipes.png")
     assert (tmp_path / "recipes.png").read_bytes().startswith(b"\x89PNG")
