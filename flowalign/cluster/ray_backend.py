@@ -29,9 +29,9 @@ from flowalign.plan.stored import stored_bytes
 from flowalign.record.disk import size_text
 from flowalign.run.collecting import Request, collected, requests_of
 from flowalign.run.fixed import texts_without_encoders
-from flowalign.run.loop import Collected, Count
 from flowalign.run.made import MadeOf
 from flowalign.run.made.late import Expected
+from flowalign.run.protocols import Collected, Count
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import has_learned
 from flowalign.run.teachers import teachers_of
@@ -206,7 +206,7 @@ class RayBackend:
         previews = [seen for unit in done for seen in unit.previews]
         scores, score_s = [unit.scores for unit in done], sum(unit.score_s for unit in done)
         workers = (len(self.rollouts.actors), len(self.rewards.actors))
-        return collected(batch, plan, previews, scores, pipeline, score_s, workers=workers)
+        return collected(batch, plan, previews, scores, [pipeline], score_s, workers=workers)
 
     def _gives_up_s(self, evaluation: bool, questions: int) -> float:
         """Return the time after which a reward actor ends the run by itself at the latest, since its scorers take too
@@ -215,7 +215,7 @@ class RayBackend:
         cluster = self.config.cluster
         return cluster.reward_deadline_s * len(scorers) * questions + cluster.patience.least_s
 
-    def update(self, trajectories: Pipeline | None, scores: Scores | None, iteration: int) -> Update:
+    def update(self, trajectories: Sequence[Pipeline] | None, scores: Scores | None, iteration: int) -> Update:
         """Learn from what was collected: the ranks map the trajectories where they lie in the object store.
 
         Raises:
@@ -224,10 +224,11 @@ class RayBackend:
         self._tell_learner()
         while trajectories is not None:
             try:
-                self.learner.call("take", *trajectories.trajectory_refs)
+                self.learner.call("take", *(ref for made in trajectories for ref in made.trajectory_refs))
                 break
             except ObjectLost as lost:  # before any rank began, so that none waits for another
-                trajectories.make_again(lost)
+                for made in _makers(trajectories, lost):
+                    made.make_again(lost)
         update = self.learner.call("update", scores, iteration)[0]
         self._delivery.learned = has_learned(update)
         return update
@@ -294,6 +295,11 @@ class RayBackend:
                 remove_placement_group(self._group)
         self._closers, self._group = [], None
         self._session.close()
+
+
+def _makers(trajectories: Sequence[Pipeline], lost: ObjectLost) -> Sequence[Pipeline]:
+    """Return whose trajectories were lost; all, where nobody says which."""
+    return [made for made in trajectories if lost.ref in {ref.hex() for ref in made.trajectory_refs}] or trajectories
 
 
 def _most_asked(requests: Sequence[Request], units: Sequence[range]) -> int:

@@ -177,6 +177,10 @@ class DataConfig(Section):
     """Draw by pass rate; null: all prompts of a task in turn, whatever they scored."""
     groups_per_iteration: Positive = 12
     """Groups of an iteration: prompts with their images, or pairs of ``preferences``."""
+    refill: Annotated[int, Field(ge=0, le=16)] = 0
+    """Draws of an iteration at most, beside the first, of new prompts for groups whose images all score alike and teach
+    nothing; 0: none. The groups that are drawn beside the first are learned from as they are. (DAPO, arXiv:2503.14476)
+    """
     sizes: list[Annotated[str, BeforeValidator(_size)]] = Field(default_factory=list)
     """Sizes of the images in pixels, HEIGHTxWIDTH, of which each group draws one; none: the model's own.
     Evaluations keep to ``model.height`` and ``model.width``."""

@@ -5,7 +5,7 @@ Shapes: P prompts that may be drawn, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class CurriculumSampler(GroupSampler):
         super().__init__(rows, **options)
         self._curriculum = curriculum
         self._tasks = [task for task in self._by_task if task in self._cycle]
-        self._pool = [row for task in self._tasks for row in self._by_task[task]]
+        self._pool = self.all_rows()
         sizes = [len(self._by_task[task]) for task in self._tasks]
         self._task_P = np.repeat(np.arange(len(sizes)), sizes)
         turns = np.array([self._cycle.count(task) for task in self._tasks], np.float64)
@@ -52,7 +52,7 @@ class CurriculumSampler(GroupSampler):
 
     def rows(self, iterations: int) -> list[Row]:
         """Return the rows that may be drawn: those of every task that has a weight."""
-        return self._pool
+        return self.all_rows()
 
     def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
         """Take over how often the prompts of an iteration were passed; images without a valid score do not count.
@@ -122,6 +122,16 @@ class CurriculumSampler(GroupSampler):
         points = (np.arange(self.groups) + first) / self.groups * ends[-1]
         places = np.searchsorted(ends, points, side="right").clip(max=len(order) - 1)
         return [self._pool[place] for place in order[places].tolist()]
+
+    def _others(self, task: str, count: int, drawn: Collection[str], generator: torch.Generator) -> list[Row]:
+        """Draw by weight among the task's prompts that were not ``drawn`` yet."""
+        of_task = np.flatnonzero(self._task_P == self._tasks.index(task)).tolist()
+        places = [place for place in of_task if self._pool[place]["prompt"] not in drawn]
+        if not places:
+            return []
+        weights = torch.from_numpy(self.weights()[places])
+        picks = torch.multinomial(weights, min(count, len(places)), generator=generator)
+        return [self._pool[places[pick]] for pick in picks.tolist()]
 
     def _metrics(self) -> dict[str, float]:
         """Return what each task's prompts are believed to be passed, where any of them was measured, and how large a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ EXAMPLE = (
     '"include": [{"class": "dog", "count": 1, "color": "red"}]}'
 )
 TEXTS = ("text", "caption")  # what other tools call a prompt
+REFILL_IDS = 1 << 40  # what samples and groups of a refill count from, beyond those of any run's iterations
+MOST_REFILLS = 16  # of an iteration, as the configuration bounds them
 
 
 class PromptsError(ValueError):
@@ -110,15 +112,38 @@ class GroupSampler:
 
     def batch(self, iteration: int) -> PromptBatch:
         """Return ``groups * group_size`` samples of an iteration, group after group."""
-        chosen = self._chosen(iteration)
-        count = self.groups * self.group_size
-        first = iteration * count
+        return self._groups(self._chosen(iteration), iteration * self.groups)
+
+    def _groups(self, chosen: Sequence[Row], first: int) -> PromptBatch:
+        """Return a group of samples for each row, groups and samples counted from the group ``first``."""
+        size = self.group_size
+        begin = first * size
         return PromptBatch(
-            prompts=tuple(row["prompt"] for row in chosen for _ in range(self.group_size)),
-            group_ids=tuple(iteration * self.groups + g for g in range(self.groups) for _ in range(self.group_size)),
-            sample_ids=tuple(range(first, first + count)),
-            metadata=tuple(row for row in chosen for _ in range(self.group_size)),
+            prompts=tuple(row["prompt"] for row in chosen for _ in range(size)),
+            group_ids=tuple(first + g for g in range(len(chosen)) for _ in range(size)),
+            sample_ids=tuple(range(begin, begin + len(chosen) * size)),
+            metadata=tuple(row for row in chosen for _ in range(size)),
         )
+
+    def refill(self, iteration: int, draw: int, tasks: Sequence[str], drawn: Collection[str]) -> PromptBatch:
+        """Return one more group for each of ``tasks``, in the ``draw`` of an iteration beside its first, from 1 on.
+
+        Their prompts are none of those ``drawn`` already, as long as the task has others. Of a task without any no
+        group is drawn, so that the batch may be shorter, or empty.
+        """
+        chosen: list[Row] = []
+        for task in dict.fromkeys(tasks):
+            index = list(self._by_task).index(task)
+            generator = seeded(self.seed, Stream.REFILL, iteration, draw, index)
+            chosen += self._others(task, tasks.count(task), drawn, generator)
+        place = iteration * MOST_REFILLS + draw - 1
+        return self._groups(chosen, REFILL_IDS + place * self.groups)
+
+    def _others(self, task: str, count: int, drawn: Collection[str], generator: torch.Generator) -> list[Row]:
+        """Return rows of a task, none of which has a prompt that was ``drawn``, as many as there are and at most
+        ``count``."""
+        pool = [row for row in self._by_task[task] if row["prompt"] not in drawn]
+        return [pool[i] for i in torch.randperm(len(pool), generator=generator)[:count].tolist()]
 
     def rows(self, iterations: int) -> list[Row]:
         """Return the rows that so many iterations draw, task after task, each once."""
@@ -129,6 +154,10 @@ class GroupSampler:
             turns = passes * self._cycle.count(task) + self._cycle[:place].count(task)
             found += pool if turns >= len(pool) else [pool[i] for i in self._order(task, 0)[:turns].tolist()]
         return found
+
+    def all_rows(self) -> list[Row]:
+        """Return the rows that any iteration may draw: those of every task that has a weight."""
+        return [row for task, own in self._by_task.items() if task in self._cycle for row in own]
 
     def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
         """Learn nothing of what an iteration scored: the draw is a function of (seed, iteration)."""

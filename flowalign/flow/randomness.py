@@ -39,6 +39,7 @@ class Stream(IntEnum):
     CUT = 67
     IMAGE_SIZE = 71
     CURRICULUM = 73
+    REFILL = 79
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -97,6 +97,17 @@ def _notes_of_curriculum(config: AlignConfig) -> Iterator[str]:
         )
 
 
+def check_refill(config: AlignConfig, needs: Needs) -> None:
+    """Check that there are groups whose images can score alike, where new prompts are to be drawn for them."""
+    if not config.data.refill:
+        return
+    kind = config.algorithm["type"]
+    if not needs.scores or config.data.preferences is not None:
+        raise ConfigError("data.refill", f"{kind} learns without scores of images that it draws; leave it out")
+    if needs.group_size < 2:
+        raise ConfigError("data.refill", f"{kind} draws one image of a prompt, so that no group differs; leave it out")
+
+
 def check_curriculum(config: AlignConfig, needs: Needs) -> None:
     """Check that something trained or measured tells of every task that may be drawn whether its prompts were passed.
 

@@ -310,6 +310,7 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
     yield partial(scorecheck.check_every_prompt_scored, config, needs)
     yield partial(scorecheck.check_curriculum, config, needs)
+    yield partial(scorecheck.check_refill, config, needs)
     yield partial(promptcheck.check_tasks_taught, config, needs)
     for key, scale, model in _scales(config, needs):
         yield partial(promptcheck.check_guided, key, scale, model, prompts)

@@ -26,7 +26,8 @@ def stored_bytes(config: RunConfig) -> int:
     directory = open_directory(model)
     channels, height, width = directory.latent_shape(model.height, model.width)
     latent = channels * height * width * _FLOAT
-    samples = config.data.groups_per_iteration * algorithm.needs.group_size
+    groups = config.data.groups_per_iteration * (1 + config.data.refill)
+    samples = groups * algorithm.needs.group_size
     window = plan.noise.num_steps
     steps = (window + 1 if window else 0) + (window if plan.keep_means else 0)
     image = 2 * latent + height * width * _PIXELS  # a reward may need the latents too
@@ -34,4 +35,4 @@ def stored_bytes(config: RunConfig) -> int:
     rows = directory.family.full_text(directory, model.max_sequence_length)
     text = sum(map(math.prod, rows.values())) * _FLOAT
     chunks = math.ceil(samples / config.rollout.chunk_size)
-    return walks + (config.data.groups_per_iteration + 2 * chunks) * text
+    return walks + (groups + 2 * chunks) * text

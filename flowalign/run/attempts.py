@@ -13,8 +13,9 @@ from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, duration
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal
-from flowalign.run.loop import Backend, Journal, Run, iterate
+from flowalign.run.loop import iterate
 from flowalign.run.made import MadeOf
+from flowalign.run.protocols import Backend, Journal, Run
 from flowalign.run.ranks import SharedJournal
 from flowalign.run.restarts import RankLost, Restarts
 from flowalign.run.resume import leave_behind, resume_from

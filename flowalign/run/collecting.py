@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flowalign.config.run import RunConfig
-from flowalign.run.loop import Collected
 from flowalign.run.previews import join_previews, looked_at
+from flowalign.run.protocols import Collected
 from flowalign.samples.joined import cat_scores, scored_together
 from flowalign.types import CacheRule, Preview, PromptBatch, SamplingPlan, Scores
 
@@ -57,7 +57,7 @@ def collected(
     plan: SamplingPlan,
     previews: Sequence[Preview],
     scores: Sequence[Scores],
-    trajectories: Any,
+    trajectories: Sequence[Any],
     score_s: float,
     *,
     workers: tuple[int, int] = (1, 1),

@@ -22,8 +22,9 @@ from flowalign.run.attempts import Attempts
 from flowalign.run.fixed import build_run, lines_on_data, lines_on_model
 from flowalign.run.journal import CURRICULUM
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import Backend, iterate
+from flowalign.run.loop import iterate
 from flowalign.run.made import Accepted, MadeOf
+from flowalign.run.protocols import Backend
 from flowalign.run.ranks import Rank, SharedJournal, same_on_all
 from flowalign.run.resume import leave_behind, refuse_older, resume_from
 from flowalign.run.second import states_for

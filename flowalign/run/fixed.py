@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flowalign.data.prompts import GroupSampler
 from flowalign.models.inspect import own_schedule
 from flowalign.models.textlength import prompt_note
 from flowalign.record.progress import duration
-from flowalign.run.loop import Run, Sampler
+from flowalign.run.protocols import Run, Sampler
 from flowalign.samples.arrange import arranged
 from flowalign.samples.opened import sampling_plan
 from flowalign.samples.texts import evaluated, group_sampler, texts_of_run
@@ -30,6 +30,9 @@ class _NoPrompts:
 
     def batch(self, iteration: int) -> PromptBatch:
         raise ValueError(f"iteration {iteration}: this run learns from what lies on disk, and has no prompts")
+
+    def refill(self, iteration: int, draw: int, tasks: Sequence[str], drawn: Collection[str]) -> PromptBatch:
+        return self.batch(iteration)
 
     def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
         return {}
@@ -60,6 +63,7 @@ def build_run(config: RunConfig) -> Run:
         min_valid_fraction=least,
         sized=tuple(sized),
         evaluates_ema=config.evaluation.weights == "ema",
+        refill=config.data.refill if isinstance(config, AlignConfig) else 0,
     )
 
 
@@ -82,8 +86,14 @@ class Arranged:
     config: AlignConfig
 
     def batch(self, iteration: int) -> PromptBatch:
+        return self._arranged(self.drawn.batch(iteration))
+
+    def refill(self, iteration: int, draw: int, tasks: Sequence[str], drawn: Collection[str]) -> PromptBatch:
+        return self._arranged(self.drawn.refill(iteration, draw, tasks, drawn))
+
+    def _arranged(self, batch: PromptBatch) -> PromptBatch:
         own = self.config
-        return arranged(self.drawn.batch(iteration), own.model_as_trained, sizes=own.data.image_sizes, seed=own.seed)
+        return arranged(batch, own.model_as_trained, sizes=own.data.image_sizes, seed=own.seed)
 
     def learn(self, batch: PromptBatch, scores: Scores) -> dict[str, float]:
         return self.drawn.learn(batch, scores)
@@ -122,6 +132,8 @@ def lines_on_data(config: RunConfig, run: Run) -> Iterator[str]:
             yield f"prompts: {len(prompts)} of {data.prompts}, {batch}" + (note and f"; {note}")
             if (by := data.curriculum) is not None:
                 yield f"curriculum: prompts are drawn by how often {by.score} is {by.threshold:g} or more"
+            if data.refill:
+                yield f"refill: new prompts for groups that score alike, in up to {data.refill} further draws"
         walks = data.preferences is None
     else:
         assert isinstance(config, PretrainConfig)

@@ -23,8 +23,8 @@ from flowalign.record.lock import RunLock
 from flowalign.record.metrics import MetricsWriter, read_metrics
 from flowalign.record.progress import Progress, duration, iteration_text
 from flowalign.record.stop import StopRequest
-from flowalign.run.loop import Backend, Collected, Count
 from flowalign.run.made import MadeOf
+from flowalign.run.protocols import Backend, Collected, Count
 from flowalign.safety.collapse import CollapseAlarm
 from flowalign.safety.hacking import ALARM, HackingAlarm
 from flowalign.safety.signals import CollapseSignals
@@ -49,7 +49,7 @@ def due(config: RunConfig, what: str, iteration: int) -> bool:
 
 
 class RunJournal:
-    """Implements ``flowalign.run.loop.Journal`` over the run directory that ``lock`` holds, as long as it does."""
+    """Implements ``flowalign.run.protocols.Journal`` over the run directory that ``lock`` holds, as long as it does."""
 
     def __init__(
         self,

@@ -12,8 +12,8 @@ from flowalign.record.checkpoint import BUFFERS, content_hash
 from flowalign.record.spans import span
 from flowalign.run.collecting import collected, requests_of
 from flowalign.run.fixed import texts_without_encoders
-from flowalign.run.loop import NOTHING, Collected, Count
 from flowalign.run.profiling import profiler_of
+from flowalign.run.protocols import NOTHING, Collected, Count
 from flowalign.run.ranks import Rank
 from flowalign.run.sync import SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt, LearnerWorker, RewardWorker, RolloutWorker

@@ -13,7 +13,7 @@ from flowalign.engine import process_group
 from flowalign.record import checkpoint
 from flowalign.record.stop import StopRequest
 from flowalign.run.journal import RunJournal, due
-from flowalign.run.loop import Backend, Collected, Count
+from flowalign.run.protocols import Backend, Collected, Count
 
 
 @dataclass(frozen=True)

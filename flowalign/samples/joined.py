@@ -39,8 +39,7 @@ def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
         raise ValueError(f"chunks of one rollout disagree: {sorted((s, v) for _, s, v in keys)} (seed, policy version)")
     if len(parts) == 1:
         return parts[0]
-    names = PromptBatch.__dataclass_fields__
-    batch = PromptBatch(*(tuple(x for p in parts for x in getattr(p.batch, name)) for name in names))
+    batch = join_batches([p.batch for p in parts])
     means = [p.means_NSCHW for p in parts if p.means_NSCHW is not None]
     return replace(
         parts[0],
@@ -53,6 +52,12 @@ def join_trajectories(parts: Sequence[Trajectories]) -> Trajectories:
         computed=sum(p.computed for p in parts),
         reused=sum(p.reused for p in parts),
     )
+
+
+def join_batches(parts: Sequence[PromptBatch]) -> PromptBatch:
+    """Join the samples of consecutive chunks."""
+    names = PromptBatch.__dataclass_fields__
+    return PromptBatch(*(tuple(x for part in parts for x in getattr(part, name)) for name in names))
 
 
 def _conditions(condition: Condition | Conditions) -> tuple[Condition, ...]:

@@ -29,7 +29,8 @@ def texts_of_run(config: RunConfig, algorithm: Algorithm) -> list[str]:
     rows: list[Mapping[str, Any]] = []
     walks = algorithm.plan(0, config.seed) is not None or algorithm.needs.batch is EncodedPrompts
     if isinstance(config, AlignConfig) and walks:
-        rows += group_sampler(config, algorithm.needs).rows(config.total)
+        sampler = group_sampler(config, algorithm.needs)
+        rows += sampler.all_rows() if config.data.refill else sampler.rows(config.total)
     if config.evaluation.every:
         rows += evaluated(config).metadata
     return texts_of(rows, config.model_as_trained)

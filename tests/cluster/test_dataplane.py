@@ -21,7 +21,7 @@ from flowalign.data.prompts import evaluation_batch
 from flowalign.plan.stored import stored_bytes
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import Collected
+from flowalign.run.protocols import Collected
 from flowalign.samples.joined import join_trajectories
 from flowalign.types import Preview, Trajectories
 from tests.cluster.runs import small_config
@@ -136,7 +136,7 @@ def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBac
         return found
 
     held = collect(backend).trajectories
-    backend.learner.call("take", *held.trajectory_refs)
+    backend.learner.call("take", *held[0].trajectory_refs)
     found = ray.get(backend.learner.actors[0].__ray_call__.remote(places))
     assert len(found) == 4 * 6 and all(place[3] == "s" and "/dev/shm/" in place for place in found), set(found)
 
@@ -144,7 +144,7 @@ def test_a_rank_maps_trajectories_where_they_lie_and_has_no_copy(backend: RayBac
 def test_what_an_iteration_stores_is_told_beforehand(backend: RayBackend) -> None:
     held = collect(backend)
     stored = 24 * 3 * SIDE**2
-    for chunk in ray.get(held.trajectories.trajectory_refs):
+    for chunk in ray.get(held.trajectories[0].trajectory_refs):
         assert isinstance(chunk, Trajectories)
         stored += len(pickle.dumps(chunk)) + chunk.final_NCHW[:].nbytes
     assert stored <= 1.05 * stored_bytes(backend.config) and stored_bytes(backend.config) <= 1.3 * stored

@@ -169,7 +169,7 @@ def test_trajectories_that_are_lost_after_they_were_scored_are_made_again(fresh:
 
     def losing(*asked: Any, **options: Any) -> Any:
         owner, collected = remote.remote(), usual(*asked, **options)
-        collected.trajectories.trajectory_refs[1:3] = refs = ray.get(owner.refs.remote())
+        collected.trajectories[0].trajectory_refs[1:3] = refs = ray.get(owner.refs.remote())
         ray.kill(owner)
         for ref in refs:
             with pytest.raises(ObjectLostError):

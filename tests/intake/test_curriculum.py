@@ -126,6 +126,18 @@ def test_what_cannot_be_is_refused_by_its_key_and_a_reason(tmp_path: Path, overr
         loaded(tmp_path, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm={type: opd, teachers: {a: {path: model}}}", "rewards=[]"], "opd learns without scores of images"),
+        (["data.refill=17"], "less than or equal to 16|16"),
+    ],
+)
+def test_a_refill_where_no_group_can_be_silent_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.refill: .*({said})"):
+        loaded(tmp_path, "data.refill=1", *overrides)
+
+
 CLAUSES = "rewards=[{spec: geneval, options: {clauses: true}}]"
 
 

@@ -18,7 +18,7 @@ from flowalign.config.sections import ModelConfig
 from flowalign.models.build import load_encoders
 from flowalign.run.fixed import build_run
 from flowalign.run.local import LocalBackend
-from flowalign.run.loop import Collected
+from flowalign.run.protocols import Collected
 from flowalign.samples.joined import scored_together
 from flowalign.types import PromptBatch
 from tests.cluster.runs import small_config
