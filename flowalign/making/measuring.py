@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowalign.measure.imageset import Pictures
     from rewards.models.openclip import OpenClip
 
+NEAREST_SAID = 3  # of the images that are most like a training image
 FEW = 100  # images of which KID tells little
 METRICS = ("fid", "kid", "precision", "recall", "clip")
 TRUE_SCENES = "shapes:eval"
@@ -40,7 +41,8 @@ class Options:
     """The set that a folder is compared with, and the models by which.
 
     ``metrics`` is a list of `METRICS` with commas; None takes all that can be had. ``prompts`` are by default the
-    folder's own; ``num_reference`` true scenes, as many as images.
+    folder's own; ``num_reference`` true scenes, as many as images. ``memorised`` are training images: a folder, or a
+    bank that ``model`` decodes; ``sheet`` is where the most similar pairs are drawn.
     """
 
     reference: str | None = None
@@ -51,6 +53,9 @@ class Options:
     num_reference: int | None = None
     seed: int = 0
     device: str = "cpu"
+    memorised: Path | None = None
+    model: Path | None = None
+    sheet: Path | None = None
 
 
 def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
@@ -68,7 +73,7 @@ def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
     check_device("--device", options.device)
     files = image_files(generated, "GENERATED")
     source, reference = options.prompts or own_prompts(generated), options.reference
-    wanted = _wanted(options.metrics, reference, source)
+    wanted = _wanted(options.metrics, reference, source, bare=options.memorised is not None)
     texts = [row["prompt"] for row in prompt_rows(files, source)] if source and "clip" in wanted else None
     pictures = folder_of(files, "GENERATED")
     values: dict[str, float] = {}
@@ -85,8 +90,40 @@ def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
         values["clip"] = float(scores.mean())
         names = [pictures.names[place] for place in pictures.kept]
         content |= {"clip": options.clip, "files": names, "clip_scores": scores.tolist()}
+    if options.memorised is not None:
+        known, rows, training = _memorised(generated, pictures, options, show)
+        left_out["training"] = training
+        content |= {"memorised": str(options.memorised), "nearest": rows}
+        wanted, values = [*wanted, *known], {**values, **known}
+        content["metrics"] = values
+        notes = [*notes, *map(_said_nearest, rows[:NEAREST_SAID])]
     content |= {"images": pictures.count, "left_out": {key: images.reasons for key, images in left_out.items()}}
     return Measured({name: values[name] for name in wanted}, {**content, "notes": notes}, notes, left_out)
+
+
+def _memorised(
+    generated: Path, pictures: Pictures, options: Options, show: Show
+) -> tuple[dict[str, float], list[dict[str, Any]], Pictures]:
+    """Return numbers, the nearest training image of each generated one, and the training images."""
+    from flowalign.config.section import ConfigError
+    from flowalign.making.memorised import found_of, training_of, write_sheet
+
+    assert options.memorised is not None
+    training = training_of(Path(os.path.expanduser(options.memorised)), options.model)
+    model = extractor_of(options.extractor, options.device)
+    features = _features(model, pictures, show("images")), _features(model, training.pictures, show("training images"))
+    if len(features[1]) < 2:
+        raise ConfigError("--memorised", f"{options.memorised} holds one image; nearness is told from at least two")
+    rows, values = found_of(pictures, training, features)
+    if options.sheet is not None:
+        write_sheet(options.sheet, generated, training, rows)
+    return values, rows, training.pictures
+
+
+def _said_nearest(row: Mapping[str, Any]) -> str:
+    of = f" ({row['caption']})" if "caption" in row else ""
+    nearer = "" if row["authentic"] else ", nearer to it than any other training image is"
+    return f"{row['file']} is most like {row['nearest']}{of}, cosine {row['cosine']:.3f}{nearer}"
 
 
 def _distances(
@@ -193,12 +230,13 @@ def notes_of(count: int, width: int, metrics: list[str]) -> list[str]:
     return notes
 
 
-def _wanted(metrics: str | None, reference: str | None, prompts: Path | None) -> list[str]:
-    """Return the metrics in the order of `METRICS`; without ``metrics`` all that can be measured."""
+def _wanted(metrics: str | None, reference: str | None, prompts: Path | None, bare: bool) -> list[str]:
+    """Return the metrics in the order of `METRICS`; without ``metrics`` all that can be measured, which may be none
+    where something else is: ``bare``."""
     from flowalign.config.section import ConfigError, nearest
 
     possible = [m for m in METRICS if (prompts if m == "clip" else reference) is not None]
-    if metrics is None and not possible:
+    if metrics is None and not possible and not bare:
         raise ConfigError("--reference", "is missing, and so are prompts; give one of the two")
     asked = possible if metrics is None else [name.strip() for name in metrics.split(",")]
     for name in asked:
