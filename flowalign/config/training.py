@@ -155,7 +155,7 @@ class TrainingCheckpointsConfig(CheckpointConfig):
 
 
 class TrainingLoggingConfig(LoggingConfig):
-    """The rows of ``metrics.jsonl``, and the second copy of them, for wandb."""
+    """The rows of ``metrics.jsonl``, and their copies for trackers."""
 
     every: Positive = 50
     """Iterations from one row to the next."""

@@ -12,7 +12,7 @@ from flowalign.intake.changes import changed_rates, refuse_changes
 from flowalign.intake.resolved import read_resolved, write_resolved
 from flowalign.record.checkpoint import has_any
 from flowalign.record.kinds import check_kinds
-from flowalign.record.mirror import check_wandb
+from flowalign.record.mirror import check_trackers
 from flowalign.record.outputs import unwritable
 from flowalign.record.textfiles import is_there
 from flowalign.run.made import Accepted
@@ -34,7 +34,7 @@ def check_run(config: RunConfig, accepted: Collection[str] = ()) -> Path:
         raise ConfigError("runs_dir", f"{run_dir} cannot be written ({reason}); {_other(run_dir)}")
     if config.checkpoint.resume != "never" and has_any(run_dir / "checkpoints") and (run_dir / "config.yaml").is_file():
         refuse_changes(read_resolved(run_dir), config, run_dir, accepted)
-    check_wandb(config.logging)
+    check_trackers(config.logging)
     return run_dir
 
 

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from flowalign.record.holder import LOCK, RunDirectoryError
 
-FILES = ("config.yaml", "metrics.jsonl", "report.html", "stop")
-FOLDERS = ("checkpoints", "samples", "set_aside", "wandb", LOCK)
+FILES = ("config.yaml", "metrics.jsonl", "report.html", "stop", "trackers.json")
+FOLDERS = ("checkpoints", "samples", "set_aside", "wandb", "tensorboard", "swanlog", LOCK)
 _KINDS = {
     stat.S_IFREG: "a file",
     stat.S_IFDIR: "a directory",

@@ -24,7 +24,10 @@ from flowalign.record.holder import DEAD_AFTER_S, LOCK, Holder, RunDirectoryErro
 
 HEARTBEAT_S = 30.0
 _PATIENCE_S = 2.0
-_BEGUN_WITH = ("config.yaml", ".config.yaml.part", "metrics.jsonl", ".metrics.jsonl.part", "samples", "wandb", "stop")
+_WRITTEN = ("config.yaml", "metrics.jsonl", "trackers.json")
+_BEGUN_WITH = (
+    *_WRITTEN, *(f".{name}.part" for name in _WRITTEN), "samples", "wandb", "tensorboard", "swanlog", "stop"
+)  # fmt: skip
 
 
 class RunHeld(RunDirectoryError):

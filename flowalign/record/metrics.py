@@ -1,4 +1,4 @@
-"""metrics.jsonl, and its mirror in wandb (offline by default)."""
+"""metrics.jsonl, and its mirror in trackers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,22 @@ class MetricsWriter:
     """Appends one JSON object a line; NaN and Inf are written as null, so that every reader can parse it."""
 
     def __init__(
-        self, run_dir: Path, name: str, logging: LoggingConfig, *, keep_until: int | None = None, each: bool = True
+        self,
+        run_dir: Path,
+        name: str,
+        logging: LoggingConfig,
+        *,
+        keep_until: int | None = None,
+        each: bool = True,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the file.
 
         ``keep_until`` drops rows of later iterations first, as a resume from that iteration needs. It says which rows
         before that iteration are missing, of ``each`` iteration or where there are none.
 
-        A damaged file is kept as it is beside the new one, which has the rows that can be read.
+        A damaged file is kept as it is beside the new one, which has the rows that can be read. ``facts`` is the run's
+        configuration, for the trackers.
         """
         self.path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -44,15 +52,20 @@ class MetricsWriter:
             if damage is not None:
                 say_once(f"{damage}; the file is kept as {_kept(self.path).name}")
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._mirror = Mirror(run_dir, name, logging)
+        last = max((row["iteration"] for row in found), default=None)
+        self._mirror = Mirror(run_dir, name, logging, kept=rows, recorded=last, facts=facts)
 
     def write(self, iteration: int, metrics: Mapping[str, float], *, wall_s: float) -> dict[str, Any]:
         """Write a row, whole or not at all. Raise DiskError."""
         row = {"iteration": iteration, "wall_s": round(wall_s, 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in sorted(metrics.items())}
         append_line(self.path, json.dumps(row))
-        self._mirror.log({k: v for k, v in row.items() if v is not None}, step=iteration)
+        self._mirror.log(row, iteration)
         return row
+
+    def pictures(self, folder: Path, iteration: int) -> None:
+        """Show the pictures of an evaluation, which lie in ``folder``, in the trackers; before the iteration's row."""
+        self._mirror.pictures(folder, iteration)
 
     def close(self) -> None:
         self._mirror.close()

@@ -21,6 +21,7 @@ from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
 from flowalign.record.lock import RunLock
 from flowalign.record.metrics import MetricsWriter, read_metrics
+from flowalign.record.mirror import samples_of
 from flowalign.record.progress import Progress, duration, iteration_text
 from flowalign.record.stop import StopRequest
 from flowalign.run.made import MadeOf
@@ -73,7 +74,10 @@ class RunJournal:
         self._began = time.monotonic() - wall_s
         self._start, self._first = start, time.monotonic()
         each = config.row_every == 1
-        self.metrics = MetricsWriter(run_dir, config.name, config.logging, keep_until=start or None, each=each)
+        facts = config.model_dump(mode="json")
+        self.metrics = MetricsWriter(
+            run_dir, config.name, config.logging, keep_until=start or None, each=each, facts=facts
+        )
         gold = [reward.label for reward in config.trained_rewards if reward.gold]
         known = read_metrics(self.metrics.path) if start else []
         self.restarts = int((known[-1].get(RESTARTS) if known else 0) or 0) if restarts is None else restarts
@@ -219,8 +223,9 @@ class RunJournal:
         metadata = collected.batch.metadata
         metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
-        samples = self.run_dir / "samples" / f"iteration_{iteration:06d}"
+        samples = samples_of(self.run_dir, iteration)
         _write_samples(samples, collected)
+        self.metrics.pictures(samples, iteration)
         overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
         spread = {name: said_error(f"standard_error/{name}/overall", errors, 3) for name in overall}
         said = ", ".join(f"{name} {value:.3f}{spread[name]}" for name, value in overall.items())

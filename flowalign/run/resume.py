@@ -22,6 +22,7 @@ from flowalign.record.disk import swept, write_text, writing
 from flowalign.record.kinds import read_regular
 from flowalign.record.log import LOG
 from flowalign.record.manifest import LAST_OF_1, VERSION, entries, going_on, has_sizes
+from flowalign.record.mirror import FILE as TRACKERS
 
 SET_ASIDE = "set_aside"
 RETURNED = "returned_to"
@@ -102,6 +103,8 @@ def set_aside(run_dir: Path, checkpoints: Sequence[Path], step: int) -> Path:
         for name in ("config.yaml", "metrics.jsonl"):
             if (run_dir / name).is_file():
                 shutil.copy2(run_dir / name, kept / name)
+    if (run_dir / TRACKERS).exists():  # what trackers have goes beyond the step: they begin another record
+        _move(run_dir / TRACKERS, kept / TRACKERS)
     for path in checkpoints:
         _move(path, kept / "checkpoints" / path.name)
     for path in run_dir.glob("samples/iteration_*"):
@@ -121,7 +124,7 @@ def set_aside_all(run_dir: Path) -> Path:
         (kept / "checkpoints").rmdir()
         if (run_dir / "config.yaml").is_file():
             shutil.copy2(run_dir / "config.yaml", kept)
-    for name in ("metrics.jsonl", "samples", "report.html", "checkpoints"):
+    for name in ("metrics.jsonl", "samples", "report.html", "checkpoints", TRACKERS):
         if (run_dir / name).exists():
             _move(run_dir / name, kept / name)
     return kept

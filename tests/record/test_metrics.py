@@ -1,4 +1,4 @@
-"""metrics.jsonl and its wandb mirror, as real files."""
+"""metrics.jsonl, as a real file."""
 
 import json
 from pathlib import Path
@@ -77,13 +77,6 @@ def test_a_resume_keeps_the_rows_behind_a_damaged_line_and_a_copy_of_the_file(tm
     assert "lines 3, 5, 6" in caplog.text and "metrics.damaged-1.jsonl" in caplog.text
     MetricsWriter(tmp_path, "run", DISABLED, keep_until=3).close()
     assert [kept.name for kept in tmp_path.glob("*damaged*")] == ["metrics.damaged-1.jsonl"]
-
-
-def test_wandb_offline_writes_a_run_and_closes(tmp_path):
-    writer = MetricsWriter(tmp_path, "run", LoggingConfig(wandb="offline"))
-    writer.write(1, {"loss": 0.5}, wall_s=1.0)
-    writer.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_times_and_throughput_are_what_equal_runs_may_differ_in():

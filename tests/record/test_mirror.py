@@ -22,9 +22,9 @@ CHECK = """
 import sys
 from flowalign.config.section import ConfigError
 from flowalign.config.logging import LoggingConfig
-from flowalign.record.mirror import check_wandb
+from flowalign.record.mirror import check_trackers
 try:
-    check_wandb(LoggingConfig(wandb="online"))
+    check_trackers(LoggingConfig(wandb="online"))
 except ConfigError as error:
     print(error)
 """

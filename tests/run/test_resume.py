@@ -191,6 +191,7 @@ def test_going_back_keeps_what_came_later_as_a_run_and_happens_once(tmp_path: Pa
     save(tmp_path, 10, 20, 30)
     for iteration in (0, 20, 30):
         (tmp_path / "samples" / f"iteration_{iteration:06d}").mkdir(parents=True)
+    (tmp_path / "trackers.json").write_text("{}")
     said: list[str] = []
     saved = resume_from(tmp_path, "step_000010", said.append)
     assert saved is not None and saved.step == 10
@@ -200,6 +201,7 @@ def test_going_back_keeps_what_came_later_as_a_run_and_happens_once(tmp_path: Pa
     assert find(kept, say=said.append).name == "step_000030" and len(said) == 1
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["iteration_000000"]
     assert len(read_metrics(kept / "metrics.jsonl")) == 31 and (kept / "config.yaml").is_file()
+    assert (kept / "trackers.json").exists() and not (tmp_path / "trackers.json").exists()
     save(tmp_path, 20, value=7)
     saved = resume_from(tmp_path, "step_000010", said.append)
     assert saved is not None and (saved.step, float(saved.model["w"][0, 0])) == (20, 7)
