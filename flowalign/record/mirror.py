@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from flowalign.config.logging import LoggingConfig
 from flowalign.config.section import ConfigError
-from flowalign.record.disk import write_text
+from flowalign.record.disk import DiskError, write_text
 from flowalign.record.log import LOG
 from flowalign.record.trackers import TRACKERS, Picture, Record, Tracker
 from rewards.errors import one_line
@@ -91,7 +91,12 @@ class Mirror:
             own = recorded if tracker in known else None
             record = Record(run_dir, name, record_id, config.wandb_project, config.wandb, facts or {}, self._begun, own)
             self._start(tracker, record)
-        write_text(run_dir / FILE, json.dumps({"record": record_id, "trackers": sorted({*known, *self._open})}) + "\n")
+        try:
+            write_text(
+                run_dir / FILE, json.dumps({"record": record_id, "trackers": sorted({*known, *self._open})}) + "\n"
+            )
+        except DiskError as error:
+            LOG.warning("%s; a run that goes on from here begins another record", error)
         self._catch_up(run_dir, kept)
 
     def log(self, row: Mapping[str, Any], step: int, only: Collection[str] | None = None) -> None:

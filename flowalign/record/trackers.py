@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.logging import Wandb
+
 PICTURES = "samples"
 _START_S, _FINISH_S = 30, 60  # most that wandb waits for its server
 _PARAMS, _LONGEST = 100, 500  # of MLflow: parameters a call, characters of one
@@ -33,7 +35,7 @@ class Record:
     name: str
     id: str
     project: str
-    mode: str
+    mode: Wandb
     config: Mapping[str, Any]
     begun: int = -1
     recorded: int | None = None

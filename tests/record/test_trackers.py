@@ -39,12 +39,14 @@ def logged(data: bytes) -> Iterator[bytes]:
 
 
 def of_wandb(run_dir: Path) -> tuple[Values, int]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     values: Values = defaultdict(list)
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        for data in logged(file.read_bytes()):
-            record = Record.FromString(data)
+        until, records = time.monotonic() + 20, []
+        while not (records and records[-1].HasField("exit")):  # its process writes a little later than it says
+            assert time.monotonic() < until
+            records = [Record.FromString(data) for data in logged(file.read_bytes())]
+        for record in records:
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
                 value = json.loads(item.value_json)
@@ -98,9 +100,8 @@ READ: dict[str, Read] = {
 
 
 def config_of(tracker: str, **keys: int) -> LoggingConfig:
-    if tracker == "wandb":
-        return LoggingConfig(wandb="offline", **keys)
-    return LoggingConfig.model_validate({"wandb": "disabled", "trackers": [tracker], **keys})
+    own = {"wandb": "offline"} if tracker == "wandb" else {"wandb": "disabled", "trackers": [tracker]}
+    return LoggingConfig.model_validate({**own, **keys})
 
 
 def write(run_dir: Path, config: LoggingConfig, keep: int | None, steps: range, plus: float = 0.0) -> None:
