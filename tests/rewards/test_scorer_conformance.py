@@ -25,8 +25,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ocr": {},
     "pickscore": {"path": str(SHIPPED / "pickscore")},
     "vlm_judge": {"model": "judge"},
+    "vlm_questions": {"model": "judge"},
 }
 METADATA = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "text": "circle"}
+METADATA |= {"questions": ["Is there a circle?"]}
 
 
 def test_every_built_in_scorer_is_examined_here():
@@ -35,7 +37,7 @@ def test_every_built_in_scorer_is_examined_here():
 
 @pytest.fixture(scope="module")
 def chat() -> Iterator[ChatServer]:
-    server = ChatServer(lambda request: json.dumps({"score": 7}))
+    server = ChatServer(lambda request: json.dumps({"score": 7, "answer": "yes"}))
     yield server
     server.close()
 
@@ -54,7 +56,7 @@ def spec(request, tmp_path, chat) -> dict[str, Any]:
         torch.manual_seed(0)
         save_file(torch.nn.Linear(96, 1).state_dict(), str(tmp_path / "head.safetensors"))
         options["head"] = str(tmp_path / "head.safetensors")
-    if kind == "vlm_judge":
+    if kind in ("vlm_judge", "vlm_questions"):
         options["url"] = chat.url
     return {"type": kind, **options}
 
