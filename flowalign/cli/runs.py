@@ -94,11 +94,12 @@ def say_evaluation(out: Console, result: EvaluationResult) -> None:
 
 
 def write_evaluation(result: EvaluationResult, out: Path) -> None:
-    """Write the images, GenEval's results.jsonl and metrics.json."""
+    """Write the images, where they are not in a folder already, GenEval's results.jsonl and metrics.json."""
     from flowalign.measure.evaluate import write_results_jsonl
     from flowalign.samples.sampled import save_images
 
     with filled(out) as draft:
-        save_images(draft, [row["filename"] for row in result.rows], result.images)
+        if len(result.images):
+            save_images(draft, [row["filename"] for row in result.rows], result.images)
         write_results_jsonl(result.rows, draft / "results.jsonl")
         write_text(draft / "metrics.json", json.dumps(finite(result.summary), indent=1) + "\n")

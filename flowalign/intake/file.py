@@ -38,7 +38,7 @@ from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, sc
 from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
-from flowalign.intake.paths import Config, resolve_run
+from flowalign.intake.paths import AnySection, Config, resolve_run
 from flowalign.models.checked import teacher_model
 from flowalign.record.checkpoint import has_any
 from flowalign.record.contents import put, relocated
@@ -373,7 +373,7 @@ def _walked(
     return config.model_copy(update={"algorithm": filled(algorithm.config, config.model, own)})
 
 
-def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+def validate(model: type[AnySection], raw: Mapping[str, Any]) -> AnySection:
     check_finite(raw)
     try:
         config = model.model_validate(plain(raw))

@@ -97,10 +97,12 @@ def evaluate_checkpoint(
     prompts: str | None = None,
     base_dir: Path = Path("."),
     progress: Progress = silent,
+    keep_images: bool = True,
 ) -> EvaluationResult:
     """Sample the evaluation prompts and score them; what is not given is as in ``model.config.evaluation``.
 
-    ``progress(done, total)`` is called after each chunk. Raises CheckpointError, PromptsError, ModelError or
+    ``progress(done, total)`` is called after each chunk. Thousands of large images are gigabytes, which are held only
+    where ``keep_images`` is true. Raises CheckpointError, PromptsError, ModelError or
     ScorerError.
     """
     config, own = model.config, model.config.evaluation
@@ -111,8 +113,9 @@ def evaluate_checkpoint(
         with model.opened(batch) as (policy, state, plan):
             parts, walked, rows, seconds = [], [], [], 0.0
             for (pictures, trajectories), took in timed(roll(policy, batch, plan, config, model.seed, progress)):
-                parts.append((pictures.images, _scored(scorers, pictures)))
-                rows += _result_rows(scorers[0], pictures, parts[-1][1])
+                parts.append((pictures.images if keep_images else pictures.images[:0], scored(scorers, pictures)))
+                names = [f"{number:05d}.png" for number in pictures.batch.sample_ids]
+                rows += result_rows(scorers[0], pictures, parts[-1][1], names)
                 walked.append(trajectories)
                 seconds += took
     scores = cat_scores([part for _, part in parts])
@@ -130,7 +133,8 @@ def evaluate_checkpoint(
     )
 
 
-def _scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
+def scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
+    """Return the scores of pictures, of which the first scorer's is the total."""
     judged = []
     for scorer in scorers:
         with scorer.apart:
@@ -160,8 +164,9 @@ def write_results_jsonl(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _result_rows(named: NamedScorer, pictures: Pictures, scores: Scores) -> list[dict[str, Any]]:
-    """Return GenEval's results rows; verdict and reason come from the scorer where it can explain itself.
+def result_rows(named: NamedScorer, pictures: Pictures, scores: Scores, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return GenEval's results rows of files with these ``names``; verdict and reason come from the scorer where it can
+    explain itself.
 
     Of samples that it is not for, by their tasks, it is not asked.
     """
@@ -177,7 +182,7 @@ def _result_rows(named: NamedScorer, pictures: Pictures, scores: Scores) -> list
                 verdicts[place] = verdict
     rows = []
     for i, verdict in enumerate(verdicts):
-        row = {"filename": f"{batch.sample_ids[i]:05d}.png", "tag": str(metadata[i].get("tag") or UNTAGGED)}
+        row = {"filename": names[i], "tag": str(metadata[i].get("tag") or UNTAGGED)}
         row |= {"prompt": batch.prompts[i], "correct": values[i] >= 1, "reason": "", "details": "{}"}
         if verdict is not None:
             boxes = {name: [[*o["box"], o["score"]] for o in found] for name, found in verdict.objects.items() if found}

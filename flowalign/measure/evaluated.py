@@ -104,6 +104,8 @@ def skipped(made: Sequence[Trajectories | Preview]) -> float:
 
 def text(said: Mapping[str, Any]) -> str:
     """Write the facts as one line."""
+    if "num_steps" not in said:  # of pictures that were there
+        return f"{said['num_samples']} images of {said['num_prompts']} prompts in {said['prompts']}"
     line = (
         f"{said['num_samples']} samples of {said['num_prompts']} of {said['prompts_there']} prompts "
         f"({said['prompts']}); {made_with(said)}; {said['images_per_s']:.3g} img/s"

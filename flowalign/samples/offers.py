@@ -16,6 +16,7 @@ TRAINING = Offers("a run", frozenset({"group", "latents"}))
 LEARNER = Offers("a learner", frozenset({"gradient"}))
 EVALUATION = Offers("an evaluation", frozenset({"latents"}), _ELSEWHERE)
 PREFERENCES = Offers("make-preferences", frozenset({"group"}), _ELSEWHERE)
+FOLDER = Offers("an evaluation of a folder", frozenset(), _ELSEWHERE)
 TRY_REWARD = Offers("try-reward", frozenset(), _ELSEWHERE)
 
 
@@ -40,7 +41,7 @@ def check_reward(key: str, reward: RewardConfig, base_dir: Path, offers: Offers)
         )
 
 
-def check_judge(key: str, judge: RewardConfig, base_dir: Path) -> None:
+def check_judge(key: str, judge: RewardConfig, base_dir: Path, offers: Offers = EVALUATION) -> None:
     """Check that a scorer of an evaluation can be had, and has no key that only says how a reward is trained on."""
     for name in ("weight", "parts"):
         if getattr(judge, name) != getattr(RewardConfig(spec=judge.spec), name):
@@ -51,7 +52,7 @@ def check_judge(key: str, judge: RewardConfig, base_dir: Path) -> None:
             )
     if judge.gold and key.endswith(".scorer"):
         raise ConfigError(f"{key}.gold", "a scorer of evaluations is never trained on; leave it out")
-    check_reward(key, judge, base_dir, EVALUATION)
+    check_reward(key, judge, base_dir, offers)
 
 
 def check_gradient(key: str, reward: RewardConfig, base_dir: Path, algorithm: str) -> None:

@@ -318,7 +318,7 @@ def test_an_evaluation_s_prompts_are_checked_before_a_model_is_opened(tmp_path: 
     file.write_text('{"prompt": "a horse"}\n{"prompt": "a dog"}\n{"prompt": 7}\n')
     shown = CliRunner().invoke(app, ["evaluate", "shapes", "--prompts", str(file)])
     assert shown.stderr.endswith(
-        "; geneval is the judge where evaluation.scorer names no other; a configuration given with --config may"
+        "; geneval is the judge where evaluation.scorer names no other; give another one: --scorer NAME"
         " (2 more rows are wrong)\n"
     ) and shown.stderr.startswith(f"error: --prompts: {file}, line 1: ")
 
