@@ -61,6 +61,7 @@ _NEW = ("learning_rate", "eps", "decay_steps", "decay", "final_learning_rate")
 RENAMES: tuple[Rename, ...] = (
     *(Rename("key", old, new, training=True) for old, new in _TRAINING.items()),
     *(Rename("key", key, key, values=(("policy", "model"),)) for key in ("evaluation.weights", "rollout_weights")),
+    Rename("option", "--latents", "--save-latents"),
 )
 
 _OF_ALL_RUNS = (  # what an alignment had alone, and a training has now too
@@ -119,6 +120,11 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
     Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
     Excepted("*", "*flowalign.json", "velocity_error", "an export is compared on prompts that are encoded one by one"),
+    *(
+        Excepted("*", file, f"{at}logging.{key}", "there are trackers beside wandb, and pictures for all")
+        for key in ("trackers*", "pictures")
+        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
+    ),
     Excepted("*", "*config.yaml", "*negative_prompt", "a run may have a negative prompt"),
     Excepted("*", "*state.json", "config.*negative_prompt", "a run may have a negative prompt"),
     Excepted("*", "*config.yaml", "data.sizes*", "a run may make images of several sizes"),

@@ -12,8 +12,16 @@ from flowalign.cli.doctor_command import doctor
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
-from flowalign.cli.model_commands import evaluate, export, merge, report, sample
-from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, finite, token_of
+from flowalign.cli.model_commands import (
+    EVALUATE_EXAMPLES,
+    SAMPLE_EXAMPLES,
+    evaluate,
+    export,
+    merge,
+    report,
+    sample,
+)
+from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, examples, finite, token_of
 from flowalign.cli.plan_command import plan
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
@@ -54,9 +62,9 @@ app.command("make-preferences")(make_preferences)
 app.command("calibrate-cache")(calibrate_cache)
 
 
-app.command()(evaluate)
+app.command(epilog=examples(EVALUATE_EXAMPLES))(evaluate)
 app.command()(measure)
-app.command()(sample)
+app.command(epilog=examples(SAMPLE_EXAMPLES))(sample)
 app.command()(export)
 app.command()(merge)
 app.command()(report)

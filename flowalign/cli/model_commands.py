@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flowalign.cli.measure import Clip, Extractor, Reference
 from flowalign.cli.options import (
+    SOURCE,
+    Changes,
     Json,
     Kind,
     Model,
@@ -29,15 +32,35 @@ from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, progress
 from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
 
+EVALUATE_EXAMPLES = (
+    "flowalign evaluate runs/quickstart --prompts mine.jsonl --num-images 4 --scorer pickscore",
+    "flowalign evaluate --folder outputs --suite geneval --out scores",
+)
+SAMPLE_EXAMPLES = (
+    'flowalign sample shapes --prompt "a photo of a red circle" --num-images 4',
+    "flowalign sample runs/quickstart --prompts mine.jsonl --latents noise.safetensors --device cuda --batch 4",
+)
+
 
 @takes_sampling
 def evaluate(
-    checkpoint: Source,
     sampling: Sampling,
+    checkpoint: Annotated[Path | None, SOURCE] = None,
+    overrides: Changes = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="score the pictures that are there, such as in GenEval's layout")
+    ] = None,
     num_samples: NumSamples = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="images of each prompt, in place of --num-samples")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
     weights: Weights = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help='another judge: clip, file.py:function, {"spec": …, "options": …}'),
+    ] = None,
     suite: Annotated[Suite | None, typer.Option(help="geneval: official verdicts, 4 images a prompt")] = None,
     detector: Annotated[str | None, typer.Option(help="of the suite: a name or its options as JSON")] = None,
     reference: Reference = None,
@@ -46,24 +69,42 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="directory for images, results.jsonl and metrics.json")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample the evaluation prompts and score them, as the run itself does."""
+    """Sample the evaluation prompts and score them, as the run itself does; or score a folder of pictures."""
     from flowalign.cli.runs import say_evaluation, write_evaluation
-    from flowalign.intake.suite import asked_evaluation
+    from flowalign.config.section import ConfigError
+    from flowalign.intake.suite import asked_evaluation, folder_judges
     from flowalign.record.outputs import check_out
 
     if out is not None:
         check_out("--out", out)
-    own = sampling.config_of(checkpoint)
-    own, num_samples = asked_evaluation(own, suite is not None, detector, prompts, num_samples)
-    from flowalign.measure.evaluate import evaluate_checkpoint
-
     console = make_console(as_json)
-    against = reference and reference_metrics(reference, num_samples, extractor, clip, own.device, console.print)
-    source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
-    shown = progress(console, "samples")
-    result = evaluate_checkpoint(source, num_samples=num_samples, prompts=prompts, progress=shown)
-    if against:
-        result.metrics.update(against(result))
+    if folder is not None:
+        given = {"checkpoint": checkpoint, "num-samples": num_samples, "num-images": num_images, "seed": seed}
+        given |= {"weights": weights, "reference": reference} | sampling.given
+        if wrong := [name for name, value in given.items() if value is not None and name != "device"]:
+            raise ConfigError("--folder", f"scores pictures that are there; leave out {' and '.join(wrong)}")
+        from flowalign.measure.folder import evaluate_folder, is_geneval
+
+        judges = folder_judges(suite is not None, detector, scorer, is_geneval(folder))
+        device, shown = sampling.checked_device or "cpu", progress(console, "pictures")
+        source = None if prompts is None else Path(prompts)
+        result = evaluate_folder(folder, judges, prompts=source, device=device, progress=shown)
+    elif checkpoint is None:
+        raise ConfigError("CHECKPOINT", "is missing; name a run, a checkpoint or a pipeline, or give --folder DIR")
+    else:
+        own = sampling.config_of(checkpoint, overrides)
+        own, num_samples = asked_evaluation(
+            own, suite is not None, detector, prompts, num_samples, scorer=scorer, num_images=num_images
+        )
+        from flowalign.measure.evaluate import evaluate_checkpoint
+
+        against = reference and reference_metrics(reference, num_samples, extractor, clip, own.device, console.print)
+        model = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
+        shown = progress(console, "samples")
+        kept = out is not None or reference is not None
+        result = evaluate_checkpoint(model, num_samples=num_samples, prompts=prompts, progress=shown, keep_images=kept)
+        if against:
+            result.metrics.update(against(result))
     say_evaluation(console, result)
     try:
         if out is not None:
@@ -76,12 +117,20 @@ def evaluate(
 @takes_sampling
 def sample(
     checkpoint: Source,
-    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
     sampling: Sampling,
+    overrides: Changes = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help="shapes:eval, or a file of prompts")] = None,
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     seed: Seed = 0,
     weights: Weights = None,
-    latents: Annotated[bool, typer.Option("--latents", help="also save noise and final latents")] = False,
+    latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="noise that the images begin with, of --save-latents or of a diffusers script"
+        ),
+    ] = None,
+    save_latents: Annotated[bool, typer.Option("--save-latents", help="save noise and final latents too")] = False,
     out: Path = Path("samples"),
     as_json: Json = False,
 ) -> None:
@@ -89,9 +138,8 @@ def sample(
     from flowalign.record.outputs import check_out
 
     check_out("--out", out)
-    for text in prompt:
-        check_text("--prompt", text)
-    own = sampling.config_of(checkpoint)
+    rows = _rows(prompt or [], prompts)
+    own = sampling.config_of(checkpoint, overrides)
     from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
     from flowalign.samples.sampled import sample_checkpoint
@@ -99,11 +147,28 @@ def sample(
     console = make_console(as_json)
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "images")
-    files = sample_checkpoint(source, prompt, out, num_images=num_images, save_latents=latents, progress=shown)
-    if note := prompt_note(own.model, prompt):
+    files = sample_checkpoint(
+        source, rows, out, num_images=num_images, noise=latents, save_latents=save_latents, progress=shown
+    )
+    if note := prompt_note(own.model, [row["prompt"] for row in rows]):
         plain(console)(f"of the prompts {note}")
     plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {made_with(source.made_with)}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
+
+
+def _rows(texts: Sequence[str], source: str | None) -> list[dict[str, Any]]:
+    """Return the prompts of a command line, and after them those of a file. Raise ConfigError where there is none."""
+    for text in texts:
+        check_text("--prompt", text)
+    from flowalign.config.section import ConfigError
+    from flowalign.data.prompts import PromptsError, load_prompts
+
+    if not texts and source is None:
+        raise ConfigError("--prompt", 'is missing; write --prompt "a red dog", or --prompts FILE')
+    try:
+        return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(source))
+    except PromptsError as error:
+        raise ConfigError("--prompts", str(error).removeprefix("data.prompts: ")) from error
 
 
 def export(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,10 @@ def token_of(variable: str | None) -> str | None:
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="of model, rollout or evaluation, e.g. rollout.decode_batch_size=1"),
+]
 PhaseOverrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. phases.0.iterations=400")]
 Json = Annotated[
     bool,
@@ -76,14 +81,12 @@ AcceptChanged = Annotated[
         help="go on though what lies at this key, or this learning rate, has changed; kept on record; may be repeated",
     ),
 ]
-Source = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="a run, a checkpoint, a pipeline directory, or shapes, the model that comes with the package",
-        parser=model_directory,
-    ),
-]
+SOURCE = typer.Argument(
+    metavar="CHECKPOINT",
+    help="a run, a checkpoint, a pipeline directory, or shapes, the model that comes with the package",
+    parser=model_directory,
+)
+Source = Annotated[Path, SOURCE]
 Model = Annotated[
     Path | None,
     typer.Option("--model", metavar="DIR", help="the base model, where it was moved", parser=model_directory),
@@ -131,6 +134,11 @@ def check_text(key: str, text: str) -> None:
         from flowalign.config.section import ConfigError
 
         raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
+
+
+def examples(commands: Sequence[str]) -> str:
+    """Return what a command's help ends with: a line a command, which paragraphs keep apart."""
+    return "\n\n".join(("Examples:", *commands))
 
 
 class Suite(StrEnum):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -87,6 +88,26 @@ Solver = Annotated[
 ]
 
 
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: as the run has it, cpu for a pipeline")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="NAME", help="float32 or bfloat16; default: as the run has it, float32")
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=int(LARGEST["chunk_size"]),
+        help="images of one pass, which fewer are filled up to; default: as the run has it, 48 for a pipeline",
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="of calibrate-cache: steps that hardly change are skipped; none; default: as the run"
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a command is given of how it samples; each field is an option of it, see `takes_sampling`."""
@@ -99,24 +120,60 @@ class Sampling:
     guidance_until: Until = None
     solver: Solver = None
     size: Size = None
+    device: Device = None
+    dtype: Dtype = None
+    batch: Batch = None
+    cache: Cache = None
     config: Like = None
     model: Model = None
 
-    def config_of(self, checkpoint: Path) -> Sampled:
-        """Return the configuration that belongs to a checkpoint. Raise ConfigError where there is none."""
+    def config_of(self, checkpoint: Path, overrides: Sequence[str] | None = None) -> Sampled:
+        """Return the configuration that belongs to a checkpoint, with ``overrides``, key=value.
+
+        Raises:
+            ConfigError: there is none, or it cannot be as it is asked for.
+        """
         from flowalign.intake.recorded import config_of
+        from flowalign.intake.sampled import changed
 
         check_text("--negative-prompt", self.negative_prompt or "")
-        own = config_of(checkpoint, self.config, self.model)
+        device, own = self.checked_device, config_of(checkpoint, self.config, self.model)
+        own = own if device is None else own.on(device)
+        own = changed(own, checkpoint, [*(overrides or ()), *self._keys()])
         return own if self.size is None else _sized(checkpoint, own, self.size)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by their names."""
+        values = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def checked_device(self) -> str | None:
+        """The device that was given, None where none was. Raise ConfigError where it is none, or not here."""
+        from flowalign.engine.device import check_device
+
+        if self.device is not None:
+            check_device("--device", self.device)
+        return self.device
+
+    def _keys(self) -> list[str]:
+        """Return the options that stand for a key each, as key=value."""
+        cache = self.cache if self.cache in (None, "none") else json.dumps(self.cache)
+        given = {"model.dtype": self.dtype, "rollout.chunk_size": self.batch, "evaluation.cache": cache}
+        return [f"{key}={'null' if value == 'none' else value}" for key, value in given.items() if value is not None]
 
     def model_of(self, checkpoint: Path, own: Sampled, *, weights: str | None, seed: int | None) -> SampledModel:
         """Return the model that is sampled from, and how; ``own`` is its configuration. Raise as `sampled_model`."""
         from flowalign.samples.sampled import sampled_model
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        del given["config"], given["model"], given["size"]  # which `config_of` has taken
+        for name in _TAKEN:
+            del given[name]
         return sampled_model(checkpoint, own, which=weights, seed=seed, **given)
+
+
+_TAKEN = ("config", "model", "size", "device", "dtype", "batch", "cache")  # by `Sampling.config_of`
 
 
 def _sized(checkpoint: Path, own: Sampled, size: tuple[int, int]) -> Sampled:

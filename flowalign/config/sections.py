@@ -372,12 +372,18 @@ SolverName = Annotated[str, AfterValidator(spelled), Takes("a solver, such as `h
 
 
 class CacheConfig(Section):
-    """TeaCache: steps whose input has hardly changed skip the network's blocks. (arXiv:2411.19108)"""
+    """TeaCache: steps whose input has hardly changed skip the network's blocks. A text alone is its ``calibration``.
+    (arXiv:2411.19108)"""
 
     calibration: Annotated[str, Resolved()]
     """A file of ``flowalign calibrate-cache``."""
     threshold: Annotated[float, Field(gt=0)] = 0.1
     """Change of the input below which a step takes the last one's residual."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_alone(cls, value: Any) -> Any:
+        return {"calibration": value} if isinstance(value, str) else value
 
 
 class SamplingConfig(GuidanceKeys, Section):

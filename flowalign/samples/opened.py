@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
@@ -212,9 +213,18 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def roll(
-    policy: Policy, batch: PromptBatch, plan: SamplingPlan, config: Sampled, seed: int, progress: Progress = silent
+    policy: Policy,
+    batch: PromptBatch,
+    plan: SamplingPlan,
+    config: Sampled,
+    seed: int,
+    progress: Progress = silent,
+    noise: Tensor | None = None,
 ) -> Iterator[Samples]:
-    """Yield the chunks of ``batch``, as it was `arranged`, in the run's own geometry."""
+    """Yield the chunks of ``batch``, as it was `arranged`, in the run's own geometry.
+
+    ``noise`` (N, C, H, W) has that of a sample at its id; None: samples begin with their own.
+    """
     done = 0
     for chunk in batch.chunks(config.rollout.chunk_size):
         yield rollout(
@@ -228,6 +238,7 @@ def roll(
             width=config.model.width,
             decode_batch_size=config.rollout.decode_batch_size,
             geometry=config.rollout.chunk_size,
+            initial=None if noise is None else noise[list(chunk.sample_ids)],
         )
         done += len(chunk)
         progress(done, len(batch))

@@ -53,7 +53,8 @@ class SampleNoise:
 
     The first ``draw`` is the initial noise, then comes one draw for each schedule step in order, used
     or not, so that a sample depends on nothing but its seed, whatever batch or worker makes it. With
-    ``group_ids`` the initial noise is the group's, and only the steps' noise the sample's own.
+    ``group_ids`` the initial noise is the group's, and only the steps' noise the sample's own. ``initial`` (N, C, H, W)
+    stands for the initial noise; what the steps draw stays the same.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class SampleNoise:
         sample_ids: Sequence[int],
         shape: tuple[int, int, int],
         group_ids: Sequence[int] | None = None,
+        initial: Tensor | None = None,
     ) -> None:
+        self._initial = initial
         self._generators = [seeded(seed, sample_id) for sample_id in sample_ids]
         self._shape = shape
         self._groups = group_ids
@@ -71,6 +74,9 @@ class SampleNoise:
     def draw(self) -> Tensor:
         """Draw standard normal noise, float32 (N, C, H, W), on the CPU."""
         own = torch.stack([torch.randn(self._shape, generator=g) for g in self._generators])
+        if self._initial is not None:
+            given, self._initial, self._groups = self._initial, None, None
+            return given
         if self._groups is None:
             return own
         groups, self._groups = self._groups, None
@@ -255,13 +261,14 @@ def rollout(
     width: int | None = None,
     decode_batch_size: int = 48,
     geometry: int | None = None,
+    initial: Tensor | None = None,
 ) -> Samples:
     """Make the samples of one chunk; the result lies on the CPU, an image for every sample and granularity.
 
     ``length`` is that of the prompts' embeddings, see `Encoders`; height and width are in pixels, those of the batch's
     shape come first.
     ``geometry`` is the batch size the network is called with; a shorter chunk is padded to it, so that its
-    samples replay exactly too.
+    samples replay exactly too. ``initial`` is the noise that they begin with, (N, C, H, W); None: their own.
 
     Raises:
         NonFiniteSamples: the policy has diverged.
@@ -276,7 +283,8 @@ def rollout(
         height, width = asked.size or (height, width)
         plan = plan.at(asked.size)
     shape = network.latent_shape(height, width)
-    noise = SampleNoise(seed, batch.sample_ids, shape, batch.group_ids if branching.shared_noise else None)
+    shared = batch.group_ids if branching.shared_noise else None
+    noise = SampleNoise(seed, batch.sample_ids, shape, shared, initial)
     groups = batch.group_ids if branching.shared_noise and branching.shared_prefix else None
     caches: list[Any] = []
     states, log_probs, final, means = integrate(

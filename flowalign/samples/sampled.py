@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
@@ -23,7 +26,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SamplingConfig
 from flowalign.models.base import Policy
 from flowalign.models.checked import check_cached, check_guidance
-from flowalign.models.directory import is_pipeline
+from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
@@ -42,6 +45,9 @@ from flowalign.samples.opened import (
 )
 from flowalign.samples.rollout import SampleNoise
 from flowalign.types import PromptBatch, SamplingPlan
+from rewards.errors import one_line
+
+_NAMES_A_PICTURE = ("filename", "file_name", "file", "image")
 
 
 @dataclass(frozen=True)
@@ -137,47 +143,94 @@ def sampled_model(
 
 def sample_checkpoint(
     model: SampledModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
     out_dir: Path,
     *,
     num_images: int = 1,
+    noise: Path | None = None,
     save_latents: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
     """Save ``num_images`` PNGs a prompt and ``index.json``, which says how they were made.
 
-    With ``save_latents`` also ``latents.safetensors`` with ``noise`` and ``latents``, float32 (N, C, H, W): the same
-    noise in diffusers gives the same latents (docs/running.md).
+    A prompt is a text or a row of a file of prompts, which may have a ``negative_prompt`` of its own. ``noise`` is a
+    file of what the images begin with, see `read_noise`. With ``save_latents`` also ``latents.safetensors`` with
+    ``noise`` and ``latents``, float32 (N, C, H, W): the same noise in diffusers gives the same latents
+    (docs/sampling.md).
+
+    Raises:
+        ConfigError: ``noise`` is none of these images.
     """
-    texts = tuple(prompt for prompt in prompts for _ in range(num_images))
+    rows = [{"prompt": own} if isinstance(own, str) else dict(own) for own in prompts for _ in range(num_images)]
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
-    batch = model.arranged(PromptBatch(texts, groups, tuple(range(len(texts))), ({},) * len(texts)))
-    with model.opened(batch) as (policy, _, plan):
-        made = list(roll(policy, batch, plan, model.config, model.seed, progress))
-    order = torch.tensor(batch.sample_ids).argsort()
-    names = [f"{i:04d}.png" for i in range(len(batch))]
-    index = [{"file": names[i], "prompt": text, "sample_id": i, **model.made_with} for i, text in enumerate(texts)]
-    with filled(out_dir) as draft:
-        save_images(draft, names, torch.cat([pictures.images for pictures, _ in made])[order])
+    texts, ids = tuple(row["prompt"] for row in rows), tuple(range(len(rows)))
+    batch, size = model.arranged(PromptBatch(texts, groups, ids, tuple(rows))), model.config.model
+    shape = open_directory(model_of(model.path, model.config)).latent_shape(size.height, size.width)
+    given = None if noise is None else read_noise(noise, (len(rows), *shape))
+    names, how = [f"{i:04d}.png" for i in ids], model.made_with | ({} if noise is None else {"noise": str(noise)})
+    index = [
+        {"file": names[i], "prompt": texts[i], "sample_id": i, **how, **_beside(row)} for i, row in enumerate(rows)
+    ]
+    latents = []
+    with model.opened(batch) as (policy, _, plan), filled(out_dir) as draft:
+        for pictures, trajectories in roll(policy, batch, plan, model.config, model.seed, progress, given):
+            left = len(rows) - sum(map(len, latents)) - len(pictures)
+            save_images(draft, [names[i] for i in pictures.batch.sample_ids], pictures.images, to_come=left)
+            latents.append(trajectories.final_NCHW)
         write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
         if save_latents:
-            size = model.config.model
-            shape = policy.network.latent_shape(size.height, size.width)
-            noise = SampleNoise(model.seed, range(len(texts)), shape).draw()
-            latents = Rows([trajectories.final_NCHW for _, trajectories in made])[order]
-            save_tensors({"noise": noise, "latents": latents}, draft / "latents.safetensors")
+            begun = SampleNoise(model.seed, ids, shape).draw() if given is None else given
+            order = torch.tensor(batch.sample_ids).argsort()
+            save_tensors({"noise": begun, "latents": Rows(latents)[order]}, draft / "latents.safetensors")
     return [out_dir / name for name in names]
 
 
-def save_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
-    """Write PNG files of uint8 (N, H, W, 3).
+def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row has beside its prompt, under a key of its own; what names a picture there is not this one."""
+    own = {key: value for key, value in row.items() if key not in ("prompt", *_NAMES_A_PICTURE)}
+    negative = {"negative_prompt": own["negative_prompt"]} if own.get("negative_prompt") is not None else {}
+    return negative | ({"metadata": own} if own else {})
+
+
+def read_noise(path: Path, shape: Sequence[int]) -> Tensor:
+    """Return the noise that images begin with, float32 of ``shape`` (N, C, H, W).
+
+    The file is of ``flowalign sample --save-latents``, another .safetensors with a ``noise`` or with one tensor alone,
+    or a .npy.
+
+    Raises:
+        ConfigError: it cannot be read, or is of other images.
+    """
+    try:
+        noise = _tensor_of(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        wanted = "write one with safetensors.torch.save_file, or a .npy"
+        raise ConfigError("--latents", f"{path} cannot be read ({one_line(error)}); {wanted}") from error
+    if tuple(noise.shape) != tuple(shape):
+        found, wanted = (", ".join(map(str, of)) for of in (noise.shape, shape))
+        raise ConfigError("--latents", f"{path} is of shape ({found}), and the noise of these images of ({wanted})")
+    return noise.float().contiguous()
+
+
+def _tensor_of(path: Path) -> Tensor:
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    found = load_file(path)
+    if "noise" not in found and len(found) != 1:
+        raise ValueError("it holds several tensors, and none of them is called noise")
+    return found["noise"] if "noise" in found else next(iter(found.values()))
+
+
+def save_images(folder: Path, names: Sequence[str], images: Tensor, to_come: int = 0) -> None:
+    """Write PNG files of uint8 (N, H, W, 3), before as many more as are ``to_come``.
 
     Raise DiskError, which takes those to come to be as large as the one that failed.
     """
     from PIL import Image
 
+    left = len(names) + to_come
     for count, (name, image) in enumerate(zip(names, images, strict=True)):
         png = io.BytesIO()
         Image.fromarray(image.numpy()).save(png, format="PNG")
-        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (len(names) - count))):
+        with writing(f"image {folder.parent / name}", folder.parent, on_disk([png.tell()] * (left - count))):
             (folder / name).write_bytes(png.getvalue())

@@ -38,4 +38,4 @@ def merged(own: Content, changes: Mapping[str, Any]) -> Content:
     return out
 
 
-SAMPLE = ("--prompt", "a photo of a red circle", "--num-images", "2", "--num-steps", "4", "--latents")
+SAMPLE = ("--prompt", "a photo of a red circle", "--num-images", "2", "--num-steps", "4", "--save-latents")

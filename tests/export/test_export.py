@@ -297,7 +297,7 @@ def test_the_script_in_the_docs_draws_the_same_latents_with_diffusers_alone(
     runs: dict[str, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
     script = text.partition("## The same picture in diffusers")[2].partition("```python\n")[2].partition("```")[0]
     config = run_config(base, lora=True)
     prompts = ["a photo of a cat", "two dogs"]
@@ -306,6 +306,6 @@ def test_the_script_in_the_docs_draws_the_same_latents_with_diffusers_alone(
     sample_checkpoint(model, prompts, out, save_latents=True)
     export(runs["lora"], tmp_path / "aligned", config=config)
     capsys.readouterr()
-    exec(compile(script, "docs/running.md", "exec"), {})
+    exec(compile(script, "docs/sampling.md", "exec"), {})
     _, _, found, _, largest = capsys.readouterr().out.split()
     assert 0 <= float(found) <= 1e-5 * float(largest) and float(largest) > 1

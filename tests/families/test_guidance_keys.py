@@ -169,7 +169,17 @@ def test_the_commands_take_the_same_keys(tiny: Build, public: Any, tmp_path: Pat
     """A sample with true guidance has the latents of the public pipeline's second pass from the empty text."""
     directory, out = tiny("flux-dev"), tmp_path / "out"
     path = write_run(tmp_path, directory)
-    asked = ["--num-steps", "3", "--guidance-scale", "3.5", "--true-guidance-scale", "2", "--seed", "5", "--latents"]
+    asked = [
+        "--num-steps",
+        "3",
+        "--guidance-scale",
+        "3.5",
+        "--true-guidance-scale",
+        "2",
+        "--seed",
+        "5",
+        "--save-latents",
+    ]
     asked += ["--negative-prompt", ""]
     said = flowalign("sample", directory, "--prompt", "a red cube", *asked, "--config", path, "--out", out)
     assert "guidance 3.5, true guidance 2" in " ".join(said.split())

@@ -225,7 +225,7 @@ def test_what_commands_make_on_a_full_disk_is_gone_at_once_and_made_by_the_same_
     to = disk / "new" / "made"
     line = {
         "export": ["export", str(undisturbed), "--to", str(to)],
-        "sample": ["sample", str(undisturbed), "--prompt", "a dog", "--latents", "--out", str(to)],
+        "sample": ["sample", str(undisturbed), "--prompt", "a dog", "--save-latents", "--out", str(to)],
         "merge": ["merge", str(undisturbed), str(undisturbed), "--to", str(to)],
         "make-pairs": ["make-pairs", str(undisturbed), "--pairs", "12", "--shard-size", "6", "--to", str(to)],
     }[command]
