@@ -6,6 +6,7 @@ of their own unless the user sends them elsewhere.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -116,6 +117,7 @@ def mlflow(record: Record) -> Tracker:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from PIL import Image
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     entities = import_module("mlflow.entities")
     runs = record.run_dir.parent.absolute()
     own = None if os.environ.get("MLFLOW_TRACKING_URI") else f"sqlite:///{runs / 'mlflow.db'}"
