@@ -1,0 +1,1 @@
+"""Configurations of other projects, read without running them, and what they are here."""

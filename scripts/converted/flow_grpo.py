@@ -1,0 +1,371 @@
+"""What a configuration of Flow-GRPO (github.com/yifan123/flow_grpo) is here; docs/coming_from/flow_grpo.md has a table.
+
+Much of such a run is in its scripts and not in its configuration: the LoRA's size, the average of the weights, the
+length of texts. That is filled in as `scripts/train_*.py` have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converted.written import Line
+
+SECTIONS = ("pretrained", "sample", "train")
+NEVER = 1_000_000  # updates: their reference that is never refreshed has ten times as many
+ENDLESS = 100_000  # epochs: their runs go on until they are stopped
+MASK2FORMER = {"type": "mask2former", "path": "mask2former"}
+COLOURS = {"model": "ViT-L-14-quickgelu", "checkpoint": "openai"}
+PICKSCORE = {"path": "./PickScore_v1", "processor": "./CLIP-ViT-H-14"}
+# Keys that say nothing of the algorithm, or that none of their scripts reads.
+SILENT = {
+    "run_name": "the run goes by `name`",
+    "run_project": "`logging.wandb_project`",
+    "logdir": "runs lie in `runs_dir`",
+    "save_dir": "checkpoints lie in the run",
+    "debug": "",
+    "resume_from": "the same command continues a run",
+    "allow_tf32": "torch's own setting is kept",
+    "prompt_fn": "the reward says what rows must have",
+    "prompt_fn_kwargs": "",
+    "pretrained.revision": "a directory has no revision",
+    "sample.batch_size": "no script reads it",
+    "sample.test_batch_size": "evaluations go by `rollout.chunk_size`",
+    "sample.sample_num_per_epoch": "that of the groups",
+    "train.clip_range_lt": "of BAGEL's script",
+    "train.clip_range_gt": "of BAGEL's script",
+    "train.highclip_range": "no script reads it",
+    "train.timestep_shift": "of BAGEL's script",
+    "train.use_8bit_adam": "moments are in float32",
+    "per_prompt_stat_tracking": "advantages are always those of a prompt's images",
+    "sample.eval_guidance_scale": "its script evaluates at sample.guidance_scale",
+    "sample.sde_window_size": "its script does not read it",
+    "sample.sde_window_range": "its script does not read it",
+    "sample.same_latent": "its script does not read it",
+    "train.cfg": "its script does not read it",
+    "train.timestep_fraction": "its script does not read it",
+}
+
+
+class ConvertError(ValueError):
+    """What has no counterpart and cannot be left out."""
+
+
+class Theirs:
+    """The keys of a configuration of theirs, by their dots, and which of them were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values: dict[str, Any] = {}
+        for key, value in values.items():
+            inner = value if key in SECTIONS and isinstance(value, Mapping) else None
+            self.values.update({key: value} if inner is None else {f"{key}.{name}": v for name, v in inner.items()})
+        self.asked: set[str] = set()
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return self.values.get(key, default)
+
+    def need(self, key: str) -> Any:
+        if self(key) is None:
+            raise ConvertError(f"{key} is not set, so this is no configuration of Flow-GRPO's grpo.py or dpo.py")
+        return self.values[key]
+
+    def left(self) -> list[str]:
+        """Say of each key that was not asked for why, in its own order."""
+        rest = {key: SILENT.get(key, "no counterpart") for key in self.values if key not in self.asked}
+        return [f"{key} = {self.values[key]!r}" + (f": {why}" if why else "") for key, why in rest.items()]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model that can be converted, and what their script of it fixes."""
+
+    name: str
+    lora: tuple[int, int]  # rank and alpha
+    tokens: int
+    windows: bool  # whether the script always draws a window
+    negative: str | None = None
+    engine: str = "deepspeed"
+
+
+def family_of(model: str) -> Family:
+    """Choose the family by the name of ``pretrained.model``; raises ConvertError for what has none here."""
+    last = model.rpartition("/")[2]
+    if last.startswith("stable-diffusion-3"):
+        return Family("sd3", (32, 64), 128, windows=False)
+    if last == "FLUX.1-dev":
+        return Family("flux", (64, 128), 128, windows=False)
+    if last == "Qwen-Image":
+        return Family("qwen_image", (64, 128), 512, windows=True, negative=" ", engine="fsdp")
+    raise ConvertError(
+        f"pretrained.model is {model}, which this converter does not know; it knows Stable Diffusion 3, FLUX.1-dev and"
+        " Qwen-Image, and no editing and no video"
+    )
+
+
+def convert(
+    values: Mapping[str, Any], name: str, gpus: int, iterations: int | None = None
+) -> tuple[list[Line], list[str]]:
+    """Return our keys for the resolved ``values`` of theirs, and what of theirs has none.
+
+    ``gpus`` is the number of processes that they are launched with, which the size of an epoch depends on. Raises
+    ConvertError.
+    """
+    theirs = Theirs(values)
+    if theirs("train.algorithm") not in (None, "dpo"):
+        raise ConvertError(
+            f"train.algorithm is {theirs('train.algorithm')}, whose script makes one step of many epochs; nothing here"
+            " does that: begin from configs/shapes/sft.yaml"
+        )
+    if any(theirs(key) is not None for key in ("sample.train_num_steps", "sample.mini_num_image_per_prompt")):
+        raise ConvertError("sample.train_num_steps is of a script that their repository no longer has")
+    family = family_of(theirs.need("pretrained.model"))
+    dpo = theirs("train.algorithm") == "dpo"
+    lines = [Line("name", name), Line("seed", theirs("seed", 0)), *_length(theirs, iterations)]
+    lines += _model(theirs, family)
+    lines += _data(theirs, gpus)
+    lines += _dpo(theirs, family) if dpo else _grpo(theirs, family)
+    lines += _rewards(theirs)
+    lines += _learner(theirs, family, gpus, dpo)
+    lines += _cluster(gpus)
+    lines += _evaluation(theirs, dpo)
+    return lines, theirs.left()
+
+
+def _length(theirs: Theirs, iterations: int | None) -> list[Line]:
+    epochs = theirs("num_epochs", ENDLESS)
+    if iterations is None and epochs < ENDLESS:
+        return [Line("iterations", epochs)]
+    return [Line("iterations", iterations or 2000, "their code runs until it is stopped")]
+
+
+def _model(theirs: Theirs, family: Family) -> list[Line]:
+    size, precision = theirs.need("resolution"), theirs("mixed_precision", "no")
+    lines = [
+        Line("model.type", family.name),
+        Line("model.path", theirs("pretrained.model").rpartition("/")[2], "a directory: no run downloads anything"),
+        Line("model.max_sequence_length", family.tokens, "of their script"),
+        Line("model.height", size),
+        Line("model.width", size),
+    ]
+    if family.negative is not None:
+        lines.append(Line("model.negative_prompt", family.negative, "of their script"))
+    why = "theirs: fp16, which is not offered here" if precision == "fp16" else ""
+    lines.append(Line("model.dtype", "float32" if precision == "no" else "bfloat16", why))
+    if theirs("use_lora", True):
+        rank, alpha = family.lora
+        lines += [Line("model.lora.rank", rank, "of their script, as is alpha"), Line("model.lora.alpha", alpha)]
+        if theirs("train.lora_path"):
+            lines.append(Line("model.lora.path", theirs("train.lora_path")))
+    return lines
+
+
+def _data(theirs: Theirs, gpus: int) -> list[Line]:
+    theirs("sample.sample_num_per_epoch")
+    images = theirs.need("sample.train_batch_size") * theirs.need("sample.num_batches_per_epoch") * gpus
+    group = theirs.need("sample.num_image_per_prompt")
+    groups, rest = divmod(images, group)
+    if rest or groups == 0:
+        raise ConvertError(f"{gpus} GPUs make {images} images an epoch, which are no whole groups of {group}: --gpus")
+    if theirs("sample.unique_prompt_per_epoch", groups) != groups:
+        unique = theirs("sample.unique_prompt_per_epoch")
+        raise ConvertError(
+            f"{gpus} GPUs make {groups} groups an epoch, sample.unique_prompt_per_epoch is {unique}: --gpus"
+        )
+    source, geneval = theirs.need("dataset"), "geneval" in theirs("reward_fn", {})
+    why = f"their lines as rows: jq -Rc '{{prompt: .}}' {source}/train.txt > {source}/train.jsonl"
+    return [
+        Line("data.prompts", f"{source}/train{'_metadata' if geneval else ''}.jsonl", "" if geneval else why),
+        Line("data.groups_per_iteration", groups, f"{images} images of {gpus} GPUs, {group} of a prompt"),
+    ]
+
+
+def _grpo(theirs: Theirs, family: Family) -> list[Line]:
+    steps, cps = theirs.need("sample.num_steps"), theirs("sample.sde_type") == "cps"
+    guidance = theirs.need("sample.guidance_scale")
+    fast = family.windows or theirs("sample.sde_type") is not None  # the scripts that draw a window
+    lines = [
+        Line("algorithm.type", "flow_grpo"),
+        Line("algorithm.group_size", theirs("sample.num_image_per_prompt")),
+        Line("algorithm.kind", "cps" if cps else "flow"),
+        Line("algorithm.noise_level", theirs("sample.noise_level", 0.7)),
+        Line("algorithm.num_steps", steps),
+        _window(theirs, steps, fast),
+        Line("algorithm.guidance_scale", guidance),
+    ]
+    if cps:
+        lines.append(Line("algorithm.log_prob", "unnormalised", "as theirs for cps"))
+    if theirs("sample.same_latent"):
+        why = "one noise a group; theirs is one for the images of a prompt in one batch of all GPUs"
+        lines.append(Line("algorithm.initial_noise", "group", why))
+    if not theirs("train.cfg", True) and guidance > 1 and family.name == "sd3":
+        why = "train.cfg = False. Old log-probs are computed anew, so that a ratio begins at 1; theirs does not"
+        lines.append(Line("algorithm.update_guidance_scale", 1.0, why))
+    if theirs("rationorm"):
+        lines.append(Line("algorithm.ratio", "guard", "rationorm"))
+    lines += [
+        Line(
+            "algorithm.clip_range", theirs("train.clip_range", 1e-4), "of ratios of log-probs that are means, as theirs"
+        ),
+        Line("algorithm.advantage_clip", float(theirs("train.adv_clip_max", 5))),
+        Line("algorithm.std", "batch" if theirs("sample.global_std", True) else "group", "sample.global_std"),
+        _kl(theirs, steps, cps),
+    ]
+    return lines
+
+
+def _window(theirs: Theirs, steps: int, fast: bool) -> Line:
+    if fast:
+        size, (start, stop) = theirs("sample.sde_window_size", 0), theirs("sample.sde_window_range", (0, steps))
+        if size == 0:
+            return Line("algorithm.window", {"kind": "fixed", "start": 0, "size": steps - 1})
+        window = {"kind": "random", "start": start, "size": size, "stop": min(stop, steps)}
+        return Line("algorithm.window", window, "drawn for each iteration; theirs on each GPU for each of its batches")
+    fraction = theirs("train.timestep_fraction", 1.0)
+    trained = int(steps * fraction)
+    if trained == steps:
+        return Line("algorithm.window", {"kind": "full"})
+    why = f"{fraction} of {steps} steps. Theirs has noise in the others too, here they are deterministic"
+    return Line("algorithm.window", {"kind": "fixed", "start": 0, "size": trained}, why)
+
+
+def _kl(theirs: Theirs, steps: int, cps: bool) -> Line:
+    beta = float(theirs("train.beta", 0.0))
+    if beta == 0 or cps:
+        return Line("algorithm.beta", beta)
+    why = f"train.beta = {beta}. Their KL leaves |Δ| of a step out, which is 1/{steps} on average"
+    return Line("algorithm.beta", float(f"{beta / steps:.6g}"), why)
+
+
+def _dpo(theirs: Theirs, family: Family) -> list[Line]:
+    steps, refresh = theirs.need("sample.num_steps"), theirs("train.ref_update_step", NEVER)
+    times = int(steps * theirs("train.timestep_fraction", 1.0))
+    for key in ("sample.noise_level", "sample.global_std", "train.adv_clip_max", "train.clip_range"):
+        theirs(key)  # of images by the SDE, and of advantages, which a pair has none of
+    lines = [
+        Line("algorithm.type", "diffusion_dpo"),
+        Line("algorithm.source", "online"),
+        Line("algorithm.group_size", theirs("sample.num_image_per_prompt"), "a pair is the best and the worst of them"),
+        Line("algorithm.num_steps", steps, "by the ODE and of the policy; theirs by the SDE and of the reference"),
+        Line("algorithm.guidance_scale", theirs.need("sample.guidance_scale"), "of the images; the loss has none"),
+        Line("algorithm.beta", float(theirs.need("train.beta"))),
+        Line("algorithm.timesteps", times, "times of a pair in an update: their loop over the steps draws each anew"),
+        Line("algorithm.density", "logit_normal"),
+        Line("algorithm.density_shift", 3.0, "they draw on the grid of the model's scheduler, whose shift is 3"),
+    ]
+    if refresh < NEVER:
+        lines.append(Line("algorithm.reference_refresh", refresh, "theirs counts updates"))
+    return lines
+
+
+def _rewards(theirs: Theirs) -> list[Line]:
+    found = [reward_of(name, weight) for name, weight in theirs.need("reward_fn").items()]
+    known, lost = [reward for reward, _ in found if reward], [why for reward, why in found if not reward]
+    if not known:
+        raise ConvertError("; ".join(lost))
+    why = ". ".join([*(why for reward, why in found if reward and why), *(f"Left out: {why}" for why in lost)])
+    return [Line("rewards", known, why)]
+
+
+def reward_of(name: str, weight: float) -> tuple[dict[str, Any] | None, str]:
+    """Return one of their rewards as ours, and what to know of it; None where there is no scorer for it."""
+    if name == "geneval":
+        detector = {**MASK2FORMER, "clip": COLOURS}
+        return _reward("geneval", weight, {"mode": "partial", "detector": detector}), ""
+    if name == "pickscore":
+        return _reward("pickscore", weight, {**PICKSCORE, "scale": "/26"}), "PickScore: theirs too divides by 26"
+    if name == "ocr":
+        return _reward("ocr", weight), "ocr: read by RapidOCR, theirs by PaddleOCR"
+    if name == "clipscore":
+        why = "clip: a cosine; theirs is 100/30 of it, which the weight makes up for"
+        return _reward("clip", weight * 100 / 30, COLOURS), why
+    if name == "aesthetic":
+        return _reward("aesthetic", weight, {"head": "aesthetic.safetensors", **COLOURS}), ""
+    if name == "jpeg_compressibility":
+        return _reward("jpeg", weight / 500), "jpeg: in kB; theirs divides by 500"
+    return None, f"the reward {name} has no scorer of that name: a file of your own or a server, see docs/rewards.md"
+
+
+def _reward(spec: str, weight: float, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    own = {} if weight == 1 else {"weight": float(f"{weight:.6g}")}
+    return {"spec": spec, **own, **({"options": dict(options)} if options else {})}
+
+
+def _learner(theirs: Theirs, family: Family, gpus: int, dpo: bool) -> list[Line]:
+    batch, batches = theirs.need("train.batch_size"), theirs("sample.num_batches_per_epoch")
+    gathered = max(1, theirs("train.gradient_accumulation_steps", 1))
+    micro = max(1, batch // 2) if dpo else batch
+    lines = [
+        Line("rollout.chunk_size", theirs("sample.train_batch_size")),
+        Line("rollout.decode_batch_size", theirs("sample.train_batch_size")),
+        Line("learner.engine", family.engine if gpus > 1 else "torch"),
+        *([Line("learner.zero_stage", 2)] if family.engine == "deepspeed" and gpus > 1 else []),
+        Line("learner.ranks", _places(gpus)[0]),
+        Line("learner.micro_batch_size", micro, "pairs: each is two images" if dpo else ""),
+        Line("learner.updates_per_iteration", max(1, batches // gathered)),
+        Line("learner.epochs", theirs("train.num_inner_epochs", 1)),
+        Line("learner.optimizer.learning_rate", theirs("train.learning_rate", 3e-4)),
+        Line("learner.optimizer.betas", [theirs("train.adam_beta1", 0.9), theirs("train.adam_beta2", 0.999)]),
+        Line("learner.optimizer.eps", theirs("train.adam_epsilon", 1e-8)),
+        Line("learner.optimizer.weight_decay", theirs("train.adam_weight_decay", 1e-4)),
+        Line("learner.optimizer.max_grad_norm", float(theirs("train.max_grad_norm", 1.0))),
+    ]
+    if theirs("activation_checkpointing"):
+        lines.append(Line("learner.activation_checkpointing", "blocks"))
+    if theirs("fsdp_optimizer_offload"):
+        lines.append(Line("learner.offload", "host"))
+    if theirs("train.ema"):
+        times = 1 if dpo else gathered
+        why = f"0.9 at every 8th update, {times} times at each: once for each batch of an update" if times > 1 else ""
+        lines += [
+            Line("learner.ema_decay", float(f"{0.9**times:.4g}"), why),
+            Line("learner.ema_every", 8),
+            Line("learner.ema_warmup", True, "it begins low there too, and rises by updates; here by averages"),
+        ]
+    return lines
+
+
+def _places(gpus: int) -> tuple[int, int, int]:
+    """Share GPUs, which theirs all sample and learn in turn: ranks that learn, reward workers, rollout workers."""
+    learn, score = max(1, gpus // 4), max(1, gpus // 16)
+    return learn, score, max(1, gpus - learn - score)
+
+
+def _cluster(gpus: int) -> list[Line]:
+    if gpus == 1:
+        return [Line("cluster.backend", "local"), Line("cluster.device", "cuda")]
+    learn, score, roll = _places(gpus)
+    fits = learn + score + roll <= gpus
+    return [
+        Line("cluster.backend", "ray"),
+        Line("cluster.device", "cuda"),
+        Line("cluster.rollout_workers", roll, f"{gpus} GPUs: some sample, some learn; other numbers change no sample"),
+        Line("cluster.rollout_gpus", 1),
+        Line("cluster.learner_gpus", 1),
+        Line("cluster.reward_workers", score),
+        Line("cluster.reward_gpus", 1 if fits else 0),
+    ]
+
+
+def _evaluation(theirs: Theirs, dpo: bool) -> list[Line]:
+    source, rewards = theirs("dataset"), theirs("reward_fn")
+    first = next(name for name in rewards if reward_of(name, 1)[0])
+    scorer, _ = reward_of(first, 1)
+    assert scorer is not None
+    geneval = first == "geneval"
+    if geneval:
+        scorer["options"] = {**scorer["options"], "mode": "official"}
+    own = None if dpo or theirs("sample.sde_type") is None else theirs("sample.eval_guidance_scale")
+    save = theirs("save_freq", 20)
+    return [
+        Line("evaluation.every", theirs("eval_freq", 20)),
+        Line("evaluation.prompts", f"{source}/test{'_metadata' if 'geneval' in rewards else ''}.jsonl"),
+        Line("evaluation.num_samples", 2212 if geneval else 1024, "theirs: one image of each line of the file"),
+        Line("evaluation.num_steps", theirs.need("sample.eval_num_steps")),
+        Line("evaluation.guidance_scale", own or theirs("sample.guidance_scale")),
+        Line("evaluation.weights", "ema" if theirs("train.ema") else "model"),
+        Line("evaluation.scorer", scorer),
+        Line("checkpoint.every", save),
+        Line("checkpoint.keep_last", theirs("num_checkpoint_limit", 5), "theirs keeps the LoRA of every one"),
+    ]

@@ -1,0 +1,237 @@
+"""Flow-GRPO's configurations are read without running them, and are what our recipes of the same runs are."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from converted.flow_grpo import ConvertError, Theirs, convert
+from converted.python_config import UnreadError, read_function
+from converted.written import Line, yaml_of
+
+from flowalign.config.alignment import AlignConfig
+from flowalign.intake.file import load_align
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "scripts" / "convert_flow_grpo.py"
+GOLDEN = json.loads(Path(__file__).with_name("flow_grpo.json").read_text())["configurations"]
+GPUS = {
+    "pickscore_qwenimage_8gpu": 8,
+    "general_ocr_sd3_1gpu": 1,
+    "dpo": 8,
+    "counting_flux_kontext": 28,
+    "general_ocr_sd3_rationorm": 16,
+}
+REFUSED = {
+    "sft": "train.algorithm is sft",
+    "pickscore_sd3_fast": "sample.train_num_steps is of a script",
+    "general_ocr_wan2_1": "Wan2.1-T2V-1.3B-Diffusers, which this converter does not know",
+    "counting_flux_kontext": "FLUX.1-Kontext-dev, which this converter does not know",
+}
+
+
+def name_of(golden: Mapping[str, Any]) -> str:
+    file = Path(golden["file"]).stem
+    return file if file in ("dpo", "sft") else golden["function"]
+
+
+THEIRS = {name_of(golden): golden["values"] for golden in GOLDEN}
+TAKEN = sorted(THEIRS.keys() - REFUSED.keys())
+
+
+def converted(name: str) -> tuple[list[Line], list[str]]:
+    return convert(THEIRS[name], name, GPUS.get(name, 32))
+
+
+def loaded(name: str, folder: Path) -> AlignConfig:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml_of([], *converted(name)))
+    return load_align(path, require_files=False).config
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_written_is_accepted_and_every_key_of_theirs_is_there_or_named(name: str, tmp_path: Path) -> None:
+    lines, left = converted(name)
+    config = loaded(name, tmp_path)
+    assert config.name == name and {line.key for line in lines} >= {"algorithm.type", "rewards", "data.prompts"}
+    values, said = Theirs(THEIRS[name]).values, [line.partition(" = ")[0] for line in left]
+    assert said == [key for key in values if key in said]  # in their order, none twice
+    assert not [line for line in left if line.endswith(": no counterpart")]
+    text = (tmp_path / f"{name}.yaml").read_text()
+    assert max(map(len, text.splitlines())) <= 120 and all(f"#   {line}" in text for line in left)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_has_no_counterpart_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConvertError, match=re.escape(REFUSED[name])):
+        converted(name)
+
+
+EMA = {".learner.ema_decay": (0.5314, 0.53)}  # 0.9 six times
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: found for name, inner in value.items() for key, found in flat(inner, f"{prefix}.{name}").items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "ours"),
+    [
+        # The recipe has the paper's number, the converter what the code does.
+        ("geneval_sd3", "sd3/flow_grpo_geneval.yaml", {".algorithm.beta": (0.004, 0.04)}),
+        ("pickscore_flux", "flux/flow_grpo_pickscore.yaml", EMA),
+        # Of the window there is one place: the first three of three steps.
+        ("geneval_flux_fast", "flux/flow_grpo_fast_geneval.yaml", {
+            ".algorithm.window.kind": ("random", "fixed"), ".algorithm.window.stop": (3, None), **EMA}),
+        # The recipe is of 32 GPUs, with smaller batches and without what saves memory.
+        ("pickscore_qwenimage_8gpu", "qwen_image/flow_grpo_pickscore.yaml", {}),
+    ],
+)  # fmt: skip
+def test_what_is_learned_is_that_of_the_shipped_recipe(
+    name: str, recipe: str, ours: dict[str, tuple[Any, Any]], tmp_path: Path
+) -> None:
+    config, other = loaded(name, tmp_path), load_align(ROOT / "configs" / recipe, require_files=False).config
+    sections = ("model", "algorithm", "rewards", "learner", "data")
+    pair = [flat({key: c.model_dump(mode="json")[key] for key in sections}) for c in (config, other)]
+    differ = {
+        key: (pair[0].get(key), pair[1].get(key)) for key in pair[0] | pair[1] if pair[0].get(key) != pair[1].get(key)
+    }
+    geometry = (".learner.ranks", ".learner.micro_batch_size", ".learner.activation", ".learner.offload")
+    learned = {
+        key: found for key, found in differ.items() if not key.startswith((*geometry, ".data.prompts", ".model.path"))
+    }
+    assert learned == ours
+    assert config.evaluation.num_steps == other.evaluation.num_steps
+    assert config.evaluation.guidance_scale == other.evaluation.guidance_scale
+
+
+def test_dpo_draws_as_many_times_of_a_pair_as_its_loop_has_steps(tmp_path: Path) -> None:
+    own = loaded("dpo", tmp_path).algorithm
+    assert (own["type"], own["source"], own["timesteps"], own["density_shift"]) == ("diffusion_dpo", "online", 39, 3.0)
+    assert own["reference_refresh"] is None and loaded("dpo", tmp_path).learner.ema_decay == 0.9
+
+
+def test_guard_and_a_shared_noise_and_a_scale_of_a_reward_are_kept(tmp_path: Path) -> None:
+    guard = loaded("general_ocr_sd3_rationorm", tmp_path)
+    assert guard.algorithm["ratio"] == "guard" and guard.algorithm["clip_range"] == 2e-6
+    assert [(reward.spec, reward.weight) for reward in guard.rewards] == [("ocr", 1.0), ("pickscore", 0.0)]
+    clip = loaded("clipscore_sd3", tmp_path)
+    assert clip.algorithm["initial_noise"] == "group" and clip.rewards[0].weight == pytest.approx(100 / 30, abs=1e-4)
+    assert loaded("general_ocr_sd3_1gpu", tmp_path).cluster.backend == "local"
+
+
+def test_a_number_of_gpus_that_makes_no_whole_groups_is_refused() -> None:
+    with pytest.raises(ConvertError, match="7 GPUs make 252 images an epoch, which are no whole groups of 24"):
+        convert(THEIRS["geneval_sd3"], "x", 7)
+
+
+BASE = """
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.seed = 42
+    config.sample = sample = ml_collections.ConfigDict()
+    sample.num_steps = 40
+    sample.window = (0, sample.num_steps // 4)
+    return config
+"""
+CONFIG = """
+import imp, math, os
+base = imp.load_source("base", os.path.join(os.path.dirname(__file__), "base.py"))
+os.system("touch ran")
+
+def shared():
+    config = base.get_config()
+    config.dataset = os.path.join(os.getcwd(), "dataset/ocr")
+    return config
+
+def run():
+    '''Says what the constants mean.'''
+    gpu_number = 4
+    config = shared()
+    config.name = f"ocr-{gpu_number}gpu"
+    config.sample.num_steps = 10
+    config.sample.batches = int(16 / (gpu_number * 8 / 16))
+    assert config.sample.batches % 2 == 0 and not config.seed == 7, f"{gpu_number}"
+    config.sample.total = math.lcm(24 * 48, gpu_number * 9)
+    config.train = {"beta": -0.5 if config.sample.batches > 1 else 1, "clip": [1e-4, min(2, 3)]}
+    return config
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.py").write_text(BASE)
+    (tmp_path / "grpo.py").write_text(CONFIG)
+    return tmp_path
+
+
+def test_a_file_is_read_and_nothing_of_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    values, names = read_function(folder / "grpo.py", "run")
+    assert values == {
+        "seed": 42,
+        "sample": {"num_steps": 10, "window": [0, 10], "batches": 8, "total": 1152},
+        "dataset": "dataset/ocr",
+        "name": "ocr-4gpu",
+        "train": {"beta": -0.5, "clip": [1e-4, 2]},
+    }
+    assert names["gpu_number"] == 4 and not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("os.system('touch ran')", "is not understood: os.system('touch ran')"),
+        ("config.x = open('/etc/passwd').read()", "is not understood: open('/etc/passwd')"),
+        ("config.x = __import__('os').getcwd()", "is not understood: __import__('os')"),
+        ("config.x = config.__class__", "is not understood: config.__class__"),
+        ("config.x = 10 ** 10 ** 10", "is not understood: 10 ** 10 ** 10"),
+        ("config.x = 'a' * 10", "is no number: 'a'"),
+        ("config.x = [i for i in range(3)]", "is not understood: [i for i in range(3)]"),
+        ("config.x = 1 / (config.seed - 42)", "divides by zero"),
+        ("assert config.seed == 1", "its own assertion fails: config.seed == 1"),
+        ("config.x = run()", "takes arguments, or calls itself"),
+        ("config.x = int('many')", "int: invalid literal"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_its_line(line: str, said: str, folder: Path) -> None:
+    text = CONFIG.replace("    gpu_number = 4\n    config = shared()\n", f"    config = shared()\n    {line}\n")
+    (folder / "grpo.py").write_text(text)
+    where = 1 + next(n for n, found in enumerate(text.splitlines()) if found == f"    {line}")
+    with pytest.raises(UnreadError) as refused:
+        read_function(folder / "grpo.py", "run")
+    assert said in str(refused.value) and not (folder / "ran").exists()
+    if "calls itself" not in said:
+        assert f"grpo.py:{where}:" in str(refused.value)
+
+
+def test_a_function_that_is_not_there_is_answered_with_those_that_are(folder: Path) -> None:
+    with pytest.raises(UnreadError, match="has no function runs; it has shared, run"):
+        read_function(folder / "grpo.py", "runs")
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *words], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_command_writes_a_file_once_and_asks_for_what_a_json_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(THEIRS["pickscore_flux"]))
+    asked = command("mine.json", cwd=tmp_path)
+    assert asked.returncode == 2 and "the number of GPUs is not in the file; say it: --gpus 8" in asked.stderr
+    made = command("mine.json", "--gpus", "32", "--iterations", "7", "--to", "mine.yaml", cwd=tmp_path)
+    assert made.returncode == 0 and "next: flowalign align mine.yaml" in made.stdout, made.stderr
+    written = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert (written["name"], written["iterations"], written["data"]["groups_per_iteration"]) == ("mine", 7, 48)
+    again = command("mine.json", "--gpus", "32", "--to", "mine.yaml", cwd=tmp_path)
+    assert again.returncode == 2 and "mine.yaml is there already" in again.stderr
