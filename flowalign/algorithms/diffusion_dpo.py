@@ -56,7 +56,7 @@ class DiffusionDPO(Scheduled):
         SD3.5's own grid: 3.
         """
         timesteps: int = Field(1, ge=1)
-        """Points at which a pair is compared. Both publications: 1."""
+        """Points at which a pair is compared. Both publications: 1; Flow-GRPO's code, of 40 steps: 39."""
         winner_weight: float = Field(1.0, ge=0)
         """Weight of the winner's error against the loser's. The paper: 1."""
         sft_weight: float = Field(0.0, ge=0)
