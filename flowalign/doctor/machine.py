@@ -17,6 +17,7 @@ from typing import Literal
 
 from flowalign.config.cluster import visible_cores
 from flowalign.config.sections import SHIPPED
+from flowalign.doctor.devices import look, rows
 
 GIB = 2**30
 MIN_PYTHON = (3, 11)
@@ -112,12 +113,8 @@ def _gpu() -> Iterator[Finding]:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        yield Finding("ok", "GPU", "none", "runs use cluster.device=cpu")
-        return
-    for i in range(torch.cuda.device_count()):
-        of = torch.cuda.get_device_properties(i)
-        yield Finding("ok", f"GPU {i}", f"{of.name}, {of.total_memory / GIB:.0f} GiB", f"cluster.device=cuda:{i}")
+    for good, what, found, advice in rows(look(torch)):
+        yield Finding("ok" if good else "warn", what, found, advice)
 
 
 def _shared_memory() -> Iterator[Finding]:
