@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from converted.flow_grpo import ConvertError, convert
+from converted.flow_grpo import convert
+from converted.flow_grpo_keys import ConvertError
 from converted.python_config import UnreadError, read_function
 from converted.written import yaml_of
 

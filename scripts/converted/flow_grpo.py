@@ -10,71 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from converted.flow_grpo_keys import ConvertError, Theirs
+from converted.flow_grpo_rewards import reward_of, rewards_of
 from converted.written import Line
 
-SECTIONS = ("pretrained", "sample", "train")
 NEVER = 1_000_000  # updates: their reference that is never refreshed has ten times as many
 ENDLESS = 100_000  # epochs: their runs go on until they are stopped
-MASK2FORMER = {"type": "mask2former", "path": "mask2former"}
-COLOURS = {"model": "ViT-L-14-quickgelu", "checkpoint": "openai"}
-PICKSCORE = {"path": "./PickScore_v1", "processor": "./CLIP-ViT-H-14"}
-# Keys that say nothing of the algorithm, or that none of their scripts reads.
-SILENT = {
-    "run_name": "the run goes by `name`",
-    "run_project": "`logging.wandb_project`",
-    "logdir": "runs lie in `runs_dir`",
-    "save_dir": "checkpoints lie in the run",
-    "debug": "",
-    "resume_from": "the same command continues a run",
-    "allow_tf32": "torch's own setting is kept",
-    "prompt_fn": "the reward says what rows must have",
-    "prompt_fn_kwargs": "",
-    "pretrained.revision": "a directory has no revision",
-    "sample.batch_size": "no script reads it",
-    "sample.test_batch_size": "evaluations go by `rollout.chunk_size`",
-    "sample.sample_num_per_epoch": "that of the groups",
-    "train.clip_range_lt": "of BAGEL's script",
-    "train.clip_range_gt": "of BAGEL's script",
-    "train.highclip_range": "no script reads it",
-    "train.timestep_shift": "of BAGEL's script",
-    "train.use_8bit_adam": "moments are in float32",
-    "per_prompt_stat_tracking": "advantages are always those of a prompt's images",
-    "sample.eval_guidance_scale": "its script evaluates at sample.guidance_scale",
-    "sample.sde_window_size": "its script does not read it",
-    "sample.sde_window_range": "its script does not read it",
-    "sample.same_latent": "its script does not read it",
-    "train.cfg": "its script does not read it",
-    "train.timestep_fraction": "its script does not read it",
-}
-
-
-class ConvertError(ValueError):
-    """What has no counterpart and cannot be left out."""
-
-
-class Theirs:
-    """The keys of a configuration of theirs, by their dots, and which of them were asked for."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values: dict[str, Any] = {}
-        for key, value in values.items():
-            inner = value if key in SECTIONS and isinstance(value, Mapping) else None
-            self.values.update({key: value} if inner is None else {f"{key}.{name}": v for name, v in inner.items()})
-        self.asked: set[str] = set()
-
-    def __call__(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return self.values.get(key, default)
-
-    def need(self, key: str) -> Any:
-        if self(key) is None:
-            raise ConvertError(f"{key} is not set, so this is no configuration of Flow-GRPO's grpo.py or dpo.py")
-        return self.values[key]
-
-    def left(self) -> list[str]:
-        """Say of each key that was not asked for why, in its own order."""
-        rest = {key: SILENT.get(key, "no counterpart") for key in self.values if key not in self.asked}
-        return [f"{key} = {self.values[key]!r}" + (f": {why}" if why else "") for key, why in rest.items()]
 
 
 @dataclass(frozen=True)
@@ -126,7 +67,7 @@ def convert(
     lines += _model(theirs, family)
     lines += _data(theirs, gpus)
     lines += _dpo(theirs, family) if dpo else _grpo(theirs, family)
-    lines += _rewards(theirs)
+    lines += rewards_of(theirs)
     lines += _learner(theirs, family, gpus, dpo)
     lines += _cluster(gpus)
     lines += _evaluation(theirs, dpo)
@@ -257,39 +198,6 @@ def _dpo(theirs: Theirs, family: Family) -> list[Line]:
     if refresh < NEVER:
         lines.append(Line("algorithm.reference_refresh", refresh, "theirs counts updates"))
     return lines
-
-
-def _rewards(theirs: Theirs) -> list[Line]:
-    found = [reward_of(name, weight) for name, weight in theirs.need("reward_fn").items()]
-    known, lost = [reward for reward, _ in found if reward], [why for reward, why in found if not reward]
-    if not known:
-        raise ConvertError("; ".join(lost))
-    why = ". ".join([*(why for reward, why in found if reward and why), *(f"Left out: {why}" for why in lost)])
-    return [Line("rewards", known, why)]
-
-
-def reward_of(name: str, weight: float) -> tuple[dict[str, Any] | None, str]:
-    """Return one of their rewards as ours, and what to know of it; None where there is no scorer for it."""
-    if name == "geneval":
-        detector = {**MASK2FORMER, "clip": COLOURS}
-        return _reward("geneval", weight, {"mode": "partial", "detector": detector}), ""
-    if name == "pickscore":
-        return _reward("pickscore", weight, {**PICKSCORE, "scale": "/26"}), "PickScore: theirs too divides by 26"
-    if name == "ocr":
-        return _reward("ocr", weight), "ocr: read by RapidOCR, theirs by PaddleOCR"
-    if name == "clipscore":
-        why = "clip: a cosine; theirs is 100/30 of it, which the weight makes up for"
-        return _reward("clip", weight * 100 / 30, COLOURS), why
-    if name == "aesthetic":
-        return _reward("aesthetic", weight, {"head": "aesthetic.safetensors", **COLOURS}), ""
-    if name == "jpeg_compressibility":
-        return _reward("jpeg", weight / 500), "jpeg: in kB; theirs divides by 500"
-    return None, f"the reward {name} has no scorer of that name: a file of your own or a server, see docs/rewards.md"
-
-
-def _reward(spec: str, weight: float, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    own = {} if weight == 1 else {"weight": float(f"{weight:.6g}")}
-    return {"spec": spec, **own, **({"options": dict(options)} if options else {})}
 
 
 def _learner(theirs: Theirs, family: Family, gpus: int, dpo: bool) -> list[Line]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from converted.flow_grpo import ConvertError, Theirs, convert
+from converted.flow_grpo import convert
+from converted.flow_grpo_keys import ConvertError, Theirs
 from converted.python_config import UnreadError, read_function
 from converted.written import Line, yaml_of
 
