@@ -13,7 +13,7 @@ from flowalign.algorithms import algorithm_class
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import load_align, load_pretrain
-from scripts.key_tables import rows
+from scripts.key_tables import rows, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/coming_from").glob("*.md"))}
@@ -66,9 +66,10 @@ def test_a_page_says_which_files_of_which_commit_were_read_and_what_to_expect(na
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_of_a_page_lead_somewhere(name: str) -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", PAGES[name]):
-        assert (ROOT / "docs/coming_from" / link).resolve().exists(), link
+def test_links_of_a_page_lead_to_a_heading(name: str) -> None:
+    for file, anchor in re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]*))?\)", PAGES[name]):
+        headings = re.findall(r"^#+ .+$", (ROOT / "docs/coming_from" / file).read_text(encoding="utf-8"), re.M)
+        assert not anchor or anchor in {slug(heading) for heading in headings}, f"{file}#{anchor}"
 
 
 def commands(page: str) -> list[list[str]]:
