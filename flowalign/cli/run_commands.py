@@ -132,9 +132,9 @@ def stop_run(
 
 
 def _say_configured(loaded: Any, console: Any) -> None:
-    """Say what differs from the file, and which of these settings the user hardly meant."""
+    """Say what differs from the file, what the run has chosen, and which settings the user hardly meant."""
     lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
-    for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
+    for line in [*lines, *loaded.chosen, *(f"warning: {note}" for note in loaded.notes)]:
         console.print(line)
 
 

@@ -352,7 +352,7 @@ class LearnerConfig(UpdatesConfig):
     """The updates of the policy."""
 
     micro_batch_size: Positive = 48
-    """Items of one forward and backward pass."""
+    """Most items of one forward and backward pass; fewer where the last then is fuller, see ``rollout.chunk_size``."""
     updates_per_iteration: Positive = 1
     """Optimizer steps of one pass over an iteration's items."""
     epochs: Positive = 1

@@ -35,6 +35,7 @@ from flowalign.intake.check_training import (
     check_training,
 )
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
+from flowalign.intake.evened import evened
 from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
@@ -65,13 +66,15 @@ _RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 class Loaded(Generic[Config]):
     """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it.
 
-    ``overridden`` lists what differs from the file, ``notes`` what hardly was meant.
+    ``overridden`` lists what differs from the file, ``chosen`` what the run has chosen in its place, ``notes`` what
+    hardly was meant.
     """
 
     config: Config
     base_dir: Path
     missing: tuple[str, ...] = ()
     overridden: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -228,7 +231,8 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     checks.check_numbers(config, algorithm)
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
-    return Loaded(config, base, tuple(missing))
+    config, chosen = evened(config, algorithm)
+    return Loaded(config, base, tuple(missing), chosen=chosen)
 
 
 def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list[str]:
