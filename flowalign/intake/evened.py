@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from flowalign.algorithm import Algorithm
 from flowalign.config.alignment import AlignConfig
+from flowalign.intake.begun import begun_with
 from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.plan.geometry import samples_of
-from flowalign.record.checkpoint import has_any
-from flowalign.record.yamlfiles import read_mapping
 from flowalign.types import Trajectories
 
 
@@ -60,12 +58,9 @@ def _have_several_shapes(config: AlignConfig) -> bool:
 
 def _began_with(config: AlignConfig, asked: tuple[int, int]) -> bool:
     """Tell whether the run goes on that was begun with the sizes ``asked``: it has others if it chose others."""
-    recorded = (run_dir := Path(config.runs_dir) / config.name) / "config.yaml"
-    if config.checkpoint.resume == "never" or not recorded.is_file() or not has_any(run_dir / "checkpoints"):
-        return False
-    sections = read_mapping(recorded)
+    recorded = begun_with(config) or {}
     keys = (("rollout", "chunk_size"), ("learner", "micro_batch_size"))
-    return asked == tuple((sections.get(section) or {}).get(key) for section, key in keys)
+    return asked == tuple((recorded.get(section) or {}).get(key) for section, key in keys)
 
 
 def _even(most: int, counts: Sequence[int]) -> int:

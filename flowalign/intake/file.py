@@ -27,6 +27,7 @@ from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
 from flowalign.intake import check_scores as scorecheck
 from flowalign.intake.adapters import with_adapters
+from flowalign.intake.begun import compiled_as_begun
 from flowalign.intake.check_training import (
     check_banks,
     check_ranks,
@@ -232,7 +233,8 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
     config, chosen = evened(config, algorithm)
-    return Loaded(config, base, tuple(missing), chosen=chosen)
+    config, compiled = compiled_as_begun(config)
+    return Loaded(config, base, tuple(missing), chosen=(*chosen, *compiled))
 
 
 def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list[str]:
@@ -354,7 +356,8 @@ def _checked_pretrain(
     missing += lacking + _lacking(_evaluation_checks(config, base), require_files)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
-    return Loaded(config, base, tuple(missing))
+    config, compiled = compiled_as_begun(config)
+    return Loaded(config, base, tuple(missing), chosen=compiled)
 
 
 def _training_checks(config: PretrainConfig, needs: Needs) -> Iterator[Callable[[], None]]:
