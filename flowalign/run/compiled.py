@@ -34,6 +34,7 @@ from flowalign.models.inspect import own_schedule
 from flowalign.models.network import Network
 from flowalign.plan.estimate import largest
 from flowalign.plan.geometry import Geometry, plan_geometry
+from flowalign.plan.rows import count_text
 from flowalign.record.progress import duration
 from flowalign.run.ranks import Rank
 from flowalign.samples.opened import torch_threads
@@ -89,7 +90,7 @@ def pays_back(iterations: int, passes_s: float, compiling_s: float, cached: bool
     saved, lost = SAVED * passes_s * iterations, compiling_s * (CACHED if cached else 1)
     where = ", which torch's cache holds" if cached else ""
     return saved > lost, (
-        f"{iterations} iterations would save {duration(saved)} of their passes, and compiling takes about "
+        f"{count_text(iterations, 'iteration')} would save {duration(saved)} of passes, and compiling takes about "
         f"{duration(lost)}{where}"
     )
 

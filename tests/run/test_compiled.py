@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
+from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import load_align, load_run
 from flowalign.intake.resolved import read_resolved, write_resolved
+from flowalign.models.blocks import blocks_of
 from flowalign.models.build import load_network
 from flowalign.plan import make_plan
 from flowalign.run import compiled
@@ -40,15 +43,14 @@ def test_a_run_compiles_where_its_passes_save_more_than_that_takes(tiny_pipeline
 @pytest.mark.parametrize(
     ("iterations", "cached", "said"),
     [
-        (80, False, (True, "80 iterations would save 45 s of their passes, and compiling takes about 42 s")),
-        (70, False, (False, "70 iterations would save 39 s of their passes, and compiling takes about 42 s")),
+        (80, False, (True, "80 iterations would save 45 s of passes, and compiling takes about 42 s")),
+        (70, False, (False, "70 iterations would save 39 s of passes, and compiling takes about 42 s")),
         (
             5,
             True,
             (
                 True,
-                "5 iterations would save 2.8 s of their passes, and compiling takes about 2.1 s, which torch's cache "
-                "holds",
+                "5 iterations would save 2.8 s of passes, and compiling takes about 2.1 s, which torch's cache holds",
             ),
         ),
     ],
@@ -96,6 +98,32 @@ def test_each_shape_and_a_reference_of_a_lora_are_graphs_of_their_own(tiny_pipel
     assert seconds(**by_lora, **one) == 2 * kinds
 
 
+def test_a_training_compiles_its_network_whole(tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {
+        "name": "train",
+        "model": {"path": str(tiny_pipeline_dir)},
+        "algorithm": {"type": "rectified_flow"},
+        "latents": "bank",
+        "phases": [{"iterations": 100_000_000, "learning_rate": 1e-4, "max_sequence_lengths": {16: 1, 32: 1, 64: 0}}],
+        "learner": {"compile": "auto", "batch_size": 6, "micro_batch_size": 4},
+    }
+    config = PretrainConfig.model_validate(sections)
+    needs, network = build_algorithm(config.algorithm).needs, load_network(config.model)
+    blocks = len(list(blocks_of(network.module)))
+    assert compiled.compiling_s(network, config, needs) == blocks * 2 * 2 * compiled.OF_A_BLOCK  # the last is short
+    assert compiled.decided(config)[0] is True
+    assert "derivative" in str(compiled.hindrance(config, replace(needs, inputs=("r",))))
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert compiled.decided(config) == (False, "several processes would each decide by what they measure")
+
+
 def test_a_cache_is_known_by_a_run_with_the_same_graphs(tiny_pipeline_dir: Path) -> None:
     config = config_of(tiny_pipeline_dir)
     assert not compiled.is_cached(config)
@@ -110,7 +138,7 @@ def test_a_run_says_and_records_what_it_decided_and_goes_on_so(
 ) -> None:
     file = run_of(tmp_path, tiny_pipeline_dir, "null")
     told = flowalign("align", file, "learner.compile=auto")
-    assert "learner.compile: auto is false; 1 iterations would save " in told
+    assert "learner.compile: auto is false; 1 iteration would save " in told
     run = tmp_path / "runs" / tmp_path.name
     assert read_resolved(run).learner.compile is False
     monkeypatch.setattr(compiled, "OF_A_KIND", 0.0)  # another machine, where it would pay
