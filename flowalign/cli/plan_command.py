@@ -42,9 +42,10 @@ def plan(
     made = make_plan(loaded.config, loaded.missing, gpus=given, mfu=MFU if mfu is None else mfu)
     console = make_console(as_json)
     print_sections(console, plan_sections(made))
-    if made.notes:
+    notes = [*loaded.chosen, *made.notes]
+    if notes:
         console.print("")
-    for note in made.notes:
+    for note in notes:
         console.print(f"note: {note}")
     if made.answer is not None:
         console.print("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ def align(
         with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
             from flowalign.intake.check_teachers import check_runs_that_teach
 
+            loaded = _decided(loaded, console)
             check_runs_that_teach(loaded.config)
             accepted = accepted_of(loaded.config, accept_changed or ())
             begin = partial(begin_run, loaded.config, accepted)
@@ -97,12 +99,27 @@ def _train(
         if first:
             _say_configured(loaded, console)
         with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
+            loaded = _decided(loaded, console, quiet=not first)
             accepted = accepted_of(loaded.config, keys)
             begin = partial(begin_run, loaded.config, accepted)
             asked = {"lock": lock, "stop": stop, "accepted": accepted}
             run_dir = _drive(loaded, console, begin, phases, **asked)
             if first:
                 _finish(run_dir, as_json, phases, report=report_of(run_dir))
+
+
+def _decided(loaded: Any, console: Any, quiet: bool = False) -> Any:
+    """Return ``loaded`` with what is left to the run, ``learner.compile: auto``, decided and said."""
+    learner = loaded.config.learner
+    if learner.compile != "auto":
+        return loaded
+    from flowalign.run.compiled import decided
+
+    compiles, why = decided(loaded.config)
+    if not quiet:
+        console.print(f"learner.compile: auto is {str(compiles).lower()}; {why}")
+    update = {"learner": learner.model_copy(update={"compile": compiles})}
+    return replace(loaded, config=loaded.config.model_copy(update=update))
 
 
 def _drive(loaded: Any, console: Any, begin: Any, phases: Any, **asked: Any) -> Path:
@@ -132,9 +149,9 @@ def stop_run(
 
 
 def _say_configured(loaded: Any, console: Any) -> None:
-    """Say what differs from the file, and which of these settings the user hardly meant."""
+    """Say what differs from the file, what the run has chosen, and which settings the user hardly meant."""
     lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
-    for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
+    for line in [*lines, *loaded.chosen, *(f"warning: {note}" for note in loaded.notes)]:
         console.print(line)
 
 

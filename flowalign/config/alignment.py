@@ -45,7 +45,7 @@ class AlignConfig(RunConfig):
 
     @property
     def rollouts_compile(self) -> bool:
-        return self.learner.compile
+        return self.learner.compiles
 
     @property
     def limits(self) -> SafetyConfig:

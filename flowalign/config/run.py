@@ -31,8 +31,8 @@ class RolloutConfig(Section):
     """The geometry of rollouts, and where they have the prompts' embeddings from."""
 
     chunk_size: Positive = 48
-    """Samples of one rollout call. It shapes the numbers, the count of workers does not. A
-    chunk with fewer is filled up, and takes as long."""
+    """Most samples of one rollout call; an alignment takes fewer where the last of its chunks is fuller then. It shapes
+    the numbers, the count of workers does not. A chunk with fewer is filled up, and takes as long."""
     decode_batch_size: Positive = 48
     """Images that the autoencoder decodes at once. With 1 it needs room for one, which is decoded whole: tiles would be
     other pixels."""

@@ -99,6 +99,7 @@ AttentionKernel = Literal["auto", "math", "efficient", "flash", "cudnn"]
 ActivationCheckpointing = Literal["none", "blocks", "selective"]
 Offloading = Literal["none", "host", "disk"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
+Compiling = bool | Literal["auto"]
 
 
 class ModelConfig(Section):
@@ -315,8 +316,10 @@ class UpdatesConfig(Section):
     """
     offload_dir: Annotated[str | None, Resolved("written"), MayChange()] = None
     """Folder of the files of ``disk``, on a disk of the learner's machine; null: the run's own."""
-    compile: bool = False
-    """The network by ``torch.compile``; in an alignment for the learner and for rollouts, which stay exactly alike."""
+    compile: Compiling = False
+    """The network by ``torch.compile``; in an alignment for the learner and for rollouts, which stay exactly alike.
+    ``auto``: where that pays back within the run, which is decided before it begins, and recorded.
+    """
 
     @property
     def ema_decays(self) -> list[float]:
@@ -324,21 +327,29 @@ class UpdatesConfig(Section):
             return []
         return self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
 
+    @property
+    def compiles(self) -> bool:
+        """True where the network is compiled; ``auto`` that nobody has decided is false."""
+        return self.compile is True
+
+    @property
+    def hinders_compiling(self) -> str | None:
+        """The key that no compiled network can go with, and why; None: there is none."""
+        if self.zero_stage == 3 or self.engine == "fsdp":
+            engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
+            return f"compile: {engine} cannot run a compiled network"
+        if self.activation_checkpointing != "none":
+            return "activation_checkpointing: a compiled network chooses this by itself"
+        return "offload: a compiled network has no blocks to bring in" if self.offload != "none" else None
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         if len(set(self.ema_decays)) != len(self.ema_decays):
             raise ValueError(f"ema_decay: {self.ema_decays} lists one average twice; leave one out")
         if self.engine != "deepspeed" and self.zero_stage:
             raise ValueError("zero_stage: ZeRO needs learner.engine=deepspeed")
-        if self.compile and (self.zero_stage == 3 or self.engine == "fsdp"):
-            engine = "FSDP" if self.engine == "fsdp" else "ZeRO stage 3"
-            raise ValueError(f"compile: {engine} cannot run a compiled network; turn one of them off")
-        if self.compile and self.activation_checkpointing != "none":
-            raise ValueError(
-                "activation_checkpointing: a compiled network chooses this by itself; turn one of them off"
-            )
-        if self.compile and self.offload != "none":
-            raise ValueError("offload: a compiled network has no blocks to bring in; turn one of them off")
+        if self.compiles and (reason := self.hinders_compiling) is not None:
+            raise ValueError(f"{reason}; turn one of them off")
         if self.offload_dir is not None and self.offload != "disk":
             raise ValueError(f"offload_dir: is of offload=disk, and offload is {self.offload}; leave it out")
         if self.zero_stage == 3 and self.activation_checkpointing == "selective":
@@ -352,7 +363,7 @@ class LearnerConfig(UpdatesConfig):
     """The updates of the policy."""
 
     micro_batch_size: Positive = 48
-    """Items of one forward and backward pass."""
+    """Most items of one forward and backward pass; fewer where the last then is fuller, see ``rollout.chunk_size``."""
     updates_per_iteration: Positive = 1
     """Optimizer steps of one pass over an iteration's items."""
     epochs: Positive = 1

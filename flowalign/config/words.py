@@ -79,6 +79,8 @@ def advice(error: Mapping[str, Any], field: FieldInfo | None) -> str:
         numbers = [leaf for leaf in leaves if leaf[0] is (int if kind.startswith("int_") else float)]
         number = takes(*numbers[0]) if numbers else "whole number" if kind.startswith("int_") else "number"
         return _write(number) + (", or null" if any(leaf[0] is type(None) for leaf in leaves) else "")
+    if kind == "literal_error" and field is not None and any(leaf[0] is bool for leaf in leaves):
+        return _write(takes(field.annotation, field.metadata).replace("`", ""))
     if kind == "literal_error" and (choices := re.findall(r"'([^']*)'", context["expected"])):
         near = get_close_matches(str(error["input"]), choices, n=1)
         *first, last = choices

@@ -20,7 +20,7 @@ Key = tuple[str | int, ...]
 LONGEST = 600  # characters of a reason
 _OF_SECTIONS = ("model_type", "model_attributes_type", "dict_type")
 _KINDS = {**dict.fromkeys(_OF_SECTIONS, "a section of keys with values"), "list_type": "a list", "tuple_type": "a list"}
-_ALTERNATIVE = re.compile(r"constrained-\w+|list\[.*\]")  # pydantic's names of them
+_ALTERNATIVE = re.compile(r"constrained-\w+|(list|literal)\[.*\]|bool")  # pydantic's names of them
 
 
 def dotted(key: Sequence[str | int]) -> str:

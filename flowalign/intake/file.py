@@ -27,6 +27,7 @@ from flowalign.intake import check as checks
 from flowalign.intake import check_prompts as promptcheck
 from flowalign.intake import check_scores as scorecheck
 from flowalign.intake.adapters import with_adapters
+from flowalign.intake.begun import compiled_as_begun
 from flowalign.intake.check_training import (
     check_banks,
     check_ranks,
@@ -35,6 +36,7 @@ from flowalign.intake.check_training import (
     check_training,
 )
 from flowalign.intake.check_walk import check_walks, filled, refuse_old_grid, schedule_of
+from flowalign.intake.evened import evened
 from flowalign.intake.explain import explain
 from flowalign.intake.notes import notes_of
 from flowalign.intake.overrides import override
@@ -65,13 +67,15 @@ _RECORDED = ("versions", "seeds", "run_dir", "contents", "accepted_changes")
 class Loaded(Generic[Config]):
     """A resolved configuration, the directory its relative paths start from, and what this machine lacks for it.
 
-    ``overridden`` lists what differs from the file, ``notes`` what hardly was meant.
+    ``overridden`` lists what differs from the file, ``chosen`` what the run has chosen in its place, ``notes`` what
+    hardly was meant.
     """
 
     config: Config
     base_dir: Path
     missing: tuple[str, ...] = ()
     overridden: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -228,7 +232,9 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     checks.check_numbers(config, algorithm)
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
-    return Loaded(config, base, tuple(missing))
+    config, chosen = evened(config, algorithm)
+    config, compiled = compiled_as_begun(config)
+    return Loaded(config, base, tuple(missing), chosen=(*chosen, *compiled))
 
 
 def _lacking(checked: Iterable[Callable[[], None]], require_files: bool) -> list[str]:
@@ -350,7 +356,8 @@ def _checked_pretrain(
     missing += lacking + _lacking(_evaluation_checks(config, base), require_files)
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
-    return Loaded(config, base, tuple(missing))
+    config, compiled = compiled_as_begun(config)
+    return Loaded(config, base, tuple(missing), chosen=compiled)
 
 
 def _training_checks(config: PretrainConfig, needs: Needs) -> Iterator[Callable[[], None]]:

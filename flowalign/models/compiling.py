@@ -28,7 +28,7 @@ def compile_blocks(module: nn.Module) -> None:
         ModelError: there is no C++ compiler, which it needs for any device.
         torch._dynamo.exc.FailOnRecompileLimitHit: in a pass, where more than 64 shapes come.
     """
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if not has_compiler():
         raise ModelError("learner.compile: torch.compile needs a C++ compiler; install g++, or write false")
     import torch._dynamo  # seconds, which nobody else is to wait for
 
@@ -38,6 +38,11 @@ def compile_blocks(module: nn.Module) -> None:
     _announce()
     for part in list(blocks_of(module)) or [module]:
         part.compile(dynamic=False)
+
+
+def has_compiler() -> bool:
+    """Tell whether the C++ compiler is there that torch.compile needs."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 @cache

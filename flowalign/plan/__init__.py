@@ -134,7 +134,9 @@ def _odd(made: Estimate) -> list[str]:
 def _not_counted(made: Estimate) -> list[str]:
     """Say what the numbers leave out of this run."""
     config, needs, notes = made.config, made.algorithm.needs, []
-    if config.learner.compile:
+    if config.learner.compile == "auto":
+        notes.append("learner.compile: auto is decided when the run begins, by its passes' seconds; here it is false")
+    if config.learner.compiles:
         notes.append("learner.compile: activations are those of the plain network, and compiled ones are fewer")
     if needs.decoder or needs.features:
         notes.append("what a gradient through the autoencoder and beyond keeps is not counted")

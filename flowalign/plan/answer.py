@@ -285,7 +285,7 @@ def _lora(config: RunConfig) -> list[Choice]:
 
 def _offloaded(config: RunConfig) -> list[Choice]:
     """Same bits, more transfers; no GPU has shown it yet."""
-    if config.learner.offload != "none" or config.learner.compile:
+    if config.learner.offload != "none" or config.learner.compiles:
         return [_AS_IS]
     return [_AS_IS, (3.0, {"learner.offload": "host"})]
 

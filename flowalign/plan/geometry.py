@@ -52,13 +52,11 @@ def plan_geometry(config: RunConfig, algorithm: Algorithm) -> Geometry:
     if isinstance(config, PretrainConfig):
         return _of_latents(config, algorithm)
     assert isinstance(config, AlignConfig)
-    plan, needs = algorithm.plan(0, config.seed), algorithm.needs
-    images = config.data.groups_per_iteration * needs.group_size
+    plan, needs, learner = algorithm.plan(0, config.seed), algorithm.needs, config.learner
+    images, per_step = samples_of(config, algorithm)
     num_steps = 0 if plan is None else plan.num_steps
     window = 0 if plan is None else plan.noise.num_steps
     transitions = images * max(window, 1)
-    learner = config.learner
-    per_step = math.ceil(transitions / learner.updates_per_iteration)
     inputs = network_inputs(config.model)
     guided = 1 if plan is None else _passes(plan.guidance, inputs)
     own = needs.update_guidance_scale
@@ -86,6 +84,14 @@ def plan_geometry(config: RunConfig, algorithm: Algorithm) -> Geometry:
         * max((_teacher_passes(t, config.model) for t in needs.teachers.values()), default=0),
         evaluation_passes=_evaluation_passes(config, inputs),
     )
+
+
+def samples_of(config: AlignConfig, algorithm: Algorithm) -> tuple[int, int]:
+    """Return the images of an iteration, and the most transitions of one optimizer step."""
+    plan = algorithm.plan(0, config.seed)
+    images = config.data.groups_per_iteration * algorithm.needs.group_size
+    transitions = images * max(1, 0 if plan is None else plan.noise.num_steps)
+    return images, math.ceil(transitions / config.learner.updates_per_iteration)
 
 
 def _of_latents(config: PretrainConfig, algorithm: Algorithm) -> Geometry:

@@ -183,7 +183,7 @@ def _settings(config: PretrainConfig) -> dict[str, str]:
 
 def _engine(learner: TrainingLearnerConfig) -> str:
     ranks = f" of {learner.ranks} ranks" if learner.ranks > 1 else ""
-    return f"{learner.engine} learner{ranks}, {learner.dtype}{', compiled' if learner.compile else ''}"
+    return f"{learner.engine} learner{ranks}, {learner.dtype}{', compiled' if learner.compiles else ''}"
 
 
 def _model(model: ModelConfig) -> str:

@@ -207,6 +207,7 @@ class LearnerWorker:
         self.config = config
         torch.set_num_threads(config.threads)
         self._unread: AdapterError | None = None
+        self._noted = False
         try:
             network = load_network(config.model)
         except AdapterError as error:  # a run that goes on has its weights, and its start, in the checkpoint
@@ -259,6 +260,7 @@ class LearnerWorker:
             update = self.learner.update(self.source.batch(iteration), scores, iteration)
             for follower in self.roles.followers:
                 follower.follow(self.learner, iteration)
+            self._note_graphs()
             return replace(update, metrics={**update.metrics, **self.source.metrics})
 
     def validate(self) -> dict[str, float]:
@@ -335,6 +337,14 @@ class LearnerWorker:
                 follower.follow(learner, learner.engine.steps - 1)
         return "; ".join(line for line in lines if line is not None) or None
 
+    def _note_graphs(self) -> None:
+        """Note once, after an update, that torch's cache of this machine holds the graphs of a compiled run."""
+        if self.config.learner.compiles and not self._noted:
+            from flowalign.run.compiled import remember
+
+            remember(self.config)
+        self._noted = True
+
     def _refuse_unread(self) -> None:
         """Raise AdapterError where the adapter to begin from could not be had, and nothing was restored either."""
         if self._unread is not None:
@@ -355,7 +365,7 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         zero_stage=learner.zero_stage,  # type: ignore[arg-type]
         dtype=config.engine_dtype,
         optimizer=learner.optimizer,
-        compile=learner.compile and not config.rollouts_compile,  # which the worker has done
+        compile=learner.compiles and not config.rollouts_compile,  # which the worker has done
         schedule=config.learning_rate_at,
         offload=offload_of(config),
     )

@@ -75,8 +75,8 @@ def alignment(algorithm: Content, **sections: Any) -> Content:
         "data": {"groups_per_iteration": 2},
         "algorithm": algorithm,
         "rewards": [BRIGHT],
-        "rollout": {"chunk_size": 4},
-        "learner": {"engine": "torch", "micro_batch_size": 4, "optimizer": {"learning_rate": 1e-3}},
+        "rollout": {"chunk_size": 2},  # which no number of samples turns into another
+        "learner": {"engine": "torch", "micro_batch_size": 2, "optimizer": {"learning_rate": 1e-3}},
         "cluster": {"backend": "local", "threads": 1},
         "evaluation": {"every": 0},
         "checkpoint": {"every": 3, "keep_best": 0},

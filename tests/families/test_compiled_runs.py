@@ -10,11 +10,24 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from flowalign.intake.resolved import read_resolved
+from flowalign.run import compiled
 from tests.families.adapted import rows_of, run_of
 from tests.families.ours import flowalign
 
 Build = Callable[..., Path]
 COMPILED = "learner.compile=true"
+# Of numbers that no pixel shows: a picture of 64 x 64 is the same to a compiled network and to one that is not.
+LATENTS = """
+import numpy as np
+
+
+class Norm:
+    needs = frozenset({"latents"})
+
+    def answer(self, asked):
+        return {"norm": np.sqrt((asked.latents.astype(np.float64) ** 2).sum((1, 2, 3)))}
+"""
 
 
 def aligned(folder: Path, base: Path, *changes: str, lora: str = "null") -> list[dict[str, Any]]:
@@ -49,11 +62,12 @@ def test_a_compiled_policy_replays_its_rollouts_exactly(tiny: Build, tmp_path: P
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(tiny: Build, tmp_path: Path) -> None:
+    (tmp_path / "latents.py").write_text(LATENTS)
     evaluated = (
         "evaluation.every=1",
         "evaluation.num_samples=4",
         "evaluation.num_steps=2",
-        "evaluation.gold=[{spec: jpeg}]",
+        f"evaluation.gold=[{{spec: '{tmp_path / 'latents.py'}:Norm', name: norm}}]",
     )
     rows = aligned(tmp_path / "whole", tiny("sd3"), COMPILED, *evaluated)
     aligned(tmp_path / "parts", tiny("sd3"), COMPILED, *evaluated, "iterations=1")
@@ -62,10 +76,30 @@ def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(ti
     whole, *others = (last(tmp_path / name).read_bytes() for name in ("whole", "parts", "ray"))
     assert others == [whole, whole]
     run = tmp_path / "whole" / "runs" / "whole"
-    flowalign("evaluate", run, "--out", tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
-    known = {key: value for key, value in rows[-1].items() if key.startswith("eval/jpeg/")}
-    assert any(known.values()) and {key: found[key] for key in known} == known
+
+    def norms(out: str) -> dict[str, float]:
+        flowalign("evaluate", run, "--out", tmp_path / out)
+        found = json.loads((tmp_path / out / "metrics.json").read_text())["metrics"]
+        return {key: value for key, value in found.items() if key.startswith("eval/norm/")}
+
+    known = {key: value for key, value in rows[-1].items() if key.startswith("eval/norm/")}
+    assert any(known.values()) and norms("compiled") == known
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("compile: true", "compile: false"))
+    plain = norms("plain")
+    assert plain != known and plain == pytest.approx(known, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_compiles_where_it_has_decided_so_and_notes_what_the_cache_has(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "OF_A_KIND", 0.0)
+    (folder := tmp_path / "run").mkdir()
+    told = flowalign("align", run_of(folder, tiny("sd3"), "null"), "learner.compile=auto")
+    assert "learner.compile: auto is true; 1 iteration would save " in told
+    config = read_resolved(folder / "runs" / "run")
+    assert config.learner.compile is True and rows_of(folder)[0]["replay/max_abs_dlogp"] == 0
+    assert compiled.is_cached(config)
 
 
 def test_a_machine_without_a_compiler_says_so_before_anything_is_made(

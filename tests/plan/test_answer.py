@@ -150,8 +150,8 @@ def test_seconds_are_flops_over_what_is_reached_of_the_peak(config_path: Path) -
     half = estimate(config_of(config_path, "evaluation.every=0", "model.dtype=bfloat16"), on_gpu=True)
     faster = answer(half, gpus, mfu=0.25).seconds
     assert faster is not None and faster.learner == pytest.approx(found.learner / 4)
-    filled = estimate(config_of(config_path, "evaluation.every=0", "rollout.chunk_size=8"), on_gpu=True)
-    longer = answer(filled, gpus, mfu=0.25).seconds  # 12 images in two chunks of 8
+    filled = estimate(config_of(config_path, "evaluation.every=0", "rollout.chunk_size=16"), on_gpu=True)
+    longer = answer(filled, gpus, mfu=0.25).seconds  # 12 images in a chunk of 16
     assert longer is not None and longer.rollout == pytest.approx(found.rollout * 16 / 12)
     assert answer(made, Gpus(1, 80 * GIB)).seconds is None
 
