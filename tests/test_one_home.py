@@ -110,7 +110,7 @@ ADDED: dict[str, Edits] = {
     "algorithm": {"flowalign/algorithms/above.py": ALGORITHM},
     "model family": {"flowalign/models/families/twin.py": FAMILY},
     "optimizer option": {
-        "flowalign/config/sections.py": {
+        "flowalign/config/updates.py": {
             "    max_grad_norm: ": "    maximize: bool = False\n    max_grad_norm: ",
             '"weight_decay": self.weight_decay}': '"weight_decay": self.weight_decay, "maximize": self.maximize}',
         }
@@ -170,7 +170,7 @@ learns = ["align", sys.argv[2], "iterations=1", "model.type=twin", "algorithm.ty
 done = CliRunner().invoke(app, learns)
 told["run"] = [done.exit_code, done.output[-1500:]]
 
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.adamw import build_adamw
 from flowalign.engine.base import EngineSettings
 settings = EngineSettings(optimizer=OptimizerConfig(maximize=True))

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from flowalign.config.fields import MayChange
 from flowalign.config.run import Passes, RunConfig, SafetyConfig
-from flowalign.config.sections import DataConfig, LearnerConfig, Positive, RewardConfig
+from flowalign.config.sections import DataConfig, Positive, RewardConfig
+from flowalign.config.updates import LearnerConfig
 
 
 class AlignConfig(RunConfig):

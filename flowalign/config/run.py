@@ -19,9 +19,9 @@ from flowalign.config.sections import (
     RewardConfig,
     RunName,
     SamplingConfig,
-    UpdatesConfig,
     Weights,
 )
+from flowalign.config.updates import UpdatesConfig
 
 Precision = Literal["float32", "bfloat16"]
 EMBEDDINGS = ".encoded"  # in the folder of run directories

@@ -15,16 +15,8 @@ from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved,
 from flowalign.config.logging import LoggingConfig, Wandb
 from flowalign.config.run import CheckpointConfig, EvaluationConfig, Passes, Precision, RunConfig
 from flowalign.config.section import Section
-from flowalign.config.sections import (
-    Beta,
-    Decay,
-    ModelConfig,
-    OptimizerConfig,
-    Positive,
-    RewardConfig,
-    UpdatesConfig,
-    Weights,
-)
+from flowalign.config.sections import ModelConfig, Positive, RewardConfig, Weights
+from flowalign.config.updates import Beta, Decay, OptimizerConfig, UpdatesConfig
 
 TextLength = Annotated[int, Field(ge=1, le=512)]
 

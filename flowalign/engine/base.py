@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.offload import Offload
 from flowalign.engine.shards import Layout
 from flowalign.types import TrainBatch

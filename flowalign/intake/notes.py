@@ -8,8 +8,9 @@ from pathlib import Path
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import canonical
 from flowalign.config.run import RunConfig
-from flowalign.config.sections import ModelConfig, OptimizerConfig
+from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.intake.check_scores import notes_of_scores
 from flowalign.intake.notes_of_walks import notes_of_walks
 from flowalign.intake.paths import shipped_names

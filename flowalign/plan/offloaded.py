@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flowalign.config.sections import UpdatesConfig
+from flowalign.config.updates import UpdatesConfig
 from flowalign.engine.piecewise import PIECE
 
 _MOMENTS = 2 * 4 * PIECE  # of the piece that is in

@@ -17,7 +17,8 @@ from gpu_bench import Absent, Bench
 from torch import Tensor
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import SHIPPED, ModelConfig, OptimizerConfig
+from flowalign.config.sections import SHIPPED, ModelConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.offload import Offload

@@ -23,7 +23,8 @@ from flowalign.algorithm import Algorithm
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import Passes
-from flowalign.config.sections import SHIPPED, LoraConfig, OptimizerConfig
+from flowalign.config.sections import SHIPPED, LoraConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.engine.offload import Offload

@@ -34,7 +34,7 @@ from activations import MIB, batch, loss_of, network
 from cells import ROOT, machine, positive
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import UpdatesConfig
+from flowalign.config.updates import UpdatesConfig
 from flowalign.engine import offload as rooms
 from flowalign.engine.average import Average
 from flowalign.engine.base import EngineSettings

@@ -25,7 +25,8 @@ from activations import network
 from cells import machine, positive, write
 from torch import Tensor
 
-from flowalign.config.sections import SHIPPED, ModelConfig, OptimizerConfig
+from flowalign.config.sections import SHIPPED, ModelConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.flow.randomness import seeded
 from flowalign.models.build import load_network
 from flowalign.record.checkpoint import content_hash

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from flowalign.algorithm import VelocityModel
 from flowalign.algorithms import build_algorithm
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.flow.path import per_sample

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.parts.credit import best_and_worst, group_advantages
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.intake.file import load_align

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings, NonFiniteUpdate, ResumeRefused
 from flowalign.engine.build import build_engine
 from flowalign.record.checkpoint import content_hash

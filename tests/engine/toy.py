@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.flow.randomness import seeded
 from flowalign.types import Max, TrainBatch

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowalign.algorithm import LossOutput
-from flowalign.config.sections import ActivationCheckpointing, LoraConfig, ModelConfig
+from flowalign.config.sections import LoraConfig, ModelConfig
+from flowalign.config.updates import ActivationCheckpointing
 from flowalign.engine.build import build_engine
 from flowalign.models.activation_checkpointing import checkpoint_activations
 from flowalign.models.base import Policy

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowalign.config.sections import ActivationCheckpointing, AttentionKernel, LoraConfig, ModelConfig
+from flowalign.config.sections import AttentionKernel, LoraConfig, ModelConfig
+from flowalign.config.updates import ActivationCheckpointing
 from flowalign.engine.accumulate import autocast
 from flowalign.models.activation_checkpointing import checkpoint_activations
 from flowalign.models.build import load_encoders, load_network

@@ -6,7 +6,7 @@ import torch
 from flowalign.algorithm import LossOutput
 from flowalign.algorithms import build_algorithm
 from flowalign.algorithms.nft import NFT
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.record.checkpoint import content_hash

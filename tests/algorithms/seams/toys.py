@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.config.sections import OptimizerConfig
+from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import Engine, EngineSettings
 from flowalign.engine.build import build_engine
 from flowalign.run.learner import Learner
