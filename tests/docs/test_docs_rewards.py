@@ -181,13 +181,13 @@ def test_the_conversion_of_the_aesthetic_head_makes_a_head_that_loads(
 ) -> None:
     from safetensors.torch import load_file
 
-    from rewards.scorers.aesthetic import _chain
+    from rewards.models.linear import chain
 
     layers = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise((768, 1024, 128, 64, 16, 1))))
     weights = {f"layers.{key}": value for key, value in layers.state_dict().items()}
     torch.save(weights, "sac+logos+ava1-l14-linearMSE.pth")
     exec(python("Once"), {})
-    assert len(_chain("aesthetic.safetensors", load_file("aesthetic.safetensors"))) == 5
+    assert len(chain("aesthetic", "aesthetic.safetensors", load_file("aesthetic.safetensors"))) == 5
 
 
 @pytest.fixture
