@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from rewards.interface import Asked, Images, SpecError, one_line
+from rewards.interface import Asked, Images, InputError, Metadata, SpecError, one_line
 from rewards.models.batched import Batched
 from rewards.models.customcode import refuse_custom_code
 from rewards.models.pretrained import check_dtype, first_of, load_model, middle
@@ -56,6 +56,11 @@ class ImageSimilarityScorer(Batched):
         refuse_custom_code(self.name, path)
         self.path, self.dtype, self.kind = path, dtype, _CLASSES[kind]
         self._model: Any = None
+
+    def check_row(self, metadata: Metadata) -> None:
+        """Raise ``InputError`` for a row that names no reference."""
+        if not isinstance(metadata.get("image"), str) or not metadata["image"]:
+            raise InputError('has no "image", the path of its reference picture')
 
     def load(self) -> None:
         """Load the tower from its directory; nothing is downloaded."""

@@ -24,7 +24,7 @@ def weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndar
     """Return float32 weights, each drawn by its own name, so that neither order nor neighbours matter.
 
     Matrices and kernels keep the scale of what goes through them; the gains and variances of norms are about 1, biases
-    about 0, single numbers about 2.
+    about 0, single numbers about 4.
     """
     drawn = {}
     for name, shape in shapes.items():
@@ -32,7 +32,7 @@ def weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndar
         if len(shape) > 1:
             value = normal / sqrt(prod(shape[1:]))
         elif len(shape) == 0:
-            value = 2 + 0.1 * normal
+            value = 4 + 0.1 * normal
         elif name.endswith("running_var"):
             value = 1 + 0.1 * abs(normal)
         else:
