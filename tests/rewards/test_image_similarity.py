@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from rewards.interface import Asked, InputError, SpecError, call
 from rewards.resolve import check, resolve
-from tests.rewards._published import answers, picture, weights
+from tests.rewards._published import answers, picture, save_image_similarity
 
 PUBLISHED = answers("image_similarity")
 
@@ -21,16 +19,8 @@ PUBLISHED = answers("image_similarity")
 @pytest.fixture(scope="module", params=sorted(PUBLISHED["models"]))
 def tower(request, tmp_path_factory) -> tuple[str, dict[str, Any]]:
     """The directory of a tower, and what the public code answered with it."""
-    found = PUBLISHED["models"][request.param]
-    return saved(tmp_path_factory.mktemp(request.param), found), found
-
-
-def saved(directory: Path, found: dict[str, Any]) -> str:
-    drawn = {name: torch.from_numpy(value) for name, value in weights(found["weights"], PUBLISHED["seed"]).items()}
-    save_file(drawn, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(found["config"]))
-    (directory / "preprocessor_config.json").write_text(json.dumps(found["processor"]))
-    return str(directory)
+    kind = request.param
+    return save_image_similarity(tmp_path_factory.mktemp(kind), kind), PUBLISHED["models"][kind]
 
 
 def score(scorer: Any, images: list[np.ndarray], references: list[np.ndarray]) -> np.ndarray:
@@ -97,7 +87,7 @@ def test_a_directory_that_is_no_tower_is_refused(tower, tmp_path):
 
 
 def test_weights_that_are_missing_are_refused_and_not_drawn(tower, tmp_path):
-    path = saved(tmp_path, tower[1])
+    path = save_image_similarity(tmp_path, tower[1]["config"]["model_type"])
     tensors = load_file(f"{path}/model.safetensors")
     lost = next(name for name in tensors if "norm" in name and "text" not in name)
     save_file({k: v for k, v in tensors.items() if k != lost}, f"{path}/model.safetensors", metadata={"format": "pt"})
