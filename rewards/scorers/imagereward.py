@@ -71,6 +71,8 @@ class ImagerewardScorer(Batched):
             raise SpecError(f"{self.name}: {self.weights} did not load as ImageReward ({one_line(error)})") from error
         head = {key: value.to(self.device) for key, value in state.items() if key.startswith("mlp.")}
         self._head = chain(self.name, str(self.weights), head)
+        if len(head) != 2 * len(self._head):
+            raise SpecError(f"{self.name}: {self.weights} lacks a bias of its head; give the whole ImageReward")
         size = self._blip.size
         self._cut = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])
 
