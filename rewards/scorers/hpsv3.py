@@ -74,7 +74,9 @@ class Hpsv3Scorer(Batched):
         self._tokenizer.add_tokens([_REWARD], special_tokens=True)
         self._reward, self._image = self._tokenizer.convert_tokens_to_ids([_REWARD, _IMAGE])
         if self._reward >= (rows := self._network.get_input_embeddings().num_embeddings):
-            raise SpecError(f"{self.name}: {self.path} has {rows} tokens, and {_REWARD} would be one more; give its own")
+            raise SpecError(
+                f"{self.name}: {self.path} has {rows} tokens, and {_REWARD} would be one more; give its own"
+            )
 
     def values(self, asked: Asked) -> torch.Tensor:
         import torch

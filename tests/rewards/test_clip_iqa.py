@@ -28,7 +28,9 @@ def score(scorer: Any, images: list[np.ndarray]) -> np.ndarray:
 def test_scores_are_those_of_the_public_code(path):
     for texts, cases in groupby(PUBLISHED["cases"], lambda case: (case["good"], case["bad"])):
         scorer = resolve({"type": "clip_iqa", "path": path, "good": texts[0], "bad": texts[1]})
-        found, expected = zip(*((score(scorer, [picture(*c["picture"])]).item(), c["score"]) for c in cases), strict=True)
+        found, expected = zip(
+            *((score(scorer, [picture(*c["picture"])]).item(), c["score"]) for c in cases), strict=True
+        )
         np.testing.assert_allclose(found, expected, rtol=2e-4)
         assert max(expected) > 1.3 * min(expected)
 
@@ -62,7 +64,7 @@ def test_good_and_bad_exchanged_give_the_rest_to_1(path):
 
 def test_a_clip_without_a_resnet_and_texts_that_do_not_differ_are_refused(path):
     vit: Any = resolve({"type": "clip_iqa", "path": str(SHIPPED / "open_clip")})
-    with pytest.raises(SpecError, match="clip_iqa: .*has no ResNet with attention pooling; give one such as"):
+    with pytest.raises(SpecError, match=r"clip_iqa: .*has no ResNet with attention pooling; give one such as"):
         vit.setup("cpu")
     for texts in ({"good": " "}, {"good": "Bad photo."}):
         with pytest.raises(SpecError, match="write two texts that differ"):

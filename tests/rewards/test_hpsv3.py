@@ -65,7 +65,9 @@ def test_a_directory_that_is_not_hpsv3_is_refused(name, content, said, path, tmp
     refused(copied(path, tmp_path, name, content), said)
 
 
-@pytest.mark.parametrize("lost", ["visual.blocks.0.norm1.weight", "model.layers.1.mlp.up_proj.weight", "rm_head.3.bias"])
+@pytest.mark.parametrize(
+    "lost", ["visual.blocks.0.norm1.weight", "model.layers.1.mlp.up_proj.weight", "rm_head.3.bias"]
+)
 def test_weights_that_are_missing_are_refused_and_not_drawn(lost, path, tmp_path):
     directory = copied(path, tmp_path)
     tensors = load_file(Path(directory) / "HPSv3.safetensors")
