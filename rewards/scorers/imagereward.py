@@ -28,7 +28,7 @@ class ImagerewardScorer(Batched):
     """``imagereward``: how well an image pleases for its prompt, standard normal over its training set, about -2 to 2.
 
     ``path`` is a directory with the published ``ImageReward.pt`` (or the same as ``model.safetensors``) and
-    ``med_config.json``; ``tokenizer``, that of ``bert-base-uncased`` where its ``vocab.txt`` or ``tokenizer.json`` is
+    ``med_config.json``; ``processor``, the directory of ``bert-base-uncased`` where its ``vocab.txt`` or ``tokenizer.json`` is
     not in ``path``. The centre square of an image is seen, resized by PIL. A prompt is cut after 33 word pieces.
     """
 
@@ -39,7 +39,7 @@ class ImagerewardScorer(Batched):
         self,
         *,
         path: str,
-        tokenizer: str | None = None,
+        processor: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "cpu",
         batch_size: int = 64,
@@ -49,9 +49,9 @@ class ImagerewardScorer(Batched):
         what = "the directory of THUDM/ImageReward"
         self.weights = first_of(self.name, path, _WEIGHTS, what)
         self.config = first_of(self.name, path, ["med_config.json"], what)
-        self.tokenizer = tokenizer or path
-        first_of(self.name, self.tokenizer, _TOKENIZER, "that of bert-base-uncased as `tokenizer`")
-        refuse_custom_code(self.name, path, self.tokenizer)
+        self.processor = processor or path
+        first_of(self.name, self.processor, _TOKENIZER, "that of bert-base-uncased as `processor`")
+        refuse_custom_code(self.name, path, self.processor)
         self.dtype = dtype
         self._head: Layers = []
 
@@ -66,7 +66,7 @@ class ImagerewardScorer(Batched):
             config = json.loads(self.config.read_bytes())
             inner = {key.removeprefix("blip."): value for key, value in state.items() if key.startswith("blip.")}
             self._blip = Blip(inner, config).to(self.device, getattr(torch, self.dtype))
-            self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
+            self._tokenizer = BertTokenizer.from_pretrained(self.processor, local_files_only=True)
         except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
             raise SpecError(f"{self.name}: {self.weights} did not load as ImageReward ({one_line(error)})") from error
         head = {key: value.to(self.device) for key, value in state.items() if key.startswith("mlp.")}

@@ -91,5 +91,6 @@ def test_weights_that_are_missing_are_refused_and_not_drawn(tower, tmp_path):
     tensors = load_file(f"{path}/model.safetensors")
     lost = next(name for name in tensors if "norm" in name and "text" not in name)
     save_file({k: v for k, v in tensors.items() if k != lost}, f"{path}/model.safetensors", metadata={"format": "pt"})
+    scorer: Any = resolve({"type": "image_similarity", "path": path})
     with pytest.raises(SpecError, match="lacks the weights"):
-        resolve({"type": "image_similarity", "path": path}).setup("cpu")
+        scorer.setup("cpu")

@@ -73,7 +73,7 @@ def test_the_prompt_counts_up_to_33_word_pieces(path):
             r"holds no model\.safetensors or ImageReward\.safetensors or ImageReward\.pt; give",
         ),
         ("med_config.json", None, r"holds no med_config\.json; give the directory of THUDM/ImageReward"),
-        ("vocab.txt", None, r"holds no tokenizer\.json or vocab\.txt; give that of bert-base-uncased as `tokenizer`"),
+        ("vocab.txt", None, r"holds no tokenizer\.json or vocab\.txt; give that of bert-base-uncased as `processor`"),
         ("model.safetensors", b"no", r"model\.safetensors did not load as ImageReward \(it holds no weights"),
         ("med_config.json", b"{", "did not load as ImageReward"),
         ("med_config.json", b"{}", "did not load as ImageReward"),
