@@ -12,10 +12,10 @@ from rewards.interface import Offers, ScorerError
 from rewards.resolve import answered, check, option_for
 
 _ELSEWHERE = "name it under `rewards` of a run, or take one without that need"
-TRAINING = Offers("a run", frozenset({"group", "latents"}))
+TRAINING = Offers("a run", frozenset({"group", "latents", "references"}))
 LEARNER = Offers("a learner", frozenset({"gradient"}))
-EVALUATION = Offers("an evaluation", frozenset({"latents"}), _ELSEWHERE)
-PREFERENCES = Offers("make-preferences", frozenset({"group"}), _ELSEWHERE)
+EVALUATION = Offers("an evaluation", frozenset({"latents", "references"}), _ELSEWHERE)
+PREFERENCES = Offers("make-preferences", frozenset({"group", "references"}), _ELSEWHERE)
 FOLDER = Offers("an evaluation of a folder", frozenset(), _ELSEWHERE)
 TRY_REWARD = Offers("try-reward", frozenset(), _ELSEWHERE)
 

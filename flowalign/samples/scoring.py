@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from flowalign.config.sections import RewardConfig
 from flowalign.samples.apart import Apart
 from flowalign.samples.offers import TRAINING, names_of
+from flowalign.samples.references import references_of
 from flowalign.types import Pictures, Scores, task_of
 from rewards.composite import check_names, combine, one_owner, prefixes
 from rewards.interface import (
@@ -190,7 +191,10 @@ def _score_rows(named: NamedScorer, asked: Asked) -> Checked:
             reward=named.name,
             narrowed=narrowed,
         )
-    checked = score_batch(named.name, named.scorer, asked.take(rows), named.parts)
+    own = asked.take(rows)
+    if "references" in named.needs:
+        own = replace(own, references=references_of(own.metadata))
+    checked = score_batch(named.name, named.scorer, own, named.parts)
     with blamed(named.name):
         main = main_key(named.name, getattr(named.scorer, "name", None), list(checked.scores))
         asks = getattr(named.scorer, "retried", None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards.interface import Answers, Asked, Images
+from rewards.interface import Answers, Asked
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,8 @@ class Batched(Answers):
         """Load the model onto ``self.device``; raises ``SpecError`` where its files do not make one."""
 
     @abstractmethod
-    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
-        """Return the float32 scores (n,) of uint8 images (n, H, W, 3) of any size.
+    def values(self, asked: Asked) -> torch.Tensor:
+        """Return the float32 scores (n,) of a batch of uint8 images (n, H, W, 3) of any size.
 
         It is called without gradients, after ``load``.
         """
@@ -58,5 +58,5 @@ class Batched(Answers):
         with torch.inference_mode():
             for start in range(0, len(asked), self.batch_size):
                 part = asked.take(slice(start, start + self.batch_size))
-                values.append(self.values(part.images, part.prompts).cpu().numpy())
+                values.append(self.values(part).cpu().numpy())
         return {self.name: np.concatenate(values)}

@@ -91,7 +91,7 @@ class OpenClip:
             ) from error
         visual: Any = model.visual
         self._steps = tensor_steps(image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False))
-        self._dtype = open_clip.get_input_dtype(self.precision)
+        self.dtype = open_clip.get_input_dtype(self.precision)
         self._model = model.eval()
 
     @property
@@ -134,7 +134,7 @@ class OpenClip:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device).permute(0, 3, 1, 2)
         for step in self._steps:
             pixels = step(pixels)
-        return pixels.to(dtype=self._dtype)
+        return pixels.to(dtype=self.dtype)
 
 
 def trained_with_quick_gelu(architecture: str, checkpoint: str | None) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rewards.interface import Images, SpecError, one_line
+from rewards.interface import Asked, SpecError, one_line
 from rewards.missing import hint
 from rewards.models.batched import Batched
+from rewards.models.linear import Layers, applied, chain
 from rewards.models.openclip import OpenClip
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class AestheticScorer(Batched):
             )
         self.head = head
         self.model = OpenClip(self.name, path=path, model=model, checkpoint=checkpoint, precision=precision)
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._layers: Layers = []
 
     def load(self) -> None:
         """Load model and head; raises ``SpecError`` where the head is no chain of linear layers that fits the model."""
@@ -61,7 +61,7 @@ class AestheticScorer(Batched):
             tensors = load_file(self.head, device=self.device)
         except (SafetensorError, OSError) as error:
             raise SpecError(f"aesthetic: {self.head} is no safetensors file ({one_line(error)})") from error
-        layers = _chain(self.head, tensors)
+        layers = chain(self.name, self.head, tensors)
         with torch.inference_mode():
             width = self.model.images(np.zeros((1, 1, 1, 3), np.uint8)).shape[1]
         if layers[0][0].shape[1] != width:
@@ -71,31 +71,5 @@ class AestheticScorer(Batched):
             )
         self._layers = layers
 
-    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
-        features = self.model.images(images)
-        for weight, bias in self._layers:
-            features = features @ weight.T + bias
-        return features[:, 0]
-
-
-def _chain(head: str, tensors: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Return the layers in the order of their numbers.
-
-    Each takes what the one before gives, the last gives one number.
-    """
-
-    def number(name: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in name.split(".") if part.isdigit())
-
-    names = sorted((name.removesuffix("weight") for name in tensors if name.endswith("weight")), key=number)
-    layers = []
-    for name in names:
-        weight = tensors[f"{name}weight"].float()
-        layers.append((weight, tensors.get(f"{name}bias", weight.new_zeros(weight.shape[:1])).float()))
-    sizes = [tuple(weight.shape) for weight, _ in layers]
-    linear = all(len(size) == 2 and bias.shape == size[:1] for size, (_, bias) in zip(sizes, layers, strict=True))
-    linear = linear and set(tensors) <= {f"{name}{part}" for name in names for part in ("weight", "bias")}
-    if not sizes or not linear or sizes[-1][0] != 1 or any(a[0] != b[1] for a, b in pairwise(sizes)):
-        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
-        raise SpecError(f"aesthetic: {head} holds {shapes}; give linear layers that end in one number")
-    return layers
+    def values(self, asked: Asked) -> torch.Tensor:
+        return applied(self._layers, self.model.images(asked.images))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewards.interface import Images
+from rewards.interface import Asked
 from rewards.models.batched import Batched
 from rewards.models.openclip import OpenClip
 
@@ -39,5 +39,5 @@ class ClipScorer(Batched):
     def load(self) -> None:
         self.model.setup(self.device)
 
-    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
-        return self.model.cosines(images, prompts)
+    def values(self, asked: Asked) -> torch.Tensor:
+        return self.model.cosines(asked.images, asked.prompts)

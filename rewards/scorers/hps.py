@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rewards.interface import Images, SpecError
+from rewards.interface import Asked, SpecError
 from rewards.models.batched import Batched
 from rewards.models.openclip import OpenClip
 
@@ -55,5 +55,5 @@ class HpsScorer(Batched):
     def load(self) -> None:
         self.model.setup(self.device)
 
-    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
-        return self.factor * self.model.cosines(images, prompts)
+    def values(self, asked: Asked) -> torch.Tensor:
+        return self.factor * self.model.cosines(asked.images, asked.prompts)

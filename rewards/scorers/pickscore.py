@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from rewards.interface import Images, SpecError, one_line
+from rewards.interface import Asked, Images, SpecError, one_line
 from rewards.models.batched import Batched
 from rewards.models.customcode import refuse_custom_code
+from rewards.models.pretrained import check_dtype, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,7 @@ class PickscoreScorer(Batched):
         super().__init__(device, batch_size)
         if scale not in get_args(Scale):
             raise SpecError(f"pickscore: scale {scale!r} is unknown; write raw or /26")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise SpecError(f"pickscore: dtype {dtype!r} is unknown; write float32, bfloat16 or float16")
+        check_dtype(self.name, dtype)
         self.path = path
         self.processor = processor or path
         # transformers 5 writes an image processor into processor_config.json, older ones into a file of its own.
@@ -59,33 +59,20 @@ class PickscoreScorer(Batched):
 
     def load(self) -> None:
         """Load the model from its directory; nothing is downloaded."""
-        import torch
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+        model = load_model(self.name, CLIPModel, self.path, self.dtype)
+        local: Any = {"local_files_only": True, "trust_remote_code": False}
         try:
-            loaded: Any = CLIPModel.from_pretrained(
-                self.path,
-                dtype=getattr(torch, self.dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            local: Any = {"local_files_only": True}
-            self._images = AutoImageProcessor.from_pretrained(self.processor, trust_remote_code=False, **local)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, trust_remote_code=False, **local)
+            self._images = AutoImageProcessor.from_pretrained(self.processor, **local)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, **local)
         except (OSError, ValueError, RuntimeError) as error:
-            raise SpecError(f"pickscore: {self.path} did not load as a CLIPModel ({one_line(error)})") from error
-        model, report = loaded
-        # transformers only warns here, and would score with random weights.
-        if report["missing_keys"] or report["mismatched_keys"]:
-            missing = sorted(report["missing_keys"]) or sorted(report["mismatched_keys"])
-            raise SpecError(f"pickscore: {self.path} lacks the weights {missing[0]} …; give a whole CLIPModel")
-        self._model = model.to(self.device).eval()
+            raise SpecError(f"pickscore: {self.processor} did not load as a processor ({one_line(error)})") from error
+        self._model = model.to(self.device)
 
-    def values(self, images: Images, prompts: list[str]) -> torch.Tensor:
+    def values(self, asked: Asked) -> torch.Tensor:
         scale = self._model.logit_scale.exp().float() * self.factor
-        return scale * (self._image(images) * self._text(prompts)).sum(-1)
+        return scale * (self._image(asked.images) * self._text(asked.prompts)).sum(-1)
 
     def _image(self, images: Images) -> torch.Tensor:
         """Return the unit embeddings (N, D)."""

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +51,11 @@ NEEDED = (
     "PickScore_v1/preprocessor_config.json",
     "HPS_v2.1_compressed.pt",
     "aesthetic.safetensors",
+    *(f"ImageReward/{name}" for name in ("ImageReward.pt", "med_config.json", "vocab.txt")),
+    *(f"HPSv3/{name}" for name in ("HPSv3.safetensors", "config.json", "preprocessor_config.json")),
+    *("HPSv3/tokenizer_config.json", "HPSv3/instruction.txt"),
 )
+WORDS = {"HPSv3/instruction.txt": "{text_prompt} <|Reward|>"}
 
 
 def blocks(language: str) -> list[str]:
@@ -121,7 +126,7 @@ def test_the_picture_of_the_first_example_is_there_and_small() -> None:
 def test_every_configuration_of_the_page_passes_the_check_of_a_run(author: Path, block: str) -> None:
     for name in NEEDED:
         (author / name).parent.mkdir(exist_ok=True)
-        (author / name).write_text("{}")
+        (author / name).write_text(WORDS.get(name, "{}"))
     raw = yaml.safe_load(QUICKSTART.read_text())
     given = yaml.safe_load(block)
     algorithm = {**raw["algorithm"], **given.pop("algorithm", {})}
@@ -181,13 +186,22 @@ def test_the_conversion_of_the_aesthetic_head_makes_a_head_that_loads(
 ) -> None:
     from safetensors.torch import load_file
 
-    from rewards.scorers.aesthetic import _chain
+    from rewards.models.linear import chain
 
     layers = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise((768, 1024, 128, 64, 16, 1))))
     weights = {f"layers.{key}": value for key, value in layers.state_dict().items()}
     torch.save(weights, "sac+logos+ava1-l14-linearMSE.pth")
     exec(python("Once"), {})
-    assert len(_chain("aesthetic.safetensors", load_file("aesthetic.safetensors"))) == 5
+    assert len(chain("aesthetic", "aesthetic.safetensors", load_file("aesthetic.safetensors"))) == 5
+
+
+def test_the_words_of_hpsv3_are_read_from_its_package_and_none_of_its_code_runs(author: Path) -> None:
+    source = 'raise SystemExit\nINSTRUCTION = """Rate\n{text_prompt}"""\nprompt_with_special_token = "<|Reward|>\\n"\n'
+    with zipfile.ZipFile("hpsv3-1.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("hpsv3/dataset/data_collator_qwen.py", source)
+    Path("HPSv3").mkdir()
+    exec(python("Words"), {})
+    assert Path("HPSv3/instruction.txt").read_text() == "Rate\n{text_prompt}<|Reward|>\n"
 
 
 @pytest.fixture

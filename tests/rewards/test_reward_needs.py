@@ -135,7 +135,7 @@ def test_needs_without_a_method_that_gets_them_are_refused(tmp_path):
 
 
 def test_a_configuration_names_the_key_of_a_reward_whose_need_nobody_answers(mine, tmp_path):
-    spec = mine('{"references"}')
+    spec = mine('{"gradient"}')
     config = tmp_path / "run.yaml"
     base = Path("configs/shapes/flow_grpo.yaml").resolve()
     config.write_text(base.read_text())
@@ -143,9 +143,7 @@ def test_a_configuration_names_the_key_of_a_reward_whose_need_nobody_answers(min
         with pytest.raises(ConfigError) as error:
             load_align(config, [f'{key}=[{{"spec": "{spec}", "name": "own"}}]'])
         said = str(error.value)
-        assert said.startswith(
-            f"{key}.0: reward '{tmp_path}/mine.py:Grouped' needs 'references', which {asker} does not"
-        )
+        assert said.startswith(f"{key}.0: reward '{tmp_path}/mine.py:Grouped' needs 'gradient', which {asker} does not")
     assert not (tmp_path / "ran").exists()
 
 

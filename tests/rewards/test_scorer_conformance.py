@@ -12,21 +12,27 @@ import pytest
 
 from flowalign.config.sections import SHIPPED
 from rewards import resolve as resolving
-from rewards.interface import set_up, validate_scores
+from rewards.interface import Asked, ask, set_up, validate_scores
 from tests.rewards._chat_server import ChatServer
+from tests.rewards._published import save_clip_iqa, save_hpsv3, save_imagereward
 
 CLIP = {"path": str(SHIPPED / "open_clip")}
 OPTIONS: dict[str, dict[str, Any]] = {
     "aesthetic": CLIP,
     "clip": CLIP,
+    "clip_iqa": {},
     "geneval": {},
     "hps": CLIP,
+    "hpsv3": {},
+    "image_similarity": {"path": str(SHIPPED / "pickscore")},
+    "imagereward": {},
     "jpeg": {},
     "ocr": {},
     "pickscore": {"path": str(SHIPPED / "pickscore")},
     "vlm_judge": {"model": "judge"},
     "vlm_questions": {"model": "judge"},
 }
+MAKERS = {"clip_iqa": save_clip_iqa, "hpsv3": save_hpsv3, "imagereward": save_imagereward}  # of those not shipped
 METADATA = {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "text": "circle"}
 METADATA |= {"questions": ["Is there a circle?"]}
 
@@ -56,9 +62,17 @@ def spec(request, tmp_path, chat) -> dict[str, Any]:
         torch.manual_seed(0)
         save_file(torch.nn.Linear(96, 1).state_dict(), str(tmp_path / "head.safetensors"))
         options["head"] = str(tmp_path / "head.safetensors")
+    if kind in MAKERS:
+        options["path"] = MAKERS[kind](tmp_path)
     if kind in ("vlm_judge", "vlm_questions"):
         options["url"] = chat.url
     return {"type": kind, **options}
+
+
+def asked(scorer: Any, images: np.ndarray) -> Any:
+    """What a scorer answers about three images, with references where it needs them."""
+    references = list(images[::-1]) if "references" in getattr(scorer, "needs", ()) else None
+    return ask(scorer, Asked(images, ["a red circle"] * 3, [METADATA] * 3, references=references))
 
 
 @pytest.mark.parametrize("spec", OPTIONS, indirect=True)
@@ -70,7 +84,7 @@ def test_a_scorer_declares_its_name_and_range_and_takes_device_and_batch_size(sp
     assert {"device", "batch_size"} <= set(inspect.signature(type(scorer)).parameters)
 
 
-@pytest.mark.parametrize("spec", ["aesthetic", "clip", "hps", "pickscore"], indirect=True)
+@pytest.mark.parametrize("spec", ["aesthetic", "clip", "hps", "pickscore", *MAKERS, "image_similarity"], indirect=True)
 def test_a_model_that_the_first_batch_loads_scores_as_one_that_setup_loaded(spec):
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), dtype=np.uint8)
     scores = []
@@ -78,7 +92,7 @@ def test_a_model_that_the_first_batch_loads_scores_as_one_that_setup_loaded(spec
         scorer: Any = resolving.resolve({**spec, "batch_size": 2})
         if loaded:
             set_up(scorer, "cpu")
-        scores.append(scorer.score(images, ["a red circle"] * 3, [METADATA] * 3)[scorer.name])
+        scores.append(asked(scorer, images)[scorer.name])
     np.testing.assert_array_equal(*scores)
 
 
@@ -88,7 +102,7 @@ def test_a_scorer_gives_each_image_of_a_batch_a_float_within_its_range(spec, siz
     scorer: Any = resolving.resolve({**spec, "device": "cpu", "batch_size": 2})
     set_up(scorer, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    scores = scorer.score(images, ["a red circle"] * 3, [METADATA] * 3)
+    scores = asked(scorer, images)
     assert validate_scores(scorer.name, scores, 3).valid[scorer.name].all()
     low, high = scorer.range
     for value in scores.values():

@@ -1,0 +1,41 @@
+"""Reference pictures of prompts, for rewards that compare with one: the files that rows name in their ``image``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rewards.interface import Images, InputError
+from rewards.pictures import PictureError, read
+
+_KEPT = 64  # pictures; the samples of a group share theirs
+
+
+def references_of(rows: Sequence[Mapping[str, Any]]) -> list[Images]:
+    """Return a uint8 picture (H, W, 3) a row, each of its own size.
+
+    Raises ``InputError`` for a row without ``image``, and for a file that is not there or is no picture.
+    """
+    return [_reference(row) for row in rows]
+
+
+def _reference(row: Mapping[str, Any]) -> Images:
+    path = row.get("image")
+    if not isinstance(path, str) or not path:
+        raise InputError(f"the prompt {row.get('prompt', '')!r:.80} names no reference picture in its `image`")
+    try:
+        state = Path(path).stat()
+        return _read(path, state.st_mtime_ns, state.st_size)
+    except (OSError, PictureError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"the reference picture {path} cannot be had ({said})") from error
+
+
+@lru_cache(maxsize=_KEPT)
+def _read(path: str, *state: int) -> Images:
+    """Return the picture of a file in a ``state``; nobody may write to it."""
+    picture = read(Path(path).read_bytes()).copy()
+    picture.setflags(write=False)
+    return picture
