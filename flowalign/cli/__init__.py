@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowalign import __version__
+from flowalign.cli.compare_command import COMPARE_EXAMPLES, compare
 from flowalign.cli.doctor_command import doctor
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
@@ -63,6 +64,7 @@ app.command("calibrate-cache")(calibrate_cache)
 
 
 app.command(epilog=examples(EVALUATE_EXAMPLES))(evaluate)
+app.command(epilog=examples(COMPARE_EXAMPLES))(compare)
 app.command()(measure)
 app.command(epilog=examples(SAMPLE_EXAMPLES))(sample)
 app.command()(export)

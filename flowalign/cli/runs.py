@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from flowalign.cli.terminal import finite, plain, print_rows
+from flowalign.cli.terminal import plain, print_rows
 from flowalign.config.alignment import AlignConfig
 from flowalign.intake.resolved import read_resolved, recorded_versions
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
 from flowalign.record.metrics import read_metrics
+from flowalign.record.textfiles import finite
 
 if TYPE_CHECKING:
     from flowalign.measure.evaluate import EvaluationResult
@@ -86,10 +86,12 @@ def say_evaluation(out: Console, result: EvaluationResult) -> None:
     say(text(result.made))
     for note in result.notes:
         say(note)
-    counts, rows = Counter(str(row["tag"]) for row in result.rows), []
+    rows = []
     for key, value in result.metrics.items():
-        error = said_error(key.replace("eval/", "standard_error/", 1), result.standard_errors, 4, counts)
-        rows.append((key, f"{value:.4f}{error}"))
+        name = key.removeprefix("eval/")
+        of = result.num_samples.get(f"num_samples/{name}")
+        error = said_error(f"standard_error/{name}", result.standard_errors, 4, of)
+        rows.append((key, f"{value:.4f}{error}", f"{len(result.rows) if of is None else of} samples"))
     print_rows(out, rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import sys
 import traceback
@@ -18,6 +17,7 @@ from rich.console import Console
 from flowalign import __version__
 from flowalign.record.disk import refusal
 from flowalign.record.progress import PLAIN, Phases
+from flowalign.record.textfiles import finite
 from rewards.printable import printable, printable_lines
 from rewards.usercode.loading import user_line
 
@@ -256,12 +256,3 @@ def print_json(wanted: bool, content: Any) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):  # nobody reads any more
             raise OutputError(f"standard output cannot be written ({error.strerror})") from error
-
-
-def finite(value: Any) -> Any:
-    """Return plain data with None in place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

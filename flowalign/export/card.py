@@ -15,6 +15,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.export.markdown import code, front, text
 from flowalign.flow.guidance import guidance_of
+from flowalign.measure.evaluated import said_error
 from flowalign.models.directory import Directory, family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
@@ -27,7 +28,8 @@ from rewards.printable import printable
 
 Row = Mapping[str, Any]
 MOST_OF_A_CARD = 1_000_000  # bytes
-HOW_MADE = ("eval/num_samples", "eval/skipped_steps")  # of an evaluation, and no scores
+# Of an evaluation, and no scores.
+HOW_MADE = ("eval/num_samples", "eval/num_prompts", "eval/seed", "eval/skipped_steps")
 
 CUSTOM_USE = """from diffusers import DiffusionPipeline
 
@@ -157,7 +159,7 @@ def _body(config: Sampled, state: Row, kind: str, weights: str, before: Row, aft
     made = f"A {what} {code(base, cell=False)} by flowalign with {text(algorithm)}."
     lines = [f"# {text(config.name)}", "", made, "", "## Training", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    lines += _scores(config, weights, before, after, state.get("metrics", {}).get("eval/skipped_steps"))
+    lines += _scores(config, weights, before, after, state.get("metrics", {}))
     own = bool(config.model.inputs) or config.model.family not in (None, "rf")
     family = _public(config)
     optional = () if family is None else family.optional
@@ -270,24 +272,26 @@ def _reward(reward: RewardConfig) -> str:
     return said + (f" ({options})" if options else "")
 
 
-def _scores(config: Sampled, weights: str, before: Row, after: Row, skipped: float | None) -> list[str]:
+def _scores(config: Sampled, weights: str, before: Row, after: Row, metrics: Row) -> list[str]:
+    """Write the scores ``after`` beside those before, with the standard errors that both rows of metrics have."""
     if not after:
         return ["## Scores", "", "This run was not evaluated before the export.", ""]
-    e = config.evaluation
+    e, skipped = config.evaluation, metrics.get("eval/skipped_steps")
     how = f"{e.num_samples} samples of {code(_file_name(e.prompts), cell=False)}, {e.num_steps} Euler steps"
-    how += f", {said_guidance(guidance_facts(e))}"
+    how += f", {said_guidance(guidance_facts(e))}, seed {e.seed}"
     how += "" if skipped is None else f", {skipped:.0%} of the steps skipped"
     lines = [
         "## Scores",
         "",
-        f"{how}, the same seeds before and after.",
+        f"{how}, the same before and after. Behind ± stands the standard error, by prompts.",
         "",
         "| | before | after |",
         "| --- | --- | --- |",
     ]
     for key, value in after.items():
-        old = before.get(key)
-        lines.append(f"| {text(key.removeprefix('eval/'))} | {'–' if old is None else f'{old:.3f}'} | {value:.3f} |")
+        name, old = key.removeprefix("eval/"), before.get(key)
+        first, last = (said_error(f"standard_error/{name}", row, 3) for row in (before, metrics))
+        lines.append(f"| {text(name)} | {'–' if old is None else f'{old:.3f}{first}'} | {value:.3f}{last} |")
     if weights != e.weights:
         lines += ["", f"The scores are those of the run's {e.weights} weights, not of the weights exported here."]
     return [*lines, ""]

@@ -7,7 +7,8 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from flowalign.config.run import RunConfig
 from flowalign.config.sampled import Sampled
 from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.measure.distances import Features, clip_score, compare
-from flowalign.measure.evaluated import by_task, facts, standard_errors
+from flowalign.measure.evaluated import Walked, by_task, counts, facts, judge_facts, standard_errors
 from flowalign.measure.features import FeatureExtractor, batches_of, extract
+from flowalign.measure.kept import KeptEvaluation
 from flowalign.models.textlength import prompt_note
 from flowalign.record.earlier import iteration_of
 from flowalign.samples.joined import cat_scores
@@ -36,8 +38,8 @@ from rewards.models.openclip import OpenClip
 class EvaluationResult:
     """Metrics as in metrics.jsonl, a row a sample in GenEval's results format, images uint8 (N, H, W, 3).
 
-    ``made`` says how many samples of what and how they were made (`evaluated.facts`), ``notes`` what was retried or
-    masked.
+    ``num_samples`` counts the valid samples of each metric, ``made`` says how they were made (`evaluated.facts`),
+    ``notes`` what was retried or masked.
     """
 
     source: Path
@@ -47,6 +49,7 @@ class EvaluationResult:
     rows: list[dict[str, Any]]
     images: Tensor
     standard_errors: dict[str, float] = field(default_factory=dict)
+    num_samples: dict[str, int] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -54,7 +57,8 @@ class EvaluationResult:
     def summary(self) -> dict[str, Any]:
         """The content of metrics.json, as plain data."""
         summary = {"checkpoint": str(self.source), "iteration": self.iteration, "metrics": self.metrics}
-        return summary | {"standard_errors": self.standard_errors, "made": self.made, "notes": self.notes}
+        sure = {"standard_errors": self.standard_errors, "num_samples": self.num_samples}
+        return summary | sure | {"made": self.made, "notes": self.notes}
 
 
 def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -98,55 +102,100 @@ def evaluate_checkpoint(
     base_dir: Path = Path("."),
     progress: Progress = silent,
     keep_images: bool = True,
+    kept: KeptEvaluation | None = None,
 ) -> EvaluationResult:
     """Sample the evaluation prompts and score them; what is not given is as in ``model.config.evaluation``.
 
     ``progress(done, total)`` is called after each chunk. Thousands of large images are gigabytes, which are held only
-    where ``keep_images`` is true. Raises CheckpointError, PromptsError, ModelError or
-    ScorerError.
+    where ``keep_images`` is true. With ``kept`` each chunk is written there, and what it holds is not made again, nor
+    in the result's images. Raises CheckpointError, PromptsError, ModelError or ScorerError.
     """
     config, own = model.config, model.config.evaluation
     source = prompts or own.prompts
     batch = model.arranged(evaluation_batch(source, num_samples or own.num_samples))
+    ends = accumulate(map(len, batch.chunks(config.rollout.chunk_size)))
+    rows = [] if kept is None else kept.whole_chunks(list(ends))
+    there, rest, made = len(rows), batch.take(range(len(rows), len(batch))), list[Judged]()
     with torch_threads(config.threads):
-        scorers = load_scorers(config.evaluation.judges, base_dir, offers=EVALUATION)
-        with model.opened(batch) as (policy, state, plan):
-            parts, walked, rows, seconds = [], [], [], 0.0
-            for (pictures, trajectories), took in timed(roll(policy, batch, plan, config, model.seed, progress)):
-                parts.append((pictures.images if keep_images else pictures.images[:0], scored(scorers, pictures)))
-                names = [f"{number:05d}.png" for number in pictures.batch.sample_ids]
-                rows += result_rows(scorers[0], pictures, parts[-1][1], names)
-                walked.append(trajectories)
-                seconds += took
-    scores = cat_scores([part for _, part in parts])
-    there = len({row["prompt"] for row in load_prompts(source)})
+        scorers = load_scorers(own.judges, base_dir, offers=EVALUATION)
+        with model.opened(rest) as (policy, state, plan):
+            chunks = roll(policy, rest, plan, config, model.seed, lambda done, _: progress(there + done, len(batch)))
+            for part in judged(scorers, chunks):
+                rows += part.rows
+                if kept is not None:
+                    kept.add(part.images, part.rows)
+                made.append(part if keep_images else replace(part, images=part.images[:0]))
+    scores = scores_of(rows) if there else cat_scores([part.scores for part in made])
     return EvaluationResult(
         model.path,
         model.which,
         iteration_of(state),
         evaluation_metrics(scores, batch.metadata),
         rows,
-        torch.cat([images for images, _ in parts]),
-        standard_errors(scores, batch.metadata),
-        facts(batch.prompts, source, there, model.sampling, model.seed, model.which, walked, seconds),
-        _notes(config, batch, scores),
+        torch.cat([part.images for part in made]) if made else torch.empty(0),
+        standard_errors(scores, batch.metadata, batch.prompts),
+        counts(scores, batch.metadata),
+        _facts(model, batch, source, made),
+        _notes(config, batch, [part.scores for part in made]),
     )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A chunk of an evaluation: images uint8 (N, H, W, 3), their scores and rows, and the seconds of sampling them."""
+
+    images: Tensor
+    scores: Scores
+    rows: list[dict[str, Any]]
+    walked: Walked
+    seconds: float
+
+
+def judged(scorers: Sequence[NamedScorer], chunks: Iterator[Samples]) -> Iterator[Judged]:
+    """Score chunks as they come; the first scorer explains its verdicts in the rows."""
+    for (pictures, trajectories), seconds in timed(chunks):
+        scores, names = scored(scorers, pictures), [f"{number:05d}.png" for number in pictures.batch.sample_ids]
+        rows = result_rows(scorers[0], pictures, scores, names)
+        yield Judged(pictures.images, scores, rows, Walked(trajectories.computed, trajectories.reused), seconds)
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    """Return the scores in rows of results.jsonl, as they were given; why some are missing is not in there."""
+    values = {
+        name: torch.tensor([math.nan if (own := row["scores"].get(name)) is None else own for row in rows])
+        for name in dict.fromkeys(name for row in rows for name in row["scores"])
+    }
+    applies = {name: torch.tensor([name in row["scores"] for row in rows]) for name in values}
+    total = next(iter(values.values()))
+    return Scores(values, total, total.isfinite(), applies={k: own for k, own in applies.items() if not own.all()})
 
 
 def scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
     """Return the scores of pictures, of which the first scorer's is the total."""
-    judged = []
+    answers = []
     for scorer in scorers:
         with scorer.apart:
-            judged.append(score_images(scorer, question(pictures)))
-    return merge(judged, {scorers[0].name: 1.0})
+            answers.append(score_images(scorer, question(pictures)))
+    return merge(answers, {scorers[0].name: 1.0})
 
 
-def _notes(config: Sampled, batch: PromptBatch, scores: Scores) -> tuple[str, ...]:
-    """Return notes on how many prompts the text encoders cut, and what was retried or masked."""
+def _facts(model: SampledModel, batch: PromptBatch, source: str, made: Sequence[Judged]) -> dict[str, Any]:
+    """Return `facts`, with those of the images and the scorers; the speed is that of the chunks ``made`` now."""
+    there, negative = len({row["prompt"] for row in load_prompts(source)}), model.config.model.negative_prompt
+    seconds, walked = sum(part.seconds for part in made), [part.walked for part in made]
+    said = facts(batch.prompts, source, there, model.sampling, model.seed, model.which, walked, seconds)
+    said["images_per_s"] = round(sum(len(part.rows) for part in made) / max(seconds, 1e-9), 3)
+    said |= {} if negative is None else {"negative_prompt": negative}
+    said |= {"size": list(made[0].images.shape[1:3])} if made else {}
+    return said | {"judges": [judge_facts(judge) for judge in model.config.evaluation.judges]}
+
+
+def _notes(config: Sampled, batch: PromptBatch, made: Sequence[Scores]) -> tuple[str, ...]:
+    """Return notes on how many prompts the text encoders cut, and what was retried or masked in the chunks ``made``."""
     cut = prompt_note(config.model, batch.prompts)
     said = [f"of the prompts {cut}"] if cut else []
-    return (*said, *(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()))
+    found = faults(cat_scores(made)) if made else {}
+    return (*said, *(f"reward {name}: {why}" for name, (_, why) in found.items()))
 
 
 def timed(chunks: Iterator[Samples]) -> Iterator[tuple[Samples, float]]:
@@ -168,9 +217,12 @@ def result_rows(named: NamedScorer, pictures: Pictures, scores: Scores, names: S
     """Return GenEval's results rows of files with these ``names``; verdict and reason come from the scorer where it can
     explain itself.
 
-    Of samples that it is not for, by their tasks, it is not asked.
+    Of samples that it is not for, by their tasks, it is not asked. ``scores`` of a row has all that apply to its task,
+    null where one was masked.
     """
     batch, values = pictures.batch, scores.by_reward[named.name].tolist()
+    every = {name: own.tolist() for name, own in scores.by_reward.items()}
+    applies = {name: own.tolist() for name, own in scores.applies.items()}
     metadata = [dict(row) for row in batch.metadata]
     verdicts: list[Any] = [None] * len(batch)
     with named.apart, blamed(named.name, " while it explained its scores"):
@@ -187,9 +239,13 @@ def result_rows(named: NamedScorer, pictures: Pictures, scores: Scores, names: S
         if verdict is not None:
             boxes = {name: [[*o["box"], o["score"]] for o in found] for name, found in verdict.objects.items() if found}
             row |= {"correct": bool(verdict.correct), "reason": verdict.reason, "details": json.dumps(boxes)}
-        score = values[i] if math.isfinite(values[i]) else None
-        rows.append({**row, "metadata": json.dumps(metadata[i]), "score": score})
+        own = {name: _finite(found[i]) for name, found in every.items() if name not in applies or applies[name][i]}
+        rows.append({**row, "metadata": json.dumps(metadata[i]), "score": _finite(values[i]), "scores": own})
     return rows
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ import torch
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.measure.evaluate import EvaluationResult, evaluation_metrics, result_rows, scored
-from flowalign.measure.evaluated import standard_errors
+from flowalign.measure.evaluated import counts, judge_facts, standard_errors
 from flowalign.measure.imagefolder import batches_of_one_size, image_files, own_prompts, pixels, prompt_rows, sizes_of
 from flowalign.record.textfiles import TextError, read_rows
 from flowalign.samples.joined import cat_scores
@@ -99,8 +99,9 @@ def evaluate_folder(
         evaluation_metrics(scores, judged),
         [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])],
         torch.zeros(0),
-        standard_errors(scores, judged),
-        made,
+        standard_errors(scores, judged, [texts[i] for i in order]),
+        counts(scores, judged),
+        made | {"judges": [judge_facts(judge) for judge in judges]},
         tuple(f"reward {name}: {why}" for name, (_, why) in faults(scores).items()),
     )
 

@@ -64,6 +64,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def inside(path: Path, folder: Path) -> bool:
+    """Tell whether ``path`` is a file that lies in ``folder``, wherever its links lead."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # of a name that no file can have
+        return False
+
+
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
@@ -236,6 +244,15 @@ def kind_of(value: Any) -> str:
         dict: "a mapping",
     }
     return kinds.get(type(value), type(value).__name__)
+
+
+def finite(value: Any) -> Any:
+    """Return plain data with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

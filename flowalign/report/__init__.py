@@ -14,10 +14,10 @@ from flowalign.record.accepted import changes_of
 from flowalign.record.checkpoint import CheckpointError, latest
 from flowalign.record.disk import write_text
 from flowalign.record.metrics import read_damaged
+from flowalign.record.textfiles import inside
 from flowalign.report import alignment, training
 from flowalign.report.metrics import read_rows
 from flowalign.report.page import template
-from flowalign.report.samples import inside
 
 
 def write_report(run_dir: Path, config: AlignConfig | PretrainConfig, versions: Mapping[str, str]) -> Path:

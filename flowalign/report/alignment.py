@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,12 @@ def trained_reward(config: AlignConfig, trained: Sequence[Row]) -> dict[str, Any
     count = min(WINDOW, len(values) // 2)
     if not count:
         return {"name": name, "before": None, "after": values[0], "gain": None, "over": "one iteration"}
-    before, after = (sum(part) / count for part in (values[:count], values[-count:]))
-    over = "first and last iteration" if count == 1 else f"means of the first and last {count} iterations"
+    parts = values[:count], values[-count:]
+    before, after = (sum(part) / count for part in parts)
+    over = "first and last iteration"
+    if count > 1:  # iterations draw prompts of their own, so that their means are independent
+        errors = " and ".join(f"± {statistics.stdev(part) / math.sqrt(count):.3f}" for part in parts)
+        over = f"means of the first and last {count} iterations, {errors}"
     return {"name": name, "before": before, "after": after, "gain": after - before, "over": over}
 
 
@@ -243,7 +249,9 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
         **({"Task weights": weights} if weights and not pairs else {}),
         **({"Curriculum": f"{by.score} of {by.threshold:g} or more passes, floor {by.floor:g}"} if by else {}),
-        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}" if e.every else "none",
+        "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}, seed {e.seed}"
+        if e.every
+        else "none",
         "Seed": str(config.seed),
         "Backend": f"{config.cluster.backend}, {config.learner.engine} learner on {config.cluster.device}",
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flowalign.config.sections import RewardConfig
+from flowalign.measure.evaluated import said_error
 from flowalign.report import figures
 from flowalign.report.metrics import Row, finite, iterations
 from flowalign.report.page import Change, Chart, Scores, number, signed
@@ -36,21 +37,31 @@ class Evaluations:
         """Return the main score alone."""
         if not self.rows:
             return Change(f"{self.label}, overall", None, None, said="not evaluated")
-        made = self._change(evaluated(self.main, self.rows, self._judge)[0], "", later)
+        score = evaluated(self.main, self.rows, self._judge)[0]
+        made = self._change(score | {"before_error": "", "after_error": ""}, "", later)
         both = ": before → after" if made.before is not None else ""
-        said = made.said or self.since()
+        errors = " and".join(own for own in (score["before_error"], score["after_error"]) if own).strip()
+        said = "; ".join(filter(None, [errors, made.said, self.since()]))
         return Change(f"{self.label}, overall{both}", made.before, made.after, made.gain, made.good, said)
 
     def since(self) -> str:
-        """Say after how many iterations the last score was taken; nothing where it was the only one."""
-        return f"after {self.rows[-1]['iteration']} iterations, same seeds" if len(self.rows) > 1 else ""
+        """Say after how many iterations the last score was taken, where it was not the only one, and of what: samples,
+        prompts and seed, where the run wrote them down."""
+        if not self.rows:
+            return ""
+        last = self.rows[-1]
+        after = f"after {last['iteration']} iterations, same seeds" if len(self.rows) > 1 else ""
+        count, prompts, seed = (finite(last.get(f"eval/{key}")) for key in ("num_samples", "num_prompts", "seed"))
+        of = "" if count is None else f"{count:.0f} samples" + ("" if prompts is None else f" of {prompts:.0f} prompts")
+        return ", ".join(filter(None, [after, of, "" if seed is None else f"seed {seed:.0f}"]))
 
     def _change(self, score: dict[str, Any], name: str, later: str) -> Change:
         before, after, gain = (score[key] for key in ("before", "after", "gain"))
+        first, last = number(before) + score["before_error"], number(after) + score["after_error"]
         if len(self.rows) == 1:
             only = f"at iteration {self.rows[0]['iteration']}; no later evaluation{later}"
-            return Change(name, None, number(before), said=only)
-        return Change(name, number(before), number(after), "" if gain is None else signed(gain), (gain or 0) >= 0)
+            return Change(name, None, first, said=only)
+        return Change(name, first, last, "" if gain is None else signed(gain), (gain or 0) >= 0)
 
     def chart(self, *, wide: bool = False) -> Chart:
         """Return the curves of the main score by task."""
@@ -72,6 +83,9 @@ class Evaluations:
         later = f"against iteration {self.rows[-1]['iteration']}, same prompts, same seeds"
         span = f"Iteration {self.rows[0]['iteration']} {later if len(self.rows) > 1 else 'only'}"
         note = f"{f'{how}. ' if how else ''}{span}. Overall is the mean over the tasks."
+        if any(row["after_error"] or row["before_error"] for row in self._table()):
+            counted = any(row["samples"] for row in self._table())  # an older version took samples for independent
+            note += f" Behind ± stands the standard error{', by prompts' if counted else ''}."
         return Scores(f"{self.label} before and after", note, self._table())
 
     def _table(self) -> list[dict[str, Any]]:
@@ -81,7 +95,7 @@ class Evaluations:
         held = {key.removeprefix(prefix) for row in self.rows for key in row if key.startswith(prefix)}
         tasks = [task for task in TASKS if task in held] + sorted(held - {*TASKS, "overall"})
         shown = [(task.replace("_", " "), prefix + task) for task in [*tasks, "overall"]]
-        return [{"task": task, "key": key, **_ends(self.rows, key)} for task, key in shown]
+        return [{"task": task, "key": key, **_ends(self.rows, key, 3)} for task, key in shown]
 
 
 def main_score(rows: Iterable[Row], judge: RewardConfig | None, rewards: Iterable[RewardConfig] = ()) -> str:
@@ -103,7 +117,7 @@ def evaluated(main: str, rows: Sequence[Row], judge: RewardConfig | None) -> lis
     It is empty without an evaluation.
     """
     names = sorted(_held(rows), key=lambda name: (name != main, name))
-    return [{"name": named(name, judge), **_ends(rows, f"eval/{name}/overall")} for name in names]
+    return [{"name": named(name, judge), **_ends(rows, f"eval/{name}/overall", 2)} for name in names]
 
 
 def named(score: str, judge: RewardConfig | None) -> str:
@@ -121,11 +135,20 @@ def geneval_mode(reward: RewardConfig) -> str:
     return str(reward.options.get("mode", "partial"))
 
 
-def _ends(rows: Sequence[Row], key: str) -> dict[str, float | None]:
-    """Return the value of the first and of the last row, and their difference."""
-    before = finite(rows[0].get(key))
+def _ends(rows: Sequence[Row], key: str, digits: int) -> dict[str, Any]:
+    """Return the value of the first and of the last row, what stands behind each as its error, their difference, and
+    the samples of the last."""
+    before, name = finite(rows[0].get(key)), key.removeprefix("eval/")
     after = finite(rows[-1].get(key)) if len(rows) > 1 else None
-    return {"before": before, "after": after, "gain": None if before is None or after is None else after - before}
+    errors = [said_error(f"standard_error/{name}", row, digits) for row in (rows[0], rows[-1])]
+    return {
+        "before": before,
+        "after": after,
+        "gain": None if before is None or after is None else after - before,
+        "before_error": "" if before is None else errors[0],
+        "after_error": "" if after is None else errors[1],
+        "samples": finite(rows[-1].get(f"num_samples/{name}")),
+    }
 
 
 def _held(rows: Iterable[Row]) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.record.metrics import read_metrics
-from flowalign.report.samples import inside
+from flowalign.record.textfiles import inside
 
 Row = Mapping[str, Any]
 MOST_ITERATIONS = 10**12

@@ -124,17 +124,18 @@ def small_curves(rows: Sequence[Row], titles: Mapping[str, tuple[str, str]]) -> 
     return shown
 
 
-def template() -> Template:
-    """Return the page's template, which marks no text from outside as safe.
+def template(name: str = "template.html") -> Template:
+    """Return a page's template, which marks no text from outside as safe.
 
     `_shown` writes out what is invisible or turns it around.
     """
-    from jinja2 import Environment
+    from jinja2 import Environment, FunctionLoader
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
+    files = resources.files("flowalign.report")
+    loader = FunctionLoader(lambda file: files.joinpath(file).read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown, loader=loader)
     environment.filters |= {"number": number, "signed": signed}
-    page = resources.files("flowalign.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(page)
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:

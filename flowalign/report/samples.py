@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.record.textfiles import TextError, is_there, read_json
+from flowalign.record.textfiles import TextError, inside, is_there, read_json
 from rewards.interface import ScorerError
 
 THUMBNAIL = 256
@@ -103,14 +103,6 @@ def read_gallery(run_dir: Path, metric: str, between: int = 0) -> Gallery | None
     return Gallery(first, last, pairs, pixelated, pictures.left_out(), tuple(middle))
 
 
-def inside(path: Path, run_dir: Path) -> bool:
-    """Tell whether ``path`` is a file that lies in the run, wherever its links lead."""
-    try:
-        return path.is_file() and path.resolve().is_relative_to(run_dir.resolve())
-    except (OSError, ValueError):  # of a name that no file can have
-        return False
-
-
 class _Pictures:
     """The pictures of a run's samples: those that may be shown, and those that may not."""
 
@@ -148,25 +140,37 @@ class _Pictures:
         return f"Left out of what the index names: {' and '.join(said)}." if said else ""
 
     def _shown(self, file: Path, row: dict[str, Any]) -> Shown:
-        from PIL import Image
-
-        from rewards.pictures import look, read
-
-        data, kind = file.read_bytes(), "png"
-        head = look(data)
-        self.side = max(self.side, head.height, head.width)
-        if max(head.height, head.width) > THUMBNAIL:
-            small = Image.fromarray(read(data))
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=88)
-            data, kind = buffer.getvalue(), "jpeg"
+        uri, side = picture_uri(file.read_bytes())
+        self.side = max(self.side, side)
         scores = row.get("scores")
-        score = scores.get(self._metric) if isinstance(scores, dict) else None
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf:
-            score = None
-        right = bool(score) if score in (0, 1) else None
-        return Shown(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", score, right)
+        return shown(uri, scores.get(self._metric) if isinstance(scores, dict) else None)
+
+
+def picture_uri(data: bytes) -> tuple[str, int]:
+    """Return a picture as a data URI, made smaller where it is large, and its longer side.
+
+    Raise ScorerError where it cannot be read.
+    """
+    from PIL import Image
+
+    from rewards.pictures import look, read
+
+    head, kind = look(data), "png"
+    side = max(head.height, head.width)
+    if side > THUMBNAIL:
+        small = Image.fromarray(read(data))
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=88)
+        data, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", side
+
+
+def shown(uri: str, score: Any) -> Shown:
+    """Return a picture with its score; one that is no finite number is none."""
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf:
+        score = None
+    return Shown(uri, score, bool(score) if score in (0, 1) else None)
 
 
 def _is_row(row: Any) -> bool:

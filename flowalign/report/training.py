@@ -217,5 +217,5 @@ def _validation(own: ValidationConfig) -> str:
 def _evaluation(config: PretrainConfig) -> str:
     own = config.evaluation
     prompts = "captions of the latents" if own.prompts is None else own.prompts
-    how = f"{own.num_steps} steps, {said_guidance(guidance_facts(own))}"
+    how = f"{own.num_steps} steps, {said_guidance(guidance_facts(own))}, seed {own.seed}"
     return f"{own.num_samples} samples of {prompts}, every {own.every} iterations, {how}" if own.every else ""

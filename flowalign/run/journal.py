@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flowalign.config.run import RunConfig
 from flowalign.measure.evaluate import best_metric, evaluation_metrics
-from flowalign.measure.evaluated import said_error, skipped, standard_errors
+from flowalign.measure.evaluated import counts, said_error, skipped, standard_errors
 from flowalign.record.checkpoint import BUFFERS, steps
 from flowalign.record.checkpointwriter import CheckpointWriter
 from flowalign.record.disk import on_disk, swept, writing
@@ -220,8 +220,9 @@ class RunJournal:
     def evaluation(self, iteration: int, collected: Collected, seconds: float) -> dict[str, float]:
         """Return the metrics of an evaluation that took ``seconds``; its images go to ``samples/iteration_<n>``."""
         self._lock.check()
-        metadata = collected.batch.metadata
-        metrics, errors = evaluation_metrics(collected.scores, metadata), standard_errors(collected.scores, metadata)
+        metadata, prompts = collected.batch.metadata, collected.batch.prompts
+        metrics = evaluation_metrics(collected.scores, metadata)
+        errors = standard_errors(collected.scores, metadata, prompts)
         self.say_faults(f"the evaluation at iteration {iteration}", collected.scores)
         samples = samples_of(self.run_dir, iteration)
         _write_samples(samples, collected)
@@ -229,14 +230,16 @@ class RunJournal:
         overall = {key.split("/")[1]: value for key, value in metrics.items() if key.endswith("/overall")}
         spread = {name: said_error(f"standard_error/{name}/overall", errors, 3) for name in overall}
         said = ", ".join(f"{name} {value:.3f}{spread[name]}" for name, value in overall.items())
-        metrics |= errors | {"eval/num_samples": float(len(collected.batch)), "time/evaluation_s": seconds}
+        metrics |= errors | counts(collected.scores, metadata)
+        metrics |= {"eval/num_samples": float(len(prompts)), "eval/num_prompts": float(len(set(prompts)))}
+        metrics |= {"eval/seed": self.config.evaluation.seed, "time/evaluation_s": seconds}
         cached = ""
         if collected.preview.computed:
             metrics["eval/skipped_steps"] = skipped([collected.preview])
             cached = f", {metrics['eval/skipped_steps']:.0%} of the steps skipped"
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
-        made = f"{len(collected.batch)} samples of {len(set(collected.batch.prompts))} prompts{cached}"
+        made = f"{len(prompts)} samples of {len(set(prompts))} prompts, seed {self.config.evaluation.seed}{cached}"
         found = f"{said} over {made}" if said else f"{made} in {samples}"
         self._progress.say(f"evaluation at iteration {iteration}: {found}; {duration(seconds)}")
         if self._best.startswith("eval/"):

@@ -272,12 +272,13 @@ def test_a_card_says_of_rewards_what_is_trained_on_alone(base: Path, tmp_path: P
 
 
 def test_what_an_evaluation_was_made_of_is_no_score_of_a_card(base: Path, tmp_path: Path) -> None:
-    made = {"eval/num_samples": 24.0, "eval/skipped_steps": 0.25}
-    state = {"iteration": 1, "metrics": {"eval/geneval/overall": 0.5, **made}}
+    made = {"eval/num_samples": 24.0, "eval/num_prompts": 20.0, "eval/seed": 1234, "eval/skipped_steps": 0.25}
+    error = {"standard_error/geneval/overall": 0.0321}
+    state = {"iteration": 1, "metrics": {"eval/geneval/overall": 0.5, **error, **made}}
     write_card(tmp_path, run_config(base), state, kind="pipeline", run_dir=tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "| geneval/overall | – | 0.500 |" in text and not {key for key in made if f"| {key[5:]} |" in text}
-    assert ", 25% of the steps skipped, the same seeds before and after." in text
+    assert "| geneval/overall | – | 0.500 ± 0.032 |" in text and not {key for key in made if f"| {key[5:]} |" in text}
+    assert ", seed 1234, 25% of the steps skipped, the same before and after." in text
     write_card(tmp_path, run_config(base), {"iteration": 1, "metrics": made}, kind="pipeline", run_dir=tmp_path)
     assert "This run was not evaluated before the export." in (tmp_path / "README.md").read_text()
 

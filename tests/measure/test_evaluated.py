@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.config.sections import CacheConfig, SamplingConfig
-from flowalign.measure.evaluated import facts, made_with, said_error, skipped, standard_errors, text
+from flowalign.measure.evaluated import counts, facts, made_with, said_error, skipped, standard_errors, text
 from flowalign.types import Scores, Trajectories
 from tests.tiny import write_pipeline
 
@@ -53,10 +53,18 @@ def test_masked_samples_do_not_count_in_the_error():
     assert standard_errors(whole, [{}] * 2) == standard_errors(masked, [{}] * 3)
 
 
+def test_samples_of_one_prompt_count_together_and_valid_ones_are_counted():
+    own, metadata = scores(a=[1.0, 1.0, 0.0, 0.0, NAN, 1.0]), [{"tag": "x"}] * 4 + [{"tag": "y"}] * 2
+    apart = standard_errors(own, metadata)["standard_error/a/x"]
+    together = standard_errors(own, metadata, ["p", "p", "q", "q", "p", "r"])["standard_error/a/x"]
+    assert (apart, together) == pytest.approx((math.sqrt(1 / 3) / 2, 0.5))
+    assert counts(own, metadata) == {"num_samples/a/overall": 5, "num_samples/a/x": 4, "num_samples/a/y": 1}
+
+
 def test_samples_that_are_all_alike_are_said_to_be_so_and_not_to_be_certain():
     own = scores(a=[1, 1, 1, 1, 0, 1, 0, 0], b=[1, 1, 1, 1, 0, 0, 0, 0], c=[0, 1, 0, 1, 0, 1, 0, 1])
     found = standard_errors(own, [{"tag": "x"}] * 4 + [{"tag": "y"}] * 4)
-    keys = {key.removeprefix("standard_error/"): said_error(key, found, 4, {"x": 4, "y": 4}) for key in found}
+    keys = {key.removeprefix("standard_error/"): said_error(key, found, 4, 4) for key in found}
     assert keys == {
         "a/x": " (all alike, of 4)",
         "a/y": " ± 0.2500",
@@ -119,10 +127,11 @@ def test_evaluate_says_and_writes_how_it_was_made(tmp_path: Path, monkeypatch: p
         made = summary["made"]
         assert made["num_samples"] == made["num_prompts"] == 8 and made["prompts_there"] > 8
         assert (made["num_steps"], made["seed"], made["weights"]) == (2, 3, "model") and made["images_per_s"] > 0
-        assert summary["metrics"].keys() == {
-            key.replace("standard_error", "eval") for key in summary["standard_errors"]
-        }
+        for beside, head in (("standard_errors", "standard_error"), ("num_samples", "num_samples")):
+            assert summary["metrics"].keys() == {key.replace(head, "eval") for key in summary[beside]}
+        assert made["judges"][0]["name"] == "geneval" and made["size"] == [64, 64]
     said = done.stderr.splitlines()
+    assert sum(line.startswith("eval/geneval/") and line.endswith(" samples") for line in said) == 7
     assert (
         said[0].startswith("8 samples of 8 of ") and "2 steps of euler, guidance 1, seed 3, weights: model" in said[0]
     )

@@ -112,6 +112,23 @@ def test_the_headline_is_the_evaluation_before_and_after(finished: Page) -> None
     assert "finished" in finished.text
 
 
+def test_scores_have_their_errors_counts_and_seed_beside_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    writer = MetricsWriter(run, "tiny", config().logging)
+    for number, value in ((0, 0.25), (20, 0.5)):
+        row = evaluation(value) | {"standard_error/geneval/overall": value / 9.9, "num_samples/geneval/overall": 600}
+        row |= {"standard_error/geneval/colors": 0.0, "num_samples/geneval/colors": 100, "eval/seed": 1234}
+        row |= iteration(number) if number else {}
+        writer.write(number, row | {"eval/num_samples": 600, "eval/num_prompts": 187}, wall_s=1.0)
+    writer.close()
+    page = report(run)
+    assert "GenEval, official, evaluated 0.25 ± 0.03 or more → 0.50 ± 0.05 or more +0.25" in page.text
+    assert "after 20 iterations, same seeds, 600 samples of 187 prompts, seed 1234" in page.text
+    assert "task before after difference samples" in page.text
+    assert "colors 0.250 (all alike) 0.500 (all alike) +0.250 100" in page.text
+    assert "overall 0.250 ± 0.025 or more 0.500 ± 0.051 or more +0.250 600" in page.text
+
+
 def test_images_and_wall_time_are_stated(finished: Page) -> None:
     assert "960 images made and scored 1 min 25 s wall time 10.0 images per second" in finished.text
 

@@ -134,7 +134,10 @@ def test_it_shows_the_images_and_scores_that_the_run_has_made_on_the_way(ended: 
     run, _ = ended
     made, rows = Page(run / "report.html"), {row["iteration"]: row for row in read_metrics(run / "metrics.jsonl")}
     first, last = rows[0]["eval/jpeg/overall"], rows[40]["eval/jpeg/overall"]
-    assert f"jpeg, evaluated {first:.2f} → {last:.2f}" in made.text and f"overall {first:.3f} {last:.3f}" in made.text
+    errors = [rows[step]["standard_error/jpeg/overall"] for step in (0, 40)]
+    assert f"jpeg, evaluated {first:.2f} ± {errors[0]:.2f} → {last:.2f} ± {errors[1]:.2f}" in made.text
+    assert f"overall {first:.3f} ± {errors[0]:.3f} {last:.3f} ± {errors[1]:.3f}" in made.text
+    assert "2 samples of 2 prompts, seed 7" in made.text and rows[0]["num_samples/jpeg/overall"] == 2
     assert "From left to right iterations 0, 20 and 40" in made.text and made.counts["img"] == 6
     index = json.loads((run / "samples" / "iteration_000020" / "index.json").read_text())
     assert all(f"20 {row['scores']['jpeg']:.3f}" in made.text and row["prompt"] in made.text for row in index)

@@ -1,0 +1,155 @@
+"""``compare``: two models or more on the same prompts and noises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowalign.cli.options import Json, NumSamples, Weights, model_directory, storable
+from flowalign.cli.sampling import Sampling, takes_sampling
+from flowalign.cli.terminal import console as make_console
+from flowalign.cli.terminal import plain, print_json, print_sections, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flowalign.making.comparison import Made
+    from flowalign.measure.compared import Row
+    from flowalign.samples.sampled import SampledModel
+
+
+COMPARE_EXAMPLES = (
+    "flowalign compare shapes runs/aligned",
+    "flowalign compare runs/a runs/b runs/c --num-samples 600 --out which --json",
+)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas."""
+    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+@takes_sampling
+def compare(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="runs, checkpoints, pipelines, shapes, or folders of evaluate --out; the others against the first",
+            parser=model_directory,
+        ),
+    ],
+    sampling: Sampling,
+    num_samples: NumSamples = None,
+    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
+    weights: Weights = None,
+    metrics: Annotated[
+        Any, typer.Option(metavar="NAMES", help="scores, with commas; default: all", parser=names)
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, max=1000, help="of those that changed most")] = 24,
+    out: Annotated[Path, typer.Option(help="directory for samples, comparison.json and comparison.html")] = Path(
+        "comparison"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Compare models on the same prompts and noises: wins, losses, and how large the difference can be.
+
+    They are sampled and judged as the first run among them evaluates. What was interrupted goes on where it was.
+    """
+    from flowalign.measure.compared import NotComparable
+    from flowalign.record.outputs import check_out
+
+    if len(sources) < 2:
+        raise NotComparable("there is one model alone; name two or more: the others are compared with the first")
+    check_out("--out", out)
+    from flowalign.making.comparison import compare as compare_sources
+    from flowalign.making.comparison import labels_of
+
+    console = make_console(as_json)
+    models = models_of(sources, sampling, num_samples, prompts, seed, weights)
+
+    def told(text: str) -> Any:
+        plain(console)(text)
+        return progress(console, "samples")
+
+    try:
+        made = compare_sources(
+            list(zip(labels_of(sources), models, strict=True)),
+            out,
+            num_samples=num_samples,
+            prompts=prompts,
+            metrics=metrics or (),
+            pictures=pictures,
+            told=told,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it was") from None
+    say_comparison(console, made)
+    print_json(as_json, made.content)
+
+
+def models_of(
+    sources: Sequence[Path],
+    sampling: Sampling,
+    num_samples: int | None,
+    prompts: str | None,
+    seed: int | None,
+    weights: str | None,
+) -> list[Path | SampledModel]:
+    """Return each source as it is sampled, or the folder of an evaluation as it is."""
+    from flowalign.intake.suite import asked_evaluation
+    from flowalign.making.comparison import evaluated_alike
+    from flowalign.measure.kept import is_evaluation
+    from flowalign.models.directory import is_pipeline
+
+    sampled = [source for source in sources if not is_evaluation(source)]
+    if not sampled:
+        return list(sources)
+    runs = [source for source in sampled if not is_pipeline(source)]
+    own = sampling if runs else replace(sampling, model=None)
+    question, _ = asked_evaluation(own.config_of((runs or sampled)[0]), False, None, prompts, num_samples)
+    found: dict[Path, SampledModel] = {}
+    for source in sampled:
+        pipeline = is_pipeline(source)
+        of_all = dict.fromkeys(("config", "size", "device", "batch", "cache"))  # which the question has
+        recorded = replace(sampling, **of_all, model=None if pipeline else sampling.model)
+        alike = evaluated_alike(recorded.config_of(source), question, pipeline=pipeline)
+        which = None if pipeline else weights
+        found[source] = sampling.model_of(source, alike, weights=which, seed=seed)
+    return [found.get(source, source) for source in sources]
+
+
+def say_comparison(out: Console, made: Made) -> None:
+    """Print a table of each model and score against the first, and where the page is."""
+    from flowalign.report.comparison import explained, how_made, same_pictures_said
+
+    say, own = plain(out), made.comparison
+    first = own.models[0]
+    for line in (how_made(own), *made.notes, *same_pictures_said(own, made.same), explained(own)):
+        say(line)
+    say("")
+    sections = []
+    for found in own.found:
+        title = f"{found.label} against {first.label}, {found.metric}: {found.overall.difference.verdict}"
+        head = ("task", first.label, found.label, "difference", "interval", "won", "lost", "tied")
+        sections.append((title, [head, *map(_cells, found.rows)]))
+    print_sections(out, sections)
+    say("")
+    for one in made.changed[:5]:
+        scores = " → ".join("none" if score is None else f"{score:.4g}" for score in one.scores)
+        say(f"changed: {one.file} {scores}  {one.prompt}")
+    say(f"page: {made.page}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    from flowalign.report.comparison import interval
+    from flowalign.report.page import number, signed
+
+    counts = tuple(str(count) for count in (row.won, row.lost, row.tied))
+    values = number(row.before, 4), number(row.after, 4), signed(row.difference.value, 4)
+    return (row.task, *values, interval(row, 4), *counts)
