@@ -29,8 +29,8 @@ class ImagerewardScorer(Batched):
 
     ``path`` is a directory with the published ``ImageReward.pt`` (or the same as ``model.safetensors``) and
     ``med_config.json``; ``processor``, the directory of ``bert-base-uncased`` where its ``vocab.txt`` or
-    ``tokenizer.json`` is not in ``path``. The centre square of an image is seen, resized by PIL. A prompt is cut after 33 word
-    pieces.
+    ``tokenizer.json`` is not in ``path``. The centre square of an image is seen, resized by PIL. A prompt is cut after
+    33 word pieces.
     """
 
     name = "imagereward"
