@@ -15,6 +15,7 @@ from flowalign.cli.exits import ExitCode
 from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
+from flowalign.record.cycles import importing
 
 
 def align(
@@ -36,9 +37,10 @@ def align(
     console = make_console(as_json)
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
-        from flowalign.cli.runs import report_of, say_profile, stop_of
-        from flowalign.intake.file import load_align
-        from flowalign.intake.run_directory import accepted_of, begin_run
+        with importing():
+            from flowalign.cli.runs import report_of, say_profile, stop_of
+            from flowalign.intake.file import load_align
+            from flowalign.intake.run_directory import accepted_of, begin_run
 
         loaded = load_align(config, [*(overrides or ()), *(["logging.profile=true"] if profile else ())])
         _say_configured(loaded, console)
@@ -91,9 +93,10 @@ def _train(
     console = make_console(as_json)
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases) as stop:
-        from flowalign.cli.runs import report_of
-        from flowalign.intake.file import load_pretrain
-        from flowalign.intake.run_directory import accepted_of, begin_run
+        with importing():
+            from flowalign.cli.runs import report_of
+            from flowalign.intake.file import load_pretrain
+            from flowalign.intake.run_directory import accepted_of, begin_run
 
         loaded = load_pretrain(config, overrides, command=command)
         if first:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +16,8 @@ from flowalign.models.encoders import Encoders
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily
 from flowalign.models.network import Network
+from flowalign.record.cycles import importing
 from flowalign.record.libraries import UNREAD_INPUTS, silence
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Search for no cycles meanwhile: imports make a million objects that stay, and each search walks over all of them.
-
-    A process that loads its first pipeline is so ready in four fifths of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
@@ -96,7 +81,6 @@ def transformer_of(family: ModelFamily) -> Any:
     return getattr(diffusers, family.network)
 
 
-@uncollected()
 def load_network(family: ModelFamily, directory: Path, *, dtype: torch.dtype = torch.float32) -> Network:
     """Load the network of a pipeline directory, on the CPU; its other parts are not read.
 
@@ -106,8 +90,10 @@ def load_network(family: ModelFamily, directory: Path, *, dtype: torch.dtype = t
     check_directory(family, directory)
     own = Directory(family, directory)
     silence(UNREAD_INPUTS)
+    with importing():
+        kind = transformer_of(family)
     with _telling(directory):
-        module: Any = transformer_of(family).from_pretrained(
+        module: Any = kind.from_pretrained(
             str(directory / "transformer"), torch_dtype=dtype, local_files_only=True, trust_remote_code=False
         )
     if family.inputs is not None:
@@ -117,7 +103,6 @@ def load_network(family: ModelFamily, directory: Path, *, dtype: torch.dtype = t
     return Network(family, module.eval(), own.scheduler, own.geometry, mixed=dtype == torch.bfloat16)
 
 
-@uncollected()
 def load_encoders(
     family: ModelFamily, directory: Path, *, dtype: torch.dtype = torch.float32, text: bool = True
 ) -> Encoders:
@@ -128,9 +113,10 @@ def load_encoders(
     """
     check_directory(family, directory)
     absent: dict[str, Any] = {} if text else dict.fromkeys(family.text)
+    with importing():
+        kind, _ = transformer_of(family), pipeline_of(family)
     with _telling(directory):
         with torch.device("meta"):  # a pipeline may ask it for widths
-            kind = transformer_of(family)
             shell: Any = kind.from_config(kind.load_config(str(directory / "transformer"), local_files_only=True))
         pipeline = plain_pipeline(family, directory, dtype=dtype, transformer=shell, **absent)
     return Encoders(family, pipeline)

@@ -15,6 +15,7 @@ from flowalign.config.sections import ModelConfig
 from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.directory import INDEX, family_of_model
 from flowalign.models.errors import ModelError
+from flowalign.record.cycles import importing
 from flowalign.record.textfiles import TextError, read_object
 
 CLIP, T5 = "CLIP", "T5"
@@ -47,7 +48,8 @@ def text_lengths(model: ModelConfig, texts: Sequence[str]) -> list[int]:
 @lru_cache(maxsize=4)
 def _tokenizer(path: str) -> Any:
     refuse_custom_code(Path(path).parent)
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
