@@ -19,6 +19,7 @@ from flowalign.models.directory import Directory, open_directory, read_sizes
 from flowalign.models.errors import ModelError
 from flowalign.models.family import Forward, ModelFamily, module_config
 from flowalign.models.network import Network
+from flowalign.models.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,22 @@ def trained_parameters(model: ModelConfig) -> int | None:
     if model.lora is None:
         return sum(p.numel() for p in network.parameters())
     return lora_parameters(network, model.lora.rank, model.lora.targets or directory.family.lora_targets)
+
+
+def most_trained(model: ModelConfig) -> int | None:
+    """Return how many numbers a run over ``model`` learns at the most, from the headers of its weight files.
+
+    That is all that they hold, or a LoRA on each matrix of them. It is None where they do not tell.
+    """
+    if model.transformer is not None:
+        return None
+    try:
+        weights = read_weights(open_directory(model).path / "transformer")
+    except (ModelError, OSError):
+        return None
+    if model.lora is None:
+        return weights.parameters
+    return model.lora.rank * sum(sum(shape) for _, shape in weights.tensors.values() if len(shape) == 2)
 
 
 def bare_network(model: ModelConfig) -> nn.Module:

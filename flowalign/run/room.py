@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.models.inspect import trained_parameters
+from flowalign.config.sections import ModelConfig
+from flowalign.models.inspect import most_trained, trained_parameters
 from flowalign.plan.disk import Size, checkpoint_size
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import HIDDEN, SPARE, CheckpointError
@@ -25,12 +27,19 @@ def check_room(config: RunConfig, run_dir: Path) -> str | None:
     """
     root = run_dir / "checkpoints"
     to_come, resume = _to_come(config, root)
-    there = 0 if resume == "never" else len(manifests(root))
-    size, free = _size(config, root), free_bytes(root)
-    if not to_come or size is None:
+    if not to_come:
         return None
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and limit < size.largest:
+    there = 0 if resume == "never" else len(manifests(root))
+    kept, keys = _kept(config)
+    more = max(1, min(there + to_come, kept + 1) - there)  # the next one is written before the oldest is deleted
+    free, limit = _free(root), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limited = limit != resource.RLIM_INFINITY
+    size = _size(config, root, most_trained)
+    if size is None or (limited and limit < size.largest) or (free is not None and free < more * size.whole):
+        size = _size(config, root, trained_parameters)  # which imports what builds the network, for seconds
+    if size is None:
+        return None
+    if limited and limit < size.largest:
         raise ConfigError(
             "runs_dir",
             f"a checkpoint of {run_dir} has a file of {size_text(size.largest)}, and no file may exceed "
@@ -38,9 +47,6 @@ def check_room(config: RunConfig, run_dir: Path) -> str | None:
         )
     if free is None:
         return None
-    free += sum(file.stat().st_size for left in root.glob(f"{HIDDEN}*") for file in left.rglob("*") if file.is_file())
-    kept, keys = _kept(config)
-    more = max(1, min(there + to_come, kept + 1) - there)  # the next one is written before the oldest is deleted
     if free < size.whole:
         raise ConfigError(
             "runs_dir",
@@ -54,6 +60,13 @@ def check_room(config: RunConfig, run_dir: Path) -> str | None:
             "make room, or lower them"
         )
     return None
+
+
+def _free(root: Path) -> int | None:
+    """Return the free bytes of the disk, and those that half-written checkpoints take; None where nobody knows."""
+    free = free_bytes(root)
+    left = (file for hidden in root.glob(f"{HIDDEN}*") for file in hidden.rglob("*") if file.is_file())
+    return None if free is None else free + sum(file.stat().st_size for file in left)
 
 
 def _to_come(config: RunConfig, root: Path) -> tuple[int, str]:
@@ -76,13 +89,10 @@ def _kept(config: RunConfig) -> tuple[int, str]:
     return kept.keep_last + kept.keep_best, f"keep_last={kept.keep_last}{best}"
 
 
-def _size(config: RunConfig, root: Path) -> Size | None:
-    """Return the size of a checkpoint as the newest one is, else as the model's configuration tells: float32 weights,
-    averages and two moments."""
+def _size(config: RunConfig, root: Path, count: Callable[[ModelConfig], int | None]) -> Size | None:
+    """Return the size of a checkpoint as the newest one is, else of the numbers that ``count`` says are learned."""
     for path in reversed(manifests(root)):
         sizes = [file["bytes"] for file in manifest_of(path)["files"].values()]
         return Size(on_disk(sizes) + SPARE, max(sizes))
-    count = trained_parameters(config.model)
-    if count is None:
-        return None
-    return checkpoint_size(config, count)
+    trained = count(config.model)
+    return None if trained is None else checkpoint_size(config, trained)

@@ -115,6 +115,31 @@ def test_an_error_is_found_without_importing_anything_heavier_than_torch(config_
     assert found.strip() == "[]"
 
 
+def test_a_run_imports_no_model_s_libraries_before_ray_starts_and_looks_for_no_cycles_in_what_it_imports(
+    tmp_path: Path,
+) -> None:
+    """Nothing listens at the address: that is found where a Ray of the run's own would be started."""
+    models = ("diffusers", "peft", "deepspeed", "open_clip", "torch._dynamo", "wandb", "matplotlib")
+    words = ["align", str(ROOT / "configs/shapes/nft.yaml"), f"runs_dir={tmp_path}", "cluster.address=127.0.0.1:1"]
+    code = (
+        "import gc, sys\nlooked_at = [0]\n"
+        "def look(phase, facts):\n    if facts['generation'] == 2:\n        looked_at.append(len(gc.get_objects()))\n"
+        "gc.callbacks.append(look)\n"
+        f"from flowalign.cli import app\ntry:\n    app({words})\n"
+        "except SystemExit:\n    pass\n"
+        f"print([m for m in {models} if m in sys.modules], 'ray' in sys.modules)\n"
+        "print(max(looked_at), gc.get_freeze_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert "127.0.0.1:1" in done.stderr, done.stderr
+    *_, imported, objects = done.stdout.splitlines()
+    assert imported == "[] True"
+    most, kept = map(int, objects.split())
+    assert 4 * most < kept and kept > 200_000
+
+
 def test_the_debug_variable_shows_the_trace(config_path: Path, tmp_path: Path) -> None:
     done = flowalign("align", str(config_path), "sead=1", cwd=tmp_path, FLOWALIGN_DEBUG="1")
     assert done.returncode == 1
