@@ -16,7 +16,8 @@ from torch import Tensor
 from flowalign.record.checkpoint import HIDDEN, LAST_GOOD, LATEST, SPARE, OptimizerState, pointed
 from flowalign.record.destroyed import DestroyedState, fault_of_state
 from flowalign.record.disk import BLOCK, draft_of, on_disk, require_room, swept, writing
-from flowalign.record.files import save_tensors, sha256, sync, tensors_size
+from flowalign.record.files import save_tensors, sync, tensors_size
+from flowalign.record.hashing import sha256
 from flowalign.record.manifest import (
     FORMAT,
     MANIFEST,

@@ -19,7 +19,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.config.training import PretrainConfig
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
-from flowalign.record.files import sha256
+from flowalign.record.hashing import sha256
 from flowalign.record.pipelinefiles import files_read
 
 LARGE = 64 * 2**20

@@ -1,13 +1,11 @@
-"""Files: hashed once, and written with the mode that the umask gives (safetensors writes for the owner alone)."""
+"""Files: written with the mode that the umask gives (safetensors writes for the owner alone)."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +46,6 @@ def give_usual_modes(directory: Path) -> None:
 def stays_below(name: Any) -> bool:
     """Tell whether a file's name, as another file gives it, leads to somewhere below the folder of that one."""
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of the content; a file that has not changed since is not read again by this process."""
-    facts = path.stat()
-    return _sha256(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, *facts: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

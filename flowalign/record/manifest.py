@@ -12,7 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flowalign.record.files import sha256, stays_below
+from flowalign.record.files import stays_below
+from flowalign.record.hashing import sha256
 from flowalign.record.kinds import read_regular, regular_size
 from rewards.missing import hint
 

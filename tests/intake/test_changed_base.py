@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flowalign.cli import app
-from flowalign.record.files import sha256
+from flowalign.record.hashing import sha256
 from flowalign.run.made.base import changed_base
 
 POSITIONS = "pos_embed.pos_embed"  # a buffer of the transformer, which no checkpoint has

@@ -20,15 +20,17 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
 from flowalign.export.card import write_card
 from flowalign.intake.file import load_align
-from flowalign.intake.run_directory import check_run
-from flowalign.record import checkpoint
+from flowalign.intake.run_directory import begin_run, check_run
+from flowalign.record import checkpoint, hashing
 from flowalign.record.checkpointwriter import CheckpointWriter
+from flowalign.record.hashing import stamp
 from flowalign.run.made import MadeOf
-from flowalign.run.made.hashing import Hashes, Unsteady, hash_file, holds, stamp
+from flowalign.run.made.hashing import Hashes, Unsteady, hash_file, holds
 from flowalign.run.made.ingredients import files_under, parts_of
 from flowalign.run.made.late import held
 from flowalign.run.made.records import LISTED
 from rewards.usercode.imports import files_of_code
+from tests.record.test_hashing import bytes_read
 from tests.run.test_moved_runs import CONFIG, ROWS, done, project, refused
 from tests.tiny import run_config, write_checkpoint
 
@@ -285,6 +287,18 @@ def test_a_big_file_that_changes_while_it_is_hashed_is_noticed(tmp_path: Path) -
         hash_file(big, before, WritesOnce())
     hashes = Hashes([big])
     assert hashes.of(big) == hash_file(big, stamp(big)) and hashes.unsteady() is None
+
+
+def test_weights_that_the_background_has_read_are_not_read_again_where_a_run_is_recorded(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "FRESH_NS", 0)
+    loaded = load_align(work / "one.yaml", [f"runs_dir={work / 'others'}"])
+    weights = work.parent / "models" / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    MadeOf(loaded.config, loaded.base_dir).facts()
+    before = bytes_read()
+    begin_run(loaded.config)
+    assert bytes_read() - before < weights.stat().st_size
 
 
 def late(work: Path) -> Any:

@@ -1,51 +1,23 @@
-"""sha256 of files, made in the background and trusted as long as the file system says that nothing has been touched.
-
-A ``Stamp`` tells two states of a file apart even where somebody put its modification time back: no program sets the
-time of the last change of an inode. It serves as a shortcut within one run; between runs contents are compared.
-"""
+"""Hashes of files, made in the background."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-CHUNK = 2**20
+from flowalign.record.hashing import Stamp, read_sha256, sha256, stamp
+
 MOST_THREADS = 4
-FRESH_NS = 2 * 10**9  # of a file touched so recently, coarse clocks may hide a second change
-
-
-class Stamp(NamedTuple):
-    """A state of a file; links are followed."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-
-    @property
-    def settled(self) -> bool:
-        """True where the last change is so long ago that another one would show in the time."""
-        return time.time_ns() - max(self.changed_ns, self.modified_ns) > FRESH_NS
 
 
 class Unsteady(OSError):
     """A file that changed while it was read."""
 
 
-def stamp(path: Path) -> Stamp:
-    """Return the state of a file. Raise OSError where there is none."""
-    facts = os.stat(path)
-    return Stamp(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-
-
 def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -> str:
-    """Return the sha256 of the content that the file had in the state ``before``, read chunk by chunk.
+    """Return the sha256 of the content that the file had in the state ``before``.
 
     A file that is in another state afterwards is read once more: Ray unpacks a working directory again and again, over
     equal files.
@@ -53,8 +25,8 @@ def hash_file(path: Path, before: Stamp, ended: threading.Event | None = None) -
     Raises:
         Unsteady: its content is another one now. InterruptedError: ``ended`` was set. OSError: it cannot be read.
     """
-    found = _read(path, ended)
-    if (now := stamp(path)) != before and (_read(path, ended) != found or stamp(path) != now):
+    found = sha256(path, ended) if before.settled else read_sha256(path, ended)
+    if (now := stamp(path)) != before and (read_sha256(path, ended) != found or stamp(path) != now):
         raise Unsteady(f"{path} was changed while it was read")
     return found
 
@@ -65,17 +37,6 @@ def holds(path: Path, known: str) -> bool:
         return hash_file(path, stamp(path)) == known
     except OSError:
         return False
-
-
-def _read(path: Path, ended: threading.Event | None) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            if ended is not None and ended.is_set():
-                raise InterruptedError
-    return digest.hexdigest()
 
 
 class Hashes:

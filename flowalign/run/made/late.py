@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.run.made.hashing import Stamp, Unsteady, hash_file, holds
+from flowalign.record.hashing import Stamp
+from flowalign.run.made.hashing import Unsteady, hash_file, holds
 from flowalign.run.made.ingredients import Part, parts_of
 from flowalign.run.made.records import UNREADABLE, Record, difference, record_of, said_of, stamp_of
 

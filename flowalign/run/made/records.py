@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from flowalign.record.hashing import Stamp, stamp
 from flowalign.record.pipelinefiles import files_read
-from flowalign.run.made.hashing import Stamp, hash_file, stamp
+from flowalign.run.made.hashing import hash_file
 from flowalign.run.made.ingredients import Part, pipeline_parts
 
 LISTED = 1000  # of a key with more files than that, one hash stands for all
