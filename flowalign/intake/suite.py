@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.prompts import Prompts
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
@@ -19,7 +20,7 @@ def asked_evaluation(
     config: Sampled,
     suite: bool,
     detector: str | None,
-    prompts: str | None,
+    prompts: Prompts | None,
     num_samples: int | None,
     *,
     scorer: str | None = None,
@@ -84,7 +85,7 @@ def given_scorer(text: str, offers: Offers) -> RewardConfig:
 def geneval_suite(
     config: Sampled,
     detector: str | None,
-    prompts: str | None,
+    prompts: Prompts | None,
     num_samples: int | None,
     num_images: int | None = None,
 ) -> tuple[Sampled, int]:

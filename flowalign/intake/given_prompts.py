@@ -1,0 +1,35 @@
+"""Prompts as a command line names them: a source, or in braces what a configuration has under ``data.prompts``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from flowalign.config.prompts import Prompts, PromptsConfig
+from flowalign.config.section import ConfigError
+from flowalign.intake.explain import explain
+from flowalign.intake.paths import resolve
+from flowalign.record.yamlfiles import parse_yaml, plain
+
+
+def given_prompts(text: str, key: str = "--prompts") -> Prompts:
+    """Return a source as it is written, or the section that ``{source: …, columns: …}`` is.
+
+    Raises:
+        ConfigError: the section is none, or has a wrong key.
+    """
+    return section_of(text, key) if text.lstrip().startswith("{") else text
+
+
+def section_of(text: str, key: str) -> PromptsConfig:
+    """Return the section that YAML in braces is, its paths absolute."""
+    given = plain(parse_yaml(text, key))
+    if not isinstance(given, dict):
+        raise ConfigError(
+            key, f"{text!r} is no section; write such as {{source: prompts.csv, columns: {{prompt: text}}}}"
+        )
+    try:
+        return resolve(PromptsConfig.model_validate(given), Path.cwd(), f"{key}.")
+    except ValidationError as error:
+        raise explain(error, PromptsConfig, (key,)) from error
