@@ -16,7 +16,7 @@ from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
 
 if TYPE_CHECKING:
-    from flowalign.data.promptfiles import Place
+    from flowalign.data.sources.place import Place
 
 
 def check_prompts(key: str, source: Prompts, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:

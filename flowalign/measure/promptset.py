@@ -9,8 +9,8 @@ from typing import Any
 
 from flowalign.config.prompts import Prompts
 from flowalign.config.sections import ModelConfig
-from flowalign.data.promptfiles import Place, Row
 from flowalign.data.promptsets import BadPrompts, placed_prompts
+from flowalign.data.sources.place import Place, Row
 from flowalign.record.invisible import invisible_note
 
 NAMED = 3  # of each kind of fault, and of the prompts
