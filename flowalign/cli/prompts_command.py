@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from flowalign.config.sections import ModelConfig
     from flowalign.measure.promptset import PromptSet
 
+EXAMPLES = """Examples:
+
+flowalign prompts prompts.txt --model shapes
+
+flowalign prompts captions.csv --column prompt=caption --where split=train --json"""
 NAMED = 3  # rows of each kind, and prompts, that are printed; --json has all rows
 SHOWN = 100  # characters of a prompt
 TASKS = 8
@@ -46,12 +51,6 @@ def prompts(
     """Show how many prompts a source has and how long they are, duplicates, empty ones and tasks.
 
     Exit code 2 where a run would refuse them.
-
-    Examples:
-
-    flowalign prompts prompts.txt --model shapes
-
-    flowalign prompts captions.csv --column prompt=caption --where split=train --json
     """
     from flowalign.config.section import ConfigError
     from flowalign.measure.promptset import look_at

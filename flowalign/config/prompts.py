@@ -22,13 +22,11 @@ def _wanted(where: dict[str, Any]) -> dict[str, Any]:
     for column, wanted in where.items():
         if isinstance(wanted, dict):
             if not wanted or set(wanted) - set(RANGE) or not all(map(_is_number, wanted.values())):
-                raise ValueError(
-                    f"where.{column}: got {wanted!r}; write a range as {{min: 5, max: 7}}, or one of the two"
-                )
+                raise ValueError(f"{column}: got {wanted!r}; write a range as {{min: 5, max: 7}}, or one of the two")
         elif not wanted and isinstance(wanted, list):
-            raise ValueError(f"where.{column}: the list is empty; write the values that are kept")
+            raise ValueError(f"{column}: the list is empty; write the values that are kept")
         elif any(isinstance(value, dict | list) for value in (wanted if isinstance(wanted, list) else [wanted])):
-            raise ValueError(f"where.{column}: got {wanted!r}; write a value, a list of values, or {{min: 5, max: 7}}")
+            raise ValueError(f"{column}: got {wanted!r}; write a value, a list of values, or {{min: 5, max: 7}}")
     return where
 
 
@@ -72,10 +70,18 @@ class PromptsConfig(Section):
 
     def __str__(self) -> str:
         """Say in a few words what is taken, for people."""
-        named = [f"{name} is {column}" for name, column in self.columns.items() if name != column]
-        said = [*named, *(f"{column}: {wanted}" for column, wanted in self.where.items())]
+        said = [f"{name} is {column}" for name, column in self.columns.items() if column not in (None, name)]
         said += [f"{self.split} split"] * (self.split is not None)
+        said += [f"where {column} is {_said(wanted)}" for column, wanted in self.where.items()]
         return self.source + (f" ({', '.join(said)})" if said else "")
+
+
+def _said(wanted: Any) -> str:
+    """Say which values are wanted of a column."""
+    if isinstance(wanted, dict):
+        words = {"min": "at least {:g}", "max": "at most {:g}"}
+        return " and ".join(words[name].format(number) for name, number in wanted.items())
+    return " or ".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
 
 
 def _kind(value: Any) -> str:

@@ -166,7 +166,7 @@ def _check_columns(asked: PromptsConfig, source: Source) -> None:
         likely = next((name for name in known if name.lower() in ("prompt", "prompts", *TEXTS)), "NAME")
         raise SourceError(
             f"{asked.source} has no column 'prompt'; {has}; say which one holds the prompts: "
-            f"{{source: {Path(asked.source).name}, columns: {{prompt: {likely}}}}}"
+            f"{{source: …, columns: {{prompt: {likely}}}}}"
         )
 
 

@@ -8,9 +8,6 @@ from pydantic import ValidationError
 
 from flowalign.config.prompts import Prompts, PromptsConfig
 from flowalign.config.section import ConfigError
-from flowalign.intake.explain import explain
-from flowalign.intake.paths import resolve
-from flowalign.record.yamlfiles import parse_yaml, plain
 
 
 def given_prompts(text: str, key: str = "--prompts") -> Prompts:
@@ -19,16 +16,18 @@ def given_prompts(text: str, key: str = "--prompts") -> Prompts:
     Raises:
         ConfigError: the section is none, or has a wrong key.
     """
-    return section_of(text, key) if text.lstrip().startswith("{") else text
+    return _section(text, key) if text.lstrip().startswith("{") else text
 
 
-def section_of(text: str, key: str) -> PromptsConfig:
-    """Return the section that YAML in braces is, its paths absolute."""
+def _section(text: str, key: str) -> PromptsConfig:
+    # torch comes along with these, which a plain source goes without.
+    from flowalign.intake.explain import explain
+    from flowalign.intake.paths import resolve
+    from flowalign.record.yamlfiles import parse_yaml, plain
+
     given = plain(parse_yaml(text, key))
     if not isinstance(given, dict):
-        raise ConfigError(
-            key, f"{text!r} is no section; write such as {{source: prompts.csv, columns: {{prompt: text}}}}"
-        )
+        raise ConfigError(key, f"{text!r} is no section; write such as {{source: a.csv, columns: {{prompt: text}}}}")
     try:
         return resolve(PromptsConfig.model_validate(given), Path.cwd(), f"{key}.")
     except ValidationError as error:

@@ -114,7 +114,7 @@ def _limited(model: ModelConfig) -> Iterator[_Limited]:
         tokenizer = _tokenizer(str(directory / part))
         if counted:
             return [counted(tokenizer, text, _ENDLESS) for text in texts]
-        return [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
+        return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
 
     for reader, part in _readers(model).items():
         limit = _clip_limit(directory / part) if reader == CLIP else model.max_sequence_length

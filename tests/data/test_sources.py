@@ -334,9 +334,9 @@ def test_a_table_of_no_rows_and_a_row_without_a_prompt_are_said_of_arrow_too(tmp
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"where": {"a": {"low": 1}}}, r"where\.a: got {'low': 1}; write a range as"),
-        ({"where": {"a": []}}, r"where\.a: the list is empty"),
-        ({"where": {"a": [[1]]}}, r"where\.a: got \[\[1\]\]; write a value"),
+        ({"where": {"a": {"low": 1}}}, r"a: got {'low': 1}; write a range as"),
+        ({"where": {"a": []}}, r"a: the list is empty"),
+        ({"where": {"a": [[1]]}}, r"a: got \[\[1\]\]; write a value"),
         ({"limit": 0}, "greater than or equal to 1"),
         ({"drop": ["long"]}, "'empty' or 'duplicates'"),
     ],
