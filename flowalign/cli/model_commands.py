@@ -122,7 +122,7 @@ def sample(
     sampling: Sampling,
     overrides: Changes = None,
     prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help="shapes:eval, or a file of prompts")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = None,
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     seed: Seed = 0,
     weights: Weights = None,
@@ -163,14 +163,13 @@ def _rows(texts: Sequence[str], source: str | None) -> list[dict[str, Any]]:
     for text in texts:
         check_text("--prompt", text)
     from flowalign.config.section import ConfigError
-    from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.data.promptsets import load_prompts
+    from flowalign.intake.given_prompts import given_prompts, named
 
     if not texts and source is None:
         raise ConfigError("--prompt", 'is missing; write --prompt "a red dog", or --prompts FILE')
-    try:
-        return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(source))
-    except PromptsError as error:
-        raise ConfigError("--prompts", str(error).removeprefix("data.prompts: ")) from error
+    with named("--prompts"):
+        return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(given_prompts(source)))
 
 
 def export(

@@ -77,11 +77,13 @@ DROP = "rollout.text_encoders=drop"  # so that what is missing is encoded, and n
 def encode_prompts(source: str, to: Path, model: ModelConfig, device: str, threads: int, as_json: bool) -> None:
     """Encode the prompts of a file, and their negative ones."""
     from flowalign.data.prompts import load_prompts
-    from flowalign.intake.given_prompts import given_prompts
+    from flowalign.intake.given_prompts import given_prompts, named
     from flowalign.making.prompts import fill_embeddings
     from flowalign.samples.texts import texts_of
 
-    console, texts = make_console(as_json), texts_of(load_prompts(given_prompts(source, "SOURCE")), model)
+    console = make_console(as_json)
+    with named("SOURCE"):
+        texts = texts_of(load_prompts(given_prompts(source, "SOURCE")), model)
     shown = progress(console, "texts")
     _say(fill_embeddings(to, model, texts, device=device, threads=threads, progress=shown), as_json)
 

@@ -53,10 +53,12 @@ def prompts(
     Exit code 2 where a run would refuse them.
     """
     from flowalign.config.section import ConfigError
+    from flowalign.intake.given_prompts import named
     from flowalign.measure.promptset import look_at
 
     asked = _asked(source, column or (), where or (), split)
-    found = look_at(asked, None if model is None else _model(model, max_sequence_length))
+    with named("SOURCE"):
+        found = look_at(asked, None if model is None else _model(model, max_sequence_length))
     out = make_console(as_json)
     print_rows(out, list(_lines(found)))
     print_json(as_json, found.facts)

@@ -41,7 +41,9 @@ class PromptsConfig(Section):
     """A file (``.txt``, ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``), a folder of such files or one that ``datasets``
     has saved, ``hub:owner/name``, ``shapes:train`` or ``shapes:eval``.
     """
-    columns: dict[Name, Name | None] = Field(default_factory=dict)
+    columns: Annotated[dict[Name, Name | None], Takes("mapping of names to columns or null")] = Field(
+        default_factory=dict
+    )
     """Columns by what they are here: ``prompt``, ``negative_prompt``, ``task``, ``image`` (paths of reference
     pictures), ``weight`` (how often a pass draws the row), or any name that a reward reads; null: the column of that
     name is not read. A column that is not named here keeps its name, and one called image or weight means nothing.

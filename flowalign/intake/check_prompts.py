@@ -156,14 +156,14 @@ def check_captions(evaluation: EvaluationConfig) -> None:
 
 def _placed(key: str, source: Prompts) -> tuple[dict[int, tuple[Place, dict[str, Any]]], dict[int, str]]:
     """Return the rows with where they stand, and the faults of others, both by their number in the source."""
-    from flowalign.data.promptsets import BadPrompts, SourceError, placed_prompts
+    from flowalign.data.promptsets import BadPrompts, placed_prompts
+    from flowalign.intake.given_prompts import named
 
-    try:
-        return dict(enumerate(placed_prompts(source))), {}
-    except BadPrompts as error:
-        return error.rows, dict(error.wrong)
-    except SourceError as error:
-        raise ConfigError(f"{key}{error.key and '.'}{error.key}", error.reason) from error
+    with named(key):
+        try:
+            return dict(enumerate(placed_prompts(source))), {}
+        except BadPrompts as error:
+            return error.rows, dict(error.wrong)
 
 
 def check_task_weights(weights: Mapping[str, int], source: Prompts) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from flowalign.config.prompts import Prompts, PromptsConfig
 from flowalign.config.section import ConfigError
+from flowalign.data.promptsets import SourceError
 
 
 def given_prompts(text: str, key: str = "--prompts") -> Prompts:
@@ -17,6 +20,15 @@ def given_prompts(text: str, key: str = "--prompts") -> Prompts:
         ConfigError: the section is none, or has a wrong key.
     """
     return _section(text, key) if text.lstrip().startswith("{") else text
+
+
+@contextmanager
+def named(key: str = "--prompts") -> Iterator[None]:
+    """Raise what is wrong with prompts as a ConfigError that names ``key``, by which they were given."""
+    try:
+        yield
+    except SourceError as error:
+        raise ConfigError(f"{key}{error.key and '.'}{error.key}", error.reason) from error
 
 
 def _section(text: str, key: str) -> PromptsConfig:

@@ -5,7 +5,7 @@
 Every form is read in a process of its own: `import`, `read` as a run does, and `again`, from what is kept; `show` is
 the whole command, with its imports. `cpu_s` are seconds of the processor, which a busy machine changes little. `mb` is
 the most that a process had resident. A row has a prompt of 5 to 40 words, a task and a number, one in ten a negative
-prompt. Prints JSON and writes it to results/prompts.json.
+prompt. Prints JSON and writes it to results/prompts.json; `--table` prints the table of docs/prompts.md from that.
 """
 
 from __future__ import annotations
@@ -106,13 +106,24 @@ def measured(path: Path, model: str | None) -> dict[str, float]:
     return {name: round(value, 2) for name, value in {**answer, **shown}.items()}
 
 
+def table(forms: dict[str, dict[str, float]]) -> str:
+    said = "| `{}` | {:.1f} s | {:.0f} MB | {:.1f} s | {:.0f} MB |"
+    columns = ("cpu_s", "mb", "show_cpu_s", "show_mb")
+    lines = [said.format(name, *(own[column] for column in columns)) for name, own in forms.items()]
+    return "\n".join(["| form | read | most memory | `flowalign prompts` | most memory |", "| --- " * 5 + "|", *lines])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="seconds and memory of reading prompts")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--model", help="a pipeline directory, for whose text encoders `show` counts tokens")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path, metavar="DIR", help="only write the forms there")
+    parser.add_argument("--table", action="store_true", help="only print the table of what was measured")
     asked = parser.parse_args()
+    if asked.table:
+        print(table(json.loads(asked.out.read_text())["forms"]))
+        return
     if asked.write is not None:
         write(asked.write, rows(asked.rows))
         return
