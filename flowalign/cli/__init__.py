@@ -25,6 +25,7 @@ from flowalign.cli.model_commands import (
 from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, examples, finite, token_of
 from flowalign.cli.plan_command import plan
 from flowalign.cli.precompute_command import precompute
+from flowalign.cli.prompts_command import EXAMPLES, prompts
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
@@ -71,6 +72,7 @@ app.command()(export)
 app.command()(merge)
 app.command()(report)
 app.command()(plan)
+app.command(epilog=EXAMPLES)(prompts)
 
 
 @app.command("serve-reward")

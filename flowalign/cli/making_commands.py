@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowalign.cli.options import Json, Seed, Source, Weights, finite
+from flowalign.cli.options import PROMPTS_HELP, Json, Seed, Source, Weights, finite
 from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
@@ -22,7 +22,7 @@ def make_pairs(
     sampling: Sampling,
     pairs: Annotated[int, typer.Option(min=1)] = 20_000,
     prompts: Annotated[
-        str, typer.Option(help="shapes:train, a jsonl file, or a bank for its captions")
+        str, typer.Option(metavar="SOURCE", help=f"{PROMPTS_HELP}; of a bank its captions")
     ] = "shapes:train",
     seed: Seed = 0,
     weights: Weights = None,
@@ -30,16 +30,17 @@ def make_pairs(
     as_json: Json = False,
 ) -> None:
     """Write noise with what a model makes of it, which a reflow trains on; the same command goes on where it was."""
+    from flowalign.intake.given_prompts import given_prompts
     from flowalign.record.outputs import check_out
 
     check_out("--to", to)
-    own = sampling.config_of(checkpoint)
+    own, taken = sampling.config_of(checkpoint), given_prompts(prompts)
     from flowalign.making.pairs import make_pairs as write_pairs
 
     console = make_console(as_json)
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     manifest = write_pairs(
-        source, to, prompts=prompts, pairs=pairs, shard_size=shard_size, progress=progress(console, "pairs")
+        source, to, prompts=taken, pairs=pairs, shard_size=shard_size, progress=progress(console, "pairs")
     )
     console.print(f"{manifest['count']} pairs in {to}")
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
@@ -51,23 +52,24 @@ def calibrate_cache(
     to: Annotated[Path, typer.Option("--to", help="file to write")],
     sampling: Sampling,
     num_samples: Annotated[int, typer.Option(min=1, max=1_000_000)] = 48,
-    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = None,
     degree: Annotated[int, typer.Option(min=1, max=8, help="of the polynomial")] = 4,
     seed: Seed = 0,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Fit TeaCache's polynomial to a model, for evaluation.cache and rollout.cache."""
+    from flowalign.intake.given_prompts import given_prompts
     from flowalign.record.outputs import check_file
 
     check_file("--to", to)
-    own = sampling.config_of(checkpoint)
+    own, taken = sampling.config_of(checkpoint), None if prompts is None else given_prompts(prompts)
     from flowalign.making.calibration import calibrate
 
     console = make_console(as_json)
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
     shown = progress(console, "samples")
-    found = calibrate(source, to, prompts=prompts, num_samples=num_samples, degree=degree, progress=shown)
+    found = calibrate(source, to, prompts=taken, num_samples=num_samples, degree=degree, progress=shown)
     print_rows(console, [(key, str(found[key])) for key in ("distances", "relative_error", "input_range")])
     if found["relative_error"] > POOR_FIT:
         console.print(
@@ -84,7 +86,7 @@ def make_preferences(
     reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
     sampling: Sampling,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
-    prompts: Annotated[str, typer.Option(help="shapes:train, shapes:eval or a jsonl file")] = "shapes:train",
+    prompts: Annotated[str, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = "shapes:train",
     pairs: Annotated[int, typer.Option(min=1)] = 2000,
     out: Path = Path("preferences"),
     group_size: Annotated[int, typer.Option(min=2, help="images of which the best and the worst become a pair")] = 8,
@@ -98,12 +100,13 @@ def make_preferences(
 ) -> None:
     """Make a preference set from a checkpoint's images and a reward; the same command goes on where it was."""
     from flowalign.config.sections import RewardConfig
+    from flowalign.intake.given_prompts import given_prompts
     from flowalign.intake.overrides import scalar_options
     from flowalign.intake.paths import resolve_reward
     from flowalign.record.outputs import check_out
 
     check_out("--out", out)
-    own = sampling.config_of(checkpoint)
+    own, taken = sampling.config_of(checkpoint), given_prompts(prompts)
     named = resolve_reward(RewardConfig(spec=reward, options=scalar_options(options or ())), Path.cwd(), "--reward")
     from flowalign.making.preferences import counts_of
     from flowalign.making.preferences import make_preferences as write_preferences
@@ -115,7 +118,7 @@ def make_preferences(
         source,
         named,
         out,
-        prompts=prompts,
+        prompts=taken,
         pairs=pairs,
         group_size=group_size,
         min_difference=min_difference,

@@ -10,6 +10,7 @@ import typer
 
 from flowalign.cli.measure import Clip, Extractor, Reference
 from flowalign.cli.options import (
+    PROMPTS_HELP,
     SOURCE,
     Changes,
     Json,
@@ -54,7 +55,7 @@ def evaluate(
     num_images: Annotated[
         int | None, typer.Option(min=1, max=100_000, help="images of each prompt, in place of --num-samples")
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
     weights: Weights = None,
     scorer: Annotated[
@@ -72,6 +73,7 @@ def evaluate(
     """Sample the evaluation prompts and score them, as the run itself does; or score a folder of pictures."""
     from flowalign.cli.runs import say_evaluation, write_evaluation
     from flowalign.config.section import ConfigError
+    from flowalign.intake.given_prompts import given_prompts
     from flowalign.intake.suite import asked_evaluation, folder_judges
     from flowalign.record.outputs import check_out
 
@@ -92,9 +94,9 @@ def evaluate(
     elif checkpoint is None:
         raise ConfigError("CHECKPOINT", "is missing; name a run, a checkpoint or a pipeline, or give --folder DIR")
     else:
-        own = sampling.config_of(checkpoint, overrides)
+        own, taken = sampling.config_of(checkpoint, overrides), None if prompts is None else given_prompts(prompts)
         own, num_samples = asked_evaluation(
-            own, suite is not None, detector, prompts, num_samples, scorer=scorer, num_images=num_images
+            own, suite is not None, detector, taken, num_samples, scorer=scorer, num_images=num_images
         )
         from flowalign.measure.evaluate import evaluate_checkpoint
 
@@ -102,7 +104,7 @@ def evaluate(
         model = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
         shown = progress(console, "samples")
         kept = out is not None or reference is not None
-        result = evaluate_checkpoint(model, num_samples=num_samples, prompts=prompts, progress=shown, keep_images=kept)
+        result = evaluate_checkpoint(model, num_samples=num_samples, prompts=taken, progress=shown, keep_images=kept)
         if against:
             result.metrics.update(against(result))
     say_evaluation(console, result)
@@ -120,7 +122,7 @@ def sample(
     sampling: Sampling,
     overrides: Changes = None,
     prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help="shapes:eval, or a file of prompts")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = None,
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="images a prompt")] = 1,
     seed: Seed = 0,
     weights: Weights = None,
@@ -161,14 +163,13 @@ def _rows(texts: Sequence[str], source: str | None) -> list[dict[str, Any]]:
     for text in texts:
         check_text("--prompt", text)
     from flowalign.config.section import ConfigError
-    from flowalign.data.prompts import PromptsError, load_prompts
+    from flowalign.data.promptsets import load_prompts
+    from flowalign.intake.given_prompts import given_prompts, named
 
     if not texts and source is None:
         raise ConfigError("--prompt", 'is missing; write --prompt "a red dog", or --prompts FILE')
-    try:
-        return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(source))
-    except PromptsError as error:
-        raise ConfigError("--prompts", str(error).removeprefix("data.prompts: ")) from error
+    with named("--prompts"):
+        return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(given_prompts(source)))
 
 
 def export(

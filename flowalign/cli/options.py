@@ -59,6 +59,7 @@ def token_of(variable: str | None) -> str | None:
     return token
 
 
+PROMPTS_HELP = "shapes:train, shapes:eval, a file or a folder of prompts, hub:owner/name, or {source: …, columns: …}"
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML configuration, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. learner.epochs=2")]
 Changes = Annotated[

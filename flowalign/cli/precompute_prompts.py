@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 Kind = Literal["run", "prompts", "images"]
+OF_TEXT = (".jsonl", ".txt", ".csv", ".tsv")  # of captioned images it is their folder that is given, or parquet
 OF_RUN = ("overrides",)
 OF_PROMPTS = ("to", "model", "max_sequence_length", "dtype", "device", "threads", "negative_prompt")
 OF_IMAGES = ("overrides", "threads", "negative_prompt")  # all but these
@@ -28,7 +29,7 @@ def kind_of(source: str) -> Kind:
     """Tell what SOURCE is by its name: a configuration of a run, prompts, or captioned images."""
     if source.endswith((".yaml", ".yml")):
         return "run"
-    return "prompts" if source.endswith(".jsonl") or source.startswith("shapes:") else "images"
+    return "prompts" if source.endswith(OF_TEXT) or source.startswith(("shapes:", "{")) else "images"
 
 
 def refuse_others(context: typer.Context, kind: Kind) -> None:
@@ -76,10 +77,13 @@ DROP = "rollout.text_encoders=drop"  # so that what is missing is encoded, and n
 def encode_prompts(source: str, to: Path, model: ModelConfig, device: str, threads: int, as_json: bool) -> None:
     """Encode the prompts of a file, and their negative ones."""
     from flowalign.data.prompts import load_prompts
+    from flowalign.intake.given_prompts import given_prompts, named
     from flowalign.making.prompts import fill_embeddings
     from flowalign.samples.texts import texts_of
 
-    console, texts = make_console(as_json), texts_of(load_prompts(source), model)
+    console = make_console(as_json)
+    with named("SOURCE"):
+        texts = texts_of(load_prompts(given_prompts(source, "SOURCE")), model)
     shown = progress(console, "texts")
     _say(fill_embeddings(to, model, texts, device=device, threads=threads, progress=shown), as_json)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 Marker = TypeVar("Marker")
+TEXT, SECTION = "(text)", "(section)"  # tags of what may be either, which pydantic names in the place of an error
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def marker(field: FieldInfo, kind: type[Marker]) -> Marker | None:
     return next((found for found in field.metadata if isinstance(found, kind)), None)
 
 
+def untagged(place: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Return the place of an error of pydantic's as keys and indices alone."""
+    return tuple(part for part in place if part not in (TEXT, SECTION))
+
+
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the section that an annotation is, or that its list, mapping or union is made of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -82,7 +88,7 @@ def paths_in(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, H
     for name, field in type(section).model_fields.items():
         key, value = f"{prefix}{name}", getattr(section, name)
         found = marker(field, Resolved)
-        if found is not None:
+        if found is not None and not isinstance(value, BaseModel):
             if value is not None:
                 yield key, value, found.held, section
             continue

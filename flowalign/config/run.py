@@ -10,6 +10,7 @@ from pydantic import Field
 from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayChange, Resolved
 from flowalign.config.logging import LoggingConfig
+from flowalign.config.prompts import Given
 from flowalign.config.section import Section
 from flowalign.config.sections import (
     CacheConfig,
@@ -58,8 +59,8 @@ class EvaluationConfig(SamplingConfig):
 
     every: Annotated[int, Field(ge=0), MayChange()] = 20
     """Iterations from one to the next, beside one before the first and one after the last; 0: none at all."""
-    prompts: Annotated[str, Resolved("prompts")] = "shapes:eval"
-    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
+    prompts: Annotated[Given, Resolved("prompts")] = "shapes:eval"
+    """As ``data.prompts``; the first ``num_samples`` of them are taken, again from the first where there are fewer."""
     num_samples: Positive = 300
     """Images of an evaluation."""
     seed: int = 1234

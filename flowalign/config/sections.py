@@ -15,6 +15,7 @@ from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayChange, Resolved, Takes
 from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.pathfamilies import PathFamilyName
+from flowalign.config.prompts import Given
 from flowalign.config.section import Section
 from flowalign.config.solvers import spelled
 from flowalign.config.walk import Grid
@@ -164,8 +165,10 @@ def _size(text: object) -> object:
 class DataConfig(Section):
     """The prompts, or the pairs, that a run learns from."""
 
-    prompts: Annotated[str, Resolved("prompts")] = "shapes:train"
-    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row."""
+    prompts: Annotated[Given, Resolved("prompts")] = "shapes:train"
+    """``shapes:train``, ``shapes:eval``, a file or a folder of prompts, ``hub:owner/name``; or a section that says
+    which of its rows and columns.
+    """
     task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
     """Groups of a task (``task``, else ``tag``) for each one of a task without a weight; none with 0."""
     curriculum: CurriculumConfig | None = None

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from flowalign.config.cluster import ClusterConfig
 from flowalign.config.fields import MayBeAccepted, MayChange, MayGrow, Resolved, Takes
 from flowalign.config.logging import LoggingConfig, Wandb
+from flowalign.config.prompts import Given
 from flowalign.config.run import CheckpointConfig, EvaluationConfig, Passes, Precision, RunConfig
 from flowalign.config.section import Section
 from flowalign.config.sections import ModelConfig, Positive, RewardConfig, Weights
@@ -122,9 +123,8 @@ class TrainingEvaluationConfig(EvaluationConfig):
 
     every: Annotated[int, Field(ge=0), MayChange()] = 0
     """Iterations from one to the next, beside one before the first and one after the last; 0: none at all."""
-    prompts: Annotated[str | None, Resolved("prompts")] = None
-    """``shapes:train``, ``shapes:eval`` or a jsonl file with a ``prompt`` in each row; null: captions of ``latents``.
-    """
+    prompts: Annotated[Given | None, Resolved("prompts")] = None
+    """As ``data.prompts`` of an alignment; null: captions of ``latents``."""
     num_samples: Positive = 24
     """Images of an evaluation."""
     scorer: RewardConfig | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flowalign.record.textfiles import TextError, read_text
+from flowalign.record.csvfiles import read_csv
+from flowalign.record.textfiles import TextError
 
 FILE, IMAGE = "file_name", "image"  # the column of paths, and what it is called once it is read
 _SPLITS = {
@@ -17,7 +16,6 @@ _SPLITS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-_SEPARATORS = {";": "semicolons", "\t": "tabs"}
 
 
 def tables_of(folder: Path, tables: Sequence[Path], split: str) -> list[Path]:
@@ -28,7 +26,7 @@ def tables_of(folder: Path, tables: Sequence[Path], split: str) -> list[Path]:
     Raises:
         TextError: there is none.
     """
-    of = {table: _split_of(table.relative_to(folder).parent) for table in sorted(tables)}
+    of = {table: split_of(table.relative_to(folder).parent) for table in sorted(tables)}
     found = [table for table, own in of.items() if (own or "train") == split]
     if not found:
         has = ", ".join(sorted({own or "train" for own in of.values()}))
@@ -36,7 +34,8 @@ def tables_of(folder: Path, tables: Sequence[Path], split: str) -> list[Path]:
     return found
 
 
-def _split_of(path: Path) -> str | None:
+def split_of(path: Path) -> str | None:
+    """Return the split that the words of a path name; None where they name none."""
     words = set(re.split(r"[-._\s\d/]+", path.as_posix().lower()))
     return next((name for name, known in _SPLITS.items() if words & known), None)
 
@@ -63,51 +62,18 @@ def read_tables(tables: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _rows(table: Path) -> Iterator[list[str]]:
-    """Yield the header and then each row, as long as the header; a short row ends in empty cells."""
-    text = read_text(table)
-    head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0].strip()
-    for mark, words in _SEPARATORS.items():
-        if mark in head and "," not in head:
-            raise TextError(
-                f"{table} has its cells separated by {words} ({head!r}); save it with commas, or as metadata.jsonl"
-            )
-    padded = any(name != name.strip() for name in head.split(","))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=padded)
-    header, files = list[str](), list[int]()
-    begin = 1
-    try:
-        for row in reader:
-            begin, line = reader.line_num + 1, begin
-            if not any(cell.strip() for cell in row):
-                continue
-            if not header:
-                header = _header(table, row)
-                files = [place for place, name in enumerate(header) if name.endswith(FILE)]
-                yield header
-                continue
-            if any(cell.strip() for cell in row[len(header) :]):
-                raise TextError(
-                    f"{table}, line {line} has {len(row)} cells, and the header has {len(header)}; "
-                    f'write a caption with a comma in quotes, such as "a dog, asleep"'
-                )
-            row = [*row, *[""] * len(header)][: len(header)]
+    """Yield the header and then each row, as long as the header."""
+    files = list[int]()
+    for line, row in read_csv(table, otherwise="metadata.jsonl"):
+        if not files:
+            files = [place for place, name in enumerate(row) if name.endswith(FILE)]
+            if not files:
+                has = ", ".join(map(repr, row))
+                raise TextError(f"{table} has no column {FILE!r}, which names the images; its first line says {has}")
+        else:
             for place in files:
                 row[place] = _path(table, line, row[place])
-            yield row
-    except csv.Error as error:
-        raise TextError(f"{table}, line {begin} is not CSV ({error}); is a quotation mark missing?") from error
-    if not header:
-        raise TextError(f"{table} is empty")
-
-
-def _header(table: Path, row: list[str]) -> list[str]:
-    names = [name.strip() for name in row]
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise TextError(f"{table} has the column {twice!r} twice")
-    if not any(name.endswith(FILE) for name in names):
-        has = ", ".join(map(repr, names))
-        raise TextError(f"{table} has no column {FILE!r}, which names the images; its first line says {has}")
-    return names
+        yield row
 
 
 def _path(table: Path, line: int, name: str) -> str:

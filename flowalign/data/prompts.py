@@ -3,85 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from flowalign.config.prompts import Prompts
+from flowalign.data.promptsets import PromptsError as PromptsError
+from flowalign.data.promptsets import Row as Row
+from flowalign.data.promptsets import load_prompts as load_prompts
+from flowalign.data.promptsets import placed_prompts as placed_prompts
 from flowalign.flow.randomness import Stream, seeded
-from flowalign.record.textfiles import TextError, is_there, kind_of, read_rows
 from flowalign.shapes import prompts as shapes
 from flowalign.types import PromptBatch, Scores, task_of
-from rewards.missing import hint
 
-Row = dict[str, Any]
-SHIPPED = ("shapes:train", "shapes:eval")
-EXAMPLE = (
-    '{"prompt": "a red dog"}, for the reward geneval {"prompt": "a red dog", "tag": "colors", '
-    '"include": [{"class": "dog", "count": 1, "color": "red"}]}'
-)
-TEXTS = ("text", "caption")  # what other tools call a prompt
 REFILL_IDS = 1 << 40  # what samples and groups of a refill count from, beyond those of any run's iterations
 MOST_REFILLS = 16  # of an iteration, as the configuration bounds them
-
-
-class PromptsError(ValueError):
-    """Prompts that are missing, empty or malformed."""
-
-
-def load_prompts(source: str) -> list[Row]:
-    """Load rows with at least ``prompt``: ``shapes:train``, ``shapes:eval`` or a JSON Lines file.
-
-    Raises:
-        PromptsError: names the file and line.
-    """
-    return [row for _, row in placed_prompts(source)]
-
-
-def placed_prompts(source: str) -> list[tuple[str, Row]]:
-    """Load prompts as `load_prompts`, each row with where it stands: the file and its line."""
-    if source in SHIPPED:
-        return [(source, row) for row in shapes.prompts("train" if source == "shapes:train" else "eval")]
-    if source.startswith("shapes:"):
-        raise PromptsError(f"data.prompts: there is no {source}; the shipped ones are {' and '.join(SHIPPED)}")
-    path = Path(source).absolute()
-    if not is_there(path):
-        raise PromptsError(
-            f"data.prompts: {path} does not exist{hint(path)}; give {', '.join(SHIPPED)} or a JSON Lines file"
-        )
-    try:
-        state = path.stat()
-        return [(where, dict(row)) for where, row in _rows(path, state.st_mtime_ns, state.st_size, state.st_ino)]
-    except (TextError, OSError) as error:
-        raise PromptsError(f"data.prompts: {error}") from error
-
-
-@lru_cache(maxsize=2)
-def _rows(path: Path, *state: int) -> tuple[tuple[str, Row], ...]:
-    """Return the rows of a file in a ``state``.
-
-    They are kept, since several checks and then the run itself ask for them.
-    """
-    return tuple((f"{path}, line {number}", row) for number, row in read_rows(path, EXAMPLE, _checked))
-
-
-def _checked(row: Row, where: str) -> Row:
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str):
-        found = f"is {kind_of(prompt)}" if "prompt" in row else "is missing"
-        near = [] if "prompt" in row else get_close_matches("prompt", row, n=1) or [k for k in TEXTS if k in row]
-        raise TextError(f'{where}: "prompt" {found}; write a text' + (f" (it has {near[0]!r})" if near else ""))
-    if not prompt.strip() or "\0" in prompt:
-        raise TextError(f'{where}: "prompt" {"is empty" if not prompt.strip() else "holds a NUL character"}')
-    negative = row.get("negative_prompt")
-    if negative is not None and not isinstance(negative, str):
-        raise TextError(f'{where}: "negative_prompt" is {kind_of(negative)}; write a text, or leave it out')
-    for name in ("tag", "task"):
-        if isinstance(row.get(name), dict | list):
-            raise TextError(f"{where}: {name!r} is {kind_of(row[name])}; write one name")
-    return row
 
 
 class GroupSampler:
@@ -206,7 +142,7 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     return [task for _, task in sorted(turns, key=lambda turn: turn[0])]
 
 
-def evaluation_batch(source: str, num_samples: int) -> PromptBatch:
+def evaluation_batch(source: Prompts, num_samples: int) -> PromptBatch:
     """Return the fixed samples of an evaluation; sample ids count from 0 under the evaluation's own seed."""
     if source == "shapes:eval":
         rows = shapes.evaluation_set(num_samples)

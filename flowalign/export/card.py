@@ -10,6 +10,7 @@ from typing import Any
 from flowalign.algorithms import shipped_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.guidance import guidance_facts, said_guidance
+from flowalign.config.prompts import Prompts, source_of
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
@@ -83,9 +84,9 @@ def _is_shipped(path: Path) -> bool:
     return path.resolve() == (SHIPPED / "pipeline").resolve()
 
 
-def _file_name(prompts: str | None) -> str | None:
+def _file_name(prompts: Prompts | None) -> str | None:
     """Return the name alone of a file of prompts: a card is published, and folders of this machine are nobody's."""
-    return None if prompts is None else Path(prompts).name
+    return None if prompts is None else Path(source_of(prompts)).name
 
 
 def _front_matter(config: Sampled, state: Row, kind: str, after: Row) -> list[str]:

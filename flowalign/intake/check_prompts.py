@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.prompts import NEGATIVE, Prompts, PromptsConfig
 from flowalign.config.run import EvaluationConfig, RunConfig
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.sections import ModelConfig, RewardConfig
 from flowalign.models.directory import family_of_model
 from flowalign.models.errors import ModelError
 
+if TYPE_CHECKING:
+    from flowalign.data.sources.place import Place
 
-def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
+
+def check_prompts(key: str, source: Prompts, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
     """Check that the prompts load, and that every reward can judge every row that it is for.
 
     The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
@@ -43,7 +47,7 @@ def check_prompts(key: str, source: str, rewards: Sequence[RewardConfig], *, adv
         raise ConfigError(key, wrong[min(wrong)] + and_more(len(wrong) - 1))
 
 
-def check_guided(key: str, scale: float, model: ModelConfig, source: str | None) -> None:
+def check_guided(key: str, scale: float, model: ModelConfig, source: Prompts | None) -> None:
     """Check that there is something that guidance leads away from: of the model, or of every row of the prompts."""
     from flowalign.data.prompts import PromptsError, load_prompts
     from flowalign.samples.arrange import check_negatives
@@ -57,6 +61,54 @@ def check_guided(key: str, scale: float, model: ModelConfig, source: str | None)
         check_negatives(model, scale, rows, true=key.endswith("true_guidance_scale"))
     except ModelError as error:
         raise ConfigError(key, str(error)) from error
+
+
+def check_negatives_read(config: AlignConfig) -> None:
+    """Check that something is guided away from the negative prompts of a column that is named as theirs."""
+    from flowalign.intake.notes_of_walks import unguided
+
+    for key, source in _sources(config).items():
+        column = source.columns.get(NEGATIVE) if isinstance(source, PromptsConfig) else None
+        try:
+            scale = None if column is None else unguided(config)
+        except ModelError:
+            return  # check_model says it
+        if scale is not None:
+            raise ConfigError(
+                f"{key}.columns.{NEGATIVE}",
+                f"nothing leads away from the column {column!r}, since no {scale} is above 1; set algorithm.{scale}, "
+                "or leave this out",
+            )
+
+
+def check_images_taken(config: AlignConfig, base_dir: Path) -> None:
+    """Check that a reward takes the reference pictures of a column that is named as theirs."""
+    from rewards.interface import ScorerError
+    from rewards.resolve import check
+
+    asked = {"data.prompts": config.rewards, "evaluation.prompts": config.evaluation.judges}
+    for key, source in _sources(config).items():
+        column = source.columns.get("image") if isinstance(source, PromptsConfig) else None
+        if column is None or any(reward.runtime_env is not None for reward in asked[key]):
+            continue  # what is installed in another environment cannot be looked at
+        try:
+            needs = [check({"type": reward.spec, **reward.options}, base_dir) for reward in asked[key]]
+        except ScorerError:
+            return  # check_reward says it
+        if not any("references" in own for own in needs):
+            whose = "reward" if key == "data.prompts" else "scorer of an evaluation"
+            raise ConfigError(
+                f"{key}.columns.image",
+                f"no {whose} takes the reference pictures of the column {column!r}; leave it out, or name one that "
+                "needs `references`",
+            )
+
+
+def _sources(config: AlignConfig) -> dict[str, Prompts]:
+    """Return the prompts that a run reads, by their keys."""
+    data, evaluation = config.data, config.evaluation
+    found: dict[str, Prompts] = {} if data.preferences is not None else {"data.prompts": data.prompts}
+    return found | ({"evaluation.prompts": evaluation.prompts} if evaluation.every else {})
 
 
 def check_embedded(config: RunConfig, algorithm: Algorithm) -> None:
@@ -102,21 +154,19 @@ def check_captions(evaluation: EvaluationConfig) -> None:
             continue  # check_reward says it
 
 
-def _placed(key: str, source: str) -> tuple[dict[int, tuple[str, dict[str, Any]]], dict[int, str]]:
-    """Return the rows with where they stand, and the faults of others, both by their place in the file."""
-    from flowalign.data.prompts import PromptsError, placed_prompts
-    from flowalign.record.textfiles import BadRows
+def _placed(key: str, source: Prompts) -> tuple[dict[int, tuple[Place, dict[str, Any]]], dict[int, str]]:
+    """Return the rows with where they stand, and the faults of others, both by their number in the source."""
+    from flowalign.data.promptsets import BadPrompts, placed_prompts
+    from flowalign.intake.given_prompts import named
 
-    try:
-        return dict(enumerate(placed_prompts(source))), {}
-    except PromptsError as error:
-        if not isinstance(error.__cause__, BadRows):
-            raise ConfigError(key, str(error).removeprefix("data.prompts: ")) from error
-        found = error.__cause__
-        return {line: (f"{Path(source).absolute()}, line {line}", row) for line, row in found.rows}, dict(found.wrong)
+    with named(key):
+        try:
+            return dict(enumerate(placed_prompts(source))), {}
+        except BadPrompts as error:
+            return error.rows, dict(error.wrong)
 
 
-def check_task_weights(weights: Mapping[str, int], source: str) -> None:
+def check_task_weights(weights: Mapping[str, int], source: Prompts) -> None:
     """Check that every weighted task occurs in the prompts, and that something is left to draw."""
     from flowalign.data.prompts import PromptsError, load_prompts, task_cycle
 
@@ -130,7 +180,7 @@ def check_task_weights(weights: Mapping[str, int], source: str) -> None:
         raise ConfigError("data.task_weights", str(error).removeprefix("data.task_weights: ")) from error
 
 
-def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
+def check_reward_tasks(rewards: Sequence[RewardConfig], source: Prompts) -> None:
     """Check that every task of a reward occurs in the prompts, and every prompt has a reward that is trained on."""
     found = _tasks_of(source)
     if not found:
@@ -144,7 +194,7 @@ def check_reward_tasks(rewards: Sequence[RewardConfig], source: str) -> None:
             raise ConfigError("rewards", f"none is for the task {left[0]!r} of {source}; add one, or drop a `tasks`")
 
 
-def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
+def check_judged_tasks(evaluation: EvaluationConfig, source: Prompts) -> None:
     """Check that every task that a scorer of an evaluation is for occurs in its prompts."""
     scorers = {} if evaluation.scorer is None else {"evaluation.scorer": evaluation.scorer}
     scorers |= {f"evaluation.gold.{i}": reward for i, reward in enumerate(evaluation.gold)}
@@ -154,7 +204,7 @@ def check_judged_tasks(evaluation: EvaluationConfig, source: str) -> None:
             _check_tasks_there(key, reward, source, found)
 
 
-def _tasks_of(source: str) -> list[str]:
+def _tasks_of(source: Prompts) -> list[str]:
     """Return the tasks of the prompts in their order; none where they cannot be read, which `check_prompts` says."""
     from flowalign.data.prompts import PromptsError, load_prompts
     from flowalign.types import task_of
@@ -165,7 +215,7 @@ def _tasks_of(source: str) -> list[str]:
         return []
 
 
-def _check_tasks_there(key: str, reward: RewardConfig, source: str, found: Sequence[str]) -> None:
+def _check_tasks_there(key: str, reward: RewardConfig, source: Prompts, found: Sequence[str]) -> None:
     if unknown := [task for task in reward.tasks or () if task not in found]:
         raise ConfigError(
             f"{key}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"

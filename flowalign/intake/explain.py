@@ -10,7 +10,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flowalign.config.alignment import AlignConfig
-from flowalign.config.fields import fields_along, section_in
+from flowalign.config.fields import fields_along, section_in, untagged
 from flowalign.config.section import ConfigError, nearest
 from flowalign.config.training import PretrainConfig
 from flowalign.config.words import advice
@@ -29,7 +29,7 @@ def dotted(key: Sequence[str | int]) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: Key = ()) -> ConfigError:
     """Return one sentence about pydantic's first finding; the others are counted, and named where all are missing."""
-    found = _one_each(error.errors(include_url=False))
+    found = _one_each([{**e, "loc": untagged(e["loc"])} for e in error.errors(include_url=False)])
     # An unknown key is the likelier cause of a missing one than the other way round.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     key, reason = _sentence(first, model, prefix)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.fields import untagged
 from flowalign.config.guidance import SCALES
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
@@ -200,7 +201,7 @@ def _take_texts(raw: dict[str, Any], error: ValidationError) -> bool:
     for found in error.errors(include_url=False):
         if found["type"] not in ("string_type", "literal_error", "list_type"):
             continue
-        *path, key = found["loc"]
+        *path, key = untagged(found["loc"])
         container = _at(root, path)
         text = getattr(container, "texts", {}).get(key)
         if text is not None and not isinstance(container[key], str):
@@ -312,6 +313,8 @@ def _run_checks(config: AlignConfig, base: Path, needs: Needs) -> Iterator[Calla
     yield partial(check_cache, "rollout.cache", config.rollout.cache, config.model)
     yield partial(check_rollouts, config.model)
     yield partial(promptcheck.check_prompts, "data.prompts", prompts, config.rewards)
+    yield partial(promptcheck.check_negatives_read, config)
+    yield partial(promptcheck.check_images_taken, config, base)
     yield partial(promptcheck.check_task_weights, config.data.task_weights, prompts)
     yield partial(promptcheck.check_reward_tasks, config.rewards, prompts)
     yield partial(scorecheck.check_every_prompt_scored, config, needs)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import canonical
+from flowalign.config.prompts import HUB, SHAPES, source_of
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
@@ -49,8 +50,8 @@ def _unused_evaluation(config: RunConfig) -> list[str]:
             f"checkpoint.keep_best: {kept.keep_best}, and evaluation.every is 0, so that nothing says which are best; "
             "no best checkpoint is kept"
         )
-    prompts = evaluation.prompts
-    if prompts is not None and not prompts.startswith("shapes:") and not is_there(Path(prompts)):
+    prompts = None if evaluation.prompts is None else source_of(evaluation.prompts)
+    if prompts is not None and not prompts.startswith((SHAPES, HUB)) and not is_there(Path(prompts)):
         notes.append(f"evaluation.prompts: {prompts} does not exist; evaluation.every is 0, and nothing reads it")
     return notes
 

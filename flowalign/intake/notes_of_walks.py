@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.guidance import SCALES
+from flowalign.config.prompts import NEGATIVE
+from flowalign.data.promptsets import PromptsError, placed_prompts
 from flowalign.models.directory import Directory, network_inputs, open_directory
 from flowalign.models.errors import ModelError
 
@@ -15,8 +18,8 @@ def notes_of_walks(config: AlignConfig) -> list[str]:
     """Return a sentence for each such setting. A model that is not there is said elsewhere."""
     notes = [*_evaluated_otherwise(config), *_filled_up(config)]
     try:
-        directory, inputs = open_directory(config.model), network_inputs(config.model)
-        return [*notes, *_forgotten(config, directory), *_led_nowhere(config, inputs), *_sized(config, directory)]
+        directory = open_directory(config.model)
+        return [*notes, *_forgotten(config, directory), *_led_nowhere(config), *_sized(config, directory)]
     except ModelError:
         return notes
 
@@ -57,18 +60,37 @@ def _forgotten(config: AlignConfig, directory: Directory) -> list[str]:
     ]
 
 
-def _led_nowhere(config: AlignConfig, inputs: tuple[str, ...]) -> list[str]:
-    """Note a negative prompt where nothing is guided away from it."""
-    scale = "true_guidance_scale" if "guidance" in inputs else "guidance_scale"
+def _led_nowhere(config: AlignConfig) -> Iterator[str]:
+    """Note negative prompts where nothing is guided away from them."""
+    if (scale := unguided(config)) is None:
+        return
+    if config.model.negative_prompt is not None:
+        yield (
+            f"model.negative_prompt: nothing leads away from it, since no {scale} is above 1; set algorithm.{scale}, "
+            "or leave this out"
+        )
+    if config.data.preferences is None:
+        with suppress(PromptsError):  # which is said where the prompts are checked
+            led = [place for place, row in placed_prompts(config.data.prompts) if row.get(NEGATIVE) is not None]
+            if led:
+                yield (
+                    f"data.prompts: nothing leads away from the negative prompt of {led[0]} ({len(led)} rows have "
+                    f"one), since no {scale} is above 1; set algorithm.{scale}, or leave it out by "
+                    f"columns: {{{NEGATIVE}: null}}"
+                )
+
+
+def unguided(config: AlignConfig) -> str | None:
+    """Return the scale that must be above 1 for a negative prompt to be read; None where one is.
+
+    Raises:
+        ModelError: the model's directory cannot be read.
+    """
+    scale = "true_guidance_scale" if "guidance" in network_inputs(config.model) else "guidance_scale"
     scales = [*_found(scale, config.algorithm), getattr(config.evaluation, scale)]
     if scale == "guidance_scale":
         scales += _found("update_guidance_scale", config.algorithm)
-    if config.model.negative_prompt is None or max(scales) > 1:
-        return []
-    return [
-        f"model.negative_prompt: nothing leads away from it, since no {scale} is above 1; set algorithm.{scale}, or "
-        "leave this out"
-    ]
+    return None if max(scales) > 1 else scale
 
 
 def _sized(config: AlignConfig, directory: Directory) -> list[str]:

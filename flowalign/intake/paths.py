@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import Held, Resolved, marker, section_in
 from flowalign.config.pathfamilies import canonical
+from flowalign.config.prompts import HUB, SHAPES
 from flowalign.config.section import ConfigError, Section, nearest
 from flowalign.config.sections import PATH_OPTIONS, SHIPPED, ModelConfig, RewardConfig
 from flowalign.config.training import PretrainConfig
@@ -59,7 +60,10 @@ def _changed(values: Mapping[str, Any], section: type[BaseModel], base: Path, pr
             continue
         held = marker(field, Resolved)
         key = f"{prefix}{name}"
-        new = _inside(value, field.annotation, base, key) if held is None else _resolved(value, held.held, base, key)
+        if held is None or isinstance(value, Section):
+            new = _inside(value, field.annotation, base, key)
+        else:
+            new = _resolved(value, held.held, base, key)
         found |= {name: new} if new != value else {}
     return found
 
@@ -158,7 +162,7 @@ def _model(path: str, base: Path) -> str:
 
 
 def _prompts(source: str, base: Path) -> str:
-    return source if source.startswith("shapes:") else _path(source, base)
+    return source if source.startswith((SHAPES, HUB)) else _path(source, base)
 
 
 def shipped_names(values: Any) -> Any:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.prompts import Prompts
 from flowalign.config.sampled import Sampled
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.file import validate
 from flowalign.intake.paths import resolve_reward
-from flowalign.samples.offers import EVALUATION, FOLDER, check_judge, check_reward
+from flowalign.samples.offers import EVALUATION, FOLDER, check_judge, check_reward, offered
 from rewards.interface import Offers
 
 
@@ -19,7 +20,7 @@ def asked_evaluation(
     config: Sampled,
     suite: bool,
     detector: str | None,
-    prompts: str | None,
+    prompts: Prompts | None,
     num_samples: int | None,
     *,
     scorer: str | None = None,
@@ -40,7 +41,8 @@ def asked_evaluation(
             raise ConfigError("--scorer", "is another judge than GenEval's, which --suite and --detector ask for")
         config, num_samples = geneval_suite(config, detector, prompts, num_samples, num_images)
     elif scorer is not None:
-        config = _judged_by(config, given_scorer(scorer, EVALUATION))
+        offers = offered(EVALUATION, prompts or config.evaluation.prompts)
+        config = _judged_by(config, given_scorer(scorer, offers))
     from flowalign.data.prompts import load_prompts
     from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
     from flowalign.intake.file import DEFAULT_JUDGE
@@ -84,7 +86,7 @@ def given_scorer(text: str, offers: Offers) -> RewardConfig:
 def geneval_suite(
     config: Sampled,
     detector: str | None,
-    prompts: str | None,
+    prompts: Prompts | None,
     num_samples: int | None,
     num_images: int | None = None,
 ) -> tuple[Sampled, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.config.guidance import guidance_facts
+from flowalign.config.prompts import Prompts
 from flowalign.config.section import ConfigError
 from flowalign.data.prompts import evaluation_batch
 from flowalign.flow.caching import fit, relative_l1
@@ -29,7 +30,7 @@ def calibrate(
     model: SampledModel,
     to: Path,
     *,
-    prompts: str | None = None,
+    prompts: Prompts | None = None,
     num_samples: int = 48,
     degree: int = 4,
     progress: Progress = silent,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.config.guidance import guidance_facts
+from flowalign.config.prompts import Prompts
 from flowalign.config.section import ConfigError
 from flowalign.data.banks.latents import LatentsError, load_bank
 from flowalign.data.banks.writer import BankWriter, finished
@@ -40,7 +41,7 @@ def make_pairs(
     model: SampledModel,
     to: Path,
     *,
-    prompts: str,
+    prompts: Prompts,
     pairs: int,
     shard_size: int = 2048,
     progress: Progress = silent,
@@ -73,14 +74,14 @@ def make_pairs(
         return writer.finish([ORIGINAL], encoder, None, {})
 
 
-def _identity(model: SampledModel, prompts: str, pairs: int, shard_size: int) -> dict[str, Any]:
+def _identity(model: SampledModel, prompts: Prompts, pairs: int, shard_size: int) -> dict[str, Any]:
     """Return all that decides the bank's content, as plain data."""
     negative = model.config.model.negative_prompt
     return {
         **({} if negative is None else {"negative_prompt": negative}),
         "checkpoint": str(model.path.resolve()),
         "weights": model.which,
-        "prompts": prompts,
+        "prompts": str(prompts),
         "pairs": pairs,
         "seed": model.seed,
         "shard_size": shard_size,
@@ -156,9 +157,9 @@ def weights_digest(checkpoint: Path, which: Which) -> str:
     return str(recorded.get("sha256"))
 
 
-def _prompts(source: str) -> list[dict[str, Any]]:
-    path = Path(source)
-    if not path.is_dir():
+def _prompts(source: Prompts) -> list[dict[str, Any]]:
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or not path.is_dir():
         return load_prompts(source)
     bank = load_bank(path, verify=False)
     if not bank.prompts:

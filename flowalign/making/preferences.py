@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.config.guidance import guidance_facts
+from flowalign.config.prompts import Prompts
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.data.preferences import PreferencesError
@@ -43,7 +44,7 @@ def make_preferences(
     reward: RewardConfig,
     out: Path,
     *,
-    prompts: str,
+    prompts: Prompts,
     pairs: int,
     group_size: int = 8,
     min_difference: float = 0.0,
@@ -99,7 +100,7 @@ def make_preferences(
 def _asked(
     model: SampledModel,
     reward: RewardConfig,
-    prompts: str,
+    prompts: Prompts,
     rows: Sequence[Mapping[str, Any]],
     pairs: int,
     group_size: int,
@@ -109,7 +110,7 @@ def _asked(
     return {
         "checkpoint": weights_digest(model.path, model.which),
         "weights": model.which,
-        "prompts": {"name": prompts, "digest": digest_of({"prompts": list(rows)})},
+        "prompts": {"name": str(prompts), "digest": digest_of({"prompts": list(rows)})},
         "negative_prompt": model.config.model.negative_prompt,
         "reward": reward.model_dump(mode="json"),
         "files": digests({"reward": reward.model_dump(mode="json")}),
@@ -127,7 +128,7 @@ def _card(
     reward: RewardConfig,
     state: Mapping[str, Any],
     plan: SamplingPlan,
-    prompts: str,
+    prompts: Prompts,
     group_size: int,
 ) -> dict[str, Any]:
     """Return a record of what the pairs were made from, and how."""
@@ -136,7 +137,7 @@ def _card(
         "weights": model.which,
         "iteration": state.get("iteration"),
         "reward": reward.model_dump(mode="json"),
-        "prompts": prompts,
+        "prompts": str(prompts),
         "group_size": group_size,
         "num_steps": plan.num_steps,
         **guidance_facts(model.sampling),

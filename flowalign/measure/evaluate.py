@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowalign.config.prompts import Prompts
 from flowalign.config.run import RunConfig
 from flowalign.config.sampled import Sampled
 from flowalign.data.prompts import evaluation_batch, load_prompts
@@ -98,7 +99,7 @@ def evaluate_checkpoint(
     model: SampledModel,
     *,
     num_samples: int | None = None,
-    prompts: str | None = None,
+    prompts: Prompts | None = None,
     base_dir: Path = Path("."),
     progress: Progress = silent,
     keep_images: bool = True,
@@ -179,11 +180,11 @@ def scored(scorers: Sequence[NamedScorer], pictures: Pictures) -> Scores:
     return merge(answers, {scorers[0].name: 1.0})
 
 
-def _facts(model: SampledModel, batch: PromptBatch, source: str, made: Sequence[Judged]) -> dict[str, Any]:
+def _facts(model: SampledModel, batch: PromptBatch, source: Prompts, made: Sequence[Judged]) -> dict[str, Any]:
     """Return `facts`, with those of the images and the scorers; the speed is that of the chunks ``made`` now."""
     there, negative = len({row["prompt"] for row in load_prompts(source)}), model.config.model.negative_prompt
     seconds, walked = sum(part.seconds for part in made), [part.walked for part in made]
-    said = facts(batch.prompts, source, there, model.sampling, model.seed, model.which, walked, seconds)
+    said = facts(batch.prompts, str(source), there, model.sampling, model.seed, model.which, walked, seconds)
     said["images_per_s"] = round(sum(len(part.rows) for part in made) / max(seconds, 1e-9), 3)
     said |= {} if negative is None else {"negative_prompt": negative}
     said |= {"size": list(made[0].images.shape[1:3])} if made else {}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.section import ConfigError
+from flowalign.data.sources.read import read_file
+from flowalign.data.sources.texts import SEPARATORS
 from flowalign.record.textfiles import (
     TextError,
     and_more,
@@ -144,8 +146,8 @@ def _rows(source: Path) -> list[tuple[str, Any]]:
     suffix = source.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".jsonlines", ".jl"):
         return [(f"{source}, line {number}", row) for number, row in read_rows(source, _EXAMPLE, _row)]
-    if suffix in (".csv", ".tsv", ".tab"):
-        raise TextError(f"{source} is a table; write JSON Lines such as {_EXAMPLE}")
+    if suffix in (*SEPARATORS, ".parquet"):
+        return [(str(place), row) for place, row in read_file(source)]
     if suffix in (".yaml", ".yml"):
         raise TextError(f"{source} is YAML; write JSON Lines such as {_EXAMPLE}")
     if suffix == ".json":
@@ -170,7 +172,7 @@ def _check_prompt(line: str, where: str, first: bool) -> None:
     columns = [name.strip().strip("\"'").casefold() for name in re.split(r"[,;\t|]", line)]
     if first and any(name in (*_NAMED, "prompt", "caption", "text") for name in columns) and "" not in columns:
         if len(columns) > 1 or columns[0] in ("prompt", "caption", "text"):
-            raise TextError(f"{where} is the head of a table; write JSON Lines such as {_EXAMPLE}, or prompts alone")
+            raise TextError(f"{where} is the head of a table; give the file the ending .csv, or write prompts alone")
 
 
 def _row(row: Any, where: str) -> Row:

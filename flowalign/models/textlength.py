@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +13,12 @@ from flowalign.models.customcode import refuse_custom_code
 from flowalign.models.directory import INDEX, family_of_model
 from flowalign.models.errors import ModelError
 from flowalign.record.cycles import importing
+from flowalign.record.invisible import invisible_note
 from flowalign.record.textfiles import TextError, read_object
 
 CLIP, T5 = "CLIP", "T5"
 _MARKS = 2  # tokens for begin and end
 _ENDLESS = 1_000_000  # tokens; transformers writes more where a tokenizer has no limit
-_NAMED = 3  # kinds of invisible characters
-# Soft hyphens, no-break spaces, zero-width ones, marks of direction, controls; joiners within emoji and scripts that
-# write with them are none.
-_UNSEEN = re.compile(
-    "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00a0\u00ad\u034f\u061c\u180e\u200b\u200e\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
-    "|[\u200c\u200d](?=[ -~]|$)"
-)
 
 
 def text_lengths(model: ModelConfig, texts: Sequence[str]) -> list[int]:
@@ -75,26 +66,60 @@ def cut_prompts(model: ModelConfig, prompts: Iterable[str]) -> list[Cut]:
     Raises:
         ModelError: a tokenizer cannot be read.
     """
-    directory, distinct = Path(model.path), list(dict.fromkeys(prompts))
+    distinct, found = list(dict.fromkeys(prompts)), []
+    for reader in _limited(model):
+        long = [prompt for prompt in distinct if len(prompt.encode("utf-8", "replace")) + reader.beside > reader.limit]
+        if count := sum(length > reader.limit for length in reader.lengths(long)):
+            found.append(Cut(reader.name, count, reader.limit))
+    return found
+
+
+class Lengths(NamedTuple):
+    """The tokens of each prompt to the text encoder ``reader``, which reads ``limit`` of them."""
+
+    reader: str
+    limit: int
+    tokens: list[int]
+
+
+def token_lengths(model: ModelConfig, prompts: Sequence[str]) -> list[Lengths]:
+    """Return how long each prompt is to each text encoder of a pipeline directory, marks and templates included.
+
+    Raises:
+        ModelError: there is no pipeline, or a tokenizer cannot be read.
+    """
+    if not (Path(model.path) / INDEX).is_file():
+        raise ModelError(f"{model.path} is no pipeline directory: it has no {INDEX}")
+    return [Lengths(reader.name, reader.limit, reader.lengths(prompts)) for reader in _limited(model)]
+
+
+class _Limited(NamedTuple):
+    """A text encoder, the ``limit`` of tokens that it reads, those ``beside`` a prompt, and how to count them."""
+
+    name: str
+    limit: int
+    beside: int
+    lengths: Callable[[Sequence[str]], list[int]]
+
+
+def _limited(model: ModelConfig) -> Iterator[_Limited]:
+    directory = Path(model.path)
     if not (directory / INDEX).is_file():
-        return []
-    family, readers = family_of_model(model), _readers(model)
-    found = []
-    for reader, part in readers.items():
-        limit = _clip_limit(directory / part) if reader == CLIP else model.max_sequence_length
-        counted = family.count_tokens
-        beside = counted(_tokenizer(str(directory / part)), "", _ENDLESS) if counted else _MARKS
-        long = [prompt for prompt in distinct if len(prompt.encode("utf-8", "replace")) + beside > limit]
-        if not long:
-            continue
+        return
+    counted = family_of_model(model).count_tokens
+
+    def lengths(texts: Sequence[str], part: str) -> list[int]:
+        if not texts:
+            return []
         tokenizer = _tokenizer(str(directory / part))
         if counted:
-            lengths = [counted(tokenizer, prompt, _ENDLESS) for prompt in long]
-        else:
-            lengths = map(len, tokenizer(long)["input_ids"])
-        if count := sum(length > limit for length in lengths):
-            found.append(Cut(reader, count, limit))
-    return found
+            return [counted(tokenizer, text, _ENDLESS) for text in texts]
+        return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    for reader, part in _readers(model).items():
+        limit = _clip_limit(directory / part) if reader == CLIP else model.max_sequence_length
+        beside = counted(_tokenizer(str(directory / part)), "", _ENDLESS) if counted else _MARKS
+        yield _Limited(reader, limit, beside, partial(lengths, part=part))
 
 
 def _readers(model: ModelConfig) -> dict[str, str]:
@@ -126,15 +151,7 @@ def prompt_note(model: ModelConfig, prompts: Iterable[str]) -> str:
         ModelError: see `cut_prompts`.
     """
     distinct = list(dict.fromkeys(prompts))
-    return "; ".join((*_cut_notes(model, distinct), *_unseen_notes(distinct)))
-
-
-def _unseen_notes(prompts: Iterable[str]) -> Iterator[str]:
-    unseen = [found for prompt in prompts if (found := _UNSEEN.findall(prompt))]
-    if unseen:
-        most = Counter(character for found in unseen for character in set(found)).most_common(_NAMED)
-        names = ", ".join(unicodedata.name(character, f"U+{ord(character):04X}").lower() for character, _ in most)
-        yield f"{len(unseen)} hold{'s' * (len(unseen) == 1)} invisible characters ({names}), which an encoder reads"
+    return "; ".join(filter(None, (*_cut_notes(model, distinct), invisible_note(distinct))))
 
 
 def _cut_notes(model: ModelConfig, prompts: Sequence[str]) -> Iterator[str]:

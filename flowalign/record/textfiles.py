@@ -206,6 +206,27 @@ def read_rows(
         TextError: as ``read_text``; or there is no row.
         BadRows: a line is no JSON object, or not one that ``check`` takes.
     """
+    rows, wrong = [], dict[int, str]()
+    for number, row in json_rows(path, example):
+        try:
+            if isinstance(row, TextError):
+                raise row
+            rows.append((number, check(row, f"{path}, line {number}")))
+        except TextError as error:
+            wrong[number] = str(error)
+    if wrong:
+        raise BadRows(wrong, rows)
+    if not rows:
+        raise TextError(f"{path} is empty; write a row a line: {example}")
+    return rows
+
+
+def json_rows(path: Path, example: str) -> Iterator[tuple[int, dict[str, Any] | TextError]]:
+    """Yield (line, object) of a JSON Lines file as `read_rows`, and in the place of a line that is none what is wrong.
+
+    Raises:
+        TextError: as ``read_text``; or the file as a whole is something else.
+    """
     if path.is_dir():
         raise TextError(f"{path} is a directory; give a JSON Lines file")
     text = read_text(path)
@@ -213,22 +234,16 @@ def read_rows(
         raise TextError(f"{path} is a table, not JSON Lines; write a row a line: {example}")
     if text.lstrip().startswith("["):
         raise TextError(f"{path} is a JSON array, not JSON Lines; write each row in a line of its own, without [ , ]")
-    rows, wrong = [], dict[int, str]()
     for number, line in lines_of(text):
         where = f"{path}, line {number}"
         try:
             row = parse_json(line, where)
             if not isinstance(row, dict):
                 raise TextError(f"{where} holds {kind_of(row)}, not an object; write a row a line: {example}")
-            rows.append((number, check(row, where)))
+            yield number, row
         except TextError as error:
             advice = f"; write a row a line: {example}" if f"{where} is not JSON" in str(error) else ""
-            wrong[number] = f"{error}{advice}"
-    if wrong:
-        raise BadRows(wrong, rows)
-    if not rows:
-        raise TextError(f"{path} is empty; write a row a line: {example}")
-    return rows
+            yield number, TextError(f"{error}{advice}")
 
 
 def kind_of(value: Any) -> str:

@@ -246,7 +246,7 @@ def _settings(config: AlignConfig) -> dict[str, str]:
         "Batch": f"{config.data.groups_per_iteration} "
         + ("pairs" if pairs else "groups" + (f" of {group} images" if group else "")),
         "Learning rate": f"{optimizer.learning_rate:g}",
-        **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": config.data.prompts}),
+        **({"Training pairs": Path(pairs).name} if pairs else {"Training prompts": str(config.data.prompts)}),
         **({"Task weights": weights} if weights and not pairs else {}),
         **({"Curriculum": f"{by.score} of {by.threshold:g} or more passes, floor {by.floor:g}"} if by else {}),
         "Evaluation": f"{e.num_samples} samples of {e.prompts}, {e.num_steps} steps, {guided}, seed {e.seed}"

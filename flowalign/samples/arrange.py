@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flowalign.config.prompts import NEGATIVE
 from flowalign.config.sections import ModelConfig
 from flowalign.flow.guidance import guides
 from flowalign.flow.randomness import Stream, seeded
@@ -20,8 +21,6 @@ from flowalign.models.directory import family_of_model, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.textlength import text_lengths
 from flowalign.types import PromptBatch, SampleShape
-
-NEGATIVE = "negative_prompt"  # of a row
 
 
 def arranged(

@@ -125,10 +125,8 @@ def test_what_is_no_prompt_file_is_refused_with_its_line(tmp_path, content, said
         read(tmp_path, content)
 
 
-def test_a_table_a_directory_and_nothing_are_refused(tmp_path):
-    with pytest.raises(PromptsError, match="is a table, not JSON Lines"):
-        read(tmp_path, "prompt,tag\na dog,colors\n", "p.csv")
-    with pytest.raises(PromptsError, match="is a directory"):
+def test_a_folder_without_prompts_and_nothing_are_refused(tmp_path):
+    with pytest.raises(PromptsError, match="is a directory without prompts"):
         load_prompts(str(tmp_path))
     with pytest.raises(PromptsError, match="does not exist; give shapes:train, shapes:eval"):
         load_prompts(str(tmp_path / "absent.jsonl"))

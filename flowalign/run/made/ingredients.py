@@ -19,9 +19,11 @@ from flowalign.algorithm import Needs
 from flowalign.algorithms import build_algorithm
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.fields import Held, paths_in
+from flowalign.config.prompts import HUB, SHAPES, Prompts, PromptsConfig, source_of
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import PATH_OPTIONS, ModelConfig, RewardConfig
 from flowalign.config.teachers import TeacherConfig
+from flowalign.data.promptsets import load_prompts
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.contents import UNREAD, leaves
@@ -85,7 +87,8 @@ def _sources(config: RunConfig, base_dir: Path) -> Iterator[_Source]:
         elif held == "bank":
             yield _source(key, _bank, value)
         elif held == "prompts":
-            yield _source(key, _prompts, value, getattr(section, "num_samples", None))
+            asked = section if isinstance(section, PromptsConfig) else value
+            yield _source(key, _prompts, asked, getattr(section, "num_samples", None))
         elif held in ("files", "shipped"):
             yield _source(key, _path, value, written)
 
@@ -187,9 +190,15 @@ def _bank(key: str, path: str) -> Iterator[Part]:
         yield from _path(key, root)
 
 
-def _prompts(key: str, source: str, samples: int | None = None) -> Iterator[Part]:
-    """Yield a file, or the rows that the package makes; an evaluation of ``samples`` has a set of its own."""
-    if not source.startswith("shapes:"):
+def _prompts(key: str, prompts: Prompts, samples: int | None = None) -> Iterator[Part]:
+    """Yield a file or the files of a folder, or the rows that the package makes or the hub has.
+
+    An evaluation of ``samples`` has a set of shipped ones of its own.
+    """
+    source = source_of(prompts)
+    if source.startswith(HUB):
+        yield Part(key, source, None, digest_of(load_prompts(prompts)))
+    elif not source.startswith(SHAPES):
         yield from _path(key, source)
     elif source in ("shapes:train", "shapes:eval"):
         if source == "shapes:eval" and samples is not None:
