@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowalign import __version__
+from flowalign.cli.check_command import check
 from flowalign.cli.doctor_command import doctor
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
@@ -47,6 +48,7 @@ def flowalign(
 app.command()(align)
 app.command()(pretrain)
 app.command()(distill)
+app.command()(check)
 app.command("stop")(stop_run)
 app.command()(precompute)
 app.command("make-pairs")(make_pairs)

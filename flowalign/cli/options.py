@@ -76,6 +76,10 @@ AcceptChanged = Annotated[
         help="go on though what lies at this key, or this learning rate, has changed; kept on record; may be repeated",
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="check all that can be known, say what would run, and stop; see `flowalign check`"),
+]
 Source = Annotated[
     Path,
     typer.Argument(

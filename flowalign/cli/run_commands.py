@@ -6,14 +6,18 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowalign.cli.check_command import look
 from flowalign.cli.exits import ExitCode
-from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, PhaseOverrides, TakeOver
+from flowalign.cli.options import AcceptChanged, ConfigFile, DryRun, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
+
+if TYPE_CHECKING:
+    from flowalign.intake.ready import Ready
 
 
 def align(
@@ -24,6 +28,7 @@ def align(
     profile: Annotated[
         bool, typer.Option("--profile", help="say where the time of iterations 2 and 3 goes, and trace the fourth")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Align a model with reinforcement learning; the same command continues an interrupted run.
@@ -32,25 +37,21 @@ def align(
     """
     from flowalign.cli.running import conduct, held
 
-    console = make_console(as_json)
+    console, keys = make_console(as_json), tuple(accept_changed or ())
+    given = [*(overrides or ()), *(["logging.profile=true"] if profile else ())]
+    if dry_run:
+        look("align", config, given, keys, take_over, as_json)
+        return
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
         from flowalign.cli.runs import report_of, say_profile, stop_of
-        from flowalign.intake.file import load_align
-        from flowalign.intake.run_directory import accepted_of, begin_run
+        from flowalign.intake.ready import ready
 
-        loaded = load_align(config, [*(overrides or ()), *(["logging.profile=true"] if profile else ())])
-        _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
-            from flowalign.intake.check_teachers import check_runs_that_teach
-
-            check_runs_that_teach(loaded.config)
-            accepted = accepted_of(loaded.config, accept_changed or ())
-            begin = partial(begin_run, loaded.config, accepted)
-            asked = {"lock": lock, "stop": stop, "accepted": accepted}
-            run_dir = _drive(loaded, console, begin, phases, **asked)
-            stopped, advice = stop_of(run_dir, loaded.config)
-            if loaded.config.logging.profile:
+        own = ready("align", config, given, keys, take_over=take_over, say=console.print)
+        with held(own.config, own.run_dir, stop, console, take_over) as lock:
+            run_dir = _drive(own, console, phases, lock, stop)
+            stopped, advice = stop_of(run_dir, own.config)
+            if own.config.logging.profile:
                 say_profile(console, run_dir)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -67,9 +68,14 @@ def _training(command: str, told: str) -> Callable[..., None]:
         overrides: PhaseOverrides = None,
         take_over: TakeOver = False,
         accept_changed: AcceptChanged = None,
+        dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
-        _train(command, config, overrides or (), take_over, tuple(accept_changed or ()), as_json)
+        given = (command, config, overrides or (), tuple(accept_changed or ()), take_over, as_json)
+        if dry_run:
+            look(*given)
+        else:
+            _train(*given)
 
     run.__name__, run.__doc__ = command, told
     return run
@@ -81,7 +87,7 @@ distill = _training("distill", f"Train a student of a teacher, for guidance or f
 
 
 def _train(
-    command: str, config: Path, overrides: Sequence[str], take_over: bool, keys: tuple[str, ...], as_json: bool
+    command: str, config: Path, overrides: Sequence[str], keys: tuple[str, ...], take_over: bool, as_json: bool
 ) -> None:
     from flowalign.cli.running import conduct, following, held
 
@@ -90,29 +96,28 @@ def _train(
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases) as stop:
         from flowalign.cli.runs import report_of
-        from flowalign.intake.file import load_pretrain
-        from flowalign.intake.run_directory import accepted_of, begin_run
+        from flowalign.intake.ready import ready
 
-        loaded = load_pretrain(config, overrides, command=command)
-        if first:
-            _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
-            accepted = accepted_of(loaded.config, keys)
-            begin = partial(begin_run, loaded.config, accepted)
-            asked = {"lock": lock, "stop": stop, "accepted": accepted}
-            run_dir = _drive(loaded, console, begin, phases, **asked)
-            if first:
-                _finish(run_dir, as_json, phases, report=report_of(run_dir))
+        if not first:
+            with following(stop):
+                _drive(ready(command, config, overrides, keys, first=False), console, phases, None, stop)
+            return
+        own = ready(command, config, overrides, keys, take_over=take_over, say=console.print)
+        with held(own.config, own.run_dir, stop, console, take_over) as lock:
+            run_dir = _drive(own, console, phases, lock, stop)
+            _finish(run_dir, as_json, phases, report=report_of(run_dir))
 
 
-def _drive(loaded: Any, console: Any, begin: Any, phases: Any, **asked: Any) -> Path:
+def _drive(own: Ready, console: Any, phases: Any, lock: Any, stop: Any) -> Path:
     """Run on the backend that the configuration names."""
+    from flowalign.intake.run_directory import begin_run
     from flowalign.run.drive import drive, local_backend
 
-    backend: Any = local_backend
-    if loaded.config.cluster.backend == "ray":
+    config, backend = own.config, local_backend
+    if config.cluster.backend == "ray":
         from flowalign.cluster.ray_backend import RayBackend as backend
-    return drive(loaded.config, loaded.base_dir, console, begin, phases, backend=backend, **asked)
+    asked = {"lock": lock, "stop": stop, "accepted": own.accepted, "backend": backend}
+    return drive(config, own.loaded.base_dir, console, partial(begin_run, config, own.accepted), phases, **asked)
 
 
 def stop_run(
@@ -129,13 +134,6 @@ def stop_run(
         f"asked {asked} to end {run} after what it is at, with a checkpoint", highlight=False, soft_wrap=True
     )
     print_json(as_json, {"run": run, "holder": asdict(asked)})
-
-
-def _say_configured(loaded: Any, console: Any) -> None:
-    """Say what differs from the file, and which of these settings the user hardly meant."""
-    lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
-    for line in [*lines, *(f"warning: {note}" for note in loaded.notes)]:
-        console.print(line)
 
 
 def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:
