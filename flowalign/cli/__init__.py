@@ -10,6 +10,7 @@ import typer
 from flowalign import __version__
 from flowalign.cli.check_command import check
 from flowalign.cli.doctor_command import doctor
+from flowalign.cli.examples import App, epilog_of, examples
 from flowalign.cli.exits import Commands
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
@@ -18,11 +19,12 @@ from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, fi
 from flowalign.cli.plan_command import plan
 from flowalign.cli.precompute_command import precompute
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
+from flowalign.cli.schema_command import schema
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 from rewards.printable import printable
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
@@ -36,7 +38,7 @@ def _say_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=epilog_of(("flowalign init --shapes --to run.yaml", "flowalign align run.yaml iterations=10")))
 def flowalign(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="say which version this is")
@@ -49,6 +51,7 @@ app.command()(align)
 app.command()(pretrain)
 app.command()(distill)
 app.command()(check)
+app.command()(schema)
 app.command("stop")(stop_run)
 app.command()(precompute)
 app.command("make-pairs")(make_pairs)
@@ -66,6 +69,10 @@ app.command()(plan)
 
 
 @app.command("serve-reward")
+@examples(
+    "flowalign serve-reward geneval mode=partial --port 8000",
+    "flowalign serve-reward my_reward.py:brightness --host 0.0.0.0 --token-env REWARD_TOKEN",
+)
 def serve_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, package.module:reward, …")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
@@ -81,7 +88,9 @@ def serve_reward(
     max_held_mib: Annotated[
         int, typer.Option(min=1, help="MiB of requests held at once, and as many of decoded pictures; more wait")
     ] = 512,
-    log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="a line for each request on standard error")
+    ] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
     from flowalign.config.sections import RewardConfig
@@ -108,6 +117,10 @@ def serve_reward(
 
 
 @app.command("try-reward")
+@examples(
+    "flowalign try-reward my_reward.py:brightness --images samples",
+    "flowalign try-reward geneval mode=strict --images samples --prompts prompts.jsonl",
+)
 def try_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, url:http://…, …")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
@@ -143,6 +156,10 @@ def try_reward(
 
 
 @app.command()
+@examples(
+    "flowalign launch configs/shapes/flow_grpo.yaml --cluster configs/cluster/example.yaml",
+    "flowalign launch run.yaml iterations=400 --cluster cluster.yaml --accept-changed data.prompts",
+)
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,

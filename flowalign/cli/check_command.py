@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json, print_sections, print_verdict, sentence
@@ -23,6 +24,10 @@ class Run(StrEnum):
     distill = "distill"
 
 
+@examples(
+    "flowalign check configs/shapes/flow_grpo.yaml",
+    "flowalign check run.yaml cluster.backend=local --as align",
+)
 def check(
     config: ConfigFile,
     overrides: Overrides = None,

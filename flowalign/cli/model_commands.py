@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.measure import Clip, Extractor, Reference
 from flowalign.cli.options import (
     Json,
@@ -30,6 +31,10 @@ from flowalign.cli.terminal import plain, print_json, progress
 from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
 
 
+@examples(
+    "flowalign evaluate runs/mine --weights ema",
+    "flowalign evaluate aligned --prompts prompts.jsonl --num-samples 600 --out evaluated",
+)
 @takes_sampling
 def evaluate(
     checkpoint: Source,
@@ -73,6 +78,10 @@ def evaluate(
         print_json(as_json, result.summary)
 
 
+@examples(
+    "flowalign sample shapes --prompt 'a photo of a red star'",
+    "flowalign sample aligned --prompt 'a red star' --prompt 'two hearts' --seed 7 --latents --out drawn",
+)
 @takes_sampling
 def sample(
     checkpoint: Source,
@@ -106,6 +115,10 @@ def sample(
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
 
 
+@examples(
+    "flowalign export runs/mine --to aligned",
+    "flowalign export runs/mine/checkpoints/step_000080 --to lora --as lora",
+)
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
@@ -135,6 +148,10 @@ def export(
     print_json(as_json, asdict(result))
 
 
+@examples(
+    "flowalign merge runs/one runs/other --to merged",
+    "flowalign merge runs/one shapes --to merged --weight 0.7 --weight 0.3",
+)
 def merge(
     sources: Annotated[
         list[Path],
@@ -162,6 +179,10 @@ def merge(
     print_json(as_json, {**record, "path": str(to)})
 
 
+@examples(
+    "flowalign report runs/mine",
+    "flowalign report runs/mine/set_aside/1",
+)
 def report(run: Annotated[Path, typer.Argument(help="a run directory, finished or not")]) -> None:
     """Write report.html, one self-contained file: curves, tables, images before and after."""
     from flowalign.cli.runs import report_of

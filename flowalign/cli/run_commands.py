@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowalign.cli.check_command import look
+from flowalign.cli.examples import examples
 from flowalign.cli.exits import ExitCode
 from flowalign.cli.options import AcceptChanged, ConfigFile, DryRun, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from flowalign.intake.ready import Ready
 
 
+@examples(
+    "flowalign align configs/shapes/flow_grpo.yaml",
+    "flowalign align configs/shapes/nft.yaml name=mine learner.optimizer.learning_rate=5e-5 --dry-run",
+)
 def align(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -82,8 +87,14 @@ def _training(command: str, told: str) -> Callable[..., None]:
 
 
 CONTINUED = "the same command continues an interrupted run."
-pretrain = _training("pretrain", f"Train a base model on precomputed latents, or straighten one; {CONTINUED}")
-distill = _training("distill", f"Train a student of a teacher, for guidance or few steps; {CONTINUED}")
+pretrain = examples(
+    "flowalign pretrain configs/shapes/pretrain.yaml model.path=untrained latents=runs/bank",
+    "flowalign pretrain configs/shapes/reflow.yaml latents=runs/pairs phases.0.iterations=400",
+)(_training("pretrain", f"Train a base model on precomputed latents, or straighten one; {CONTINUED}"))
+distill = examples(
+    "flowalign distill configs/shapes/guidance_distill.yaml latents=runs/bank teacher.path=shapes",
+    "flowalign distill configs/shapes/consistency.yaml latents=runs/bank --dry-run",
+)(_training("distill", f"Train a student of a teacher, for guidance or few steps; {CONTINUED}"))
 
 
 def _train(
@@ -120,6 +131,10 @@ def _drive(own: Ready, console: Any, phases: Any, lock: Any, stop: Any) -> Path:
     return drive(config, own.loaded.base_dir, console, partial(begin_run, config, own.accepted), phases, **asked)
 
 
+@examples(
+    "flowalign stop runs/shapes-flow-grpo",
+    "flowalign stop /shared/runs/mine",
+)
 def stop_run(
     run: Annotated[Path, typer.Argument(help="the directory of a run that is going on, on whatever machine")],
     as_json: Json = False,
