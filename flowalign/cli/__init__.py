@@ -12,6 +12,7 @@ from flowalign.cli.check_command import check
 from flowalign.cli.doctor_command import doctor
 from flowalign.cli.examples import App, epilog_of, examples
 from flowalign.cli.exits import Commands
+from flowalign.cli.init_command import init
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
 from flowalign.cli.model_commands import evaluate, export, merge, report, sample
@@ -47,6 +48,7 @@ def flowalign(
     """Align flow-matching image models with reinforcement learning on Ray clusters."""
 
 
+app.command()(init)
 app.command()(align)
 app.command()(pretrain)
 app.command()(distill)
