@@ -8,30 +8,32 @@ from typing import Annotated
 import typer
 
 from flowalign import __version__
-from flowalign.cli.compare_command import COMPARE_EXAMPLES, compare
+from flowalign.cli.check_command import check
+from flowalign.cli.compare_command import compare
 from flowalign.cli.doctor_command import doctor
+from flowalign.cli.examples import App, epilog_of, examples
 from flowalign.cli.exits import Commands
+from flowalign.cli.init_command import init
 from flowalign.cli.making_commands import calibrate_cache, make_pairs, make_preferences
 from flowalign.cli.measure import measure
 from flowalign.cli.model_commands import (
-    EVALUATE_EXAMPLES,
-    SAMPLE_EXAMPLES,
     evaluate,
     export,
     merge,
     report,
     sample,
 )
-from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, examples, finite, token_of
+from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, finite, token_of
 from flowalign.cli.plan_command import plan
 from flowalign.cli.precompute_command import precompute
-from flowalign.cli.prompts_command import EXAMPLES, prompts
+from flowalign.cli.prompts_command import prompts
 from flowalign.cli.run_commands import align, distill, pretrain, stop_run
+from flowalign.cli.schema_command import schema
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 from rewards.printable import printable
 
-app = typer.Typer(
+app = App(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
@@ -45,7 +47,7 @@ def _say_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=epilog_of(("flowalign init --shapes --to run.yaml", "flowalign align run.yaml iterations=10")))
 def flowalign(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="say which version this is")
@@ -54,9 +56,12 @@ def flowalign(
     """Align flow-matching image models with reinforcement learning on Ray clusters."""
 
 
+app.command()(init)
 app.command()(align)
 app.command()(pretrain)
 app.command()(distill)
+app.command()(check)
+app.command()(schema)
 app.command("stop")(stop_run)
 app.command()(precompute)
 app.command("make-pairs")(make_pairs)
@@ -64,18 +69,22 @@ app.command("make-preferences")(make_preferences)
 app.command("calibrate-cache")(calibrate_cache)
 
 
-app.command(epilog=examples(EVALUATE_EXAMPLES))(evaluate)
-app.command(epilog=examples(COMPARE_EXAMPLES))(compare)
+app.command()(evaluate)
+app.command()(compare)
 app.command()(measure)
-app.command(epilog=examples(SAMPLE_EXAMPLES))(sample)
+app.command()(sample)
 app.command()(export)
 app.command()(merge)
 app.command()(report)
 app.command()(plan)
-app.command(epilog=EXAMPLES)(prompts)
+app.command()(prompts)
 
 
 @app.command("serve-reward")
+@examples(
+    "flowalign serve-reward geneval mode=partial --port 8000",
+    "flowalign serve-reward my_reward.py:brightness --host 0.0.0.0 --token-env REWARD_TOKEN",
+)
 def serve_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, package.module:reward, …")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
@@ -91,7 +100,9 @@ def serve_reward(
     max_held_mib: Annotated[
         int, typer.Option(min=1, help="MiB of requests held at once, and as many of decoded pictures; more wait")
     ] = 512,
-    log_requests: Annotated[bool, typer.Option(help="a line for each request on standard error")] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="a line for each request on standard error")
+    ] = False,
 ) -> None:
     """Serve one reward over HTTP until interrupted; at the end it says how much it scored."""
     from flowalign.config.sections import RewardConfig
@@ -118,6 +129,10 @@ def serve_reward(
 
 
 @app.command("try-reward")
+@examples(
+    "flowalign try-reward my_reward.py:brightness --images samples",
+    "flowalign try-reward geneval mode=strict --images samples --prompts prompts.jsonl",
+)
 def try_reward(
     scorer: Annotated[str, typer.Argument(help="geneval, path/to/file.py:reward, url:http://…, …")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the scorer")] = None,
@@ -153,6 +168,10 @@ def try_reward(
 
 
 @app.command()
+@examples(
+    "flowalign launch configs/shapes/flow_grpo.yaml --cluster configs/cluster/example.yaml",
+    "flowalign launch run.yaml iterations=400 --cluster cluster.yaml --accept-changed data.prompts",
+)
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,

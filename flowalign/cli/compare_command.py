@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import Json, NumSamples, Weights, model_directory, storable
 from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
@@ -22,17 +23,15 @@ if TYPE_CHECKING:
     from flowalign.samples.sampled import SampledModel
 
 
-COMPARE_EXAMPLES = (
-    "flowalign compare shapes runs/aligned",
-    "flowalign compare runs/a runs/b runs/c --num-samples 600 --out which --json",
-)
-
-
 def names(text: str) -> tuple[str, ...]:
     """Return the names in a list with commas."""
     return tuple(name for name in (part.strip() for part in text.split(",")) if name)
 
 
+@examples(
+    "flowalign compare shapes runs/aligned",
+    "flowalign compare runs/a runs/b runs/c --num-samples 600 --out which --json",
+)
 @takes_sampling
 def compare(
     sources: Annotated[

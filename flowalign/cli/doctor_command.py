@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import Json, image_size, model_directory
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json, print_rows, sentence
@@ -16,6 +17,10 @@ _WORDS = {"fact": "", "skip": "skip", "ok": "ok", "fail": "fail"}
 _STYLES = {"ok": "green", "skip": "yellow", "fail": "red"}
 
 
+@examples(
+    "flowalign doctor",
+    "flowalign doctor models/FLUX.1-dev --size 256x256",
+)
 def doctor(
     model: Annotated[
         Path | None,
@@ -35,8 +40,6 @@ def doctor(
     Of the machine: versions, compiler, memory, GPU, shipped files; exit code 1 if something needed fails. Of a model:
     family, sizes, guidance and levels; four steps of ours and of the pipeline's from the same noise; LoRA, weight sync,
     exports. Exit code 2, with one sentence, if it is not reproduced.
-
-    Example: flowalign doctor models/FLUX.1-dev --size 256x256
     """
     if model is None:
         _machine(as_json)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import PROMPTS_HELP, Json, Seed, Source, Weights, finite
 from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
@@ -15,6 +16,10 @@ from flowalign.cli.terminal import print_json, print_rows, progress
 POOR_FIT = 0.5
 
 
+@examples(
+    "flowalign make-pairs shapes --to runs/pairs --pairs 20000 --solver heun --num-steps 25",
+    "flowalign make-pairs runs/mine --to runs/pairs --prompts prompts.jsonl --weights ema",
+)
 @takes_sampling
 def make_pairs(
     checkpoint: Source,
@@ -46,6 +51,10 @@ def make_pairs(
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 
+@examples(
+    "flowalign calibrate-cache shapes --to cache.json",
+    "flowalign calibrate-cache runs/mine --to cache.json --num-samples 96 --guidance-scale 4.5",
+)
 @takes_sampling
 def calibrate_cache(
     checkpoint: Source,
@@ -80,10 +89,14 @@ def calibrate_cache(
     print_json(as_json, {**found, "out": str(to)})
 
 
+@examples(
+    "flowalign make-preferences shapes mode=partial --reward geneval --pairs 2000 --out preferences",
+    "flowalign make-preferences runs/mine --reward my_reward.py:brightness --prompts prompts.jsonl",
+)
 @takes_sampling
 def make_preferences(
     checkpoint: Source,
-    reward: Annotated[str, typer.Option(help="geneval, path/to/file.py:reward, package.module:reward, …")],
+    reward: Annotated[str, typer.Option(help="geneval, file.py:reward, package:reward, …")],
     sampling: Sampling,
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the reward")] = None,
     prompts: Annotated[str, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = "shapes:train",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import Json, model_directory
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows, progress
@@ -19,6 +20,10 @@ Extractor = Annotated[
 Clip = Annotated[str, typer.Option(help="of the CLIP score: an open_clip directory, or options as JSON")]
 
 
+@examples(
+    "flowalign measure images --reference photos",
+    "flowalign measure runs/mine/samples --reference shapes:eval --metrics fid,kid",
+)
 def measure(
     generated: Annotated[Path, typer.Argument(help="a folder of image files")],
     reference: Reference = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.measure import Clip, Extractor, Reference
 from flowalign.cli.options import (
     PROMPTS_HELP,
@@ -33,16 +34,11 @@ from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, progress
 from flowalign.making.measuring import SHIPPED_CLIP, reference_metrics
 
-EVALUATE_EXAMPLES = (
+
+@examples(
     "flowalign evaluate runs/quickstart --prompts mine.jsonl --num-images 4 --scorer pickscore",
     "flowalign evaluate --folder outputs --suite geneval --out scores",
 )
-SAMPLE_EXAMPLES = (
-    'flowalign sample shapes --prompt "a photo of a red circle" --num-images 4',
-    "flowalign sample runs/quickstart --prompts mine.jsonl --latents noise.safetensors --device cuda --batch 4",
-)
-
-
 @takes_sampling
 def evaluate(
     sampling: Sampling,
@@ -116,6 +112,10 @@ def evaluate(
         print_json(as_json, result.summary)
 
 
+@examples(
+    "flowalign sample shapes --prompt 'a photo of a red circle' --num-images 4",
+    "flowalign sample runs/quickstart --prompts mine.jsonl --latents noise.safetensors --device cuda --batch 4",
+)
 @takes_sampling
 def sample(
     checkpoint: Source,
@@ -172,6 +172,10 @@ def _rows(texts: Sequence[str], source: str | None) -> list[dict[str, Any]]:
         return [{"prompt": text} for text in texts] + ([] if source is None else load_prompts(given_prompts(source)))
 
 
+@examples(
+    "flowalign export runs/mine --to aligned",
+    "flowalign export runs/mine/checkpoints/step_000080 --to lora --as lora",
+)
 def export(
     run: Annotated[Path, typer.Argument(help="a run directory or one of its checkpoints")],
     to: Annotated[Path, typer.Option("--to", help="directory to write")],
@@ -201,6 +205,10 @@ def export(
     print_json(as_json, asdict(result))
 
 
+@examples(
+    "flowalign merge runs/one runs/other --to merged",
+    "flowalign merge runs/one shapes --to merged --weight 0.7 --weight 0.3",
+)
 def merge(
     sources: Annotated[
         list[Path],
@@ -228,6 +236,10 @@ def merge(
     print_json(as_json, {**record, "path": str(to)})
 
 
+@examples(
+    "flowalign report runs/mine",
+    "flowalign report runs/mine/set_aside/1",
+)
 def report(run: Annotated[Path, typer.Argument(help="a run directory, finished or not")]) -> None:
     """Write report.html, one self-contained file: curves, tables, images before and after."""
     from flowalign.cli.runs import report_of

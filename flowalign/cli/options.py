@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,6 +81,10 @@ AcceptChanged = Annotated[
         help="go on though what lies at this key, or this learning rate, has changed; kept on record; may be repeated",
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="check all that can be known, say what would run, and stop; see `flowalign check`"),
+]
 SOURCE = typer.Argument(
     metavar="CHECKPOINT",
     help="a run, a checkpoint, a pipeline directory, or shapes, the model that comes with the package",
@@ -135,11 +138,6 @@ def check_text(key: str, text: str) -> None:
         from flowalign.config.section import ConfigError
 
         raise ConfigError(key, f"{text!r} is not UTF-8; give text in the encoding of the terminal")
-
-
-def examples(commands: Sequence[str]) -> str:
-    """Return what a command's help ends with: a line a command, which paragraphs keep apart."""
-    return "\n\n".join(("Examples:", *commands))
 
 
 class Suite(StrEnum):

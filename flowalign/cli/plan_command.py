@@ -6,11 +6,16 @@ from typing import Annotated
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import ConfigFile, Json, Overrides, finite
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_sections, print_verdict
 
 
+@examples(
+    "flowalign plan configs/sd3/flow_grpo_geneval.yaml --gpus 8xH100",
+    "flowalign plan run.yaml model.path=FLUX.1-dev --gpus 4 --memory 48GiB",
+)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -25,7 +30,7 @@ def plan(
     """Show what a run of align, pretrain or distill asks for: passes, FLOPs, memory, disk. It starts nothing.
 
     It needs no weights. With --gpus it ends with whether the run fits, the largest micro-batch, what would make it fit,
-    and how long it takes: flowalign plan configs/sd3/flow_grpo_geneval.yaml --gpus 8xH100
+    and how long it takes.
     """
     from flowalign.plan.devices import GpusError, gpus_of
 

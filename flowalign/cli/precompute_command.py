@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import Json, Overrides, finite
 from flowalign.cli.precompute_prompts import encode_prompts, encode_run, kind_of, needed, refuse_others
 from flowalign.cli.sampling import NegativePrompt
@@ -29,6 +30,10 @@ class Stored(StrEnum):
     float32 = "float32"
 
 
+@examples(
+    "flowalign precompute photos.parquet --to runs/bank --model shapes --caption original=text",
+    "flowalign precompute configs/shapes/flow_grpo.yaml data.prompts=prompts.jsonl",
+)
 def precompute(
     context: typer.Context,
     source: Annotated[
@@ -45,11 +50,13 @@ def precompute(
         str | None, typer.Option(help="pipeline directory whose encoders are used; shapes is the shipped one")
     ] = None,
     caption: Annotated[
-        list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=caption_llava")
+        list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=llava")
     ] = None,
     image: Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
-    max_ratio: Annotated[float, typer.Option(min=1, callback=finite, help="longest shape, such as 2 for 2:1")] = 1.0,
+    max_ratio: Annotated[
+        float, typer.Option(metavar="X", min=1, callback=finite, help="longest shape, such as 2 for 2:1")
+    ] = 1.0,
     bucket: Annotated[
         list[str] | None, typer.Option(metavar="HEIGHTxWIDTH", help="these sizes instead; several may be given")
     ] = None,
@@ -60,17 +67,21 @@ def precompute(
         typer.Option(metavar="COSINE", min=0, max=1, callback=finite, help="drop what is nearer to an earlier one"),
     ] = None,
     clip: Annotated[str | None, typer.Option(help="open_clip directory to tell by, such as shapes:open_clip")] = None,
-    embeddings: Annotated[Stored | None, typer.Option(help="also store the captions' embeddings")] = None,
-    max_sequence_length: Annotated[int, typer.Option(min=1, max=512, help="of their T5 part")] = 256,
+    embeddings: Annotated[
+        Stored | None, typer.Option(metavar="DTYPE", help="also store the captions' embeddings: float16, float32")
+    ] = None,
+    max_sequence_length: Annotated[int, typer.Option(metavar="N", min=1, max=512, help="of their T5 part")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard, what an interruption can cost")] = 2048,
     limit: Annotated[int | None, typer.Option(min=1, help="take the first rows only")] = None,
-    streaming: Annotated[bool, typer.Option(help="read the source as it lies, without a copy in the cache")] = True,
+    copied: Annotated[
+        bool, typer.Option("--no-streaming", help="read a copy in the cache, not the source as it lies")
+    ] = False,
     hub: Annotated[bool, typer.Option("--hub", help="SOURCE is a data set on the hub, which is downloaded")] = False,
     split: str = "train",
     seed: Annotated[int, typer.Option(min=0, help="of random crops and flips")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
-    dtype: Annotated[Precision, typer.Option(help="of the encoders")] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(metavar="DTYPE", help="of the encoders, or bfloat16")] = Precision.float32,
     workers: Annotated[int, typer.Option(min=1, help="threads that decode images")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="of prompts alone: torch threads, those of the runs")] = 2,
     negative_prompt: NegativePrompt = None,
@@ -122,7 +133,7 @@ def precompute(
         image=image,
         split=split,
         hub=hub,
-        streaming=streaming,
+        streaming=not copied,
         limit=limit,
         resolution=resolution,
         max_ratio=max_ratio,

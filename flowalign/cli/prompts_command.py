@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowalign.cli.examples import examples
 from flowalign.cli.options import PROMPTS_HELP, Json, model_directory
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, print_rows
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from flowalign.config.sections import ModelConfig
     from flowalign.measure.promptset import PromptSet
 
-EXAMPLES = """Examples:
-
-flowalign prompts prompts.txt --model shapes
-
-flowalign prompts captions.csv --column prompt=caption --where split=train --json"""
 NAMED = 3  # rows of each kind, and prompts, that are printed; --json has all rows
 SHOWN = 100  # characters of a prompt
 TASKS = 8
@@ -31,6 +27,10 @@ Pairs = Annotated[
 Wanted = Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="keep the rows that have it; repeat")]
 
 
+@examples(
+    "flowalign prompts prompts.txt --model shapes",
+    "flowalign prompts captions.csv --column prompt=caption --where split=train --json",
+)
 def prompts(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=PROMPTS_HELP)],
     column: Pairs = None,

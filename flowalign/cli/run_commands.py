@@ -7,17 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flowalign.cli.check_command import look
+from flowalign.cli.examples import examples
 from flowalign.cli.exits import ExitCode
-from flowalign.cli.options import AcceptChanged, ConfigFile, Json, Overrides, PhaseOverrides, TakeOver
+from flowalign.cli.options import AcceptChanged, ConfigFile, DryRun, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
 from flowalign.record.cycles import importing
 
+if TYPE_CHECKING:
+    from flowalign.intake.ready import Ready
 
+
+@examples(
+    "flowalign align configs/shapes/flow_grpo.yaml",
+    "flowalign align configs/shapes/nft.yaml name=mine learner.optimizer.learning_rate=5e-5 --dry-run",
+)
 def align(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -26,6 +35,7 @@ def align(
     profile: Annotated[
         bool, typer.Option("--profile", help="say where the time of iterations 2 and 3 goes, and trace the fourth")
     ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Align a model with reinforcement learning; the same command continues an interrupted run.
@@ -34,27 +44,23 @@ def align(
     """
     from flowalign.cli.running import conduct, held
 
-    console = make_console(as_json)
+    console, keys = make_console(as_json), tuple(accept_changed or ())
+    given = [*(overrides or ()), *(["logging.profile=true"] if profile else ())]
+    if dry_run:
+        look("align", config, given, keys, take_over, as_json)
+        return
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
         with importing():
             from flowalign.cli.runs import report_of, say_profile, stop_of
-            from flowalign.intake.file import load_align
-            from flowalign.intake.run_directory import accepted_of, begin_run
+            from flowalign.intake.ready import ready
 
-        loaded = load_align(config, [*(overrides or ()), *(["logging.profile=true"] if profile else ())])
-        _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over, accept_changed or ()) as lock:
-            from flowalign.intake.check_teachers import check_runs_that_teach
-
-            loaded = _decided(loaded, console)
-            check_runs_that_teach(loaded.config)
-            accepted = accepted_of(loaded.config, accept_changed or ())
-            begin = partial(begin_run, loaded.config, accepted)
-            asked = {"lock": lock, "stop": stop, "accepted": accepted}
-            run_dir = _drive(loaded, console, begin, phases, **asked)
-            stopped, advice = stop_of(run_dir, loaded.config)
-            if loaded.config.logging.profile:
+        own = ready("align", config, given, keys, take_over=take_over, say=console.print)
+        with held(own.config, own.run_dir, stop, console, take_over) as lock:
+            own = _decided(own, console)
+            run_dir = _drive(own, console, phases, lock, stop)
+            stopped, advice = stop_of(run_dir, own.config)
+            if own.config.logging.profile:
                 say_profile(console, run_dir)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
     for line in advice:
@@ -71,21 +77,32 @@ def _training(command: str, told: str) -> Callable[..., None]:
         overrides: PhaseOverrides = None,
         take_over: TakeOver = False,
         accept_changed: AcceptChanged = None,
+        dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
-        _train(command, config, overrides or (), take_over, tuple(accept_changed or ()), as_json)
+        given = (command, config, overrides or (), tuple(accept_changed or ()), take_over, as_json)
+        if dry_run:
+            look(*given)
+        else:
+            _train(*given)
 
     run.__name__, run.__doc__ = command, told
     return run
 
 
 CONTINUED = "the same command continues an interrupted run."
-pretrain = _training("pretrain", f"Train a base model on precomputed latents, or straighten one; {CONTINUED}")
-distill = _training("distill", f"Train a student of a teacher, for guidance or few steps; {CONTINUED}")
+pretrain = examples(
+    "flowalign pretrain configs/shapes/pretrain.yaml model.path=untrained latents=runs/bank",
+    "flowalign pretrain configs/shapes/reflow.yaml latents=runs/pairs phases.0.iterations=400",
+)(_training("pretrain", f"Train a base model on precomputed latents, or straighten one; {CONTINUED}"))
+distill = examples(
+    "flowalign distill configs/shapes/guidance_distill.yaml latents=runs/bank teacher.path=shapes",
+    "flowalign distill configs/shapes/consistency.yaml latents=runs/bank --dry-run",
+)(_training("distill", f"Train a student of a teacher, for guidance or few steps; {CONTINUED}"))
 
 
 def _train(
-    command: str, config: Path, overrides: Sequence[str], take_over: bool, keys: tuple[str, ...], as_json: bool
+    command: str, config: Path, overrides: Sequence[str], keys: tuple[str, ...], take_over: bool, as_json: bool
 ) -> None:
     from flowalign.cli.running import conduct, following, held
 
@@ -95,46 +112,50 @@ def _train(
     with conduct(as_json, phases) as stop:
         with importing():
             from flowalign.cli.runs import report_of
-            from flowalign.intake.file import load_pretrain
-            from flowalign.intake.run_directory import accepted_of, begin_run
+            from flowalign.intake.ready import ready
 
-        loaded = load_pretrain(config, overrides, command=command)
-        if first:
-            _say_configured(loaded, console)
-        with held(loaded.config, stop, console, take_over, keys) if first else following(stop) as lock:
-            loaded = _decided(loaded, console, quiet=not first)
-            accepted = accepted_of(loaded.config, keys)
-            begin = partial(begin_run, loaded.config, accepted)
-            asked = {"lock": lock, "stop": stop, "accepted": accepted}
-            run_dir = _drive(loaded, console, begin, phases, **asked)
-            if first:
-                _finish(run_dir, as_json, phases, report=report_of(run_dir))
+        if not first:
+            with following(stop):
+                own = _decided(ready(command, config, overrides, keys, first=False), console, quiet=True)
+                _drive(own, console, phases, None, stop)
+            return
+        own = ready(command, config, overrides, keys, take_over=take_over, say=console.print)
+        with held(own.config, own.run_dir, stop, console, take_over) as lock:
+            own = _decided(own, console)
+            run_dir = _drive(own, console, phases, lock, stop)
+            _finish(run_dir, as_json, phases, report=report_of(run_dir))
 
 
-def _decided(loaded: Any, console: Any, quiet: bool = False) -> Any:
-    """Return ``loaded`` with what is left to the run, ``learner.compile: auto``, decided and said."""
-    learner = loaded.config.learner
+def _decided(own: Ready, console: Any, quiet: bool = False) -> Ready:
+    """Return ``own`` with what is left to the run, ``learner.compile: auto``, decided and said."""
+    learner = own.config.learner
     if learner.compile != "auto":
-        return loaded
+        return own
     from flowalign.run.compiled import decided
 
-    compiles, why = decided(loaded.config)
+    compiles, why = decided(own.config)
     if not quiet:
         console.print(f"learner.compile: auto is {str(compiles).lower()}; {why}")
     update = {"learner": learner.model_copy(update={"compile": compiles})}
-    return replace(loaded, config=loaded.config.model_copy(update=update))
+    return replace(own, loaded=replace(own.loaded, config=own.config.model_copy(update=update)))  # type: ignore[arg-type]
 
 
-def _drive(loaded: Any, console: Any, begin: Any, phases: Any, **asked: Any) -> Path:
+def _drive(own: Ready, console: Any, phases: Any, lock: Any, stop: Any) -> Path:
     """Run on the backend that the configuration names."""
+    from flowalign.intake.run_directory import begin_run
     from flowalign.run.drive import drive, local_backend
 
-    backend: Any = local_backend
-    if loaded.config.cluster.backend == "ray":
+    config, backend = own.config, local_backend
+    if config.cluster.backend == "ray":
         from flowalign.cluster.ray_backend import RayBackend as backend
-    return drive(loaded.config, loaded.base_dir, console, begin, phases, backend=backend, **asked)
+    asked = {"lock": lock, "stop": stop, "accepted": own.accepted, "backend": backend}
+    return drive(config, own.loaded.base_dir, console, partial(begin_run, config, own.accepted), phases, **asked)
 
 
+@examples(
+    "flowalign stop runs/shapes-flow-grpo",
+    "flowalign stop /shared/runs/mine",
+)
 def stop_run(
     run: Annotated[Path, typer.Argument(help="the directory of a run that is going on, on whatever machine")],
     as_json: Json = False,
@@ -149,13 +170,6 @@ def stop_run(
         f"asked {asked} to end {run} after what it is at, with a checkpoint", highlight=False, soft_wrap=True
     )
     print_json(as_json, {"run": run, "holder": asdict(asked)})
-
-
-def _say_configured(loaded: Any, console: Any) -> None:
-    """Say what differs from the file, what the run has chosen, and which settings the user hardly meant."""
-    lines = [f"overrides: {'; '.join(loaded.overridden)}"] if loaded.overridden else []
-    for line in [*lines, *loaded.chosen, *(f"warning: {note}" for note in loaded.notes)]:
-        console.print(line)
 
 
 def _finish(run_dir: Path, as_json: bool, phases: Any, **files: Path | str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,23 +59,17 @@ def say_end(console: Console, phases: Phases, said: Mapping[str, Path | str]) ->
 @contextmanager
 def held(
     config: RunConfig,
+    run_dir: Path,
     stop: StopRequest,
     console: Console,
     take_over: bool,
-    accepted: Sequence[str] = (),
 ) -> Iterator[RunLock]:
-    """Hold the run directory of ``config``, which has been looked at first; see `check_run`.
+    """Hold ``run_dir``, the directory of ``config``, which `flowalign.intake.ready` has looked at.
 
     Raises:
-        RunDirectoryError, ConfigError, DiskError: it cannot be taken; nothing in it was changed.
+        RunDirectoryError, DiskError: it cannot be taken; nothing in it was changed.
         RunFailed: what is done inside failed after it had begun.
     """
-    from flowalign.intake.run_directory import check_run
-    from flowalign.run.room import check_room
-
-    run_dir = check_run(config, accepted)
-    if (note := check_room(config, run_dir)) is not None:
-        console.print(note)
     began_from = last_checkpoint(run_dir)
     resumes = config.checkpoint.resume != "never"
     with ExitStack() as stack:

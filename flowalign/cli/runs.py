@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowalign.cli.terminal import plain, print_rows
-from flowalign.config.alignment import AlignConfig
+from flowalign.config.run import RunConfig
 from flowalign.intake.resolved import read_resolved, recorded_versions
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
@@ -31,14 +31,14 @@ def report_of(run_dir: Path) -> Path:
     return write_report(run_dir, config, recorded_versions(run_dir))
 
 
-def stop_of(run_dir: Path, config: AlignConfig) -> tuple[dict[str, str], list[str]]:
+def stop_of(run_dir: Path, config: RunConfig) -> tuple[dict[str, str], list[str]]:
     """Return sentences about a run that an alarm stopped, and the commands to go on with.
 
     Another run gets what still rings.
     """
     from flowalign.safety.collapse import stopped_by_alarm
 
-    stopped = stopped_by_alarm(run_dir, config.safety)
+    stopped = stopped_by_alarm(run_dir, config.limits)
     if stopped is None:
         held = [key for key, value in last_metrics(run_dir).items() if key.startswith("alarm/") and value]
         return ({"ended": f"while {', '.join(held)} rang; see docs/safety.md"} if held else {}), []

@@ -25,6 +25,7 @@ from flowalign.cluster.folder import RAYS, delete, own_folder, sweep
 from flowalign.cluster.heads import ASKS_FOR_TOKEN, address_of, check_answers
 from flowalign.cluster.lookout import Lookout
 from flowalign.cluster.placement import Share, own_resources
+from flowalign.cluster.places import visible_gpus
 from flowalign.cluster.store import object_store_bytes
 from flowalign.cluster.tokens import close_token_file
 from flowalign.config.cluster import visible_cores
@@ -75,7 +76,7 @@ class RaySession:
         close_token_file()
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "job_config": _job()}
         if address is None:
-            cpus, gpus = own_resources(asked, visible_cores(), _visible_gpus(asked, device))
+            cpus, gpus = own_resources(asked, visible_cores(), visible_gpus(asked, device))
             self.store = object_store_bytes(needed)
             with _hearing_alone():
                 self._start(num_cpus=cpus, num_gpus=gpus, object_store_memory=self.store, **quiet)
@@ -267,14 +268,6 @@ def _job() -> JobConfig:
     job = JobConfig()
     job._py_driver_sys_path = _OnOwnPath()
     return job
-
-
-def _visible_gpus(asked: Sequence[Share], device: str) -> int:
-    if device == "cpu" and not any(share.gpus for share in asked):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _ended(process: Any) -> str:

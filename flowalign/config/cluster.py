@@ -52,7 +52,7 @@ class ClusterConfig(Section):
     reward_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """CPUs of a reward actor."""
     reward_gpus: Annotated[float, Field(ge=0), MayChange()] = 0
-    """GPUs of a reward actor."""
+    """GPUs of a reward actor; with ``local`` any number above 0 lets the run's own device score."""
     learner_cpus: Annotated[float, Field(ge=0), MayChange()] = 0.5
     """CPUs of a learner rank."""
     learner_gpus: Annotated[float, Field(ge=0), MayChange()] = 0

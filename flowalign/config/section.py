@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from flowalign.config.booleans import refuse_boolean
+from flowalign.config.fields import Takes, marker
 from flowalign.config.largest import check_largest
 
 
@@ -38,8 +41,28 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    stands_for: ClassVar[JsonSchemaValue | None] = None
+    """JSON schema of what may be written in the place of the section, where it reads that too."""
     _no_boolean = field_validator("*", mode="before")(refuse_boolean)
     _within_limits = field_validator("*")(check_largest)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the JSON schema of a section, which takes what `_shorthands` takes, and asks for no key that a section
+        fills in by itself."""
+        found = handler(core)
+        whole = handler.resolve_ref_schema(found)
+        own = whole.get("properties", {})
+        for name, field in cls.model_fields.items():
+            if name in own and (_wants_list(field.annotation) or not field.is_required()):
+                own[name] = _with_shorthands(own[name], field.annotation)
+            if name in whole.get("required", ()) and (fact := marker(field, Takes)) is not None and fact.default:
+                whole["required"].remove(name)
+        if cls.stands_for is not None:
+            section = dict(whole)
+            whole.clear()
+            whole["anyOf"] = [section, cls.stands_for]
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +77,18 @@ class Section(BaseModel):
             single = isinstance(value, str | dict) and field is not None and _wants_list(field.annotation)
             kept[key] = _listed(key, value) if single else value
         return kept
+
+
+def _with_shorthands(schema: JsonSchemaValue, annotation: Any) -> JsonSchemaValue:
+    """Return the schema of a key that also takes one thing in the place of a list, or a null in that of a section."""
+    ways = schema.get("anyOf", [schema])
+    further = [way["items"] for way in ways if "items" in way] if _wants_list(annotation) else []
+    further += [{"type": "null"}] if _is_section(annotation) else []
+    if not further:
+        return schema
+    said = {name: value for name, value in schema.items() if name in ("description", "default", "title")}
+    bare = [{name: value for name, value in way.items() if name not in said} for way in ways]
+    return {**said, "anyOf": [*bare, *further]}
 
 
 def _listed(key: str, value: Any) -> list[Any]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from flowalign.config.curriculum import CurriculumConfig
 from flowalign.config.fields import MayChange, Resolved, Takes
@@ -26,7 +26,10 @@ RunName = Annotated[
 ]
 NotNegative = Annotated[int, Field(ge=0)]
 Resume = Annotated[
-    str, BeforeValidator(lambda value: _resume(value)), Takes("`auto`, `never`, or a checkpoint such as `step_000020`")
+    str,
+    BeforeValidator(lambda value: _resume(value)),
+    Takes("`auto`, `never`, or a checkpoint such as `step_000020`"),
+    WithJsonSchema({"type": ["string", "integer"]}),
 ]
 SHIPPED = Path(__file__).parent.parent / "shapes" / "assets"
 
@@ -199,6 +202,7 @@ PATH_OPTIONS = ("path", "processor", "checkpoint", "head")  # of a scorer, where
 class RewardConfig(Section):
     """One reward of a run, or one scorer of its evaluations. A text alone is its ``spec``."""
 
+    stands_for: ClassVar = {"type": "string"}
     spec: Annotated[str, Resolved("code")]
     """Name of a scorer, ``file.py:attribute``, ``package.module:attribute``, or ``url:`` and the address of a server.
     """

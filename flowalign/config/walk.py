@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from flowalign.config.fields import Takes
 
@@ -32,7 +32,10 @@ def _known_shift(value: Any) -> Any:
 # Levels of a walk: those of the model's own `pipeline`, or of the `paper`; `diffusers` is what 0.1 called its own
 # static grid, read where 0.1 wrote it.
 Grid = Annotated[
-    Literal["pipeline", "paper", "diffusers"], BeforeValidator(_known_grid), Takes("`pipeline` or `paper`")
+    Literal["pipeline", "paper", "diffusers"],
+    BeforeValidator(_known_grid),
+    Takes("`pipeline` or `paper`"),
+    WithJsonSchema({"enum": ["pipeline", "paper"], "type": "string"}),
 ]
 # Null is the model's own, `auto` that of its own resolution times the root of the size over the model's.
 Shift = Annotated[

@@ -147,16 +147,24 @@ def load_pretrain(
     return _load(path, overrides, lambda raw, base: _checked_pretrain(raw, base, command, require_files))
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[AlignConfig] | Loaded[PretrainConfig]:
-    """Load a run of whatever command, as `load_align` does without ``require_files``.
+def load_run(
+    path: Path, overrides: Sequence[str] = (), command: str | None = None, *, require_files: bool = False
+) -> Loaded[AlignConfig] | Loaded[PretrainConfig]:
+    """Load a run of ``command``, by default that of its content, as `load_align` does."""
+    command = command or command_of(path, overrides)
+    if command == "align":
+        return load_align(path, overrides, require_files=require_files)
+    return load_pretrain(path, overrides, command=command, require_files=require_files)
 
-    One that names ``latents`` is a training on them.
-    """
+
+def command_of(path: Path, overrides: Sequence[str] = ()) -> str:
+    """Return the command that a configuration is for: one that names ``latents`` is a training on them, with a
+    ``teacher`` a distillation. Raise ConfigError where it cannot be read."""
     raw = _read(path)[0]
     override(raw, overrides)
     if "latents" not in raw:
-        return load_align(path, overrides, require_files=False)
-    return load_pretrain(path, overrides, command="distill" if raw.get("teacher") else "pretrain", require_files=False)
+        return "align"
+    return "distill" if raw.get("teacher") else "pretrain"
 
 
 def _load(

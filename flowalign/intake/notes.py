@@ -20,12 +20,11 @@ from flowalign.record.textfiles import is_there
 
 MAX_RATE = 0.1  # beyond which a learning rate of AdamW hardly was meant
 MAX_DECAY = 0.1  # the same of weight decay times learning rate
-OF_ACTORS = (
+OF_ACTORS = (  # without reward_gpus, by which one process scores on its device as well
     "address",
     "rollout_workers",
     "reward_workers",
     "rollout_gpus",
-    "reward_gpus",
     "learner_gpus",
 )
 

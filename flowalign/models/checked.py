@@ -20,6 +20,7 @@ from flowalign.models.directory import (
 )
 from flowalign.models.errors import ModelError
 from flowalign.models.family import ModelFamily, family_of, known_families
+from flowalign.models.weights import check_whole
 from flowalign.record.checkpoint import CheckpointError, find
 
 
@@ -53,6 +54,22 @@ def check_pipeline(key: str, path: Path, model: ModelConfig) -> tuple[int, int, 
         given = next((name for name in ("height", "width") if getattr(model, name) is not None), None)
         sized = key.endswith("path") and reason.startswith("image size") and given is not None
         raise ConfigError(f"{key.removesuffix('path')}{given}" if sized else key, reason) from error
+
+
+def check_weights(key: str, model: ModelConfig, parts: Sequence[str]) -> None:
+    """Check that the weights of those ``parts`` of a pipeline that it has are there and whole, by their headers alone.
+
+    Raises:
+        ConfigError: some are not. A model that is not there is said elsewhere.
+    """
+    try:
+        directory = open_directory(model)
+        if directory.published is not None:
+            return
+        for part in filter(directory.has, parts):
+            check_whole(directory.path / part)
+    except ModelError as error:
+        raise ConfigError(key, str(error).removeprefix("model.path: ")) from error
 
 
 def check_guidance(section: str, own: GuidanceKeys, model: ModelConfig, keys: Sequence[str] = GUIDANCE_KEYS) -> None:

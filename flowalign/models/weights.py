@@ -87,6 +87,18 @@ def loaded_files(part: Path) -> list[Path]:
     return [file for file in files if (match := _NAME.fullmatch(file.name)) is None or match[2] is None] or files
 
 
+def check_whole(part: Path) -> None:
+    """Check, by their headers alone, that the weights of the folder ``part`` of a pipeline are there and not cut short.
+
+    Raises:
+        ModelError: there are none, or one is missing, a pointer to a file that was not downloaded, or too short.
+    """
+    if not any(_NAME.fullmatch(path.name) or path.suffix == ".safetensors" for path in part.iterdir()):
+        raise ModelError(_without_plain(part, (), pickled=False))
+    for path in loaded_files(part):
+        _entries(path)
+
+
 def _without_plain(part: Path, variants: Iterable[str], pickled: bool) -> str:
     for variant in variants:
         return (
@@ -116,6 +128,11 @@ def _of_index(index: Path) -> list[Path]:
 
 def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of the tensors in a file, which must be as long as its header says."""
+    return {name: (_dtype(dtype, path), shape) for name, (dtype, shape) in _entries(path).items()}
+
+
+def _entries(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return what the header of a file says of its tensors, safetensors' own name of the dtype and the shape."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = file.read(8)
@@ -133,7 +150,7 @@ def _tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise ModelError(f"{path} is no safetensors file; download it again") from error
     if size < end:
         raise ModelError(f"{path} is cut short, it holds {size_text(size)} of {size_text(end)}; download it again")
-    return {name: (_dtype(dtype, path), shape) for name, (dtype, shape) in found.items()}
+    return found
 
 
 def _dtype(name: str, path: Path) -> str:

@@ -14,6 +14,7 @@ from flowalign.config.run import RunConfig
 from flowalign.models.errors import ModelError
 from flowalign.plan.devices import Gpus
 from flowalign.plan.estimate import Estimate, estimate
+from flowalign.plan.memory import Memory
 
 USABLE = 0.92
 """Share of a GPU's memory that a plan gives away. The rest is for the driver's context, the libraries' workspaces and
@@ -111,23 +112,23 @@ def needed_gpus(made: Estimate) -> float:
     cluster = made.config.cluster
     rewards = cluster.reward_workers * cluster.reward_gpus
     rewards *= cluster.backend == "ray" and made.config.makes_images
-    return rewards + sum(count * share for _, count, share, _ in _held(made))
+    return rewards + sum(count * share for _, count, share, _ in processes(made.config, made.memory))
 
 
 def holders_of(made: Estimate, gpus: Gpus) -> tuple[Holder, ...]:
     """Return what the run lays on GPUs. An actor whose share is 0, as on a CPU, is given one whole GPU."""
     room = gpus.memory * USABLE
-    return tuple(Holder(*held, int(min(held[2], 1.0) * room)) for held in _held(made))
+    return tuple(Holder(*held, int(min(held[2], 1.0) * room)) for held in processes(made.config, made.memory))
 
 
-def _held(made: Estimate) -> list[tuple[str, int, float, int]]:
+def processes(config: RunConfig, memory: Memory) -> list[tuple[str, int, float, int]]:
     """Return by name how many processes there are, the share of a GPU that each has, and the bytes of one."""
-    cluster, memory, ranks = made.config.cluster, made.memory, made.config.learner.ranks
+    cluster, ranks = config.cluster, config.learner.ranks
     if cluster.backend == "local":
         together = memory.rollout_weights + memory.learner_held + max(memory.rollout_working, memory.learner_working)
         return [("process", ranks, 1.0, together)]
     found = [("learner rank", ranks, cluster.learner_gpus or 1.0, memory.learner_rank)]
-    if made.config.makes_images:
+    if config.makes_images:
         own = ("rollout worker", cluster.rollout_workers, cluster.rollout_gpus or 1.0, memory.rollout_worker)
         found.insert(0, own)
     if memory.teachers and not memory.teachers_in_learner:

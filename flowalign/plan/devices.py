@@ -98,6 +98,28 @@ def gpus_of(gpus: str | None, memory: str | None = None) -> Gpus | None:
     return own if size is None else replace(own, memory=size)
 
 
+def gpus_here() -> Gpus | None:
+    """Return the GPUs that torch sees on this machine, all taken for the smallest of them; None where it sees none."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    least = min(map(torch.cuda.get_device_properties, range(count)), key=lambda facts: facts.total_memory)
+    named = [kind for kind in _KINDS if _plain(kind) in _plain(least.name)]
+    own = Gpus(count, int(least.total_memory))
+    if not named:
+        return own
+    kind = max(named, key=len)
+    _, half, single = _KINDS[kind]
+    return replace(own, name=kind, bfloat16=half * 1e12, float32=single * 1e12)
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes of ``80GiB`` or ``24GB``. Raise GpusError where it says no such size."""
+    return _bytes(text)
+
+
 def _kind(name: str) -> str:
     """Return the known kind of this name, whatever its case and its hyphens."""
     plain = {_plain(kind): kind for kind in _KINDS}

@@ -69,15 +69,15 @@ def _memory(plan: Plan) -> Rows:
     memory = plan.memory
     rows: Rows = []
     if memory.rollout_worker:
-        rows.append(("rollout worker", f"{_size(memory.rollout_worker)}: {_rollout_terms(memory)}"))
-    rows.append(("learner rank", f"{_size(memory.learner_rank)}: {_learner_terms(memory)}"))
+        rows.append(("rollout worker", f"{memory_text(memory.rollout_worker)}: {_rollout_terms(memory)}"))
+    rows.append(("learner rank", f"{memory_text(memory.learner_rank)}: {_learner_terms(memory)}"))
     if plan.geometry.images:
-        rows.append(("trajectories", f"{_size(memory.trajectories)} an iteration, in the machine's memory"))
+        rows.append(("trajectories", f"{memory_text(memory.trajectories)} an iteration, in the machine's memory"))
     if plan.num_texts:
         rows.append(("embeddings", _embeddings(memory, plan.num_texts)))
     if memory.teachers:
         where = "in every learner rank" if memory.teachers_in_learner else "each in an actor that all ranks ask"
-        named = ", ".join(f"{name} {_size(count)}" for name, count in memory.teachers.items())
+        named = ", ".join(f"{name} {memory_text(count)}" for name, count in memory.teachers.items())
         rows.append(("teachers", f"{where}: {named}"))
     return rows
 
@@ -100,19 +100,19 @@ def _learner_terms(memory: Memory) -> str:
     working = {"gradients": memory.learner_gradients, "activations": memory.learner_activations}
     joined = " and " if memory.gradients_stay else " or "
     away = memory.learner_offloaded
-    said = f"; {_size(away)} of these are kept off the device, and not counted" if away else ""
+    said = f"; {memory_text(away)} of these are kept off the device, and not counted" if away else ""
     return f"{_terms(held)}, and {_terms(working, joined)}{said}"
 
 
 def _terms(terms: Mapping[str, int], joined: str = ", ") -> str:
-    return joined.join(f"{name} {_size(count)}" for name, count in terms.items() if count) or "nothing"
+    return joined.join(f"{name} {memory_text(count)}" for name, count in terms.items() if count) or "nothing"
 
 
 def _embeddings(memory: Memory, num_texts: int) -> str:
     kept = "in every rollout worker" if memory.keeps_text_encoders else "loaded apart, to encode what is missing"
     return (
-        f"of {count_text(num_texts, 'text')}, at most {_size(memory.embeddings)} on disk; "
-        f"text encoders of {_size(memory.text_encoders)}, {kept}"
+        f"of {count_text(num_texts, 'text')}, at most {memory_text(memory.embeddings)} on disk; "
+        f"text encoders of {memory_text(memory.text_encoders)}, {kept}"
     )
 
 
@@ -151,7 +151,7 @@ def verdict(made: Answer) -> str:
     short = [holder for holder in made.holders if not holder.fits]
     if not short:
         return "fits"
-    lacking = "; ".join(f"a {holder.name} lacks {_size(holder.bytes - holder.room)}" for holder in short)
+    lacking = "; ".join(f"a {holder.name} lacks {memory_text(holder.bytes - holder.room)}" for holder in short)
     return f"does not fit: {lacking}" + ("" if made.ways else ", and nothing that is counted here would change it")
 
 
@@ -200,5 +200,6 @@ def flops_text(count: int) -> str:
     return f"{count / 10**6:,.2f} MFLOP"
 
 
-def _size(count: int) -> str:
+def memory_text(count: int) -> str:
+    """Write bytes of memory."""
     return f"{count / GIB:,.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:,.1f} MiB"

@@ -115,6 +115,20 @@ class RunLock:
         return True
 
 
+def refuse_held(run_dir: Path, *, take_over: bool = False) -> None:
+    """Raise RunHeld where `RunLock.take` would; nothing is taken, and no directory made."""
+    if (found := read(run_dir)) is not None:
+        _refuse(run_dir, found, take_over)
+
+
+def _refuse(run_dir: Path, found: Holder, take_over: bool) -> bool | None:
+    """Return what is known of the life of a holder that the directory can be taken from. Raise RunHeld of any other."""
+    lives = found.lives(run_dir)
+    if lives or (lives is None and not take_over):
+        raise RunHeld(_refusal(run_dir, found, lives))
+    return lives
+
+
 def _take(run_dir: Path, token: str, take_over: bool) -> str:
     """Take the lock; return what is to be said of it: nothing, or whose lock was taken over."""
     deadline = time.monotonic() + _PATIENCE_S
@@ -124,9 +138,7 @@ def _take(run_dir: Path, token: str, take_over: bool) -> str:
             if _appear(run_dir, token):
                 return ""
             found = read(run_dir)
-            lives = None if found is None else found.lives(run_dir)
-            if found is not None and (lives or (lives is None and not take_over)):
-                raise RunHeld(_refusal(run_dir, found, lives))
+            lives = None if found is None else _refuse(run_dir, found, take_over)
             if found is not None and _rename(run_dir, found.token, token):
                 how = "which is gone" if lives is False else "by --take-over"
                 return f"{run_dir} was held by {found}, {how}: taken over"

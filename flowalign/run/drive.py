@@ -19,16 +19,16 @@ from flowalign.record.lock import RunLock
 from flowalign.record.progress import PLAIN, Phases
 from flowalign.record.stop import EndedEarly, StopRequest
 from flowalign.run.attempts import Attempts
-from flowalign.run.fixed import build_run, lines_on_data, lines_on_model
+from flowalign.run.fixed import lines_on_model
 from flowalign.run.journal import CURRICULUM
 from flowalign.run.local import LocalBackend
 from flowalign.run.loop import iterate
 from flowalign.run.made import Accepted, MadeOf
+from flowalign.run.prepared import prepare
 from flowalign.run.protocols import Backend
 from flowalign.run.ranks import Rank, SharedJournal, same_on_all
-from flowalign.run.resume import leave_behind, refuse_older, resume_from
+from flowalign.run.resume import leave_behind
 from flowalign.run.second import states_for
-from flowalign.safety.collapse import stopped_by_alarm
 
 Say = Callable[[str], None]
 MakeBackend = Callable[[RunConfig, Path, Say, MadeOf | None, Rank], Backend]
@@ -112,22 +112,10 @@ class _Driver:
 
     def run(self, phases: Phases, make_backend: MakeBackend) -> None:
         config = self._config
-        saved = self._saved()
-        if saved is not None and (done := saved.step) >= config.total:
-            more = "add a phase to `phases`" if getattr(config, "phases", None) else "raise `iterations`"
-            self._say(f"{self._run_dir} has done all {done} iterations already; {more} to continue")
+        given = {"accepted": self._accepted, "rank": self._rank, "holds": self._lock is not None}
+        if (prepared := prepare(config, self._base_dir, self._say, **given)) is None:
             return
-        if saved is not None and stopped_by_alarm(self._run_dir, config.limits, saved.step) is not None:
-            return
-        refuse_older(saved)
-        if self._lock is not None:
-            self._made = MadeOf(config, self._base_dir, self._accepted)
-        if saved is not None and self._made is not None:
-            self._made.refuse_changes(saved, self._say, small=True)
-        run = build_run(config)
-        self._say(f"run directory: {self._run_dir}" + ("" if saved else ", begun anew"))
-        for line in lines_on_data(config, run):
-            self._say(line)
+        saved, run, self._made = prepared.saved, prepared.run, prepared.made
         loading = time.monotonic()
         backend = make_backend(config, self._base_dir, self._say, self._made, self._rank)
         self._stop.meet()
@@ -172,20 +160,6 @@ class _Driver:
             self.close()
         if done < config.total and not (attempts is not None and attempts.stopped):
             raise EndedEarly
-
-    def _saved(self) -> Checkpoint | None:
-        """Return the checkpoint that the first process goes on from.
-
-        The others, which cannot ask it before their engines stand, look at it alone where a run may be finished: then
-        none of them begins.
-
-        Raises:
-            CheckpointError: there is nothing that the run can go on from, though it was begun.
-        """
-        last = max(checkpoint.steps(self._run_dir / "checkpoints"), default=0)
-        if self._rank.index and last < self._config.total:
-            return None
-        return resume_from(self._run_dir, self._config.checkpoint.resume, self._say)
 
     def _states(self, saved: Checkpoint) -> list[dict[str, Any]]:
         """Return what each rank of the learner goes on from."""

@@ -197,7 +197,12 @@ def test_plan_prints_one_json_object_last(config_path: Path) -> None:
 def test_every_command_with_json_keeps_standard_output_for_its_object() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     answers = {name: [p for p in made.params if "--json" in p.opts] for name, made in commands.items()}
-    assert sorted(name for name, found in answers.items() if not found) == ["launch", "report", "serve-reward"]
+    assert sorted(name for name, found in answers.items() if not found) == [
+        "launch",
+        "report",
+        "schema",
+        "serve-reward",
+    ]
     assert all(parameter.callback is not None for found in answers.values() for parameter in found)
 
 

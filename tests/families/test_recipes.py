@@ -52,7 +52,7 @@ def algorithm_of(recipe: Path) -> Algorithm:
 def test_a_folder_of_recipes_is_called_like_its_family() -> None:
     assert {path.parent.name for path in RECIPES} >= {"sd3", "flux", "qwen_image", "z_image"}
     others = {path.name for path in (ROOT / "configs").iterdir()} - set(known_families())
-    assert others == {"shapes", "cluster"}
+    assert others == {"shapes", "cluster", "schema"}
 
 
 @each

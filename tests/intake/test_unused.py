@@ -42,7 +42,7 @@ evaluation: {every: 0}
             ],
         ),
         ("checkpoint={keep_best: 2, best_metric: reward/total/mean}", []),
-        ("cluster={backend: local, rollout_cpus: 0.5}", []),
+        ("cluster={backend: local, rollout_cpus: 0.5, reward_gpus: 1}", []),
         (
             "cluster={backend: local, address: auto, rollout_workers: 4}",
             [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -13,6 +13,7 @@ from flowalign.config.section import Section
 class ClipRange(Section):
     """The distances that the ratio may fall below and rise above 1. One number stands for both."""
 
+    stands_for: ClassVar = {"type": "number", "exclusiveMinimum": 0}
     low: float = Field(gt=0)
     """Distance below 1."""
     high: float = Field(gt=0)

@@ -1,0 +1,155 @@
+"""``flowalign init``: a configuration that `check` accepts, from flags, from answers, or the quickstart's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flowalign.cli import app
+from flowalign.intake.file import load_align
+from flowalign.making.quickstart import FILE, MODELINE
+from flowalign.making.recipe import Asked, recipe
+from flowalign.plan import make_plan
+from flowalign.plan.devices import gpus_of
+from flowalign.record.yamlfiles import parse_yaml
+from tests.tiny import write_configs_of_a_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+BRIGHT = "def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3)) / 255\n"
+FLAGS = ("--model", "model", "--prompts", "own.jsonl", "--reward", "own.py:bright")
+
+
+def init(*words: str) -> Result:
+    return CliRunner().invoke(app, ["init", *words])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A newcomer's working directory: a model, prompts, a reward."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tiny_pipeline_dir, "model")
+    Path("own.jsonl").write_text('{"prompt": "a red star"}\n{"prompt": "two hearts"}\n')
+    Path("own.py").write_text(BRIGHT)
+    return tmp_path
+
+
+def test_the_quickstart_of_the_package_is_that_of_the_repository(folder: Path) -> None:
+    assert FILE.read_bytes() == (ROOT / "configs" / "shapes" / "flow_grpo.yaml").read_bytes()
+    assert init("--shapes", "--to", "quick.yaml").exit_code == 0
+    text = Path("quick.yaml").read_text()
+    assert "#   flowalign align quick.yaml\n" in text and MODELINE not in text
+    assert parse_yaml(text, "it") == parse_yaml(FILE.read_text(), "it")
+    assert CliRunner().invoke(app, ["check", "quick.yaml"]).exit_code == 0
+
+
+def test_what_is_written_is_small_says_why_and_can_start(folder: Path) -> None:
+    shown = init(*FLAGS, "--reward", "jpeg quality=50", "--hours", "0.5", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout) == {"file": "run.yaml"}
+    text = Path("run.yaml").read_text()
+    assert len(text.splitlines()) < 65 and text.startswith("# flow_grpo on model, as `flowalign init` begins it.")
+    for why in ("# 0.5 h at ", "# images at a time, of the ", "# equal to chunk_size", "# one process without Ray"):
+        assert why in text
+    config = load_align(Path("run.yaml")).config
+    images = config.data.groups_per_iteration * config.algorithm["group_size"]
+    assert config.learner.micro_batch_size == config.rollout.chunk_size and images % config.rollout.chunk_size == 0
+    assert [(own.spec, own.options) for own in config.rewards] == [
+        (f"{folder / 'own.py'}:bright", {}),
+        ("jpeg", {"quality": 50}),
+    ]
+    assert config.evaluation.scorer == config.rewards[0] and config.model.lora is None
+    assert CliRunner().invoke(app, ["align", "run.yaml", "--dry-run"]).exit_code == 0
+    assert sorted(os.listdir()) == ["model", "own.jsonl", "own.py", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (FLAGS[2:], "--model: is missing; give --model, --prompts and --reward, or --shapes for the quickstart"),
+        ((*FLAGS, "--model", "absent"), "--model: "),
+        ((*FLAGS, "--prompts", "absent.jsonl"), "--prompts: "),
+        ((*FLAGS, "--reward", "genevil"), "--reward: 1: reward 'genevil' is unknown; did you mean 'geneval'"),
+        ((*FLAGS, "--algorithm", "flow_gpro"), "--algorithm: no algorithm 'flow_gpro'"),
+        ((*FLAGS, "--algorithm", "opd"), "--algorithm: teachers: is missing"),
+        ((*FLAGS, "--memory", "24"), "--memory: got '24'; write what one GPU holds, such as 80GiB"),
+        ((*FLAGS, "--memory", "1MiB"), "--memory: the run does not fit into 1.0 MiB"),
+        ((*FLAGS, "--to", "own.py"), "--to: own.py exists; name another file"),
+        ((*FLAGS, "--shapes"), "--shapes: is the quickstart as it is; leave out --model, --prompts, --reward"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_the_flag_and_nothing_is_written(
+    folder: Path, words: tuple[str, ...], said: str
+) -> None:
+    before = sorted(os.listdir())
+    shown = init(*words)
+    assert shown.exit_code == 2 and shown.stderr.startswith(f"error: {said}"), shown.output
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("algorithm", ["nft", "awm", "sft", "diffusion_dpo"])
+def test_every_algorithm_of_rewards_can_be_begun(algorithm: str, folder: Path) -> None:
+    file = folder / "run.yaml"
+    file.write_text(recipe(Asked("model", "own.jsonl", ["own.py:bright"], algorithm), file, None))
+    loaded = load_align(file)
+    assert loaded.config.algorithm["type"] == algorithm and loaded.notes == ()
+
+
+def test_less_memory_leads_to_fewer_samples_at_a_time_and_then_to_a_lora(folder: Path) -> None:
+    write_configs_of_a_pipeline(Path("small"))
+    found = {}
+    for mib in (1000, 40, 20):
+        asked = Asked("small", "own.jsonl", ["own.py:bright"], memory=mib * 2**20)
+        found[mib] = parse_yaml(recipe(asked, folder / "run.yaml", None), "it")
+    sizes = [found[mib]["rollout"]["chunk_size"] for mib in found]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 96 and sizes[1] < 96
+    assert "lora" not in found[40]["model"] and found[20]["model"]["lora"]["rank"] == 32
+
+
+def test_a_file_elsewhere_names_the_same_files(folder: Path) -> None:
+    (folder / "configs").mkdir()
+    assert init(*FLAGS, "--to", "configs/run.yaml").exit_code == 0
+    own = parse_yaml(Path("configs/run.yaml").read_text(), "it")
+    assert Path(own["model"]["path"]).is_absolute() and own["data"]["prompts"] == str(folder / "own.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "gpus", "guidance"), [("stable-diffusion-3.5-medium", "1xRTX4090", 1.0), ("FLUX.1-dev", "8xH100", 3.5)]
+)
+def test_a_published_model_fits_on_the_gpus_it_is_written_for(
+    model: str, gpus: str, guidance: float, folder: Path
+) -> None:
+    given, file = gpus_of(gpus), folder / "run.yaml"
+    file.write_text(recipe(Asked(model, "own.jsonl", ["own.py:bright"], hours=24), file, given))
+    config = load_align(file, require_files=False).config
+    answer = make_plan(config, gpus=given).answer
+    assert answer is not None and answer.fits and answer.seconds is not None
+    assert config.iterations * answer.seconds.iteration == pytest.approx(24 * 3600, rel=0.1)
+    assert config.model.lora is not None and config.algorithm["guidance_scale"] == guidance
+    assert config.rollout.chunk_size == config.learner.micro_batch_size >= 4
+
+
+@pytest.mark.slow
+def test_a_terminal_is_asked_for_what_is_missing(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "flowalign", "init", "--model", "model", "--to", "asked.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asking = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    for answer in ("own.jsonl", "own.py:bright", "", "2GiB", "never", "1"):
+        os.write(ours, f"{answer}\n".encode())
+    said = b""
+    try:
+        while part := os.read(ours, 4096):
+            said += part
+    except OSError:  # the other end is closed
+        pass
+    assert asking.wait() == 0, said.decode()
+    assert b"never is no number of hours" in said
+    assert parse_yaml(Path("asked.yaml").read_text(), "it")["rewards"] == [{"spec": "own.py:bright"}]
