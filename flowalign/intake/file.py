@@ -50,14 +50,7 @@ from flowalign.record.log import say_once
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import check_finite, differences, plain, read_mapping
 from flowalign.samples.cache import check_cache
-from flowalign.samples.offers import (
-    EVALUATION,
-    TRAINING,
-    check_gradient,
-    check_judge,
-    check_reward,
-    check_reward_names,
-)
+from flowalign.samples.offers import EVALUATION, TRAINING, check_gradient, check_judge, check_reward, check_reward_names
 
 RESOLVED = "config.yaml"
 DEFAULT_JUDGE = "; geneval is the judge where evaluation.scorer names no other"

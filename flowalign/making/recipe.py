@@ -181,6 +181,7 @@ class _Recipe:
         """Choose what is at work at a time, how many prompts, and how many iterations the hours hold."""
         fits = min(MOST, *filter(None, largest_sizes(made, self.room)))
         alone = self.choices["rollout.decode_batch_size"] == (1, _FITTED["rollout.decode_batch_size"])
+        assert isinstance(made.config, AlignConfig)
         rate = self._rate(made.config)
         for groups in GROUPS:
             images = groups * GROUP_SIZE
