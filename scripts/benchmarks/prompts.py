@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "prompts.json"
-COLUMNS = ("prompt", "task", "score", "negative_prompt")
+COLUMNS: tuple[str, ...] = ("prompt", "task", "score", "negative_prompt")
 FORMS = ("prompts.txt", "prompts.csv", "prompts.tsv", "prompts.jsonl", "prompts.parquet", "saved")
 AIMS = {"seconds": 3.0, "mb": 300}
 WORDS = (

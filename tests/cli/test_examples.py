@@ -37,7 +37,8 @@ def test_a_help_ends_with_two_examples_whose_options_exist(command: str) -> None
     examples = examples_of(command)
     assert [words[:2] for words in examples] == [["flowalign", command]] * 2
     for _, _, *words in examples:
-        assert GROUP.commands[command].make_context(command, words).params  # raises for an option that is unknown
+        parsed = [word for word in words if word != "--json"]  # which moves standard output as soon as it is parsed
+        assert GROUP.commands[command].make_context(command, parsed).params  # raises for an option that is unknown
         for name in words:
             assert not name.startswith("configs/") or (ROOT / name).is_file(), name
 

@@ -25,7 +25,7 @@ ROWS: list[dict[str, str]] = [
     {"prompt": "naïve 猫 \U0001f600", "task": "colors"},
     {"prompt": "two  cats", "task": "counting", "negative_prompt": "bad text", "note": "nan"},
 ]
-COLUMNS = ("prompt", "task", "negative_prompt", "note")
+COLUMNS: tuple[str, ...] = ("prompt", "task", "negative_prompt", "note")
 
 
 def write_table(path: Path, separator: str = ",", end: str = "\n", mark: str = "") -> Path:

@@ -305,6 +305,9 @@ def test_a_second_ctrl_c_says_what_is_kept_and_what_is_lost(
     own = load_align(config_path, [f"runs_dir={tmp_path}"]).config
     if saved is not None:
         CheckpointWriter(tmp_path / "run" / "checkpoints").save(saved, model={}, state={})
-    with pytest.raises(EndedAtOnce, match=said), held(own, stop := StopRequest(), Console(quiet=True), False):
+    with (
+        pytest.raises(EndedAtOnce, match=said),
+        held(own, tmp_path / "run", stop := StopRequest(), Console(quiet=True), False),
+    ):
         stop.done, stop.at_once = finished, True
         raise KeyboardInterrupt

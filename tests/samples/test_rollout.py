@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -118,12 +119,13 @@ def test_pictures_that_are_all_decoded_alone_need_no_room_for_two(policy, monkey
     seen, decode = [], policy.encoders.decode
     monkeypatch.setattr(policy.encoders, "decode", lambda latents: seen.append(len(latents)) or decode(latents))
     plan = SamplingPlan(sigmas=(1.0, 0.0))
-    for options, expected in (
+    cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"geometry": 1}, [1]),
         ({"geometry": 4, "decode_batch_size": 1}, [1]),
         ({}, [1]),
         ({"geometry": 4}, [2]),
-    ):
+    ]
+    for options, expected in cases:
         seen.clear()
         assert len(rollout(policy, prompt_batch(1), plan, seed=3, policy_version=0, length=16, **options).pictures) == 1
         assert seen == expected
