@@ -47,7 +47,8 @@ def test_a_folder_in_genevals_layout_has_official_verdicts_by_task_and_no_model(
     assert {key for key in found["metrics"] if key.startswith("eval/geneval/")} == {
         f"eval/geneval/{name}" for name in (*tags, "overall")
     }
-    assert found["standard_errors"]["standard_error/geneval/overall"] > 0
+    assert found["standard_errors"]["standard_error/geneval/overall"] is None  # of tasks of one prompt each
+    assert found["num_samples"]["num_samples/geneval/overall"] == 12
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "results.jsonl"]
 
 
