@@ -46,7 +46,7 @@ class PromptsConfig(Section):
     )
     """Columns by what they are here: ``prompt``, ``negative_prompt``, ``task``, ``image`` (paths of reference
     pictures), ``weight`` (how often a pass draws the row), or any name that a reward reads; null: the column of that
-    name is not read. A column that is not named here keeps its name, and one called image or weight means nothing.
+    name is not read. A column that is not named here keeps its name, and one called weight means nothing.
     """
     split: Name | None = None
     """Split of a folder or of a data set on the hub; null: ``train``, or the only one."""

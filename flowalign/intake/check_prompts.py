@@ -25,22 +25,25 @@ def check_prompts(key: str, source: Prompts, rewards: Sequence[RewardConfig], *,
     The first wrong row is said, and how many more there are; ``advice`` where it is a reward that cannot judge it.
     """
     from flowalign.record.textfiles import and_more
+    from flowalign.samples.references import check_reference
     from flowalign.types import task_of
     from rewards.interface import InputError, ScorerError
-    from rewards.resolve import row_check
+    from rewards.resolve import check, row_check
 
     rows, wrong = _placed(key, source)
     for reward in rewards:
         try:
-            judges = row_check({"type": reward.spec, **reward.options})
+            judges = [row_check(spec := {"type": reward.spec, **reward.options})]
+            # What is installed in another environment cannot be looked at.
+            compares = reward.runtime_env is None and "references" in check(spec)
         except ScorerError:
             continue  # check_reward says it
-        if judges is None:
-            continue
-        for place, (where, row) in rows.items():
+        judges += [check_reference] if compares else []
+        for place, (where, row) in rows.items() if any(judges) else ():
             if reward.tasks is None or task_of(row) in reward.tasks:
                 try:
-                    judges(row)
+                    for judge in filter(None, judges):
+                        judge(row)
                 except InputError as error:
                     wrong.setdefault(place, f"{where}: {str(error).removeprefix('metadata: ')}{advice}")
     if wrong:

@@ -12,7 +12,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.intake.file import validate
 from flowalign.intake.paths import resolve_reward
-from flowalign.samples.offers import EVALUATION, FOLDER, check_judge, check_reward, offered
+from flowalign.samples.offers import EVALUATION, FOLDER, check_judge, check_reward
 from rewards.interface import Offers
 
 
@@ -41,8 +41,7 @@ def asked_evaluation(
             raise ConfigError("--scorer", "is another judge than GenEval's, which --suite and --detector ask for")
         config, num_samples = geneval_suite(config, detector, prompts, num_samples, num_images)
     elif scorer is not None:
-        offers = offered(EVALUATION, prompts or config.evaluation.prompts)
-        config = _judged_by(config, given_scorer(scorer, offers))
+        config = _judged_by(config, given_scorer(scorer, EVALUATION))
     from flowalign.data.prompts import load_prompts
     from flowalign.intake.check_prompts import check_judged_tasks, check_prompts
     from flowalign.intake.file import DEFAULT_JUDGE

@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from flowalign.record.textfiles import is_there
 from rewards.interface import Images, InputError
+from rewards.missing import hint
 from rewards.pictures import PictureError, read
 
 _KEPT = 64  # pictures; the samples of a group share theirs
@@ -19,6 +21,15 @@ def references_of(rows: Sequence[Mapping[str, Any]]) -> list[Images]:
     Raises ``InputError`` for a row without ``image``, and for a file that is not there or is no picture.
     """
     return [_reference(row) for row in rows]
+
+
+def check_reference(row: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for a row whose reference picture is not named, or is not there."""
+    path = row.get("image")
+    if not isinstance(path, str) or not path:
+        raise InputError('has no "image", the path of its reference picture')
+    if not is_there(Path(path)):
+        raise InputError(f"its reference picture {path} does not exist{hint(path, typos=False)}")
 
 
 def _reference(row: Mapping[str, Any]) -> Images:

@@ -115,9 +115,8 @@ def _data(theirs: Theirs, gpus: int) -> list[Line]:
             f"{gpus} GPUs make {groups} groups an epoch, sample.unique_prompt_per_epoch is {unique}: --gpus"
         )
     source, geneval = theirs.need("dataset"), "geneval" in theirs("reward_fn", {})
-    why = f"their lines as rows: jq -Rc '{{prompt: .}}' {source}/train.txt > {source}/train.jsonl"
     return [
-        Line("data.prompts", f"{source}/train{'_metadata' if geneval else ''}.jsonl", "" if geneval else why),
+        Line("data.prompts", f"{source}/train{'_metadata.jsonl' if geneval else '.txt'}"),
         Line("data.groups_per_iteration", groups, f"{images} images of {gpus} GPUs, {group} of a prompt"),
     ]
 
@@ -268,7 +267,7 @@ def _evaluation(theirs: Theirs, dpo: bool) -> list[Line]:
     save = theirs("save_freq", 20)
     return [
         Line("evaluation.every", theirs("eval_freq", 20)),
-        Line("evaluation.prompts", f"{source}/test{'_metadata' if 'geneval' in rewards else ''}.jsonl"),
+        Line("evaluation.prompts", f"{source}/test{'_metadata.jsonl' if 'geneval' in rewards else '.txt'}"),
         Line("evaluation.num_samples", 2212 if geneval else 1024, "theirs: one image of each line of the file"),
         Line("evaluation.num_steps", theirs.need("sample.eval_num_steps")),
         Line("evaluation.guidance_scale", own or theirs("sample.guidance_scale")),

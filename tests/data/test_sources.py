@@ -31,9 +31,8 @@ COLUMNS = ("prompt", "task", "negative_prompt", "note")
 def write_table(path: Path, separator: str = ",", end: str = "\n", mark: str = "") -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(mark)
-        table = csv.DictWriter(file, COLUMNS, delimiter=separator, lineterminator=end)
-        table.writeheader()
-        table.writerows(ROWS)
+        table = csv.writer(file, delimiter=separator, lineterminator=end)
+        table.writerows([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in ROWS)])
     return path
 
 
@@ -344,3 +343,13 @@ def test_a_table_of_no_rows_and_a_row_without_a_prompt_are_said_of_arrow_too(tmp
 def test_a_section_that_asks_for_nothing_that_there_is_is_refused(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         PromptsConfig(source="p.csv", **keys)
+
+
+def test_a_reference_picture_beside_the_source_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(b"")
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "image": "0.png"}\n{"prompt": "b", "image": "elsewhere.png"}\n{"prompt": "c"}\n')
+    assert [row.get("image") for row in load_prompts(str(path))] == [str(tmp_path / "0.png"), "elsewhere.png", None]
+    named = PromptsConfig(source=str(path), columns={"image": "image"})
+    with pytest.raises(PromptsError, match=r'p\.jsonl, line 2: "image": .*elsewhere\.png does not exist'):
+        load_prompts(named)

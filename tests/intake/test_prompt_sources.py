@@ -49,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "prompts.txt").write_text("a red dog\ntwo cats\n")
     (here / "captions.csv").write_text("caption,kind,without,picture\na dog,x,blurry,0.png\na cat,y,,0.png\n")
     (here / "led.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "negative_prompt": "bad"}\n')
+    (here / "pictured.jsonl").write_text('{"prompt": "a", "image": "0.png"}\n{"prompt": "b", "image": "1.png"}\n')
     Image.new("RGB", (4, 6), "red").save(here / "0.png")
     return here
 
@@ -107,7 +108,14 @@ def test_a_run_is_made_of_the_files_of_its_prompts_by_the_key_that_names_them(fo
             ["data.prompts={source: captions.csv, columns: {prompt: caption, image: picture}}"],
             r"data\.prompts\.columns\.image: no reward takes the reference pictures of the column 'picture'",
         ),
-        (["rewards=[reward.py:Near]"], r"rewards\.0: .*needs 'references'.*columns: {image: COLUMN}}"),
+        (
+            ["rewards=[reward.py:Near]"],
+            r'data\.prompts: .*prompts\.txt, line 1: has no "image", the path of its reference',
+        ),
+        (
+            ["data.prompts=pictured.jsonl", "rewards=[reward.py:Near]"],
+            r"data\.prompts: .*pictured\.jsonl, line 2: its reference picture 1\.png does not exist",
+        ),
         (
             ["evaluation={every: 1, prompts: {source: captions.csv}, scorer: 'reward.py:bright'}"],
             r"evaluation\.prompts: .*captions\.csv has no column 'prompt'",

@@ -68,6 +68,7 @@ def test_runs_evaluations_and_preferences_offer_references_and_rows_without_are_
         check_reward("rewards.0", reward, tmp_path, offers)
     with pytest.raises(ConfigError, match="needs 'references', which try-reward does not offer"):
         check_reward("rewards.0", reward, tmp_path, TRY_REWARD)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "image": "a.png"}\n{"prompt": "b"}\n')
     with pytest.raises(ConfigError, match=r'line 2: has no "image", the path of its reference picture'):
         check_prompts("data.prompts", str(tmp_path / "prompts.jsonl"), [reward])

@@ -56,7 +56,7 @@ def as_text(value: Any) -> str | None:
 def row_taker(asked: PromptsConfig, folder: Path | None) -> Callable[[Row, Place], tuple[Row, int]]:
     """Return what gives a row its names here, and how often it is drawn."""
     if not asked.columns:
-        return lambda row, place: (row, 1)
+        return lambda row, place: (_beside(row, folder), 1)
     columns = {name: column for name, column in asked.columns.items() if column is not None}
     gone = {*asked.columns, *columns.values()}
 
@@ -66,9 +66,18 @@ def row_taker(asked: PromptsConfig, folder: Path | None) -> Callable[[Row, Place
         weight = _weight(own.pop("weight", 1), place) if "weight" in columns else 1
         if "image" in columns and "image" in own:
             own["image"] = _picture(own["image"], folder, f'{place}: "{columns["image"]}"')
-        return own, weight
+            return own, weight
+        return _beside(own, folder), weight
 
     return take
+
+
+def _beside(row: Row, folder: Path | None) -> Row:
+    """Return a row with the path of its reference picture absolute, where such a file lies beside the source."""
+    path = row.get("image")
+    if folder is None or not isinstance(path, str) or not path or not is_there(found := (folder / path).absolute()):
+        return row
+    return {**row, "image": str(found)}
 
 
 def _weight(value: Any, place: Place) -> int:
