@@ -72,9 +72,8 @@ def write(folder: Path, made: list[dict[str, Any]]) -> None:
     tables = {folder / "prompts.csv": ",", folder / "prompts.tsv": "\t"}
     for path, separator in tables.items():
         with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, delimiter=separator)
-            table.writeheader()
-            table.writerows(made)
+            table = csv.writer(file, delimiter=separator)
+            table.writerows([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in made)])
     columns = {name: [row.get(name) for row in made] for name in COLUMNS}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "prompts.parquet")
     Dataset(pyarrow.table(columns)).save_to_disk(str(folder / "saved"))

@@ -31,9 +31,8 @@ COLUMNS: tuple[str, ...] = ("prompt", "task", "negative_prompt", "note")
 def write_table(path: Path, separator: str = ",", end: str = "\n", mark: str = "") -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(mark)
-        table = csv.DictWriter(file, COLUMNS, delimiter=separator, lineterminator=end)
-        table.writeheader()
-        table.writerows(ROWS)
+        table = csv.writer(file, delimiter=separator, lineterminator=end)
+        table.writerows([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in ROWS)])
     return path
 
 
