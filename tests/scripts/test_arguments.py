@@ -38,6 +38,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["words.py", "--sheet", "x.notanext"], "--sheet: x.notanext names no kind of picture"),
         (["words.py", "--sheet", "x.png", "--to", "y.json"], "--sheet: draws pictures and finds no figures"),
         (["peer.py", "--peer", "{here}"], "--peer: {here} is no checkout of Flow-GRPO; it lacks"),
+        (["startup.py", "--turns", "0"], "argument --turns: '0' is no whole number of 1 or more"),
+        (["startup.py", "nft"], "'nft' is no KEY=VALUE"),
         (["compiled.py", "--iterations", "1"], "--iterations: 2 or more, since the first one compiles"),
         (["../shapes_card.py", "--samples", "3"], "--samples and --plain-samples: 6 tasks take turns"),
     ],
