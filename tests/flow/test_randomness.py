@@ -24,6 +24,7 @@ def test_the_number_of_a_stream_stays_what_it_was():
         "STEPS_OF_AN_ITERATION": 19, "PAIR_POINTS": 31, "PAIR_BATCH": 37, "PAIR_ORDER": 41, "PAIR_SIDES": 43,
         "BANK_SIZE": 59, "CAPTION_KINDS": 61, "CUT": 67, "IMAGE_SIZE": 71,
         "CURRICULUM": 73,
+        "REFILL": 79,
     }  # fmt: skip
 
 
