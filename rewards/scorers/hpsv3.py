@@ -60,13 +60,15 @@ class Hpsv3Scorer(Batched):
         from safetensors.torch import load_file
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        local: Any = {"local_files_only": True, "trust_remote_code": False}
+        local: Any = {"local_files_only": True}
         try:
             weights = load_file(Path(self.path) / _FILES[0])
             self._network = _network(self.path, weights, self.dtype).to(self.device)
             self._head = [(weights[f"{n}.weight"].float(), weights[f"{n}.bias"].float()) for n in _HEAD]
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path, **local)
-            self._images = AutoImageProcessor.from_pretrained(self.path, backend="pil", **local)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, **local)
+            self._images = AutoImageProcessor.from_pretrained(
+                self.path, backend="pil", trust_remote_code=False, **local
+            )
             self._template = self._tokenizer.chat_template or _legacy_template(self.path)
         except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
             raise SpecError(f"{self.name}: {self.path} did not load as HPSv3 ({one_line(error)})") from error
@@ -119,12 +121,17 @@ def _network(path: str, weights: dict[str, torch.Tensor], dtype: str) -> Any:
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    config: Any = Qwen2VLConfig.from_pretrained(path, local_files_only=True)
+    config: Any = Qwen2VLConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config.text_config.vocab_size = len(weights["model.embed_tokens.weight"])
     own = {key.replace("model.", "language_model.", 1): value for key, value in weights.items()}
     own = {key: value for key, value in own.items() if key.startswith(("language_model.", "visual."))}
     loaded: Any = Qwen2VLModel.from_pretrained(
-        None, config=config, state_dict=own, dtype=getattr(torch, dtype), output_loading_info=True
+        None,
+        config=config,
+        state_dict=own,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     model, report = loaded
     if lacking := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):

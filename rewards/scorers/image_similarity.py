@@ -69,9 +69,11 @@ class ImageSimilarityScorer(Batched):
         model = load_model(self.name, getattr(transformers, self.kind), self.path, self.dtype)
         if self.kind == "CLIPModel":
             model.text_model = None  # never asked; half of the memory
-        local: Any = {"local_files_only": True, "trust_remote_code": False, "backend": "pil"}
+        local: Any = {"local_files_only": True, "backend": "pil"}
         try:
-            self._processor = transformers.AutoImageProcessor.from_pretrained(self.path, **local)
+            self._processor = transformers.AutoImageProcessor.from_pretrained(
+                self.path, trust_remote_code=False, **local
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise SpecError(f"{self.name}: {self.path} has no image processor ({one_line(error)})") from error
         self._model = model.to(self.device)

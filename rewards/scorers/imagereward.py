@@ -67,7 +67,9 @@ class ImagerewardScorer(Batched):
             config = json.loads(self.config.read_bytes())
             inner = {key.removeprefix("blip."): value for key, value in state.items() if key.startswith("blip.")}
             self._blip = Blip(inner, config).to(self.device, getattr(torch, self.dtype))
-            self._tokenizer = BertTokenizer.from_pretrained(self.processor, local_files_only=True)
+            self._tokenizer = BertTokenizer.from_pretrained(
+                self.processor, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
             raise SpecError(f"{self.name}: {self.weights} did not load as ImageReward ({one_line(error)})") from error
         head = {key: value.to(self.device) for key, value in state.items() if key.startswith("mlp.")}

@@ -62,10 +62,10 @@ class PickscoreScorer(Batched):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         model = load_model(self.name, CLIPModel, self.path, self.dtype)
-        local: Any = {"local_files_only": True, "trust_remote_code": False}
+        local: Any = {"local_files_only": True}
         try:
-            self._images = AutoImageProcessor.from_pretrained(self.processor, **local)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, **local)
+            self._images = AutoImageProcessor.from_pretrained(self.processor, trust_remote_code=False, **local)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.processor, trust_remote_code=False, **local)
         except (OSError, ValueError, RuntimeError) as error:
             raise SpecError(f"pickscore: {self.processor} did not load as a processor ({one_line(error)})") from error
         self._model = model.to(self.device)
