@@ -88,9 +88,9 @@ def tensorboard(record: Record) -> Tracker:
 
     What a run does again after a checkpoint takes the place of what its readers found there before.
     """
-    from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
-    from torchvision.transforms.functional import pil_to_tensor
+
+    from rewards.pictures import read
 
     folder = record.run_dir / "tensorboard"
     after = None if record.recorded is None else record.begun
@@ -105,8 +105,8 @@ def tensorboard(record: Record) -> Tracker:
 
     def pictures(shown: Sequence[Picture], step: int) -> None:
         for one in shown:
-            with Image.open(one.file) as image:
-                writer.add_image(f"{PICTURES}/{one.name}", pil_to_tensor(image.convert("RGB")), step)
+            picture = read(one.file.read_bytes())
+            writer.add_image(f"{PICTURES}/{one.name}", picture, step, dataformats="HWC")
 
     return Tracker(after, row, pictures, writer.close)
 
@@ -115,7 +115,7 @@ def mlflow(record: Record) -> Tracker:
     """Open MLflow's record on the server that ``MLFLOW_TRACKING_URI`` names, else in ``mlflow.db`` beside the run
     directories."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from PIL import Image
+    from rewards.pictures import read
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     entities = import_module("mlflow.entities")
@@ -143,8 +143,7 @@ def mlflow(record: Record) -> Tracker:
 
     def pictures(shown: Sequence[Picture], step: int) -> None:
         for one in shown:
-            with Image.open(one.file) as image:
-                client.log_image(run, image.convert("RGB"), key=f"{PICTURES}/{one.name}", step=step)
+            client.log_image(run, read(one.file.read_bytes()), key=f"{PICTURES}/{one.name}", step=step)
 
     return Tracker(after, row, pictures, lambda: client.set_terminated(run))
 
