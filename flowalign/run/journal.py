@@ -240,7 +240,7 @@ class RunJournal:
         if iteration == 0:
             self.metrics.write(0, metrics, wall_s=self.wall_s())
         made = f"{len(prompts)} samples of {len(set(prompts))} prompts, seed {self.config.evaluation.seed}{cached}"
-        found = f"{said} over {made}" if said else f"{made} in {samples}"
+        found = f"{said} over {made}" if said else f"{made}, in {samples}"
         self._progress.say(f"evaluation at iteration {iteration}: {found}; {duration(seconds)}")
         if self._best.startswith("eval/"):
             self._say_best_unknown(metrics)
