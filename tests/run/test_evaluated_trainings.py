@@ -49,7 +49,10 @@ def test_an_evaluation_that_nobody_judges_says_where_its_images_lie(
     evaluation = {"every": 12, "scorer": None}
     said = here(written(tmp_path, tiny_pipeline_dir, bank, evaluation=evaluation))
     lies = tmp_path / "runs" / "base" / "samples" / "iteration_000012"
-    assert f"evaluation at iteration 12: 5 samples of 5 prompts, seed 1234, in {lies}; " in said and len(list(lies.iterdir())) == 6
+    assert (
+        f"evaluation at iteration 12: 5 samples of 5 prompts, seed 1234, in {lies}; " in said
+        and len(list(lies.iterdir())) == 6
+    )
 
 
 def test_the_best_checkpoint_of_a_loss_is_that_of_its_lowest_value(
