@@ -29,7 +29,7 @@ def kind_of(source: str) -> Kind:
     """Tell what SOURCE is by its name: a configuration of a run, prompts, or captioned images."""
     if source.endswith((".yaml", ".yml")):
         return "run"
-    return "prompts" if source.endswith(OF_TEXT) or source.startswith(("shapes:", "{")) else "images"
+    return "prompts" if source.endswith(OF_TEXT) or source.startswith(("shapes:", "hub:", "{")) else "images"
 
 
 def refuse_others(context: typer.Context, kind: Kind) -> None:
