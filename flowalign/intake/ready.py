@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flowalign.config.alignment import AlignConfig
@@ -14,17 +15,15 @@ from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.config.training import PretrainConfig
-from flowalign.intake.check_teachers import check_runs_that_teach
 from flowalign.intake.file import Loaded, load_run
 from flowalign.intake.run_directory import accepted_of, check_run
 from flowalign.models.checked import check_weights, teacher_model
 from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.record.lock import refuse_held
 from flowalign.run.made import Accepted
-from flowalign.run.prepared import Prepared, prepare
-from flowalign.run.room import check_room
-from flowalign.run.teachers import teachers_of
-from flowalign.safety.collapse import stopped_by_alarm
+
+if TYPE_CHECKING:
+    from flowalign.run.prepared import Prepared
 
 CONNECT_S = 1.0
 _OF = "pip install 'flowalign[train]'"
@@ -74,6 +73,8 @@ def ready(
     for line in _said_of(loaded):
         say(line)
     run_dir = check_run(config, accepted)
+    from flowalign.run.room import check_room  # a configuration that is wrong is refused without these imports
+
     if (note := check_room(config, run_dir)) is not None:
         say(note)
     refuse_held(run_dir, take_over=take_over)
@@ -83,6 +84,8 @@ def ready(
 
         check_places(config)
     if isinstance(config, AlignConfig):
+        from flowalign.intake.check_teachers import check_runs_that_teach
+
         check_runs_that_teach(config)
     _check_weights(config)
     for line in _silent_servers(config):
@@ -107,6 +110,9 @@ def looked_at(
             else as `ready`.
     """
     own = ready(command, path, overrides, accepted, take_over=take_over, say=say)
+    from flowalign.run.prepared import prepare
+    from flowalign.safety.collapse import stopped_by_alarm
+
     prepared = prepare(own.config, own.loaded.base_dir, say, accepted=own.accepted)
     if prepared is not None:
         prepared.close()
@@ -141,6 +147,8 @@ def _check_installed(config: RunConfig) -> None:
 def _check_weights(config: RunConfig) -> None:
     """Check that the weights that the run loads are there and whole: of the network, and where images are made of the
     autoencoder and of the text encoders that workers hold."""
+    from flowalign.run.teachers import teachers_of
+
     family, images = open_directory(config.model).family, config.makes_images
     texts = [part for part in family.text if part.startswith("text_encoder")]
     parts = [] if config.model.transformer is not None else ["transformer"]

@@ -17,6 +17,7 @@ from typing import Any
 from flowalign.algorithms import UnknownAlgorithm, algorithm_class
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.cluster import visible_cores
+from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.file import validate
@@ -26,7 +27,7 @@ from flowalign.making.recipetext import Choices, raw_of, text_of
 from flowalign.models.directory import open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.recorded import recorded_model
-from flowalign.plan.answer import MFU, answer, largest_sizes, processes, seconds
+from flowalign.plan.answer import MFU, answer, holders_of, largest_sizes, processes, seconds
 from flowalign.plan.devices import Gpus
 from flowalign.plan.estimate import Estimate, estimate
 from flowalign.plan.rows import memory_text
@@ -183,6 +184,7 @@ class _Recipe:
         alone = self.choices["rollout.decode_batch_size"] == (1, _FITTED["rollout.decode_batch_size"])
         assert isinstance(made.config, AlignConfig)
         rate = self._rate(made.config)
+        iterations = 0
         for groups in GROUPS:
             images = groups * GROUP_SIZE
             size = max(number for number in range(1, fits + 1) if images % number == 0)
@@ -191,13 +193,22 @@ class _Recipe:
             self.choices["rollout.chunk_size"] = (size, said)
             self.choices["learner.micro_batch_size"] = (size, "equal to chunk_size, so that the replay is exact")
             if not alone:
-                self.choices["rollout.decode_batch_size"] = (size, "")
+                self._choose_decoding(size)
             iterations = self._iterations(rate)
             if self.asked.hours is None or iterations >= FEWEST:
                 break
-        every = max(1, self.choices["iterations"][0] // EVALUATIONS)
+        optimizer, why = self.choices["learner.optimizer"]
+        if iterations <= optimizer.get("warmup_steps", 0):
+            self.choices["learner.optimizer"] = ({"learning_rate": optimizer["learning_rate"]}, why)
+        every = max(1, iterations // EVALUATIONS)
         self.choices["evaluation.every"] = (every, "iterations; one more before the first")
         self.choices["checkpoint.every"] = (every, "")
+
+    def _choose_decoding(self, size: int) -> None:
+        """Choose how many images are decoded at once: a chunk, or few where that does not fit."""
+        self.choices["rollout.decode_batch_size"] = (size, "")
+        if size > WANTED and not all(holder.fits for holder in holders_of(self._estimate(), self.room)):
+            self.choices["rollout.decode_batch_size"] = (WANTED, "more at once do not fit")
 
     @property
     def room(self) -> Gpus:
@@ -222,7 +233,7 @@ class _Recipe:
         self.choices["iterations"] = (found, why)
         return found
 
-    def _rate(self, config: AlignConfig) -> Gpus:
+    def _rate(self, config: RunConfig) -> Gpus:
         """Return the GPUs with their peak, measured where the kind is not known."""
         room, half = self.room, "bfloat16" in config.precisions
         if self.asked.hours is None or room.peak("bfloat16" if half else "float32") is not None:

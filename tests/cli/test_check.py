@@ -20,14 +20,14 @@ from tests.tiny import write_config, write_configs_of_a_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = (
-    *("intake", "config", "cli/test_cli.py", "cli/test_texts_are_text.py", "data", "plan", "docs", "safety", "making"),
+    *("intake", "config", "cli/test_cli.py", "data/test_preferences.py", "rewards/test_reward_needs.py"),
     *("fault/test_bad_input.py", "fault/test_refused_runs.py", "fault/test_bad_directories.py"),
     *("fault/test_wrong_kinds.py", "fault/test_changed_ingredients.py", "fault/test_pasted_advice.py"),
     *("run/test_made.py", "run/test_moved_runs.py", "run/test_sizes.py", "run/test_text_encoders.py"),
-    *("run/test_pretrain.py", "run/test_pretrain_variants.py", "models", "record/test_mirror.py"),
-    *("rewards/test_reward_needs.py", "families/test_guidance_keys.py", "families/test_adapters.py"),
-    *("families/test_cache.py", "families/test_flux.py", "families/test_qwen_image.py", "families/test_recipes.py"),
-    *("algorithms/test_opd_teachers.py", "algorithms/test_direct_reward.py", "algorithms/test_algorithm_contract.py"),
+    *("run/test_pretrain.py", "models/test_pipeline_walk.py", "models/test_attention.py"),
+    *("families/test_guidance_keys.py", "families/test_adapters.py", "families/test_cache.py"),
+    *("families/test_qwen_image.py", "families/test_recipes.py", "algorithms/test_opd_teachers.py"),
+    *("algorithms/test_direct_reward.py", "algorithms/test_algorithm_contract.py"),
 )
 
 
@@ -144,6 +144,7 @@ def test_the_command_is_told_by_the_keys_or_by_as(config: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_check_refuses_all_that_the_suite_sees_refused(tmp_path: Path) -> None:
     """`tests.cli.both` puts each wrong configuration of the suite to both commands, where and as its test has it."""
     environment = {**os.environ, "REFUSED_BY_BOTH": str(tmp_path / "found.json"), "PYTHONPATH": str(ROOT)}
@@ -152,4 +153,4 @@ def test_check_refuses_all_that_the_suite_sees_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["differences"] == [] and len(found["asked"]) > 400
+    assert found["differences"] == [] and len(found["asked"]) > 1500
