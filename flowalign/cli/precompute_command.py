@@ -40,8 +40,8 @@ def precompute(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="images: a parquet file or a folder, with --hub a name; prompts: a jsonl file, shapes:train or "
-            "shapes:eval; or a run's CONFIG.yaml",
+            help="images: a parquet file or a folder, with --hub a name; prompts: a .txt, .csv or .jsonl file, "
+            "shapes:train, {source: …, columns: …}; or a run's CONFIG.yaml",
         ),
     ],
     overrides: Overrides = None,

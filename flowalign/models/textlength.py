@@ -18,6 +18,7 @@ from flowalign.record.textfiles import TextError, read_object
 
 CLIP, T5 = "CLIP", "T5"
 _MARKS = 2  # tokens for begin and end
+_PIECE = 1024  # texts
 _ENDLESS = 1_000_000  # tokens; transformers writes more where a tokenizer has no limit
 
 
@@ -114,7 +115,9 @@ def _limited(model: ModelConfig) -> Iterator[_Limited]:
         tokenizer = _tokenizer(str(directory / part))
         if counted:
             return [counted(tokenizer, text, _ENDLESS) for text in texts]
-        return [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+        # A piece at a time: what a tokenizer answers beside the numbers takes a gigabyte for 100,000 prompts.
+        pieces = (list(texts[first : first + _PIECE]) for first in range(0, len(texts), _PIECE))
+        return [len(ids) for piece in pieces for ids in tokenizer(piece, verbose=False)["input_ids"]]
 
     for reader, part in _readers(model).items():
         limit = _clip_limit(directory / part) if reader == CLIP else model.max_sequence_length
