@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TOLERANCE = 1e-5  # of the largest value, in float32
+from flowalign.export.verify import TOLERANCE, unexplained
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,15 @@ class Check:
 Tell = Callable[[Check], None]
 
 
-def judged(name: str, said: str, share: float, advice: str, **figures: Any) -> Check:
-    """Return the check of a difference, a ``share`` of the largest value; what is no number fails."""
-    within = share <= TOLERANCE
+def judged(name: str, said: str, share: float, advice: str, rounding: float = 0.0, **figures: Any) -> Check:
+    """Return the check of a difference, a ``share`` of the largest value; what is no number fails.
+
+    ``rounding`` is how far a rounding of its noise moves a walk.
+    """
+    within = unexplained(share, rounding) <= TOLERANCE
     far = "" if within else f", more than {TOLERANCE:g}"
+    if rounding:
+        far += f"{' and' if far else ', as'} what a rounding of the noise makes, {rounding:.1e}"
     text = f"{said}: equal" if share == 0 else f"{said}: {share:.1e} of the largest value apart{far}"
-    return Check("ok" if within else "fail", name, text, "" if within else advice, {"apart": share, **figures})
+    figures |= {"apart": share, "rounding": rounding}
+    return Check("ok" if within else "fail", name, text, "" if within else advice, figures)

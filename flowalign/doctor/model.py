@@ -70,7 +70,7 @@ def _checks(files: Files, size: Size | None, device: str) -> Iterator[Check]:
     own = parity.ours(policy, model, asked)
     del policy
     _release()
-    public = parity.theirs(directory, model, asked, device)
+    public = parity.theirs(directory, model, asked, device, own)
     _release()
     yield from parity.compared(own, public, asked)
     yield from trained.exports(directory.path, model, device)

@@ -6,7 +6,7 @@ Shapes: N samples, C h w latents, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.doctor.checks import Check, judged
 from flowalign.doctor.translated import STEPS
-from flowalign.export.verify import euler, load_pipeline, share
+from flowalign.export.verify import TOLERANCE, euler, load_pipeline, rounding, share
 from flowalign.models.base import Policy
 from flowalign.models.directory import Directory
 from flowalign.models.guided import guided
@@ -46,10 +46,14 @@ class Walk:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one side makes of the same noise: latents (N, C, h, w) by walk, pictures (N, H, W, 3) of the first walk."""
+    """What one side makes of the same noise: latents (N, C, h, w) by walk, pictures (N, H, W, 3) of the first walk.
+
+    ``rounding`` is how far a rounding of the noise moves the latents of a walk, where that was asked.
+    """
 
     latents: dict[str, Tensor]
     pictures: Tensor
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
 def walks(directory: Directory) -> tuple[Walk, ...]:
@@ -78,20 +82,25 @@ def ours(policy: Policy, model: ModelConfig, asked: tuple[Walk, ...]) -> Answers
 
 
 @torch.no_grad()
-def theirs(directory: Directory, model: ModelConfig, asked: tuple[Walk, ...], device: str) -> Answers:
-    """Walk as the pipeline that diffusers loads does, alone."""
+def theirs(directory: Directory, model: ModelConfig, asked: tuple[Walk, ...], device: str, own: Answers) -> Answers:
+    """Walk as the pipeline that diffusers loads does, alone; of walks that are not as our ``own``, a rounding too."""
     family = directory.family
     pipeline = load_pipeline(directory.path, device, family=family)
     if pipeline.scheduler.config.get("stochastic_sampling"):  # of a consistency student of ours
         pipeline.scheduler = euler(pipeline.scheduler, stochastic_sampling=False)
     noise = SampleNoise(0, range(len(PROMPTS)), directory.latent_shape(model.height, model.width)).draw().to(device)
     length = model.max_sequence_length
-    public = [
-        PublicWalk(family, PROMPTS, noise, walk.guidance, num_steps=STEPS, length=length, negatives=walk.negatives)
-        for walk in asked
-    ]
-    latents = {walk.name: one.latents(pipeline).cpu() for walk, one in zip(asked, public, strict=True)}
-    return Answers(latents, public[0].pictures(pipeline))
+    public = {
+        walk.name: PublicWalk(family, PROMPTS, noise, walk.guidance, STEPS, length, walk.negatives) for walk in asked
+    }
+    latents = {name: walk.latents(pipeline) for name, walk in public.items()}
+    moved = {
+        name: rounding(public[name], pipeline, made)
+        for name, made in latents.items()
+        if share(own.latents[name], made.cpu()) > TOLERANCE
+    }
+    pictures = public[asked[0].name].pictures(pipeline)
+    return Answers({name: made.cpu() for name, made in latents.items()}, pictures, moved)
 
 
 def compared(own: Answers, public: Answers, asked: tuple[Walk, ...]) -> Iterator[Check]:
@@ -100,7 +109,8 @@ def compared(own: Answers, public: Answers, asked: tuple[Walk, ...]) -> Iterator
         mine, other = own.latents[walk.name], public.latents[walk.name]
         said = f"{STEPS} steps of ours and of the pipeline's, {_named(walk)}"
         figures = {"largest_value": float(other.abs().max()), "scale": float(walk.guidance.scale)}
-        yield judged(walk.name, said, share(mine, other), ADVICE, **figures, true_scale=walk.guidance.true_scale)
+        figures |= {"true_scale": walk.guidance.true_scale}
+        yield judged(walk.name, said, share(mine, other), ADVICE, public.rounding.get(walk.name, 0.0), **figures)
     levels = int((own.pictures.int() - public.pictures.int()).abs().max())
     said = f"decoded, the largest difference of a value is {levels} of 255"
     yield Check("ok" if levels <= 1 else "fail", "pictures", said, "" if levels <= 1 else ADVICE, {"levels": levels})

@@ -13,7 +13,7 @@ import torch
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig
 from flowalign.export.card import base_name
-from flowalign.export.verify import Errors, differences, euler, largest, load_pipeline, probe
+from flowalign.export.verify import Errors, differences, euler, load_pipeline, merged_errors, probe
 from flowalign.models.base import Policy
 from flowalign.models.directory import OWN_PIPELINE
 from flowalign.models.encoders import Encoders
@@ -110,8 +110,7 @@ def write_lora(policy: Policy, directory: Path, config: Sampled) -> Errors:
         else:
             PeftModel.from_pretrained(pipeline.transformer, str(directory))
         found.append(differences(expected, family, pipeline, config))
-    velocity, latents, counts, difference, value = zip(*found, strict=True)
-    return Errors(largest(velocity), largest(latents), sum(counts), largest(difference), largest(value))
+    return merged_errors(found)
 
 
 def _walking(sampling: SamplingConfig) -> dict[str, Any]:

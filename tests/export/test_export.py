@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from flowalign.config.sections import SHIPPED
 from flowalign.export import ExportError, export
 from flowalign.export.card import base_name, write_card
-from flowalign.export.verify import load_pipeline
+from flowalign.export.verify import differences, load_pipeline, probe
+from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
 from flowalign.record.outputs import DirectoryTaken
@@ -167,6 +168,24 @@ def test_a_half_precision_pipeline_is_compared_with_equally_rounded_weights(
     made = export(runs[name], tmp_path / "out", config=run_config(base, lora=name == "lora"), dtype="bfloat16")
     assert {w.dtype for w in read(made.path / "transformer").values()} == {torch.bfloat16}
     assert made.latents_error <= 1e-5
+
+
+def test_a_model_that_magnifies_roundings_is_held_to_what_a_rounding_makes_of_its_latents(base: Path) -> None:
+    config = run_config(base)
+    policy = load_policy(config.model)
+    parameters = dict(policy.network.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.mul_(8 if "weight" in name else 1)
+    expected, pipeline = probe(policy, config), load_pipeline(base)
+    pipeline.transformer = policy.network.module
+    same = differences(expected, policy.network.family, pipeline, config)
+    assert same.rounding > 1e-6  # of a plain model 1e-7
+    assert same.shown <= 1e-5
+    with torch.no_grad():
+        parameters["proj_out.bias"].add_(0.1 * expected.velocity_NCHW.abs().max())
+    other = differences(expected, policy.network.family, pipeline, config)
+    assert min(other.velocity, other.latents - 4 * other.rounding) > 1e-3
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
