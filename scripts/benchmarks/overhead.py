@@ -1,11 +1,12 @@
-"""How much of an iteration is not the model: 1 - model time / iteration time, as JSON.
+"""How much of an iteration is not the model, locally and on Ray: 1 - passes of the models / iteration time.
 
-Runs the quickstart configuration for a few iterations and times every call into the transformer,
-forward and backward, and the decoder. Everything else (noise, log-probs, scoring, packing, the
-optimizer, the sync, Ray itself) counts as overhead. ``cluster.backend=local`` so that one process holds
-the clock; the Ray run's own iteration time is measured beside it unless ``--no-ray``.
+    python scripts/benchmarks/overhead.py --turns 5 --out scripts/benchmarks/results/overhead.json
+    python scripts/benchmarks/overhead.py --config grpo_guard --backends local
 
-    python scripts/benchmarks/overhead.py --iterations 6
+Each turn runs ``align --profile`` once on each backend, which watches its second and third iteration. Passes are those
+of the network, forward and backward, of the decoder and of the text encoders. On Ray they are added up over all
+processes, for rollout and learner take turns there: with more than one rollout worker the figure would mean nothing.
+Prints one JSON object: medians with the least and the most of all turns. Nothing else may run beside it.
 """
 
 from __future__ import annotations
@@ -14,100 +15,66 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from cells import align, machine, positive, write
 
-from flowalign.intake.file import load_align
-from flowalign.record.metrics import read_metrics
-from flowalign.run.drive import drive
-from flowalign.run.fixed import build_run
-from flowalign.run.local import LocalBackend
+from flowalign.run.profiling import not_the_model, read_profile
 
-CONFIG = Path("configs/shapes/flow_grpo.yaml")
-SKIPPED = 2
+BACKENDS = ("local", "ray")
+ITERATIONS = 4  # of which two are watched
+SHORT = {"iterations": ITERATIONS, "evaluation.every": 0, "checkpoint.every": ITERATIONS, "logging.profile": True}
 
 
-class Stopwatch:
-    """Sums the wall time of every call of the functions it watches."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def watch(self, owner: Any, name: str) -> None:
-        inner = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        setattr(owner, name, timed)
+def measured(processes: Mapping[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Seconds of an iteration, those that are no pass of a model, their share, and what each phase has of them."""
+    seconds = max(sum(sum(parts.values()) for parts in process.values()) for process in processes.values())
+    passes = sum(sum(map(sum_of, process.values())) - not_the_model(process)[0] for process in processes.values())
+    phases = {
+        f"{phase}_rest_s": sum(process[phase].get("rest", 0.0) for process in processes.values() if phase in process)
+        for phase in ("rollout", "score", "learn", "sync")
+    }
+    return {"iteration_s": seconds, "not_model_s": seconds - passes, "share": 1 - passes / seconds, **phases}
 
 
-def local(iterations: int) -> dict[str, float]:
-    """Model share of the local backend's iterations."""
-    import torch
-
-    loaded = load_align(CONFIG, ["cluster.backend=local", "logging.wandb=disabled"])
-    backend = LocalBackend(loaded.config, loaded.base_dir)
-    run = build_run(loaded.config)
-    watch = Stopwatch()
-    assert backend.rollouts is not None
-    rolls = backend.rollouts.policy
-    for network in (rolls.network, backend.learner.network):
-        watch.watch(network, "velocity")
-    watch.watch(rolls.encoders.vae, "decode")
-    watch.watch(torch.autograd, "backward")
-    shares, totals = [], []
-    backend.sync()
-    for iteration in range(iterations):
-        watch.seconds, began = 0.0, time.perf_counter()
-        plan = run.algorithm.plan(iteration, run.seed)
-        assert plan is not None
-        collected = backend.collect(run.sampler.batch(iteration), plan, seed=run.seed)
-        backend.update(collected.trajectories, collected.scores, iteration)
-        backend.sync()
-        total = time.perf_counter() - began
-        if iteration >= SKIPPED:
-            shares.append(watch.seconds / total)
-            totals.append(total)
-    backend.close()
-    return {"model_share": statistics.median(shares), "local_iteration_s": statistics.median(totals)}
+def sum_of(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
 
 
-def on_ray(iterations: int) -> float:
-    """Median iteration time of the same configuration on Ray."""
-    with tempfile.TemporaryDirectory() as directory:
-        overrides = [
-            f"runs_dir={directory}",
-            f"iterations={iterations}",
-            "evaluation.every=0",
-            "logging.wandb=disabled",
-        ]
-        loaded = load_align(CONFIG, overrides)
-        run_dir = drive(loaded.config, loaded.base_dir, Console(quiet=True))
-        rows = read_metrics(run_dir / "metrics.jsonl")[SKIPPED:]
-    return statistics.median(row["time/iteration_s"] for row in rows)
+def summary(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {
+        name: {
+            "median": round(statistics.median(found), 4),
+            "least": round(min(found), 4),
+            "most": round(max(found), 4),
+        }
+        for name in turns[0]
+        for found in [[turn[name] for turn in turns]]
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--config", default="flow_grpo", help="a name in configs/shapes")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=1, help="of each process")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
-    result = local(options.iterations)
-    model_s = result["model_share"] * result["local_iteration_s"]
-    report = {"benchmark": "overhead", **result, "local_overhead": 1 - result["model_share"]}
-    if not options.no_ray:
-        ray_s = on_ray(options.iterations)
-        report |= {"ray_iteration_s": ray_s, "ray_overhead": 1 - model_s / ray_s}
+    found: dict[str, list[dict[str, float]]] = {backend: [] for backend in options.backends}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.turns):
+            for backend, turns in found.items():
+                keys = {**SHORT, "cluster.backend": backend}
+                run = align(options.config, keys, options.threads, Path(folder), f"{backend}-{turn}")
+                turns.append(measured(read_profile(run)))
+    report = {"machine": machine(options.threads), "config": options.config, "turns": options.turns}
+    report |= {backend: summary(turns) for backend, turns in found.items()}
     print(json.dumps(report))
+    if options.out:
+        write(options.out, report)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 configuration, then four times where twice was better and half where it was not. Two values of one further key are tried
 where --cells names them. ``screen`` begins with the best of those (`recipes_cells.START`) and varies one finding at a
 time. ``final`` aligns by the best two of the screening at length, with three seeds, and ``curve`` draws their strict
-score against images into docs/figures. ``sft`` asks what online fine-tuning needs to gain anything. ``adopt`` makes the
-best cell that ``tune`` found of each algorithm that algorithm's cell of algorithms.py, whose table then needs only
-further seeds.
+score against images into docs/figures. ``sft`` asks what online fine-tuning needs to gain anything, ``soonest`` what
+gains most within four minutes, which the quickstart takes. ``adopt`` makes the best cell that ``tune`` found of each
+algorithm that algorithm's cell of algorithms.py, whose table then needs only further seeds.
 
 Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
 it. Each cell is a JSON file under results/recipes, written when it ends: a finished cell is left alone, one that was
@@ -34,7 +34,7 @@ import algorithms
 import recipes_table
 from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
 from cells import RESULTS, ROOT, insert, minutes, positive, read, run_once, seeds, shown, words
-from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, SFT_KL, TUNE, UP, algorithm_of, screened
+from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, SFT_KL, SOONEST, TUNE, UP, algorithm_of, screened
 
 from flowalign.intake.file import read_yaml
 
@@ -71,6 +71,7 @@ SEARCHES = {
     "screen": Search(SCREEN, Budget(15, num_samples=300)),
     "final": Search(SCREEN, Budget(60, evaluations=12), (0, 1, 2)),
     "sft": Search(SFT_KL, Budget(10)),
+    "soonest": Search(SOONEST, Budget(4)),
 }
 
 
@@ -221,7 +222,7 @@ def main() -> None:
         if not found:
             raise SystemExit(f"{shown(options.results / options.what)} holds no finished cell: `{options.what}` first")
         titles = {name: cell.title for name, cell in SEARCHES[options.what].cells.items()}
-        table = recipes_table.tuned(found) if options.what == "tune" else recipes_table.screened(found, titles)
+        table = recipes_table.table_of(options.what, found, titles)
         if options.results == OWN:
             insert(table, ROOT / "docs" / "algorithms.md", *recipes_table.MARKS[options.what])
         return print(table)

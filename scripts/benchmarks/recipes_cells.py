@@ -75,6 +75,16 @@ def of_algorithm(name: str) -> dict[str, Cell]:
 TUNE: dict[str, Cell] = {tag: cell for name in CELLS for tag, cell in of_algorithm(name).items()}
 
 
+# What comes far within minutes may forget later: the quickstart takes the soonest.
+SOONEST: dict[str, Cell] = {
+    name: TUNE[name]
+    for name in (
+        *(f"nft-rate-{factor}" for factor in (1, 2, 4)),
+        *(f"{own}-rate-2" for own in ("awm", "flow_grpo", "grpo_guard", "mix_grpo", "g2rpo")),
+    )
+}
+
+
 def algorithm_of(cell: str) -> str:
     """The algorithm that a cell of `TUNE` belongs to."""
     return cell.partition("-")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ MARKS = {
     "tune": ("<!-- searched: scripts/benchmarks/recipes.py tune --table -->", "<!-- end of searched -->"),
     "screen": ("<!-- screened: scripts/benchmarks/recipes.py screen --table -->", "<!-- end of screened -->"),
     "final": ("<!-- final: scripts/benchmarks/recipes.py final --table -->", "<!-- end of final -->"),
+    "soonest": ("<!-- soonest: scripts/benchmarks/recipes.py soonest --table -->", "<!-- end of soonest -->"),
     "sft": ("<!-- fine-tuned: scripts/benchmarks/recipes.py sft --table -->", "<!-- end of fine-tuned -->"),
 }
 
+GAIN = 0.2  # of the strict score, that a quickstart should show
 Cell = Mapping[str, Any]
 
 
@@ -64,6 +67,41 @@ def tuned(cells: Sequence[Cell]) -> str:
     return as_markdown(
         ["algorithm", "learning rate", "strict", "official", "PickScore", *TASKS, "images", "tried"], rows
     )
+
+
+def table_of(search: str, cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
+    if search == "tune":
+        return tuned(cells)
+    return soonest(cells) if search == "soonest" else screened(cells, titles)
+
+
+def soonest(cells: Sequence[Cell]) -> str:
+    """Strict scores on the way, means over seeds, and the minutes of training until they lie 0.20 above the first."""
+    groups = grouped(cells, lambda cell: cell["cell"])
+    rows = []
+    for own in groups:
+        points = [statistics.fmean(values) for values in zip(*(scores(cell) for cell in own), strict=True)]
+        at = [point["iteration"] * own[0]["iteration_s"] / 60 for point in own[0]["points"]]
+        until = reached(at, points, points[0] + GAIN)
+        row = [CELLS[algorithm_of(own[0]["cell"])].title, f"{rate(own[0]):.3g}", str(len(own))]
+        said = "–" if until is None else f"{until:.1f}"
+        rows.append((until is None, until, [*row, *(f"{score:.3f}" for score in points), said]))
+    parts = len(groups[0][0]["points"]) - 1
+    on_the_way = [f"after {part}/{parts}" for part in range(1, parts)]
+    head = ["algorithm", "learning rate", "seeds", "before", *on_the_way, "end", f"minutes to +{GAIN:.2f}"]
+    return as_markdown(head, [row for *_, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def scores(cell: Cell) -> list[float]:
+    return [point[STRICT] for point in cell["points"]]
+
+
+def reached(at: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """Return when values first reach a level, on straight lines between them; None: never."""
+    for (t0, v0), (t1, v1) in pairwise(zip(at, values, strict=True)):
+        if v1 >= level:
+            return t0 + (t1 - t0) * (level - v0) / (v1 - v0)
+    return None
 
 
 def rate(cell: Cell) -> float:

@@ -127,8 +127,9 @@ def found(own: Any, name: str, seed: int, scores: list[float]) -> dict[str, Any]
     """What a run of a cell writes, with these strict scores at its evaluations."""
     rest = {"eval/geneval/overall": 0.7, "eval/pickscore/overall": 9.0}
     tasks = {f"eval/geneval_strict/{task}": 0.5 for task in own.cells.TASKS}
-    points = [{"images": 100 * i, STRICT: score, **rest, **tasks} for i, score in enumerate(scores)]
-    return {"cell": name, "seed": seed, "learning_rate": 1e-4 if "0.5" in name else 2e-4, "points": points}
+    points = [{"iteration": i, "images": 100 * i, STRICT: score, **rest, **tasks} for i, score in enumerate(scores)]
+    rate = 1e-4 if "0.5" in name else 2e-4
+    return {"cell": name, "seed": seed, "learning_rate": rate, "iteration_s": 60.0, "points": points}
 
 
 def written(folder: Path, cells: list[dict[str, Any]]) -> Path:
@@ -194,15 +195,20 @@ def titles(own: Any, search: str) -> dict[str, str]:
     return {name: cell.title for name, cell in own.recipes.SEARCHES[search].cells.items()}
 
 
-@pytest.mark.parametrize("search", ["tune", "screen", "final", "sft"])
+@pytest.mark.parametrize("search", ["tune", "screen", "final", "sft", "soonest"])
 def test_the_page_holds_the_committed_searches(own: Any, search: str) -> None:
     found = own.recipes_table.load(own.recipes.OWN / search)
-    table = (
-        own.recipes_table.tuned(found) if search == "tune" else own.recipes_table.screened(found, titles(own, search))
-    )
+    table = own.recipes_table.table_of(search, found, titles(own, search)) if found else ""
     begin, end = own.recipes_table.MARKS[search]
     page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     assert f"{begin}\n{table}\n{end}" in page if found else begin not in page
+
+
+def test_what_gains_soonest_comes_first_with_the_minutes_to_a_fifth(own: Any) -> None:
+    cells = [found(own, "nft-rate-0.5", 0, [0.4, 0.5, 0.7]), found(own, "nft-rate-2", 0, [0.4, 0.7, 0.6])]
+    rows = [[part.strip() for part in row.split("|")] for row in own.recipes_table.soonest(cells).splitlines()[2:]]
+    assert [(row[2], row[-2]) for row in rows] == [("0.0002", "0.7"), ("0.0001", "1.5")]
+    assert own.recipes_table.reached([0, 1], [0.4, 0.5], 0.6) is None
 
 
 def test_the_shipped_hour_is_the_best_recipe(own: Any) -> None:
