@@ -83,7 +83,7 @@ def test_the_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path)
     examined = run(program, "doctor", "--json", cwd=tmp_path)
     shipped = [one for one in json.loads(examined.stdout.splitlines()[-1])["findings"] if "shipped" in one["what"]]
     assert shipped and {one["status"] for one in shipped} == {"ok"}, examined.stdout
-    shutil.copy(ROOT / "configs" / "shapes" / "flow_grpo.yaml", tmp_path / "quickstart.yaml")
+    shutil.copy(ROOT / "configs" / "shapes" / "quickstart.yaml", tmp_path / "quickstart.yaml")
     small = ["iterations=1", "data.groups_per_iteration=2", "cluster.backend=local", "cluster.threads=1"]
     small += [
         "evaluation.num_samples=12",
@@ -93,7 +93,7 @@ def test_the_quickstart_runs_in_an_empty_folder(installed: Path, tmp_path: Path)
     ]
     made = run(program, "align", "quickstart.yaml", *small, cwd=tmp_path)
     assert made.returncode == 0, made.stderr[-3000:]
-    folder = tmp_path / "runs" / "shapes-flow-grpo"
+    folder = tmp_path / "runs" / "shapes-quickstart"
     assert (folder / "report.html").is_file() and (folder / "checkpoints" / "latest").is_file()
     exported = run(program, "export", str(folder), "--to", "aligned", cwd=tmp_path)
     assert exported.returncode == 0 and (tmp_path / "aligned" / "model_index.json").is_file(), exported.stderr[-3000:]

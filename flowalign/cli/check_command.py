@@ -25,7 +25,7 @@ class Run(StrEnum):
 
 
 @examples(
-    "flowalign check configs/shapes/flow_grpo.yaml",
+    "flowalign check configs/shapes/quickstart.yaml",
     "flowalign check run.yaml cluster.backend=local --as align",
 )
 def check(

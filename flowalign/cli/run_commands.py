@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @examples(
-    "flowalign align configs/shapes/flow_grpo.yaml",
+    "flowalign align configs/shapes/quickstart.yaml",
     "flowalign align configs/shapes/nft.yaml name=mine learner.optimizer.learning_rate=5e-5 --dry-run",
 )
 def align(

@@ -1,4 +1,4 @@
-"""The quickstart's configuration, as it comes with the package: one text with ``configs/shapes/flow_grpo.yaml``."""
+"""The quickstart's configuration, as it comes with the package: one text with ``configs/shapes/quickstart.yaml``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from flowalign.config.sections import SHIPPED
 
 FILE = SHIPPED.parent / "quickstart.yaml"
-IN_REPOSITORY = "configs/shapes/flow_grpo.yaml"
+IN_REPOSITORY = "configs/shapes/quickstart.yaml"
 MODELINE = "# yaml-language-server:"
 
 

@@ -1,6 +1,6 @@
 """On-policy distillation: two teachers, each aligned on half of the tasks, and students that learn from both.
 
-The teachers are aligned by NFT. The first student starts where they did; the second lacks a transformer block; the
+The teachers are aligned as the quickstart is. The first student starts where they did; the second lacks a transformer block; the
 third walks a stochastic trajectory on a grid of another shift than its teachers'. Stages that are done are left alone,
 a run that was killed continues. Writes one JSON file: each teacher's and student's strict GenEval by task, the
 student's share of the teachers' scores on their own tasks, and the images each has used.
@@ -62,7 +62,7 @@ def schedule(iterations: int) -> dict[str, Any]:
 def teach(half: str, options: argparse.Namespace) -> Path:
     left_out = {task: 0 for task in TASKS if task not in HALVES[half]}
     keys = {"data.task_weights": left_out, **schedule(options.teacher_iterations)}
-    return align("nft", keys, options.threads, options.work_dir, f"teacher-{half}")
+    return align("quickstart", keys, options.threads, options.work_dir, f"teacher-{half}")
 
 
 def exported(run: Path, options: argparse.Namespace) -> Path:

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_quickstart_of_the_package_is_that_of_the_repository(folder: Path) -> None:
-    assert FILE.read_bytes() == (ROOT / "configs" / "shapes" / "flow_grpo.yaml").read_bytes()
+    assert FILE.read_bytes() == (ROOT / "configs" / "shapes" / "quickstart.yaml").read_bytes()
     assert init("--shapes", "--to", "quick.yaml").exit_code == 0
     text = Path("quick.yaml").read_text()
     assert "#   flowalign align quick.yaml\n" in text and MODELINE not in text
