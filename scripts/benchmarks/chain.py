@@ -8,8 +8,8 @@ prompts and noises: strict GenEval at 4 steps and at the alignment's 10. What it
 
 Each cell is a JSON file under results/chain, written when it ends: a finished cell is left alone, one that was killed
 goes on, one of another base, aligned model, number of images or way is refused. Cells that begin alike share what they
-share. ``check`` loads all configurations and runs nothing, ``table`` prints what there is as markdown. The best of
-several cells is partly luck: ``--seeds 1`` trains it once more and judges all models by other noises.
+share. ``check`` loads all configurations and runs nothing, ``table`` puts what there is into docs/pretraining.md. The
+best of several cells is partly luck: ``--seeds 1`` trains it once more and judges all models by other noises.
 
     python scripts/benchmarks/chain.py check
     python scripts/benchmarks/chain.py run --aligned runs/shapes-flow-grpo --jobs 2 --threads 1
@@ -32,10 +32,10 @@ from typing import Any, NoReturn
 
 import torch
 from alignments import base_digest, end_cells, images_in, refuse_another, side_by_side
-from cells import RESULTS, ROOT, align, machine, positive, run_once, seeds
+from cells import RESULTS, ROOT, align, insert, machine, positive, run_once, seeds
 from chain_cells import CELLS, STEPS, Cell
 from chain_students import ENDING, exported, made_student, weights_of
-from chain_table import kept_by, markdown
+from chain_table import MARKS, PAGE, kept_by, markdown
 from pictures import Judge, opened
 
 from flowalign.config.section import ConfigError
@@ -175,7 +175,10 @@ def main() -> None:
     if options.what == "check":
         return check()
     if options.what == "table":
-        return print(markdown(options.results))
+        table = markdown(options.results)
+        if options.results == OWN:
+            insert(table, PAGE, *MARKS)
+        return print(table)
     options.cells = {name: CELLS[name].shortened(options.pairs, options.steps) for name in options.cells or CELLS}
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)

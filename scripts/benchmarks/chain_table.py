@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import as_markdown
+from cells import ROOT, as_markdown
 from chain_cells import CELLS
 from numpy.typing import NDArray
 
 from flowalign.shapes.prompts import evaluation_set
 
+PAGE = ROOT / "docs" / "pretraining.md"
+MARKS = "<!-- chain: scripts/benchmarks/chain.py table -->", "<!-- end of chain -->"
 WANTED = 0.9
 RESAMPLES = 10_000
 Scores = Mapping[str, Mapping[str, Any]]  # of one model by its steps
@@ -84,7 +86,7 @@ def markdown(directory: Path) -> str:
             if cell["seed"] == reference["seed"]
         ]
         head = ["model", "GenEval, 4 steps", "of the gain", "95 %", f"≥ {WANTED:.0%}", "GenEval, 10 steps"]
-        head += ["of the gain", "FID, 4 steps", "pairs", "latents learned", "images for rewards", "minutes"]
+        head += ["of the gain", "FID, 4 steps", "pairs", "latents learned", "images for rewards"]
         said = f"Seed {reference['seed']}, {reference['num_samples']:,} images of each model and number of steps:"
         tables.append(f"{said}\n\n{as_markdown(head, rows)}")
     return "\n\n".join(tables)
@@ -96,8 +98,7 @@ def _row(title: str, scores: Scores, reference: Mapping[str, Scores], cost: Mapp
     row = [title, f"{scores['4']['geneval']:.3f}", _percent(few and few["share"])]
     row += [" to ".join(map(_percent, few["interval"])) if few and few["interval"] else "–", claim(few)]
     row += [f"{scores['10']['geneval']:.3f}", _percent(many and many["share"]), f"{scores['4']['fid']:.1f}"]
-    row += [f"{cost[key]:,}" if cost.get(key) else "–" for key in ("pairs", "latents", "images")]
-    return [*row, f"{cost['seconds'] / 60:.0f}" if cost else "–"]
+    return [*row, *(f"{cost[key]:,}" if cost.get(key) else "–" for key in ("pairs", "latents", "images"))]
 
 
 def _percent(share: float | None) -> str:

@@ -8,7 +8,7 @@ resamples the evaluation's samples, each with its outcomes under every seed, for
 ``search`` runs the cells of preferences_cells.py with seed 0: all but the last two differ in one thing from ``start``.
 ``final`` runs named ones with three seeds. Each cell is a JSON file under results/preferences, written when it ends: a
 finished cell is left alone, one that was killed continues where it was. ``check`` loads all configurations and runs
-nothing, ``table`` prints what there is as markdown.
+nothing, ``table`` puts what there is into docs/algorithms.md.
 
     python scripts/benchmarks/preferences.py check
     python scripts/benchmarks/preferences.py search --jobs 2 --threads 1
@@ -30,7 +30,7 @@ from typing import Any
 
 import preferences_table
 from alignments import base_digest, ended_early, faults, identity, refuse_another, side_by_side
-from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, machine, positive, run_once, seeds, shown, write
+from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, insert, machine, positive, run_once, seeds, shown, write
 from preferences_cells import CELLS, CONFIG, KINDS, PairsCell
 
 from flowalign.config.sections import SHIPPED
@@ -209,7 +209,10 @@ def main() -> None:
     if options.what == "check":
         return check()
     if options.what == "table":
-        return print(preferences_table.markdown(options.results))
+        table = preferences_table.markdown(options.results)
+        if options.results == OWN:
+            insert(table, preferences_table.PAGE, *preferences_table.MARKS)
+        return print(table)
     with ended_early():
         run_cells(options.cells or list(CELLS), options.seeds or SEEDS[options.what], options)
 

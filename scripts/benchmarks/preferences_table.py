@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import GOLD, OFFICIAL, STRICT, as_markdown
+from cells import GOLD, OFFICIAL, ROOT, STRICT, as_markdown
 from preferences_cells import CELLS
 
+PAGE = ROOT / "docs" / "algorithms.md"
+MARKS = "<!-- preferences: scripts/benchmarks/preferences.py table -->", "<!-- end of preferences -->"
 Cell = Mapping[str, Any]
 WORTH = {"+": 1.0, "=": 0.5, "-": 0.0}
 
@@ -56,14 +58,14 @@ def interval(outcomes_SN: np.ndarray) -> tuple[float, float]:
 def markdown(directory: Path) -> str:
     """A row a cell, means over seeds, and the base that all are compared with."""
     head = ["cell", "seeds", "won, %", "95 % interval", "by seed", "draws, %"]
-    head += ["strict", "official", "PickScore", "pairs told apart", "s an iteration"]
+    head += ["strict", "official", "PickScore", "pairs told apart"]
     rows = [_base(directory / "base.json")] if (directory / "base.json").exists() else []
     return as_markdown(head, [*rows, *(_row(name, cells) for name, cells in load(directory).items())])
 
 
 def _base(path: Path) -> list[str]:
     base = json.loads(path.read_text())
-    return ["base", "", "", "", "", "", *_scores([base]), "", ""]
+    return ["base", "", "", "", "", "", *_scores([base]), ""]
 
 
 def _row(name: str, cells: Sequence[Cell]) -> list[str]:
@@ -72,8 +74,7 @@ def _row(name: str, cells: Sequence[Cell]) -> list[str]:
     by_seed = ", ".join(f"{100 * rate:.1f}" for rate in won.mean(1)) if len(cells) > 1 else ""
     rates = [f"{100 * won.mean():.1f}", f"{low} to {high}", by_seed, f"{100 * (won == WORTH['=']).mean():.1f}"]
     apart = statistics.fmean(cell["learned"]["dpo/implicit_accuracy"] for cell in cells)
-    seconds = statistics.fmean(cell["iteration_s"] for cell in cells)
-    return [CELLS[name].title, str(len(cells)), *rates, *_scores(cells), f"{apart:.2f}", f"{seconds:.1f}"]
+    return [CELLS[name].title, str(len(cells)), *rates, *_scores(cells), f"{apart:.2f}"]
 
 
 def _scores(cells: Sequence[Cell]) -> list[str]:

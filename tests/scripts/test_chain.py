@@ -192,9 +192,15 @@ def test_the_table_has_the_best_student_first_and_says_what_it_keeps(own: Any, t
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert head == "Seed 0, 60 images of each model and number of steps:"
     assert [row[0].partition(":")[0] for row in rows] == ["base", "aligned", "`long`", "`start`"]
-    best = ["1.000", "100%", "100% to 100%", "yes", "1.000", "100%", "4.2", "8,000", "102,400", "–", "10"]
+    best = ["1.000", "100%", "100% to 100%", "yes", "1.000", "100%", "4.2", "8,000", "102,400", "–"]
     assert rows[2][1:] == best
     assert rows[3][2] == "75%" and rows[3][4] in ("no", "open") and rows[0][2] == "0%"
+
+
+def test_the_page_holds_the_committed_students(own: Any) -> None:
+    begin, end = own.chain_table.MARKS
+    table = own.chain_table.markdown(own.chain.OWN)
+    assert table and f"{begin}\n{table}\n{end}" in own.chain_table.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

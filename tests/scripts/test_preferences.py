@@ -142,12 +142,18 @@ def test_the_table_has_the_cells_by_their_win_rate_beside_the_base(own: Any, tmp
     written(own, tmp_path, "rate_4", 0, "+++-" * 5, 0.5)
     written(own, tmp_path, "rate_4", 1, "++++" * 5, 0.6)
     rows = own.preferences_table.markdown(tmp_path).splitlines()[2:]
-    assert rows[0] == "| base |  |  |  |  |  | 0.400 ± 0.015 | 0.650 | 8.50 |  |  |"
+    assert rows[0] == "| base |  |  |  |  |  | 0.400 ± 0.015 | 0.650 | 8.50 |  |"
     assert rows[1].startswith("| learning rate × 4 | 2 | 87.5 | ") and rows[1].endswith(
-        " | 75.0, 100.0 | 0.0 | 0.550 ± 0.014 | 0.700 | 9.00 | 0.75 | 4.0 |"
+        " | 75.0, 100.0 | 0.0 | 0.550 ± 0.014 | 0.700 | 9.00 | 0.75 |"
     )
     low, high = (f"{100 * end:.1f}" for end in own.preferences_table.wilson(12.5, 20))
     assert rows[2].startswith(f"| start | 1 | 62.5 | {low} to {high} |  | 25.0 | 0.500")
+
+
+def test_the_page_holds_the_committed_cells(own: Any) -> None:
+    begin, end = own.preferences_table.MARKS
+    table = own.preferences_table.markdown(own.preferences.OWN)
+    assert table.count("\n") > 2 and f"{begin}\n{table}\n{end}" in own.preferences_table.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
