@@ -33,6 +33,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 WIDTH, DENSITY = 830, 2  # of a page of GitHub, and the dots of a pixel there
 SIDE, GAP, TEXT_H, ROW_GAP, TOP, EDGE = 82, 8, 30, 13, 24, 4
@@ -130,7 +131,12 @@ class Sheet:
 
 
 def draw(
-    before: Evaluation, after: Evaluation, rows: Sequence[Mapping[str, Any]], metric: str, files: Sequence[str], path: Path
+    before: Evaluation,
+    after: Evaluation,
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    files: Sequence[str],
+    path: Path,
 ) -> None:
     """Write the picture of these samples and of a run's ``rows`` of metrics, in the colours of ``path``'s name."""
     lines = -(-len(files) // COLUMNS)
@@ -168,10 +174,9 @@ def curve(axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, theme: The
     axes.errorbar(at, values, errors, color=theme.line, linewidth=2, marker="o", markersize=5, capsize=3)
     for x, value, error in zip(at, values, errors, strict=True):
         inner = "left" if x == at[0] else "right" if x == at[-1] else "center"
-        axes.annotate(
-            f"{value:.2f}", (x, value + error), (0, 4), textcoords="offset points", ha=inner,
-            color=theme.line, fontsize=9, weight="bold",
-        )  # fmt: skip
+        said = axes.annotate(f"{value:.2f}", (x, value + error), (0, 4), textcoords="offset points", ha=inner)
+        said.set(color=theme.line, fontsize=9, weight="bold")
+        said.set_path_effects([withStroke(linewidth=3, foreground=theme.ground)])
     axes.set(ylim=(0, 1), yticks=(0, 0.25, 0.5, 0.75, 1), xticks=at)
     axes.set_yticklabels(["0", "", "0.5", "", "1"])
     axes.set_xlabel("iteration", fontsize=7.5, color=theme.faint, labelpad=2)

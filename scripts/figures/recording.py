@@ -43,7 +43,8 @@ class Act:
 
 QUICKSTART = """\
 bash scripts/quickstart.sh iterations=20 evaluation.every=5 evaluation.num_samples=300 \\
-  cluster.backend=local cluster.threads=1 learner.ema_decay=0.8 learner.optimizer.learning_rate=2e-4"""
+  cluster.backend=local cluster.threads=1 learner.ema_decay=0.8 \\
+  learner.optimizer.learning_rate=2e-4"""
 SESSION = (
     Act(QUICKSTART, 13, 3, interrupt_s=290),
     Act(QUICKSTART, 11, 4, key_s=0.0),
@@ -90,6 +91,11 @@ def frames(events: Sequence[Event], speeds: Sequence[tuple[float, float]]) -> li
     return found
 
 
+def words(command: str) -> list[str]:
+    """Return the words of a command, however it is broken into lines."""
+    return command.replace("\\\n", " ").split()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -109,7 +115,7 @@ def main() -> None:
             write_cast(options.to / f"{number}.cast", events, **size, command=act.command)
         return
     parts = [(act, read_cast(options.folder / f"{number}.cast")) for number, act in enumerate(SESSION)]
-    stale = [act.command for act, (header, _) in parts if header["command"] != act.command]
+    stale = [act.command for act, (header, _) in parts if words(str(header["command"])) != words(act.command)]
     if stale:
         raise SystemExit(f"another command was recorded than {stale[0]!r}; record it again")
     events, speeds = joined([(act, own) for act, (_, own) in parts])

@@ -42,9 +42,7 @@ class Failed(RuntimeError):
     """A recorded command that ended otherwise than it should."""
 
 
-def record(
-    command: str, folder: Path, *, columns: int, rows: int, interrupt_s: float | None = None
-) -> list[Event]:
+def record(command: str, folder: Path, *, columns: int, rows: int, interrupt_s: float | None = None) -> list[Event]:
     """Run ``command`` with bash in ``folder`` and return what it sent to its terminal, and when.
 
     After ``interrupt_s`` seconds Ctrl-C is pressed, once.

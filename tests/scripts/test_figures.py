@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from flowalign.measure.kept import read_evaluation
 from flowalign.record.metrics import read_metrics
-from scripts.figures.before_after import DENSITY, EDGE, SIDE, TEXT_H, THEMES, TOP, WIDTH, draw, drawn
+from scripts.figures.before_after import DENSITY, EDGE, GAP, SIDE, TEXT_H, THEMES, TOP, WIDTH, draw, drawn
 from scripts.figures.film import draw as draw_film
 from scripts.figures.recording import COLUMNS, ROWS, SESSION, Act, frames, joined, read_cast, write_cast
 from scripts.figures.terminal import Failed, Run, record, screens, squeezed, thinned, typed
@@ -60,7 +60,7 @@ def test_acts_are_played_one_behind_the_other_and_drawn(tmp_path: Path) -> None:
     assert header == {"version": 2, "width": COLUMNS, "height": ROWS}
     assert [text for _, text in again] == [text for _, text in events]
     film = frames(events, speeds)
-    assert [frame.title for frame in film if frame.title][0] == "4 times faster" and film[-1].title == ""
+    assert next(frame.title for frame in film if frame.title) == "4 times faster" and film[-1].title == ""
     draw_film(film, tmp_path / "a.svg", columns=COLUMNS, rows=ROWS, ends=events[-1][0] + 1)
     svg = (tmp_path / "a.svg").read_text()
     assert len(frames_of(svg)) == len(film) + 1 and ">&lt;3&gt;<" in svg
@@ -104,14 +104,14 @@ def test_the_picture_shows_each_sample_with_its_mark(tmp_path: Path) -> None:
     for name, ground in zip(THEMES, (255, 13), strict=True):
         draw(before, after, rows, "geneval", files, tmp_path / name)
         with Image.open(tmp_path / name) as opened:
-            image = opened.convert("RGB")
-        assert image.width == WIDTH * DENSITY and image.getpixel((image.width - 1, 0))[0] == ground
+            image = np.asarray(opened.convert("RGB")).astype(int)
+        assert image.shape[1] == WIDTH * DENSITY and image[0, -1, 0] == ground
         middle = (TOP + TEXT_H + SIDE // 2) * DENSITY
-        shades = [image.getpixel(((EDGE + SIDE // 2 + x) * DENSITY, middle))[0] for x in (0, SIDE + 8)]
+        shades = [image[middle, (EDGE + SIDE // 2 + x) * DENSITY, 0] for x in (0, SIDE + GAP)]
         number = int(files[0][:5])
         assert shades == pytest.approx([40 + number, 160 + number], abs=6)
         corner = (TOP + TEXT_H + SIDE - 3) * DENSITY
-        marks = [image.getpixel(((EDGE + SIDE - 3 + x) * DENSITY, corner + 10)) for x in (0, SIDE + 8)]
+        marks = [image[corner + 10, (EDGE + SIDE - 3 + x) * DENSITY] for x in (0, SIDE + GAP)]
         assert marks[0][0] > marks[0][1] + 60 and marks[1][1] > marks[1][0] + 60  # wrong is red, right is green
 
 
