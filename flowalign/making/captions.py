@@ -100,10 +100,10 @@ def caption(options: Options, progress: Progress = lambda done, total: None) -> 
 
         def told() -> None:
             if (total := source.total) is not None:
-                progress(len(kept.rows) + len(kept.left_out), total)
+                progress(kept.settled, total)
 
         _ask(chat, options, chain([first], lacking), kept, told)
-    if not kept.rows and not kept.left_out:
+    if not kept.settled:
         raise ImagesError(f"{options.source} holds no image")
     card, count = kept.finish(), len(kept.left_out)
     if count > len(kept.rows):

@@ -65,6 +65,11 @@ class KeptCaptions:
                     self._check_same_image(name, row.content, source)
 
     @property
+    def settled(self) -> int:
+        """How many images have a caption, or were left out."""
+        return len(self.rows) + len(self._left_out)
+
+    @property
     def left_out(self) -> dict[str, str]:
         """The reason for each image that has no caption, in the order of the source."""
         return dict(said for _, said in sorted(self._left_out.items()))
@@ -76,8 +81,7 @@ class KeptCaptions:
     def begin(self) -> None:
         """Keep what was asked for, before the first caption."""
         if not self._card.is_file():
-            with folder_for(self.folder):
-                self._write_card({})
+            self._write_card({})
 
     def add(self, row: ImageRow, text: str) -> None:
         """Keep a caption; where a table holds the image, that comes first. Raise DiskError."""
@@ -115,7 +119,8 @@ class KeptCaptions:
 
     def _write_card(self, more: Mapping[str, Any]) -> dict[str, Any]:
         card = {**self._asked, **more}
-        write_text(self._card, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        with folder_for(self.folder):
+            write_text(self._card, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
         return card
 
 
