@@ -9,7 +9,7 @@ import typer
 
 from flowalign.cli.examples import examples
 from flowalign.cli.options import Json, check_text, finite, storable
-from flowalign.cli.precompute_command import Captions, Hub, ImageColumn, Limit, captions_of
+from flowalign.cli.precompute_command import Hub, ImageColumn, Limit, captions_of
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json, progress
 
@@ -34,7 +34,9 @@ def caption(
     instruction: Annotated[str | None, typer.Option(help="what the model is asked to write")] = None,
     token_env: Annotated[str | None, typer.Option(help="variable that holds the endpoint's key")] = None,
     image: ImageColumn = None,
-    caption: Captions = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="KIND=COLUMN", help="a column to keep in the rows: original=text")
+    ] = None,
     limit: Limit = None,
     split: str = "train",
     hub: Hub = False,

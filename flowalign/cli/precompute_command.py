@@ -17,9 +17,6 @@ from flowalign.cli.sampling import NegativePrompt
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 
-Captions = Annotated[
-    list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=llava")
-]
 ImageColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")]
 Limit = Annotated[int | None, typer.Option(min=1, help="take the first rows only")]
 Hub = Annotated[bool, typer.Option("--hub", help="SOURCE is a data set on the hub, which is downloaded")]
@@ -55,7 +52,9 @@ def precompute(
     model: Annotated[
         str | None, typer.Option(help="pipeline directory whose encoders are used; shapes is the shipped one")
     ] = None,
-    caption: Captions = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=llava")
+    ] = None,
     image: ImageColumn = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
     max_ratio: Annotated[

@@ -18,7 +18,7 @@ from flowalign.data.sources.saved import SAVED_SPLITS, is_saved, saved_split
 from flowalign.record.textfiles import TextError, read_rows, read_text
 from rewards.missing import hint
 
-CAPTIONS = "captions.jsonl"  # in a folder that `flowalign caption` wrote
+CAPTIONS, CARD = "captions.jsonl", "captions.json"  # of a folder that `flowalign caption` wrote
 METADATA = ("jsonl", "csv")
 FORMS = "a parquet file, a saved data set, or a folder of parquet files or of images with a metadata.jsonl"
 _EXAMPLE = '{"image": "photos/0.jpg", "prompt": "a red dog"}'
@@ -113,7 +113,7 @@ def _of_tables(folder: Path, split: str) -> Any:
 
 def _lines_that_name_images(source: Path) -> Path | None:
     """Return the JSON Lines that a source is, or that a folder of captions holds; None for any other source."""
-    if (source / CAPTIONS).is_file():
+    if (source / CAPTIONS).is_file() and (source / CARD).is_file():
         return source / CAPTIONS
     return source if source.suffix.lower() in JSON_LINES and source.is_file() else None
 

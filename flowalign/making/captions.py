@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flowalign.config.section import ConfigError
 from flowalign.data.images import ImageRow, ImagesError, ImageSource
-from flowalign.making.keptcaptions import KeptCaptions
+from flowalign.making.keptcaptions import IMAGE, PROMPT, KeptCaptions
 from rewards.errors import InputError, ScorerError
 from rewards.http.chat import KEY_REFUSED, Chat
 from rewards.http.transport import ServerRefused, ServerUnavailable
@@ -88,15 +89,17 @@ def caption(options: Options, progress: Progress = lambda done, total: None) -> 
 
     Raises:
         ImagesError: the source cannot be read, or holds no image. ConfigError: the directory was begun with other
-            options. ScorerError: nothing answers at the endpoint, or it refuses the key. CaptionsError: most images
-            are left out, or the endpoint gives no answers any more. DiskError.
+            options, or a kind of caption has a name that is taken. ScorerError: nothing answers at the endpoint, or it
+            refuses the key. CaptionsError: most images are left out, or the endpoint gives no answers any more.
+            DiskError.
     """
+    if taken := next((kind for kind in options.captions if kind in (IMAGE, PROMPT)), None):
+        raise ConfigError("--caption", f"{taken} is what a row has already; call the kind something else")
     source, chat = options.opened(), options.chat()
     kept = KeptCaptions(options.to, options.identity)
     lacking = kept.lacking(source)
     if (first := next(lacking, None)) is not None:
         chat.check()
-        kept.begin()
 
         def told() -> None:
             if (total := source.total) is not None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.section import ConfigError
-from flowalign.data.imagerows import CAPTIONS
+from flowalign.data.imagerows import CAPTIONS, CARD
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
 from flowalign.making.continued import check_same
 from flowalign.record.disk import append_line, draft_of, folder_for, whole_rows, write_text
 from flowalign.record.textfiles import read_object
 from rewards.picturefiles.kinds import kind_of
 
-CARD, IMAGES = "captions.json", "images"
+IMAGES = "images"
 IMAGE, PROMPT = "image", "prompt"  # by which the readers of prompts and of images know a row
 
 
@@ -35,7 +35,7 @@ class KeptCaptions:
         self.folder, self._asked = folder, json.loads(json.dumps(asked))
         self._rows_file, self._card = folder / CAPTIONS, folder / CARD
         if self._card.is_file():
-            card = read_object(self._card)
+            card = read_object(self._card) if self._rows_file.is_file() else self._asked
             check_same("--to", folder, {name: card.get(name) for name in self._asked}, self._asked)
         elif folder.is_dir() and any(folder.iterdir()):
             raise ConfigError("--to", f"{folder} holds something else already; name another directory")
@@ -78,21 +78,26 @@ class KeptCaptions:
         """Say why an image has no caption."""
         self._left_out[row.number] = (row.where.encode("utf-8", "backslashreplace").decode(), reason)
 
-    def begin(self) -> None:
-        """Keep what was asked for, before the first caption."""
-        if not self._card.is_file():
-            self._write_card({})
-
     def add(self, row: ImageRow, text: str) -> None:
-        """Keep a caption; where a table holds the image, that comes first. Raise DiskError."""
+        """Keep a caption: before the first one what was asked for, and before each an image that a table holds.
+
+        Raises:
+            DiskError: the disk does not take it.
+        """
         name = self._name(row)
+        if not self.rows:
+            self._write_card({})
         if row.file is None:
             self._write_image(name, row.content)
         self.rows[name] = {IMAGE: name, PROMPT: text, **row.captions}
         append_line(self._rows_file, _line(self.rows[name]))
 
     def finish(self) -> dict[str, Any]:
-        """Put the rows into the order of the source, and write the card, which is returned. Raise DiskError."""
+        """Put the rows into the order of the source, and return the card, which is written where there is a caption.
+
+        Raises:
+            DiskError: the disk does not take it.
+        """
         ordered = sorted(self.rows.values(), key=lambda row: self._order.get(row[IMAGE], math.inf))
         if ordered != list(self.rows.values()):
             write_text(self._rows_file, "".join(f"{_line(row)}\n" for row in ordered))
@@ -119,8 +124,9 @@ class KeptCaptions:
 
     def _write_card(self, more: Mapping[str, Any]) -> dict[str, Any]:
         card = {**self._asked, **more}
-        with folder_for(self.folder):
-            write_text(self._card, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+        if more.get("captions", 1):
+            with folder_for(self.folder):
+                write_text(self._card, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
         return card
 
 

@@ -253,10 +253,20 @@ def test_an_endpoint_that_gives_up_midway_ends_the_command_with_what_is_there_ke
     status: int, photos: Path, tmp_path: Path, chat: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "_FIRST_WAIT_S", 0.02)
-    dying = chat(lambda request: say_grey(request) if grey(request) < 4 else (status, b"no"))
-    said = captioned(photos, dying, "--concurrency", "1", "--retries", "1", code=1)
+    failing = threading.Event()
+
+    def answer(request: Request) -> Reply:
+        if grey(request) == 3:  # is still under way when the next one has failed
+            failing.wait(20)
+            time.sleep(0.3)
+        if grey(request) < 4:
+            return say_grey(request)
+        failing.set()
+        return status, b"no"
+
+    said = captioned(photos, chat(answer), "--concurrency", "2", "--retries", "1", code=1)
     assert f"{status}, http" in said and "the same command goes on where it was" in said
-    assert {row["prompt"][-1] for row in rows_of(tmp_path / "captions")} <= {"0", "1", "2", "3"}
+    assert sorted(row["prompt"][-1] for row in rows_of(tmp_path / "captions")) == ["0", "1", "3"]
     healthy = chat()
     assert captioned(photos, healthy)["captions"] == 12
 
@@ -277,6 +287,10 @@ def test_what_cannot_be_captioned_is_refused_before_anything_is_asked(
     assert "empty holds neither images nor parquet files" in captioned(tmp_path / "empty", server, code=2)
     assert "does not exist" in captioned(tmp_path / "nothing", server, code=2)
     assert "photos holds something else already" in captioned(photos, server, "--to", str(photos), code=2)
+    assert "prompt is what a row has already" in captioned(photos, server, "--caption", "prompt=text", code=2)
+    unknown = chat(lambda request: (404, b'{"error": {"message": "The model vlm does not exist"}}'))
+    assert "The model vlm does not exist" in captioned(photos, unknown, code=2)
+    captioned(photos, chat(lambda request: ""), code=2)
     assert not to.exists()
     table(tmp_path, [1]).select([]).to_parquet(str(tmp_path / "none.parquet"))
     assert "none.parquet holds no image" in captioned(tmp_path / "none.parquet", server, code=2)
