@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowalign import __version__
+from flowalign.cli.caption_command import caption
 from flowalign.cli.check_command import check
 from flowalign.cli.compare_command import compare
 from flowalign.cli.doctor_command import doctor
@@ -63,6 +64,7 @@ app.command()(distill)
 app.command()(check)
 app.command()(schema)
 app.command("stop")(stop_run)
+app.command()(caption)
 app.command()(precompute)
 app.command("make-pairs")(make_pairs)
 app.command("make-preferences")(make_preferences)

@@ -17,6 +17,9 @@ from flowalign.cli.sampling import NegativePrompt
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import print_json
 
+ImageColumn = Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")]
+Limit = Annotated[int | None, typer.Option(min=1, help="take the first rows only")]
+Hub = Annotated[bool, typer.Option("--hub", help="SOURCE is a data set on the hub, which is downloaded")]
 NAMED = 5  # rows of each kind that are printed; all of them are in skipped.json
 
 
@@ -40,8 +43,8 @@ def precompute(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="images: a parquet file or a folder, with --hub a name; prompts: a .txt, .csv or .jsonl file, "
-            "shapes:train, {source: …, columns: …}; or a run's CONFIG.yaml",
+            help="images: a parquet file or a folder, with --hub a name, with --image a .jsonl file; prompts: a .txt, "
+            ".csv or .jsonl file, shapes:train, {source: …, columns: …}; or a run's CONFIG.yaml",
         ),
     ],
     overrides: Overrides = None,
@@ -52,7 +55,7 @@ def precompute(
     caption: Annotated[
         list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=llava")
     ] = None,
-    image: Annotated[str | None, typer.Option(metavar="COLUMN", help="default: the column of images")] = None,
+    image: ImageColumn = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
     max_ratio: Annotated[
         float, typer.Option(metavar="X", min=1, callback=finite, help="longest shape, such as 2 for 2:1")
@@ -73,11 +76,11 @@ def precompute(
     max_sequence_length: Annotated[int, typer.Option(metavar="N", min=1, max=512, help="of their T5 part")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard, what an interruption can cost")] = 2048,
-    limit: Annotated[int | None, typer.Option(min=1, help="take the first rows only")] = None,
+    limit: Limit = None,
     copied: Annotated[
         bool, typer.Option("--no-streaming", help="read a copy in the cache, not the source as it lies")
     ] = False,
-    hub: Annotated[bool, typer.Option("--hub", help="SOURCE is a data set on the hub, which is downloaded")] = False,
+    hub: Hub = False,
     split: str = "train",
     seed: Annotated[int, typer.Option(min=0, help="of random crops and flips")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
@@ -91,7 +94,7 @@ def precompute(
 
     The same command continues an interrupted one.
     """
-    kind = kind_of(source)
+    kind = kind_of(source, image)
     refuse_others(context, kind)
     if kind == "run":
         encode_run(source, overrides or (), as_json)
@@ -129,7 +132,7 @@ def precompute(
         source=source,
         to=to,
         model=encoders,
-        captions=_captions(caption or ()),
+        captions=captions_of(caption or ()),
         image=image,
         split=split,
         hub=hub,
@@ -158,7 +161,7 @@ def precompute(
     print_json(as_json, {**{key: value for key, value in manifest.items() if key != "shards"}, "out": str(to)})
 
 
-def _captions(given: Sequence[str]) -> dict[str, str]:
+def captions_of(given: Sequence[str]) -> dict[str, str]:
     """Parse ``KIND=COLUMN`` options into a mapping."""
     from flowalign.config.section import ConfigError
 

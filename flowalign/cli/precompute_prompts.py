@@ -25,8 +25,13 @@ OF_IMAGES = ("overrides", "threads", "negative_prompt")  # all but these
 WHOSE = {"run": "a configuration's prompts", "prompts": "prompts alone", "images": "captioned images"}
 
 
-def kind_of(source: str) -> Kind:
-    """Tell what SOURCE is by its name: a configuration of a run, prompts, or captioned images."""
+def kind_of(source: str, image: str | None) -> Kind:
+    """Tell what SOURCE is by its name: a configuration of a run, prompts, or captioned images.
+
+    JSON Lines of which ``image`` is a column are images.
+    """
+    if image is not None and source.endswith(".jsonl"):
+        return "images"
     if source.endswith((".yaml", ".yml")):
         return "run"
     return "prompts" if source.endswith(OF_TEXT) or source.startswith(("shapes:", "hub:", "{")) else "images"

@@ -45,16 +45,22 @@ def path_of(value: Any) -> str | None:
 
 
 def content_of(value: Any, column: str, folders: Sequence[Path]) -> bytes:
-    """Return the content of an image column's value: bytes, ``{"bytes", "path"}``, or a path relative to ``folders``.
+    """Return the content of an image column's value, as `image_of`. Raise OSError where a file cannot be read."""
+    found = image_of(value, column, folders)
+    return found if isinstance(found, bytes) else found.read_bytes()
+
+
+def image_of(value: Any, column: str, folders: Sequence[Path]) -> bytes | Path:
+    """Return an image column's value: bytes, ``{"bytes", "path"}``, or a path relative to ``folders``.
 
     Raises:
-        NoImage: the reason. OSError: there is a file, and it cannot be read.
+        NoImage: the reason. OSError: it cannot be told whether there is such a file.
     """
     inside = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(inside, bytes):
         return inside
     if (path := path_of(value)) is not None:
-        return _found(path, column, folders).read_bytes()
+        return _found(path, column, folders)
     if value is None or isinstance(value, dict):
         raise NoImage(f"has no image in the column {column}")
     raise NoImage(f"holds a {type(value).__name__} in the column {column}; give image files or paths to them")

@@ -1,42 +1,41 @@
 """Images with captions from HF ``datasets``: what cannot be used is named and left out, never guessed.
 
-A source is a parquet file, a folder of parquet files, or a folder of images with a metadata.jsonl or metadata.csv;
-with ``hub``, whatever name ``datasets.load_dataset`` knows. A column of images may hold paths, relative to its file.
+A source is a parquet file, a folder of parquet files, what ``save_to_disk`` of ``datasets`` or ``flowalign caption``
+has written, JSON Lines that name images, or a folder of images with a metadata.jsonl or metadata.csv; with ``hub``,
+what ``datasets.load_dataset`` knows by name. A column of images may hold paths, relative to its file.
 """
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flowalign.data.captiontable import IMAGE, read_tables, tables_of
-from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, content_of, path_of
-from flowalign.record.textfiles import TextError, kind_of, read_text
+from flowalign.data.imagecolumn import SHOWN, NoImage, RowFolders, image_of, path_of
+from flowalign.data.imagerows import ImagesError, open_images
+from flowalign.record.textfiles import kind_of
 from rewards.missing import hint
 from rewards.picturefiles.kinds import OTHERS, SUFFIXES, is_apple_double
 
 ORIGINAL = "original"  # the kind of caption where a source has one kind
 NAMES = ("image", "jpg", "png", "webp")  # of the image column, where its type does not tell
 USUAL = ("text", "caption", "prompt")  # columns of captions, where none is named
-METADATA = ("jsonl", "csv")
-
-
-class ImagesError(ValueError):
-    """A source of images that is missing or malformed, or of which nothing can be used."""
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """An image file's bytes and its captions by kind. ``number`` counts the rows of the source from 0."""
+    """An image file's bytes and its captions by kind. ``number`` counts the rows of the source from 0.
+
+    ``file`` is where the image lies, unless a table holds it.
+    """
 
     number: int
     where: str
     content: bytes
     captions: Mapping[str, str]
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ class Skipped:
 class ImageSource:
     """The rows of a source in their order, the same ones streamed or not.
 
-    ``captions`` maps kinds of caption, such as original and synthetic, to columns; none: the usual one. Streamed
-    parquet is read as it lies; otherwise ``datasets`` first writes an Arrow copy to its cache.
+    ``captions`` maps kinds of caption, such as original and synthetic, to columns; none: the usual one, or with
+    ``captioned=False`` no caption, so that a folder of images needs no metadata. Streamed parquet is read as it lies;
+    otherwise ``datasets`` first writes an Arrow copy to its cache.
 
     Raises:
         ImagesError: the source cannot be read, or has no such column.
@@ -65,6 +65,7 @@ class ImageSource:
         captions: Mapping[str, str],
         *,
         image: str | None = None,
+        captioned: bool = True,
         streaming: bool = True,
         hub: bool = False,
         split: str = "train",
@@ -72,14 +73,14 @@ class ImageSource:
     ) -> None:
         self.source, self._limit = source, limit
         self.reads_elsewhere = False  # a row that was read is of a file that is not the source's own
-        self._files = [] if hub else _parquet_files(Path(source))
-        self._folder = None if hub or self._files else Path(source)
+        opened = open_images(source, captioned or bool(captions), streaming, hub, split)
+        self._files, self._folder, self._described = opened.files, opened.folder, opened.described
         self._folders = None if hub else RowFolders(Path(source), self._files)
-        self._dataset = _load(source, self._files, hub, split, streaming)
+        self._dataset = opened.dataset
         columns = list(self._dataset.column_names or ())
         self._image = _image_column(self._dataset, columns, image, source)
         usual = [{ORIGINAL: name} for name in USUAL if name in columns] or [{ORIGINAL: USUAL[0]}]
-        self.captions = dict(captions) or usual[0]
+        self.captions = dict(captions) or (usual[0] if captioned else {})
         for kind, column in self.captions.items():
             if column not in columns:
                 has = ", ".join(name for name in columns if name != self._image) or "nothing but the image"
@@ -113,7 +114,7 @@ class ImageSource:
         except (DatasetsError, OSError, ValueError) as error:
             at = f"after row {number}" if number >= 0 else "from its beginning"
             raise ImagesError(f"{self.source} cannot be read {at}: {error}") from error
-        if self._folder is not None and self._limit is None:
+        if self._folder is not None and self._described and self._limit is None:
             yield from _unmentioned(self._folder, seen, number + 1)
 
     def _row(self, row: Mapping[str, Any], number: int) -> ImageRow | Skipped:
@@ -135,83 +136,14 @@ class ImageSource:
                 return Skipped(number, where, "caption", f"{holds} in the column {column}")
             captions[kind] = text
         try:
-            content = content_of(value, self._image, () if self._folders is None else self._folders(number))
+            found = image_of(value, self._image, () if self._folders is None else self._folders(number))
+            content = found if isinstance(found, bytes) else found.read_bytes()
         except NoImage as error:
             missing = f"does not exist{hint(path, typos=False)}" if self._folder is not None and path else ""
             return Skipped(number, where, "image", missing or str(error))
         except OSError as error:
             return Skipped(number, where, "image", f"cannot be opened: {error.strerror or error}")
-        return ImageRow(number, where, content, captions)
-
-
-def _parquet_files(source: Path) -> list[Path]:
-    if not source.exists():
-        raise ImagesError(
-            f"{source} does not exist{hint(source)}; give a parquet file, or a folder of parquet files or of images "
-            "with a metadata.jsonl (a data set on the hub needs --hub)"
-        )
-    files = [source] if source.is_file() else visible(source, "*.parquet")
-    described = [] if files else [file for kind in METADATA for file in source.rglob(f"metadata.{kind}")]
-    if not files and not described:
-        raise ImagesError(f"{source} holds neither parquet files nor images with a metadata.jsonl or metadata.csv")
-    for file in described:
-        try:
-            read_text(file)
-        except TextError as error:
-            raise ImagesError(str(error)) from error
-    return files
-
-
-def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return the files below ``folder`` that match, in order, without hidden ones and those of hidden folders."""
-    found = (path for path in folder.rglob(pattern) if path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
-
-
-def patterns_of(paths: Sequence[Path | str], below: str = "") -> list[str]:
-    """Return patterns that match these paths and nothing else: ``datasets`` reads every path as a pattern.
-
-    Raises:
-        ImagesError: a path that it cannot be told.
-    """
-    for path in map(str, paths):
-        if "::" in path or "://" in path:
-            raise ImagesError(f"{path} has `::` or `://` in its name, which is read as an address; rename it")
-    return [glob.escape(str(path)) + below for path in paths]
-
-
-def _load(source: str, files: Sequence[Path], hub: bool, split: str, streaming: bool) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    where: dict[str, Any] = {}
-    if hub:
-        name = source
-    elif files:
-        name, where = "parquet", {"data_files": {split: patterns_of(files)}}
-    elif not any(Path(source).rglob("metadata.jsonl")):
-        return _of_tables(Path(source), split)
-    else:
-        # All files of a folder are one split: by itself `datasets` takes test_b.png and val/ for others.
-        name, where = "imagefolder", {"data_files": {split: patterns_of([source], "/**")}}
-    try:
-        return load_dataset(name, split=split, streaming=streaming, **where)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise ImagesError(f"{source} cannot be read: {error}") from error
-
-
-def _of_tables(folder: Path, split: str) -> Any:
-    """Return the rows of a folder's metadata.csv. pandas, by which ``datasets`` reads them, takes ``NA`` for nothing
-    and a column of captions such as ``7`` for numbers."""
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageColumn
-
-    try:
-        columns = read_tables(tables_of(folder, list(folder.rglob("metadata.csv")), split))
-    except TextError as error:
-        raise ImagesError(str(error)) from error
-    kinds = {name: ImageColumn(decode=False) if name == IMAGE else Value("string") for name in columns}
-    return Dataset.from_dict(columns, features=Features(kinds))
+        return ImageRow(number, where, content, captions, found if isinstance(found, Path) else None)
 
 
 def _image_column(dataset: Any, columns: Sequence[str], named: str | None, source: str) -> str:

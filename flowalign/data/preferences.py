@@ -13,8 +13,10 @@ from typing import Any
 from flowalign.config.alignment import AlignConfig
 from flowalign.data.banks.cache import EncodedCache
 from flowalign.data.banks.files import write_json
+from flowalign.data.folders import visible
 from flowalign.data.imagecolumn import NoImage, RowFolders, content_of
-from flowalign.data.images import Skipped, patterns_of, visible
+from flowalign.data.imagerows import patterns_of
+from flowalign.data.images import Skipped
 from flowalign.data.pairsampler import Pair, PairSampler
 from flowalign.engine import process_group
 from flowalign.models.encoders import Encoders

@@ -26,19 +26,9 @@ class Continued:
         self._folder, self._asked = out / WORK, json.loads(json.dumps(asked))
         self._options, self._reached = self._folder / "options.json", self._folder / "reached.json"
         if self._options.is_file():
-            self._check(out, read_object(self._options))
+            check_same("--out", out, read_object(self._options), self._asked)
         elif any(out.glob("*.parquet")):
             raise ConfigError("--out", f"{out} holds parquet files already; name another directory")
-
-    def _check(self, out: Path, before: Mapping[str, Any]) -> None:
-        changed = [key for key in {**before, **self._asked} if before.get(key) != self._asked.get(key)]
-        if changed:
-            was, now = (json.dumps(own.get(changed[0])) for own in (before, self._asked))
-            raise ConfigError(
-                "--out",
-                f"{out} was begun with {changed[0]} {was}, now it is {now}; give the same options to continue, or name "
-                "another directory",
-            )
 
     @property
     def reached(self) -> dict[str, Any]:
@@ -60,3 +50,15 @@ class Continued:
         """Forget how the set came about."""
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
+
+
+def check_same(key: str, folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError that names ``key`` where what lies in ``folder`` was begun with other options."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        was, wanted = (json.dumps(own.get(changed[0]), ensure_ascii=False) for own in (before, now))
+        raise ConfigError(
+            key,
+            f"{folder} was begun with {changed[0]} {was}, now it is {wanted}; give the same options to continue, or "
+            "name another directory",
+        )

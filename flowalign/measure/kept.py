@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowalign.record.disk import append_line, folder_for, write_text
-from flowalign.record.textfiles import TextError, finite, lines_of, parse_json, read_object, read_rows, read_text
+from flowalign.record.disk import append_line, folder_for, whole_rows, write_text
+from flowalign.record.textfiles import TextError, finite, read_object, read_rows
 from flowalign.samples.sampled import save_images
 from flowalign.types import UNTAGGED
 
@@ -35,7 +35,7 @@ class KeptEvaluation:
             check_same(folder, read_object(folder / ASKED), self._asked)
         elif folder.is_dir() and any(folder.iterdir()):
             raise EvaluationTaken(f"{folder} holds something else already; name another directory: --out DIR")
-        self.rows = self._read()
+        self.rows = whole_rows(folder / RESULTS)
 
     def whole_chunks(self, ends: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows of the chunks that are there as a whole; ``ends`` are the samples up to each chunk's end.
@@ -67,17 +67,6 @@ class KeptEvaluation:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write what was found in all."""
         write_text(self.folder / METRICS, json.dumps(finite(summary), indent=1) + "\n")
-
-    def _read(self) -> list[dict[str, Any]]:
-        """Return the rows that were kept; what a kill left of a last one is cut off the file."""
-        path = self.folder / RESULTS
-        if not path.is_file():
-            return []
-        text = read_text(path)
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(path, whole)
-        return [parse_json(line, str(path)) for _, line in lines_of(whole)]
 
 
 class EvaluationTaken(ValueError):

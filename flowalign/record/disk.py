@@ -11,6 +11,9 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from flowalign.record.textfiles import lines_of, parse_json, read_text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SICK = (*FULL, errno.EIO, errno.EROFS)  # which no reader of a healthy disk is told
@@ -146,6 +149,21 @@ def append_line(path: Path, text: str) -> None:
             with suppress(OSError):
                 os.ftruncate(file.fileno(), before)
             raise
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of JSON Lines that ``append_line`` wrote; what a kill left of a last one is cut off the file.
+
+    Raises:
+        TextError: the file is damaged otherwise. DiskError.
+    """
+    if not path.is_file():
+        return []
+    text = read_text(path)
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(path, whole)
+    return [parse_json(line, str(path)) for _, line in lines_of(whole)]
 
 
 @contextmanager

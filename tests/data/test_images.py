@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageColumn
 from datasets import config as datasets_config
 from PIL import Image
@@ -155,6 +155,32 @@ def test_parquet_files_give_their_rows_in_order(tmp_path: Path, typed: bool, str
     assert names(source)[4] == ("row 4", "")
     few = ImageSource(str(tmp_path / "part-1.parquet"), {}, streaming=streaming, limit=2)
     assert few.total == 2 and len(list(few)) == 2
+
+
+def test_saved_data_sets_and_lines_that_name_files_are_sources_too(tmp_path: Path) -> None:
+    features = Features({"jpg": ImageColumn(), "caption": Value("string")})
+    images = [{"bytes": picture(20 + k), "path": None} for k in range(2)]
+    dataset = Dataset.from_dict({"jpg": images, "caption": ["a", "b"]}, features=features)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(str(tmp_path / "several"))
+    for name, split, captions in (("one", "train", "ab"), ("several", "train", "ab"), ("several", "test", "b")):
+        found = [row for row in ImageSource(str(tmp_path / name), {}, split=split) if isinstance(row, ImageRow)]
+        assert "".join(row.captions["original"] for row in found) == captions
+        assert found[-1].content == picture(21) and found[-1].file is None
+    with pytest.raises(ImagesError, match="has no split 'dev'; name one as `split`: test, train"):
+        ImageSource(str(tmp_path / "several"), {}, split="dev")
+    (tmp_path / "p.png").write_bytes(picture())
+    lines = ['{"image": "p.png", "text": "NA"}', '{"image": "q.png", "text": "b"}', '{"image": "p.png", "text": 7}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    first, *others = ImageSource(str(tmp_path / "rows.jsonl"), {})
+    assert isinstance(first, ImageRow) and (first.captions, first.file) == ({"original": "NA"}, tmp_path / "p.png")
+    assert [(row.where, row.kind) for row in others if isinstance(row, Skipped)] == [
+        ("row 1 (q.png)", "image"),
+        ("row 2 (p.png)", "caption"),
+    ]
+    (tmp_path / "rows.jsonl").write_text('{"image": "p.png"')
+    with pytest.raises(ImagesError, match=r"rows\.jsonl, line 1 is not JSON"):
+        ImageSource(str(tmp_path / "rows.jsonl"), {})
 
 
 def test_a_path_is_read_as_it_is_and_not_as_a_pattern(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_is(tmp_path: Path
         ("export runs/x", "--to"),
         ("merge shapes shapes", "--to"),
         ("precompute pictures --model shapes", "--to"),
+        ("caption pictures --url http://127.0.0.1:1/v1 --model vlm", "--to"),
         ("make-pairs shapes", "--to"),
         ("make-preferences shapes --reward jpeg", "--out"),
         ("calibrate-cache shapes", "--to"),

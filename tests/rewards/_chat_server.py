@@ -49,6 +49,7 @@ class ChatServer:
 
     def __init__(self, answer: Callable[[Request], Reply]) -> None:
         self.requests: list[Request] = []
+        self.models: tuple[int, bytes] = (404, b"")  # the answer to GET /v1/models
         chat, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,7 +59,12 @@ class ChatServer:
                 with lock:
                     chat.requests.append(request)
                 reply = answer(request)
-                status, data = reply if isinstance(reply, tuple) else (200, completion(reply))
+                self.send(*(reply if isinstance(reply, tuple) else (200, completion(reply))))
+
+            def do_GET(self) -> None:
+                self.send(*chat.models)
+
+            def send(self, status: int, data: bytes) -> None:
                 with contextlib.suppress(ConnectionError):
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))
@@ -79,6 +85,6 @@ class ChatServer:
         self._thread.join(timeout=10)
 
 
-def completion(content: str | None) -> bytes:
-    message = {"role": "assistant", "content": content}
-    return json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]}).encode()
+def completion(content: str | None, end: str = "stop") -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": end}
+    return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowalign.data.captiontable import split_of
-from flowalign.data.images import visible
+from flowalign.data.folders import visible
 from flowalign.data.sources.texts import SEPARATORS
 from flowalign.record.textfiles import TextError
 

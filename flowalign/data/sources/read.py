@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.prompts import HUB, PromptsConfig
-from flowalign.data.images import visible
+from flowalign.data.folders import visible
 from flowalign.data.sources.folder import files_of
 from flowalign.data.sources.place import Read, Source
 from flowalign.data.sources.saved import is_saved, read_hub, read_saved

@@ -23,7 +23,7 @@ def is_saved(path: Path) -> bool:
 
 def read_saved(path: Path, split: str | None) -> Source:
     """Read one split of a folder that ``datasets`` has saved. Raise TextError where it cannot be."""
-    return _of_dataset(_saved(path, split), str(path))
+    return _of_dataset(saved_split(path, split), str(path))
 
 
 def read_hub(asked: PromptsConfig) -> Source:
@@ -48,8 +48,8 @@ def _of_dataset(dataset: Any, name: str) -> Source:
     return Source(rows, list(dataset.column_names), None if name.startswith(HUB) else Path(name))
 
 
-def _saved(path: Path, split: str | None) -> Any:
-    """Return one split of what ``datasets`` has saved."""
+def saved_split(path: Path, split: str | None) -> Any:
+    """Return one split of what ``datasets`` has saved, itself a data set. Raise TextError where it cannot be."""
     from datasets import DatasetDict, load_from_disk
     from datasets.exceptions import DatasetsError
 
