@@ -22,11 +22,18 @@ from flowalign.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP: Any = typer.main.get_command(app)
-HELP = "--help"
 LEFT_OUT = {"CHANGELOG.md"}  # commands as they were
 OURS = ("flowalign", "python", "bash", "torchrun")
 # Programs of others, whose words nobody here can parse; one that is in neither row is a mistyped one.
-OTHERS = {".", "curl", "docker", "export", "git", "pip", "pre-commit", "ray", "umask"}
+OTHERS = {".", "curl", "export", "git", "pip", "pre-commit", "ray", "umask", "venv"}
+# What a reader has: prompts, here a few.
+_ROW = '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}\n'
+BROUGHT = {
+    "prompts.txt": "a photo of a circle\na photo of two stars\n",
+    "prompts.jsonl": _ROW * 2,
+    "mine.jsonl": _ROW * 2,
+    "captions.csv": "caption,language,split\na red circle,en,train\nein Stern,de,test\n",
+}
 _FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.S)
@@ -139,9 +146,9 @@ def of_text(page: str, text: str) -> Iterator[Command]:
 
 
 def of_help() -> Iterator[Command]:
-    for command in GROUP.commands.values():
-        own = getattr(command.callback, "examples", ())
-        yield from (Command(f"flowalign {command.name} {HELP}", n, words) for n, e in enumerate(own) for words in split(e))
+    for command in (GROUP, *GROUP.commands.values()):
+        page = "flowalign --help" if command is GROUP else f"flowalign {command.name} --help"
+        yield from of_text(page, command.epilog or "")
 
 
 @cache
@@ -173,7 +180,15 @@ def write_files(page: str, folder: Path) -> None:
     """Make ``folder`` a place to give a page's commands at: the repository's, with the files that the page shows."""
     for name in ("configs", "flowalign", "scripts"):
         (folder / name).symlink_to(ROOT / name)
-    if (ROOT / page).is_file():
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for name, code in (*_CODE.findall(text), *_YAML.findall(text)):
-            (folder / name).write_text(code)
+    for name, text in BROUGHT.items():
+        (folder / name).write_text(text)
+    for name, code in shown(page):
+        (folder / name).write_text(code)
+
+
+def shown(page: str) -> list[tuple[str, str]]:
+    """Return the files that a page shows whole: their names, and what is in them."""
+    if not page.endswith(".md"):
+        return []
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [(name, code) for name, code in (*_CODE.findall(text), *_YAML.findall(text))]
