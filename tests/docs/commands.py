@@ -25,7 +25,7 @@ GROUP: Any = typer.main.get_command(app)
 LEFT_OUT = {"CHANGELOG.md"}  # commands as they were
 OURS = ("flowalign", "python", "bash", "torchrun")
 # Programs of others, whose words nobody here can parse; one that is in neither row is a mistyped one.
-OTHERS = {".", "curl", "export", "git", "pip", "pre-commit", "ray", "umask", "venv"}
+OTHERS = {".", "curl", "export", "pip", "ray", "umask", "venv"}
 # What a reader has: prompts, here a few.
 _ROW = '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}\n'
 BROUGHT = {
