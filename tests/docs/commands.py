@@ -133,7 +133,7 @@ def of_markdown(page: str, text: str) -> Iterator[Command]:
         whole = f"python {whole}" if re.match(r"scripts/[\w/]+\.py .", whole) else whole
         if whole.partition(" ")[0] in OURS and len(whole.split()) > 1:
             for words in split(whole):
-                if len(words) > 2 or words[0] != "flowalign":
+                if words[0] != "flowalign" or len(words) > 2:
                     yield Command(page, prose[: found.start()].count("\n") + 1, words)
 
 

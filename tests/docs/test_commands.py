@@ -131,22 +131,28 @@ def configured(command: Command) -> Mapping[str, Any] | None:
     if command.command is None:
         return None
     name, *words = command.command
-    given = GROUP.commands[name].make_context(name, [word for word in words if word not in ("--json", "PORT")], resilient_parsing=True).params
+    given = (
+        GROUP.commands[name]
+        .make_context(name, [word for word in words if word not in ("--json", "PORT")], resilient_parsing=True)
+        .params
+    )
     file = str(given.get("config") or given.get("source") or "")
     return {**given, "config": Path(file)} if file.endswith(".yaml") and Path(file).is_file() else None
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for the commands of each page; pages that show no file share one."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command], Path]:
+    """A folder for a command; those whose page shows no file that they name share one."""
     found: dict[str, Path] = {}
-    for page in dict.fromkeys(command.page for command in commands()):
-        key = page if shown(page) else ""
-        if key not in found:
-            found[key] = tmp_path_factory.mktemp("page")
-            write_files(page, found[key])
-        found[page] = found[key]
-    return found
+
+    def of(command: Command) -> Path:
+        page = command.page if any(name in command.text for name, _ in shown(command.page)) else ""
+        if page not in found:
+            found[page] = tmp_path_factory.mktemp("page")
+            write_files(page, found[page])
+        return found[page]
+
+    return of
 
 
 def listed() -> dict[str, list[tuple[str, str]]]:
@@ -185,22 +191,24 @@ def test_every_other_command_is_a_script_of_a_shell_that_is_there_or_a_program_o
     shell = [one for one in rest if one.program == "bash"]
     assert not [one.text for one in shell if not (ROOT / one.words[1]).is_file()]
     folders = ("tests/", "scripts/", ".ci/")
-    assert not [one.text for one in shell for word in one.words if word.startswith(folders) and not (ROOT / word).exists()]
+    assert not [
+        one.text for one in shell for word in one.words if word.startswith(folders) and not (ROOT / word).exists()
+    ]
     assert {one.program for one in rest} == OTHERS | {"bash"}
 
 
 def test_every_configuration_of_a_command_passes_the_check(
-    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    place: Callable[[Command], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong, said = dict[str, str](), ""
     for one in OURS:
-        monkeypatch.chdir(places[one.page])
+        monkeypatch.chdir(folder := place(one))
         if (given := configured(one)) is None:
             continue
         name = one.command[0]  # type: ignore[index]
         run_as = {"check": given.get("run_as"), "plan": None, "precompute": None, "launch": "align"}.get(name, name)
         try:
-            lacks = missing_of(run_as, given["config"], tuple(given["overrides"] or ()), places[one.page])
+            lacks = missing_of(run_as, given["config"], tuple(given["overrides"] or ()), folder)
         except Exception as error:
             wrong[f"{one.page}:{one.line}: {one.text}"] = str(error)
             continue
@@ -212,14 +220,14 @@ def test_every_configuration_of_a_command_passes_the_check(
 
 
 def test_the_list_says_of_every_command_what_is_done_with_it(
-    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    place: Callable[[Command], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {(page, text): state for page, lines in listed().items() for state, text in lines}
     here = {(one.page, one.text): one for one in commands()}
-    assert not here.keys() - said.keys(), "not in commands.txt"
-    assert not said.keys() - here.keys(), "on no page"
+    assert not here.keys() - said.keys(), "write them into commands.txt, under their page, with how far they are tried"
+    assert not said.keys() - here.keys(), "in commands.txt, and on no page"
     for key, state in said.items():
-        monkeypatch.chdir(places[key[0]])
+        monkeypatch.chdir(place(here[key]))
         kind, _, why = state.partition(" ")
         most = "checked" if configured(here[key]) is not None else "parsed"
         most = "others" if here[key].program in OTHERS else most
