@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import resource
@@ -224,8 +225,10 @@ def test_the_list_says_of_every_command_what_is_done_with_it(
 ) -> None:
     said = {(page, text): state for page, lines in listed().items() for state, text in lines}
     here = {(one.page, one.text): one for one in commands()}
-    assert not here.keys() - said.keys(), "write them into commands.txt, under their page, with how far they are tried"
-    assert not said.keys() - here.keys(), "in commands.txt, and on no page"
+    unsaid = [f"{page}: {text}" for page, text in here if (page, text) not in said]
+    gone = [f"{page}: {text}" for page, text in said if (page, text) not in here]
+    assert unsaid == [], "write them into commands.txt, under their page, with how far they are tried"
+    assert gone == [], "in commands.txt, and on no page"
     for key, state in said.items():
         monkeypatch.chdir(place(here[key]))
         kind, _, why = state.partition(" ")
@@ -257,6 +260,15 @@ def test_what_a_shell_takes_for_a_file_is_no_placeholder() -> None:
         list(of_markdown("page.md", "```bash\nflowalign export runs/<name> --to aligned\n```"))
 
 
+def write_photographs(folder: Path) -> None:
+    """Make a folder of pictures with captions, as `flowalign precompute` takes it."""
+    folder.mkdir()
+    for level in range(0, 256, 32):
+        Image.new("RGB", (64, 64), (level, 0, 0)).save(folder / f"{level}.png")
+    rows = [json.dumps({"file_name": path.name, "text": f"red of {path.stem}"}) for path in sorted(folder.iterdir())]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
 NIGHTLY = [page for page, lines in listed().items() if any(state == "run" for state, _ in lines)]
 
 
@@ -265,10 +277,7 @@ NIGHTLY = [page for page, lines in listed().items() if any(state == "run" for st
 @pytest.mark.parametrize("page", NIGHTLY)
 def test_what_ends_within_20_seconds_runs_in_the_order_of_its_page(page: str, tmp_path: Path) -> None:
     write_files(page, tmp_path)
-    (tmp_path / "photographs").mkdir()
-    for level in range(0, 256, 32):
-        Image.new("RGB", (64, 64), (level, 0, 0)).save(tmp_path / "photographs" / f"{level}.png")
-        (tmp_path / "photographs" / f"{level}.txt").write_text(f"a red square {level}")
+    write_photographs(tmp_path / "photographs")
     here = {one.text: one for one in commands() if one.page == page}
     for state, text in listed()[page]:
         if state != "run":
