@@ -1,7 +1,7 @@
 """Seconds from Enter to the first iteration of an alignment, by phase: on the clock, and of the CPU in all processes.
 
     python scripts/benchmarks/startup.py --against COMMIT --turns 5 --out scripts/benchmarks/results/startup.json
-    python scripts/benchmarks/startup.py --config grpo_guard --backends local evaluation.num_samples=96
+    python scripts/benchmarks/startup.py evaluation.num_samples=96 --config grpo_guard --backends local
 
 A run is typed as a user types it; each line that it prints ends a phase, and it is asked to stop after its first
 iteration. Both backends take turns, and with ``--against`` (a commit, or the folder of a checkout) both checkouts; one

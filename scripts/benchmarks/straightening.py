@@ -4,7 +4,7 @@ Pairs are made once and shared by all cells; each cell is one loss of the second
 alike: straightness of the model's own Euler paths, FID, CLIP score and strict GenEval at 1, 2, 4 and 8 Euler steps,
 Euler against Heun at equal evaluations, and what inversion to the noise and back loses. Writes one JSON file a cell.
 
-    python scripts/benchmarks/straightening.py run --cells base,reflow
+    python scripts/benchmarks/straightening.py run --cells "base;reflow"
     python scripts/benchmarks/straightening.py table
 """
 
