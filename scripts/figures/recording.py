@@ -5,8 +5,8 @@
 
 ``record`` runs the commands below, in this order, in a pseudo-terminal at the root of the repository, and keeps what
 they printed and when; ``--only`` is one of them. ``draw`` puts them one behind the other. A prompt and its typing are
-drawn, not recorded. What took longer than its share is played faster, which the title says. The run that is recorded is
-a short one, on one core; it must not be there yet: runs/shapes-flow-grpo, comparison, aligned.
+drawn, not recorded. What took longer than its share is played faster, which the title says. What the commands write
+must not be there yet: runs/shapes-quickstart, comparison, aligned.
 """
 
 from __future__ import annotations
@@ -41,15 +41,12 @@ class Act:
     key_s: float = 0.025
 
 
-QUICKSTART = """\
-bash scripts/quickstart.sh iterations=20 evaluation.every=5 evaluation.num_samples=300 \\
-  cluster.backend=local cluster.threads=1 learner.ema_decay=0.8 \\
-  learner.optimizer.learning_rate=2e-4"""
+QUICKSTART = "bash scripts/quickstart.sh"
 SESSION = (
-    Act(QUICKSTART, 13, 3, interrupt_s=290),
-    Act(QUICKSTART, 11, 4, key_s=0.0),
-    Act(".venv/bin/flowalign compare shapes runs/shapes-flow-grpo", 5, 6),
-    Act(".venv/bin/flowalign export runs/shapes-flow-grpo --to aligned", 3, 4),
+    Act(QUICKSTART, 13, 3, interrupt_s=120),
+    Act(QUICKSTART, 13, 4, key_s=0.0),
+    Act(".venv/bin/flowalign compare shapes runs/shapes-quickstart", 5, 6),
+    Act(".venv/bin/flowalign export runs/shapes-quickstart --to aligned", 3, 4),
 )
 
 
@@ -119,7 +116,7 @@ def main() -> None:
     if stale:
         raise SystemExit(f"another command was recorded than {stale[0]!r}; record it again")
     events, speeds = joined([(act, own) for act, (_, own) in parts])
-    write_cast(options.out / "quickstart.cast", events, **size, title="flowalign: the quickstart, shortened")
+    write_cast(options.out / "quickstart.cast", events, **size, title="flowalign: the quickstart")
     draw(frames(events, speeds), options.out / "quickstart.svg", columns=COLUMNS, rows=ROWS, ends=events[-1][0] + 1.5)
     real = [own[-1][0] for _, (_, own) in parts]
     print(json.dumps({"real_s": [round(own, 1) for own in real], "played_s": round(events[-1][0], 1)}))
