@@ -1,8 +1,8 @@
 """The cells of scripts/benchmarks/chain.py: ways from an aligned model to a student of four steps.
 
-``start`` is the way of docs/pretraining.md. Most others vary one thing of it, ``long`` those that are believed in, and
-``tuned`` cells end with an alignment of the student at its own four steps, as a user would. ``tuned_alone`` aligns the
-aligned model itself at four steps: what that last link is worth without a student before it.
+``straight`` is the way of docs/pretraining.md. Most others vary one thing of ``start``, ``long`` those that are
+believed in, and ``tuned`` cells end with an alignment of the student at its own four steps, as a user would.
+``tuned_alone`` aligns the aligned model itself at four steps: what that last link is worth without a student before it.
 
 Four suspects have no cell. `learner.ema_decay`: with its warm-up the decay is 0.978 after the 400 updates of a round
 and reaches 0.995 after 1,790. The batch: twice the batch is twice the samples, of which ``steps`` has three times as

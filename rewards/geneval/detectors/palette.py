@@ -27,6 +27,7 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "rin
 BACKGROUND: tuple[int, int, int] = (22, 22, 28)
 
 _SUPERSAMPLE = 8
+_NEIGHBOURS = np.ones((3, 3))  # of a pixel, those at its corners too
 
 
 def _inside(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -71,8 +72,11 @@ def shape_mask(shape: str, height: int, width: int) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=4096)
-def _templates(height: int, width: int) -> NDArray[np.bool_]:
-    """Return each shape's silhouette stretched so that its tight box is (height, width): (6, height, width)."""
+def _templates(height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return each shape's silhouette stretched so that its tight box is (height, width), 0 or 1, (6, height · width).
+
+    Beside it are their areas, (6,).
+    """
     rows = []
     for shape in SHAPES:
         fine = shape_mask(shape, 48, 48) >= 0.5
@@ -80,8 +84,9 @@ def _templates(height: int, width: int) -> NDArray[np.bool_]:
         tight = fine[used_rows[0] : used_rows[-1] + 1, used_columns[0] : used_columns[-1] + 1]
         r = ((np.arange(height) + 0.5) / height * tight.shape[0]).astype(int)
         c = ((np.arange(width) + 0.5) / width * tight.shape[1]).astype(int)
-        rows.append(tight[np.ix_(r, c)])
-    return np.stack(rows)
+        rows.append(tight[np.ix_(r, c)].ravel())
+    flat = np.stack(rows).astype(np.float32)
+    return flat, flat.sum(axis=1)
 
 
 class PaletteDetector:
@@ -122,11 +127,12 @@ class PaletteDetector:
         from scipy import ndimage
 
         above = image.astype(np.float32) - np.array(BACKGROUND, np.float32)
-        foreground = above.max(axis=-1) > self.foreground
-        label = (above @ self._directions.T).argmax(axis=-1)
+        foreground = np.maximum(np.maximum(above[..., 0], above[..., 1]), above[..., 2]) > self.foreground
+        label = np.full(foreground.shape, -1)
+        label[foreground] = (above[foreground] @ self._directions.T).argmax(axis=-1)
         found: dict[str, list[dict[str, Any]]] = {}
-        for color in np.unique(label[foreground]):
-            labelled: Any = ndimage.label(foreground & (label == color), structure=np.ones((3, 3)))
+        for color in np.flatnonzero(np.bincount(label[foreground], minlength=len(self._names))):
+            labelled: Any = ndimage.label(label == color, structure=_NEIGHBOURS)
             components = labelled[0]
             for index, where in enumerate(ndimage.find_objects(components), start=1):
                 mask = components[where] == index
@@ -143,9 +149,9 @@ class PaletteDetector:
 
 def match(mask: NDArray[np.bool_]) -> tuple[str, float]:
     """Return the best shape of a silhouette (h, w) cut to its box, and its score in [0, 1]."""
-    templates = _templates(*mask.shape)
-    inter = (templates & mask).sum(axis=(1, 2))
-    union = (templates | mask).sum(axis=(1, 2))
-    iou = inter / union
+    templates, areas = _templates(*mask.shape)
+    flat = mask.ravel().astype(np.float32)
+    inter = (templates @ flat).astype(np.float64)  # numbers of pixels, exact in float32
+    iou = inter / (areas + flat.sum() - inter)
     best = int(iou.argmax())
-    return SHAPES[best], float(np.clip((iou[best] - 0.5) / 0.25, 0, 1))
+    return SHAPES[best], min(max((float(iou[best]) - 0.5) / 0.25, 0.0), 1.0)
