@@ -17,7 +17,7 @@ def test_resident_bytes_fall_by_what_the_plan_says(tmp_path: Path, monkeypatch: 
     program = importlib.import_module("offload")
     size = {"layers": 12, "heads": 2, "side": 8, "tokens": 4, "batch": 1, "ranks": 4, "dtype": "float32"}
     own = argparse.Namespace(
-        **size, threads=1, repeats=1, folder=tmp_path, cold=False, probe=None, rank=0, base="float32"
+        **size, threads=1, repeats=1, folder=tmp_path, cold=False, probe=None, rank=0, base="float32", only=None
     )
     measured = program.measured(own)
     eight, half = (measured["bases"][base] for base in ("int8", "bfloat16"))
