@@ -9,7 +9,6 @@ from typing import Any
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.bank import LatentsError
 from flowalign.data.prompts import PromptsError
 from flowalign.models.directory import open_directory

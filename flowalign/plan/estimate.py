@@ -75,9 +75,7 @@ class Estimate:
     @property
     def teacher_flops(self) -> int:
         """Those that frozen networks beside the policy answer a learner with, all as large as the largest."""
-        return self.geometry.teacher_passes * max(
-            sizes.flops for sizes in (self.teachers.values() or (self.sizes,))
-        )
+        return self.geometry.teacher_passes * max(sizes.flops for sizes in (self.teachers.values() or (self.sizes,)))
 
     def at(self, *, micro_batch_size: int | None = None, chunk_size: int | None = None) -> Estimate:
         """Return the same with another micro-batch, or with other chunks."""

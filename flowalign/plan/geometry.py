@@ -96,7 +96,7 @@ def samples_of(config: AlignConfig, algorithm: Algorithm) -> tuple[int, int]:
 
 
 def _walked(config: AlignConfig, plan: SamplingPlan, images: int) -> int:
-    """Return the velocities of the walks of an iteration: a prefix that a group shares is walked in each of its chunks."""
+    """Return the velocities of an iteration's walks: a prefix that a group shares is walked in each of its chunks."""
     before, own = velocities(plan)
     prefixes, size = images, config.rollout.chunk_size
     if plan.branching.shared_noise and plan.branching.shared_prefix:

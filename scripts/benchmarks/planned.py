@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=24)
     parser.add_argument("--heads", type=positive, default=4, help="of 64, so the width is 64 times that")
     parser.add_argument("--pixels", type=positive, default=256, help="of a side; a token is 16 by 16 of them")
-    parser.add_argument("--only", choices=CASES, action="append", help="a case, beside those of the file; may be repeated")
+    parser.add_argument(
+        "--only", choices=CASES, action="append", help="a case, beside those of the file; may be repeated"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "planned.json")
     parser.add_argument("--table", action="store_true", help="only write the table of what was measured")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # of a process that measures

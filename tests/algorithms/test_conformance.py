@@ -1,6 +1,6 @@
 """Every algorithm found under flowalign/algorithms keeps the contract."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,14 @@ def test_items_and_calls_are_those_that_it_says(name):
     batch, scores = batch_for(algorithm, models["policy"])
     counted = {role: counting(role) for role in models}
     credit = algorithm.credit(batch, scores)
-    most = algorithm.most_items(credit.sample.max().item() + 1 if scores is None else len(scores.total))
+    most = algorithm.most_items(int(credit.sample.max()) + 1 if scores is None else len(scores.total))
     assert algorithm.says_calls and 0 < len(credit) * algorithm.needs.item_samples <= most
     with torch.no_grad():
         items = annotated(algorithm.items(batch, credit), algorithm.annotate(counted, batch, credit))
     asked, rows = rows, Counter()
     algorithm.loss(counted, items)
     for part, found in ((algorithm.calls.annotate, asked), (algorithm.calls.loss, rows)):
-        said, drawn = Counter(), set()
+        said, drawn = defaultdict[str, float](float), set()
         for call in part:
             said[call.role.partition(":")[0]] += call.times * len(credit)
             drawn |= {call.role} if call.times % 1 else set()
