@@ -17,6 +17,7 @@ from flowalign.config.booleans import refuse_boolean
 from flowalign.config.largest import check_largest
 from flowalign.config.teachers import TeacherConfig
 from flowalign.config.walk import Grid
+from flowalign.flow.guidance import guidance_of
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.types import (
     Condition,
@@ -135,10 +136,8 @@ class Needs:
     ``whole_groups`` an item is a group: its tensors have ``group_size`` rows where those of others have one, its
     condition is one, and shuffling and sharing keep it together. ``signed_time`` asks for velocities at t in [-1, 1].
 
-    ``inputs`` are those that its network must have beside the time, ``path_family`` the path that it is trained on,
-    ``update_guidance_scale`` the guidance of the update where that is not the rollout's. A loss that
-    names no guidance asks a network that takes the scale as an input at ``guidance_scale``. ``policy_passes`` are the
-    calls of the policy in ``loss``, each for all samples of the minibatch, whose activations are there at a time.
+    ``inputs`` are those that its network must have beside the time, ``path_family`` the path that it is trained on. A
+    loss that names no guidance asks a network that takes the scale as an input at ``guidance_scale``.
     """
 
     batch: Batch
@@ -159,9 +158,7 @@ class Needs:
     reward: bool = False
     inputs: tuple[str, ...] = ()
     path_family: str = "rf"
-    update_guidance_scale: float | None = None
     guidance_scale: float = 1.0
-    policy_passes: int = 1
 
     @property
     def trained(self) -> int:
@@ -188,6 +185,34 @@ class Needs:
 def teacher_role(name: str) -> str:
     """Give the role of the teacher ``name``."""
     return f"teacher:{name}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The velocities that the network ``role`` is asked for about one sample of an item, guided by ``guidance``.
+
+    They are ``times``, in the mean where items differ. With ``learns`` they have a gradient: what they are made of is
+    kept for it, of all of them at a time. With ``derivative`` each comes with its change along a direction (forward
+    mode), which costs a pass more.
+    """
+
+    role: str
+    times: float = 1.0
+    guidance: Guidance | None = None
+    learns: bool = False
+    derivative: bool = False
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What each part of an update asks: `Algorithm.annotate` once an iteration, the losses in every epoch.
+
+    Each of several teachers has the samples of its own tasks, so that one of them is asked about a sample.
+    """
+
+    annotate: tuple[Call, ...] = ()
+    loss: tuple[Call, ...] = (Call("policy", learns=True),)
+    second_loss: tuple[Call, ...] = ()
 
 
 class Algorithm:
@@ -220,8 +245,40 @@ class Algorithm:
         """
         return given
 
+    @property
+    def calls(self) -> Calls:
+        """Say how often the networks are asked about an item: a plan counts by it, and the learner obeys it.
+
+        `annotate` and the losses are given the networks that are named for them here, and no others. By default they
+        are given all that ``needs`` declares, and each is counted once, guided as the rollout is.
+        """
+        plan, needs = self.plan(0, 0), self.needs
+        guidance = None if plan is None else plan.guidance
+        beside = [role for role in needs.roles if role not in ("policy", "rollout") and not role.startswith("teacher:")]
+        annotate = [Call("rollout", guidance=guidance)] if needs.rollout else []
+        annotate += [Call(teacher_role(name), guidance=guidance_of(own)) for name, own in needs.teachers.items()]
+        loss = [Call("policy", guidance=guidance, learns=True), *(Call(role, guidance=guidance) for role in beside)]
+        second = (Call("second", guidance=guidance, learns=True),) * (needs.second is not None)
+        return Calls(tuple(annotate), tuple(loss), second)
+
+    @property
+    def says_calls(self) -> bool:
+        """Whether ``calls`` are its own, and no guess."""
+        return type(self).calls is not Algorithm.calls
+
+    def most_items(self, samples: int) -> int:
+        """Return how many items ``samples`` of a batch become at the most; of whole groups, how many samples of items.
+
+        By default they are a sample's steps with noise, or itself where its walk has none.
+        """
+        plan = self.plan(0, 0)
+        return samples * max(1, 0 if plan is None else plan.noise.num_steps)
+
     def credit(self, batch: Any, scores: Scores | None) -> Credit:
-        """Say which items a batch is learned from, and what each is worth. It asks no network and is cheap."""
+        """Say which items a batch is learned from, and what each is worth. It asks no network and is cheap.
+
+        There are at most as many as `most_items` says.
+        """
         raise NotImplementedError
 
     def items(self, batch: Any, credit: Credit) -> TrainBatch:

@@ -12,10 +12,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs
 from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
-from flowalign.algorithms.parts.reference import ReferenceConfig, with_velocity_kl
+from flowalign.algorithms.parts.reference import ReferenceConfig, velocity_kl_calls, with_velocity_kl
 from flowalign.flow import forward, objectives
 from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
@@ -60,6 +60,11 @@ class AWM(ForwardAlgorithm):
     def needs(self) -> Needs:
         c = self.config
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
+
+    @property
+    def calls(self) -> Calls:
+        anew = (Call("rollout"),) * (self.config.clip_range is not None)
+        return Calls(anew, velocity_kl_calls(self.config.beta))
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         """Give the points their image's advantage. With β = 0 those of advantage 0 are left out."""

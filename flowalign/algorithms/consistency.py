@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import LatentAlgorithm, noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
@@ -71,6 +71,12 @@ class Consistency(LatentAlgorithm, Scheduled):
     @property
     def needs(self) -> Needs:
         return Needs(LatentBatch, teacher=self.config.teacher == "model", average=True)
+
+    @property
+    def calls(self) -> Calls:
+        c = self.config
+        teacher = Call("teacher", {"euler": 1, "heun": 2}[c.solver], Guidance(c.guidance_scale))
+        return Calls(loss=(Call("policy", learns=True), Call("ema"), *(teacher,) * (c.teacher == "model")))
 
     def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw a step of the grid, noise and dropped conditions from the batch's own seed."""

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference, Scheduled, VelocityModel
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Reference, Scheduled, VelocityModel
 from flowalign.algorithms.parts.pairs import best_worst_pairs
 from flowalign.algorithms.parts.points import drawn
 from flowalign.algorithms.parts.reference import Refresh
@@ -96,8 +96,15 @@ class DiffusionDPO(Scheduled):
     def needs(self) -> Needs:
         c, online = self.config, self.config.source == "online"
         batch = Trajectories if online else PreferencePairs
-        own = replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
-        return replace(own, policy_passes=2)  # of the winner and of the loser
+        return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
+
+    @property
+    def calls(self) -> Calls:
+        """Winner and loser are asked about one after the other, and their gradient is taken at once."""
+        return Calls(loss=(Call("policy", 2, learns=True), Call("reference", 2)))
+
+    def most_items(self, samples: int) -> int:
+        return samples // self.config.group_size * self.config.timesteps
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan | None:
         return None if self.config.source == "offline" else self.config.sampling_plan(self.levels())

@@ -15,14 +15,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.credit import CreditConfig, Keep
 from flowalign.algorithms.parts.ratio import ClipRange
 from flowalign.algorithms.parts.reference import ReferenceConfig, with_kl
 from flowalign.algorithms.parts.stochastic import StochasticConfig
 from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transitions
 from flowalign.flow import objectives, sde
-from flowalign.types import Credit, SamplingPlan, Scores, TrainBatch, Trajectories
+from flowalign.flow.guidance import guidance_of
+from flowalign.types import Credit, Guidance, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
 class FlowGRPO(Scheduled):
@@ -67,8 +68,19 @@ class FlowGRPO(Scheduled):
     @property
     def needs(self) -> Needs:
         c = self.config
-        needs = replace(c.rollout_needs, scores=True, reference=c.reference, rollout=self._asks_anew)
-        return replace(needs, update_guidance_scale=c.update_guidance_scale)
+        return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=self._asks_anew)
+
+    @property
+    def calls(self) -> Calls:
+        guidance = self._guided(guidance_of(self.config))
+        reference = [Call("reference", guidance=guidance)] * (self.config.beta > 0)
+        anew = (Call("rollout", guidance=guidance),) * self._asks_anew
+        return Calls(anew, (Call("policy", guidance=guidance, learns=True), *reference))
+
+    def most_items(self, samples: int) -> int:
+        c = self.config
+        kept = samples if c.keep is None else samples // c.group_size * min(c.group_size, c.keep.best + c.keep.worst)
+        return kept * (c.train_steps or self.plan(0, 0).noise.num_steps)
 
     @property
     def _asks_anew(self) -> bool:
@@ -131,10 +143,14 @@ class FlowGRPO(Scheduled):
         return output if c.beta == 0 else with_kl(output, c.beta, self._kl(models, minibatch, velocity, stats))
 
     def _step(self, models: Models, role: str, minibatch: TrainBatch) -> tuple[Tensor, sde.StepStats]:
-        item, plan, own = minibatch.tensors, minibatch.shared["plan"], self.config.update_guidance_scale
-        guidance = plan.guidance if own is None else replace(plan.guidance, scale=own)
+        item, plan = minibatch.tensors, minibatch.shared["plan"]
+        guidance = self._guided(plan.guidance)
         velocity = models[role](item["x"], item["sigma"], minibatch.condition, guidance=guidance)
         return velocity, step_of(plan, item, velocity)
+
+    def _guided(self, rollout: Guidance) -> Guidance:
+        own = self.config.update_guidance_scale
+        return rollout if own is None else replace(rollout, scale=own)
 
     def _kl(self, models: Models, minibatch: TrainBatch, velocity: Tensor, stats: sde.StepStats) -> objectives.Term:
         with torch.no_grad():

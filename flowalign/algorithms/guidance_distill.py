@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import forward, path
 from flowalign.flow.randomness import seeded
@@ -50,6 +50,12 @@ class GuidanceDistill(LatentAlgorithm):
     def needs(self) -> Needs:
         inputs = () if self.config.guidance_range is None else ("guidance",)
         return Needs(LatentBatch, teacher=True, inputs=inputs)
+
+    @property
+    def calls(self) -> Calls:
+        c = self.config
+        scale = c.guidance_scale if c.guidance_range is None else torch.tensor(c.guidance_range)  # one of each sample
+        return Calls(loss=(Call("policy", learns=True), Call("teacher", guidance=Guidance(scale))))
 
     def card_facts(self) -> dict[str, str]:
         c = self.config

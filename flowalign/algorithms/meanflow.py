@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowalign.algorithm import LossOutput, Models, Needs, VelocityModel
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, VelocityModel
 from flowalign.algorithms.parts.points import DROPPED, DensityConfig, LatentAlgorithm, noised
 from flowalign.flow import path
 from flowalign.flow.density import Name as DensityName
@@ -70,6 +70,14 @@ class MeanFlow(LatentAlgorithm):
     @property
     def needs(self) -> Needs:
         return Needs(LatentBatch, inputs=("r",))
+
+    @property
+    def calls(self) -> Calls:
+        """At least one sample of a minibatch has the derivative."""
+        c = self.config
+        guided = 0 if (c.omega, c.kappa) == (1, 0) else 1 + (c.kappa > 0)
+        moving = Call("policy", 1 - c.equal_fraction, derivative=True)
+        return Calls(loss=(Call("policy", learns=True), moving, *(Call("policy", guided),) * (guided > 0)))
 
     def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw both times, noise and dropped conditions from the batch's own seed."""

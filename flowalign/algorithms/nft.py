@@ -12,10 +12,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.credit import CreditConfig, Std
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
-from flowalign.algorithms.parts.reference import with_velocity_kl
+from flowalign.algorithms.parts.reference import velocity_kl_calls, with_velocity_kl
 from flowalign.config.sections import Weights
 from flowalign.flow import forward
 from flowalign.flow.path import per_sample
@@ -59,6 +59,10 @@ class NFT(ForwardAlgorithm):
         c = self.config
         reference = Reference() if c.kl_beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
+
+    @property
+    def calls(self) -> Calls:
+        return Calls((Call("rollout"),), velocity_kl_calls(self.config.kl_beta))
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         """Give every point of a valid image ``r = 1/2 + 1/2 clip(A / A_max, ±1)``."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Scheduled, teacher_role
 from flowalign.algorithms.parts.credit import Normalize, advantages
 from flowalign.algorithms.parts.sampling import SamplingConfig
 from flowalign.algorithms.parts.teachers import routes, taught_velocity, teacher_of
@@ -23,6 +23,7 @@ from flowalign.algorithms.parts.transitions import log_prob_of, step_of, transit
 from flowalign.algorithms.parts.window import StillWindow
 from flowalign.config.teachers import TeacherConfig
 from flowalign.flow import forward, objectives, sde
+from flowalign.flow.guidance import guidance_of
 from flowalign.types import Credit, Noise, SamplingPlan, Scores, TrainBatch, Trajectories
 
 
@@ -77,6 +78,12 @@ class OPD(Scheduled):
         c = self.config
         scores = c.reward_weight > 0
         return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
+
+    @property
+    def calls(self) -> Calls:
+        c = self.config
+        teachers = (Call(teacher_role(name), guidance=guidance_of(own)) for name, own in c.teachers.items())
+        return Calls(tuple(teachers), (Call("policy", guidance=guidance_of(c), learns=True),))
 
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
         """Plan one window for the whole iteration; a random one is drawn from (seed, iteration)."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Scheduled
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Scheduled
 from flowalign.algorithms.parts.points import LatentAlgorithm, noised
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.config.walk import Grid
@@ -49,6 +49,11 @@ class Progressive(LatentAlgorithm, Scheduled):
     @property
     def needs(self) -> Needs:
         return Needs(LatentBatch, teacher=True)
+
+    @property
+    def calls(self) -> Calls:
+        teacher = Call("teacher", 2, Guidance(self.config.guidance_scale))
+        return Calls(loss=(Call("policy", learns=True), teacher))
 
     def check_schedule(self) -> None:
         self.times()

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithm import Calls, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, noised
 from flowalign.config.pathfamilies import PathFamilyName
 from flowalign.config.walk import Shift
@@ -49,6 +49,10 @@ class RectifiedFlow(LatentAlgorithm):
     @property
     def needs(self) -> Needs:
         return Needs(LatentBatch, path_family=self.config.family)
+
+    @property
+    def calls(self) -> Calls:
+        return Calls()
 
     def check_schedule(self) -> None:
         self.schedule.shift_of(self.config.shift)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import Features, LossOutput, Models, Needs
+from flowalign.algorithm import Calls, Features, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import DensityConfig, LatentAlgorithm, Noised, draw_dropped, draw_noise
 from flowalign.flow import forward, path
 from flowalign.flow.density import Name as DensityName
@@ -49,6 +49,10 @@ class Reflow(LatentAlgorithm):
     @property
     def needs(self) -> Needs:
         return Needs(LatentBatch, features=self.config.loss.startswith("lpips"))
+
+    @property
+    def calls(self) -> Calls:
+        return Calls()
 
     def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:
         """Draw times, dropped conditions and noise that is missing from the batch's own seed."""

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference
+from flowalign.algorithm import Calls, LossOutput, Models, Needs, Reference
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
-from flowalign.algorithms.parts.reference import with_velocity_kl
+from flowalign.algorithms.parts.reference import velocity_kl_calls, with_velocity_kl
 from flowalign.flow import forward
 from flowalign.types import Credit, Scores, TrainBatch, Trajectories
 
@@ -53,6 +53,15 @@ class SFT(ForwardAlgorithm):
         c = self.config
         reference = Reference() if c.beta > 0 else None
         return replace(c.rollout_needs, scores=True, reference=reference)
+
+    @property
+    def calls(self) -> Calls:
+        return Calls(loss=velocity_kl_calls(self.config.beta))
+
+    def most_items(self, samples: int) -> int:
+        c = self.config
+        best = c.select == "best" and c.beta == 0
+        return super().most_items(samples // c.group_size * c.best_of_group if best else samples)
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         """Give the points their image's weight. With β = 0 those of weight 0 are left out."""

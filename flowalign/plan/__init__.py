@@ -9,7 +9,6 @@ from typing import Any
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.training import PretrainConfig
 from flowalign.data.banks.bank import LatentsError
 from flowalign.data.prompts import PromptsError
 from flowalign.models.directory import open_directory
@@ -21,7 +20,7 @@ from flowalign.plan.disk import Disk, plan_disk
 from flowalign.plan.estimate import Estimate, estimate, largest
 from flowalign.plan.geometry import Geometry, plan_geometry
 from flowalign.plan.memory import Memory
-from flowalign.plan.rows import count_text, plan_rows, plan_sections
+from flowalign.plan.rows import count_text, item_text, plan_rows, plan_sections
 from flowalign.samples.texts import texts_of_run
 
 __all__ = ["Plan", "make_plan", "plan_geometry", "plan_rows", "plan_sections"]
@@ -111,7 +110,7 @@ def _odd(made: Estimate) -> list[str]:
             f"memory and FLOPs are those of {height}x{width}, the largest of data.sizes; a chunk and a micro-batch "
             "hold one size, so that there may be more of them"
         )
-    what = "latents" if isinstance(config, PretrainConfig) else "transitions"
+    what = f"{item_text(geometry)}s"
     if geometry.micro_batch_size > geometry.transitions_per_step:
         notes.append(
             f"learner.micro_batch_size {geometry.micro_batch_size} exceeds the {geometry.transitions_per_step} "
@@ -140,7 +139,9 @@ def _not_counted(made: Estimate) -> list[str]:
         notes.append("learner.compile: activations are those of the plain network, and compiled ones are fewer")
     if needs.decoder or needs.features:
         notes.append("what a gradient through the autoencoder and beyond keeps is not counted")
-    if isinstance(config, PretrainConfig) and (needs.teacher or needs.average or needs.inputs):
+    if not made.algorithm.says_calls:
         kind = config.algorithm["type"]
-        notes.append(f"each network is counted once a latent; {kind} may ask one more often, or for a derivative")
+        notes.append(f"{kind} does not say what it asks (Algorithm.calls): each network is counted once an item")
+    if isinstance(config, AlignConfig) and config.data.refill:
+        notes.append("what data.refill draws in the place of silent groups is not counted")
     return notes

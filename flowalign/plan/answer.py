@@ -149,11 +149,14 @@ def seconds(made: Estimate, gpus: Gpus, mfu: float) -> Seconds | None:
     rate = peak * mfu
     workers = 1 if config.cluster.backend == "local" else config.cluster.rollout_workers
     filled = math.ceil(g.chunks / workers) * g.chunk_size / g.images if g.images else 0.0
-    every = config.evaluation.every
+    every, ranks = config.evaluation.every, config.learner.ranks
+    # Ranks divide what they ask themselves; an actor answers all of them, and each item has one of the teachers.
+    askers = len(made.memory.teachers) if made.memory.teachers and not made.memory.teachers_in_learner else ranks
+    update = (made.learner_flops - made.teacher_flops) / ranks + made.teacher_flops / askers
     return Seconds(
         rollout=made.rollout_flops * filled / rate,
         decoding=made.decoding_flops * filled / rate,
-        learner=made.learner_flops / config.learner.ranks / rate,
+        learner=update / rate,
         evaluation=made.evaluation_flops / workers / every / rate if every else 0.0,
     )
 

@@ -52,7 +52,7 @@ class Estimate:
 
     @property
     def decoding_flops(self) -> int:
-        return self.geometry.images * self.counted.passes.decode_flops
+        return self.geometry.decoded * self.counted.passes.decode_flops
 
     @property
     def evaluation_flops(self) -> int:
@@ -62,19 +62,20 @@ class Estimate:
 
     @property
     def learner_flops(self) -> int:
-        """Those of all ranks.
-
-        Every one asks its own teachers, unless they are actors that answer all ranks at once.
-        """
+        """Those of all ranks, and of their teachers wherever these are."""
         # Gradients of activations cost a forward pass, gradients of weights another; a LoRA's own are negligible.
         # Blocks that are computed anew cost one more.
         backward = 2 if self.config.model.lora is None else 1
         backward += self.config.learner.activation_checkpointing == "blocks"
+        # A derivative along a direction costs as much as what it is the derivative of.
         g = self.geometry
-        teachers = g.teacher_passes * max(sizes.flops for sizes in (self.sizes, *self.teachers.values()))
-        if isinstance(self.config, AlignConfig) and not self.config.cluster.has_teacher_actors:
-            teachers *= self.config.learner.ranks
-        return (g.learner_forward_passes + backward * g.learner_backward_passes) * self.sizes.flops + teachers
+        own = g.learner_forward_passes + g.derivative_passes + backward * g.learner_backward_passes
+        return own * self.sizes.flops + self.teacher_flops
+
+    @property
+    def teacher_flops(self) -> int:
+        """Those that frozen networks beside the policy answer a learner with, all as large as the largest."""
+        return self.geometry.teacher_passes * max(sizes.flops for sizes in (self.teachers.values() or (self.sizes,)))
 
     def at(self, *, micro_batch_size: int | None = None, chunk_size: int | None = None) -> Estimate:
         """Return the same with another micro-batch, or with other chunks."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from flowalign.algorithm import Needs
 from flowalign.config.run import RunConfig
 from flowalign.config.sections import ModelConfig
-from flowalign.flow.solvers import evaluations
 from flowalign.models.directory import open_directory
 from flowalign.models.inspect import ModelSizes
 from flowalign.plan.geometry import Geometry
@@ -118,20 +117,6 @@ class Counted:
         dtype = self.config.model.base_dtype
         return self.element if dtype is None else _BYTES[dtype]
 
-    @property
-    def learned_rows(self) -> int:
-        """Rows of a batch for one sample of a micro-batch: of both passes of guidance, and of all calls of a loss."""
-        g, asked = self.geometry, self.config.passes.epochs * self.needs.trained
-        return max(1, g.learner_backward_passes // (g.transitions * asked)) * self.needs.policy_passes
-
-    @property
-    def rolled_rows(self) -> int:
-        """Rows of a batch for one sample of a rollout or of an evaluation, whichever has more."""
-        g, own = self.geometry, self.config.evaluation
-        guided = 0 < 2 * g.images * g.num_steps <= g.rollout_passes
-        judged = g.evaluation_passes > own.num_samples * evaluations(own.solver, own.num_steps)
-        return 2 if guided or judged else 1
-
     def shards(self, stage: int) -> int:
         """Return among how many ranks that is divided which ZeRO divides from ``stage`` on."""
         learner = self.config.learner
@@ -210,7 +195,7 @@ def text_encoders(c: Counted) -> int:
 def rollout_activations(c: Counted) -> int:
     """Bytes of the pass of a chunk, filled up where it has fewer samples; a compiled network keeps what learns."""
     line = c.passes.learned if c.config.rollouts_compile else c.passes.rolled
-    return line.at(c.geometry.chunk_size * c.rolled_rows)
+    return line.at(c.geometry.chunk_size * c.geometry.rolled_rows)
 
 
 def decoding(c: Counted) -> int:
@@ -293,7 +278,7 @@ def learner_activations(c: Counted) -> int:
     """
     micro = min(c.geometry.micro_batch_size, c.geometry.transitions_per_step)
     gathered = 2 * network(c) // c.sizes.num_layers if c.shards(3) > 1 else 0
-    return c.passes.learned.at(micro * c.learned_rows) + gathered
+    return c.passes.learned.at(micro * c.geometry.learned_rows) + gathered
 
 
 def trajectories(c: Counted) -> int:

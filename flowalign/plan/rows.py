@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowalign.plan.answer import USABLE, Answer, Holder, Seconds, Way
 from flowalign.plan.disk import Disk
+from flowalign.plan.geometry import Geometry
 from flowalign.plan.memory import Memory
 from flowalign.record.disk import size_text
 from flowalign.record.progress import duration
@@ -38,8 +39,8 @@ def _iteration(plan: Plan) -> Rows:
         rows.append(("images", f"{g.images} = {groups} of {g.group_size}, in {chunks} of {g.chunk_size}"))
     if g.num_steps:
         rows.append(("trajectory", f"{count_text(g.num_steps, 'step')}, {g.window_steps} of them stochastic"))
-    what = "transition" if g.images else "latent"
-    rows.append(("transitions", f"{g.transitions}") if g.images else ("batch", count_text(g.transitions, what)))
+    what = item_text(g)
+    rows.append((f"{what}s", f"{g.transitions}") if g.images else ("batch", count_text(g.transitions, what)))
     micro = count_text(g.micro_batches_per_step, "micro-batch", "es")
     update = f"{count_text(g.optimizer_steps, 'optimizer step')}, each {count_text(g.transitions_per_step, what)}"
     rows.append(("update", f"{update} in {micro} of {g.micro_batch_size}"))
@@ -185,6 +186,13 @@ def _time(taken: Seconds) -> str:
 
 def _duration(seconds: float) -> str:
     return duration(seconds) if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
+
+
+def item_text(geometry: Geometry) -> str:
+    """Name what is learned from: a step with noise, a latent on disk, or what else an algorithm makes of images."""
+    if not geometry.images:
+        return "latent"
+    return "transition" if geometry.window_steps else "item"
 
 
 def count_text(count: int, what: str, ending: str = "s") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import Algorithm, LossOutput, Models, VelocityModel
+from flowalign.algorithm import Algorithm, Call, LossOutput, Models, VelocityModel
 from flowalign.config.run import Passes
 from flowalign.engine.average import Averages
 from flowalign.engine.base import Engine
@@ -97,6 +97,7 @@ class Learner:
         models = {role: self._in_micro_batches(model) for role, model in self.models.items() if role in networks}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
+        models = self._named(models, self.algorithm.calls.annotate)
         by_kind, place = {}, (self.engine.rank, self.engine.world_size)
         with torch.no_grad(), self._rollout_weights_bound():
             for kind in [None] if kinds is None else kinds.unique().tolist():
@@ -164,6 +165,8 @@ class Learner:
         if self.second is not None:  # a network's gradients belong to its own loss
             other = "policy" if engine is self.second else "second"
             models[other] = _without_gradients(models[other])
+        calls = self.algorithm.calls
+        models = self._named(models, calls.second_loss if engine is self.second else calls.loss)
 
         def keeping_kinds(minibatch: TrainBatch) -> LossOutput:
             output = loss(models, minibatch)
@@ -176,6 +179,11 @@ class Learner:
         metrics = engine.step(keeping_kinds, own, weights[engine.rank :: engine.world_size])
         metrics, covered = {prefix + name: value for name, value in metrics.items()}, sum(weights)
         return {k: v / covered if self._kinds.get(k) is Mean else v for k, v in metrics.items()}
+
+    def _named(self, models: Models, calls: Sequence[Call]) -> dict[str, VelocityModel]:
+        """Leave out the networks that the algorithm says it does not ask: a plan would count too few passes."""
+        asked = {call.role for call in calls} if self.algorithm.says_calls else self.needs.roles
+        return {role: model for role, model in models.items() if role in asked or role not in self.needs.roles}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that rollout workers bind next: policy or EMA weights, as the algorithm declares."""

@@ -19,6 +19,7 @@ from flowalign.flow.caching import Polynomial
 from flowalign.flow.randomness import Stream, seeded
 from flowalign.flow.sde import step_log_prob
 from flowalign.flow.solvers import ode_solver
+from flowalign.flow.stretches import after_window, before_window
 from flowalign.models.base import Policy
 from flowalign.models.encoders import Encoders
 from flowalign.models.fixed_geometry import fixed_geometry
@@ -109,19 +110,18 @@ def integrate(
     ``caching`` is entered for each stretch of ODE steps, with their number.
     """
     network = velocity if geometry is None else fixed_geometry(velocity, geometry)
-    begin, end = plan.noise.window
-    x = noise.draw().to(device)
+    x, before = noise.draw().to(device), before_window(plan)
     if plan.initial_scale != 1:
         x = x * plan.initial_scale
-    if groups is None or begin == 0:
-        x = _walk(network, condition, x, plan.sigmas[: begin + 1], plan, caching)
+    if groups is None or len(before) == 1:
+        x = _walk(network, condition, x, before, plan, caching)
     else:
         first, place = (index.to(device) for index in _groups(groups, condition))
-        x = _walk(velocity, condition.take(first), x[first], plan.sigmas[: begin + 1], plan, caching)[place]
+        x = _walk(velocity, condition.take(first), x[first], before, plan, caching)[place]
     states, log_probs, means = _sample_window(network, condition, x, noise, plan)
     x = states[-1]
-    rest = [(*plan.sigmas[end : plan.num_steps : stride], plan.sigmas[-1]) for stride in plan.branching.granularities]
-    final = torch.stack([_walk(network, condition, x, sigmas, plan, caching) for sigmas in rest], 1).flatten(0, 1)
+    rest = [_walk(network, condition, x, sigmas, plan, caching) for sigmas in after_window(plan)]
+    final = torch.stack(rest, 1).flatten(0, 1)
     if not means:
         empty = x.new_zeros((x.shape[0], 0))
         return x.new_zeros((x.shape[0], 0, *x.shape[1:])), empty, final, None

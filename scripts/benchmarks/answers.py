@@ -1,6 +1,7 @@
-"""What `flowalign plan` answers for recipes of published models on common cards, as JSON or as a table of Markdown.
+"""What `flowalign plan` answers for recipes of published models on common cards.
 
-    python scripts/benchmarks/answers.py --markdown
+    python scripts/benchmarks/answers.py            # ask, and write results/answers.json
+    python scripts/benchmarks/answers.py --table    # write the table in docs/running.md from it
 
 No weights are needed, and nothing is measured.
 """
@@ -12,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cells import ROOT
+from cells import RESULTS, ROOT, read, write
+from pages import DOCS, insert_table
 
 from flowalign.intake.file import load_run
 from flowalign.plan import make_plan
@@ -63,14 +65,21 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", action="store_true", help="a table in the place of JSON")
-    parser.add_argument("--only", choices=RECIPES, action="append", help="a model; may be repeated")
+    parser.add_argument("--only", choices=RECIPES, action="append", help="a model, beside those of the file")
+    parser.add_argument("--cards", choices=CARDS, action="append", help="these alone, beside those of the file")
+    parser.add_argument("--out", type=Path, default=RESULTS / "answers.json")
+    parser.add_argument("--table", action="store_true", help="only write the table of what was answered")
     options = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {}
+    if options.table:
+        return insert_table("answers", table(read(options.out, "models")["models"]), DOCS / "running.md")
+    found: dict[str, dict[str, Any]] = read(options.out)["models"] if options.out.exists() else {}
     for model in options.only or RECIPES:
         recipe, overrides = RECIPES[model]
-        found[model] = {cards: answered(ROOT / "configs" / recipe, overrides, cards) for cards in CARDS}
-    print(table(found) if options.markdown else json.dumps({"benchmark": "answers", "models": found}, indent=1))
+        own = {cards: answered(ROOT / "configs" / recipe, overrides, cards) for cards in options.cards or CARDS}
+        told = {**found.get(model, {}), **own}
+        found[model] = {cards: told[cards] for cards in CARDS if cards in told}
+    write(options.out, {"benchmark": "answers", "models": {model: found[model] for model in RECIPES if model in found}})
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

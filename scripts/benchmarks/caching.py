@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from cells import RESULTS, ROOT, flowalign, machine, positive, write
-from pictures import CHUNK, Judge, insert_table, opened
+from pages import insert_table
+from pictures import CHUNK, Judge, opened
 
 from flowalign.config.sections import SHIPPED, CacheConfig, ModelConfig, SamplingConfig
 from flowalign.models.guided import guided

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from cells import RESULTS, ROOT, flowalign, machine, run_once, slug, study
-from pictures import Judge, bank, insert_table, opened, train
+from pages import insert_table
+from pictures import Judge, bank, opened, train
 from PIL import Image
 
 from flowalign.config.sections import SHIPPED, SamplingConfig

@@ -1,6 +1,7 @@
 """What ``learner.offload: disk`` and ``model.base_dtype`` save and cost, on an MM-DiT of 24 blocks and a CPU's size.
 
-    python scripts/benchmarks/offload.py --threads 2 --folder /data > offload.json
+    python scripts/benchmarks/offload.py --threads 2 --folder /data    # measure, and write results/offload.json
+    python scripts/benchmarks/offload.py --table                       # write the table in docs/running.md from it
 
 The same network learns from the same batches with and without it, each time in a process of its own, whole and by a
 LoRA, and keeps an average; that losses, weights and moments are the same to the bit is checked. ``resident_mib`` is
@@ -12,7 +13,8 @@ on. ``of_plan`` is what fell, as a share of what `flowalign plan` says.
 from that with the base as it was, as a share of its norm.
 
 ``seconds`` are medians of an update, with the least and the most. The files' pages stay with the system where it has
-room; with ``--cold`` they are written and dropped before each update.
+room; with ``--cold`` they are written and dropped before each update. With ``--busy``, where other programs run, they
+are left out: memory is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from typing import Any
 
 import torch
 from activations import MIB, batch, loss_of, network
-from cells import ROOT, machine, positive
+from cells import RESULTS, ROOT, machine, positive, read, write
+from pages import DOCS, insert_table
 
 from flowalign.algorithm import LossOutput
 from flowalign.config.updates import UpdatesConfig
@@ -47,6 +50,8 @@ from flowalign.record.checkpoint import content_hash
 from flowalign.types import Condition, TrainBatch
 
 WAYS = ("none", "disk")
+PARTS = {"whole": "all weights", "lora": "a LoRA", "bases": "a LoRA, without offload"}
+ONLY_HERE = ("probe", "ranks", "rank", "base", "cold", "busy", "only", "out", "table")  # no options of a probe
 BASES = ("bfloat16", "int8")
 
 
@@ -143,7 +148,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Probe each way, in turns, and compare."""
     command = [sys.executable, str(Path(__file__).resolve())]
     for key, value in vars(options).items():
-        if key not in ("probe", "ranks", "rank", "base", "cold"):
+        if key not in ONLY_HERE:
             command += [f"--{key}", str(value)]
     command += ["--cold"] if options.cold else []
 
@@ -153,7 +158,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         return json.loads(said.splitlines()[-1])
 
     kinds: dict[str, Any] = {}
+    asked = options.only or list(PARTS)
     for name, rank in (("whole", 0), ("lora", options.ranks)):
+        if name not in asked:
+            continue
         ways = {way: probed(way, rank) for way in WAYS}
         same = {(way["hash"], *way["losses"]) for way in ways.values()}
         assert len(same) == 1, f"losses, weights or moments differ: {same}"
@@ -164,6 +172,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         seconds = ways["disk"]["seconds"] / ways["none"]["seconds"]
         said = {"fell_mib": round(fell, 1), "planned_mib": planned, "of_plan": round(fell / planned, 3)}
         kinds[name] = {"same_bits": True, "ways": ways, **said, "seconds_to_none": round(seconds, 3)}
+    if "bases" not in asked:
+        return kinds
     kinds["bases"] = {}
     for base in BASES:
         found = probed("none", options.ranks, base)
@@ -171,6 +181,25 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             key: value for key, value in found.items() if key not in ("hash", "losses", "planned_mib")
         }
     return kinds
+
+
+def without_seconds(found: Any) -> Any:
+    """Leave out what is only true of an idle machine."""
+    if not isinstance(found, dict):
+        return found
+    timed = ("seconds", "least_and_most", "seconds_to_none")
+    return {key: without_seconds(own) for key, own in found.items() if key not in timed}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return a row for each way of learning, and for each base of a LoRA."""
+    rows = ["| what learns | between two updates | with `disk` | fell by | planned | of it |", "| --- " * 6 + "|"]
+    for name in ("whole", "lora"):
+        own = found[name]
+        held = " | ".join(f"{own['ways'][way]['resident_mib']:,.0f} MiB" for way in WAYS)
+        fell, planned, share = (own[key] for key in ("fell_mib", "planned_mib", "of_plan"))
+        rows.append(f"| {PARTS[name]} | {held} | {fell:,.0f} MiB | {planned:,.0f} MiB | {share:.2f} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -186,6 +215,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="of the files, on a real disk")
     parser.add_argument("--cold", action="store_true", help="drop the files' pages from the system before each update")
+    parser.add_argument("--busy", action="store_true", help="other programs run: leave the seconds out")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part, beside those of the file")
+    parser.add_argument("--out", type=Path, default=RESULTS / "offload.json")
+    parser.add_argument("--table", action="store_true", help="only write the table of what was measured")
     parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--base", choices=("float32", *BASES), default="float32", help=argparse.SUPPRESS)
@@ -193,9 +226,16 @@ def main() -> None:
     if options.probe is not None:
         print(json.dumps(probe(options)))
         return
-    asked = {key: str(value) for key, value in vars(options).items() if key not in ("probe", "rank", "base")}
-    record = {"benchmark": "offload", **asked, "machine": machine(options.threads), **measured(options)}
-    print(json.dumps(record, indent=1))
+    if options.table:
+        return insert_table("offload", table(read(options.out, *PARTS)), DOCS / "running.md")
+    left = ("probe", "rank", "base", "folder", "only", "out", "table")
+    asked = {key: str(value) for key, value in vars(options).items() if key not in left}
+    before = read(options.out) if options.only and options.out.exists() else {}
+    kept = {name: before[name] for name in PARTS if name in before and all(before[key] == asked[key] for key in asked)}
+    made = measured(options)
+    record = {"benchmark": "offload", **asked, "machine": machine(options.threads)}
+    write(options.out, record | kept | (without_seconds(made) if options.busy else made))
+    print(json.dumps(made, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from cells import RESULTS, machine, run_once, seeds, study
-from pictures import Judge, bank, insert_table, opened, train
+from pages import insert_table
+from pictures import Judge, bank, opened, train
 
 from flowalign.config.sections import SamplingConfig
 from flowalign.record.metrics import read_metrics

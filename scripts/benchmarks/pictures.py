@@ -54,15 +54,6 @@ def opened(source: Path, weights: str = "ema") -> tuple[Policy, Sampled]:
     return open_policy(source, config, weights)[0], config
 
 
-def insert_table(name: str, table: str, page: Path = ROOT / "docs" / "pretraining.md") -> None:
-    """Put ``table`` between the marks that docs/pretraining.md has for the script ``name``."""
-    begin, end = f"<!-- measured by scripts/benchmarks/{name}.py -->", "<!-- end of the measured table -->"
-    before, _, rest = page.read_text().partition(begin)
-    if not rest:
-        raise SystemExit(f"{page} has no line {begin}")
-    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
-
-
 def strict_geneval() -> NamedScorer:
     spec = RewardConfig(spec="geneval", name="geneval", options={"mode": "strict", "detector": "palette"})
     return load_scorer(spec, ROOT)

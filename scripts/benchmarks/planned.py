@@ -1,6 +1,7 @@
 """What `flowalign plan` says that a learner's rank holds, beside what one holds on a CPU, as JSON.
 
-    python scripts/benchmarks/planned.py > planned.json
+    python scripts/benchmarks/planned.py            # measure, and write results/planned.json
+    python scripts/benchmarks/planned.py --table    # write the table in docs/running.md from it
 
 A network of 24 blocks is trained as a run trains it, by the engine `torch`: two updates, the second of two
 micro-batches, in a process of its own. ``measured_mib`` is the most that was resident beyond what was before the
@@ -20,7 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cells import machine, positive
+from cells import RESULTS, machine, positive, read, write
+from pages import DOCS, insert_table
 
 MIB = 2**20
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes
@@ -124,20 +126,37 @@ def measure(name: str, model: Path, pixels: int) -> int:
     return resident("VmHWM") - before
 
 
+def table(runs: dict[str, Any]) -> str:
+    """Return a row for each case."""
+    rows = ["| what learns | samples of a micro-batch | planned | measured | planned of measured |", "| --- " * 5 + "|"]
+    for name, own in runs.items():
+        sizes = f"{own['planned_mib']:,.0f} MiB | {own['measured_mib']:,.0f} MiB"
+        rows.append(f"| {name} | {own['samples']} | {sizes} | {own['planned_of_measured']:.2f} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=positive, default=24)
     parser.add_argument("--heads", type=positive, default=4, help="of 64, so the width is 64 times that")
     parser.add_argument("--pixels", type=positive, default=256, help="of a side; a token is 16 by 16 of them")
-    parser.add_argument("--only", choices=CASES, action="append", help="a case; may be repeated")
+    parser.add_argument(
+        "--only", choices=CASES, action="append", help="a case, beside those of the file; may be repeated"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "planned.json")
+    parser.add_argument("--table", action="store_true", help="only write the table of what was measured")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)  # of a process that measures
     options = parser.parse_args()
     if options.model is not None:
         print(measure(options.only[0], options.model, options.pixels))
         return
+    if options.table:
+        return insert_table("planned", table(read(options.out, "runs")["runs"]), DOCS / "running.md")
     from flowalign.plan import make_plan
 
-    found = {}
+    size = {key: getattr(options, key) for key in ("layers", "heads", "pixels")}
+    before = read(options.out, "runs") if options.only and options.out.exists() else {"runs": {}}
+    found = {name: own for name, own in before["runs"].items() if all(before[key] == size[key] for key in size)}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         write_model(model, options.layers, options.heads, options.pixels)
@@ -154,8 +173,9 @@ def main() -> None:
                 "measured_mib": round(measured / MIB, 1),
                 "planned_of_measured": round(planned / measured, 3),
             }
-    size = {key: getattr(options, key) for key in ("layers", "heads", "pixels")}
-    print(json.dumps({"benchmark": "planned", **size, "machine": machine(1), "runs": found}, indent=1))
+    runs = {name: found[name] for name in CASES if name in found}
+    write(options.out, {"benchmark": "planned", **size, "machine": machine(1), "runs": runs})
+    print(json.dumps(runs, indent=1))
 
 
 if __name__ == "__main__":

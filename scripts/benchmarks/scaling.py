@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from cells import RESULTS, ROOT, machine, run_once, study
-from pictures import Judge, bank, insert_table, opened, train
+from pages import insert_table
+from pictures import Judge, bank, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig, TransformerConfig
 from flowalign.models.families.sd3.fresh import flops, matching, new_transformer

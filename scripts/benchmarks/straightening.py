@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from cells import RESULTS, flowalign, machine, run_once, slug, study
-from pictures import CHUNK, Judge, bank, insert_table, opened, train
+from pages import insert_table
+from pictures import CHUNK, Judge, bank, opened, train
 
 from flowalign.config.sections import SHIPPED, SamplingConfig
 from flowalign.data.prompts import evaluation_batch

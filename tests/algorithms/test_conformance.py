@@ -1,5 +1,6 @@
 """Every algorithm found under flowalign/algorithms keeps the contract."""
 
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,38 @@ def test_an_item_is_the_same_in_every_selection(name):
         assert all(torch.equal(part.tensors[key], expected.tensors[key]) for key in part.tensors)
         for mine, theirs in zip(part.condition.expand().values(), expected.condition.expand().values(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_items_and_calls_are_those_that_it_says(name):
+    """What a plan counts by: no more items, and each network asked about each as often, in the mean of all."""
+    fields, own = algorithm_class(str(CONFIGS[name]["type"])).Config.model_fields, CONFIGS[name]
+    algorithm = build_algorithm({**own, "group_size": 4} if "group_size" in fields else own)
+    models, rows = models_for(algorithm), Counter()
+
+    def counting(role):
+        def call(x, *args, **options):
+            rows[role.partition(":")[0]] += len(x)
+            return models[role](x, *args, **options)
+
+        return call if role in algorithm.needs.roles else models[role]
+
+    batch, scores = batch_for(algorithm, models["policy"])
+    counted = {role: counting(role) for role in models}
+    credit = algorithm.credit(batch, scores)
+    most = algorithm.most_items(int(credit.sample.max()) + 1 if scores is None else len(scores.total))
+    assert algorithm.says_calls and 0 < len(credit) * algorithm.needs.item_samples <= most
+    with torch.no_grad():
+        items = annotated(algorithm.items(batch, credit), algorithm.annotate(counted, batch, credit))
+    asked, rows = rows, Counter()
+    algorithm.loss(counted, items)
+    for part, found in ((algorithm.calls.annotate, asked), (algorithm.calls.loss, rows)):
+        said, drawn = defaultdict[str, float](float), set()
+        for call in part:
+            said[call.role.partition(":")[0]] += call.times * len(credit)
+            drawn |= {call.role} if call.times % 1 else set()
+        assert said.keys() == found.keys()
+        assert all(found[role] == said[role] for role in found if role not in drawn)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -111,7 +111,10 @@ def test_a_second_network_goes_on_from_a_checkpoint_bit_for_bit(
 def test_a_plan_counts_a_second_network(tiny_pipeline_dir: Path) -> None:
     config = config_of(tiny_pipeline_dir)
     own = plan_geometry(config, build_algorithm(config.algorithm))
-    assert (own.learner_forward_passes, own.learner_backward_passes) == (4 * (3 + 1), 4 * 2)
+    assert (own.learner_forward_passes, own.learner_backward_passes) == (
+        4 * 3 + 2 * 4,
+        4 + 2 * 4,
+    )  # two updates of half the items, each of them filled up
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 1000])

@@ -283,7 +283,8 @@ def test_a_configuration_names_its_pairs_exactly_where_the_algorithm_learns_from
     assert loaded.data.preferences == str(tmp_path / "pairs.parquet")
     assert loaded.algorithm["group_size"] == 2
     geometry = plan_geometry(loaded, build_algorithm(loaded.algorithm))
-    assert (geometry.rollout_passes, geometry.learner_backward_passes) == (0, 2 * 3)  # of 3 pairs
+    assert (geometry.rollout_passes, geometry.decoded, geometry.transitions) == (0, 0, 3)
+    assert geometry.learner_backward_passes == 2 * 8  # two images of 3 pairs, filled up to a micro-batch of 8
     assert refusal(config, OFFLINE).startswith("data.preferences: is missing; give a parquet file")
     assert refusal(config, pairs).startswith("data.preferences: flow_grpo learns from what it rolls out")
     assert "has no column 'caption'" in refusal(config, OFFLINE, "data.preferences=lacking.parquet")

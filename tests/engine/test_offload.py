@@ -49,7 +49,9 @@ def test_ranks_learn_the_same_to_the_bit(ranks: Results, kind: str, name: str) -
         assert all(found[way] == found["never"] for way in found)
         assert found["then"]["left"] == []
         first, *_ = found["never"]["losses"]
-        assert first == pytest.approx(rank["0"][name]["never"]["losses"][0], rel=1e-4)
+        # ZeRO-3's own linear layer rounds a product before it adds the bias: in bfloat16 that has other last bits.
+        rounded = 1e-3 if kind == "3" and NETWORKS[name] == "bfloat16" else 1e-4
+        assert first == pytest.approx(rank["0"][name]["never"]["losses"][0], rel=rounded)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

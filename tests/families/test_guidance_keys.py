@@ -73,6 +73,7 @@ def test_a_plan_counts_a_second_pass_where_there_is_one(model: str, keys: dict[s
             "data": {"groups_per_iteration": 1},
             "algorithm": {"type": "flow_grpo", "group_size": 2, "num_steps": 10, **keys},
             "rewards": ["clip"],
+            "learner": {"micro_batch_size": 10},
             "evaluation": {"every": 1, "num_samples": 3, "num_steps": 4, **keys},
         }
     )

@@ -195,9 +195,9 @@ def test_a_student_has_its_teacher_beside_it(config_path: Path) -> None:
     path = training(config_path, "teacher: {path: model}\nalgorithm: {type: guidance_distill, guidance_scale: 3}\n")
     made = planned(path)
     assert made.memory.learner_frozen == (made.model.transformer + made.model.buffers) * 4
-    assert made.geometry.teacher_passes == made.geometry.transitions
+    assert made.geometry.teacher_passes == 2 * made.geometry.transitions  # guided
     alone = planned(training(config_path))
-    assert made.learner_flops - alone.learner_flops == 128 * made.model.flops
+    assert made.learner_flops - alone.learner_flops == 2 * 128 * made.model.flops
 
 
 def test_a_network_that_is_begun_anew_is_counted_and_not_the_directory_s(config_path: Path) -> None:

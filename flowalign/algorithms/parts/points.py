@@ -184,6 +184,9 @@ class ForwardAlgorithm(Scheduled):
     def plan(self, iteration: int, seed: int) -> SamplingPlan:
         return self.config.sampling_plan(self.levels())
 
+    def most_items(self, samples: int) -> int:
+        return samples * self.config.timesteps
+
     def annotate(self, models: Models, batch: Trajectories, credit: Credit) -> Mapping[str, Tensor]:
         """Draw the points."""
         return self.config.points(batch, credit)

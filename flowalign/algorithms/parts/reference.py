@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from flowalign.algorithm import AlgorithmConfig, LossOutput, Models, Reference
+from flowalign.algorithm import AlgorithmConfig, Call, LossOutput, Models, Reference
 from flowalign.flow import objectives
 from flowalign.types import TrainBatch
 
@@ -41,6 +41,11 @@ def with_kl(output: LossOutput, beta: float, kl: objectives.Term) -> LossOutput:
     """Add ``beta`` times the term ``kl`` to a loss, and its metrics."""
     term, metrics = kl
     return LossOutput(output.loss + beta * term, {**output.metrics, **metrics})
+
+
+def velocity_kl_calls(beta: float) -> tuple[Call, ...]:
+    """Say what a loss asks about a point that asks the policy once and ends with `with_velocity_kl`."""
+    return (Call("policy", learns=True), *(Call("reference"),) * (beta > 0))
 
 
 def with_velocity_kl(

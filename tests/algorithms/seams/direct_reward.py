@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowalign.algorithm import Decoder, LossOutput, Models, Needs, Reward, Scheduled, Source
+from flowalign.algorithm import Call, Calls, Decoder, LossOutput, Models, Needs, Reward, Scheduled, Source
 from flowalign.algorithms.parts.sampling import WalkConfig
 from flowalign.flow.randomness import initial_noise, seeded
 from flowalign.flow.solvers import euler
@@ -58,6 +58,11 @@ class DirectReward(Scheduled):
     @property
     def needs(self) -> Needs:
         return Needs(EncodedPrompts, decoder=True, reward=True)
+
+    @property
+    def calls(self) -> Calls:
+        late = (min(self.config.within, self.config.num_steps) + 1) / 2  # steps with a gradient, in the mean
+        return Calls((Call("policy", self.config.num_steps - late),), (Call("policy", late, learns=True),))
 
     def source(self, given: Source) -> Source:
         return LateSteps(given, self.config.num_steps, min(self.config.within, self.config.num_steps))

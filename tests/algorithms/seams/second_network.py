@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from flowalign.algorithm import LossOutput, Models, Needs, Reference, Second
+from flowalign.algorithm import Call, Calls, LossOutput, Models, Needs, Reference, Second
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward, path
 from flowalign.types import Credit, Scores, TrainBatch, Trajectories
@@ -27,6 +27,11 @@ class DistributionMatching(ForwardAlgorithm):
     def needs(self) -> Needs:
         second = Second(updates=self.config.second_updates, learning_rate=2e-3)
         return Needs(Trajectories, group_size=self.config.group_size, reference=Reference(), second=second)
+
+    @property
+    def calls(self) -> Calls:
+        loss = (Call("policy", learns=True), Call("reference"), Call("second"))
+        return Calls(loss=loss, second_loss=(Call("second", learns=True),))
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         return self.config.points_of(torch.ones(len(batch.batch), dtype=torch.bool), {}, {})

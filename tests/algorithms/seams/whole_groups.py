@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowalign.algorithm import LossOutput, Models, Needs
+from flowalign.algorithm import Calls, LossOutput, Models, Needs
 from flowalign.algorithms.parts.points import ForwardAlgorithm, ForwardConfig
 from flowalign.flow import forward
 from flowalign.types import Credit, Scores, TrainBatch, Trajectories
@@ -27,6 +27,10 @@ class Listwise(ForwardAlgorithm):
     @property
     def needs(self) -> Needs:
         return Needs(Trajectories, scores=True, group_size=self.config.group_size, whole_groups=True)
+
+    @property
+    def calls(self) -> Calls:
+        return Calls()
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
         assert scores is not None
