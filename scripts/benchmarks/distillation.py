@@ -1,9 +1,9 @@
 """On-policy distillation: two teachers, each aligned on half of the tasks, and students that learn from both.
 
-The teachers are aligned as the quickstart is. The first student starts where they did; the second lacks a transformer block; the
-third walks a stochastic trajectory on a grid of another shift than its teachers'. Stages that are done are left alone,
-a run that was killed continues. Writes one JSON file: each teacher's and student's strict GenEval by task, the
-student's share of the teachers' scores on their own tasks, and the images each has used.
+The teachers are aligned as the quickstart is. The first student starts where they did; the second lacks a transformer
+block; the third walks a stochastic trajectory on a grid of another shift than its teachers'. Stages that are done are
+left alone, a run that was killed continues. Writes one JSON file: each teacher's and student's strict GenEval by task,
+the student's share of the teachers' scores on their own tasks, and the images each has used.
 
     python scripts/benchmarks/distillation.py --teacher-iterations 60 --student-iterations 80
 """

@@ -153,7 +153,9 @@ def test_the_table_has_the_cells_by_their_win_rate_beside_the_base(own: Any, tmp
 def test_the_page_holds_the_committed_cells(own: Any) -> None:
     begin, end = own.preferences_table.MARKS
     table = own.preferences_table.markdown(own.preferences.OWN)
-    assert table.count("\n") > 2 and f"{begin}\n{table}\n{end}" in own.preferences_table.PAGE.read_text(encoding="utf-8")
+    assert table.count("\n") > 2 and f"{begin}\n{table}\n{end}" in own.preferences_table.PAGE.read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.slow
