@@ -218,6 +218,8 @@ def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> S
     size = options.get("batch_size", 1)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise SpecError(f"reward {name!r}: batch_size is {size!r}; write a number of images, at least 1")
+    if lacking := [key for key, own in parameters.items() if own.default is own.empty and key not in options]:
+        raise SpecError(f"reward {name!r} needs {' and '.join(lacking)}; its options are {', '.join(parameters)}")
     try:
         return cls(**options)
     except TypeError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowalign.cli.examples import examples
-from flowalign.cli.options import Json, NumSamples, Weights, model_directory, storable
+from flowalign.cli.options import PROMPTS_HELP, Json, NumSamples, Weights, model_directory, storable
 from flowalign.cli.sampling import Sampling, takes_sampling
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import plain, print_json, print_sections, progress
@@ -18,6 +18,7 @@ from flowalign.cli.terminal import plain, print_json, print_sections, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flowalign.config.prompts import Prompts
     from flowalign.making.comparison import Made
     from flowalign.measure.compared import Row
     from flowalign.samples.sampled import SampledModel
@@ -30,7 +31,7 @@ def names(text: str) -> tuple[str, ...]:
 
 @examples(
     "flowalign compare shapes runs/aligned",
-    "flowalign compare runs/a runs/b runs/c --num-samples 600 --out which --json",
+    "flowalign compare base aligned --prompts prompts.txt --scorer my_reward.py:brightness --num-samples 600 --json",
 )
 @takes_sampling
 def compare(
@@ -44,9 +45,13 @@ def compare(
     ],
     sampling: Sampling,
     num_samples: NumSamples = None,
-    prompts: Annotated[str | None, typer.Option(help="shapes:train, shapes:eval or a GenEval jsonl file")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="SOURCE", help=PROMPTS_HELP)] = None,
     seed: Annotated[int | None, typer.Option(min=0, callback=storable)] = None,
     weights: Weights = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help='another judge: clip, file.py:function, {"spec": …, "options": …}'),
+    ] = None,
     metrics: Annotated[
         Any, typer.Option(metavar="NAMES", help="scores, with commas; default: all", parser=names)
     ] = None,
@@ -58,7 +63,8 @@ def compare(
 ) -> None:
     """Compare models on the same prompts and noises: wins, losses, and how large the difference can be.
 
-    They are sampled and judged as the first run among them evaluates. What was interrupted goes on where it was.
+    They are sampled and judged as the first run among them evaluates; of pipelines alone name --prompts and --scorer.
+    What was interrupted goes on where it was.
     """
     from flowalign.measure.compared import NotComparable
     from flowalign.record.outputs import check_out
@@ -66,11 +72,16 @@ def compare(
     if len(sources) < 2:
         raise NotComparable("there is one model alone; name two or more: the others are compared with the first")
     check_out("--out", out)
+    from flowalign.intake.given_prompts import given_prompts
     from flowalign.making.comparison import compare as compare_sources
     from flowalign.making.comparison import labels_of
 
     console = make_console(as_json)
-    models = models_of(sources, sampling, num_samples, prompts, seed, weights)
+    asked = None if prompts is None else given_prompts(prompts)
+    models = models_of(sources, sampling, num_samples, asked, seed, weights, scorer)
+
+    if asked is None and scorer is None and (note := _unasked(sources, models, num_samples)):
+        plain(console)(note)
 
     def told(text: str) -> Any:
         plain(console)(text)
@@ -81,7 +92,7 @@ def compare(
             list(zip(labels_of(sources), models, strict=True)),
             out,
             num_samples=num_samples,
-            prompts=prompts,
+            prompts=asked,
             metrics=metrics or (),
             pictures=pictures,
             told=told,
@@ -92,15 +103,36 @@ def compare(
     print_json(as_json, made.content)
 
 
+def _unasked(sources: Sequence[Path], models: Sequence[Path | SampledModel], num_samples: int | None) -> str:
+    """Say what nobody asked for, where no run, no configuration and no folder says what pipelines are compared by."""
+    from flowalign.config.prompts import source_of
+    from flowalign.config.sampled import SampledConfig
+    from flowalign.config.sections import SHIPPED
+    from flowalign.samples.sampled import SampledModel
+
+    own = [model.config for model in models if isinstance(model, SampledModel)]
+    plain_ones = [config for config in own if isinstance(config, SampledConfig)]
+    if len(plain_ones) < len(models) or SHIPPED / "pipeline" in sources:
+        return ""
+    evaluation = plain_ones[0].evaluation
+    judge = "nobody" if evaluation.judge is None else evaluation.judge.label
+    return (
+        f"no run is named, and neither --prompts nor --scorer: {num_samples or evaluation.num_samples} samples of "
+        f"{source_of(evaluation.prompts)}, judged by {judge}"
+    )
+
+
 def models_of(
     sources: Sequence[Path],
     sampling: Sampling,
     num_samples: int | None,
-    prompts: str | None,
+    prompts: Prompts | None,
     seed: int | None,
     weights: str | None,
+    scorer: str | None = None,
 ) -> list[Path | SampledModel]:
     """Return each source as it is sampled, or the folder of an evaluation as it is."""
+    from flowalign.config.section import ConfigError
     from flowalign.intake.suite import asked_evaluation
     from flowalign.making.comparison import evaluated_alike
     from flowalign.measure.kept import is_evaluation
@@ -108,10 +140,14 @@ def models_of(
 
     sampled = [source for source in sources if not is_evaluation(source)]
     if not sampled:
+        if scorer is not None:
+            raise ConfigError("--scorer", "judges what is sampled here, and these are folders that were judged")
         return list(sources)
     runs = [source for source in sampled if not is_pipeline(source)]
     own = sampling if runs else replace(sampling, model=None)
-    question, _ = asked_evaluation(own.config_of((runs or sampled)[0]), False, None, prompts, num_samples)
+    question, _ = asked_evaluation(
+        own.config_of((runs or sampled)[0]), False, None, prompts, num_samples, scorer=scorer
+    )
     found: dict[Path, SampledModel] = {}
     for source in sampled:
         pipeline = is_pipeline(source)
@@ -147,8 +183,9 @@ def say_comparison(out: Console, made: Made) -> None:
 
 def _cells(row: Row) -> tuple[str, ...]:
     from flowalign.report.comparison import interval
-    from flowalign.report.page import number, signed
+    from flowalign.report.page import digits_of, number, signed
 
     counts = tuple(str(count) for count in (row.won, row.lost, row.tied))
-    values = number(row.before, 4), number(row.after, 4), signed(row.difference.value, 4)
-    return (row.task, *values, interval(row, 4), *counts)
+    digits = digits_of(row.difference.value, 4)
+    values = number(row.before, digits), number(row.after, digits), signed(row.difference.value, digits)
+    return (row.task, *values, interval(row, digits), *counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flowalign.cli.examples import examples
-from flowalign.cli.options import Json, finite
+from flowalign.cli.options import Json, finite, image_size, model_directory
 from flowalign.cli.terminal import console as make_console
 from flowalign.cli.terminal import opening, print_json
 
@@ -33,6 +34,12 @@ def init(
         typer.Option(metavar="SPEC", help="a scorer, with options 'pickscore path=…'; may be repeated"),
     ] = None,
     algorithm: Annotated[str, typer.Option(metavar="NAME", help="see docs/algorithms.md")] = "flow_grpo",
+    size: Annotated[
+        Any,
+        typer.Option(
+            metavar="HEIGHTxWIDTH", parser=image_size, help="of the images in pixels; default: the model's own"
+        ),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="most that one GPU, or this process, may hold; default: all")
     ] = None,
@@ -52,7 +59,8 @@ def init(
 
     console = make_console(as_json)
     opening(console, f"init {to}")
-    given = {"--model": model, "--prompts": prompts, "--reward": reward, "--memory": memory, "--hours": hours}
+    given = {"--model": model, "--prompts": prompts, "--reward": reward, "--size": size, "--memory": memory}
+    given |= {"--hours": hours}
     _check_new(to, shapes, [option for option, value in given.items() if value not in (None, [])])
     check_file("--to", to)
     if shapes:
@@ -63,10 +71,11 @@ def init(
         from flowalign.making.recipe import recipe
         from flowalign.plan.devices import gpus_here
 
-        asked = _asked(model, prompts, reward or [], algorithm, memory, hours, guidance_scale)
+        asked = _asked(model, prompts, reward or [], algorithm, size, memory, hours, guidance_scale)
         gpus = gpus_here()
         console.print("counting what fits, and how long it takes")
         try:
+            _check_model_there(asked.model)
             text = recipe(asked, to, gpus)
         except Exception as error:
             raise _flagged(error) from error
@@ -87,11 +96,24 @@ def _check_new(to: Path, shapes: bool, given: list[str]) -> None:
         raise ConfigError("--shapes", f"is the quickstart as it is; leave out {', '.join(given)}")
 
 
+def _check_model_there(model: str) -> None:
+    """Refuse a model that is not on this machine: a name of the hub, of which `plan` knows enough to count."""
+    from flowalign.config.section import ConfigError
+    from flowalign.models.directory import check_there
+    from flowalign.models.errors import ModelError
+
+    try:
+        check_there(model_directory(os.path.expanduser(model)).absolute())
+    except ModelError as error:
+        raise ConfigError("model.path", str(error).removeprefix("model.path: ")) from error
+
+
 def _asked(
     model: str | None,
     prompts: str | None,
     rewards: list[str],
     algorithm: str,
+    size: tuple[int, int] | None,
     memory: str | None,
     hours: float | None,
     guidance_scale: float | None,
@@ -114,8 +136,8 @@ def _asked(
         if hours is None:
             said = typer.prompt("Hours (empty: 160 iterations)", "", show_default=False, value_proc=_hours)
             hours = said
-    size = bytes_of(memory) if memory else None
-    return Asked(model, prompts, rewards, algorithm, size, hours, guidance_scale)
+    most = bytes_of(memory) if memory else None
+    return Asked(model, prompts, rewards, algorithm, most, hours, guidance_scale, size)
 
 
 def _hours(text: str) -> float | None:

@@ -38,20 +38,20 @@ folder = "path/to/this/directory"
 pipe = DiffusionPipeline.from_pretrained(
     folder, custom_pipeline=f"{{folder}}/pipeline.py", trust_remote_code=True{absent}
 )
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
+image = pipe({prompt}, num_inference_steps={steps}, {guidance}{length}).images[0]
 """
 
 PIPELINE_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/directory"{absent})
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
+image = pipe({prompt}, num_inference_steps={steps}, {guidance}{length}).images[0]
 """
 
 LORA_USE = """from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/{base}"{absent})
 pipe.load_lora_weights("path/to/this/directory")  # reads pytorch_lora_weights.safetensors
-image = pipe("a photo of a red circle", num_inference_steps={steps}, {guidance}{length}).images[0]
+image = pipe({prompt}, num_inference_steps={steps}, {guidance}{length}).images[0]
 
 # or through PEFT, which reads adapter_config.json and adapter_model.safetensors:
 # from peft import PeftModel
@@ -104,7 +104,9 @@ def _front_matter(config: Sampled, state: Row, kind: str, after: Row) -> list[st
     overall = {key.split("/")[1]: value for key, value in after.items() if key.endswith("/overall")}
     if overall:
         metrics = [{"type": name, "name": f"{name}, overall", "value": round(v, 4)} for name, v in overall.items()]
-        dataset = {"type": "geneval", "name": _file_name(config.evaluation.prompts)}
+        judge, name = config.evaluation.judge, _file_name(config.evaluation.prompts)
+        suite = "geneval" if judge is not None and judge.spec == "geneval" else "prompts"  # the hub wants some type
+        dataset = {"type": suite, "name": name}
         result = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
         lines += ["model-index:", f"- {front({'name': config.name, 'results': [result]})}"]
     return lines
@@ -174,6 +176,7 @@ def _body(config: Sampled, state: Row, kind: str, weights: str, before: Row, aft
         guidance=_guidance(config, None if own else family),
         length=f"max_sequence_length={config.model.max_sequence_length}{_size(config)}{_sigmas(config)}",
         base=printable(base).replace("\\", "/").replace('"', "'"),
+        prompt='"a photo of a red circle"' if base == "shapes" else '"a photo of a cat on a windowsill"',
     )
     lines += ["## Use", "", f"```python\n{use}```", ""]
     lines += ["## Licence", "", f"The weights derive from {code(base, cell=False)} and stay under its licence.", ""]

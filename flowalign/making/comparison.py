@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.prompts import Prompts
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SHIPPED
 from flowalign.data.prompts import evaluation_batch, load_prompts
@@ -70,7 +71,7 @@ def compare(
     out: Path,
     *,
     num_samples: int | None = None,
-    prompts: str | None = None,
+    prompts: Prompts | None = None,
     metrics: Sequence[str] = (),
     pictures: int = 24,
     told: Told,
@@ -160,7 +161,7 @@ def evaluated_alike(own: Sampled, question: Sampled, *, pipeline: bool) -> Sampl
     return own.model_copy(update=sections | place)
 
 
-def _expected(label: str, model: SampledModel, num_samples: int | None, prompts: str | None) -> Evaluation:
+def _expected(label: str, model: SampledModel, num_samples: int | None, prompts: Prompts | None) -> Evaluation:
     """Return what is known of an evaluation before it is made: its samples, the names of its scorers, its sampling."""
     own = model.config.evaluation
     batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples)
@@ -188,7 +189,7 @@ def _check_judged(there: Sequence[Evaluation], wanted: Sequence[Evaluation], met
 
 
 def _sampled(
-    label: str, model: SampledModel, folder: Path, num_samples: int | None, prompts: str | None, told: Told
+    label: str, model: SampledModel, folder: Path, num_samples: int | None, prompts: Prompts | None, told: Told
 ) -> Evaluation:
     kept = KeptEvaluation(folder, _asked(model, num_samples, prompts))
     if not kept.finished:
@@ -199,7 +200,7 @@ def _sampled(
     return read_evaluation(folder, label)
 
 
-def _asked(model: SampledModel, num_samples: int | None, prompts: str | None) -> dict[str, Any]:
+def _asked(model: SampledModel, num_samples: int | None, prompts: Prompts | None) -> dict[str, Any]:
     """Return all that decides an evaluation's content, as plain data."""
     own = model.config.evaluation
     judges = [judge.model_dump(mode="json") for judge in own.judges]

@@ -20,6 +20,7 @@ from flowalign.config.cluster import visible_cores
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
 from flowalign.intake.check import parse_algorithm
+from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
 from flowalign.intake.overrides import override, scalar_options
 from flowalign.intake.paths import resolve_run
@@ -34,6 +35,7 @@ from flowalign.plan.rows import memory_text
 from flowalign.record.progress import duration
 from flowalign.record.textfiles import is_there
 from flowalign.record.yamlfiles import plain
+from flowalign.samples.offers import LEARNER, TRAINING, check_reward
 
 SMALL = 100_000_000  # weights, up to which all of them learn
 UNASKED = 160  # iterations, where nobody says how many hours
@@ -68,7 +70,8 @@ class Asked:
     """What a user says of a run that is to be.
 
     ``rewards`` are each a scorer and its options, ``pickscore path=./PickScore_v1``. ``memory`` bounds the bytes of one
-    GPU, or where there is none those of the run. ``guidance_scale`` is of rollouts and evaluations.
+    GPU, or where there is none those of the run. ``guidance_scale`` is of rollouts and evaluations. ``size`` is the
+    height and width of the images in pixels; None: the model's own.
     """
 
     model: str
@@ -78,6 +81,7 @@ class Asked:
     memory: int | None = None
     hours: float | None = None
     guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
 
 
 def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
@@ -88,6 +92,7 @@ def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
     """
     own = _Recipe(asked, file, gpus)
     own.begin()
+    own.refuse_what_is_not_there()
     own.choose_weights()
     own.choose_sizes(own.fitted())
     command = shlex.quote(str(file))
@@ -119,6 +124,7 @@ class _Recipe:
             "seed": (0, ""),
             "iterations": (UNASKED, ""),
             "model.path": (model, ""),
+            **({} if asked.size is None else {"model.height": (asked.size[0], ""), "model.width": (asked.size[1], "")}),
             "model.dtype": ("float32", precision) if cpu else ("bfloat16", "weights that learn stay in float32"),
             "model.lora": (None, ""),
             "data.prompts": (prompts, ""),
@@ -142,6 +148,14 @@ class _Recipe:
         }
         self._describe_model()
 
+    def refuse_what_is_not_there(self) -> None:
+        """Refuse prompts and rewards that cannot be had. A typing error is said before anything is counted."""
+        config = self._resolved()
+        check_prompts("data.prompts", config.data.prompts, config.rewards)
+        offers = LEARNER if parse_algorithm(config.algorithm, "Trajectories").needs.reward else TRAINING
+        for i, reward in enumerate(config.rewards):
+            check_reward(f"rewards.{i}", reward, self.base, offers)
+
     def choose_weights(self) -> None:
         """Choose a LoRA for a large network, as the published recipes have it."""
         made = self._estimate(passes=False)
@@ -162,11 +176,13 @@ class _Recipe:
         if found.fits:
             return made
         if not found.ways:
-            least = memory_text(max(holder.bytes for holder in found.holders))
+            one_by_one = ("rollout.chunk_size", "rollout.decode_batch_size", "learner.micro_batch_size")
+            self.choices |= {key: (1, "") for key in one_by_one}
+            least = memory_text(max(holder.bytes for holder in holders_of(self._estimate(), self.room)))
             raise ConfigError(
                 "--memory",
                 f"the run does not fit into {memory_text(self.room.memory)} by anything that is counted; one sample at "
-                f"a time takes {least}: take a smaller model",
+                f"a time takes {least}: take a smaller model, or a smaller --size",
             )
         enough = (way for way in found.ways if min(way.micro_batch_size, way.chunk_size) >= ENOUGH)
         raw: dict[str, Any] = {}

@@ -161,6 +161,12 @@ def family_of_model(model: ModelConfig) -> ModelFamily:
     raise ModelError(f"model.path: {path} holds a {name}, which no family here loads; known: {known}")
 
 
+def check_there(path: Path) -> None:
+    """Raise ModelError where there is nothing at ``path``, of which all may be known that can be counted."""
+    if not path.exists():
+        raise _absent(path, [family_of(name) for name in known_families()])
+
+
 def _absent(path: Path, families: Sequence[ModelFamily]) -> ModelError:
     known = ", ".join(name for family in families for name in family.published)
     plan = (f", or plan one whose sizes are known: {known}" if known else "") + of_the_hub(path)

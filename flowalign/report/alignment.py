@@ -23,6 +23,7 @@ from flowalign.report.page import (
     SmallCurves,
     Tile,
     Times,
+    digits_of,
     duration,
     number,
     signed,
@@ -69,8 +70,8 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
         total=config.total,
         headline=_headline(config, trained, evaluations),
         tiles=_tiles(config, rows, trained),
-        learned=f"{measured} evaluation has its own prompts, fixed seeds and a sampler without noise, before, during "
-        "and after.",
+        learned=f"{measured} evaluation has {_prompts_of_evaluations(config)}, fixed seeds and a sampler without "
+        "noise, before, during and after.",
         charts=[_training_chart(config, trained), evaluations.chart(), *_curriculum_charts(trained)],
         scores=evaluations.scores(settings["Evaluation"]),
         gallery=read_gallery(run_dir, evaluations.main),
@@ -83,17 +84,23 @@ def page_of(config: AlignConfig, rows: Sequence[Row], run_dir: Path) -> Page:
     )
 
 
+def _prompts_of_evaluations(config: AlignConfig) -> str:
+    same = config.evaluation.prompts == config.data.prompts
+    return "prompts that are trained on" if same else "its own prompts"
+
+
 def _headline(config: AlignConfig, trained: Sequence[Row], evaluations: Evaluations) -> Headline:
     later = "" if done(trained) >= config.total else " yet"
     reward = trained_reward(config, trained)
     if reward is None:
         return Headline(evaluations.main_change(later))
     before, gain = reward["before"], reward["gain"]
+    digits = digits_of(gain)
     main = Change(
         f"Trained on: {reward['name']}",
-        None if before is None else number(before),
-        number(reward["after"]),
-        "" if gain is None else signed(gain),
+        None if before is None else number(before, digits),
+        number(reward["after"], digits),
+        "" if gain is None else signed(gain, digits),
         (gain or 0) >= 0,
         f"on its own images, {reward['over']}",
     )

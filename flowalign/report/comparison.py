@@ -108,7 +108,7 @@ def _settings(first: Evaluation) -> dict[str, str]:
     return found | {f"scorer {judge['name']}": json.dumps(judge) for judge in judges}
 
 
-def interval(row: Row, digits: int = 3) -> str:
+def interval(row: Row, digits: int) -> str:
     """Write the interval of a difference; where none is known say why."""
     own = row.difference
     if not math.isnan(own.low):

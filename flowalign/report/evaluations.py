@@ -9,7 +9,7 @@ from flowalign.config.sections import RewardConfig
 from flowalign.measure.evaluated import said_error
 from flowalign.report import figures
 from flowalign.report.metrics import Row, finite, iterations
-from flowalign.report.page import Change, Chart, Scores, number, signed
+from flowalign.report.page import Change, Chart, Scores, digits_of, number, signed
 from flowalign.shapes.prompts import TASKS
 
 STRICT = "_strict"
@@ -57,11 +57,12 @@ class Evaluations:
 
     def _change(self, score: dict[str, Any], name: str, later: str) -> Change:
         before, after, gain = (score[key] for key in ("before", "after", "gain"))
-        first, last = number(before) + score["before_error"], number(after) + score["after_error"]
+        digits = score["digits"]
+        first, last = number(before, digits) + score["before_error"], number(after, digits) + score["after_error"]
         if len(self.rows) == 1:
             only = f"at iteration {self.rows[0]['iteration']}; no later evaluation{later}"
             return Change(name, None, first, said=only)
-        return Change(name, first, last, "" if gain is None else signed(gain), (gain or 0) >= 0)
+        return Change(name, first, last, "" if gain is None else signed(gain, digits), (gain or 0) >= 0)
 
     def chart(self, *, wide: bool = False) -> Chart:
         """Return the curves of the main score by task."""
@@ -136,15 +137,18 @@ def geneval_mode(reward: RewardConfig) -> str:
 
 
 def _ends(rows: Sequence[Row], key: str, digits: int) -> dict[str, Any]:
-    """Return the value of the first and of the last row, what stands behind each as its error, their difference, and
-    the samples of the last."""
+    """Return the value of the first and of the last row, what stands behind each as its error, their difference, the
+    samples of the last, and the digits of all, at least ``digits``."""
     before, name = finite(rows[0].get(key)), key.removeprefix("eval/")
     after = finite(rows[-1].get(key)) if len(rows) > 1 else None
+    gain = None if before is None or after is None else after - before
+    digits = digits_of(gain, digits)
     errors = [said_error(f"standard_error/{name}", row, digits) for row in (rows[0], rows[-1])]
     return {
+        "digits": digits,
         "before": before,
         "after": after,
-        "gain": None if before is None or after is None else after - before,
+        "gain": gain,
         "before_error": "" if before is None else errors[0],
         "after_error": "" if after is None else errors[1],
         "samples": finite(rows[-1].get(f"num_samples/{name}")),

@@ -134,7 +134,7 @@ def template(name: str = "template.html") -> Template:
     files = resources.files("flowalign.report")
     loader = FunctionLoader(lambda file: files.joinpath(file).read_text(encoding="utf-8"))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown, loader=loader)
-    environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {"number": number, "signed": signed, "digits": digits_of}
     return environment.get_template(name)
 
 
@@ -145,6 +145,14 @@ def _shown(value: Any) -> Any:
 def number(value: float | None, digits: int = 2) -> str:
     """Write a number with so many digits behind the point; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def digits_of(gain: float | None, digits: int = 2) -> int:
+    """Return the digits behind the point of two numbers and their difference: ``digits``, and up to two more where the
+    difference would read as 0 and is none."""
+    if not gain:
+        return digits
+    return next((count for count in range(digits, digits + 2) if round(gain, count)), digits + 2)
 
 
 def significant(value: float, sign: str = "") -> str:

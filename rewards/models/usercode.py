@@ -23,6 +23,7 @@ from rewards.usercode import source
 from rewards.usercode.loading import load_file, load_module, user_line
 
 _log = logging.getLogger("rewards")
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ def _as_scorer(target: str, name: str, value: Any, options: dict[str, Any]) -> S
     return FunctionScorer(name, function, options)
 
 
+def _say_once(file: str) -> None:
+    """Say that a user's file runs, once a process: a reward that also judges evaluations is built twice."""
+    if file not in _said:
+        _said.add(file)
+        _log.warning("runs user code from %s", file)
+
+
 def _load_module(target: str, base_dir: Path) -> ModuleType:
     name, _ = halves(target)
     try:
@@ -140,12 +148,12 @@ def _load_module(target: str, base_dir: Path) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             module_of(target, base_dir)
         raise SpecError(f"reward module {name} did not import: {type(error).__name__}: {one_line(error)}") from error
-    _log.warning("runs user code from %s", module.__file__ or name)
+    _say_once(module.__file__ or name)
     return module
 
 
 def _load_file(path: Path) -> ModuleType:
-    _log.warning("runs user code from %s", path)
+    _say_once(str(path))
     try:
         return load_file(path)
     except BaseException as error:

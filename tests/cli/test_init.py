@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flowalign.cli import app
+from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align
 from flowalign.making.quickstart import FILE, MODELINE
 from flowalign.making.recipe import Asked, recipe
@@ -72,10 +73,12 @@ def test_what_is_written_is_small_says_why_and_can_start(folder: Path) -> None:
     [
         (FLAGS[2:], "--model: is missing; give --model, --prompts and --reward, or --shapes for the quickstart"),
         ((*FLAGS, "--model", "absent"), "--model: "),
+        ((*FLAGS, "--reward", "pickscore"), "--reward: 1: reward 'pickscore' needs path; its options are path, "),
         ((*FLAGS, "--prompts", "absent.jsonl"), "--prompts: "),
         ((*FLAGS, "--reward", "genevil"), "--reward: 1: reward 'genevil' is unknown; did you mean 'geneval'"),
         ((*FLAGS, "--algorithm", "flow_gpro"), "--algorithm: no algorithm 'flow_gpro'"),
         ((*FLAGS, "--algorithm", "opd"), "--algorithm: teachers: is missing"),
+        (("--shapes", "--size", "64x64"), "--shapes: is the quickstart as it is; leave out --size"),
         ((*FLAGS, "--memory", "24"), "--memory: got '24'; write what one GPU holds, such as 80GiB"),
         ((*FLAGS, "--memory", "1MiB"), "--memory: the run does not fit into 1.0 MiB"),
         ((*FLAGS, "--to", "own.py"), "--to: own.py exists; name another file"),
@@ -89,6 +92,27 @@ def test_what_cannot_run_is_refused_by_the_flag_and_nothing_is_written(
     shown = init(*words)
     assert shown.exit_code == 2 and shown.stderr.startswith(f"error: {said}"), shown.output
     assert sorted(os.listdir()) == before
+
+
+def test_a_model_of_the_hub_is_to_be_fetched_first_though_its_sizes_are_known(folder: Path) -> None:
+    shown = init(*FLAGS, "--model", "black-forest-labs/FLUX.1-dev")
+    assert shown.exit_code == 2 and "hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompts", "reward", "said"),
+    [("own.json", "jpeg", "does not exist"), ("own.jsonl", "own.py:brigt", "did you mean 'bright'")],
+)
+def test_a_typing_error_is_said_before_anything_is_counted(folder: Path, prompts: str, reward: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):  # of a model whose files nobody has, what fits can be counted
+        recipe(Asked("FLUX.1-dev", prompts, [reward]), folder / "run.yaml", gpus_of("1xH100"))
+
+
+def test_the_size_of_the_images_is_written_and_counted(folder: Path) -> None:
+    shown = init(*FLAGS, "--size", "64x32")
+    assert shown.exit_code == 0, shown.output
+    model = load_align(Path("run.yaml")).config.model
+    assert (model.height, model.width) == (64, 32)
 
 
 @pytest.mark.parametrize("algorithm", ["nft", "awm", "sft", "diffusion_dpo"])

@@ -290,6 +290,16 @@ def test_a_card_says_of_rewards_what_is_trained_on_alone(base: Path, tmp_path: P
     assert f"| Rewards | {said}" in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_calls_only_verdicts_of_geneval_by_its_name(base: Path, tmp_path: Path) -> None:
+    state = {"iteration": 1, "metrics": {"eval/jpeg/overall": 0.5}}
+    own = run_config(base, evaluation={"num_samples": 12, "prompts": "prompts.txt", "scorer": {"spec": "jpeg"}})
+    write_card(tmp_path, own, state, kind="pipeline", run_dir=tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    result = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]
+    assert result["dataset"] == {"type": "prompts", "name": "prompts.txt"}
+    assert "red circle" not in text  # which is of the shapes
+
+
 def test_what_an_evaluation_was_made_of_is_no_score_of_a_card(base: Path, tmp_path: Path) -> None:
     made = {"eval/num_samples": 24.0, "eval/num_prompts": 20.0, "eval/seed": 1234, "eval/skipped_steps": 0.25}
     error = {"standard_error/geneval/overall": 0.0321}

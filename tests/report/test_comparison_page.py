@@ -55,6 +55,13 @@ def test_the_page_says_who_won_what_and_shows_it(tmp_path: Path) -> None:
     assert "counting 0.000 0.667 +0.667 none: 4 of 6 differ 4 0 2" in found.text
     assert "12 samples of 12 prompts, the same noises for all; 10 steps of euler, guidance 1, seed 7" in found.text
     assert "base ✗ wrong mine ✓ right a photo of 0 <rings> · counting · 00000.png" in found.text
+    small = [0.5 + 0.00002 * i for i in range(12)]
+    gained = [score + 0.00004 + 0.000001 * (i % 3) for i, score in enumerate(small)]
+    models = [
+        read_evaluation(write_evaluation(tmp_path / name, scores, 10), name)
+        for name, scores in (("small", small), ("gained", gained))
+    ]
+    assert "overall 0.50011 → 0.50015 +0.00004 +0.00004 to +0.00004 better" in page(tmp_path, *models).text
     assert found.counts["img"] == 24 and found.open == [] and "byte for byte" not in found.text
 
 

@@ -335,3 +335,23 @@ def test_the_page_names_the_damaged_lines_of_the_metrics(tmp_path: Path) -> None
     page = write_report(tmp_path, config(), VERSIONS).read_text()
     assert f"{path}, line 2: damaged, no row can be read there" in page
     assert "3 of 20 iterations done" in page
+
+
+def test_a_small_gain_is_written_with_the_digits_that_show_it(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, "tiny", config().logging)
+    writer.write(0, {"eval/geneval/overall": 0.4467, "eval/geneval/counting": 0.4467}, wall_s=1.0)
+    for number, value in ((1, 0.44663), (2, 0.44803)):
+        row = iteration(number) | {"reward/total/mean": value}
+        row |= {"eval/geneval/overall": 0.4471, "eval/geneval/counting": 0.4471} if number == 2 else {}
+        writer.write(number, row, wall_s=2.0)
+    writer.close()
+    text = " ".join(Page(write_report(tmp_path, config(), VERSIONS)).text.split())
+    assert "0.447 → 0.448 +0.001" in text and "0.4467 → 0.4471 +0.0004" in text
+    assert "overall 0.4467 0.4471 +0.0004" in text
+
+
+def test_a_page_says_where_evaluations_have_the_prompts_of_the_training(tmp_path: Path) -> None:
+    own = config(data={"prompts": "a.txt"}, evaluation={"prompts": "a.txt", "num_samples": 12})
+    run = write_run(tmp_path, 2)
+    assert "evaluation has prompts that are trained on," in Page(write_report(run, own, VERSIONS)).source
+    assert "evaluation has its own prompts," in Page(write_report(run, config(), VERSIONS)).source

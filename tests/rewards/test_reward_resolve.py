@@ -43,9 +43,10 @@ def user(tmp_path):
 def test_a_plain_function_of_a_file_is_a_scorer_named_after_it(user, batch, caplog):
     with caplog.at_level(logging.WARNING, logger="rewards"):
         scorer = resolve("mine.py:brightness", user)
+        resolve("mine.py:brightness", user)  # as the judge of evaluations
     checked = score_batch("mine.py:brightness", scorer, Asked(*batch))
     np.testing.assert_allclose(checked.scores["brightness"], batch[0].mean(axis=(1, 2, 3)))
-    assert f"runs user code from {user / 'mine.py'}" in caplog.text
+    assert caplog.text.count(f"runs user code from {user / 'mine.py'}") == 1
 
 
 def test_options_reach_functions_and_classes_by_keyword(user, batch):
