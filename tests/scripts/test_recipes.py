@@ -211,6 +211,16 @@ def test_what_gains_soonest_comes_first_with_the_minutes_to_a_fifth(own: Any) ->
     assert own.recipes_table.reached([0, 1], [0.4, 0.5], 0.6) is None
 
 
+def test_the_shipped_quickstart_is_a_cell_of_the_soonest(own: Any) -> None:
+    cell, found = own.recipes_cells.SOONEST["nft-rate-2"], own.recipes.OWN / "soonest" / "nft-rate-2-seed0.json"
+    budget = own.alignments.Budget(4).overrides(cell.load(), json.loads(found.read_text())["iteration_s"])
+    within = own.alignments.Cell(cell.config, "", {**cell.overrides, **budget})
+    measured, shipped = (each.load().model_dump() for each in (within, own.alignments.Cell("quickstart", "")))
+    for part in ("evaluation", "checkpoint", "name"):  # it is evaluated less often
+        del measured[part], shipped[part]
+    assert shipped == measured and shipped["iterations"] == 64
+
+
 def test_the_shipped_hour_is_the_best_recipe(own: Any) -> None:
     cell = own.recipes_cells.SCREEN["weak_clauses"]
     budget = own.alignments.Budget(60, evaluations=12)
