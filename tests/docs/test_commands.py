@@ -46,7 +46,7 @@ LACKING = {
         *("pickscore/train.txt", "pickscore/test.txt", "ocr/train.txt", "ocr/test.txt"),
     ),
     "what another command makes": (
-        *("runs/bank", "runs/pairs", "runs/scenes", "runs/base-model", "runs/aligned-model", "runs/eight-model"),
+        *("runs/bank", "runs/pairs", "runs/scenes", "runs/base-model", "runs/aligned-model"),
         *("runs/shapes-teacher-objects", "preferences/shapes", "cache.json", "untrained"),
     ),
     "the reader's own": ("pickapic", "BANK", "MODEL", "…"),
