@@ -246,7 +246,7 @@ class Algorithm:
         return given
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         """Say how often the networks are asked about an item: a plan counts by it, and the learner obeys it.
 
         `annotate` and the losses are given the networks that are named for them here, and no others. By default they
@@ -263,8 +263,8 @@ class Algorithm:
 
     @property
     def says_calls(self) -> bool:
-        """Whether ``calls`` are its own, and no guess."""
-        return type(self).calls is not Algorithm.calls
+        """Whether ``network_calls`` are its own, and no guess."""
+        return type(self).network_calls is not Algorithm.network_calls
 
     def most_items(self, samples: int) -> int:
         """Return how many items ``samples`` of a batch become at the most; of whole groups, how many samples of items.

@@ -62,7 +62,7 @@ class AWM(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=c.clip_range is not None)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         anew = (Call("rollout"),) * (self.config.clip_range is not None)
         return Calls(anew, velocity_kl_calls(self.config.beta))
 

@@ -73,7 +73,7 @@ class Consistency(LatentAlgorithm, Scheduled):
         return Needs(LatentBatch, teacher=self.config.teacher == "model", average=True)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         c = self.config
         teacher = Call("teacher", {"euler": 1, "heun": 2}[c.solver], Guidance(c.guidance_scale))
         return Calls(loss=(Call("policy", learns=True), Call("ema"), *(teacher,) * (c.teacher == "model")))

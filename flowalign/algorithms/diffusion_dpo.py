@@ -99,7 +99,7 @@ class DiffusionDPO(Scheduled):
         return replace(c.rollout_needs, batch=batch, scores=online, reference=Reference(c.reference_refresh))
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         """Winner and loser are asked about one after the other, and their gradient is taken at once."""
         return Calls(loss=(Call("policy", 2, learns=True), Call("reference", 2)))
 

@@ -71,7 +71,7 @@ class FlowGRPO(Scheduled):
         return replace(c.rollout_needs, scores=True, reference=c.reference, rollout=self._asks_anew)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         guidance = self._guided(guidance_of(self.config))
         reference = [Call("reference", guidance=guidance)] * (self.config.beta > 0)
         anew = (Call("rollout", guidance=guidance),) * self._asks_anew

@@ -52,7 +52,7 @@ class GuidanceDistill(LatentAlgorithm):
         return Needs(LatentBatch, teacher=True, inputs=inputs)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         c = self.config
         scale = c.guidance_scale if c.guidance_range is None else torch.tensor(c.guidance_range)  # one of each sample
         return Calls(loss=(Call("policy", learns=True), Call("teacher", guidance=Guidance(scale))))

@@ -72,7 +72,7 @@ class MeanFlow(LatentAlgorithm):
         return Needs(LatentBatch, inputs=("r",))
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         """At least one sample of a minibatch has the derivative."""
         c = self.config
         guided = 0 if (c.omega, c.kappa) == (1, 0) else 1 + (c.kappa > 0)

@@ -61,7 +61,7 @@ class NFT(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=reference, rollout=True)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         return Calls((Call("rollout"),), velocity_kl_calls(self.config.kl_beta))
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:

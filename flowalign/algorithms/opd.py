@@ -80,7 +80,7 @@ class OPD(Scheduled):
         return replace(c.rollout_needs, scores=scores, teachers=c.teachers, teacher_of=self.teacher_of)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         c = self.config
         teachers = (Call(teacher_role(name), guidance=guidance_of(own)) for name, own in c.teachers.items())
         return Calls(tuple(teachers), (Call("policy", guidance=guidance_of(c), learns=True),))

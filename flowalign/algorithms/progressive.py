@@ -51,7 +51,7 @@ class Progressive(LatentAlgorithm, Scheduled):
         return Needs(LatentBatch, teacher=True)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         teacher = Call("teacher", 2, Guidance(self.config.guidance_scale))
         return Calls(loss=(Call("policy", learns=True), teacher))
 

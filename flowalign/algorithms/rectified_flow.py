@@ -51,7 +51,7 @@ class RectifiedFlow(LatentAlgorithm):
         return Needs(LatentBatch, path_family=self.config.family)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         return Calls()
 
     def check_schedule(self) -> None:

@@ -51,7 +51,7 @@ class Reflow(LatentAlgorithm):
         return Needs(LatentBatch, features=self.config.loss.startswith("lpips"))
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         return Calls()
 
     def credit(self, batch: LatentBatch, scores: Scores | None) -> Credit:

@@ -55,7 +55,7 @@ class SFT(ForwardAlgorithm):
         return replace(c.rollout_needs, scores=True, reference=reference)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         return Calls(loss=velocity_kl_calls(self.config.beta))
 
     def most_items(self, samples: int) -> int:

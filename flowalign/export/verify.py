@@ -140,7 +140,7 @@ def differences(expected: Probe, family: ModelFamily, pipeline: Any, config: Sam
     apart, values = list[tuple[float, float]](), list[tuple[float, float]]()
     for scale, made in expected.latents.items():
         walk = PublicWalk(family, prompts, noise, Guidance(scale), PROBE_STEPS, length, sigmas=levels)
-        found, factor = walk.latents(pipeline), _amplification(scale) if passes else 1
+        found, factor = walk.latents(pipeline), amplification(scale, passes=passes)
         difference = share(found, made) / factor
         apart.append((difference, rounding(walk, pipeline, found) / factor if difference > TOLERANCE else 0.0))
         values.append((float((found - made).abs().max()), float(made.abs().max())))
@@ -193,9 +193,12 @@ def _rank(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _amplification(guidance: float) -> float:
-    """Return the factor by which guidance magnifies the rounding of the velocities that it combines: |g| + |1 - g|."""
-    return guidance + abs(1 - guidance)
+def amplification(guidance: float, *, passes: bool) -> float:
+    """Return the factor by which guidance magnifies the rounding of the velocities that it combines: |g| + |1 - g|.
+
+    Without ``passes`` the scale is an input of the network: nothing is combined, and the factor is 1.
+    """
+    return guidance + abs(1 - guidance) if passes else 1.0
 
 
 def largest(errors: Sequence[float]) -> float:

@@ -141,7 +141,9 @@ def _not_counted(made: Estimate) -> list[str]:
         notes.append("what a gradient through the autoencoder and beyond keeps is not counted")
     if not made.algorithm.says_calls:
         kind = config.algorithm["type"]
-        notes.append(f"{kind} does not say what it asks (Algorithm.calls): each network is counted once an item")
+        notes.append(
+            f"{kind} does not say what it asks (Algorithm.network_calls): each network is counted once an item"
+        )
     if isinstance(config, AlignConfig) and config.data.refill:
         notes.append("what data.refill draws in the place of silent groups is not counted")
     return notes

@@ -108,7 +108,7 @@ def _walked(config: AlignConfig, plan: SamplingPlan, images: int) -> int:
 
 def _learned(config: RunConfig, algorithm: Algorithm, samples: int) -> dict[str, int]:
     """Return what the calls of an algorithm come to, its items being of so many ``samples``."""
-    calls, needs = algorithm.calls, algorithm.needs
+    calls, needs = algorithm.network_calls, algorithm.needs
     asked = asked_of_items(samples, needs, config.passes, config.learner.ranks)
     forward = backward = derivative = taught = shared = 0
     parts = ((asked.annotate, calls.annotate), (asked.loss, calls.loss), (asked.second_loss, calls.second_loss))

@@ -97,7 +97,7 @@ class Learner:
         models = {role: self._in_micro_batches(model) for role, model in self.models.items() if role in networks}
         if self.needs.rollout:
             models["rollout"] = models.pop("policy")
-        models = self._named(models, self.algorithm.calls.annotate)
+        models = self._named(models, self.algorithm.network_calls.annotate)
         by_kind, place = {}, (self.engine.rank, self.engine.world_size)
         with torch.no_grad(), self._rollout_weights_bound():
             for kind in [None] if kinds is None else kinds.unique().tolist():
@@ -165,7 +165,7 @@ class Learner:
         if self.second is not None:  # a network's gradients belong to its own loss
             other = "policy" if engine is self.second else "second"
             models[other] = _without_gradients(models[other])
-        calls = self.algorithm.calls
+        calls = self.algorithm.network_calls
         models = self._named(models, calls.second_loss if engine is self.second else calls.loss)
 
         def keeping_kinds(minibatch: TrainBatch) -> LossOutput:

@@ -138,7 +138,7 @@ def test_items_and_calls_are_those_that_it_says(name):
         items = annotated(algorithm.items(batch, credit), algorithm.annotate(counted, batch, credit))
     asked, rows = rows, Counter()
     algorithm.loss(counted, items)
-    for part, found in ((algorithm.calls.annotate, asked), (algorithm.calls.loss, rows)):
+    for part, found in ((algorithm.network_calls.annotate, asked), (algorithm.network_calls.loss, rows)):
         said, drawn = defaultdict[str, float](float), set()
         for call in part:
             said[call.role.partition(":")[0]] += call.times * len(credit)

@@ -275,7 +275,7 @@ def test_an_unknown_scale_of_hps_is_refused(clip_dir):
 def test_a_head_that_is_missing_or_no_safetensors_file_is_refused(tmp_path, clip_dir):
     with pytest.raises(SpecError, match=r"head /nowhere\.safetensors does not exist"):
         resolve({"type": "aesthetic", "path": clip_dir, "head": "/nowhere.safetensors"})
-    with pytest.raises(SpecError, match="'head'"):
+    with pytest.raises(SpecError, match="needs head"):
         resolve({"type": "aesthetic", "path": clip_dir})
     pickled = tmp_path / "head.pth"
     torch.save(torch.nn.Linear(WIDTH, 1).state_dict(), pickled)

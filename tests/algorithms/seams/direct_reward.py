@@ -60,7 +60,7 @@ class DirectReward(Scheduled):
         return Needs(EncodedPrompts, decoder=True, reward=True)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         late = (min(self.config.within, self.config.num_steps) + 1) / 2  # steps with a gradient, in the mean
         return Calls((Call("policy", self.config.num_steps - late),), (Call("policy", late, learns=True),))
 

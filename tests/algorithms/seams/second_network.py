@@ -29,7 +29,7 @@ class DistributionMatching(ForwardAlgorithm):
         return Needs(Trajectories, group_size=self.config.group_size, reference=Reference(), second=second)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         loss = (Call("policy", learns=True), Call("reference"), Call("second"))
         return Calls(loss=loss, second_loss=(Call("second", learns=True),))
 

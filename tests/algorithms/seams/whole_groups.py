@@ -29,7 +29,7 @@ class Listwise(ForwardAlgorithm):
         return Needs(Trajectories, scores=True, group_size=self.config.group_size, whole_groups=True)
 
     @property
-    def calls(self) -> Calls:
+    def network_calls(self) -> Calls:
         return Calls()
 
     def credit(self, batch: Trajectories, scores: Scores | None) -> Credit:
