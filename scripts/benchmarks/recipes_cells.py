@@ -202,9 +202,11 @@ def _sft(title: str, *overrides: Mapping[str, Any]) -> Cell:
 SFT_KL: dict[str, Cell] = {
     "start": _sft("configs/shapes/sft.yaml: KL 1, Euler, nine points"),
     "slow": _sft("KL 0.1, a quarter of the learning rate, three points", SLOW, WEAKER, THREE),
-    "slow_ab2": _sft("the same, images by ab2", SLOW, WEAKER, THREE, AB2),
-    "slow_ab2_1": _sft("the same, KL 1", SLOW, THREE, AB2),
-    "slow_ab2_free": _sft("the same, no KL", SLOW, {"algorithm.beta": 0.0}, THREE, AB2),
+    "slow_ab2": _sft("KL 0.1, a quarter of the learning rate, three points, ab2", SLOW, WEAKER, THREE, AB2),
+    "slow_ab2_1": _sft("KL 1, a quarter of the learning rate, three points, ab2", SLOW, THREE, AB2),
+    "slow_ab2_free": _sft(
+        "no KL, a quarter of the learning rate, three points, ab2", SLOW, {"algorithm.beta": 0.0}, THREE, AB2
+    ),
     "half_ab2": _sft("KL 0.1, half of the learning rate, three points, ab2", falling(6e-5), WEAKER, THREE, AB2),
     "strict_ab2": _sft(
         "KL 0.1, a quarter of the learning rate, three points, ab2, wholly right images alone",
