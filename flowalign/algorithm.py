@@ -215,6 +215,11 @@ class Calls:
     second_loss: tuple[Call, ...] = ()
 
 
+def _class_of(kind: type, name: str) -> type:
+    """Return the class of which ``kind`` has an attribute."""
+    return next(own for own in kind.__mro__ if name in vars(own))
+
+
 class Algorithm:
     """Base of all algorithms: what a batch's items are worth, what networks say of them once, what they teach.
 
@@ -263,8 +268,10 @@ class Algorithm:
 
     @property
     def says_calls(self) -> bool:
-        """Whether ``network_calls`` are its own, and no guess."""
-        return type(self).network_calls is not Algorithm.network_calls
+        """Whether ``network_calls`` are said of its own `annotate` and losses: by their class, or by one below it."""
+        by = _class_of(type(self), "network_calls")
+        asking = (_class_of(type(self), part) for part in ("annotate", "loss", "second_loss"))
+        return by is not Algorithm and all(issubclass(by, own) for own in asking)
 
     def most_items(self, samples: int) -> int:
         """Return how many items ``samples`` of a batch become at the most; of whole groups, how many samples of items.

@@ -140,10 +140,8 @@ def _not_counted(made: Estimate) -> list[str]:
     if needs.decoder or needs.features:
         notes.append("what a gradient through the autoencoder and beyond keeps is not counted")
     if not made.algorithm.says_calls:
-        kind = config.algorithm["type"]
-        notes.append(
-            f"{kind} does not say what it asks (Algorithm.network_calls): each network is counted once an item"
-        )
+        said = f"{config.algorithm['type']} does not say what its own losses ask (Algorithm.network_calls)"
+        notes.append(f"{said}: the passes of its updates are a guess")
     if isinstance(config, AlignConfig) and config.data.refill:
         notes.append("what data.refill draws in the place of silent groups is not counted")
     return notes

@@ -29,18 +29,14 @@ SHORT = {"iterations": ITERATIONS, "evaluation.every": 0, "checkpoint.every": IT
 
 
 def measured(processes: Mapping[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Seconds of an iteration, those that are no pass of a model, their share, and what each phase has of them."""
-    seconds = max(sum(sum(parts.values()) for parts in process.values()) for process in processes.values())
-    passes = sum(sum(map(sum_of, process.values())) - not_the_model(process)[0] for process in processes.values())
-    phases = {
-        f"{phase}_rest_s": sum(process[phase].get("rest", 0.0) for process in processes.values() if phase in process)
-        for phase in ("rollout", "score", "learn", "sync")
-    }
+    """Seconds of an iteration, those that are no pass of a model, their share, and the rest of each phase."""
+    whole = {name: sum(sum(parts.values()) for parts in process.values()) for name, process in processes.items()}
+    passes = sum(whole[name] - not_the_model(process)[0] for name, process in processes.items())
+    seconds, phases = max(whole.values()), dict[str, float]()
+    for phase, parts in (item for process in processes.values() for item in process.items()):
+        phases[f"{phase}_rest_s"] = phases.get(f"{phase}_rest_s", 0.0) + parts.get("rest", 0.0)
+    phases.pop("outside_rest_s", None)  # on Ray, where a process waits for another
     return {"iteration_s": seconds, "not_model_s": seconds - passes, "share": 1 - passes / seconds, **phases}
-
-
-def sum_of(parts: Mapping[str, float]) -> float:
-    return sum(parts.values())
 
 
 def summary(turns: Sequence[Mapping[str, float]]) -> dict[str, Any]:

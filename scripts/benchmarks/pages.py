@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cells import ROOT
+from cells import ROOT, insert
 
 DOCS = ROOT / "docs"
 END = "<!-- end of the measured table -->"
@@ -12,19 +12,13 @@ END = "<!-- end of the measured table -->"
 
 def insert_table(name: str, table: str, page: Path = DOCS / "pretraining.md") -> None:
     """Put ``table`` between the marks that ``page`` has for the script ``name``."""
-    before, begin, _, rest = _parts(name, page)
-    page.write_text(f"{before}{begin}\n{table}\n{END}{rest}")
+    insert(table, page, _begin(name), END)
 
 
 def table_in(name: str, page: Path) -> str:
     """Return the table that ``page`` has for the script ``name``."""
-    return _parts(name, page)[2].strip("\n")
+    return page.read_text(encoding="utf-8").partition(_begin(name))[2].partition(END)[0].strip("\n")
 
 
-def _parts(name: str, page: Path) -> tuple[str, str, str, str]:
-    begin = f"<!-- measured by scripts/benchmarks/{name}.py -->"
-    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
-    if not found:
-        raise SystemExit(f"{page} has no line {begin}")
-    table, _, after = rest.partition(END)
-    return before, begin, table, after
+def _begin(name: str) -> str:
+    return f"<!-- measured by scripts/benchmarks/{name}.py -->"

@@ -186,6 +186,7 @@ def test_a_model_that_magnifies_roundings_is_held_to_what_a_rounding_makes_of_it
         parameters["proj_out.bias"].add_(0.1 * expected.velocity_NCHW.abs().max())
     other = differences(expected, policy.network.family, pipeline, config)
     assert min(other.velocity, other.latents - 4 * other.rounding) > 1e-3
+    assert same._replace(velocity=0.0, latents=5e-5, rounding=1e-6).shown == pytest.approx(4.6e-5)
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(

@@ -64,6 +64,18 @@ def test_each_family_is_reproduced(tiny: Build, family: str) -> None:
     assert len(levels) == 5 and (levels[0], levels[-1]) == (1, 0)
 
 
+def test_a_model_that_magnifies_rounding_is_held_to_what_a_rounding_makes(tiny: Build) -> None:
+    """With weights eight times as large two orders of the same sums are further apart than is allowed otherwise."""
+    model = tiny("sd3")
+    for file in (model / "transformer").glob("*.safetensors"):
+        save_file({name: 8 * w if "weight" in name else w for name, w in load_file(file).items()}, file)
+    code, found, said = doctor(model, "--size", "64x64")
+    figures = [check["figures"] for check in found["checks"] if "apart" in check["figures"]]
+    assert code == 0 and found["reproduced"]
+    assert any(own["rounding"] > 1e-6 for own in figures) and ", as what a rounding of the noise makes" in said
+    assert all(own["apart"] <= 1e-5 + 4 * own["rounding"] for own in figures)
+
+
 def test_guidance_is_said_in_the_pipeline_s_own_words(tiny: Build) -> None:
     """Z-Image counts from 0; Qwen-Image does not guide without a negative prompt; dev's number is an input."""
 

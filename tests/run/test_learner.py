@@ -1,10 +1,13 @@
 """The learner over a real engine: micro-batches, updates, what an empty batch does, whose weights ``annotate`` sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from flowalign.algorithm import LossOutput
+from flowalign.algorithm import Calls, LossOutput, Reference
 from flowalign.algorithms import build_algorithm
+from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.algorithms.nft import NFT
 from flowalign.config.updates import OptimizerConfig
 from flowalign.engine.base import EngineSettings
@@ -82,6 +85,37 @@ def test_a_bare_metric_is_a_share_of_all_items_a_mean_of_those_that_are_there_an
     metrics = own.update(*batch(model, ALGORITHMS["nft"]), iteration=0).metrics
     assert metrics["mean"] == pytest.approx(2.5) and metrics["largest"] == 5
     assert [metrics[name] for name in ("share", "ratio/share", "max_share")] == pytest.approx([1.25] * 3)
+
+
+class AsksAnew(FlowGRPO):
+    """Asks the reference in a loss of its own, although the parent says, with a beta of 0, that nobody does."""
+
+    @property
+    def needs(self):
+        return replace(super().needs, reference=Reference())
+
+    def loss(self, models, minibatch):
+        self._kl(models, minibatch, *self._step(models, "policy", minibatch))
+        return super().loss(models, minibatch)
+
+
+class SaysTooLittle(AsksAnew):
+    @property
+    def network_calls(self):
+        return Calls()
+
+
+def test_a_loss_is_given_the_networks_that_are_named_for_it_or_all_where_nobody_named_them():
+    model, config = LinearVelocity(), FlowGRPO.Config.model_validate(GRPO)
+
+    def update(kind):
+        own = learner(model, algorithm=kind(config))
+        own.models["reference"] = LinearVelocity()
+        return own.update(*batch(LinearVelocity()), iteration=0)
+
+    assert not AsksAnew(config).says_calls and update(AsksAnew).metrics["learner/updates"] == 1
+    with pytest.raises(KeyError, match="reference"):
+        update(SaysTooLittle)
 
 
 def test_a_batch_without_credit_moves_nothing_and_says_so():
