@@ -30,6 +30,8 @@ def check_reference(row: Mapping[str, Any]) -> None:
         raise InputError('has no "image", the path of its reference picture')
     if not is_there(Path(path)):
         raise InputError(f"its reference picture {path} does not exist{hint(path, typos=False)}")
+    if not Path(path).is_file():
+        raise InputError(f"its reference picture {path} is no file")
 
 
 def _reference(row: Mapping[str, Any]) -> Images:
