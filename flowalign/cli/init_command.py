@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -187,18 +186,12 @@ def _flagged(error: Exception) -> Exception:
 def _write_checked(to: Path, text: str) -> None:
     """Write what `flowalign check` accepts, beside it first. Raise as that does; then nothing is left."""
     from flowalign.intake.ready import looked_at
-    from flowalign.record.disk import draft_of
+    from flowalign.record.disk import draft_of, folder_for
 
     told: list[Any] = []
-    made = [folder for folder in to.absolute().parents if not folder.exists()]
     try:
-        if made:
-            made[0].mkdir(parents=True)
-        with draft_of(to) as draft:
+        with folder_for(to.parent), draft_of(to) as draft:
             draft.write_text(text, encoding="utf-8")
             looked_at("align", draft, say=told.append)
     except Exception as error:
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
         raise _flagged(error) from error
