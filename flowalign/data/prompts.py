@@ -138,8 +138,8 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     """
     tasks = dict.fromkeys((task_of(row) for row in rows), 1)
     if unknown := sorted(weights.keys() - tasks.keys()):
-        has = ", ".join(tasks)
-        raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")
+        has = f"have: {', '.join(tasks)}" if any(tasks) else "have no tasks, which a column `task` names"
+        raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts {has}")
     turns = [((k + 0.5) / n, task) for task, n in (tasks | dict(weights)).items() for k in range(n)]
     if not turns:
         raise PromptsError("data.task_weights: all weights are 0, which leaves no prompt")

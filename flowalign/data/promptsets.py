@@ -166,6 +166,8 @@ def _check_columns(asked: PromptsConfig, source: Source) -> None:
                 near = get_close_matches(column, known, n=1)
                 said = f"did you mean {near[0]!r}?" if near else has
                 raise SourceError(f"{asked.source} has no column {column!r}; {said}", f"{key}.{name}")
+    if "prompt" in asked.columns and asked.columns["prompt"] is None:
+        raise SourceError("is null, and prompts are what is read; name the column that holds them", "columns.prompt")
     if asked.columns.get("prompt") is None and "prompt" in source.unread:
         raise SourceError(_unread(asked.source, "prompt", source.unread["prompt"]))
     if asked.columns.get("prompt") is None and "prompt" not in known and known:
