@@ -224,10 +224,11 @@ def test_one_model_alone_and_other_options_in_the_same_place_are_refused(home: P
 
 @pytest.mark.parametrize("words", [("--num-samples", "3"), ("--prompts", "shapes:eval"), ("--num-steps", "5")])
 def test_options_of_sampling_are_refused_where_nothing_is_sampled(
-    home: Path, compared: Any, words: tuple[str, ...]
+    home: Path, compared: Any, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     folders = [str(home / "out" / name) for name in ("base", "lora")]
-    assert f"{words[0]}: is of what is sampled here" in compare(home, *folders, *words, code=2)
+    said = compare(home, *folders, *words, "--out", str(tmp_path / "out"), code=2)
+    assert f"{words[0]}: is of what is sampled here" in said
 
 
 def test_pictures_that_are_gone_are_said_and_are_no_change(home: Path, compared: Any, tmp_path: Path) -> None:
