@@ -84,7 +84,12 @@ def _is_plain(kind: Any) -> bool:
 
 def _filled(row: Mapping[str, Any]) -> Row:
     """Return a row of a table without what is nothing: null, and a number that is none."""
-    return {name: own for name, value in row.items() if (own := _told(value)) is not None}
+    # Most cells are texts, for which nothing is called.
+    return {
+        name: own
+        for name, value in row.items()
+        if value is not None and (own := value if type(value) is str else _told(value)) is not None
+    }
 
 
 def _told(value: Any) -> Any:
