@@ -220,10 +220,22 @@ def _construct(name: str, cls: Callable[..., Any], options: dict[str, Any]) -> S
         raise SpecError(f"reward {name!r}: batch_size is {size!r}; write a number of images, at least 1")
     if lacking := [key for key, own in parameters.items() if own.default is own.empty and key not in options]:
         raise SpecError(f"reward {name!r} needs {' and '.join(lacking)}; its options are {', '.join(parameters)}")
+    for key, value in options.items():
+        if _is_no_text(parameters[key].annotation, value):
+            raise SpecError(f"reward {name!r}: {key} is {value!r:.80}; write a text")
     try:
         return cls(**options)
     except TypeError as error:
         raise SpecError(f"reward {name!r}: {error}; its options are {', '.join(parameters)}") from error
+
+
+def _is_no_text(annotation: Any, value: Any) -> bool:
+    """Tell whether an option of texts alone was given something else."""
+    return (
+        annotation in ("str", "str | None")
+        and not isinstance(value, str)
+        and (value is not None or annotation == "str")
+    )
 
 
 def _entry_point(name: str) -> EntryPoint:

@@ -140,8 +140,11 @@ def models_of(
 
     sampled = [source for source in sources if not is_evaluation(source)]
     if not sampled:
-        if scorer is not None:
-            raise ConfigError("--scorer", "judges what is sampled here, and these are folders that were judged")
+        given = {"scorer": scorer, "num-samples": num_samples, "prompts": prompts, "seed": seed, "weights": weights}
+        if asked := [f"--{name}" for name, value in (given | sampling.given).items() if value is not None]:
+            raise ConfigError(
+                asked[0], "is of what is sampled here, and these are folders that were judged; leave it out"
+            )
         return list(sources)
     runs = [source for source in sampled if not is_pipeline(source)]
     own = sampling if runs else replace(sampling, model=None)

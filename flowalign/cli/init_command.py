@@ -18,7 +18,16 @@ from flowalign.cli.terminal import opening, print_json
 if TYPE_CHECKING:
     from flowalign.making.recipe import Asked
 
-FLAGS = {"model": "--model", "data.prompts": "--prompts", "rewards": "--reward", "algorithm": "--algorithm"}
+FLAGS = {"algorithm.guidance_scale": "--guidance-scale", "evaluation.guidance_scale": "--guidance-scale"}
+FLAGS |= {
+    "model": "--model",
+    "evaluation.prompts": "--prompts",
+    "data.prompts": "--prompts",
+    "rewards": "--reward",
+    "algorithm": "--algorithm",
+}
+_IMPLIED = ("path", "prompts", "type", "0", "guidance_scale")  # parts of keys that the options say
+ALGORITHM = "flow_grpo"
 
 
 @examples(
@@ -28,12 +37,14 @@ FLAGS = {"model": "--model", "data.prompts": "--prompts", "rewards": "--reward",
 def init(
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="configuration to write")] = Path("run.yaml"),
     model: Annotated[str | None, typer.Option(metavar="DIR", help="pipeline directory, or shapes")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="prompts to learn from")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="prompts to learn from, as docs/prompts.md has them")
+    ] = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(metavar="SPEC", help="a scorer, with options 'pickscore path=…'; may be repeated"),
     ] = None,
-    algorithm: Annotated[str, typer.Option(metavar="NAME", help="see docs/algorithms.md")] = "flow_grpo",
+    algorithm: Annotated[str, typer.Option(metavar="NAME", help="see docs/algorithms.md")] = ALGORITHM,
     size: Annotated[
         Any,
         typer.Option(
@@ -60,7 +71,8 @@ def init(
     console = make_console(as_json)
     opening(console, f"init {to}")
     given = {"--model": model, "--prompts": prompts, "--reward": reward, "--size": size, "--memory": memory}
-    given |= {"--hours": hours}
+    given |= {"--hours": hours, "--guidance-scale": guidance_scale}
+    given |= {"--algorithm": None if algorithm == ALGORITHM else algorithm}
     _check_new(to, shapes, [option for option, value in given.items() if value not in (None, [])])
     check_file("--to", to)
     if shapes:
@@ -167,19 +179,19 @@ def _flagged(error: Exception) -> Exception:
     if not isinstance(error, ConfigError):
         return error
     option = next((flag for key, flag in FLAGS.items() if error.key.startswith(key)), None)
-    further = ".".join(part for part in error.key.split(".")[1:] if part not in ("path", "prompts", "type", "0"))
+    further = ".".join(part for part in error.key.split(".")[1:] if part not in _IMPLIED)
     return error if option is None else ConfigError(option, f"{further}: {error.reason}" if further else error.reason)
 
 
 def _write_checked(to: Path, text: str) -> None:
     """Write what `flowalign check` accepts, beside it first. Raise as that does; then nothing is left."""
     from flowalign.intake.ready import looked_at
-    from flowalign.record.disk import draft_of
+    from flowalign.record.disk import draft_of, folder_for
 
     told: list[Any] = []
-    with draft_of(to) as draft:
-        draft.write_text(text, encoding="utf-8")
-        try:
+    try:
+        with folder_for(to.parent), draft_of(to) as draft:
+            draft.write_text(text, encoding="utf-8")
             looked_at("align", draft, say=told.append)
-        except Exception as error:
-            raise _flagged(error) from error
+    except Exception as error:
+        raise _flagged(error) from error

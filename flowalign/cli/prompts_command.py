@@ -83,6 +83,8 @@ def _asked(source: str, columns: Sequence[str], where: Sequence[str], split: str
                     option,
                     f"{pair!r} is no pair; write such as {'prompt=caption' if key == 'columns' else 'task=colors'}",
                 )
+            if key == "columns" and named.get(name, value) != value:
+                raise ConfigError(option, f"{name} is {named[name]!r} and {value!r}; give it once")
             named[name] = value if key == "columns" or name not in named else [*_listed(named[name]), value]
         update |= {key: named} if named else {}
     return as_section(asked).model_copy(update=update) if update else asked

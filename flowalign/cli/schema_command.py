@@ -26,7 +26,7 @@ def schema(
     # yaml-language-server: $schema=FILE
     """
     from flowalign.intake.schema import schema_text
-    from flowalign.record.disk import write_text
+    from flowalign.record.disk import folder_for, write_text
     from flowalign.record.outputs import check_file
 
     if to is not None:
@@ -35,5 +35,6 @@ def schema(
     if to is None:
         typer.echo(text, nl=False)
         return
-    write_text(to, text)
+    with folder_for(to.parent):
+        write_text(to, text)
     make_console().print(f"written to {to}")

@@ -124,14 +124,18 @@ class CurriculumSampler(GroupSampler):
         return [self._pool[place] for place in order[places].tolist()]
 
     def _others(self, task: str, count: int, drawn: Collection[str], generator: torch.Generator) -> list[Row]:
-        """Draw by weight among the task's prompts that were not ``drawn`` yet."""
+        """Draw by weight among the task's prompts that were not ``drawn`` yet, each once."""
         of_task = np.flatnonzero(self._task_P == self._tasks.index(task)).tolist()
-        places = [place for place in of_task if self._pool[place]["prompt"] not in drawn]
+        places: dict[str, list[int]] = {}
+        for place in of_task:
+            if (prompt := self._pool[place]["prompt"]) not in drawn:
+                places.setdefault(prompt, []).append(place)
         if not places:
             return []
-        weights = torch.from_numpy(self.weights()[places])
-        picks = torch.multinomial(weights, min(count, len(places)), generator=generator)
-        return [self._pool[places[pick]] for pick in picks.tolist()]
+        own, rows = self.weights(), list(places.values())
+        weights = torch.tensor([own[same].sum() for same in rows], dtype=torch.float64)
+        picks = torch.multinomial(weights, min(count, len(rows)), generator=generator)
+        return [self._pool[rows[pick][0]] for pick in picks.tolist()]
 
     def _metrics(self) -> dict[str, float]:
         """Return what each task's prompts are believed to be passed, where any of them was measured, and how large a

@@ -76,10 +76,14 @@ class GroupSampler:
         return self._groups(chosen, REFILL_IDS + place * self.groups)
 
     def _others(self, task: str, count: int, drawn: Collection[str], generator: torch.Generator) -> list[Row]:
-        """Return rows of a task, none of which has a prompt that was ``drawn``, as many as there are and at most
-        ``count``."""
+        """Return rows of a task, each of another prompt and none of one that was ``drawn``, as many as there are and at
+        most ``count``. A row that is there several times, as by its weight, comes once."""
         pool = [row for row in self._by_task[task] if row["prompt"] not in drawn]
-        return [pool[i] for i in torch.randperm(len(pool), generator=generator)[:count].tolist()]
+        order = (pool[i] for i in torch.randperm(len(pool), generator=generator).tolist())
+        first: dict[str, Row] = {}
+        for row in order:
+            first.setdefault(row["prompt"], row)
+        return list(first.values())[:count]
 
     def rows(self, iterations: int) -> list[Row]:
         """Return the rows that so many iterations draw, task after task, each once."""
@@ -134,8 +138,8 @@ def task_cycle(rows: list[Row], weights: Mapping[str, int]) -> list[str]:
     """
     tasks = dict.fromkeys((task_of(row) for row in rows), 1)
     if unknown := sorted(weights.keys() - tasks.keys()):
-        has = ", ".join(tasks)
-        raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts have: {has}")
+        has = f"have: {', '.join(tasks)}" if any(tasks) else "have no tasks, which a column `task` names"
+        raise PromptsError(f"data.task_weights: no prompt has the task {unknown[0]!r}; the prompts {has}")
     turns = [((k + 0.5) / n, task) for task, n in (tasks | dict(weights)).items() for k in range(n)]
     if not turns:
         raise PromptsError("data.task_weights: all weights are 0, which leaves no prompt")

@@ -13,8 +13,8 @@ from typing import Any
 
 from flowalign.config.prompts import HUB, SHAPES, Prompts, PromptsConfig
 from flowalign.data.sources.place import Place, Row, Source
-from flowalign.data.sources.read import read_source, state_of
-from flowalign.data.sources.rows import TEXTS, NoPrompt, as_text, check_row, row_filter, row_taker
+from flowalign.data.sources.read import FORMS, read_source, state_of
+from flowalign.data.sources.rows import TEXTS, NoPrompt, as_text, check_row, has_no_prompt, row_filter, row_taker
 from flowalign.record.textfiles import TextError, and_more
 from flowalign.shapes import prompts as shapes
 
@@ -82,6 +82,8 @@ def _absolute(asked: PromptsConfig) -> PromptsConfig:
     Raises:
         PromptsError: there is no such source.
     """
+    if not asked.source.strip():
+        raise SourceError(f"no source is named; give shapes:train, shapes:eval, {FORMS}")
     if asked.source in SHIPPED or asked.source.startswith(HUB):
         return asked
     if asked.source.startswith(SHAPES):
@@ -129,7 +131,7 @@ def select(asked: PromptsConfig, source: Source) -> list[tuple[Place, Row]]:
                 left_out += 1
                 continue
             taken, weights[number] = take(row, place)
-            if "empty" in asked.drop and not (taken.get("prompt") or "").strip():
+            if "empty" in asked.drop and has_no_prompt(taken):
                 continue
             check_row(taken, place, asked.columns)
             if "duplicates" in asked.drop and taken["prompt"] in seen:
@@ -159,15 +161,25 @@ def _check_columns(asked: PromptsConfig, source: Source) -> None:
     for key, columns in (("columns", asked.columns), ("where", {name: name for name in asked.where})):
         for name, column in columns.items():
             if column is not None and column not in known:
+                if column in source.unread:
+                    raise SourceError(_unread(asked.source, column, source.unread[column]), f"{key}.{name}")
                 near = get_close_matches(column, known, n=1)
                 said = f"did you mean {near[0]!r}?" if near else has
                 raise SourceError(f"{asked.source} has no column {column!r}; {said}", f"{key}.{name}")
+    if "prompt" in asked.columns and asked.columns["prompt"] is None:
+        raise SourceError("is null, and prompts are what is read; name the column that holds them", "columns.prompt")
+    if asked.columns.get("prompt") is None and "prompt" in source.unread:
+        raise SourceError(_unread(asked.source, "prompt", source.unread["prompt"]))
     if asked.columns.get("prompt") is None and "prompt" not in known and known:
         likely = next((name for name in known if name.lower() in ("prompt", "prompts", *TEXTS)), "NAME")
         raise SourceError(
             f"{asked.source} has no column 'prompt'; {has}; say which one holds the prompts: "
             f"{{source: …, columns: {{prompt: {likely}}}}}"
         )
+
+
+def _unread(source: str, column: str, kind: str) -> str:
+    return f"{source} has {kind} in the column {column!r}, which is not read; save it as texts or numbers"
 
 
 def _all_left_out(asked: PromptsConfig, source: Source, by_filter: int) -> SourceError:
@@ -183,7 +195,7 @@ def _all_left_out(asked: PromptsConfig, source: Source, by_filter: int) -> Sourc
             [(row, place) for place, row in source.rows if isinstance(row, dict)],
         )
         if not any(keeps(*row) for row in rows):
-            known = list(dict.fromkeys(str(as_text(row.get(column))) for row, _ in rows))
+            known = list(dict.fromkeys(f"{as_text(row.get(column))!s:.80}" for row, _ in rows))
             more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
             said = f"{count} has {wanted!r} there; it has {', '.join(known[:_SHOWN])}{more}"
             return SourceError(said, f"where.{column}")

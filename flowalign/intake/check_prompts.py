@@ -18,6 +18,8 @@ from flowalign.models.errors import ModelError
 if TYPE_CHECKING:
     from flowalign.data.sources.place import Place
 
+NO_TASKS = "they have no tasks, which a column `task` names; leave this out"
+
 
 def check_prompts(key: str, source: Prompts, rewards: Sequence[RewardConfig], *, advice: str = "") -> None:
     """Check that the prompts load, and that every reward can judge every row that it is for.
@@ -220,9 +222,8 @@ def _tasks_of(source: Prompts) -> list[str]:
 
 def _check_tasks_there(key: str, reward: RewardConfig, source: Prompts, found: Sequence[str]) -> None:
     if unknown := [task for task in reward.tasks or () if task not in found]:
-        raise ConfigError(
-            f"{key}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {nearest(unknown[0], found)}"
-        )
+        known = nearest(unknown[0], found) if any(found) else NO_TASKS
+        raise ConfigError(f"{key}.tasks", f"no prompt of {source} has the task {unknown[0]!r}; {known}")
 
 
 def check_tasks_taught(config: AlignConfig, needs: Needs) -> None:

@@ -17,8 +17,10 @@ def given_prompts(text: str, key: str = "--prompts") -> Prompts:
     """Return a source as it is written, or the section that ``{source: …, columns: …}`` is.
 
     Raises:
-        ConfigError: the section is none, or has a wrong key.
+        ConfigError: nothing is written, or the section is none, or has a wrong key.
     """
+    if not text.strip():
+        raise ConfigError(key, "is empty; name a source of prompts")
     return _section(text, key) if text.lstrip().startswith("{") else text
 
 

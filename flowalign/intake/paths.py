@@ -84,11 +84,20 @@ def _inside(value: Any, annotation: Any, base: Path, key: str) -> Any:
     return {**value, **_changed(value, inner, base, f"{key}.")}
 
 
+_NAMED: dict[Held, str] = {
+    "prompts": "a source of prompts",
+    "pipeline": "the directory of a model",
+    "teacher": "a run, a checkpoint or the directory of a model",
+}
+
+
 def _resolved(value: Any, held: Held, base: Path, key: str) -> Any:
     if held == "options":
         return {name: _option(item, name, base, f"{key}.{name}") for name, item in value.items()}
     if not isinstance(value, str):
         return value
+    if not value.strip() and held in _NAMED:  # which would be the folder of the configuration
+        raise ConfigError(key, f"is empty; name {_NAMED[held]}")
     how: dict[Held, Callable[[], str]] = {
         "pipeline": lambda: _model(value, base),
         "teacher": lambda: _model(value, base),

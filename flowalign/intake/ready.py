@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from flowalign.intake.file import Loaded, load_run
 from flowalign.intake.run_directory import accepted_of, check_run
 from flowalign.models.checked import check_weights, teacher_model
 from flowalign.models.directory import is_pipeline, open_directory
+from flowalign.record.installed import is_installed
 from flowalign.record.lock import refuse_held
 from flowalign.run.made import Accepted
 
@@ -140,7 +140,7 @@ def _check_installed(config: RunConfig) -> None:
         "learner.engine": ("deepspeed", config.learner.engine == "deepspeed", "torch"),
     }
     for key, (package, wanted, otherwise) in asked.items():
-        if wanted and importlib.util.find_spec(package) is None:
+        if wanted and not is_installed(package):
             raise ConfigError(key, f"{package} is not installed; {_OF}, or write {key}={otherwise}")
 
 

@@ -15,7 +15,7 @@ from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SHIPPED
 from flowalign.data.prompts import evaluation_batch, load_prompts
 from flowalign.making.pairs import weights_digest
-from flowalign.measure.changed import Changed, changed_most, same_pictures
+from flowalign.measure.changed import Changed, changed_most, same_pictures, without_picture
 from flowalign.measure.compared import Comparison, NotComparable, check_same_samples, compare_models
 from flowalign.measure.evaluate import evaluate_checkpoint
 from flowalign.measure.evaluated import judge_facts, sampling_facts
@@ -98,7 +98,7 @@ def compare(
     comparison = compare_models(models, metrics=metrics)
     same = [same_pictures(models[0], other) for other in models[1:]]
     changed = changed_most(models, comparison.metrics[0], pictures)
-    made = Made(comparison, changed, same, _notes(sources), out / PAGE)
+    made = Made(comparison, changed, same, [*_notes(sources), *_lacking(models)], out / PAGE)
     from flowalign.report.comparison import page_of
 
     with folder_for(out):
@@ -217,6 +217,16 @@ def _asked(model: SampledModel, num_samples: int | None, prompts: Prompts | None
         "judges": judges,
         "files": digests({"judges": judges}),
     }
+
+
+def _lacking(models: Sequence[Evaluation]) -> list[str]:
+    """Say of which samples the pictures are gone, so that nobody knows whether they changed."""
+    found = {model.label: (without_picture(model), len(model.rows)) for model in models}
+    return [
+        f"{label}: {len(files)} of {count} pictures are not in its folder, first {files[0]}"
+        for label, (files, count) in found.items()
+        if files
+    ]
 
 
 def _notes(sources: Sequence[tuple[str, Path | SampledModel]]) -> list[str]:

@@ -66,11 +66,18 @@ def measure_folder(generated: Path, options: Options, show: Show) -> Measured:
     Raises:
         ConfigError: names the option that asks for what cannot be had.
     """
+    from flowalign.config.section import ConfigError
     from flowalign.engine.device import check_device
     from flowalign.measure.imagefolder import image_files, own_prompts, prompt_rows
     from flowalign.measure.imageset import folder_of
+    from flowalign.record.outputs import check_file
 
     check_device("--device", options.device)
+    for option, value in (("--model", options.model), ("--sheet", options.sheet)):
+        if value is not None and options.memorised is None:
+            raise ConfigError(option, "is of --memorised TRAINING; give that too, or leave it out")
+    if options.sheet is not None:
+        check_file("--sheet", options.sheet)
     files = image_files(generated, "GENERATED")
     source, reference = options.prompts or own_prompts(generated), options.reference
     wanted = _wanted(options.metrics, reference, source, bare=options.memorised is not None)

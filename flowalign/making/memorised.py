@@ -21,7 +21,7 @@ from flowalign.measure.memorised import nearest
 from flowalign.models.build import load_encoders
 from flowalign.models.errors import ModelError
 from flowalign.models.fingerprint import encoder_hash
-from flowalign.record.disk import draft_of
+from flowalign.record.disk import draft_of, folder_for
 
 if TYPE_CHECKING:
     from rewards.interface import Images
@@ -126,5 +126,5 @@ def write_sheet(path: Path, folder: Path, training: Training, rows: list[dict[st
         for place, picture in enumerate(pair):
             small = ImageOps.contain(Image.fromarray(picture), (SIDE, SIDE))
             sheet.paste(small, (left + place * (SIDE + EDGE), top))
-    with draft_of(path) as draft:
+    with folder_for(path.parent), draft_of(path) as draft:
         sheet.save(draft, format="PNG")

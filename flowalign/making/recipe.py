@@ -34,7 +34,7 @@ from flowalign.plan.estimate import Estimate, estimate
 from flowalign.plan.rows import memory_text
 from flowalign.record.progress import duration
 from flowalign.record.textfiles import is_there
-from flowalign.record.yamlfiles import plain
+from flowalign.record.yamlfiles import parse_yaml, plain
 from flowalign.samples.offers import LEARNER, TRAINING, check_reward
 
 SMALL = 100_000_000  # weights, up to which all of them learn
@@ -115,10 +115,10 @@ class _Recipe:
     def begin(self) -> None:
         """Choose what depends on no size."""
         asked, cpu = self.asked, self.gpus is None
-        model, prompts = _path(asked.model, self.base), _path(asked.prompts, self.base)
+        model, prompts = _path(asked.model, self.base), _prompts(asked.prompts, self.base)
         rewards = [_reward(text, self.base) for text in asked.rewards]
         precision = "bfloat16 is faster where the processor has AMX or AVX-512 BF16"
-        evaluated = {"shapes:train": "shapes:eval"}.get(prompts, prompts)
+        evaluated = "shapes:eval" if prompts == "shapes:train" else prompts
         self.choices |= {
             "name": (self.name, "its directory is runs/<name>"),
             "seed": (0, ""),
@@ -244,7 +244,7 @@ class _Recipe:
         assert taken is not None
         one, evaluation = taken.rollout + taken.decoding + taken.learner, taken.evaluation  # of `evaluation.every: 1`
         left = self.asked.hours * 3600 - (1 + EVALUATIONS) * evaluation
-        found = max(1, min(MOST_ITERATIONS, int(left / one)))
+        found = max(1, int(min(MOST_ITERATIONS, left / one)))
         why = f"{self.asked.hours:g} h at {duration(one)} each, by its FLOPs; rewards take longer"
         self.choices["iterations"] = (found, why)
         return found
@@ -335,11 +335,27 @@ def _place(gpus: Gpus | None) -> Choices:
     }
 
 
+def _prompts(text: str, base: Path) -> Any:
+    """Return prompts as a configuration in ``base`` has them: a source, or the section that is written in braces."""
+    if not text.lstrip().startswith("{") or is_there(Path(text)):
+        return _path(text, base)
+    section = plain(parse_yaml(text, "--prompts"))
+    if isinstance(section, dict) and isinstance(source := section.get("source"), str):
+        section["source"] = _path(source, base)
+    return section
+
+
 def _reward(text: str, base: Path) -> dict[str, Any]:
-    spec, *options = shlex.split(text) or [""]
+    try:
+        spec, *options = shlex.split(text) or [""]
+    except ValueError as error:
+        raise ConfigError("rewards", f"{text!r}: a quotation mark is open; write such as 'clip path=…'") from error
     location, colon, name = spec.rpartition(":")
     found: dict[str, Any] = {"spec": f"{_path(location, base)}{colon}{name}" if location.endswith(".py") else spec}
-    return found | ({"options": scalar_options(options)} if options else {})
+    try:
+        return found | ({"options": scalar_options(options)} if options else {})
+    except ConfigError as error:
+        raise ConfigError("rewards", f"{text!r}: {error}") from error
 
 
 def _path(text: str, base: Path) -> str:

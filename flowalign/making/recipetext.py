@@ -28,7 +28,7 @@ def raw_of(choices: Choices) -> dict[str, Any]:
 
 def text_of(choices: Choices, header: Sequence[str]) -> str:
     """Return the choices as YAML below a ``header`` of comments; a list has an item a line."""
-    lines = [f"# {line}".rstrip() for line in header]
+    lines = ["# " + re.sub(r"[\r\n]", " ", line) for line in header]
     for section in dict.fromkeys(key.partition(".")[0] for key in choices):
         own = {key: choice for key, choice in choices.items() if key.partition(".")[0] == section}
         if section not in own:
@@ -63,9 +63,11 @@ def written(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        return re.sub(r"e-0*", "e-", f"{value:.1e}")
+        short = f"{value:.1e}"
+        return re.sub(r"e-0*", "e-", short if float(short) == value else f"{value:.16e}")
     return repr(value)
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t") + '"'
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text) + '"'

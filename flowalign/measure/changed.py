@@ -31,6 +31,11 @@ def same_pictures(first: Evaluation, other: Evaluation) -> int:
     return sum(_equal(first, other, file) for file in first.rows)
 
 
+def without_picture(model: Evaluation) -> list[str]:
+    """Return the samples whose picture file is not in the folder of the evaluation."""
+    return [file for file in model.rows if not inside(model.folder / file, model.folder)]
+
+
 def changed_most(models: Sequence[Evaluation], metric: str, count: int) -> list[Changed]:
     """Return up to ``count`` samples whose score by ``metric`` differs most from the first model's, under any other.
 
@@ -38,7 +43,12 @@ def changed_most(models: Sequence[Evaluation], metric: str, count: int) -> list[
     """
     first, *others = models
     steps = {file: _step(models, file, metric) for file in first.rows}
-    files = [file for file in first.rows if steps[file] or not all(_equal(first, other, file) for other in others)]
+    lacking = {file for model in models for file in without_picture(model)}
+    files = [
+        file
+        for file in first.rows
+        if steps[file] or (file not in lacking and not all(_equal(first, other, file) for other in others))
+    ]
     least = min(heapq.nlargest(count, (steps[file] for file in files)), default=0.0)
     pixels = {file: _pixels(models, file) for file in files if steps[file] >= least}
     chosen = sorted(pixels, key=lambda file: (-steps[file], -pixels[file], file))[:count]

@@ -75,13 +75,16 @@ class EvaluationTaken(ValueError):
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise EvaluationTaken where an evaluation was begun with other options."""
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        was, wanted = (json.dumps(own.get(changed[0])) for own in (before, now))
-        raise EvaluationTaken(
-            f"{folder} was begun with {changed[0]} {was}, now it is {wanted}; give the same options to continue, or "
-            "name another directory: --out DIR"
-        )
+    for key in {**before, **now}:
+        was, wanted = before.get(key), now.get(key)
+        while isinstance(was, dict) and isinstance(wanted, dict) and was != wanted:
+            part = next(name for name in {**was, **wanted} if was.get(name) != wanted.get(name))
+            key, was, wanted = f"{key}.{part}", was.get(part), wanted.get(part)
+        if was != wanted:
+            raise EvaluationTaken(
+                f"{folder} was begun with {key} {json.dumps(was)}, now it is {json.dumps(wanted)}; give the same "
+                "options to continue, or name another directory: --out DIR"
+            )
 
 
 @dataclass(frozen=True)

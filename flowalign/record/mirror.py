@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from flowalign.config.logging import LoggingConfig
 from flowalign.config.section import ConfigError
 from flowalign.record.disk import DiskError, write_text
+from flowalign.record.installed import is_installed
 from flowalign.record.log import LOG
 from flowalign.record.trackers import TRACKERS, Picture, Record, Tracker
 from rewards.errors import one_line
@@ -36,9 +36,9 @@ def check_trackers(config: LoggingConfig) -> None:
         ConfigError: one is not installed, there is no key, it is refused, or no server answers; within seconds.
     """
     for name in config.trackers:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise ConfigError("logging.trackers", f"{name} is not installed; pip install {name}, or leave it out")
-    if config.wandb == "offline" and importlib.util.find_spec("wandb") is None:
+    if config.wandb == "offline" and not is_installed("wandb"):
         _wandb()
     if config.wandb == "online":
         _check_online()

@@ -65,6 +65,8 @@ def check_out(key: str, directory: Path) -> None:
 
 def check_file(key: str, file: Path) -> None:
     """Check as `check_out` a single file, which may be there already."""
+    if not is_there(file) and (reason := unwritable(file)):
+        raise ConfigError(key, f"{file} cannot be written ({reason}); name another file")
     if file.is_dir():
         raise ConfigError(key, f"{file} is a directory; name a file")
     check_out(key, file.parent)

@@ -10,8 +10,10 @@ from typing import Any
 from flowalign.record.textfiles import is_there
 from rewards.interface import Images, InputError
 from rewards.missing import hint
-from rewards.pictures import PictureError, read
+from rewards.picturefiles.kinds import kind_of, said_of
+from rewards.pictures import FORMATS, PictureError, read
 
+_HEAD = 64  # bytes that tell the format
 _KEPT = 64  # pictures; the samples of a group share theirs
 
 
@@ -24,12 +26,21 @@ def references_of(rows: Sequence[Mapping[str, Any]]) -> list[Images]:
 
 
 def check_reference(row: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` for a row whose reference picture is not named, or is not there."""
+    """Raise ``InputError`` for a row whose reference picture is not named, not there, or begins as no picture does."""
     path = row.get("image")
     if not isinstance(path, str) or not path:
         raise InputError('has no "image", the path of its reference picture')
     if not is_there(Path(path)):
         raise InputError(f"its reference picture {path} does not exist{hint(path, typos=False)}")
+    if not Path(path).is_file():
+        raise InputError(f"its reference picture {path} is no file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise InputError(f"its reference picture {path} cannot be read ({error.strerror})") from error
+    if kind_of(head) not in FORMATS:
+        raise InputError(f"its reference picture {path} {said_of(head, FORMATS)}")
 
 
 def _reference(row: Mapping[str, Any]) -> Images:
@@ -39,7 +50,7 @@ def _reference(row: Mapping[str, Any]) -> Images:
     try:
         state = Path(path).stat()
         return _read(path, state.st_mtime_ns, state.st_size)
-    except (OSError, PictureError) as error:
+    except (OSError, ValueError, PictureError) as error:  # of a name with a NUL too
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"the reference picture {path} cannot be had ({said})") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def custom_code(directory: str | Path) -> str | None:
                 if (key == "auto_map" and value) or (key == "trust_remote_code" and value is not False):
                     return f"{file.relative_to(directory)} ({key})"
                 if key in _HF_NAMES and isinstance(value, str) and value and Path(value) != directory:
-                    found = custom_code(value) if Path(value).is_dir() else None
+                    found = custom_code(value) if os.path.isdir(value) else None
                     if found is not None:
                         return f"{file.relative_to(directory)} ({key}: {value}, {found})"
     for part, named in _object(directory / _INDEX).items():

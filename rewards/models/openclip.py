@@ -5,6 +5,7 @@ Shapes: N images or texts, H W pixels, D embedding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,13 +47,13 @@ class OpenClip:
             raise SpecError(
                 f"{owner}: give either `path`, a directory in open_clip's layout, or `model` and `checkpoint`"
             )
-        if path is not None and not (Path(path) / "open_clip_config.json").is_file():
+        if path is not None and not os.path.isfile(Path(path) / "open_clip_config.json"):
             raise SpecError(f"{owner}: {path} holds no open_clip_config.json; give a directory in open_clip's layout")
         if path is not None:
             refuse_custom_code(owner, path)
         if model is not None and checkpoint is None:
             raise SpecError(f"{owner}: model {model!r} has no `checkpoint`; give a local file of its weights")
-        if checkpoint is not None and ("/" in checkpoint or Path(checkpoint).suffix) and not Path(checkpoint).is_file():
+        if checkpoint is not None and ("/" in checkpoint or Path(checkpoint).suffix) and not os.path.isfile(checkpoint):
             raise SpecError(
                 f"{owner}: checkpoint {checkpoint} does not exist{hint(checkpoint)}; "
                 f"give a local file of {model} weights"

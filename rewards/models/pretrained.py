@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def check_dtype(owner: str, dtype: str) -> None:
 def first_of(owner: str, directory: str, names: Sequence[str], what: str) -> Path:
     """Return the first of the files ``names`` that a directory holds; raises ``SpecError`` with ``what`` to give."""
     for name in names:
-        if (Path(directory) / name).is_file():
+        if os.path.isfile(Path(directory) / name):  # of a name that no file can have too
             return Path(directory) / name
     raise SpecError(f"{owner}: {directory} holds no {' or '.join(names)}; give {what}")
 
@@ -34,6 +35,7 @@ def load_model(owner: str, kind: Any, path: str, dtype: str) -> Any:
     Raises ``SpecError`` where it does not load, or lacks weights: transformers would only warn, and draw random ones.
     """
     import torch
+    from safetensors import SafetensorError
 
     try:
         loaded: Any = kind.from_pretrained(
@@ -44,7 +46,7 @@ def load_model(owner: str, kind: Any, path: str, dtype: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SpecError(f"{owner}: {path} did not load as a {kind.__name__} ({one_line(error)})") from error
     model, report = loaded
     if lacking := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):

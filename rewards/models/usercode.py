@@ -61,14 +61,14 @@ def module_of(target: str, base_dir: Path) -> Path | None:
         return source.find_module(location)
     except SpecError as error:
         file = f"{location.replace('.', '/')}.py"
-        if (base_dir / file).is_file() or Path(file).is_file():
+        if os.path.isfile(base_dir / file) or os.path.isfile(file):
             raise SpecError(f"reward {target} names no installed module; did you mean {file}:{attribute}?") from error
         raise
 
 
 def file_of(location: str, base_dir: Path) -> Path:
     path = (base_dir / os.path.expanduser(location)).resolve()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SpecError(
             f"reward file {path} does not exist{hint(path)}; write its path relative to {base_dir.resolve()}, "
             "or to where the command runs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,7 @@ class AestheticScorer(Batched):
         batch_size: int = 64,
     ) -> None:
         super().__init__(device, batch_size)
-        if not Path(head).is_file():
+        if not os.path.isfile(head):
             raise SpecError(
                 f"aesthetic: head {head} does not exist{hint(head)}; give a safetensors file of linear layers"
             )

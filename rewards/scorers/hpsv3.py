@@ -50,7 +50,10 @@ class Hpsv3Scorer(Batched):
             first_of(self.name, path, [file], "a directory of HPSv3 as docs/rewards.md has it")
         refuse_custom_code(self.name, path)
         self.path, self.dtype = path, dtype
-        self.instruction = (Path(path) / "instruction.txt").read_text(encoding="utf-8")
+        try:
+            self.instruction = (Path(path) / "instruction.txt").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise SpecError(f"{self.name}: {path}/instruction.txt cannot be read ({one_line(error)})") from error
         if self.instruction.count(_PROMPT) != 1 or self.instruction.count(_REWARD) != 1:
             raise SpecError(f"{self.name}: {path}/instruction.txt must have {_PROMPT} and {_REWARD}, each once")
 

@@ -51,7 +51,7 @@ class ImageSimilarityScorer(Batched):
             raise SpecError(f"{self.name}: {path}/config.json is no JSON ({one_line(error)})") from error
         first_of(self.name, path, _FILES, what + " with its image processor")
         kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind not in _CLASSES:
+        if not isinstance(kind, str) or kind not in _CLASSES:
             raise SpecError(f"{self.name}: {path} is a {kind!r}; give one of {', '.join(_CLASSES)}")
         refuse_custom_code(self.name, path)
         self.path, self.dtype, self.kind = path, dtype, _CLASSES[kind]

@@ -70,7 +70,7 @@ class ImagerewardScorer(Batched):
             self._tokenizer = BertTokenizer.from_pretrained(
                 self.processor, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
             raise SpecError(f"{self.name}: {self.weights} did not load as ImageReward ({one_line(error)})") from error
         head = {key: value.to(self.device) for key, value in state.items() if key.startswith("mlp.")}
         self._head = chain(self.name, str(self.weights), head)

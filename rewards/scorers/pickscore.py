@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -47,7 +48,7 @@ class PickscoreScorer(Batched):
         # transformers 5 writes an image processor into processor_config.json, older ones into a file of its own.
         needed = ((path, ("config.json",)), (self.processor, ("preprocessor_config.json", "processor_config.json")))
         for directory, files in needed:
-            if not any((Path(directory) / file).is_file() for file in files):
+            if not any(os.path.isfile(Path(directory) / file) for file in files):
                 raise SpecError(
                     f"pickscore: {directory} holds no {files[0]}; give the directory of a transformers CLIPModel"
                     " (`path`) and of its tokenizer and image processor (`processor`)"

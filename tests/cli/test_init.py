@@ -17,9 +17,10 @@ from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align
 from flowalign.making.quickstart import FILE, MODELINE
 from flowalign.making.recipe import Asked, recipe
+from flowalign.making.recipetext import text_of
 from flowalign.plan import make_plan
 from flowalign.plan.devices import gpus_of
-from flowalign.record.yamlfiles import parse_yaml
+from flowalign.record.yamlfiles import parse_yaml, plain
 from tests.tiny import write_configs_of_a_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,15 @@ def test_what_is_written_is_small_says_why_and_can_start(folder: Path) -> None:
         ((*FLAGS, "--memory", "24"), "--memory: got '24'; write what one GPU holds, such as 80GiB"),
         ((*FLAGS, "--memory", "1MiB"), "--memory: the run does not fit into 1.0 MiB"),
         ((*FLAGS, "--to", "own.py"), "--to: own.py exists; name another file"),
+        ((*FLAGS, "--to", "x" * 300), "--to: xxx"),
+        ((*FLAGS, "--to", "own.py/run.yaml"), "--to: "),
+        ((*FLAGS, "--to", "new/run.yaml", "--guidance-scale", "1e9"), "--guidance-scale: got 1,000,000,000.0"),
+        ((*FLAGS, "--prompts", "{source: own.jsonl, limt: 1}"), "--prompts: limt: unknown key; did you mean"),
+        ((*FLAGS, "--prompts", "{source: own.jsonl"), "--prompts is not YAML"),
+        ((*FLAGS, "--reward", "it's"), '--reward: "it\'s": a quotation mark is open'),
+        ((*FLAGS, "--reward", "jpeg quality"), "--reward: 'jpeg quality': quality: is no option; write key=value"),
+        (("--shapes", "--algorithm", "nft"), "--shapes: is the quickstart as it is; leave out --algorithm"),
+        (("--shapes", "--guidance-scale", "3"), "--shapes: is the quickstart as it is; leave out --guidance-scale"),
         ((*FLAGS, "--shapes"), "--shapes: is the quickstart as it is; leave out --model, --prompts, --reward"),
     ],
 )
@@ -141,6 +151,21 @@ def test_a_file_elsewhere_names_the_same_files(folder: Path) -> None:
     assert init(*FLAGS, "--to", "configs/run.yaml").exit_code == 0
     own = parse_yaml(Path("configs/run.yaml").read_text(), "it")
     assert Path(own["model"]["path"]).is_absolute() and own["data"]["prompts"] == str(folder / "own.jsonl")
+
+
+def test_a_folder_that_is_not_there_is_made_and_some_rows_of_a_source_are_a_section(folder: Path) -> None:
+    shown = init(
+        *FLAGS, "--prompts", "{source: own.jsonl, limit: 1}", "--hours", "1e308", "--to", "new/folder/run.yaml"
+    )
+    assert shown.exit_code == 0, shown.output
+    own = parse_yaml(Path("new/folder/run.yaml").read_text(), "it")
+    assert own["data"]["prompts"] == {"source": str(folder / "own.jsonl"), "limit": 1} and own["iterations"] == 10_000
+
+
+def test_whatever_is_written_is_read_back_as_it_is() -> None:
+    values = ["a: b #c", 'it\'s "q" \\', "new\nline\r\t\x1b\x7f\x85", "null", "1e5", "naïve 猫 \U0001f600", 0.000123456]
+    text = text_of({"rewards": ([{"options": values}], "")}, ["a model that is called\nmodel: x"])
+    assert plain(parse_yaml(text, "it")) == {"rewards": [{"options": values}]}
 
 
 @pytest.mark.slow

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -299,6 +303,16 @@ WRONG: list[tuple[str, str | bytes, dict[str, Any], str]] = [
         {"columns": {"prompt": "x"}},
         r'p\.jsonl, line 2: "x" is a number',
     ),
+    ("p.txt", "a red dog\ra cat\r", {}, r"p\.txt has lines that end in a carriage return alone"),
+    ("p.txt", "a\n" + "b" * 131_073, {}, r'p\.txt, line 2: "prompt" has 131,073 characters, and at most 131,072'),
+    (
+        "p.jsonl",
+        '{"prompt": 5}\n{"prompt": ""}\n{"prompt": null}\n',
+        {"drop": ["empty"]},
+        r'p\.jsonl, line 1: "prompt" is a number; write a text$',
+    ),
+    ("p.jsonl", r'{"prompt": "a", "negative_prompt": "\u0000"}', {}, r'line 1: "negative_prompt" holds a NUL'),
+    ("p.jsonl", r'{"prompt": "a", "tag": "b\u0000"}', {}, r'line 1: "tag" holds a NUL'),
     ("p.parquet", b"PAR1 and no more", {}, r"p\.parquet cannot be read as parquet"),
     ("p.parquet", "prompt\na\n", {}, r"p\.parquet cannot be read as parquet"),
 ]
@@ -312,6 +326,60 @@ def test_what_cannot_be_read_or_is_not_there_is_said_with_its_place(
     inside = "" if said.startswith(r"\.") else ": .*"  # of the section
     with pytest.raises(PromptsError, match=rf"^data\.prompts{inside}{said}"):
         load_prompts(section(tmp_path / name, **keys))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_days_and_exact_numbers_of_arrow_are_read_and_what_json_cannot_tell_is_nothing(
+    saved: bool, tmp_path: Path
+) -> None:
+    table = pyarrow.table(
+        {
+            "prompt": pyarrow.array(["a", "b"], pyarrow.large_string()),
+            "often": [Decimal("3"), Decimal("0")],
+            "on": [date(2020, 1, 2), None],
+            "score": [math.inf, 6.0],
+            "known": [{"x": math.nan}, {"x": 1.0}],
+        }
+    )
+    path = tmp_path / "p.parquet"
+    if saved:
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    rows = [{"prompt": "a", "on": "2020-01-02", "known": {"x": None}}] * 3
+    assert load_prompts(section(path, columns={"weight": "often"})) == rows
+    assert load_prompts(section(path, columns={"weight": "often"}, where={"on": "2020-01-02"})) == rows
+    assert [row["prompt"] for row in load_prompts(section(path, where={"score": 6}))] == ["b"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_column_of_arrow_that_is_not_read_is_said_where_it_is_asked_for(saved: bool, tmp_path: Path) -> None:
+    path = (write_saved if saved else write_parquet)(tmp_path / "p.parquet")
+    said = r"has binary in the column 'picture', which is not read; save it as texts or numbers"
+    for key, asked in (("columns", {"image": "picture"}), ("where", {"picture": "x"})):
+        with pytest.raises(PromptsError, match=rf"^data\.prompts\.{key}\.\w+: .*{said}"):
+            load_prompts(section(path, **{key: asked}))
+
+
+def test_two_columns_of_one_name_are_refused_of_parquet_as_of_a_table(tmp_path: Path) -> None:
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "p.parquet")
+    with pytest.raises(PromptsError, match=r"p\.parquet has the column 'prompt' twice"):
+        load_prompts(section(tmp_path / "p.parquet"))
+
+
+def test_a_filter_finds_what_python_and_its_tables_make_of_a_whole_number_and_of_true(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"n": 6.0}, {"n": 6}, {"n": "6"}, {"n": 6.5}, {"n": True}, {"n": "True"}, {"n": "true"}]
+    path.write_text("".join(json.dumps({"prompt": str(at), **row}) + "\n" for at, row in enumerate(rows)))
+    kept = {wanted: load_prompts(section(path, where={"n": wanted})) for wanted in (6, True)}
+    assert [[row["prompt"] for row in found] for found in kept.values()] == [["0", "1", "2"], ["4", "5", "6"]]
+
+
+def test_what_is_no_name_of_a_source_is_refused() -> None:
+    for source, said in (("", "no source is named"), (" ", "no source"), ("hub:", "no name"), ("hub:../a", "no name")):
+        with pytest.raises(PromptsError, match=said):
+            load_prompts(source)
 
 
 def test_a_table_of_no_rows_and_a_row_without_a_prompt_are_said_of_arrow_too(tmp_path: Path) -> None:
@@ -334,6 +402,7 @@ def test_a_table_of_no_rows_and_a_row_without_a_prompt_are_said_of_arrow_too(tmp
     ("keys", "said"),
     [
         ({"where": {"a": {"low": 1}}}, r"a: got {'low': 1}; write a range as"),
+        ({"where": {"a": {"min": math.nan}}}, r"a: got {'min': nan}; write a range as"),
         ({"where": {"a": []}}, r"a: the list is empty"),
         ({"where": {"a": [[1]]}}, r"a: got \[\[1\]\]; write a value"),
         ({"limit": 0}, "greater than or equal to 1"),

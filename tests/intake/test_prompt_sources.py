@@ -93,6 +93,15 @@ def test_a_run_is_made_of_the_files_of_its_prompts_by_the_key_that_names_them(fo
             r"data\.prompts\.column: unknown key; did you mean data\.p",
         ),
         (["data.prompts={columns: {prompt: a}}"], r"data\.prompts\.source: is missing"),
+        (["data.prompts="], r"data\.prompts: is empty; name a source of prompts"),
+        (["data.prompts={source: ' '}"], r"data\.prompts\.source: is empty; name a source of prompts"),
+        (["model.path="], r"model\.path: is empty; name the directory of a model"),
+        (
+            ["data.prompts={source: led.jsonl, columns: {prompt: null}}"],
+            r"\.columns\.prompt: is null, and",
+        ),
+        (["data.task_weights={x: 1}"], r"data\.task_weights: no prompt has the task 'x'; the prompts have no tasks"),
+        (["rewards=[{spec: 'reward.py:bright', tasks: [x]}]"], r"rewards\.0\.tasks: .* they have no tasks"),
         (["data.prompts=[a]"], r"data\.prompts: got \['a'\]; write a text"),
         (["data.prompts=2025-01-01"], r"data\.prompts: .*/2025-01-01 does not exist; give shapes:train"),
         (

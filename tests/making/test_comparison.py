@@ -218,6 +218,28 @@ def test_one_model_alone_and_other_options_in_the_same_place_are_refused(home: P
     assert "there is one model alone" in compare(home, str(home / "base"), code=2)
     words = [str(home / "base"), str(home / "runs" / "full"), *ASKED, "--out", str(home / "out")]
     assert "seed 1234, now it is 5" in compare(home, *words, "--seed", "5", code=2)
+    assert "begun with sampling.num_steps 2, now it is 3;" in compare(home, *words, "--num-steps", "3", code=2)
+    assert "--prompts: is empty; name a source" in compare(home, *words, "--prompts", "", code=2)
+
+
+@pytest.mark.parametrize("words", [("--num-samples", "3"), ("--prompts", "shapes:eval"), ("--num-steps", "5")])
+def test_options_of_sampling_are_refused_where_nothing_is_sampled(
+    home: Path, compared: Any, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    folders = [str(home / "out" / name) for name in ("base", "lora")]
+    said = compare(home, *folders, *words, "--out", str(tmp_path / "out"), code=2)
+    assert f"{words[0]}: is of what is sampled here" in said
+
+
+def test_pictures_that_are_gone_are_said_and_are_no_change(home: Path, compared: Any, tmp_path: Path) -> None:
+    folders = [shutil.copytree(home / "out" / "base", tmp_path / name) for name in ("whole", "lacking")]
+    (folders[1] / "00003.png").unlink()
+    found = compare(home, *map(str, folders), "--out", str(tmp_path / "out"))
+    assert found["changed_most"] == [] and found["same_pictures"] == {"lacking": 11}
+    assert found["notes"] == ["lacking: 1 of 12 pictures are not in its folder, first 00003.png"]
+    assert (
+        "1 of 12 pictures are not in its folder, first 00003.png" in (tmp_path / "out" / "comparison.html").read_text()
+    )
 
 
 def test_labels_tell_paths_from_one_another() -> None:

@@ -75,7 +75,7 @@ def scenes() -> np.ndarray:
 
 def test_a_copied_training_image_is_named_and_shown(tmp_path: Path, scenes: np.ndarray) -> None:
     generated = save(np.stack([true_scenes(1, 5)[0], scenes[17]]), tmp_path / "generated")
-    training, sheet = save(scenes, tmp_path / "training"), tmp_path / "sheet.png"
+    training, sheet = save(scenes, tmp_path / "training"), tmp_path / "new" / "sheet.png"
     found = measured(generated, "--memorised", training, "--sheet", sheet)
     first, second = found["nearest"]
     assert (first["file"], first["nearest"], first["authentic"]) == ("0001.png", "0017.png", False)
@@ -113,6 +113,10 @@ def test_a_bank_is_decoded_by_the_model_that_encoded_it(tmp_path: Path, scenes: 
         (["--memorised", "{gone}"], "--memorised: .*gone is not a directory"),
         (["--memorised", "{single}"], "--memorised: .*single holds one image"),
         (["--memorised", "{broken}"], "--memorised: .*"),
+        (["--memorised", "{single}", "--sheet", "{bank}"], "--sheet: .*bank is a directory; name a file"),
+        (["--memorised", "{single}", "--sheet", "{bank}/manifest.json/s.png"], "--sheet: .* is not a directory"),
+        (["--sheet", "{gone}"], "--sheet: is of --memorised TRAINING; give that too"),
+        (["--model", "shapes"], "--model: is of --memorised TRAINING; give that too"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, scenes: np.ndarray, given: list[str], said: str) -> None:

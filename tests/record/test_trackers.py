@@ -17,6 +17,7 @@ from PIL import Image
 from flowalign.config.logging import LoggingConfig
 from flowalign.config.section import ConfigError
 from flowalign.intake.file import load_align
+from flowalign.record.installed import is_installed
 from flowalign.record.metrics import MetricsWriter, read_metrics
 from flowalign.record.mirror import check_trackers, samples_of
 
@@ -163,6 +164,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts() -> 
         pytest.skip("all are installed")
     with pytest.raises(ConfigError, match=rf"logging\.trackers: {missing} is not installed; pip install {missing}"):
         check_trackers(config_of(missing))
+
+
+def test_a_folder_that_is_called_like_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow_of_a_run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("mlflow_of_a_run") is not None and not is_installed("mlflow_of_a_run")
+    assert is_installed("pytest") and not is_installed("no_such_package")
 
 
 def test_wandb_in_the_list_is_led_to_its_own_key(tmp_path: Path) -> None:

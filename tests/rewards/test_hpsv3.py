@@ -56,6 +56,7 @@ def test_marks_of_the_model_in_a_prompt_are_no_marks(scorer):
         ("HPSv3.safetensors", None, r"holds no HPSv3\.safetensors; give a directory of HPSv3"),
         ("instruction.txt", None, r"holds no instruction\.txt"),
         ("instruction.txt", b"rate {text_prompt}", r"must have \{text_prompt\} and <\|Reward\|>, each once"),
+        ("instruction.txt", b"\xff\xfe", r"instruction\.txt cannot be read \('utf-8' codec"),
         ("HPSv3.safetensors", b"no", "did not load as HPSv3"),
         ("config.json", b"{", "did not load as HPSv3"),
         ("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}', "did not load as HPSv3"),

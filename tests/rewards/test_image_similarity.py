@@ -71,6 +71,8 @@ def test_a_directory_that_is_no_tower_is_refused(tower, tmp_path):
         ("config.json", "{", r"config\.json is no JSON"),
         ("config.json", '{"model_type": "bert"}', "is a 'bert'; give one of clip, clip_vision_model, dinov2"),
         ("config.json", '{"model_type": "clip", "auto_map": {"AutoModel": "x.Y"}}', "names code of its own"),
+        ("config.json", '{"model_type": ["clip"]}', r"is a \['clip'\]; give one of clip"),
+        ("model.safetensors", "{}", "did not load as a .* \\(Error while deserializing header"),
         ("preprocessor_config.json", None, r"holds no preprocessor_config\.json or processor_config\.json"),
     ):
         directory = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -81,7 +83,8 @@ def test_a_directory_that_is_no_tower_is_refused(tower, tmp_path):
         if content is not None:
             (directory / name).write_text(content)
         with pytest.raises(SpecError, match=f"image_similarity: .*{said}"):
-            resolve({"type": "image_similarity", "path": str(directory)})
+            scorer: Any = resolve({"type": "image_similarity", "path": str(directory)})
+            scorer.setup("cpu")
     with pytest.raises(SpecError, match="dtype 'fp16' is unknown"):
         resolve({"type": "image_similarity", "path": tower[0], "dtype": "fp16"})
 

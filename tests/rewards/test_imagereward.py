@@ -91,6 +91,15 @@ def test_a_directory_that_is_not_imagereward_is_refused(name, content, said, pat
         scorer.setup("cpu")
 
 
+def test_a_published_file_without_tensors_by_name_is_refused(path, tmp_path):
+    for name in ("med_config.json", "vocab.txt"):
+        (tmp_path / name).write_bytes((Path(path) / name).read_bytes())
+    torch.save([1], tmp_path / "ImageReward.pt")
+    scorer: Any = resolve({"type": "imagereward", "path": str(tmp_path)})
+    with pytest.raises(SpecError, match="did not load as ImageReward"):
+        scorer.setup("cpu")
+
+
 @pytest.mark.parametrize("lost", ["blip.visual_encoder.blocks.1.", "blip.text_encoder.encoder.layer.0.", "mlp."])
 def test_weights_that_are_missing_are_refused_and_not_drawn(lost, path, tmp_path):
     tensors = load_file(save_imagereward(tmp_path) + "/model.safetensors")

@@ -115,6 +115,14 @@ BAD = [
     ({"type": "clip", "model": "ViT-B-32", "checkpoint": "/no/such.safetensors"}, "does not exist"),
     ({"type": "pickscore", "path": "/no/such/dir"}, "config.json"),
     ({"type": "pickscore"}, "path"),
+    *(
+        ({"type": name, "path": "x" * 300}, "holds no")
+        for name in ("clip", "clip_iqa", "hpsv3", "imagereward", "pickscore")
+    ),
+    ({"type": "aesthetic", "head": "x" * 300, "path": "y"}, "does not exist"),
+    ("x" * 300 + ".py:f", "does not exist"),
+    ({"type": "hpsv3", "path": 5}, "reward 'hpsv3': path is 5; write a text"),
+    ({"type": "clip_iqa", "path": "x", "good": 3}, "reward 'clip_iqa': good is 3; write a text"),
     ({"type": "jpeg", "quality": 0}, "quality"),
 ]
 

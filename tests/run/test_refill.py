@@ -91,6 +91,14 @@ def test_a_task_whose_prompts_are_all_drawn_has_no_more() -> None:
     assert len(drawn.refill(0, 1, ["a"], {"a0", "a1", "a2"})) == 0
 
 
+def test_a_prompt_that_is_there_several_times_is_drawn_once() -> None:
+    rows = [row for row in ROWS for _ in range(50)]  # as those of a weight are
+    weighted = CurriculumSampler(rows, curriculum=CurriculumConfig(score="s"), groups=4, group_size=1, seed=0)
+    for drawn in (GroupSampler(rows, groups=4, group_size=1, seed=0), weighted):
+        prompts = drawn.refill(0, 1, ["a"] * 5, {"a1"}).prompts
+        assert sorted(prompts) == ["a0", "a2"]
+
+
 def test_a_curriculum_refills_by_weight() -> None:
     rule = CurriculumConfig(score="strict", floor=0.01)
     drawn = CurriculumSampler(ROWS, curriculum=rule, groups=2, group_size=2, seed=0)

@@ -12,7 +12,7 @@ from flowalign.config.section import ConfigError
 from flowalign.config.sections import SHIPPED, RewardConfig
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.samples.offers import EVALUATION, PREFERENCES, TRAINING, TRY_REWARD, check_reward
-from flowalign.samples.references import references_of
+from flowalign.samples.references import check_reference, references_of
 from flowalign.samples.scoring import load_scorer, score_images
 from rewards.interface import Asked, InputError
 
@@ -60,6 +60,20 @@ def test_a_row_without_a_reference_is_named(rows, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             references_of([*rows, row])
+
+
+def test_a_file_that_begins_as_no_picture_does_is_refused_before(rows, tmp_path):
+    for name, content, said in (
+        ("page.png", b"<!doctype html>", r"page\.png is a web page; only PNG"),
+        ("empty.png", b"", r"empty\.png is no image file: it is empty"),
+        ("camera.png", b"\x00\x00\x00\x18ftypheic", r"camera\.png is "),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=said):
+            check_reference({"prompt": "a", "image": str(tmp_path / name)})
+    with pytest.raises(InputError, match="is no file"):
+        check_reference({"prompt": "a", "image": str(tmp_path)})
+    check_reference(rows[0])
 
 
 def test_runs_evaluations_and_preferences_offer_references_and_rows_without_are_refused_before(tmp_path):

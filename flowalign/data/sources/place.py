@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,10 @@ Read = tuple[Place, Row | TextError]  # a row, or in its place what is wrong wit
 
 
 class Source(NamedTuple):
-    """What a source holds: its rows, the names of all its columns, and the folder that paths in a row start from, if it
-    has one."""
+    """What a source holds: its rows, the names of its columns, and the folder that paths in a row start from, if it has
+    one. ``unread`` are columns that no row has, with the kind of what they hold."""
 
     rows: list[Read]
     columns: list[str]
     folder: Path | None = None
+    unread: Mapping[str, str] = {}

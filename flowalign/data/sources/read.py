@@ -15,7 +15,7 @@ from flowalign.data.folders import visible
 from flowalign.data.sources.folder import files_of
 from flowalign.data.sources.place import Read, Source
 from flowalign.data.sources.saved import is_saved, read_hub, read_saved
-from flowalign.data.sources.tables import read_parquet
+from flowalign.data.sources.tables import parquet_columns, read_parquet
 from flowalign.data.sources.texts import EXAMPLE, SEPARATORS, header_of, read_json_lines, read_lines, read_table
 from flowalign.record.textfiles import TextError, is_there
 from rewards.missing import hint
@@ -52,8 +52,11 @@ def read_source(asked: PromptsConfig) -> Source:
     if not rows:
         raise TextError(f"{path} {_EMPTY.get(files[0].suffix.lower(), f'is empty; write a row a line: {EXAMPLE}')}")
     columns = dict.fromkeys(name for _, row in rows if not isinstance(row, TextError) for name in row)
-    header = header_of(files[0]) if files[0].suffix.lower() in SEPARATORS else []
-    return Source(rows, list(dict.fromkeys((*header, *columns))), path if path.is_dir() else path.parent)
+    kind, unread = files[0].suffix.lower(), dict[str, str]()
+    header = header_of(files[0]) if kind in SEPARATORS else []
+    if kind == ".parquet":
+        header, unread = parquet_columns(files[0])
+    return Source(rows, list(dict.fromkeys((*header, *columns))), path if path.is_dir() else path.parent, unread)
 
 
 def state_of(source: str) -> tuple[Any, ...]:

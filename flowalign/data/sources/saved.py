@@ -9,7 +9,7 @@ from typing import Any
 from flowalign.config.prompts import HUB, PromptsConfig
 from flowalign.data.sources.folder import chosen_split
 from flowalign.data.sources.place import Read, Source
-from flowalign.data.sources.tables import BATCH, plain_columns, rows_of
+from flowalign.data.sources.tables import BATCH, plain_columns, rows_of, unread_columns
 from flowalign.record.textfiles import TextError
 
 SAVED, SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"  # of `save_to_disk`
@@ -34,7 +34,8 @@ def read_hub(asked: PromptsConfig) -> Source:
 def _of_dataset(dataset: Any, name: str) -> Source:
     """Return the rows of a data set of ``datasets``; classes are their names."""
     features = dataset.features
-    kept = plain_columns(features.arrow_schema)
+    schema = features.arrow_schema
+    kept = plain_columns(schema)
     names: dict[str, Callable[[int], str]] = {
         column: features[column].int2str for column in kept if hasattr(features[column], "int2str")
     }
@@ -45,7 +46,7 @@ def _of_dataset(dataset: Any, name: str) -> Source:
         rows.append((place, row))
     if not rows:
         raise TextError(f"{name} has no rows")
-    return Source(rows, list(dataset.column_names), None if name.startswith(HUB) else Path(name))
+    return Source(rows, kept, None if name.startswith(HUB) else Path(name), unread_columns(schema))
 
 
 def saved_split(path: Path, split: str | None) -> Any:
@@ -71,6 +72,7 @@ def _from_hub(asked: PromptsConfig) -> Any:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, split = asked.source.removeprefix(HUB), asked.split
+    _check_name(asked.source)
     if not HF_HUB_OFFLINE:
         _check_reachable(asked)
     try:
@@ -86,17 +88,27 @@ def _from_hub(asked: PromptsConfig) -> Any:
         raise TextError(f"{asked.source} cannot be read ({_said(error)}){cached}") from error
 
 
+def _check_name(source: str) -> None:
+    """Raise TextError for what is no name of a data set, such as a path, which ``datasets`` would read."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source.removeprefix(HUB))
+    except HFValidationError as error:
+        raise TextError(f"{source} is no name of a data set; write hub:owner/name") from error
+
+
 def _check_reachable(asked: PromptsConfig) -> None:
     """Raise TextError where the hub does not answer at once, or has no such data set; ``datasets`` tries for long."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         HfApi().dataset_info(asked.source.removeprefix(HUB), revision=asked.revision, timeout=_PATIENCE)
-    except (GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         wrong = {
             GatedRepoError: "is open only to who asked for it there; ask, and log in by `hf auth login`",
-            HFValidationError: "is no name of a data set; write hub:owner/name",
             RevisionNotFoundError: f"has no revision {asked.revision!r}",
         }
         said = wrong.get(

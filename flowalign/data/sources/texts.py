@@ -24,8 +24,10 @@ def read_lines(path: Path) -> Iterator[Read]:
     Raises:
         TextError: the file cannot be read, or begins with the head of a table.
     """
-    first = True
-    for number, line in lines_of(read_text(path)):
+    first, text = True, read_text(path)
+    if "\n" not in text and "\r" in text.strip():
+        raise TextError(f"{path} has lines that end in a carriage return alone; save it with the line ends of Unix")
+    for number, line in lines_of(text):
         if first and _is_object(line):
             yield from read_json_lines(path)
             return

@@ -11,6 +11,7 @@ Shapes: Q queries, C classes (the null class is the last, C + 1st logit), h w ma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Mask2formerDetector:
         batch_size: int = 8,
         dtype: str = "float32",
     ) -> None:
-        if not (Path(path) / "config.json").is_file():
+        if not os.path.isfile(Path(path) / "config.json"):
             raise SpecError(f"mask2former: {path} holds no config.json; give a directory in transformers' layout")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise SpecError(f"mask2former: dtype {dtype!r} is unknown; write float32, bfloat16 or float16")
