@@ -49,7 +49,6 @@ class Ours:
             "learner.micro_batch_size": options.batch,
             "evaluation.weights": "model",
             "rollout.chunk_size": options.batch,
-            "rollout.decode_batch_size": options.batch,
             "data.groups_per_iteration": options.groups,
             "model.dtype": options.dtype,
             "algorithm.group_size": options.group_size,

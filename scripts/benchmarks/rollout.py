@@ -62,9 +62,7 @@ class Sides:
         return own.draw().to(self.options.device)
 
     def ours(self, batch: PromptBatch) -> Trajectories:
-        size = len(batch)
-        told: dict[str, Any] = {"seed": SEED, "policy_version": 0, "length": LENGTH, "decode_batch_size": size}
-        return rollout(self.policy, batch, self.plan, **told).trajectories
+        return rollout(self.policy, batch, self.plan, seed=SEED, policy_version=0, length=LENGTH).trajectories
 
     def theirs(self, batch: PromptBatch, output: str = "np", **given: Any) -> Any:
         each = self.options.group_size
