@@ -210,7 +210,7 @@ def curves(lines: Lines, xlabel: str, ylabel: str, path: Path, *, spread: bool =
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab10" if len(lines) <= 10 else "tab20").colors  # type: ignore[attr-defined]
     for (title, (x, seeds)), colour in zip(lines.items(), itertools.cycle(colours), strict=False):
         by_point = list(zip(*seeds, strict=True))
         means = [statistics.fmean(values) for values in by_point]
@@ -219,7 +219,7 @@ def curves(lines: Lines, xlabel: str, ylabel: str, path: Path, *, spread: bool =
             axes.fill_between(x, [*map(min, by_point)], [*map(max, by_point)], color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
