@@ -128,6 +128,7 @@ def run_cell(
         "machine": machine(options.threads),
         "wall_s": rows[-1]["wall_s"],
         "points": points(rows),
+        **groups(rows, config.algorithm.group_size),
     }
 
 
@@ -171,6 +172,14 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         scores |= {f"eval/geneval_strict/{task}": row[f"eval/geneval_strict/{task}"] for task in TASKS}
         found.append({"iteration": row["iteration"], "images": images, "transitions": transitions, **scores})
     return found
+
+
+def groups(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
+    """Means over iterations: the share of groups of a first draw whose images all score alike, and how many groups of
+    all draws have images that do not."""
+    silent = [row.get("refill/silent", row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
+    taught = [images_in(row) / size * (1 - row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
+    return {"silent": statistics.fmean(silent), "taught": statistics.fmean(taught)} if silent else {}
 
 
 def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:

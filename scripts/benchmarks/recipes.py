@@ -5,7 +5,8 @@ configuration, then four times where twice was better and half where it was not.
 where --cells names them. ``screen`` begins with the best of those (`recipes_cells.START`) and varies one finding at a
 time. ``final`` aligns by the best two of the screening at length, with three seeds, and ``curve`` draws their strict
 score against images into docs/figures. ``sft`` asks what online fine-tuning needs to gain anything, ``soonest`` what
-gains most within four minutes, which the quickstart takes. ``adopt`` makes the best cell that ``tune`` found of each
+gains most within four minutes, which the quickstart takes, ``refill`` whether new prompts for silent groups are worth
+the seconds that they take. ``adopt`` makes the best cell that ``tune`` found of each
 algorithm that algorithm's cell of algorithms.py, whose table then needs only further seeds.
 
 Minutes are those of training alone, on a machine that ``time`` measures, one cell after the other and nothing beside
@@ -34,7 +35,19 @@ import algorithms
 import recipes_table
 from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
 from cells import RESULTS, ROOT, insert, minutes, positive, read, run_once, seeds, shown, words
-from recipes_cells import DOWN, FINDINGS, FIRST_FACTORS, SCREEN, SFT_KL, SOONEST, TUNE, UP, algorithm_of, screened
+from recipes_cells import (
+    DOWN,
+    FINDINGS,
+    FIRST_FACTORS,
+    REFILL,
+    SCREEN,
+    SFT_KL,
+    SOONEST,
+    TUNE,
+    UP,
+    algorithm_of,
+    screened,
+)
 
 from flowalign.intake.file import read_yaml
 
@@ -72,6 +85,7 @@ SEARCHES = {
     "final": Search(SCREEN, Budget(60, evaluations=12), (0, 1, 2)),
     "sft": Search(SFT_KL, Budget(10)),
     "soonest": Search(SOONEST, Budget(4)),
+    "refill": Search(REFILL, Budget(8), (0, 1, 2)),
 }
 
 
@@ -104,7 +118,7 @@ def time_all(options: argparse.Namespace) -> None:
 
 def check() -> None:
     """Load every configuration. Of findings for other algorithms than the start's, those of each kind on one such."""
-    studies = {"algorithms": algorithms.CELLS, "tune": TUNE, "screen": SCREEN, "sft": SFT_KL}
+    studies = {"algorithms": algorithms.CELLS, "tune": TUNE, "screen": SCREEN, "sft": SFT_KL, "refill": REFILL}
     for name in ("flow_grpo", "nft", "awm", "sft", "dpo_online"):
         own = {tag: found for tag, found in FINDINGS.items() if found.types}
         studies[f"findings on {name}"] = screened(TUNE[f"{name}-rate-1"], own)

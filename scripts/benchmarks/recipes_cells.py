@@ -225,3 +225,11 @@ SFT_KL: dict[str, Cell] = {
         {"algorithm.best_of_group": 2},
     ),
 }
+
+
+# With credit for whole prompts alone many groups have no image that is right, or none that is wrong, and teach nothing.
+WHOLE = {"rewards.0.options.mode": "strict"}
+REFILL: dict[str, Cell] = {
+    "without": Cell("grpo_guard", "credit for whole prompts alone", WHOLE),
+    "refill_2": Cell("grpo_guard", "and up to two further draws for silent groups", {**WHOLE, "data.refill": 2}),
+}

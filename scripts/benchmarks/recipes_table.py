@@ -11,7 +11,7 @@ from typing import Any
 from algorithms import CELLS
 from alignments import Budget
 from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, shown
-from recipes_cells import SCREEN, SFT_KL, TUNE, algorithm_of
+from recipes_cells import REFILL, SCREEN, SFT_KL, TUNE, algorithm_of
 
 # Where the table of a search stands in docs/algorithms.md.
 MARKS = {
@@ -20,6 +20,7 @@ MARKS = {
     "final": ("<!-- final: scripts/benchmarks/recipes.py final --table -->", "<!-- end of final -->"),
     "soonest": ("<!-- soonest: scripts/benchmarks/recipes.py soonest --table -->", "<!-- end of soonest -->"),
     "sft": ("<!-- fine-tuned: scripts/benchmarks/recipes.py sft --table -->", "<!-- end of fine-tuned -->"),
+    "refill": ("<!-- refilled: scripts/benchmarks/recipes.py refill --table -->", "<!-- end of refilled -->"),
 }
 
 GAIN = 0.2  # of the strict score, that a quickstart should show
@@ -28,7 +29,7 @@ Cell = Mapping[str, Any]
 
 def load(directory: Path) -> list[dict[str, Any]]:
     """The finished cells of a search, the best strict score first; they must be of one base and one budget."""
-    cells = finished(directory, {**TUNE, **SCREEN, **SFT_KL}, "points")
+    cells = finished(directory, {**TUNE, **SCREEN, **SFT_KL, **REFILL}, "points")
     for key in ("base", *Budget.__dataclass_fields__):
         if len(values := {cell.get(key) for cell in cells}) > 1:
             told = " and ".join(map(str, values))
@@ -72,6 +73,8 @@ def tuned(cells: Sequence[Cell]) -> str:
 def table_of(search: str, cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
     if search == "tune":
         return tuned(cells)
+    if search == "refill":
+        return refilled(cells, titles)
     return soonest(cells) if search == "soonest" else screened(cells, titles)
 
 
@@ -90,6 +93,33 @@ def soonest(cells: Sequence[Cell]) -> str:
     on_the_way = [f"after {part}/{parts}" for part in range(1, parts)]
     head = ["algorithm", "learning rate", "seeds", "before", *on_the_way, "end", f"minutes to +{GAIN:.2f}"]
     return as_markdown(head, [row for *_, row in sorted(rows, key=lambda row: row[:2])])
+
+
+def refilled(cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
+    """What refills cost and bring, means over seeds in the order of the draws."""
+    by_name = {own[0]["cell"]: own for own in grouped(cells, lambda cell: cell["cell"])}
+    rows = []
+    for name, title in titles.items():
+        if (own := by_name.get(name)) is None:
+            continue
+        ends = [cell["points"][-1] for cell in own]
+        spread = f" ± {statistics.stdev(map(strict, own)):.3f}" if len(own) > 1 else ""
+        means = {key: statistics.fmean(cell[key] for cell in own) for key in ("iteration_s", "silent", "taught")}
+        rows.append(
+            [
+                title,
+                str(len(own)),
+                f"{means['silent']:.2f}",
+                f"{means['taught']:.1f}",
+                f"{means['iteration_s']:.2f}",
+                f"{statistics.fmean(end['iteration'] for end in ends):,.0f}",
+                f"{statistics.fmean(end['images'] for end in ends):,.0f}",
+                f"{statistics.fmean(map(strict, own)):.3f}{spread}",
+                f"{statistics.fmean(end[GOLD] for end in ends):.2f}",
+            ]
+        )
+    head = ["cell", "seeds", "silent", "groups that teach", "seconds", "iterations", "images", "strict", "PickScore"]
+    return as_markdown(head, rows)
 
 
 def scores(cell: Cell) -> list[float]:
