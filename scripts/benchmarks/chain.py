@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from alignments import base_digest, end_cells, images_in, refuse_another, side_by_side
-from cells import RESULTS, ROOT, align, insert, machine, positive, run_once, seeds
+from alignments import end_cells, images_in, side_by_side
+from cells import RESULTS, ROOT, align, base_digest, insert, machine, positive, refuse_another, run_once, seeds
 from chain_cells import CELLS, STEPS, Cell
 from chain_students import ENDING, exported, made_student, weights_of
 from chain_table import MARKS, PAGE, kept_by, markdown
@@ -160,9 +160,9 @@ def main() -> None:
     parser.add_argument("--aligned", type=Path, help="a run of flowalign align; default: one that is made here")
     parser.add_argument("--cells", type=lambda text: text.split(","), help="names, with commas; by default all")
     parser.add_argument("--seeds", type=seeds, default=[0])
-    parser.add_argument("--num-samples", type=int, default=1200, help="images of a model at each number of steps")
-    parser.add_argument("--pairs", type=int, help="for a trial, instead of a cell's own")
-    parser.add_argument("--steps", type=int, help="of each link, for a trial, instead of a cell's own")
+    parser.add_argument("--num-samples", type=positive, default=1200, help="images of a model at each number of steps")
+    parser.add_argument("--pairs", type=positive, help="for a trial, instead of a cell's own")
+    parser.add_argument("--steps", type=positive, help="of each link, for a trial, instead of a cell's own")
     parser.add_argument("--jobs", type=positive, default=1, help="cells side by side")
     parser.add_argument("--threads", type=positive, default=2, help="of each")
     parser.add_argument("--results", type=Path, default=OWN)
