@@ -7,7 +7,7 @@ stop() { echo "setup: $*" >&2; exit 2; }
 
 # A virtual environment does not survive being moved, so the place is part of the stamp.
 stamp=.venv/.flowalign-stamp
-want=$(cat pyproject.toml constraints.txt scripts/setup.sh <(pwd -P) | sha256sum | cut -d' ' -f1)
+want=$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/registry.sh <(pwd -P) | sha256sum | cut -d' ' -f1)
 [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$want" ]] && exit 0
 
 python=
@@ -28,15 +28,7 @@ if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
 fi
 rm -f "$stamp"
 
-# uv reads none of pip's settings: hand over those that say where packages come from.
-export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-${PIP_DEFAULT_TIMEOUT:-180}}
-[[ -n ${PIP_CERT:-} ]] && export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
-index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
-[[ -n $index ]] && export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
-[[ -n ${PIP_FIND_LINKS:-} ]] && export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}
-if [[ -n ${PIP_EXTRA_INDEX_URL:-} ]]; then
-    export UV_INDEX=${UV_INDEX:-$PIP_EXTRA_INDEX_URL} UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
-fi
+. scripts/registry.sh
 
 with_uv() {
     [[ -z ${PIP_NO_INDEX:-} ]] || return 1

@@ -83,9 +83,13 @@ def compare(
     if asked is None and scorer is None and (note := _unasked(sources, models, num_samples)):
         plain(console)(note)
 
-    def told(text: str) -> Any:
-        plain(console)(text)
-        return progress(console, "samples")
+    def told(label: str, there: int, total: int) -> Any:
+        shown = progress(console, "samples", of=label)
+        if not console.is_terminal:
+            plain(console)(f"{label}: {total} samples{f', {there} of them are there already' * bool(there)}")
+        elif there < total:  # a model takes seconds to load
+            shown(there, total)
+        return shown
 
     try:
         made = compare_sources(

@@ -14,8 +14,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from flowalign.cli.terminal import failed_midway, release_output, say_error, say_trace, sentence
+from flowalign.cli.terminal import end_line, failed_midway, release_output, say_error, say_trace, sentence
 from flowalign.record.libraries import silence
+from flowalign.record.stop import erase_echo
 from rewards.printable import printable, write_out_logs
 
 
@@ -64,6 +65,8 @@ class Commands(TyperGroup):
             with _usage():
                 return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
+            end_line()
+            erase_echo()
             say_error(str(interrupt) or "interrupted")
             raise typer.Exit(ExitCode.AT_ONCE) from None
         except RunFailed as failed:

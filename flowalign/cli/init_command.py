@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 FLAGS = {"algorithm.guidance_scale": "--guidance-scale", "evaluation.guidance_scale": "--guidance-scale"}
 FLAGS |= {
+    "model.lora": "--lora",
     "model": "--model",
     "evaluation.prompts": "--prompts",
     "data.prompts": "--prompts",
     "rewards": "--reward",
     "algorithm": "--algorithm",
 }
-_IMPLIED = ("path", "prompts", "type", "0", "guidance_scale")  # parts of keys that the options say
+_IMPLIED = ("path", "prompts", "type", "0", "guidance_scale", "lora", "rank")  # parts of keys that the options say
 ALGORITHM = "flow_grpo"
 
 
@@ -58,6 +59,12 @@ def init(
     guidance_scale: Annotated[
         float | None, typer.Option(metavar="G", min=0, callback=finite, help="default: the model's, or none")
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK", min=0, help="of a LoRA, 0 for all weights; default: one where the network is large"
+        ),
+    ] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="the quickstart, on the model of the package")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +78,7 @@ def init(
     console = make_console(as_json)
     opening(console, f"init {to}")
     given = {"--model": model, "--prompts": prompts, "--reward": reward, "--size": size, "--memory": memory}
-    given |= {"--hours": hours, "--guidance-scale": guidance_scale}
+    given |= {"--hours": hours, "--guidance-scale": guidance_scale, "--lora": lora}
     given |= {"--algorithm": None if algorithm == ALGORITHM else algorithm}
     _check_new(to, shapes, [option for option, value in given.items() if value not in (None, [])])
     check_file("--to", to)
@@ -83,7 +90,7 @@ def init(
         from flowalign.making.recipe import recipe
         from flowalign.plan.devices import gpus_here
 
-        asked = _asked(model, prompts, reward or [], algorithm, size, memory, hours, guidance_scale)
+        asked = _asked(model, prompts, reward or [], algorithm, size, memory, hours, guidance_scale, lora)
         gpus = gpus_here()
         console.print("counting what fits, and how long it takes")
         try:
@@ -129,6 +136,7 @@ def _asked(
     memory: str | None,
     hours: float | None,
     guidance_scale: float | None,
+    lora: int | None,
 ) -> Asked:
     """Return what was given, and what is asked for in a terminal. Raise ConfigError where nobody can be asked."""
     from flowalign.making.recipe import Asked
@@ -149,7 +157,7 @@ def _asked(
             said = typer.prompt("Hours (empty: 160 iterations)", "", show_default=False, value_proc=_hours)
             hours = said
     most = bytes_of(memory) if memory else None
-    return Asked(model, prompts, rewards, algorithm, most, hours, guidance_scale, size)
+    return Asked(model, prompts, rewards, algorithm, most, hours, guidance_scale, size, lora)
 
 
 def _hours(text: str) -> float | None:

@@ -69,7 +69,7 @@ def evaluate(
     """Sample the evaluation prompts and score them, as the run itself does; or score a folder of pictures."""
     from flowalign.cli.runs import say_evaluation, write_evaluation
     from flowalign.config.section import ConfigError
-    from flowalign.intake.given_prompts import given_prompts
+    from flowalign.intake.given_prompts import given_prompts, named
     from flowalign.intake.suite import asked_evaluation, folder_judges
     from flowalign.record.outputs import check_out
 
@@ -85,8 +85,11 @@ def evaluate(
 
         judges = folder_judges(suite is not None, detector, scorer, is_geneval(folder))
         device, shown = sampling.checked_device or "cpu", progress(console, "pictures")
-        source = None if prompts is None else Path(prompts)
-        result = evaluate_folder(folder, judges, prompts=source, device=device, progress=shown)
+        source = None if prompts is None else given_prompts(prompts)
+        if isinstance(source, str) and Path(source).is_file():  # which may be one that a command wrote beside pictures
+            source = Path(source)
+        with named("--prompts"):
+            result = evaluate_folder(folder, judges, prompts=source, device=device, progress=shown)
     elif checkpoint is None:
         raise ConfigError("CHECKPOINT", "is missing; name a run, a checkpoint or a pipeline, or give --folder DIR")
     else:

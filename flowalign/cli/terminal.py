@@ -29,6 +29,7 @@ class TextConsole(Console):
     terminal is written out. Each is one line."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        end_line()
         super().print(*map(_as_text, objects), **{**PLAIN, **options})
 
     def out(self, *objects: Any, **options: Any) -> None:
@@ -88,6 +89,7 @@ def say_error(text: str) -> None:
 
 def say_trace(error: BaseException) -> None:
     """Print the trace of a defect."""
+    end_line()
     sys.stderr.write(printable_lines("".join(traceback.format_exception(error))))
 
 
@@ -174,18 +176,37 @@ def print_verdict(out: Console, text: str, good: bool) -> None:
     out.print(text, style="bold green" if good else "bold red")
 
 
-def progress(out: Console, what: str) -> Callable[[int, int], None]:
-    """Return a callback ``(done, total)``. On a terminal it rewrites one line; where nobody watches it does nothing."""
+_open: Console | None = None  # whose last line, of a progress, has no end yet
 
+
+def progress(out: Console, what: str, of: str = "") -> Callable[[int, int], None]:
+    """Return a callback ``(done, total)``. On a terminal it rewrites one line; where nobody watches it does nothing.
+
+    ``of`` is a name in front of the numbers. What is printed meanwhile begins a line of its own.
+    """
     from rich.control import Control
     from rich.segment import ControlType
 
     def show(done: int, total: int) -> None:
+        global _open
         if out.is_terminal:
+            line = _as_text(f"{of}: {done}/{total} {what}" if of else f"{done}/{total} {what}")
+            line.truncate(out.width - 1)  # a line that wraps is not rewritten
             out.control(Control(ControlType.CARRIAGE_RETURN))
-            out.print(f"{done}/{total} {what}", end="\n" if done >= total else "")
+            Console.print(out, line, end="", **PLAIN)
+            _open = out
+            if done >= total:
+                end_line()
 
     return show
+
+
+def end_line() -> None:
+    """End the line of a progress, where one is open."""
+    global _open
+    if _open is not None:
+        out, _open = _open, None
+        Console.print(out)
 
 
 class OutputError(OSError):

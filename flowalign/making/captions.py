@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 from flowalign.config.section import ConfigError
 from flowalign.data.images import ImageRow, ImagesError, ImageSource
 from flowalign.making.keptcaptions import IMAGE, PROMPT, KeptCaptions
+from flowalign.record.holder import DEAD_AFTER_S, RunDirectoryError
+from flowalign.record.lock import LockLost, RunHeld, RunLock
 from rewards.errors import InputError, ScorerError
 from rewards.http.chat import KEY_REFUSED, Chat
 from rewards.http.transport import ServerRefused, ServerUnavailable
@@ -34,6 +37,10 @@ class CaptionsError(RuntimeError):
     def __init__(self, reason: str, begun: bool) -> None:
         super().__init__(f"{reason}; the same command goes on where it was" if begun else reason)
         self.begun = begun
+
+
+class CaptionsHeld(ConfigError):
+    """Another process writes captions into the same directory: who, and what to do. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,41 @@ def caption(options: Options, progress: Progress = lambda done, total: None) -> 
 
     Raises:
         ImagesError: the source cannot be read, or holds no image. ConfigError: the directory was begun with other
-            options, or a kind of caption has a name that is taken. ScorerError: nothing answers at the endpoint, or it
-            refuses the key. CaptionsError: most images are left out, or the endpoint gives no answers any more.
-            DiskError.
+            options, or a kind of caption has a name that is taken; CaptionsHeld, where another process is at work in
+            it. ScorerError: nothing answers at the endpoint, or it refuses the key. CaptionsError: most images are left
+            out, the endpoint gives no answers any more, or another process took the directory over. DiskError.
     """
     if taken := next((kind for kind in options.captions if kind in (IMAGE, PROMPT)), None):
         raise ConfigError("--caption", f"{taken} is what a row has already; call the kind something else")
     source, chat = options.opened(), options.chat()
-    kept = KeptCaptions(options.to, options.identity)
+    with _held(options.to) as lock:
+        return _caption_all(chat, options, source, KeptCaptions(lock, options.identity), progress)
+
+
+@contextmanager
+def _held(to: Path) -> Iterator[RunLock]:
+    """Keep other processes out of ``to``, as runs do of their directory. Raise CaptionsHeld where one is at work."""
+    try:
+        lock = RunLock.take(to)
+    except RunHeld as error:
+        found, minutes = error.holder, DEAD_AFTER_S / 60
+        silent = (
+            f"once it has been silent for {minutes:g} minutes, which it may be on another machine, it is taken over"
+        )
+        said = "wait until it has ended" if error.lives else silent
+        raise CaptionsHeld("--to", f"{to} is held by {found}: {said}, or name another directory") from error
+    except RunDirectoryError as error:
+        raise ConfigError("--to", str(error).removeprefix("runs_dir: ")) from error
+    try:
+        with lock:
+            yield lock
+    except LockLost as error:
+        raise CaptionsError(str(error), begun=True) from error
+
+
+def _caption_all(
+    chat: Chat, options: Options, source: ImageSource, kept: KeptCaptions, progress: Progress
+) -> dict[str, Any]:
     lacking = kept.lacking(source)
     if (first := next(lacking, None)) is not None:
         chat.check()

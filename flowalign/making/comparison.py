@@ -29,7 +29,7 @@ from flowalign.samples.sampled import SampledModel
 from flowalign.types import UNTAGGED
 
 PAGE, RECORD = "comparison.html", "comparison.json"
-Told = Callable[[str], Progress]  # of what begins; answers with what is told how many samples of how many are there
+Told = Callable[[str, int, int], Progress]  # of a model, how many of its samples are there, of how many
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _sampled(
 ) -> Evaluation:
     kept = KeptEvaluation(folder, _asked(model, num_samples, prompts))
     if not kept.finished:
-        progress = told(f"{label}: {len(kept.rows)} samples are there already" if kept.rows else label)
+        progress = told(label, len(kept.rows), num_samples or model.config.evaluation.num_samples)
         own = {"num_samples": num_samples, "prompts": prompts, "progress": progress}
         result = evaluate_checkpoint(model, **own, keep_images=False, kept=kept)
         kept.finish(result.summary)

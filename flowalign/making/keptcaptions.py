@@ -14,6 +14,8 @@ from flowalign.data.imagerows import CAPTIONS, CARD
 from flowalign.data.images import ImageRow, ImagesError, ImageSource, Skipped
 from flowalign.making.continued import check_same
 from flowalign.record.disk import append_line, draft_of, folder_for, whole_rows, write_text
+from flowalign.record.holder import is_of_lock
+from flowalign.record.lock import RunLock
 from flowalign.record.textfiles import read_object
 from rewards.picturefiles.kinds import kind_of
 
@@ -22,7 +24,7 @@ IMAGE, PROMPT = "image", "prompt"  # by which the readers of prompts and of imag
 
 
 class KeptCaptions:
-    """The captions in ``folder``, begun or finished; ``asked`` is all that decides what a caption is.
+    """The captions in a folder, begun or finished, which ``lock`` holds; ``asked`` decides what a caption is.
 
     A row of captions.jsonl names the image's file, relative to ``folder``; an image that a table holds is written into
     ``images``. The rows of a finished set are in the order of the source.
@@ -31,13 +33,14 @@ class KeptCaptions:
         ConfigError: the folder holds captions that were asked for otherwise, or something else.
     """
 
-    def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        self.folder, self._asked = folder, json.loads(json.dumps(asked))
+    def __init__(self, lock: RunLock, asked: Mapping[str, Any]) -> None:
+        self.folder, self._asked = (folder := lock.run_dir), json.loads(json.dumps(asked))
+        self._lock = lock
         self._rows_file, self._card = folder / CAPTIONS, folder / CARD
         if self._card.is_file():
             card = read_object(self._card) if self._rows_file.is_file() else self._asked
             check_same("--to", folder, {name: card.get(name) for name in self._asked}, self._asked)
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif not all(is_of_lock(own.name) for own in folder.iterdir()):
             raise ConfigError("--to", f"{folder} holds something else already; name another directory")
         self.rows = {row[IMAGE]: row for row in whole_rows(self._rows_file)}
         self._left_out = dict[int, tuple[str, str]]()
@@ -82,8 +85,10 @@ class KeptCaptions:
         """Keep a caption: before the first one what was asked for, and before each an image that a table holds.
 
         Raises:
-            DiskError: the disk does not take it.
+            DiskError: the disk does not take it. LockLost: another process has taken the folder over.
         """
+        self._lock.check()
+        self._lock.begun = True
         name = self._name(row)
         if not self.rows:
             self._write_card({})
@@ -96,8 +101,9 @@ class KeptCaptions:
         """Put the rows into the order of the source, and return the card, which is written where there is a caption.
 
         Raises:
-            DiskError: the disk does not take it.
+            DiskError: the disk does not take it. LockLost: as `add`.
         """
+        self._lock.check()
         ordered = sorted(self.rows.values(), key=lambda row: self._order.get(row[IMAGE], math.inf))
         if ordered != list(self.rows.values()):
             write_text(self._rows_file, "".join(f"{_line(row)}\n" for row in ordered))

@@ -19,6 +19,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.cluster import visible_cores
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
+from flowalign.data.promptsets import as_section, load_prompts, placed_prompts
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
@@ -46,9 +47,13 @@ WANTED, ENOUGH = 8, 4  # samples at a time, for which something else is given up
 MOST = 96
 EVALUATED = 96  # images
 EVALUATIONS = 4  # on the way, beside the one before the first iteration
+DIVIDED = 40  # prompts, from which on some are kept for evaluations
+HELD_OUT = 8, 200  # of them, a tenth within these bounds
 LEFT_TO_REWARDS = 0.25  # of a GPU's memory: no plan knows what a scorer takes
 
+TOO_FEW = f"better some that are not trained on: fewer than {DIVIDED} are not divided"
 OF_A_LORA = ({"learning_rate": 3e-4}, "of the published recipes with a LoRA")
+OF_ALL = ({"learning_rate": 1e-5, "warmup_steps": 5}, "of DanceGRPO, which trains all weights of FLUX")
 
 # Why a run has what `flowalign.plan` has found that it must have.
 _FITTED = {
@@ -71,7 +76,8 @@ class Asked:
 
     ``rewards`` are each a scorer and its options, ``pickscore path=./PickScore_v1``. ``memory`` bounds the bytes of one
     GPU, or where there is none those of the run. ``guidance_scale`` is of rollouts and evaluations. ``size`` is the
-    height and width of the images in pixels; None: the model's own.
+    height and width of the images in pixels; None: the model's own. ``lora`` is the rank of a LoRA, 0 where all weights
+    learn; None: by the size of the network and by what fits.
     """
 
     model: str
@@ -82,6 +88,7 @@ class Asked:
     hours: float | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
+    lora: int | None = None
 
 
 def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
@@ -93,6 +100,7 @@ def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
     own = _Recipe(asked, file, gpus)
     own.begin()
     own.refuse_what_is_not_there()
+    own.divide_prompts()
     own.choose_weights()
     own.choose_sizes(own.fitted())
     command = shlex.quote(str(file))
@@ -139,7 +147,7 @@ class _Recipe:
             "learner.ema_decay": (0.95, "averages the noise of single updates away"),
             **_place(self.gpus),
             "evaluation.every": (1, ""),
-            "evaluation.prompts": (evaluated, "" if evaluated != prompts else "better some that are not trained on"),
+            "evaluation.prompts": (evaluated, "" if evaluated != prompts else TOO_FEW),
             "evaluation.num_samples": (EVALUATED, "more of them tell smaller differences"),
             "evaluation.guidance_scale": (1.0, ""),
             "evaluation.weights": ("ema", ""),
@@ -156,10 +164,42 @@ class _Recipe:
         for i, reward in enumerate(config.rewards):
             check_reward(f"rewards.{i}", reward, self.base, offers)
 
+    def divide_prompts(self) -> None:
+        """Keep a tenth of the prompts for evaluations, where there are enough, by keys that the configuration shows."""
+        asked = as_section(self._resolved().data.prompts)
+        count = len({place for place, _ in placed_prompts(asked)})  # one with a weight is there several times
+        given = self.choices["data.prompts"][0]
+        if given != self.choices["evaluation.prompts"][0] or count < DIVIDED:
+            return
+        fewest, most = HELD_OUT
+        held = min(most, max(fewest, count // 10))
+        own = dict(given) if isinstance(given, dict) else {"source": given}
+        if asked.model_fields_set.isdisjoint(("shuffle", "skip", "limit")):
+            own["shuffle"] = 0  # files are often sorted
+        rest = {"skip": asked.skip + held} | ({} if asked.limit is None else {"limit": asked.limit - held})
+        self.choices["data.prompts"] = (own | rest, f"all but the {held} of evaluations")
+        self.choices["evaluation.prompts"] = (own | {"limit": held}, "which are not trained on")
+        config = self._resolved()
+        learned = {row["prompt"] for row in load_prompts(config.data.prompts)}
+        if twice := sum(row["prompt"] in learned for row in load_prompts(config.evaluation.prompts)):
+            why = (
+                f"{twice} of them have the text of others that are trained on; drop: [duplicates] keeps each text once"
+            )
+            self.choices["evaluation.prompts"] = (self.choices["evaluation.prompts"][0], why)
+
     def choose_weights(self) -> None:
-        """Choose a LoRA for a large network, as the published recipes have it."""
-        made = self._estimate(passes=False)
+        """Choose a LoRA where it is asked for, and of its own accord for a large network, as published recipes do."""
+        made, rank = self._estimate(passes=False), self.asked.lora
         total = made.sizes.transformer
+        if rank == 0:
+            self.choices["model.lora"] = (None, "all weights learn, as asked")
+            if total > SMALL:
+                self.choices["learner.optimizer"] = OF_ALL
+            return
+        if rank is not None:
+            self.choices["model.lora"] = ({"rank": rank, "alpha": 2 * rank}, "as asked; alpha is twice the rank")
+            self.choices["learner.optimizer"] = OF_A_LORA
+            return
         if total <= SMALL:
             del self.choices["model.lora"]
             return
@@ -172,17 +212,18 @@ class _Recipe:
         """Choose the least changes with which the run fits, more than a sample at a time if it can be, and return its
         estimate."""
         made = self._estimate()
-        found = answer(made, self.room)
+        found = answer(made, self.room, fixed=() if self.asked.lora is None else ("model.lora",))
         if found.fits:
             return made
         if not found.ways:
             one_by_one = ("rollout.chunk_size", "rollout.decode_batch_size", "learner.micro_batch_size")
             self.choices |= {key: (1, "") for key in one_by_one}
             least = memory_text(max(holder.bytes for holder in holders_of(self._estimate(), self.room)))
+            further = ", or leave --lora 0 out" if self.asked.lora == 0 else ""
             raise ConfigError(
                 "--memory",
                 f"the run does not fit into {memory_text(self.room.memory)} by anything that is counted; one sample at "
-                f"a time takes {least}: take a smaller model, or a smaller --size",
+                f"a time takes {least}: take a smaller model, or a smaller --size{further}",
             )
         enough = (way for way in found.ways if min(way.micro_batch_size, way.chunk_size) >= ENOUGH)
         raw: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flowalign.config.prompts import Prompts
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import RewardConfig
 from flowalign.measure.evaluate import EvaluationResult, evaluation_metrics, result_rows, scored
@@ -36,14 +37,14 @@ def is_geneval(folder: Path) -> bool:
     return folder.is_dir() and any((own / ROW).is_file() for own in folder.iterdir())
 
 
-def pictures_in(folder: Path, prompts: Path | None = None) -> Found:
+def pictures_in(folder: Path, prompts: Path | Prompts | None = None) -> Found:
     """Return the pictures of a folder, each with the row of its prompt.
 
     In GenEval's layout they are ``<prompt>/samples/*.png`` and rows lie in ``<prompt>/metadata.jsonl``. Elsewhere rows
     come from ``prompts``, else from the folder's own ``index.json`` or ``results.jsonl``, see `prompt_rows`.
 
     Raises:
-        ConfigError: there are no pictures, no prompts, or not as many of each.
+        ConfigError: there are no pictures, no prompts, or not as many of each. PromptsError: as `prompt_rows`.
     """
     if is_geneval(folder):
         if prompts is not None:
@@ -60,7 +61,7 @@ def evaluate_folder(
     folder: Path,
     judges: Sequence[RewardConfig],
     *,
-    prompts: Path | None = None,
+    prompts: Path | Prompts | None = None,
     device: str = "cpu",
     batch: int = 32,
     progress: Progress = silent,
@@ -68,7 +69,7 @@ def evaluate_folder(
     """Score the pictures of a folder; the result holds rows with their names below it, and none of the pictures.
 
     Raises:
-        ConfigError: as `pictures_in`; a picture cannot be read, or a row cannot be judged.
+        ConfigError, PromptsError: as `pictures_in`; a picture cannot be read, or a row cannot be judged.
         ScorerError: as a judge raises.
     """
     found = pictures_in(folder, prompts)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.prompts import Prompts, source_of
 from flowalign.config.section import ConfigError
+from flowalign.data.promptsets import as_section, placed_prompts
 from flowalign.data.sources.read import read_file
 from flowalign.data.sources.texts import SEPARATORS
 from flowalign.record.textfiles import (
@@ -68,17 +70,25 @@ def own_prompts(folder: Path) -> Path | None:
     return next((folder / name for name in _OWN_PROMPTS if (folder / name).is_file()), None)
 
 
-def prompt_rows(files: list[Path], source: Path) -> list[Row]:
+def prompt_rows(files: list[Path], source: Path | Prompts) -> list[Row]:
     """Return one row with ``prompt`` for each file, in the files' order.
 
-    Rows belong to the files that they name under ``filename``, ``file_name``, ``file`` or ``image``. Where none names
-    one, the order counts, which must then be the same by text and by number: 2.png stands before 10.png in one of them.
+    ``source`` is a file as commands write it, or prompts as a run has them. Rows belong to the files that they name
+    under ``filename``, ``file_name``, ``file`` or ``image``, the last where it is not said to be a reference picture.
+    Where none names one, the order counts, which must then be the same by text and by number: 2.png stands before
+    10.png in one of them.
 
     Raises:
-        ConfigError: rows and files do not fit.
+        ConfigError: rows and files do not fit. PromptsError: prompts cannot be had as a run would have them.
     """
-    rows = _read(source)
-    names = [_name(row, where) for where, row in rows]
+    if isinstance(source, Path):
+        return _fitted(files, _read(source), source, _NAMED)
+    named = _NAMED[:-1] if "image" in as_section(source).columns else _NAMED
+    return _fitted(files, [(str(place), row) for place, row in placed_prompts(source)], source_of(source), named)
+
+
+def _fitted(files: list[Path], rows: list[tuple[str, Row]], source: Path | str, named: Sequence[str]) -> list[Row]:
+    names = [_name(row, where, named) for where, row in rows]
     if not any(names):
         return _in_order(files, [row for _, row in rows], source)
     if not all(names):
@@ -93,9 +103,9 @@ def prompt_rows(files: list[Path], source: Path) -> list[Row]:
     return [by_name[file.name] for file in files]
 
 
-def _name(row: Row, where: str) -> str:
+def _name(row: Row, where: str, named: Sequence[str]) -> str:
     """Return the name of the file that a row is of, or nothing."""
-    key = next((key for key in _NAMED if row.get(key) not in (None, "")), None)
+    key = next((key for key in named if row.get(key) not in (None, "")), None)
     if key is None:
         return ""
     if not isinstance(row[key], str):
@@ -103,7 +113,7 @@ def _name(row: Row, where: str) -> str:
     return Path(row[key].replace("\\", "/")).name
 
 
-def _in_order(files: list[Path], rows: list[Row], source: Path) -> list[Row]:
+def _in_order(files: list[Path], rows: list[Row], source: Path | str) -> list[Row]:
     if len(rows) != len(files):
         raise ConfigError(
             "--prompts", f"{source} has {len(rows)} rows for {len(files)} images; give one an image, in their order"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,15 @@ class Answer:
         return self.needed <= self.gpus.count
 
 
-def answer(made: Estimate, gpus: Gpus, mfu: float = MFU) -> Answer:
+def answer(made: Estimate, gpus: Gpus, mfu: float = MFU, *, fixed: Collection[str] = ()) -> Answer:
     """Say whether the run of an estimate for GPUs fits on ``gpus``, and how long it takes at a share ``mfu`` of their
-    peak."""
+    peak. No way changes a key that is ``fixed``."""
     holders, needed = holders_of(made, gpus), needed_gpus(made)
     taken = seconds(made, gpus, mfu)
     hours = None if taken is None else taken.iteration * made.config.total * needed / 3600
     micro, chunk = largest_sizes(made, gpus)
     fits = needed <= gpus.count and all(holder.fits for holder in holders)
-    ways = [] if fits else list(_ways(made, gpus, mfu))
+    ways = [] if fits else list(_ways(made, gpus, mfu, fixed))
     ways = ways if len(ways) <= _WAYS else [ways[0], *ways[1 - _WAYS :]]
     return Answer(gpus, needed, holders, micro, chunk, tuple(ways), mfu, taken, hours)
 
@@ -186,13 +186,13 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _ways(made: Estimate, gpus: Gpus, mfu: float) -> Iterator[Way]:
+def _ways(made: Estimate, gpus: Gpus, mfu: float, fixed: Collection[str]) -> Iterator[Way]:
     """Yield the ways by which the run fits, the least change first, each with larger sizes than the one before."""
     best, placed = (0.0, 0.0), _placed(made, gpus)
     if placed is None or (placed_config := changed(made.config, placed)) is None:
         return
     for changes in _changes(placed_config):
-        if (config := changed(placed_config, changes)) is None:
+        if not changes.keys().isdisjoint(fixed) or (config := changed(placed_config, changes)) is None:
             continue
         try:
             if not all(holder.fits for holder in holders_of(estimate(config, on_gpu=True, passes=False), gpus)):

@@ -17,6 +17,11 @@ DEAD_AFTER_S = 300.0
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
+def is_of_lock(name: str) -> bool:
+    """Tell whether an entry of a directory is the lock, or what somebody prepares to take or to look at it."""
+    return name == LOCK or name.startswith(f".{LOCK}-")
+
+
 class RunDirectoryError(RuntimeError):
     """A run directory that cannot be taken: which, why, what to do."""
 

@@ -31,7 +31,11 @@ _BEGUN_WITH = (
 
 
 class RunHeld(RunDirectoryError):
-    """Another process writes into the run directory: who, where, since when."""
+    """Another process writes into the run directory: its ``holder``, and whether that is known to live."""
+
+    def __init__(self, run_dir: Path, holder: Holder, lives: bool | None) -> None:
+        super().__init__(_refusal(run_dir, holder, lives))
+        self.holder, self.lives = holder, lives
 
 
 class LockLost(RuntimeError):
@@ -125,7 +129,7 @@ def _refuse(run_dir: Path, found: Holder, take_over: bool) -> bool | None:
     """Return what is known of the life of a holder that the directory can be taken from. Raise RunHeld of any other."""
     lives = found.lives(run_dir)
     if lives or (lives is None and not take_over):
-        raise RunHeld(_refusal(run_dir, found, lives))
+        raise RunHeld(run_dir, found, lives)
     return lives
 
 

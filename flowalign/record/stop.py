@@ -193,6 +193,8 @@ class StopRequest:
         if self._again(number) or (number == signal.SIGINT and self._held):
             self.at_once = True
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            erase_echo()
         first, self._asked = not self._asked, True
         self._due = self._due or self._alone or number == signal.SIGTERM
         if self._raises and self._due:
@@ -208,6 +210,13 @@ class StopRequest:
         when = "after this iteration with a checkpoint" if self._begun else "before it begins"
         with suppress(OSError):
             os.write(2, f"stopping {when}{why}\n".encode())
+
+
+def erase_echo() -> None:
+    """Clear the line of a terminal on which it has shown ^C: a bar's, which is drawn again below what is said."""
+    if os.isatty(2) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        with suppress(OSError):
+            os.write(2, b"\r\x1b[2K")
 
 
 def _take_request(lock: RunLock) -> bool:

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from flowalign.cli import app
 from flowalign.config.section import ConfigError
+from flowalign.data.prompts import load_prompts
 from flowalign.intake.file import load_align
 from flowalign.making.quickstart import FILE, MODELINE
 from flowalign.making.recipe import Asked, recipe
@@ -92,6 +94,8 @@ def test_what_is_written_is_small_says_why_and_can_start(folder: Path) -> None:
         ((*FLAGS, "--reward", "jpeg quality"), "--reward: 'jpeg quality': quality: is no option; write key=value"),
         (("--shapes", "--algorithm", "nft"), "--shapes: is the quickstart as it is; leave out --algorithm"),
         (("--shapes", "--guidance-scale", "3"), "--shapes: is the quickstart as it is; leave out --guidance-scale"),
+        (("--shapes", "--lora", "4"), "--shapes: is the quickstart as it is; leave out --lora"),
+        ((*FLAGS, "--lora", "9" * 12), "--lora: got 999,999,999,999"),
         ((*FLAGS, "--shapes"), "--shapes: is the quickstart as it is; leave out --model, --prompts, --reward"),
     ],
 )
@@ -133,6 +137,53 @@ def test_every_algorithm_of_rewards_can_be_begun(algorithm: str, folder: Path) -
     assert loaded.config.algorithm["type"] == algorithm and loaded.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("source", "count", "rows", "note"),
+    [
+        ("own.csv", 39, (39, 39), "fewer than 40 are not divided"),
+        ("own.csv", 300, (270, 30), "which are not trained on"),
+        ("{source: own.csv, skip: 3, limit: 60}", 300, (52, 8), "which are not trained on"),
+        ("{source: own.csv, where: {kind: b}, columns: {tag: kind, weight: often}}", 100, (84, 16), "not trained on"),
+    ],
+)
+def test_of_enough_prompts_some_are_kept_for_evaluations(
+    source: str, count: int, rows: tuple[int, int], note: str, folder: Path
+) -> None:
+    named = [f"prompt {number},{'ab'[number % 2]},2" for number in range(count)]
+    Path("own.csv").write_text("\n".join(["prompt,kind,often", *named]))
+    Path("run.yaml").write_text(recipe(Asked("model", source, ["own.py:bright"]), folder / "run.yaml", None))
+    config = load_align(Path("run.yaml")).config
+    learned, judged = ([row["prompt"] for row in load_prompts(own.prompts)] for own in (config.data, config.evaluation))
+    assert (len(learned), len(judged)) == rows and note in Path("run.yaml").read_text()
+    assert set(learned).isdisjoint(judged) or count < 40
+    if "skip" in source:
+        assert sorted({*learned, *judged}) == sorted(f"prompt {number}" for number in range(3, 63))
+        assert judged == [f"prompt {number}" for number in range(3, 11)]  # whoever cuts a file has its order in mind
+    elif count == 300:
+        assert sum(int(prompt.split()[1]) for prompt in judged) / 30 == pytest.approx(150, abs=40)
+
+
+def test_texts_that_stand_on_both_sides_are_counted(folder: Path) -> None:
+    Path("own.csv").write_text("prompt,kind\n" + "".join(f"prompt {number % 17},{number}\n" for number in range(51)))
+    Path("run.yaml").write_text(recipe(Asked("model", "own.csv", ["own.py:bright"]), folder / "run.yaml", None))
+    config = load_align(Path("run.yaml")).config
+    learned, judged = (load_prompts(own.prompts) for own in (config.data, config.evaluation))
+    both = sum(row["prompt"] in {other["prompt"] for other in learned} for row in judged)
+    assert both and f"# {both} of them have the text of others that are trained on; drop: [duplicates]" in (
+        Path("run.yaml").read_text()
+    )
+
+
+def test_a_lora_is_of_the_rank_that_is_asked_for_and_0_keeps_all_weights(folder: Path) -> None:
+    assert init(*FLAGS, "--lora", "4").exit_code == 0
+    config = load_align(Path("run.yaml")).config
+    assert config.model.lora is not None and (config.model.lora.rank, config.model.lora.alpha) == (4, 8)
+    assert config.learner.optimizer.learning_rate == 3e-4
+    assert init(*FLAGS, "--lora", "0", "--to", "all.yaml").exit_code == 0
+    text = Path("all.yaml").read_text()
+    assert "# all weights learn, as asked\n" in text and parse_yaml(text, "it")["model"]["lora"] is None
+
+
 @pytest.mark.slow
 def test_less_memory_leads_to_fewer_samples_at_a_time_and_then_to_a_lora(folder: Path) -> None:
     write_configs_of_a_pipeline(Path("small"))
@@ -144,6 +195,11 @@ def test_less_memory_leads_to_fewer_samples_at_a_time_and_then_to_a_lora(folder:
     assert 96 > sizes[0] > sizes[1] >= 4
     assert "lora" not in found[40]["model"] and found[20]["model"]["lora"]["rank"] == 32
     assert found[20]["learner"]["optimizer"] == {"learning_rate": 3e-4}
+    asked = replace(asked, lora=0)
+    own = parse_yaml(recipe(asked, folder / "run.yaml", None), "it")
+    assert own["model"]["lora"] is None and own["rollout"]["chunk_size"] < sizes[1]
+    with pytest.raises(ConfigError, match=r"or a smaller --size, or leave --lora 0 out"):
+        recipe(replace(asked, memory=2**20), folder / "run.yaml", None)
 
 
 def test_a_file_elsewhere_names_the_same_files(folder: Path) -> None:
@@ -183,6 +239,8 @@ def test_a_published_model_fits_on_the_gpus_it_is_written_for(
     assert config.iterations * answer.seconds.iteration == pytest.approx(24 * 3600, rel=0.1)
     assert config.model.lora is not None and config.algorithm["guidance_scale"] == guidance
     assert config.rollout.chunk_size == config.learner.micro_batch_size >= 4
+    every = parse_yaml(recipe(Asked(model, "own.jsonl", ["own.py:bright"], lora=0), file, gpus_of("64xH200")), "it")
+    assert every["model"]["lora"] is None and every["learner"]["optimizer"]["learning_rate"] == 1e-5
 
 
 @pytest.mark.slow

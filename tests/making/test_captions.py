@@ -204,6 +204,47 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_about_no_image_twice(
     assert captioned(photos, chat())["captions"] == 13
 
 
+def test_of_two_processes_that_begin_at_once_one_is_refused_and_no_image_is_asked_about_twice(
+    photos: Path, tmp_path: Path, chat: Start
+) -> None:
+    hold = threading.Event()
+
+    def answer(request: Request) -> str:
+        hold.wait(120)
+        return say_grey(request)
+
+    server, to = chat(answer), tmp_path / "captions"
+    command = [sys.executable, "-m", "flowalign", *words(photos, server)]
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as other:
+        until = time.monotonic() + 120
+        while one.poll() is None and other.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        refused, works = (one, other) if one.poll() is not None else (other, one)
+        assert refused.returncode == 2
+        said = " ".join(refused.communicate()[1].split())
+        assert f"error: --to: {to} is held by process {works.pid} on " in said and "wait until it has ended, or" in said
+        hold.set()
+        assert works.wait(120) == 0
+    assert len(rows_of(to)) == len(server.requests) == 12
+    assert sorted(path.name for path in to.iterdir()) == ["captions.json", "captions.jsonl"]
+
+
+def test_a_process_whose_folder_was_taken_over_writes_nothing_more(photos: Path, tmp_path: Path, chat: Start) -> None:
+    to = tmp_path / "captions"
+
+    def answer(request: Request) -> str:
+        if grey(request) == 3:
+            (own,) = (to / "lock").iterdir()
+            own.rename(own.with_name("f" * 32))
+        return say_grey(request)
+
+    said = captioned(photos, chat(answer), "--concurrency", "1", code=1)
+    assert "was taken over by" in said and "the same command goes on where it was" in said
+    assert [row["prompt"][-1] for row in rows_of(to)] == ["0", "1"]
+
+
 def test_a_limit_is_raised_later_and_what_is_there_stays(photos: Path, tmp_path: Path, chat: Start) -> None:
     first, second = chat(), chat()
     assert captioned(photos, first, "--limit", "4")["captions"] == 4

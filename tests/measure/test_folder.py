@@ -68,6 +68,39 @@ def test_a_flat_folder_is_judged_by_the_scorer_that_is_named(tmp_path: Path) -> 
     assert "eval/glow/light" in json.loads(evaluate(*asked, "--scorer", named))["metrics"]
 
 
+def test_the_rows_of_a_folder_are_what_a_section_of_prompts_says(tmp_path: Path) -> None:
+    (pictures := tmp_path / "pictures").mkdir()
+    for number, value in enumerate((10, 250)):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(pictures / f"{number}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "reference.png")
+    (tmp_path / "bright.py").write_text(
+        "def reward(images, prompts, metadata):\n"
+        "    assert list(prompts) == ['dark', 'light'] and metadata[0]['image'].endswith('/reference.png')\n"
+        "    return images.mean((1, 2, 3)) / 250\n"
+    )
+    (tmp_path / "rows.csv").write_text(
+        "filename,text,kind,like,split\n1.png,light,b,reference.png,a\n0.png,dark,a,reference.png,a\n2.png,none,a,,b\n"
+    )
+    columns = "{prompt: text, tag: kind, image: like}"
+    asked = ("--folder", pictures, "--scorer", f"{tmp_path / 'bright.py'}:reward", "--json")
+    section = f"{{source: {tmp_path / 'rows.csv'}, columns: {columns}, where: {{split: a}}}}"
+    found = json.loads(evaluate(*asked, "--prompts", section))
+    assert found["metrics"] == pytest.approx({"eval/reward/a": 0.04, "eval/reward/b": 1, "eval/reward/overall": 0.52})
+    assert found["made"]["prompts"].startswith(f"{tmp_path / 'rows.csv'} (prompt is text")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.txt").write_text("dark\nlight\n")
+    asked = ("--folder", pictures, "--scorer", "jpeg")
+    assert json.loads(evaluate(*asked, "--prompts", tmp_path / "set", "--json"))["made"]["num_samples"] == 2
+    for wrong, said in (
+        ("{source: rows.csv, colums: {}}", "--prompts.colums: unknown key"),
+        (f"{{source: {tmp_path / 'rows.csv'}, columns: {{prompt: caption}}}}", "--prompts.columns.prompt: "),
+        (f"{{source: {tmp_path / 'rows.csv'}, columns: {{prompt: text}}, limit: 1}}", "no row for 0.png"),
+        ("absent.csv", "/absent.csv does not exist; give shapes:train"),
+        ("shapes:eval", "--prompts: shapes:eval has 417 rows for 2 images"),
+    ):
+        assert said in evaluate(*asked, "--prompts", wrong, code=2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

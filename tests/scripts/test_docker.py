@@ -34,6 +34,8 @@ def test_what_is_copied_is_there_and_what_is_left_out_is_no_part_of_the_code() -
     sources = [part for word, rest in instructions() if word == "COPY" for part in rest.split()[1:-1]]
     assert sources and all((ROOT / source).exists() for source in sources)
     assert any(word == "RUN" and rest.endswith("bash scripts/setup.sh") for word, rest in instructions())
+    setup = (ROOT / "scripts" / "setup.sh").read_text()
+    assert {"scripts/setup.sh", *re.findall(r"^\. (\S+)", setup, re.M)} <= set(sources)
     left_out = FILE.with_name("Dockerfile.dockerignore").read_text().split()
     assert {".venv", ".git", "runs"} <= set(left_out)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
