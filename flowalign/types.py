@@ -18,7 +18,7 @@ from flowalign.conditions import Condition, Conditions
 from flowalign.rows import Rows
 
 SdeKind = Literal["ode", "flow", "dance", "cps", "ddpm"]
-UNTAGGED = "untagged"  # in the names of metrics: the task of a prompt without a tag
+UNTAGGED = "untagged"  # in the names of metrics: the task of a prompt that names none
 
 
 class SampleShape(NamedTuple):
@@ -82,6 +82,11 @@ class PromptBatch:
 def task_of(row: Mapping[str, Any]) -> str:
     """Return the word by which a prompt is drawn and rewards and teachers know it: its ``task``, else its ``tag``."""
     return str(row.get("task") or row.get("tag") or "")
+
+
+def judged_task(row: Mapping[str, Any]) -> str:
+    """Return the word by which evaluations group a prompt: its ``tag``, as in GenEval's rows, else its ``task``."""
+    return str(row.get("tag") or row.get("task") or "")
 
 
 @dataclass(frozen=True)

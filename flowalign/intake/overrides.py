@@ -50,6 +50,8 @@ def _assign(raw: dict[str, Any], key: str, value: Any, text: str | None) -> None
     place: Any = _index(here, last, ".".join(parents), key) if isinstance(here, list) else last
     there = here[place] if isinstance(here, list) else here.get(place)
     if isinstance(value, dict) and isinstance(there, dict) and not _is_another(there, value):
+        if there and not value:
+            raise ConfigError(key, f"{{}} adds nothing to what is there; {key}=null takes it out")
         _merge(there, value)
         return
     here[place] = value

@@ -26,7 +26,7 @@ from flowalign.record.manifest import digest_of
 from flowalign.record.textfiles import finite
 from flowalign.samples.opened import Progress
 from flowalign.samples.sampled import SampledModel
-from flowalign.types import UNTAGGED
+from flowalign.types import UNTAGGED, judged_task
 
 PAGE, RECORD = "comparison.html", "comparison.json"
 Told = Callable[[str, int, int], Progress]  # of a model, how many of its samples are there, of how many
@@ -166,7 +166,7 @@ def _expected(label: str, model: SampledModel, num_samples: int | None, prompts:
     own = model.config.evaluation
     batch = evaluation_batch(prompts or own.prompts, num_samples or own.num_samples)
     rows = {
-        f"{sample:05d}.png": {"prompt": prompt, "tag": str(row.get("tag") or UNTAGGED), "scores": {}}
+        f"{sample:05d}.png": {"prompt": prompt, "tag": judged_task(row) or UNTAGGED, "scores": {}}
         for sample, prompt, row in zip(batch.sample_ids, batch.prompts, batch.metadata, strict=True)
     }
     facts = sampling_facts(model.sampling, model.seed) | {"num_samples": len(batch)}

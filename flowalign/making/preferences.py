@@ -32,7 +32,7 @@ from flowalign.samples.offers import PREFERENCES, check_reward
 from flowalign.samples.opened import Progress, roll, silent
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, load_scorer, merge, question, score_images
-from flowalign.types import Pictures, SamplingPlan
+from flowalign.types import Pictures, SamplingPlan, judged_task
 
 EQUAL, REFUSED = "whose scores are all equal", "of which fewer than two images could be judged"
 NEAR = "whose best and worst scores are nearer than asked for"
@@ -248,7 +248,7 @@ def _pairs(
     for winner, loser in zip(best.tolist(), worst.tolist(), strict=True):
         first = int(torch.randint(2, (), generator=seeded(seed, Stream.PAIR_SIDES, batch.group_ids[winner])))
         places = (winner, loser) if first else (loser, winner)
-        row: dict[str, Any] = {"caption": batch.prompts[winner], "tag": _tag(batch.metadata[winner])}
+        row: dict[str, Any] = {"caption": batch.prompts[winner], "tag": judged_task(batch.metadata[winner])}
         for i, sample in enumerate(places):
             row[f"jpg_{i}"] = {"bytes": _png(images[sample]), "path": None}
             row[f"label_{i}"] = float(sample == winner)
@@ -262,10 +262,6 @@ def _apart(best: Tensor, worst: Tensor, min_difference: float) -> Tensor:
     best, worst = best.double(), worst.double()
     rounding = torch.finfo(torch.float32).eps / 2 * (best.abs() + worst.abs())
     return best - worst + rounding >= min_difference
-
-
-def _tag(metadata: Mapping[str, Any]) -> str:
-    return str(metadata.get("tag", ""))
 
 
 def _png(image: Tensor) -> bytes:

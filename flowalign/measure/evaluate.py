@@ -30,7 +30,7 @@ from flowalign.samples.offers import EVALUATION
 from flowalign.samples.opened import Progress, Which, roll, silent, torch_threads
 from flowalign.samples.sampled import SampledModel
 from flowalign.samples.scoring import NamedScorer, faults, load_scorers, merge, question, score_images
-from flowalign.types import UNTAGGED, Pictures, PromptBatch, Samples, Scores
+from flowalign.types import UNTAGGED, Pictures, PromptBatch, Samples, Scores, judged_task
 from rewards.interface import blamed
 from rewards.models.openclip import OpenClip
 
@@ -63,10 +63,11 @@ class EvaluationResult:
 
 
 def evaluation_metrics(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return ``eval/<name>/<tag>``, a mean over a task's valid samples, and ``eval/<name>/overall``, that over tasks.
+    """Return ``eval/<name>/<task>``, a mean over a task's valid samples, and ``eval/<name>/overall``, that over tasks.
 
-    Where no row has a tag there is only the plain mean, as ``overall``. A task without a valid sample is NaN, and so
-    is then the overall: leaving a task out would flatter. Of a reward with ``tasks`` its own tasks count.
+    A row's task is its ``tag``, else its ``task``; where no row has one there is only the plain mean, as ``overall``. A
+    task without a valid sample is NaN, and so is then the overall: leaving a task out would flatter. Of a reward with
+    ``tasks`` its own tasks count.
     """
     metrics = {}
     for name, tasks in by_task(scores, metadata).items():
@@ -235,7 +236,7 @@ def result_rows(named: NamedScorer, pictures: Pictures, scores: Scores, names: S
                 verdicts[place] = verdict
     rows = []
     for i, verdict in enumerate(verdicts):
-        row = {"filename": names[i], "tag": str(metadata[i].get("tag") or UNTAGGED)}
+        row = {"filename": names[i], "tag": judged_task(metadata[i]) or UNTAGGED}
         row |= {"prompt": batch.prompts[i], "correct": values[i] >= 1, "reason": "", "details": "{}"}
         if verdict is not None:
             boxes = {name: [[*o["box"], o["score"]] for o in found] for name, found in verdict.objects.items() if found}

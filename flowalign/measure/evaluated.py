@@ -12,13 +12,13 @@ from torch import Tensor
 from flowalign.config.guidance import guidance_facts, said_guidance
 from flowalign.config.sections import RewardConfig, SamplingConfig
 from flowalign.measure.clustered import clustered_mean
-from flowalign.types import UNTAGGED, Preview, Scores, Trajectories
+from flowalign.types import UNTAGGED, Preview, Scores, Trajectories, judged_task
 
 
 def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Return the valid scores by reward and task (``tag``).
+    """Return the valid scores by reward and task (``tag``, else ``task``).
 
-    Tasks come in the order in which they occur; without a tag there is one task.
+    Tasks come in the order in which they occur; where rows have neither there is one task.
 
     A reward that is for some tasks only has no others.
     """
@@ -30,7 +30,7 @@ def by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 def rows_by_task(scores: Scores, metadata: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[int]]]:
     """Return which samples have a valid score, by reward and task, as `by_task` returns the scores."""
-    tags = [str(row.get("tag") or UNTAGGED) for row in metadata]
+    tags = [judged_task(row) or UNTAGGED for row in metadata]
     found: dict[str, dict[str, list[int]]] = {}
     for name, values in scores.by_reward.items():
         applies = scores.applies[name].tolist() if name in scores.applies else [True] * len(tags)

@@ -170,12 +170,11 @@ def _group_size(config: AlignConfig) -> int | None:
 
 
 def _tiles(config: AlignConfig, rows: Sequence[Row], trained: Sequence[Row]) -> list[Tile]:
-    per_iteration = config.data.groups_per_iteration * (_group_size(config) or 1)
-    if config.data.preferences is not None:
-        per_iteration = 0
+    groups = sum(config.data.groups_per_iteration + int(row.get("refill/groups") or 0) for row in trained)
+    images = 0 if config.data.preferences is not None else groups * (_group_size(config) or 1)
     return [
         Tile(str(done(trained)), f"iterations of {config.total}"),
-        Tile(f"{per_iteration * len(trained):,}", f"images made{' and scored' if config.rewards else ' for training'}"),
+        Tile(f"{images:,}", f"images made{' and scored' if config.rewards else ' for training'}"),
         Tile(duration(wall_s(rows)), "wall time"),
         Tile(number(mean(known(trained, "throughput/images_per_s")), 1), "images per second"),
     ]
@@ -194,7 +193,11 @@ def _training_chart(config: AlignConfig, trained: Sequence[Row]) -> Chart:
         losses = sorted({key for row in trained for key in row if key.startswith("loss/")})
         named, label = {key.removeprefix("loss/"): key for key in losses}, "mean loss of an iteration"
     curves = {name: [row.get(key) for row in trained] for name, key in named.items()}
-    figure = figures.lines(iterations(trained), curves, bold="total", label=label) if curves else None
+    bold = "total"
+    if alone := [name for name, values in curves.items() if name != bold and values == curves.get(bold)]:
+        curves.pop(bold)  # it would lie on the curve of the one reward that is trained on
+        bold = alone[0]
+    figure = figures.lines(iterations(trained), curves, bold=bold, label=label) if curves else None
     return Chart(title, figure, "No iteration has finished yet.")
 
 

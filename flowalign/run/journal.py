@@ -32,7 +32,7 @@ from flowalign.safety.signals import CollapseSignals
 from flowalign.safety.silent import SilentScores
 from flowalign.samples.opened import torch_threads
 from flowalign.samples.scoring import faults, unscored
-from flowalign.types import Scores
+from flowalign.types import Scores, judged_task
 
 RESTARTS = "learner/restarts"
 CURRICULUM = "curriculum"  # in a checkpoint's state
@@ -312,8 +312,8 @@ def _write_samples(directory: Path, collected: Collected) -> None:
         Image.fromarray(image).save(png, format="PNG")
         files[name] = png.getvalue()
         own = {k: float(v[i]) for k, v in scores.by_reward.items() if float(v[i]) == float(v[i])}
-        row = batch.metadata[i]
-        index.append({"file": name, "prompt": batch.prompts[i], "tag": row.get("tag", ""), "scores": own})
+        tag = judged_task(batch.metadata[i])
+        index.append({"file": name, "prompt": batch.prompts[i], "tag": tag, "scores": own})
     files["index.json"] = (json.dumps(index, indent=1) + "\n").encode()
     draft = directory.with_name(f".{directory.name}.part")
     with writing(f"samples {directory}", directory, on_disk(map(len, files.values()))), swept(draft):

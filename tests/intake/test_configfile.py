@@ -71,7 +71,17 @@ def test_relative_paths_that_are_not_beside_it_are_sought_in_the_working_directo
 
 def test_overrides_reach_dotted_keys_list_items_and_absent_sections() -> None:
     raw = {"rewards": [{"spec": "jpeg"}], "model": {"lora": None}}
-    override(raw, ["rewards.0.weight=2", "model.lora.rank=4", "learner.optimizer.learning_rate=3e-4", "x.y=[1, 2]"])
+    override(
+        raw,
+        [
+            "rewards.0.weight=2",
+            "model.lora={}",
+            "model.lora={}",
+            "model.lora.rank=4",
+            "learner.optimizer.learning_rate=3e-4",
+            "x.y=[1, 2]",
+        ],
+    )
     assert raw == {
         "rewards": [{"spec": "jpeg", "weight": 2}],
         "model": {"lora": {"rank": 4}},
@@ -89,6 +99,7 @@ def test_overrides_reach_dotted_keys_list_items_and_absent_sections() -> None:
         (f"rewards.{'9' * 30}=clip", "rewards is a list of 1"),
         ("seed.deep=2", "seed.deep: seed is 0, which has no keys inside"),
         ("seed=[1", "the value of seed is not YAML"),
+        ("rewards.0={}", "rewards.0: {} adds nothing to what is there; rewards.0=null takes it out"),
     ],
 )
 def test_an_override_that_fits_nowhere_is_refused(assignment: str, said: str) -> None:

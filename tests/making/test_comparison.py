@@ -200,14 +200,16 @@ def test_a_metric_that_one_lacks_is_refused_by_name(home: Path, compared: Any, t
 
 def test_pipelines_alone_are_compared_by_what_is_asked(home: Path, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def dark(images, prompts, metadata):\n    return -images.mean((1, 2, 3))\n")
-    (tmp_path / "own.csv").write_text("caption\na fox\nan owl\n")
+    (tmp_path / "own.csv").write_text("caption,group\na fox,fur\nan owl,feathers\n")
     words = ["compare", str(home / "base"), str(home / "base"), "--num-samples", "2", "--num-steps", "1", "--out"]
-    asked = ["--prompts", f"{{source: {tmp_path / 'own.csv'}, columns: {{prompt: caption}}}}"]
+    asked = ["--prompts", f"{{source: {tmp_path / 'own.csv'}, columns: {{prompt: caption, task: group}}}}"]
     asked += ["--scorer", f"{tmp_path / 'own.py'}:dark"]
     done = CliRunner().invoke(app, [*words, str(tmp_path / "asked"), *asked])
     assert done.exit_code == 0, done.output
     assert "2 samples of 2 prompts" in done.output and ", dark: " in done.output
     assert "no run is named" not in done.output
+    told = json.loads((tmp_path / "asked" / "comparison.json").read_text())["differences"]
+    assert [row["task"] for row in told] == ["fur", "feathers", "overall"]
     unasked = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
     assert "neither --prompts nor --scorer: 2 samples of shapes:eval, judged by geneval" in " ".join(
         unasked.output.split()

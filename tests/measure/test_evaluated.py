@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flowalign.cli import app
 from flowalign.config.sections import CacheConfig, SamplingConfig
+from flowalign.measure.evaluate import evaluation_metrics
 from flowalign.measure.evaluated import counts, facts, made_with, said_error, skipped, standard_errors, text
 from flowalign.types import Scores, Trajectories
 from tests.tiny import write_pipeline
@@ -59,6 +60,21 @@ def test_samples_of_one_prompt_count_together_and_valid_ones_are_counted():
     together = standard_errors(own, metadata, ["p", "p", "q", "q", "p", "r"])["standard_error/a/x"]
     assert (apart, together) == pytest.approx((math.sqrt(1 / 3) / 2, 0.5))
     assert counts(own, metadata) == {"num_samples/a/overall": 5, "num_samples/a/x": 4, "num_samples/a/y": 1}
+
+
+def test_a_row_without_a_tag_is_of_its_task_and_a_tag_goes_first():
+    own = scores(a=[1.0, 0.0, 0.0, 1.0])
+    metadata = [{"task": "x"}, {"tag": "", "task": "x"}, {"tag": "y", "task": "x"}, {}]
+    assert evaluation_metrics(own, metadata) == pytest.approx(
+        {"eval/a/x": 0.5, "eval/a/y": 0.0, "eval/a/untagged": 1.0, "eval/a/overall": 0.5}
+    )
+    assert counts(own, metadata) == {
+        "num_samples/a/x": 2,
+        "num_samples/a/y": 1,
+        "num_samples/a/untagged": 1,
+        "num_samples/a/overall": 4,
+    }
+    assert standard_errors(own, metadata)["standard_error/a/x"] == pytest.approx(0.5)
 
 
 def test_samples_that_are_all_alike_are_said_to_be_so_and_not_to_be_certain():

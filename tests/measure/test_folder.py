@@ -130,7 +130,9 @@ def test_a_prompt_without_samples_and_a_picture_that_is_none_are_named(layout: P
 
 
 def test_prompts_of_ones_own_are_sampled_as_often_as_asked_and_judged_by_the_named_scorer(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "tag": "x"}\n{"prompt": "b", "tag": "y"}\n')
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "tag": "x"}\n{"prompt": "b", "task": "y"}\n')
     asked = ("--prompts", tmp_path / "mine.jsonl", "--num-images", "2", "--num-steps", "1", "--batch", "4")
-    found = json.loads(evaluate("shapes", *asked, "--scorer", "jpeg", "--json"))
+    found = json.loads(evaluate("shapes", *asked, "--scorer", "jpeg", "--out", tmp_path / "out", "--json"))
     assert found["made"]["num_samples"] == 4 and {"eval/jpeg/x", "eval/jpeg/y"} < set(found["metrics"])
+    rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert [row["tag"] for row in rows] == ["x", "y"] * 2

@@ -191,6 +191,17 @@ def test_pass_rates_and_shares_are_drawn_where_the_metrics_have_them(finished: P
     assert "images of the iteration, position by iteration" in labels and "position, my own by iteration" in labels
 
 
+def test_the_total_of_one_reward_is_drawn_once_and_images_of_a_refill_are_counted(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, "tiny", config().logging)
+    for number in (1, 2, 3):
+        own = {"reward/geneval_strict/mean": 0.1, "refill/groups": 2.0}
+        writer.write(number, iteration(number) | own, wall_s=5.0)
+    writer.close()
+    page = report(tmp_path)
+    assert 'aria-label="geneval, geneval_strict by iteration"' in page.source
+    assert f"{3 * (12 + 2) * 4} images made and scored" in page.text
+
+
 def test_the_page_asks_for_nothing_outside_itself(finished: Page) -> None:
     assert all(address.startswith(("data:", "#")) for address in finished.addresses)
     assert not re.findall(r"https?://|@import|url\((?!#)", finished.source)
