@@ -23,8 +23,9 @@ from flowalign.data.promptsets import as_section, load_prompts, placed_prompts
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
-from flowalign.intake.overrides import override, scalar_options
+from flowalign.intake.overrides import override
 from flowalign.intake.paths import resolve_run
+from flowalign.making.recipeasked import path_in, prompts_in, reward_in
 from flowalign.making.recipetext import Choices, raw_of, text_of
 from flowalign.models.directory import open_directory
 from flowalign.models.errors import ModelError
@@ -34,8 +35,7 @@ from flowalign.plan.devices import Gpus
 from flowalign.plan.estimate import Estimate, estimate
 from flowalign.plan.rows import memory_text
 from flowalign.record.progress import duration
-from flowalign.record.textfiles import is_there
-from flowalign.record.yamlfiles import parse_yaml, plain
+from flowalign.record.yamlfiles import plain
 from flowalign.samples.offers import LEARNER, TRAINING, check_reward
 
 SMALL = 100_000_000  # weights, up to which all of them learn
@@ -123,8 +123,8 @@ class _Recipe:
     def begin(self) -> None:
         """Choose what depends on no size."""
         asked, cpu = self.asked, self.gpus is None
-        model, prompts = _path(asked.model, self.base), _prompts(asked.prompts, self.base)
-        rewards = [_reward(text, self.base) for text in asked.rewards]
+        model, prompts = path_in(self.base, asked.model), prompts_in(self.base, asked.prompts)
+        rewards = [reward_in(self.base, text) for text in asked.rewards]
         precision = "bfloat16 is faster where the processor has AMX or AVX-512 BF16"
         evaluated = "shapes:eval" if prompts == "shapes:train" else prompts
         self.choices |= {
@@ -374,37 +374,6 @@ def _place(gpus: Gpus | None) -> Choices:
         "cluster.rollout_gpus": (1, ""),
         "cluster.learner_gpus": (1, ""),
     }
-
-
-def _prompts(text: str, base: Path) -> Any:
-    """Return prompts as a configuration in ``base`` has them: a source, or the section that is written in braces."""
-    if not text.lstrip().startswith("{") or is_there(Path(text)):
-        return _path(text, base)
-    section = plain(parse_yaml(text, "--prompts"))
-    if isinstance(section, dict) and isinstance(source := section.get("source"), str):
-        section["source"] = _path(source, base)
-    return section
-
-
-def _reward(text: str, base: Path) -> dict[str, Any]:
-    try:
-        spec, *options = shlex.split(text) or [""]
-    except ValueError as error:
-        raise ConfigError("rewards", f"{text!r}: a quotation mark is open; write such as 'clip path=…'") from error
-    location, colon, name = spec.rpartition(":")
-    found: dict[str, Any] = {"spec": f"{_path(location, base)}{colon}{name}" if location.endswith(".py") else spec}
-    try:
-        return found | ({"options": scalar_options(options)} if options else {})
-    except ConfigError as error:
-        raise ConfigError("rewards", f"{text!r}: {error}") from error
-
-
-def _path(text: str, base: Path) -> str:
-    """Return a path as a configuration in ``base`` has it: as it was typed, where it means the same there."""
-    path = Path(os.path.expanduser(text))
-    if path.is_absolute() or not is_there(path) or base == Path.cwd():
-        return text
-    return str(path.resolve())
 
 
 def measured_rate(device: str, dtype: str, threads: int, most_s: float = 0.3) -> float:

@@ -106,7 +106,7 @@ def test_students_of_two_bases_are_in_no_table(
 ) -> None:
     study = getattr(own, name)
     monkeypatch.setattr(study, "OWN", copied(name, tmp_path))
-    changed(max(study.OWN.glob("*.json")), base=own.cells.base_digest())
+    changed(max(study.OWN.glob("*.json")), base="another")
     with pytest.raises(SystemExit, match=f"{name} has cells of different base"):
         study.markdown() if name in ("few_steps", "straightening") else study.load()
 
@@ -116,6 +116,7 @@ def test_a_cell_of_an_earlier_base_is_not_taken_for_one_of_today_s(own: Any, tmp
         raise AssertionError("runs")
 
     shutil.copy(RESULTS / "few_steps" / "meanflow.json", tmp_path)
+    changed(tmp_path / "meanflow.json", base="another")
     asked = own.few_steps.asked("meanflow", SimpleNamespace(steps=600, num_samples=384))
     with pytest.raises(SystemExit, match=r"meanflow\.json is of another run \(base differ\)"):
         own.cells.run_once(tmp_path / "meanflow.json", never, asked, cell="meanflow")
