@@ -24,8 +24,8 @@ from typing import Any
 
 import algorithms_compared
 import algorithms_table
-from alignments import Budget, Cell, ended_early, refuse_another, run_cell, time_cells
-from cells import RESULTS, ROOT, STRICT, insert, minutes, positive, read, run_once, seeds
+from alignments import Budget, Cell, asked, ended_early, run_cell, time_cells
+from cells import RESULTS, ROOT, STRICT, insert, minutes, positive, read, refuse_another, run_once, seeds
 
 from flowalign.intake.file import load_align
 
@@ -63,7 +63,9 @@ def run_cells(options: argparse.Namespace) -> None:
         raise SystemExit(f"{SECONDS} has no seconds of {', '.join(lacking)}: `time` first")
     for seed in options.seeds:
         for name in options.cells:
-            refuse_another(OWN / f"{name}-seed{seed}.json", {"minutes": options.minutes})
+            wanted = asked(name, CELLS[name], seed, budget)
+            del wanted["overrides"]  # what the search found came to the same settings by others
+            refuse_another(OWN / f"{name}-seed{seed}.json", wanted)
             run = partial(run_cell, name, CELLS[name], seed, seconds[name]["iteration_s"], budget, options)
             run_once(OWN / f"{name}-seed{seed}.json", run, cell=name, seed=seed)
 

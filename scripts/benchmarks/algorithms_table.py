@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, read
+from cells import GOLD, OFFICIAL, STRICT, TASKS, alike, as_markdown, curves, finished, read
 
 BEGIN, END = "<!-- measured: scripts/benchmarks/algorithms.py table -->", "<!-- end of measured -->"
 HEAD = ["algorithm", "seeds", "strict", "official", "PickScore", *TASKS, "images", "transitions", "s/iteration"]
@@ -18,10 +18,17 @@ Cell = Mapping[str, Any]
 
 
 def load(directory: Path, titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The finished cells; each point gets its seconds from the speed that was measured for the cell's iterations."""
+    """The finished cells, of one base and one budget.
+
+    Each point gets its seconds from the speed that was measured for the cell's iterations.
+    """
     speeds = read(directory / "seconds.json", "cells")["cells"]
+    there = finished(directory, titles, "points")
+    alike(there, directory, "base", "minutes", "evaluations", "num_samples")
+    for name in titles:
+        alike([cell for cell in there if cell["cell"] == name], directory, "settings")
     cells = []
-    for cell in finished(directory, titles, "points"):
+    for cell in there:
         if cell["cell"] not in speeds:
             raise SystemExit(f"{directory / 'seconds.json'} has no seconds of {cell['cell']}: `time` first")
         speed = speeds[cell["cell"]]["iteration_s"]

@@ -8,12 +8,11 @@ into them there, evaluations left out.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import signal
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +20,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-from cells import GOLD, HELD_OUT, OFFICIAL, ROOT, STRICT, TASKS, Failed, align, local, machine, read, shown, slug, write
+from cells import (
+    GOLD,
+    HELD_OUT,
+    OFFICIAL,
+    ROOT,
+    STRICT,
+    TASKS,
+    Failed,
+    align,
+    base_digest,
+    local,
+    machine,
+    read,
+    slug,
+    write,
+)
 
+from flowalign.algorithms import algorithm_class
 from flowalign.config.alignment import AlignConfig
 from flowalign.config.section import ConfigError
-from flowalign.config.sections import SHIPPED
 from flowalign.intake.file import load_align
 from flowalign.record.metrics import read_metrics
 
 TIMED_ITERATIONS = 5
+PLACE = ("name", "runs_dir", "model.path", "seed", "cluster", "logging")
+# What `Budget.overrides` sets, whatever a configuration says.
+SET_BY_BUDGET = ("iterations", "learner.optimizer.decay_steps", "evaluation.every", "evaluation.gold", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -143,16 +160,42 @@ def identity(name: str, cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
+def settings(config: AlignConfig, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a configuration says of learning, by dotted keys, as JSON has it.
+
+    The name of a file says less: configs/shapes is tuned time and again. What has its default counts as not written, so
+    that a new key changes nothing. The place, the seed and the keys ``left_out`` are none of it.
+    """
+    found: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if _sections(value) else ()
+        for name, part in parts:
+            add(f"{key}.{name}" if key else str(name), part)
+        if not parts:
+            found[key] = value
+
+    kind = algorithm_class(config.algorithm["type"])
+    algorithm = kind.Config.model_validate(config.algorithm).model_dump(mode="json", exclude_defaults=True)
+    written = config.model_dump(mode="json", exclude_defaults=True)
+    add("", {**written, "algorithm": {**algorithm, "type": config.algorithm["type"]}})
+    return without(found, (*PLACE, *left_out))
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(part, dict) for part in value)
+
+
+def without(found: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return settings without those at ``keys`` and below them."""
+    return {
+        key: value for key, value in found.items() if not any(key == own or key.startswith(f"{own}.") for own in keys)
+    }
+
+
 def asked(name: str, cell: Cell, seed: int, budget: Budget) -> dict[str, Any]:
     """What a run is, apart from where it ran and what it found."""
-    return {**identity(name, cell, seed), **vars(budget)}
-
-
-def base_digest() -> str:
-    """What tells the shipped base from an earlier one."""
-    sums = (SHIPPED / "SHA256SUMS").read_text().splitlines()
-    shipped = "\n".join(line for line in sums if line.split()[-1].startswith("pipeline/"))
-    return hashlib.sha256(shipped.encode()).hexdigest()[:12]
+    return {**identity(name, cell, seed), **vars(budget), "settings": settings(cell.load(), SET_BY_BUDGET)}
 
 
 def images_in(row: Mapping[str, Any]) -> int:
@@ -180,13 +223,6 @@ def groups(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
     silent = [row.get("refill/silent", row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
     taught = [images_in(row) / size * (1 - row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
     return {"silent": statistics.fmean(silent), "taught": statistics.fmean(taught)} if silent else {}
-
-
-def refuse_another(target: Path, wanted: Mapping[str, Any]) -> None:
-    """A file of another run, such as one of fewer minutes or of an earlier base, must not count as this cell."""
-    there = read(target) if target.exists() else wanted
-    if other := [key for key, value in wanted.items() if there.get(key) != value]:
-        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
 
 
 def side_by_side(work: Mapping[Path, Any], jobs: int) -> list[str]:

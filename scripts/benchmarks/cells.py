@@ -18,8 +18,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
+ASSETS = ROOT / "flowalign" / "shapes" / "assets"
 STRICT, OFFICIAL, GOLD = "eval/geneval_strict/overall", "eval/geneval/overall", "eval/pickscore/overall"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+LATER = ("settings",)  # which cells say since today's base; those before it do not
 HELD_OUT = {"spec": "pickscore", "options": {"path": "shapes:pickscore"}}
 
 
@@ -103,11 +105,13 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
     return found
 
 
-def finished(directory: Path, known: Collection[str], *keys: str) -> list[dict[str, Any]]:
+def finished(directory: Path, known: Collection[str], *keys: str, other: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return the cells that have ended, each with its ``keys``; of one that is not ``known``, or of a copy, say so and
-    end."""
+    end. Files of the names ``other`` are no cells."""
     cells = []
     for path in sorted(directory.glob("*-seed*.json")):
+        if path.stem.rpartition("-seed")[0] in other:
+            continue
         cell = read(path, "cell", "seed", *keys)
         if path.stem != f"{cell['cell']}-seed{cell['seed']}" or cell["cell"] not in known:
             raise SystemExit(
@@ -116,6 +120,49 @@ def finished(directory: Path, known: Collection[str], *keys: str) -> list[dict[s
             )
         cells.append(cell)
     return cells
+
+
+def alike(cells: Sequence[Mapping[str, Any]], directory: Path, *keys: str, if_known: Collection[str] = LATER) -> None:
+    """End the command where cells of one table differ in one of ``keys``, such as the base that they were run on.
+
+    Of the keys ``if_known`` only the cells that have them are compared.
+    """
+    for key in keys:
+        found = {json.dumps(cell.get(key)): cell.get(key) for cell in cells if key in cell or key not in if_known}
+        if len(found) > 1:
+            told = " and ".join(map(str, found.values()))
+            raise SystemExit(f"{shown(directory)} has cells of different {key} ({told}): move those of one away")
+
+
+def refuse_another(target: Path, wanted: Mapping[str, Any], *, if_known: Collection[str] = LATER) -> None:
+    """End the command where ``target`` is of another run, such as one of fewer minutes or of an earlier base: it must
+    not count as this one. A file that lacks one of the keys ``if_known`` says nothing of it."""
+    if not target.exists():
+        return
+    there, asked = read(target), json.loads(json.dumps(dict(wanted)))
+    known = {key: value for key, value in asked.items() if key in there or key not in if_known}
+    if other := [_apart(key, value, there.get(key)) for key, value in known.items() if there.get(key) != value]:
+        raise SystemExit(f"{shown(target)} is of another run ({', '.join(other)} differ): move it away, or --results")
+
+
+def _apart(key: str, value: Any, found: Any) -> str:
+    """A key, with those of its own keys at which two values are not the same."""
+    if not isinstance(value, dict) or not isinstance(found, dict):
+        return key
+    names = [name for name in dict.fromkeys((*value, *found)) if value.get(name) != found.get(name)]
+    return f"{key}: {', '.join(names)}"
+
+
+def base_digest() -> str:
+    """What tells the shipped base from an earlier one."""
+    sums = (ASSETS / "SHA256SUMS").read_text().splitlines()
+    shipped = "\n".join(line for line in sums if line.split()[-1].startswith("pipeline/"))
+    return hashlib.sha256(shipped.encode()).hexdigest()[:12]
+
+
+def of_this_base(work_dir: Path) -> Path:
+    """Return where to work: what is made of one base lies apart from what was made of another."""
+    return work_dir.resolve() / base_digest()
 
 
 def insert(table: str, page: Path, begin: str, end: str) -> None:
@@ -148,10 +195,17 @@ def study(description: str | None, name: str, cells: Collection[str], usual: Seq
     return parser
 
 
-def run_once(target: Path, run_cell: Callable[[], Mapping[str, Any]], **cell: Any) -> None:
-    """Run a cell that has no file yet, write what it found to ``target``, and say so."""
+def run_once(
+    target: Path, run_cell: Callable[[], Mapping[str, Any]], wanted: Mapping[str, Any] | None = None, **cell: Any
+) -> None:
+    """Run a cell that has no file yet, write what it found to ``target``, and say so.
+
+    ``wanted`` says what its run is, and is written beside what it found: a file of another one ends the command.
+    """
+    if wanted is not None:
+        refuse_another(target, wanted)
     if not target.exists():
-        write(target, run_cell())
+        write(target, {**(wanted or {}), **run_cell()})
         print(json.dumps({**cell, "file": shown(target)}), flush=True)
 
 

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from alignments import base_digest, end_cells, images_in, refuse_another, side_by_side
-from cells import RESULTS, ROOT, align, insert, machine, positive, run_once, seeds
+from alignments import end_cells, images_in, side_by_side
+from cells import RESULTS, ROOT, align, base_digest, insert, machine, positive, refuse_another, run_once, seeds
 from chain_cells import CELLS, STEPS, Cell
 from chain_students import ENDING, exported, made_student, weights_of
 from chain_table import MARKS, PAGE, kept_by, markdown

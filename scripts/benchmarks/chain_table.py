@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import ROOT, as_markdown
+from cells import ROOT, alike, as_markdown, finished, read
 from chain_cells import CELLS
 from numpy.typing import NDArray
 
@@ -69,8 +68,12 @@ def kept_by(scores: Scores, reference: Mapping[str, Scores]) -> dict[str, Any]:
 
 
 def load(directory: Path) -> list[dict[str, Any]]:
-    """The finished cells of a search, by what they keep at four steps, the most first."""
-    cells = [json.loads(path.read_text()) for name in CELLS for path in directory.glob(f"{name}-seed*.json")]
+    """The finished cells of a search, by what they keep at four steps, the most first.
+
+    All must be of one base and one aligned model.
+    """
+    cells = finished(directory, CELLS, "scores", "cost", other=["reference"])
+    alike(cells, directory, "base", "aligned")
     return sorted(cells, key=lambda cell: cell["scores"]["4"]["geneval"], reverse=True)
 
 
@@ -78,12 +81,13 @@ def markdown(directory: Path) -> str:
     """Base and aligned model first, then the students; a table for each seed with a finished reference."""
     cells, tables = load(directory), []
     for path in sorted(directory.glob("reference-seed*.json")):
-        reference = json.loads(path.read_text())
+        reference = read(path, "scores", "num_samples")
+        own = [cell for cell in cells if cell["seed"] == reference["seed"]]
+        alike([reference, *own], directory, "base", "aligned", "num_samples")
         rows = [_row(name, reference["scores"][name], reference["scores"], {}) for name in ("base", "aligned")]
         rows += [
             _row(f"`{cell['cell']}`: {CELLS[cell['cell']].title}", cell["scores"], reference["scores"], cell["cost"])
-            for cell in cells
-            if cell["seed"] == reference["seed"]
+            for cell in own
         ]
         head = ["model", "GenEval, 4 steps", "of the gain", "95 %", f"≥ {WANTED:.0%}", "GenEval, 10 steps"]
         head += ["of the gain", "FID, 4 steps", "pairs", "latents learned", "images for rewards"]

@@ -17,7 +17,21 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, ROOT, STRICT, TASKS, align, flowalign, machine, positive, write
+from cells import (
+    RESULTS,
+    ROOT,
+    STRICT,
+    TASKS,
+    align,
+    base_digest,
+    flowalign,
+    machine,
+    of_this_base,
+    positive,
+    read,
+    refuse_another,
+    write,
+)
 
 from flowalign.record.metrics import read_metrics
 
@@ -116,12 +130,15 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "distillation")
     options = parser.parse_args()
-    options.work_dir = options.work_dir.resolve()
+    options.work_dir = of_this_base(options.work_dir)
+    path = RESULTS / "distillation.json"
+    counts = {key: vars(options)[key] for key in ("teacher_iterations", "student_iterations")}
+    wanted = {"base": base_digest(), **counts}
+    refuse_another(path, wanted)  # whose students would stand beside these teachers
     runs = {half: teach(half, options) for half in HALVES}
     teachers = {half: summary(run) for half, run in runs.items()}
-    path = RESULTS / "distillation.json"
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"students": {}}
-    report |= {"machine": machine(options.threads), "teachers": teachers}
+    students = read(path, "students")["students"] if path.exists() else {}
+    report = {**wanted, "students": students, "machine": machine(options.threads), "teachers": teachers}
     for name in options.students:
         student = summary(distil(name, runs, options))
         student["share"] = {half: share(student, teacher, half) for half, teacher in teachers.items()}

@@ -12,7 +12,6 @@ docs.
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import RESULTS, ROOT, flowalign, machine, run_once, slug, study
+from cells import RESULTS, ROOT, alike, base_digest, flowalign, machine, of_this_base, read, run_once, slug, study
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 from PIL import Image
@@ -84,8 +83,13 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         first = made[0].pictures.images[:COLUMNS].numpy()
         Image.fromarray(np.concatenate(list(first), 1)).save(sheet)
-    facts = {"images": options.num_samples, "machine": machine(options.threads), "cost": cost}
-    return {"cell": name, **facts, "scores": scores}
+    return {"machine": machine(options.threads), "cost": cost, "scores": scores}
+
+
+def asked(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell is, apart from where it ran and what it found."""
+    steps = {} if name.startswith("base") else {"steps": options.steps}
+    return {"cell": name, "base": base_digest(), "images": options.num_samples, **steps}
 
 
 def sheet_of(name: str, steps: str) -> Path:
@@ -94,7 +98,10 @@ def sheet_of(name: str, steps: str) -> Path:
 
 
 def load() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for name in SAMPLED if (path := file_of(name)).exists()]
+    """The finished cells, all of one base."""
+    cells = [read(path, "cell", "scores") for name in SAMPLED if (path := file_of(name)).exists()]
+    alike(cells, OWN, "base", "images")
+    return cells
 
 
 def file_of(name: str) -> Path:
@@ -149,8 +156,9 @@ def main() -> None:
     if options.what == "table":
         sheet()
         return insert_table("few_steps", markdown())
+    options.work_dir = of_this_base(options.work_dir)
     for name in options.cells:
-        run_once(file_of(name), partial(run_cell, name, options), cell=name)
+        run_once(file_of(name), partial(run_cell, name, options), asked(name, options), cell=name)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ killed continues where it was, a finished one is left alone. (arXiv:2403.03206, 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, machine, run_once, seeds, study
+from cells import RESULTS, alike, base_digest, machine, of_this_base, read, run_once, seeds, study
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 
@@ -79,15 +78,17 @@ def run_cell(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
             sampling = SamplingConfig(num_steps=steps, guidance_scale=guidance)
             scores[key_of((steps, weights, guidance))] = judge(policy, sampling)
     return {
-        "cell": name,
-        "seed": seed,
-        "steps": options.steps,
-        "images": options.num_samples,
         "machine": machine(options.threads),
         "samples_per_s": trained["throughput/samples_per_s"],
         "seconds": round(time.monotonic() - began),
         "scores": scores,
     }
+
+
+def asked(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell is, apart from where it ran and what it found."""
+    counts = {"steps": options.steps, "images": options.num_samples, "bank": options.num_images}
+    return {"cell": name, "seed": seed, "base": base_digest(), **counts}
 
 
 def key_of(setting: tuple[int, str, float]) -> str:
@@ -122,10 +123,11 @@ def ranks(cells: Sequence[Mapping[str, Any]], keep: Sequence[tuple[int, str, flo
 
 
 def load() -> dict[int, list[dict[str, Any]]]:
-    """The cells there are, by seed, in the order of the table."""
+    """The cells there are, by seed, in the order of the table; all of one base."""
+    cells = [read(path, "cell", "scores") for path in sorted(OWN.glob("*-seed*.json"))]
+    alike(cells, OWN, "base", "steps", "images")
     by_seed: dict[int, list[dict[str, Any]]] = {}
-    for path in sorted(OWN.glob("*-seed*.json")):
-        cell = json.loads(path.read_text())
+    for cell in cells:
         by_seed.setdefault(cell["seed"], []).append(cell)
     order = list(CELLS)
     return {seed: sorted(cells, key=lambda cell: order.index(cell["cell"])) for seed, cells in by_seed.items()}
@@ -176,9 +178,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         return insert_table("paths", markdown(load()))
+    options.work_dir = of_this_base(options.work_dir)
     for seed in options.seeds:
         for name in options.cells:
-            run_once(file_of(name, seed), partial(run_cell, name, seed, options), cell=name, seed=seed)
+            begin = partial(run_cell, name, seed, options)
+            run_once(file_of(name, seed), begin, asked(name, seed, options), cell=name, seed=seed)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Pairs are the base's own images (``make-preferences``), each kind of them made once. A cell learns from one kind, and
 then base and aligned model draw the evaluation prompts with the same noise: the aligned one wins where PickScore, which
-no pair has seen, rates its image higher, and a draw counts half. The interval of one seed is Wilson's; that of several
-resamples the evaluation's samples, each with its outcomes under every seed, for they share prompts and noise.
+no pair has seen, rates its image higher, and a draw counts half. The interval is by prompts, of which each has several
+samples; of several seeds it is that of their mean, for they share prompts and noise.
 
 ``search`` runs the cells of preferences_cells.py with seed 0: all but the last two differ in one thing from ``start``.
 ``final`` runs named ones with three seeds. Each cell is a JSON file under results/preferences, written when it ends: a
@@ -29,8 +29,24 @@ from pathlib import Path
 from typing import Any
 
 import preferences_table
-from alignments import base_digest, ended_early, faults, identity, refuse_another, side_by_side
-from cells import HELD_OUT, RESULTS, ROOT, align, flowalign, insert, machine, positive, run_once, seeds, shown, write
+from alignments import ended_early, faults, identity, settings, side_by_side
+from cells import (
+    HELD_OUT,
+    RESULTS,
+    ROOT,
+    align,
+    base_digest,
+    flowalign,
+    insert,
+    machine,
+    of_this_base,
+    positive,
+    refuse_another,
+    run_once,
+    seeds,
+    shown,
+    write,
+)
 from preferences_cells import CELLS, CONFIG, KINDS, PairsCell
 
 from flowalign.config.sections import SHIPPED
@@ -129,6 +145,7 @@ def asked(name: str, cell: PairsCell, seed: int, options: argparse.Namespace) ->
         **identity(name, cell, seed),
         "pairs": {"kind": cell.pairs, "count": options.pairs, **vars(KINDS[cell.pairs])},
         "samples": options.samples,
+        "settings": settings(cell.load(), ("data.preferences", *UNWATCHED)),
     }
 
 
@@ -200,8 +217,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "preferences")
     options = parser.parse_args()
-    # What is made of one base lies apart from what was made of another.
-    options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve() / base_digest()
+    options.results, options.work_dir = options.results.resolve(), of_this_base(options.work_dir)
     if unknown := set(options.cells or ()) - set(CELLS):
         parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(CELLS)}")
     if options.what == "final" and not options.cells:

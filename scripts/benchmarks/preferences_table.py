@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import GOLD, OFFICIAL, ROOT, STRICT, as_markdown
+from alignments import without
+from cells import GOLD, OFFICIAL, ROOT, STRICT, alike, as_markdown, finished, read
 from preferences_cells import CELLS
+from scipy import stats
+
+from flowalign.measure.clustered import clustered_mean
+from flowalign.shapes.prompts import evaluation_set
 
 PAGE = ROOT / "docs" / "algorithms.md"
 MARKS = "<!-- preferences: scripts/benchmarks/preferences.py table -->", "<!-- end of preferences -->"
@@ -20,10 +24,18 @@ WORTH = {"+": 1.0, "=": 0.5, "-": 0.0}
 
 
 def load(directory: Path) -> dict[str, list[Cell]]:
-    """The finished cells by name, each with its seeds, the highest win rate first."""
+    """The finished cells by name, each with its seeds, the highest win rate first.
+
+    All must be of one base and one configuration, with as many pairs, and be judged by the same samples.
+    """
+    there = finished(directory, CELLS, "outcomes", "pairs", "learned", "metrics")
+    alike(there, directory, "base", "samples")
+    varied = {key for cell in there for key in cell["overrides"]}
+    said = [{"settings": without(cell["settings"], varied)} for cell in there if "settings" in cell]
+    alike(said, directory, "settings")
+    alike([{"pairs": cell["pairs"]["count"]} for cell in there], directory, "pairs")
     cells: dict[str, list[Cell]] = {}
-    for path in sorted(directory.glob("*-seed*.json")):
-        cell = json.loads(path.read_text())
+    for cell in there:
         cells.setdefault(cell["cell"], []).append(cell)
     return dict(sorted(cells.items(), key=lambda item: -worth(item[1]).mean()))
 
@@ -33,46 +45,41 @@ def worth(cells: Sequence[Cell]) -> np.ndarray:
     return np.array([[WORTH[outcome] for outcome in cell["outcomes"]] for cell in cells])
 
 
-def wilson(wins: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a proportion (Wilson 1927)."""
-    p, scale = wins / count, 1 + z * z / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return (middle - half) / scale, (middle + half) / scale
-
-
-def resampled(outcomes_SN: np.ndarray, draws: int = 10000) -> tuple[float, float]:
-    """Interval of the mean outcome over seeds and samples: percentiles over resampled columns."""
-    means = outcomes_SN.mean(0)
-    index = np.random.default_rng(0).integers(0, len(means), (draws, len(means)))
-    low, high = np.percentile(means[index].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def interval(outcomes_SN: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the win rate: of one seed Wilson's, of several by resampling."""
-    if len(outcomes_SN) > 1:
-        return resampled(outcomes_SN)
-    return wilson(outcomes_SN.sum(), outcomes_SN.shape[1])
+    """The 95 % interval of the win rate by prompts, within each task; NaN where a task has fewer than two of them.
+
+    Samples of one prompt are won and lost together, so that they are not so many draws. Seeds share prompts and noise:
+    what varies is the mean over them.
+    """
+    rows = evaluation_set(outcomes_SN.shape[1])
+    prompts, tasks = ([row[key] for row in rows] for key in ("prompt", "tag"))
+    mean = clustered_mean(outcomes_SN.mean(0), prompts, tasks)
+    half = float(stats.t.ppf(0.975, mean.degrees)) * mean.standard_error
+    return mean.value - half, mean.value + half
 
 
 def markdown(directory: Path) -> str:
     """A row a cell, means over seeds, and the base that all are compared with."""
     head = ["cell", "seeds", "won, %", "95 % interval", "by seed", "draws, %"]
     head += ["strict", "official", "PickScore", "pairs told apart"]
-    rows = [_base(directory / "base.json")] if (directory / "base.json").exists() else []
-    return as_markdown(head, [*rows, *(_row(name, cells) for name, cells in load(directory).items())])
+    by_name, rows = load(directory), []
+    if (path := directory / "base.json").exists():
+        base = read(path, "metrics", "standard_errors")
+        alike([base, *(cell for cells in by_name.values() for cell in cells)], directory, "base", "samples")
+        rows = [_base(base)]
+    return as_markdown(head, [*rows, *(_row(name, cells) for name, cells in by_name.items())])
 
 
-def _base(path: Path) -> list[str]:
-    base = json.loads(path.read_text())
+def _base(base: Cell) -> list[str]:
     return ["base", "", "", "", "", "", *_scores([base]), ""]
 
 
 def _row(name: str, cells: Sequence[Cell]) -> list[str]:
     won = worth(cells)
-    low, high = (f"{100 * end:.1f}" for end in interval(won))
+    low, high = interval(won)
+    between = "–" if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
     by_seed = ", ".join(f"{100 * rate:.1f}" for rate in won.mean(1)) if len(cells) > 1 else ""
-    rates = [f"{100 * won.mean():.1f}", f"{low} to {high}", by_seed, f"{100 * (won == WORTH['=']).mean():.1f}"]
+    rates = [f"{100 * won.mean():.1f}", between, by_seed, f"{100 * (won == WORTH['=']).mean():.1f}"]
     apart = statistics.fmean(cell["learned"]["dpo/implicit_accuracy"] for cell in cells)
     return [CELLS[name].title, str(len(cells)), *rates, *_scores(cells), f"{apart:.2f}"]
 

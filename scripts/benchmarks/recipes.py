@@ -33,8 +33,8 @@ from typing import NamedTuple
 
 import algorithms
 import recipes_table
-from alignments import Budget, Cell, asked, ended_early, faults, refuse_another, run_cell, side_by_side, time_cells
-from cells import RESULTS, ROOT, insert, minutes, positive, read, run_once, seeds, shown, words
+from alignments import Budget, Cell, asked, ended_early, faults, run_cell, side_by_side, time_cells
+from cells import RESULTS, ROOT, insert, minutes, positive, read, refuse_another, run_once, seeds, shown, words
 from recipes_cells import (
     DOWN,
     FINDINGS,

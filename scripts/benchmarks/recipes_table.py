@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from algorithms import CELLS
-from alignments import Budget
-from cells import GOLD, OFFICIAL, STRICT, TASKS, as_markdown, curves, finished, shown
+from alignments import Budget, without
+from cells import GOLD, OFFICIAL, STRICT, TASKS, alike, as_markdown, curves, finished
 from recipes_cells import REFILL, SCREEN, SFT_KL, TUNE, algorithm_of
 
 # Where the table of a search stands in docs/algorithms.md.
@@ -28,12 +28,15 @@ Cell = Mapping[str, Any]
 
 
 def load(directory: Path) -> list[dict[str, Any]]:
-    """The finished cells of a search, the best strict score first; they must be of one base and one budget."""
+    """The finished cells of a search, the best strict score first.
+
+    They must be of one base and one budget, and those of one configuration differ in what they vary alone.
+    """
     cells = finished(directory, {**TUNE, **SCREEN, **SFT_KL, **REFILL}, "points")
-    for key in ("base", *Budget.__dataclass_fields__):
-        if len(values := {cell.get(key) for cell in cells}) > 1:
-            told = " and ".join(map(str, values))
-            raise SystemExit(f"{shown(directory)} has cells of different {key} ({told}): move those of one away")
+    alike(cells, directory, "base", *Budget.__dataclass_fields__)
+    for own in grouped([cell for cell in cells if "settings" in cell], lambda cell: cell["config"]):
+        varied = {key for cell in own for key in cell["overrides"]}
+        alike([{"settings": without(cell["settings"], varied)} for cell in own], directory, "settings")
     return sorted(cells, key=strict, reverse=True)
 
 

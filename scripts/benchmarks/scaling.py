@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, machine, run_once, study
+from cells import RESULTS, ROOT, alike, base_digest, machine, of_this_base, read, run_once, study
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 
@@ -78,19 +78,25 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         found = {"step": step, "flops": TRAINING * forward * 128 * step, "validation": row["validation_ema/loss"]}
         points.append({**found, **judge(policy, SAMPLING)})
     return {
-        "cell": name,
         "spec": vars(spec),
         "parameters": sum(p.numel() for p in network.parameters()),
         "forward_flops": forward,
-        "images": options.num_samples,
         "machine": machine(options.threads),
         "points": points,
     }
 
 
 def load() -> list[dict[str, Any]]:
-    files = [OWN / f"{name}.json" for name in CELLS]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    """The finished cells, all of one base."""
+    cells = [read(path, "cell", "points") for name in CELLS if (path := OWN / f"{name}.json").exists()]
+    alike(cells, OWN, "base", "images")
+    return cells
+
+
+def asked(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell is, apart from where it ran and what it found."""
+    counts = {"steps": options.steps, "images": options.num_samples, "bank": options.num_images}
+    return {"cell": name, "base": base_digest(), **counts}
 
 
 def correlations(cells: list[dict[str, Any]]) -> dict[str, float]:
@@ -147,8 +153,9 @@ def main() -> None:
     if options.what == "table":
         draw(load())
         return insert_table("scaling", markdown(load()))
+    options.work_dir = of_this_base(options.work_dir)
     for name in options.cells:
-        run_once(OWN / f"{name}.json", partial(run_cell, name, options), cell=name)
+        run_once(OWN / f"{name}.json", partial(run_cell, name, options), asked(name, options), cell=name)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Euler against Heun at equal evaluations, and what inversion to the noise and bac
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from functools import partial
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, flowalign, machine, run_once, slug, study
+from cells import RESULTS, alike, base_digest, flowalign, machine, of_this_base, read, run_once, slug, study
 from pages import insert_table
 from pictures import CHUNK, Judge, bank, opened, train
 
@@ -92,7 +91,7 @@ def pairs(options: argparse.Namespace) -> tuple[Path, float]:
 
 def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    cell: dict[str, Any] = {"cell": name, "images": options.num_samples, "machine": machine(options.threads)}
+    cell: dict[str, Any] = {"machine": machine(options.threads)}
     judge = Judge(options.num_samples)
     if name == "base":
         return cell | measured(opened(BASE, "model")[0], judge)
@@ -112,10 +111,20 @@ def run_cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return cell | {"cost": cost} | measured(opened(run, "ema")[0], judge)
 
 
+def asked(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a cell is, apart from where it ran and what it found."""
+    keys = () if name == "base" else ("pairs", "pair_steps", "steps")
+    learned = {key: getattr(options, key) for key in keys}
+    return {"cell": name, "base": base_digest(), "images": options.num_samples, **learned}
+
+
+def file_of(name: str) -> Path:
+    return OWN / f"{slug(name)}.json"
+
+
 def markdown() -> str:
-    cells = [
-        json.loads((OWN / f"{slug(name)}.json").read_text()) for name in CELLS if (OWN / f"{slug(name)}.json").exists()
-    ]
+    cells = [read(path, "cell", "scores") for name in CELLS if (path := file_of(name)).exists()]
+    alike(cells, OWN, "base", "images")
     head = ["model", "straightness", *(f"FID, {n}" for n in FEW), *(f"GenEval, {n}" for n in FEW), "lost, Heun 8"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell in cells:
@@ -140,8 +149,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "table":
         return insert_table("straightening", markdown())
+    options.work_dir = of_this_base(options.work_dir)
     for name in options.cells:
-        run_once(OWN / f"{slug(name)}.json", partial(run_cell, name, options), cell=name)
+        run_once(file_of(name), partial(run_cell, name, options), asked(name, options), cell=name)
 
 
 if __name__ == "__main__":

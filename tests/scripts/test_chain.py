@@ -179,14 +179,15 @@ def cell(own: Any, name: str, right: int, seed: int = 0) -> dict[str, Any]:
     """What a finished cell writes of a student that is right in so many of ten images of each task."""
     scores = {"geneval": right / 10, "fid": 4.25, "right": verdicts(dict.fromkeys(TASKS, right), 60)}
     cost = {"pairs": 8000, "latents": 102400, "images": 0, "seconds": 630}
-    return {"cell": name, "seed": seed, "cost": cost, "scores": {"4": scores, "10": scores}}
+    who = {"cell": name, "seed": seed, "base": "today", "aligned": "a", "num_samples": 60}
+    return {**who, "cost": cost, "scores": {"4": scores, "10": scores}}
 
 
 def test_the_table_has_the_best_student_first_and_says_what_it_keeps(own: Any, tmp_path: Path) -> None:
     for one in (cell(own, "start", 8), cell(own, "long", 10), cell(own, "long", 2, 1)):
         (tmp_path / f"{one['cell']}-seed{one['seed']}.json").write_text(json.dumps(one))
     models = {"base": cell(own, "", 2)["scores"], "aligned": cell(own, "", 10)["scores"]}
-    reference = {"seed": 0, "num_samples": 60, "scores": models}
+    reference = {**cell(own, "", 2), "scores": models}
     (tmp_path / "reference-seed0.json").write_text(json.dumps(reference))
     head, _, table = own.chain_table.markdown(tmp_path).partition("\n\n")
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
@@ -195,6 +196,25 @@ def test_the_table_has_the_best_student_first_and_says_what_it_keeps(own: Any, t
     best = ["1.000", "100%", "100% to 100%", "yes", "1.000", "100%", "4.2", "8,000", "102,400", "–"]
     assert rows[2][1:] == best
     assert rows[3][2] == "75%" and rows[3][4] in ("no", "open") and rows[0][2] == "0%"
+
+
+@pytest.mark.parametrize("key", ["base", "aligned", "num_samples"])
+@pytest.mark.parametrize("name", ["reference", "start"])
+def test_students_of_another_model_are_in_no_table(own: Any, tmp_path: Path, name: str, key: str) -> None:
+    scores = {"base": cell(own, "", 2)["scores"], "aligned": cell(own, "", 10)["scores"]}
+    made = {"start": cell(own, "start", 8), "long": cell(own, "long", 8)}
+    made["reference"] = {**cell(own, "", 2), "scores": scores}
+    made[name][key] = "other"
+    for title, one in made.items():
+        (tmp_path / f"{title}-seed0.json").write_text(json.dumps(one))
+    with pytest.raises(SystemExit, match=f"has cells of different {key}"):
+        own.chain_table.markdown(tmp_path)
+
+
+def test_half_a_file_of_a_student_is_named(own: Any, tmp_path: Path) -> None:
+    (tmp_path / "start-seed0.json").write_text(json.dumps(cell(own, "start", 8))[:-9])
+    with pytest.raises(SystemExit, match=r"start-seed0\.json is no JSON"):
+        own.chain_table.markdown(tmp_path)
 
 
 def test_the_page_holds_the_committed_students(own: Any) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from flowalign.intake.file import load_align
+from flowalign.shapes.prompts import evaluation_set
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "scripts" / "benchmarks"
@@ -82,7 +83,7 @@ def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_pa
     kinds = {"kind": "any", "count": 2000, "group_size": 4, "min_difference": 0.0}
     for key, value in (("base", "another"), ("samples", 12), ("overrides", {}), ("pairs", kinds)):
         file.write_text(json.dumps({**wanted, key: value}))
-        with pytest.raises(SystemExit, match=rf"start-seed0\.json is of another run \({key} differ"):
+        with pytest.raises(SystemExit, match=rf"start-seed0\.json is of another run \({key}(: \w+)? differ"):
             own.preferences.run_cells(["start"], [0], there)
 
 
@@ -115,14 +116,31 @@ def test_a_sample_is_won_where_the_aligned_model_s_image_is_rated_higher(own: An
         own.preferences.outcomes(before, shuffled)
 
 
-def test_an_interval_holds_the_rate_and_narrows_with_samples_not_with_seeds(own: Any) -> None:
-    table = own.preferences_table
-    assert table.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # as tables of the interval have it
-    won = np.tile([1.0, 0.0, 1.0, 0.5], 100)[None]
-    low, high = table.interval(won)
-    assert (low, high) == table.wilson(250, 400)
-    three = table.interval(won.repeat(3, 0))  # the same outcomes again: nothing more is known of the samples
-    assert three == pytest.approx((0.625 - 1.96 * 0.4146 / 20, 0.625 + 1.96 * 0.4146 / 20), abs=0.005)
+def test_an_interval_holds_the_rate_and_narrows_with_prompts_not_with_samples_or_seeds(own: Any) -> None:
+    interval, generator = own.preferences_table.interval, np.random.default_rng(0)
+    prompts = [row["prompt"] for row in evaluation_set(1200)]
+    of_prompt = {prompt: generator.integers(0, 2) for prompt in dict.fromkeys(prompts)}
+    together = np.array([[float(of_prompt[prompt]) for prompt in prompts]])  # a prompt is won or lost as a whole
+    apart = generator.permutation(together[0])[None]
+    (low, high), (near, far) = interval(together), interval(apart)
+    assert (low + high) / 2 == pytest.approx(together.mean()) and far - near == pytest.approx(
+        2 * 1.96 * 0.0144, rel=0.1
+    )
+    assert high - low > 2 * (far - near)
+    assert interval(apart.repeat(3, 0)) == pytest.approx((near, far))  # the same again: nothing more is known
+    assert np.isnan(interval(apart[:, :6])).all()  # one prompt of each task
+
+
+def test_an_interval_holds_the_true_rate_as_often_as_it_says(own: Any) -> None:
+    """Of models that win each prompt at a rate of its own, of many such models."""
+    generator, prompts = np.random.default_rng(0), [row["prompt"] for row in evaluation_set(1200)]
+    names, place = np.unique(prompts, return_inverse=True)
+    held = []
+    for _ in range(200):
+        rate = generator.beta(1, 1, len(names))[place]
+        low, high = own.preferences_table.interval((generator.random(1200) < rate)[None].astype(float))
+        held.append(low <= 0.5 <= high)
+    assert 0.89 <= np.mean(held) <= 0.99
 
 
 def written(own: Any, folder: Path, name: str, seed: int, won: str, strict: float) -> None:
@@ -130,6 +148,7 @@ def written(own: Any, folder: Path, name: str, seed: int, won: str, strict: floa
     metrics = {own.cells.STRICT: strict, own.cells.OFFICIAL: 0.7, own.cells.GOLD: 9.0}
     errors = {"standard_error/geneval_strict/overall": 0.014}
     cell = {"cell": name, "seed": seed, "outcomes": won, "metrics": metrics, "standard_errors": errors}
+    cell |= {"base": "today", "samples": len(won), "pairs": {"count": 8}, "overrides": {}}
     cell |= {"learned": {"dpo/implicit_accuracy": 0.75}, "iteration_s": 4.0}
     (folder / f"{name}-seed{seed}.json").write_text(json.dumps(cell))
 
@@ -137,17 +156,47 @@ def written(own: Any, folder: Path, name: str, seed: int, won: str, strict: floa
 def test_the_table_has_the_cells_by_their_win_rate_beside_the_base(own: Any, tmp_path: Path) -> None:
     errors = {"standard_error/geneval_strict/overall": 0.015}
     metrics = {own.cells.STRICT: 0.4, own.cells.OFFICIAL: 0.65, own.cells.GOLD: 8.5}
-    (tmp_path / "base.json").write_text(json.dumps({"metrics": metrics, "standard_errors": errors}))
-    written(own, tmp_path, "start", 0, "+-=+" * 5, 0.5)
-    written(own, tmp_path, "rate_4", 0, "+++-" * 5, 0.5)
-    written(own, tmp_path, "rate_4", 1, "++++" * 5, 0.6)
+    base = {"base": "today", "samples": 24, "metrics": metrics, "standard_errors": errors}
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    written(own, tmp_path, "start", 0, "+-=+" * 6, 0.5)
+    written(own, tmp_path, "rate_4", 0, "+++-" * 6, 0.5)
+    written(own, tmp_path, "rate_4", 1, "++++" * 6, 0.6)
     rows = own.preferences_table.markdown(tmp_path).splitlines()[2:]
     assert rows[0] == "| base |  |  |  |  |  | 0.400 ± 0.015 | 0.650 | 8.50 |  |"
     assert rows[1].startswith("| learning rate × 4 | 2 | 87.5 | ") and rows[1].endswith(
         " | 75.0, 100.0 | 0.0 | 0.550 ± 0.014 | 0.700 | 9.00 | 0.75 |"
     )
-    low, high = (f"{100 * end:.1f}" for end in own.preferences_table.wilson(12.5, 20))
+    start = np.array([[1, 0, 0.5, 1] * 6])
+    low, high = (f"{100 * end:.1f}" for end in own.preferences_table.interval(start))
     assert rows[2].startswith(f"| start | 1 | 62.5 | {low} to {high} |  | 25.0 | 0.500")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("rate_4-seed0", {"base": "other"}, "has cells of different base"),
+        ("rate_4-seed0", {"samples": 12}, "has cells of different samples"),
+        ("rate_4-seed0", {"pairs": {"count": 9}}, "has cells of different pairs"),
+        ("rate_4-seed0", {"settings": {"algorithm.beta": 5}}, "has cells of different settings"),
+        ("base", {"base": "other"}, "has cells of different base"),
+        ("rate_4-seed0", {"cell": "gone"}, "which is no cell of that name here"),
+        ("rate_4-seed0", None, "is no JSON"),
+    ],
+)
+def test_cells_that_cannot_stand_in_one_table_are_named(
+    own: Any, tmp_path: Path, name: str, change: dict[str, Any] | None, said: str
+) -> None:
+    for cell in ("start", "rate_4"):
+        written(own, tmp_path, cell, 0, "+-=+" * 6, 0.5)
+        file = tmp_path / f"{cell}-seed0.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "settings": {"algorithm.beta": 100}}))
+    base = {**json.loads(file.read_text()), "samples": 24}
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    assert own.preferences_table.markdown(tmp_path).count("\n") == 4
+    file = tmp_path / f"{name}.json"
+    file.write_text("{" if change is None else json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(SystemExit, match=said):
+        own.preferences_table.markdown(tmp_path)
 
 
 def test_the_page_holds_the_committed_cells(own: Any) -> None:

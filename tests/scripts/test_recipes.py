@@ -100,14 +100,48 @@ def test_seconds_of_algorithms_count_on_their_own_machine_alone(
 
 
 def test_a_file_of_another_run_is_not_taken_for_a_finished_cell(own: Any, tmp_path: Path) -> None:
-    cell, budget = own.recipes_cells.SCREEN["start"], own.alignments.Budget(15)
+    cell, budget, refuse = own.recipes_cells.SCREEN["start"], own.alignments.Budget(15), own.cells.refuse_another
     wanted = own.alignments.asked("start", cell, 0, budget)
-    own.alignments.refuse_another(tmp_path / "none.json", wanted)
+    refuse(tmp_path / "none.json", wanted)
     (tmp_path / "there.json").write_text(json.dumps({**wanted, "points": []}))
-    own.alignments.refuse_another(tmp_path / "there.json", wanted)
+    refuse(tmp_path / "there.json", wanted)
     for key, value in (("minutes", 10), ("base", "another"), ("overrides", {"seed": 1})):
-        with pytest.raises(SystemExit, match=rf"there\.json is of another run \({key} differ"):
-            own.alignments.refuse_another(tmp_path / "there.json", {**wanted, key: value})
+        with pytest.raises(SystemExit, match=rf"there\.json is of another run \({key}(: seed, .*)? differ"):
+            refuse(tmp_path / "there.json", {**wanted, key: value})
+    del wanted["settings"]  # as cells were written before
+    (tmp_path / "there.json").write_text(json.dumps(wanted))
+    refuse(tmp_path / "there.json", own.alignments.asked("start", cell, 0, budget))
+
+
+def test_a_cell_whose_configuration_was_tuned_since_is_another_run(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nft.yaml, which got a solver of second order after its learning rates had been searched."""
+    (tmp_path / "configs").mkdir()
+    shipped = (ROOT / "configs" / "shapes" / "nft.yaml").read_text()
+    cell, budget, file = own.recipes_cells.TUNE["nft-rate-1"], own.alignments.Budget(10), tmp_path / "nft.yaml"
+    monkeypatch.setattr(own.alignments.Cell, "file", file)
+
+    def asked(text: str, name: str = "nft-rate-1") -> dict[str, Any]:
+        file.write_text(text)
+        return own.alignments.asked(name, own.recipes_cells.TUNE[name], 0, budget)
+
+    now = asked(shipped)
+    same = shipped.replace("name: shapes-nft", "name: other").replace("iterations: 160", "iterations: 7 # fewer")
+    assert asked(same + "  keep_best: 3\n") == now  # what a budget sets, and where it is kept
+    assert asked(shipped.replace("  beta: 1.0 ", "  beta: 1.00 # ")) == now
+    before = asked(shipped.replace("  solver: ab2", "  solver: euler"))
+    (tmp_path / "there.json").write_text(json.dumps(before))
+    with pytest.raises(SystemExit, match=r"of another run \(settings: algorithm\.solver differ\)"):
+        own.cells.refuse_another(tmp_path / "there.json", now)
+    twice = asked(shipped.replace("learning_rate: 3.0e-5", "learning_rate: 1.0e-9"), "nft-rate-2")
+    ends = {**found(own, "nft-rate-1", 0, [0.4, 0.5])}
+    folder = written(tmp_path / "tune", [{**ends, **now}, {**ends, **twice}])
+    assert len(own.recipes_table.load(folder)) == 2  # every cell has a rate of its own, whatever the file says
+    assert cell.overrides.keys() == {*own.recipes_cells.RATES}
+    (folder / "nft-rate-1-seed0.json").write_text(json.dumps({**ends, **before}))
+    with pytest.raises(SystemExit, match=r"tune has cells of different settings"):
+        own.recipes_table.load(folder)
 
 
 def test_a_cell_that_fails_does_not_end_the_others(
@@ -183,9 +217,14 @@ def test_cells_of_other_minutes_are_not_taken_for_those_that_are_asked_for(
     with pytest.raises(SystemExit, match=r"seconds\.json is missing: `time` or `run` first"):
         own.algorithms.run_cells(asked)
     (tmp_path / "seconds.json").write_text('{"cells": {"nft": {"iteration_s": 5.0}}}')
-    (tmp_path / "nft-seed0.json").write_text('{"cell": "nft", "minutes": 10}')
-    with pytest.raises(SystemExit, match=r"nft-seed0\.json is of another run \(minutes differ\)"):
-        own.algorithms.run_cells(asked)
+    wanted = own.alignments.asked("nft", own.algorithms.CELLS["nft"], 0, own.alignments.Budget(20))
+    (tmp_path / "nft-seed0.json").write_text(json.dumps({**wanted, "overrides": {"found": "by a search"}}))
+    own.algorithms.run_cells(asked)  # which is finished
+    tuned = {**wanted["settings"], "learner.optimizer.learning_rate": 1.0}
+    for key, value in (("minutes", 10), ("base", "another"), ("settings", tuned)):
+        (tmp_path / "nft-seed0.json").write_text(json.dumps({**wanted, key: value}))
+        with pytest.raises(SystemExit, match=rf"nft-seed0\.json is of another run \({key}(: learner\..*_rate)? differ"):
+            own.algorithms.run_cells(asked)
     asked.cells = ["awm"]
     with pytest.raises(SystemExit, match="has no seconds of awm: `time` first"):
         own.algorithms.run_cells(asked)
