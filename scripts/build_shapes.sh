@@ -2,7 +2,8 @@
 # Builds the networks of the embedded world from procedural data, stage by stage; a stage that is done is skipped, one
 # that was interrupted goes on. WORK is where checkpoints live (default: build/shapes). STEPS=3 trains every network for
 # three steps only: of no use but to see that the whole way works, in a WORK of its own. MINUTES (default: 110) is the
-# length of a leg: after it the script ends with exit code 75, and the same command goes on where it ended.
+# length of a leg: after it the script ends with exit code 75, and the same command goes on where it ended. The bank of
+# scenes alone is made in one go, which takes some minutes: a shorter leg never comes past it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${WORK:-build/shapes}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from flowalign.record.checkpoint import find
-from flowalign.record.disk import filled
+from flowalign.record.disk import DiskError, filled
 from flowalign.record.files import give_usual_modes
 from flowalign.shapes.build.autoencoder import train_autoencoder
 from flowalign.shapes.build.colors import train_colors
@@ -95,10 +95,13 @@ def main() -> None:
     if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"argument --steps: {arguments.steps} is no whole number of 1 or more")
     torch.set_num_threads(arguments.threads)
-    with filled(arguments.work_dir) as made:  # a folder that is there is whole, whenever this ends
-        STAGES[arguments.stage](arguments.work_dir, made, arguments.steps)
-        for folder in made.iterdir():
-            shutil.rmtree(arguments.work_dir / folder.name, ignore_errors=True)
+    try:
+        with filled(arguments.work_dir) as made:  # a folder that is there is whole, whenever this ends
+            STAGES[arguments.stage](arguments.work_dir, made, arguments.steps)
+            for folder in made.iterdir():
+                shutil.rmtree(arguments.work_dir / folder.name, ignore_errors=True)
+    except DiskError as error:
+        raise SystemExit(f"{error}; the same command continues") from None
     give_usual_modes(arguments.work_dir)
 
 
