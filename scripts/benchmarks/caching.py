@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument(
         "--thresholds", type=lambda t: [float(x) for x in t.split(",")], default=[0.02, 0.03, 0.05, 0.1]
     )
-    parser.add_argument("--num-steps", type=int, default=50)
+    parser.add_argument("--num-steps", type=positive, default=50)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--num-samples", type=int, default=600)
+    parser.add_argument("--num-samples", type=positive, default=600)
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "caching")
     options = parser.parse_args()

@@ -50,7 +50,7 @@ def judged(detector: Any, images: np.ndarray, rows: list[dict[str, Any]]) -> tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--samples", type=positive, default=600)
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--path", default=str(SHIPPED / "detector"))
     parser.add_argument("--clip", default=str(SHIPPED / "colors"))

@@ -124,13 +124,15 @@ def share(student: dict[str, Any], teacher: dict[str, Any], half: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher-iterations", type=int, default=60)
-    parser.add_argument("--student-iterations", type=int, default=80)
+    parser.add_argument("--teacher-iterations", type=positive, default=60)
+    parser.add_argument("--student-iterations", type=positive, default=80)
     parser.add_argument("--students", type=lambda text: text.split(","), default=list(STUDENTS))
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "distillation")
     options = parser.parse_args()
     options.work_dir = of_this_base(options.work_dir)
+    if unknown := sorted(set(options.students) - set(STUDENTS)):
+        parser.error(f"--students: no student {unknown[0]!r}; there are {', '.join(STUDENTS)}")
     path = RESULTS / "distillation.json"
     counts = {key: vars(options)[key] for key in ("teacher_iterations", "student_iterations")}
     wanted = {"base": base_digest(), **counts}

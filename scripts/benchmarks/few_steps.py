@@ -19,7 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import RESULTS, ROOT, alike, base_digest, flowalign, machine, of_this_base, read, run_once, slug, study
+from cells import (
+    RESULTS,
+    ROOT,
+    alike,
+    base_digest,
+    flowalign,
+    machine,
+    of_this_base,
+    positive,
+    read,
+    run_once,
+    slug,
+    study,
+)
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 from PIL import Image
@@ -150,8 +163,8 @@ def sheet() -> None:
 
 def main() -> None:
     parser = study(__doc__, "few_steps", SAMPLED, list(SAMPLED))
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--num-samples", type=int, default=384)
+    parser.add_argument("--steps", type=positive, default=600)
+    parser.add_argument("--num-samples", type=positive, default=384)
     options = parser.parse_args()
     if options.what == "table":
         sheet()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cells import positive
 
 from flowalign.making.comparison import RECORD
 from flowalign.measure.clustered import paired_difference
@@ -68,8 +69,8 @@ def resampled(difference_N: np.ndarray, prompts: list[str], tags: list[str], res
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path)
-    parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--comparisons", type=int, default=200)
+    parser.add_argument("--resamples", type=positive, default=10_000)
+    parser.add_argument("--comparisons", type=positive, default=200)
     options = parser.parse_args()
     record = json.loads((options.comparison / RECORD).read_text())
     models = [read_evaluation(Path(model["folder"]), model["label"]) for model in record["models"]]

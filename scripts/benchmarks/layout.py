@@ -44,14 +44,14 @@ from flowalign.record.contents import base_hash
 from flowalign.shapes.build.autoencoder import to_pixels
 from flowalign.shapes.build.pipeline import TEXT_TAIL, load, new_transformer
 from flowalign.shapes.build.reading import NOTHING, train_encoders
-from flowalign.shapes.prompts import RELATIONS, Metadata, Pair, minimal_pairs, prompts, scene
+from flowalign.shapes.prompts import RELATIONS, TASKS, Metadata, Pair, minimal_pairs, prompts, scene
 from flowalign.shapes.render import render
 from rewards.geneval.detectors.palette import COLORS, SHAPES
 
 ASSETS = Path(__file__).resolve().parents[2] / "flowalign" / "shapes" / "assets" / "pipeline"
 KINDS: tuple[Pair, ...] = ("relation", "objects", "colors")
 LEVELS = (1.0, 0.95, 0.9, 0.8)
-PAIRS, RENDERS, NOISES, SLOTS = 12, 48, 16, 16
+PAIRS, RENDERS, NOISES, SLOTS, BATCH = 12, 48, 16, 16, 64
 NAMES = list(COLORS)
 Encode = Callable[[Sequence[Metadata]], tuple[Tensor, Tensor]]
 
@@ -170,7 +170,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def learn(network: nn.Module, vae: Any, encode: Encode, arguments: argparse.Namespace) -> None:
     """Train by flow matching on a bank of renders, with a tenth of the prompts dropped, and look eight times."""
-    rng, batch, steps = np.random.default_rng(1), 64, arguments.samples // 64
+    rng, batch, steps = np.random.default_rng(1), BATCH, arguments.samples // BATCH
     tasks = arguments.tasks.split(",")
     rows, bank = [], []
     for _ in range(math.ceil(min(arguments.samples, 24_000) / 250)):
@@ -219,6 +219,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=positive, default=1)
     arguments = parser.parse_args()
+    if arguments.samples < 0 or 0 < arguments.samples < BATCH:
+        parser.error(f"--samples: {arguments.samples} makes no batch of {BATCH}; 0 trains nothing")
+    if unknown := sorted(set(arguments.tasks.split(",")) - set(TASKS)):
+        parser.error(f"--tasks: no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     torch.set_num_threads(arguments.threads)
     try:
         check_pipeline("--pipeline", arguments.pipeline, ModelConfig(path=str(arguments.pipeline)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, alike, base_digest, machine, of_this_base, read, run_once, seeds, study
+from cells import RESULTS, alike, base_digest, machine, of_this_base, positive, read, run_once, seeds, study
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 
@@ -172,9 +172,9 @@ def score(cell: Mapping[str, Any], steps: int, guidance: float, metric: str) -> 
 def main() -> None:
     parser = study(__doc__, "paths", CELLS, MEASURED)
     parser.add_argument("--seeds", type=seeds, default=[0])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--num-samples", type=int, default=320)
-    parser.add_argument("--num-images", type=int, default=24_000)
+    parser.add_argument("--steps", type=positive, default=1500)
+    parser.add_argument("--num-samples", type=positive, default=320)
+    parser.add_argument("--num-images", type=positive, default=24_000)
     options = parser.parse_args()
     if options.what == "table":
         return insert_table("paths", markdown(load()))

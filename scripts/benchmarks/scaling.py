@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cells import RESULTS, ROOT, alike, base_digest, machine, of_this_base, read, run_once, study
+from cells import RESULTS, ROOT, alike, base_digest, machine, of_this_base, positive, read, run_once, study
 from pages import insert_table
 from pictures import Judge, bank, opened, train
 
@@ -145,10 +145,10 @@ def draw(cells: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = study(__doc__, "scaling", CELLS, MEASURED)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--points", type=int, default=3)
-    parser.add_argument("--num-samples", type=int, default=384)
-    parser.add_argument("--num-images", type=int, default=24_000)
+    parser.add_argument("--steps", type=positive, default=900)
+    parser.add_argument("--points", type=positive, default=3)
+    parser.add_argument("--num-samples", type=positive, default=384)
+    parser.add_argument("--num-images", type=positive, default=24_000)
     options = parser.parse_args()
     if options.what == "table":
         draw(load())

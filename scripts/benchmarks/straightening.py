@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, alike, base_digest, flowalign, machine, of_this_base, read, run_once, slug, study
+from cells import RESULTS, alike, base_digest, flowalign, machine, of_this_base, positive, read, run_once, slug, study
 from pages import insert_table
 from pictures import CHUNK, Judge, bank, opened, train
 
@@ -142,10 +142,10 @@ def markdown() -> str:
 
 def main() -> None:
     parser = study(__doc__, "straightening", CELLS, list(CELLS))
-    parser.add_argument("--pairs", type=int, default=8000)
-    parser.add_argument("--pair-steps", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--num-samples", type=int, default=384)
+    parser.add_argument("--pairs", type=positive, default=8000)
+    parser.add_argument("--pair-steps", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=800)
+    parser.add_argument("--num-samples", type=positive, default=384)
     options = parser.parse_args()
     if options.what == "table":
         return insert_table("straightening", markdown())

@@ -41,6 +41,26 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
         (["startup.py", "--turns", "0"], "argument --turns: '0' is no whole number of 1 or more"),
         (["startup.py", "nft"], "'nft' is no KEY=VALUE"),
         (["compiled.py", "--iterations", "1"], "--iterations: 2 or more, since the first one compiles"),
+        *(
+            ([script, *way, key, "0"], f"argument {key}: '0' is no whole number of 1 or more")
+            for script, way, keys in (
+                ("chain.py", ["run"], ["--num-samples", "--pairs", "--steps"]),
+                ("preferences.py", ["search"], ["--pairs", "--samples", "--iterations"]),
+                ("few_steps.py", ["run"], ["--steps", "--num-samples"]),
+                ("straightening.py", ["run"], ["--pairs", "--pair-steps", "--steps", "--num-samples"]),
+                ("paths.py", ["run"], ["--steps", "--num-samples", "--num-images"]),
+                ("scaling.py", ["run"], ["--steps", "--points", "--num-samples", "--num-images"]),
+                ("distillation.py", [], ["--teacher-iterations", "--student-iterations"]),
+                ("detectors.py", [], ["--samples"]),
+                ("caching.py", [], ["--num-steps", "--num-samples"]),
+                ("intervals.py", ["{here}"], ["--resamples", "--comparisons"]),
+            )
+            for key in keys
+        ),
+        (["distillation.py", "--students", "same,nobody"], "--students: no student 'nobody'; there are same, three"),
+        (["layout.py", "--samples", "63"], "--samples: 63 makes no batch of 64; 0 trains nothing"),
+        (["layout.py", "--samples", "-1"], "--samples: -1 makes no batch"),
+        (["layout.py", "--samples", "64", "--tasks", "position,place"], "--tasks: no task 'place'; there are single"),
         (["../shapes_card.py", "--samples", "3"], "--samples and --plain-samples: 6 tasks take turns"),
     ],
 )
