@@ -24,7 +24,6 @@ Positive = Annotated[int, Field(ge=1)]
 RunName = Annotated[
     str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Takes("letters, digits, `.`, `_` and `-`")
 ]
-NotNegative = Annotated[int, Field(ge=0)]
 Resume = Annotated[
     str,
     BeforeValidator(lambda value: _resume(value)),
@@ -172,7 +171,9 @@ class DataConfig(Section):
     """``shapes:train``, ``shapes:eval``, a file or a folder of prompts, ``hub:owner/name``; or a section that says
     which of its rows and columns.
     """
-    task_weights: Annotated[dict[str, NotNegative], BeforeValidator(_texts)] = Field(default_factory=dict)
+    task_weights: Annotated[dict[str, Annotated[int, Field(ge=0, le=1000)]], BeforeValidator(_texts)] = Field(
+        default_factory=dict
+    )
     """Groups of a task (``task``, else ``tag``) for each one of a task without a weight; none with 0."""
     curriculum: CurriculumConfig | None = None
     """Draw by pass rate; null: all prompts of a task in turn, whatever they scored."""

@@ -132,9 +132,12 @@ def check_curriculum(config: AlignConfig, needs: Needs) -> None:
         return  # check_reward and check_prompts say it
     if not low < curriculum.threshold <= high:
         passes = "every" if curriculum.threshold <= low else "no"
+        asked = f"{curriculum.threshold:g}"
+        if float(asked) != curriculum.threshold:
+            asked = repr(curriculum.threshold)
         raise ConfigError(
             "data.curriculum.threshold",
-            f"is {curriculum.threshold:g}, which {passes} image reaches: {curriculum.score} lies between {low:g} and "
+            f"is {asked}, which {passes} image reaches: {curriculum.score} lies between {low:g} and "
             f"{high:g}; write a number above {low:g} to {high:g}",
         )
 
@@ -209,4 +212,4 @@ def _total_bounds(rewards: Sequence[RewardConfig]) -> tuple[float, float]:
     """Return the least and the largest value that the weighted scores add up to."""
     terms = [(weight, bounds(_spec(reward))) for reward in rewards for weight in reward.terms.values()]
     ends = [(0.0, *(weight * end for end in own)) for weight, own in terms]  # 0 where one does not apply
-    return sum(map(min, ends)), sum(map(max, ends))
+    return math.fsum(map(min, ends)), math.fsum(map(max, ends))  # as people add them: 0.6 + 0.3 + 0.1 is 1

@@ -44,4 +44,4 @@ def test_a_key_says_what_it_takes_in_words() -> None:
     assert said["model.lora"] == "section, or null"
     assert said["learner.optimizer.betas"] == "list of 2: number from 0 to below 1"
     assert said["evaluation.weights"] == "`model` or `ema`"
-    assert said["data.task_weights"] == "mapping of text to whole number, 0 or more"
+    assert said["data.task_weights"] == "mapping of text to whole number from 0 to 1000"

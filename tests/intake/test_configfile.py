@@ -137,7 +137,9 @@ def test_a_key_given_twice_is_refused_with_its_line() -> None:
         ("learner.optimizer.betas=[0.9]", "learner.optimizer.betas.1: is missing"),
         ("learner.compile=maybe", "learner.compile: got 'maybe'; write true or false"),
         ("algorithm.window.size=0", "algorithm.window.size: got 0; write a whole number, 1 or more"),
-        ("data.task_weights={colors: -1}", "data.task_weights.colors: got -1; write a whole number, 0 or more"),
+        ("data.task_weights={colors: -1}", "data.task_weights.colors: got -1; write a whole number from 0 to 1000"),
+        # Each weight is so many places in the order of the tasks.
+        ("data.task_weights={colors: 1000000000000}", "colors: got 1000000000000; write a whole number from 0 to 1000"),
         (
             "algorithm={type: opd, teachers: {t: {path: model, guidance_until: 2}}}",
             "algorithm.teachers.t.guidance_until: got 2; write a number from 0 to 1",

@@ -45,6 +45,11 @@ def test_there_is_none_unless_it_is_asked_for(tmp_path: Path) -> None:
             "data.task_weights={single_object: 0, two_object: 0, colors: 0, position: 0, color_attr: 0}",
         ],
         [STRICT, "rewards=[{spec: jpeg}, {spec: geneval, weight: 0}]"],
+        [  # whose sum is 0.9999999999999999, and 1 in the float32 of scores
+            "data.curriculum={score: total}",
+            "rewards=[{spec: geneval, weight: 0.6}, {spec: geneval, name: b, weight: 0.3}, "
+            "{spec: geneval, name: c, weight: 0.1}]",
+        ],
     ],
 )
 def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path: Path, fine: list[str]) -> None:
@@ -85,6 +90,7 @@ def test_a_score_that_is_answered_of_every_prompt_that_is_drawn_is_fine(tmp_path
             r"a number above 0 to 1",
         ),
         (["data.curriculum={score: geneval, threshold: 0}"], r"data\.curriculum\.threshold: is 0, which every image"),
+        (["data.curriculum={score: total, threshold: 1.0000001}"], r"threshold: is 1\.0000001, which no image reaches"),
         (
             ["data.curriculum={score: total, threshold: -3}"],
             r"curriculum\.threshold: .*total lies between 0 and 1",
