@@ -28,13 +28,6 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def test_the_page_holds_the_algorithms_that_were_measured(own: Any) -> None:
-    table = own.algorithms_table
-    made = table.markdown(table.load(own.algorithms.OWN, own.algorithms.TITLES))
-    page = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    assert f"{table.BEGIN}\n{made}\n{table.END}" in page
-
-
 def test_the_page_holds_how_their_order_changed(own: Any) -> None:
     compared, algorithms = own.algorithms_compared, own.algorithms
     both = (algorithms.scores_of(directory)[0] for directory in (RESULTS / "algorithms-base-1", algorithms.OWN))

@@ -59,6 +59,17 @@ def test_the_start_is_what_the_configuration_says_and_each_cell_differs_from_it(
     assert start.of(7).overrides == {"iterations": 7} and start.of(None) is start
 
 
+def test_the_shipped_configuration_is_the_best_that_was_measured(own: Any) -> None:
+    """With the pairs that its first lines and docs/algorithms.md make."""
+    best = next(iter(own.preferences_table.load(own.preferences.OWN).values()))[0]
+    shipped = load_align(ROOT / "configs" / "shapes" / "dpo.yaml", ["learner.engine=torch"], require_files=False).config
+    left_out = ("data.preferences", *own.preferences.UNWATCHED)
+    assert own.alignments.settings(shipped, left_out) == best["settings"]
+    asked = f"--group-size {best['pairs']['group_size']} --pairs {best['pairs']['count']} --out preferences/shapes"
+    for page in ("configs/shapes/dpo.yaml", "docs/algorithms.md"):
+        assert asked in (ROOT / page).read_text()
+
+
 def test_pairs_of_another_kind_are_not_taken_for_a_kind_s(own: Any, tmp_path: Path) -> None:
     options = Namespace(work_dir=tmp_path, pairs=8)
     card = {"reward": {}, "prompts": "shapes:train", "num_steps": 10, "guidance_scale": 1.0, "seed": 0, "pairs": 8}
