@@ -31,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from samebits import alignments, trainings
+from samebits import alignments, keys, trainings
 from samebits.case import Case
 from samebits.compare import Compared, Excepted, compare
 from samebits.inputs import build_inputs
@@ -290,7 +290,14 @@ def checked_out(against: str, work: Path) -> Iterator[tuple[Path, str]]:
 def cases() -> dict[str, Case]:
     """Every case by name; one that uses another's folder comes after it, in the same lane."""
     aligned = {**alignments.alignments(), **alignments.commands(), **alignments.engines(), **alignments.clusters()}
-    return {**aligned, **trainings.trainings(), **trainings.ranks()}
+    return {
+        **aligned,
+        **keys.drawn(),
+        **keys.computed(),
+        **trainings.trainings(),
+        **trainings.ranks(),
+        **keys.trained(),
+    }
 
 
 def main(arguments: argparse.Namespace) -> int:

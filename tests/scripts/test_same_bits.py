@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+import same_bits
 import torch
 from safetensors.torch import save_file
 from samebits.case import Case
 from samebits.compare import Compared, Excepted, compare
 from samebits.words import Rename, in_older_words, older_line, renamed_key
+
+from flowalign.algorithms import algorithm_class, known_algorithms
+from flowalign.config.alignment import AlignConfig
+from flowalign.config.training import PretrainConfig
+from scripts.key_tables import rows
 
 WEIGHTS = {"a": torch.arange(4.0), "b": torch.ones(2, dtype=torch.bfloat16)}
 ROW = {"iteration": 1, "loss": 0.5, "wall_s": 1.0, "time/learn_s": 2.0}
@@ -118,3 +127,55 @@ def test_a_key_of_trainings_has_its_new_name_where_configurations_are_and_nowher
     case = Case((("pretrain", "c.yaml"),), {"c.yaml": {"latents": "bank", "cluster": {"threads": 1}}})
     assert case.trains and not Case((), {"c.yaml": {"cluster": {"threads": 1}}}).trains
     assert in_older_words(case.files["c.yaml"], renames) == {"latents": "bank", "threads": 1}
+
+
+# Keys that no case sets. Where this list grows, a change of what the key does is seen by no case.
+NOT_ASKED = {
+    "cluster.*": "where a run is and how long it waits; what changes a bit is `threads`, which all cases set",
+    "logging.*": "what is told to others",
+    "model.type": "the pipeline of the inputs says it",
+    "*.true_guidance_scale": "of a network that takes guidance as an input, which the inputs' is not",
+    "algorithm.teachers.NAME.weights": "a teacher that is a run is no case yet",
+    "features": "its default is the one image tower that is there",
+    "prompts.revision": "of a data set on the hub",
+    "prompts.split": "of a data set on the hub, or a folder",
+    "prompts.subset": "of a data set on the hub",
+    "rewards.N.runtime_env": "packages of a worker of Ray",
+}
+ALIKE = {  # keys of one section that stands in several places
+    r"teacher\b": "model",
+    r"evaluation\.(gold\.N|scorer)\b": "rewards.N",
+    r"(data|evaluation)\.prompts\b": "prompts",
+    r"evaluation\.cache\b": "rollout.cache",
+    r"algorithm\.teachers\.NAME\.(?=guid|true)": "algorithm.",
+    r"algorithm\.teachers\.\w+": "algorithm.teachers.NAME",
+}
+
+
+def alike(key: str) -> str:
+    for pattern, one in ALIKE.items():
+        key = re.sub(f"^{pattern}", one, key)
+    return key
+
+
+def keys_in(content: Any, at: str = "") -> Iterator[str]:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield f"{at}{name}"
+            yield from keys_in(value, f"{at}{name}.")
+    elif isinstance(content, list):
+        for value in content:
+            yield from keys_in(value, f"{at}N.")
+
+
+def test_every_key_of_a_run_is_set_by_a_case_or_said_not_to_be() -> None:
+    there = {row.key for config in (AlignConfig, PretrainConfig) for row in rows(config, {})}
+    there |= {f"algorithm.{row.key}" for name in known_algorithms() for row in rows(algorithm_class(name).Config, {})}
+    cases = same_bits.cases().values()
+    said = {key for case in cases for content in case.files.values() for key in keys_in(content)}
+    words = (word for case in cases for line in case.lines for word in line)
+    said |= {word.partition("=")[0] for word in words if re.match("[a-z_.]+=", word)}
+    left = {alike(key) for key in there} - {alike(key) for key in said}
+    asked = {pattern for pattern in NOT_ASKED if not any(fnmatch(key, pattern) for key in left)}
+    assert not asked, "a case sets it now; take it off the list"
+    assert not {key for key in left if not any(fnmatch(key, pattern) for pattern in NOT_ASKED)}
