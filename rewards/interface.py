@@ -157,6 +157,8 @@ def _key(name: str, key: Any) -> str:
 def _array(name: str, key: str, value: Any, n: int) -> NDArray[np.float64]:
     where = f"reward {name!r}, score {key!r}"
     _refuse_async(name, value)
+    if type(value) is tuple and len(value) == 2 and isinstance(value[1], Mapping):  # as functions of Flow-GRPO answer
+        raise InvalidScores(f"{where}: a tuple of scores and a dict; return {n} floats alone, or a dict of such arrays")
     try:
         if isinstance(value, np.ma.MaskedArray):
             value = np.ma.filled(np.ma.asarray(value, np.float64), np.nan)

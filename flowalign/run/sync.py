@@ -34,14 +34,20 @@ class SyncGuard:
         if learned and self._last is not None and self._last[0] != sent.version and self._last[1] == sent.content_hash:
             raise SyncError(
                 f"weight sync: version {sent.version} has the same weights as version {self._last[0]}: the update was "
-                "lost, or too small to change any of them (learning_rate and grad_norm in metrics.jsonl)"
+                "lost, or too small to change any of them, as with a learning rate near 0"
             )
         self._last = (sent.version, sent.content_hash)
 
 
 def has_learned(update: Update) -> bool:
-    """Tell whether an update made an optimizer step that moves weights: with a learning rate of 0 none does."""
-    return update.metrics.get("learner/updates", 1.0) > 0 and update.metrics.get("learning_rate", 1.0) > 0
+    """Tell whether an update made an optimizer step that moves weights.
+
+    None does with a learning rate of 0, nor where no image has an advantage and the gradient is 0: a KL alone keeps
+    such items in the update, and the KL to the very weights that it begins with has none.
+    """
+    found = update.metrics
+    silent = found.get("advantage/mean_abs") == 0 and found.get("grad_norm") == 0
+    return found.get("learner/updates", 1.0) > 0 and found.get("learning_rate", 1.0) > 0 and not silent
 
 
 def check_receipt(sent: BindReceipt, bound: BindReceipt) -> None:

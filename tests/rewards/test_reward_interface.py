@@ -75,6 +75,7 @@ def test_a_refused_sample_is_nan_and_never_zero():
         ({"a": [None, 1.0, 2.0]}, "object"),
         ({"a": [1 + 2j, 0, 0]}, "complex"),
         ({"a": [[1.0], [2.0, 3.0], []]}, "not an array of numbers"),
+        ({"a": ([1.0, 2.0, 3.0], {})}, "a tuple of scores and a dict; return 3 floats alone"),
         ({}, "an empty dict"),
         ([1.0, 2.0, 3.0], "returned list"),
         ({3: [1.0, 2.0, 3.0]}, "non-empty strings"),

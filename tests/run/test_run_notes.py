@@ -15,9 +15,10 @@ from flowalign.measure.evaluate import best_metric, evaluate_checkpoint
 from flowalign.record.checkpoint import load
 from flowalign.record.metrics import read_metrics
 from flowalign.run.drive import drive
-from flowalign.run.sync import SyncError, SyncGuard
+from flowalign.run.sync import SyncError, SyncGuard, has_learned
 from flowalign.run.workers import BindReceipt
 from flowalign.samples.sampled import sampled_model
+from flowalign.types import Update
 from tests.cluster.runs import small_config
 
 GOLD = {"spec": "own.py:bright", "tasks": ["colors", "counting"]}
@@ -107,6 +108,35 @@ def test_an_update_that_was_lost_still_ends_a_run() -> None:
                 guard.check_receipts(sent, [sent])
         else:
             guard.check_receipts(sent, [sent])
+
+
+def test_images_that_score_alike_end_no_run_that_has_a_kl(tiny_pipeline_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "alike.py").write_text("def alike(images, prompts, metadata):\n    return [0.0] * len(images)\n")
+    config = small_config(
+        tiny_pipeline_dir,
+        tmp_path,
+        cluster={"backend": "local"},
+        runs_dir=str(tmp_path / "runs"),
+        iterations=2,
+        data={"groups_per_iteration": 1},
+        rewards=[{"spec": "alike.py:alike"}],
+        algorithm={"type": "flow_grpo", "group_size": 2, "num_steps": 2, "beta": 0.1},
+        learner={"engine": "torch", "micro_batch_size": 4},
+        evaluation={"every": 0},
+        logging={"wandb": "disabled"},
+    )
+    drive(config, tmp_path, Console(file=io.StringIO()))
+    rows = read_metrics(tmp_path / "runs" / config.name / "metrics.jsonl")
+    assert [(row["advantage/mean_abs"], row["grad_norm"], row["loss/kl"]) for row in rows] == [(0, 0, 0)] * 2
+
+
+def test_an_update_without_a_gradient_is_lost_where_images_have_advantages() -> None:
+    def learned(**metrics: float) -> bool:
+        return has_learned(Update(1, {"learner/updates": 1, "learning_rate": 1e-4, **metrics}))
+
+    assert learned(grad_norm=0.0, **{"advantage/mean_abs": 0.1}) and learned(grad_norm=0.0)
+    assert learned(grad_norm=0.1, **{"advantage/mean_abs": 0.0})
+    assert not learned(grad_norm=0.0, **{"advantage/mean_abs": 0.0})
 
 
 def test_a_run_on_ray_that_is_not_handed_its_backend_is_refused_and_starts_none(
