@@ -147,7 +147,7 @@ def sample(
     own = sampling.config_of(checkpoint, overrides)
     from flowalign.measure.evaluated import made_with
     from flowalign.models.textlength import prompt_note
-    from flowalign.samples.sampled import sample_checkpoint
+    from flowalign.samples.sampled import note_of_pipeline, sample_checkpoint
 
     console = make_console(as_json)
     source = sampling.model_of(checkpoint, own, weights=weights, seed=seed)
@@ -157,7 +157,10 @@ def sample(
     )
     if note := prompt_note(own.model, [row["prompt"] for row in rows]):
         plain(console)(f"of the prompts {note}")
-    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {made_with(source.made_with)}")
+    if note := note_of_pipeline(source, sampling.chosen(overrides)):
+        plain(console)(f"note: {note}")
+    how = source.made_with if latents is None else {**source.made_with, "noise": latents}
+    plain(console)(f"{len(files)} image{'s' * (len(files) > 1)} in {out}; {made_with(how)}")
     print_json(as_json, {"out": str(out), "files": [str(file) for file in files]})
 
 

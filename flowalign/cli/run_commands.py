@@ -16,7 +16,7 @@ from flowalign.cli.examples import examples
 from flowalign.cli.exits import ExitCode
 from flowalign.cli.options import AcceptChanged, ConfigFile, DryRun, Json, Overrides, PhaseOverrides, TakeOver
 from flowalign.cli.terminal import console as make_console
-from flowalign.cli.terminal import opening, print_json
+from flowalign.cli.terminal import opening, plain, print_json
 from flowalign.record.cycles import importing
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def align(
     phases = opening(console, f"align {config}")
     with conduct(as_json, phases) as stop:
         with importing():
-            from flowalign.cli.runs import report_of, say_profile, stop_of
+            from flowalign.cli.runs import next_of, report_of, say_profile, stop_of
             from flowalign.intake.ready import ready
 
         own = ready("align", config, given, keys, take_over=take_over, say=console.print)
@@ -63,8 +63,8 @@ def align(
             if own.config.logging.profile:
                 say_profile(console, run_dir)
             _finish(run_dir, as_json, phases, report=report_of(run_dir), **stopped)
-    for line in advice:
-        console.print(line)
+            for line in advice or next_of(run_dir, own.config):
+                plain(console)(line)
     if "stopped" in stopped:
         raise typer.Exit(ExitCode.ALARM)
 
@@ -111,7 +111,7 @@ def _train(
     phases = opening(console, f"{command} {config}", quiet=not first)
     with conduct(as_json, phases) as stop:
         with importing():
-            from flowalign.cli.runs import report_of
+            from flowalign.cli.runs import next_of, report_of
             from flowalign.intake.ready import ready
 
         if not first:
@@ -124,6 +124,8 @@ def _train(
             own = _decided(own, console)
             run_dir = _drive(own, console, phases, lock, stop)
             _finish(run_dir, as_json, phases, report=report_of(run_dir))
+            for line in next_of(run_dir, own.config):
+                plain(console)(line)
 
 
 def _decided(own: Ready, console: Any, quiet: bool = False) -> Ready:

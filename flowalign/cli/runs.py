@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flowalign.cli.terminal import plain, print_rows
 from flowalign.config.run import RunConfig
+from flowalign.intake.paths import shipped_names
 from flowalign.intake.resolved import read_resolved, recorded_versions
 from flowalign.record.disk import filled, write_text
 from flowalign.record.kinds import check_kinds
@@ -53,6 +54,25 @@ def stop_of(run_dir: Path, config: RunConfig) -> tuple[dict[str, str], list[str]
     anew = f"  flowalign align {file} name={config.name}-2 model.path={to} {gentler}"
     export = ["to use the last good checkpoint:", f"  flowalign export {source} --to {to}"]
     return {**said, "last_good": str(stopped.last_good)}, [*export, "to go on from that model:", anew, *advice]
+
+
+def next_of(run_dir: Path, config: RunConfig) -> list[str]:
+    """Return the commands that usually follow a run that has ended, under a heading.
+
+    A run that was judged is compared with its base, which takes its own prompts and judge; another is looked at. There is
+    no export of a network that diffusers has no class for.
+    """
+    model, run = config.model, shlex.quote(str(run_dir))
+    judged = config.evaluation.every > 0 and config.evaluation.judge is not None
+    base = Path(shipped_names(model.path))
+    base = base.relative_to(Path.cwd()) if base.is_relative_to(Path.cwd()) else base
+    known = model.transformer is None or model.transformer.architecture == "mmdit"
+    looked = f"sample {run} --num-images 4 --prompt 'a photo of a dog'"
+    commands = [f"compare {shlex.quote(str(base))} {run}" if judged and model.transformer is None else looked]
+    if known:
+        kind, to = ("--as lora", "lora") if model.lora is not None else ("--as pipeline", "model")
+        commands.append(f"export {run} --to {shlex.quote(f'{config.name}-{to}')} {kind}")
+    return ["next:", *(f"  flowalign {command}" for command in commands)]
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:

@@ -25,7 +25,9 @@ Like = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates"),
+    typer.Option(
+        min=1, max=int(LARGEST["num_steps"]), help="ODE steps; default: as the run evaluates, 10 for a pipeline"
+    ),
 ]
 NegativePrompt = Annotated[
     str | None,
@@ -34,7 +36,10 @@ NegativePrompt = Annotated[
 Guidance = Annotated[
     float | None,
     typer.Option(
-        min=0, max=LARGEST["guidance_scale"], callback=finite, help="1 is none; default: as the run evaluates"
+        min=0,
+        max=LARGEST["guidance_scale"],
+        callback=finite,
+        help="1 is none; default: as the run evaluates, 1 for a pipeline",
     ),
 ]
 TrueGuidance = Annotated[
@@ -147,6 +152,11 @@ class Sampling:
         """The options that were given, by their names."""
         values = {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def chosen(self, overrides: Sequence[str] | None) -> set[str]:
+        """Return the keys of a walk and of a text that were given, by an option or by key=value."""
+        keys = (assignment.partition("=")[0].strip().rpartition(".")[2] for assignment in overrides or ())
+        return {name.replace("-", "_") for name in self.given} | set(keys)
 
     @property
     def checked_device(self) -> str | None:

@@ -148,7 +148,7 @@ def _body(config: Sampled, state: Row, kind: str, weights: str, before: Row, aft
     what = "LoRA of" if kind == "lora" else "text-to-image pipeline trained from"
     facts = {
         "Base model": f"{code(base)}{_hashed(state)}",
-        **(_training(state["config"], state, weights) if "config" in state else _alignment(config, state, weights)),
+        **(_training(config, state, weights) if "config" in state else _alignment(config, state, weights)),
         "Text length": f"`max_sequence_length={config.model.max_sequence_length}`: sample with the same value",
     }
     if config.model.family not in (None, "rf"):
@@ -243,12 +243,13 @@ def _alignment(config: Sampled, state: Row, weights: str) -> dict[str, str]:
     }
 
 
-def _training(own: Row, state: Row, weights: str) -> dict[str, str]:
+def _training(config: Sampled, state: Row, weights: str) -> dict[str, str]:
     """Return the facts of a run on latents, from the configuration in its checkpoint."""
-    own = training_of_0_1(own)
+    own, lora = training_of_0_1(state["config"]), config.model.lora
     sampling, iterations = own["evaluation"], sum(phase["iterations"] for phase in own["phases"]) or own["iterations"]
     facts = {
-        "Algorithm": f"{text(own['algorithm']['type'])}{_averaged(weights)}",
+        "Algorithm": f"{text(own['algorithm']['type'])}{'' if lora is None else f' · {text(lora.described)}'}"
+        f"{_averaged(weights)}",
         "Iterations": f"{iteration_of(state)} of {iterations} · seed {own['seed']}",
         "Latents": f"{code(Path(own['latents']).name)}, {own['learner']['batch_size']} an iteration",
         "Sampling": f"{_steps(sampling['num_steps'])}, {sampling['solver']}, {said_guidance(sampling)}",

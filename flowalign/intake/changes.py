@@ -85,7 +85,8 @@ def _changed(
     return ConfigError(
         key,
         f"{run_dir} was begun {before} and cannot go on {after}; "
-        f"set it back, or give the run another name{accept}{f' (changed as well: {others})' if others else ''}",
+        f"set it back ({run_dir / 'config.yaml'} has the run as it was begun), or give the run another name{accept}"
+        f"{f' (changed as well: {others})' if others else ''}",
     )
 
 

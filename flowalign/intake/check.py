@@ -181,4 +181,7 @@ def _check_pairs_wanted(config: AlignConfig, needs: Needs) -> None:
             "is missing; give a parquet file or a folder, such as `flowalign make-preferences` writes",
         )
     if given and not wanted:
-        raise ConfigError("data.preferences", f"{config.algorithm['type']} learns from what it rolls out; leave it out")
+        instead = "write algorithm.source: offline, or " if config.algorithm.get("source") == "online" else ""
+        raise ConfigError(
+            "data.preferences", f"{config.algorithm['type']} learns from what it rolls out; {instead}leave it out"
+        )

@@ -9,7 +9,7 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.pathfamilies import canonical
 from flowalign.config.prompts import HUB, SHAPES, source_of
 from flowalign.config.run import RunConfig
-from flowalign.config.sections import ModelConfig
+from flowalign.config.sections import SHIPPED, ModelConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.config.updates import OptimizerConfig
 from flowalign.intake.check_scores import notes_of_scores
@@ -55,6 +55,21 @@ def _unused_evaluation(config: RunConfig) -> list[str]:
     return notes
 
 
+def _evaluated_by_default(config: AlignConfig) -> list[str]:
+    """Note evaluations on the prompts of the embedded world that nobody named, of another model with other data."""
+    evaluation, data = config.evaluation, config.data
+    own = data.preferences is not None or not source_of(data.prompts).startswith(SHAPES)
+    if not own or not evaluation.every or "prompts" in evaluation.model_fields_set:
+        return []
+    if Path(config.model.path) == SHIPPED / "pipeline":
+        return []
+    judge = "" if evaluation.judge is None else f", judged by {evaluation.judge.label}"
+    return [
+        f"evaluation.prompts: nothing is given, so evaluations draw {evaluation.num_samples} samples of the embedded "
+        f"world's prompts{judge}; give evaluation.prompts and evaluation.scorer, or evaluation.every: 0"
+    ]
+
+
 def _unused_cluster(config: RunConfig) -> list[str]:
     """Note the keys of Ray's actors that are set where no actor is started."""
     cluster = config.cluster
@@ -84,7 +99,7 @@ def _notes_of_alignment(config: AlignConfig) -> list[str]:
     notes += _decay("learner.optimizer.weight_decay", optimizer.weight_decay, decayed)
     notes += _warm_up("learner.optimizer.warmup_steps", config.learner.optimizer.warmup_steps, updates, "updates")
     notes += _ends_learning(config.learner.optimizer, updates)
-    notes += [*_keeps_no_best(config), *notes_of_scores(config)]
+    notes += [*_evaluated_by_default(config), *_keeps_no_best(config), *notes_of_scores(config)]
     if "every" in config.checkpoint.model_fields_set:
         notes += _only_last("checkpoint.every", config.checkpoint.every, config.iterations, "iterations", "is saved")
     return notes

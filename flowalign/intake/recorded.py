@@ -110,7 +110,7 @@ def of_training(config: PretrainConfig) -> SampledConfig:
     own = None if config.evaluation.every else {*SamplingConfig.model_fields, "weights"}
     how = {name: value for name, value in config.evaluation.model_dump(include=own).items() if value is not None}
     sections = {"model": config.model_as_trained, "rollout": config.rollout, "evaluation": how}
-    return _sampled(threads=config.threads, device=config.device, **sections)
+    return _sampled(name=config.name, threads=config.threads, device=config.device, **sections)
 
 
 def _sampled(**sections: Any) -> SampledConfig:

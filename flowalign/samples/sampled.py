@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.config.alignment import AlignConfig
@@ -28,10 +25,13 @@ from flowalign.models.base import Policy
 from flowalign.models.checked import check_cached, check_guidance
 from flowalign.models.directory import is_pipeline, open_directory
 from flowalign.models.errors import ModelError
+from flowalign.models.recorded import recorded_model
+from flowalign.models.unasked import unasked
 from flowalign.record.disk import filled, on_disk, write_text, writing
 from flowalign.record.files import save_tensors
 from flowalign.rows import Rows
 from flowalign.samples.arrange import arranged, check_negatives
+from flowalign.samples.noisefile import read_noise
 from flowalign.samples.opened import (
     Progress,
     Which,
@@ -45,7 +45,6 @@ from flowalign.samples.opened import (
 )
 from flowalign.samples.rollout import SampleNoise
 from flowalign.types import PromptBatch, SamplingPlan
-from rewards.errors import one_line
 
 _NAMES_A_PICTURE = ("filename", "file_name", "file", "image")
 
@@ -141,6 +140,30 @@ def sampled_model(
     return SampledModel(path, config, which, seed, sampling)
 
 
+_WRITTEN = {
+    "num_steps": "--num-steps {:g}",
+    "guidance_scale": "--guidance-scale {:g}",
+    "max_sequence_length": "model.max_sequence_length={:g}",
+}
+
+
+def note_of_pipeline(model: SampledModel, given: Collection[str]) -> str | None:
+    """Say what would sample as a published pipeline does by itself, for a caller who chose none but the keys ``given``.
+
+    None where nothing differs, and of a model that is no pipeline or records how it is sampled.
+    """
+    if not is_pipeline(model.path) or recorded_model(model.path):
+        return None
+    own = model.config.model
+    directory = open_directory(own)
+    now = {name: getattr(model.sampling, name, None) or getattr(own, name, None) for name in _WRITTEN}
+    differ = {
+        name: value for name, value in unasked(directory, own).items() if value != now[name] and name not in given
+    }
+    words = " ".join(_WRITTEN[name].format(differ[name]) for name in _WRITTEN if name in differ)
+    return f"a {directory.family.pipeline} that is told nothing draws as with {words}" if differ else None
+
+
 def sample_checkpoint(
     model: SampledModel,
     prompts: Sequence[str | Mapping[str, Any]],
@@ -165,8 +188,9 @@ def sample_checkpoint(
     groups = tuple(group for group in range(len(prompts)) for _ in range(num_images))
     texts, ids = tuple(row["prompt"] for row in rows), tuple(range(len(rows)))
     batch, size = model.arranged(PromptBatch(texts, groups, ids, tuple(rows))), model.config.model
-    shape = open_directory(model_of(model.path, model.config)).latent_shape(size.height, size.width)
-    given = None if noise is None else read_noise(noise, (len(rows), *shape))
+    directory = open_directory(model_of(model.path, model.config))
+    pixels = size.height, size.width
+    given = None if noise is None else read_noise(noise, len(rows), pixels, directory)
     names, how = [f"{i:04d}.png" for i in ids], model.made_with | ({} if noise is None else {"noise": str(noise)})
     index = [
         {"file": names[i], "prompt": texts[i], "sample_id": i, **how, **_beside(row)} for i, row in enumerate(rows)
@@ -179,7 +203,7 @@ def sample_checkpoint(
             latents.append(trajectories.final_NCHW)
         write_text(draft / "index.json", json.dumps(index, indent=1) + "\n")
         if save_latents:
-            begun = SampleNoise(model.seed, ids, shape).draw() if given is None else given
+            begun = SampleNoise(model.seed, ids, directory.latent_shape(*pixels)).draw() if given is None else given
             order = torch.tensor(batch.sample_ids).argsort()
             save_tensors({"noise": begun, "latents": Rows(latents)[order]}, draft / "latents.safetensors")
     return [out_dir / name for name in names]
@@ -190,35 +214,6 @@ def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in row.items() if key not in ("prompt", *_NAMES_A_PICTURE)}
     negative = {"negative_prompt": own["negative_prompt"]} if own.get("negative_prompt") is not None else {}
     return negative | ({"metadata": own} if own else {})
-
-
-def read_noise(path: Path, shape: Sequence[int]) -> Tensor:
-    """Return the noise that images begin with, float32 of ``shape`` (N, C, H, W).
-
-    The file is of ``flowalign sample --save-latents``, another .safetensors with a ``noise`` or with one tensor alone,
-    or a .npy.
-
-    Raises:
-        ConfigError: it cannot be read, or is of other images.
-    """
-    try:
-        noise = _tensor_of(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        wanted = "write one with safetensors.torch.save_file, or a .npy"
-        raise ConfigError("--latents", f"{path} cannot be read ({one_line(error)}); {wanted}") from error
-    if tuple(noise.shape) != tuple(shape):
-        found, wanted = (", ".join(map(str, of)) for of in (noise.shape, shape))
-        raise ConfigError("--latents", f"{path} is of shape ({found}), and the noise of these images of ({wanted})")
-    return noise.float().contiguous()
-
-
-def _tensor_of(path: Path) -> Tensor:
-    if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    found = load_file(path)
-    if "noise" not in found and len(found) != 1:
-        raise ValueError("it holds several tensors, and none of them is called noise")
-    return found["noise"] if "noise" in found else next(iter(found.values()))
 
 
 def save_images(folder: Path, names: Sequence[str], images: Tensor, to_come: int = 0) -> None:

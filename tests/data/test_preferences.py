@@ -287,6 +287,10 @@ def test_a_configuration_names_its_pairs_exactly_where_the_algorithm_learns_from
     assert geometry.learner_backward_passes == 2 * 8  # two images of 3 pairs, filled up to a micro-batch of 8
     assert refusal(config, OFFLINE).startswith("data.preferences: is missing; give a parquet file")
     assert refusal(config, pairs).startswith("data.preferences: flow_grpo learns from what it rolls out")
+    online = refusal(config, "algorithm={type: diffusion_dpo}", pairs)
+    assert online.endswith(
+        "diffusion_dpo learns from what it rolls out; write algorithm.source: offline, or leave it out"
+    )
     assert "has no column 'caption'" in refusal(config, OFFLINE, "data.preferences=lacking.parquet")
     assert refusal(config, OFFLINE, "data.preferences=absent").startswith("data.preferences: ")
     assert refusal(config, "data.preferences_cache=x").startswith("data.preferences_cache: there is nothing to keep")

@@ -14,9 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from flowalign.config.sections import SHIPPED
+from flowalign.config.training import PretrainConfig
 from flowalign.export import ExportError, export
 from flowalign.export.card import base_name, write_card
 from flowalign.export.verify import differences, load_pipeline, probe
+from flowalign.intake.recorded import of_training
 from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
 from flowalign.record.checkpoint import CheckpointError
@@ -299,6 +301,17 @@ def test_a_card_calls_only_verdicts_of_geneval_by_its_name(base: Path, tmp_path:
     result = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]
     assert result["dataset"] == {"type": "prompts", "name": "prompts.txt"}
     assert "red circle" not in text  # which is of the shapes
+
+
+def test_a_card_of_a_training_has_its_name_and_says_that_it_is_a_lora(base: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"name": "mine", "iterations": 4, "latents": "bank", "learner": {"batch_size": 2}}
+    content |= {"model": {"path": str(base), "lora": {"rank": 4, "alpha": 4}}, "algorithm": {"type": "rectified_flow"}}
+    training = PretrainConfig.model_validate(content)
+    state = {"iteration": 4, "config": training.model_dump(mode="json")}
+    write_card(tmp_path, of_training(training), state, kind="lora", run_dir=tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "\n# mine\n" in text
+    assert "| Algorithm | rectified_flow · LoRA, rank 4, alpha 4 |" in text
 
 
 def test_what_an_evaluation_was_made_of_is_no_score_of_a_card(base: Path, tmp_path: Path) -> None:

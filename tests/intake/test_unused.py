@@ -59,3 +59,26 @@ def test_what_nothing_reads_is_said(
     write_configs_of_a_pipeline(tmp_path / "model")
     (tmp_path / "run.yaml").write_text(CONFIG)
     assert list(load_align(tmp_path / "run.yaml", [override]).notes) == [line.format(here=tmp_path) for line in said]
+
+
+def test_evaluations_on_prompts_that_nobody_named_are_said_of_a_model_with_data_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_configs_of_a_pipeline(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("every: 0", "every: 2"))
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+
+    def notes(*overrides: str) -> list[str]:
+        own = "rewards=jpeg", "data.prompts=prompts.txt", *overrides
+        said = load_align(tmp_path / "run.yaml", own, require_files=False).notes
+        return [note for note in said if note.startswith("evaluation.prompts")]
+
+    (note,) = notes()
+    assert note == (
+        "evaluation.prompts: nothing is given, so evaluations draw 300 samples of the embedded world's prompts, judged by "
+        "geneval; give evaluation.prompts and evaluation.scorer, or evaluation.every: 0"
+    )
+    for otherwise in ("evaluation.prompts=prompts.txt", "evaluation.every=0", "data.prompts=shapes:train"):
+        assert notes(otherwise) == []
+    assert notes("model.path=shapes") == []

@@ -113,6 +113,9 @@ def test_a_run_says_what_it_found_then_its_iterations_then_where_everything_lies
         rf"report: {run_dir}/report\.html",
         rf"metrics: {run_dir}/metrics\.jsonl",
         r"took: start [\dms. ]+, work [\dms. ]+, end [\dms. ]+",
+        r"next:",
+        rf"  flowalign sample '{run_dir}' --num-images 4 --prompt 'a photo of a dog'",
+        rf"  flowalign export '{run_dir}' --to run-lora --as lora",
     ]
     assert len(said) == len(expected), "\n".join(said)  # no library says anything
     for line, pattern in zip(said, expected, strict=True):
