@@ -145,7 +145,7 @@ def run_cell(
         "machine": machine(options.threads),
         "wall_s": rows[-1]["wall_s"],
         "points": points(rows),
-        **groups(rows, config.algorithm.group_size),
+        **groups(rows, config),
     }
 
 
@@ -217,9 +217,10 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def groups(rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
+def groups(rows: Sequence[Mapping[str, Any]], config: AlignConfig) -> dict[str, float]:
     """Means over iterations: the share of groups of a first draw whose images all score alike, and how many groups of
     all draws have images that do not."""
+    size = config.algorithm["group_size"]
     silent = [row.get("refill/silent", row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
     taught = [images_in(row) / size * (1 - row["zero_std_fraction"]) for row in rows if "zero_std_fraction" in row]
     return {"silent": statistics.fmean(silent), "taught": statistics.fmean(taught)} if silent else {}

@@ -60,6 +60,21 @@ def test_minutes_become_iterations_by_the_seconds_of_one(own: Any) -> None:
     assert "evaluation.num_samples" not in own.alignments.Budget(10).overrides(cell.load(), 5.0)
 
 
+def test_groups_that_teach_are_those_of_a_cell_s_own_size(own: Any) -> None:
+    """24 groups of 8 of which a quarter is silent, then 42 of which 12 are; an evaluation's row says nothing of it."""
+    rows = [
+        {"throughput/images_per_s": 48.0, "time/iteration_s": 4.0, "zero_std_fraction": 0.25},
+        {"eval/x": 1.0},
+        {"throughput/images_per_s": 56.0, "time/iteration_s": 6.0, "zero_std_fraction": 2 / 7, "refill/silent": 0.5},
+    ]
+    for name in own.recipes_cells.REFILL:
+        assert own.alignments.groups(rows, own.recipes_cells.REFILL[name].load()) == {
+            "silent": pytest.approx((0.25 + 0.5) / 2),
+            "taught": pytest.approx((18 + 30) / 2),
+        }
+    assert own.alignments.groups([], own.recipes_cells.REFILL["without"].load()) == {}
+
+
 def test_a_learning_rate_is_scaled_from_begin_to_end_of_its_fall(own: Any) -> None:
     cells = own.recipes_cells.TUNE
     rates = [[cells[f"awm_free-rate-{f}"].overrides[key] for key in own.recipes_cells.RATES] for f in ("0.5", "1", "2")]
