@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +18,21 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.cluster import visible_cores
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
-from flowalign.data.promptsets import as_section, load_prompts, placed_prompts
+from flowalign.data.promptsets import as_section
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
 from flowalign.intake.overrides import override
 from flowalign.intake.paths import resolve_run
+from flowalign.making.divided import FEWEST as FEWEST_DIVIDED
+from flowalign.making.divided import divided
 from flowalign.making.recipeasked import path_in, prompts_in, reward_in
 from flowalign.making.recipetext import Choices, raw_of, text_of
 from flowalign.models.directory import open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.recorded import recorded_model
 from flowalign.plan.answer import MFU, answer, holders_of, largest_sizes, processes, seconds
-from flowalign.plan.devices import Gpus
+from flowalign.plan.devices import Gpus, measured_rate
 from flowalign.plan.estimate import Estimate, estimate
 from flowalign.plan.rows import memory_text
 from flowalign.record.progress import duration
@@ -47,11 +48,9 @@ WANTED, ENOUGH = 8, 4  # samples at a time, for which something else is given up
 MOST = 96
 EVALUATED = 96  # images
 EVALUATIONS = 4  # on the way, beside the one before the first iteration
-DIVIDED = 40  # prompts, from which on some are kept for evaluations
-HELD_OUT = 8, 200  # of them, a tenth within these bounds
 LEFT_TO_REWARDS = 0.25  # of a GPU's memory: no plan knows what a scorer takes
 
-TOO_FEW = f"better some that are not trained on: fewer than {DIVIDED} are not divided"
+TOO_FEW = f"better some that are not trained on: fewer than {FEWEST_DIVIDED} are not divided"
 OF_A_LORA = ({"learning_rate": 3e-4}, "of the published recipes with a LoRA")
 OF_ALL = ({"learning_rate": 1e-5, "warmup_steps": 5}, "of DanceGRPO, which trains all weights of FLUX")
 
@@ -165,27 +164,12 @@ class _Recipe:
             check_reward(f"rewards.{i}", reward, self.base, offers)
 
     def divide_prompts(self) -> None:
-        """Keep a tenth of the prompts for evaluations, where there are enough, by keys that the configuration shows."""
-        asked = as_section(self._resolved().data.prompts)
-        count = len({place for place, _ in placed_prompts(asked)})  # one with a weight is there several times
+        """Keep some of the prompts for evaluations, where there are enough."""
         given = self.choices["data.prompts"][0]
-        if given != self.choices["evaluation.prompts"][0] or count < DIVIDED:
-            return
-        fewest, most = HELD_OUT
-        held = min(most, max(fewest, count // 10))
-        own = dict(given) if isinstance(given, dict) else {"source": given}
-        if asked.model_fields_set.isdisjoint(("shuffle", "skip", "limit")):
-            own["shuffle"] = 0  # files are often sorted
-        rest = {"skip": asked.skip + held} | ({} if asked.limit is None else {"limit": asked.limit - held})
-        self.choices["data.prompts"] = (own | rest, f"all but the {held} of evaluations")
-        self.choices["evaluation.prompts"] = (own | {"limit": held}, "which are not trained on")
-        config = self._resolved()
-        learned = {row["prompt"] for row in load_prompts(config.data.prompts)}
-        if twice := sum(row["prompt"] in learned for row in load_prompts(config.evaluation.prompts)):
-            why = (
-                f"{twice} of them have the text of others that are trained on; drop: [duplicates] keeps each text once"
-            )
-            self.choices["evaluation.prompts"] = (self.choices["evaluation.prompts"][0], why)
+        if given == self.choices["evaluation.prompts"][0]:
+            found = divided(given, as_section(self._resolved().data.prompts))
+            if found is not None:
+                self.choices |= {"data.prompts": found.learned, "evaluation.prompts": found.judged}
 
     def choose_weights(self) -> None:
         """Choose a LoRA where it is asked for, and of its own accord for a large network, as published recipes do."""
@@ -374,20 +358,3 @@ def _place(gpus: Gpus | None) -> Choices:
         "cluster.rollout_gpus": (1, ""),
         "cluster.learner_gpus": (1, ""),
     }
-
-
-def measured_rate(device: str, dtype: str, threads: int, most_s: float = 0.3) -> float:
-    """Return the FLOPs a second of products of matrices on ``device``, measured for ``most_s`` seconds."""
-    import torch
-
-    from flowalign.samples.opened import torch_threads
-
-    side = 4096 if device.startswith("cuda") else 1024
-    with torch_threads(threads):
-        left = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
-        done = float((left @ left)[0, 0])  # the first call, which also waits for the device
-        count, began = 0, time.monotonic()
-        while (taken := time.monotonic() - began) < most_s or not count:
-            done += float((left @ left)[0, 0])
-            count += 1
-    return 2 * side**3 * count / max(taken, 1e-9)

@@ -12,6 +12,7 @@ float32 sums and without sparsity, and of float32 without tensor cores, from the
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -145,3 +146,20 @@ def _bytes(text: str) -> int:
     if size <= 0:
         raise GpusError(f"--memory: got {text!r}; write what one GPU holds, such as 80GiB or 24GB")
     return size
+
+
+def measured_rate(device: str, dtype: str, threads: int, most_s: float = 0.3) -> float:
+    """Return the FLOPs a second of products of matrices on ``device``, measured for ``most_s`` seconds."""
+    import torch
+
+    from flowalign.samples.opened import torch_threads
+
+    side = 4096 if device.startswith("cuda") else 1024
+    with torch_threads(threads):
+        left = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
+        done = float((left @ left)[0, 0])  # the first call, which also waits for the device
+        count, began = 0, time.monotonic()
+        while (taken := time.monotonic() - began) < most_s or not count:
+            done += float((left @ left)[0, 0])
+            count += 1
+    return 2 * side**3 * count / max(taken, 1e-9)
