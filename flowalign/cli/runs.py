@@ -59,8 +59,8 @@ def stop_of(run_dir: Path, config: RunConfig) -> tuple[dict[str, str], list[str]
 def next_of(run_dir: Path, config: RunConfig) -> list[str]:
     """Return the commands that usually follow a run that has ended, under a heading.
 
-    A run that was judged is compared with its base, which takes its own prompts and judge; another is looked at. There is
-    no export of a network that diffusers has no class for.
+    A run that was judged is compared with its base, by its own prompts and judge; another is looked at. There is no
+    export of a network that diffusers has no class for.
     """
     model, run = config.model, shlex.quote(str(run_dir))
     judged = config.evaluation.every > 0 and config.evaluation.judge is not None

@@ -171,4 +171,5 @@ def text(said: Mapping[str, Any]) -> str:
 def made_with(said: Mapping[str, Any]) -> str:
     """Say how images were made: ``10 steps of euler, guidance 1, seed 0, weights: model``."""
     steps, begun = said["num_steps"], f"noise of {said['noise']}" if "noise" in said else f"seed {said['seed']}"
-    return f"{steps} step{'s' * (steps > 1)} of {said['solver']}, {said_guidance(said)}, {begun}, weights: {said['weights']}"
+    walked = f"{steps} step{'s' * (steps > 1)} of {said['solver']}, {said_guidance(said)}"
+    return f"{walked}, {begun}, weights: {said['weights']}"

@@ -81,7 +81,7 @@ def test_noise_of_other_images_names_their_number_and_size(tiny: Callable[..., P
     file = tmp_path / "noise.safetensors"
     save_file({"noise": torch.zeros(2, 16, 8, 12)}, file)
     directory = open_directory(ModelConfig(path=str(tiny("sd3"))))
-    with pytest.raises(ConfigError, match="; it is of 2 images and of --size 64x96$"):
+    with pytest.raises(ConfigError, match=r"; it is of 2 images and of --size 64x96$"):
         read_noise(file, 1, (128, 128), directory)
-    with pytest.raises(ConfigError, match="; it is of --size 64x96$"):
+    with pytest.raises(ConfigError, match=r"; it is of --size 64x96$"):
         read_noise(file, 2, (64, 64), directory)

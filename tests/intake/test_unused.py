@@ -76,8 +76,8 @@ def test_evaluations_on_prompts_that_nobody_named_are_said_of_a_model_with_data_
 
     (note,) = notes()
     assert note == (
-        "evaluation.prompts: nothing is given, so evaluations draw 300 samples of the embedded world's prompts, judged by "
-        "geneval; give evaluation.prompts and evaluation.scorer, or evaluation.every: 0"
+        "evaluation.prompts: nothing is given, so evaluations draw 300 samples of the embedded world's prompts, judged "
+        "by geneval; give evaluation.prompts and evaluation.scorer, or evaluation.every: 0"
     )
     for otherwise in ("evaluation.prompts=prompts.txt", "evaluation.every=0", "data.prompts=shapes:train"):
         assert notes(otherwise) == []
