@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 FLAGS = {"algorithm.guidance_scale": "--guidance-scale", "evaluation.guidance_scale": "--guidance-scale"}
 FLAGS |= {
+    "model.lora": "--lora",
     "model": "--model",
     "evaluation.prompts": "--prompts",
     "data.prompts": "--prompts",
     "rewards": "--reward",
     "algorithm": "--algorithm",
 }
-_IMPLIED = ("path", "prompts", "type", "0", "guidance_scale")  # parts of keys that the options say
+_IMPLIED = ("path", "prompts", "type", "0", "guidance_scale", "lora")  # parts of keys that the options say
 ALGORITHM = "flow_grpo"
 
 
@@ -45,6 +47,9 @@ def init(
         typer.Option(metavar="SPEC", help="a scorer, with options 'pickscore path=…'; may be repeated"),
     ] = None,
     algorithm: Annotated[str, typer.Option(metavar="NAME", help="see docs/algorithms.md")] = ALGORITHM,
+    lora: Annotated[
+        str | None, typer.Option(metavar="DIR", help="adapter to begin from, PEFT's or diffusers', a folder or a file")
+    ] = None,
     size: Annotated[
         Any,
         typer.Option(
@@ -71,7 +76,7 @@ def init(
     console = make_console(as_json)
     opening(console, f"init {to}")
     given = {"--model": model, "--prompts": prompts, "--reward": reward, "--size": size, "--memory": memory}
-    given |= {"--hours": hours, "--guidance-scale": guidance_scale}
+    given |= {"--hours": hours, "--guidance-scale": guidance_scale, "--lora": lora}
     given |= {"--algorithm": None if algorithm == ALGORITHM else algorithm}
     _check_new(to, shapes, [option for option, value in given.items() if value not in (None, [])])
     check_file("--to", to)
@@ -84,6 +89,7 @@ def init(
         from flowalign.plan.devices import gpus_here
 
         asked = _asked(model, prompts, reward or [], algorithm, size, memory, hours, guidance_scale)
+        asked = replace(asked, lora=lora)
         gpus = gpus_here()
         console.print("counting what fits, and how long it takes")
         try:

@@ -92,8 +92,8 @@ def _check_guidance(model: ModelConfig, needs: Needs) -> None:
     if not takes:
         raise ConfigError(
             "algorithm.guidance_scale",
-            f"the network of this {title} takes no guidance as an input; leave it out (evaluation.guidance_scale is that "
-            "of pictures)",
+            f"the network of this {title} takes no guidance as an input; leave it out (that of pictures is "
+            "evaluation.guidance_scale)",
         )
 
 

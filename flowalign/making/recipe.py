@@ -19,6 +19,8 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.cluster import visible_cores
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import LoraConfig
+from flowalign.intake.adapters import with_adapters
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
@@ -71,7 +73,7 @@ class Asked:
 
     ``rewards`` are each a scorer and its options, ``pickscore path=./PickScore_v1``. ``memory`` bounds the bytes of one
     GPU, or where there is none those of the run. ``guidance_scale`` is of rollouts and evaluations. ``size`` is the
-    height and width of the images in pixels; None: the model's own.
+    height and width of the images in pixels; None: the model's own. ``lora`` is an adapter to begin from.
     """
 
     model: str
@@ -82,6 +84,7 @@ class Asked:
     hours: float | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
+    lora: str | None = None
 
 
 def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
@@ -111,11 +114,13 @@ class _Recipe:
         self.asked, self.gpus, self.base = asked, gpus, file.parent.resolve()
         self.name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         self.choices: Choices = {}
+        self.adapter: LoraConfig | None = None
 
     def begin(self) -> None:
         """Choose what depends on no size."""
         asked, cpu = self.asked, self.gpus is None
         model, prompts = _path(asked.model, self.base), _prompts(asked.prompts, self.base)
+        lora = None if asked.lora is None else {"path": _path(asked.lora, self.base)}
         rewards = [_reward(text, self.base) for text in asked.rewards]
         precision = "bfloat16 is faster where the processor has AMX or AVX-512 BF16"
         evaluated = "shapes:eval" if prompts == "shapes:train" else prompts
@@ -126,7 +131,7 @@ class _Recipe:
             "model.path": (model, ""),
             **({} if asked.size is None else {"model.height": (asked.size[0], ""), "model.width": (asked.size[1], "")}),
             "model.dtype": ("float32", precision) if cpu else ("bfloat16", "weights that learn stay in float32"),
-            "model.lora": (None, ""),
+            "model.lora": (lora, "its rank, alpha and layers are the run's" if lora else ""),
             "data.prompts": (prompts, ""),
             "data.groups_per_iteration": (GROUPS[0], ""),
             **self._algorithm(),
@@ -157,7 +162,10 @@ class _Recipe:
             check_reward(f"rewards.{i}", reward, self.base, offers)
 
     def choose_weights(self) -> None:
-        """Choose a LoRA for a large network, as the published recipes have it."""
+        """Choose a LoRA for a large network, as the published recipes have it, and where there is one to begin from."""
+        if self.asked.lora is not None:
+            self.choices["learner.optimizer"] = OF_A_LORA
+            return
         made = self._estimate(passes=False)
         total = made.sizes.transformer
         if total <= SMALL:
@@ -301,6 +309,9 @@ class _Recipe:
 
     def _resolved(self) -> AlignConfig:
         config = resolve_run(validate(AlignConfig, raw_of(self.choices)), self.base, code=True)
+        if self.asked.lora is not None:  # what it holds is read once
+            self.adapter = self.adapter or with_adapters(config).model.lora
+            config = config.model_copy(update={"model": config.model.model_copy(update={"lora": self.adapter})})
         own = parse_algorithm(config.algorithm, "Trajectories").config
         return config.model_copy(update={"algorithm": own.model_dump(mode="json")})
 
