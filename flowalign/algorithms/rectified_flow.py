@@ -39,6 +39,10 @@ class RectifiedFlow(LatentAlgorithm):
         """
         condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
         """Share of the samples with the empty text, for guidance."""
+        guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+        """What a network is handed that takes its guidance as an input, such as FLUX.1 dev's; the loss guides nothing.
+        diffusers' FLUX script: 3.5.
+        """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -48,7 +52,7 @@ class RectifiedFlow(LatentAlgorithm):
 
     @property
     def needs(self) -> Needs:
-        return Needs(LatentBatch, path_family=self.config.family)
+        return Needs(LatentBatch, path_family=self.config.family, guidance_scale=self.config.guidance_scale)
 
     @property
     def network_calls(self) -> Calls:

@@ -60,9 +60,11 @@ def init(
         float | None, typer.Option(metavar="G", min=0, callback=finite, help="default: the model's, or none")
     ] = None,
     lora: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            metavar="RANK", min=0, help="of a LoRA, 0 for all weights; default: one where the network is large"
+            metavar="RANK|DIR",
+            help="of a LoRA, 0 for all weights, or an adapter to begin from, PEFT's or diffusers'; default: a LoRA where "
+            "the network is large",
         ),
     ] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="the quickstart, on the model of the package")] = False,
@@ -136,7 +138,7 @@ def _asked(
     memory: str | None,
     hours: float | None,
     guidance_scale: float | None,
-    lora: int | None,
+    lora: str | None,
 ) -> Asked:
     """Return what was given, and what is asked for in a terminal. Raise ConfigError where nobody can be asked."""
     from flowalign.making.recipe import Asked
@@ -157,7 +159,8 @@ def _asked(
             said = typer.prompt("Hours (empty: 160 iterations)", "", show_default=False, value_proc=_hours)
             hours = said
     most = bytes_of(memory) if memory else None
-    return Asked(model, prompts, rewards, algorithm, most, hours, guidance_scale, size, lora)
+    adapter_or_rank = int(lora) if lora is not None and lora.isascii() and lora.isdigit() else lora
+    return Asked(model, prompts, rewards, algorithm, most, hours, guidance_scale, size, adapter_or_rank)
 
 
 def _hours(text: str) -> float | None:

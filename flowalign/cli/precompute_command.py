@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flowalign.cli.examples import examples
-from flowalign.cli.options import Json, Overrides, finite
+from flowalign.cli.options import Json, Overrides, check_text, finite
 from flowalign.cli.precompute_prompts import encode_prompts, encode_run, kind_of, needed, refuse_others
 from flowalign.cli.sampling import NegativePrompt
 from flowalign.cli.terminal import console as make_console
@@ -54,6 +54,9 @@ def precompute(
     ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(metavar="KIND=COLUMN", help="several may be given: synthetic=llava")
+    ] = None,
+    instance_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="one caption of all images, which need no metadata then")
     ] = None,
     image: ImageColumn = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="side of a square image; default: the model's")] = None,
@@ -108,6 +111,13 @@ def precompute(
     check_device("--device", device)
     to, model = needed("--to", to), needed("--model", model)
     check_out("--to", to)
+    if instance_prompt is not None:
+        check_text("--instance-prompt", instance_prompt)
+        if caption or not instance_prompt.strip():
+            wrong = (
+                "is the caption of every image; leave --caption out, or this" if caption else "is empty; give a text"
+            )
+            raise ConfigError("--instance-prompt", wrong)
     if (deduplicate is None) != (clip is None):
         raise ConfigError("--deduplicate", "goes with --clip, which tells near-duplicates; give both or neither")
     if clip is not None:
@@ -133,6 +143,7 @@ def precompute(
         to=to,
         model=encoders,
         captions=captions_of(caption or ()),
+        instance_prompt=instance_prompt,
         image=image,
         split=split,
         hub=hub,

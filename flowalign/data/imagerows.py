@@ -100,7 +100,10 @@ def _check_described(folder: Path) -> bool:
     """
     described = {kind: list(folder.rglob(f"metadata.{kind}")) for kind in METADATA}
     if not any(described.values()):
-        raise ImagesError(f"{folder} holds neither parquet files nor images with a metadata.jsonl or metadata.csv")
+        raise ImagesError(
+            f"{folder} holds neither parquet files nor images with a metadata.jsonl or metadata.csv; write their "
+            "captions there, or give all of them one: --instance-prompt TEXT"
+        )
     for file in (file for files in described.values() for file in files):
         read_text(file)
     return bool(described["jsonl"])

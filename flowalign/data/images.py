@@ -52,7 +52,8 @@ class ImageSource:
     """The rows of a source in their order, the same ones streamed or not.
 
     ``captions`` maps kinds of caption, such as original and synthetic, to columns; none: the usual one, or with
-    ``captioned=False`` no caption, so that a folder of images needs no metadata. Streamed parquet is read as it lies;
+    ``captioned=False`` no caption, so that a folder of images needs no metadata. ``instance_prompt`` is the caption of
+    every image, in the place of a column. Streamed parquet is read as it lies;
     otherwise ``datasets`` first writes an Arrow copy to its cache.
 
     Raises:
@@ -66,6 +67,7 @@ class ImageSource:
         *,
         image: str | None = None,
         captioned: bool = True,
+        instance_prompt: str | None = None,
         streaming: bool = True,
         hub: bool = False,
         split: str = "train",
@@ -73,6 +75,8 @@ class ImageSource:
     ) -> None:
         self.source, self._limit = source, limit
         self.reads_elsewhere = False  # a row that was read is of a file that is not the source's own
+        self._said = {} if instance_prompt is None else {ORIGINAL: instance_prompt}
+        captioned = captioned and not self._said
         opened = open_images(source, captioned or bool(captions), streaming, hub, split)
         self._files, self._folder, self._described = opened.files, opened.folder, opened.described
         self._folders = None if hub else RowFolders(Path(source), self._files)
@@ -86,6 +90,11 @@ class ImageSource:
                 has = ", ".join(name for name in columns if name != self._image) or "nothing but the image"
                 raise ImagesError(f"--caption {kind}={column}: {source} has no such column; it has {has}")
         self._dataset = _undecoded(self._dataset, self._image)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of caption that a row has."""
+        return [*self._said, *self.captions]
 
     @property
     def total(self) -> int | None:
@@ -126,7 +135,7 @@ class ImageSource:
         inside = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(inside, bytes) and (self._folder is None or Path(where).is_absolute()):
             self.reads_elsewhere = True
-        captions = {}
+        captions = dict(self._said)
         for kind, column in self.captions.items():
             text = row[column]
             if not isinstance(text, str) or not text.strip():

@@ -40,6 +40,7 @@ class Options:
     to: Path
     model: ModelConfig
     captions: Mapping[str, str] = field(default_factory=dict)
+    instance_prompt: str | None = None
     image: str | None = None
     split: str = "train"
     hub: bool = False
@@ -65,6 +66,7 @@ class Options:
             self.source,
             self.captions,
             image=self.image,
+            instance_prompt=self.instance_prompt,
             streaming=self.streaming,
             hub=self.hub,
             split=self.split,
@@ -78,7 +80,8 @@ class Options:
         text = {"dtype": self.model.dtype, "max_sequence_length": self.model.max_sequence_length}
         place = self.source if self.hub else str(Path(self.source).resolve())
         columns = {"captions": source.captions, "image": self.image, "buckets": list(self.buckets)}
-        return {"source": place, "encoder": encoder, **columns, **own, **text}
+        said = {} if self.instance_prompt is None else {"instance_prompt": self.instance_prompt}
+        return {"source": place, "encoder": encoder, **columns, **own, **text, **said}
 
 
 def precompute(options: Options, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def precompute(options: Options, say: Callable[[str], None] = lambda text: None)
         table = _write_captions(options, encoders, list(writer.prompts))
         counts = [{"pixels": str(bucket), "count": _count(writer, shape, bucket)} for bucket in buckets]
         made_from = {"rows": rows} | ({} if files is None or source.reads_elsewhere else {"files": files})
-        manifest = writer.finish(list(source.captions), encoder, table, {"image_buckets": counts, FROM: made_from})
+        manifest = writer.finish(source.kinds, encoder, table, {"image_buckets": counts, FROM: made_from})
     for bucket in counts:
         if not bucket["count"]:
             say(f"warning: no image fell into the bucket {bucket['pixels']}")

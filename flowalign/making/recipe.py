@@ -18,7 +18,9 @@ from flowalign.config.alignment import AlignConfig
 from flowalign.config.cluster import visible_cores
 from flowalign.config.run import RunConfig
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import LoraConfig
 from flowalign.data.promptsets import as_section
+from flowalign.intake.adapters import with_adapters
 from flowalign.intake.check import parse_algorithm
 from flowalign.intake.check_prompts import check_prompts
 from flowalign.intake.file import validate
@@ -76,7 +78,7 @@ class Asked:
     ``rewards`` are each a scorer and its options, ``pickscore path=./PickScore_v1``. ``memory`` bounds the bytes of one
     GPU, or where there is none those of the run. ``guidance_scale`` is of rollouts and evaluations. ``size`` is the
     height and width of the images in pixels; None: the model's own. ``lora`` is the rank of a LoRA, 0 where all weights
-    learn; None: by the size of the network and by what fits.
+    learn, or the folder of an adapter to begin from; None: by the size of the network and by what fits.
     """
 
     model: str
@@ -87,7 +89,7 @@ class Asked:
     hours: float | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
-    lora: int | None = None
+    lora: int | str | None = None
 
 
 def recipe(asked: Asked, file: Path, gpus: Gpus | None) -> str:
@@ -118,11 +120,13 @@ class _Recipe:
         self.asked, self.gpus, self.base = asked, gpus, file.parent.resolve()
         self.name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "run"
         self.choices: Choices = {}
+        self.adapter: LoraConfig | None = None
 
     def begin(self) -> None:
         """Choose what depends on no size."""
         asked, cpu = self.asked, self.gpus is None
         model, prompts = path_in(self.base, asked.model), prompts_in(self.base, asked.prompts)
+        lora = {"path": path_in(self.base, asked.lora)} if isinstance(asked.lora, str) else None
         rewards = [reward_in(self.base, text) for text in asked.rewards]
         precision = "bfloat16 is faster where the processor has AMX or AVX-512 BF16"
         evaluated = "shapes:eval" if prompts == "shapes:train" else prompts
@@ -133,7 +137,7 @@ class _Recipe:
             "model.path": (model, ""),
             **({} if asked.size is None else {"model.height": (asked.size[0], ""), "model.width": (asked.size[1], "")}),
             "model.dtype": ("float32", precision) if cpu else ("bfloat16", "weights that learn stay in float32"),
-            "model.lora": (None, ""),
+            "model.lora": (lora, "its rank, alpha and layers are the run's" if lora else ""),
             "data.prompts": (prompts, ""),
             "data.groups_per_iteration": (GROUPS[0], ""),
             **self._algorithm(),
@@ -173,7 +177,11 @@ class _Recipe:
 
     def choose_weights(self) -> None:
         """Choose a LoRA where it is asked for, and of its own accord for a large network, as published recipes do."""
-        made, rank = self._estimate(passes=False), self.asked.lora
+        rank = self.asked.lora
+        if isinstance(rank, str):
+            self.choices["learner.optimizer"] = OF_A_LORA
+            return
+        made = self._estimate(passes=False)
         total = made.sizes.transformer
         if rank == 0:
             self.choices["model.lora"] = (None, "all weights learn, as asked")
@@ -326,6 +334,9 @@ class _Recipe:
 
     def _resolved(self) -> AlignConfig:
         config = resolve_run(validate(AlignConfig, raw_of(self.choices)), self.base, code=True)
+        if isinstance(self.asked.lora, str):  # what it holds is read once
+            self.adapter = self.adapter or with_adapters(config).model.lora
+            config = config.model_copy(update={"model": config.model.model_copy(update={"lora": self.adapter})})
         own = parse_algorithm(config.algorithm, "Trajectories").config
         return config.model_copy(update={"algorithm": own.model_dump(mode="json")})
 

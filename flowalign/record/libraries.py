@@ -66,6 +66,11 @@ KNOWN = (
     ),
     Known(
         "python",
+        r"Mismatch dtype between input and weight: .* Cannot dispatch to fused implementation",
+        "autocast runs a norm of float32 weights in a plain kernel instead of the fused one; the result is meant",
+    ),
+    Known(
+        "python",
         r"`FluxPosEmbed` is deprecated",
         "diffusers' own networks (Chroma) take it from where diffusers had it before",
     ),

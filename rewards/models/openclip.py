@@ -23,6 +23,13 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 _LONGEST = 16
 
 
+def _other(path: str) -> str:
+    """Say whose layout a directory has that is not open_clip's."""
+    if not os.path.isfile(Path(path) / "config.json"):
+        return ""
+    return "; this one is in transformers' layout, which of the rewards pickscore and image_similarity read"
+
+
 class OpenClip:
     """An open_clip model, loaded when first used; ``owner`` is whom errors name.
 
@@ -48,7 +55,9 @@ class OpenClip:
                 f"{owner}: give either `path`, a directory in open_clip's layout, or `model` and `checkpoint`"
             )
         if path is not None and not os.path.isfile(Path(path) / "open_clip_config.json"):
-            raise SpecError(f"{owner}: {path} holds no open_clip_config.json; give a directory in open_clip's layout")
+            raise SpecError(
+                f"{owner}: {path} holds no open_clip_config.json; give a directory in open_clip's layout" + _other(path)
+            )
         if path is not None:
             refuse_custom_code(owner, path)
         if model is not None and checkpoint is None:

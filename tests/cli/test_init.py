@@ -23,6 +23,7 @@ from flowalign.making.recipetext import text_of
 from flowalign.plan import make_plan
 from flowalign.plan.devices import gpus_of
 from flowalign.record.yamlfiles import parse_yaml, plain
+from tests.families.adapted import RANK, write_adapter
 from tests.tiny import write_configs_of_a_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,19 @@ def test_a_model_of_the_hub_is_to_be_fetched_first_though_its_sizes_are_known(fo
 def test_a_typing_error_is_said_before_anything_is_counted(folder: Path, prompts: str, reward: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):  # of a model whose files nobody has, what fits can be counted
         recipe(Asked("FLUX.1-dev", prompts, [reward]), folder / "run.yaml", gpus_of("1xH100"))
+
+
+def test_a_lora_to_begin_from_is_written_and_says_its_rank_itself(folder: Path, tiny_pipeline_dir: Path) -> None:
+    adapter = write_adapter(tiny_pipeline_dir, "sd3", folder / "mine", "diffusers")
+    shown = init(*FLAGS, "--lora", "mine")
+    assert shown.exit_code == 0, shown.output
+    text = Path("run.yaml").read_text()
+    assert "  lora: {path: mine}" in text and "of the published recipes with a LoRA" in text
+    lora = load_align(Path("run.yaml")).config.model.lora
+    assert lora is not None and (lora.path, lora.rank, lora.alpha) == (str(adapter), RANK, RANK)
+    refused = init(*FLAGS, "--lora", "none", "--to", "other.yaml")
+    assert refused.exit_code == 2 and refused.stderr.startswith("error: --lora: "), refused.stderr
+    assert not Path("other.yaml").exists()
 
 
 def test_the_size_of_the_images_is_written_and_counted(folder: Path) -> None:

@@ -67,6 +67,17 @@ def test_a_folder_gives_its_images_and_names_what_lacks_a_caption_or_a_file(tmp_
     ]
 
 
+def test_one_caption_of_all_images_needs_no_metadata_and_is_taken_in_its_place(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", [{"text": "a"}, {"text": None}])
+    found = [row.captions for row in ImageSource(str(folder), {}, instance_prompt="sks") if isinstance(row, ImageRow)]
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(ImagesError, match=r"or give all of them one: --instance-prompt TEXT$"):
+        ImageSource(str(folder), {})
+    bare = ImageSource(str(folder), {}, instance_prompt="sks")
+    assert [row.captions for row in bare if isinstance(row, ImageRow)] == found == [{"original": "sks"}] * 2
+    assert bare.kinds == ["original"] and bare.total == 2
+
+
 def test_a_csv_beside_the_images_serves_as_well(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "set", [{}, {}])
     (folder / "metadata.jsonl").unlink()

@@ -100,6 +100,26 @@ def skipped(directory: Path) -> dict[str, tuple[str, str]]:
     return {row["where"]: (row["kind"], row["reason"]) for row in json.loads((directory / "skipped.json").read_text())}
 
 
+def test_images_without_captions_are_encoded_with_one_of_the_command_line(
+    tmp_path: Path, tiny_pipeline_dir: Path
+) -> None:
+    folder = write_folder(tmp_path / "dog", count=2)
+    (folder / "metadata.jsonl").unlink()
+    asked = [str(folder), "--to", str(tmp_path / "bank"), "--model", str(tiny_pipeline_dir), "--resolution", "64"]
+
+    def run(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["precompute", *asked, *words], env={"COLUMNS": "1000"})
+        return done.exit_code, done.output
+
+    assert run("--instance-prompt", "a photo of sks dog")[0] == 0
+    assert load_bank(tmp_path / "bank").prompts == ["a photo of sks dog"]
+    assert run("--instance-prompt", "a photo of sks dog")[1].startswith(f"{tmp_path / 'bank'} is complete already")
+    assert run("--instance-prompt", "a photo of sks cat")[0] == 2
+    for prompt, more, said in ((" ", (), "is empty; give a text"), ("sks", ("--caption", "a=text"), "or this")):
+        code, output = run("--instance-prompt", prompt, *more)
+        assert code == 2 and f"--instance-prompt: {'is' if more else ''}" in output and said in output
+
+
 def test_every_image_is_encoded_in_its_bucket_with_both_of_its_captions(options: Options, folder: Path) -> None:
     manifest = precompute(options)
     assert manifest["image_buckets"] == [{"pixels": size, "count": 7} for size in ("48x80", "64x64", "80x48")]

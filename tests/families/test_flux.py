@@ -11,6 +11,7 @@ import torch
 
 from flowalign.algorithms import build_algorithm
 from flowalign.config.sections import ModelConfig
+from flowalign.config.training import PretrainConfig
 from flowalign.export.verify import amplification
 from flowalign.intake.file import load_align
 from flowalign.models.base import Policy
@@ -87,6 +88,20 @@ def test_a_loss_without_guidance_asks_at_the_number_of_the_rollouts(tiny: Build,
     for role in ("policy", "reference"):  # a copy's weights lie elsewhere, and on some processors round otherwise there
         error = (roles[role](noise, time, condition) - expected).abs().max()
         assert error <= 1e-2 * (unguided - expected).abs().max()
+
+
+def test_a_training_on_latents_asks_at_its_own_number(tiny: Build) -> None:
+    """diffusers' training script hands FLUX.1 dev a 3.5 unless it is told otherwise."""
+    content: dict[str, Any] = {"name": "mine", "iterations": 4, "latents": "bank", "learner": {"dtype": "float32"}}
+    content["model"] = {"path": str(tiny("flux-dev"))}
+    content["algorithm"] = {"type": "rectified_flow", "guidance_scale": 3.5}
+    config, policy = PretrainConfig.model_validate(content), our_policy(tiny("flux-dev"))
+    condition = policy.encoders.encode_prompts([SHORT], LENGTH)
+    noise, time = initial_noise(1, WIDE), torch.tensor([0.5])
+    expected = policy.network.velocity(noise, time, condition, guidance=3.5)
+    assert not torch.allclose(policy.network.velocity(noise, time, condition), expected)
+    needs = build_algorithm(config.algorithm).needs
+    assert torch.equal(roles_of(config, policy.network, needs).models["policy"](noise, time, condition), expected)
 
 
 def test_guidance_that_is_an_input_excuses_no_rounding() -> None:

@@ -113,6 +113,10 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
         ({"learner": {"ema_decay": None}}, "learner.ema_decay: got None; write a number from 0 to below 1$"),
         ({"learner": {"ema_decay": [0.9, 1.5]}}, "learner.ema_decay.1: got 1.5; write a number from 0 to below 1$"),
         ({"validation": {"latents": "none"}}, r"validation.latents: \S+none holds no latents"),
+        (
+            {"algorithm": {"type": "rectified_flow", "guidance_scale": 3.5}},
+            "algorithm.guidance_scale: the network of this Stable Diffusion 3 takes no guidance as an input",
+        ),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best: is 1, and nothing says which are best; give evalu"),
         (
             {"checkpoint": {"keep_best": 1}, "evaluation": {**SCORED, "every": 0}},

@@ -267,6 +267,12 @@ def test_what_names_no_model_is_refused_with_the_scorers_name(kind, options, sai
         resolve({"type": kind, **options})
 
 
+def test_a_clip_in_the_layout_of_transformers_is_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(SpecError, match=r"clip: .*which of the rewards pickscore and image_similarity read$"):
+        resolve({"type": "clip", "path": str(tmp_path)})
+
+
 def test_an_unknown_scale_of_hps_is_refused(clip_dir):
     with pytest.raises(SpecError, match="scale 'x10' is unknown; write cosine or x100"):
         resolve({"type": "hps", "path": clip_dir, "scale": "x10"})
