@@ -8,70 +8,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from converted.flow_grpo_data import data_of, evaluation_of
 from converted.flow_grpo_keys import ConvertError, Theirs
-from converted.flow_grpo_rewards import reward_of, rewards_of
+from converted.flow_grpo_models import Family, family_of, model_of
+from converted.flow_grpo_rewards import rewards_of
 from converted.written import Line
 
 NEVER = 1_000_000  # updates: their reference that is never refreshed has ten times as many
 ENDLESS = 100_000  # epochs: their runs go on until they are stopped
+HERE = Path()
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model that can be converted, and what their script of it fixes."""
+class Converted:
+    """Our keys, what of theirs has no key here, and what of the run is lost by that."""
 
-    name: str
-    lora: tuple[int, int]  # rank and alpha
-    tokens: int
-    windows: bool  # whether the script always draws a window
-    negative: str | None = None
-    engine: str = "deepspeed"
-
-
-def family_of(model: str) -> Family:
-    """Choose the family by the name of ``pretrained.model``; raises ConvertError for what has none here."""
-    last = model.rpartition("/")[2]
-    if last.startswith("stable-diffusion-3"):
-        return Family("sd3", (32, 64), 128, windows=False)
-    if last == "FLUX.1-dev":
-        return Family("flux", (64, 128), 128, windows=False)
-    if last == "Qwen-Image":
-        return Family("qwen_image", (64, 128), 512, windows=True, negative=" ", engine="fsdp")
-    raise ConvertError(
-        f"pretrained.model is {model}, which this converter does not know; it knows Stable Diffusion 3, FLUX.1-dev and"
-        " Qwen-Image, and no editing and no video"
-    )
+    lines: list[Line]
+    left: list[str]
+    lost: list[str]
 
 
 def convert(
-    values: Mapping[str, Any], name: str, gpus: int, iterations: int | None = None
-) -> tuple[list[Line], list[str]]:
-    """Return our keys for the resolved ``values`` of theirs, and what of theirs has none.
+    values: Mapping[str, Any], name: str, gpus: int | None, iterations: int | None = None, root: Path = HERE
+) -> Converted:
+    """Convert the resolved ``values`` of theirs.
 
-    ``gpus`` is the number of processes that they are launched with, which the size of an epoch depends on. Raises
-    ConvertError.
+    ``gpus`` is the number of processes that they are launched with, which the size of an epoch depends on; their
+    prompts are looked for in ``root``. Raises ConvertError.
     """
     theirs = Theirs(values)
-    if theirs("train.algorithm") not in (None, "dpo"):
-        raise ConvertError(
-            f"train.algorithm is {theirs('train.algorithm')}, whose script makes one step of many epochs; nothing here"
-            " does that: begin from configs/shapes/sft.yaml"
-        )
-    if any(theirs(key) is not None for key in ("sample.train_num_steps", "sample.mini_num_image_per_prompt")):
-        raise ConvertError("sample.train_num_steps is of a script that their repository no longer has")
+    _refuse(theirs)
     family = family_of(theirs.need("pretrained.model"))
+    if gpus is None:
+        raise ConvertError("the number of GPUs is not in the file; say it: --gpus 8")
     dpo = theirs("train.algorithm") == "dpo"
     lines = [Line("name", name), Line("seed", theirs("seed", 0)), *_length(theirs, iterations)]
-    lines += _model(theirs, family)
-    lines += _data(theirs, gpus)
+    lines += model_of(theirs, family)
+    lines += data_of(theirs, gpus, root)
     lines += _dpo(theirs, family) if dpo else _grpo(theirs, family)
     lines += rewards_of(theirs)
     lines += _learner(theirs, family, gpus, dpo)
     lines += _cluster(gpus)
-    lines += _evaluation(theirs, dpo)
-    return lines, theirs.left()
+    lines += evaluation_of(theirs, root, dpo)
+    return Converted(lines, theirs.left(), theirs.lost)
+
+
+def _refuse(theirs: Theirs) -> None:
+    """Raise ConvertError for what is another method."""
+    algorithm = theirs("train.algorithm")
+    if algorithm == "sft":
+        raise ConvertError(
+            "train.algorithm is sft, whose script makes one step of many epochs; nothing here does that: begin from"
+            " configs/shapes/sft.yaml"
+        )
+    if algorithm not in (None, "dpo"):
+        raise ConvertError(f"train.algorithm is {algorithm}, which is not here; docs/algorithms.md has what is")
+    for key in ("sample.train_num_steps", "sample.mini_num_image_per_prompt"):
+        if theirs(key) is not None:
+            raise ConvertError(
+                f"{key} is of a script that their repository no longer has; say sample.sde_window_size,"
+                " sde_window_range and sde_type, as its pickscore_sd3_fast_nocfg does"
+            )
 
 
 def _length(theirs: Theirs, iterations: int | None) -> list[Line]:
@@ -79,46 +79,6 @@ def _length(theirs: Theirs, iterations: int | None) -> list[Line]:
     if iterations is None and epochs < ENDLESS:
         return [Line("iterations", epochs)]
     return [Line("iterations", iterations or 2000, "their code runs until it is stopped")]
-
-
-def _model(theirs: Theirs, family: Family) -> list[Line]:
-    size, precision = theirs.need("resolution"), theirs("mixed_precision", "no")
-    lines = [
-        Line("model.type", family.name),
-        Line("model.path", theirs("pretrained.model").rpartition("/")[2], "a directory: no run downloads anything"),
-        Line("model.max_sequence_length", family.tokens, "of their script"),
-        Line("model.height", size),
-        Line("model.width", size),
-    ]
-    if family.negative is not None:
-        lines.append(Line("model.negative_prompt", family.negative, "of their script"))
-    why = "theirs: fp16, which is not offered here" if precision == "fp16" else ""
-    lines.append(Line("model.dtype", "float32" if precision == "no" else "bfloat16", why))
-    if theirs("use_lora", True):
-        rank, alpha = family.lora
-        lines += [Line("model.lora.rank", rank, "of their script, as is alpha"), Line("model.lora.alpha", alpha)]
-        if theirs("train.lora_path"):
-            lines.append(Line("model.lora.path", theirs("train.lora_path")))
-    return lines
-
-
-def _data(theirs: Theirs, gpus: int) -> list[Line]:
-    theirs("sample.sample_num_per_epoch")
-    images = theirs.need("sample.train_batch_size") * theirs.need("sample.num_batches_per_epoch") * gpus
-    group = theirs.need("sample.num_image_per_prompt")
-    groups, rest = divmod(images, group)
-    if rest or groups == 0:
-        raise ConvertError(f"{gpus} GPUs make {images} images an epoch, which are no whole groups of {group}: --gpus")
-    if theirs("sample.unique_prompt_per_epoch", groups) != groups:
-        unique = theirs("sample.unique_prompt_per_epoch")
-        raise ConvertError(
-            f"{gpus} GPUs make {groups} groups an epoch, sample.unique_prompt_per_epoch is {unique}: --gpus"
-        )
-    source, geneval = theirs.need("dataset"), "geneval" in theirs("reward_fn", {})
-    return [
-        Line("data.prompts", f"{source}/train{'_metadata.jsonl' if geneval else '.txt'}"),
-        Line("data.groups_per_iteration", groups, f"{images} images of {gpus} GPUs, {group} of a prompt"),
-    ]
 
 
 def _grpo(theirs: Theirs, family: Family) -> list[Line]:
@@ -252,27 +212,4 @@ def _cluster(gpus: int) -> list[Line]:
         Line("cluster.learner_gpus", 1),
         Line("cluster.reward_workers", score),
         Line("cluster.reward_gpus", 1 if fits else 0),
-    ]
-
-
-def _evaluation(theirs: Theirs, dpo: bool) -> list[Line]:
-    source, rewards = theirs("dataset"), theirs("reward_fn")
-    first = next(name for name in rewards if reward_of(name, 1)[0])
-    scorer, _ = reward_of(first, 1)
-    assert scorer is not None
-    geneval = first == "geneval"
-    if geneval:
-        scorer["options"] = {**scorer["options"], "mode": "official"}
-    own = None if dpo or theirs("sample.sde_type") is None else theirs("sample.eval_guidance_scale")
-    save = theirs("save_freq", 20)
-    return [
-        Line("evaluation.every", theirs("eval_freq", 20)),
-        Line("evaluation.prompts", f"{source}/test{'_metadata.jsonl' if 'geneval' in rewards else '.txt'}"),
-        Line("evaluation.num_samples", 2212 if geneval else 1024, "theirs: one image of each line of the file"),
-        Line("evaluation.num_steps", theirs.need("sample.eval_num_steps")),
-        Line("evaluation.guidance_scale", own or theirs("sample.guidance_scale")),
-        Line("evaluation.weights", "ema" if theirs("train.ema") else "model"),
-        Line("evaluation.scorer", scorer),
-        Line("checkpoint.every", save),
-        Line("checkpoint.keep_last", theirs("num_checkpoint_limit", 5), "theirs keeps the LoRA of every one"),
     ]

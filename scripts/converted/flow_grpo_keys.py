@@ -19,6 +19,8 @@ SILENT = {
     "prompt_fn_kwargs": "",
     "pretrained.revision": "a directory has no revision",
     "sample.batch_size": "no script reads it",
+    "sample.kl_reward": "no reward has a KL here; `algorithm.beta` is one in the loss",
+    "train.sft_batch_size": "of train.sft",
     "sample.test_batch_size": "evaluations go by `rollout.chunk_size`",
     "sample.sample_num_per_epoch": "that of the groups",
     "train.clip_range_lt": "of BAGEL's script",
@@ -34,6 +36,9 @@ SILENT = {
     "train.cfg": "its script does not read it",
     "train.timestep_fraction": "its script does not read it",
 }
+# Of these the keys that change a run, unless they say this
+HEEDED = {"sample.kl_reward": 0, "per_prompt_stat_tracking": True}
+IDLE = (None, False, 0, "", {}, [])  # what a key without a counterpart may say without changing a run
 
 
 class ConvertError(ValueError):
@@ -41,7 +46,7 @@ class ConvertError(ValueError):
 
 
 class Theirs:
-    """The keys of a configuration of theirs, by their dots, and which of them were asked for."""
+    """The keys of a configuration of theirs, by their dots, which of them were asked for, and what is ``lost``."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values: dict[str, Any] = {}
@@ -49,6 +54,7 @@ class Theirs:
             inner = value if key in SECTIONS and isinstance(value, Mapping) else None
             self.values.update({key: value} if inner is None else {f"{key}.{name}": v for name, v in inner.items()})
         self.asked: set[str] = set()
+        self.lost: list[str] = []
 
     def __call__(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
@@ -59,7 +65,15 @@ class Theirs:
             raise ConvertError(f"{key} is not set, so this is no configuration of Flow-GRPO's grpo.py or dpo.py")
         return self.values[key]
 
+    def lose(self, why: str) -> None:
+        """Note what of the run is not converted."""
+        self.lost.append(why)
+
     def left(self) -> list[str]:
-        """Say of each key that was not asked for why, in its own order."""
+        """Say of each key that was not asked for why, in its own order; what it changed is lost."""
         rest = {key: SILENT.get(key, "no counterpart") for key in self.values if key not in self.asked}
+        for key, why in rest.items():
+            value = self.values[key]
+            if value != HEEDED[key] if key in HEEDED else key not in SILENT and value not in IDLE:
+                self.lose(f"{key} = {value!r}: {why}")
         return [f"{key} = {self.values[key]!r}" + (f": {why}" if why else "") for key, why in rest.items()]

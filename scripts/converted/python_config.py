@@ -38,21 +38,23 @@ class UnreadError(ValueError):
 
 
 def read_function(path: Path, name: str) -> tuple[dict[str, Any], Names]:
-    """Return the values that the function ``name`` of the file returns, and its own variables.
+    """Return the values that the function ``name`` of the file returns, and the variables of it and of those it calls.
 
-    Raises UnreadError where the file, the function or a line of it cannot be read.
+    A variable of its own stands for one of that name in a function that it calls. Raises UnreadError where the file,
+    the function or a line of it cannot be read.
     """
-    returned, names = _File(path).call(name, 0)
+    variables: Names = {}
+    returned, _ = _File(path, variables).call(name, 0)
     if not isinstance(returned, dict):
         raise UnreadError(f"{path}: {name} returns no configuration")
-    return returned, names
+    return returned, variables
 
 
 class _File:
-    """The functions of one file."""
+    """The functions of one file. ``variables`` holds those of all functions that have returned, the last one's last."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, variables: Names) -> None:
+        self.path, self.variables = path, variables
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError) as error:
@@ -69,6 +71,7 @@ class _File:
             raise self.unread(function, f"{name} takes arguments, or calls itself")
         names: Names = {}
         done, returned = self.block(function.body, names, depth)
+        self.variables.update(names)
         return (returned if done else None), names
 
     def block(self, body: list[ast.stmt], names: Names, depth: int) -> tuple[bool, Any]:
@@ -81,6 +84,9 @@ class _File:
                     found = self.value(value, names, depth)
                     for target in targets:
                         self.assign(target, found, names, depth)
+                case ast.AugAssign(target=ast.Name() | ast.Attribute() as target, op=op, value=value):
+                    changed = ast.copy_location(ast.BinOp(target, op, value), line)
+                    self.assign(target, self.value(changed, names, depth), names, depth)
                 case ast.Assert(test=test):
                     if not self.value(test, names, depth):
                         raise self.unread(line, f"its own assertion fails: {ast.unparse(test)}")
@@ -145,6 +151,8 @@ class _File:
                 return any(of(value) for value in values)
             case ast.IfExp(test=test, body=body, orelse=other):
                 return of(body) if of(test) else of(other)
+            case ast.Call(func=ast.Name(id="dict"), args=[], keywords=items) if all(item.arg for item in items):
+                return {str(item.arg): of(item.value) for item in items}
             case ast.Call(func=function, args=arguments, keywords=[]):
                 return self.called(function, [of(argument) for argument in arguments], depth)
         raise self.unread(node)
@@ -169,7 +177,7 @@ class _File:
         if module.isidentifier() and inner.isidentifier() and not arguments:
             beside = self.path.with_name(f"{module}.py")
             if beside.is_file():
-                return _File(beside).call(inner, depth + 1)[0]
+                return _File(beside, self.variables).call(inner, depth + 1)[0]
         raise self.unread(function)
 
     def unread(self, node: ast.AST, why: str | None = None) -> UnreadError:

@@ -125,6 +125,7 @@ def small(recipe: Path, model: Path, folder: Path) -> list[str]:
         "model.max_sequence_length=48",
         f"data.prompts={folder / 'prompts.jsonl'}",
         "data.groups_per_iteration=2",
+        "data.task_weights=null",
         "algorithm.group_size=4",
         "rewards=[{spec: jpeg}]",
         "rollout.chunk_size=4",
