@@ -63,8 +63,8 @@ def init(
         str | None,
         typer.Option(
             metavar="RANK|DIR",
-            help="of a LoRA, 0 for all weights, or an adapter to begin from, PEFT's or diffusers'; default: a LoRA where "
-            "the network is large",
+            help="of a LoRA, 0 for all weights, or an adapter to begin from, PEFT's or diffusers'; default: a LoRA "
+            "where the network is large",
         ),
     ] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="the quickstart, on the model of the package")] = False,
