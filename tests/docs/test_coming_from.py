@@ -7,12 +7,17 @@ import shlex
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from flowalign.algorithms import algorithm_class
 from flowalign.config.alignment import AlignConfig
+from flowalign.config.sections import RewardConfig
 from flowalign.config.training import PretrainConfig
 from flowalign.intake.file import load_align, load_pretrain
+from rewards.interface import Asked, score_batch
+from rewards.resolve import builtin_names, resolve
 from scripts.key_tables import rows, slug
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +102,25 @@ def test_a_configuration_on_a_page_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(example)
     loaded = load_pretrain(tmp_path / "mine.yaml", ["model.path=shapes"], require_files=False)
     assert loaded.config.total == 500 and loaded.notes == ()
+
+
+def test_a_reward_of_a_page_scores_images(tmp_path: Path) -> None:
+    for page in ("flow_grpo", "trl"):
+        (code,) = re.findall(r"^```python\n# my_reward\.py\n(.*?)^```$", PAGES[page], re.M | re.S)
+        (tmp_path / f"{page}.py").write_text(code)
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[0, ..., 0], images[1] = 255, 51
+    scores = {
+        name: score_batch(name, resolve(f"{page}.py:{name}", tmp_path), Asked(images, ["a", "b"], [{}, {}]))
+        for page, name in (("flow_grpo", "red"), ("trl", "brightness"))
+    }
+    assert scores["red"].scores["red"].tolist() == pytest.approx([1, 0])
+    assert scores["brightness"].scores["brightness"].tolist() == pytest.approx([1 / 3, 0.2])
+    (rewards,) = re.findall(r"^```yaml\n(rewards:.*?)^```$", PAGES["flow_grpo"], re.M | re.S)
+    assert RewardConfig.model_validate(yaml.safe_load(rewards)["rewards"][0]).spec == "my_reward.py:red"
+
+
+def test_every_reward_of_a_page_is_a_scorer() -> None:
+    table = PAGES["flow_grpo"].partition("| `reward_fn` | `spec` |")[2].partition("\n\n")[0].splitlines()[2:]
+    named = {name for line in table for name in re.findall(r"`([^`]+)`", line.split("|")[2])}
+    assert {"imagereward", "hpsv3", "hps"} <= named <= set(builtin_names())
