@@ -49,7 +49,7 @@ LACKING = {
         *("runs/bank", "runs/pairs", "runs/scenes", "runs/base-model", "runs/aligned-model"),
         *("runs/shapes-teacher-objects", "preferences/shapes", "cache.json", "untrained"),
     ),
-    "the reader's own": ("pickapic", "BANK", "MODEL", "…"),
+    "the reader's own": ("BANK", "MODEL", "…"),
     "a GPU": ("torch sees no GPU here",),
 }
 
