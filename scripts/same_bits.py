@@ -117,32 +117,15 @@ EXCEPTIONS: tuple[Excepted, ...] = (
     ),
     Excepted("bank*", "*.cache/*.safetensors", "", "captions encoded in a process that ends are kept by the bank"),
     Excepted("*", "*", "versions.flowalign", "the version is one of 0.2 now"),
-    Excepted("*", "*config.yaml", "cluster.max_restarts", "how often the learner may start again is configured now"),
-    Excepted("*", "*config.yaml", "cluster.restart_wait_s", "how long it waits before it starts again is, too"),
+    *(
+        Excepted("*", file, f"*{key}", "an evaluation tells how many samples there are, by whom judged", added=True)
+        for key in ("num_samples/*", "eval/num_prompts", "eval/seed", "made.judges.*", "made.size", ".scores.*")
+        for file in ("*metrics.jsonl", "*state.json", "*metrics.json", "*said.json", "*results.jsonl")
+    ),
+    Excepted(
+        "*", "*flowalign.json", "rounding", "an export's error is held to what a rounding of the noise makes", True
+    ),
     Excepted("*", "*flowalign.json", "velocity_error", "an export is compared on prompts that are encoded one by one"),
-    *(
-        Excepted("*", file, f"{at}logging.{key}", "there are trackers beside wandb, and pictures for all")
-        for key in ("trackers*", "pictures")
-        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
-    ),
-    Excepted("*", "*config.yaml", "*negative_prompt", "a run may have a negative prompt"),
-    Excepted("*", "*state.json", "config.*negative_prompt", "a run may have a negative prompt"),
-    Excepted("*", "*config.yaml", "data.sizes*", "a run may make images of several sizes"),
-    Excepted("*", "*config.yaml", "*lora.path", "a LoRA may begin from an adapter"),
-    Excepted("*", "*state.json", "config.*lora.path", "a LoRA may begin from an adapter"),
-    *(
-        Excepted("*", file, f"{at}{key}", "guidance has the keys of other families' pipelines")
-        for key in ("true_guidance_scale", "guidance_norm_cap", "guidance_until")
-        for file, at in (("*config.yaml", "*"), ("*state.json", "config.*"))
-    ),
-    *(
-        Excepted("*", file, f"{at}rollout.{key}", "rollouts may read embeddings from disk")
-        for key in ("text_encoders", "embeddings")
-        for file, at in (("*config.yaml", ""), ("*state.json", "config."))
-    ),
-    Excepted("*", "*config.yaml", "data.curriculum", "prompts may be drawn by how often they are passed"),
-    Excepted("*", "*config.yaml", "*.parts", "further scores of a reward may be trained on"),
-    Excepted("*", "*state.json", "config.*.parts", "further scores of a reward may be trained on"),
     Excepted("*", "*pipeline.py", "code", "an export's own pipeline reads plain weights before an fp16 variant's"),
 )
 
@@ -325,7 +308,9 @@ def main(arguments: argparse.Namespace) -> int:
         _run("this checkout", ROOT, written(chosen, (), work), new, work)
     return report(
         {
-            name: compare(name, kept[case.lane] / slug(name), new[case.lane] / slug(name), of_case(case), EXCEPTIONS)
+            name: compare(
+                name, kept[case.lane] / slug(name), new[case.lane] / slug(name), of_case(case), EXCEPTIONS, case.keys
+            )
             for name, case in chosen.items()
         },
         arguments.out,

@@ -175,7 +175,7 @@ def screened(start: Cell, findings: Mapping[str, Finding] = FINDINGS) -> dict[st
     kind = read_yaml(start.file)["algorithm"]["type"]
     known = {name: found for name, found in findings.items() if kind in (found.types or (kind,))}
     tried = {
-        "start": Finding("start"),
+        "start": Finding(f"start: {start.config}.yaml"),
         "rate_half": Finding("half the learning rate", falling(0.5 * rate_of(start))),
         "rate_double": Finding("twice the learning rate", falling(2 * rate_of(start))),
         **{name: found for name, found in known.items() if differs(start, found)},

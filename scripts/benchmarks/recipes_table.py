@@ -64,7 +64,8 @@ def tuned(cells: Sequence[Cell]) -> str:
     rows = []
     for own in grouped(cells, lambda cell: algorithm_of(cell["cell"])):
         name, end = algorithm_of(own[0]["cell"]), own[0]["points"][-1]
-        row = [CELLS[name].title, f"{own[0]['learning_rate']:.3g}", f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}"]
+        at = ", ".join([f"{rate(own[0]):.3g}", *filter(None, [varied(own[0])])])
+        row = [CELLS[name].title, at, f"{end[STRICT]:.3f}", f"{end[OFFICIAL]:.3f}"]
         row += [f"{end[GOLD]:.2f}", *(f"{end[f'eval/geneval_strict/{task}']:.2f}" for task in TASKS)]
         tried = [f"{told(cell)} {strict(cell):.3f} ({most(cell):.3f})" for cell in sorted(own, key=rate)]
         rows.append([*row, f"{end['images']:,}", ", ".join(tried)])
@@ -143,8 +144,13 @@ def rate(cell: Cell) -> float:
 
 def told(cell: Cell) -> str:
     """A cell's learning rate, or the further key that it varies."""
+    return f"{varied(cell) or format(rate(cell), '.3g')}:"
+
+
+def varied(cell: Cell) -> str:
+    """The key that a cell varies beside the learning rate, with its value; nothing where it varies that rate."""
     tag = cell["cell"].partition("-")[2]
-    return f"{rate(cell):.3g}:" if tag.startswith("rate-") else f"{tag.replace('-', ' ')}:"
+    return "" if tag.startswith("rate-") else tag.replace("-", " ")
 
 
 def most(cell: Cell) -> float:
@@ -152,7 +158,7 @@ def most(cell: Cell) -> float:
 
 
 def screened(cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
-    """Each cell's scores, means over seeds, and how far they lie above those of the start."""
+    """Each cell's scores, means over seeds, and where there is a start how far they lie above its own."""
     by_name = {own[0]["cell"]: own for own in grouped(cells, lambda cell: cell["cell"])}
 
     def mean(own: Sequence[Cell], key: str) -> float:
@@ -162,12 +168,13 @@ def screened(cells: Sequence[Cell], titles: Mapping[str, str]) -> str:
     rows = []
     for name, own in sorted(by_name.items(), key=lambda item: -mean(item[1], STRICT)):
         spread = f" ± {statistics.stdev(map(strict, own)):.3f}" if len(own) > 1 else ""
-        gain = "" if start is None else f"{mean(own, STRICT) - start:+.3f}"
-        scores = [f"{mean(own, STRICT):.3f}{spread}", gain, f"{mean(own, OFFICIAL):.3f}", f"{mean(own, GOLD):.2f}"]
+        gain = [] if start is None else [f"{mean(own, STRICT) - start:+.3f}"]
+        scores = [f"{mean(own, STRICT):.3f}{spread}", *gain, f"{mean(own, OFFICIAL):.3f}", f"{mean(own, GOLD):.2f}"]
         tasks = [f"{mean(own, f'eval/geneval_strict/{task}'):.2f}" for task in TASKS]
         images = f"{statistics.fmean(cell['points'][-1]['images'] for cell in own):,.0f}"
         rows.append([titles[name], str(len(own)), *scores, *tasks, images])
-    head = ["cell", "seeds", "strict", "above the start", "official", "PickScore", *TASKS, "images"]
+    above = [] if start is None else [f"above {titles['start'].partition(':')[0]}"]
+    head = ["cell", "seeds", "strict", *above, "official", "PickScore", *TASKS, "images"]
     return as_markdown(head, rows)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from samebits.words import flat
+
 Content = dict[str, Any]
 
 Line = tuple[str, ...]
@@ -23,6 +25,12 @@ class Case:
     lines: tuple[Line, ...]
     files: Mapping[str, Content | str] = field(default_factory=dict)
     lane: str = "local"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys that its configurations write, such as ``rewards.0.spec``."""
+        contents = [content for content in self.files.values() if isinstance(content, Mapping)]
+        return frozenset(".".join(map(str, key)) for content in contents for key, _ in flat(content))
 
     @property
     def trains(self) -> bool:

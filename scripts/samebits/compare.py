@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,25 @@ TIMES = ("wall_s", "time/*", "throughput/*")
 
 VOLATILE = (*TIMES, "images_per_s", "pid", "started", "host")
 
+ABSENT = "(absent)"
+
+RECORDS = ("config.yaml", "state.json")  # what a run's configuration stands in
+
+NEWER = "the older checkout has no such key, and the case leaves it at its default"
+
 UNREAD = ("report.html",)  # drawn from metrics that are compared, and holds times
 
 
 @dataclass(frozen=True)
 class Excepted:
-    """A fact that may differ: patterns of case, file and key (``fnmatch``), and why."""
+    """A fact that may differ: patterns of case, file and key (``fnmatch``), and why; ``added``: that may be new, and
+    where both checkouts have it must be the same."""
 
     case: str
     file: str
     key: str
     why: str
+    added: bool = False
 
 
 @dataclass
@@ -116,8 +124,18 @@ def files_of(folder: Path, renames: Sequence[Rename]) -> dict[str, Path]:
     return found
 
 
-def compare(name: str, old: Path, new: Path, renames: Sequence[Rename], exceptions: Sequence[Excepted]) -> Compared:
-    """Compare what two checkouts have written for the case ``name``."""
+def compare(
+    name: str,
+    old: Path,
+    new: Path,
+    renames: Sequence[Rename],
+    exceptions: Sequence[Excepted],
+    own: Collection[str] = (),
+) -> Compared:
+    """Compare what two checkouts have written for the case ``name``.
+
+    ``own`` are the keys that the case's configurations write. Of others a recorded configuration may have more today.
+    """
     found = Compared()
     commands = [json.loads((side / ".done.json").read_text()) for side in (old, new)]
     for before, after in zip(*commands, strict=True):
@@ -132,16 +150,34 @@ def compare(name: str, old: Path, new: Path, renames: Sequence[Rename], exceptio
         else:
             differ = [("", f"only the {'old' if file in sides[0] else 'new'} checkout writes it")]
         for key, detail in differ:
-            if (why := _reason(name, file, key, exceptions)) is not None:
+            newer = _is_newer(file, key, detail, own)
+            if (why := NEWER if newer else _reason(name, file, key, detail, exceptions)) is not None:
                 found.excepted[why] = found.excepted.get(why, 0) + 1
             else:
                 found.differences.append(f"{file}{f': {key}' if key else ''}: {detail}")
     return found
 
 
-def _reason(case: str, file: str, key: str, exceptions: Sequence[Excepted]) -> str | None:
+def _is_added(detail: str) -> bool:
+    return detail.startswith(f"{ABSENT!r} and now ")
+
+
+def _is_newer(file: str, key: str, detail: str, own: Collection[str]) -> bool:
+    """Tell whether this is a key of a configuration that only the newer checkout records, and no case has written."""
+    if Path(file).name not in RECORDS or not _is_added(detail):
+        return False
+    if Path(file).name == "state.json":
+        if not key.startswith("config."):
+            return False
+        key = key.removeprefix("config.")
+    return not any(key == written or key.startswith(f"{written}.") for written in own)
+
+
+def _reason(case: str, file: str, key: str, detail: str, exceptions: Sequence[Excepted]) -> str | None:
     """Why this may differ; None where nothing says so."""
     for excepted in exceptions:
+        if excepted.added and not _is_added(detail):
+            continue
         patterns = ((case, excepted.case), (file, excepted.file), (key, excepted.key))
         if all(fnmatch.fnmatch(text, pattern) for text, pattern in patterns):
             return excepted.why
@@ -154,7 +190,7 @@ def _compare_file(found: Compared, old: Path, new: Path, renames: Sequence[Renam
     for key in sorted(both[0].keys() | both[1].keys(), key=str):
         if any(fnmatch.fnmatch(str(part), pattern) for part in key for pattern in VOLATILE):
             continue
-        values = [side.get(key, "(absent)") for side in both]
+        values = [side.get(key, ABSENT) for side in both]
         tensor = key[:1] == ("tensor",)
         if _same(*values):
             found.facts += 1
@@ -166,7 +202,7 @@ def _compare_file(found: Compared, old: Path, new: Path, renames: Sequence[Renam
 
 def _said(path: Path, renames: Sequence[Rename]) -> dict[Key, Any]:
     said = {}
-    records = path.name in ("config.yaml", "state.json")
+    records = path.name in RECORDS
     renames = [rename for rename in renames if records or not rename.training]
     for key, value in (manifest(path) if path.name == "MANIFEST.json" else facts(path)).items():
         newest = renamed_key(key, renames)

@@ -37,7 +37,9 @@ def test_the_configuration_of_every_cell_loads(own: Any) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said["faults"] == []
-    assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] <= 24
+    assert said["cells"]["algorithms"] == len(own.algorithms.CELLS) and said["cells"]["screen"] == len(
+        own.recipes_cells.SCREEN
+    )
     assert said["cells"]["tune"] == 7 * len(own.algorithms.CELLS) + 2
     kinds = [set(found.types) for found in own.recipes_cells.FINDINGS.values()]
     assert set().union(*kinds) == {"flow_grpo", "nft", "awm", "sft", "diffusion_dpo"}  # the check names one of each
@@ -198,6 +200,10 @@ def test_the_table_of_a_tuning_has_the_best_cell_and_the_spread(own: Any, tmp_pa
     assert rows[0].startswith("| DiffusionNFT | 0.0001 | 0.700 | 0.700 | 9.00 | 0.50 |")
     assert rows[0].endswith("| 200 | 0.0001: 0.700 (0.700), beta 0.5: 0.500 (0.500), 0.0002: 0.600 (0.900) |")
     assert rows[1].startswith("| AWM | 0.0002 | 0.650 |") and rows[1].endswith("| 0.0002: 0.650 (0.650) |")
+    other = own.recipes_table.tuned(
+        [found(own, "nft-beta-0.5", 0, [0.4, 0.9]), found(own, "nft-rate-1", 0, [0.4, 0.5])]
+    )
+    assert other.splitlines()[2].startswith("| DiffusionNFT | 0.0001, beta 0.5 | 0.900 |")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +320,7 @@ def test_the_best_two_of_a_screening_are_aligned_at_length_and_drawn(own: Any, t
         tmp_path / "final", [found(own, name, seed, [0.4, 0.6 + seed / 10]) for name in best for seed in (0, 1)]
     )
     table = own.recipes_table.screened(own.recipes_table.load(final), titles(own, "final"))
-    assert table.count("| 2 | 0.650 ± 0.071 |  | 0.700") == 2
+    assert table.count("| 2 | 0.650 ± 0.071 | 0.700") == 2
     own.recipes_table.curve(final, tmp_path / "recipes.png")
     assert (tmp_path / "recipes.png").read_bytes().startswith(b"\x89PNG")
 

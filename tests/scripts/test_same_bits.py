@@ -85,6 +85,32 @@ def test_an_exception_is_counted_with_its_reason_and_covers_its_own_key_alone(tm
     assert found.excepted == {"it was wrong": 1} and len(found.differences) == 1
 
 
+def test_an_exception_for_what_is_new_covers_no_value_that_both_have(tmp_path: Path) -> None:
+    new = side(tmp_path / "b", row={**ROW, "loss": 1.0, "of": 4})
+    own = tuple(Excepted("*", "*metrics.jsonl", key, "it is said now", added=True) for key in ("*.loss", "*.of"))
+    found = compared(side(tmp_path / "a"), new, exceptions=own)
+    assert found.excepted == {"it is said now": 1} and "0.loss: 0.5 and now 1.0" in found.differences[0]
+
+
+def test_a_key_that_only_today_has_is_no_difference_where_the_case_does_not_write_it(tmp_path: Path) -> None:
+    old, new = side(tmp_path / "a"), side(tmp_path / "b")
+    for folder, data in ((old, {}), (new, {"refill": 0, "curriculum": {"score": "total", "floor": 0.1}})):
+        (folder / "run" / "config.yaml").write_text(json.dumps({"data": {"prompts": "a", **data}}))
+        (folder / "run" / "state.json").write_text(
+            json.dumps({"step": 1, **({"config": {"data": data}} if data else {})})
+        )
+    written = Case((), {"c.yaml": {"data": {"curriculum": {"score": "total"}}, "rewards": [{"spec": "jpeg"}]}}).keys
+    assert written == {"data.curriculum.score", "rewards.0.spec"}
+    found = compare("case", old, new, (), (), written)
+    assert sorted(found.differences) == [
+        "run/config.yaml: data.curriculum.score: '(absent)' and now 'total'",
+        "run/state.json: config.data.curriculum.score: '(absent)' and now 'total'",
+    ]
+    assert sum(found.excepted.values()) == 4
+    (old / "run" / "config.yaml").write_text(json.dumps({"data": {"prompts": "a", "refill": 1}}))
+    assert "run/config.yaml: data.refill: 1 and now 0" in compare("case", old, new, (), (), written).differences
+
+
 def test_what_has_another_name_is_compared_by_its_newest(tmp_path: Path) -> None:
     old = side(tmp_path / "a", row={"loss/old": 1.0}, config__json={"model": {"family": "rf"}})
     new = side(tmp_path / "b", row={"loss/new": 1.0}, config__json={"model": {"path_family": "rf"}})
