@@ -34,6 +34,7 @@ from rewards.errors import one_line
 _SENT_TO_ALL = (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOST_S, _LOOK_S = 30.0, 5.0  # Ray itself ends a process, without a word, whose head is gone for 60 s
 UNWAITED = "RAY_IGNORE_UNHANDLED_ERRORS"
+NICENESS = "RAY_worker_niceness"
 PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", UNWAITED)
 
 
@@ -96,8 +97,11 @@ class RaySession:
         """Start a Ray of this run alone, on loopback.
 
         It has a token of its own: Ray would leave one in the user's home that everybody may read, and every cluster
-        that is started there later would ask for it.
+        that is started there later would ask for it. Its workers are as nice as this process: by itself Ray makes them
+        nicer by 15, and beside any other work they starve.
         """
+        if NICENESS not in os.environ:
+            options["_system_config"] = {"worker_niceness": 0}
         told = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
         own_token = not told and os.environ.get("RAY_AUTH_MODE") != "disabled"
         self.said = sweep()

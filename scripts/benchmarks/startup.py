@@ -10,7 +10,8 @@ starts, looked at ten times a second: they tell more than the clock where the ma
 them by kind, until the model is loaded. Prints one JSON object: medians with the least and the most of all turns.
 Nothing else may run beside it.
 
-On a machine with other work set ``RAY_worker_niceness=0``: by itself Ray lets every other process go before its own.
+On a machine with other work set ``RAY_worker_niceness=0``, where ``--against`` is a commit that leaves it to Ray: by
+itself Ray lets every other process go before its own.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from flowalign.cluster.session import RaySession
+from flowalign.cluster.session import NICENESS, RaySession
 
 
 def own_heads() -> list[int]:
@@ -53,6 +53,27 @@ def test_a_ray_whose_head_dies_while_it_starts_is_started_again_and_leaves_nothi
     finally:
         session.close()
     assert not own_heads()
+
+
+AS_NICE = """
+import os, ray
+from flowalign.cluster.session import RaySession
+
+os.nice(2)
+session = RaySession(None, [], "cpu")
+print(ray.get(ray.remote(lambda: os.getpriority(os.PRIO_PROCESS, 0)).remote()) - os.getpriority(os.PRIO_PROCESS, 0))
+session.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [None, 3])
+def test_workers_are_as_nice_as_their_run_where_nobody_says_otherwise(told: int | None) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != NICENESS}
+    if told is not None:
+        variables[NICENESS] = str(told)
+    done = subprocess.run([sys.executable, "-c", AS_NICE], env=variables, capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == [str(told or 0)], done.stderr[-2000:]
 
 
 ONE_AFTER_ANOTHER = """
