@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ def next_of(run_dir: Path, config: RunConfig) -> list[str]:
     model, run = config.model, shlex.quote(str(run_dir))
     judged = config.evaluation.every > 0 and config.evaluation.judge is not None
     base = Path(shipped_names(model.path))
-    base = base.relative_to(Path.cwd()) if base.is_relative_to(Path.cwd()) else base
+    with suppress(FileNotFoundError, ValueError):  # lies elsewhere, or Ray has deleted a job's working directory
+        base = base.relative_to(Path.cwd())
     known = model.transformer is None or model.transformer.architecture == "mmdit"
     looked = f"sample {run} --num-images 4 --prompt 'a photo of a dog'"
     commands = [f"compare {shlex.quote(str(base))} {run}" if judged and model.transformer is None else looked]

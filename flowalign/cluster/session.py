@@ -84,7 +84,7 @@ class RaySession:
             return
         address = address_of(address)
         check_answers(address)
-        _read_token_anew()
+        read_token_anew()
         try:
             with _hearing_alone():
                 ray.init(address=address, **quiet)
@@ -108,7 +108,7 @@ class RaySession:
         for again in (True, False):
             if own_token:
                 self._token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-            _read_token_anew()
+            read_token_anew()
             self._folder = own_folder()
             self._guardian = guardian.start(self._folder)
             try:
@@ -198,10 +198,10 @@ class RaySession:
             if os.environ.get("RAY_AUTH_TOKEN") == self._token:
                 del os.environ["RAY_AUTH_TOKEN"]
             self._token = None
-            _read_token_anew()
+            read_token_anew()
 
 
-def _read_token_anew() -> None:
+def read_token_anew() -> None:
     """Make Ray ask again which token this process has.
 
     It remembers that of the first cluster that the process had to do with, and another cluster would shut us out.

@@ -134,7 +134,7 @@ def load() -> dict[int, list[dict[str, Any]]]:
 
 
 def markdown(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """Of seed 0 all formulations; of those with further seeds their ranks among themselves, a seed each.
+    """Of seed 0 all formulations; where some have further seeds, the ranks of these among themselves, a seed each.
 
     FID and CLIP score are the average's.
     """
@@ -152,15 +152,16 @@ def markdown(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
         "FID 5 / 25 / 50",
         "guidance 3: FID",
         "CLIP",
-        "rank among these",
+        *(["rank among these"] if seeded else []),
     ]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for cell in sorted(cells, key=lambda cell: every[cell["cell"]]):
         name = cell["cell"]
         fid = {g: " / ".join(f"{score(cell, n, g, 'fid'):.1f}" for n in STEPS) for g in GUIDANCE}
         clip = " / ".join(f"{score(cell, n, 3.0, 'clip'):.1f}" for n in STEPS)
-        own = " / ".join(f"{found[name]:.2f}" for found in among if name in found) if name in seeded else "–"
-        row = [name, *(f"{found[name]:.2f}" for found in (every, few, many)), fid[1.0], fid[3.0], clip, own]
+        row = [name, *(f"{found[name]:.2f}" for found in (every, few, many)), fid[1.0], fid[3.0], clip]
+        if seeded:
+            row.append(" / ".join(f"{found[name]:.2f}" for found in among if name in found) if name in seeded else "–")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

@@ -114,7 +114,8 @@ def known_seconds(path: Path) -> dict[str, float]:
 def time_all(options: argparse.Namespace) -> None:
     time_cells(seconds_file(options), {}, options)  # says at once where it is another machine's
     known = known_seconds(seconds_file(options))
-    cells = {cost_of(cell): cell for search in SEARCHES.values() for cell in search.cells.values()}
+    named = [item for search in SEARCHES.values() for item in search.cells.items()]
+    cells = {cost_of(cell): cell for name, cell in named if options.cells is None or name in options.cells}
     time_cells(seconds_file(options), {cost: cell for cost, cell in cells.items() if cost not in known}, options)
 
 
@@ -220,11 +221,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=OWN)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "recipes")
     options = parser.parse_args()
-    if options.cells is not None and (options.what not in SEARCHES or options.table):
-        parser.error("--cells: of a search that runs; check, time, curve and tables take all cells, leave it out")
+    if options.cells is not None and (options.what not in ("time", *SEARCHES) or options.table):
+        parser.error("--cells: of `time` and of a search that runs; the others take all cells, leave it out")
     options.results, options.work_dir = options.results.resolve(), options.work_dir.resolve()
-    if options.what in SEARCHES and (unknown := set(options.cells or ()) - set(SEARCHES[options.what].cells)):
-        parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(SEARCHES[options.what].cells)}")
+    searched = [options.what] if options.what in SEARCHES else list(SEARCHES)
+    known = list(dict.fromkeys(name for search in searched for name in SEARCHES[search].cells))
+    if unknown := set(options.cells or ()) - set(known):
+        parser.error(f"--cells: no cell {min(unknown)!r}; there are {', '.join(known)}")
     if options.what == "check":
         return check()
     if options.what == "time":

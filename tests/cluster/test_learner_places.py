@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flowalign.cluster import ranks
 from flowalign.cluster.errors import ClusterError, LearnerLost
 from flowalign.cluster.pool import Pool
 from flowalign.cluster.ranks import LearnerGroup, firsts
+from flowalign.cluster.session import read_token_anew
 from flowalign.cluster.vigil import Vigil
 from flowalign.config.cluster import PatienceConfig
 from tests.cluster.orders import Worker
@@ -26,8 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Two raylets with one core each."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    """Two raylets with one core each, and a token: Ray asks but once in a process whether there are any."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    read_token_anew()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()

@@ -18,8 +18,10 @@ import yaml
 from rich.console import Console
 
 from flowalign.cli.running import held
+from flowalign.cli.runs import next_of
 from flowalign.config.sections import ModelConfig
 from flowalign.intake.file import load_align
+from flowalign.intake.resolved import read_resolved
 from flowalign.models.textlength import cut_prompts, prompt_note
 from flowalign.record import progress
 from flowalign.record.checkpointwriter import CheckpointWriter
@@ -120,6 +122,22 @@ def test_a_run_says_what_it_found_then_its_iterations_then_where_everything_lies
     assert len(said) == len(expected), "\n".join(said)  # no library says anything
     for line, pattern in zip(said, expected, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_what_follows_is_said_where_the_working_directory_is_gone(
+    config_path: Path, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray deletes that of a job when its run lets Ray go."""
+    run_dir = config_path.parent / RUNS / "run"
+    config, gone = read_resolved(run_dir), tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        with pytest.raises(FileNotFoundError):
+            Path.cwd()
+        following = next_of(run_dir, config)
+    assert [line.replace("\x1b", r"\x1b") for line in following] == said[-3:]
 
 
 def test_metrics_hold_the_spread_that_is_said(config_path, said):
