@@ -83,7 +83,8 @@ class ImageSimilarityScorer(Batched):
         references = asked.references or ()
         rows = [distinct.setdefault((one.shape, one.tobytes()), len(distinct)) for one in references]
         kept = {row: one for row, one in zip(rows, references, strict=True)}
-        return (self._embedded(list(asked.images)) * self._embedded(list(kept.values()))[rows]).sum(-1)
+        cosines = (self._embedded(list(asked.images)) * self._embedded(list(kept.values()))[rows]).sum(-1)
+        return cosines.clamp(-1, 1)  # equal pictures come out above 1 by a rounding, on some processors
 
     def _embedded(self, pictures: Sequence[Images]) -> torch.Tensor:
         """Return the unit embeddings (N, D) of pictures (H, W, 3), each of its own size."""
