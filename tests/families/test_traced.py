@@ -122,9 +122,9 @@ def test_a_pass_holds_what_was_counted_without_memory(
     for how in hows:
         rolled, learned = measured(model, how, dtype)
         own = counted(model, how, dtype)
-        # A processor with AMX holds a reordered copy of what it multiplies in bfloat16 (14 % of a pass this small).
-        assert own.learned.at(SAMPLES) == pytest.approx(learned, rel=0.2 if dtype == "bfloat16" else TOLERANCE), how
-        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=TOLERANCE), how
+        assert own.learned.at(SAMPLES) == pytest.approx(learned, rel=TOLERANCE), how
+        # A processor with AMX holds more beside what it multiplies in bfloat16: 14 % of a pass this small.
+        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=0.2 if dtype == "bfloat16" else TOLERANCE), how
 
 
 def test_plain_attention_holds_a_number_for_each_pair_of_tokens(deep: Callable[[str], Path]) -> None:
