@@ -123,8 +123,9 @@ def test_a_pass_holds_what_was_counted_without_memory(
         rolled, learned = measured(model, how, dtype)
         own = counted(model, how, dtype)
         assert own.learned.at(SAMPLES) == pytest.approx(learned, rel=TOLERANCE), how
-        # A processor with AMX holds more beside what it multiplies in bfloat16: 14 % of a pass this small.
-        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=0.2 if dtype == "bfloat16" else TOLERANCE), how
+        # A pass this small in bfloat16 held 14 % more on a processor with AMX; why is not known.
+        loose = dtype == "bfloat16" and not lora
+        assert own.rolled.at(SAMPLES) == pytest.approx(rolled, rel=0.2 if loose else TOLERANCE), how
 
 
 def test_plain_attention_holds_a_number_for_each_pair_of_tokens(deep: Callable[[str], Path]) -> None:
