@@ -27,17 +27,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def machines() -> Iterator[Cluster]:
     """Two raylets with one core each, and a token: Ray asks but once in a process whether there are any."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    read_token_anew()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        read_token_anew()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+    read_token_anew()  # Ray remembers the token, and the next Ray of this process has another
 
 
 def spread(folder: Path, say: Callable[[str], None]) -> LearnerGroup:
