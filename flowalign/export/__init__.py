@@ -13,7 +13,7 @@ from flowalign.config.guidance import GUIDANCE_KEYS, guidance_facts
 from flowalign.config.sampled import Sampled
 from flowalign.config.sections import SamplingConfig, weights_name
 from flowalign.export.card import write_card
-from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, TOLERANCE, Errors, probe
+from flowalign.export.verify import PROBE_GUIDANCE, PROBE_STEPS, TOLERANCE, Errors, explained, probe
 from flowalign.export.writing import SHARD_SIZE, write_lora, write_pipeline
 from flowalign.models.base import Policy
 from flowalign.models.loading import transformer_of
@@ -185,7 +185,7 @@ def _refuse_difference(errors: Errors, tolerance: float, to: Path) -> None:
             f"the export to {to}, reloaded, differs from the policy by {errors.velocity:.3g} in velocity and "
             f"{errors.latents:.3g} "
             f"in {PROBE_STEPS}-step latents, as a share of their largest value (allowed: {tolerance:g}"
-            f"{f', of latents {PROBE_STEPS * errors.rounding:.1e} more' if errors.rounding else ''}); "
+            f"{f', of latents {explained(errors.rounding):.1e} more' if errors.rounding else ''}); "
             "nothing was written"
         )
 

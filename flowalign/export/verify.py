@@ -36,6 +36,7 @@ PROBE_TIME = 0.6
 PROBE_GUIDANCE = (1.0, 3.0)
 TOLERANCE = 1e-5  # of the largest value, in float32
 ROUNDINGS = 3
+MOST_EXPLAINED = 1e-3  # beyond it two walks are no longer of the same pictures, whatever roundings may do
 
 
 class Errors(NamedTuple):
@@ -76,7 +77,12 @@ def merged_errors(found: Sequence[Errors]) -> Errors:
 
 def unexplained(difference: float, rounding: float) -> float:
     """Return what is left of the difference of two walks, a share, when each step may have a rounding of its own."""
-    return difference - PROBE_STEPS * rounding
+    return difference - explained(rounding)
+
+
+def explained(rounding: float) -> float:
+    """Return how far two walks may lie apart by a rounding at each step: a share, at most `MOST_EXPLAINED`."""
+    return min(PROBE_STEPS * rounding, MOST_EXPLAINED)
 
 
 def load_pipeline(directory: Path, device: str = "cpu", *, family: ModelFamily | None = None) -> Any:

@@ -49,7 +49,8 @@ def free_bytes(place: Path) -> int | None:
     A place that is not there yet will lie on the disk of the nearest directory above it.
     """
     with suppress(OSError):
-        found = os.statvfs(next(path for path in (place, *place.absolute().parents) if path.exists()))
+        near = place if place.exists() else next(path for path in place.absolute().parents if path.exists())
+        found = os.statvfs(near)
         blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
         return blocks * found.f_frsize if found.f_blocks else None
     return None
@@ -104,7 +105,14 @@ def refusal(error: BaseException) -> str | None:
     what = "a file" if named is None else os.fsdecode(named)
     if number not in FULL:
         return f"{what} cannot be read or written ({os.strerror(number)})"
-    return f"{what} cannot be written: {_reason(number, what, Path.cwd() if named is None else Path(what), None)}"
+    return f"{what} cannot be written: {_reason(number, what, _here() if named is None else Path(what), None)}"
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # a working directory may be deleted, as Ray does with a job's
+        return Path()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from flowalign.config.sections import SHIPPED
 from flowalign.config.training import PretrainConfig
 from flowalign.export import ExportError, export
 from flowalign.export.card import base_name, write_card
-from flowalign.export.verify import differences, load_pipeline, probe
+from flowalign.export.verify import differences, load_pipeline, probe, unexplained
 from flowalign.intake.recorded import of_training
 from flowalign.models.build import load_policy
 from flowalign.models.guided import guided
@@ -189,6 +189,8 @@ def test_a_model_that_magnifies_roundings_is_held_to_what_a_rounding_makes_of_it
     other = differences(expected, policy.network.family, pipeline, config)
     assert min(other.velocity, other.latents - 4 * other.rounding) > 1e-3
     assert same._replace(velocity=0.0, latents=5e-5, rounding=1e-6).shown == pytest.approx(4.6e-5)
+    wild = same._replace(velocity=0.0, latents=0.2, rounding=0.1)  # roundings explain a thousandth at most
+    assert wild.shown == pytest.approx(0.199) and unexplained(1e-3, 0.1) == 0
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -18,7 +19,7 @@ from flowalign.cli import app
 from flowalign.record import checkpoint
 from flowalign.record.checkpoint import content_hash
 from flowalign.record.checkpointwriter import CheckpointWriter
-from flowalign.record.disk import DiskError, append_line, write_text
+from flowalign.record.disk import DiskError, append_line, refusal, write_text
 from flowalign.record.metrics import read_metrics, without_times
 from flowalign.record.outputs import unwritable
 from tests.fault.smalldisk import REWARD, fill, hidden, mounted, remount
@@ -267,3 +268,14 @@ def test_a_full_or_read_only_disk_leaves_the_older_checkpoint_file_and_line_as_t
         remount(disk, "rw")
     assert checkpoint.load(root / "step_000001").step == 1 and not hidden(disk)
     assert (disk / "text").read_text() == "before" and (disk / "lines").read_text() == "first\n"
+
+
+def test_a_full_disk_is_told_in_a_sentence_where_the_working_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert said is not None and re.match(r"a file cannot be written: the disk of \. has [1-9]\S* [kMG]B free", said)
