@@ -26,7 +26,9 @@ from flowalign.flow.randomness import Stream, seeded
 from flowalign.rows import Rows
 from flowalign.types import Credit, PreferencePairs, SamplingPlan, Scores, TrainBatch, Trajectories
 
-ROLLOUT_OPTIONS = ("num_steps", "grid", "solver", *GUIDANCE_KEYS, "norm_preserving", "rollout_weights")
+# What only rollouts have. The scale of guidance is not among them: a network that takes it as an input is told it.
+TWO_PASSES = tuple(key for key in GUIDANCE_KEYS if key != "guidance_scale")
+WALKED = ("num_steps", "grid", "solver", *TWO_PASSES, "norm_preserving", "rollout_weights")
 
 
 class DiffusionDPO(Scheduled):
@@ -37,7 +39,8 @@ class DiffusionDPO(Scheduled):
 
         type: str = "diffusion_dpo"
         source: Literal["online", "offline"] = "online"
-        """``online``: the best and the worst of each group. ``offline`` (the paper): pairs from ``data.preferences``.
+        """``online``: the best and the worst of each group. ``offline`` (the paper): pairs from ``data.preferences``,
+        where ``guidance_scale`` is what a network is told that takes it as an input, such as FLUX.1 dev.
         """
         beta: float = Field(100.0, gt=0)
         """Weight of the implicit reward. Flow-GRPO's code for SD3.5: 100. The paper's 2000 (Stable Diffusion 1.5) and
@@ -82,7 +85,7 @@ class DiffusionDPO(Scheduled):
                 raise ValueError(f"density_params do not fit density {self.density}: {error}") from error
             if self.source == "offline":
                 fields = type(self).model_fields
-                idle = [name for name in ROLLOUT_OPTIONS if getattr(self, name) != fields[name].default]
+                idle = [name for name in WALKED if getattr(self, name) != fields[name].default]
                 idle += ["group_size"] * (self.group_size != 2)
                 if idle:
                     raise ValueError(

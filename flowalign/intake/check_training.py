@@ -53,7 +53,6 @@ def check_training(config: PretrainConfig, needs: Needs) -> None:
     if config.teacher is not None and not needs.teacher:
         raise ConfigError("teacher", f"{name} learns from none; leave it out")
     _check_inputs(config.model, needs, name)
-    _check_guidance(config.model, needs)
     network, learned = config.model.family or "rf", needs.path_family
     if not may_learn(network, learned):
         raise ConfigError("model.family", f"is {network}, which cannot learn {learned}; name the same in both")
@@ -79,22 +78,6 @@ def _check_inputs(model: ModelConfig, needs: Needs, name: str) -> None:
             "none and can be given none; name another model, or leave the option out",
         )
     raise ConfigError("model.inputs", f"{name} needs a network that takes {lacking[0]}; add it to the list")
-
-
-def _check_guidance(model: ModelConfig, needs: Needs) -> None:
-    """Check that a guidance is told to a network that takes one."""
-    if needs.guidance_scale == 1:
-        return
-    try:
-        title, takes = open_directory(model).family.title, "guidance" in network_inputs(model)
-    except ModelError:  # of a model that is not there, which is said elsewhere
-        return
-    if not takes:
-        raise ConfigError(
-            "algorithm.guidance_scale",
-            f"the network of this {title} takes no guidance as an input; leave it out (that of pictures is "
-            "evaluation.guidance_scale)",
-        )
 
 
 def _check_captions(config: PretrainConfig) -> None:

@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.algorithm import Algorithm, AlgorithmConfig
+from flowalign.algorithm import Algorithm, AlgorithmConfig, Needs
 from flowalign.config.guidance import GuidanceKeys
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig, SamplingConfig
 from flowalign.flow.schedule import PipelineSchedule
 from flowalign.intake.paths import Config
 from flowalign.models.checked import check_guidance
+from flowalign.models.directory import network_inputs, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.samples.cache import check_sampling
+from flowalign.types import Trajectories
 
 OLD_GRID = "diffusers"
 SECTIONS = ("algorithm", "evaluation")
@@ -62,6 +64,7 @@ def check_walks(
     check_guidance(f"{section}.", sampling, model)
     if isinstance(algorithm.config, GuidanceKeys):
         check_guidance("algorithm.", algorithm.config, model)
+    _check_told(model, algorithm.needs)
     algorithm.schedule = own
     try:
         algorithm.check_schedule()
@@ -112,3 +115,19 @@ def _grid(config: Any, section: str) -> Any:
 def _keyed(section: str, error: ValueError) -> ConfigError:
     named = re.match(r"^(num_steps|shift|grid): (.*)$", str(error), re.DOTALL)
     return ConfigError(f"{section}.{named[1]}", named[2]) if named else ConfigError(section, str(error))
+
+
+def _check_told(model: ModelConfig, needs: Needs) -> None:
+    """Check that the guidance of data that was not rolled out is told to a network that takes one."""
+    if needs.batch is Trajectories or needs.guidance_scale == 1:
+        return
+    try:
+        title, takes = open_directory(model).family.title, "guidance" in network_inputs(model)
+    except ModelError:  # of a model that is not there, which is said elsewhere
+        return
+    if not takes:
+        raise ConfigError(
+            "algorithm.guidance_scale",
+            f"the network of this {title} takes no guidance as an input; leave it out (that of pictures is "
+            "evaluation.guidance_scale)",
+        )

@@ -241,7 +241,7 @@ def test_what_it_declares_depends_on_the_source():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"guidance_scale": 4.5}, "guidance_scale is for source: online"),
+        ({"guidance_until": 0.5}, "guidance_until is for source: online"),
         ({"group_size": 8}, "group_size is for source: online"),
         ({"density": "logit_normal", "density_params": {"mean": 0.0}}, "density_params"),
         ({"reference_refresh": 0}, "greater than or equal to 1"),
