@@ -39,14 +39,14 @@ class Door:
 
 
 def doors(pid: int) -> list[Door]:
-    """Those of ``pid`` and of all its descendants."""
+    """Those of ``pid`` and of all its descendants. A process that was just forked holds what its parent opened."""
     listening = {**_sockets("tcp", socket.AF_INET), **_sockets("tcp6", socket.AF_INET6)}
-    return [
-        Door(process, command, *listening[held])
-        for process in _tree(pid)
-        if (command := _command(process)) is not None
-        for held in sorted(set(_held(process)) & listening.keys())
-    ]
+    found: dict[str, Door] = {}
+    for process in _tree(pid):
+        if (command := _command(process)) is not None:
+            for held in sorted(set(_held(process)) & listening.keys()):
+                found.setdefault(held, Door(process, command, *listening[held]))
+    return list(found.values())
 
 
 def _tree(pid: int) -> list[int]:
