@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ settings.register_profile("suite", deadline=None)  # a loaded machine is no faul
 settings.load_profile("suite")
 # A walk over all objects of torch and diffusers takes 0.3 s, which is a tenth of a suite that makes it often.
 gc.set_threshold(50_000, 20, 50)
+# What a script runs in the background is born deaf to Ctrl-C, and so would be all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MATRIX = ("family", "algorithm", "weights", "killed", "replay", "export", "seconds")
 RANKS = {f"tests/engine/test_{name}.py" for name in ("activation_checkpointing", "convert", "offload", "sharded")}

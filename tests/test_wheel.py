@@ -50,7 +50,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     own = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True)
     (Path(own.stdout.decode().strip()) / "ci.pth").write_text("\n".join(sorted(paths)) + "\n")
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)]
+    # pip would take the one of this environment, which has the same version, for it.
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--ignore-installed"]
+    command += ["--quiet", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "bin"
