@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from flowalign.intake.resolved import read_resolved
 from flowalign.run import compiled
@@ -77,16 +79,19 @@ def test_a_compiled_run_has_the_same_bits_continued_on_ray_and_evaluated_anew(ti
     assert others == [whole, whole]
     run = tmp_path / "whole" / "runs" / "whole"
 
-    def norms(out: str) -> dict[str, float]:
+    def norms(out: str) -> tuple[dict[str, float], bool]:
+        """And whether anything was compiled, which on some CPUs no number shows."""
+        torch._dynamo.reset()
+        counters.clear()
         flowalign("evaluate", run, "--out", tmp_path / out)
         found = json.loads((tmp_path / out / "metrics.json").read_text())["metrics"]
-        return {key: value for key, value in found.items() if key.startswith("eval/norm/")}
+        own = {key: value for key, value in found.items() if key.startswith("eval/norm/")}
+        return own, counters["stats"]["unique_graphs"] > 0
 
     known = {key: value for key, value in rows[-1].items() if key.startswith("eval/norm/")}
-    assert any(known.values()) and norms("compiled") == known
+    assert any(known.values()) and norms("compiled") == (known, True)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("compile: true", "compile: false"))
-    plain = norms("plain")
-    assert plain != known and plain == pytest.approx(known, rel=1e-3)
+    assert norms("plain") == (pytest.approx(known, rel=1e-3), False)
 
 
 @pytest.mark.slow
