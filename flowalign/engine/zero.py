@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -65,6 +66,11 @@ def _quiet_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+# DeepSpeed replaces it in the whole process for stage 3, by one that has no derivative forward, and never puts it back.
+_LINEAR = nn.functional.linear
+_STAGE_3 = weakref.WeakSet["DeepSpeedEngine"]()  # those that are open
+
+
 class _LossModule(nn.Module):
     """The loss as the module DeepSpeed runs, so that its hooks see all forward passes of a micro-batch as one."""
 
@@ -90,6 +96,8 @@ class DeepSpeedEngine(AdamWEngine):
     ) -> None:
         super().__init__(settings, device)
         deepspeed = _quiet_deepspeed(device)
+        if settings.zero_stage == 3:
+            _STAGE_3.add(self)
         self.rank, self.world_size = rank, world_size
         self._gathered = deepspeed.zero.GatheredParameters
         self._parameters = trainable_parameters(network.to(device))
@@ -262,3 +270,6 @@ class DeepSpeedEngine(AdamWEngine):
 
     def close(self) -> None:
         self._engine.destroy()
+        _STAGE_3.discard(self)
+        if self.settings.zero_stage == 3 and not _STAGE_3:
+            nn.functional.linear = _LINEAR

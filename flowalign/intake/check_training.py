@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowalign.algorithm import Needs
+from flowalign.algorithm import Algorithm, Needs
 from flowalign.config.pathfamilies import formulation, may_learn
 from flowalign.config.section import ConfigError
 from flowalign.config.sections import ModelConfig
 from flowalign.config.training import PretrainConfig
+from flowalign.config.updates import UpdatesConfig
 from flowalign.models.directory import network_inputs, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.record.textfiles import TextError, read_object
@@ -128,3 +129,15 @@ def check_signed_time(model: ModelConfig, needs: Needs, name: str) -> None:
     """Refuse times below 0 on any family but the straight path, which alone has them."""
     if needs.signed_time and model.family not in (None, "rf"):
         raise ConfigError("model.family", f"is {model.family}, which has no times below 0, and {name} asks for them")
+
+
+def check_derivatives(learner: UpdatesConfig, algorithm: Algorithm) -> None:
+    """Refuse ZeRO stage 3 to an algorithm that takes the derivative of a network along a direction."""
+    calls = algorithm.network_calls
+    taken = any(call.derivative for call in (*calls.annotate, *calls.loss, *calls.second_loss))
+    if taken and learner.zero_stage == 3:
+        raise ConfigError(
+            "learner.zero_stage",
+            f"is 3, whose linear layers have no derivative forward, which {algorithm.config.type} takes; write 2, or "
+            "learner.engine: fsdp",
+        )

@@ -31,6 +31,7 @@ from flowalign.intake.adapters import with_adapters
 from flowalign.intake.begun import compiled_as_begun
 from flowalign.intake.check_training import (
     check_banks,
+    check_derivatives,
     check_ranks,
     check_rollouts,
     check_signed_time,
@@ -233,6 +234,7 @@ def _checked_align(raw: dict[str, Any], base: Path, require_files: bool) -> Load
     config = _walked(config, algorithm, "evaluation", config.evaluation, require_files)
     checks.check_numbers(config, algorithm)
     check_signed_time(config.model, algorithm.needs, config.algorithm["type"])
+    check_derivatives(config.learner, algorithm)
     missing += _lacking([partial(promptcheck.check_embedded, config, algorithm)], require_files)
     config, chosen = evened(config, algorithm)
     config, compiled = compiled_as_begun(config)
@@ -355,6 +357,7 @@ def _checked_pretrain(
         name = config.algorithm["type"]
         raise ConfigError("algorithm.type", f"{name} learns from no teacher; use `flowalign pretrain`")
     check_training(config, algorithm.needs)
+    check_derivatives(config.learner, algorithm)
     missing = _lacking(_training_checks(config, algorithm.needs), require_files)
     config, lacking = _adapted(config, require_files)
     missing += lacking + _lacking(_evaluation_checks(config, base), require_files)

@@ -117,6 +117,14 @@ def load(folder: Path, changes: dict[str, Any]) -> Any:
             {"algorithm": {"type": "rectified_flow", "guidance_scale": 3.5}},
             "algorithm.guidance_scale: the network of this Stable Diffusion 3 takes no guidance as an input",
         ),
+        (
+            {
+                "algorithm": {"type": "meanflow"},
+                "model": {"inputs": ["r"]},
+                "learner": {"engine": "deepspeed", "zero_stage": 3},
+            },
+            "learner.zero_stage: is 3, whose linear layers have no derivative forward, which meanflow takes; write 2,",
+        ),
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best: is 1, and nothing says which are best; give evalu"),
         (
             {"checkpoint": {"keep_best": 1}, "evaluation": {**SCORED, "every": 0}},
