@@ -65,7 +65,10 @@ def collect(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Collect]:
             plan = run.algorithm.plan(0, run.seed)
             assert plan is not None
             found = made.collect(run.sampler.batch(0), plan, seed=run.seed)
-            return replace(found, trajectories=deepcopy(ray.get(found.trajectories))) if backend == "ray" else found
+            if backend == "local":
+                return found
+            refs = [ref for part in found.trajectories for ref in part.trajectory_refs]
+            return replace(found, trajectories=deepcopy(ray.get(refs)))
         finally:
             made.close()
 
