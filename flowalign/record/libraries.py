@@ -71,6 +71,11 @@ KNOWN = (
     ),
     Known(
         "python",
+        r"`torch\.jit\.script` is deprecated",
+        "of torch's own rules for a derivative forward, which MeanFlow takes",
+    ),
+    Known(
+        "python",
         r"`FluxPosEmbed` is deprecated",
         "diffusers' own networks (Chroma) take it from where diffusers had it before",
     ),
