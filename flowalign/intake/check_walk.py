@@ -18,7 +18,7 @@ from flowalign.models.directory import network_inputs, open_directory
 from flowalign.models.errors import ModelError
 from flowalign.models.inspect import own_schedule
 from flowalign.samples.cache import check_sampling
-from flowalign.types import Trajectories
+from flowalign.types import LatentBatch, PreferencePairs
 
 OLD_GRID = "diffusers"
 SECTIONS = ("algorithm", "evaluation")
@@ -64,7 +64,7 @@ def check_walks(
     check_guidance(f"{section}.", sampling, model)
     if isinstance(algorithm.config, GuidanceKeys):
         check_guidance("algorithm.", algorithm.config, model)
-    _check_told(model, algorithm.needs)
+    check_told(model, algorithm.needs)
     algorithm.schedule = own
     try:
         algorithm.check_schedule()
@@ -117,9 +117,9 @@ def _keyed(section: str, error: ValueError) -> ConfigError:
     return ConfigError(f"{section}.{named[1]}", named[2]) if named else ConfigError(section, str(error))
 
 
-def _check_told(model: ModelConfig, needs: Needs) -> None:
-    """Check that the guidance of data that was not rolled out is told to a network that takes one."""
-    if needs.batch is Trajectories or needs.guidance_scale == 1:
+def check_told(model: ModelConfig, needs: Needs) -> None:
+    """Check that a guidance for latents that are there already is told to a network that takes one."""
+    if needs.batch not in (LatentBatch, PreferencePairs) or needs.guidance_scale == 1:
         return
     try:
         title, takes = open_directory(model).family.title, "guidance" in network_inputs(model)

@@ -10,9 +10,13 @@ import pytest
 import torch
 import yaml
 
+from flowalign.algorithm import Needs
 from flowalign.config.section import ConfigError
+from flowalign.config.sections import ModelConfig
 from flowalign.data.banks.latents import LatentBank, save_bank
+from flowalign.intake.check_walk import check_told
 from flowalign.intake.file import load_pretrain
+from flowalign.types import EncodedPrompts, LatentBatch, PreferencePairs, Trajectories
 from tests.tiny import merged, write_configs_of_a_pipeline
 
 TWO = {"engine": "fsdp", "ranks": 2}
@@ -185,3 +189,14 @@ def test_what_is_measured_may_choose_the_best_checkpoint(folder: Path) -> None:
     load(folder, validated)
     load(folder, {"checkpoint": {"keep_best": 1}, "evaluation": SCORED})
     load(folder, {"checkpoint": {"keep_best": 1, "best_metric": "loss"}, "evaluation": {"every": 0}})
+
+
+def test_a_guidance_is_told_to_a_network_by_data_alone_and_led_by_walks(tiny_pipeline_dir: Path) -> None:
+    """An algorithm that walks, in rollouts or in the learner, makes two passes of it on a network that takes none."""
+    model = ModelConfig(path=str(tiny_pipeline_dir))
+    for walked in (Trajectories, EncodedPrompts):
+        check_told(model, Needs(walked, guidance_scale=3.5))
+    for given in (LatentBatch, PreferencePairs):
+        check_told(model, Needs(given))
+        with pytest.raises(ConfigError, match="takes no guidance as an input"):
+            check_told(model, Needs(given, guidance_scale=3.5))
