@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from cells import ROOT, local, machine, positive, write
+from overhead import summary
 
 from flowalign.cluster.ray_backend import RayBackend
 from flowalign.config.alignment import AlignConfig
@@ -106,10 +106,6 @@ def timed(collect: Collect, iteration: int) -> float:
     return time.perf_counter() - began
 
 
-def spread(found: Sequence[float]) -> Mapping[str, float]:
-    return {"median": round(statistics.median(found), 4), "least": round(min(found), 4), "most": round(max(found), 4)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=positive, default=5)
@@ -138,11 +134,10 @@ def main() -> None:
             backend.close()
     made = images_of(config)
     found = {"machine": machine(1), "workers": options.workers, "images": made, "chunk": options.chunk}
-    found |= {
-        "turns": options.turns,
-        "images_per_s": {side: spread([made / s for s in seconds[side]]) for side in SIDES},
-    }
-    found["ratio"] = spread([one / other for one, other in zip(seconds["processes"], seconds["workers"], strict=True)])
+    turns = [dict(zip(seconds, own, strict=True)) for own in zip(*seconds.values(), strict=True)]
+    rates = summary([{side: made / taken for side, taken in own.items()} for own in turns])
+    ratio = summary([{"ratio": own["processes"] / own["workers"]} for own in turns])
+    found |= {"turns": options.turns, "images_per_s": rates, **ratio}
     print(json.dumps(found))
     if options.out:
         write(options.out, found)
